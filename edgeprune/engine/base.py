@@ -1,0 +1,97 @@
+"""What every engine speaks: a workload, and figures that carry their source.
+
+This file also runs on the device: Python 3.10, standard library only; it sees no model.
+An estimate and a measurement are different types, so that one can never pass for the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Union
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured: `prompt` tokens of prefill; decode at past = context - 1."""
+
+    batch: int
+    prompt: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Ran on `device`; low and high bound the 95 % confidence interval of `value`."""
+
+    value: float
+    unit: str
+    device: str
+    low: float
+    high: float
+    source: ClassVar[str] = "measured"
+
+
+@dataclass(frozen=True)
+class Built:
+    """The compiler's figure for a real engine that was built for `device`."""
+
+    value: float
+    unit: str
+    device: str
+    basis: str
+    source: ClassVar[str] = "built"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The figure of a model; `basis` names the points that it rests on."""
+
+    value: float
+    unit: str
+    device: str
+    basis: str
+    source: ClassVar[str] = "estimated"
+
+
+Figure = Union[Measured, Built, Estimate]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak device bytes at full context, by part (unit `bytes`)."""
+
+    weights: Figure
+    cache: Figure  # past and present both, where the engine does not update in place
+    activations: Figure  # activations and scratch at the workload's maximum shapes
+    buffers: Figure  # inputs and outputs other than the cache
+    runtime: Figure  # the runtime's fixed part, which no pruning changes
+
+    @property
+    def parts(self) -> dict[str, Figure]:
+        return dict(self.__dict__)
+
+    @property
+    def total(self) -> float:
+        return sum(part.value for part in self.parts.values())
+
+    @property
+    def prunable(self) -> float:
+        """All but the runtime's fixed part: what a relative budget counts."""
+        return self.total - self.runtime.value
+
+
+@dataclass(frozen=True)
+class Performance:
+    """What one model needs and reaches on one device. Latencies in ms: `value` is the p50.
+
+    The ratios are to the dense model, interleaved in the same run; absent for the dense model
+    itself and where the latency is an estimate. percentiles: {"decode": {"p50": ..., "p90": ..., "p99": ...}}.
+    """
+
+    memory: Memory
+    prefill: Figure
+    decode: Figure
+    prefill_ratio: Measured | None = None
+    decode_ratio: Measured | None = None
+    percentiles: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

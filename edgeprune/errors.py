@@ -1,0 +1,45 @@
+"""What can go wrong, as one small tree; the exit code is an attribute of the class.
+
+    EdgepruneError      1   base; never raised itself
+    ├── InputError      2   a bad argument, file, model, profile or sample
+    │   └── NumericalError  the model's weights or activations are not usable numbers
+    ├── BudgetError     3   the budget, or budget and quality together, is out of reach
+    └── EngineError     4   an engine or a device failed
+
+Every error says what is wrong, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class EdgepruneError(Exception):
+    """An error that a user can act on: `message` says what is wrong, `remedy` what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class InputError(EdgepruneError):
+    """A bad argument, file, model, profile or sample; nothing was written."""
+
+    exit_code = 2
+
+
+class NumericalError(InputError):
+    """Weights or activations that are not finite, or moments that cannot be solved."""
+
+
+class BudgetError(EdgepruneError):
+    """The budget cannot be reached on this device with this model."""
+
+    exit_code = 3
+
+
+class EngineError(EdgepruneError):
+    """An engine could not be built or run, or the device failed."""
+
+    exit_code = 4

@@ -1,0 +1,135 @@
+"""The Decoder in torch, one block at a time, on whole sequences: what calibration and evaluation run.
+
+It holds one layer's weights at a time and knows nothing about pruning or engines.
+Notation: b samples, t tokens, h query heads, k key/value heads, d head_dim, c hidden_size,
+i intermediate_size. Everything is fp32, whatever the checkpoint stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from edgeprune.errors import NumericalError
+from edgeprune.model.decoder import Attention, Decoder
+from edgeprune.model.model import Model
+
+LayerWeights = dict[str, torch.Tensor]
+
+
+def layer_weights(model: Model, index: int) -> LayerWeights:
+    """Weights of one layer in fp32, by the part of their name behind `layers.{index}.`."""
+    prefix = f"layers.{index}."
+    return {
+        name.removeprefix(prefix): model.weights[name].float() for name in model.decoder.layer_shapes(index)
+    }
+
+
+def embed(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """ids (b, t) int64 -> hidden states (b, t, c)."""
+    return F.embedding(ids, model.weights["embedding"]).float()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rotary_tables(decoder: Decoder, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (t, d) of positions 0..length-1, both halves of the head alike."""
+    frequencies = torch.tensor(decoder.rotary.inverse_frequencies, dtype=torch.float32)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos() * decoder.rotary.scaling, angles.sin() * decoder.rotary.scaling
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (b, heads, t, d); pairs are (m, m + d/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attention_context(
+    x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Normed states (b, t, c) -> the input of the output projection (b, t, h * d), causal."""
+    b, t, _ = x.shape
+    d = attention.head_dim
+
+    def heads(name: str) -> torch.Tensor:  # (b, heads, t, d)
+        return F.linear(x, weights[f"attention.{name}"]).view(b, t, -1, d).transpose(1, 2)
+
+    query, key = rotate(heads("q"), *tables), rotate(heads("k"), *tables)
+    context = F.scaled_dot_product_attention(
+        query, key, heads("v"), is_causal=True, enable_gqa=attention.heads_per_group > 1
+    )
+    return context.transpose(1, 2).reshape(b, t, attention.query_size)
+
+
+def mlp_activation(x: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
+    """Normed states (b, t, c) -> the input of the down projection (b, t, i)."""
+    return F.silu(F.linear(x, weights["mlp.gate"])).mul_(F.linear(x, weights["mlp.up"]))
+
+
+def module_inputs(
+    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor], rows: int,
+) -> torch.Tensor:
+    """Inputs of one module's output projection on all samples, computed `rows` samples at a time.
+
+    kind: `attention` (input of o) or `mlp` (input of down). Returns (b, t, features).
+    Raises NumericalError naming the layer if a value is not finite.
+    """
+    attention = decoder.layers[index].attention
+    parts = []
+    for chunk in hidden.split(rows):
+        x = rms_norm(chunk, weights[f"{kind}.norm"], decoder.norm_eps)
+        if kind == "mlp":
+            parts.append(mlp_activation(x, weights))
+        else:
+            parts.append(attention_context(x, weights, attention, tables))
+    inputs = torch.cat(parts)
+    if not torch.isfinite(inputs).all():
+        raise NumericalError(
+            f"the activations of layer {index} ({kind}) are not finite on the given samples",
+            "Check the checkpoint's weights (NaN or infinity), or leave out the sample that causes it.",
+        )
+    return inputs
+
+
+OUTPUT = {"attention": "attention.o", "mlp": "mlp.down"}
+"""The output projection of each kind of module: the one matrix that compensation changes."""
+
+
+def modules_of(decoder: Decoder, index: int) -> list[str]:
+    """The kinds of modules that a layer has, in the order in which they run."""
+    layer = decoder.layers[index]
+    return [kind for kind, part in (("attention", layer.attention), ("mlp", layer.mlp)) if part is not None]
+
+
+@torch.inference_mode()
+def final_hidden(
+    model: Model, ids: torch.Tensor, rows: int = 8, on_layer: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """ids (b, t) -> normed states before the head (b, t, c), layer by layer."""
+    decoder = model.decoder
+    tables = rotary_tables(decoder, ids.shape[1])
+    hidden = embed(model, ids)
+    for index in range(len(decoder.layers)):
+        weights = layer_weights(model, index)
+        for kind in modules_of(decoder, index):
+            for start in range(0, len(hidden), rows):
+                chunk = hidden[start : start + rows]
+                inputs = module_inputs(decoder, index, kind, weights, chunk, tables, rows)
+                chunk += F.linear(inputs, weights[OUTPUT[kind]])
+        on_layer()
+    return rms_norm(hidden, model.weights["norm"].float(), decoder.norm_eps)
+
+
+@torch.inference_mode()
+def logits(model: Model, hidden: torch.Tensor, tokens: int = 512) -> Iterator[torch.Tensor]:
+    """Normed states (n, c) -> logits (at most `tokens`, vocabulary) at a time."""
+    head = model.weights["embedding" if model.decoder.tie_word_embeddings else "head"].float()
+    for chunk in hidden.split(tokens):
+        yield F.linear(chunk, head)

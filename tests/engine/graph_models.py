@@ -1,0 +1,110 @@
+"""Small random Llamas, and a runner that feeds a written graph step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from edgeprune.engine.graph import GraphFiles, Spelling, write_graphs
+from edgeprune.model.decoder import Decoder
+from tests.reference import decoder_of, weights_of
+
+SPELLINGS = tuple(
+    Spelling(dialect, logits) for dialect in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last")
+)
+
+
+def llama(tied: bool, **changes: object) -> LlamaForCausalLM:
+    """3 layers, hidden 96, 6 query and 2 key/value heads of 16, vocabulary 200; norms are random too."""
+    settings = {
+        "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "head_dim": 16, "intermediate_size": 128, "vocab_size": 200, "max_position_embeddings": 128,
+        "tie_word_embeddings": tied, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    return model
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Two sequences, the second padded on the left: ids, mask, positions (2, tokens) int64."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    positions: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+
+def sample(tokens: int, vocabulary: int = 200, padding: int = 5) -> Sample:
+    rng = np.random.default_rng(1)
+    mask = np.ones((2, tokens), np.int64)
+    mask[1, :padding] = 0
+    return Sample(rng.integers(0, vocabulary, (2, tokens)), mask, np.maximum(mask.cumsum(1) - 1, 0))
+
+
+@torch.inference_mode()
+def reference_logits(model: LlamaForCausalLM, given: Sample) -> np.ndarray:
+    """(2, tokens, vocabulary) fp32, of all positions at once and without a cache."""
+    mask, positions = torch.from_numpy(given.mask), torch.from_numpy(given.positions)
+    ids = torch.from_numpy(given.ids)
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.numpy()
+
+
+def write(model: LlamaForCausalLM, folder: Path, precision: str = "fp32", decoder: Decoder | None = None) -> GraphFiles:
+    return write_graphs(decoder or decoder_of(model.config), weights_of(model), folder, precision, SPELLINGS)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_steps(path: Path, given: Sample, steps: list[int], capacity: int | None = None) -> list[np.ndarray]:
+    """Logits of each step. The cache grows, or is one buffer of `capacity` tokens that the graph updates."""
+    runner = session(path)
+    binding = runner.io_binding()
+    caches = [value for value in runner.get_inputs() if value.name.startswith("past_key_values")]
+    cache = {}
+    for value in caches:
+        dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+        empty = np.full((2, value.shape[1], capacity or 0, value.shape[3]), 7, dtype)  # leftovers must not matter
+        cache[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+    logits, start = [], 0
+    for length in steps:
+        end = start + length
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(given.ids[:, start:end]))
+        binding.bind_cpu_input("position_ids", np.ascontiguousarray(given.positions[:, start:end]))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(given.mask[:, :end]))
+        binding.bind_output("logits")
+        for name, value in cache.items():
+            present = name.replace("past_key_values", "present")
+            binding.bind_ortvalue_input(name, value)
+            if capacity is None:
+                binding.bind_output(present)
+            else:
+                binding.bind_ortvalue_output(present, value)
+        runner.run_with_iobinding(binding)
+        outputs = dict(zip(binding.get_output_names() if hasattr(binding, "get_output_names") else
+                           ["logits", *(n.replace("past_key_values", "present") for n in cache)],
+                           binding.get_outputs(), strict=True))
+        logits.append(outputs["logits"].numpy().copy())
+        if capacity is None:
+            cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+        binding.clear_binding_outputs()
+        binding.clear_binding_inputs()
+        start = end
+    return logits
