@@ -19,14 +19,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import typer
+from edgeprune.model.load import load_model
 
 from edgeprune.engine.graph import Spelling, write_graphs
-from edgeprune.model.load import load_model
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def decode_step(path: Path, threads: int, past: int, capacity: int | None) -> Callable[[], np.ndarray]:
+def decode_step(
+    path: Path, head_dim: int, threads: int, past: int, capacity: int | None
+) -> Callable[[], np.ndarray]:
     """A function that decodes one token at `past` and returns its logits. With a capacity, past and
     present are one buffer of that many tokens."""
     options = onnxruntime.SessionOptions()
@@ -42,10 +44,10 @@ def decode_step(path: Path, threads: int, past: int, capacity: int | None) -> Ca
         if value.name in scalars:
             binding.bind_cpu_input(value.name, scalars[value.name])
             continue
-        shape = (1, value.shape[1], capacity or past, value.shape[3])
+        shape = (1, value.shape[1], capacity or past, head_dim)
         rng = np.random.default_rng(0)
         content = np.zeros(shape, DTYPES[value.type])
-        content[:, :, :past] = rng.standard_normal((1, shape[1], past, shape[3])) * 0.1
+        content[:, :, :past] = rng.standard_normal((1, shape[1], past, head_dim)) * 0.1
         cache = onnxruntime.OrtValue.ortvalue_from_numpy(content)
         binding.bind_ortvalue_input(value.name, cache)
         if capacity is not None:
@@ -87,6 +89,7 @@ def main(model: str, genai: Path, rounds: int = 15, length: int = 8, capacity: i
     """Write MODEL's graphs, then compare their decode p50 with the graph in the folder GENAI."""
     loaded = load_model(model)
     spellings = [Spelling("onnxruntime", "all"), Spelling("opset23", "all"), Spelling("primitive", "all")]
+    head_dim = next(layer.attention.head_dim for layer in loaded.decoder.layers if layer.attention)
     with tempfile.TemporaryDirectory() as folder:
         for attempt in range(3):
             start = time.perf_counter()
@@ -95,10 +98,10 @@ def main(model: str, genai: Path, rounds: int = 15, length: int = 8, capacity: i
             typer.echo(f"write {attempt}: {seconds:.2f} s for {megabytes:.0f} MB and {len(spellings)} graphs")
         for threads in (1, 2):
             for past in (128, 1024):
-                steps = {"genai": decode_step(genai / "model.onnx", threads, past, capacity)}
+                steps = {"genai": decode_step(genai / "model.onnx", head_dim, threads, past, capacity)}
                 for spelling, path in files.graphs.items():
                     shared = capacity if spelling.dialect == "onnxruntime" else None
-                    steps[spelling.dialect] = decode_step(path, threads, past, shared)
+                    steps[spelling.dialect] = decode_step(path, head_dim, threads, past, shared)
                 wanted = steps["genai"]()
                 for name, medians in (measured := blocks(steps, rounds, length)).items():
                     ratio, low, high = interval(medians / measured["genai"])

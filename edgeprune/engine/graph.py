@@ -72,9 +72,10 @@ def write_graphs(
     Raises InputError for a decoder that a dialect cannot spell, a missing weight or a wrong shape, and
     NumericalError for a weight that is not finite in this precision; files begun are then incomplete.
     """
+    _check_rotary(decoder)
     for spelling in spellings:
         if (reason := unsupported(decoder, spelling.dialect)) is not None:
-            raise InputError(reason, "Ask for another dialect: primitive spells every decoder.")
+            raise InputError(reason, "Use another dialect: opset23 or primitive.")
     tables = any(spelling.dialect == "onnxruntime" for spelling in spellings)
     initializers = graph_data.layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,19 +100,26 @@ def graph_weight_bytes(
 
 
 def unsupported(decoder: Decoder, dialect: Dialect) -> str | None:
-    """Why this dialect cannot spell the decoder; None if it can."""
-    pairs = len(decoder.rotary.inverse_frequencies)
+    """Why this dialect cannot spell the decoder though others can; None if it can."""
+    if dialect != "onnxruntime":
+        return None
     for index, layer in enumerate(decoder.layers):
-        if (attention := layer.attention) is None:
-            continue
-        if attention.head_dim != 2 * pairs:
-            return f"layer {index} has head_dim {attention.head_dim}, the rotary embedding turns {2 * pairs} of it"
-        if dialect == "onnxruntime" and attention.head_dim % 16 != 0:
+        if layer.attention is not None and layer.attention.head_dim % 16 != 0:
             return (
-                f"layer {index} has head_dim {attention.head_dim}, not the multiple of 16 "
+                f"layer {index} has head_dim {layer.attention.head_dim}, not the multiple of 16 "
                 "that ONNX Runtime's GroupQueryAttention requires"
             )
     return None
+
+
+def _check_rotary(decoder: Decoder) -> None:
+    turned = 2 * len(decoder.rotary.inverse_frequencies)
+    for index, layer in enumerate(decoder.layers):
+        if layer.attention is not None and layer.attention.head_dim != turned:
+            raise InputError(
+                f"layer {index} has head_dim {layer.attention.head_dim}, its rotary embedding turns {turned} of it",
+                "Use a model whose rotary embedding turns whole heads.",
+            )
 
 
 def _table_rows(decoder: Decoder, max_positions: int | None) -> int:

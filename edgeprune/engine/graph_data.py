@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Decoder
@@ -95,23 +95,23 @@ def write_data(
 ) -> None:
     """Write both data files. Raises InputError for a weight that is missing or has another shape,
     NumericalError for one that is not finite or overflows fp16; both name the weight."""
-    shapes = decoder.shapes()
     for name in (EMBEDDING_FILE, LAYERS_FILE):
         with (folder / name).open("wb") as file:
             for initializer in initializers:
                 if initializer.file != name:
                     continue
                 file.write(bytes(initializer.offset - file.tell()))
-                if initializer.sources:
-                    parts = {source: _read(weights, source, shapes[source]) for source in initializer.sources}
-                else:
-                    parts = {initializer.name: _rotary_table(decoder, initializer)}
-                _write(file, parts, initializer.transposed, precision)
+                parts = _parts(decoder, weights, initializer)
+                for piece in _pieces(parts, initializer.transposed, precision):
+                    file.write(memoryview(piece.numpy()).cast("B"))
+                parts.clear()  # before the next is read
 
 
-def _write(file: BinaryIO, parts: dict[str, torch.Tensor], transposed: bool, precision: Precision) -> None:
-    for piece in _pieces(parts, transposed, precision):
-        file.write(memoryview(piece.numpy()).cast("B"))
+def _parts(decoder: Decoder, weights: Mapping[str, torch.Tensor], initializer: Initializer) -> dict[str, torch.Tensor]:
+    if not initializer.sources:
+        return {initializer.name: _rotary_table(decoder, initializer)}
+    shapes = decoder.shapes()
+    return {name: _read(weights, name, shapes[name]) for name in initializer.sources}
 
 
 def _pieces(parts: dict[str, torch.Tensor], transposed: bool, precision: Precision) -> Iterator[torch.Tensor]:

@@ -80,9 +80,9 @@ def _masked(nodes: Nodes) -> str:
 def _additive_mask(nodes: Nodes, lengths: Shared) -> str:
     """(b, 1, s, t): 0 where the query may see the key (a real token, not later than the query)."""
     zero, one = nodes.constant("zero", 0), nodes.constant("one", 1)
-    scalar = nodes.constant("scalar", [], np.int64)
-    total = nodes.add("Reshape", "mask.total", lengths["total"], scalar)
-    past = nodes.add("Sub", "mask.past", total, nodes.add("Reshape", "mask.sequence", lengths["sequence"], scalar))
+    total = nodes.add("Squeeze", "mask.total", lengths["total"], nodes.sizes(0))
+    sequence = nodes.add("Squeeze", "mask.sequence", lengths["sequence"], nodes.sizes(0))
+    past = nodes.add("Sub", "mask.past", total, sequence)
     keys = nodes.add("Range", "mask.keys", zero, total, one)  # (t,)
     queries = nodes.add("Range", "mask.query_range", past, total, one)
     queries = nodes.add("Unsqueeze", "mask.queries", queries, nodes.sizes(1))  # (s, 1)
@@ -94,7 +94,7 @@ def _additive_mask(nodes: Nodes, lengths: Shared) -> str:
 
 
 def _angles(nodes: Nodes, decoder: Decoder) -> tuple[str, str]:
-    """cos and sin (b, s, d / 2) fp32 of the given positions, scaling not yet applied."""
+    """cos and sin (b, s, d / 2) fp32 of the given positions, times the rotary scaling."""
     from onnx import TensorProto
 
     frequencies = nodes.constant("rotary.frequencies", decoder.rotary.inverse_frequencies, np.float32)
@@ -104,7 +104,8 @@ def _angles(nodes: Nodes, decoder: Decoder) -> tuple[str, str]:
     cos, sin = nodes.add("Cos", "rotary.cos", angles), nodes.add("Sin", "rotary.sin", angles)
     if decoder.rotary.scaling != 1.0:
         scaling = nodes.constant("rotary.scaling", decoder.rotary.scaling, np.float32)
-        cos, sin = nodes.add("Mul", "rotary.cos_scaled", cos, scaling), nodes.add("Mul", "rotary.sin_scaled", sin, scaling)
+        cos = nodes.add("Mul", "rotary.cos_scaled", cos, scaling)
+        sin = nodes.add("Mul", "rotary.sin_scaled", sin, scaling)
     return cos, sin
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,6 @@ HELD_OUT_EVERY = 5  # one document of so many is held out for evaluation
 READABLE = "Give a UTF-8 text file, a .jsonl file (lines with `text` or `messages`), or a folder of such files."
 
 Document = str | list[dict[str, str]]  # plain text, or the messages of a chat
-
-
-@dataclass(frozen=True)
-class Samples:
-    """calibration: (samples, length) int64. evaluation: token documents by name of the text.
-
-    self_generated: the documents came from the model itself, so that the evaluation measures
-    agreement with the dense model and not quality. origin: in words, for the report.
-    """
-
-    calibration: np.ndarray
-    evaluation: dict[str, list[np.ndarray]]
-    self_generated: bool
-    origin: str
 
 
 def read_documents(path: Path) -> list[Document]:

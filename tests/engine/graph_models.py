@@ -49,17 +49,20 @@ class Sample:
 
 
 def sample(tokens: int, vocabulary: int = 200, padding: int = 5) -> Sample:
+    """Positions count the real tokens; those of the first sequence leap once, so that ignoring them shows."""
     rng = np.random.default_rng(1)
     mask = np.ones((2, tokens), np.int64)
     mask[1, :padding] = 0
-    return Sample(rng.integers(0, vocabulary, (2, tokens)), mask, np.maximum(mask.cumsum(1) - 1, 0))
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    positions[0, 11:] += 9
+    return Sample(rng.integers(0, vocabulary, (2, tokens)), mask, positions)
 
 
 @torch.inference_mode()
-def reference_logits(model: LlamaForCausalLM, given: Sample) -> np.ndarray:
+def reference_logits(model: LlamaForCausalLM, batch: Sample) -> np.ndarray:
     """(2, tokens, vocabulary) fp32, of all positions at once and without a cache."""
-    mask, positions = torch.from_numpy(given.mask), torch.from_numpy(given.positions)
-    ids = torch.from_numpy(given.ids)
+    mask, positions = torch.from_numpy(batch.mask), torch.from_numpy(batch.positions)
+    ids = torch.from_numpy(batch.ids)
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.numpy()
 
 
@@ -73,7 +76,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def run_steps(path: Path, given: Sample, steps: list[int], capacity: int | None = None) -> list[np.ndarray]:
+def run_steps(path: Path, batch: Sample, steps: list[int], capacity: int | None = None) -> list[np.ndarray]:
     """Logits of each step. The cache grows, or is one buffer of `capacity` tokens that the graph updates."""
     runner = session(path)
     binding = runner.io_binding()
@@ -81,14 +84,15 @@ def run_steps(path: Path, given: Sample, steps: list[int], capacity: int | None 
     cache = {}
     for value in caches:
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-        empty = np.full((2, value.shape[1], capacity or 0, value.shape[3]), 7, dtype)  # leftovers must not matter
+        empty = np.full((2, value.shape[1], capacity or 0, value.shape[3]), np.nan, dtype)  # leftovers must not matter
         cache[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+    names = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
     logits, start = [], 0
     for length in steps:
         end = start + length
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(given.ids[:, start:end]))
-        binding.bind_cpu_input("position_ids", np.ascontiguousarray(given.positions[:, start:end]))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(given.mask[:, :end]))
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(batch.ids[:, start:end]))
+        binding.bind_cpu_input("position_ids", np.ascontiguousarray(batch.positions[:, start:end]))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(batch.mask[:, :end]))
         binding.bind_output("logits")
         for name, value in cache.items():
             present = name.replace("past_key_values", "present")
@@ -98,9 +102,7 @@ def run_steps(path: Path, given: Sample, steps: list[int], capacity: int | None 
             else:
                 binding.bind_ortvalue_output(present, value)
         runner.run_with_iobinding(binding)
-        outputs = dict(zip(binding.get_output_names() if hasattr(binding, "get_output_names") else
-                           ["logits", *(n.replace("past_key_values", "present") for n in cache)],
-                           binding.get_outputs(), strict=True))
+        outputs = dict(zip(names, binding.get_outputs(), strict=True))
         logits.append(outputs["logits"].numpy().copy())
         if capacity is None:
             cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}

@@ -1,0 +1,124 @@
+"""The bundle on disk: assembled aside, hashed, then renamed into place. Complete or absent, never half."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+LINKS = ("model", "onnx", "engine")
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse an output directory that cannot be written, or that holds something already.
+
+    With force a bundle of ours, or an empty folder, may be replaced; nothing else ever is.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"the output {output} is a file", "Name a directory that does not exist yet.")
+    if output.is_dir() and any(output.iterdir()):
+        if not force:
+            raise InputError(
+                f"the output directory {output} is not empty", "Name another with --output, or replace it with --force."
+            )
+        if not (output / MANIFEST).is_file():
+            raise InputError(
+                f"the output directory {output} is not empty and no bundle: --force replaces bundles only",
+                "Name another directory with --output.",
+            )
+    parent = existing_parent(output)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {parent}", "Name a directory that you may write to with --output.")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def check_space(output: Path, needed_bytes: int) -> None:
+    """Refuse to begin where the sum of what will be written does not fit on the disk."""
+    parent = existing_parent(output)
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise InputError(
+            f"the run writes up to {needed_bytes / 2**30:.1f} GiB, {parent} has {free / 2**30:.1f} GiB free",
+            "Free some space, or name a directory on another disk with --output.",
+        )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bundle(
+    staging: Path, output: Path, rung: Path, texts: Mapping[str, str], manifest: Mapping[str, Any],
+    render: Callable[[dict[str, int]], Mapping[str, str]],
+) -> None:
+    """Move the rung's folders into a bundle with these texts, hash all files, put it into place.
+
+    staging: where it is assembled, on the same disk as output. render(files) gives the texts that
+    list the bundle's files with their bytes (the report). An older bundle at `output` is replaced at
+    the very end, and only then removed.
+    """
+    shutil.rmtree(staging, ignore_errors=True)
+    rung_folder = staging / "rungs" / "0"
+    rung_folder.mkdir(parents=True)
+    for name in LINKS:
+        if (rung / name).is_dir():
+            # Hard links: the rung stays whole in the work folder until the bundle is in place.
+            shutil.copytree(rung / name, rung_folder / name, copy_function=os.link)
+            (staging / name).symlink_to(Path("rungs") / "0" / name)
+    for name, text in texts.items():
+        (staging / name).write_text(text, encoding="utf-8")
+    for name, text in render(_sizes(staging)).items():
+        (staging / name).write_text(text, encoding="utf-8")
+    hashes = {name: sha256(staging / name) for name in _sizes(staging)}
+    (staging / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+    old = output.with_name(output.name + ".old")
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+    staging.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file, by its path in the bundle; links to folders are not followed."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def open_bundle(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle, its files checked to be there.
+
+    Raises InputError where the folder is no bundle or misses a file.
+    """
+    path = folder / MANIFEST
+    remedy = "Give the output directory of `edgeprune fit`."
+    if not path.is_file():
+        raise InputError(f"{folder} is no bundle: it has no {MANIFEST}", remedy)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        names = list(manifest["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} cannot be read: it is not a bundle's manifest", remedy) from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"the bundle {folder} misses {len(missing)} of its files, the first is {missing[0]}",
+            "Copy the whole folder again, or run the fit again (manifest.json has the command).",
+        )
+    return manifest

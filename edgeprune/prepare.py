@@ -1,0 +1,278 @@
+"""Resolves what the user asked for, and refuses what cannot work before any long work starts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune import __version__
+from edgeprune.budget import CONSTRAINTS, Budget, absolute_limits, figures, format_bytes, format_milliseconds, parse_budget
+from edgeprune.bundle import check_output, check_space
+from edgeprune.engine.base import Performance, Workload
+from edgeprune.engine.choose import Engine, choose_engine
+from edgeprune.engine.estimate import ELEMENT_BYTES, estimate_performance, floor_decoder
+from edgeprune.engine.graph import graph_weight_bytes
+from edgeprune.errors import BudgetError, InputError
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.model import Model
+from edgeprune.profiles import DeviceProfile, resolve_profile
+from edgeprune.search import MAX_CANDIDATES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SELF = "self"
+DEMO = "demo"
+DEMO_MEMORY = "90%"
+EVALUATION_TOKENS = 64  # fewer say nothing about quality
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, in the words of the command line; None: left out."""
+
+    model: str = DEMO
+    device: str | None = None
+    profile: Path | None = None
+    memory: str | None = None
+    prefill: str | None = None
+    decode: str | None = None
+    max_quality_loss: float | None = None
+    calibration: str = SELF
+    evaluate: tuple[Path, ...] = ()
+    samples: int = 32
+    length: int = 256
+    method: str = "default"
+    precision: str | None = None
+    batch: int | None = None
+    prompt: int | None = None
+    context: int | None = None
+    engine: str = "auto"
+    require_measured: bool = False
+    checkpoint: bool = True
+    output: Path | None = None
+    resume: bool = False
+    force: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An automatic choice and its reason, for the report."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Samples from the user's files, as token ids. calibration: (samples, length), None where the model
+    is to generate them itself; evaluation: documents by name, empty where generated ones are held out."""
+
+    calibration: np.ndarray | None
+    evaluation: dict[str, list[np.ndarray]]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything resolved."""
+
+    request: Request
+    profile: DeviceProfile
+    workload: Workload
+    precision: str
+    engine: Engine
+    budget: Budget
+    model: Model
+    texts: Texts
+    output: Path
+    floor: Performance
+    choices: tuple[Choice, ...] = field(default=())
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes two runs the same run: the first line of the journal."""
+        request = self.request
+        return {
+            "edgeprune": __version__,
+            "model": self.model.fingerprint,
+            "profile": self.profile.model_dump(mode="json"),
+            "workload": [self.workload.batch, self.workload.prompt, self.workload.context],
+            "precision": self.precision,
+            "engine": self.engine.name,
+            "budget": {name: limit.asked for name, limit in self.budget.limits.items()},
+            "max_quality_loss": self.budget.max_quality_loss,
+            "samples": samples_hash(self.texts),
+            "sample_count": request.samples,
+            "length": request.length,
+            "method": request.method,
+            "seed": request.seed,
+        }
+
+
+def samples_hash(texts: Texts) -> str:
+    digest = hashlib.sha256(SELF.encode() if texts.calibration is None else texts.calibration.tobytes())
+    for name, documents in texts.evaluation.items():
+        digest.update(name.encode())
+        for document in documents:
+            digest.update(document.tobytes() + b";")
+    return digest.hexdigest()
+
+
+def prepare(request: Request) -> Setup:
+    """Raises InputError for bad input and BudgetError for a budget below the floor; writes nothing."""
+    from edgeprune.pruning.prune import method_named
+
+    if (request.device is None) == (request.profile is None):
+        raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
+    method_named(request.method)
+    profile = resolve_profile(request.device, request.profile)
+    workload = _workload(request, profile)
+    precision = request.precision or profile.precision
+    engine = choose_engine(request.engine, profile, workload, precision)
+    choices = [
+        Choice("engine", engine.name, engine.reason),
+        Choice(
+            "precision", precision,
+            "asked for" if request.precision else f"the profile {profile.name} runs {profile.precision}",
+        ),
+    ]  # fmt: skip
+    budget, budget_choice = _budget(request, profile)
+    choices += [budget_choice] if budget_choice else []
+    output = (request.output or Path(f"{_stem(request.model)}-{profile.name}")).absolute()
+    check_output(output, request.force or request.resume)
+    model = load_model(request.model)
+    if workload.context > model.decoder.max_position_embeddings:
+        raise InputError(
+            f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
+            f"Try --context {model.decoder.max_position_embeddings}.",
+        )
+    floor = _check_floor(model, profile, workload, precision, budget)
+    texts = read_samples(request, model)
+    if texts.calibration is None:
+        choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
+    check_space(output, _bytes_written(model, precision, engine))
+    return Setup(
+        request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices)
+    )
+
+
+def _stem(model: str) -> str:
+    return Path(model).name.removesuffix(".gguf") or "model"
+
+
+def _workload(request: Request, profile: DeviceProfile) -> Workload:
+    default = profile.workload
+    given = {name: getattr(request, name) for name in ("batch", "prompt", "context", "samples", "length")}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} is less than 1", "Give a positive number.")
+    context = given["context"] or default.context
+    prompt = given["prompt"] or min(default.prompt, max(1, context // 2))
+    if prompt >= context:
+        raise InputError(
+            f"prompt {prompt} leaves no room for generated tokens in context {context}",
+            f"Try --context {2 * prompt}: the context is prompt plus generated tokens.",
+        )
+    return Workload(given["batch"] or default.batch, prompt, context)
+
+
+def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | None]:
+    given = (request.memory, request.prefill, request.decode)
+    choice = None
+    if given == (None, None, None):
+        if request.model == DEMO:
+            given = (DEMO_MEMORY, None, None)
+            choice = Choice("budget", f"memory {DEMO_MEMORY}", "the demo model's budget where none is given")
+        else:
+            default = profile.budget
+            given = (default.memory, default.prefill, default.decode)
+            text = ", ".join(f"{name} {value}" for name, value in zip(CONSTRAINTS, given, strict=True))
+            choice = Choice("budget", text, f"none was given: the default of {profile.name}")
+    return parse_budget(*given, request.max_quality_loss), choice
+
+
+def _check_floor(
+    model: Model, profile: DeviceProfile, workload: Workload, precision: str, budget: Budget
+) -> Performance:
+    """Refuse a budget that the smallest candidate exceeds; returns that candidate's estimate."""
+    dense = estimate_performance(model.decoder, profile, workload, precision)
+    decoder = floor_decoder(model.decoder, profile.channel_multiple)
+    floor = estimate_performance(decoder, profile, workload, precision)
+    # Latencies that will be measured are refused here only where the estimate leaves no doubt.
+    doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if profile.engine == "onnxruntime" else {}
+    for name, limit in absolute_limits(budget, dense).items():
+        least = figures(floor)[name]
+        if least * doubt.get(name, 1.0) <= limit:
+            continue
+        show = format_bytes if name == "memory" else format_milliseconds
+        raise BudgetError(
+            f"the {name} budget {budget.limits[name].asked} ({show(limit)}) is below the floor {show(least)} of "
+            f"{profile.name}, estimated: {_floor_parts(name, floor, model.decoder, precision)}",
+            f"Try --{name} {_rounded_up(name, least * 1.1)}, a shorter --context, or a smaller model.",
+        )
+    return floor
+
+
+def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:
+    if name != "memory":
+        return "one head group and one multiple of channels per layer, the head, the cache and the overhead"
+    tables = 1 if decoder.tie_word_embeddings else 2
+    embedding = tables * ELEMENT_BYTES[precision] * decoder.vocab_size * decoder.hidden_size
+    parts = [f"{part} {format_bytes(figure.value)}" for part, figure in floor.memory.parts.items()]
+    return f"{', '.join(parts)} (of the weights, embedding and head are {format_bytes(embedding)})"
+
+
+def _rounded_up(name: str, value: float) -> str:
+    return f"{int(value / 2**20) + 1}MiB" if name == "memory" else f"{int(value) + 1}ms"
+
+
+def _bytes_written(model: Model, precision: str, engine: Engine) -> int:
+    """An upper bound: dense and candidate graphs and checkpoints, and the engines."""
+    graphs = graph_weight_bytes(model.decoder, precision)
+    plain = graph_weight_bytes(model.decoder, "fp32")
+    candidates = MAX_CANDIDATES if engine.builds else 1
+    engines = graphs * (candidates + 1) if engine.builds else 0
+    return 2 * plain + graphs + candidates * (graphs + plain) + engines
+
+
+def read_samples(request: Request, model: Model) -> Texts:
+    """The samples from the user's files, tokenized and packed. Raises InputError."""
+    from edgeprune.pruning.calibration import hold_out, pack, read_documents, tokenize
+
+    tokenizer = load_tokenizer(model.directory)
+    evaluation: dict[str, list[np.ndarray]] = {}
+    for path in request.evaluate:
+        if path.stem in evaluation:
+            raise InputError(f"two --evaluate texts have the name {path.stem}", "Rename one of them.")
+        evaluation[path.stem] = tokenize(read_documents(path), tokenizer)
+        _check_tokens(path.name, evaluation[path.stem])
+    if request.calibration == SELF:
+        return Texts(None, evaluation, "generated by the model itself")
+    path = Path(request.calibration)
+    documents = tokenize(read_documents(path), tokenizer)
+    if not evaluation:
+        if len(documents) < 2:
+            raise InputError(
+                f"{path} holds one document: nothing can be held out for evaluation",
+                "Add text (every 2000 characters of paragraphs count as a document), or give --evaluate PATH.",
+            )
+        documents, held_out = hold_out(documents, request.seed)
+        evaluation = {f"{path.stem} (held out)": held_out}
+    packed = pack(documents, request.samples, request.length, tokenizer.eos_token_id)
+    for name, texts in evaluation.items():
+        _check_tokens(name, texts)
+    return Texts(packed, evaluation, f"{len(documents)} documents of {path.name}")
+
+
+def _check_tokens(name: str, documents: list[Any]) -> None:
+    tokens = sum(map(len, documents))
+    if tokens < EVALUATION_TOKENS:
+        raise InputError(
+            f"the evaluation text {name} has {tokens} tokens, fewer than {EVALUATION_TOKENS}", "Give more text."
+        )

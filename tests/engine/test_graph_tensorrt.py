@@ -1,0 +1,77 @@
+"""TensorRT for RTX compiles the graphs for SM86 without a GPU; nothing runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
+from edgeprune.model.decoder import Attention, Layer, Mlp
+from tests.engine.graph_models import llama
+from tests.reference import decoder_of, weights_of
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+
+class KeepingLogger(trt.ILogger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[trt.ILogger.Severity, str]] = []
+
+    def log(self, severity: trt.ILogger.Severity, line: str) -> None:
+        self.lines.append((severity, line))
+
+    def figure(self, label: str) -> int:
+        (line,) = (line for _, line in self.lines if line.startswith(label))
+        return int(line.removeprefix(label).split()[1])
+
+
+def build(path: Path) -> KeepingLogger:
+    """Compile for SM86 with one profile: batch 1..2, sequence 1..32, past 0..64. Returns the log."""
+    logger = KeepingLogger()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(path)), [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    profile = builder.create_optimization_profile()
+    for tensor in map(network.get_input, range(network.num_inputs)):
+
+        def shape(batch: int, sequence: int, past: int, tensor: object = tensor) -> tuple[int, ...]:
+            if tensor.name.startswith("past"):
+                return batch, tensor.shape[1], past, tensor.shape[3]
+            return batch, past + sequence if tensor.name == "attention_mask" else sequence
+
+        profile.set_shape(tensor.name, shape(1, 1, 0), shape(1, 1, 16), shape(2, 32, 64))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+    return logger
+
+
+@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_builds_and_holds_each_weight_once(dialect: str, tied: bool, tmp_path: Path) -> None:
+    """With 4000 tokens the head is most of the model: held twice it would double the weights."""
+    model = llama(tied, vocab_size=4000)
+    decoder, spelling = decoder_of(model.config), Spelling(dialect, "last")
+    files = write_graphs(decoder, weights_of(model), tmp_path, "fp16", [spelling])
+    log = build(files.graphs[spelling])
+    weights = graph_weight_bytes(decoder, "fp16", dialect)
+    assert weights <= log.figure("Total Weights Memory") <= 1.01 * weights
+    complaints = [line for severity, line in log.lines if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)]
+    assert not complaints
+
+
+def test_builds_layers_of_different_widths(tmp_path: Path) -> None:
+    model = llama(True)
+    layers = (Layer(Attention(6, 2, 16), None), Layer(None, Mlp(128)), Layer(Attention(6, 2, 16), Mlp(128)))
+    decoder = dataclasses.replace(decoder_of(model.config), layers=layers)
+    spellings = [Spelling("opset23", "all"), Spelling("primitive", "all")]
+    files = write_graphs(decoder, weights_of(model), tmp_path, "fp16", spellings)
+    for path in files.graphs.values():
+        weights = graph_weight_bytes(decoder, "fp16")
+        assert weights <= build(path).figure("Total Weights Memory") <= 1.01 * weights
