@@ -30,8 +30,10 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-def assert_same(logits: list[np.ndarray], walk: list[int], spelling: Spelling, reference: np.ndarray, batch: Sample,
-                tolerance: float) -> None:  # fmt: skip
+def assert_same(
+    logits: list[np.ndarray], walk: list[int], spelling: Spelling, reference: np.ndarray, batch: Sample,
+    tolerance: float,
+) -> None:  # fmt: skip
     """max|a - b| / max|b| over all real positions, and the same argmax but for near ties."""
     wanted, real, start = [], [], 0
     for length in walk:
@@ -181,7 +183,8 @@ def test_weight_bytes_without_writing(tied: bool, precision: str, tmp_path: Path
                     if tensor.data_location == onnx.TensorProto.EXTERNAL]  # fmt: skip
         entries = [{entry.key: entry.value for entry in tensor.external_data} for tensor in external]
         assert {entry["location"] for entry in entries} == {path.name for path in files.data}
-        assert sum(int(entry["length"]) for entry in entries) == graph_weight_bytes(decoder, precision, spelling.dialect)
+        length = sum(int(entry["length"]) for entry in entries)
+        assert length == graph_weight_bytes(decoder, precision, spelling.dialect)
     assert graph_weight_bytes(decoder, precision) == decoder.parameters * element  # the tied matrix counts once
     tables = 2 * 40 * 8 * element
     assert graph_weight_bytes(decoder, precision, "onnxruntime", max_positions=40) == (
@@ -197,7 +200,8 @@ def test_max_positions_caps_the_tables(tmp_path: Path) -> None:
     decoder = dataclasses.replace(decoder_of(model.config), max_position_embeddings=1 << 17)
     files = write_graphs(decoder, weights_of(model), tmp_path, "fp32", [spelling], max_positions=64)
     assert sum(files.data.values()) < 4 * decoder.parameters + 4 * 2 * 64 * 8 + 64 * 64
-    assert_same(run_steps(files.graphs[spelling], batch, [40]), [40], spelling, reference_logits(model, batch), batch, 1e-5)
+    logits = run_steps(files.graphs[spelling], batch, [40])
+    assert_same(logits, [40], spelling, reference_logits(model, batch), batch, 1e-5)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
@@ -326,7 +330,8 @@ def test_decoders_that_cannot_be_spelled_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
     batch, spelling = sample(30), Spelling("primitive", "all")
     files = write_graphs(decoder, weights, tmp_path, "fp32", [spelling])
-    assert_same(run_steps(files.graphs[spelling], batch, [30]), [30], spelling, reference_logits(model, batch), batch, 1e-5)
+    logits = run_steps(files.graphs[spelling], batch, [30])
+    assert_same(logits, [30], spelling, reference_logits(model, batch), batch, 1e-5)
     partial = dataclasses.replace(decoder, rotary=Rotary(decoder.rotary.inverse_frequencies[:4]))
     with pytest.raises(InputError, match="turns 8 of it"):
         write_graphs(partial, weights, tmp_path, "fp32", [spelling])

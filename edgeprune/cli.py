@@ -1,0 +1,229 @@
+"""The command line: parse, call one function, print. Exit codes: 0 budget met, 2 bad input, 3 out of
+reach, 4 engine or device failed, 130 interrupted, 1 a bug."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgeprune import __version__
+from edgeprune.errors import EdgepruneError
+
+app = typer.Typer(
+    name="edgeprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Fit a decoder-only transformer into a device's memory and latency budget.",
+)  # fmt: skip
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output and nothing else.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The output directory of `edgeprune fit`.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"edgeprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on standard error.")] = False,
+    log_file: Annotated[Path | None, typer.Option(help="Write a detailed log there.")] = None,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    from edgeprune.log import set_up
+
+    set_up(verbose, log_file)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, .gguf file, or `demo`.")] = "demo",
+    device: Annotated[str | None, typer.Option(help="Device profile; `edgeprune devices` lists them.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE|%", help="Peak device memory: 1.5GiB, 900MB or 90%.")] = None,
+    decode: Annotated[str | None, typer.Option(metavar="MS|%", help="Time per token: 25ms or 70%.")] = None,
+    prefill: Annotated[str | None, typer.Option(metavar="MS|%", help="Time to first token: 0.5s or 70%.")] = None,
+    max_quality_loss: Annotated[
+        float | None, typer.Option(metavar="%", help="Acceptable rise of held-out perplexity.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(metavar="PATH|self", help="Text, jsonl or folder; `self`: the model generates it.")
+    ] = "self",
+    evaluate: Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+    method: Annotated[str, typer.Option(help="default, magnitude or random.")] = "default",
+    precision: Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: the profile's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")] = None,
+    context: Annotated[int | None, typer.Option(help="Prompt and generated tokens. Default: the profile's.")] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx|onnxruntime", help="Engine to build with.")
+    ] = "auto",
+    require_measured: Annotated[bool, typer.Option(help="A verdict that rests on an estimate is a failure.")] = False,
+    no_checkpoint: Annotated[bool, typer.Option(help="Leave model/ out of the bundle.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The bundle. Default: MODEL-DEVICE.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace an older bundle or unfinished run.")] = False,
+    json_: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Prune, compensate, export, build and measure until the budget is met; write a bundle and a report."""
+    from edgeprune.bundle import REPORT
+    from edgeprune.loop import fit as run
+    from edgeprune.prepare import Request
+    from edgeprune.progress import rich_progress
+    from edgeprune.report.schema import Report
+    from edgeprune.report.terminal import print_report
+
+    request = Request(
+        model=model, device=device, profile=profile, memory=memory, prefill=prefill, decode=decode,
+        max_quality_loss=max_quality_loss, calibration=calibration, evaluate=tuple(evaluate or ()), samples=samples,
+        length=length, method=method, precision=precision, batch=batch, prompt=prompt, context=context, engine=engine,
+        require_measured=require_measured, checkpoint=not no_checkpoint, output=output, resume=resume, force=force,
+        seed=seed,
+    )  # fmt: skip
+    with rich_progress() as progress:
+        bundle = run(request, progress)
+    report = Report.model_validate_json((bundle / REPORT).read_text(encoding="utf-8"))
+    if json_:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        print_report(report, _console())
+        typer.echo(f"\nbundle  {bundle}\nreport  {bundle / 'report.html'}")
+    raise typer.Exit(report.exit_code(require_measured))
+
+
+@app.command()
+def devices(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    toml: Annotated[bool, typer.Option("--toml", help="Print the profile's file, to copy and change.")] = False,
+    json_: Json = False,
+) -> None:
+    """List the device profiles, or show one with the source and confidence of each figure."""
+    from edgeprune.profiles import list_profiles, load_profile, profile_source
+    from edgeprune.report.terminal import print_profile, print_profiles
+
+    if name is None:
+        profiles = list_profiles()
+        if json_:
+            typer.echo(json.dumps([profile.model_dump(mode="json") for profile in profiles], indent=2))
+        else:
+            print_profiles(profiles, _console())
+    elif toml:
+        typer.echo(profile_source(name), nl=False)
+    elif json_:
+        typer.echo(load_profile(name).model_dump_json(indent=2))
+    else:
+        print_profile(load_profile(name), _console())
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Say which engines can build and run here, and what to install for the others."""
+    from edgeprune.doctor import examine
+    from edgeprune.report.terminal import print_doctor
+
+    findings = examine()
+    if json_:
+        typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
+    else:
+        print_doctor(findings, _console())
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Generate text from a bundle's exported graph, as it comes."""
+    from edgeprune.generation import stream_text
+
+    for piece in stream_text(bundle, prompt, max_new_tokens, temperature, top_p, seed):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As for fit.")] = "demo",
+    ratios: Annotated[str, typer.Option(help="Percent of attention and MLP parameters to remove.")] = "20,30,50",
+    methods: Annotated[str, typer.Option(help="Names, with commas between.")] = "default,magnitude,random",
+    calibration: Annotated[str, typer.Option(metavar="PATH", help="Text, jsonl or folder.")] = "self",
+    evaluate: Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+    json_: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Compare pruning methods at equal ratios on the same samples."""
+    from edgeprune.compare import compare as run_compare
+    from edgeprune.progress import rich_progress
+    from edgeprune.report.terminal import print_comparison
+
+    with rich_progress() as progress:
+        rows = run_compare(
+            model, _numbers(ratios), [m.strip() for m in methods.split(",") if m.strip()], calibration,
+            evaluate or (), samples, length, seed, progress,
+        )  # fmt: skip
+    if json_:
+        typer.echo(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2))
+    else:
+        print_comparison(rows, _console())
+
+
+@app.command()
+def report(bundle: Bundle) -> None:
+    """Render a bundle's report.html again from its report.json, and say where it is."""
+    from edgeprune.shipping import render_again
+
+    typer.echo(str(render_again(bundle)))
+
+
+def _numbers(text: str) -> list[float]:
+    from edgeprune.errors import InputError
+
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"malformed ratios {text!r}", "Write percentages with commas: --ratios 20,30,50.") from None
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def main() -> None:
+    """The entry point: every error of ours is one message with a remedy, and its own exit code."""
+    import click
+
+    try:
+        code = app(standalone_mode=False)
+    except EdgepruneError as error:
+        typer.echo(f"error: {error.message}\n{error.remedy}", err=True)
+        logging.getLogger("edgeprune").debug("traceback", exc_info=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted: go on with --resume", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""fit(): the one way through the house. Read this file first.
+
+    samples -> dense -> sensitivities -> search (plan, prune, export, build, measure) -> evaluation
+    -> cross-check -> bundle and report
+
+Every station is a stage of the journal: a killed run goes on after the last one that finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune import __version__
+from edgeprune.budget import absolute_limits, check, figures, overall
+from edgeprune.cache import cache_folder
+from edgeprune.engine import local
+from edgeprune.engine.base import Measured, Performance
+from edgeprune.engine.choose import RUNTIME_GRAPH, Exported
+from edgeprune.engine.estimate import estimate_performance
+from edgeprune.engine.graph import Spelling, unsupported, write_graphs
+from edgeprune.engine.wire import figure_from_json, figure_to_json, performance_from_json, performance_to_json
+from edgeprune.journal import Journal, open_journal
+from edgeprune.model.load import load_model
+from edgeprune.model.model import Model
+from edgeprune.model.save import save_checkpoint
+from edgeprune.prepare import Request, Setup, prepare
+from edgeprune.progress import Progress, Silent
+from edgeprune.search import Costs, Outcome, Trial, search
+
+if TYPE_CHECKING:
+    from edgeprune.pruning.allocate import Sensitivities, Widths
+
+SPELLINGS = tuple(Spelling(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
+MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
+CROSS_CHECK_SECONDS = 20.0
+SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
+SAMPLE_TOKENS = 80
+
+
+@dataclass(frozen=True)
+class Samples:
+    """calibration: (samples, length) int64; evaluation: token documents by name of the text."""
+
+    calibration: np.ndarray
+    evaluation: dict[str, list[np.ndarray]]
+    self_generated: bool  # the evaluation then measures agreement with the dense model
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model on disk with what it needs and reaches; records: what was done to each module."""
+
+    model: Model
+    exported: Exported
+    performance: Performance
+    records: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """texts: {name: {dense, fitted, percent, low, high, tokens}}; samples of both from one prompt."""
+
+    texts: dict[str, dict[str, float]]
+    prompt: str
+    dense_sample: str
+    fitted_sample: str
+
+    @property
+    def worst_percent(self) -> float:
+        return max(text["percent"] for text in self.texts.values())
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Everything that the report is made of. outcome is None where the dense model meets the budget."""
+
+    setup: Setup
+    samples: Samples
+    dense: Performance
+    chosen: Candidate
+    outcome: Outcome | None
+    quality: Quality
+    cross_check: dict[str, Measured] | None
+    seconds: dict[str, float]
+
+    @property
+    def status(self) -> str:
+        return overall(check(self.setup.budget, self.dense, self.chosen.performance))
+
+    @property
+    def quality_is_met(self) -> bool:
+        limit = self.setup.budget.max_quality_loss
+        return limit is None or self.quality.worst_percent <= limit
+
+
+def fit(request: Request, progress: Progress | None = None) -> Path:
+    """Fit the model into the budget; returns the finished bundle's folder.
+
+    Raises InputError, BudgetError or EngineError; a budget that turns out to be out of reach is no
+    error here: the best candidate is kept and the report says so.
+    """
+    from edgeprune.shipping import ship
+
+    progress = progress or Silent()
+    setup = prepare(request)
+    for choice in setup.choices:
+        progress.note(f"{choice.name}: {choice.value} ({choice.reason})")
+    work = setup.output.with_name(setup.output.name + ".work")
+    journal = open_journal(work, setup.fingerprint, request.resume, request.force)
+    run = Run(setup, journal, progress)
+    plain = run.export_dense()
+    samples = run.draw_samples(plain)
+    dense = run.measure_dense()
+    if overall(check(setup.budget, dense.performance, dense.performance)) == "met":
+        progress.note("the dense model already meets the budget: it is exported as it is")
+        chosen, outcome = run.keep_dense(dense), None
+    else:
+        sensitivities = run.measure_sensitivities(samples)
+        outcome, chosen = run.search(dense, samples, sensitivities)
+    quality = run.evaluate(plain, chosen, samples)
+    cross_check = run.cross_check(plain, chosen) if outcome is not None else None
+    fitted = Fitted(setup, samples, dense.performance, chosen, outcome, quality, cross_check, journal.seconds)
+    ship(fitted, work)
+    shutil.rmtree(work)
+    return setup.output
+
+
+@dataclass(frozen=True)
+class Run:
+    """The stations of one run."""
+
+    setup: Setup
+    journal: Journal
+    progress: Progress
+
+    def _graphs(self, model: Model, folder: Path, precision: str) -> Path:
+        """The folder of a model's graphs in a precision, written by the stage that fills `folder`."""
+        target = folder / f"onnx-{precision}"
+        spellings = [s for s in SPELLINGS if unsupported(model.decoder, s.dialect) is None]
+        write_graphs(model.decoder, model.weights, target, precision, spellings, self.setup.workload.context)
+        return target
+
+    def export_dense(self) -> Path:
+        """The dense model's fp32 graphs, which this machine runs: for samples and comparisons."""
+        self.progress.stage("export the dense model")
+        return self.journal.folder_stage("dense", lambda f: self._graphs(self.setup.model, f, "fp32")) / "onnx-fp32"
+
+    def draw_samples(self, plain: Path) -> Samples:
+        """The user's texts; or what the model generates, of which one in five is held out."""
+        setup, texts = self.setup, self.setup.texts
+        if texts.calibration is not None:
+            return Samples(texts.calibration, texts.evaluation, self_generated=False)
+
+        def draw(folder: Path) -> None:
+            from edgeprune.generation import generate_documents
+
+            held_out = 0 if texts.evaluation else max(1, setup.request.samples // 4)
+            count = setup.request.samples + held_out
+            advance = self.progress.stage("generate samples", setup.request.length * -(-count // 16))
+            ids = generate_documents(
+                plain / RUNTIME_GRAPH, setup.model.directory, count, setup.request.length, setup.request.seed, advance
+            )
+            np.save(folder / "ids.npy", ids)
+
+        ids = np.load(self.journal.folder_stage("samples", draw) / "ids.npy")
+        calibration, held_out = ids[: setup.request.samples], ids[setup.request.samples :]
+        evaluation = texts.evaluation or {"generated by the dense model": list(held_out)}
+        return Samples(calibration, evaluation, self_generated=not texts.evaluation)
+
+    def measure_dense(self) -> Candidate:
+        """The dense model on the engine: what relative budgets refer to."""
+        setup = self.setup
+        self.progress.stage("measure the dense model")
+
+        def build(folder: Path) -> None:
+            if setup.engine.builds and setup.precision != "fp32":
+                self._graphs(setup.model, folder, setup.precision)
+
+        folder = self.journal.folder_stage("dense-engine", build)
+        graphs = folder if setup.precision != "fp32" else self.journal.folder / "dense"
+        exported = Exported(setup.model.decoder, graphs / f"onnx-{setup.precision}", folder / "engine")
+        performance = self.journal.stage(
+            "dense performance",
+            lambda: performance_to_json(setup.engine.performance(exported, None, self.progress.note)),
+        )
+        return Candidate(setup.model, exported, performance_from_json(performance), ())
+
+    def keep_dense(self, dense: Candidate) -> Candidate:
+        """The dense model as a candidate of its own: checkpoint and graphs in the device's precision."""
+        return self._candidate("dense-candidate", dense.model, None, dense.performance)
+
+    def measure_sensitivities(self, samples: Samples) -> Sensitivities:
+        """What every possible cut would cost; reused by other budgets for the same model and samples."""
+        from edgeprune.pruning.allocate import Sensitivities
+        from edgeprune.pruning.prune import method_named
+        from edgeprune.pruning.sensitivity import measure_sensitivities
+
+        setup = self.setup
+        key = hashlib.sha256(
+            f"{__version__} {setup.model.fingerprint} {setup.request.method} {setup.request.seed}".encode()
+            + samples.calibration.tobytes()
+        ).hexdigest()
+        path = cache_folder() / "sensitivities" / f"{key}.npz"
+        if not path.is_file():
+            advance = self.progress.stage("measure sensitivities", len(setup.model.decoder.layers))
+            found = measure_sensitivities(
+                setup.model, _tensor(samples.calibration), method_named(setup.request.method).score,
+                setup.request.seed, advance,
+            )  # fmt: skip
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{key}.{self.journal.folder.name}.npz")
+            np.savez(temporary, attention=found.attention, mlp=found.mlp)
+            temporary.replace(path)
+        with np.load(path) as arrays:
+            return Sensitivities(arrays["attention"], arrays["mlp"])
+
+    def search(self, dense: Candidate, samples: Samples, sensitivities: Sensitivities) -> tuple[Outcome, Candidate]:
+        """Propose, prune, build, measure, correct; the chosen candidate."""
+        from edgeprune.pruning.allocate import uniform_options
+
+        setup = self.setup
+        limits = absolute_limits(setup.budget, dense.performance)
+        widths = widths_of(setup.model)
+        candidates: list[Candidate] = []
+
+        def estimate(widths: Widths) -> dict[str, float]:
+            decoder = setup.model.decoder.with_widths(*widths)
+            return figures(estimate_performance(decoder, setup.profile, setup.workload, setup.precision))
+
+        def obtain(index: int, widths: Widths, predicted: dict[str, float]) -> Costs:
+            self.progress.note(
+                f"candidate {index + 1}: {widths.num_key_value_heads} key/value heads x {widths.heads_per_group} "
+                f"query heads, {widths.intermediate_size} MLP channels"
+            )
+            candidates.append(self.build_candidate(index, widths, dense, samples))
+            obtained = figures(candidates[-1].performance)
+            checks = check(setup.budget, dense.performance, candidates[-1].performance)
+            return Costs({name: obtained[name] for name in limits}, overall(checks))
+
+        outcome = search(
+            uniform_options(widths, setup.profile.channel_multiple), sensitivities.uniform_error, estimate,
+            (widths, figures(dense.performance)), limits, self._margins(dense.performance), obtain,
+        )  # fmt: skip
+        return outcome, candidates[outcome.chosen]
+
+    def _margins(self, dense: Performance) -> dict[str, float]:
+        measured = {name for name in ("prefill", "decode") if isinstance(getattr(dense, name), Measured)}
+        if isinstance(dense.memory.activations, Measured):
+            measured.add("memory")
+        return {name: MEASUREMENT_MARGIN if name in measured else 0.0 for name in ("memory", "prefill", "decode")}
+
+    def build_candidate(self, index: int, widths: Widths, dense: Candidate, samples: Samples) -> Candidate:
+        """Prune to the widths, write checkpoint and graphs, build and measure."""
+        return self._candidate(f"candidate-{index + 1}", self.setup.model, (widths, samples), None, dense)
+
+    def _candidate(
+        self, name: str, source: Model, cut: tuple[Widths, Samples] | None, known: Performance | None,
+        dense: Candidate | None = None,
+    ) -> Candidate:  # fmt: skip
+        setup = self.setup
+        records: list[dict[str, Any]] = []
+
+        def fill(folder: Path) -> None:
+            decoder = source.decoder if cut is None else source.decoder.with_widths(*cut[0])
+            tensors: Any = ((name, source.weights[name]) for name in decoder.shapes())
+            if cut is not None:
+                tensors = self._pruned(decoder, cut[1], records)
+            save_checkpoint(decoder, tensors, source, folder / "model")
+            model = load_model(str(folder / "model"))
+            self._graphs(model, folder, setup.precision)
+            if setup.precision != "fp32":
+                self._graphs(model, folder, "fp32")
+            (folder / "records.json").write_text(json.dumps(records))
+
+        folder = self.journal.folder_stage(name, fill)
+        model = load_model(str(folder / "model"))
+        exported = Exported(model.decoder, folder / f"onnx-{setup.precision}", folder / "engine")
+
+        def perform() -> dict[str, Any]:
+            self.progress.stage(f"{name}: build and measure")
+            if known is not None and not setup.engine.builds:
+                return performance_to_json(known)
+            reference = None if dense is None else (dense.exported, dense.performance)
+            return performance_to_json(setup.engine.performance(exported, reference, self.progress.note))
+
+        performance = performance_from_json(self.journal.stage(f"{name} performance", perform))
+        return Candidate(model, exported, performance, tuple(json.loads((folder / "records.json").read_text())))
+
+    def _pruned(self, decoder: Any, samples: Samples, records: list[dict[str, Any]]) -> Any:
+        from edgeprune.pruning.prune import method_named, prune
+
+        setup = self.setup
+        advance = self.progress.stage("prune and compensate", 2 * len(decoder.layers))
+
+        def on_module(record: Any) -> None:
+            records.append(asdict(record))
+            advance()
+
+        return prune(
+            setup.model, decoder, _tensor(samples.calibration), method_named(setup.request.method),
+            setup.request.seed, on_module,
+        )  # fmt: skip
+
+    def evaluate(self, plain: Path, chosen: Candidate, samples: Samples) -> Quality:
+        """Perplexity of both models on the held-out texts, and a sample of each from one prompt."""
+
+        def compute() -> dict[str, Any]:
+            from edgeprune.evaluate.perplexity import document_losses, rise
+            from edgeprune.generation import sample_text
+
+            length = max(self.setup.request.length, 256)
+            advance = self.progress.stage("evaluate", 2 * len(samples.evaluation) * len(self.setup.model.decoder.layers))
+            texts = {}
+            for name, documents in samples.evaluation.items():
+                losses = [
+                    document_losses(model, documents, length, advance) for model in (self.setup.model, chosen.model)
+                ]
+                texts[name] = {
+                    "dense": losses[0].perplexity, "fitted": losses[1].perplexity, "tokens": int(losses[0].tokens.sum()),
+                    **asdict(rise(*losses, self.setup.request.seed)),
+                }  # fmt: skip
+            self.progress.stage("generate a sample of both")
+            graphs = (plain, chosen.exported.graphs.parent / "onnx-fp32")
+            directory = self.setup.model.directory
+            texts_of_both = [sample_text(g / RUNTIME_GRAPH, directory, SAMPLE_PROMPT, SAMPLE_TOKENS) for g in graphs]
+            return {
+                "texts": texts, "prompt": SAMPLE_PROMPT,
+                "dense_sample": texts_of_both[0], "fitted_sample": texts_of_both[1],
+            }  # fmt: skip
+
+        return Quality(**self.journal.stage("evaluation", compute))
+
+    def cross_check(self, plain: Path, chosen: Candidate) -> dict[str, Measured] | None:
+        """Where the device was not measured: fitted against dense on this machine's processor."""
+        if isinstance(chosen.performance.decode, Measured):
+            return None
+
+        def compute() -> dict[str, Any]:
+            self.progress.stage("cross-check on this machine")
+            candidate = chosen.exported.graphs.parent / "onnx-fp32" / RUNTIME_GRAPH
+            ratios = local.latency(plain / RUNTIME_GRAPH, candidate, self.setup.workload, CROSS_CHECK_SECONDS)
+            return {name: figure_to_json(figure) for name, figure in ratios.items()}
+
+        return {
+            name: figure_from_json(figure) for name, figure in self.journal.stage("cross-check", compute).items()
+        }
+
+
+def widths_of(model: Model) -> Widths:
+    """The widths of a model whose layers are all alike."""
+    from edgeprune.pruning.allocate import Widths
+
+    layer = model.decoder.layers[0]
+    return Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
+
+
+def _tensor(ids: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(ids)

@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+
+from edgeprune.errors import InputError, NumericalError
+from edgeprune.model.decoder import Attention, ratio
+from edgeprune.model.model import Model
+from edgeprune.pruning.prune import METHODS, method_named, prune, select_heads, top_units
+from edgeprune.pruning.score import magnitude
+from tests.tiny import as_model, llama, rebuilt
+
+DEFAULT = METHODS["default"]
+
+
+def ids(samples: int = 8, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 101, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pruned(model, target, method=DEFAULT, rows=8, records=None):
+    on_module = (records if records is not None else []).append
+    return dict(prune(model, target, ids(), method, 0, on_module, rows))
+
+
+@pytest.mark.parametrize(("groups", "heads", "channels"), [(2, 2, 40), (1, 3, 64), (1, 1, 8), (2, 3, 48)])
+def test_the_result_is_a_whole_model_of_the_target_widths(groups, heads, channels):
+    reference = llama()
+    model = as_model(reference)
+    target = model.decoder.with_widths(groups, heads, channels)
+    weights = pruned(model, target)
+    assert list(weights) == list(target.shapes())
+    logits = rebuilt(target, weights, reference)(ids()).logits
+    assert torch.isfinite(logits).all()
+    assert 0 < ratio(target, model.decoder) < 1
+
+
+def test_nothing_pruned_changes_nothing():
+    model = as_model(llama())
+    weights = pruned(model, model.decoder)
+    assert all(torch.equal(weights[name], model.weights[name]) for name in model.decoder.shapes())
+
+
+def test_removing_what_contributes_nothing_keeps_the_logits():
+    """Channels and a head whose output weights are zero: the pruned model gives the same logits."""
+    reference = llama()
+    with torch.no_grad():
+        for layer in reference.model.layers:
+            layer.mlp.down_proj.weight[:, 5:37] = 0
+            layer.self_attn.o_proj.weight[:, 8:16] = 0  # query head 1 of group 0
+            layer.self_attn.o_proj.weight[:, 40:48] = 0  # query head 2 of group 1
+    model = as_model(reference)
+    target = model.decoder.with_widths(2, 2, 32)
+    small = rebuilt(target, pruned(model, target), reference)
+    expected, obtained = reference(ids()).logits, small(ids()).logits
+    assert (expected - obtained).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_head_never_reads_another_groups_keys():
+    """Every kept query head is found with the keys and values of its own group in the dense model."""
+    reference = llama(num_attention_heads=12, num_key_value_heads=4, head_dim=4)
+    model = as_model(reference)
+    for groups, heads in ((4, 2), (3, 2), (2, 3), (1, 1)):
+        weights = pruned(model, model.decoder.with_widths(groups, heads, 64))
+        for index in range(2):
+            dense = {n: model.weights[f"layers.{index}.attention.{n}"].view(-1, 4, 48) for n in "qkv"}
+            small = {n: weights[f"layers.{index}.attention.{n}"].view(-1, 4, 48) for n in "qkv"}
+            for head, query in enumerate(small["q"]):
+                (old_head,) = [h for h, q in enumerate(dense["q"]) if torch.equal(q, query)]
+                for name in "kv":
+                    assert torch.equal(small[name][head // heads], dense[name][old_head // 3])
+
+
+def test_selection_takes_whole_groups_and_then_the_best_heads_of_each():
+    scores = {6: torch.tensor([1.0, 9.0, 5.0]), 2: torch.tensor([3.0, 1.0, 2.0, 7.0, 8.0, 9.0, 4.0, 6.0, 5.0])}
+    kept_groups, kept_heads = select_heads(lambda unit: scores[unit], Attention(9, 3, 2), 2, 2)
+    assert kept_groups.tolist() == [1, 2]
+    assert kept_heads.tolist() == [4, 5, 7, 8]
+
+
+def test_equal_scores_keep_the_first_units():
+    assert top_units(torch.zeros(5), 3).tolist() == [0, 1, 2]
+
+
+def test_compensation_lowers_the_error_of_the_whole_model():
+    reference = llama()
+    model = as_model(reference)
+    target = model.decoder.with_widths(2, 2, 40)
+    expected = reference(ids(seed=9)).logits
+    errors = {}
+    for name, method in {"with": DEFAULT, "without": type(DEFAULT)(DEFAULT.score, compensates=False)}.items():
+        small = rebuilt(target, pruned(model, target, method), reference)
+        errors[name] = float((small(ids(seed=9)).logits - expected).square().mean())
+    assert errors["with"] < errors["without"]
+
+
+def test_records_tell_what_was_done_to_each_module():
+    records = []
+    model = as_model(llama())
+    pruned(model, model.decoder.with_widths(2, 2, 40), records=records)
+    assert [(r.layer, r.kind, r.kept, r.of) for r in records] == [
+        (0, "attention", 32, 48), (0, "mlp", 40, 64), (1, "attention", 32, 48), (1, "mlp", 40, 64),
+    ]  # fmt: skip
+    assert all(record.error_after <= record.error_before for record in records)
+
+
+def test_results_do_not_depend_on_the_chunk_and_are_equal_for_a_seed():
+    model = as_model(llama())
+    target = model.decoder.with_widths(2, 2, 40)
+    first, again, chunked = pruned(model, target), pruned(model, target), pruned(model, target, rows=3)
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name])
+        assert (weight - chunked[name]).abs().max() <= 1e-4 * weight.abs().max()
+
+
+def test_magnitude_cuts_without_touching_the_kept_weights():
+    model = as_model(llama())
+    weights = pruned(model, model.decoder.with_widths(2, 3, 40), METHODS["magnitude"])
+    down = model.weights["layers.1.mlp.down"]
+    kept = top_units(magnitude(down, torch.eye(64), 1, torch.Generator()), 40)
+    assert torch.equal(weights["layers.1.mlp.down"], down[:, kept])
+    assert torch.equal(weights["layers.1.mlp.gate"], model.weights["layers.1.mlp.gate"][kept])
+
+
+def test_activations_that_are_not_finite_name_their_layer():
+    reference = llama()
+    with torch.no_grad():
+        reference.model.layers[1].mlp.up_proj.weight[3] = math.inf
+    model = as_model(reference)
+    with pytest.raises(NumericalError, match=r"layer 1 \(mlp\)"):
+        pruned(model, model.decoder.with_widths(2, 2, 40))
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(InputError) as caught:
+        method_named("taylor")
+    assert "magnitude" in caught.value.remedy
+
+
+def test_the_walk_reads_each_weight_once():
+    reads: list[str] = []
+
+    class Counting(dict):
+        def __getitem__(self, name):
+            reads.append(name)
+            return super().__getitem__(name)
+
+    model = as_model(llama())
+    counting = Model(model.name, model.directory, model.decoder, Counting(model.weights), model.fingerprint)
+    pruned(counting, model.decoder.with_widths(2, 2, 40))
+    layers = [name for name in reads if name.startswith("layers.")]
+    assert len(layers) == len(set(layers))
