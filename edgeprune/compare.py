@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.engine.onnxruntime import peak_bytes
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.load import load_model
@@ -113,9 +112,3 @@ def widths_at(dense: Decoder, wanted: float, sensitivities: Any) -> Decoder:
             f"no uniform widths of this model remove {100 * wanted:g} %", f"The nearest is {100 * reached:.1f} %."
         )
     return decoders[near]
-
-
-def peak_bytes() -> int:
-    """Peak resident bytes of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

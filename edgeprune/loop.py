@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune import __version__
-from edgeprune.budget import absolute_limits, check, figures, overall
+from edgeprune.budget import Verdict, judge
 from edgeprune.cache import cache_folder
 from edgeprune.engine import local
 from edgeprune.engine.base import Measured, Performance
@@ -91,8 +91,8 @@ class Fitted:
     seconds: dict[str, float]
 
     @property
-    def status(self) -> str:
-        return overall(check(self.setup.budget, self.dense, self.chosen.performance))
+    def verdict(self) -> Verdict:
+        return judge(self.setup.budget, self.dense, self.chosen.performance)
 
     @property
     def quality_is_met(self) -> bool:
@@ -118,7 +118,7 @@ def fit(request: Request, progress: Progress | None = None) -> Path:
     plain = run.export_dense()
     samples = run.draw_samples(plain)
     dense = run.measure_dense()
-    if overall(check(setup.budget, dense.performance, dense.performance)) == "met":
+    if judge(setup.budget, dense.performance, dense.performance).met:
         progress.note("the dense model already meets the budget: it is exported as it is")
         chosen, outcome = run.keep_dense(dense), None
     else:
@@ -226,13 +226,13 @@ class Run:
         from edgeprune.pruning.allocate import uniform_options
 
         setup = self.setup
-        limits = absolute_limits(setup.budget, dense.performance)
+        limits = setup.budget.absolute(dense.performance).limits
         widths = widths_of(setup.model)
         candidates: list[Candidate] = []
 
         def estimate(widths: Widths) -> dict[str, float]:
             decoder = setup.model.decoder.with_widths(*widths)
-            return figures(estimate_performance(decoder, setup.profile, setup.workload, setup.precision))
+            return estimate_performance(decoder, setup.profile, setup.workload, setup.precision).values
 
         def obtain(index: int, widths: Widths, predicted: dict[str, float]) -> Costs:
             self.progress.note(
@@ -240,13 +240,13 @@ class Run:
                 f"query heads, {widths.intermediate_size} MLP channels"
             )
             candidates.append(self.build_candidate(index, widths, dense, samples))
-            obtained = figures(candidates[-1].performance)
-            checks = check(setup.budget, dense.performance, candidates[-1].performance)
-            return Costs({name: obtained[name] for name in limits}, overall(checks))
+            obtained = candidates[-1].performance
+            status = judge(setup.budget, dense.performance, obtained).status
+            return Costs({name: obtained.values[name] for name in limits}, status)
 
         outcome = search(
             uniform_options(widths, setup.profile.channel_multiple), sensitivities.uniform_error, estimate,
-            (widths, figures(dense.performance)), limits, self._margins(dense.performance), obtain,
+            (widths, dense.performance.values), limits, self._margins(dense.performance), obtain,
         )  # fmt: skip
         return outcome, candidates[outcome.chosen]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import __version__
-from edgeprune.budget import CONSTRAINTS, Budget, absolute_limits, figures, format_bytes, format_milliseconds, parse_budget
+from edgeprune.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.bundle import check_output, check_space
 from edgeprune.engine.base import Performance, Workload
 from edgeprune.engine.choose import Engine, choose_engine
-from edgeprune.engine.estimate import ELEMENT_BYTES, estimate_performance, floor_decoder
+from edgeprune.engine.estimate import ELEMENT_BYTES, estimate_floor, estimate_performance
 from edgeprune.engine.graph import graph_weight_bytes
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.decoder import Decoder
@@ -202,15 +202,14 @@ def _check_floor(
 ) -> Performance:
     """Refuse a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
-    decoder = floor_decoder(model.decoder, profile.channel_multiple)
-    floor = estimate_performance(decoder, profile, workload, precision)
+    floor = estimate_floor(model.decoder, profile, workload, precision)
     # Latencies that will be measured are refused here only where the estimate leaves no doubt.
     doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if profile.engine == "onnxruntime" else {}
-    for name, limit in absolute_limits(budget, dense).items():
-        least = figures(floor)[name]
+    for name, limit in budget.absolute(dense).limits.items():
+        least = floor.values[name]
         if least * doubt.get(name, 1.0) <= limit:
             continue
-        show = format_bytes if name == "memory" else format_milliseconds
+        show = format_bytes if name == "memory" else format_ms
         raise BudgetError(
             f"the {name} budget {budget.limits[name].asked} ({show(limit)}) is below the floor {show(least)} of "
             f"{profile.name}, estimated: {_floor_parts(name, floor, model.decoder, precision)}",

@@ -1,8 +1,13 @@
-"""Device profiles: one TOML file each, every hardware figure with its source and confidence."""
+"""Device profiles: one TOML file each, every hardware figure with its source and confidence.
+
+It knows nothing about models. Estimates rest on these figures; the cpu profile ships none and is
+measured on first use.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -12,38 +17,42 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from edgeprune.errors import InputError
 
 Confidence = Literal["high", "medium", "low"]
-EngineName = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 
-HARDWARE = ("memory", "system_reserve", "runtime_memory", "bandwidth", "fp16_compute", "int8_compute",
-            "decode_efficiency", "decode_overhead", "prefill_efficiency")
-"""The figures of a device that estimates rest on; a profile has all of them or, to be probed, none."""
-
-UNITS = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12,
-         "GFLOP/s": 1e9, "TFLOP/s": 1e12, "TOP/s": 1e12, "ms": 1e-3, "s": 1.0, "1": 1.0}
+_BYTES = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
+_RATES = {"GFLOP/s": 1e9, "TFLOP/s": 1e12}
+_SHARE = {"1": 1.0}
+UNITS: dict[str, dict[str, float]] = {
+    "memory": _BYTES,
+    "system_reserve": _BYTES,
+    "runtime_memory": _BYTES,
+    "build_memory": _BYTES,
+    "bandwidth": {"MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12},
+    "fp16_compute": _RATES,
+    "fp32_compute": _RATES,
+    "int8_compute": {"TOP/s": 1e12},
+    "decode_efficiency": _SHARE,
+    "decode_overhead": {"ms": 1e-3, "s": 1.0},
+    "prefill_efficiency": _SHARE,
+}
+"""The hardware figures of a profile, and the units that each may have, in bytes, seconds, FLOP and operations."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Rated(_Strict):
-    """A figure that was not measured by us in this run: where it comes from and how sure it is."""
+class HardwareFigure(_Strict):
+    """A figure with where it comes from and how sure it is."""
 
-    value: float = Field(ge=0)
+    value: float = Field(gt=0)
     unit: str
     source: str = Field(min_length=1)
     confidence: Confidence
 
-    @model_validator(mode="after")
-    def _known_unit(self) -> Rated:
-        if self.unit not in UNITS:
-            raise ValueError(f"unknown unit {self.unit!r}; units are {', '.join(UNITS)}")
-        return self
-
     @property
     def si(self) -> float:
-        """The value in bytes, bytes/s, FLOP/s, seconds or as a plain number."""
-        return self.value * UNITS[self.unit]
+        """The value in bytes, bytes/s, FLOP/s, operations/s, seconds, or as a plain number."""
+        return next(units[self.unit] for units in UNITS.values() if self.unit in units) * self.value
 
 
 class DefaultWorkload(_Strict):
@@ -67,48 +76,70 @@ class DefaultBudget(_Strict):
 
 
 class DeviceProfile(_Strict):
+    """One device. A profile for ONNX Runtime has all its hardware figures or none, to be measured."""
+
     name: str = Field(min_length=1)
     description: str
-    engine: EngineName
-    sm: int | None = Field(default=None, ge=50, le=200)
+    engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    sm: int | None = Field(default=None, ge=50, le=200)  # CUDA compute capability x 10
     precision: Literal["fp32", "fp16"]
-    dialect: Literal["opset23", "primitive", "onnxruntime"]  # what the device's parser takes
-    channel_multiple: int = Field(ge=1)
+    dialect: Literal["opset23", "primitive", "onnxruntime"]  # the operators that the engine's parser takes
+    channel_multiple: int = Field(ge=1)  # of the MLP width; head structure needs none
     memory_shared_with_system: bool
     power_modes: tuple[str, ...] = ()
-    memory: Rated | None = None
-    system_reserve: Rated | None = None
-    runtime_memory: Rated | None = None
-    bandwidth: Rated | None = None
-    fp16_compute: Rated | None = None
-    int8_compute: Rated | None = None
-    fp32_compute: Rated | None = None
-    decode_efficiency: Rated | None = None
-    decode_overhead: Rated | None = None
-    prefill_efficiency: Rated | None = None
+    memory: HardwareFigure | None = None
+    system_reserve: HardwareFigure | None = None  # what the system keeps of a shared memory
+    runtime_memory: HardwareFigure | None = None  # the runtime's fixed part, which no pruning changes
+    build_memory: HardwareFigure | None = None  # limit while the engine is built
+    bandwidth: HardwareFigure | None = None
+    fp16_compute: HardwareFigure | None = None
+    fp32_compute: HardwareFigure | None = None
+    int8_compute: HardwareFigure | None = None
+    decode_efficiency: HardwareFigure | None = None  # share of the bandwidth that decode reaches
+    decode_overhead: HardwareFigure | None = None  # time per step that does not scale with bytes
+    prefill_efficiency: HardwareFigure | None = None  # share of the compute rate that prefill reaches
     workload: DefaultWorkload
     budget: DefaultBudget
 
     @model_validator(mode="after")
-    def _complete(self) -> DeviceProfile:
-        if self.engine != "onnxruntime":
-            missing = [name for name in ("sm", *HARDWARE) if getattr(self, name) is None]
-            if missing:
-                raise ValueError(f"missing {', '.join(missing)}")
-        for name in ("memory", "bandwidth", "decode_efficiency", "prefill_efficiency"):
-            if (figure := getattr(self, name)) is not None and figure.value == 0:
-                raise ValueError(f"{name}.value must be greater than 0")
+    def _consistent(self) -> DeviceProfile:
+        present = self.hardware
+        for name, figure in present.items():
+            if figure.unit not in UNITS[name]:
+                raise ValueError(f"{name}.unit: {figure.unit!r} is not one of {', '.join(UNITS[name])}")
+            if name.endswith("efficiency") and figure.value > 1:
+                raise ValueError(f"{name}.value: {figure.value:g} must be at most 1")
+        needed = {"memory", "runtime_memory", "build_memory", "bandwidth", "decode_efficiency", "decode_overhead"}
+        needed |= {"prefill_efficiency", "fp32_compute" if self.engine == "onnxruntime" else "fp16_compute"}
+        if self.memory_shared_with_system and self.engine != "onnxruntime":
+            needed.add("system_reserve")
+        if (missing := sorted(needed - present.keys())) and (present or self.engine != "onnxruntime"):
+            raise ValueError(f"missing {', '.join(missing)}")
+        if self.engine != "onnxruntime" and self.sm is None:
+            raise ValueError("sm is missing; it is the compute capability, 87 for an Orin")
+        if present and self.available_bytes <= self.runtime_memory.si:
+            raise ValueError("system_reserve and runtime_memory leave nothing of memory")
         return self
+
+    @property
+    def hardware(self) -> dict[str, HardwareFigure]:
+        """The hardware figures that are there, by name."""
+        return {name: figure for name in UNITS if (figure := getattr(self, name)) is not None}
 
     @property
     def is_probed(self) -> bool:
         """Whether the hardware figures are there."""
-        return self.bandwidth is not None
+        return bool(self.hardware)
 
     @property
-    def hardware(self) -> dict[str, Rated]:
-        names = (*HARDWARE, "fp32_compute")
-        return {name: figure for name in names if (figure := getattr(self, name)) is not None}
+    def available_bytes(self) -> float:
+        """Memory less the system's reserve: what a memory budget, which counts the runtime's part, may ask for."""
+        return self.memory.si - (self.system_reserve.si if self.system_reserve else 0.0)
+
+    @property
+    def usable_bytes(self) -> float:
+        """What is left for the model: memory less the system's reserve and the runtime's fixed part."""
+        return self.available_bytes - self.runtime_memory.si
 
 
 def profiles_folder() -> Path:
@@ -119,24 +150,25 @@ def profiles_folder() -> Path:
 
 
 def list_profiles() -> list[DeviceProfile]:
+    """Every shipped profile, by name."""
     return [load_profile_file(path) for path in sorted(profiles_folder().glob("*.toml"))]
 
 
 def load_profile(name: str) -> DeviceProfile:
-    """A shipped profile. Raises InputError that names the nearest ones."""
+    """A shipped profile. Raises InputError that names the nearest ones and all."""
     known = {path.stem: path for path in sorted(profiles_folder().glob("*.toml"))}
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-        hint = f"Did you mean {', '.join(near)}? " if near else ""
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise InputError(
-            f"unknown device {name!r}", f"{hint}`edgeprune devices` lists all; --profile FILE takes your own."
+            f"unknown device {name!r}", f"{hint}Known are {', '.join(known)}; --profile FILE takes your own."
         )
     return load_profile_file(known[name])
 
 
 def load_profile_file(path: Path) -> DeviceProfile:
     """A profile from a TOML file. Raises InputError that names the line, or the field and the reason."""
-    remedy = "`edgeprune devices jetson-orin --toml` prints a complete profile to start from."
+    remedy = f"Compare it with a shipped profile, such as {profiles_folder() / 'jetson-orin.toml'}."
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -148,24 +180,43 @@ def load_profile_file(path: Path) -> DeviceProfile:
     try:
         return DeviceProfile.model_validate(data)
     except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'profile'}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        )
+        reasons = "; ".join(_readable(item["loc"], item["type"], item["msg"]) for item in error.errors())
         raise InputError(f"the profile {path}: {reasons}", remedy) from None
 
 
+def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:
+    """pydantic's error as `bandwidth.value: must be greater than 0`."""
+    reason = {"missing": "is missing", "extra_forbidden": "is not a field of a profile"}.get(kind)
+    reason = reason or message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{'.'.join(map(str, place))}: {reason}" if place else reason
+
+
 def resolve_profile(name: str | None, file: Path | None) -> DeviceProfile:
-    """The named or given profile, its hardware figures probed where the file ships none."""
+    """The named or the given profile (`cpu` by default), measured where it has no hardware figures.
+
+    Raises InputError for a bad name or file, or both at once.
+    """
+    if name is not None and file is not None:
+        raise InputError(f"both the device {name!r} and the profile {file} are given", "Give one of them.")
     profile = load_profile_file(file) if file is not None else load_profile(name or "cpu")
     if profile.is_probed:
         return profile
-    from edgeprune.engine.probe import probed
+    from edgeprune.engine.probe import probe
 
-    return probed(profile)
+    return probe(profile)
 
 
-def profile_source(name: str) -> str:
-    """The text of a shipped profile's file, to copy and change."""
-    load_profile(name)
-    return (profiles_folder() / f"{name}.toml").read_text(encoding="utf-8")
+def profile_toml(profile: DeviceProfile) -> str:
+    """The profile as TOML that `load_profile_file` reads back equal, measured figures included."""
+    data = profile.model_dump(exclude_none=True)
+    plain = {key: value for key, value in data.items() if not isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in plain.items()]
+    for name, table in data.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: str | float | bool | tuple[str, ...]) -> str:
+    """JSON's spelling is TOML's for these types; only DEL must be escaped in addition."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,96 +1,260 @@
+"""Every shipped profile is complete and true to its rules; bad ones are refused with field and reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from pathlib import Path
+from types import ModuleType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgeprune.budget import parse_budget
-from edgeprune.errors import InputError
+from edgeprune.engine import probe
+from edgeprune.errors import EngineError, InputError
 from edgeprune.profiles import (
-    DeviceProfile, list_profiles, load_profile, load_profile_file, profile_source, profiles_folder, resolve_profile,
+    UNITS,
+    DeviceProfile,
+    HardwareFigure,
+    list_profiles,
+    load_profile,
+    load_profile_file,
+    profile_toml,
+    profiles_folder,
+    resolve_profile,
 )
 
-NAMES = [profile.name for profile in list_profiles()]
+PROFILES = {profile.name: profile for profile in list_profiles()}
+GPUS = [name for name in PROFILES if name != "cpu"]
+L4 = (profiles_folder() / "l4.toml").read_text(encoding="utf-8")
+RTX_SM = {75, 80, 86, 89, 120, 121}  # what TensorRT for RTX compiles for
 
 
-def test_every_device_of_the_table_is_there():
-    assert len(NAMES) == 27
-    assert {"jetson-orin", "jetson-thor", "rtx-4090", "l4", "a100-80gb", "h100-sxm", "dgx-spark", "cpu"} <= set(NAMES)
+def test_every_device_is_there() -> None:
+    orin = {
+        f"jetson-orin-{size}{mode}" for size in ("nano-4gb", "nano-8gb", "nx-8gb", "nx-16gb") for mode in ("", "-super")
+    }
+    jetson = orin | {"jetson-orin", "jetson-agx-orin-32gb", "jetson-agx-orin-64gb", "jetson-thor", "jetson-thor-t4000"}
+    cards = {"a2", "a10", "rtx-a2000", "rtx-a4000", "l4", "l40s", "rtx-4090", "rtx-5090", "dgx-spark"}
+    servers = {"a100-40gb", "a100-80gb", "h100-sxm", "h100-pcie"}
+    assert set(PROFILES) == jetson | cards | servers | {"cpu"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_profile_loads_round_trips_and_its_budget_parses(name):
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_is_named_as_its_file_and_round_trips(name: str, tmp_path: Path) -> None:
     profile = load_profile(name)
-    assert profile.name == name == tomllib.loads(profile_source(name))["name"]
-    assert DeviceProfile.model_validate(profile.model_dump()) == profile
-    budget = parse_budget(profile.budget.memory, profile.budget.prefill, profile.budget.decode)
-    if name != "cpu":
-        assert budget.memory.value + profile.system_reserve.si <= profile.memory.si
-        assert all(figure.source and figure.confidence for figure in profile.hardware.values())
+    assert tomllib.loads((profiles_folder() / f"{name}.toml").read_text(encoding="utf-8"))["name"] == name
+    copy = tmp_path / "copy.toml"
+    copy.write_text(profile_toml(profile), encoding="utf-8")
+    assert load_profile_file(copy) == profile
 
 
-def test_the_cpu_profile_ships_no_hardware_figures():
-    assert load_profile("cpu").hardware == {}
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_default_budget_parses_and_fits_the_device(name: str) -> None:
+    profile = PROFILES[name]
+    budget = parse_budget(**profile.budget.model_dump())
+    assert not any(limit.relative for limit in budget.limits.values())
+    if profile.is_probed:
+        assert profile.runtime_memory.si < budget.memory.value <= profile.available_bytes
+        assert profile.build_memory.si <= profile.available_bytes
 
 
-def test_the_cpu_is_probed_once_and_cached(tmp_path, monkeypatch):
-    from edgeprune.engine import probe
-
-    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(probe, "WIDTH", 256)
-    first = resolve_profile("cpu", None)
-    assert first.bandwidth.si > 1e8
-    assert first.fp32_compute.si > 1e8
-    assert first.runtime_memory.si > 1e7
-    monkeypatch.setattr(probe, "_measure", lambda source: pytest.fail("measured again"))
-    assert resolve_profile("cpu", None) == first
-    (tmp_path / "probe.json").write_text("{")
-    monkeypatch.undo()
-    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(probe, "WIDTH", 256)
-    assert resolve_profile("cpu", None).is_probed
+@pytest.mark.parametrize("name", GPUS)
+def test_the_engine_exists_for_the_device(name: str) -> None:
+    profile = PROFILES[name]
+    if profile.engine == "tensorrt-rtx":
+        assert profile.sm in RTX_SM
+    assert (profile.sm in {87, 110}) == name.startswith("jetson")
+    if name.startswith("jetson"):
+        assert (profile.engine, profile.dialect, profile.memory_shared_with_system) == ("tensorrt", "primitive", True)
 
 
-def test_an_unknown_device_names_the_nearest():
-    with pytest.raises(InputError) as caught:
-        load_profile("jetson-orrin")
-    assert "jetson-orin" in caught.value.remedy
+def test_only_devices_with_published_points_are_trusted() -> None:
+    for profile in PROFILES.values():
+        for figure in ("decode_efficiency", "decode_overhead") if profile.is_probed else ():
+            trusted = getattr(profile, figure).confidence != "low"
+            assert trusted == ("agx-orin" in profile.name or "orin-nx" in profile.name or profile.name == "jetson-orin")
+
+
+def test_usable_memory_is_what_system_and_runtime_leave() -> None:
+    nano = PROFILES["jetson-orin-nano-8gb"]
+    assert nano.available_bytes == pytest.approx(6.8e9)
+    assert nano.usable_bytes == pytest.approx(6.35e9)  # 6.3 to 6.8 GB headless
+
+
+def test_jetson_orin_is_the_64gb_developer_kit() -> None:
+    assert PROFILES["jetson-orin"].hardware == PROFILES["jetson-agx-orin-64gb"].hardware
+
+
+def test_si_values() -> None:
+    orin = PROFILES["jetson-orin"]
+    assert (orin.bandwidth.si, orin.fp16_compute.si, orin.memory.si) == pytest.approx((204.8e9, 42e12, 64e9))
+    assert orin.decode_overhead.si == pytest.approx(1.53e-3)
+    for units in UNITS.values():
+        for unit, factor in units.items():
+            assert HardwareFigure(value=2, unit=unit, source="s", confidence="low").si == 2 * factor
+
+
+@given(st.text(min_size=1, max_size=20), st.floats(1e-3, 1e6))
+def test_any_text_and_number_survive_the_bundles_copy(text: str, value: float) -> None:
+    text = text.encode("utf-8", "ignore").decode("utf-8") or "x"
+    figure = HardwareFigure(value=value, unit="GB/s", source=text, confidence="low")
+    profile = PROFILES["l4"].model_copy(update={"name": text, "bandwidth": figure, "power_modes": (text, "15W")})
+    assert DeviceProfile.model_validate(tomllib.loads(profile_toml(profile))) == profile
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("jetson-orrin", "jetson-orin"), ("RTX-4090", "rtx-4090"), ("h100", "h100-"), ("toaster", "cpu")]
+)
+def test_an_unknown_device_names_the_nearest_and_all(name: str, near: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"unknown device {name!r}")) as caught:
+        load_profile(name)
+    assert near in caught.value.remedy
+    assert all(known in caught.value.remedy for known in PROFILES)
 
 
 BAD = {
-    "not TOML": ("name = ", "not TOML"),
-    "negative": (profile_source("l4").replace("value = 300", "value = -1"), "bandwidth.value"),
-    "zero bandwidth": (profile_source("l4").replace("value = 300", "value = 0"), "bandwidth.value must be greater"),
-    "unknown unit": (profile_source("l4").replace('"GB/s"', '"GBps"'), "unknown unit 'GBps'"),
-    "unknown field": ("colour = 'red'\n" + profile_source("l4"), "colour"),
-    "missing figure": (profile_source("l4").replace("[decode_overhead]", "[fp32_compute]"), "missing decode_overhead"),
-    "prompt too long": (profile_source("l4").replace("prompt = 512", "prompt = 5000"), "prompt 5000"),
+    "not TOML": ("name = \n", "is not TOML: Invalid value (at line 1"),
+    "negative": (L4.replace("value = 300", "value = -1"), "bandwidth.value: must be greater than 0"),
+    "zero": (L4.replace("value = 300", "value = 0"), "bandwidth.value: must be greater than 0"),
+    "not finite": (L4.replace("value = 300", "value = inf"), "bandwidth.value: must be a finite number"),
+    "a word": (L4.replace("value = 300", 'value = "fast"'), "bandwidth.value: must be a valid number"),
+    "unknown unit": (L4.replace('"GB/s"', '"GBps"'), "bandwidth.unit: 'GBps' is not one of MB/s, GB/s, TB/s"),
+    "another quantity's unit": (L4.replace('"GB/s"', '"GB"'), "bandwidth.unit: 'GB' is not one of"),
+    "more than all": (L4.replace("value = 0.85", "value = 1.2"), "decode_efficiency.value: 1.2 must be at most 1"),
+    "no confidence": (L4.replace('confidence = "high"\n', "", 1), "memory.confidence: is missing"),
+    "unknown confidence": (L4.replace('"high"', '"sure"', 1), "memory.confidence: must be 'high', 'medium' or 'low'"),
+    "unknown field": ("colour = 'red'\n" + L4, "colour: is not a field of a profile"),
+    "unknown engine": (L4.replace('"tensorrt-rtx"', '"openvino"'), "engine: must be 'tensorrt'"),
+    "no sm": (L4.replace("sm = 89\n", ""), "sm is missing"),
+    "missing figure": (L4.replace("[decode_overhead]", "[system_reserve]").replace('"ms"', '"MB"'), "decode_overhead"),
+    "no reserve": (L4.replace("shared_with_system = false", "shared_with_system = true"), "missing system_reserve"),
+    "nothing left": (L4.replace("value = 24\n", "value = 0.4\n"), "leave nothing of memory"),
+    "prompt too long": (L4.replace("prompt = 512", "prompt = 5000"), "workload: prompt 5000 must be less than"),
 }
 
 
 @pytest.mark.parametrize(("text", "reason"), BAD.values(), ids=BAD)
-def test_a_bad_profile_names_field_and_reason(tmp_path, text, reason):
+def test_a_bad_profile_names_field_and_reason(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
+    path.write_text(text, encoding="utf-8")
+    assert text != L4
+    with pytest.raises(InputError, match=re.escape(reason)) as caught:
         load_profile_file(path)
-    assert reason in caught.value.message
+    assert str(path) in caught.value.message
+    assert caught.value.remedy
 
 
-def test_a_missing_profile_file_is_said(tmp_path):
-    with pytest.raises(InputError, match="No such file"):
-        load_profile_file(tmp_path / "none.toml")
+def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    for name, reason in (("none.toml", "No such file"), (".", "Is a directory"), ("binary.toml", "not UTF-8")):
+        with pytest.raises(InputError, match=reason):
+            load_profile_file(tmp_path / name)
 
 
-def test_profiles_are_found_in_a_wheel(tmp_path):
+def test_a_device_and_a_file_at_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="both"):
+        resolve_profile("l4", tmp_path / "mine.toml")
+    assert resolve_profile("l4", None) == PROFILES["l4"]
+
+
+@pytest.fixture
+def small_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The probe with small matrices and a cache of its own."""
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "WIDTH", 128)
+    monkeypatch.setattr(probe, "_matrices", lambda: 3)
+    return probe
+
+
+def test_the_cpu_ships_no_figures_and_is_measured(small_probe: ModuleType) -> None:
+    assert PROFILES["cpu"].hardware == {}
+    profile = resolve_profile(None, None)
+    assert profile.is_probed
+    assert profile.model_copy(update=dict.fromkeys(profile.hardware)) == PROFILES["cpu"]
+    assert 1e7 < profile.bandwidth.si < 1e13
+    assert 1e7 < profile.fp32_compute.si < 1e15
+    assert 1e7 < profile.runtime_memory.si < profile.memory.si
+    assert "measured with onnxruntime" in profile.bandwidth.source
+    assert f"{probe.threads()} threads" in profile.bandwidth.source
+
+
+def test_it_is_measured_once(small_probe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = resolve_profile("cpu", None)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["probe.json"]
+    monkeypatch.setattr(small_probe, "measure", lambda source: pytest.fail("measured again"))
+    assert resolve_profile("cpu", None) == first
+    monkeypatch.setattr(small_probe, "processor", lambda: "another processor")
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        resolve_profile("cpu", None)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda text: text[:40], lambda text: "[]", lambda text: text.replace('"GB/s"', '"kg"')]
+)
+def test_a_spoilt_cache_is_made_again(small_probe: ModuleType, tmp_path: Path, spoil: object) -> None:
+    resolve_profile("cpu", None)
+    path = tmp_path / "cache" / "probe.json"
+    path.write_text(spoil(path.read_text()))
+    assert resolve_profile("cpu", None).is_probed
+    (figures,) = json.loads(path.read_text()).values()
+    assert figures["bandwidth"]["unit"] == "GB/s"
+
+
+def test_without_a_writable_cache_it_is_measured_all_the_same(
+    small_probe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "file" / "below"))
+    assert resolve_profile("cpu", None).is_probed
+
+
+def test_a_system_that_hides_its_memory_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(probe.os, "sysconf")
+    with pytest.raises(EngineError, match="total memory"):
+        probe.total_memory()
+
+
+def test_the_read_is_larger_than_the_caches() -> None:
+    size = 4 * probe.WIDTH**2
+    assert probe.SMALLEST_READ <= probe._matrices() * size < probe.LARGEST_READ + size
+
+
+def test_the_runtimes_part_does_not_count_this_process() -> None:
+    ballast = bytearray(300 * 2**20)
+    ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
+    assert probe.runtime_bytes() < 250 * 2**20
+
+
+def loaded_from(site: Path) -> tuple[str, int]:
+    """Where a fresh process in this folder finds the module, and how many profiles it lists."""
+    code = "import edgeprune.profiles as p; print(p.__file__); print(len(p.list_profiles()))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=site, check=True, capture_output=True, text=True)
+    file, count = result.stdout.split()
+    return file, int(count)
+
+
+def test_profiles_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path) -> None:
     root = profiles_folder().parent
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, root], check=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
-    code = "import edgeprune.profiles as p; print(p.__file__, len(p.list_profiles()))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "site", check=True, capture_output=True, text=True
-    )
-    assert result.stdout.split() == [str(tmp_path / "site" / "edgeprune" / "profiles.py"), str(len(NAMES))]
+    assert loaded_from(root) == (str(root / "edgeprune" / "profiles.py"), len(PROFILES))
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("edgeprune", "profiles"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "pyproject.toml", source)
+    (source / "README.md").write_text("edgeprune")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert loaded_from(tmp_path / "site") == (str(tmp_path / "site" / "edgeprune" / "profiles.py"), len(PROFILES))

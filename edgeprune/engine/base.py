@@ -95,3 +95,8 @@ class Performance:
     decode_ratio: Measured | None = None
     percentiles: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What a budget can limit: memory in bytes, prefill and decode in ms."""
+        return {"memory": self.memory.total, "prefill": self.prefill.value, "decode": self.decode.value}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from edgeprune.engine import local, tensorrt
 from edgeprune.engine.base import Built, Measured, Performance, Workload
+from edgeprune.engine.child import ask
 from edgeprune.engine.estimate import ELEMENT_BYTES, buffer_bytes, estimate_performance
 from edgeprune.engine.graph import Spelling, graph_weight_bytes
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
 
+BUILD_TIMEOUT_SECONDS = 3600.0
 RUNTIME_GRAPH = Spelling("onnxruntime", "last").filename
 
 
@@ -59,7 +61,7 @@ class OnnxRuntime:
             self.workload,
             weight_bytes=graph_weight_bytes(candidate.decoder, self.precision, "onnxruntime", self.workload.context),
             cache_bytes=size * candidate.decoder.cache_elements(self.workload.batch, self.workload.context),
-            buffer_bytes=buffer_bytes(candidate.decoder, self.precision, self.workload),
+            buffer_bytes=buffer_bytes(candidate.decoder, self.precision, self.workload, self.profile.dialect),
         )
         if dense is None:
             return measured
@@ -95,7 +97,7 @@ class TensorRT:
         graph = candidate.graphs / Spelling(self.profile.dialect, "last").filename
         candidate.engine.mkdir(parents=True, exist_ok=True)
         plan = candidate.engine / f"model.sm{self.profile.sm}.engine"
-        result = tensorrt.build(graph, plan, self.workload, self.profile.sm, "tensorrt-rtx")
+        result = build(graph, plan, self.workload, self.profile.sm)
         basis = f"TensorRT for RTX {result.version}, SM {self.profile.sm}, built in {result.seconds:.0f} s"
 
         def built(value: float, what: str) -> Built:
@@ -126,6 +128,16 @@ class Estimated:
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Callable[[str], None]
     ) -> Performance:
         return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
+
+
+def build(graph: Path, plan: Path, workload: Workload, sm: int) -> tensorrt.BuildResult:
+    """An engine by TensorRT for RTX, in a process of its own. Raises EngineError."""
+    request = {
+        "task": f"the build of {graph.name}", "graph": str(graph), "plan": str(plan), "workload": asdict(workload),
+        "sm": sm, "flavour": "tensorrt-rtx",
+    }  # fmt: skip
+    answer = ask("edgeprune.engine.tensorrt", request, BUILD_TIMEOUT_SECONDS)
+    return tensorrt.BuildResult(**{**answer, "warnings": tuple(answer["warnings"])})
 
 
 def choose_engine(asked: str, profile: DeviceProfile, workload: Workload, precision: str) -> Engine:

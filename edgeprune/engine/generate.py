@@ -1,0 +1,74 @@
+"""Tokens from an exported graph, step by step: greedy or sampled. It knows ids, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from edgeprune.engine.onnxruntime import Runner
+from edgeprune.errors import InputError
+
+
+def generate(
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_ids: Collection[int] = (),
+) -> Iterator[np.ndarray]:
+    """New token ids (batch,) int64 of every step; prompts of different lengths are padded left.
+
+    temperature 0 takes the likeliest token. A row that drew one of end_ids goes on repeating it; the
+    end comes when all have, or after max_new_tokens. Raises InputError where prompt and output exceed
+    the runner's cache.
+    """
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise InputError("the prompt is empty", "Give at least one token.")
+    if longest + max_new_tokens > runner.capacity + 1:
+        raise InputError(
+            f"the prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {runner.capacity}",
+            f"Shorten the prompt, or try --max-new-tokens {max(1, runner.capacity + 1 - longest)}.",
+        )
+    generator = np.random.default_rng(seed)
+    ids = np.zeros((len(prompts), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    ended = np.zeros(len(prompts), dtype=bool)
+    runner.reset()
+    tokens = np.zeros(len(prompts), np.int64)
+    for step in range(max_new_tokens):
+        logits = runner.run(ids if step == 0 else tokens[:, None], mask)
+        drawn = choose(logits.astype(np.float64), temperature, top_p, generator)
+        tokens = np.where(ended, tokens, drawn)
+        yield tokens
+        ended |= np.isin(tokens, list(end_ids))
+        if ended.all():
+            return
+        mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
+
+
+def choose(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> np.ndarray:
+    """One token id (batch,) from logits (batch, vocabulary) fp64.
+
+    top_p keeps the likeliest tokens up to that share of the probability, the one that crosses it
+    included.
+    """
+    if temperature == 0:
+        return logits.argmax(axis=1)
+    scaled = logits / temperature
+    probabilities = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    ordered = np.take_along_axis(probabilities, order, axis=1)
+    before = ordered.cumsum(axis=1) - ordered
+    ordered[before >= max(top_p, 1e-12)] = 0
+    cumulative = ordered.cumsum(axis=1)
+    points = generator.random(len(logits))[:, None] * cumulative[:, -1:]
+    picks = (cumulative <= points).sum(axis=1)
+    return np.take_along_axis(order, np.minimum(picks, logits.shape[1] - 1)[:, None], axis=1)[:, 0]

@@ -1,0 +1,110 @@
+"""Timing that holds on a busy machine: warm-up, interleaved blocks, percentiles, intervals.
+
+This file also runs on the device: Python 3.10, standard library and numpy. It knows no runtime.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+WARM_UP_SECONDS = 0.2
+MIN_BLOCKS = 8
+CONFIDENCE = 95.0
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median with the bounds of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def relative_half_width(self) -> float:
+        return (self.high - self.low) / 2 / self.value
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of every run by name: (blocks, runs in a block), block k of all names at the same time."""
+
+    blocks: dict[str, np.ndarray]
+
+    def percentiles(self, name: str) -> dict[str, float]:
+        """p50, p90, p99 and the median absolute deviation, in ms."""
+        runs = self.blocks[name].ravel()
+        p50, p90, p99 = np.percentile(runs, [50, 90, 99])
+        return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "mad": float(np.median(np.abs(runs - p50)))}
+
+    def median(self, name: str, seed: int = 0) -> Interval:
+        """The median of all runs; its interval by a bootstrap over whole blocks."""
+        blocks = self.blocks[name]
+        picks = np.random.default_rng(seed).integers(len(blocks), size=(DRAWS, len(blocks)))
+        medians = np.median(blocks[picks].reshape(DRAWS, -1), axis=1)
+        return _interval(float(np.median(blocks)), medians)
+
+    def ratio(self, name: str, reference: str, seed: int = 0) -> Interval:
+        """Median over blocks of the ratio of the two medians within a block: common drift cancels."""
+        logs = np.log(np.median(self.blocks[name], axis=1)) - np.log(np.median(self.blocks[reference], axis=1))
+        picks = np.random.default_rng(seed).integers(len(logs), size=(DRAWS, len(logs)))
+        return _interval(float(np.exp(np.median(logs))), np.exp(np.median(logs[picks], axis=1)))
+
+
+def _interval(value: float, draws: np.ndarray) -> Interval:
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return Interval(value, min(value, float(low)), max(value, float(high)))
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], None]],
+    seconds: float,
+    precision: float = 0.01,
+    block_ms: float = 150.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Time all runs in turn, a block of each, the order reversed every round (ABBA), after a warm-up.
+
+    Ends when the interval of every ratio to the first name (or, alone, of its median) has a relative
+    half width below `precision`, at the earliest after MIN_BLOCKS rounds, or after `seconds`.
+    """
+    counts = {name: _warm_up(run, block_ms, clock) for name, run in runs.items()}
+    blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
+    names = list(runs)
+    begin = clock()
+    while True:
+        for name in names:
+            blocks[name].append([_timed(runs[name], clock) for _ in range(counts[name])])
+        names.reverse()
+        rounds = len(blocks[names[0]])
+        if rounds < MIN_BLOCKS:
+            continue
+        timings = Timings({name: np.array(times) for name, times in blocks.items()})
+        if clock() - begin >= seconds or _is_precise(timings, list(runs), precision):
+            return timings
+
+
+def _is_precise(timings: Timings, names: list[str], precision: float) -> bool:
+    if len(names) == 1:
+        return timings.median(names[0]).relative_half_width < precision
+    return all(timings.ratio(name, names[0]).relative_half_width < precision for name in names[1:])
+
+
+def _warm_up(run: Callable[[], None], block_ms: float, clock: Callable[[], float]) -> int:
+    """Run for WARM_UP_SECONDS at least; how many runs make a block."""
+    times: list[float] = []
+    while sum(times) < 1e3 * WARM_UP_SECONDS or len(times) < 2:
+        times.append(_timed(run, clock))
+    return max(1, round(block_ms / float(np.median(times))))
+
+
+def _timed(run: Callable[[], None], clock: Callable[[], float]) -> float:
+    start = clock()
+    run()
+    return 1e3 * (clock() - start)

@@ -1,0 +1,117 @@
+"""Text from a model's exported graph: samples for calibration, one for the report, and `edgeprune run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.bundle import REPORT, open_bundle
+from edgeprune.engine.generate import generate
+from edgeprune.engine.graph import Spelling
+from edgeprune.engine.onnxruntime import Runner
+from edgeprune.errors import InputError
+from edgeprune.model.load import load_tokenizer
+
+BATCH = 16
+SAMPLE_TOP_P = 0.95  # the tail of a small model is noise
+MARK = "What the user says"  # stands for it while the template is looked at
+RUN_SPELLING = Spelling("onnxruntime", "last")
+
+
+def generate_documents(
+    graph: Path, directory: Path, count: int, length: int, seed: int, advance: Callable[[], None]
+) -> np.ndarray:
+    """Token ids (count, length) int64 that the model draws: a user's turn, the answer, and so on.
+
+    Without a chat template it begins after the begin (or end) token. An end token does not end a
+    sample: the model goes on with whatever follows it.
+    """
+    tokenizer = load_tokenizer(directory)
+    start = _opening(tokenizer)
+    rows = []
+    for first in range(0, count, BATCH):
+        size = min(BATCH, count - first)
+        runner = Runner(graph, size, length)
+        drawn = []
+        new = length - len(start)
+        for tokens in generate(runner, [start] * size, new, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first):
+            drawn.append(tokens)
+            advance()
+        rows.append(np.concatenate([np.tile(start, (size, 1)), np.stack(drawn, axis=1)], axis=1))
+    return np.concatenate(rows)
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens before a user's first words, in the chat template; else the begin or end token."""
+    if tokenizer.chat_template is not None:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+        before, found, _ = text.partition(MARK)
+        if found:
+            return tokenizer(before, add_special_tokens=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise InputError(
+            "the tokenizer has neither a begin nor an end token to start samples with", "Give --calibration PATH."
+        )
+    return [start]
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt as the model expects it: in its chat template where it has one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def sample_text(graph: Path, directory: Path, prompt: str, max_new_tokens: int) -> str:
+    """The greedy continuation of a prompt."""
+    tokenizer = load_tokenizer(directory)
+    ids = prompt_ids(tokenizer, prompt)
+    runner = Runner(graph, 1, len(ids) + max_new_tokens)
+    new = [int(t[0]) for t in generate(runner, [ids], max_new_tokens, end_ids=end_ids(tokenizer, directory))]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def end_ids(tokenizer: Any, directory: Path) -> set[int]:
+    """Tokens that end a text: the tokenizer's and those of the generation config."""
+    path = directory / "generation_config.json"
+    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    found = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in [*found, tokenizer.eos_token_id] if token is not None}
+
+
+def stream_text(
+    bundle: Path, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> Iterator[str]:
+    """Text pieces as they are generated from a bundle's graph by ONNX Runtime. Raises InputError."""
+    open_bundle(bundle)
+    report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
+    graph = bundle / "onnx" / RUN_SPELLING.filename
+    tokenizer_folder = bundle / "tokenizer"
+    if not graph.is_file():
+        raise InputError(
+            f"{bundle} holds no graph for ONNX Runtime", "Its model cannot run here; use the engine on its device."
+        )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ids = prompt_ids(tokenizer, prompt)
+    context = int(report["workload"]["context"])
+    room = context - len(ids)
+    if room < 1:
+        raise InputError(f"the prompt of {len(ids)} tokens exceeds the bundle's context of {context}", "Shorten it.")
+    runner = Runner(graph, 1, context)
+    shown, new = "", []
+    for tokens in generate(
+        runner, [ids], min(max_new_tokens, room), temperature, top_p, seed, end_ids(tokenizer, tokenizer_folder)
+    ):
+        new.append(int(tokens[0]))
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half a character: wait for the rest
+            yield text[len(shown) :]
+            shown = text
