@@ -61,10 +61,10 @@ def sha256(path: Path) -> str:
 
 
 def write_bundle(
-    staging: Path, output: Path, rung: Path, texts: Mapping[str, str], manifest: Mapping[str, Any],
-    render: Callable[[dict[str, int]], Mapping[str, str]],
-) -> None:
-    """Move the rung's folders into a bundle with these texts, hash all files, put it into place.
+    staging: Path, output: Path, rung: Path, tokenizer: Mapping[str, Path], texts: Mapping[str, str],
+    manifest: Mapping[str, Any], render: Callable[[dict[str, int]], Mapping[str, str]],
+) -> None:  # fmt: skip
+    """Link the rung's folders into a bundle with tokenizer and texts, hash all files, put it into place.
 
     staging: where it is assembled, on the same disk as output. render(files) gives the texts that
     list the bundle's files with their bytes (the report). An older bundle at `output` is replaced at
@@ -78,6 +78,9 @@ def write_bundle(
             # Hard links: the rung stays whole in the work folder until the bundle is in place.
             shutil.copytree(rung / name, rung_folder / name, copy_function=os.link)
             (staging / name).symlink_to(Path("rungs") / "0" / name)
+    (staging / "tokenizer").mkdir()
+    for name, path in tokenizer.items():
+        shutil.copyfile(path, staging / "tokenizer" / name)
     for name, text in texts.items():
         (staging / name).write_text(text, encoding="utf-8")
     for name, text in render(_sizes(staging)).items():

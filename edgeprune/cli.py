@@ -75,12 +75,11 @@ def fit(
     seed: Seed = 0,
 ) -> None:
     """Prune, compensate, export, build and measure until the budget is met; write a bundle and a report."""
-    from edgeprune.bundle import REPORT
     from edgeprune.loop import fit as run
     from edgeprune.prepare import Request
     from edgeprune.progress import rich_progress
-    from edgeprune.report.schema import Report
     from edgeprune.report.terminal import print_report
+    from edgeprune.shipping import read_report
 
     request = Request(
         model=model, device=device, profile=profile, memory=memory, prefill=prefill, decode=decode,
@@ -91,7 +90,7 @@ def fit(
     )  # fmt: skip
     with rich_progress() as progress:
         bundle = run(request, progress)
-    report = Report.model_validate_json((bundle / REPORT).read_text(encoding="utf-8"))
+    report = read_report(bundle)
     if json_:
         typer.echo(report.model_dump_json(indent=2))
     else:
@@ -107,7 +106,7 @@ def devices(
     json_: Json = False,
 ) -> None:
     """List the device profiles, or show one with the source and confidence of each figure."""
-    from edgeprune.profiles import list_profiles, load_profile, profile_source
+    from edgeprune.profiles import list_profiles, load_profile, profile_toml
     from edgeprune.report.terminal import print_profile, print_profiles
 
     if name is None:
@@ -117,7 +116,7 @@ def devices(
         else:
             print_profiles(profiles, _console())
     elif toml:
-        typer.echo(profile_source(name), nl=False)
+        typer.echo(profile_toml(load_profile(name)), nl=False)
     elif json_:
         typer.echo(load_profile(name).model_dump_json(indent=2))
     else:

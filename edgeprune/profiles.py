@@ -168,7 +168,7 @@ def load_profile(name: str) -> DeviceProfile:
 
 def load_profile_file(path: Path) -> DeviceProfile:
     """A profile from a TOML file. Raises InputError that names the line, or the field and the reason."""
-    remedy = f"Compare it with a shipped profile, such as {profiles_folder() / 'jetson-orin.toml'}."
+    remedy = "`edgeprune devices jetson-orin --toml` prints a complete profile to compare with."
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -192,9 +192,10 @@ def test_it_is_measured_once(small_probe: ModuleType, tmp_path: Path, monkeypatc
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["probe.json"]
     monkeypatch.setattr(small_probe, "measure", lambda source: pytest.fail("measured again"))
     assert resolve_profile("cpu", None) == first
-    monkeypatch.setattr(small_probe, "processor", lambda: "another processor")
-    with pytest.raises(pytest.fail.Exception, match="measured again"):
-        resolve_profile("cpu", None)
+    for name, changed in (("processor", "another processor"), ("total_memory", 2.0**40)):
+        with monkeypatch.context() as machine, pytest.raises(pytest.fail.Exception, match="measured again"):
+            machine.setattr(small_probe, name, lambda changed=changed: changed)
+            resolve_profile("cpu", None)
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,28 @@ def offered_sms() -> list[int]:
 
 
 def compile_plan(graph: Path, plan: Path, workload: Workload, sm: int | None, flavour: str) -> BuildResult:
-    """Build in this process, with one merged profile: two would hold the weights twice.
+    """Build in this process; where that stores weights twice, again with room for a batch of two.
 
+    With a batch of exactly one TensorRT for RTX 1.7 keeps a transposed second copy of a tied embedding;
+    with a maximum of two it does not (measured). The smaller of the two engines is kept.
     sm: compute capability to build for (TensorRT for RTX only). Raises EngineError naming the node
     where the parser refuses one.
     """
+    result, serialized = _compile(graph, workload, workload.batch, sm, flavour)
+    if result.warnings and workload.batch == 1:
+        wider, other = _compile(graph, workload, 2, sm, flavour)
+        if wider.weights_bytes + wider.activation_bytes < result.weights_bytes + result.activation_bytes:
+            result, serialized = wider, other
+    temporary = plan.with_name(f"{plan.name}.part")
+    temporary.write_bytes(serialized)
+    temporary.replace(plan)
+    return result
+
+
+def _compile(
+    graph: Path, workload: Workload, most: int, sm: int | None, flavour: str
+) -> tuple[BuildResult, Any]:
+    """One build with one merged profile (two hold the weights twice), for batches from 1 to `most`."""
     trt = import_tensorrt(flavour)
     if sm is not None and sm not in (offered := offered_sms()):
         raise EngineError(
@@ -89,18 +106,15 @@ def compile_plan(graph: Path, plan: Path, workload: Workload, sm: int | None, fl
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        profile.set_shape(tensor.name, *shapes(tensor.name, tuple(tensor.shape), workload))
+        profile.set_shape(tensor.name, *shapes(tensor.name, tuple(tensor.shape), workload, most))
     config.add_optimization_profile(profile)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         errors = [text for severity, text in messages if severity <= 1]  # internal errors and errors
         raise EngineError(f"the build failed: {' '.join(errors)[-400:]}", "See the log (--log-file) for all messages.")
-    temporary = plan.with_name(f"{plan.name}.part")
-    temporary.write_bytes(serialized)
-    temporary.replace(plan)
     figures = {match[1]: int(match[2]) for _, text in messages for match in _FIGURE.finditer(text)}
     weights = figures.get("Total Weights Memory", 0)
-    return BuildResult(
+    result = BuildResult(
         version=trt.__version__,
         weights_bytes=weights,
         activation_bytes=figures.get("Total Activation Memory", 0),
@@ -109,11 +123,15 @@ def compile_plan(graph: Path, plan: Path, workload: Workload, sm: int | None, fl
         peak_build_bytes=_peak_bytes(),
         warnings=_warnings(weights, graph),
     )
+    return result, serialized
 
 
-def shapes(name: str, shape: tuple[int, ...], workload: Workload) -> tuple[tuple[int, ...], ...]:
+def shapes(
+    name: str, shape: tuple[int, ...], workload: Workload, most: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Minimum, optimum and maximum shape of an input of our graph's contract (-1: dynamic).
 
+    most: the largest batch, if not the workload's.
     The optimum is the decode step in the middle of the context: most of the time is spent there.
     """
 
@@ -123,7 +141,7 @@ def shapes(name: str, shape: tuple[int, ...], workload: Workload) -> tuple[tuple
         return batch, past + sequence if name == "attention_mask" else sequence
 
     last = workload.context - 1
-    return at(1, 1, 0), at(workload.batch, 1, last // 2), at(workload.batch, workload.prompt, last)
+    return at(1, 1, 0), at(workload.batch, 1, last // 2), at(most or workload.batch, workload.prompt, last)
 
 
 def _logger(trt: Any) -> tuple[Any, list[tuple[int, str]]]:

@@ -1,0 +1,378 @@
+"""From what the loop found to what the user gets: the report, the bundle's texts, the bundle."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.budget import STATUS_TEXT, format_ms, memory_total
+from edgeprune.bundle import REPORT, open_bundle, write_bundle
+from edgeprune.engine.base import Performance
+from edgeprune.engine.estimate import bytes_per_token, latency_shares
+from edgeprune.engine.graph import Spelling
+from edgeprune.engine.tensorrt import trtexec_commands
+from edgeprune.errors import InputError
+from edgeprune.loop import Fitted
+from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.profiles import profile_toml
+from edgeprune.report import schema
+from edgeprune.report.html import render_html
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
+SCRIPT = "build_and_measure.sh"
+
+
+def ship(fitted: Fitted, work: Path) -> None:
+    """Write the finished bundle to the setup's output. Everything before that happens in `work`."""
+    setup = fitted.setup
+    rung = work / "rung"
+    shutil.rmtree(rung, ignore_errors=True)
+    rung.mkdir()
+    exported = fitted.chosen.exported
+    if setup.request.checkpoint:
+        (rung / "model").symlink_to(fitted.chosen.model.directory)
+    (rung / "onnx").symlink_to(exported.graphs)
+    if exported.engine.is_dir():
+        (rung / "engine").symlink_to(exported.engine)
+    texts = {"profile.toml": profile_toml(setup.profile), "README.md": _readme(fitted)}
+    if setup.profile.engine == "tensorrt":
+        texts[SCRIPT] = _script(fitted)
+
+    def render(files: dict[str, int]) -> dict[str, str]:
+        report = build_report(fitted, files)
+        return {REPORT: report.model_dump_json(indent=2) + "\n", "report.html": render_html(report)}
+
+    manifest = {
+        "edgeprune": __version__, "created": _now(), "command": _command(fitted), "device": setup.profile.name,
+        "engine": setup.engine.name, "seed": setup.request.seed, "versions": _versions(),
+        "fingerprint": setup.fingerprint,
+    }  # fmt: skip
+    tokenizer = {
+        path.name: path
+        for path in sorted(setup.model.directory.iterdir())
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name
+    }
+    write_bundle(work / "bundle", setup.output, rung, tokenizer, texts, manifest, render)
+
+
+def render_again(folder: Path) -> Path:
+    """report.html once more from a bundle's report.json. Raises InputError."""
+    open_bundle(folder)
+    path = folder / "report.html"
+    temporary = path.with_name("report.html.part")
+    temporary.write_text(render_html(read_report(folder)), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_report(folder: Path) -> schema.Report:
+    """The report of a bundle. Raises InputError where it cannot be read."""
+    try:
+        return schema.Report.model_validate_json((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{folder / REPORT} cannot be read by this version of edgeprune", "Use the version that manifest.json names."
+        ) from None
+
+
+def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
+    """The report of a finished run."""
+    setup, verdict = fitted.setup, fitted.verdict
+    dense, small = setup.model.decoder, fitted.chosen.model.decoder
+    moved = [bytes_per_token(d, setup.precision, setup.workload, _in_place(fitted)).total for d in (dense, small)]
+    shares = [latency_shares(d, setup.profile, setup.workload, setup.precision) for d in (dense, small)]
+    label = "agreement with the dense model" if fitted.samples.self_generated else "perplexity"
+    sides = [
+        schema.Side(
+            performance=_performance(performance), parameters=decoder.parameters,
+            layer_parameters=decoder.layer_parameters, decode_bytes=bytes_moved, latency_shares=share,
+            widths=_widths(decoder),
+        )
+        for performance, decoder, bytes_moved, share in zip(
+            (fitted.dense, fitted.chosen.performance), (dense, small), moved, shares, strict=True
+        )
+    ]  # fmt: skip
+    return schema.Report(
+        edgeprune=__version__, created=_now(), command=_command(fitted), headline=_headline(fitted),
+        status=verdict.status, rests_on=verdict.source, quality_met=fitted.quality_is_met,
+        model={
+            "name": setup.model.name, "family": dense.family, "hidden_size": dense.hidden_size,
+            "layers": len(dense.layers), "vocab_size": dense.vocab_size, "fingerprint": setup.model.fingerprint,
+        },
+        device={
+            "name": setup.profile.name, "description": setup.profile.description,
+            "figures": {name: figure.model_dump() for name, figure in setup.profile.hardware.items()},
+        },
+        workload={"batch": setup.workload.batch, "prompt": setup.workload.prompt, "context": setup.workload.context},
+        precision=setup.precision, engine={"name": setup.engine.name, "reason": setup.engine.reason},
+        choices=[schema.Choice(**choice.__dict__) for choice in setup.choices], versions=_versions(),
+        seed=setup.request.seed, budget=_constraints(fitted), ratio=ratio(small, dense),
+        total_ratio=1 - small.parameters / dense.parameters, decode_bytes_ratio=1 - moved[1] / moved[0],
+        dense=sides[0], fitted=sides[1], unprunable=_unprunable(shares[0]), floor=setup.floor.values,
+        search=_search(fitted),
+        quality=schema.Quality(
+            label=label, rise_percent=fitted.quality.worst_percent, grade=schema.grade_of(fitted.quality.worst_percent),
+            texts=[
+                schema.Text(
+                    name=name, tokens=int(t["tokens"]), dense=t["dense"], fitted=t["fitted"],
+                    rise_percent=t["percent"], low_percent=t["low"], high_percent=t["high"],
+                )
+                for name, t in fitted.quality.texts.items()
+            ],
+            prompt=fitted.quality.prompt, dense_sample=fitted.quality.dense_sample,
+            fitted_sample=fitted.quality.fitted_sample,
+        ),
+        modules=[schema.Module(**{key: _finite(value) for key, value in r.items()}) for r in fitted.chosen.records],
+        cross_check=fitted.cross_check and {k: schema.figure_of(f) for k, f in fitted.cross_check.items()},
+        deploy=_deploy(fitted), stages=fitted.seconds, files=files, warnings=_warnings(fitted),
+    )  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and isnan(value) else value
+
+
+def _performance(performance: Performance) -> schema.Performance:
+    optional = {
+        name: None if (figure := getattr(performance, name)) is None else schema.figure_of(figure)
+        for name in ("prefill_ratio", "decode_ratio")
+    }
+    return schema.Performance(
+        memory={name: schema.figure_of(part) for name, part in performance.memory.parts.items()},
+        memory_total=schema.figure_of(memory_total(performance)),
+        prefill=schema.figure_of(performance.prefill), decode=schema.figure_of(performance.decode),
+        percentiles=performance.percentiles, **optional,
+    )  # fmt: skip
+
+
+def _widths(decoder: Decoder) -> list[dict[str, int]]:
+    return [
+        {
+            "query heads": layer.attention.num_attention_heads if layer.attention else 0,
+            "key/value heads": layer.attention.num_key_value_heads if layer.attention else 0,
+            "MLP channels": layer.mlp.intermediate_size if layer.mlp else 0,
+        }
+        for layer in decoder.layers
+    ]
+
+
+def _in_place(fitted: Fitted) -> bool:
+    return fitted.setup.profile.dialect == "onnxruntime"
+
+
+def _constraints(fitted: Fitted) -> list[schema.Constraint]:
+    rows = []
+    for check in fitted.verdict.checks:
+        dense = memory_total(fitted.dense) if check.name == "memory" else getattr(fitted.dense, check.name)
+        rows.append(
+            schema.Constraint(
+                name=check.name, asked=check.asked, limit=check.limit, unit=check.figure.unit,
+                dense=schema.figure_of(dense), fitted=schema.figure_of(check.figure), status=check.status,
+            )
+        )  # fmt: skip
+    limit = fitted.setup.budget.max_quality_loss
+    if limit is not None:
+        worst = max(fitted.quality.texts.values(), key=lambda text: text["percent"])
+        figure = schema.Figure(
+            value=worst["percent"], unit="%", source="measured", device="held-out text", low=worst["low"],
+            high=worst["high"],
+        )  # fmt: skip
+        status = "met" if fitted.quality_is_met else "missed"
+        rows.append(
+            schema.Constraint(
+                name="quality", asked=f"{limit:g}%", limit=limit, unit="%", dense=None, fitted=figure, status=status
+            )
+        )
+    return rows
+
+
+def _search(fitted: Fitted) -> schema.Search:
+    outcome = fitted.outcome
+    if outcome is None:
+        return schema.Search(ending="dense", reason="the dense model already meets the budget", candidates=[])
+    return schema.Search(
+        ending=outcome.ending, reason=outcome.reason,
+        candidates=[
+            schema.Candidate(
+                widths=trial.widths._asdict(), predicted=trial.predicted, obtained=trial.obtained.values,
+                status=trial.obtained.status, chosen=number == outcome.chosen,
+            )
+            for number, trial in enumerate(outcome.trials)
+        ],
+    )  # fmt: skip
+
+
+def _headline(fitted: Fitted) -> str:
+    setup, verdict = fitted.setup, fitted.verdict
+    asked = ", ".join(f"{check.name} {check.asked}" for check in verdict.checks)
+    rise = fitted.quality.worst_percent
+    if fitted.outcome is None:
+        return f"{setup.model.name} meets {asked} on {setup.profile.name} as it is: nothing was pruned."
+    cost = f"at {rise:+.1f} % perplexity, {100 * ratio(fitted.chosen.model.decoder, setup.model.decoder):.0f} % pruned"
+    if verdict.status == "missed":
+        return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."
+    if verdict.status == "noisy":
+        return f"{setup.model.name}, {asked} on {setup.profile.name}: {STATUS_TEXT['noisy']} ({cost})."
+    if not fitted.quality_is_met:
+        limit = f"{setup.budget.max_quality_loss:g} %"
+        return f"{setup.model.name} meets {asked} on {setup.profile.name} only beyond the quality limit of {limit}: {cost}."
+    how = "" if verdict.source == "measured" else f" ({verdict.source})"
+    return f"{setup.model.name} meets {asked} on {setup.profile.name}{how}, {cost}."
+
+
+def _unprunable(shares: dict[str, float]) -> str:
+    total = sum(shares.values())
+    fixed = shares["overhead"] + shares["head_and_embedding"]
+    return (
+        f"{100 * fixed / total:.0f} % of the dense model's time per token ({format_ms(fixed)} of {format_ms(total)}, "
+        f"estimated) is overhead, embedding and head: no pruning of layers removes it."
+    )
+
+
+def _warnings(fitted: Fitted) -> list[str]:
+    warnings = list(fitted.chosen.performance.notes)
+    if not fitted.chosen.performance.decode.source == "measured":
+        warnings.insert(0, "Latency was not measured on the device: build and measure there before you decide.")
+    if fitted.samples.self_generated:
+        warnings.append("Quality was measured on text that the dense model generated: agreement, not quality.")
+    fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
+    if fell_back:
+        warnings.append(f"Compensation did not help and was left out in: {', '.join(fell_back)}.")
+    return warnings
+
+
+def _deploy(fitted: Fitted) -> list[schema.Step]:
+    setup = fitted.setup
+    bundle = shlex.quote(setup.output.name)
+    steps = []
+    if setup.profile.engine == "tensorrt":
+        steps.append(
+            schema.Step(
+                title=f"Copy the bundle to the {setup.profile.description}; build the engine and measure it there",
+                command=f"scp -r {bundle} USER@DEVICE:\nssh USER@DEVICE 'cd {bundle} && bash {SCRIPT}'",
+            )
+        )
+    elif setup.engine.name == "tensorrt-rtx" and fitted.chosen.exported.engine.is_dir():
+        plans = sorted(path.name for path in fitted.chosen.exported.engine.glob("*.engine"))
+        steps.append(
+            schema.Step(
+                title="Load the engine with TensorRT for RTX of the version in manifest.json",
+                command="\n".join(f"engine/{name}" for name in plans),
+            )
+        )
+    elif setup.engine.name == "tensorrt-rtx":
+        steps.append(
+            schema.Step(
+                title="Build the engine: install TensorRT for RTX and fit again",
+                command=f'pip install "edgeprune[rtx]"\n{_command(fitted)} --force',
+            )
+        )
+    steps.append(
+        schema.Step(
+            title="Try it on this machine", command=f"edgeprune run {bundle} --prompt {shlex.quote(fitted.quality.prompt)}"
+        )
+    )
+    if setup.request.checkpoint:
+        steps.append(
+            schema.Step(
+                title="Load the checkpoint in Python",
+                command=f'transformers.AutoModelForCausalLM.from_pretrained("{setup.output.name}/model")',
+            )
+        )
+    return steps
+
+
+def _script(fitted: Fitted) -> str:
+    setup, decoder = fitted.setup, fitted.chosen.model.decoder
+    caches = [
+        (f"past_key_values.{index}.{kind}", layer.attention.num_key_value_heads, layer.attention.head_dim)
+        for index, layer in enumerate(decoder.layers)
+        if layer.attention is not None
+        for kind in ("key", "value")
+    ]
+    graph = f"onnx/{Spelling(setup.profile.dialect, 'last').filename}"
+    build, decode, prefill = (
+        shlex.join(words) for words in trtexec_commands(graph, caches, setup.workload, "engine/model.engine")
+    )
+    return "\n".join([
+        "#!/usr/bin/env bash",
+        f"# Builds the engine on the {setup.profile.description} and measures it; needs TensorRT's trtexec.",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"',
+        'export PATH="$PATH:/usr/src/tensorrt/bin"',
+        'command -v trtexec >/dev/null || { echo "trtexec is missing: install TensorRT (JetPack has it)" >&2; exit 4; }',
+        'if [ ! -e engine ]; then mkdir engine; fi',
+        "# The power mode decides the speed: it is recorded, never changed.",
+        "if command -v nvpmodel >/dev/null; then nvpmodel -q || true; fi",
+        build,
+        f'echo "== decode: one token at past {setup.workload.context - 1}; compare the median GPU compute time =="',
+        decode,
+        f'echo "== prefill: a prompt of {setup.workload.prompt} tokens =="',
+        prefill,
+        "",
+    ])  # fmt: skip
+
+
+def _readme(fitted: Fitted) -> str:
+    setup = fitted.setup
+    lines = [
+        f"# {setup.model.name} for {setup.profile.description}", "", _headline(fitted), "",
+        "`report.html` is the whole report, `report.json` the same for programs.", "",
+    ]  # fmt: skip
+    for step in _deploy(fitted):
+        lines += [f"## {step.title}", "", "```", step.command, "```", ""]
+    lines += [
+        "## Files", "",
+        "| file | what it is |", "|---|---|",
+        "| `onnx/model.onnx` | the model as ONNX, opset 23, all logits; its weights in the `.data` files beside it |",
+        "| `onnx/model.primitive*.onnx` | the same in operators of opset 17, for older parsers |",
+        "| `onnx/model.onnxruntime*.onnx` | the same for ONNX Runtime, its cache updated in place |",
+        "| `onnx/*.last.onnx` | the same with the logits of the last position only: what engines are built from |",
+        "| `model/` | a standard checkpoint for `from_pretrained` |",
+        "| `engine/` | the built engine, where one could be built |",
+        "| `profile.toml` | the device profile that was used |",
+        "| `manifest.json` | versions, seed, the command that reproduces it, sha256 of every file |", "",
+        f"Inputs and outputs are those of Optimum and onnxruntime-genai; context {setup.workload.context} at most.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _command(fitted: Fitted) -> str:
+    """The command line that makes this bundle again: every argument that was given."""
+    request = fitted.setup.request
+    words = ["edgeprune", "fit", request.model]
+    defaults = type(request)()
+    for name, value in request.__dict__.items():
+        option = "--" + name.replace("_", "-")
+        if name in ("model", "resume", "force") or value == getattr(defaults, name):
+            continue
+        if name == "checkpoint":
+            words.append("--no-checkpoint")
+        elif value is True:
+            words.append(option)
+        elif name == "evaluate":
+            words += [word for path in value for word in (option, str(path))]
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
