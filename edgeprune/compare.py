@@ -50,7 +50,7 @@ def compare(
 
     from edgeprune.evaluate.perplexity import document_losses
     from edgeprune.pruning.prune import METHODS, method_named, prune
-    from edgeprune.pruning.sensitivity import measure_sensitivities
+    from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
 
     chosen = {name: method_named(name) for name in methods if name != DENSE}
     for value in ratios:
@@ -77,6 +77,7 @@ def compare(
     advance()
     advance = progress.stage("measure sensitivities", len(model.decoder.layers))
     sensitivities = measure_sensitivities(model, ids, METHODS["default"].score, seed, advance)
+    sensitivities = measure_response(model, ids, sensitivities, METHODS["default"], seed)
     for value in ratios:
         target = widths_at(model.decoder, value / 100, sensitivities)
         for name, method in chosen.items():
@@ -104,7 +105,7 @@ def widths_at(dense: Decoder, wanted: float, sensitivities: Any) -> Decoder:
     )
     decoders = {widths: dense.with_widths(*widths) for widths in uniform_options(full, CHANNEL_MULTIPLE)}
     near = best_within(
-        list(decoders), sensitivities.uniform_error, lambda widths: abs(ratio(decoders[widths], dense) - wanted) <= 0.005
+        list(decoders), sensitivities.uniform_loss, lambda widths: abs(ratio(decoders[widths], dense) - wanted) <= 0.005
     )
     if near is None:
         reached = min((ratio(d, dense) for d in decoders.values()), key=lambda value: abs(value - wanted))

@@ -200,7 +200,7 @@ class Run:
         """What every possible cut would cost; reused by other budgets for the same model and samples."""
         from edgeprune.pruning.allocate import Sensitivities
         from edgeprune.pruning.prune import method_named
-        from edgeprune.pruning.sensitivity import measure_sensitivities
+        from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
 
         setup = self.setup
         key = hashlib.sha256(
@@ -210,16 +210,16 @@ class Run:
         path = cache_folder() / "sensitivities" / f"{key}.npz"
         if not path.is_file():
             advance = self.progress.stage("measure sensitivities", len(setup.model.decoder.layers))
-            found = measure_sensitivities(
-                setup.model, _tensor(samples.calibration), method_named(setup.request.method).score,
-                setup.request.seed, advance,
-            )  # fmt: skip
+            ids, method = _tensor(samples.calibration), method_named(setup.request.method)
+            found = measure_sensitivities(setup.model, ids, method.score, setup.request.seed, advance)
+            advance = self.progress.stage("probe the loss", 4)
+            found = measure_response(setup.model, ids, found, method, setup.request.seed, advance)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f"{key}.{self.journal.folder.name}.npz")
-            np.savez(temporary, attention=found.attention, mlp=found.mlp)
+            np.savez(temporary, attention=found.attention, mlp=found.mlp, response=found.response)
             temporary.replace(path)
         with np.load(path) as arrays:
-            return Sensitivities(arrays["attention"], arrays["mlp"])
+            return Sensitivities(arrays["attention"], arrays["mlp"], arrays["response"])
 
     def search(self, dense: Candidate, samples: Samples, sensitivities: Sensitivities) -> tuple[Outcome, Candidate]:
         """Propose, prune, build, measure, correct; the chosen candidate."""
@@ -245,7 +245,7 @@ class Run:
             return Costs({name: obtained.values[name] for name in limits}, status)
 
         outcome = search(
-            uniform_options(widths, setup.profile.channel_multiple), sensitivities.uniform_error, estimate,
+            uniform_options(widths, setup.profile.channel_multiple), sensitivities.uniform_loss, estimate,
             (widths, dense.performance.values), limits, self._margins(dense.performance), obtain,
         )  # fmt: skip
         return outcome, candidates[outcome.chosen]

@@ -10,16 +10,18 @@ from typing import Any
 
 from edgeprune.errors import EngineError
 
+_START = "import runpy, sys; sys.path[:] = {path!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+
 
 def ask(module: str, request: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-    """Run `python -m module` on a request.
+    """Run a module as a program on a request; it imports what this process would, not the current folder.
 
     Raises EngineError where the child reports one, dies (naming the signal) or does not end in time.
     """
     try:
         result = subprocess.run(
-            [sys.executable, "-m", module], input=json.dumps(request), capture_output=True, text=True,
-            timeout=timeout_seconds, check=False,
+            [sys.executable, "-P", "-c", _START.format(path=sys.path, module=module)], input=json.dumps(request),
+            capture_output=True, text=True, timeout=timeout_seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EngineError(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from edgeprune.engine.onnxruntime import Runner
-from edgeprune.errors import InputError
+from edgeprune.errors import InputError, NumericalError
 
 
 def generate(
@@ -22,16 +22,18 @@ def generate(
     """New token ids (batch,) int64 of every step; prompts of different lengths are padded left.
 
     temperature 0 takes the likeliest token. A row that drew one of end_ids goes on repeating it; the
-    end comes when all have, or after max_new_tokens. Raises InputError where prompt and output exceed
-    the runner's cache.
+    end comes when all have, or after max_new_tokens. The last token needs no place in the cache.
+    Raises InputError where prompt and output exceed the runner's cache, NumericalError where logits are
+    not finite.
     """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise InputError("the prompt is empty", "Give at least one token.")
-    if longest + max_new_tokens > runner.capacity + 1:
+    room = runner.capacity + 1 - longest
+    if max_new_tokens > room:
         raise InputError(
             f"the prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {runner.capacity}",
-            f"Shorten the prompt, or try --max-new-tokens {max(1, runner.capacity + 1 - longest)}.",
+            f"Try --max-new-tokens {room}." if room > 0 else f"Shorten the prompt by {1 - room} tokens at least.",
         )
     generator = np.random.default_rng(seed)
     ids = np.zeros((len(prompts), longest), np.int64)
@@ -44,6 +46,10 @@ def generate(
     tokens = np.zeros(len(prompts), np.int64)
     for step in range(max_new_tokens):
         logits = runner.run(ids if step == 0 else tokens[:, None], mask)
+        if not np.isfinite(logits).all():
+            raise NumericalError(
+                f"the logits of step {step + 1} are not finite", "Use an fp32 graph, or check the model's weights."
+            )
         drawn = choose(logits.astype(np.float64), temperature, top_p, generator)
         tokens = np.where(ended, tokens, drawn)
         yield tokens
@@ -61,8 +67,8 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     """
     if temperature == 0:
         return logits.argmax(axis=1)
-    scaled = logits / temperature
-    probabilities = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
+        probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     order = np.argsort(-probabilities, axis=1, kind="stable")
     ordered = np.take_along_axis(probabilities, order, axis=1)
@@ -70,5 +76,5 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     ordered[before >= max(top_p, 1e-12)] = 0
     cumulative = ordered.cumsum(axis=1)
     points = generator.random(len(logits))[:, None] * cumulative[:, -1:]
-    picks = (cumulative <= points).sum(axis=1)
-    return np.take_along_axis(order, np.minimum(picks, logits.shape[1] - 1)[:, None], axis=1)[:, 0]
+    picks = np.minimum((cumulative <= points).sum(axis=1), (ordered > 0).sum(axis=1) - 1)
+    return np.take_along_axis(order, picks[:, None], axis=1)[:, 0]

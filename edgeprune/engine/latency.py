@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 
 WARM_UP_SECONDS = 0.2
-MIN_BLOCKS = 8
-CONFIDENCE = 95.0
+MIN_BLOCKS = 6
+GROWTH = 1.5  # of the rounds from one look at the precision to the next: stopping at any lucky round covers less
+CONFIDENCE = 0.95
 DRAWS = 1000
 
 
@@ -47,19 +50,32 @@ class Timings:
         blocks = self.blocks[name]
         picks = np.random.default_rng(seed).integers(len(blocks), size=(DRAWS, len(blocks)))
         medians = np.median(blocks[picks].reshape(DRAWS, -1), axis=1)
-        return _interval(float(np.median(blocks)), medians)
+        return _interval(float(np.median(blocks)), medians, len(blocks))
 
     def ratio(self, name: str, reference: str, seed: int = 0) -> Interval:
         """Median over blocks of the ratio of the two medians within a block: common drift cancels."""
         logs = np.log(np.median(self.blocks[name], axis=1)) - np.log(np.median(self.blocks[reference], axis=1))
         picks = np.random.default_rng(seed).integers(len(logs), size=(DRAWS, len(logs)))
-        return _interval(float(np.exp(np.median(logs))), np.exp(np.median(logs[picks], axis=1)))
+        return _interval(float(np.exp(np.median(logs))), np.exp(np.median(logs[picks], axis=1)), len(logs))
 
 
-def _interval(value: float, draws: np.ndarray) -> Interval:
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail])
+def _interval(value: float, draws: np.ndarray, blocks: int) -> Interval:
+    tail = _tail(blocks)
+    low, high = np.percentile(draws, [100 * tail, 100 * (1 - tail)])
     return Interval(value, min(value, float(low)), max(value, float(high)))
+
+
+def _tail(blocks: int) -> float:
+    """Share of the draws outside each bound: the percentile interval expanded for few blocks.
+
+    Phi(-sqrt(n / (n - 1)) t) with Student's t of n - 1 degrees of freedom (Hesterberg 2015, "What
+    Teachers Should Know About the Bootstrap"), t by its expansion around the normal quantile
+    (Abramowitz and Stegun 26.7.5). Without it eight blocks cover 91 % instead of 95 %.
+    """
+    freedom, normal = blocks - 1, NormalDist()
+    z = normal.inv_cdf((1 + CONFIDENCE) / 2)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return normal.cdf(-sqrt(blocks / freedom) * t)
 
 
 def interleave(
@@ -72,21 +88,24 @@ def interleave(
     """Time all runs in turn, a block of each, the order reversed every round (ABBA), after a warm-up.
 
     Ends when the interval of every ratio to the first name (or, alone, of its median) has a relative
-    half width below `precision`, at the earliest after MIN_BLOCKS rounds, or after `seconds`.
+    half width below `precision`, looked at after MIN_BLOCKS rounds and at growing distances from then
+    on, or after `seconds` and MIN_BLOCKS rounds.
     """
     counts = {name: _warm_up(run, block_ms, clock) for name, run in runs.items()}
     blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
     names = list(runs)
-    begin = clock()
+    begin, look = clock(), float(MIN_BLOCKS)
     while True:
         for name in names:
             blocks[name].append([_timed(runs[name], clock) for _ in range(counts[name])])
         names.reverse()
         rounds = len(blocks[names[0]])
-        if rounds < MIN_BLOCKS:
+        late = clock() - begin >= seconds
+        if rounds < MIN_BLOCKS or not (late or rounds >= look):
             continue
+        look = GROWTH * rounds
         timings = Timings({name: np.array(times) for name, times in blocks.items()})
-        if clock() - begin >= seconds or _is_precise(timings, list(runs), precision):
+        if late or _is_precise(timings, list(runs), precision):
             return timings
 
 

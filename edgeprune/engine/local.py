@@ -27,8 +27,9 @@ def measure(
     """Memory and latency of a candidate; with `dense` interleaved with it and as ratios to it.
 
     dense, candidate: graphs of the onnxruntime dialect with `last` logits. Weights, cache and buffers
-    are the graph's exact bytes; the peak of the whole process beyond them and beyond the runtime
-    counts as activations. Raises EngineError.
+    are the graph's exact bytes; the peak of the whole process beyond them and beyond the runtime counts
+    as activations, so the weights that ONNX Runtime holds again in a packed layout are among them.
+    Raises EngineError.
     """
     graphs = {"candidate": candidate} if dense is None else {"dense": dense, "candidate": candidate}
     answer = _latency(graphs, workload, SECONDS)

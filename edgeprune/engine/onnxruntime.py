@@ -31,7 +31,8 @@ class Runner:
         self.session = _session(graph, threads)
         self.past = 0
         self._cache = {
-            node.name: np.zeros((batch, node.shape[1], capacity, node.shape[3]), ELEMENTS[node.type])
+            # Written, not np.zeros: pages that nobody wrote cost neither memory nor time to read.
+            node.name: np.full((batch, node.shape[1], capacity, node.shape[3]), 0, ELEMENTS[node.type])
             for node in self.session.get_inputs()
             if node.name.startswith("past_key_values.")
         }
@@ -43,7 +44,8 @@ class Runner:
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """ids (batch, tokens) int64 appended to the cache -> logits (batch, vocabulary) of the last one.
 
-        mask: (batch, past + tokens) int64, 0 for left padding. Raises EngineError where the cache is full.
+        mask: (batch, past + tokens) int64, 0 for left padding. Raises EngineError where the cache is full
+        or ONNX Runtime refuses the step.
         """
         import onnxruntime as ort
 
@@ -64,7 +66,13 @@ class Runner:
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         binding.bind_output("logits", "cpu")
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own exceptions share no public base
+            raise EngineError(
+                f"ONNX Runtime failed at a step of {batch} x {tokens} tokens: {error}",
+                "Try a smaller batch or context; if it persists, export the model again.",
+            ) from None
         self.past = total
         return binding.get_outputs()[-1].numpy()[:, -1]
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from edgeprune.model.forward import final_hidden, logits
+from edgeprune.model.forward import token_losses, weight_stream
 from edgeprune.model.model import Model
 
 
@@ -50,19 +49,12 @@ def document_losses(
     ids = np.zeros((len(windows), max(len(w) for _, w in windows)), dtype=np.int64)  # padded right: causal
     for row, (_, window) in zip(ids, windows, strict=True):
         row[: len(window)] = window
-    hidden = final_hidden(model, torch.from_numpy(ids), on_layer=on_layer)
-    states = torch.cat([row[: len(window) - 1] for row, (_, window) in zip(hidden, windows, strict=True)])
-    labels = torch.from_numpy(np.concatenate([window[1:] for _, window in windows]))
-    owners = np.concatenate([np.full(len(window) - 1, number) for number, window in windows])
-    chunks = logits(model, states)
-    losses = [
-        F.cross_entropy(chunk, part, reduction="none").double()
-        for chunk, part in zip(chunks, labels.split(512), strict=True)
-    ]
-    count = len(documents)
-    return Losses(
-        np.bincount(owners, torch.cat(losses).numpy(), minlength=count), np.bincount(owners, minlength=count)
-    )
+    losses = token_losses(model.decoder, weight_stream(model), torch.from_numpy(ids), on_layer=on_layer).numpy()
+    nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
+    for (number, window), row in zip(windows, losses, strict=True):
+        nats[number] += row[: len(window) - 1].sum()
+        tokens[number] += len(window) - 1
+    return Losses(nats, tokens)
 
 
 def rise(dense: Losses, fitted: Losses, seed: int, draws: int = 2000) -> Rise:

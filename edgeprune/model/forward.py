@@ -7,7 +7,7 @@ i intermediate_size. Everything is fp32, whatever the checkpoint stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from edgeprune.model.decoder import Attention, Decoder
 from edgeprune.model.model import Model
 
 LayerWeights = dict[str, torch.Tensor]
+WeightStream = Iterable[tuple[str, torch.Tensor]]
+LOGIT_ROWS = 512  # positions whose logits are held at a time
 
 
 def layer_weights(model: Model, index: int) -> LayerWeights:
@@ -108,28 +110,47 @@ def modules_of(decoder: Decoder, index: int) -> list[str]:
     return [kind for kind, part in (("attention", layer.attention), ("mlp", layer.mlp)) if part is not None]
 
 
+def weight_stream(model: Model) -> WeightStream:
+    """All weights of a model in order, each read when it is asked for."""
+    return ((name, model.weights[name]) for name in model.decoder.shapes())
+
+
 @torch.inference_mode()
-def final_hidden(
-    model: Model, ids: torch.Tensor, rows: int = 8, on_layer: Callable[[], None] = lambda: None
-) -> torch.Tensor:
-    """ids (b, t) -> normed states before the head (b, t, c), layer by layer."""
-    decoder = model.decoder
+def token_losses(
+    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, rows: int = 8,
+    on_layer: Callable[[], None] = lambda: None,
+) -> torch.Tensor:  # fmt: skip
+    """Negative log-likelihood in nats (b, t - 1) fp64 of every token of ids (b, t) but the first.
+
+    weights: in the order of decoder.shapes(), consumed as they come, so that a model is evaluated
+    while it is read, or while it is pruned; one layer is held at a time, and the embedding where the
+    head is tied to it.
+    """
+    stream = iter(weights)
+
+    def take(name: str) -> torch.Tensor:
+        given, tensor = next(stream)
+        if given != name:
+            raise ValueError(f"expected {name}, got {given}")
+        return tensor
+
+    head = take("embedding")
+    hidden = F.embedding(ids, head).float()
     tables = rotary_tables(decoder, ids.shape[1])
-    hidden = embed(model, ids)
     for index in range(len(decoder.layers)):
-        weights = layer_weights(model, index)
+        prefix = f"layers.{index}."
+        layer = {name.removeprefix(prefix): take(name).float() for name in decoder.layer_shapes(index)}
         for kind in modules_of(decoder, index):
-            for start in range(0, len(hidden), rows):
-                chunk = hidden[start : start + rows]
-                inputs = module_inputs(decoder, index, kind, weights, chunk, tables, rows)
-                chunk += F.linear(inputs, weights[OUTPUT[kind]])
+            for chunk in hidden.split(rows):
+                inputs = module_inputs(decoder, index, kind, layer, chunk, tables, rows)
+                chunk += F.linear(inputs, layer[OUTPUT[kind]])
         on_layer()
-    return rms_norm(hidden, model.weights["norm"].float(), decoder.norm_eps)
-
-
-@torch.inference_mode()
-def logits(model: Model, hidden: torch.Tensor, tokens: int = 512) -> Iterator[torch.Tensor]:
-    """Normed states (n, c) -> logits (at most `tokens`, vocabulary) at a time."""
-    head = model.weights["embedding" if model.decoder.tie_word_embeddings else "head"].float()
-    for chunk in hidden.split(tokens):
-        yield F.linear(chunk, head)
+    states = rms_norm(hidden[:, :-1], take("norm").float(), decoder.norm_eps).flatten(0, 1)
+    if not decoder.tie_word_embeddings:
+        head = take("head")
+    head, labels = head.float(), ids[:, 1:].flatten()
+    losses = [
+        F.cross_entropy(F.linear(part, head), wanted, reduction="none").double()
+        for part, wanted in zip(states.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(losses).view(len(ids), -1)

@@ -6,7 +6,7 @@ Pure: arrays in, arrays out; it sees no model. Layout `uniform`: the same widths
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -34,15 +34,24 @@ class Sensitivities:
     groups of r query heads; mlp: (layers, intermediate_size + 1) fp64, at [l, k] for k kept channels.
     An error is sum_t ||dy_t||^2 / ||h_t||^2 / tokens, with dy_t the change of the module's output and
     h_t the residual stream that it is added to: the next norm sees the stream relative to its length.
+    response: nats per token that the loss rises per unit of error summed over the layers, for removed
+    groups, removed query heads and removed channels; measured, because the errors of different kinds
+    of cuts are not worth the same.
     """
 
     attention: np.ndarray
     mlp: np.ndarray
+    response: np.ndarray = field(default_factory=lambda: np.ones(3))
 
-    def uniform_error(self, widths: Widths) -> float:
-        """Sum over the layers when every layer is cut to these widths."""
-        attention = self.attention[:, widths.num_key_value_heads - 1, widths.heads_per_group - 1]
-        return float(attention.sum() + self.mlp[:, widths.intermediate_size].sum())
+    def uniform_errors(self, widths: Widths) -> np.ndarray:
+        """Summed errors (3,) of the removed groups, query heads and channels, for the same widths everywhere."""
+        groups = float(self.attention[:, widths.num_key_value_heads - 1, -1].sum())
+        both = float(self.attention[:, widths.num_key_value_heads - 1, widths.heads_per_group - 1].sum())
+        return np.array([groups, both - groups, self.mlp[:, widths.intermediate_size].sum()])
+
+    def uniform_loss(self, widths: Widths) -> float:
+        """Predicted rise of the loss in nats per token when every layer is cut to these widths."""
+        return float(self.response @ self.uniform_errors(widths))
 
 
 def nested_errors(weight: torch.Tensor, gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from edgeprune.model.decoder import Attention
-from edgeprune.model.forward import OUTPUT, embed, layer_weights, module_inputs, modules_of, rotary_tables
+from edgeprune.model.forward import (
+    OUTPUT,
+    embed,
+    layer_weights,
+    module_inputs,
+    modules_of,
+    rotary_tables,
+    token_losses,
+    weight_stream,
+)
 from edgeprune.model.model import Model
-from edgeprune.pruning.allocate import Sensitivities, nested_errors
+from edgeprune.pruning.allocate import Sensitivities, Widths, nested_errors
 from edgeprune.pruning.moments import gram
-from edgeprune.pruning.prune import features_of, select_heads
+from edgeprune.pruning.prune import Method, features_of, prune, select_heads
 from edgeprune.pruning.score import Score
+
+PROBE_SAMPLES = 8
+LEAST_RISE = 1e-4  # nats per token; noise may make a small cut look free
 
 
 def attention_errors(
@@ -66,3 +79,45 @@ def measure_sensitivities(
             hidden += F.linear(inputs, weight)
         on_layer()
     return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]))
+
+
+def probe_widths(dense: Widths) -> list[Widths | None]:
+    """One cut of a quarter of each kind: groups, query heads, channels; None where nothing can go."""
+
+    def cut(size: int) -> int:
+        return size - max(1, size // 4)
+
+    groups, heads, channels = dense
+    return [
+        dense._replace(num_key_value_heads=cut(groups)) if groups > 1 else None,
+        dense._replace(heads_per_group=cut(heads)) if heads > 1 else None,
+        dense._replace(intermediate_size=cut(channels)),
+    ]
+
+
+@torch.inference_mode()
+def measure_response(
+    model: Model, ids: torch.Tensor, sensitivities: Sensitivities, method: Method, seed: int,
+    on_probe: Callable[[], None] = lambda: None,
+) -> Sensitivities:  # fmt: skip
+    """The sensitivities with their response measured: one small pruning for each kind of cut.
+
+    ids (samples, tokens): the first half calibrates each probe, the second half gives the loss.
+    """
+    half = min(PROBE_SAMPLES, max(1, len(ids) // 2))
+    fit, held_out = ids[:half], ids[-half:]
+    layer = model.decoder.layers[0]
+    dense = Widths(
+        layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size
+    )
+    base = float(token_losses(model.decoder, weight_stream(model), held_out).mean())
+    on_probe()
+    response = np.zeros(3)
+    for kind, widths in enumerate(probe_widths(dense)):
+        if widths is not None:
+            target = model.decoder.with_widths(*widths)
+            losses = token_losses(target, prune(model, target, fit, method, seed), held_out)
+            error = sensitivities.uniform_errors(widths)[kind]
+            response[kind] = max(float(losses.mean()) - base, LEAST_RISE) / max(error, 1e-12)
+        on_probe()
+    return replace(sensitivities, response=response)

@@ -1,87 +1,120 @@
-"""The report's plots, as plotly figures: each one answers a question that a table answers less well."""
+"""The report's plots, as HTML that needs plotly.js on the page: each answers what a table answers less well.
+
+Units differ between constraints, so they are drawn as shares of their limits and labelled in their units.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
-from edgeprune.report.schema import Report
+from edgeprune.report.figures import figure_text, number_text, shorten
+from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Constraint, Figure, Report
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-DENSE, FITTED, LIMIT = "#8a94a6", "#2f6fdb", "#c2410c"
-PARTS = {"weights": "#2f6fdb", "cache": "#12a594", "activations": "#e5a000", "buffers": "#b45bcf", "runtime": "#8a94a6"}
-SHARES = {"layers": "#2f6fdb", "cache": "#12a594", "head_and_embedding": "#e5a000", "overhead": "#8a94a6"}
+# Distinguishable with any colour vision, and on a light and a dark page.
+DENSE, FITTED, LIMIT = "#9aa4b5", "#3b78e7", "#d9480f"
+LIMIT_LINE = {"color": LIMIT, "dash": "dash", "width": 2}
+PALETTE = (FITTED, "#12a594", "#e5a000", "#b45bcf", DENSE)
 MIB = 2**20
 
 
-def all_plots(report: Report) -> dict[str, tuple[str, str]]:
-    """By title: a caption and the plot as HTML that needs plotly.js on the page."""
+def all_plots(report: Report) -> dict[str, str]:
+    """By name; `path` only where several candidates were tried, `widths` only where the layers differ."""
     plots = {
-        "Budget against result": (
-            "Each constraint as a share of its limit; left of the line the budget is met.", _budget(report)
-        ),
-        "Where the bytes are": ("Peak device memory at full context, by part.", _memory(report)),
-        "Where the time goes": (f"{report.unprunable} All parts estimated.", _shares(report)),
-        "Widths per layer": ("What is left of each layer, in percent of the dense model.", _widths(report)),
-    }  # fmt: skip
-    if report.search.candidates:
-        plots["The search's path"] = (
-            f"Predicted and obtained, as a share of the limit. It ended because {report.search.reason}.", _path(report)
-        )
-    return {title: (caption, _html(figure)) for title, (caption, figure) in plots.items()}
+        "budget": _budget(report.budget),
+        "quality": _quality(report),
+        "memory": _memory(report),
+        "latency": _latency(report),
+        "path": _path(report),
+    }
+    if not is_uniform(report.fitted.widths):
+        plots["widths"] = _widths(report.dense.widths, report.fitted.widths)
+    return {name: _html(name, figure) for name, figure in plots.items() if figure is not None}
 
 
-def _html(figure: go.Figure) -> str:
+def is_uniform(widths: Sequence[Mapping[str, int]]) -> bool:
+    return all(layer == widths[0] for layer in widths)
+
+
+def _html(name: str, figure: go.Figure) -> str:
+    """plotly escapes what could end the script that holds the data."""
     import plotly.io
 
     figure.update_layout(
-        template="plotly_white", margin={"l": 8, "r": 16, "t": 8, "b": 8}, height=figure.layout.height or 260,
-        legend={"orientation": "h", "y": -0.22, "x": 0}, font={"family": "system-ui, sans-serif", "size": 13},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", bargap=0.35,
+        template="none", margin={"l": 8, "r": 20, "t": 34, "b": 14}, dragmode=False,
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
+        font={"family": 'system-ui, -apple-system, "Segoe UI", sans-serif', "size": 13, "color": "#5b6678"},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", bargap=0.3, bargroupgap=0.08,
     )  # fmt: skip
-    figure.update_xaxes(automargin=True, zeroline=False)
-    figure.update_yaxes(automargin=True, zeroline=False)
+    axis = {"automargin": True, "zeroline": False, "gridcolor": "#e3e7ee", "fixedrange": True, "title_font_size": 12}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(ticksuffix=" ", **axis)
     return plotly.io.to_html(
-        figure, full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
-    )
+        figure, full_html=False, include_plotlyjs=False, div_id=f"plot-{name}",
+        config={"displayModeBar": False, "responsive": True},
+    )  # fmt: skip
 
 
-def _budget(report: Report) -> go.Figure:
+def _share(figure: Figure | None, limit: float) -> float | None:
+    return None if figure is None or not limit or not isfinite(figure.value) else 100 * figure.value / limit
+
+
+def _budget(constraints: Sequence[Constraint]) -> go.Figure | None:
     import plotly.graph_objects as go
 
-    rows = list(reversed(report.budget))
-    names = [f"{row.name} ≤ {row.asked}" for row in rows]
+    rows = [row for row in reversed(constraints) if row.limit]
+    if not rows:
+        return None
+    names = [
+        f"{escape(f'{row.name} {shorten(row.asked, 12)}')}\N{NO-BREAK SPACE}<br>{row.fitted.source}" for row in rows
+    ]
     figure = go.Figure()
-    for label, color in (("dense", DENSE), ("fitted", FITTED)):
-        figures = [getattr(row, label) for row in rows]
-        values = [None if f is None else 100 * f.value / row.limit if row.limit else None for f, row in zip(figures, rows, strict=True)]
-        spread = [
-            100 * (f.high - f.value) / row.limit if f is not None and f.high is not None and row.limit else 0
-            for f, row in zip(figures, rows, strict=True)
-        ]
+    for side, color in (("fitted", FITTED), ("dense", DENSE)):
+        figures: list[Figure | None] = [getattr(row, side) for row in rows]
+        shares = [_share(f, row.limit) for f, row in zip(figures, rows, strict=True)]
+        labels = ["" if f is None else number_text(f.value, f.unit) for f in figures]
+        hover = ["" if f is None else f"{figure_text(f)}, {f.source}" for f in figures]
         figure.add_bar(
-            y=names, x=values, name=label, orientation="h", marker_color=color,
-            error_x={"type": "data", "array": spread, "color": "#555"} if any(spread) else None,
-            text=[f"{v:.0f} %" if v is not None else "" for v in values], textposition="inside",
+            y=names, x=shares, name=side, orientation="h", marker_color=color, text=labels, textposition="auto",
+            insidetextanchor="start", textangle=0, error_x=_interval(figures, rows),
+            hovertext=hover, hovertemplate="%{hovertext}: %{x:.1f} % of the limit<extra>" + side + "</extra>",
         )  # fmt: skip
-    figure.add_vline(x=100, line_color=LIMIT, line_dash="dash", annotation_text="limit", annotation_position="top")
-    figure.update_layout(height=130 + 80 * len(rows), barmode="group")
-    figure.update_xaxes(title="% of the limit", rangemode="tozero")
+    figure.add_vline(x=100, line=LIMIT_LINE, name="limit", showlegend=True)
+    figure.update_layout(height=110 + 76 * len(rows), barmode="group", legend_traceorder="reversed")
+    figure.update_xaxes(title_text="% of the limit", rangemode="tozero")
     return figure
 
 
-def _stacked(parts: dict[str, str], dense: dict[str, float], fitted: dict[str, float], unit: str) -> go.Figure:
+def _interval(figures: Sequence[Figure | None], rows: Sequence[Constraint]) -> dict[str, Any] | None:
+    """Error bars in % of the limit; plotly takes them as distances from the value."""
+    up, down = (
+        [
+            0.0 if f is None or (bound := getattr(f, name)) is None else 100 * abs(bound - f.value) / row.limit
+            for f, row in zip(figures, rows, strict=True)
+        ]
+        for name in ("high", "low")
+    )
+    if not any(up + down):
+        return None
+    return {"type": "data", "array": up, "arrayminus": down, "color": "#5b6678", "thickness": 1.5, "width": 4}
+
+
+def _stacked(dense: Mapping[str, float], fitted: Mapping[str, float], unit: str) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for part, color in parts.items():
+    for part, color in zip(dense, PALETTE, strict=False):
         figure.add_bar(
             y=["fitted", "dense"], x=[fitted[part], dense[part]], name=part.replace("_", " "), orientation="h",
             marker_color=color, hovertemplate="%{x:.2f} " + unit,
         )  # fmt: skip
-    figure.update_layout(barmode="stack", height=240)
-    figure.update_xaxes(title=unit)
+    figure.update_layout(barmode="stack", height=250, margin_t=56, legend_traceorder="normal")
+    figure.update_xaxes(title_text=unit)
     return figure
 
 
@@ -90,46 +123,91 @@ def _memory(report: Report) -> go.Figure:
         {part: figure.value / MIB for part, figure in side.performance.memory.items()}
         for side in (report.dense, report.fitted)
     )
-    return _stacked(PARTS, dense, fitted, "MiB")
+    return _stacked(dense, fitted, "MiB")
 
 
-def _shares(report: Report) -> go.Figure:
-    return _stacked(SHARES, report.dense.latency_shares, report.fitted.latency_shares, "ms per token")
+def _latency(report: Report) -> go.Figure:
+    return _stacked(report.dense.latency_shares, report.fitted.latency_shares, "ms per token, estimated")
 
 
-def _widths(report: Report) -> go.Figure:
+def _quality(report: Report) -> go.Figure | None:
+    """The rise of perplexity on each text with its interval, against the grades' thresholds."""
     import plotly.graph_objects as go
 
+    texts = [text for text in reversed(report.quality.texts) if isfinite(text.rise_percent + text.high_percent)]
+    if not texts:
+        return None
     figure = go.Figure()
-    colors = {"query heads": "#12a594", "key/value heads": "#b45bcf", "MLP channels": FITTED}
-    for key, color in colors.items():
-        values = [
-            100 * new[key] / old[key] if old[key] else 0
-            for old, new in zip(report.dense.widths, report.fitted.widths, strict=True)
-        ]
-        figure.add_scatter(
-            x=list(range(len(values))), y=values, name=key, mode="lines+markers", line={"shape": "hvh", "color": color}
-        )
-    figure.update_xaxes(title="layer")
-    figure.update_yaxes(title="% kept", range=[0, 106])
+    figure.add_scatter(
+        # The position keeps texts of the same shortened name apart; labels are set on the axis.
+        x=[text.rise_percent for text in texts], y=list(range(len(texts))), mode="markers",
+        marker={"size": 12, "color": FITTED},
+        name="fitted", showlegend=False,
+        error_x={
+            "type": "data", "array": [text.high_percent - text.rise_percent for text in texts],
+            "arrayminus": [text.rise_percent - text.low_percent for text in texts], "color": FITTED, "width": 6,
+        },
+        text=[f"{text.rise_percent:+.1f} %" for text in texts], hovertemplate="%{text}<extra></extra>",
+    )  # fmt: skip
+    right = 1.12 * max(DEGRADED_PERCENT, *(text.high_percent for text in texts))
+    left = min(0.0, *(1.12 * text.low_percent for text in texts))
+    for grade, start, dash in (("degraded", DEGRADED_PERCENT, "dot"), ("broken", BROKEN_PERCENT, "dash")):
+        if start < right:
+            line = {"color": LIMIT, "dash": dash, "width": 2}
+            figure.add_vline(x=start, line=line, name=f"{grade} from {start:g} %", showlegend=True)
+    figure.update_layout(height=120 + 40 * len(texts), showlegend=True)
+    figure.update_xaxes(title_text="rise of perplexity, %", range=[left, right])
+    figure.update_yaxes(
+        tickvals=list(range(len(texts))), ticktext=[escape(shorten(text.name, 22)) for text in texts],
+        range=[-0.7, len(texts) - 0.3], showgrid=False,
+    )  # fmt: skip
     return figure
 
 
-def _path(report: Report) -> go.Figure:
+def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, int]]) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    limits = {row.name: row.limit for row in report.budget if row.name != "quality"}
-    numbers = [f"{number}" for number in range(1, len(report.search.candidates) + 1)]
-    palette = (FITTED, "#12a594", "#b45bcf")
-    for (name, limit), color in zip(limits.items(), palette, strict=False):
+    for key, color in zip(dense[0], PALETTE, strict=False):
+        kept = [100 * new[key] / old[key] if old[key] else 0.0 for old, new in zip(dense, fitted, strict=True)]
+        figure.add_scatter(
+            x=list(range(len(kept))), y=kept, name=escape(key), mode="lines+markers",
+            line={"shape": "hvh", "color": color},
+            text=[f"{new[key]} of {old[key]}" for old, new in zip(dense, fitted, strict=True)],
+            hovertemplate="layer %{x}: %{text}",
+        )  # fmt: skip
+    figure.update_layout(height=300, margin_t=56)
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="% kept", range=[0, 106])
+    return figure
+
+
+def _path(report: Report) -> go.Figure | None:
+    import plotly.graph_objects as go
+
+    candidates = report.search.candidates
+    limits = [row for row in report.budget if row.name != "quality"]
+    if not limits or len(candidates) < 2:
+        return None
+    figure = go.Figure()
+    numbers = [str(number) for number in range(1, len(candidates) + 1)]
+    for row, color in zip(limits, PALETTE, strict=False):
         for kind, symbol, dash in (("predicted", "circle-open", "dot"), ("obtained", "circle", "solid")):
-            values = [100 * getattr(candidate, kind)[name] / limit for candidate in report.search.candidates]
+            values = [getattr(candidate, kind)[row.name] for candidate in candidates]
+            label = kind if kind == "predicted" else row.fitted.source
             figure.add_scatter(
-                x=numbers, y=values, name=f"{name}, {kind}", mode="lines+markers",
-                line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 10},
+                x=numbers, y=[100 * value / row.limit for value in values], name=f"{row.name}, {label}",
+                mode="lines+markers", line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 11},
+                text=[number_text(value, row.unit) for value in values], hovertemplate="%{text} (%{y:.1f} %)",
             )  # fmt: skip
-    figure.add_hline(y=100, line_color=LIMIT, line_dash="dash", annotation_text="limit")
-    figure.update_xaxes(title="candidate", type="category")
-    figure.update_yaxes(title="% of the limit")
+    figure.add_hline(y=100, line=LIMIT_LINE, name="limit", showlegend=True)
+    for index, candidate in enumerate(candidates):
+        if candidate.chosen:
+            figure.add_annotation(
+                x=index, y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100, text="chosen",
+                yanchor="top", yshift=-8, showarrow=False,
+            )  # fmt: skip
+    figure.update_layout(height=300, margin_t=56)
+    figure.update_xaxes(title_text="candidate", type="category", showgrid=False)
+    figure.update_yaxes(title_text="% of the limit")
     return figure

@@ -1,7 +1,11 @@
-"""report.json: what a person decides from, as one document. Every figure carries its source."""
+"""report.json: what a person decides from, as one document. Every figure carries its source.
+
+It knows nothing about how a figure came about, and nothing about how it is shown.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,42 +17,108 @@ SCHEMA_VERSION = 1
 DEGRADED_PERCENT, BROKEN_PERCENT = 5.0, 30.0
 
 Status = Literal["met", "missed", "noisy"]
+Outcome = Literal["met", "missed", "noisy", "out_of_reach"]
 Grade = Literal["intact", "degraded", "broken"]
+Source = Literal["measured", "built", "estimated"]
+SideName = Literal["dense", "fitted"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A broken model's perplexity can be infinite; as null the report could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
 
 
 class Figure(_Model):
     """A number with its unit and where it comes from."""
 
     value: float
-    unit: str = Field(description="bytes, ms, or 1 for a ratio")
-    source: Literal["measured", "built", "estimated"]
+    unit: str = Field(description="bytes, ms, tokens/s, %, or 1 for a ratio")
+    source: Source = Field(
+        description="measured: ran on `device`; built: the compiler's figure for a real engine; estimated: a model's"
+    )
     device: str
     low: float | None = Field(None, description="lower bound of the 95 % interval; measured figures only")
-    high: float | None = None
+    high: float | None = Field(None, description="upper bound of the 95 % interval; measured figures only")
     basis: str | None = Field(None, description="what a built or estimated figure rests on")
 
 
+class ModelCard(_Model):
+    """The model that was fitted."""
+
+    name: str
+    family: str
+    hidden_size: int
+    layers: int
+    vocab_size: int
+    fingerprint: str = Field(description="sha256 over names, sizes and contents of configuration and weights")
+
+
+class HardwareFigure(_Model):
+    value: float
+    unit: str = Field(description="1 for a share")
+    source: str = Field(description="where the figure comes from")
+    confidence: Literal["high", "medium", "low"]
+
+
+class Device(_Model):
+    """The device profile."""
+
+    name: str
+    description: str
+    figures: dict[str, HardwareFigure] = Field(description="what estimates rest on, by name")
+
+
+class Workload(_Model):
+    """What is measured: the prefill of `prompt` tokens; decode at past = context - 1."""
+
+    batch: int
+    prompt: int
+    context: int
+
+
+class Engine(_Model):
+    name: str
+    reason: str = Field(description="why it was chosen")
+    version: str | None = Field(None, description="where it is not among `versions`")
+
+
+class Choice(_Model):
+    """An automatic choice."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def _headroom(given: Mapping[str, Any]) -> float | None:
+    fitted, limit = given.get("fitted"), given.get("limit")
+    return 100 * (1 - fitted.value / limit) if fitted is not None and limit else None
+
+
 class Constraint(_Model):
+    """One limit against what was obtained."""
+
     name: Literal["memory", "prefill", "decode", "quality"]
     asked: str = Field(description="as the user wrote it")
     limit: float
     unit: str = Field(description="bytes, ms, or % of perplexity rise")
     dense: Figure | None
     fitted: Figure
-    status: Status
+    status: Status = Field(description="noisy: the interval of the figure contains the limit")
+    headroom_percent: float | None = Field(
+        default_factory=_headroom, description="of the limit that is left; negative: exceeded; none for a limit of 0"
+    )
 
 
 class Performance(_Model):
-    memory: dict[str, Figure] = Field(description="weights, cache, activations, buffers, runtime")
-    memory_total: Figure
-    prefill: Figure
-    decode: Figure
+    memory: dict[str, Figure] = Field(
+        description="peak device bytes at full context: weights, cache, activations, buffers, runtime"
+    )
+    memory_total: Figure = Field(description="the five parts, of the weakest source among them")
+    prefill: Figure = Field(description="p50 from an empty cache to the logits of the last prompt token")
+    decode: Figure = Field(description="p50 per step at full context")
     prefill_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
-    decode_ratio: Figure | None
+    decode_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
     percentiles: dict[str, dict[str, float]] = Field(description="ms: p50, p90, p99 and mad, of prefill and decode")
 
 
@@ -59,22 +129,34 @@ class Side(_Model):
     parameters: int
     layer_parameters: int = Field(description="in attention and MLP matrices: what the ratio counts")
     decode_bytes: float = Field(description="bytes that one decode step reads and writes, by the graph's arithmetic")
-    latency_shares: dict[str, float] = Field(description="estimated decode ms: layers, head_and_embedding, cache, overhead")
+    latency_shares: dict[str, float] = Field(
+        description="estimated decode ms: layers, head_and_embedding, cache, overhead"
+    )
     widths: list[dict[str, int]] = Field(description="per layer: query heads, key/value heads, MLP channels")
 
 
 class Candidate(_Model):
-    widths: dict[str, int]
-    predicted: dict[str, float]
-    obtained: dict[str, float]
+    """One step of the search: pruned, built and measured, or estimated where the device is out of reach.
+
+    `obtained` has the source of the constraint's `fitted` figure: one engine served all candidates.
+    """
+
+    widths: dict[str, int] = Field(description="of every layer")
+    predicted: dict[str, float] = Field(description="by constraint, before it was built")
+    obtained: dict[str, float] = Field(description="by constraint, of the pruned candidate")
     status: Status
     chosen: bool
+    seconds: float | None = Field(None, description="to prune, build and measure it")
 
 
 class Search(_Model):
-    ending: Literal["close", "neighbour", "out_of_reach", "candidates", "dense"]
+    ending: Literal["close", "neighbour", "out_of_reach", "candidates", "dense"] = Field(
+        description="close: little of a limit is left; neighbour: every better candidate on the width grid exceeds the "
+        "budget; out_of_reach: the smallest candidate does; candidates: as many as allowed were tried; "
+        "dense: the dense model already meets the budget"
+    )
     reason: str
-    candidates: list[Candidate]
+    candidates: list[Candidate] = Field(description="in the order in which they were tried")
 
 
 class Text(_Model):
@@ -85,7 +167,7 @@ class Text(_Model):
     dense: float
     fitted: float
     rise_percent: float
-    low_percent: float
+    low_percent: float = Field(description="lower bound of the rise's 95 % interval, over documents")
     high_percent: float
 
 
@@ -94,30 +176,26 @@ class Quality(_Model):
         description="agreement: the text was generated by the dense model itself"
     )
     texts: list[Text]
-    rise_percent: float = Field(description="of the worst text")
+    rise_percent: float = Field(description="of perplexity on the worst text")
     grade: Grade = Field(
-        description=f"intact below {DEGRADED_PERCENT:g} %, degraded below {BROKEN_PERCENT:g} %, else broken"
+        description=f"intact below {DEGRADED_PERCENT:g} % rise, degraded below {BROKEN_PERCENT:g} %, else broken"
     )
     prompt: str
-    dense_sample: str
+    dense_sample: str = Field(description="what the dense model answers to the prompt")
     fitted_sample: str
 
 
 class Module(_Model):
+    """What happened to one module. Errors are relative, of its output on held-out calibration samples."""
+
     layer: int
     kind: Literal["attention", "mlp"]
     kept: int
     of: int
-    damping: float | None
-    error_before: float | None = Field(description="relative, on held-out calibration samples, without compensation")
-    error_after: float | None
+    damping: float | None = Field(description="chosen for the closed-form update; none where there was no update")
+    error_before: float | None = Field(description="without compensation")
+    error_after: float | None = Field(description="with compensation")
     fell_back: bool = Field(description="no update lowered the error: the kept weights are as they were")
-
-
-class Choice(_Model):
-    name: str
-    value: str
-    reason: str
 
 
 class Step(_Model):
@@ -127,20 +205,46 @@ class Step(_Model):
     command: str
 
 
+def _tokens_per_second(given: Mapping[str, Any]) -> dict[str, Figure]:
+    if "workload" not in given:
+        return {}
+    return {
+        name: _rate(given[name].performance.decode, given["workload"].batch)
+        for name in ("dense", "fitted")
+        if name in given and given[name].performance.decode.value > 0
+    }
+
+
+def _rate(decode: Figure, batch: int) -> Figure:
+    """tokens/s of a decode step in ms; the interval's bounds change places."""
+
+    def rate(milliseconds: float | None) -> float | None:
+        return 1000 * batch / milliseconds if milliseconds else None
+
+    return decode.model_copy(
+        update={
+            "value": rate(decode.value), "unit": "tokens/s", "low": rate(decode.high), "high": rate(decode.low),
+            "basis": f"{batch} / decode",
+        }
+    )  # fmt: skip
+
+
 class Report(_Model):
+    """The whole document."""
+
     schema_version: Literal[1] = SCHEMA_VERSION
-    edgeprune: str
-    created: str
-    command: str
-    headline: str
-    status: Status
-    rests_on: Literal["measured", "built", "estimated"] = Field(description="the weakest source behind the verdict")
-    quality_met: bool
-    model: dict[str, Any]
-    device: dict[str, Any]
-    workload: dict[str, int]
+    edgeprune: str = Field(description="version")
+    created: str = Field(description="UTC, ISO 8601")
+    command: str = Field(description="the command line that makes this bundle again")
+    headline: str = Field(description="the verdict in one sentence")
+    status: Status = Field(description="the worst of memory, prefill and decode; quality apart, in `quality_met`")
+    rests_on: Source = Field(description="the weakest source behind the verdict")
+    quality_met: bool = Field(description="true where no limit was given")
+    model: ModelCard
+    device: Device
+    workload: Workload
     precision: str
-    engine: dict[str, str]
+    engine: Engine
     choices: list[Choice]
     versions: dict[str, str]
     seed: int
@@ -150,20 +254,34 @@ class Report(_Model):
     decode_bytes_ratio: float = Field(description="share of decode bytes removed")
     dense: Side
     fitted: Side
+    tokens_per_second: dict[SideName, Figure] = Field(
+        default_factory=_tokens_per_second, description="batch / decode, of the dense and the fitted model"
+    )
     unprunable: str = Field(description="how much of the latency no pruning of layers removes")
-    floor: dict[str, float]
+    floor: dict[str, float] = Field(
+        description="estimated, of the smallest model on the width grid: memory in bytes, prefill and decode in ms"
+    )
     search: Search
     quality: Quality
     modules: list[Module]
-    cross_check: dict[str, Figure] | None = Field(description="fitted / dense on this machine's processor")
+    cross_check: dict[str, Figure] | None = Field(
+        description="prefill_ratio and decode_ratio, fitted / dense, on this machine's processor: not the device's"
+    )
     deploy: list[Step]
     stages: dict[str, float] = Field(description="seconds")
     files: dict[str, int] = Field(description="bytes")
     warnings: list[str]
 
+    @property
+    def outcome(self) -> Outcome:
+        """The budget and the quality limit together: what the report says first."""
+        if self.status != "met":
+            return "out_of_reach" if (self.status, self.search.ending) == ("missed", "out_of_reach") else self.status
+        return "met" if self.quality_met else "missed"
+
     def exit_code(self, require_measured: bool = False) -> int:
         """0 budget met; 3 budget, or budget and quality together, out of reach; 4 estimates not accepted."""
-        if self.status != "met" or not self.quality_met:
+        if self.outcome != "met":
             return 3
         return 4 if require_measured and self.rests_on != "measured" else 0
 
@@ -175,22 +293,35 @@ def figure_of(figure: EngineFigure) -> Figure:
 
 
 def grade_of(rise_percent: float) -> Grade:
+    """Of a rise of perplexity in percent; one that is not a number is broken."""
     if rise_percent < DEGRADED_PERCENT:
         return "intact"
     return "degraded" if rise_percent < BROKEN_PERCENT else "broken"
 
 
+_INTRODUCTION = f"""# report.json
+
+Written into every bundle, and printed by `edgeprune fit --json`. Its version is `schema_version`; an unknown field
+is an error. Every figure is an object that carries its source, so that an estimate never passes for a measurement.
+A number beyond floating point, such as the perplexity of a destroyed model, is the text `Infinity` or `NaN`.
+
+**Verdict.** The budget is met where `status` is `met` and `quality_met` is true: exit code 0. It is missed where
+either fails, and out of reach where `search.ending` says so as well: exit code 3, the best candidate is kept. `noisy`
+means that the interval of a measurement contains the limit: run again on an idle machine (exit code 3). With
+`--require-measured` a met budget whose `rests_on` is not `measured` ends with exit code 4.
+
+**Grade.** `intact`: perplexity on the worst held-out text rises by less than {DEGRADED_PERCENT:g} %; `degraded`: by
+less than {BROKEN_PERCENT:g} %; `broken`: by more. `broken` is the first line of the report, whatever the budget says.
+"""
+
+
 def schema_markdown() -> str:
     """docs/report.md: every field of report.json, by the model that holds it."""
     schema = Report.model_json_schema()
-    models = {"Report": schema, **schema["$defs"]}
-    lines = [
-        "# report.json", "",
-        "Written by `edgeprune fit` and `edgeprune fit --json`. Made from `edgeprune/report/schema.py`; a test keeps it true.", "",
-    ]  # fmt: skip
-    for name, model in models.items():
+    lines = [_INTRODUCTION]
+    for name, model in {"Report": schema, **schema["$defs"]}.items():
         lines += [f"## {name}", ""]
-        if "description" in model and name != "Report":
+        if "description" in model:
             lines += [" ".join(model["description"].split()), ""]
         lines += ["| field | type | meaning |", "|---|---|---|"]
         lines += [
@@ -201,7 +332,8 @@ def schema_markdown() -> str:
     return "\n".join(lines)
 
 
-def _type(entry: dict[str, Any]) -> str:
+def _type(entry: Mapping[str, Any]) -> str:
+    """A property of a JSON schema in words."""
     if "$ref" in entry:
         name = entry["$ref"].rsplit("/", 1)[1]
         return f"[{name}](#{name.lower()})"
@@ -211,8 +343,8 @@ def _type(entry: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in entry["enum"])
     if "const" in entry:
         return f"`{entry['const']}`"
-    if entry.get("type") == "array":
+    if entry["type"] == "array":
         return f"list of {_type(entry['items'])}"
-    if entry.get("type") == "object" and isinstance(entry.get("additionalProperties"), dict):
+    if entry["type"] == "object":
         return f"map of {_type(entry['additionalProperties'])}"
-    return entry.get("type", "any")
+    return entry["type"]

@@ -1,123 +1,186 @@
-"""Tables for the terminal; 80 columns are enough."""
+"""What the command line shows of a report, of profiles and of comparisons; 80 columns are enough.
+
+Texts of users and models are shown as they are: no markup, no control characters.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edgeprune.budget import STATUS_TEXT, format_bytes, format_ms
-from edgeprune.report.html import limit_text
-from edgeprune.report.schema import Report
+from edgeprune.budget import format_bytes
+from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, number_text, shorten
+from edgeprune.report.schema import Figure, Quality, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from edgeprune.compare import Row
     from edgeprune.doctor import Finding
     from edgeprune.profiles import DeviceProfile
 
-STYLES = {"met": "green", "missed": "red", "noisy": "yellow"}
+STYLES = {"met": "green", "missed": "red", "out_of_reach": "red", "noisy": "yellow"}
+SAMPLE_CHARACTERS = 160
+WARNINGS = 3
 
 
-def _table(*columns: str) -> Any:
+def _text(value: str, style: str = "") -> Text:
+    """Text as it is: nothing in it moves the cursor or recolours the terminal."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value), style=style)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], whole: Sequence[str] = ()) -> Table:
+    """A table without rules; the columns in `whole` are never broken."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(_text(column), overflow="fold", no_wrap=column in whole)
+    for row in rows:
+        table.add_row(*(_text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
-def _text(value: str, style: str = "") -> Any:
-    from rich.text import Text
-
-    return Text(value, style=style)
-
-
 def print_report(report: Report, console: Console) -> None:
-    """The verdict, the constraints with the source of each figure, the quality, both samples."""
+    """The verdict, each constraint with the source of its figure, the quality, both samples, the next step."""
+    style = STYLES[report.outcome]
     if report.quality.grade == "broken":
-        console.print(_text("Broken: do not deploy this model.", "bold red"))
-    style = STYLES[report.status if report.quality_met else "missed"]
+        rise, style = number_text(report.quality.rise_percent, "%"), STYLES["missed"]
+        console.print(_text(f"Broken: perplexity {rise}. Do not deploy this model.", f"bold {style}"))
     console.print(_text(report.headline, f"bold {style}"))
+    console.print(_text(f"Verdict: {OUTCOME_TEXT[report.outcome]}, from {report.rests_on} figures.", style))
     console.print()
-    table = _table("constraint", "limit", "dense", "fitted", "source", "verdict")
-    for row in report.budget:
-        table.add_row(
-            row.name, limit_text(row.limit, row.unit),
-            "" if row.dense is None else limit_text(row.dense.value, row.unit), limit_text(row.fitted.value, row.unit),
-            row.fitted.source, _text(STATUS_TEXT[row.status], STYLES[row.status]),
-        )  # fmt: skip
-    performance = report.fitted.performance
+    console.print(_constraints(report))
+    console.print()
+    console.print(_table(("", ""), ((_text(name, "dim"), value) for name, value in _summary(report))))
+    for step in report.deploy[:1]:
+        console.print()
+        console.print(_text(f"{step.title}:"))
+        # Not wrapped, so that it can be copied.
+        console.print(_text(step.command), soft_wrap=True)
+
+
+def _constraints(report: Report) -> Table:
+    """What was limited with its verdict, then the rest of memory, prefill and decode."""
+    rows: list[tuple[str | Text, ...]] = [
+        (
+            row.name, number_text(row.limit, row.unit), *_figures(row.dense, row.fitted),
+            "" if row.headroom_percent is None else number_text(row.headroom_percent, "%"),
+            _text(OUTCOME_LABEL[row.status], STYLES[row.status]),
+        )
+        for row in report.budget
+    ]  # fmt: skip
     limited = {row.name for row in report.budget}
-    for name, figure, dense in (
-        ("memory", performance.memory_total, report.dense.performance.memory_total),
-        ("prefill", performance.prefill, report.dense.performance.prefill),
-        ("decode", performance.decode, report.dense.performance.decode),
-    ):
+    for name, field in (("memory", "memory_total"), ("prefill", "prefill"), ("decode", "decode")):
         if name not in limited:
-            show = format_bytes if name == "memory" else format_ms
-            table.add_row(name, "", show(dense.value), show(figure.value), figure.source, "")
-    console.print(table)
-    console.print()
-    console.print(
-        f"quality    {report.quality.grade} ({report.quality.label}: "
-        f"perplexity {report.quality.rise_percent:+.1f} %)", markup=False, highlight=False,
-    )  # fmt: skip
-    console.print(
-        f"removed    {100 * report.ratio:.1f} % of attention and MLP parameters, {100 * report.total_ratio:.1f} % of all, "
-        f"{100 * report.decode_bytes_ratio:.1f} % of decode bytes", markup=False, highlight=False,
-    )  # fmt: skip
-    console.print(f"floor      {report.unprunable}", markup=False, highlight=False)
-    console.print(_text(f"sample     {report.quality.fitted_sample}"))
+            dense, fitted = (getattr(side.performance, field) for side in (report.dense, report.fitted))
+            rows.append((name, "", *_figures(dense, fitted), "", ""))
+    columns = ("constraint", "limit", "dense", "fitted", "source", "headroom", "verdict")
+    return _table(columns, rows, whole=columns[:-1])
+
+
+def _figures(dense: Figure | None, fitted: Figure) -> tuple[str, str, str]:
+    """Both figures and their source; a dense figure of another source names its own."""
+    shown = "" if dense is None else number_text(dense.value, dense.unit)
+    if dense is not None and dense.source != fitted.source:
+        shown += f" ({dense.source})"
+    return shown, number_text(fitted.value, fitted.unit), fitted.source
+
+
+def _summary(report: Report) -> list[tuple[str, str]]:
+    quality = report.quality
+    samples = {"prompt": quality.prompt, "dense": quality.dense_sample, "fitted": quality.fitted_sample}
+    warnings = [("mind", warning) for warning in report.warnings[:WARNINGS]]
+    if (more := len(report.warnings) - WARNINGS) > 0:
+        warnings.append(("", f"and {more} more in the report"))
+    return [
+        ("quality", _quality(quality)),
+        (
+            "removed",
+            f"{100 * report.ratio:.1f} % of attention and MLP parameters, {100 * report.total_ratio:.1f} % of all, "
+            f"{100 * report.decode_bytes_ratio:.1f} % of decode bytes",
+        ),
+        ("fixed", report.unprunable),
+        *((name, shorten(" ".join(sample.split()), SAMPLE_CHARACTERS)) for name, sample in samples.items()),
+        *warnings,
+    ]
+
+
+def _quality(quality: Quality) -> str:
+    worst = max(quality.texts, key=lambda text: text.rise_percent)
+    where = "" if len(quality.texts) == 1 else f" on the worst of {len(quality.texts)} texts"
+    low, high = number_text(worst.low_percent, "%"), number_text(worst.high_percent, "%")
+    label = "" if quality.label == "perplexity" else f"; {quality.label}, on text of its own"
+    return (
+        f"{quality.grade}: perplexity {number_text(quality.rise_percent, '%')}{where}, measured "
+        f"(95 % interval {low} to {high}){label}"
+    )
 
 
 def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
-    table = _table("device", "memory", "bandwidth", "SM", "engine", "description")
-    for profile in profiles:
-        figures = ("memory", "bandwidth")
-        shown = [f"{f.value:g} {f.unit}" if (f := getattr(profile, name)) else "probed" for name in figures]
-        table.add_row(profile.name, *shown, str(profile.sm or ""), profile.engine, profile.description)
-    console.print(table)
+    """One line or two for each device."""
+    columns = ("device", "memory", "bandwidth", "SM", "engine", "description")
+    rows = [
+        (
+            profile.name, _hardware(profile, "memory"), _hardware(profile, "bandwidth"), str(profile.sm or ""),
+            profile.engine, profile.description,
+        )
+        for profile in profiles
+    ]  # fmt: skip
+    console.print(_table(columns, rows, whole=columns[:-1]))
+
+
+def _hardware(profile: DeviceProfile, name: str) -> str:
+    figure = getattr(profile, name)
+    return "probed" if figure is None else f"{figure.value:g}{'' if figure.unit == '1' else f' {figure.unit}'}"
 
 
 def print_profile(profile: DeviceProfile, console: Console) -> None:
     """One profile, with the source and confidence of each figure."""
+    workload, budget = profile.workload, profile.budget
     console.print(_text(f"{profile.name}: {profile.description}", "bold"))
-    console.print(
-        f"engine {profile.engine}, SM {profile.sm or '-'}, {profile.precision}, widths in multiples of "
-        f"{profile.channel_multiple}; power modes: {', '.join(profile.power_modes) or '-'}", highlight=False,
-    )  # fmt: skip
-    console.print(
-        f"default workload: batch {profile.workload.batch}, prompt {profile.workload.prompt}, context "
-        f"{profile.workload.context}; default budget: memory {profile.budget.memory}, prefill {profile.budget.prefill}, "
-        f"decode {profile.budget.decode}", highlight=False,
-    )  # fmt: skip
-    table = _table("figure", "value", "confidence", "source")
-    for name, figure in profile.hardware.items():
-        unit = "" if figure.unit == "1" else f" {figure.unit}"
-        table.add_row(name.replace("_", " "), f"{figure.value:g}{unit}", figure.confidence, figure.source)
-    if profile.hardware:
-        console.print(table)
-    else:
+    facts = (
+        ("engine", f"{profile.engine}, SM {profile.sm or '–'}, {profile.precision}"),
+        ("widths", f"in multiples of {profile.channel_multiple}"),
+        ("power modes", ", ".join(profile.power_modes) or "–"),
+        ("workload", f"batch {workload.batch}, prompt {workload.prompt}, context {workload.context} by default"),
+        ("budget", f"memory {budget.memory}, prefill {budget.prefill}, decode {budget.decode} by default"),
+    )
+    console.print(_table(("", ""), ((_text(name, "dim"), value) for name, value in facts)))
+    console.print()
+    if not profile.hardware:
         console.print("No hardware figures are shipped: they are probed on first use and cached.")
+        return
+    rows = [
+        (name.replace("_", " "), _hardware(profile, name), figure.confidence, figure.source)
+        for name, figure in profile.hardware.items()
+    ]
+    columns = ("figure", "value", "confidence", "source")
+    console.print(_table(columns, rows, whole=columns[:-1]))
 
 
 def print_doctor(findings: Sequence[Finding], console: Console) -> None:
-    table = _table("", "what", "detail", "to get it")
-    for finding in findings:
-        mark = _text("yes", "green") if finding.usable else _text("no", "yellow")
-        table.add_row(mark, finding.name, _text(finding.detail), _text(finding.remedy))
-    console.print(table)
+    """What is there and what is missing, with how to get it."""
+    rows = [
+        (_text("yes", "green") if f.usable else _text("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
+    ]
+    console.print(_table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
+    """Methods by line; a column of perplexity for each text."""
     texts = list(rows[0].perplexity)
-    table = _table("method", "ratio", *texts, "parameters", "seconds", "peak memory")
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row.method, f"{100 * row.ratio:.1f} %", *(f"{row.perplexity[text]:.2f}" for text in texts),
             f"{row.parameters / 1e6:.1f} M", f"{row.seconds:.1f}", format_bytes(row.peak_bytes),
-        )  # fmt: skip
-    console.print(table)
+        )
+        for row in rows
+    ]  # fmt: skip
+    columns = ("method", "ratio", *texts, "parameters", "seconds", "peak memory")
+    console.print(_table(columns, cells, whole=[column for column in columns if column not in texts]))

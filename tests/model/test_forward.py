@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from edgeprune.model.forward import final_hidden, logits
+from edgeprune.model.forward import token_losses, weight_stream
 from tests.tiny import as_model, llama
 
 VARIANTS = {
@@ -19,10 +19,17 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_logits_equal_transformers(changes):
+def test_losses_equal_transformers(changes):
     reference = llama(**changes)
     ids = torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(0))
-    expected = reference(ids).logits.detach()
-    hidden = final_hidden(as_model(reference), ids, rows=2)
-    ours = torch.cat(list(logits(as_model(reference), hidden.flatten(0, 1), tokens=7))).view_as(expected)
-    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    logits = reference(ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double()
+    model = as_model(reference)
+    ours = token_losses(model.decoder, weight_stream(model), ids, rows=2)
+    assert (ours - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_weights_out_of_order_are_a_bug():
+    model = as_model(llama())
+    with pytest.raises(ValueError, match=r"expected layers\.0\.attention\.norm"):
+        token_losses(model.decoder, [("embedding", model.weights["embedding"]), ("norm", model.weights["norm"])], torch.zeros(1, 4, dtype=torch.int64))

@@ -2,12 +2,12 @@ import numpy as np
 import torch
 
 from edgeprune.model.forward import (
-    OUTPUT, embed, layer_weights, module_inputs, rotary_tables,
+    OUTPUT, embed, layer_weights, module_inputs, rotary_tables, token_losses, weight_stream,
 )
-from edgeprune.pruning.allocate import MOMENT_DAMPING
-from edgeprune.pruning.prune import features_of, select_heads
+from edgeprune.pruning.allocate import MOMENT_DAMPING, Widths
+from edgeprune.pruning.prune import METHODS, features_of, prune, select_heads
 from edgeprune.pruning.score import numerical
-from edgeprune.pruning.sensitivity import measure_sensitivities
+from edgeprune.pruning.sensitivity import LEAST_RISE, measure_response, measure_sensitivities
 from tests.tiny import as_model, llama
 
 
@@ -41,3 +41,20 @@ def test_errors_fall_with_the_width_and_end_at_zero():
     assert (found.mlp[:, -1] == 0).all()
     assert (found.attention[:, -1, -1] == 0).all()
     assert (found.attention[:, :-1] > 0).all()
+
+
+def test_the_response_is_the_measured_rise_of_the_loss_per_error():
+    model = as_model(llama())
+    ids = torch.randint(0, 101, (8, 20), generator=torch.Generator().manual_seed(0))
+    raw = measure_sensitivities(model, ids, numerical, 0)
+    found = measure_response(model, ids, raw, METHODS["default"], 0)
+    widths = Widths(2, 3, 48)
+    target = model.decoder.with_widths(*widths)
+    small = dict(prune(model, target, ids[:4], METHODS["default"], 0))
+    dense_loss, small_loss = (
+        float(token_losses(decoder, weights, ids[4:]).mean())
+        for decoder, weights in ((model.decoder, weight_stream(model)), (target, small.items()))
+    )
+    expected = max(small_loss - dense_loss, LEAST_RISE)
+    assert np.isclose(found.uniform_loss(widths), expected, rtol=1e-3)
+    assert (found.response > 0).all()

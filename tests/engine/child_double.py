@@ -1,0 +1,35 @@
+"""A test double of a program that measures: it ends in the way that its request asks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    match request["end"]:
+        case "answer":
+            sys.stdout.write("a library's own line\n" + json.dumps({"numpy": np.__file__}) + "\n")
+        case "error":
+            sys.stdout.write(json.dumps({"error": "the device is on fire", "remedy": "Put it out."}) + "\n")
+            sys.exit(4)
+        case "crash":
+            raise RuntimeError("a bug of ours")
+        case "silence":
+            sys.exit(0)
+        case "hang":
+            time.sleep(60)
+        case "half a document":
+            sys.stdout.write('{"value":')
+        case name:
+            os.kill(os.getpid(), signal.Signals[name])
+
+
+if __name__ == "__main__":
+    main()

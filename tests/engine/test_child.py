@@ -1,0 +1,60 @@
+"""Every way in which a child process can end is an answer or one EngineError that says what happened."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeprune.engine.child import ask
+from edgeprune.errors import EngineError
+
+DOUBLE = "tests.engine.child_double"
+
+
+def end(how: str, timeout_seconds: float = 30) -> dict:
+    return ask(DOUBLE, {"task": "the test", "end": how}, timeout_seconds)
+
+
+def test_the_last_line_is_the_answer() -> None:
+    assert end("answer") == {"numpy": np.__file__}
+
+
+def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own numpy.py or json.py beside the model must not stand for the library."""
+    for name in ("numpy.py", "json.py", "runpy.py"):
+        (tmp_path / name).write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    assert end("answer") == {"numpy": np.__file__}
+
+
+def test_an_error_of_the_child_is_raised_here() -> None:
+    with pytest.raises(EngineError, match="the device is on fire") as caught:
+        end("error")
+    assert caught.value.remedy == "Put it out."
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("crash", "the test failed: .*a bug of ours"),
+        ("silence", "the test failed"),
+        ("half a document", "the test failed"),
+        ("SIGKILL", "the test was ended by SIGKILL"),
+        ("SIGSEGV", "the test was ended by SIGSEGV"),
+    ],
+)
+def test_every_other_end_is_told(how: str, message: str) -> None:
+    with pytest.raises(EngineError, match=message) as caught:
+        end(how)
+    assert caught.value.remedy
+    assert ("memory" in caught.value.remedy) == (how == "SIGKILL")
+
+
+def test_a_child_that_hangs_is_ended() -> None:
+    start = time.monotonic()
+    with pytest.raises(EngineError, match="did not end within 2 s"):
+        end("hang", 2)
+    assert time.monotonic() - start < 30  # not the child's 60

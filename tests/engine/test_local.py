@@ -1,0 +1,87 @@
+"""What is measured on this machine, as figures with their source; real graphs, real child processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgeprune.engine import local
+from edgeprune.engine.base import Measured, Workload
+from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.errors import EngineError
+from tests.engine.graph_models import llama
+from tests.reference import decoder_of, weights_of
+
+SPELLING = Spelling("onnxruntime", "last")
+WORKLOAD = Workload(batch=2, prompt=16, context=64)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`narrow` has an eighth of `wide`'s MLP; both do real work in some milliseconds."""
+    found = {}
+    for name, intermediate_size in (("wide", 8192), ("narrow", 1024)):
+        model = llama(True, hidden_size=192, intermediate_size=intermediate_size)
+        files = write_graphs(decoder_of(model.config), weights_of(model), tmp_path_factory.mktemp(name), "fp32", [SPELLING])
+        found[name] = files.graphs[SPELLING]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "SECONDS", 1.0)
+
+
+def test_a_candidate_beside_the_dense_model(models: dict[str, Path]) -> None:
+    found = local.measure(models["wide"], models["narrow"], WORKLOAD, 1000, 200, 30)
+    for figure in (found.prefill, found.decode, found.prefill_ratio, found.decode_ratio):
+        assert isinstance(figure, Measured)
+        assert 0 < figure.low <= figure.value <= figure.high
+        assert figure.device.endswith("threads")
+    assert found.prefill_ratio.value < 1  # of candidate to dense, which does some five times the work
+    assert found.decode_ratio.value < 1
+    assert (found.prefill.unit, found.prefill_ratio.unit) == ("ms", "1")
+    assert found.percentiles["decode"]["p50"] == pytest.approx(found.decode.value)
+    assert set(found.percentiles) == {"prefill", "decode"}
+
+
+def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known parts are what was given, the runtime is its own, the rest of the peak are activations."""
+    peaks: list[dict] = []
+
+    def spy(module: str, request: dict, timeout: float) -> dict:
+        answer = ask(module, request, timeout)
+        if request["task"] == "memory":
+            peaks.append(answer)
+        return answer
+
+    ask = local.ask
+    monkeypatch.setattr(local, "ask", spy)
+    weights = sum(path.stat().st_size for path in models["wide"].parent.glob("*.data"))
+    memory = local.measure(None, models["wide"], WORKLOAD, weights, 5000, 300).memory
+    assert {name: part.value for name, part in memory.parts.items() if name != "activations"} == {
+        "weights": weights, "cache": 5000, "buffers": 300, "runtime": peaks[0]["baseline"],
+    }  # fmt: skip
+    assert memory.total == peaks[0]["peak"]
+    assert memory.activations.value > 0
+    assert all(part.unit == "bytes" and part.source == "measured" for part in memory.parts.values())
+
+
+def test_of_the_dense_model_alone(models: dict[str, Path]) -> None:
+    """No ratio; and activations that are never negative, however large the parts that were given."""
+    found = local.measure(None, models["narrow"], WORKLOAD, 2**40, 0, 0)
+    assert (found.prefill_ratio, found.decode_ratio) == (None, None)
+    assert found.memory.activations.value == 0
+
+
+def test_ratios_alone(models: dict[str, Path]) -> None:
+    ratios = local.latency(models["wide"], models["narrow"], WORKLOAD, seconds=1.0)
+    assert set(ratios) == {"prefill_ratio", "decode_ratio"}
+    assert all(0 < ratio.low <= ratio.value < 1 for ratio in ratios.values())
+
+
+def test_a_graph_that_is_missing_is_an_engine_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="none.onnx") as caught:
+        local.measure(None, tmp_path / "none.onnx", WORKLOAD, 0, 0, 0)
+    assert caught.value.remedy

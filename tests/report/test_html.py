@@ -1,0 +1,285 @@
+"""report.html: the verdict first, every figure with its source, nothing loaded, nothing injected."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.report.html import render_html
+from edgeprune.report.plots import all_plots
+from edgeprune.report.schema import Report
+from tests.report.sample_reports import CONTENTS, broken_content, estimated_content, measured_content, report_of
+
+ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes, scripts, and the text that a reader sees, in order."""
+
+    VOID = frozenset({"meta", "br", "img", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "script" in self.open:
+            self.scripts.append(data)
+        elif "body" in self.open and data.strip():
+            self.texts.append(" ".join(data.split()))
+
+
+@pytest.fixture(autouse=True)
+def small_library(monkeypatch):
+    """Without the 4 MB of plotly.js; one test brings it back."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
+
+
+def parsed(content) -> Parsed:
+    return Parsed(render_html(report_of(content)))
+
+
+def sections(content) -> dict[str, str]:
+    """The visible text of each card by its heading."""
+    text = render_html(report_of(content))
+    cards = re.split(r"<h2>(.*?)</h2>", text.split("<main>")[1])
+    visible = (re.sub(r"<script.*?</script>|<[^>]+>", " ", card, flags=re.DOTALL) for card in cards[2::2])
+    return dict(zip(cards[1::2], (" ".join(unescape(card).split()) for card in visible), strict=True))
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_the_verdict_comes_first(content):
+    report, texts = report_of(content()), parsed(content()).texts
+    if report.quality.grade == "broken":
+        assert texts.pop(0) == "Broken: perplexity rises by 4127 %. Do not deploy this model."
+    assert texts[0] == {"met": "met", "out_of_reach": "out of reach"}[report.outcome]
+    assert texts[1] == report.headline
+
+
+def test_only_a_broken_model_is_called_broken_in_the_first_line():
+    assert "Broken:" in " ".join(parsed(broken_content()).texts)
+    for content in (estimated_content, measured_content):
+        assert "Broken:" not in " ".join(parsed(content()).texts)
+
+
+def test_a_noisy_verdict_says_what_to_do():
+    content = measured_content() | {"status": "noisy"}
+    assert parsed(content).texts[0] == "too noisy to tell: run again on an idle machine"
+
+
+@pytest.mark.parametrize("content", [estimated_content, broken_content])
+def test_a_model_not_to_ship_is_not_offered_for_shipping(content):
+    note = "what follows is for looking at it, not for shipping it"
+    assert (note in sections(content())["How do I ship it?"]) == (content is broken_content)
+
+
+def test_every_constraint_stands_with_figures_sources_and_headroom():
+    fit = sections(measured_content())["Does it fit?"]
+    assert "decode met 34.1 ms (33.4 to 34.8 ms) measured 35.1 ms +2.8 % 50.1 ms (49.1 to 51.1 ms) measured 70%" in fit
+    assert "quality met +24.6 % (+21.9 to +27.4 %) measured +30.0 % +18.0 % – 30%" in fit
+
+
+def test_each_source_has_its_own_badge_beside_its_figure():
+    content = estimated_content()
+    weights = content["fitted"]["performance"]["memory"]["weights"]
+    content["fitted"]["performance"]["memory"] |= {"weights": weights.model_copy(update={"source": "built"})}
+    cards = sections(content)
+    assert "weights built ; cache, activations, buffers, runtime estimated" in cards["Where the memory goes"]
+    assert "weights 256.6 MiB estimated 233.4 MiB built" in cards["What it rests on"]
+
+
+def test_a_measured_figure_of_a_cross_check_is_not_the_devices():
+    assert "Cross-check, not the device's figure" in sections(estimated_content())["Does it fit?"]
+    assert "Cross-check" not in sections(measured_content())["Does it fit?"]
+
+
+def test_self_generated_text_is_not_called_quality():
+    quality = "How much quality did it cost?"
+    assert "nor how it does on your data" in sections(estimated_content())[quality]
+    assert "nor how it does on your data" not in sections(measured_content())[quality]
+
+
+def test_the_search_and_its_end_are_told():
+    search = sections(measured_content())["How the search went"]
+    assert "It ended after 3 candidates: 2.8 % of a limit is left." in search
+    assert "3 chosen met 34.4 ms 34.1 ms" in search
+    assert "539.9 MiB" in search  # the floor
+
+
+def test_a_dense_model_that_fits_has_no_search():
+    content = estimated_content() | {
+        "search": {"ending": "dense", "reason": "the dense model already meets the budget", "candidates": []},
+        "modules": [], "cross_check": None,
+    }  # fmt: skip
+    content["fitted"] = content["dense"]
+    assert "after 0 candidates: the dense model already meets the budget" in sections(content)["How the search went"]
+
+
+@pytest.mark.parametrize("change", [{"budget": []}, {"deploy": []}, {"files": {}, "stages": {}, "versions": {}}])
+def test_what_may_be_empty_may_be_empty(change):
+    assert "</html>" in render_html(report_of(estimated_content() | change))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_beyond_floating_point_are_shown(value):
+    content = broken_content()
+    content["quality"]["texts"][0] |= {"fitted": value, "rise_percent": value, "high_percent": value}
+    content["quality"]["rise_percent"] = value
+    assert f"Broken: perplexity rises by {value:.0f} %" in render_html(report_of(content))
+
+
+def figure(plot: str) -> tuple[list[dict], dict]:
+    """Traces and layout of a plot, from the call that draws it."""
+    decoder, start = json.JSONDecoder(), plot.index("[", plot.index("Plotly.newPlot("))
+    traces, end = decoder.raw_decode(plot, start)
+    layout, _ = decoder.raw_decode(plot, plot.index("{", end))
+    return traces, layout
+
+
+def test_the_budget_is_drawn_against_its_limits():
+    report = report_of(measured_content())
+    traces, layout = figure(all_plots(report)["budget"])
+    fitted = next(trace for trace in traces if trace["name"] == "fitted")
+    shares = [100 * row.fitted.value / row.limit for row in reversed(report.budget)]
+    assert fitted["x"] == pytest.approx(shares)
+    assert [name.split("<br>")[1] for name in fitted["y"]] == ["measured"] * 3
+    assert [shape["x0"] for shape in layout["shapes"]] == [100]
+    highs = [100 * (row.fitted.high or row.fitted.value) / row.limit for row in reversed(report.budget)]
+    assert [x + up for x, up in zip(fitted["x"], fitted["error_x"]["array"], strict=True)] == pytest.approx(highs)
+
+
+def test_stacks_sum_to_the_totals():
+    report = report_of(estimated_content())
+    plots = all_plots(report)
+    for name, total in (
+        ("memory", lambda side: side.performance.memory_total.value / 2**20),
+        ("latency", lambda side: sum(side.latency_shares.values())),
+    ):
+        traces, _ = figure(plots[name])
+        assert [sum(column) for column in zip(*(trace["x"] for trace in traces), strict=True)] == pytest.approx(
+            [total(report.fitted), total(report.dense)]
+        )
+
+
+def test_the_rise_of_each_text_is_drawn_with_its_interval():
+    report = report_of(measured_content())
+    (trace,), layout = figure(all_plots(report)["quality"])
+    assert trace["x"] == [text.rise_percent for text in reversed(report.quality.texts)]
+    assert trace["error_x"]["array"] == pytest.approx([4.4, 2.7])
+    assert [shape["x0"] for shape in layout["shapes"]] == [5, 30]
+    assert layout["yaxis"]["ticktext"] == ["notes, one fifth held…", "manual.txt"]
+
+
+def test_the_path_shows_predicted_and_obtained_against_the_limit():
+    traces, _ = figure(all_plots(report_of(measured_content()))["path"])
+    by_name = {trace["name"]: trace["y"] for trace in traces}
+    assert by_name["decode, measured"] == pytest.approx([100 * value / 35.07 for value in (37.9, 35.3, 34.1)])
+    assert by_name["decode, predicted"] == pytest.approx([100 * value / 35.07 for value in (34.2, 34.9, 34.4)])
+
+
+def test_only_plots_that_say_something_are_drawn():
+    assert set(all_plots(report_of(measured_content()))) == {"budget", "quality", "memory", "latency", "path"}
+    assert set(all_plots(report_of(broken_content()))) == {"budget", "quality", "memory", "latency", "widths"}
+
+
+def test_widths_that_differ_are_drawn_in_percent_of_the_dense_model():
+    report = report_of(broken_content())
+    traces, _ = figure(all_plots(report)["widths"])
+    kept = next(trace["y"] for trace in traces if trace["name"] == "MLP channels")
+    assert kept == pytest.approx([100 * layer["MLP channels"] / 1536 for layer in report.fitted.widths])
+
+
+def hostile(content: dict, text: str) -> dict:
+    """The text wherever a user, a file or a model has a say."""
+    content["quality"] |= {"prompt": text, "dense_sample": text, "fitted_sample": text}
+    for entry in content["quality"]["texts"]:
+        entry["name"] = text
+    for row in content["budget"]:
+        row["asked"] = text
+    for layer in (*content["dense"]["widths"], *content["fitted"]["widths"]):
+        layer[text] = 1 + len(layer)
+    return content | {
+        "headline": text, "command": text, "warnings": [text], "unprunable": text, "files": {text: 1},
+        "model": content["model"] | {"name": text}, "versions": {text: text}, "stages": {text: 1.0},
+        "device": content["device"] | {"name": text, "description": text},
+        "deploy": [{"title": text, "command": text}], "search": content["search"] | {"reason": text},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_texts_cannot_inject_markup(content):
+    safe, attacked = parsed(content()), parsed(hostile(content(), ATTACK))
+    assert not [tag for tag, _ in attacked.elements if tag == "img"]
+    assert not [attributes for _, attributes in attacked.elements if any(a.startswith("on") for a in attributes)]
+    scripts = [sum(tag == "script" for tag, _ in one.elements) for one in (safe, attacked)]
+    assert scripts[0] == scripts[1]
+    assert not [script for script in attacked.scripts if "<" + "img" in script or "<" + "/script" in script]
+    assert "{{ 7 * 7 }}" in " ".join(attacked.texts)
+
+
+def test_plots_show_markup_as_text():
+    """plotly renders some HTML in labels; a file's name must not use it."""
+    plots = all_plots(report_of(hostile(broken_content(), "<b>x</b>")))
+    shown = {
+        "budget": figure(plots["budget"])[0][0]["y"][0].split("\N{NO-BREAK SPACE}")[0],
+        "quality": figure(plots["quality"])[1]["yaxis"]["ticktext"][0],
+        "widths": figure(plots["widths"])[0][-1]["name"],
+    }
+    assert shown == {
+        "budget": "decode &lt;b&gt;x&lt;/b&gt;",
+        "quality": "&lt;b&gt;x&lt;/b&gt;",
+        "widths": "&lt;b&gt;x&lt;/b&gt;",
+    }
+
+
+@cache
+def count_of_elements(text: str) -> int:
+    return len(parsed(hostile(measured_content(), text)).elements)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.text(alphabet="<>&\"'/{}%-!=script\n\0é", min_size=1, max_size=40))
+def test_any_text_leaves_the_pages_structure_alone(text):
+    assert count_of_elements(text) == count_of_elements("plain")
+
+
+def test_one_file_that_opens_offline(monkeypatch):
+    monkeypatch.undo()
+    text = render_html(report_of(estimated_content()))
+    elements = Parsed(text).elements
+    assert not [1 for _, attributes in elements if "src" in attributes or "href" in attributes]
+    assert not [1 for tag, _ in elements if tag in ("link", "iframe", "img", "base", "form")]
+    policy = next(a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert text.count("plotly.js v") == 1
+    assert "url(" not in text.split("<style>")[1].split("</style>")[0]
+
+
+def test_the_same_report_gives_the_same_page():
+    assert render_html(report_of(measured_content())) == render_html(report_of(measured_content()))
+
+
+def test_a_report_read_back_gives_the_same_page():
+    report = report_of(measured_content())
+    assert render_html(Report.model_validate_json(report.model_dump_json())) == render_html(report)

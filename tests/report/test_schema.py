@@ -1,0 +1,140 @@
+"""report.json: reads back equal, refuses what it does not know, and is described by docs/report.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from edgeprune.engine.base import Built, Estimate, Measured
+from edgeprune.report.schema import Report, figure_of, grade_of, schema_markdown
+from tests.report.sample_reports import CONTENTS, broken_content, estimated_content, measured_content, report_of
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
+REMEDY = """docs/report.md is out of date; write it again:
+python -c "from edgeprune.report.schema import schema_markdown as s; open('docs/report.md', 'w').write(s())" """
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_reads_back_equal(content):
+    report = report_of(content())
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_the_json_follows_the_schema(content):
+    jsonschema.validate(json.loads(report_of(content()).model_dump_json()), Report.model_json_schema())
+
+
+def test_unknown_fields_are_refused_at_every_depth():
+    for change in ("speed", "quality", "model"):
+        content = json.loads(report_of(estimated_content()).model_dump_json())
+        (content if change == "speed" else content[change])["invented"] = 1
+        with pytest.raises(ValidationError, match="invented"):
+            Report.model_validate(content)
+
+
+def test_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        report_of(estimated_content()).status = "missed"
+
+
+def test_another_schema_version_is_refused():
+    with pytest.raises(ValidationError, match="schema_version"):
+        Report.model_validate(estimated_content() | {"schema_version": 2})
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_destroyed_models_perplexity_survives(value):
+    content = broken_content()
+    content["quality"]["texts"][0] |= {"fitted": value, "rise_percent": value, "high_percent": value}
+    content["quality"]["rise_percent"] = value
+    text = report_of(content).model_dump_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert str(Report.model_validate_json(text).quality.texts[0].fitted) == str(value)
+    assert grade_of(value) == "broken"
+
+
+def test_an_estimate_has_no_interval_and_a_measurement_no_basis():
+    assert figure_of(Measured(2.0, "ms", "cpu", 1.5, 2.5)).model_dump(exclude_none=True) == {
+        "value": 2.0, "unit": "ms", "source": "measured", "device": "cpu", "low": 1.5, "high": 2.5,
+    }  # fmt: skip
+    for kind, source in ((Built, "built"), (Estimate, "estimated")):
+        assert figure_of(kind(2.0, "ms", "a2", "why")).model_dump(exclude_none=True) == {
+            "value": 2.0, "unit": "ms", "source": source, "device": "a2", "basis": "why",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rise", "grade"),
+    [(-3.0, "intact"), (4.99, "intact"), (5.0, "degraded"), (29.99, "degraded"), (30.0, "broken"), (900.0, "broken")],
+)
+def test_grades_at_their_thresholds(rise, grade):
+    assert grade_of(rise) == grade
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))
+def test_headroom_is_what_is_left_of_the_limit(limit, value):
+    content = measured_content()
+    fitted = content["budget"][0]["fitted"].model_copy(update={"value": value})
+    (row, *_) = report_of(content | {"budget": [content["budget"][0] | {"limit": limit, "fitted": fitted}]}).budget
+    assert limit * (1 - row.headroom_percent / 100) == pytest.approx(value, rel=1e-6, abs=1e-9 * limit)
+    assert (row.headroom_percent < 0) == (value > limit)
+
+
+def test_a_limit_of_zero_has_no_headroom():
+    content = measured_content()
+    quality = content["budget"][2] | {"limit": 0.0, "status": "missed"}
+    assert report_of(content | {"budget": [quality]}).budget[0].headroom_percent is None
+
+
+def test_tokens_per_second_of_both_sides_with_source_and_turned_interval():
+    report = report_of(measured_content() | {"workload": {"batch": 4, "prompt": 8, "context": 16}})
+    decode, rate = report.fitted.performance.decode, report.tokens_per_second["fitted"]
+    assert rate.value == pytest.approx(4000 / decode.value)
+    assert rate.low == pytest.approx(4000 / decode.high)
+    assert rate.high == pytest.approx(4000 / decode.low)
+    assert (rate.unit, rate.source, rate.device) == ("tokens/s", "measured", decode.device)
+    assert report_of(estimated_content()).tokens_per_second["dense"].source == "estimated"
+
+
+@pytest.mark.parametrize(
+    ("status", "quality_met", "ending", "outcome", "code", "code_if_measured_is_required"),
+    [
+        ("met", True, "close", "met", 0, 4),
+        ("met", False, "close", "missed", 3, 3),
+        ("missed", True, "candidates", "missed", 3, 3),
+        ("missed", True, "out_of_reach", "out_of_reach", 3, 3),
+        ("noisy", True, "out_of_reach", "noisy", 3, 3),
+    ],
+)
+def test_outcome_and_exit_code(status, quality_met, ending, outcome, code, code_if_measured_is_required):
+    content = estimated_content() | {"status": status, "quality_met": quality_met}
+    report = report_of(content | {"search": content["search"] | {"ending": ending}})
+    assert report.outcome == outcome
+    assert (report.exit_code(), report.exit_code(require_measured=True)) == (code, code_if_measured_is_required)
+
+
+def test_a_measured_verdict_passes_where_measurements_are_required():
+    assert report_of(measured_content()).exit_code(require_measured=True) == 0
+
+
+def test_the_document_is_up_to_date():
+    assert DOCUMENT.read_text(encoding="utf-8") == schema_markdown(), REMEDY
+
+
+def test_the_document_names_every_field_and_its_links_lead_somewhere():
+    document = schema_markdown()
+    schema = Report.model_json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        assert all(f"| `{field}` |" in document for field in model["properties"])
+    headings = {line[3:].lower() for line in document.splitlines() if line.startswith("## ")}
+    links = {part.split(")")[0] for part in document.split("(#")[1:]}
+    assert links
+    assert links <= headings

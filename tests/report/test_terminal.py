@@ -1,0 +1,179 @@
+"""What the command line prints: the verdict first, 80 columns, sources named, nothing that steers a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from edgeprune.compare import Row
+from edgeprune.doctor import Finding
+from edgeprune.profiles import list_profiles, load_profile
+from edgeprune.report.figures import figure_text, number_text
+from edgeprune.report.terminal import print_comparison, print_doctor, print_profile, print_profiles, print_report
+from tests.report.sample_reports import (
+    CONTENTS,
+    broken_content,
+    estimated,
+    estimated_content,
+    measured,
+    measured_content,
+    report_of,
+)
+
+
+def printed(show, subject, width: int = 80) -> list[str]:
+    file = io.StringIO()
+    show(subject, Console(file=file, width=width, color_system=None))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def words(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_the_verdict_comes_first(content):
+    report = report_of(content())
+    lines = printed(print_report, report)
+    if report.quality.grade == "broken":
+        assert lines.pop(0) == "Broken: perplexity +4127 %. Do not deploy this model."
+    assert words(lines).startswith(f"{report.headline} Verdict: ")
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_fits_80_columns_but_for_commands(content):
+    report = report_of(content())
+    lines = printed(print_report, report)
+    commands = report.deploy[0].command.splitlines()
+    assert set(commands) <= set(lines)  # unbroken, to be copied
+    assert max(len(line) for line in lines if line not in commands) <= 80
+
+
+def test_constraints_with_source_headroom_and_verdict():
+    lines = [line.split() for line in printed(print_report, report_of(measured_content()))]
+    assert ["decode", "35.1", "ms", "50.1", "ms", "34.1", "ms", "measured", "+2.8", "%", "met"] in lines
+    assert ["quality", "+30.0", "%", "+24.6", "%", "measured", "+18.0", "%", "met"] in lines
+    assert ["prefill", "911", "ms", "611", "ms", "measured"] in lines  # not limited
+
+
+def test_a_dense_figure_of_another_source_names_its_own():
+    content = measured_content()
+    content["budget"][0]["dense"] = estimated(50.1)
+    assert "50.1 ms (estimated)" in words(printed(print_report, report_of(content)))
+
+
+def test_noise_and_estimates_are_said():
+    assert "Verdict: met, from estimated figures." in printed(print_report, report_of(estimated_content()))
+    noisy = words(printed(print_report, report_of(measured_content() | {"status": "noisy"})))
+    assert "Verdict: too noisy to tell: run again on an idle machine, from measured figures." in noisy
+
+
+def test_a_noisy_constraint_keeps_its_figures_whole_at_80_columns():
+    content = estimated_content()
+    content["budget"][0]["status"] = "noisy"
+    lines = printed(print_report, report_of(content))
+    assert [line for line in lines if "786.6 MiB  826.3 MiB  757.5 MiB  estimated  +3.7 %" in line]
+    assert max(map(len, lines)) <= 80
+
+
+def test_quality_says_of_which_text_and_what_it_is():
+    text = words(printed(print_report, report_of(measured_content())))
+    assert "degraded: perplexity +24.6 % on the worst of 2 texts, measured (95 % interval +21.9 % to +27.3 %)" in text
+    assert "agreement with the dense model" in words(printed(print_report, report_of(estimated_content())))
+
+
+def test_long_samples_are_cut_and_long_lists_of_warnings_counted():
+    content = broken_content() | {"warnings": [f"warning {number}." for number in range(7)]}
+    content["quality"]["fitted_sample"] = "x" * 10_000
+    text = words(printed(print_report, report_of(content)))
+    assert 100 < text.count("x") < 200
+    assert "warning 2. and 4 more in the report" in text
+    assert "warning 3." not in text
+
+
+def test_three_warnings_are_not_counted():
+    content = estimated_content() | {"warnings": ["one", "two", "three"]}
+    text = words(printed(print_report, report_of(content)))
+    assert "mind three" in text
+    assert "more in the report" not in text
+
+
+def test_markup_and_control_characters_stay_text():
+    content = estimated_content() | {"headline": "[red]\x1b[2J\x07 gone[/red]"}
+    content["quality"] |= {"prompt": "[bold]p[/bold]", "dense_sample": "\x1b]0;title\x07", "fitted_sample": "[/]"}
+    text = "\n".join(printed(print_report, report_of(content)))
+    assert "[red]\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER} gone[/red]" in text
+    assert "[bold]p[/bold]" in text
+    assert not {"\x1b", "\x07"} & set(text)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=60))
+def test_any_sample_prints_without_control_characters(sample):
+    content = estimated_content()
+    content["quality"] |= {"prompt": sample, "fitted_sample": sample, "dense_sample": sample}
+    assert all(c.isprintable() for line in printed(print_report, report_of(content)) for c in line)
+
+
+def test_every_shipped_device_is_listed_whole():
+    lines = printed(print_profiles, list_profiles())
+    assert max(map(len, lines)) <= 80
+    names = {line.split()[0] for line in lines[1:] if line[:1].strip()}
+    assert names == {profile.name for profile in list_profiles()}
+
+
+@pytest.mark.parametrize("profile", list_profiles(), ids=lambda profile: profile.name)
+def test_one_device_with_source_and_confidence_of_each_figure(profile):
+    lines = printed(print_profile, profile)
+    text = words(lines)
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"{profile.name}: ")
+    for name, figure in profile.hardware.items():
+        assert f"{name.replace('_', ' ')} {figure.value:g}" in text
+        assert figure.confidence in text
+    assert ("probed on first use" in text) == (not profile.is_probed)
+
+
+def test_a_figures_source_is_printed_in_full():
+    source = load_profile("jetson-orin").bandwidth.source
+    assert source in words(printed(print_profile, load_profile("jetson-orin")))
+
+
+def test_findings_say_how_to_get_what_is_missing():
+    findings = [Finding("torch", True, "2.13.0"), Finding("engine x", False, "none", 'pip install "edgeprune[x]"')]
+    lines = printed(print_doctor, findings)
+    assert lines[1].split() == ["yes", "torch", "2.13.0"]
+    assert lines[2].split() == ["no", "engine", "x", "none", "pip", "install", '"edgeprune[x]"']
+
+
+def test_comparison_by_method_and_text():
+    rows = [
+        Row("dense", 0.0, {"[b]a.txt": 12.3}, 134_515_008, 0.0, 2**30),
+        Row("default", 0.2, {"[b]a.txt": 15.25}, 113_000_000, 31.04, 2**31),
+    ]
+    lines = printed(print_comparison, rows)
+    assert "[b]a.txt" in lines[0]
+    assert lines[2].split() == ["default", "20.0", "%", "15.25", "113.0", "M", "31.0", "2.00", "GiB"]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (3 * 2**30, "bytes", "3.00 GiB"), (6.149, "ms", "6.15 ms"), (4.96, "%", "+5.0 %"), (-3.0, "%", "-3.0 %"),
+        (4127.4, "%", "+4127 %"), (2.34, "tokens/s", "2.34 tokens/s"), (277.8, "tokens/s", "278 tokens/s"),
+        (0.7128, "1", "0.713"),
+    ],
+)  # fmt: skip
+def test_numbers_in_their_units(value, unit, text):
+    assert number_text(value, unit) == text
+
+
+def test_an_interval_names_its_unit_once_where_it_is_the_same():
+    assert figure_text(measured(50.0)) == "50.0 ms (49.0 to 51.0 ms)"
+    assert figure_text(measured(1000 * 2**20, "bytes", 0.05)) == "1000.0 MiB (950.0 MiB to 1.03 GiB)"
+    assert figure_text(measured(0.7, "1", 0.1)) == "0.700 (0.630 to 0.770)"
+    assert figure_text(None) == "–"
