@@ -14,11 +14,12 @@ from edgeprune.engine.base import Performance, Workload
 from edgeprune.engine.choose import Engine, choose_engine
 from edgeprune.engine.estimate import ELEMENT_BYTES, estimate_floor, estimate_performance
 from edgeprune.engine.graph import graph_weight_bytes
+from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.model import Model
-from edgeprune.profiles import DeviceProfile, resolve_profile
+from edgeprune.profiles import DeviceProfile
 from edgeprune.search import MAX_CANDIDATES
 
 if TYPE_CHECKING:

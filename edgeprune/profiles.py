@@ -191,21 +191,6 @@ def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:
     return f"{'.'.join(map(str, place))}: {reason}" if place else reason
 
 
-def resolve_profile(name: str | None, file: Path | None) -> DeviceProfile:
-    """The named or the given profile (`cpu` by default), measured where it has no hardware figures.
-
-    Raises InputError for a bad name or file, or both at once.
-    """
-    if name is not None and file is not None:
-        raise InputError(f"both the device {name!r} and the profile {file} are given", "Give one of them.")
-    profile = load_profile_file(file) if file is not None else load_profile(name or "cpu")
-    if profile.is_probed:
-        return profile
-    from edgeprune.engine.probe import probe
-
-    return probe(profile)
-
-
 def profile_toml(profile: DeviceProfile) -> str:
     """The profile as TOML that `load_profile_file` reads back equal, measured figures included."""
     data = profile.model_dump(exclude_none=True)

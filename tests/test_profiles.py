@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from edgeprune.budget import parse_budget
 from edgeprune.engine import probe
+from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import EngineError, InputError
 from edgeprune.profiles import (
     UNITS,
@@ -29,7 +30,6 @@ from edgeprune.profiles import (
     load_profile_file,
     profile_toml,
     profiles_folder,
-    resolve_profile,
 )
 
 PROFILES = {profile.name: profile for profile in list_profiles()}

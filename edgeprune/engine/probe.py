@@ -22,8 +22,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder
-from edgeprune.errors import EngineError
-from edgeprune.profiles import DeviceProfile
+from edgeprune.errors import EngineError, InputError
+from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 
 VERSION = 1  # of this way of probing; figures of another version are measured again
 WIDTH = 4096  # a matrix is WIDTH x WIDTH fp32, 64 MiB
@@ -32,6 +32,17 @@ REPEATS = 5
 SMALLEST_READ, LARGEST_READ = 256 * 2**20, 1024 * 2**20  # bytes; a serialised graph holds at most 2 GiB
 
 Figures = dict[str, dict[str, Any]]  # HardwareFigure fields by name
+
+
+def resolve_profile(name: str | None, file: Path | None) -> DeviceProfile:
+    """The named or the given profile (`cpu` by default), measured where it has no hardware figures.
+
+    Raises InputError for a bad name or file, or both at once.
+    """
+    if name is not None and file is not None:
+        raise InputError(f"both the device {name!r} and the profile {file} are given", "Give one of them.")
+    profile = load_profile_file(file) if file is not None else load_profile(name or "cpu")
+    return profile if profile.is_probed else probe(profile)
 
 
 def probe(profile: DeviceProfile) -> DeviceProfile:

@@ -17,17 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.engine.base import Workload
+from edgeprune.engine.onnxruntime import peak_bytes
 from edgeprune.errors import EdgepruneError, EngineError
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 WEIGHTS_TOLERANCE = 1.05  # more than that over the graph's bytes, and something is stored twice
-_FIGURE = re.compile(r"(Total Weights Memory|Total Activation Memory|Max Scratch Memory):\s*(\d+) bytes")
+_FIGURE = re.compile(r"(Total Weights Memory|Total Activation Memory|Max Scratch Memory):\s*(\d+)")
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What the builder said of an engine: bytes, seconds, its version; warnings in words."""
+    """What the builder said of an engine: bytes, seconds, its version; warnings in words.
+
+    A context needs activation_bytes + scratch_bytes: the builder's total activation memory contains the
+    scratch memory (it is one of the blocks that are assigned to it), here the two are apart.
+    """
 
     version: str
     weights_bytes: int
@@ -75,12 +80,16 @@ def compile_plan(graph: Path, plan: Path, workload: Workload, sm: int | None, fl
     result, serialized = _compile(graph, workload, workload.batch, sm, flavour)
     if result.warnings and workload.batch == 1:
         wider, other = _compile(graph, workload, 2, sm, flavour)
-        if wider.weights_bytes + wider.activation_bytes < result.weights_bytes + result.activation_bytes:
+        if _held(wider) < _held(result):
             result, serialized = wider, other
     temporary = plan.with_name(f"{plan.name}.part")
     temporary.write_bytes(serialized)
     temporary.replace(plan)
     return result
+
+
+def _held(result: BuildResult) -> int:
+    return result.weights_bytes + result.activation_bytes + result.scratch_bytes
 
 
 def _compile(
@@ -92,13 +101,17 @@ def _compile(
         raise EngineError(
             f"TensorRT for RTX does not build for SM {sm}", f"It offers SM {', '.join(map(str, offered))}."
         )
+    if sm is not None and flavour != "tensorrt-rtx":
+        raise EngineError(
+            f"{flavour} builds for the GPU of its own machine only, not for SM {sm}", "Build on the device itself."
+        )
     start = time.monotonic()
     logger, messages = _logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
-        raise EngineError(_parser_errors(parser), "Export again; a newer TensorRT may know the operator.")
+        raise EngineError(_parser_errors(parser, graph), "Export again; a newer TensorRT may know the operator.")
     config = builder.create_builder_config()
     if sm is not None:
         config.num_compute_capabilities = 1
@@ -111,16 +124,19 @@ def _compile(
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         errors = [text for severity, text in messages if severity <= 1]  # internal errors and errors
-        raise EngineError(f"the build failed: {' '.join(errors)[-400:]}", "See the log (--log-file) for all messages.")
+        raise EngineError(
+            f"TensorRT cannot build {graph}: {' '.join(errors)[-400:]}",
+            "Try a smaller --context or --batch, or another release of TensorRT.",
+        )
     figures = {match[1]: int(match[2]) for _, text in messages for match in _FIGURE.finditer(text)}
-    weights = figures.get("Total Weights Memory", 0)
+    weights, scratch = figures.get("Total Weights Memory", 0), figures.get("Max Scratch Memory", 0)
     result = BuildResult(
         version=trt.__version__,
         weights_bytes=weights,
-        activation_bytes=figures.get("Total Activation Memory", 0),
-        scratch_bytes=figures.get("Max Scratch Memory", 0),
+        activation_bytes=max(0, figures.get("Total Activation Memory", 0) - scratch),
+        scratch_bytes=scratch,
         seconds=time.monotonic() - start,
-        peak_build_bytes=_peak_bytes(),
+        peak_build_bytes=peak_bytes(),
         warnings=_warnings(weights, graph),
     )
     return result, serialized
@@ -157,11 +173,14 @@ def _logger(trt: Any) -> tuple[Any, list[tuple[int, str]]]:
     return Keeping(), messages
 
 
-def _parser_errors(parser: Any) -> str:
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    first = errors[0]
-    node = getattr(first, "node_name", lambda: "")() or "?"
-    return f"TensorRT cannot parse node {node} ({first.node_operator()}): {first.desc()}"
+def _parser_errors(parser: Any, graph: Path) -> str:
+    """The first error, with the node that it is about; errors of the file itself have none."""
+    if parser.num_errors == 0:
+        return f"TensorRT cannot parse {graph} and does not say why"
+    first = parser.get_error(0)
+    name = getattr(first, "node_name", str)()  # releases before 10 have no name
+    node = f" at node {name} ({first.node_operator()})" if name else ""
+    return f"TensorRT cannot parse {graph}{node}: {first.desc()}"
 
 
 def _warnings(weights: int, graph: Path) -> tuple[str, ...]:
@@ -173,18 +192,14 @@ def _warnings(weights: int, graph: Path) -> tuple[str, ...]:
     return ()
 
 
-def _peak_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def trtexec_commands(
     graph: str, caches: list[tuple[str, int, int]], workload: Workload, plan: str
 ) -> list[list[str]]:
     """The commands that build an engine on a device with full TensorRT and measure decode and prefill.
 
     caches: name, key/value heads and head_dim of every cache input. Each command is a list of words.
+    Copying the cache to and from the device at every step would compete for its memory bandwidth: it is
+    left out. TensorRT 11 does all this by default and takes the flags with a warning.
     """
     inputs = [(name, (-1, -1)) for name in ("input_ids", "position_ids", "attention_mask")]
     inputs += [(name, (-1, heads, -1, head_dim)) for name, heads, head_dim in caches]
@@ -196,7 +211,8 @@ def trtexec_commands(
         fixed = Workload(workload.batch, sequence, past + 1)
         return ",".join(f"{name}:{_by_x(shapes(name, shape, fixed)[2])}" for name, shape in inputs)
 
-    measure = ["trtexec", f"--loadEngine={plan}", "--useCudaGraph", "--warmUp=200", "--iterations=100"]
+    measure = ["trtexec", f"--loadEngine={plan}", "--useCudaGraph", "--noDataTransfers"]
+    measure += ["--warmUp=200", "--iterations=100"]
     return [
         ["trtexec", f"--onnx={graph}", f"--saveEngine={plan}", "--stronglyTyped", "--skipInference",
          f"--minShapes={listed(0)}", f"--optShapes={listed(1)}", f"--maxShapes={listed(2)}"],

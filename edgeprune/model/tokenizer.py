@@ -60,7 +60,7 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
 def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models
 
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges") or []]
     model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, fuse_unk=False)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(fields.get("tokenizer.ggml.pre", "default"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgeprune.budget import STATUS_TEXT, format_bytes, format_ms
-from edgeprune.report.schema import Figure, Outcome, Source
+from edgeprune.report.schema import Figure, Outcome, Source, Text
 
 OUTCOME_TEXT: dict[Outcome, str] = {**STATUS_TEXT, "out_of_reach": "out of reach"}
 OUTCOME_LABEL = {outcome: text.split(":")[0] for outcome, text in OUTCOME_TEXT.items()}
@@ -36,6 +36,13 @@ def figure_text(figure: Figure | None) -> str:
         number, _, unit = low.partition(" ")
         text += f" ({number if unit and high.endswith(f' {unit}') else low} to {high})"
     return text
+
+
+def rise_interval(text: Text) -> str | None:
+    """The interval of a rise; one document gives a bootstrap no spread, which must not pass for certainty."""
+    if text.low_percent == text.high_percent:
+        return None
+    return f"{number_text(text.low_percent, '%')} to {number_text(text.high_percent, '%')}"
 
 
 def by_source(figures: Mapping[str, Figure]) -> dict[Source, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune.budget import format_bytes
-from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, by_source, figure_text, number_text
+from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, by_source, figure_text, number_text, rise_interval
 from edgeprune.report.plots import all_plots, is_uniform
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Report
 
@@ -20,7 +20,7 @@ def render_html(report: Report) -> str:
         undefined=StrictUndefined,
     )  # fmt: skip
     environment.globals |= {
-        "figure_text": figure_text, "number_text": number_text, "by_source": by_source, "format_bytes": format_bytes,
+        "figure_text": figure_text, "number_text": number_text, "by_source": by_source, "rise_interval": rise_interval, "format_bytes": format_bytes,
         "outcome_text": OUTCOME_TEXT, "outcome_label": OUTCOME_LABEL,
         "degraded_percent": DEGRADED_PERCENT, "broken_percent": BROKEN_PERCENT,
     }  # fmt: skip

@@ -167,7 +167,9 @@ class Text(_Model):
     dense: float
     fitted: float
     rise_percent: float
-    low_percent: float = Field(description="lower bound of the rise's 95 % interval, over documents")
+    low_percent: float = Field(
+        description="of the rise's 95 % interval over documents; equal to `high_percent`: one document, no interval"
+    )
     high_percent: float
 
 

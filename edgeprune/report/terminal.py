@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeprune.budget import format_bytes
-from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, number_text, shorten
+from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, number_text, rise_interval, shorten
 from edgeprune.report.schema import Figure, Quality, Report
 
 if TYPE_CHECKING:
@@ -114,12 +114,10 @@ def _summary(report: Report) -> list[tuple[str, str]]:
 def _quality(quality: Quality) -> str:
     worst = max(quality.texts, key=lambda text: text.rise_percent)
     where = "" if len(quality.texts) == 1 else f" on the worst of {len(quality.texts)} texts"
-    low, high = number_text(worst.low_percent, "%"), number_text(worst.high_percent, "%")
+    interval = rise_interval(worst)
+    certainty = f"95 % interval {interval}" if interval else "one document, so no interval"
     label = "" if quality.label == "perplexity" else f"; {quality.label}, on text of its own"
-    return (
-        f"{quality.grade}: perplexity {number_text(quality.rise_percent, '%')}{where}, measured "
-        f"(95 % interval {low} to {high}){label}"
-    )
+    return f"{quality.grade}: perplexity {number_text(quality.rise_percent, '%')}{where}, measured ({certainty}){label}"
 
 
 def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:

@@ -120,6 +120,14 @@ def test_self_generated_text_is_not_called_quality():
     assert "nor how it does on your data" not in sections(measured_content())[quality]
 
 
+def test_one_document_has_no_interval():
+    content = measured_content()
+    content["quality"]["texts"][0] |= {"low_percent": 24.6, "high_percent": 24.6}
+    quality = sections(content)["How much quality did it cost?"]
+    assert "manual.txt +24.6 % none: one document" in quality
+    assert "held out +17.3 % +12.9 % to +21.7 %" in quality
+
+
 def test_the_search_and_its_end_are_told():
     search = sections(measured_content())["How the search went"]
     assert "It ended after 3 candidates: 2.8 % of a limit is left." in search

@@ -86,6 +86,12 @@ def test_quality_says_of_which_text_and_what_it_is():
     assert "agreement with the dense model" in words(printed(print_report, report_of(estimated_content())))
 
 
+def test_one_document_has_no_interval():
+    content = measured_content()
+    content["quality"]["texts"] = [content["quality"]["texts"][0] | {"low_percent": 24.6, "high_percent": 24.6}]
+    assert "+24.6 %, measured (one document, so no interval)" in words(printed(print_report, report_of(content)))
+
+
 def test_long_samples_are_cut_and_long_lists_of_warnings_counted():
     content = broken_content() | {"warnings": [f"warning {number}." for number in range(7)]}
     content["quality"]["fitted_sample"] = "x" * 10_000

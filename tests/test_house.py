@@ -1,0 +1,135 @@
+"""The rules that the house keeps: who imports whom, what starts fast, how large a file may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeprune import errors
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "edgeprune").rglob("*.py"))
+ROOMS = {
+    # what a room may import from edgeprune, besides itself and the ground floor
+    "cli": {"loop", "prepare", "shipping", "compare", "doctor", "generation", "progress", "log", "profiles", "report"},
+    "loop": {"prepare", "shipping", "journal", "progress", "search", "bundle", "report", "evaluate", "engine", "pruning",
+             "model", "generation", "budget", "cache", "profiles"},
+    "shipping": {"loop", "bundle", "report", "engine", "budget", "model", "profiles"},
+    "compare": {"prepare", "progress", "evaluate", "pruning", "model", "engine"},
+    "prepare": {"engine", "pruning", "model", "profiles", "budget", "bundle", "search"},
+    "generation": {"bundle", "engine", "model"},
+    "doctor": {"engine"},
+    "search": {"pruning"},
+    "report": {"budget", "engine", "compare", "doctor", "profiles"},
+    "evaluate": {"model"},
+    "engine": {"model", "profiles", "cache"},
+    "pruning": {"model"},
+    "model": {"cache"},
+    "budget": {"engine"},
+    "profiles": set(),
+    "bundle": set(), "journal": set(), "progress": set(), "log": set(), "cache": set(), "errors": set(),
+}  # fmt: skip
+DEVICE_SIDE = {"base", "tensorrt", "cuda", "latency", "onnxruntime"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "edgeprune").parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[str]:
+    """Modules of edgeprune that a file imports, as dotted paths below the package."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("edgeprune"):
+            below = node.module.removeprefix("edgeprune").removeprefix(".")
+            found += [below] if below else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [a.name.removeprefix("edgeprune.") for a in node.names if a.name.startswith("edgeprune.")]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_flow_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for name in imports(ast.parse(path.read_text())):
+        target = name.split(".")[0]
+        if target not in (room, "errors", "__version__"):
+            assert target in ROOMS[room], f"{room} imports {target}"
+        if room == "engine" and path.stem in DEVICE_SIDE and target == "engine":
+            assert name.split(".")[1] in DEVICE_SIDE, f"the device side imports {name}"
+        if room == "engine" and path.stem in DEVICE_SIDE:
+            assert target in ("engine", "errors"), f"the device side imports {target}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_small_and_keep_the_manners(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: an assert stands for an error"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "eval", "exec"), f"line {node.lineno}: {node.func.id}"
+        if isinstance(node, ast.keyword) and node.arg == "shell":
+            pytest.fail(f"line {node.value.lineno}: shell")
+    if path.stem != "__init__" or text:
+        assert ast.get_docstring(tree), "a module says what it does"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "import edgeprune", "from edgeprune.cli import main; sys.argv = ['edgeprune', '--help']; main()",
+        "from edgeprune.cli import main; sys.argv = ['edgeprune', 'devices']; main()",
+        "import edgeprune.engine.tensorrt, edgeprune.engine.onnxruntime, edgeprune.engine.latency",
+    ],
+)  # fmt: skip
+def test_it_starts_without_torch(command):
+    code = (
+        f"import sys\ntry:\n    exec({command!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "loaded = {'torch', 'transformers', 'onnxruntime', 'tensorrt_rtx'} & set(sys.modules)\nassert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_the_device_side_is_python_3_10():
+    for name in DEVICE_SIDE:
+        path = ROOT / "edgeprune" / "engine" / f"{name}.py"
+        if path.exists():
+            ast.parse(path.read_text(), feature_version=(3, 10))
+
+
+def test_every_error_kind_has_an_exit_code_and_a_remedy():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not errors.EdgepruneError]
+    assert {kind.__name__: kind.exit_code for kind in kinds} == {
+        "InputError": 2, "NumericalError": 2, "BudgetError": 3, "EngineError": 4,
+    }  # fmt: skip
+    for kind in kinds:
+        with pytest.raises(TypeError):
+            kind("no remedy")
+
+
+def test_every_raised_error_has_a_remedy():
+    names = {"InputError", "NumericalError", "BudgetError", "EngineError"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+                assert len(node.args) == 2, f"{path.name}, line {node.lineno}"
+
+
+def test_the_readme_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    targets = {line.split(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if ":" in line}
+    for word in ("make demo", "make test"):
+        assert word in text
+        assert word.split()[1] in targets
+    from edgeprune.cli import app
+
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    used = {line.split()[1] for line in text.splitlines() if line.startswith("edgeprune ")}
+    assert used
+    assert used <= commands
