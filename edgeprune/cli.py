@@ -207,20 +207,21 @@ def _console() -> Any:
 
 def main() -> None:
     """The entry point: every error of ours is one message with a remedy, and its own exit code."""
-    import click
-
     try:
         code = app(standalone_mode=False)
     except EdgepruneError as error:
         typer.echo(f"error: {error.message}\n{error.remedy}", err=True)
         logging.getLogger("edgeprune").debug("traceback", exc_info=True)
         code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted: go on with --resume", err=True)
         code = 130
+    except Exception as error:
+        # The parser's own errors: typer brings click along under changing names.
+        if not hasattr(error, "show"):
+            raise
+        error.show()
+        code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import __version__
 from edgeprune.budget import Verdict, judge
 from edgeprune.cache import cache_folder
 from edgeprune.engine import local
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from edgeprune.pruning.allocate import Sensitivities, Widths
 
 SPELLINGS = tuple(Spelling(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
+SENSITIVITIES = 2  # of what is kept of them in the cache; another number measures again
 MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
 CROSS_CHECK_SECONDS = 20.0
 SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
@@ -204,7 +204,7 @@ class Run:
 
         setup = self.setup
         key = hashlib.sha256(
-            f"{__version__} {setup.model.fingerprint} {setup.request.method} {setup.request.seed}".encode()
+            f"{SENSITIVITIES} {setup.model.fingerprint} {setup.request.method} {setup.request.seed}".encode()
             + samples.calibration.tobytes()
         ).hexdigest()
         path = cache_folder() / "sensitivities" / f"{key}.npz"

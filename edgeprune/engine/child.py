@@ -25,7 +25,8 @@ def ask(module: str, request: dict[str, Any], timeout_seconds: float) -> dict[st
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EngineError(
-            f"{request['task']} did not end within {timeout_seconds:.0f} s", "Try a shorter context, or an idle machine."
+            f"{request['task']} did not end within {timeout_seconds:.0f} s",
+            "Try a shorter context, or an idle machine.",
         ) from None
     if result.returncode < 0:
         name = signal.Signals(-result.returncode).name

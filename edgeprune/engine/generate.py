@@ -9,6 +9,8 @@ import numpy as np
 from edgeprune.engine.onnxruntime import Runner
 from edgeprune.errors import InputError, NumericalError
 
+CANDIDATES = 512
+
 
 def generate(
     runner: Runner,
@@ -70,11 +72,25 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
         probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    order = np.argsort(-probabilities, axis=1, kind="stable")
-    ordered = np.take_along_axis(probabilities, order, axis=1)
-    before = ordered.cumsum(axis=1) - ordered
-    ordered[before >= max(top_p, 1e-12)] = 0
-    cumulative = ordered.cumsum(axis=1)
-    points = generator.random(len(logits))[:, None] * cumulative[:, -1:]
-    picks = np.minimum((cumulative <= points).sum(axis=1), (ordered > 0).sum(axis=1) - 1)
-    return np.take_along_axis(order, picks[:, None], axis=1)[:, 0]
+    return np.array([_draw(row, top_p, point) for row, point in zip(probabilities, generator.random(len(logits)), strict=True)])
+
+
+def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:
+    """One token of (vocabulary,) at a point in [0, 1), of those that top_p keeps.
+
+    The likeliest few hundred hold nearly always enough: only they are sorted.
+    """
+    if top_p >= 1:
+        kept = np.flatnonzero(probabilities)
+        weights = probabilities[kept]
+    else:
+        few = min(CANDIDATES, len(probabilities))
+        kept = np.argpartition(-probabilities, few - 1)[:few]
+        if probabilities[kept].sum() < top_p:
+            kept = np.arange(len(probabilities))
+        kept = kept[np.lexsort((kept, -probabilities[kept]))]
+        weights = probabilities[kept]
+        count = max(1, int(np.searchsorted(weights.cumsum(), top_p)) + 1)
+        kept, weights = kept[:count], weights[:count]
+    cumulative = weights.cumsum()
+    return int(kept[min(int(np.searchsorted(cumulative, point * cumulative[-1], side="right")), len(kept) - 1)])

@@ -20,7 +20,8 @@ def render_html(report: Report) -> str:
         undefined=StrictUndefined,
     )  # fmt: skip
     environment.globals |= {
-        "figure_text": figure_text, "number_text": number_text, "by_source": by_source, "rise_interval": rise_interval, "format_bytes": format_bytes,
+        "figure_text": figure_text, "number_text": number_text, "format_bytes": format_bytes,
+        "by_source": by_source, "rise_interval": rise_interval,
         "outcome_text": OUTCOME_TEXT, "outcome_label": OUTCOME_LABEL,
         "degraded_percent": DEGRADED_PERCENT, "broken_percent": BROKEN_PERCENT,
     }  # fmt: skip

@@ -112,23 +112,27 @@ def test_logits_that_are_no_numbers_are_refused(graph: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7)])
 def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
-    """Chi-square of 40000 draws of 6 tokens at the 0.1 % level, against the textbook's formula."""
+    """Chi-square of 6 tokens against the textbook's formula, the p-values of 20 seeds combined (Fisher).
+
+    One seed alone can be an unlucky one: the uniform numbers themselves then fail the same test.
+    """
     stats = pytest.importorskip("scipy.stats")
     logits = np.log([0.05, 0.3, 0.2, 0.25, 0.15, 0.05])
     expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     if top_p < 1:
         expected = np.array([0, 0.3, 0.2, 0.25, 0, 0]) / 0.75  # 0.30, 0.55, 0.75 >= 0.7: three tokens
-    rows = np.tile(logits, (40_000, 1))
-    counts = np.bincount(choose(rows, temperature, top_p, np.random.default_rng(0)), minlength=6)
-    kept = expected > 0
-    assert counts[~kept].sum() == 0
-    assert stats.chisquare(counts[kept], 40_000 * expected[kept]).pvalue > 1e-3
+    rows, kept, pvalues = np.tile(logits, (2_000, 1)), expected > 0, []
+    for seed in range(20):
+        counts = np.bincount(choose(rows, temperature, top_p, np.random.default_rng(seed)), minlength=6)
+        assert counts[~kept].sum() == 0
+        pvalues.append(stats.chisquare(counts[kept], len(rows) * expected[kept]).pvalue)
+    assert stats.combine_pvalues(pvalues).pvalue > 1e-3
 
 
 def test_top_p_keeps_the_token_that_crosses_it() -> None:
     """Of halves, quarters and eighths: below one half the likeliest alone, then one more at each border."""
     rows = np.tile(np.log([0.125, 0.5, 0.25, 0.125]), (500, 1))
-    for top_p, kept in ((0.0, {1}), (0.49, {1}), (0.51, {1, 2}), (0.74, {1, 2}), (0.76, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+    for top_p, kept in ((0.0, {1}), (0.49, {1}), (0.51, {1, 2}), (0.74, {1, 2}), (0.76, {0, 1, 2}), (1, {0, 1, 2, 3})):
         assert set(choose(rows, 1.0, top_p, np.random.default_rng(0)).tolist()) == kept
 
 

@@ -23,7 +23,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name, intermediate_size in (("wide", 8192), ("narrow", 1024)):
         model = llama(True, hidden_size=192, intermediate_size=intermediate_size)
-        files = write_graphs(decoder_of(model.config), weights_of(model), tmp_path_factory.mktemp(name), "fp32", [SPELLING])
+        folder = tmp_path_factory.mktemp(name)
+        files = write_graphs(decoder_of(model.config), weights_of(model), folder, "fp32", [SPELLING])
         found[name] = files.graphs[SPELLING]
     return found
 

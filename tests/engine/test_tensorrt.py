@@ -158,7 +158,8 @@ def test_the_commands_for_a_device() -> None:
     commands = trtexec_commands("onnx/my model.onnx", caches, WORKLOAD, "engine/model.engine")
     build, decode, prefill = (shlex.split(shlex.join(words)) for words in commands)
     assert build == [
-        "trtexec", "--onnx=onnx/my model.onnx", "--saveEngine=engine/model.engine", "--stronglyTyped", "--skipInference",
+        "trtexec", "--onnx=onnx/my model.onnx", "--saveEngine=engine/model.engine",
+        "--stronglyTyped", "--skipInference",
         "--minShapes=input_ids:1x1,position_ids:1x1,attention_mask:1x1,"
         "past_key_values.0.key:1x2x0x16,past_key_values.0.value:1x2x0x16",
         "--optShapes=input_ids:2x1,position_ids:2x1,attention_mask:2x32,"

@@ -1,0 +1,105 @@
+"""Bad input: one message with a remedy, exit code 2, nothing written, no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import save_llama
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    save_llama(folder / "model", max_position_embeddings=4096)
+    save_llama(folder / "gpt")
+    config = folder / "gpt" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"gpt2"'))
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(b"text\0more")
+    (folder / "short.txt").write_text("a few words\n\n" * 300)
+    (folder / "profile.toml").write_text("name = 3\n")
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("years of work")
+    return folder
+
+
+CASES = {
+    "unknown device": (["fit", "model", "--device", "jetson-orinn"], "jetson-orin"),
+    "no device": (["fit", "model"], "--device"),
+    "missing model": (["fit", "nowhere", "--device", "cpu"], "no such model"),
+    "unsupported model": (["fit", "gpt", "--device", "jetson-orin"], "llama, mistral"),
+    "missing text": (["fit", "model", "--device", "jetson-orin", "--calibration", "none.txt"], "none.txt"),
+    "empty text": (["fit", "model", "--device", "jetson-orin", "--calibration", "empty.txt"], "holds no text"),
+    "binary text": (["fit", "model", "--device", "jetson-orin", "--calibration", "binary.txt"], "binary"),
+    "too little text": (
+        ["fit", "model", "--device", "jetson-orin", "--calibration", "short.txt", "--samples", "99"], "are missing",
+    ),
+    "malformed size": (["fit", "model", "--device", "jetson-orin", "--memory", "lots"], "malformed size"),
+    "malformed latency": (["fit", "model", "--device", "jetson-orin", "--decode", "10"], "malformed latency"),
+    "a budget above the dense model": (["fit", "model", "--device", "jetson-orin", "--decode", "120%"], "100"),
+    "unreadable profile": (["fit", "model", "--profile", "profile.toml"], "profile.toml"),
+    "missing profile": (["fit", "model", "--profile", "none.toml"], "none.toml"),
+    "full output": (["fit", "model", "--device", "jetson-orin", "--output", "full"], "not empty"),
+    "forced full output": (["fit", "model", "--device", "jetson-orin", "--output", "full", "--force"], "no bundle"),
+    "no tensorrt": (["fit", "model", "--device", "jetson-orin", "--engine", "tensorrt"], "edgeprune[tensorrt]"),
+    "another engine": (["fit", "model", "--device", "jetson-orin", "--engine", "onnxruntime"], "runs tensorrt"),
+    "unknown engine": (["fit", "model", "--device", "jetson-orin", "--engine", "steam"], "unknown engine"),
+    "unknown method": (["fit", "model", "--device", "jetson-orin", "--method", "magic"], "unknown method"),
+    "unknown precision": (["fit", "model", "--device", "jetson-orin", "--precision", "int1"], "precision"),
+    "no samples": (["fit", "model", "--device", "jetson-orin", "--samples", "0"], "--samples"),
+    "context beyond the model": (["fit", "model", "--device", "jetson-orin", "--context", "9999"], "positions"),
+    "prompt beyond the context": (
+        ["fit", "model", "--device", "jetson-orin", "--prompt", "64", "--context", "64"], "no room",
+    ),
+    "no bundle": (["run", "full", "--prompt", "hi"], "is no bundle"),
+    "no bundle to render": (["report", "full"], "is no bundle"),
+    "unknown option": (["fit", "model", "--devise", "cpu"], "--devise"),
+    "malformed ratios": (["compare", "model", "--ratios", "a", "--calibration", "short.txt"], "malformed ratios"),
+    "ratio out of range": (["compare", "model", "--ratios", "100", "--calibration", "short.txt"], "between 0 and 100"),
+    "compare without text": (["compare", "model"], "--calibration"),
+    "unknown device to show": (["devices", "toaster"], "unknown device"),
+    "a log that cannot be written": (["--log-file", "nowhere/x.log", "doctor"], "cannot write the log"),
+}  # fmt: skip
+
+
+def run(words: list[str], home: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "edgeprune.cli", *words], cwd=home, capture_output=True, text=True, timeout=300,
+        env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "reason"), CASES.values(), ids=CASES)
+def test_bad_input_is_one_message_with_a_remedy(home, words, reason):
+    before = sorted(home.rglob("*"))
+    result = run(words, home)
+    assert result.returncode == 2, result.stderr
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert sorted(home.rglob("*")) == before, "something was written"
+
+
+def test_a_budget_below_the_floor_is_refused_at_once(home):
+    before = sorted(home.rglob("*"))
+    result = run(["fit", "model", "--device", "jetson-orin", "--memory", "1MiB"], home)
+    assert result.returncode == 3
+    for word in ("below the floor", "weights", "cache", "runtime", "embedding", "Try --memory"):
+        assert word in result.stderr
+    assert sorted(home.rglob("*")) == before
+
+
+def test_help_and_lists(home):
+    for words in (["--help"], ["fit", "--help"], ["devices"], ["devices", "jetson-orin"], ["devices", "--json"], ["doctor"]):
+        result = run(words, home)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout
+    assert "confidence" in run(["devices", "jetson-orin"], home).stdout
+
+

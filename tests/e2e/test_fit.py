@@ -1,0 +1,214 @@
+"""The real command line on small random models: every station, killed and resumed, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgeprune.bundle import open_bundle, sha256
+from edgeprune.report.schema import Report
+from tests.checkpoints import save_llama
+
+SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
+
+
+def command(*words: str | Path, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "edgeprune.cli", *map(str, words)], capture_output=True, text=True, timeout=600, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a small model, and text to calibrate on."""
+    folder = tmp_path_factory.mktemp("home")
+    save_llama(folder / "model", num_hidden_layers=3, intermediate_size=256)
+    words = "the quick brown fox jumps over the lazy dog and runs away from it ".split()
+    paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(80)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(home) -> Path:
+    bundle = home / "fitted"
+    result = command(
+        "fit", home / "model", "--device", "jetson-orin", "--memory", "90%", "--calibration", home / "text.txt",
+        "--output", bundle, "--json", *SMALL,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert Report.model_validate_json(result.stdout) == Report.model_validate_json((bundle / "report.json").read_text())
+    return bundle
+
+
+def test_the_bundle_is_whole_and_true(fitted):
+    manifest = open_bundle(fitted)
+    assert all(sha256(fitted / name) == digest for name, digest in manifest["sha256"].items())
+    report = Report.model_validate_json((fitted / "report.json").read_text())
+    assert report.status == "met"
+    assert report.rests_on == "estimated"
+    assert report.fitted.performance.memory_total.value <= report.budget[0].limit
+    assert report.fitted.parameters < report.dense.parameters
+    assert report.cross_check["decode_ratio"].source == "measured"
+    assert report.quality.label == "perplexity"
+    assert "plotly" in (fitted / "report.html").read_text().lower()
+    assert not list(fitted.parent.glob("*.work"))
+
+
+def test_the_checkpoint_gives_the_graphs_logits(fitted):
+    import numpy as np
+    import onnxruntime
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(0))
+    expected = AutoModelForCausalLM.from_pretrained(fitted / "model", local_files_only=True)(ids).logits.detach().numpy()
+    session = onnxruntime.InferenceSession(str(fitted / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": ids.numpy(), "position_ids": np.arange(12)[None], "attention_mask": np.ones((1, 12), np.int64)}
+    for node in session.get_inputs():
+        if node.name.startswith("past"):
+            feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), np.float16)
+    logits = session.run(["logits"], feeds)[0].astype(np.float32)
+    assert np.abs(logits - expected).max() < 1e-2 * np.abs(expected).max()  # the device's precision is fp16
+
+
+def test_run_streams_text_from_the_bundle(fitted):
+    result = command("run", fitted, "--prompt", "the quick", "--max-new-tokens", "5")
+    assert result.returncode == 0, result.stderr
+    again = command("run", fitted, "--prompt", "the quick", "--max-new-tokens", "5")
+    assert result.stdout == again.stdout
+
+
+def test_a_relative_path_run_elsewhere_works(home, tmp_path):
+    result = command(
+        "fit", home / "model", "--device", "jetson-orin", "--memory", "95%", "--calibration", home / "text.txt",
+        "--output", "here", *SMALL, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_measured_budget_on_this_processor(home):
+    """The verdict is the run's own; that it is true on a real model is shown by tools/bench_fit.py."""
+    result = command(
+        "fit", home / "model", "--device", "cpu", "--memory", "90%", "--output", home / "cpu", "--json", *SMALL
+    )
+    assert result.returncode in (0, 3), result.stderr
+    report = Report.model_validate_json(result.stdout)
+    assert report.rests_on == "measured"
+    assert report.quality.label == "agreement with the dense model"
+    assert {figure.source for figure in report.fitted.performance.memory.values()} == {"measured"}
+    assert 1 <= len(report.search.candidates) <= 5
+
+
+def test_a_budget_that_the_dense_model_meets_exports_it_unpruned(home):
+    result = command(
+        "fit", home / "model", "--device", "jetson-orin", "--memory", "8GiB", "--output", home / "dense", "--json", *SMALL
+    )
+    assert result.returncode == 0, result.stderr
+    report = Report.model_validate_json(result.stdout)
+    assert (report.search.ending, report.ratio) == ("dense", 0)
+    assert "nothing was pruned" in report.headline
+    assert "already meets" in result.stderr
+
+
+def test_an_engine_is_built_without_a_gpu(home):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    result = command(
+        "fit", home / "model", "--device", "l4", "--memory", "95%", "--calibration", home / "text.txt",
+        "--output", home / "l4", "--json", *SMALL,
+    )  # fmt: skip
+    assert result.returncode in (0, 3), result.stderr
+    report = Report.model_validate_json(result.stdout)
+    assert report.fitted.performance.memory["weights"].source == "built"
+    assert report.fitted.performance.decode.source == "estimated"
+    assert list((home / "l4" / "engine").glob("*.engine"))
+
+
+def test_require_measured_makes_an_estimate_a_failure(home):
+    result = command(
+        "fit", home / "model", "--device", "jetson-orin", "--memory", "8GiB", "--require-measured", "--no-checkpoint",
+        "--output", home / "strict", *SMALL,
+    )  # fmt: skip
+    assert result.returncode == 4
+    assert not (home / "strict" / "model").exists()
+
+
+def test_a_quality_limit_that_cannot_be_kept_is_exit_code_3(home):
+    result = command(
+        "fit", home / "model", "--device", "jetson-orin", "--memory", "92%", "--max-quality-loss", "0",
+        "--calibration", home / "text.txt", "--output", home / "quality", "--json", *SMALL,
+    )  # fmt: skip
+    report = Report.model_validate_json(result.stdout)
+    assert result.returncode == (0 if report.quality.rise_percent <= 0 else 3)
+    assert report.quality_met == (report.quality.rise_percent <= 0)
+
+
+@pytest.mark.parametrize("stage", ["dense", "samples", "candidate-1", "evaluation"])
+def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
+    """SIGKILL right after a stage was recorded (and in the middle of the next one), then --resume."""
+    words = ["fit", home / "model", "--device", "jetson-orin", "--memory", "90%", "--seed", "3", *SMALL]
+    whole = home / "whole"
+    if not whole.exists():
+        assert command(*words, "--output", whole).returncode == 0
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgeprune.cli", *map(str, words), "--output", str(cut)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    journal = tmp_path / "cut.work" / "journal.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if journal.exists() and f'"stage": "{stage}"' in journal.read_text():
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not cut.exists(), "a killed run leaves no bundle"
+    refused = command(*words, "--output", cut)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    other = command(*words, "--output", cut, "--resume", "--seed", "4")
+    assert other.returncode == 2
+    assert "seed" in other.stderr
+    assert command(*words, "--output", cut, "--resume").returncode == 0
+    weights = Path("rungs/0/model/model.safetensors")
+    graphs = sorted(p.relative_to(whole) for p in (whole / "rungs/0/onnx").iterdir())
+    for name in (weights, *graphs):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not journal.parent.exists()
+
+
+def test_compare_puts_methods_side_by_side(home):
+    result = command(
+        "compare", home / "model", "--ratios", "20,40", "--methods", "default,magnitude,random",
+        "--calibration", home / "text.txt", "--samples", "4", "--length", "32", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["method"] for row in rows] == ["dense", *["default", "magnitude", "random"] * 2]
+    assert set(rows[0]) == {"method", "ratio", "perplexity", "parameters", "seconds", "peak_bytes"}
+    assert rows[0]["ratio"] == 0
+    for row, wanted in zip(rows[1:], [0.2] * 3 + [0.4] * 3, strict=True):
+        assert abs(row["ratio"] - wanted) <= 0.005
+        assert row["peak_bytes"] > 0
+    table = command(
+        "compare", home / "model", "--ratios", "20", "--methods", "default", "--calibration", home / "text.txt",
+        "--samples", "4", "--length", "32",
+    )  # fmt: skip
+    assert "default" in table.stdout
+
+
+def test_report_is_rendered_again(fitted):
+    before = (fitted / "report.html").read_text()
+    (fitted / "report.html").write_text("lost")
+    result = command("report", fitted)
+    assert result.returncode == 0, result.stderr
+    assert len((fitted / "report.html").read_text()) == pytest.approx(len(before), rel=0.01)
