@@ -95,13 +95,18 @@ def write_bundle(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def refresh_hash(folder: Path, name: str) -> None:
+    """Record a file of a bundle that was written again in its manifest."""
+    manifest = open_bundle(folder)
+    manifest["sha256"][name] = sha256(folder / name)
+    temporary = folder / f"{MANIFEST}.part"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file, by its path in the bundle; links to folders are not followed."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def open_bundle(folder: Path) -> dict[str, Any]:

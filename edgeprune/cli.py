@@ -46,7 +46,9 @@ def fit(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, .gguf file, or `demo`.")] = "demo",
     device: Annotated[str | None, typer.Option(help="Device profile; `edgeprune devices` lists them.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")] = None,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE|%", help="Peak device memory: 1.5GiB, 900MB or 90%.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE|%", help="Peak device memory: 1.5GiB, 900MB or 90%.")
+    ] = None,
     decode: Annotated[str | None, typer.Option(metavar="MS|%", help="Time per token: 25ms or 70%.")] = None,
     prefill: Annotated[str | None, typer.Option(metavar="MS|%", help="Time to first token: 0.5s or 70%.")] = None,
     max_quality_loss: Annotated[

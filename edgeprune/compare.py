@@ -89,9 +89,7 @@ def compare(
                 seconds = time.monotonic() - start
                 candidate = load_model(f"{folder}/model")
                 perplexity = evaluated(candidate)
-            rows.append(
-                Row(name, ratio(target, model.decoder), perplexity, target.parameters, seconds, peak_bytes())
-            )
+            rows.append(Row(name, ratio(target, model.decoder), perplexity, target.parameters, seconds, peak_bytes()))
     return rows
 
 
@@ -100,9 +98,7 @@ def widths_at(dense: Decoder, wanted: float, sensitivities: Any) -> Decoder:
     from edgeprune.pruning.allocate import Widths, best_within, uniform_options
 
     layer = dense.layers[0]
-    full = Widths(
-        layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size
-    )
+    full = Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
     decoders = {widths: dense.with_widths(*widths) for widths in uniform_options(full, CHANNEL_MULTIPLE)}
     near = best_within(
         list(decoders), sensitivities.uniform_loss, lambda widths: abs(ratio(decoders[widths], dense) - wanted) <= 0.005

@@ -31,7 +31,7 @@ from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.prepare import Request, Setup, prepare
 from edgeprune.progress import Progress, Silent
-from edgeprune.search import Costs, Outcome, Trial, search
+from edgeprune.search import Costs, Outcome, search
 
 if TYPE_CHECKING:
     from edgeprune.pruning.allocate import Sensitivities, Widths
@@ -316,14 +316,17 @@ class Run:
             from edgeprune.generation import sample_text
 
             length = max(self.setup.request.length, 256)
-            advance = self.progress.stage("evaluate", 2 * len(samples.evaluation) * len(self.setup.model.decoder.layers))
+            advance = self.progress.stage(
+                "evaluate", 2 * len(samples.evaluation) * len(self.setup.model.decoder.layers)
+            )
             texts = {}
             for name, documents in samples.evaluation.items():
                 losses = [
                     document_losses(model, documents, length, advance) for model in (self.setup.model, chosen.model)
                 ]
                 texts[name] = {
-                    "dense": losses[0].perplexity, "fitted": losses[1].perplexity, "tokens": int(losses[0].tokens.sum()),
+                    "dense": losses[0].perplexity, "fitted": losses[1].perplexity,
+                    "tokens": int(losses[0].tokens.sum()),
                     **asdict(rise(*losses, self.setup.request.seed)),
                 }  # fmt: skip
             self.progress.stage("generate a sample of both")
@@ -348,9 +351,7 @@ class Run:
             ratios = local.latency(plain / RUNTIME_GRAPH, candidate, self.setup.workload, CROSS_CHECK_SECONDS)
             return {name: figure_to_json(figure) for name, figure in ratios.items()}
 
-        return {
-            name: figure_from_json(figure) for name, figure in self.journal.stage("cross-check", compute).items()
-        }
+        return {name: figure_from_json(figure) for name, figure in self.journal.stage("cross-check", compute).items()}
 
 
 def widths_of(model: Model) -> Widths:

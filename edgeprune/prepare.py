@@ -127,11 +127,8 @@ def samples_hash(texts: Texts) -> str:
 
 def prepare(request: Request) -> Setup:
     """Raises InputError for bad input and BudgetError for a budget below the floor; writes nothing."""
-    from edgeprune.pruning.prune import method_named
-
     if (request.device is None) == (request.profile is None):
         raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
-    method_named(request.method)
     profile = resolve_profile(request.device, request.profile)
     workload = _workload(request, profile)
     precision = request.precision or profile.precision
@@ -147,6 +144,9 @@ def prepare(request: Request) -> Setup:
     choices += [budget_choice] if budget_choice else []
     output = (request.output or Path(f"{_stem(request.model)}-{profile.name}")).absolute()
     check_output(output, request.force or request.resume)
+    from edgeprune.pruning.prune import method_named
+
+    method_named(request.method)
     model = load_model(request.model)
     if workload.context > model.decoder.max_position_embeddings:
         raise InputError(
@@ -158,9 +158,7 @@ def prepare(request: Request) -> Setup:
     if texts.calibration is None:
         choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
     check_space(output, _bytes_written(model, precision, engine))
-    return Setup(
-        request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices)
-    )
+    return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
 
 
 def _stem(model: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.budget import STATUS_TEXT, format_ms, memory_total
-from edgeprune.bundle import REPORT, open_bundle, write_bundle
+from edgeprune.bundle import REPORT, open_bundle, refresh_hash, write_bundle
 from edgeprune.engine.base import Performance
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
 from edgeprune.engine.graph import Spelling
@@ -69,6 +69,7 @@ def render_again(folder: Path) -> Path:
     temporary = path.with_name("report.html.part")
     temporary.write_text(render_html(read_report(folder)), encoding="utf-8")
     temporary.replace(path)
+    refresh_hash(folder, path.name)
     return path
 
 
@@ -78,7 +79,8 @@ def read_report(folder: Path) -> schema.Report:
         return schema.Report.model_validate_json((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(
-            f"{folder / REPORT} cannot be read by this version of edgeprune", "Use the version that manifest.json names."
+            f"{folder / REPORT} cannot be read by this version of edgeprune",
+            "Use the version that manifest.json names.",
         ) from None
 
 
@@ -111,7 +113,7 @@ def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
             "figures": {name: figure.model_dump() for name, figure in setup.profile.hardware.items()},
         },
         workload={"batch": setup.workload.batch, "prompt": setup.workload.prompt, "context": setup.workload.context},
-        precision=setup.precision, engine={"name": setup.engine.name, "reason": setup.engine.reason},
+        precision=setup.precision, engine={"name": setup.engine.name, "reason": setup.engine.reason, "version": _versions().get(setup.engine.name)},
         choices=[schema.Choice(**choice.__dict__) for choice in setup.choices], versions=_versions(),
         seed=setup.request.seed, budget=_constraints(fitted), ratio=ratio(small, dense),
         total_ratio=1 - small.parameters / dense.parameters, decode_bytes_ratio=1 - moved[1] / moved[0],
@@ -221,8 +223,8 @@ def _headline(fitted: Fitted) -> str:
     if verdict.status == "noisy":
         return f"{setup.model.name}, {asked} on {setup.profile.name}: {STATUS_TEXT['noisy']} ({cost})."
     if not fitted.quality_is_met:
-        limit = f"{setup.budget.max_quality_loss:g} %"
-        return f"{setup.model.name} meets {asked} on {setup.profile.name} only beyond the quality limit of {limit}: {cost}."
+        beyond = f"only beyond the quality limit of {setup.budget.max_quality_loss:g} %"
+        return f"{setup.model.name} meets {asked} on {setup.profile.name} {beyond}: {cost}."
     how = "" if verdict.source == "measured" else f" ({verdict.source})"
     return f"{setup.model.name} meets {asked} on {setup.profile.name}{how}, {cost}."
 
@@ -237,11 +239,12 @@ def _unprunable(shares: dict[str, float]) -> str:
 
 
 def _warnings(fitted: Fitted) -> list[str]:
-    warnings = list(fitted.chosen.performance.notes)
-    if not fitted.chosen.performance.decode.source == "measured":
-        warnings.insert(0, "Latency was not measured on the device: build and measure there before you decide.")
+    warnings: list[str] = []
+    if fitted.chosen.performance.decode.source != "measured":
+        warnings.append("Latency was not measured on the device: build and measure there before you decide.")
     if fitted.samples.self_generated:
         warnings.append("Quality was measured on text that the dense model generated: agreement, not quality.")
+    warnings += fitted.chosen.performance.notes
     fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
     if fell_back:
         warnings.append(f"Compensation did not help and was left out in: {', '.join(fell_back)}.")
@@ -276,7 +279,8 @@ def _deploy(fitted: Fitted) -> list[schema.Step]:
         )
     steps.append(
         schema.Step(
-            title="Try it on this machine", command=f"edgeprune run {bundle} --prompt {shlex.quote(fitted.quality.prompt)}"
+            title="Try it on this machine",
+            command=f"edgeprune run {bundle} --prompt {shlex.quote(fitted.quality.prompt)}",
         )
     )
     if setup.request.checkpoint:
@@ -307,7 +311,7 @@ def _script(fitted: Fitted) -> str:
         "set -euo pipefail",
         'cd "$(dirname "$0")"',
         'export PATH="$PATH:/usr/src/tensorrt/bin"',
-        'command -v trtexec >/dev/null || { echo "trtexec is missing: install TensorRT (JetPack has it)" >&2; exit 4; }',
+        'command -v trtexec >/dev/null || { echo "trtexec is missing: install TensorRT" >&2; exit 4; }',
         'if [ ! -e engine ]; then mkdir engine; fi',
         "# The power mode decides the speed: it is recorded, never changed.",
         "if command -v nvpmodel >/dev/null; then nvpmodel -q || true; fi",

@@ -28,8 +28,13 @@ def run(true_cost, limit, noise=0.0, seed=0, margin=0.015):
         return Costs({"decode": value}, "met" if value * (1 + 1.96 * noise) <= limit else "missed")
 
     return search(
-        OPTIONS, error, lambda widths: {"decode": size(widths)}, (DENSE, {"decode": true_cost(DENSE)}),
-        {"decode": limit}, {"decode": margin}, obtain,
+        OPTIONS,
+        error,
+        lambda widths: {"decode": size(widths)},
+        (DENSE, {"decode": true_cost(DENSE)}),
+        {"decode": limit},
+        {"decode": margin},
+        obtain,
     )
 
 

@@ -19,16 +19,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import typer
-from edgeprune.model.load import load_model
 
 from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.model.load import load_model
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def decode_step(
-    path: Path, head_dim: int, threads: int, past: int, capacity: int | None
-) -> Callable[[], np.ndarray]:
+def decode_step(path: Path, head_dim: int, threads: int, past: int, capacity: int | None) -> Callable[[], np.ndarray]:
     """A function that decodes one token at `past` and returns its logits. With a capacity, past and
     present are one buffer of that many tokens."""
     options = onnxruntime.SessionOptions()

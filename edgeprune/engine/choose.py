@@ -74,9 +74,7 @@ class OnnxRuntime:
 
 
 def _scaled(ratio: Measured, dense: Measured) -> Measured:
-    return replace(
-        dense, value=ratio.value * dense.value, low=ratio.low * dense.value, high=ratio.high * dense.value
-    )
+    return replace(dense, value=ratio.value * dense.value, low=ratio.low * dense.value, high=ratio.high * dense.value)
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,9 @@ def choose_engine(asked: str, profile: DeviceProfile, workload: Workload, precis
             f'Install it with `pip install "edgeprune[{extra}]"`, or leave --engine out to estimate.',
         )
     if profile.engine == "tensorrt-rtx" and available:
-        return TensorRT(*parts, reason=f"TensorRT for RTX builds for SM {profile.sm} without the GPU; nothing ran on it")
+        return TensorRT(
+            *parts, reason=f"TensorRT for RTX builds for SM {profile.sm} without the GPU; nothing ran on it"
+        )
     if profile.engine == "tensorrt-rtx":
         return Estimated(*parts, reason=f"nothing could be built: {why}", name="tensorrt-rtx")
     return Estimated(

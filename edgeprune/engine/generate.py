@@ -72,7 +72,9 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
         probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return np.array([_draw(row, top_p, point) for row, point in zip(probabilities, generator.random(len(logits)), strict=True)])
+    return np.array(
+        [_draw(row, top_p, point) for row, point in zip(probabilities, generator.random(len(logits)), strict=True)]
+    )
 
 
 def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:

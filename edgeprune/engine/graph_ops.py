@@ -37,7 +37,12 @@ class Nodes:
         return self.add_many(operator, name, inputs, (name,), domain, **attributes)[0]
 
     def add_many(
-        self, operator: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], domain: str = "",
+        self,
+        operator: str,
+        name: str,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        domain: str = "",
         **attributes: object,
     ) -> tuple[str, ...]:
         """One node; an empty output name leaves an optional output away."""
@@ -170,9 +175,7 @@ def _add_update(nodes: Nodes, hidden: str, update: str | None) -> str:
     return hidden if update is None else nodes.add("Add", f"{update}.residual", hidden, update)
 
 
-def _norm_opset23(
-    nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float
-) -> tuple[str, str]:
+def _norm_opset23(nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float) -> tuple[str, str]:
     hidden = _add_update(nodes, hidden, update)
     return hidden, nodes.add("RMSNormalization", name, hidden, weight, axis=-1, epsilon=eps, stash_type=1)
 
@@ -199,8 +202,12 @@ def _norm_onnxruntime(
         attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
         return hidden, nodes.add("SimplifiedLayerNormalization", name, hidden, weight, **attributes)
     normed, _, _, hidden = nodes.add_many(
-        "SkipSimplifiedLayerNormalization", name, (hidden, update, weight), (name, "", "", f"{update}.residual"),
-        MICROSOFT, epsilon=eps,
+        "SkipSimplifiedLayerNormalization",
+        name,
+        (hidden, update, weight),
+        (name, "", "", f"{update}.residual"),
+        MICROSOFT,
+        epsilon=eps,
     )
     return hidden, normed
 

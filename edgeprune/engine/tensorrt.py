@@ -92,9 +92,7 @@ def _held(result: BuildResult) -> int:
     return result.weights_bytes + result.activation_bytes + result.scratch_bytes
 
 
-def _compile(
-    graph: Path, workload: Workload, most: int, sm: int | None, flavour: str
-) -> tuple[BuildResult, Any]:
+def _compile(graph: Path, workload: Workload, most: int, sm: int | None, flavour: str) -> tuple[BuildResult, Any]:
     """One build with one merged profile (two hold the weights twice), for batches from 1 to `most`."""
     trt = import_tensorrt(flavour)
     if sm is not None and sm not in (offered := offered_sms()):
@@ -192,9 +190,7 @@ def _warnings(weights: int, graph: Path) -> tuple[str, ...]:
     return ()
 
 
-def trtexec_commands(
-    graph: str, caches: list[tuple[str, int, int]], workload: Workload, plan: str
-) -> list[list[str]]:
+def trtexec_commands(graph: str, caches: list[tuple[str, int, int]], workload: Workload, plan: str) -> list[list[str]]:
     """The commands that build an engine on a device with full TensorRT and measure decode and prefill.
 
     caches: name, key/value heads and head_dim of every cache input. Each command is a list of words.

@@ -108,8 +108,6 @@ def decoder_of(config: Config) -> Decoder:
 
 def _rotary(config: Config, head_dim: int) -> Rotary:
     """Angles from transformers' own functions; newer files say rope_parameters, older rope_scaling."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
@@ -117,6 +115,8 @@ def _rotary(config: Config, head_dim: int) -> Rotary:
         raise InputError(f"unsupported rope scaling {kind!r}", "Supported are: default, linear, llama3.")
     if kind == "default":
         return Rotary(tuple(theta ** (-2.0 * pair / head_dim) for pair in range(head_dim // 2)))
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     scaled = _RopeConfig(config, {**parameters, "rope_type": kind, "rope_theta": theta}, head_dim)
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](scaled, "cpu")
     return Rotary(tuple(frequencies.tolist()), float(scaling))

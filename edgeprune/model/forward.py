@@ -24,9 +24,7 @@ LOGIT_ROWS = 512  # positions whose logits are held at a time
 def layer_weights(model: Model, index: int) -> LayerWeights:
     """Weights of one layer in fp32, by the part of their name behind `layers.{index}.`."""
     prefix = f"layers.{index}."
-    return {
-        name.removeprefix(prefix): model.weights[name].float() for name in model.decoder.layer_shapes(index)
-    }
+    return {name.removeprefix(prefix): model.weights[name].float() for name in model.decoder.layer_shapes(index)}
 
 
 def embed(model: Model, ids: torch.Tensor) -> torch.Tensor:
@@ -75,8 +73,13 @@ def mlp_activation(x: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
 
 
 def module_inputs(
-    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor], rows: int,
+    decoder: Decoder,
+    index: int,
+    kind: str,
+    weights: LayerWeights,
+    hidden: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    rows: int,
 ) -> torch.Tensor:
     """Inputs of one module's output projection on all samples, computed `rows` samples at a time.
 

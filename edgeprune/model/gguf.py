@@ -19,14 +19,14 @@ from edgeprune.cache import cache_folder
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import checkpoint_names, decoder_of
+from edgeprune.model.gguf_file import RESTORE, GgufFile, StoredTensor, read_gguf
 from edgeprune.model.save import write_tensors
 from edgeprune.model.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from gguf import GGUFReader, ReaderTensor
 
-FORMAT = 1  # of the converted directory; a new one converts again
+FORMAT = 2  # of the converted directory; a new one converts again
 OUTER = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
 LAYER = {
     "attention.norm": "attn_norm", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
@@ -35,57 +35,73 @@ LAYER = {
 }  # fmt: skip
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-RESTORE = "Download the file again, or give the original Hugging Face directory."
+FREQUENCIES = "rope_freqs.weight"
 
 
 def converted(path: Path) -> Path:
-    """The directory with the file's checkpoint, tokenizer and configuration. Raises InputError."""
+    """The directory with the file's checkpoint, tokenizer and configuration.
+
+    Raises InputError for a file that is broken or not supported, or a cache that cannot be written.
+    """
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InputError(f"{path} is no GGUF file", RESTORE)
-        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{digest[:32]}-{FORMAT}"
     if folder.is_dir():
         return folder
+    source = read_gguf(path)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        _convert(path, part)
-        if not folder.is_dir():  # another process may have been faster
-            part.rename(folder)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _convert(source, path, part)
+        _publish(part, folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot convert {path.name} into {folder.parent}: {error.strerror or error}",
+            "Free some space there, or set EDGEPRUNE_CACHE to another folder.",
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _convert(path: Path, folder: Path) -> None:
-    from gguf import GGUFReader
-
+def _publish(part: Path, folder: Path) -> None:
     try:
-        reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the reader meets a cut or altered file with errors of many kinds
-        raise InputError(f"{path} cannot be read: {error}", RESTORE) from None
-    config = _config(fields, reader, path)
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster
+            raise
+
+
+def _convert(source: GgufFile, path: Path, folder: Path) -> None:
+    config = _config(source, path)
     decoder = decoder_of(config)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = _gguf_names(decoder)
-    shapes = decoder.shapes()
+    names, shapes = _gguf_names(decoder), decoder.shapes()
     for name, shape in shapes.items():
-        found = tensors.get(names[name])
-        if found is None or tuple(int(size) for size in reversed(found.shape)) != shape:
+        found = source.tensors.get(names[name])
+        if found is None or found.shape != shape:
             raise InputError(f"{path} has no tensor {names[name]} of shape {shape}", RESTORE)
-    dtype = _dtype(tensors[names[name]] for name in shapes)
+    if unknown := source.tensors.keys() - names.values() - {FREQUENCIES}:
+        raise InputError(
+            f"{path} has the tensor {min(unknown)}, which a dense llama model without biases has not",
+            "Supported are dense llama and mistral models without biases.",
+        )
+    dtype = _dtype([source.tensors[names[name]] for name in shapes])
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write_tensors(
-        checkpoint_names(decoder), shapes, _weights(decoder, names, tensors, path), folder, dtype
-    )
+    write_tokenizer(source.fields, config["max_position_embeddings"], folder)
+    write_tensors(checkpoint_names(decoder), shapes, _weights(decoder, names, source), folder, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    generation = json.dumps(_generation(source.fields, config), indent=2, sort_keys=True) + "\n"
+    (folder / "generation_config.json").write_text(generation, encoding="utf-8")
+
+
+def _generation(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Special tokens; a chat model may end its turn with another token than its text."""
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(fields, config["max_position_embeddings"], folder)
+    turn = fields.get("tokenizer.ggml.eot_token_id")
+    if turn is not None and turn != ids.get("eos_token_id"):
+        ids["eos_token_id"] = [*([ids["eos_token_id"]] if "eos_token_id" in ids else []), int(turn)]
+    return ids
 
 
 def _gguf_names(decoder: Decoder) -> dict[str, str]:
@@ -99,13 +115,12 @@ def _gguf_names(decoder: Decoder) -> dict[str, str]:
     return names
 
 
-def _config(fields: dict[str, Any], reader: GGUFReader, path: Path) -> dict[str, Any]:
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(f"unsupported GGUF architecture {architecture!r}", "Supported is: llama (and Mistral, as llama).")
-    names = {tensor.name for tensor in reader.tensors}
-    if "blk.0.ffn_gate_inp.weight" in names:
-        raise InputError("unsupported GGUF architecture: mixture of experts", "Supported are dense llama models.")
+def _config(source: GgufFile, path: Path) -> dict[str, Any]:
+    fields = source.fields
+    if (architecture := fields.get("general.architecture")) != "llama":
+        raise InputError(
+            f"unsupported GGUF architecture {architecture!r}", "Supported is: llama (Mistral's files say llama too)."
+        )
     try:
         heads = int(fields["llama.attention.head_count"])
         hidden = int(fields["llama.embedding_length"])
@@ -121,39 +136,44 @@ def _config(fields: dict[str, Any], reader: GGUFReader, path: Path) -> dict[str,
             "head_dim": head_dim,
             "intermediate_size": int(fields["llama.feed_forward_length"]),
             "max_position_embeddings": int(fields["llama.context_length"]),
-            # stored as fp32: 1e-5 comes back as 9.999999747378752e-06
-            "rms_norm_eps": float(np.format_float_positional(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
+            "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
             "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-            "tie_word_embeddings": "output.weight" not in names,
+            "tie_word_embeddings": "output.weight" not in source.tensors,
             "attention_bias": False,
             "mlp_bias": False,
         }
-        theta = float(fields.get("llama.rope.freq_base", 10000.0))
+        config["rope_parameters"] = _rope(source, head_dim)
         rotated = int(fields.get("llama.rope.dimension_count", head_dim))
-    except (KeyError, TypeError, ValueError) as error:
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+                config[f"{name}_token_id"] = int(token)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{path} lacks metadata: {error!r}", RESTORE) from None
     if rotated != head_dim:
         raise InputError(f"{path} rotates {rotated} of {head_dim} head dimensions", "Supported is: all of them.")
-    for name in ("bos", "eos", "padding"):
-        if (token := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-            config[f"{'pad' if name == 'padding' else name}_token_id"] = int(token)
-    config["rope_parameters"] = {"rope_theta": theta} | _rope_scaling(fields, reader, theta, head_dim)
     return config
 
 
-def _rope_scaling(fields: dict[str, Any], reader: GGUFReader, theta: float, head_dim: int) -> dict[str, Any]:
-    factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
-    if factors is not None:
+def _shortest(value: float) -> float:
+    """The decimal that was meant: GGUF holds fp32, so 1e-5 comes back as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope(source: GgufFile, head_dim: int) -> dict[str, Any]:
+    theta = _shortest(source.fields.get("llama.rope.freq_base", 10000.0))
+    if (stored := source.tensors.get(FREQUENCIES)) is not None:
+        factors = stored.values()
         scaling = {"rope_type": "llama3", "factor": float(np.max(factors)), **LLAMA3}
-        if not np.allclose(_llama3_factors(theta, head_dim, scaling), factors, rtol=1e-3):
+        known = factors.shape == (head_dim // 2,)
+        if not known or not np.allclose(_llama3_factors(theta, head_dim, scaling), factors, rtol=1e-3):
             raise InputError("unsupported rope factors in the GGUF file", "Give the original Hugging Face directory.")
-        return scaling
-    kind = fields.get("llama.rope.scaling.type", "none")
+        return {"rope_theta": theta, **scaling}
+    kind = source.fields.get("llama.rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": float(fields["llama.rope.scaling.factor"])}
+        return {"rope_theta": theta, "rope_type": kind, "factor": _shortest(source.fields["llama.rope.scaling.factor"])}
     if kind != "none":
         raise InputError(f"unsupported rope scaling {kind!r}", "Supported are: linear, llama3.")
-    return {"rope_type": "default"}
+    return {"rope_theta": theta, "rope_type": "default"}
 
 
 def _llama3_factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
@@ -164,32 +184,22 @@ def _llama3_factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.
     return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
-def _dtype(tensors: Iterator[ReaderTensor]) -> torch.dtype:
-    """fp32 where anything is quantised, else the type of the first matrix."""
+def _dtype(tensors: list[StoredTensor]) -> torch.dtype:
+    """The type of the matrices where all have the same plain one, else fp32; norms are fp32 in every file."""
     import torch
 
-    types = [tensor.tensor_type.name for tensor in tensors]
-    return torch.float32 if set(types) - set(PLAIN) else getattr(torch, PLAIN[types[0]])
+    types = {tensor.type.name for tensor in tensors if len(tensor.shape) == 2}
+    return getattr(torch, PLAIN.get(types.pop(), "float32")) if len(types) == 1 else torch.float32
 
 
-def _weights(
-    decoder: Decoder, names: dict[str, str], tensors: dict[str, ReaderTensor], path: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(decoder: Decoder, names: dict[str, str], source: GgufFile) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
-    from gguf.quants import dequantize
 
     attention = decoder.layers[0].attention
     heads = {"attention.q": attention.num_attention_heads, "attention.k": attention.num_key_value_heads}
     for name, shape in decoder.shapes().items():
-        tensor = tensors[names[name]]
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"{path}: tensor {tensor.name} of type {tensor.tensor_type.name} cannot be dequantised: {error}", RESTORE
-            ) from None
-        part = name.split(".", 2)[-1]
-        if part in heads:  # GGUF interleaves the two halves of each head's rotary pairs
-            count = heads[part]
+        values = source.tensors[names[name]].values()
+        if (count := heads.get(name.split(".", 2)[-1])) is not None:
+            # llama.cpp's converter interleaves the two halves of each head's rotary pairs
             values = values.reshape(count, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
-        yield name, torch.from_numpy(np.array(values, dtype=np.float32))
+        yield name, torch.from_numpy(np.require(values, np.float32, ["C", "W"]))

@@ -1,6 +1,6 @@
-"""Which widths to keep: errors of every possible cut in closed form, and the best one within limits.
+"""Which widths to keep: what every possible cut costs, and the best one within limits.
 
-Pure: arrays in, arrays out; it sees no model. Layout `uniform`: the same widths in every layer.
+Pure: numbers in, numbers out; it sees no model. Layout `uniform`: the same widths in every layer.
 """
 
 from __future__ import annotations
@@ -10,12 +10,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
-
-from edgeprune.pruning.score import cholesky
-
-MOMENT_DAMPING = 1e-2
-"""Added to the moments as a share of their mean diagonal: few samples know few directions."""
 
 
 class Widths(NamedTuple):
@@ -52,23 +46,6 @@ class Sensitivities:
     def uniform_loss(self, widths: Widths) -> float:
         """Predicted rise of the loss in nats per token when every layer is cut to these widths."""
         return float(self.response @ self.uniform_errors(widths))
-
-
-def nested_errors(weight: torch.Tensor, gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Error left after compensation when the first k features of `order` are kept, for every k.
-
-    With L the Cholesky factor of the moments in that order, the Schur complement of the kept block is
-    L_PP L_PP^T, so that the least squares error is ||L_PP^T W_P||^2: the sum of the rows from k on of
-    L^T W, because L is lower triangular. One factorisation gives all widths.
-
-    weight: (out_features, in_features) fp32; gram: (in_features, in_features) fp64; order: a
-    permutation, most important first. Returns (in_features + 1,) fp64, falling, 0 at the end.
-    """
-    factor = cholesky(gram[order][:, order], MOMENT_DAMPING)
-    rows = (factor.T @ weight.double().T[order]).square().sum(dim=1)
-    errors = torch.zeros(len(rows) + 1, dtype=torch.float64)
-    errors[:-1] = rows.flip(0).cumsum(0).flip(0)
-    return errors
 
 
 def uniform_options(dense: Widths, multiple: int) -> list[Widths]:

@@ -75,7 +75,7 @@ def _read_jsonl(path: Path, text: str) -> list[Document]:
                 documents.append(_document(json.loads(line)))
             except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f"{path}, line {number}: neither {{\"text\": ...}} nor "
+                    f'{path}, line {number}: neither {{"text": ...}} nor '
                     '{"messages": [{"role": ..., "content": ...}, ...]}',
                     READABLE,
                 ) from None
@@ -134,7 +134,8 @@ def pack(documents: Sequence[np.ndarray], samples: int, length: int, separator: 
         raise InputError(
             f"{samples} samples of {length} tokens need {needed} tokens, the calibration text has "
             f"{len(stream)}: {needed - len(stream)} are missing",
-            f"Add text, or try --samples {possible}." if possible else
-            f"Add text, or try --samples 1 --length {max(1, len(stream))}.",
+            f"Add text, or try --samples {possible}."
+            if possible
+            else f"Add text, or try --samples 1 --length {max(1, len(stream))}.",
         )
     return stream[:needed].reshape(samples, length).astype(np.int64)

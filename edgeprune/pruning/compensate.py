@@ -21,6 +21,9 @@ from edgeprune.pruning.score import cholesky
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for g / mean(diag G); the held-out samples choose."""
 
+MOMENT_DAMPING = 1e-2
+"""Added to the moments as a share of their mean diagonal: few samples know few directions."""
+
 
 @dataclass(frozen=True)
 class Compensation:
@@ -76,3 +79,20 @@ def compensate(weight: torch.Tensor, moments: Moments, kept: torch.Tensor) -> Co
     if best is not None:
         kept_weight = kept_weight + least_squares_update(target, moments.all, kept, removed, best)
     return Compensation(kept_weight.to(original), best, lost / energy, best_error / energy)
+
+
+def nested_errors(weight: torch.Tensor, gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Error left after compensation when the first k features of `order` are kept, for every k.
+
+    With L the Cholesky factor of the moments in that order, the Schur complement of the kept block is
+    L_PP L_PP^T, so that the least squares error is ||L_PP^T W_P||^2: the sum of the rows from k on of
+    L^T W, because L is lower triangular. One factorisation gives all widths.
+
+    weight: (out_features, in_features) fp32; gram: (in_features, in_features) fp64; order: a
+    permutation, most important first. Returns (in_features + 1,) fp64, falling, 0 at the end.
+    """
+    factor = cholesky(gram[order][:, order], MOMENT_DAMPING)
+    rows = (factor.T @ weight.double().T[order]).square().sum(dim=1)
+    errors = torch.zeros(len(rows) + 1, dtype=torch.float64)
+    errors[:-1] = rows.flip(0).cumsum(0).flip(0)
+    return errors

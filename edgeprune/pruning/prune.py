@@ -102,8 +102,14 @@ def kept_rows(
 
 
 def prune_module(
-    weights: dict[str, torch.Tensor], inputs: torch.Tensor, dense: Decoder, target: Decoder,
-    index: int, kind: str, method: Method, generator: torch.Generator,
+    weights: dict[str, torch.Tensor],
+    inputs: torch.Tensor,
+    dense: Decoder,
+    target: Decoder,
+    index: int,
+    kind: str,
+    method: Method,
+    generator: torch.Generator,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, ModuleRecord]:
     """One module: its new weights, its output on the samples (b, t, c), and what was done."""
     output = OUTPUT[kind]
@@ -114,9 +120,7 @@ def prune_module(
         record = ModuleRecord(index, kind, kept_size, kept_size, None, 0.0, 0.0, fell_back=False)
         return {name: weights[name] for name in names}, F.linear(inputs, weight), record
     moments = split_moments(inputs)
-    kept, rows = kept_rows(
-        dense, target, index, kind, lambda unit: method.score(weight, moments.all, unit, generator)
-    )
+    kept, rows = kept_rows(dense, target, index, kind, lambda unit: method.score(weight, moments.all, unit, generator))
     if method.compensates:
         solved = compensate(weight, moments, kept)
     else:
@@ -124,7 +128,13 @@ def prune_module(
     new = {name: weights[name][index_] for name, index_ in rows.items()}
     new |= {f"{kind}.norm": weights[f"{kind}.norm"], output: solved.weight}
     record = ModuleRecord(
-        index, kind, kept_size, weight.shape[1], solved.damping, solved.error_before, solved.error_after,
+        index,
+        kind,
+        kept_size,
+        weight.shape[1],
+        solved.damping,
+        solved.error_before,
+        solved.error_after,
         fell_back=method.compensates and solved.damping is None,
     )
     return new, F.linear(inputs[..., kept], solved.weight), record
@@ -132,8 +142,13 @@ def prune_module(
 
 @torch.inference_mode()
 def prune(
-    model: Model, target: Decoder, ids: torch.Tensor, method: Method, seed: int,
-    on_module: Callable[[ModuleRecord], None] = lambda record: None, rows: int = 8,
+    model: Model,
+    target: Decoder,
+    ids: torch.Tensor,
+    method: Method,
+    seed: int,
+    on_module: Callable[[ModuleRecord], None] = lambda record: None,
+    rows: int = 8,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of `target`, in the order of target.shapes(), fp32 where they were changed.
 
@@ -151,9 +166,7 @@ def prune(
         new: dict[str, torch.Tensor] = {}
         for kind in modules_of(dense, index):
             inputs = module_inputs(dense, index, kind, weights, hidden, tables, rows)
-            module, output, record = prune_module(
-                weights, inputs, dense, target, index, kind, method, generator
-            )
+            module, output, record = prune_module(weights, inputs, dense, target, index, kind, method, generator)
             new |= module
             hidden += output
             on_module(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,7 +22,8 @@ from edgeprune.model.forward import (
     weight_stream,
 )
 from edgeprune.model.model import Model
-from edgeprune.pruning.allocate import Sensitivities, Widths, nested_errors
+from edgeprune.pruning.allocate import Sensitivities, Widths
+from edgeprune.pruning.compensate import nested_errors
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import Method, features_of, prune, select_heads
 from edgeprune.pruning.score import Score
@@ -46,10 +48,20 @@ def attention_errors(
     return errors
 
 
+def _rank(
+    score: Score, weight: torch.Tensor, moments: torch.Tensor, generator: torch.Generator, unit: int
+) -> torch.Tensor:
+    return score(weight, moments, unit, generator)
+
+
 @torch.inference_mode()
 def measure_sensitivities(
-    model: Model, ids: torch.Tensor, score: Score, seed: int,
-    on_layer: Callable[[], None] = lambda: None, rows: int = 8,
+    model: Model,
+    ids: torch.Tensor,
+    score: Score,
+    seed: int,
+    on_layer: Callable[[], None] = lambda: None,
+    rows: int = 8,
 ) -> Sensitivities:
     """Sensitivities of all modules on the calibration samples ids (samples, tokens) int64."""
     decoder = model.decoder
@@ -64,13 +76,7 @@ def measure_sensitivities(
             inputs = module_inputs(decoder, index, kind, weights, hidden, tables, rows)
             lengths = hidden.norm(dim=-1, keepdim=True).clamp_min(1e-12)
             moments = gram((inputs / lengths).flatten(0, 1)) / ids.numel()
-            cache: dict[int, torch.Tensor] = {}
-
-            def rank(unit: int) -> torch.Tensor:
-                if unit not in cache:
-                    cache[unit] = score(weight, moments, unit, generator)
-                return cache[unit]
-
+            rank = functools.cache(functools.partial(_rank, score, weight, moments, generator))
             if kind == "attention":
                 errors[kind].append(attention_errors(weight, moments, decoder.layers[index].attention, rank))
             else:
@@ -107,9 +113,7 @@ def measure_response(
     half = min(PROBE_SAMPLES, max(1, len(ids) // 2))
     fit, held_out = ids[:half], ids[-half:]
     layer = model.decoder.layers[0]
-    dense = Widths(
-        layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size
-    )
+    dense = Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
     base = float(token_losses(model.decoder, weight_stream(model), held_out).mean())
     on_probe()
     response = np.zeros(3)

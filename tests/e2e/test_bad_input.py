@@ -96,10 +96,15 @@ def test_a_budget_below_the_floor_is_refused_at_once(home):
 
 
 def test_help_and_lists(home):
-    for words in (["--help"], ["fit", "--help"], ["devices"], ["devices", "jetson-orin"], ["devices", "--json"], ["doctor"]):
+    for words in (
+        ["--help"],
+        ["fit", "--help"],
+        ["devices"],
+        ["devices", "jetson-orin"],
+        ["devices", "--json"],
+        ["doctor"],
+    ):
         result = run(words, home)
         assert result.returncode == 0, result.stderr
         assert result.stdout
     assert "confidence" in run(["devices", "jetson-orin"], home).stdout
-
-

@@ -22,7 +22,11 @@ SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64"
 
 def command(*words: str | Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli", *map(str, words)], capture_output=True, text=True, timeout=600, **options
+        [sys.executable, "-m", "edgeprune.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **options,
     )
 
 
@@ -31,7 +35,7 @@ def home(tmp_path_factory) -> Path:
     """A folder with a small model, and text to calibrate on."""
     folder = tmp_path_factory.mktemp("home")
     save_llama(folder / "model", num_hidden_layers=3, intermediate_size=256)
-    words = "the quick brown fox jumps over the lazy dog and runs away from it ".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it"]
     paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(80)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
     return folder
@@ -69,9 +73,15 @@ def test_the_checkpoint_gives_the_graphs_logits(fitted):
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(0))
-    expected = AutoModelForCausalLM.from_pretrained(fitted / "model", local_files_only=True)(ids).logits.detach().numpy()
+    expected = (
+        AutoModelForCausalLM.from_pretrained(fitted / "model", local_files_only=True)(ids).logits.detach().numpy()
+    )
     session = onnxruntime.InferenceSession(str(fitted / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
-    feeds = {"input_ids": ids.numpy(), "position_ids": np.arange(12)[None], "attention_mask": np.ones((1, 12), np.int64)}
+    feeds = {
+        "input_ids": ids.numpy(),
+        "position_ids": np.arange(12)[None],
+        "attention_mask": np.ones((1, 12), np.int64),
+    }
     for node in session.get_inputs():
         if node.name.startswith("past"):
             feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), np.float16)
@@ -110,7 +120,16 @@ def test_a_measured_budget_on_this_processor(home):
 
 def test_a_budget_that_the_dense_model_meets_exports_it_unpruned(home):
     result = command(
-        "fit", home / "model", "--device", "jetson-orin", "--memory", "8GiB", "--output", home / "dense", "--json", *SMALL
+        "fit",
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "8GiB",
+        "--output",
+        home / "dense",
+        "--json",
+        *SMALL,
     )
     assert result.returncode == 0, result.stderr
     report = Report.model_validate_json(result.stdout)

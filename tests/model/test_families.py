@@ -20,7 +20,10 @@ ROPES = {
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_decoder_says_what_transformers_builds(rope, tied):
     reference = config(rope_parameters=rope, tie_word_embeddings=tied)
-    ours, expected = decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}), reference_decoder(reference)
+    ours, expected = (
+        decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}),
+        reference_decoder(reference),
+    )
     assert ours.rotary.inverse_frequencies == pytest.approx(expected.rotary.inverse_frequencies, rel=1e-6)
     assert ours.rotary.scaling == expected.rotary.scaling
     assert ours.shapes() == expected.shapes()
@@ -44,7 +47,10 @@ BAD = {
     "biases": ({"attention_bias": True}, "attention_bias"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "a window": ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}, "sliding_window"),
+    "a window": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16},
+        "sliding_window",
+    ),
     "another rope": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
     "a missing field": ({"vocab_size": None}, "incomplete"),
     "odd heads": ({"num_key_value_heads": 4}, "do not divide"),

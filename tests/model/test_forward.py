@@ -32,4 +32,8 @@ def test_losses_equal_transformers(changes):
 def test_weights_out_of_order_are_a_bug():
     model = as_model(llama())
     with pytest.raises(ValueError, match=r"expected layers\.0\.attention\.norm"):
-        token_losses(model.decoder, [("embedding", model.weights["embedding"]), ("norm", model.weights["norm"])], torch.zeros(1, 4, dtype=torch.int64))
+        token_losses(
+            model.decoder,
+            [("embedding", model.weights["embedding"]), ("norm", model.weights["norm"])],
+            torch.zeros(1, 4, dtype=torch.int64),
+        )

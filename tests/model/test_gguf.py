@@ -73,7 +73,9 @@ def test_a_gguf_file_gives_the_weights_it_was_made_from(tmp_path, tied):
     reference = llama(**SETTINGS, tie_word_embeddings=tied)
     write(tmp_path / "m.gguf", reference)
     model = load_model(str(tmp_path / "m.gguf"))
-    assert model.decoder.rotary.inverse_frequencies == pytest.approx(decoder_of(reference.config).rotary.inverse_frequencies)
+    assert model.decoder.rotary.inverse_frequencies == pytest.approx(
+        decoder_of(reference.config).rotary.inverse_frequencies
+    )
     assert model.decoder.norm_eps == reference.config.rms_norm_eps
     assert all(torch.equal(model.weights[name], weight) for name, weight in weights_of(reference).items())
 

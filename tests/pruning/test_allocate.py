@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.pruning.allocate import MOMENT_DAMPING, Sensitivities, Widths, best_within, nested_errors, uniform_options
+from edgeprune.pruning.allocate import Sensitivities, Widths, best_within, uniform_options
+from edgeprune.pruning.compensate import MOMENT_DAMPING, nested_errors
 from edgeprune.pruning.moments import gram
 
 

@@ -27,10 +27,12 @@ def test_the_update_solves_the_constrained_problem(seed, kept_count, damping):
     kept, removed = order[:kept_count].sort().values, order[kept_count:].sort().values
     damped = moments + damping * moments[kept][:, kept].diagonal().mean() * torch.eye(10)
     constraint = torch.eye(10, dtype=torch.float64)[removed]  # (removed, 10)
-    system = torch.cat([
-        torch.cat([damped, constraint.T], dim=1),
-        torch.cat([constraint, torch.zeros(len(removed), len(removed), dtype=torch.float64)], dim=1),
-    ])
+    system = torch.cat(
+        [
+            torch.cat([damped, constraint.T], dim=1),
+            torch.cat([constraint, torch.zeros(len(removed), len(removed), dtype=torch.float64)], dim=1),
+        ]
+    )
     right = torch.cat([torch.zeros(10, len(weight), dtype=torch.float64), -weight.T[removed]])
     change = torch.linalg.solve(system, right)[:10].T
     ours = least_squares_update(weight, moments, kept, removed, damping)

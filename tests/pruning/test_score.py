@@ -10,7 +10,9 @@ from edgeprune.pruning import score
 from edgeprune.pruning.moments import gram
 
 
-def problem(seed: int, features: int = 8, out: int = 5, tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def problem(
+    seed: int, features: int = 8, out: int = 5, tokens: int = 40
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(tokens, features, generator=generator) @ torch.randn(features, features, generator=generator)
     return torch.randn(out, features, generator=generator), inputs, gram(inputs)
@@ -22,6 +24,7 @@ def test_numerical_ranks_like_a_generic_minimiser_of_the_published_objective():
     x, w = inputs.double().numpy(), weight.double().numpy()
 
     for penalty, target in ((1.0, 6.0), (1e4, 4.0)):
+
         def objective(z: np.ndarray) -> float:
             return 0.5 * np.square(x @ ((1 - z) * w).T).sum() + penalty / 2 * (z.sum() - target) ** 2  # noqa: B023
 

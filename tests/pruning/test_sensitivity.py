@@ -2,9 +2,16 @@ import numpy as np
 import torch
 
 from edgeprune.model.forward import (
-    OUTPUT, embed, layer_weights, module_inputs, rotary_tables, token_losses, weight_stream,
+    OUTPUT,
+    embed,
+    layer_weights,
+    module_inputs,
+    rotary_tables,
+    token_losses,
+    weight_stream,
 )
-from edgeprune.pruning.allocate import MOMENT_DAMPING, Widths
+from edgeprune.pruning.allocate import Widths
+from edgeprune.pruning.compensate import MOMENT_DAMPING
 from edgeprune.pruning.prune import METHODS, features_of, prune, select_heads
 from edgeprune.pruning.score import numerical
 from edgeprune.pruning.sensitivity import LEAST_RISE, measure_response, measure_sensitivities
