@@ -113,7 +113,7 @@ def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
             "figures": {name: figure.model_dump() for name, figure in setup.profile.hardware.items()},
         },
         workload={"batch": setup.workload.batch, "prompt": setup.workload.prompt, "context": setup.workload.context},
-        precision=setup.precision, engine={"name": setup.engine.name, "reason": setup.engine.reason, "version": _versions().get(setup.engine.name)},
+        precision=setup.precision, engine={"name": setup.engine.name, "reason": setup.engine.reason},
         choices=[schema.Choice(**choice.__dict__) for choice in setup.choices], versions=_versions(),
         seed=setup.request.seed, budget=_constraints(fitted), ratio=ratio(small, dense),
         total_ratio=1 - small.parameters / dense.parameters, decode_bytes_ratio=1 - moved[1] / moved[0],

@@ -7,7 +7,7 @@ An estimate and a measurement are different types, so that one can never pass fo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Union
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Estimate:
     source: ClassVar[str] = "estimated"
 
 
-Figure = Union[Measured, Built, Estimate]
+Figure = Measured | Built | Estimate
 
 
 @dataclass(frozen=True)
