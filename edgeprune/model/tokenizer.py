@@ -17,35 +17,33 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "llama3")
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {"llama-bpe": LLAMA3_SPLIT, "llama3": LLAMA3_SPLIT, "llama-v3": LLAMA3_SPLIT, "tekken": TEKKEN_SPLIT}
+"""Families made with tiktoken: they split by a pattern, take whole words of the vocabulary before any
+merge (`ignore_merges`), and start with bos unless the file says otherwise."""
+PRE_TOKENIZERS = ("default", "gpt-2", "smollm", *SPLITS)
 
 
 def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> None:
     """Write the files that transformers loads. fields: the GGUF metadata. Raises InputError."""
     kind = fields.get("tokenizer.ggml.model")
-    tokens = fields["tokenizer.ggml.tokens"]
-    if kind == "gpt2":
-        tokenizer = _byte_level(fields, tokens)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(fields, tokens)
-    else:
+    if kind not in KINDS:
         raise InputError(
             f"unsupported GGUF tokenizer {kind!r}",
-            "Supported are: gpt2, llama. The original Hugging Face directory works as well.",
+            f"Supported are: {', '.join(KINDS)}. The original Hugging Face directory works as well.",
         )
-    special = {
-        name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if fields.get(f"tokenizer.ggml.{key}_token_id") is not None
-    }
-    _add_special(tokenizer, fields, tokens)
-    if fields.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos" in special:
-        from tokenizers.processors import TemplateProcessing
-
-        bos = special["bos"]
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
-        )
+    try:
+        tokenizer, special = _built(fields, kind)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself for merges and tokens that do not fit
+        raise InputError(
+            f"the GGUF file's tokenizer is damaged: {error!r}", "Give the original Hugging Face directory."
+        ) from None
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {f"{name}_token": token for name, token in special.items()} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -57,13 +55,32 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+def _built(fields: dict[str, Any], kind: str) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer, and its special tokens by role."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    tokenizer = KINDS[kind](fields, tokens)
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in ROLES.items()}
+    special = {name: tokens[token] for name, token in ids.items() if token is not None}
+    _add_special(tokenizer, fields, tokens)
+    bos_first = kind == "llama" or fields.get("tokenizer.ggml.pre") in SPLITS
+    if fields.get("tokenizer.ggml.add_bos_token", bos_first) and "bos" in special:
+        bos = special["bos"]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
+        )
+    return tokenizer, special
+
+
 def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models
 
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges") or []]
-    model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, fuse_unk=False)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = _pre_tokenizer(fields.get("tokenizer.ggml.pre", "default"))
+    pre = fields.get("tokenizer.ggml.pre", "default")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=pre in SPLITS))
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -77,8 +94,8 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    if name in ("llama-bpe", "llama3"):
-        split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
+    if name in SPLITS:
+        split = pre_tokenizers.Split(Regex(SPLITS[name]), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise InputError(
         f"unsupported GGUF pre-tokenizer {name!r}",
@@ -121,3 +138,7 @@ def _add_special(tokenizer: Tokenizer, fields: dict[str, Any], tokens: list[str]
     ]
     tokenizer.add_special_tokens([token for token in added if token.special])
     tokenizer.add_tokens([token for token in added if not token.special])
+
+
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
