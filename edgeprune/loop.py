@@ -159,11 +159,11 @@ class Run:
             return Samples(texts.calibration, texts.evaluation, self_generated=False)
 
         def draw(folder: Path) -> None:
-            from edgeprune.generation import generate_documents
+            from edgeprune.generation import BATCH, generate_documents
 
             held_out = 0 if texts.evaluation else max(1, setup.request.samples // 4)
             count = setup.request.samples + held_out
-            advance = self.progress.stage("generate samples", setup.request.length * -(-count // 16))
+            advance = self.progress.stage("generate samples", setup.request.length * -(-count // BATCH))
             ids = generate_documents(
                 plain / RUNTIME_GRAPH, setup.model.directory, count, setup.request.length, setup.request.seed, advance
             )
@@ -331,8 +331,10 @@ class Run:
                 }  # fmt: skip
             self.progress.stage("generate a sample of both")
             graphs = (plain, chosen.exported.graphs.parent / "onnx-fp32")
-            directory = self.setup.model.directory
-            texts_of_both = [sample_text(g / RUNTIME_GRAPH, directory, SAMPLE_PROMPT, SAMPLE_TOKENS) for g in graphs]
+            directory, seed = self.setup.model.directory, self.setup.request.seed
+            texts_of_both = [
+                sample_text(g / RUNTIME_GRAPH, directory, SAMPLE_PROMPT, SAMPLE_TOKENS, seed) for g in graphs
+            ]
             return {
                 "texts": texts, "prompt": SAMPLE_PROMPT,
                 "dense_sample": texts_of_both[0], "fitted_sample": texts_of_both[1],

@@ -95,13 +95,13 @@ def _held(result: BuildResult) -> int:
 def _compile(graph: Path, workload: Workload, most: int, sm: int | None, flavour: str) -> tuple[BuildResult, Any]:
     """One build with one merged profile (two hold the weights twice), for batches from 1 to `most`."""
     trt = import_tensorrt(flavour)
-    if sm is not None and sm not in (offered := offered_sms()):
-        raise EngineError(
-            f"TensorRT for RTX does not build for SM {sm}", f"It offers SM {', '.join(map(str, offered))}."
-        )
     if sm is not None and flavour != "tensorrt-rtx":
         raise EngineError(
             f"{flavour} builds for the GPU of its own machine only, not for SM {sm}", "Build on the device itself."
+        )
+    if sm is not None and sm not in (offered := offered_sms()):
+        raise EngineError(
+            f"TensorRT for RTX does not build for SM {sm}", f"It offers SM {', '.join(map(str, offered))}."
         )
     start = time.monotonic()
     logger, messages = _logger(trt)

@@ -160,6 +160,8 @@ def _rotary(config: Config, head_dim: int) -> Rotary:
     """
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if not 0 < theta < math.inf:
+        raise _senseless(f"rope_theta {theta}")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"unsupported rope scaling {kind!r}", "Supported are: default, linear, llama3.")

@@ -21,6 +21,11 @@ def main() -> None:
             sys.exit(4)
         case "crash":
             raise RuntimeError("a bug of ours")
+        case "noise":
+            sys.stderr.buffer.write(b"a library's \xff\xfe message\n")
+            sys.exit(1)
+        case "real-time signal":
+            os.kill(os.getpid(), signal.SIGRTMIN + 3)
         case "silence":
             sys.exit(0)
         case "hang":
@@ -28,6 +33,8 @@ def main() -> None:
         case "half a document":
             sys.stdout.write('{"value":')
         case name:
+            sys.stderr.write("these are my last words\n")
+            sys.stderr.flush()
             os.kill(os.getpid(), signal.Signals[name])
 
 

@@ -40,10 +40,12 @@ def test_an_error_of_the_child_is_raised_here() -> None:
     ("how", "message"),
     [
         ("crash", "the test failed: .*a bug of ours"),
-        ("silence", "the test failed"),
+        ("noise", "the test failed: a library's .* message"),
+        ("silence", "the test failed: it said nothing"),
         ("half a document", "the test failed"),
-        ("SIGKILL", "the test was ended by SIGKILL"),
-        ("SIGSEGV", "the test was ended by SIGSEGV"),
+        ("SIGKILL", "the test was ended by SIGKILL: these are my last words"),
+        ("SIGSEGV", "the test was ended by SIGSEGV: these are my last words"),
+        ("real-time signal", r"the test was ended by signal \d+"),
     ],
 )
 def test_every_other_end_is_told(how: str, message: str) -> None:

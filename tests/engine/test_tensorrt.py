@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_a_device_that_is_not_offered_names_those_that_are(files: GraphFiles, tm
     with pytest.raises(EngineError, match="SM 87") as caught:
         compile_plan(files.graphs[PRIMITIVE], tmp_path / "plan", WORKLOAD, 87, "tensorrt-rtx")
     assert "75, 80, 86, 89" in caught.value.remedy
+
+
+def test_full_tensorrt_builds_for_its_own_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for another device it says so, and does not send for TensorRT for RTX."""
+    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("double_of_tensorrt"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(EngineError, match="for the GPU of its own machine only, not for SM 87") as caught:
+        compile_plan(tmp_path / "model.onnx", tmp_path / "plan", WORKLOAD, 87, "tensorrt")
+    assert caught.value.remedy == "Build on the device itself."
 
 
 @needs_rtx

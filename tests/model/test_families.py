@@ -1,7 +1,13 @@
+import json
+from dataclasses import replace
+
 import pytest
-from transformers import LlamaConfig
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from edgeprune.errors import InputError
+from edgeprune.model.decoder import Mlp
 from edgeprune.model.families import config_for, decoder_of
 from tests.reference import decoder_of as reference_decoder
 from tests.tiny import config
@@ -40,6 +46,50 @@ def test_older_configurations_are_read_too():
     assert scaled.rotary.inverse_frequencies[0] == 0.5
 
 
+THETA = st.sampled_from([{}, {"rope_theta": 5e5}])
+SCALING = st.sampled_from([
+    {}, {"rope_type": "default"}, {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0},
+    {k: v for k, v in ROPES["llama3"].items() if k != "rope_theta"},
+])  # fmt: skip
+
+
+@given(
+    outer=THETA, inner=THETA, scaling=SCALING, other=SCALING, key=st.sampled_from(["rope_scaling", "rope_parameters"])
+)
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(outer, inner, scaling, other, key):
+    """Old and new field names, theta outside or inside, and files that have both."""
+    spelling = {**outer, key: {**scaling, **inner} if scaling else None}
+    if other:
+        spelling.setdefault("rope_parameters", {**other})
+    plain = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    del plain["rope_parameters"]
+    expected = reference_decoder(LlamaConfig(**json.loads(json.dumps(plain | spelling)))).rotary
+    ours = decoder_of(plain | spelling).rotary
+    assert ours.inverse_frequencies == pytest.approx(expected.inverse_frequencies, rel=1e-6)
+    assert ours.scaling == expected.scaling
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
+def test_fields_left_out_mean_what_transformers_takes(kind):
+    """Mistral's defaults are 8 key/value heads and a window of 4096, not those of Llama."""
+    given_ = {
+        "model_type": kind.model_type, "hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1,
+        "intermediate_size": 32, "vocab_size": 50,
+    }  # fmt: skip
+    full = kind(**given_)
+    if full.to_dict().get("sliding_window"):
+        with pytest.raises(InputError, match="sliding_window 4096"):
+            decoder_of(given_)
+        given_["sliding_window"] = None
+    ours = decoder_of(given_)
+    attention = ours.layers[0].attention
+    assert (attention.num_key_value_heads, attention.head_dim) == (full.num_key_value_heads, full.head_dim)
+    assert ours.max_position_embeddings == full.max_position_embeddings
+    assert (ours.norm_eps, ours.tie_word_embeddings) == (full.rms_norm_eps, full.tie_word_embeddings)
+    nulls = decoder_of(given_ | {"num_key_value_heads": None, "head_dim": None})
+    assert nulls.layers[0].attention.num_key_value_heads == 16
+
+
 BAD = {
     "another family": ({"model_type": "gpt2"}, "unsupported architecture 'gpt2'"),
     "no family": ({"model_type": None}, "unsupported architecture"),
@@ -54,6 +104,31 @@ BAD = {
     "another rope": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
     "a missing field": ({"vocab_size": None}, "incomplete"),
     "odd heads": ({"num_key_value_heads": 4}, "do not divide"),
+    "half rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "half rotated inside": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    "a family that is a list": ({"model_type": ["llama"]}, "unsupported architecture"),
+    "a window in words": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": "wide"},
+        "senseless",
+    ),
+    "no heads": ({"num_attention_heads": 0}, "senseless"),
+    "negative sizes": ({"hidden_size": -48}, "hidden_size -48"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    "layers beyond all memory": ({"num_hidden_layers": 2**40}, "num_hidden_layers 1099511627776"),
+    "an infinite size": ({"intermediate_size": float("inf")}, "senseless"),
+    "an odd head": ({"head_dim": 7}, "head_dim 7"),
+    "words": ({"vocab_size": "many"}, "senseless"),
+    "negative theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1e4}}, "senseless"),
+    "theta that is no number": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+        "rope_theta nan",
+    ),
+    "a factor that is no number": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}},
+        "not finite",
+    ),
+    "linear without factor": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "senseless"),
+    "rope that is no object": ({"rope_parameters": 7}, "senseless"),
 }
 
 
@@ -75,3 +150,38 @@ def test_a_pruned_llama_whose_heads_do_not_divide_becomes_a_mistral():
     assert (five["model_type"], five["sliding_window"], five["num_attention_heads"]) == ("mistral", None, 5)
     with pytest.raises(Exception, match="num_attention_heads|attention heads"):
         LlamaConfig(hidden_size=48, num_attention_heads=5, num_key_value_heads=1, head_dim=8)
+
+
+def test_all_else_of_the_source_is_kept():
+    source = config(rope_parameters=ROPES["llama3"]).to_dict() | {
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 7, "auto_map": {"AutoModel": "code.Model"},
+    }  # fmt: skip
+    dense = decoder_of(source)
+    half = replace(dense.with_widths(2, 2, 40), layers=dense.with_widths(2, 2, 40).layers[:1])
+    result = config_for(half, source)
+    changed = {name: value for name, value in result.items() if source.get(name) != value}
+    assert changed == {"num_attention_heads": 4, "intermediate_size": 40, "num_hidden_layers": 1}
+    assert "auto_map" not in result  # its code is not part of the checkpoint
+    assert decoder_of(result) == half
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_transformers_reads_the_mistral_as_meant(tmp_path, rope):
+    source = config(rope_parameters=rope, num_key_value_heads=1).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    del source["max_position_embeddings"]
+    target = decoder_of(source).with_widths(1, 5, 40)
+    (tmp_path / "config.json").write_text(json.dumps(config_for(target, source)))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert (type(read), read.sliding_window, read.head_dim) == (MistralConfig, None, 8)
+    assert decoder_of(json.loads(read.to_json_string()) | {"architectures": ["MistralForCausalLM"]}) == replace(
+        target, family="mistral"
+    )
+
+
+def test_layers_that_differ_have_no_standard_configuration():
+    source = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    dense = decoder_of(source)
+    first, second = dense.layers
+    for layers in ((first, replace(second, mlp=Mlp(8))), (replace(first, attention=None),) * 2):
+        with pytest.raises(ValueError, match="uniform"):
+            config_for(replace(dense, layers=layers), source)

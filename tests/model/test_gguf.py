@@ -1,12 +1,14 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import quantize
 
 from edgeprune.errors import InputError
+from edgeprune.model import gguf
 from edgeprune.model.gguf import LAYER, OUTER, converted
 from edgeprune.model.load import load_model, load_tokenizer
 from tests.checkpoints import LETTERS, SPECIAL
@@ -26,18 +28,20 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path, reference, quantised=None, architecture="llama", pre="gpt-2", model="gpt2", drop=()):
+def write(path, reference, quantised=None, architecture="llama", pre="gpt-2", model="gpt2", drop=(), more=None):
+    """A reference model as llama.cpp's converter writes it; `more` gets the writer before it writes."""
     config, decoder = reference.config, decoder_of(reference.config)
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(96)
     writer.add_block_count(2)
     writer.add_feed_forward_length(64)
-    writer.add_head_count(6)
-    writer.add_head_count_kv(2)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(16)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(SPECIAL + LETTERS)
@@ -46,13 +50,14 @@ def write(path, reference, quantised=None, architecture="llama", pre="gpt-2", mo
     writer.add_eos_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
     weights = weights_of(reference)
+    heads = {"attention.q": config.num_attention_heads, "attention.k": config.num_key_value_heads}
     for name in decoder.shapes():
         weight = weights[name]
         if name.startswith("layers."):
             _, index, part = name.split(".", 2)
             target = f"blk.{index}.{LAYER[part]}.weight"
-            if part in ("attention.q", "attention.k"):
-                weight = interleaved(weight, 6 if part.endswith("q") else 2)
+            if part in heads:
+                weight = interleaved(weight, heads[part])
         else:
             target = f"{OUTER[name]}.weight"
         if target in drop:
@@ -62,6 +67,8 @@ def write(path, reference, quantised=None, architecture="llama", pre="gpt-2", mo
             writer.add_tensor(target, quantize(data, quantised), raw_dtype=quantised)
         else:
             writer.add_tensor(target, data)
+    if more is not None:
+        more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -92,6 +99,76 @@ def test_quantised_types_are_dequantised(tmp_path, kind):
     assert model.weights["layers.0.mlp.up"].dtype == expected
 
 
+def test_matrices_of_several_types_become_fp32(tmp_path):
+    """Only the embedding is fp16; nothing of the fp32 matrices may be lost."""
+    reference = llama(**SETTINGS)
+    embedding = weights_of(reference)["embedding"].half()
+
+    def more(writer):
+        writer.add_tensor("token_embd.weight", embedding.numpy())
+
+    write(tmp_path / "m.gguf", reference, drop=("token_embd.weight",), more=more)
+    model = load_model(str(tmp_path / "m.gguf"))
+    assert torch.equal(model.weights["embedding"], embedding.float())
+    assert torch.equal(model.weights["layers.1.mlp.up"], weights_of(reference)["layers.1.mlp.up"])
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}], ids=str)
+def test_rope_scalings_come_along(tmp_path, rope):
+    settings = SETTINGS | {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    reference = llama(**settings, rope_parameters=dict(rope))
+    expected = np.array(decoder_of(reference.config).rotary.inverse_frequencies)
+
+    def more(writer):
+        if rope is LLAMA3:
+            dense = 10000.0 ** -(np.arange(0, 64, 2) / 64)
+            writer.add_tensor("rope_freqs.weight", (dense / expected).astype(np.float32))
+        else:
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(2.0)
+
+    write(tmp_path / "m.gguf", reference, more=more)
+    model = load_model(str(tmp_path / "m.gguf"))
+    assert np.allclose(model.decoder.rotary.inverse_frequencies, expected, rtol=1e-5)
+    weights = weights_of(reference)
+    assert all(torch.equal(model.weights[name], weight) for name, weight in weights.items())
+
+
+def test_a_turn_may_end_with_another_token(tmp_path):
+    write(tmp_path / "m.gguf", llama(**SETTINGS), more=lambda writer: writer.add_eot_token_id(7))
+    settings = json.loads((converted(tmp_path / "m.gguf") / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 0, "eos_token_id": [0, 7]}
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    write(tmp_path / "m.gguf", llama(**SETTINGS))
+    (tmp_path / "occupied").write_text("a file")
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "occupied"))
+    with pytest.raises(InputError) as caught:
+        converted(tmp_path / "m.gguf")
+    assert "EDGEPRUNE_CACHE" in caught.value.remedy
+
+
+def test_another_process_may_be_faster(tmp_path, monkeypatch):
+    write(tmp_path / "m.gguf", llama(**SETTINGS))
+    first = gguf._convert
+
+    def overtaken(source, path, folder):
+        first(source, path, folder)
+        shutil.copytree(folder, folder.with_name(folder.name.split(".")[0]))
+
+    monkeypatch.setattr(gguf, "_convert", overtaken)
+    folder = converted(tmp_path / "m.gguf")
+    assert load_model(str(folder)).decoder.hidden_size == 96
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_the_file_is_converted_once(tmp_path):
     write(tmp_path / "m.gguf", llama(**SETTINGS))
     folder = converted(tmp_path / "m.gguf")
@@ -112,11 +189,23 @@ def test_the_tokenizer_and_its_template_come_along(tmp_path):
     assert tokenizer.eos_token_id == 0
 
 
+def with_tensor(name, size):
+    return lambda writer: writer.add_tensor(name, np.linspace(5, 1, size, dtype=np.float32))
+
+
 BAD = {
     "another architecture": ({"architecture": "rwkv"}, "unsupported GGUF architecture 'rwkv'"),
     "another pre-tokenizer": ({"pre": "klingon"}, "unsupported GGUF pre-tokenizer 'klingon'"),
     "another tokenizer": ({"model": "morse"}, "unsupported GGUF tokenizer 'morse'"),
     "a missing tensor": ({"drop": ("blk.1.ffn_up.weight",)}, "has no tensor blk.1.ffn_up.weight"),
+    "biases": ({"more": with_tensor("blk.0.attn_q.bias", 96)}, "has the tensor blk.0.attn_q.bias"),
+    "experts": ({"more": with_tensor("blk.0.ffn_gate_inp.weight", 8)}, "has the tensor blk.0.ffn_gate_inp.weight"),
+    "rope factors": ({"more": with_tensor("rope_freqs.weight", 8)}, "unsupported rope factors"),
+    "half rotated": ({"more": lambda writer: writer.add_rope_dimension_count(8)}, "rotates 8 of 16"),
+    "another rope": ({"more": lambda writer: writer.add_rope_scaling_type(RopeScalingType.YARN)}, "'yarn'"),
+    "widths by layer": ({"more": lambda writer: writer.add_feed_forward_length([64, 32])}, "lacks metadata"),
+    "no layers": ({"more": lambda writer: writer.add_block_count(0)}, "num_hidden_layers 0"),
+    "far too many layers": ({"more": lambda writer: writer.add_block_count(2**31)}, "num_hidden_layers 2147483648"),
 }
 
 

@@ -30,6 +30,65 @@ def test_the_fingerprint_tells_models_apart(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_a_tied_head_that_is_stored_too_is_ignored(tmp_path):
+    reference = save_llama(tmp_path / "model")
+    _store_head(0.0)(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"))
+    assert set(model.weights) == set(weights_of(reference))
+    assert "head" not in model.weights
+
+
+def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
+    """The files of a well-known repository, which holds its weights in three formats."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    save_llama(tmp_path / "model")
+    wanted = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "tokenizer.json",
+              "model.safetensors.index.json", "tokenizer.model", "tokenizer_config.json", "merges.txt",
+              "chat_template.jinja"]  # fmt: skip
+    other = ["README.md", "consolidated.safetensors", "consolidated.00.pth", "original/params.json", "model.bin",
+             "onnx/config.json", "original/consolidated.safetensors", "pytorch_model.bin", "code.py"]  # fmt: skip
+    asked = {}
+
+    def snapshot_double(spec, **patterns):
+        asked.update(patterns, spec=spec)
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_double)
+    model = load_model("someone/tiny")
+    assert (model.name, model.directory, asked.pop("spec")) == ("tiny", tmp_path / "model", "someone/tiny")
+    assert set(filter_repo_objects(wanted + other, **asked)) == set(wanted)
+
+
+def _store_head(difference):
+    def edit(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + difference
+        save_file(weights, folder / "model.safetensors")
+
+    return edit
+
+
+def _lying_header(folder):
+    """Two tensors of one shape claim the same bytes."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    key, value = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv")
+    header[key]["data_offsets"] = header[value]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def _index(content):
+    def edit(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return edit
+
+
 def _edit_config(**changes):
     def edit(folder):
         path = folder / "config.json"
@@ -73,6 +132,14 @@ BAD = {
     "missing shard": (_missing_shard, "shard model-00001"),
     "truncated": (_cut, "truncated"),
     "no safetensors": (lambda f: (f / "model.safetensors").write_text("hello, this is text"), "no safetensors file"),
+    "a header that lies": (_lying_header, "no safetensors file"),
+    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "no safetensors file"),
+    "an index of text": (_index("hello"), "is not a shard index"),
+    "an index without map": (_index("{}"), "is not a shard index"),
+    "an index of numbers": (_index('{"weight_map": {"model.norm.weight": 3}}'), "is not a shard index"),
+    "config nested too deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "is not JSON"),
+    "config in another encoding": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "is not JSON"),
+    "a tied head of its own": (_store_head(1.0), "lm_head.weight is stored and differs"),
     "missing tensor": (_drop_tensor, "has no tensor model.norm.weight"),
     "wrong shape": (_edit_config(intermediate_size=80), "config.json asks for (80, 96)"),
     "wrong type": (_retype, "of type F64"),
@@ -91,9 +158,31 @@ def test_a_damaged_directory_is_refused_with_the_reason(tmp_path, damage, reason
 
 
 def test_a_missing_model_is_said(tmp_path):
-    for spec in (str(tmp_path / "none"), "nonsense", "./x/y"):
+    for spec in (str(tmp_path / "none"), "nonsense", "./x/y", "models/none.gguf", "models/", "~nobody/x"):
         with pytest.raises(InputError, match="no such model"):
             load_model(spec)
+
+
+def test_a_file_that_is_no_model_is_said(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match="is a file"):
+        load_model(str(tmp_path / "weights.pt"))
+
+
+def test_a_broken_tokenizer_is_said(tmp_path):
+    save_llama(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_weights_are_read_when_they_are_asked_for(tmp_path):
+    """Loading reads headers; what changes in the file afterwards is what a weight's access gives."""
+    save_llama(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"))
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({name: torch.zeros_like(weight) for name, weight in load_file(path).items()}, path)
+    assert not any(weight.any() for weight in model.weights.values())
 
 
 def test_a_hub_id_without_network_is_said(monkeypatch, tmp_path):
