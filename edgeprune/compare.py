@@ -15,7 +15,7 @@ from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
-from edgeprune.prepare import SELF, Request, read_samples
+from edgeprune.prepare import SELF, Request, pack_samples, read_documents_of
 from edgeprune.progress import Progress
 
 CHANNEL_MULTIPLE = 8  # fine enough to realise a ratio within half a point
@@ -58,11 +58,12 @@ def compare(
             raise InputError(f"the ratio {value:g} is not between 0 and 100 percent", "Try --ratios 20,30,50.")
     if calibration == SELF:
         raise InputError("compare needs real text to calibrate on", "Give --calibration PATH.")
-    model = load_model(spec)
     request = Request(
         model=spec, calibration=calibration, evaluate=tuple(evaluate), samples=samples, length=length, seed=seed
     )
-    texts = read_samples(request, model)
+    documents = read_documents_of(request)
+    model = load_model(spec)
+    texts = pack_samples(request, model, *documents)
     ids = torch.from_numpy(texts.calibration)
     window = max(length, 256)
 

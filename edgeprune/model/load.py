@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -54,7 +55,7 @@ def load_model(spec: str) -> Model:
     """
     if spec == "demo":
         return load_gguf(demo_file(), "SmolLM2-135M-Instruct")
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # noqa: PTH111 (Path's own raises for an unknown user)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"{path} is a file", "Give the checkpoint's directory, or a .gguf file.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from edgeprune.errors import NumericalError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import checkpoint_names, config_for
-from edgeprune.model.load import read_config
+from edgeprune.model.load import load_tokenizer, read_config
 from edgeprune.model.model import Model
 
 if TYPE_CHECKING:
@@ -44,7 +44,25 @@ def save_checkpoint(
     for name in TOKENIZER_FILES:
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
+    if config["model_type"] != source.decoder.family:
+        _write_loaded_tokenizer(source, directory)
     write_tensors(checkpoint_names(decoder), decoder.shapes(), tensors, directory, dtype)
+
+
+def _write_loaded_tokenizer(source: Model, directory: Path) -> None:
+    """Write the source's tokenizer as transformers loads it, under a class that no model_type changes.
+
+    A `llama` directory may name LlamaTokenizer, which overrides parts of tokenizer.json; a `mistral`
+    directory takes the file as it is, and would encode some texts differently.
+    """
+    backend = getattr(load_tokenizer(source.directory), "backend_tokenizer", None)
+    if backend is None:
+        return
+    backend.save(str(directory / "tokenizer.json"))
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tensors(

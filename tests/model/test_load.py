@@ -158,7 +158,7 @@ def test_a_damaged_directory_is_refused_with_the_reason(tmp_path, damage, reason
 
 
 def test_a_missing_model_is_said(tmp_path):
-    for spec in (str(tmp_path / "none"), "nonsense", "./x/y", "models/none.gguf", "models/", "~nobody/x"):
+    for spec in (str(tmp_path / "none"), "nonsense", "./x/y", "models/none.gguf", "models/", "~no-such-user/x"):
         with pytest.raises(InputError, match="no such model"):
             load_model(spec)
 

@@ -1,14 +1,20 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
+from edgeprune.errors import NumericalError
 from edgeprune.model import save
-from edgeprune.model.load import load_model
+from edgeprune.model.decoder import Rotary
+from edgeprune.model.forward import token_losses, weight_stream
+from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.save import save_checkpoint
+from edgeprune.model.tokenizer import write_tokenizer
 from edgeprune.pruning.prune import METHODS, prune
 from tests.checkpoints import save_llama
+from tests.model.test_tokenizer import sentencepiece
 from tests.reference import weights_of
 
 
@@ -33,8 +39,6 @@ def test_a_pruned_checkpoint_loads_with_equal_weights_and_logits(tmp_path, tied,
     losses = torch.nn.functional.cross_entropy(
         loaded(ids()).logits[:, :-1].transpose(1, 2), ids()[:, 1:], reduction="none"
     )
-    from edgeprune.model.forward import token_losses, weight_stream
-
     ours = token_losses(own.decoder, weight_stream(own), ids())
     assert (ours - losses).abs().max() < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small", local_files_only=True)
@@ -54,6 +58,66 @@ def test_shards_are_written_above_the_limit_and_the_bytes_are_equal(tmp_path, mo
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", local_files_only=True)
     assert all(torch.equal(weights_of(loaded)[name], dense.weights[name]) for name in dense.weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_of_the_source_is_kept(tmp_path, dtype):
+    save_llama(tmp_path / "dense", dtype)
+    dense = load_model(str(tmp_path / "dense"))
+    tensors = [(name, dense.weights[name].float()) for name in dense.decoder.shapes()]
+    save_checkpoint(dense.decoder, tensors, dense, tmp_path / "same")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "same", local_files_only=True)
+    assert loaded.dtype == dtype
+    assert all(torch.equal(weights_of(loaded)[name], dense.weights[name]) for name in dense.weights)
+
+
+def test_a_weight_beyond_the_dtype_is_refused(tmp_path):
+    save_llama(tmp_path / "dense", torch.float16)
+    dense = load_model(str(tmp_path / "dense"))
+    tensors = {name: dense.weights[name].float() for name in dense.decoder.shapes()}
+    tensors["layers.1.mlp.down"][0, 0] = 7e4
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.down reaches 7e\+04, torch\.float16 holds 6\.55e\+04"):
+        save_checkpoint(dense.decoder, tensors.items(), dense, tmp_path / "small")
+
+
+def test_scaled_rope_and_fewer_layers_give_the_same_logits(tmp_path):
+    """The swap to mistral keeps the rope scaling; half the layers may go."""
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    save_llama(tmp_path / "dense", num_key_value_heads=1, rope_parameters=rope)
+    dense = load_model(str(tmp_path / "dense"))
+    target = dense.decoder.with_widths(1, 5, 32)
+    target = replace(target, layers=target.layers[:1])
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape) * 0.2 for name, shape in target.shapes().items()}
+    save_checkpoint(target, weights.items(), dense, tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", local_files_only=True)
+    assert type(loaded) is MistralForCausalLM
+    losses = torch.nn.functional.cross_entropy(
+        loaded(ids()).logits[:, :-1].transpose(1, 2), ids()[:, 1:], reduction="none"
+    )
+    own = load_model(str(tmp_path / "small"))
+    ours = token_losses(own.decoder, weight_stream(own), ids())
+    assert (ours - losses).abs().max() < 1e-4
+    unscaled = replace(own.decoder, rotary=Rotary(tuple(10000.0 ** (-2 * m / 16) for m in range(8))))
+    assert (token_losses(unscaled, weight_stream(own), ids()) - losses).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer", None])
+def test_the_tokenizer_of_a_llama_that_became_a_mistral_is_the_same(tmp_path, declared):
+    """transformers chooses tokenizer classes by model_type too."""
+    save_llama(tmp_path / "dense", num_key_value_heads=1)
+    (tmp_path / "dense" / "tokenizer.json").unlink()
+    write_tokenizer(sentencepiece(), 256, tmp_path / "dense")
+    path = tmp_path / "dense" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": declared}))
+    dense = load_model(str(tmp_path / "dense"))
+    target = dense.decoder.with_widths(1, 5, 32)
+    save_checkpoint(target, ((n, torch.zeros(s)) for n, s in target.shapes().items()), dense, tmp_path / "small")
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["model_type"] == "mistral"
+    texts = ["abc ab", " a  b.", "é日\nab", "<s>ab</s> c"]
+    expected, found = (load_tokenizer(tmp_path / name)(texts)["input_ids"] for name in ("dense", "small"))
+    assert found == expected
 
 
 @pytest.mark.parametrize("change", ["order", "shape", "missing", "extra"])
