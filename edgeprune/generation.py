@@ -71,12 +71,14 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def sample_text(graph: Path, directory: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
-    """An answer to a prompt, drawn as a chat would: greedy decoding of a small model likes to repeat itself."""
+def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new_tokens: int, seed: int) -> str:
+    """An answer to a prompt within the context, drawn as a chat would: greedily a small model repeats itself."""
     tokenizer = load_tokenizer(directory)
-    ids = prompt_ids(tokenizer, prompt)
-    runner = Runner(graph, 1, len(ids) + max_new_tokens)
-    steps = generate(runner, [ids], max_new_tokens, *CHAT_SAMPLING, seed, end_ids(tokenizer, directory))
+    ids = prompt_ids(tokenizer, prompt)[-(context // 2) :]
+    runner = Runner(graph, 1, context)
+    steps = generate(
+        runner, [ids], min(max_new_tokens, context - len(ids)), *CHAT_SAMPLING, seed, end_ids(tokenizer, directory)
+    )
     return tokenizer.decode([int(tokens[0]) for tokens in steps], skip_special_tokens=True).strip()
 
 

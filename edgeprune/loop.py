@@ -332,8 +332,9 @@ class Run:
             self.progress.stage("generate a sample of both")
             graphs = (plain, chosen.exported.graphs.parent / "onnx-fp32")
             directory, seed = self.setup.model.directory, self.setup.request.seed
+            context = self.setup.workload.context
             texts_of_both = [
-                sample_text(g / RUNTIME_GRAPH, directory, SAMPLE_PROMPT, SAMPLE_TOKENS, seed) for g in graphs
+                sample_text(g / RUNTIME_GRAPH, directory, SAMPLE_PROMPT, context, SAMPLE_TOKENS, seed) for g in graphs
             ]
             return {
                 "texts": texts, "prompt": SAMPLE_PROMPT,

@@ -149,6 +149,11 @@ def prepare(request: Request) -> Setup:
     choices += [budget_choice] if budget_choice else []
     output = (request.output or Path(f"{_stem(request.model)}-{profile.name}")).absolute()
     check_output(output, request.force or request.resume)
+    if request.calibration == SELF and request.length > workload.context:
+        raise InputError(
+            f"samples of {request.length} tokens cannot be generated in a context of {workload.context}",
+            f"Try --length {workload.context}, or give text with --calibration.",
+        )
     documents = read_documents_of(request)
     from edgeprune.pruning.prune import method_named
 

@@ -93,6 +93,8 @@ def family_of(config: Config) -> Family:
         raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
     family = FAMILIES[model_type]
     architectures = config.get("architectures") or [family.architecture]
+    if not isinstance(architectures, list):
+        raise _senseless(f"architectures {architectures!r}")
     if family.architecture not in architectures:
         raise InputError(f"unsupported architecture {', '.join(map(str, architectures))}", supported)
     try:
@@ -128,7 +130,7 @@ def decoder_of(config: Config) -> Decoder:
             rotary=_rotary(config, attention.head_dim),
             layers=(layer,) * int(config["num_hidden_layers"]),
         )
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: torch's own
         raise _senseless(repr(error)) from None
     if not all(map(math.isfinite, (*decoder.rotary.inverse_frequencies, decoder.rotary.scaling, decoder.norm_eps))):
         raise _senseless("its rope parameters or its rms_norm_eps are not finite")

@@ -26,7 +26,7 @@ from edgeprune.model.tokenizer import write_tokenizer
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2  # of the converted directory; a new one converts again
+FORMAT = 3  # of the converted directory; a new one converts again
 OUTER = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
 LAYER = {
     "attention.norm": "attn_norm", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
@@ -168,10 +168,12 @@ def _rope(source: GgufFile, head_dim: int) -> dict[str, Any]:
         if not known or not np.allclose(_llama3_factors(theta, head_dim, scaling), factors, rtol=1e-3):
             raise InputError("unsupported rope factors in the GGUF file", "Give the original Hugging Face directory.")
         return {"rope_theta": theta, **scaling}
-    kind = source.fields.get("llama.rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_theta": theta, "rope_type": kind, "factor": _shortest(source.fields["llama.rope.scaling.factor"])}
-    if kind != "none":
+    # as llama.cpp reads them: no type means linear, no factor means 1; files of 2023 say scale_linear
+    kind = source.fields.get("llama.rope.scaling.type", "linear")
+    factor = source.fields.get("llama.rope.scaling.factor", source.fields.get("llama.rope.scale_linear")) or 1.0
+    if kind == "linear" and factor != 1.0:
+        return {"rope_theta": theta, "rope_type": kind, "factor": _shortest(factor)}
+    if kind not in ("linear", "none"):
         raise InputError(f"unsupported rope scaling {kind!r}", "Supported are: linear, llama3.")
     return {"rope_theta": theta, "rope_type": "default"}
 

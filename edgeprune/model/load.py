@@ -60,9 +60,9 @@ def load_model(spec: str) -> Model:
         if path.suffix.lower() != ".gguf":
             raise InputError(f"{path} is a file", "Give the checkpoint's directory, or a .gguf file.")
         return load_gguf(path, path.stem)
-    if not path.is_dir():
-        path = _from_hub(spec)
-    return load_directory(path, Path(spec).name)
+    if path.is_dir():
+        return load_directory(path, path.resolve().name)
+    return load_directory(_from_hub(spec), Path(spec).name)
 
 
 def demo_file() -> Path:
@@ -180,13 +180,13 @@ def _checked(decoder: Decoder, stored: Stored) -> dict[str, tuple[Path, str]]:
 def _check_tied(weights: LazyWeights, stored: Stored) -> None:
     """A head that is stored although it is tied is ignored, but must be the embedding.
 
-    transformers unties the two in silence where they differ; ignoring it would change the model.
+    transformers unties the two, with a warning only, where they differ; ignoring it would change the model.
     """
-    import torch
-
     key = OUTER["head"]
     if key not in stored:
         return
+    import torch
+
     head = LazyWeights({"head": (stored[key][0], key)})["head"]
     if not torch.equal(head, weights["embedding"]):
         raise InputError(

@@ -34,7 +34,11 @@ def command(*words: str | Path, **options) -> subprocess.CompletedProcess:
 def home(tmp_path_factory) -> Path:
     """A folder with a small model, and text to calibrate on."""
     folder = tmp_path_factory.mktemp("home")
-    save_llama(folder / "model", num_hidden_layers=3, intermediate_size=256)
+    # Large enough that its weights, and not the engine's workspace, are what a budget is about.
+    save_llama(
+        folder / "model", num_hidden_layers=4, hidden_size=512, num_attention_heads=8, head_dim=64,
+        intermediate_size=1024, initializer_range=0.05,
+    )  # fmt: skip
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it"]
     paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(80)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))

@@ -106,6 +106,11 @@ BAD = {
     "odd heads": ({"num_key_value_heads": 4}, "do not divide"),
     "half rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "half rotated inside": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    "an architecture that is a number": ({"architectures": 1}, "senseless: architectures 1"),
+    "factors that are flags": (
+        {"rope_parameters": ROPES["llama3"] | {"low_freq_factor": True, "high_freq_factor": True}},
+        "incomplete or senseless",
+    ),
     "a family that is a list": ({"model_type": ["llama"]}, "unsupported architecture"),
     "a window in words": (
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": "wide"},

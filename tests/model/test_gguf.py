@@ -140,6 +140,27 @@ def test_rope_scalings_come_along(tmp_path, rope):
     assert all(torch.equal(model.weights[name], weight) for name, weight in weights.items())
 
 
+SPELLINGS = {
+    "no type": ({"llama.rope.scaling.factor": 2.0}, 2.0),
+    "the old name": ({"llama.rope.scale_linear": 2.0}, 2.0),
+    "both names": ({"llama.rope.scale_linear": 4.0, "llama.rope.scaling.factor": 2.0}, 2.0),
+    "linear by nothing": ({"llama.rope.scaling.type": "linear"}, 1.0),
+    "none": ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0}, 1.0),
+}
+
+
+@pytest.mark.parametrize(("fields", "factor"), SPELLINGS.values(), ids=SPELLINGS)
+def test_every_spelling_of_linear_rope_scaling_is_read(tmp_path, fields, factor):
+    def more(writer):
+        for key, value in fields.items():
+            (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
+
+    reference = llama(**SETTINGS)
+    write(tmp_path / "m.gguf", reference, more=more)
+    expected = np.array(decoder_of(reference.config).rotary.inverse_frequencies) / factor
+    assert np.allclose(load_model(str(tmp_path / "m.gguf")).decoder.rotary.inverse_frequencies, expected, rtol=1e-6)
+
+
 def test_a_turn_may_end_with_another_token(tmp_path):
     write(tmp_path / "m.gguf", llama(**SETTINGS), more=lambda writer: writer.add_eot_token_id(7))
     settings = json.loads((converted(tmp_path / "m.gguf") / "generation_config.json").read_text())

@@ -157,6 +157,12 @@ def test_a_damaged_directory_is_refused_with_the_reason(tmp_path, damage, reason
     assert reason in caught.value.message
 
 
+def test_the_current_directory_has_a_name_too(tmp_path, monkeypatch):
+    save_llama(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    assert load_model(".").name == load_model("../model").name == "model"
+
+
 def test_a_missing_model_is_said(tmp_path):
     for spec in (str(tmp_path / "none"), "nonsense", "./x/y", "models/none.gguf", "models/", "~no-such-user/x"):
         with pytest.raises(InputError, match="no such model"):
