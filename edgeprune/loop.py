@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from edgeprune.pruning.allocate import Sensitivities, Widths
 
 SPELLINGS = tuple(Spelling(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
-SENSITIVITIES = 2  # of what is kept of them in the cache; another number measures again
+SENSITIVITIES = 3  # of what is kept of them in the cache; another number measures again
 MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
-CROSS_CHECK_SECONDS = 20.0
+CROSS_CHECK_SECONDS = 10.0
 SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
 SAMPLE_TOKENS = 80
 

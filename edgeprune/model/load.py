@@ -24,6 +24,7 @@ DTYPES = ("F32", "F16", "BF16")
 Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt")
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
 
 
@@ -211,11 +212,24 @@ def _fingerprint(config: Path, files: set[Path]) -> str:
     return digest.hexdigest()
 
 
+def _names_plain_tokenizer(directory: Path) -> bool:
+    """AutoTokenizer would choose the class that the directory names, after importing all of transformers."""
+    path = directory / "tokenizer_config.json"
+    if not path.is_file() or not (directory / "tokenizer.json").is_file():
+        return False
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in config
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The checkpoint's tokenizer, from local files. Raises InputError where transformers cannot read it."""
-    from transformers import AutoTokenizer
-
     try:
+        if _names_plain_tokenizer(directory):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's own reader raises
         raise InputError(f"cannot load the tokenizer in {directory}: {error}", "Restore its files.") from None

@@ -28,7 +28,8 @@ from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import Method, features_of, prune, select_heads
 from edgeprune.pruning.score import Score
 
-PROBE_SAMPLES = 8
+PROBE_SAMPLES = 16  # with fewer, wide modules look worse than they are: their update is under-determined
+PROBE_HELD_OUT = 8
 LEAST_RISE = 1e-4  # nats per token; noise may make a small cut look free
 
 
@@ -110,8 +111,8 @@ def measure_response(
 
     ids (samples, tokens): the first half calibrates each probe, the second half gives the loss.
     """
-    half = min(PROBE_SAMPLES, max(1, len(ids) // 2))
-    fit, held_out = ids[:half], ids[-half:]
+    half = max(1, len(ids) // 2)
+    fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
     layer = model.decoder.layers[0]
     dense = Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
     base = float(token_losses(model.decoder, weight_stream(model), held_out).mean())
