@@ -7,6 +7,7 @@ devices or how a figure came about, beyond the source that each figure carries.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import isfinite
@@ -112,8 +113,7 @@ class Verdict:
     @property
     def status(self) -> Status:
         """The worst status of all constraints."""
-        found = {check.status for check in self.checks}
-        return "missed" if "missed" in found else "noisy" if "noisy" in found else "met"
+        return _worst(check.status for check in self.checks)
 
     @property
     def met(self) -> bool:
@@ -256,9 +256,26 @@ def _check(name: str, limit: Limit, absolute: float, dense: Performance, perform
     return Check(name, asked, absolute, figure, _status(figure, absolute), ratio)
 
 
+def judge_quality(budget: Budget, rises: Iterable[tuple[float, float]]) -> Status:
+    """The quality limit against the intervals (low, high) in percent of the rise on every text; met without a limit."""
+    if budget.max_quality_loss is None:
+        return "met"
+    return _worst(_compare(low, high, budget.max_quality_loss) for low, high in rises)
+
+
 def _status(figure: Figure, limit: float) -> Status:
-    low, high = (figure.low, figure.high) if isinstance(figure, Measured) else (figure.value, figure.value)
-    return "met" if high <= limit else "missed" if low > limit else "noisy"
+    if isinstance(figure, Measured):
+        return _compare(figure.low, figure.high, limit)
+    return _compare(figure.value, figure.value, limit)
+
+
+def _compare(low: float, high: float, limit: float) -> Status:
+    return "met" if high <= limit else "noisy" if low <= limit else "missed"  # not a number: missed
+
+
+def _worst(statuses: Iterable[Status]) -> Status:
+    found = set(statuses)
+    return "missed" if "missed" in found else "noisy" if "noisy" in found else "met"
 
 
 def _scaled(dense: Figure, ratio: Measured) -> Figure:

@@ -68,11 +68,13 @@ def fit(
     engine: Annotated[
         str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx|onnxruntime", help="Engine to build with.")
     ] = "auto",
-    require_measured: Annotated[bool, typer.Option(help="A verdict that rests on an estimate is a failure.")] = False,
-    no_checkpoint: Annotated[bool, typer.Option(help="Leave model/ out of the bundle.")] = False,
+    require_measured: Annotated[
+        bool, typer.Option("--require-measured", help="A verdict that rests on an estimate is a failure.")
+    ] = False,
+    no_checkpoint: Annotated[bool, typer.Option("--no-checkpoint", help="Leave model/ out of the bundle.")] = False,
     output: Annotated[Path | None, typer.Option(help="The bundle. Default: MODEL-DEVICE.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
-    force: Annotated[bool, typer.Option(help="Replace an older bundle or unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older bundle or unfinished run.")] = False,
     json_: Json = False,
     seed: Seed = 0,
 ) -> None:

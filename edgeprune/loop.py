@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.budget import Verdict, judge
+from edgeprune.budget import Status, Verdict, judge, judge_quality
 from edgeprune.cache import cache_folder
 from edgeprune.engine import local
 from edgeprune.engine.base import Measured, Performance
@@ -95,9 +95,9 @@ class Fitted:
         return judge(self.setup.budget, self.dense, self.chosen.performance)
 
     @property
-    def quality_is_met(self) -> bool:
-        limit = self.setup.budget.max_quality_loss
-        return limit is None or self.quality.worst_percent <= limit
+    def quality_status(self) -> Status:
+        rises = [(text["low"], text["high"]) for text in self.quality.texts.values()]
+        return judge_quality(self.setup.budget, rises)
 
 
 def fit(request: Request, progress: Progress | None = None) -> Path:

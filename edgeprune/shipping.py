@@ -23,6 +23,7 @@ from edgeprune.loop import Fitted
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.profiles import profile_toml
 from edgeprune.report import schema
+from edgeprune.report.figures import OUTCOME_TEXT
 from edgeprune.report.html import render_html
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
@@ -103,7 +104,7 @@ def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
     ]  # fmt: skip
     return schema.Report(
         edgeprune=__version__, created=_now(), command=_command(fitted), headline=_headline(fitted),
-        status=verdict.status, rests_on=verdict.source, quality_met=fitted.quality_is_met,
+        status=verdict.status, rests_on=verdict.source, quality_status=fitted.quality_status,
         model={
             "name": setup.model.name, "family": dense.family, "hidden_size": dense.hidden_size,
             "layers": len(dense.layers), "vocab_size": dense.vocab_size, "fingerprint": setup.model.fingerprint,
@@ -186,10 +187,15 @@ def _constraints(fitted: Fitted) -> list[schema.Constraint]:
             value=worst["percent"], unit="%", source="measured", device="held-out text", low=worst["low"],
             high=worst["high"],
         )  # fmt: skip
-        status = "met" if fitted.quality_is_met else "missed"
         rows.append(
             schema.Constraint(
-                name="quality", asked=f"{limit:g}%", limit=limit, unit="%", dense=None, fitted=figure, status=status
+                name="quality",
+                asked=f"{limit:g}%",
+                limit=limit,
+                unit="%",
+                dense=None,
+                fitted=figure,
+                status=fitted.quality_status,
             )
         )
     return rows
@@ -217,12 +223,16 @@ def _headline(fitted: Fitted) -> str:
     rise = fitted.quality.worst_percent
     if fitted.outcome is None:
         return f"{setup.model.name} meets {asked} on {setup.profile.name} as it is: nothing was pruned."
-    cost = f"at {rise:+.1f} % perplexity, {100 * ratio(fitted.chosen.model.decoder, setup.model.decoder):.0f} % pruned"
+    where = " on its own text" if fitted.samples.self_generated else ""
+    removed = ratio(fitted.chosen.model.decoder, setup.model.decoder)
+    cost = f"at {rise:+.1f} % perplexity{where}, {100 * removed:.0f} % pruned"
     if verdict.status == "missed":
         return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."
     if verdict.status == "noisy":
         return f"{setup.model.name}, {asked} on {setup.profile.name}: {STATUS_TEXT['noisy']} ({cost})."
-    if not fitted.quality_is_met:
+    if fitted.quality_status == "noisy":
+        return f"{setup.model.name} meets {asked} on {setup.profile.name}, {OUTCOME_TEXT['uncertain']} ({cost})."
+    if fitted.quality_status == "missed":
         beyond = f"only beyond the quality limit of {setup.budget.max_quality_loss:g} %"
         return f"{setup.model.name} meets {asked} on {setup.profile.name} {beyond}: {cost}."
     how = "" if verdict.source == "measured" else f" ({verdict.source})"

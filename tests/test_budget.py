@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from edgeprune.budget import (
     AbsoluteBudget,
+    Budget,
     Limit,
     describe,
     format_bytes,
     format_ms,
     judge,
+    judge_quality,
     memory_total,
     parse_budget,
     parse_latency,
@@ -143,6 +145,21 @@ def test_a_relative_memory_limit_leaves_the_runtime_alone() -> None:
     absolute = parse_budget("50%", "50%", "5ms").absolute(performance())
     assert absolute == AbsoluteBudget(memory=0.5 * 400 + 100, prefill=20.0, decode=5.0)
     assert parse_budget(None, None, None).absolute(performance()).limits == {}
+
+
+@pytest.mark.parametrize(
+    ("rises", "status"),
+    [
+        ([(2.0, 4.9), (1.0, 5.0)], "met"),
+        ([(2.0, 3.0), (4.0, 6.0)], "noisy"),
+        ([(4.0, 6.0), (5.1, 7.0)], "missed"),
+        ([(float("nan"), float("nan"))], "missed"),
+        ([(float("inf"), float("inf"))], "missed"),
+    ],
+)
+def test_quality_counts_by_the_interval_on_every_text(rises, status):
+    assert judge_quality(Budget(max_quality_loss=5.0), rises) == status
+    assert judge_quality(Budget(), rises) == "met"
 
 
 @pytest.mark.parametrize(("decode", "status"), [(6.5, "met"), (6.6, "noisy"), (7.4, "noisy"), (7.6, "missed")])

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from edgeprune.budget import STATUS_TEXT, format_bytes, format_ms
 from edgeprune.report.schema import Figure, Outcome, Source, Text
 
-OUTCOME_TEXT: dict[Outcome, str] = {**STATUS_TEXT, "out_of_reach": "out of reach"}
+OUTCOME_TEXT: dict[Outcome, str] = {
+    **STATUS_TEXT,
+    "uncertain": "quality too uncertain to tell: evaluate on more text",
+    "out_of_reach": "out of reach",
+}
 OUTCOME_LABEL = {outcome: text.split(":")[0] for outcome, text in OUTCOME_TEXT.items()}
 """The same without the advice."""
 

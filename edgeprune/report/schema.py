@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 DEGRADED_PERCENT, BROKEN_PERCENT = 5.0, 30.0
 
 Status = Literal["met", "missed", "noisy"]
-Outcome = Literal["met", "missed", "noisy", "out_of_reach"]
+Outcome = Literal["met", "missed", "noisy", "uncertain", "out_of_reach"]
 Grade = Literal["intact", "degraded", "broken"]
 Source = Literal["measured", "built", "estimated"]
 SideName = Literal["dense", "fitted"]
@@ -239,9 +239,9 @@ class Report(_Model):
     created: str = Field(description="UTC, ISO 8601")
     command: str = Field(description="the command line that makes this bundle again")
     headline: str = Field(description="the verdict in one sentence")
-    status: Status = Field(description="the worst of memory, prefill and decode; quality apart, in `quality_met`")
+    status: Status = Field(description="the worst of memory, prefill and decode; quality apart, in `quality_status`")
     rests_on: Source = Field(description="the weakest source behind the verdict")
-    quality_met: bool = Field(description="true where no limit was given")
+    quality_status: Status = Field(description="of the rise's interval on every text; met where no limit was given")
     model: ModelCard
     device: Device
     workload: Workload
@@ -279,7 +279,7 @@ class Report(_Model):
         """The budget and the quality limit together: what the report says first."""
         if self.status != "met":
             return "out_of_reach" if (self.status, self.search.ending) == ("missed", "out_of_reach") else self.status
-        return "met" if self.quality_met else "missed"
+        return "uncertain" if self.quality_status == "noisy" else self.quality_status
 
     def exit_code(self, require_measured: bool = False) -> int:
         """0 budget met; 3 budget, or budget and quality together, out of reach; 4 estimates not accepted."""
@@ -307,10 +307,11 @@ Written into every bundle, and printed by `edgeprune fit --json`. Its version is
 is an error. Every figure is an object that carries its source, so that an estimate never passes for a measurement.
 A number beyond floating point, such as the perplexity of a destroyed model, is the text `Infinity` or `NaN`.
 
-**Verdict.** The budget is met where `status` is `met` and `quality_met` is true: exit code 0. It is missed where
-either fails, and out of reach where `search.ending` says so as well: exit code 3, the best candidate is kept. `noisy`
-means that the interval of a measurement contains the limit: run again on an idle machine (exit code 3). With
-`--require-measured` a met budget whose `rests_on` is not `measured` ends with exit code 4.
+**Verdict.** The budget is met where `status` and `quality_status` are `met`: exit code 0. It is missed where
+either is, and out of reach where `search.ending` says so as well: exit code 3, the best candidate is kept. `noisy`
+means that the interval of a measurement contains the limit (exit code 3): run again on an idle machine, or, where it
+is `quality_status`, evaluate on more text. With `--require-measured` a met budget whose `rests_on` is not `measured`
+ends with exit code 4.
 
 **Grade.** `intact`: perplexity on the worst held-out text rises by less than {DEGRADED_PERCENT:g} %; `degraded`: by
 less than {BROKEN_PERCENT:g} %; `broken`: by more. `broken` is the first line of the report, whatever the budget says.

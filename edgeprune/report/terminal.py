@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgeprune.doctor import Finding
     from edgeprune.profiles import DeviceProfile
 
-STYLES = {"met": "green", "missed": "red", "out_of_reach": "red", "noisy": "yellow"}
+STYLES = {"met": "green", "missed": "red", "out_of_reach": "red", "noisy": "yellow", "uncertain": "yellow"}
 SAMPLE_CHARACTERS = 160
 WARNINGS = 3
 

@@ -105,7 +105,7 @@ def estimated_content() -> dict[str, Any]:
         "command": "edgeprune fit demo --device jetson-orin --memory 90% --output smollm2-orin",
         "headline": "SmolLM2-135M-Instruct meets memory 90% on jetson-orin (estimated), at +11.4 % perplexity, "
         "11 % pruned.",
-        "status": "met", "rests_on": "estimated", "quality_met": True,
+        "status": "met", "rests_on": "estimated", "quality_status": "met",
         "model": {
             "name": "SmolLM2-135M-Instruct", "family": "llama", "hidden_size": 576, "layers": 30, "vocab_size": 49152,
             "fingerprint": "02ef3b1d523ff080f661a25c22031326ac793c4e3155f3ae0bbfda1764cc01d2",

@@ -105,17 +105,18 @@ def test_tokens_per_second_of_both_sides_with_source_and_turned_interval():
 
 
 @pytest.mark.parametrize(
-    ("status", "quality_met", "ending", "outcome", "code", "code_if_measured_is_required"),
+    ("status", "quality_status", "ending", "outcome", "code", "code_if_measured_is_required"),
     [
-        ("met", True, "close", "met", 0, 4),
-        ("met", False, "close", "missed", 3, 3),
-        ("missed", True, "candidates", "missed", 3, 3),
-        ("missed", True, "out_of_reach", "out_of_reach", 3, 3),
-        ("noisy", True, "out_of_reach", "noisy", 3, 3),
+        ("met", "met", "close", "met", 0, 4),
+        ("met", "missed", "close", "missed", 3, 3),
+        ("met", "noisy", "close", "uncertain", 3, 3),
+        ("missed", "met", "candidates", "missed", 3, 3),
+        ("missed", "met", "out_of_reach", "out_of_reach", 3, 3),
+        ("noisy", "met", "out_of_reach", "noisy", 3, 3),
     ],
 )
-def test_outcome_and_exit_code(status, quality_met, ending, outcome, code, code_if_measured_is_required):
-    content = estimated_content() | {"status": status, "quality_met": quality_met}
+def test_outcome_and_exit_code(status, quality_status, ending, outcome, code, code_if_measured_is_required):
+    content = estimated_content() | {"status": status, "quality_status": quality_status}
     report = report_of(content | {"search": content["search"] | {"ending": ending}})
     assert report.outcome == outcome
     assert (report.exit_code(), report.exit_code(require_measured=True)) == (code, code_if_measured_is_required)
