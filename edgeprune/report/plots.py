@@ -11,7 +11,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.report.figures import figure_text, number_text, shorten
-from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Constraint, Figure, Report
+from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Constraint, Figure, Module, Report
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -24,16 +24,16 @@ MIB = 2**20
 
 
 def all_plots(report: Report) -> dict[str, str]:
-    """By name; `path` only where several candidates were tried, `widths` only where the layers differ."""
+    """By name; without those that have nothing to show: a limit, a candidate, a pruned module."""
     plots = {
         "budget": _budget(report.budget),
         "quality": _quality(report),
         "memory": _memory(report),
         "latency": _latency(report),
         "path": _path(report),
+        "widths": _widths(report.dense.widths, report.fitted.widths),
+        "errors": _errors(report.modules),
     }
-    if not is_uniform(report.fitted.widths):
-        plots["widths"] = _widths(report.dense.widths, report.fitted.widths)
     return {name: _html(name, figure) for name, figure in plots.items() if figure is not None}
 
 
@@ -182,32 +182,60 @@ def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, in
     return figure
 
 
+def _errors(modules: Sequence[Module]) -> go.Figure | None:
+    """Where pruning hurts: relative error of every pruned module's output, by layer."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for kind, color in zip(("attention", "mlp"), PALETTE, strict=False):
+        pruned = [m for m in modules if m.kind == kind and m.kept < m.of and m.error_before is not None]
+        for label, dash, values in (
+            ("without update", "dot", [m.error_before for m in pruned]),
+            ("with", "solid", [m.error_after for m in pruned]),
+        ):
+            if pruned and None not in values:
+                figure.add_scatter(
+                    x=[m.layer for m in pruned], y=values, name=f"{kind}, {label}", mode="lines+markers",
+                    line={"color": color, "dash": dash}, hovertemplate="layer %{x}: %{y:.3g}",
+                )  # fmt: skip
+    if not figure.data:
+        return None
+    figure.update_layout(height=300, margin_t=56)
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="relative error", rangemode="tozero")
+    return figure
+
+
 def _path(report: Report) -> go.Figure | None:
+    """From the dense model over the candidates in the order in which they were tried."""
     import plotly.graph_objects as go
 
     candidates = report.search.candidates
     limits = [row for row in report.budget if row.name != "quality"]
-    if not limits or len(candidates) < 2:
+    if not limits or not candidates:
         return None
     figure = go.Figure()
-    numbers = [str(number) for number in range(1, len(candidates) + 1)]
+    tried = [str(number) for number in range(1, len(candidates) + 1)]
     for row, color in zip(limits, PALETTE, strict=False):
+        start = [] if row.dense is None else [row.dense.value]
         for kind, symbol, dash in (("predicted", "circle-open", "dot"), ("obtained", "circle", "solid")):
-            values = [getattr(candidate, kind)[row.name] for candidate in candidates]
+            first = [] if kind == "predicted" else start
+            values = first + [getattr(candidate, kind)[row.name] for candidate in candidates]
             label = kind if kind == "predicted" else row.fitted.source
             figure.add_scatter(
-                x=numbers, y=[100 * value / row.limit for value in values], name=f"{row.name}, {label}",
-                mode="lines+markers", line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 11},
+                x=["dense"] * len(first) + tried, y=[100 * value / row.limit for value in values],
+                name=f"{row.name}, {label}", mode="lines+markers", line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 11},
                 text=[number_text(value, row.unit) for value in values], hovertemplate="%{text} (%{y:.1f} %)",
             )  # fmt: skip
     figure.add_hline(y=100, line=LIMIT_LINE, name="limit", showlegend=True)
     for index, candidate in enumerate(candidates):
         if candidate.chosen:
             figure.add_annotation(
-                x=index, y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100, text="chosen",
+                x=tried[index], y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100, text="chosen",
                 yanchor="top", yshift=-8, showarrow=False,
             )  # fmt: skip
     figure.update_layout(height=300, margin_t=56)
-    figure.update_xaxes(title_text="candidate", type="category", showgrid=False)
+    order = {"categoryorder": "array", "categoryarray": ["dense", *tried]}
+    figure.update_xaxes(title_text="candidate", type="category", showgrid=False, **order)
     figure.update_yaxes(title_text="% of the limit")
     return figure

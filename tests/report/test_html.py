@@ -201,14 +201,30 @@ def test_the_rise_of_each_text_is_drawn_with_its_interval():
 
 def test_the_path_shows_predicted_and_obtained_against_the_limit():
     traces, _ = figure(all_plots(report_of(measured_content()))["path"])
-    by_name = {trace["name"]: trace["y"] for trace in traces}
-    assert by_name["decode, measured"] == pytest.approx([100 * value / 35.07 for value in (37.9, 35.3, 34.1)])
-    assert by_name["decode, predicted"] == pytest.approx([100 * value / 35.07 for value in (34.2, 34.9, 34.4)])
+    by_name = {trace["name"]: trace for trace in traces}
+    dense = next(row.dense.value for row in report_of(measured_content()).budget if row.name == "decode")
+    measured, predicted = by_name["decode, measured"], by_name["decode, predicted"]
+    assert measured["x"] == ["dense", "1", "2", "3"]
+    assert measured["y"] == pytest.approx([100 * value / 35.07 for value in (dense, 37.9, 35.3, 34.1)])
+    assert predicted["x"] == ["1", "2", "3"]
+    assert predicted["y"] == pytest.approx([100 * value / 35.07 for value in (34.2, 34.9, 34.4)])
 
 
 def test_only_plots_that_say_something_are_drawn():
-    assert set(all_plots(report_of(measured_content()))) == {"budget", "quality", "memory", "latency", "path"}
-    assert set(all_plots(report_of(broken_content()))) == {"budget", "quality", "memory", "latency", "widths"}
+    always = {"budget", "quality", "memory", "latency", "widths"}
+    assert set(all_plots(report_of(measured_content()))) == always | {"path", "errors"}
+    nothing_tried = measured_content()["search"] | {"candidates": []}
+    assert set(all_plots(report_of(measured_content() | {"search": nothing_tried, "modules": []}))) == always
+
+
+def test_errors_of_pruned_modules_are_drawn_before_and_after_the_update():
+    report = report_of(measured_content())
+    traces, _ = figure(all_plots(report)["errors"])
+    pruned = [module for module in report.modules if module.kind == "mlp" and module.kept < module.of]
+    by_name = {trace["name"]: trace for trace in traces}
+    assert by_name["mlp, without update"]["y"] == pytest.approx([module.error_before for module in pruned])
+    assert by_name["mlp, with"]["y"] == pytest.approx([module.error_after for module in pruned])
+    assert by_name["mlp, with"]["x"] == [module.layer for module in pruned]
 
 
 def test_widths_that_differ_are_drawn_in_percent_of_the_dense_model():
