@@ -224,7 +224,8 @@ def _path(report: Report) -> go.Figure | None:
             label = kind if kind == "predicted" else row.fitted.source
             figure.add_scatter(
                 x=["dense"] * len(first) + tried, y=[100 * value / row.limit for value in values],
-                name=f"{row.name}, {label}", mode="lines+markers", line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 11},
+                name=f"{row.name}, {label}",
+                mode="lines+markers", line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 11},
                 text=[number_text(value, row.unit) for value in values], hovertemplate="%{text} (%{y:.1f} %)",
             )  # fmt: skip
     figure.add_hline(y=100, line=LIMIT_LINE, name="limit", showlegend=True)
