@@ -182,23 +182,23 @@ def _constraints(fitted: Fitted) -> list[schema.Constraint]:
         )  # fmt: skip
     limit = fitted.setup.budget.max_quality_loss
     if limit is not None:
-        worst = max(fitted.quality.texts.values(), key=lambda text: text["percent"])
+        worst = max(fitted.quality.texts.values(), key=lambda text: _deciding(text, limit))
         figure = schema.Figure(
             value=worst["percent"], unit="%", source="measured", device="held-out text", low=worst["low"],
             high=worst["high"],
         )  # fmt: skip
         rows.append(
             schema.Constraint(
-                name="quality",
-                asked=f"{limit:g}%",
-                limit=limit,
-                unit="%",
-                dense=None,
-                fitted=figure,
+                name="quality", asked=f"{limit:g}%", limit=limit, unit="%", dense=None, fitted=figure,
                 status=fitted.quality_status,
             )
-        )
+        )  # fmt: skip
     return rows
+
+
+def _deciding(text: dict[str, float], limit: float) -> tuple[bool, bool, float]:
+    """Orders texts by how far they fail the quality limit: beyond it, perhaps beyond it, within."""
+    return not text["low"] <= limit, not text["high"] <= limit, text["percent"]
 
 
 def _search(fitted: Fitted) -> schema.Search:

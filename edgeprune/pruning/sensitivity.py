@@ -109,7 +109,7 @@ def measure_response(
 ) -> Sensitivities:  # fmt: skip
     """The sensitivities with their response measured: one small pruning for each kind of cut.
 
-    ids (samples, tokens): the first half calibrates each probe, the second half gives the loss.
+    ids (samples, tokens): the first half calibrates each probe, the second half gives the loss, up to a few of each.
     """
     half = max(1, len(ids) // 2)
     fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]

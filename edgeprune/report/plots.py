@@ -189,15 +189,13 @@ def _errors(modules: Sequence[Module]) -> go.Figure | None:
     figure = go.Figure()
     for kind, color in zip(("attention", "mlp"), PALETTE, strict=False):
         pruned = [m for m in modules if m.kind == kind and m.kept < m.of and m.error_before is not None]
-        for label, dash, values in (
-            ("without update", "dot", [m.error_before for m in pruned]),
-            ("with", "solid", [m.error_after for m in pruned]),
-        ):
-            if pruned and None not in values:
-                figure.add_scatter(
-                    x=[m.layer for m in pruned], y=values, name=f"{kind}, {label}", mode="lines+markers",
-                    line={"color": color, "dash": dash}, hovertemplate="layer %{x}: %{y:.3g}",
-                )  # fmt: skip
+        if not pruned:
+            continue
+        for name, label, dash in (("error_before", "without update", "dot"), ("error_after", "with", "solid")):
+            figure.add_scatter(
+                x=[m.layer for m in pruned], y=[getattr(m, name) for m in pruned], name=f"{kind}, {label}",
+                mode="lines+markers", line={"color": color, "dash": dash}, hovertemplate="layer %{x}: %{y:.3g}",
+            )  # fmt: skip
     if not figure.data:
         return None
     figure.update_layout(height=300, margin_t=56)
@@ -215,16 +213,15 @@ def _path(report: Report) -> go.Figure | None:
     if not limits or not candidates:
         return None
     figure = go.Figure()
-    tried = [str(number) for number in range(1, len(candidates) + 1)]
+    names = ["dense", *(str(number) for number in range(1, len(candidates) + 1))]
     for row, color in zip(limits, PALETTE, strict=False):
-        start = [] if row.dense is None else [row.dense.value]
         for kind, symbol, dash in (("predicted", "circle-open", "dot"), ("obtained", "circle", "solid")):
-            first = [] if kind == "predicted" else start
-            values = first + [getattr(candidate, kind)[row.name] for candidate in candidates]
+            values = [getattr(candidate, kind)[row.name] for candidate in candidates]
+            if kind == "obtained" and row.dense is not None:
+                values.insert(0, row.dense.value)
             label = kind if kind == "predicted" else row.fitted.source
             figure.add_scatter(
-                x=["dense"] * len(first) + tried, y=[100 * value / row.limit for value in values],
-                name=f"{row.name}, {label}",
+                x=names[-len(values) :], y=[100 * value / row.limit for value in values], name=f"{row.name}, {label}",
                 mode="lines+markers", line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 11},
                 text=[number_text(value, row.unit) for value in values], hovertemplate="%{text} (%{y:.1f} %)",
             )  # fmt: skip
@@ -232,11 +229,12 @@ def _path(report: Report) -> go.Figure | None:
     for index, candidate in enumerate(candidates):
         if candidate.chosen:
             figure.add_annotation(
-                x=tried[index], y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100, text="chosen",
-                yanchor="top", yshift=-8, showarrow=False,
+                x=names[1 + index], y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100,
+                text="chosen", yanchor="top", yshift=-8, showarrow=False,
             )  # fmt: skip
     figure.update_layout(height=300, margin_t=56)
-    order = {"categoryorder": "array", "categoryarray": ["dense", *tried]}
-    figure.update_xaxes(title_text="candidate", type="category", showgrid=False, **order)
+    figure.update_xaxes(
+        title_text="candidate", type="category", categoryorder="array", categoryarray=names, showgrid=False
+    )
     figure.update_yaxes(title_text="% of the limit")
     return figure

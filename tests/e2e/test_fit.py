@@ -167,17 +167,18 @@ def test_require_measured_makes_an_estimate_a_failure(home):
 def test_a_quality_limit_that_cannot_be_kept_is_exit_code_3(home):
     result = command(
         "fit", home / "model", "--device", "jetson-orin", "--memory", "92%", "--max-quality-loss", "0",
-        "--calibration", home / "text.txt", "--output", home / "quality", "--json", *SMALL,
+        "--calibration", home / "text.txt", "--evaluate", home / "text.txt", "--output", home / "quality", "--json",
+        *SMALL,
     )  # fmt: skip
     report = Report.model_validate_json(result.stdout)
-    assert result.returncode == (0 if report.quality_status == "met" else 3)
-    worst = max(report.quality.texts, key=lambda text: text.rise_percent)
-    assert report.quality_status == (
-        "met" if worst.high_percent <= 0 else "missed" if worst.low_percent > 0 else "noisy"
-    )
+    assert result.returncode == 3
+    quality = next(row for row in report.budget if row.name == "quality")
+    assert quality.status == report.quality_status == ("missed" if quality.fitted.low > 0 else "noisy")
+    assert quality.fitted.high > 0
+    assert ("beyond the quality limit" if quality.status == "missed" else "uncertain") in report.headline
 
 
-@pytest.mark.parametrize("stage", ["dense", "candidate-1", "evaluation"])
+@pytest.mark.parametrize("stage", ["dense", "samples", "candidate-1", "evaluation"])
 def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
     """SIGKILL right after a stage was recorded (and in the middle of the next one), then --resume."""
     words = ["fit", home / "model", "--device", "jetson-orin", "--memory", "90%", "--seed", "3", *SMALL]
