@@ -60,7 +60,7 @@ def fit(
     evaluate: Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
-    method: Annotated[str, typer.Option(help="default, magnitude or random.")] = "default",
+    method: Annotated[str, typer.Option(help="default, or a baseline: wanda+ls, magnitude, random, ...")] = "default",
     precision: Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: the profile's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")] = None,
@@ -162,26 +162,38 @@ def run(
 def compare(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As for fit.")] = "demo",
     ratios: Annotated[str, typer.Option(help="Percent of attention and MLP parameters to remove.")] = "20,30,50",
-    methods: Annotated[str, typer.Option(help="Names, with commas between.")] = "default,magnitude,random",
+    methods: Annotated[
+        str, typer.Option(help="Names, with commas between, or `all`.")
+    ] = "default,flap,wanda+ls,wanda,magnitude,random",
     calibration: Annotated[str, typer.Option(metavar="PATH", help="Text, jsonl or folder.")] = "self",
     evaluate: Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+    layout: Annotated[
+        str, typer.Option(metavar="uniform|per-layer|both", help="The same widths in every layer, or free ones.")
+    ] = "uniform",
+    html: Annotated[Path | None, typer.Option(help="Write a page with a plot there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older page.")] = False,
     json_: Json = False,
     seed: Seed = 0,
 ) -> None:
-    """Compare pruning methods at equal ratios on the same samples."""
+    """Compare pruning methods at equal ratios on the same samples and texts."""
     from edgeprune.compare import compare as run_compare
     from edgeprune.progress import rich_progress
+    from edgeprune.report.comparison import check_page, write_page
     from edgeprune.report.terminal import print_comparison
 
+    if html is not None:
+        check_page(html, force)
     with rich_progress() as progress:
         rows = run_compare(
-            model, _numbers(ratios), [m.strip() for m in methods.split(",") if m.strip()], calibration,
-            evaluate or (), samples, length, seed, progress,
+            model, _numbers(ratios), _names(methods), calibration, evaluate or (), samples, length, layout, seed,
+            progress,
         )  # fmt: skip
+    if html is not None:
+        write_page(html, rows)
     if json_:
-        typer.echo(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2))
+        typer.echo(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2, allow_nan=False))
     else:
         print_comparison(rows, _console())
 
@@ -201,6 +213,10 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InputError(f"malformed ratios {text!r}", "Write percentages with commas: --ratios 20,30,50.") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _console() -> Any:

@@ -2,60 +2,245 @@
 
 from __future__ import annotations
 
-import tempfile
+import functools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgeprune.engine.onnxruntime import peak_bytes
+import numpy as np
+
+from edgeprune.engine.base import Workload
+from edgeprune.engine.estimate import bytes_per_token
+from edgeprune.engine.onnxruntime import peak_bytes, reset_peak_bytes
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
-from edgeprune.model.save import save_checkpoint
 from edgeprune.prepare import SELF, Request, pack_samples, read_documents_of
 from edgeprune.progress import Progress
 
+if TYPE_CHECKING:
+    import torch
+
+    from edgeprune.evaluate.perplexity import Losses
+    from edgeprune.pruning.allocate import Sensitivities, Widths
+
 CHANNEL_MULTIPLE = 8  # fine enough to realise a ratio within half a point
+RATIO_TOLERANCE = 0.005
 DENSE = "dense"
+BOTH = "both"  # layouts
+DECODE_WORKLOAD = Workload(batch=1, prompt=512, context=1024)  # that decode bytes are stated for, in fp16
+
+
+class Layout(StrEnum):
+    UNIFORM = "uniform"
+    PER_LAYER = "per-layer"
+
+
+class Allocation(StrEnum):
+    """How the widths are found: equal shares, one cut over standardised scores, or least predicted loss."""
+
+    EVEN = "even"
+    SCORE = "score"
+    SENSITIVITY = "sensitivity"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one realised ratio. peak_bytes: of this process so far; seconds: pruning alone."""
+    """One method at one ratio: asked for, and realised.
+
+    perplexity: by text; rise: nats per token over the dense model, [value, low, high] by text; over_default:
+    the same over the default method at this ratio, where that ran too. parameters: all; total_ratio: their
+    removed share; decode_bytes: of one fp16 step at past 1023. seconds: pruning alone; peak_bytes: resident,
+    while it pruned and was evaluated. fell_back: modules where no update helped.
+    """
 
     method: str
+    layout: str
+    allocation: str
+    asked: float
     ratio: float
+    total_ratio: float
     perplexity: dict[str, float]
+    rise: dict[str, tuple[float, float, float]]
+    over_default: dict[str, tuple[float, float, float]]
     parameters: int
+    decode_bytes: int
     seconds: float
     peak_bytes: int
+    fell_back: int
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Method, layout and the ratio that was asked for."""
+        return self.method, self.layout, f"{self.asked:g}"
 
     def as_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
 
 
+@dataclass
+class Timed:
+    """A stream that adds up the seconds its consumer waits for it."""
+
+    stream: Iterator[Any]
+    seconds: float = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            start = time.monotonic()
+            try:
+                item = next(self.stream)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.monotonic() - start
+            yield item
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model, the samples to calibrate on (samples, length) int64 and texts of token documents to judge by."""
+
+    model: Model
+    ids: torch.Tensor
+    texts: Mapping[str, Sequence[np.ndarray]]
+    window: int
+    seed: int
+    progress: Progress
+    losses: dict[tuple[str, str, str], dict[str, Losses]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def sensitivities(self) -> Sensitivities:
+        from edgeprune.pruning.methods import DEFAULT, METHODS
+        from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
+
+        method = METHODS[DEFAULT]
+        advance = self.progress.stage("measure sensitivities", 3 * len(self.model.decoder.layers))
+        found = measure_sensitivities(self.model, self.ids, method.score, self.seed, advance)
+        advance = self.progress.stage("probe the loss", 4)
+        return measure_response(self.model, self.ids, found, method, self.seed, advance)
+
+    @functools.cached_property
+    def dense(self) -> Row:
+        from edgeprune.evaluate.perplexity import text_losses
+        from edgeprune.model.forward import weight_stream
+
+        decoder = self.model.decoder
+        advance = self.progress.stage(DENSE, len(decoder.layers))
+        reset_peak_bytes()
+        losses = text_losses(decoder, weight_stream(self.model), self.texts, self.window, advance)
+        self.losses[DENSE, "", "0"] = losses
+        return self._row(DENSE, "", "", 0.0, decoder, losses, 0.0, 0)
+
+    def run(self, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
+        """Prune with a method to a ratio (0 to 1) and evaluate in one walk. Raises InputError."""
+        return self.run_to(self.target(name, wanted, layout, allocation), name, wanted, layout, allocation)
+
+    def run_to(self, target: Decoder, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
+        """The same for widths that are known."""
+        from edgeprune.evaluate.perplexity import text_losses
+        from edgeprune.pruning.methods import method_named
+        from edgeprune.pruning.prune import prune, result_of
+
+        method = method_named(name)
+        layers = len(self.model.decoder.layers)
+        advance = self.progress.stage(f"{name} at {100 * wanted:g} %, {layout}", 2 * layers)
+        fell_back: list[bool] = []
+        _ = self.dense  # what the rise refers to
+        reset_peak_bytes()
+        stream = Timed(
+            prune(
+                self.model, target, self.ids, method, self.seed,
+                lambda record: (fell_back.append(record.fell_back), advance()),
+            )
+        )  # fmt: skip
+        decoder = result_of(target, method)
+        losses = text_losses(decoder, stream, self.texts, self.window)
+        row = self._row(name, layout, allocation, wanted, decoder, losses, stream.seconds, sum(fell_back))
+        self.losses[row.key] = losses
+        return row
+
+    def target(self, method: str, wanted: float, layout: Layout, allocation: Allocation) -> Decoder:
+        """The Decoder to reach: at most 1 - wanted of the parameters, within half a point. Raises InputError."""
+        from edgeprune.pruning import allocate
+        from edgeprune.pruning.methods import method_named
+        from edgeprune.pruning.sensitivity import measure_scores
+
+        dense = self.model.decoder
+        full, cost = allocate.dense_widths(dense), functools.partial(allocate.layer_parameters, dense)
+        layers, capacity = len(dense.layers), int(dense.layer_parameters * (1 - wanted))
+        widths: list[Widths] | None
+        if allocation is Allocation.EVEN:
+            widths = allocate.even(full, layers, cost, capacity, CHANNEL_MULTIPLE)
+        elif allocation is Allocation.SCORE:
+            advance = self.progress.stage(f"scores of {method}", layers)
+            scores = measure_scores(self.model, self.ids, method_named(method).score, self.seed, advance)
+            widths = allocate.standardised_cut(*scores, full, cost, capacity)
+        elif layout is Layout.UNIFORM:
+            widths = allocate.uniform(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE)
+        else:
+            widths = allocate.per_layer(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE)
+        reached = ratio(dense.with_layer_widths(widths), dense) if widths else 1.0
+        if widths is None or abs(reached - wanted) > RATIO_TOLERANCE:
+            raise InputError(
+                f"no {layout} widths of this model remove {100 * wanted:g} %", f"The nearest is {100 * reached:.1f} %."
+            )
+        return dense.with_layer_widths(widths)
+
+    def over_default(self, row: Row) -> Row:
+        """The row with its rise over the default method's, where that ran at the same ratio and layout."""
+        from edgeprune.evaluate.perplexity import log_rise
+        from edgeprune.pruning.methods import DEFAULT
+
+        default = self.losses.get((DEFAULT, *row.key[1:]))
+        if default is None or row.method == DEFAULT:
+            return row
+        own = self.losses[row.key]
+        return replace(row, over_default={text: log_rise(default[text], own[text], self.seed) for text in own})
+
+    def _row(
+        self, name: str, layout: str, allocation: str, wanted: float, decoder: Decoder, losses: dict[str, Losses],
+        seconds: float, fell_back: int,
+    ) -> Row:  # fmt: skip
+        from edgeprune.evaluate.perplexity import log_rise
+
+        dense, reference = self.model.decoder, self.losses[DENSE, "", "0"]
+        return Row(
+            method=name, layout=layout, allocation=allocation, asked=wanted, ratio=ratio(decoder, dense),
+            total_ratio=1 - decoder.parameters / dense.parameters,
+            perplexity={text: found.perplexity for text, found in losses.items()},
+            rise={text: log_rise(reference[text], found, self.seed) for text, found in losses.items()},
+            over_default={}, parameters=decoder.parameters,
+            decode_bytes=int(bytes_per_token(decoder, "fp16", DECODE_WORKLOAD, in_place=True).total),
+            seconds=seconds, peak_bytes=peak_bytes(), fell_back=fell_back,
+        )  # fmt: skip
+
+
 def compare(
     spec: str, ratios: Sequence[float], methods: Sequence[str], calibration: str, evaluate: Sequence[Path],
-    samples: int, length: int, seed: int, progress: Progress,
+    samples: int, length: int, layout: str, seed: int, progress: Progress,
 ) -> list[Row]:  # fmt: skip
-    """One row for the dense model and for each ratio and method, all on the same samples.
+    """One row for the dense model and for each layout, ratio and method, all on the same samples.
 
     ratios: percent of the parameters in attention and MLP matrices to remove. Every method gets the
-    same widths at a ratio: those of the least predicted error. Raises InputError.
+    widths of the least predicted loss, but FLAP's in the layout `per-layer` come from its own cut over all
+    layers. Raises InputError.
     """
     import torch
 
-    from edgeprune.evaluate.perplexity import document_losses
-    from edgeprune.pruning.prune import METHODS, method_named, prune
-    from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
+    from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
 
-    chosen = {name: method_named(name) for name in methods if name != DENSE}
+    names = [name for name in dict.fromkeys(METHODS if methods == ["all"] else methods) if name != DENSE]
+    chosen = {name: method_named(name) for name in sorted(names, key=lambda name: name != DEFAULT)}
     for value in ratios:
         if not 0 < value < 100:
             raise InputError(f"the ratio {value:g} is not between 0 and 100 percent", "Try --ratios 20,30,50.")
+    if layout not in (*Layout, BOTH):
+        raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
     if calibration == SELF:
         raise InputError("compare needs real text to calibrate on", "Give --calibration PATH.")
     request = Request(
@@ -65,48 +250,12 @@ def compare(
     model = load_model(spec)
     texts = pack_samples(request, model, *documents)
     ids = torch.from_numpy(texts.calibration)
-    window = max(length, 256)
-
-    def evaluated(candidate: Model) -> dict[str, float]:
-        return {
-            name: document_losses(candidate, documents, window).perplexity
-            for name, documents in texts.evaluation.items()
-        }
-
-    advance = progress.stage("dense", 1)
-    rows = [Row(DENSE, 0.0, evaluated(model), model.decoder.parameters, 0.0, peak_bytes())]
-    advance()
-    advance = progress.stage("measure sensitivities", len(model.decoder.layers))
-    sensitivities = measure_sensitivities(model, ids, METHODS["default"].score, seed, advance)
-    sensitivities = measure_response(model, ids, sensitivities, METHODS["default"], seed)
-    for value in ratios:
-        target = widths_at(model.decoder, value / 100, sensitivities)
-        for name, method in chosen.items():
-            advance = progress.stage(f"{name} at {value:g} %", 2 * len(model.decoder.layers))
-            with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
-                start = time.monotonic()
-                weights = prune(model, target, ids, method, seed, lambda record: advance())  # noqa: B023
-                save_checkpoint(target, weights, model, Path(folder) / "model")
-                seconds = time.monotonic() - start
-                candidate = load_model(f"{folder}/model")
-                perplexity = evaluated(candidate)
-            rows.append(Row(name, ratio(target, model.decoder), perplexity, target.parameters, seconds, peak_bytes()))
+    comparison = Comparison(model, ids, texts.evaluation, max(length, 256), seed, progress)
+    rows = [comparison.dense]
+    for each in Layout if layout == BOTH else [Layout(layout)]:
+        for value in ratios:
+            for name, method in chosen.items():
+                own_cut = method.standardised and each is Layout.PER_LAYER
+                allocation = Allocation.SCORE if own_cut else Allocation.SENSITIVITY
+                rows.append(comparison.over_default(comparison.run(name, value / 100, each, allocation)))
     return rows
-
-
-def widths_at(dense: Decoder, wanted: float, sensitivities: Any) -> Decoder:
-    """The uniform Decoder of the least predicted error whose ratio is within 0.5 points of `wanted`."""
-    from edgeprune.pruning.allocate import Widths, best_within, uniform_options
-
-    layer = dense.layers[0]
-    full = Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
-    decoders = {widths: dense.with_widths(*widths) for widths in uniform_options(full, CHANNEL_MULTIPLE)}
-    near = best_within(
-        list(decoders), sensitivities.uniform_loss, lambda widths: abs(ratio(decoders[widths], dense) - wanted) <= 0.005
-    )
-    if near is None:
-        reached = min((ratio(d, dense) for d in decoders.values()), key=lambda value: abs(value - wanted))
-        raise InputError(
-            f"no uniform widths of this model remove {100 * wanted:g} %", f"The nearest is {100 * reached:.1f} %."
-        )
-    return decoders[near]

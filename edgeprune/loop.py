@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from edgeprune.pruning.allocate import Sensitivities, Widths
 
 SPELLINGS = tuple(Spelling(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
-SENSITIVITIES = 3  # of what is kept of them in the cache; another number measures again
+SENSITIVITIES = 4  # of what is kept of them in the cache; another number measures again
 MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
 CROSS_CHECK_SECONDS = 10.0
 SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
@@ -199,7 +199,7 @@ class Run:
     def measure_sensitivities(self, samples: Samples) -> Sensitivities:
         """What every possible cut would cost; reused by other budgets for the same model and samples."""
         from edgeprune.pruning.allocate import Sensitivities
-        from edgeprune.pruning.prune import method_named
+        from edgeprune.pruning.methods import method_named
         from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
 
         setup = self.setup
@@ -209,7 +209,7 @@ class Run:
         ).hexdigest()
         path = cache_folder() / "sensitivities" / f"{key}.npz"
         if not path.is_file():
-            advance = self.progress.stage("measure sensitivities", len(setup.model.decoder.layers))
+            advance = self.progress.stage("measure sensitivities", 3 * len(setup.model.decoder.layers))
             ids, method = _tensor(samples.calibration), method_named(setup.request.method)
             found = measure_sensitivities(setup.model, ids, method.score, setup.request.seed, advance)
             advance = self.progress.stage("probe the loss", 4)
@@ -223,11 +223,11 @@ class Run:
 
     def search(self, dense: Candidate, samples: Samples, sensitivities: Sensitivities) -> tuple[Outcome, Candidate]:
         """Propose, prune, build, measure, correct; the chosen candidate."""
-        from edgeprune.pruning.allocate import uniform_options
+        from edgeprune.pruning.allocate import dense_widths, uniform_options
 
         setup = self.setup
         limits = setup.budget.absolute(dense.performance).limits
-        widths = widths_of(setup.model)
+        widths = dense_widths(setup.model.decoder)
         candidates: list[Candidate] = []
 
         def estimate(widths: Widths) -> dict[str, float]:
@@ -294,7 +294,8 @@ class Run:
         return Candidate(model, exported, performance, tuple(json.loads((folder / "records.json").read_text())))
 
     def _pruned(self, decoder: Any, samples: Samples, records: list[dict[str, Any]]) -> Any:
-        from edgeprune.pruning.prune import method_named, prune
+        from edgeprune.pruning.methods import method_named
+        from edgeprune.pruning.prune import prune
 
         setup = self.setup
         advance = self.progress.stage("prune and compensate", 2 * len(decoder.layers))
@@ -355,14 +356,6 @@ class Run:
             return {name: figure_to_json(figure) for name, figure in ratios.items()}
 
         return {name: figure_from_json(figure) for name, figure in self.journal.stage("cross-check", compute).items()}
-
-
-def widths_of(model: Model) -> Widths:
-    """The widths of a model whose layers are all alike."""
-    from edgeprune.pruning.allocate import Widths
-
-    layer = model.decoder.layers[0]
-    return Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
 
 
 def _tensor(ids: np.ndarray) -> Any:

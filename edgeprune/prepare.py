@@ -155,9 +155,7 @@ def prepare(request: Request) -> Setup:
             f"Try --length {workload.context}, or give text with --calibration.",
         )
     documents = read_documents_of(request)
-    from edgeprune.pruning.prune import method_named
-
-    method_named(request.method)
+    _check_method(request.method)
     model = load_model(request.model)
     if workload.context > model.decoder.max_position_embeddings:
         raise InputError(
@@ -170,6 +168,16 @@ def prepare(request: Request) -> Setup:
         choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
     check_space(output, _bytes_written(model, precision, engine))
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
+
+
+def _check_method(name: str) -> None:
+    from edgeprune.pruning.methods import Recovery, method_named
+
+    if method_named(name).recovery is Recovery.BIAS:
+        raise InputError(
+            f"the method {name} adds biases that a standard checkpoint has no place for",
+            f"Try --method {name}+ls; `edgeprune compare` takes {name} as it is.",
+        )
 
 
 def _stem(model: str) -> str:

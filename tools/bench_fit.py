@@ -86,7 +86,8 @@ def bench_pruning(repeats: int) -> None:
 
     from edgeprune.model.forward import token_losses, weight_stream
     from edgeprune.model.load import load_model
-    from edgeprune.pruning.prune import METHODS, prune
+    from edgeprune.pruning.methods import METHODS
+    from edgeprune.pruning.prune import prune
     from edgeprune.pruning.sensitivity import measure_sensitivities
 
     model = load_model("demo")

@@ -11,15 +11,18 @@ Weights are named by their place, in nn.Linear layout (out_features, in_features
     layers.{i}.attention.k      (num_key_value_heads * head_dim, hidden_size)
     layers.{i}.attention.v      (num_key_value_heads * head_dim, hidden_size)
     layers.{i}.attention.o      (hidden_size, num_attention_heads * head_dim)
+    layers.{i}.attention.o_bias (hidden_size,), where output_bias is set
     layers.{i}.mlp.norm         (hidden_size,)
     layers.{i}.mlp.gate, .up    (intermediate_size, hidden_size)
     layers.{i}.mlp.down         (hidden_size, intermediate_size)
+    layers.{i}.mlp.down_bias    (hidden_size,), where output_bias is set
     norm                        (hidden_size,)
     head                        (vocab_size, hidden_size), absent where tied to the embedding
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -79,6 +82,7 @@ class Decoder:
     tie_word_embeddings: bool
     rotary: Rotary
     layers: tuple[Layer, ...]
+    output_bias: bool = False  # of both output projections: what FLAP's compensation leaves
 
     @property
     def is_uniform(self) -> bool:
@@ -87,19 +91,23 @@ class Decoder:
 
     def with_widths(self, num_key_value_heads: int, heads_per_group: int, intermediate_size: int) -> Decoder:
         """The same model with these widths in every layer (layout `uniform`)."""
+        return self.with_layer_widths([(num_key_value_heads, heads_per_group, intermediate_size)] * len(self.layers))
+
+    def with_layer_widths(self, widths: Sequence[tuple[int, int, int]]) -> Decoder:
+        """The same model with these key/value heads, query heads in each group and MLP channels of every
+        layer; 0 key/value heads or 0 channels leave the layer without that module."""
         layers = tuple(
             Layer(
-                layer.attention
-                and replace(
-                    layer.attention,
-                    num_attention_heads=num_key_value_heads * heads_per_group,
-                    num_key_value_heads=num_key_value_heads,
-                ),
-                layer.mlp and replace(layer.mlp, intermediate_size=intermediate_size),
+                layer.attention and _narrowed(layer.attention, groups, heads) if groups else None,
+                layer.mlp and replace(layer.mlp, intermediate_size=channels) if channels else None,
             )
-            for layer in self.layers
+            for layer, (groups, heads, channels) in zip(self.layers, widths, strict=True)
         )
         return replace(self, layers=layers)
+
+    def compact(self) -> Decoder:
+        """The same model without the layers that have neither attention nor MLP."""
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.attention or layer.mlp))
 
     def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Shape of every weight of one layer, by its full name, in the order above."""
@@ -113,6 +121,8 @@ class Decoder:
                 prefix + "attention.v": (attention.key_value_size, hidden),
                 prefix + "attention.o": (hidden, attention.query_size),
             }
+            if self.output_bias:
+                shapes[prefix + "attention.o_bias"] = (hidden,)
         if (mlp := layer.mlp) is not None:
             shapes |= {
                 prefix + "mlp.norm": (hidden,),
@@ -120,6 +130,8 @@ class Decoder:
                 prefix + "mlp.up": (mlp.intermediate_size, hidden),
                 prefix + "mlp.down": (hidden, mlp.intermediate_size),
             }
+            if self.output_bias:
+                shapes[prefix + "mlp.down_bias"] = (hidden,)
         return shapes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -150,6 +162,10 @@ class Decoder:
         """Elements of the key/value cache, keys and values of all layers, at `context` tokens."""
         width = sum(layer.attention.key_value_size for layer in self.layers if layer.attention)
         return 2 * batch * context * width
+
+
+def _narrowed(attention: Attention, groups: int, heads_per_group: int) -> Attention:
+    return replace(attention, num_attention_heads=groups * heads_per_group, num_key_value_heads=groups)
 
 
 def ratio(candidate: Decoder, dense: Decoder) -> float:

@@ -19,6 +19,7 @@ from edgeprune.model.model import Model
 LayerWeights = dict[str, torch.Tensor]
 WeightStream = Iterable[tuple[str, torch.Tensor]]
 LOGIT_ROWS = 512  # positions whose logits are held at a time
+CHUNK_TOKENS = 1024  # of one module's activations at a time: enough for full speed, small beside the moments
 
 
 def layer_weights(model: Model, index: int) -> LayerWeights:
@@ -69,7 +70,22 @@ def attention_context(
 
 def mlp_activation(x: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
     """Normed states (b, t, c) -> the input of the down projection (b, t, i)."""
-    return F.silu(F.linear(x, weights["mlp.gate"])).mul_(F.linear(x, weights["mlp.up"]))
+    return F.silu(F.linear(x, weights["mlp.gate"])) * F.linear(x, weights["mlp.up"])
+
+
+def module_activation(
+    decoder: Decoder,
+    index: int,
+    kind: str,
+    weights: LayerWeights,
+    hidden: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The residual stream (b, t, c) -> the input of the module's output projection (b, t, features)."""
+    x = rms_norm(hidden, weights[f"{kind}.norm"], decoder.norm_eps)
+    if kind == "mlp":
+        return mlp_activation(x, weights)
+    return attention_context(x, weights, decoder.layers[index].attention, tables)
 
 
 def module_inputs(
@@ -79,38 +95,54 @@ def module_inputs(
     weights: LayerWeights,
     hidden: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor],
-    rows: int,
+    chunk: int = CHUNK_TOKENS,
 ) -> torch.Tensor:
-    """Inputs of one module's output projection on all samples, computed `rows` samples at a time.
+    """Inputs of one module's output projection on all samples, computed about `chunk` tokens at a time.
 
     kind: `attention` (input of o) or `mlp` (input of down). Returns (b, t, features).
     Raises NumericalError naming the layer if a value is not finite.
     """
-    attention = decoder.layers[index].attention
-    parts = []
-    for chunk in hidden.split(rows):
-        x = rms_norm(chunk, weights[f"{kind}.norm"], decoder.norm_eps)
-        if kind == "mlp":
-            parts.append(mlp_activation(x, weights))
-        else:
-            parts.append(attention_context(x, weights, attention, tables))
-    inputs = torch.cat(parts)
-    if not torch.isfinite(inputs).all():
-        raise NumericalError(
-            f"the activations of layer {index} ({kind}) are not finite on the given samples",
-            "Check the checkpoint's weights (NaN or infinity), or leave out the sample that causes it.",
-        )
+    inputs = torch.empty(*hidden.shape[:2], weights[OUTPUT[kind]].shape[1])
+    for part, states in zip(row_chunks(inputs, chunk), row_chunks(hidden, chunk), strict=True):
+        part.copy_(module_activation(decoder, index, kind, weights, states, tables))
+        if not torch.isfinite(part).all():
+            raise NumericalError(
+                f"the activations of layer {index} ({kind}) are not finite on the given samples",
+                "Check the checkpoint's weights (NaN or infinity), or leave out the sample that causes it.",
+            )
     return inputs
+
+
+def row_chunks(states: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Views of whole samples of states (b, t, ...) with about so many tokens each, at least one sample."""
+    return states.split(max(1, tokens // states.shape[1]))
 
 
 OUTPUT = {"attention": "attention.o", "mlp": "mlp.down"}
 """The output projection of each kind of module: the one matrix that compensation changes."""
+
+BIAS = {kind: f"{name}_bias" for kind, name in OUTPUT.items()}
 
 
 def modules_of(decoder: Decoder, index: int) -> list[str]:
     """The kinds of modules that a layer has, in the order in which they run."""
     layer = decoder.layers[index]
     return [kind for kind, part in (("attention", layer.attention), ("mlp", layer.mlp)) if part is not None]
+
+
+def add_module(
+    decoder: Decoder,
+    index: int,
+    kind: str,
+    weights: LayerWeights,
+    hidden: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    chunk: int = CHUNK_TOKENS,
+) -> None:
+    """hidden (b, t, c) += the module's output, about `chunk` tokens at a time. Raises NumericalError."""
+    for part in row_chunks(hidden, chunk):
+        inputs = module_inputs(decoder, index, kind, weights, part, tables, chunk)
+        part += F.linear(inputs, weights[OUTPUT[kind]], weights.get(BIAS[kind]))
 
 
 def weight_stream(model: Model) -> WeightStream:
@@ -120,7 +152,7 @@ def weight_stream(model: Model) -> WeightStream:
 
 @torch.inference_mode()
 def token_losses(
-    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, rows: int = 8,
+    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int = CHUNK_TOKENS,
     on_layer: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:  # fmt: skip
     """Negative log-likelihood in nats (b, t - 1) fp64 of every token of ids (b, t) but the first.
@@ -144,9 +176,7 @@ def token_losses(
         prefix = f"layers.{index}."
         layer = {name.removeprefix(prefix): take(name).float() for name in decoder.layer_shapes(index)}
         for kind in modules_of(decoder, index):
-            for chunk in hidden.split(rows):
-                inputs = module_inputs(decoder, index, kind, layer, chunk, tables, rows)
-                chunk += F.linear(inputs, layer[OUTPUT[kind]])
+            add_module(decoder, index, kind, layer, hidden, tables, chunk)
         on_layer()
     states = rms_norm(hidden[:, :-1], take("norm").float(), decoder.norm_eps).flatten(0, 1)
     if not decoder.tie_word_embeddings:

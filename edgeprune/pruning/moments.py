@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+CHUNK = 2048  # tokens of one fp32 product
+BLOCK = 512  # features of one product
 
-@dataclass(frozen=True)
-class Moments:
-    """Uncentred second moments X^T X (features, features) fp64, of two disjoint sets of samples.
 
-    `fit` is what the closed form solves on; `held_out` is what chooses its damping.
+def gram(inputs: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
+    """inputs (n, features) fp32 -> X^T X (features, features) fp64, exactly symmetric.
+
+    Only blocks on and below the diagonal are multiplied: half the work, and no fp32 copy of the whole.
     """
-
-    fit: torch.Tensor
-    held_out: torch.Tensor
-
-    @property
-    def all(self) -> torch.Tensor:
-        return self.fit + self.held_out
-
-
-def gram(inputs: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
-    """inputs (n, features) fp32 -> X^T X (features, features) fp64, exactly symmetric."""
     features = inputs.shape[1]
     total = torch.zeros(features, features, dtype=torch.float64)
     for rows in inputs.split(chunk):
-        total += rows.T @ rows
-    return torch.tril(total) + torch.tril(total, -1).T
+        for start in range(0, features, BLOCK):
+            total[start:, start : start + BLOCK] += rows[:, start:].T @ rows[:, start : start + BLOCK]
+    for start in range(0, features, BLOCK):
+        end = min(start + BLOCK, features)
+        total[start:end, end:] = total[end:, start:end].T
+        corner = total[start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+    return total
 
 
-def split_moments(inputs: torch.Tensor) -> Moments:
-    """inputs (samples, tokens, features) -> moments of three quarters and of one quarter of them.
+def cross(inputs: torch.Tensor, outputs: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
+    """inputs (n, features), outputs (n, out_features) fp32 -> X^T Y (features, out_features) fp64."""
+    total = torch.zeros(inputs.shape[1], outputs.shape[1], dtype=torch.float64)
+    for rows, targets in zip(inputs.split(chunk), outputs.split(chunk), strict=True):
+        for start in range(0, len(total), BLOCK):
+            total[start : start + BLOCK] += rows[:, start : start + BLOCK].T @ targets
+    return total
 
-    Whole samples are held out where there are at least four, else the last quarter of each.
+
+def held_out_rows(samples: int, tokens: int) -> torch.Tensor:
+    """Which tokens (samples * tokens,) bool choose damping and blend instead of being solved on.
+
+    Every fourth sample where there are at least four, else the last quarter of each.
     """
-    features = inputs.shape[2]
-    if len(inputs) >= 4:
-        held_out = torch.arange(len(inputs)) % 4 == 3
-        parts = inputs[~held_out], inputs[held_out]
+    if samples >= 4:
+        held = (torch.arange(samples) % 4 == 3)[:, None].expand(samples, tokens)
     else:
-        cut = max(1, inputs.shape[1] * 3 // 4)
-        parts = inputs[:, :cut], inputs[:, cut:]
-    return Moments(*(gram(part.reshape(-1, features)) for part in parts))
+        held = (torch.arange(tokens) >= max(1, tokens * 3 // 4)).expand(samples, tokens)
+    return held.flatten()

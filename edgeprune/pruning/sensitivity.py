@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edgeprune.model.backward import token_gradients
 from edgeprune.model.decoder import Attention
 from edgeprune.model.forward import (
     OUTPUT,
@@ -24,20 +25,21 @@ from edgeprune.model.forward import (
 from edgeprune.model.model import Model
 from edgeprune.pruning.allocate import Sensitivities, Widths
 from edgeprune.pruning.compensate import nested_errors
+from edgeprune.pruning.methods import Method
 from edgeprune.pruning.moments import gram
-from edgeprune.pruning.prune import Method, features_of, prune, select_heads
-from edgeprune.pruning.score import Score
+from edgeprune.pruning.prune import prune
+from edgeprune.pruning.score import Projection, Score
+from edgeprune.pruning.select import Rank, features_of, select_heads
 
 PROBE_SAMPLES = 16  # with fewer, wide modules look worse than they are: their update is under-determined
 PROBE_HELD_OUT = 8
 LEAST_RISE = 1e-4  # nats per token; noise may make a small cut look free
 
 
-def attention_errors(
-    weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Callable[[int], torch.Tensor]
-) -> np.ndarray:
-    """Errors (num_key_value_heads, heads_per_group) of keeping that many groups of that many heads."""
-    errors = np.zeros((attention.num_key_value_heads, attention.heads_per_group))
+def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Rank) -> np.ndarray:
+    """Errors (num_key_value_heads + 1, heads_per_group) of keeping that many groups of that many heads."""
+    errors = np.zeros((attention.num_key_value_heads + 1, attention.heads_per_group))
+    errors[0] = nested_errors(weight, moments, torch.arange(attention.query_size))[0]
     for groups in range(1, attention.num_key_value_heads + 1):
         for heads_per_group in range(1, attention.heads_per_group + 1):
             _, heads = select_heads(rank, attention, groups, heads_per_group)
@@ -45,47 +47,74 @@ def attention_errors(
             is_removed = torch.ones(attention.query_size, dtype=torch.bool)
             is_removed[kept] = False
             order = torch.cat([kept, is_removed.nonzero().squeeze(1)])
-            errors[groups - 1, heads_per_group - 1] = nested_errors(weight, moments, order)[len(kept)]
+            errors[groups, heads_per_group - 1] = nested_errors(weight, moments, order)[len(kept)]
     return errors
 
 
-def _rank(
-    score: Score, weight: torch.Tensor, moments: torch.Tensor, generator: torch.Generator, unit: int
-) -> torch.Tensor:
-    return score(weight, moments, unit, generator)
+def measure_sensitivities(
+    model: Model, ids: torch.Tensor, score: Score, seed: int,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Sensitivities:  # fmt: skip
+    """Sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
+
+    A change dy_t of a module's output costs about 1/2 E[(g_t . dy_t)^2] nats, with g_t the gradient of
+    the sampled loss behind the module. Its direction is taken as independent of that of dy_t:
+    1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens, the least squares error of moments that are
+    weighted by ||g_t||^2. on_layer is called three times for each layer.
+    """
+    gradients = token_gradients(model, ids, seed, on_layer)
+    return _weighted_errors(model, ids, gradients, score, seed, on_layer)
 
 
 @torch.inference_mode()
-def measure_sensitivities(
-    model: Model,
-    ids: torch.Tensor,
-    score: Score,
-    seed: int,
-    on_layer: Callable[[], None] = lambda: None,
-    rows: int = 8,
-) -> Sensitivities:
-    """Sensitivities of all modules on the calibration samples ids (samples, tokens) int64."""
+def _weighted_errors(
+    model: Model, ids: torch.Tensor, gradients: list[dict[str, torch.Tensor]], score: Score, seed: int,
+    on_layer: Callable[[], None],
+) -> Sensitivities:  # fmt: skip
     decoder = model.decoder
     generator = torch.Generator().manual_seed(seed)
     tables = rotary_tables(decoder, ids.shape[1])
     hidden = embed(model, ids)
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
-    for index in range(len(decoder.layers)):
+    for index, layer in enumerate(decoder.layers):
         weights = layer_weights(model, index)
         for kind in modules_of(decoder, index):
             weight = weights[OUTPUT[kind]]
-            inputs = module_inputs(decoder, index, kind, weights, hidden, tables, rows)
-            lengths = hidden.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            moments = gram((inputs / lengths).flatten(0, 1)) / ids.numel()
-            rank = functools.cache(functools.partial(_rank, score, weight, moments, generator))
-            if kind == "attention":
-                errors[kind].append(attention_errors(weight, moments, decoder.layers[index].attention, rank))
-            else:
-                order = torch.sort(rank(1), descending=True, stable=True).indices
-                errors[kind].append(nested_errors(weight, moments, order).numpy())
+            inputs = module_inputs(decoder, index, kind, weights, hidden, tables)
             hidden += F.linear(inputs, weight)
+            inputs *= gradients[index][kind].div(2 * decoder.hidden_size * ids.numel()).sqrt()[..., None]
+            projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)
+            rank = functools.cache(functools.partial(score, projection))
+            if kind == "attention":
+                errors[kind].append(attention_errors(weight, projection.gram, layer.attention, rank))
+            else:
+                order = torch.sort(rank(1, 1), descending=True, stable=True).indices
+                errors[kind].append(nested_errors(weight, projection.gram, order).numpy())
         on_layer()
     return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]))
+
+
+@torch.inference_mode()
+def measure_scores(
+    model: Model, ids: torch.Tensor, score: Score, seed: int,
+    on_layer: Callable[[], None] = lambda: None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    """Scores of every layer's key/value groups and of its channels, on the dense stream."""
+    decoder = model.decoder
+    generator = torch.Generator().manual_seed(seed)
+    tables = rotary_tables(decoder, ids.shape[1])
+    hidden = embed(model, ids)
+    scores: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
+    for index, layer in enumerate(decoder.layers):
+        weights = layer_weights(model, index)
+        for kind in modules_of(decoder, index):
+            inputs = module_inputs(decoder, index, kind, weights, hidden, tables)
+            projection = Projection(weights[OUTPUT[kind]], gram(inputs.flatten(0, 1)), inputs, generator)
+            unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
+            scores[kind].append(score(projection, unit, 1).numpy())
+            hidden += F.linear(inputs, projection.weight)
+        on_layer()
+    return scores["attention"], scores["mlp"]
 
 
 def probe_widths(dense: Widths) -> list[Widths | None]:

@@ -49,6 +49,12 @@ def rise_interval(text: Text) -> str | None:
     return f"{number_text(text.low_percent, '%')} to {number_text(text.high_percent, '%')}"
 
 
+def rise_text(rise: tuple[float, float, float]) -> str:
+    """A rise of log perplexity in nats with its interval: `0.553 [0.541, 0.566]`."""
+    value, low, high = rise
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def by_source(figures: Mapping[str, Figure]) -> dict[Source, str]:
     """The figures' names, joined, by their source: each label once."""
     names: dict[Source, list[str]] = {}

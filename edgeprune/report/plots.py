@@ -34,14 +34,14 @@ def all_plots(report: Report) -> dict[str, str]:
         "widths": _widths(report.dense.widths, report.fitted.widths),
         "errors": _errors(report.modules),
     }
-    return {name: _html(name, figure) for name, figure in plots.items() if figure is not None}
+    return {name: plot_html(name, figure) for name, figure in plots.items() if figure is not None}
 
 
 def is_uniform(widths: Sequence[Mapping[str, int]]) -> bool:
     return all(layer == widths[0] for layer in widths)
 
 
-def _html(name: str, figure: go.Figure) -> str:
+def plot_html(name: str, figure: go.Figure) -> str:
     """plotly escapes what could end the script that holds the data."""
     import plotly.io
 

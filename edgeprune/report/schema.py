@@ -188,13 +188,15 @@ class Quality(_Model):
 
 
 class Module(_Model):
-    """What happened to one module. Errors are relative, of its output on held-out calibration samples."""
+    """What happened to one module. Errors are how far the residual stream behind it is from the dense
+    model's on held-out calibration samples, relative to what the module had to add."""
 
     layer: int
     kind: Literal["attention", "mlp"]
     kept: int
     of: int
     damping: float | None = Field(description="chosen for the closed-form update; none where there was no update")
+    blend: float = Field(0.0, description="share of the dense model's stream in the update's target, 0 to 1")
     error_before: float | None = Field(description="without compensation")
     error_after: float | None = Field(description="with compensation")
     fell_back: bool = Field(description="no update lowered the error: the kept weights are as they were")

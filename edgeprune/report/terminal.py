@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeprune.budget import format_bytes
-from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, number_text, rise_interval, shorten
+from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, number_text, rise_interval, rise_text, shorten
 from edgeprune.report.schema import Figure, Quality, Report
 
 if TYPE_CHECKING:
@@ -171,14 +171,33 @@ def print_doctor(findings: Sequence[Finding], console: Console) -> None:
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
-    """Methods by line; a column of perplexity for each text."""
-    texts = list(rows[0].perplexity)
-    cells = [
-        (
-            row.method, f"{100 * row.ratio:.1f} %", *(f"{row.perplexity[text]:.2f}" for text in texts),
-            f"{row.parameters / 1e6:.1f} M", f"{row.seconds:.1f}", format_bytes(row.peak_bytes),
-        )
-        for row in rows
-    ]  # fmt: skip
-    columns = ("method", "ratio", *texts, "parameters", "seconds", "peak memory")
-    console.print(_table(columns, cells, whole=[column for column in columns if column not in texts]))
+    """A table for each layout: methods by line, the rise of log perplexity on each text with its interval."""
+    dense = rows[0]
+    texts = list(dense.perplexity)
+    perplexities = ", ".join(f"{text} {dense.perplexity[text]:.2f}" for text in texts)
+    console.print(
+        f"dense: perplexity {perplexities}; {dense.parameters / 1e6:.1f} M parameters, "
+        f"{format_bytes(dense.decode_bytes)} per token in fp16",
+        markup=False,
+    )
+    console.print(
+        "rise: log perplexity over the dense model in nats per token, measured here [95 % interval]", markup=False
+    )
+    columns = (
+        "method", "ratio", "of total", *(f"rise on {text}" for text in texts), "per token", "seconds", "peak memory"
+    )  # fmt: skip
+    for layout in dict.fromkeys(row.layout for row in rows[1:]):
+        cells = [
+            (
+                row.method, f"{100 * row.ratio:.1f} %", f"{100 * row.total_ratio:.1f} %",
+                *(rise_text(row.rise[text]) for text in texts), format_bytes(row.decode_bytes), f"{row.seconds:.1f}",
+                format_bytes(row.peak_bytes),
+            )
+            for row in rows
+            if row.layout == layout
+        ]  # fmt: skip
+        console.print(f"\nlayout {layout}")
+        console.print(_table(columns, cells, whole=[column for column in columns if not column.startswith("rise")]))
+    for row in rows:
+        if row.fell_back:
+            console.print(f"{row.method} at {100 * row.ratio:.1f} %: no update helped in {row.fell_back} modules")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -214,22 +215,47 @@ def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
 
 
 def test_compare_puts_methods_side_by_side(home):
+    page = home / "page.html"
+    (home / "other.txt").write_text("\n\n".join(f"colourless green ideas {i} sleep furiously " * 40 for i in range(6)))
     result = command(
-        "compare", home / "model", "--ratios", "20,40", "--methods", "default,magnitude,random",
-        "--calibration", home / "text.txt", "--samples", "4", "--length", "32", "--json",
+        "compare", home / "model", "--ratios", "20,40", "--methods", "magnitude,flap,default", "--layout", "both",
+        "--calibration", home / "text.txt", "--evaluate", home / "text.txt", "--evaluate", home / "other.txt",
+        "--samples", "4", "--length", "32", "--json", "--html", page,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)["rows"]
-    assert [row["method"] for row in rows] == ["dense", *["default", "magnitude", "random"] * 2]
-    assert set(rows[0]) == {"method", "ratio", "perplexity", "parameters", "seconds", "peak_bytes"}
-    assert rows[0]["ratio"] == 0
-    for row, wanted in zip(rows[1:], [0.2] * 3 + [0.4] * 3, strict=True):
-        assert abs(row["ratio"] - wanted) <= 0.005
+    dense, *rows = json.loads(result.stdout)["rows"]
+    assert [dense["method"], dense["ratio"]] == ["dense", 0]
+    assert {row["layout"] for row in rows[:6]} == {"uniform"}
+    assert {row["layout"] for row in rows[6:]} == {"per-layer"}
+    assert [row["method"] for row in rows] == ["default", "magnitude", "flap"] * 4
+    for row in rows:
+        assert abs(row["ratio"] - row["asked"]) <= 0.005
+        assert set(row["perplexity"]) == set(row["rise"]) == {"text", "other"}
         assert row["peak_bytes"] > 0
+        assert row["decode_bytes"] < dense["decode_bytes"]
+        for text in ("text", "other"):
+            value, low, high = row["rise"][text]
+            assert low <= value <= high
+            assert value == pytest.approx(math.log(row["perplexity"][text] / dense["perplexity"][text]), abs=1e-6)
+        if row["method"] == "default":
+            assert row["over_default"] == {}
+        else:
+            own = next(
+                r
+                for r in rows
+                if r["method"] == "default" and (r["layout"], r["asked"]) == (row["layout"], row["asked"])
+            )
+            expected = row["rise"]["other"][0] - own["rise"]["other"][0]
+            assert row["over_default"]["other"][0] == pytest.approx(expected, abs=1e-6)
+    assert "plotly" in page.read_text().lower()
+    again = command("compare", home / "model", "--calibration", home / "text.txt", "--html", page)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
     table = command(
         "compare", home / "model", "--ratios", "20", "--methods", "default", "--calibration", home / "text.txt",
         "--samples", "4", "--length", "32",
     )  # fmt: skip
+    assert "layout uniform" in table.stdout
     assert "default" in table.stdout
 
 

@@ -12,7 +12,8 @@ from edgeprune.model.forward import token_losses, weight_stream
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokenizer import write_tokenizer
-from edgeprune.pruning.prune import METHODS, prune
+from edgeprune.pruning.methods import METHODS
+from edgeprune.pruning.prune import prune
 from tests.checkpoints import save_llama
 from tests.model.test_tokenizer import sentencepiece
 from tests.reference import weights_of

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.pruning.compensate import compensate, least_squares_update
-from edgeprune.pruning.moments import Moments, gram, split_moments
+from edgeprune.pruning.compensate import DAMPINGS, Compensation, compensate, least_squares_update
+from edgeprune.pruning.moments import gram, held_out_rows
 
 
 def case(seed: int, tokens: int = 60, features: int = 10, out: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -12,6 +12,18 @@ def case(seed: int, tokens: int = 60, features: int = 10, out: int = 4) -> tuple
     mixing = torch.randn(features, features, generator=generator, dtype=torch.float64)
     inputs = torch.randn(tokens, features, generator=generator, dtype=torch.float64) @ mixing
     return torch.randn(out, features, generator=generator, dtype=torch.float64), inputs
+
+
+def solve(
+    weight: torch.Tensor, inputs: torch.Tensor, kept: torch.Tensor, teacher: torch.Tensor | None = None
+) -> Compensation:
+    """Compensation of a projection (out, features) on inputs (samples, tokens, features)."""
+    weight, inputs = weight.float(), inputs.float()
+    own = inputs @ weight.T
+    small = inputs[..., kept]
+    return compensate(
+        weight[:, kept], gram(small.flatten(0, 1)), small, own, (own if teacher is None else teacher).clone()
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -35,48 +47,78 @@ def test_the_update_solves_the_constrained_problem(seed, kept_count, damping):
     )
     right = torch.cat([torch.zeros(10, len(weight), dtype=torch.float64), -weight.T[removed]])
     change = torch.linalg.solve(system, right)[:10].T
-    ours = least_squares_update(weight, moments, kept, removed, damping)
+    cross = moments[kept][:, removed] @ weight.T[removed]  # X_S^T (X W^T - X_S W_S^T)
+    ours = least_squares_update(moments[kept][:, kept], cross, damping).T
     assert torch.allclose(ours, change[:, kept], rtol=1e-6, atol=1e-8)
 
 
-def test_without_damping_it_is_the_least_squares_optimum():
+def test_without_damping_it_is_the_least_squares_optimum_for_any_target():
     weight, inputs = case(7, tokens=500)
-    kept, removed = torch.tensor([0, 2, 5, 6, 9]), torch.tensor([1, 3, 4, 7, 8])
-    optimum = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T).solution.T
-    ours = weight[:, kept] + least_squares_update(weight, inputs.T @ inputs, kept, removed, 1e-12)
-    assert torch.allclose(ours, optimum, rtol=1e-6)
+    kept = torch.tensor([0, 2, 5, 6, 9])
+    small, target = inputs[:, kept], torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).double()
+    optimum = torch.linalg.lstsq(small, target).solution.T
+    update = least_squares_update(small.T @ small, small.T @ (target - small @ weight[:, kept].T), 1e-12)
+    assert torch.allclose(weight[:, kept] + update.T, optimum, rtol=1e-6)
 
 
 def test_nothing_pruned_changes_nothing():
     weight, inputs = case(1)
-    result = compensate(weight.float(), split_moments(inputs.float()[None]), torch.arange(10))
+    result = solve(weight, inputs[None], torch.arange(10))
     assert torch.equal(result.weight, weight.float())
-    assert result.error_after == 0
+    assert result.damping is None
+    assert result.error_before == result.error_after == 0
 
 
-def test_errors_are_those_of_the_held_out_samples():
-    weight, inputs = case(2, tokens=200)
-    fit, held_out = inputs[:150], inputs[150:]
-    moments = Moments(fit.T @ fit, held_out.T @ held_out)
-    kept, removed = torch.arange(0, 10, 2), torch.arange(1, 10, 2)
-    result = compensate(weight.float(), moments, kept)
-    energy = (held_out @ weight.T).square().sum()
-    before = (held_out[:, removed] @ weight[:, removed].T).square().sum() / energy
-    solved = weight[:, kept] + least_squares_update(weight, moments.fit, kept, removed, result.damping)
-    after = (held_out @ weight.T - held_out[:, kept] @ solved.T).square().sum() / energy
-    assert result.error_before == pytest.approx(float(before), rel=1e-5)
-    assert result.error_after == pytest.approx(float(after), rel=1e-4)
-    assert result.error_after < result.error_before
+def test_damping_and_blend_are_the_best_on_the_held_out_samples_by_brute_force():
+    """Of a fine grid over both; the solve on the other samples, the error on the held-out ones."""
+    generator = torch.Generator().manual_seed(4)
+    weight, inputs = case(4, tokens=8 * 12)
+    inputs = inputs.view(8, 12, 10)
+    own = inputs @ weight.T
+    teacher = own + 0.5 * torch.randn(own.shape, generator=generator).double() + inputs[..., :4]
+    kept = torch.arange(0, 10, 2)
+    held = held_out_rows(8, 12)
+    x, targets = (
+        inputs[..., kept].flatten(0, 1),
+        [(t.flatten(0, 1) - inputs[..., kept].flatten(0, 1) @ weight[:, kept].T) for t in (own, teacher)],
+    )
+    errors = {}
+    for damping in DAMPINGS:
+        fit = x[~held]
+        own_update, teacher_update = (least_squares_update(fit.T @ fit, fit.T @ t[~held], damping) for t in targets)
+        for step in range(1001):
+            update = torch.lerp(own_update, teacher_update, step / 1000)
+            errors[damping, step / 1000] = float((targets[1][held] - x[held] @ update).square().sum())
+    result = solve(weight, inputs, kept, teacher.float())
+    best = min(errors, key=errors.get)
+    assert result.damping == best[0]
+    assert result.blend == pytest.approx(best[1], abs=2e-3)
+    energy = float(teacher.flatten(0, 1)[held].square().sum())
+    assert result.error_after == pytest.approx(errors[best] / energy, rel=1e-3)
+    assert result.error_before == pytest.approx(float(targets[1][held].square().sum()) / energy, rel=1e-4)
+    whole = torch.lerp(*(least_squares_update(x.T @ x, x.T @ t, best[0]) for t in targets), result.blend)
+    assert torch.allclose(result.weight.double(), weight[:, kept] + whole.T, rtol=1e-3, atol=1e-4)
+
+
+def test_the_teacher_makes_up_for_what_was_lost_before():
+    """What a linear map of the kept inputs can say about the drift, the update takes over."""
+    weight, inputs = case(5, tokens=400)
+    drift = torch.randn(4, 10, generator=torch.Generator().manual_seed(1)).double()
+    inputs = inputs.view(8, 50, 10)
+    result = solve(weight, inputs, torch.arange(10), (inputs @ (weight + drift).T).float())
+    assert result.blend == pytest.approx(1.0, abs=1e-3)
+    assert torch.allclose(result.weight.double(), weight + drift, rtol=1e-2, atol=1e-2)
+    assert result.error_after < 1e-4 * result.error_before
 
 
 def test_it_falls_back_where_no_update_helps():
     """Held-out samples whose correlations are the opposite of the fitted ones."""
-    fit = torch.tensor([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0]])
-    moments = Moments(gram(fit), gram(fit * torch.tensor([1.0, -1.0])))
-    result = compensate(torch.tensor([[1.0, 1.0]]), moments, torch.tensor([0]))
+    fit = torch.tensor([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0], [3.0, 3.0]])
+    inputs = torch.stack([fit, fit, fit, fit * torch.tensor([1.0, -1.0])])
+    result = solve(torch.tensor([[1.0, 1.0]]), inputs, torch.tensor([0]))
     assert result.damping is None
     assert torch.equal(result.weight, torch.tensor([[1.0]]))
-    assert result.error_after == result.error_before
+    assert result.error_after == result.error_before > 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -84,6 +126,6 @@ def test_it_falls_back_where_no_update_helps():
 def test_tiny_rank_deficient_and_huge_moments_survive(seed, tokens, scale):
     weight, inputs = case(seed, tokens=tokens)
     inputs[:, 3] = 0
-    result = compensate(weight.float(), split_moments((scale * inputs).float()[None]), torch.tensor([1, 3, 8]))
+    result = solve(weight, (scale * inputs)[None], torch.tensor([1, 3, 8]))
     assert torch.isfinite(result.weight).all()
     assert result.error_after <= result.error_before

@@ -1,6 +1,7 @@
 import numpy as np
 import torch
 
+from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import (
     OUTPUT,
     embed,
@@ -12,32 +13,40 @@ from edgeprune.model.forward import (
 )
 from edgeprune.pruning.allocate import Widths
 from edgeprune.pruning.compensate import MOMENT_DAMPING
-from edgeprune.pruning.prune import METHODS, features_of, prune, select_heads
-from edgeprune.pruning.score import numerical
-from edgeprune.pruning.sensitivity import LEAST_RISE, measure_response, measure_sensitivities
+from edgeprune.pruning.methods import METHODS
+from edgeprune.pruning.prune import prune
+from edgeprune.pruning.score import Projection, flap, numerical
+from edgeprune.pruning.select import features_of, select_heads
+from edgeprune.pruning.sensitivity import LEAST_RISE, measure_response, measure_scores, measure_sensitivities
 from tests.tiny import as_model, llama
 
 
-def test_attention_errors_are_the_least_squares_errors_relative_to_the_stream():
+def test_errors_are_least_squares_errors_weighted_by_the_gradient():
     model = as_model(llama())
     ids = torch.randint(0, 101, (6, 20), generator=torch.Generator().manual_seed(0))
     found = measure_sensitivities(model, ids, numerical, 0)
-    assert found.attention.shape == (2, 2, 3)
+    assert found.attention.shape == (2, 3, 3)
     assert found.mlp.shape == (2, 65)
-    hidden = embed(model, ids)
+    energy = token_gradients(model, ids, 0)[0]["attention"]
     weights = layer_weights(model, 0)
-    inputs = module_inputs(model.decoder, 0, "attention", weights, hidden, rotary_tables(model.decoder, 20), 8)
-    rows = (inputs / hidden.norm(dim=-1, keepdim=True)).flatten(0, 1).double()
-    moments, weight = rows.T @ rows / len(rows), weights[OUTPUT["attention"]]
+    inputs = module_inputs(
+        model.decoder, 0, "attention", weights, embed(model, ids), rotary_tables(model.decoder, 20), 8
+    )
+    rows = (inputs * energy.sqrt()[..., None]).flatten(0, 1).double() / (2 * 48 * ids.numel()) ** 0.5
+    weight = weights[OUTPUT["attention"]]
+    projection = Projection(weight, rows.T @ rows, rows[None].float(), torch.Generator())
     _, heads = select_heads(
-        lambda unit: numerical(weight, moments, unit, torch.Generator()), model.decoder.layers[0].attention, 2, 2
+        lambda unit, keep: numerical(projection, unit, keep), model.decoder.layers[0].attention, 2, 2
     )
     kept = features_of(heads, 8)
-    ridge = torch.eye(48, dtype=torch.float64) * (MOMENT_DAMPING * moments.diagonal().mean() * len(rows)).sqrt()
+    target = rows @ weight.double().T
+    assert np.isclose(found.attention[0, 0, 0], float(target.square().sum()), rtol=0.02)  # nothing is left
+    moments = rows.T @ rows
+    ridge = torch.eye(48, dtype=torch.float64) * (MOMENT_DAMPING * moments.diagonal().mean()).sqrt()
     rows = torch.cat([rows, ridge])  # the damping as extra samples
     target = rows @ weight.double().T
     residual = target - rows[:, kept] @ torch.linalg.lstsq(rows[:, kept], target).solution
-    assert np.isclose(found.attention[0, 1, 1], float(residual.square().sum() / ids.numel()), rtol=1e-4)
+    assert np.isclose(found.attention[0, 2, 1], float(residual.square().sum()), rtol=1e-4)
 
 
 def test_errors_fall_with_the_width_and_end_at_zero():
@@ -65,3 +74,18 @@ def test_the_response_is_the_measured_rise_of_the_loss_per_error():
     expected = max(small_loss - dense_loss, LEAST_RISE)
     assert np.isclose(found.uniform_loss(widths), expected, rtol=1e-3)
     assert (found.response > 0).all()
+
+
+def test_scores_of_all_layers_are_those_of_the_score_on_the_dense_stream():
+    model = as_model(llama())
+    ids = torch.randint(0, 101, (6, 20), generator=torch.Generator().manual_seed(0))
+    groups, channels = measure_scores(model, ids, flap, 0)
+    assert [len(row) for row in groups] == [2, 2]
+    assert [len(row) for row in channels] == [64, 64]
+    weights = layer_weights(model, 0)
+    inputs = module_inputs(
+        model.decoder, 0, "attention", weights, embed(model, ids), rotary_tables(model.decoder, 20), 8
+    )
+    rows = inputs.flatten(0, 1).double()
+    projection = Projection(weights[OUTPUT["attention"]], rows.T @ rows, inputs, torch.Generator())
+    assert np.allclose(groups[0], flap(projection, 24, 1), rtol=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,9 @@ from rich.console import Console
 
 from edgeprune.compare import Row
 from edgeprune.doctor import Finding
+from edgeprune.errors import InputError
 from edgeprune.profiles import list_profiles, load_profile
+from edgeprune.report.comparison import check_page, render_page, write_page
 from edgeprune.report.figures import figure_text, number_text
 from edgeprune.report.terminal import print_comparison, print_doctor, print_profile, print_profiles, print_report
 from tests.report.sample_reports import (
@@ -156,14 +160,53 @@ def test_findings_say_how_to_get_what_is_missing():
     assert lines[2].split() == ["no", "engine", "x", "none", "pip", "install", '"edgeprune[x]"']
 
 
-def test_comparison_by_method_and_text():
+def row(method: str, layout: str, ratio: float, value: float, **changes) -> Row:
+    text = "[b]a.txt"
+    rise = (value, value - 0.01, value + 0.01)
+    settings = {
+        "method": method, "layout": layout, "allocation": "sensitivity" if layout else "", "asked": ratio,
+        "ratio": ratio, "total_ratio": 0.8 * ratio, "perplexity": {text: 12.3 * 2.718281828**value},
+        "rise": {text: rise}, "over_default": {}, "parameters": 134_515_008, "decode_bytes": 2**28, "seconds": 31.04,
+        "peak_bytes": 2**31, "fell_back": 0,
+    }  # fmt: skip
+    return Row(**(settings | changes))
+
+
+def test_comparison_by_layout_method_and_text():
     rows = [
-        Row("dense", 0.0, {"[b]a.txt": 12.3}, 134_515_008, 0.0, 2**30),
-        Row("default", 0.2, {"[b]a.txt": 15.25}, 113_000_000, 31.04, 2**31),
-    ]
-    lines = printed(print_comparison, rows)
-    assert "[b]a.txt" in lines[0]
-    assert lines[2].split() == ["default", "20.0", "%", "15.25", "113.0", "M", "31.0", "2.00", "GiB"]
+        row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.215),
+        row("flap", "per-layer", 0.2, 0.3, fell_back=2),
+    ]  # fmt: skip
+    lines = printed(print_comparison, rows, width=200)
+    assert "[b]a.txt 12.30" in lines[0]
+    assert "[95 % interval]" in lines[1]
+    uniform, free = (
+        next(n for n, line in enumerate(lines) if line == f"layout {name}") for name in ("uniform", "per-layer")
+    )
+    assert "rise on [b]a.txt" in lines[uniform + 1]
+    assert next(line for line in lines if line.startswith("default")).split() == [
+        "default", "20.0", "%", "16.0", "%", "0.215", "[0.205,", "0.225]", "256.0", "MiB", "31.0", "2.00", "GiB",
+    ]  # fmt: skip
+    assert uniform < free < next(n for n, line in enumerate(lines) if line.startswith("flap"))
+    assert "no update helped in 2 modules" in lines[-1]
+
+
+def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
+    rows = [row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.215), row("default", "uniform", 0.3, 0.4)]
+    rows = [replace(r, perplexity={"<script>x": 12.0}, rise={"<script>x": r.rise["[b]a.txt"]}) for r in rows]
+    page = render_page(rows)
+    assert "<script>x" not in page
+    assert page.count('id="plot-') == 1
+    assert "0.215 [0.205, 0.225]" in page
+    assert "http:" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    path = tmp_path / "page.html"
+    write_page(path, rows)
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    with pytest.raises(InputError, match="exists"):
+        check_page(path, force=False)
+    check_page(path, force=True)
+    with pytest.raises(InputError, match="no folder"):
+        check_page(tmp_path / "none" / "page.html", force=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""One backward pass of the whole model, a layer at a time: how much each token's state moves the loss.
+
+The forward pass keeps every layer's input on disk; the backward pass reads it again, with the layer's
+weights, in reverse order. So neither the activations nor the weights of more than one layer are in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from edgeprune.model.forward import (
+    CHUNK_TOKENS,
+    LOGIT_ROWS,
+    OUTPUT,
+    add_module,
+    embed,
+    layer_weights,
+    module_activation,
+    modules_of,
+    rms_norm,
+    rotary_tables,
+    row_chunks,
+)
+from edgeprune.model.model import Model
+
+
+def token_gradients(
+    model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None] = lambda: None
+) -> list[dict[str, torch.Tensor]]:
+    """||dL/dh_t||^2 (samples, tokens) fp32 behind every module, by layer and kind of module.
+
+    L is the summed negative log-likelihood in nats of one label per token that is drawn from the model's
+    own distribution, so that E[g g^T] is the Fisher information (Martens 2020, arXiv 1412.1193): a change
+    dy of the stream behind the module raises the loss by about 1/2 E[(g . dy)^2].
+    on_layer is called twice for each layer. ids: (samples, tokens) int64.
+    """
+    decoder = model.decoder
+    count = len(decoder.layers)
+    tables = rotary_tables(decoder, ids.shape[1])
+    energies: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+        with torch.inference_mode():
+            hidden = embed(model, ids)
+            for index in range(count):
+                hidden.numpy().tofile(Path(folder) / str(index))  # a mapped file would count as resident
+                weights = layer_weights(model, index)
+                for kind in modules_of(decoder, index):
+                    add_module(decoder, index, kind, weights, hidden, tables)
+                on_layer()
+        gradient = _head_gradient(model, hidden.clone(), seed)
+        for index in reversed(range(count)):
+            weights = layer_weights(model, index)
+            kinds = modules_of(decoder, index)
+            entering = torch.from_numpy(np.fromfile(Path(folder) / str(index), np.float32)).view_as(gradient)
+            parts = []
+            for x, g in zip(row_chunks(entering, CHUNK_TOKENS), row_chunks(gradient, CHUNK_TOKENS), strict=True):
+                states = [x.clone().requires_grad_(True)]
+                for kind in kinds:
+                    inputs = module_activation(decoder, index, kind, weights, states[-1], tables)
+                    states.append(states[-1] + F.linear(inputs, weights[OUTPUT[kind]]))
+                parts.append([*torch.autograd.grad(states[-1], states[:-1], g), g])
+            gradient, *behind = (torch.cat(part) for part in zip(*parts, strict=True))
+            energies[index] = {kind: part.square().sum(dim=-1) for kind, part in zip(kinds, behind, strict=True)}
+            on_layer()
+    return energies
+
+
+def _head_gradient(model: Model, hidden: torch.Tensor, seed: int) -> torch.Tensor:
+    """dL/dh (b, t, c) behind the last layer, with labels drawn from the model's distribution."""
+    decoder = model.decoder
+    generator = torch.Generator().manual_seed(seed)
+    norm = model.weights["norm"].float()
+    head = model.weights["embedding" if decoder.tie_word_embeddings else "head"].float()
+    parts = []
+    for part in hidden.flatten(0, 1).split(LOGIT_ROWS):
+        states = part.requires_grad_(True)
+        logits = F.linear(rms_norm(states, norm, decoder.norm_eps), head)
+        labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), 1, generator=generator).squeeze(1)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        parts.append(torch.autograd.grad(loss, states)[0])
+    return torch.cat(parts).view_as(hidden)

@@ -1,0 +1,52 @@
+"""The methods by name: a score, how the kept weights make up for what went, and how widths are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from edgeprune.errors import InputError
+from edgeprune.pruning import score
+from edgeprune.pruning.score import Score
+
+
+class Recovery(Enum):
+    NONE = "none"
+    BIAS = "bias"  # the mean of what went, as a bias of the output projection (FLAP)
+    LEAST_SQUARES = "least squares"
+
+
+@dataclass(frozen=True)
+class Method:
+    """standardised: its scores compare between modules, so that one cut over all of them allocates."""
+
+    score: Score
+    recovery: Recovery
+    standardised: bool = False
+
+
+DEFAULT = "default"
+METHODS = {
+    DEFAULT: Method(score.numerical, Recovery.LEAST_SQUARES),
+    "numerical": Method(score.numerical, Recovery.NONE),
+    "numerical+ls": Method(score.numerical, Recovery.LEAST_SQUARES),
+    "numerical-box": Method(score.numerical_box, Recovery.NONE),
+    "numerical-box+ls": Method(score.numerical_box, Recovery.LEAST_SQUARES),
+    "obs": Method(score.obs, Recovery.NONE),
+    "obs+ls": Method(score.obs, Recovery.LEAST_SQUARES),
+    "flap": Method(score.flap, Recovery.BIAS, standardised=True),
+    "flap+ls": Method(score.flap, Recovery.LEAST_SQUARES, standardised=True),
+    "wanda": Method(score.wanda, Recovery.NONE),
+    "wanda+ls": Method(score.wanda, Recovery.LEAST_SQUARES),
+    "magnitude": Method(score.magnitude, Recovery.NONE),
+    "magnitude+ls": Method(score.magnitude, Recovery.LEAST_SQUARES),
+    "random": Method(score.random, Recovery.NONE),
+    "random+ls": Method(score.random, Recovery.LEAST_SQUARES),
+}
+
+
+def method_named(name: str) -> Method:
+    """Raises InputError with the known names."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}", f"Methods are: {', '.join(METHODS)}.")
+    return METHODS[name]

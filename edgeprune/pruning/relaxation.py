@@ -1,0 +1,79 @@
+"""The relaxed pruning mask of Shen et al. 2025 (arXiv 2412.12441): a quadratic problem in z.
+
+    min_z  1/2 (z - 1)^T A (z - 1) + lambda/2 (<1, z> - r)^2,    A = (W W^T) o G summed over each unit
+
+Pure: arrays in, arrays out. A is scaled to a mean diagonal of 1; RIDGE keeps it definite.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edgeprune.pruning.linear import cholesky
+from edgeprune.pruning.moments import BLOCK
+
+RIDGE = 1e-6
+TOLERANCE = 1e-10
+MAX_STEPS = 200
+
+
+def interaction(weight: torch.Tensor, gram: torch.Tensor, unit: int) -> torch.Tensor:
+    """A (units, units) fp64 from weight (out_features, in_features) and gram (in_features, in_features)."""
+    matrix = gram.clone()
+    for start in range(0, len(gram), BLOCK):
+        matrix[:, start : start + BLOCK] *= weight.T @ weight[:, start : start + BLOCK]
+    if unit > 1:
+        units = len(gram) // unit
+        matrix = matrix.view(units, unit, units, unit).sum(dim=(1, 3))
+    return matrix
+
+
+def unconstrained(matrix: torch.Tensor) -> torch.Tensor:
+    """u = A^-1 1 (units,): without the box the optimum is z = 1 - c u with one c > 0 for all units."""
+    ones = torch.ones(len(matrix), 1, dtype=torch.float64)
+    return torch.cholesky_solve(ones, cholesky(matrix, RIDGE)).squeeze(1)
+
+
+def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The optimum z (units,) under 0 <= z <= 1 and the objective's gradient there.
+
+    By projected Newton steps (Bertsekas 1982): units at a bound that the gradient pushes against stay,
+    the others take the Newton step of their own block, projected, with a backtracking line search.
+    total: r, the units to keep; penalty: lambda in units of 1 / (1^T A^-1 1). At the end
+    max |z - clip(z - gradient)| is below 1e-10 of the mean diagonal of A.
+    """
+    scale = float(matrix.diagonal().mean()) or 1.0
+    hessian = matrix / scale
+    hessian.diagonal().add_(RIDGE)
+    inverse_ones = unconstrained(hessian)
+    weight = penalty / float(inverse_ones.sum())
+    units = len(hessian)
+
+    def gradient_at(z: torch.Tensor) -> torch.Tensor:
+        return hessian @ (z - 1) + weight * (z.sum() - total)
+
+    def objective(z: torch.Tensor) -> float:
+        return float((z - 1) @ hessian @ (z - 1) + weight * (z.sum() - total) ** 2) / 2
+
+    z = (1 - inverse_ones * ((units - total) * weight / (1 + penalty))).clamp(0, 1)
+    full = hessian + weight
+    for _ in range(MAX_STEPS):
+        gradient = gradient_at(z)
+        residual = float((z - (z - gradient).clamp(0, 1)).abs().max())
+        if residual < TOLERANCE:
+            break
+        near = min(residual, 1e-3)
+        held = ((z <= near) & (gradient > 0)) | ((z >= 1 - near) & (gradient < 0))
+        free = (~held).nonzero().squeeze(1)
+        step = -gradient / full.diagonal()
+        if len(free):
+            factor = torch.linalg.cholesky(full[free][:, free])
+            step[free] = -torch.cholesky_solve(gradient[free, None], factor).squeeze(1)
+        length, before = 1.0, objective(z)
+        while True:
+            trial = (z + length * step).clamp(0, 1)
+            if objective(trial) <= before + 1e-4 * float(gradient @ (trial - z)) or length < 1e-12:
+                break
+            length /= 2
+        z = trial
+    return z, gradient_at(z)

@@ -1,0 +1,78 @@
+"""The page of a comparison of methods: one plot for each layout and text, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.budget import format_bytes
+from edgeprune.errors import InputError
+from edgeprune.report.figures import rise_text
+from edgeprune.report.plots import PALETTE, plot_html
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from edgeprune.compare import Row
+
+SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
+
+
+def check_page(path: Path, force: bool) -> None:
+    """Raises InputError where the page cannot be written, before any long work."""
+    if path.exists() and not (force and path.is_file()):
+        raise InputError(f"{path} exists", "Give another --html, or --force to replace a file.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {path.absolute().parent}", "Create it, or give another --html.")
+
+
+def write_page(path: Path, rows: Sequence[Row]) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(render_page(rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def render_page(rows: Sequence[Row]) -> str:
+    """One self-contained page that opens offline. User text is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )  # fmt: skip
+    dense, *pruned = rows
+    layouts = list(dict.fromkeys(row.layout for row in pruned))
+    plots = [
+        (f"{layout}: {text}", plot_html(f"{number}-{place}", _curves([r for r in pruned if r.layout == layout], text)))
+        for number, layout in enumerate(layouts)
+        for place, text in enumerate(dense.perplexity)
+    ]
+    return environment.get_template("comparison.html.jinja").render(
+        dense=dense, rows=pruned, plots=plots, plotly=get_plotlyjs(), rise_text=rise_text, format_bytes=format_bytes
+    )
+
+
+def _curves(rows: Sequence[Row], text: str) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        own = sorted((row for row in rows if row.method == method), key=lambda row: row.ratio)
+        rises = [row.rise[text] for row in own]
+        figure.add_scatter(
+            x=[100 * row.ratio for row in own], y=[value for value, _, _ in rises], name=escape(method),
+            mode="lines+markers", line_color=PALETTE[number % len(PALETTE)], line_dash="solid" if number < 5 else "dot",
+            marker_symbol=SYMBOLS[number % len(SYMBOLS)],
+            error_y={
+                "type": "data", "array": [high - value for value, _, high in rises],
+                "arrayminus": [value - low for value, low, _ in rises], "thickness": 1, "width": 3,
+            },
+            hovertemplate="%{y:.3f} nats at %{x:.1f} %<extra>" + escape(method) + "</extra>",
+        )  # fmt: skip
+    figure.update_layout(height=380)
+    figure.update_xaxes(title_text="% of attention and MLP parameters removed")
+    figure.update_yaxes(title_text="rise of log perplexity, nats per token", type="log")
+    return figure

