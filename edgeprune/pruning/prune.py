@@ -54,51 +54,6 @@ class ModuleRecord:
     fell_back: bool = False
 
 
-def prune_module(
-    weights: LayerWeights,
-    inputs: torch.Tensor,
-    teacher: torch.Tensor,
-    dense: Decoder,
-    target: Decoder,
-    index: int,
-    kind: str,
-    method: Method,
-    generator: torch.Generator,
-) -> tuple[LayerWeights, torch.Tensor, ModuleRecord]:
-    """One module: its new weights, its output on the samples (b, t, c), and what was done.
-
-    inputs: (b, t, features), of the output projection on the pruned stream; teacher: (b, t, c), the
-    output that takes the pruned stream back to the dense one.
-    """
-    weight = weights[OUTPUT[kind]]
-    compensates = method.recovery is Recovery.LEAST_SQUARES
-    projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)
-    kept, rows = kept_features(
-        *(getattr(decoder.layers[index], kind) for decoder in (dense, target)),
-        functools.partial(method.score, projection),
-    )
-    new = {name: weights[name][index_] for name, index_ in rows.items()}
-    new |= {f"{kind}.norm": weights[f"{kind}.norm"], OUTPUT[kind]: weight[:, kept]}
-    if method.recovery is Recovery.BIAS:
-        removed = projection.mean
-        removed[kept] = 0.0
-        new[BIAS[kind]] = (weight.double() @ removed).float()
-    record = ModuleRecord(index, kind, len(kept), weight.shape[1])
-    if compensates:
-        own = F.linear(inputs, weight)
-        inputs, moments = inputs[..., kept], projection.gram[kept[:, None], kept]
-        del projection  # the largest arrays of the walk: not while those of the solve are made
-        solved = compensate(new[OUTPUT[kind]], moments, inputs, own, teacher)
-        new[OUTPUT[kind]] = solved.weight
-        record = replace(
-            record, damping=solved.damping, blend=solved.blend, error_before=solved.error_before,
-            error_after=solved.error_after, fell_back=solved.damping is None and solved.error_before > 0,
-        )  # fmt: skip
-    else:
-        inputs = inputs[..., kept]
-    return new, F.linear(inputs, new[OUTPUT[kind]], new.get(BIAS[kind])), record
-
-
 def token_scale(hidden: torch.Tensor) -> torch.Tensor:
     """1 / ||h_t|| (b, t, 1): square roots of the weights of the tokens in the least squares problems.
 
@@ -111,6 +66,75 @@ def token_scale(hidden: torch.Tensor) -> torch.Tensor:
 def result_of(target: Decoder, method: Method) -> Decoder:
     """What pruning to `target` yields: without its empty layers, with biases where the method leaves them."""
     return replace(target.compact(), output_bias=method.recovery is Recovery.BIAS)
+
+
+@dataclass
+class Walk:
+    """The two streams of the samples, (b, t, c) fp32, and what takes them through a module.
+
+    whole: the dense model's; pruned: that of the modules before, as they are now. Both are updated in
+    place. A method that does not compensate needs no dense stream: there the two are one.
+    """
+
+    dense: Decoder
+    target: Decoder
+    method: Method
+    generator: torch.Generator
+    tables: tuple[torch.Tensor, torch.Tensor]
+    chunk: int
+    pruned: torch.Tensor
+    whole: torch.Tensor
+    drifted: bool = False
+
+    def module(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
+        """The module's new weights, none where it goes as a whole, and what was done."""
+        size = weights[OUTPUT[kind]].shape[1]
+        before, after = (getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target))
+        compensates = self.method.recovery is Recovery.LEAST_SQUARES
+        self.drifted |= before != after
+        if before == after and not (self.drifted and compensates):
+            add_module(self.dense, index, kind, weights, self.pruned, self.tables, self.chunk)
+            if compensates:
+                self.whole.copy_(self.pruned)
+            same = {name: weight for name, weight in weights.items() if name.startswith(kind)}
+            same[BIAS[kind]] = torch.zeros(self.dense.hidden_size)  # where the method leaves biases at all
+            return same, ModuleRecord(index, kind, size, size)
+        if compensates:
+            add_module(self.dense, index, kind, weights, self.whole, self.tables, self.chunk)
+        if after is None:
+            return {}, ModuleRecord(index, kind, 0, size)
+        return self._cut(weights, index, kind)
+
+    def _cut(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
+        weight = weights[OUTPUT[kind]]
+        compensates = self.method.recovery is Recovery.LEAST_SQUARES
+        scale = token_scale(self.whole) if compensates else torch.ones(1)
+        inputs = module_inputs(self.dense, index, kind, weights, self.pruned, self.tables, self.chunk).mul_(scale)
+        projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, self.generator)
+        kept, rows = kept_features(
+            *(getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target)),
+            functools.partial(self.method.score, projection),
+        )
+        new = {name: weights[name][index_] for name, index_ in rows.items()}
+        new |= {f"{kind}.norm": weights[f"{kind}.norm"], OUTPUT[kind]: weight[:, kept]}
+        if self.method.recovery is Recovery.BIAS:
+            removed = projection.mean
+            removed[kept] = 0.0
+            new[BIAS[kind]] = (weight.double() @ removed).float()
+        record = ModuleRecord(index, kind, len(kept), weight.shape[1])
+        own = F.linear(inputs, weight) if compensates else None
+        moments = projection.gram[kept[:, None], kept]
+        inputs = inputs[..., kept]
+        del projection  # the largest arrays of the walk: not while those of the solve are made
+        if own is not None:
+            solved = compensate(new[OUTPUT[kind]], moments, inputs, own, (self.whole - self.pruned).mul_(scale))
+            new[OUTPUT[kind]] = solved.weight
+            record = replace(
+                record, damping=solved.damping, blend=solved.blend, error_before=solved.error_before,
+                error_after=solved.error_after, fell_back=solved.damping is None and solved.error_before > 0,
+            )  # fmt: skip
+        self.pruned += F.linear(inputs, new[OUTPUT[kind]], new.get(BIAS[kind])).div_(scale)
+        return new, record
 
 
 @torch.inference_mode()
@@ -130,51 +154,27 @@ def prune(
     states on both streams are held at a time. Raises NumericalError naming the layer whose activations
     are not finite.
     """
-    dense = model.decoder
-    generator = torch.Generator().manual_seed(seed)
-    tables = rotary_tables(dense, ids.shape[1])
-    pruned = embed(model, ids)
-    result = result_of(target, method)
-    teaches = method.recovery is Recovery.LEAST_SQUARES
-    whole = pruned.clone() if teaches else pruned
-    drifted = False
+    dense, result = model.decoder, result_of(target, method)
+    hidden = embed(model, ids)
+    walk = Walk(
+        dense, target, method, torch.Generator().manual_seed(seed), rotary_tables(dense, ids.shape[1]), chunk,
+        pruned=hidden, whole=hidden.clone() if method.recovery is Recovery.LEAST_SQUARES else hidden,
+    )  # fmt: skip
+    del hidden
     position = 0
     yield "embedding", model.weights["embedding"]
     for index in range(len(dense.layers)):
         weights = layer_weights(model, index)
         new: LayerWeights = {}
         for kind in modules_of(dense, index):
-            size = weights[OUTPUT[kind]].shape[1]
-            stays = getattr(target.layers[index], kind)
-            is_cut = stays != getattr(dense.layers[index], kind)
-            drifted |= is_cut
-            if not is_cut and not (drifted and teaches):
-                add_module(dense, index, kind, weights, pruned, tables, chunk)
-                if teaches:
-                    whole.copy_(pruned)
-                new |= {name: weight for name, weight in weights.items() if name.startswith(kind)}
-                new[BIAS[kind]] = torch.zeros(dense.hidden_size)  # where the method leaves biases at all
-                on_module(ModuleRecord(index, kind, size, size))
-                continue
-            if teaches:
-                add_module(dense, index, kind, weights, whole, tables, chunk)
-            if stays is None:
-                on_module(ModuleRecord(index, kind, 0, size))
-                continue
-            scale = token_scale(whole) if teaches else torch.ones(1)
-            module, output, record = prune_module(
-                weights,
-                module_inputs(dense, index, kind, weights, pruned, tables, chunk).mul_(scale),
-                (whole - pruned).mul_(scale),
-                dense, target, index, kind, method, generator,
-            )  # fmt: skip
+            module, record = walk.module(weights, index, kind)
             new |= module
-            pruned += output.div_(scale)
             on_module(record)
+        del weights
         if new:
             prefix = f"layers.{position}."
             for name in result.layer_shapes(position):
-                yield name, new[name.removeprefix(prefix)]
+                yield name, new.pop(name.removeprefix(prefix))
             position += 1
     yield "norm", model.weights["norm"]
     if not dense.tie_word_embeddings:

@@ -31,7 +31,9 @@ def interaction(weight: torch.Tensor, gram: torch.Tensor, unit: int) -> torch.Te
 def unconstrained(matrix: torch.Tensor) -> torch.Tensor:
     """u = A^-1 1 (units,): without the box the optimum is z = 1 - c u with one c > 0 for all units."""
     ones = torch.ones(len(matrix), 1, dtype=torch.float64)
-    return torch.cholesky_solve(ones, cholesky(matrix, RIDGE)).squeeze(1)
+    factor = cholesky(matrix, RIDGE)
+    del matrix  # as large as the moments, and the solve copies the factor
+    return torch.cholesky_solve(ones, factor).squeeze(1)
 
 
 def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
