@@ -216,6 +216,83 @@ class Bench:
             np.savez(self.cache, attention=found.attention, mlp=found.mlp, response=found.response)
 
 
+Cells = Mapping[str, Mapping[str, Any]]
+
+
+def rise_columns(row: Mapping[str, Any]) -> list[str]:
+    return [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in row["rise"].values()]
+
+
+def difference(row: Mapping[str, Any], other: Mapping[str, Any], text: str) -> str:
+    """Mean rise over that of another cell in nats, with the interval of a paired bootstrap over the excerpts."""
+    per_token = (np.array(row["nats"][text]) - np.array(other["nats"][text])) / (LENGTH - 1)
+    picks = np.random.default_rng(0).integers(len(per_token), size=(2000, len(per_token)))
+    low, high = np.quantile(per_token[picks].mean(axis=1), [0.025, 0.975])
+    return f"{per_token.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def main_table(cells: Cells) -> str:
+    texts = list(EXCERPTS)
+    rows = []
+    for cell in sorted(main_cells(), key=lambda cell: cell.ratio):
+        if found := cells.get(cell.key):
+            default = cells[Cell("default", cell.ratio, cell.layout).key]
+            over = [difference(found, default, text) if found is not default else "" for text in texts[:2]]
+            rows.append([f"{100 * cell.ratio:.0f} %", cell.method, cell.layout, *rise_columns(found), *over,
+                         f"{found['seconds']:.0f}"])  # fmt: skip
+    return table(["ratio", "method", "layout", *texts, *(f"{t}, over default" for t in texts[:2]), "seconds"], rows)
+
+
+def allocation_table(cells: Cells) -> str:
+    rows = [
+        [f"{100 * cell.ratio:.0f} %", cell.layout, cell.allocation, *rise_columns(found)]
+        for cell in allocation_cells()
+        if (found := cells.get(cell.key))
+    ]
+    return table(["ratio", "layout", "widths by", *EXCERPTS], rows)
+
+
+def samples_table(cells: Cells) -> str:
+    """Perplexities, mean of the seeds that are there, with and without compensation."""
+    rows = []
+    for samples in SAMPLES:
+        row = [str(samples)]
+        for text in list(EXCERPTS)[:2]:
+            for method in ("default", "numerical"):
+                found = [cells.get(Cell(method, 0.3, samples=samples, seed=seed).key) for seed in SEEDS]
+                values = [one["perplexity"][text] for one in found if one]
+                row.append(f"{np.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})" if values else "")
+        rows.append(row)
+    columns = [f"{text}, {how}" for text in list(EXCERPTS)[:2] for how in ("compensated", "not")]
+    return table(["samples", *columns], rows)
+
+
+def ablation_table(cells: Cells) -> str:
+    rows = [
+        [cell.method.removesuffix("+ls"), "least squares" if cell.method.endswith("+ls") else
+         "bias" if cell.method == "flap" else "none", f"{cell.layout}, {cell.allocation}", *rise_columns(found)]
+        for cell in ablation_cells()
+        if (found := cells.get(cell.key))
+    ]  # fmt: skip
+    return table(["score", "recovery", "allocation", *EXCERPTS], rows)
+
+
+WRITERS = {"main": main_table, "allocation": allocation_table, "samples": samples_table, "ablation": ablation_table}
+
+
+def fill(page: str, cells: Cells) -> str:
+    """The page with every `<!-- NAME -->...<!-- end -->` filled anew; its prose stays."""
+    for name, write in WRITERS.items():
+        block = f"<!-- {name} -->\n\n{write(cells)}\n\n<!-- end -->"
+        page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, page, flags=re.DOTALL)  # noqa: B023
+    return page
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sotu", type=Path, required=True)
@@ -244,6 +321,8 @@ def main() -> None:
             add(cell.key, row)
             rises = " ".join(f"{value[0]:.4f}" for value in row["rise"].values())
             print(f"{number + 1}/{len(todo)} {cell.key}: {rises}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+    if arguments.write:
+        arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), cells), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ generates itself come in as documents of token ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,11 @@ def _document(record: Any) -> Document:
     return text
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[np.ndarray]:
-    """Token ids (tokens,) int64 of each document; chats go through the tokenizer's chat template.
+def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
+    """Token ids (tokens,) int64 of each document, as they are asked for; chats go through the chat template.
 
     Raises InputError where a chat meets a tokenizer without template.
     """
-    rows = []
     for document in documents:
         if isinstance(document, str):
             ids = tokenizer(document, verbose=False)["input_ids"]
@@ -108,34 +107,38 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[np.ndarray]:
         else:
             text = tokenizer.apply_chat_template(document, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        rows.append(np.asarray(ids, dtype=np.int64))
-    return rows
+        yield np.asarray(ids, dtype=np.int64)
+
+
+def shuffled(documents: Sequence[Any], seed: int) -> list[Any]:
+    """Samples from all over the text say more than its first pages."""
+    return [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
 
 
 def hold_out(documents: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
     """Documents for calibration and, one in five, for evaluation; shuffled, at least one each."""
-    order = np.random.default_rng(seed).permutation(len(documents))
     count = max(1, len(documents) // HELD_OUT_EVERY)
-    return [documents[i] for i in order[count:]], [documents[i] for i in order[:count]]
+    mixed = shuffled(documents, seed)
+    return mixed[count:], mixed[:count]
 
 
-def pack(documents: Sequence[np.ndarray], samples: int, length: int, separator: int | None) -> np.ndarray:
+def pack(documents: Iterable[np.ndarray], samples: int, length: int, separator: int | None) -> np.ndarray:
     """Documents joined (with the separator token between) and cut into rows: (samples, length) int64.
 
-    Raises InputError that says how many tokens are missing.
+    Documents are taken until there are enough tokens. Raises InputError that says how many are missing.
     """
     pieces: list[np.ndarray] = []
+    needed, available = samples * length, 0
     for document in documents:
         pieces += [document] if separator is None else [document, np.array([separator])]
-    stream = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-    needed = samples * length
-    if len(stream) < needed:
-        possible = len(stream) // length
-        raise InputError(
-            f"{samples} samples of {length} tokens need {needed} tokens, the calibration text has "
-            f"{len(stream)}: {needed - len(stream)} are missing",
-            f"Add text, or try --samples {possible}."
-            if possible
-            else f"Add text, or try --samples 1 --length {max(1, len(stream))}.",
-        )
-    return stream[:needed].reshape(samples, length).astype(np.int64)
+        available += len(document) + (separator is not None)
+        if available >= needed:
+            return np.concatenate(pieces)[:needed].reshape(samples, length).astype(np.int64)
+    possible = available // length
+    raise InputError(
+        f"{samples} samples of {length} tokens need {needed} tokens, the calibration text has "
+        f"{available}: {needed - available} are missing",
+        f"Add text, or try --samples {possible}."
+        if possible
+        else f"Add text, or try --samples 1 --length {max(1, available)}.",
+    )

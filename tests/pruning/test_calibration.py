@@ -42,7 +42,7 @@ def test_chats_are_read_and_need_a_template(tmp_path):
     documents = read_documents(path)
     assert documents == [[{"role": "user", "content": "hi"}]]
     with pytest.raises(InputError, match="chat template"):
-        tokenize(documents, WordTokenizerDouble())
+        list(tokenize(documents, WordTokenizerDouble()))
 
 
 BAD = {
