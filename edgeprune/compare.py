@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,10 +104,14 @@ class Timed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model, the samples to calibrate on (samples, length) int64 and texts of token documents to judge by."""
+    """A model, the samples to calibrate on (samples, length) int64 and texts of token documents to judge by.
+
+    generated: samples of the model's own, for the methods that compensate.
+    """
 
     model: Model
     ids: torch.Tensor
+    generated: torch.Tensor | None
     texts: Mapping[str, Sequence[np.ndarray]]
     window: int
     seed: int
@@ -155,7 +160,7 @@ class Comparison:
         stream = Timed(
             prune(
                 self.model, target, self.ids, method, self.seed,
-                lambda record: (fell_back.append(record.fell_back), advance()),
+                lambda record: (fell_back.append(record.fell_back), advance()), self.generated,
             )
         )  # fmt: skip
         decoder = result_of(target, method)
@@ -220,6 +225,21 @@ class Comparison:
         )  # fmt: skip
 
 
+def generate_samples(model: Model, count: int, length: int, seed: int, progress: Progress) -> torch.Tensor:
+    """(count, length) int64 that the dense model draws, from a graph of its own in a temporary folder."""
+    import torch
+
+    from edgeprune.engine.graph import write_graphs
+    from edgeprune.generation import BATCH, RUN_SPELLING, generate_documents
+
+    advance = progress.stage("generate samples", length * -(-count // BATCH))
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
+        folder = Path(name)
+        write_graphs(model.decoder, model.weights, folder, "fp32", [RUN_SPELLING], length)
+        graph = folder / RUN_SPELLING.filename
+        return torch.from_numpy(generate_documents(graph, model.directory, count, length, seed, advance))
+
+
 def compare(
     spec: str, ratios: Sequence[float], methods: Sequence[str], calibration: str, evaluate: Sequence[Path],
     samples: int, length: int, layout: str, seed: int, progress: Progress,
@@ -232,6 +252,7 @@ def compare(
     """
     import torch
 
+    from edgeprune.pruning.calibration import LEAST_GENERATED
     from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
 
     names = [name for name in dict.fromkeys(METHODS if methods == ["all"] else methods) if name != DENSE]
@@ -250,7 +271,8 @@ def compare(
     model = load_model(spec)
     texts = pack_samples(request, model, *documents)
     ids = torch.from_numpy(texts.calibration)
-    comparison = Comparison(model, ids, texts.evaluation, max(length, 256), seed, progress)
+    generated = generate_samples(model, max(samples, LEAST_GENERATED), length, seed, progress)
+    comparison = Comparison(model, ids, generated, texts.evaluation, max(length, 256), seed, progress)
     rows = [comparison.dense]
     for each in Layout if layout == BOTH else [Layout(layout)]:
         for value in ratios:

@@ -149,11 +149,6 @@ def prepare(request: Request) -> Setup:
     choices += [budget_choice] if budget_choice else []
     output = (request.output or Path(f"{_stem(request.model)}-{profile.name}")).absolute()
     check_output(output, request.force or request.resume)
-    if request.calibration == SELF and request.length > workload.context:
-        raise InputError(
-            f"samples of {request.length} tokens cannot be generated in a context of {workload.context}",
-            f"Try --length {workload.context}, or give text with --calibration.",
-        )
     documents = read_documents_of(request)
     _check_method(request.method)
     model = load_model(request.model)
@@ -162,12 +157,19 @@ def prepare(request: Request) -> Setup:
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
+    _check_length(request.length, model)
     floor = _check_floor(model, profile, workload, precision, budget)
     texts = pack_samples(request, model, *documents)
     if texts.calibration is None:
         choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
     check_space(output, _bytes_written(model, precision, engine))
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
+
+
+def _check_length(length: int, model: Model) -> None:
+    limit = model.decoder.max_position_embeddings
+    if length > limit:
+        raise InputError(f"samples of {length} tokens exceed the model's {limit} positions", f"Try --length {limit}.")
 
 
 def _check_method(name: str) -> None:

@@ -17,7 +17,7 @@ ROOMS = {
     "loop": {"prepare", "shipping", "journal", "progress", "search", "bundle", "report", "evaluate", "engine",
              "pruning", "model", "generation", "budget", "cache", "profiles"},
     "shipping": {"loop", "bundle", "report", "engine", "budget", "model", "profiles"},
-    "compare": {"prepare", "progress", "evaluate", "pruning", "model", "engine"},
+    "compare": {"prepare", "progress", "evaluate", "pruning", "model", "engine", "generation"},
     "prepare": {"engine", "pruning", "model", "profiles", "budget", "bundle", "search"},
     "generation": {"bundle", "engine", "model"},
     "doctor": {"engine"},

@@ -14,6 +14,7 @@ of the Union speeches before 1990. Evaluation: one excerpt of 512 tokens from ea
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -25,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.compare import Allocation, Comparison, Layout
+from edgeprune.compare import Allocation, Comparison, Layout, generate_samples
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.progress import Silent
+from edgeprune.pruning.calibration import LEAST_GENERATED
 
 LENGTH = 512
 CALIBRATION = 16
@@ -182,7 +184,12 @@ class Bench:
         import torch
 
         ids = torch.from_numpy(self.texts.rows(samples, seed))
-        return Comparison(self.model, ids, self.texts.evaluation, LENGTH, seed, Silent())
+        generated = self._generated(seed)[: max(samples, LEAST_GENERATED)]
+        return Comparison(self.model, ids, generated, self.texts.evaluation, LENGTH, seed, Silent())
+
+    @functools.cache  # noqa: B019
+    def _generated(self, seed: int) -> Any:
+        return generate_samples(self.model, max(SAMPLES), LENGTH, seed, Silent())
 
     def dense(self) -> dict[str, Any]:
         return self._planner.dense.as_json()

@@ -36,6 +36,10 @@ from edgeprune.pruning.moments import gram
 from edgeprune.pruning.score import Projection
 from edgeprune.pruning.select import kept_features
 
+GENERATED_IMPORTANCE = 0.5
+"""Of a token that the model generated beside one of the user's: samples of one domain know the directions
+that matter there, and least squares bends all others; the model's own text holds those in place."""
+
 
 @dataclass(frozen=True)
 class ModuleRecord:
@@ -74,6 +78,7 @@ class Walk:
 
     whole: the dense model's; pruned: that of the modules before, as they are now. Both are updated in
     place. A method that does not compensate needs no dense stream: there the two are one.
+    importance: (b, 1, 1), the weight of each sample's tokens in the least squares problems.
     """
 
     dense: Decoder
@@ -84,6 +89,7 @@ class Walk:
     chunk: int
     pruned: torch.Tensor
     whole: torch.Tensor
+    importance: torch.Tensor
     drifted: bool = False
 
     def module(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
@@ -108,7 +114,7 @@ class Walk:
     def _cut(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
         weight = weights[OUTPUT[kind]]
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
-        scale = token_scale(self.whole) if compensates else torch.ones(1)
+        scale = token_scale(self.whole) * self.importance.sqrt() if compensates else torch.ones(1)
         inputs = module_inputs(self.dense, index, kind, weights, self.pruned, self.tables, self.chunk).mul_(scale)
         projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, self.generator)
         kept, rows = kept_features(
@@ -145,20 +151,27 @@ def prune(
     method: Method,
     seed: int,
     on_module: Callable[[ModuleRecord], None] = lambda record: None,
+    generated: torch.Tensor | None = None,
     chunk: int = CHUNK_TOKENS,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of result_of(target, method), in the order of its shapes(), fp32 where they were changed.
 
     model: the dense model; target: has the dense model's layers, some of them without attention, MLP or
-    both; ids: (samples, tokens) int64 calibration samples. One layer's weights and the samples' hidden
-    states on both streams are held at a time. Raises NumericalError naming the layer whose activations
-    are not finite.
+    both; ids: (samples, tokens) int64 calibration samples; generated: (any, tokens) int64, what the model
+    itself wrote: a method that compensates solves on these too, with GENERATED_IMPORTANCE. One layer's
+    weights and the samples' hidden states on both streams are held at a time. Raises NumericalError naming
+    the layer whose activations are not finite.
     """
     dense, result = model.decoder, result_of(target, method)
+    compensates = method.recovery is Recovery.LEAST_SQUARES
+    importance = torch.ones(len(ids), 1, 1)
+    if compensates and generated is not None:
+        ids = torch.cat([ids, generated])
+        importance = torch.cat([importance, torch.full((len(generated), 1, 1), GENERATED_IMPORTANCE)])
     hidden = embed(model, ids)
     walk = Walk(
         dense, target, method, torch.Generator().manual_seed(seed), rotary_tables(dense, ids.shape[1]), chunk,
-        pruned=hidden, whole=hidden.clone() if method.recovery is Recovery.LEAST_SQUARES else hidden,
+        pruned=hidden, whole=hidden.clone() if compensates else hidden, importance=importance,
     )  # fmt: skip
     del hidden
     position = 0

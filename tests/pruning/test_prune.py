@@ -30,7 +30,7 @@ def ids(samples: int = 8, length: int = 24, seed: int = 1) -> torch.Tensor:
 
 def pruned(model, target, method=DEFAULT, chunk=1024, records=None):
     on_module = (records if records is not None else []).append
-    return dict(prune(model, target, ids(), method, 0, on_module, chunk))
+    return dict(prune(model, target, ids(), method, 0, on_module, chunk=chunk))
 
 
 @pytest.mark.parametrize(("groups", "heads", "channels"), [(2, 2, 40), (1, 3, 64), (1, 1, 8), (2, 3, 48)])
