@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,10 +54,11 @@ class Allocation(StrEnum):
 class Row:
     """One method at one ratio: asked for, and realised.
 
-    perplexity: by text; rise: nats per token over the dense model, [value, low, high] by text; over_default:
-    the same over the default method at this ratio, where that ran too. parameters: all; total_ratio: their
-    removed share; decode_bytes: of one fp16 step at past 1023. seconds: pruning alone; peak_bytes: resident,
-    while it pruned and was evaluated. fell_back: modules where no update helped.
+    perplexity: by text, None beyond floating point; rise: nats per token over the dense model, [value, low,
+    high] by text; over_default: the same over the default method at this ratio, where that ran too.
+    parameters: all; total_ratio: their removed share; decode_bytes: of one fp16 step at past 1023. seconds:
+    pruning alone; peak_bytes: resident, while it pruned and was evaluated. fell_back: modules where no
+    update helped.
     """
 
     method: str
@@ -65,7 +67,7 @@ class Row:
     asked: float
     ratio: float
     total_ratio: float
-    perplexity: dict[str, float]
+    perplexity: dict[str, float | None]
     rise: dict[str, tuple[float, float, float]]
     over_default: dict[str, tuple[float, float, float]]
     parameters: int
@@ -217,12 +219,16 @@ class Comparison:
         return Row(
             method=name, layout=layout, allocation=allocation, asked=wanted, ratio=ratio(decoder, dense),
             total_ratio=1 - decoder.parameters / dense.parameters,
-            perplexity={text: found.perplexity for text, found in losses.items()},
+            perplexity={text: _finite(found.perplexity) for text, found in losses.items()},
             rise={text: log_rise(reference[text], found, self.seed) for text, found in losses.items()},
             over_default={}, parameters=decoder.parameters,
             decode_bytes=int(bytes_per_token(decoder, "fp16", DECODE_WORKLOAD, in_place=True).total),
             seconds=seconds, peak_bytes=peak_bytes(), fell_back=fell_back,
         )  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def generate_samples(model: Model, count: int, length: int, seed: int, progress: Progress) -> torch.Tensor:

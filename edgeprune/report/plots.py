@@ -183,7 +183,7 @@ def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, in
 
 
 def _errors(modules: Sequence[Module]) -> go.Figure | None:
-    """Where pruning hurts: relative error of every pruned module's output, by layer."""
+    """Where pruning hurts: distance from the dense stream behind every pruned module, by layer."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -200,7 +200,7 @@ def _errors(modules: Sequence[Module]) -> go.Figure | None:
         return None
     figure.update_layout(height=300, margin_t=56)
     figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text="relative error", rangemode="tozero")
+    figure.update_yaxes(title_text="distance from the dense stream", rangemode="tozero")
     return figure
 
 
