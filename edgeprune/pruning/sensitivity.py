@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.model.backward import token_gradients
-from edgeprune.model.decoder import Attention
+from edgeprune.model.decoder import Attention, Layer
 from edgeprune.model.forward import (
     OUTPUT,
     embed,
@@ -51,6 +51,28 @@ def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Att
     return errors
 
 
+@torch.inference_mode()
+def _projections(
+    model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None],
+    scales: list[dict[str, torch.Tensor]] | None = None,
+) -> Iterator[tuple[Layer, str, Projection]]:  # fmt: skip
+    """Every module's output projection on the dense stream, its inputs times the scales (b, t) if given."""
+    decoder = model.decoder
+    generator = torch.Generator().manual_seed(seed)
+    tables = rotary_tables(decoder, ids.shape[1])
+    hidden = embed(model, ids)
+    for index, layer in enumerate(decoder.layers):
+        weights = layer_weights(model, index)
+        for kind in modules_of(decoder, index):
+            weight = weights[OUTPUT[kind]]
+            inputs = module_inputs(decoder, index, kind, weights, hidden, tables)
+            hidden += F.linear(inputs, weight)
+            if scales is not None:
+                inputs *= scales[index][kind][..., None]
+            yield layer, kind, Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)
+        on_layer()
+
+
 def measure_sensitivities(
     model: Model, ids: torch.Tensor, score: Score, seed: int,
     on_layer: Callable[[], None] = lambda: None,
@@ -62,58 +84,32 @@ def measure_sensitivities(
     1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens, the least squares error of moments that are
     weighted by ||g_t||^2. on_layer is called three times for each layer.
     """
-    gradients = token_gradients(model, ids, seed, on_layer)
-    return _weighted_errors(model, ids, gradients, score, seed, on_layer)
-
-
-@torch.inference_mode()
-def _weighted_errors(
-    model: Model, ids: torch.Tensor, gradients: list[dict[str, torch.Tensor]], score: Score, seed: int,
-    on_layer: Callable[[], None],
-) -> Sensitivities:  # fmt: skip
-    decoder = model.decoder
-    generator = torch.Generator().manual_seed(seed)
-    tables = rotary_tables(decoder, ids.shape[1])
-    hidden = embed(model, ids)
+    share = 1 / (2 * model.decoder.hidden_size * ids.numel())
+    scales = [
+        {kind: (energy * share).sqrt() for kind, energy in layer.items()}
+        for layer in token_gradients(model, ids, seed, on_layer)
+    ]
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
-    for index, layer in enumerate(decoder.layers):
-        weights = layer_weights(model, index)
-        for kind in modules_of(decoder, index):
-            weight = weights[OUTPUT[kind]]
-            inputs = module_inputs(decoder, index, kind, weights, hidden, tables)
-            hidden += F.linear(inputs, weight)
-            inputs *= gradients[index][kind].div(2 * decoder.hidden_size * ids.numel()).sqrt()[..., None]
-            projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)
-            rank = functools.cache(functools.partial(score, projection))
-            if kind == "attention":
-                errors[kind].append(attention_errors(weight, projection.gram, layer.attention, rank))
-            else:
-                order = torch.sort(rank(1, 1), descending=True, stable=True).indices
-                errors[kind].append(nested_errors(weight, projection.gram, order).numpy())
-        on_layer()
+    for layer, kind, projection in _projections(model, ids, seed, on_layer, scales):
+        rank = functools.cache(functools.partial(score, projection))
+        if kind == "attention":
+            found = attention_errors(projection.weight, projection.gram, layer.attention, rank)
+        else:
+            order = torch.sort(rank(1, 1), descending=True, stable=True).indices
+            found = nested_errors(projection.weight, projection.gram, order).numpy()
+        errors[kind].append(found)
     return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]))
 
 
-@torch.inference_mode()
 def measure_scores(
     model: Model, ids: torch.Tensor, score: Score, seed: int,
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
     """Scores of every layer's key/value groups and of its channels, on the dense stream."""
-    decoder = model.decoder
-    generator = torch.Generator().manual_seed(seed)
-    tables = rotary_tables(decoder, ids.shape[1])
-    hidden = embed(model, ids)
     scores: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
-    for index, layer in enumerate(decoder.layers):
-        weights = layer_weights(model, index)
-        for kind in modules_of(decoder, index):
-            inputs = module_inputs(decoder, index, kind, weights, hidden, tables)
-            projection = Projection(weights[OUTPUT[kind]], gram(inputs.flatten(0, 1)), inputs, generator)
-            unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
-            scores[kind].append(score(projection, unit, 1).numpy())
-            hidden += F.linear(inputs, projection.weight)
-        on_layer()
+    for layer, kind, projection in _projections(model, ids, seed, on_layer):
+        unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
+        scores[kind].append(score(projection, unit, 1).numpy())
     return scores["attention"], scores["mlp"]
 
 
