@@ -300,6 +300,24 @@ def fill(page: str, cells: Cells) -> str:
     return page
 
 
+def run(bench: Bench, todo: list[Cell], cells: dict[str, dict[str, Any]], path: Path) -> None:
+    """The cells that are missing, each appended to the file when it is done."""
+
+    def add(key: str, row: Mapping[str, Any]) -> None:
+        cells[key] = {"cell": json.loads(key), **row}
+        with path.open("a") as file:
+            file.write(json.dumps(cells[key]) + "\n")
+
+    if '"dense"' not in cells:
+        add('"dense"', bench.dense())
+    for number, cell in enumerate(todo):
+        if cell.key not in cells:
+            row = bench.run(cell)
+            add(cell.key, row)
+            rises = " ".join(f"{value[0]:.4f}" for value in row["rise"].values())
+            print(f"{number + 1}/{len(todo)} {cell.key}: {rises}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sotu", type=Path, required=True)
@@ -311,23 +329,11 @@ def main() -> None:
     cells: dict[str, dict[str, Any]] = {}
     if arguments.cells.is_file():
         cells = {json.dumps(line["cell"]): line for line in map(json.loads, arguments.cells.read_text().splitlines())}
-    tokenizer = load_tokenizer(load_model("demo").directory)
-    bench = Bench(read_texts(arguments.sotu, arguments.handbook, tokenizer), arguments.cells.with_suffix(".npz"))
-
-    def add(key: str, row: Mapping[str, Any]) -> None:
-        cells[key] = {"cell": json.loads(key), **row}
-        with arguments.cells.open("a") as file:
-            file.write(json.dumps(cells[key]) + "\n")
-
-    if '"dense"' not in cells:
-        add('"dense"', bench.dense())
     todo = [cell for name in arguments.tables.split(",") if name for cell in TABLES[name]()]
-    for number, cell in enumerate(todo):
-        if cell.key not in cells:
-            row = bench.run(cell)
-            add(cell.key, row)
-            rises = " ".join(f"{value[0]:.4f}" for value in row["rise"].values())
-            print(f"{number + 1}/{len(todo)} {cell.key}: {rises}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+    if any(cell.key not in cells for cell in todo):
+        tokenizer = load_tokenizer(load_model("demo").directory)
+        texts = read_texts(arguments.sotu, arguments.handbook, tokenizer)
+        run(Bench(texts, arguments.cells.with_suffix(".npz")), todo, cells, arguments.cells)
     if arguments.write:
         arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), cells), encoding="utf-8")
 
