@@ -21,8 +21,9 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
-from edgeprune.prepare import SELF, Request, pack_samples, read_documents_of
+from edgeprune.prepare import SELF, Request, check_samples, pack_samples, read_documents_of
 from edgeprune.progress import Progress
+from edgeprune.sensitivities import sensitivities_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CHANNEL_MULTIPLE = 8  # fine enough to realise a ratio within half a point
 RATIO_TOLERANCE = 0.005
 DENSE = "dense"
+DENSE_KEY = (DENSE, "", "0")  # of its row
 BOTH = "both"  # layouts
 DECODE_WORKLOAD = Workload(batch=1, prompt=512, context=1024)  # that decode bytes are stated for, in fp16
 
@@ -108,7 +110,8 @@ class Timed:
 class Comparison:
     """A model, the samples to calibrate on (samples, length) int64 and texts of token documents to judge by.
 
-    generated: samples of the model's own, for the methods that compensate.
+    generated: samples of the model's own, for the methods that compensate. losses: of what was evaluated, by
+    the row's key; another comparison on the same texts may share them.
     """
 
     model: Model
@@ -122,14 +125,9 @@ class Comparison:
 
     @functools.cached_property
     def sensitivities(self) -> Sensitivities:
-        from edgeprune.pruning.methods import DEFAULT, METHODS
-        from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
+        from edgeprune.pruning.methods import DEFAULT
 
-        method = METHODS[DEFAULT]
-        advance = self.progress.stage("measure sensitivities", 3 * len(self.model.decoder.layers))
-        found = measure_sensitivities(self.model, self.ids, method.score, self.seed, advance)
-        advance = self.progress.stage("probe the loss", 4)
-        return measure_response(self.model, self.ids, found, method, self.seed, advance)
+        return sensitivities_of(self.model, self.ids.numpy(), DEFAULT, self.seed, self.progress)
 
     @functools.cached_property
     def dense(self) -> Row:
@@ -137,11 +135,12 @@ class Comparison:
         from edgeprune.model.forward import weight_stream
 
         decoder = self.model.decoder
-        advance = self.progress.stage(DENSE, len(decoder.layers))
         reset_peak_bytes()
-        losses = text_losses(decoder, weight_stream(self.model), self.texts, self.window, advance)
-        self.losses[DENSE, "", "0"] = losses
-        return self._row(DENSE, "", "", 0.0, decoder, losses, 0.0, 0)
+        if DENSE_KEY not in self.losses:
+            advance = self.progress.stage(DENSE, len(decoder.layers))
+            stream = weight_stream(self.model)
+            self.losses[DENSE_KEY] = text_losses(decoder, stream, self.texts, self.window, advance)
+        return self._row(DENSE, "", "", 0.0, decoder, self.losses[DENSE_KEY], 0.0, 0)
 
     def run(self, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
         """Prune with a method to a ratio (0 to 1) and evaluate in one walk. Raises InputError."""
@@ -215,7 +214,7 @@ class Comparison:
     ) -> Row:  # fmt: skip
         from edgeprune.evaluate.perplexity import log_rise
 
-        dense, reference = self.model.decoder, self.losses[DENSE, "", "0"]
+        dense, reference = self.model.decoder, self.losses[DENSE_KEY]
         return Row(
             method=name, layout=layout, allocation=allocation, asked=wanted, ratio=ratio(decoder, dense),
             total_ratio=1 - decoder.parameters / dense.parameters,
@@ -270,6 +269,7 @@ def compare(
         raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
     if calibration == SELF:
         raise InputError("compare needs real text to calibrate on", "Give --calibration PATH.")
+    check_samples(samples, length)
     request = Request(
         model=spec, calibration=calibration, evaluate=tuple(evaluate), samples=samples, length=length, seed=seed
     )

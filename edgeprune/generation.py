@@ -29,10 +29,12 @@ def generate_documents(
     """Token ids (count, length) int64 that the model draws: a user's turn, the answer, and so on.
 
     Without a chat template it begins after the begin (or end) token. An end token does not end a
-    sample: the model goes on with whatever follows it.
+    sample: the model goes on with whatever follows it. length: at least 2; an opening that leaves no room
+    for text is cut to its first token.
     """
     tokenizer = load_tokenizer(directory)
     start = _opening(tokenizer)
+    start = start if len(start) < length else start[:1]
     rows = []
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)

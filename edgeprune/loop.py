@@ -8,7 +8,6 @@ Every station is a stage of the journal: a killed run goes on after the last one
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.budget import Status, Verdict, judge, judge_quality
-from edgeprune.cache import cache_folder
 from edgeprune.engine import local
 from edgeprune.engine.base import Measured, Performance
 from edgeprune.engine.choose import RUNTIME_GRAPH, Exported
@@ -32,12 +30,12 @@ from edgeprune.model.save import save_checkpoint
 from edgeprune.prepare import Request, Setup, prepare
 from edgeprune.progress import Progress, Silent
 from edgeprune.search import Costs, Outcome, search
+from edgeprune.sensitivities import sensitivities_of
 
 if TYPE_CHECKING:
     from edgeprune.pruning.allocate import Sensitivities, Widths
 
 SPELLINGS = tuple(Spelling(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
-SENSITIVITIES = 4  # of what is kept of them in the cache; another number measures again
 MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
 CROSS_CHECK_SECONDS = 10.0
 SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
@@ -206,28 +204,9 @@ class Run:
 
     def measure_sensitivities(self, samples: Samples) -> Sensitivities:
         """What every possible cut would cost; reused by other budgets for the same model and samples."""
-        from edgeprune.pruning.allocate import Sensitivities
-        from edgeprune.pruning.methods import method_named
-        from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
-
         setup = self.setup
-        key = hashlib.sha256(
-            f"{SENSITIVITIES} {setup.model.fingerprint} {setup.request.method} {setup.request.seed}".encode()
-            + samples.calibration.tobytes()
-        ).hexdigest()
-        path = cache_folder() / "sensitivities" / f"{key}.npz"
-        if not path.is_file():
-            advance = self.progress.stage("measure sensitivities", 3 * len(setup.model.decoder.layers))
-            ids, method = _tensor(samples.calibration), method_named(setup.request.method)
-            found = measure_sensitivities(setup.model, ids, method.score, setup.request.seed, advance)
-            advance = self.progress.stage("probe the loss", 4)
-            found = measure_response(setup.model, ids, found, method, setup.request.seed, advance)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{key}.{self.journal.folder.name}.npz")
-            np.savez(temporary, attention=found.attention, mlp=found.mlp, response=found.response)
-            temporary.replace(path)
-        with np.load(path) as arrays:
-            return Sensitivities(arrays["attention"], arrays["mlp"], arrays["response"])
+        request = setup.request
+        return sensitivities_of(setup.model, samples.calibration, request.method, request.seed, self.progress)
 
     def search(self, dense: Candidate, samples: Samples, sensitivities: Sensitivities) -> tuple[Outcome, Candidate]:
         """Propose, prune, build, measure, correct; the chosen candidate."""

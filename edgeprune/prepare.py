@@ -157,7 +157,6 @@ def prepare(request: Request) -> Setup:
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
-    _check_length(request.length, model)
     floor = _check_floor(model, profile, workload, precision, budget)
     texts = pack_samples(request, model, *documents)
     if texts.calibration is None:
@@ -169,10 +168,11 @@ def prepare(request: Request) -> Setup:
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
 
 
-def _check_length(length: int, model: Model) -> None:
-    limit = model.decoder.max_position_embeddings
-    if length > limit:
-        raise InputError(f"samples of {length} tokens exceed the model's {limit} positions", f"Try --length {limit}.")
+def check_samples(samples: int, length: int) -> None:
+    """Raises InputError for numbers that no sample can have."""
+    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if value < least:
+            raise InputError(f"--{name} {value} is less than {least}", f"Give at least {least}.")
 
 
 def _check_method(name: str) -> None:
@@ -190,8 +190,9 @@ def _stem(model: str) -> str:
 
 
 def _workload(request: Request, profile: DeviceProfile) -> Workload:
+    check_samples(request.samples, request.length)
     default = profile.workload
-    given = {name: getattr(request, name) for name in ("batch", "prompt", "context", "samples", "length")}
+    given = {name: getattr(request, name) for name in ("batch", "prompt", "context")}
     for name, value in given.items():
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} is less than 1", "Give a positive number.")
@@ -285,6 +286,11 @@ def pack_samples(
     request: Request, model: Model, calibration: list[Document], evaluation: dict[str, list[Document]]
 ) -> Texts:
     """The documents as token ids: packed to calibrate on, whole to evaluate on. Raises InputError."""
+    limit = model.decoder.max_position_embeddings
+    if request.length > limit:
+        raise InputError(
+            f"samples of {request.length} tokens exceed the model's {limit} positions", f"Try --length {limit}."
+        )
     from edgeprune.pruning.calibration import hold_out, pack, shuffled, tokenize
 
     tokenizer = load_tokenizer(model.directory)

@@ -15,9 +15,10 @@ ROOMS = {
     # what a room may import from edgeprune, besides itself and the ground floor
     "cli": {"loop", "prepare", "shipping", "compare", "doctor", "generation", "progress", "log", "profiles", "report"},
     "loop": {"prepare", "shipping", "journal", "progress", "search", "bundle", "report", "evaluate", "engine",
-             "pruning", "model", "generation", "budget", "cache", "profiles"},
+             "pruning", "model", "generation", "budget", "sensitivities", "profiles"},
     "shipping": {"loop", "bundle", "report", "engine", "budget", "model", "profiles"},
-    "compare": {"prepare", "progress", "evaluate", "pruning", "model", "engine", "generation"},
+    "compare": {"prepare", "progress", "evaluate", "pruning", "model", "engine", "generation", "sensitivities"},
+    "sensitivities": {"pruning", "model", "cache", "progress"},
     "prepare": {"engine", "pruning", "model", "profiles", "budget", "bundle", "search"},
     "generation": {"bundle", "engine", "model"},
     "doctor": {"engine"},

@@ -174,18 +174,17 @@ TABLES = {"main": main_cells, "allocation": allocation_cells, "samples": sample_
 class Bench:
     """Runs cells on one model; the widths of every cell are allocated on the first seed's 16 samples."""
 
-    def __init__(self, texts: Texts, cache: Path) -> None:
-        self.model = load_model("demo")
+    def __init__(self, texts: Texts) -> None:
         self.texts = texts
-        self.cache = cache
-        self._planner = self._comparison(CALIBRATION, 0)
+        self.model = load_model("demo")
+        self._planner = self._comparison(CALIBRATION, 0, {})
 
-    def _comparison(self, samples: int, seed: int) -> Comparison:
+    def _comparison(self, samples: int, seed: int, losses: dict[Any, Any]) -> Comparison:
         import torch
 
         ids = torch.from_numpy(self.texts.rows(samples, seed))
         generated = self._generated(seed)[: max(samples, LEAST_GENERATED)]
-        return Comparison(self.model, ids, generated, self.texts.evaluation, LENGTH, seed, Silent())
+        return Comparison(self.model, ids, generated, self.texts.evaluation, LENGTH, seed, Silent(), losses)
 
     @functools.cache  # noqa: B019
     def _generated(self, seed: int) -> Any:
@@ -195,32 +194,13 @@ class Bench:
         return self._planner.dense.as_json()
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        self._restore_sensitivities()
-        comparison = self._comparison(cell.samples, cell.seed)
-        comparison.__dict__["dense"] = self._planner.dense
-        comparison.losses.update(self._planner.losses)
+        comparison = self._comparison(cell.samples, cell.seed, self._planner.losses)
         target = self._planner.target(cell.method, cell.ratio, cell.layout, cell.allocation)
         row = comparison.run_to(target, cell.method, cell.ratio, cell.layout, cell.allocation)
-        losses = comparison.losses[row.key]
-        nats = {text: found.nats.tolist() for text, found in losses.items()}
-        widths = [
-            [layer.attention.num_key_value_heads, layer.attention.heads_per_group, 0] if layer.attention else [0, 1, 0]
-            for layer in target.layers
-        ]
-        for width, layer in zip(widths, target.layers, strict=True):
-            width[2] = layer.mlp.intermediate_size if layer.mlp else 0
-        return row.as_json() | {"nats": nats, "widths": widths}
-
-    def _restore_sensitivities(self) -> None:
-        from edgeprune.pruning.allocate import Sensitivities
-
-        if self.cache.is_file():
-            with np.load(self.cache) as arrays:
-                found = Sensitivities(arrays["attention"], arrays["mlp"], arrays["response"])
-            self._planner.__dict__["sensitivities"] = found
-        else:
-            found = self._planner.sensitivities
-            np.savez(self.cache, attention=found.attention, mlp=found.mlp, response=found.response)
+        return row.as_json() | {
+            "nats": {text: found.nats.tolist() for text, found in comparison.losses[row.key].items()},
+            "widths": target.layer_widths,
+        }
 
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -333,7 +313,7 @@ def main() -> None:
     if any(cell.key not in cells for cell in todo):
         tokenizer = load_tokenizer(load_model("demo").directory)
         texts = read_texts(arguments.sotu, arguments.handbook, tokenizer)
-        run(Bench(texts, arguments.cells.with_suffix(".npz")), todo, cells, arguments.cells)
+        run(Bench(texts), todo, cells, arguments.cells)
     if arguments.write:
         arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), cells), encoding="utf-8")
 

@@ -105,6 +105,18 @@ class Decoder:
         )
         return replace(self, layers=layers)
 
+    @property
+    def layer_widths(self) -> list[tuple[int, int, int]]:
+        """What `with_layer_widths` takes to make this model from a wider one."""
+        return [
+            (
+                layer.attention.num_key_value_heads if layer.attention else 0,
+                layer.attention.heads_per_group if layer.attention else 1,
+                layer.mlp.intermediate_size if layer.mlp else 0,
+            )
+            for layer in self.layers
+        ]
+
     def compact(self) -> Decoder:
         """The same model without the layers that have neither attention nor MLP."""
         return replace(self, layers=tuple(layer for layer in self.layers if layer.attention or layer.mlp))

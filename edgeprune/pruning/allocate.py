@@ -58,8 +58,7 @@ class Sensitivities:
 
 def dense_widths(decoder: Decoder) -> Widths:
     """The widths of a model whose layers are all alike."""
-    layer = decoder.layers[0]
-    return Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
+    return Widths(*decoder.layer_widths[0])
 
 
 def layer_parameters(decoder: Decoder, widths: Widths) -> int:

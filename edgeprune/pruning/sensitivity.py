@@ -23,7 +23,7 @@ from edgeprune.model.forward import (
     weight_stream,
 )
 from edgeprune.model.model import Model
-from edgeprune.pruning.allocate import Sensitivities, Widths
+from edgeprune.pruning.allocate import Sensitivities, Widths, dense_widths
 from edgeprune.pruning.compensate import nested_errors
 from edgeprune.pruning.methods import Method
 from edgeprune.pruning.moments import gram
@@ -138,8 +138,7 @@ def measure_response(
     """
     half = max(1, len(ids) // 2)
     fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
-    layer = model.decoder.layers[0]
-    dense = Widths(layer.attention.num_key_value_heads, layer.attention.heads_per_group, layer.mlp.intermediate_size)
+    dense = dense_widths(model.decoder)
     base = float(token_losses(model.decoder, weight_stream(model), held_out).mean())
     on_probe()
     response = np.zeros(3)

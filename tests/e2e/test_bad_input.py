@@ -50,6 +50,8 @@ CASES = {
     "another engine": (["fit", "model", "--device", "jetson-orin", "--engine", "onnxruntime"], "runs tensorrt"),
     "unknown engine": (["fit", "model", "--device", "jetson-orin", "--engine", "steam"], "unknown engine"),
     "unknown method": (["fit", "model", "--device", "jetson-orin", "--method", "magic"], "unknown method"),
+    "a method of compare": (["fit", "model", "--device", "jetson-orin", "--method", "flap"], "--method flap+ls"),
+    "samples beyond the model": (["fit", "model", "--device", "jetson-orin", "--length", "9999"], "positions"),
     "unknown precision": (["fit", "model", "--device", "jetson-orin", "--precision", "int1"], "precision"),
     "no samples": (["fit", "model", "--device", "jetson-orin", "--samples", "0"], "--samples"),
     "context beyond the model": (["fit", "model", "--device", "jetson-orin", "--context", "9999"], "positions"),
@@ -61,6 +63,13 @@ CASES = {
     "unknown option": (["fit", "model", "--devise", "cpu"], "--devise"),
     "malformed ratios": (["compare", "model", "--ratios", "a", "--calibration", "short.txt"], "malformed ratios"),
     "ratio out of range": (["compare", "model", "--ratios", "100", "--calibration", "short.txt"], "between 0 and 100"),
+    "unknown layout": (
+        ["compare", "model", "--calibration", "short.txt", "--layout", "diagonal"], "unknown layout",
+    ),
+    "no samples to compare on": (["compare", "model", "--calibration", "short.txt", "--samples", "0"], "--samples"),
+    "a page in no folder": (
+        ["compare", "model", "--calibration", "short.txt", "--html", "nowhere/x.html"], "no folder",
+    ),
     "compare without text": (["compare", "model"], "--calibration"),
     "unknown device to show": (["devices", "toaster"], "unknown device"),
     "a log that cannot be written": (["--log-file", "nowhere/x.log", "doctor"], "cannot write the log"),

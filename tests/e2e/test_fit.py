@@ -166,16 +166,14 @@ def test_require_measured_makes_an_estimate_a_failure(home):
 
 
 def test_a_quality_limit_that_cannot_be_kept_is_exit_code_3(home):
+    """On the dense model's own text nothing does better than the dense model; on other text a random one may gain."""
     result = command(
         "fit", home / "model", "--device", "jetson-orin", "--memory", "92%", "--max-quality-loss", "0",
-        "--calibration", home / "text.txt", "--evaluate", home / "text.txt", "--output", home / "quality", "--json",
-        *SMALL,
+        "--output", home / "quality", "--json", "--samples", "16", "--length", "48", "--prompt", "16",
+        "--context", "64",
     )  # fmt: skip
     report = Report.model_validate_json(result.stdout)
     quality = next(row for row in report.budget if row.name == "quality")
-    if quality.fitted.high <= 0:  # a random model may gain by losing weights
-        assert result.returncode == 0
-        return
     assert result.returncode == 3
     assert quality.status == report.quality_status == ("missed" if quality.fitted.low > 0 else "noisy")
     assert quality.fitted.high > 0
@@ -221,16 +219,16 @@ def test_compare_puts_methods_side_by_side(home):
     page = home / "page.html"
     (home / "other.txt").write_text("\n\n".join(f"colourless green ideas {i} sleep furiously " * 40 for i in range(3)))
     result = command(
-        "compare", home / "model", "--ratios", "40", "--methods", "magnitude,flap,default", "--layout", "both",
+        "compare", home / "model", "--ratios", "20,40", "--methods", "magnitude,flap,default", "--layout", "both",
         "--calibration", home / "text.txt", "--evaluate", home / "text.txt", "--evaluate", home / "other.txt",
         "--samples", "4", "--length", "32", "--json", "--html", page,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     dense, *rows = json.loads(result.stdout)["rows"]
     assert [dense["method"], dense["ratio"]] == ["dense", 0]
-    assert {row["layout"] for row in rows[:3]} == {"uniform"}
-    assert {row["layout"] for row in rows[3:]} == {"per-layer"}
-    assert [row["method"] for row in rows] == ["default", "magnitude", "flap"] * 2
+    assert {row["layout"] for row in rows[:6]} == {"uniform"}
+    assert {row["layout"] for row in rows[6:]} == {"per-layer"}
+    assert [row["method"] for row in rows] == ["default", "magnitude", "flap"] * 4
     for row in rows:
         assert abs(row["ratio"] - row["asked"]) <= 0.005
         assert set(row["perplexity"]) == set(row["rise"]) == {"text", "other"}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from edgeprune.pruning.allocate import (
     Sensitivities,
     Widths,
+    best_within,
     even,
     knapsack,
     per_layer,
@@ -66,6 +67,27 @@ def total(options, picks) -> float:
 
 def cost(widths: Widths) -> int:
     return 10 * widths.num_key_value_heads * (widths.heads_per_group + 1) + 4 * widths.intermediate_size
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, 200))
+def test_the_best_within_a_budget_is_the_least_error_by_brute_force(seed, budget):
+    found = sensitivities(seed)
+    options = uniform_options(FULL, 5)
+    chosen = best_within(options, found.uniform_loss, lambda widths: cost(widths) <= budget)
+    feasible = [widths for widths in options if cost(widths) <= budget]
+    if not feasible:
+        assert chosen is None
+    else:
+        groups, heads, channels = found.response
+        losses = [
+            groups * found.attention[:, w[0], -1].sum()
+            + heads * (found.attention[:, w[0], w[1] - 1] - found.attention[:, w[0], -1]).sum()
+            + channels * found.mlp[:, w[2]].sum()
+            for w in feasible
+        ]
+        assert chosen in feasible
+        assert np.isclose(found.uniform_loss(chosen), min(losses))
 
 
 @settings(max_examples=25, deadline=None)
