@@ -187,15 +187,17 @@ class Comparison:
             scores = measure_scores(self.model, self.ids, method_named(method).score, self.seed, advance)
             widths = allocate.standardised_cut(*scores, full, cost, capacity)
         elif layout is Layout.UNIFORM:
-            widths = allocate.uniform(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE)
+            least = math.ceil(dense.layer_parameters * (1 - wanted - RATIO_TOLERANCE))
+            widths = allocate.uniform(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE, least)
         else:
             widths = allocate.per_layer(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE)
-        reached = ratio(dense.with_layer_widths(widths), dense) if widths else 1.0
-        if widths is None or abs(reached - wanted) > RATIO_TOLERANCE:
+        target = dense.with_layer_widths(widths) if widths else None
+        if target is None or abs(ratio(target, dense) - wanted) > RATIO_TOLERANCE:
             raise InputError(
-                f"no {layout} widths of this model remove {100 * wanted:g} %", f"The nearest is {100 * reached:.1f} %."
+                f"no {layout} widths of this model remove {100 * wanted:g} % within {100 * RATIO_TOLERANCE:g} points",
+                "Try another ratio: widths come in steps, and at least one layer stays.",
             )
-        return dense.with_layer_widths(widths)
+        return target
 
     def over_default(self, row: Row) -> Row:
         """The row with its rise over the default method's, where that ran at the same ratio and layout."""

@@ -111,12 +111,12 @@ def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int) -
 
 
 def uniform(
-    sensitivities: Sensitivities, dense: Widths, cost: Cost, capacity: int, multiple: int
+    sensitivities: Sensitivities, dense: Widths, cost: Cost, capacity: int, multiple: int, least: int = 0
 ) -> list[Widths] | None:
     """The least predicted loss in the layout `uniform`, whole layers among the choices; exact.
 
     For each of the widths, as many layers stay as fit; which of them go is a choice of the smallest
-    differences, because every layer costs the same. None where nothing fits.
+    differences, because every layer costs the same. None where nothing fits between `least` and capacity.
     """
     layers = len(sensitivities.mlp)
     gone = Widths(0, 1, 0)
@@ -124,7 +124,7 @@ def uniform(
     best: tuple[float, list[Widths]] | None = None
     for widths in uniform_options(dense, multiple):
         stay = min(layers, capacity // cost(widths))
-        if stay == 0:
+        if stay == 0 or stay * cost(widths) < least:
             continue
         saved = without - [sensitivities.response @ sensitivities.errors(layer, widths) for layer in range(layers)]
         kept = set(np.argsort(-saved, kind="stable")[:stay].tolist())

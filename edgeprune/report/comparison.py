@@ -74,5 +74,7 @@ def _curves(rows: Sequence[Row], text: str) -> go.Figure:
         )  # fmt: skip
     figure.update_layout(height=380)
     figure.update_xaxes(title_text="% of attention and MLP parameters removed")
-    figure.update_yaxes(title_text="rise of log perplexity, nats per token", type="log")
+    # A bad method is a hundred times worse than a good one; but a logarithm drops what is not above zero.
+    scale = "log" if all(row.rise[text][0] > 0 for row in rows) else "linear"
+    figure.update_yaxes(title_text="rise of log perplexity, nats per token", type=scale)
     return figure

@@ -109,6 +109,14 @@ def test_the_uniform_choice_is_the_least_loss_by_brute_force(seed, share):
         assert sum(map(cost, chosen)) <= capacity
         assert found.loss(chosen) <= min(map(found.loss, feasible)) + 1e-9
         assert len({widths for widths in chosen if widths != GONE}) == 1
+    least = int(0.9 * capacity)
+    near = [widths for widths in feasible if sum(map(cost, widths)) >= least]
+    close = uniform(found, FULL, cost, capacity, 5, least)
+    if close is None:  # a choice with fewer layers than fit is never the better one, and is not offered
+        assert all(sum(w != GONE for w in widths) < min(3, capacity // cost(max(widths))) for widths in near)
+    else:
+        assert least <= sum(map(cost, close)) <= capacity
+        assert found.loss(close) <= min(map(found.loss, near)) + 1e-9
 
 
 @settings(max_examples=15, deadline=None)

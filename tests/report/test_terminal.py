@@ -199,6 +199,9 @@ def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
     assert page.count('id="plot-') == 1
     assert "0.215 [0.205, 0.225]" in page
     assert "http:" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert '"type":"log"' in page
+    gained = [*rows[:-1], replace(rows[-1], rise={"<script>x": (-0.1, -0.2, 0.1)})]
+    assert '"type":"log"' not in render_page(gained)  # a logarithm would drop the point
     path = tmp_path / "page.html"
     write_page(path, rows)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
