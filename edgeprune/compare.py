@@ -45,7 +45,7 @@ class Layout(StrEnum):
 
 
 class Allocation(StrEnum):
-    """How the widths are found: equal shares, one cut over standardised scores, or least predicted loss."""
+    """How the widths are found: equal shares, FLAP's one cut over standardised scores, or least predicted loss."""
 
     EVEN = "even"
     SCORE = "score"
@@ -144,7 +144,7 @@ class Comparison:
 
     def run(self, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
         """Prune with a method to a ratio (0 to 1) and evaluate in one walk. Raises InputError."""
-        return self.run_to(self.target(name, wanted, layout, allocation), name, wanted, layout, allocation)
+        return self.run_to(self.target(wanted, layout, allocation), name, wanted, layout, allocation)
 
     def run_to(self, target: Decoder, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
         """The same for widths that are known."""
@@ -170,10 +170,9 @@ class Comparison:
         self.losses[row.key] = losses
         return row
 
-    def target(self, method: str, wanted: float, layout: Layout, allocation: Allocation) -> Decoder:
+    def target(self, wanted: float, layout: Layout, allocation: Allocation) -> Decoder:
         """The Decoder to reach: at most 1 - wanted of the parameters, within half a point. Raises InputError."""
-        from edgeprune.pruning import allocate
-        from edgeprune.pruning.methods import method_named
+        from edgeprune.pruning import allocate, score
         from edgeprune.pruning.sensitivity import measure_scores
 
         dense = self.model.decoder
@@ -183,8 +182,8 @@ class Comparison:
         if allocation is Allocation.EVEN:
             widths = allocate.even(full, layers, cost, capacity, CHANNEL_MULTIPLE)
         elif allocation is Allocation.SCORE:
-            advance = self.progress.stage(f"scores of {method}", layers)
-            scores = measure_scores(self.model, self.ids, method_named(method).score, self.seed, advance)
+            advance = self.progress.stage("scores of every layer", layers)
+            scores = measure_scores(self.model, self.ids, score.flap, self.seed, advance)
             widths = allocate.standardised_cut(*scores, full, cost, capacity)
         elif layout is Layout.UNIFORM:
             least = math.ceil(dense.layer_parameters * (1 - wanted - RATIO_TOLERANCE))
@@ -259,7 +258,7 @@ def compare(
     """
     import torch
 
-    from edgeprune.pruning.calibration import LEAST_GENERATED
+    from edgeprune.pruning.calibration import GENERATED
     from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
 
     names = [name for name in dict.fromkeys(METHODS if methods == ["all"] else methods) if name != DENSE]
@@ -279,7 +278,7 @@ def compare(
     model = load_model(spec)
     texts = pack_samples(request, model, *documents)
     ids = torch.from_numpy(texts.calibration)
-    generated = generate_samples(model, max(samples, LEAST_GENERATED), length, seed, progress)
+    generated = generate_samples(model, GENERATED, length, seed, progress)
     comparison = Comparison(model, ids, generated, texts.evaluation, max(length, 256), seed, progress)
     rows = [comparison.dense]
     for each in Layout if layout == BOTH else [Layout(layout)]:

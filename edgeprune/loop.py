@@ -44,7 +44,7 @@ SAMPLE_TOKENS = 80
 
 @dataclass(frozen=True)
 class Samples:
-    """calibration: (samples, length) int64; generated: as many that the model wrote, beside the user's own
+    """calibration: (samples, length) int64; generated: what the model wrote, beside the user's own
     (none where those are generated already); evaluation: token documents by name of the text."""
 
     calibration: np.ndarray
@@ -156,12 +156,12 @@ class Run:
         return self.journal.folder_stage("dense", fill) / "onnx-fp32"
 
     def draw_samples(self, plain: Path) -> Samples:
-        """The user's texts and as many samples of the model's own; or those alone, of which one in five is held out."""
-        from edgeprune.pruning.calibration import LEAST_GENERATED
+        """The user's texts and some samples of the model's own; or those alone, of which one in five is held out."""
+        from edgeprune.pruning.calibration import GENERATED
 
         setup, texts = self.setup, self.setup.texts
         own = texts.calibration is not None
-        count = max(setup.request.samples, LEAST_GENERATED) if own else setup.request.samples
+        count = GENERATED if own else setup.request.samples
         held_out = 0 if own or texts.evaluation else max(1, count // 4)
 
         def draw(folder: Path) -> None:

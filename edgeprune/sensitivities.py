@@ -15,7 +15,7 @@ from edgeprune.progress import Progress
 if TYPE_CHECKING:
     from edgeprune.pruning.allocate import Sensitivities
 
-VERSION = 4  # of what is kept; another number measures again
+VERSION = 5  # of what is kept; another number measures again
 
 
 def sensitivities_of(model: Model, ids: np.ndarray, method: str, seed: int, progress: Progress) -> Sensitivities:
@@ -26,10 +26,12 @@ def sensitivities_of(model: Model, ids: np.ndarray, method: str, seed: int, prog
     from edgeprune.pruning.methods import method_named
     from edgeprune.pruning.sensitivity import measure_response, measure_sensitivities
 
-    key = hashlib.sha256(f"{VERSION} {model.fingerprint} {method} {seed}".encode() + ids.tobytes()).hexdigest()
+    how = method_named(method)
+    named = f"{VERSION} {model.fingerprint} {how.score.__name__} {how.recovery.value} {seed}"
+    key = hashlib.sha256(named.encode() + ids.tobytes()).hexdigest()
     path = cache_folder() / "sensitivities" / f"{key}.npz"
     if not path.is_file():
-        samples, how = torch.from_numpy(ids), method_named(method)
+        samples = torch.from_numpy(ids)
         advance = progress.stage("measure sensitivities", 3 * len(model.decoder.layers))
         found = measure_sensitivities(model, samples, how.score, seed, advance)
         advance = progress.stage("probe the loss", 4)

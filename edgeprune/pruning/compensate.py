@@ -26,7 +26,7 @@ DAMPINGS = tuple(10.0 ** (step / 2) for step in range(-8, 5))
 """Candidates for g / mean(diag G_SS), 1e-4 to 100; the held-out samples choose."""
 
 FIRST_DAMPING = DAMPINGS.index(0.1)
-PROBED_OUTPUTS = 256
+PROBED_OUTPUTS = 128
 """Output features that damping and blend are chosen on: enough to average over, cheap for wide models."""
 
 MOMENT_DAMPING = 1e-2
@@ -55,30 +55,28 @@ def least_squares_update(moments: torch.Tensor, cross: torch.Tensor, damping: fl
 
 
 def compensate(
-    weight: torch.Tensor, moments: torch.Tensor, inputs: torch.Tensor, own: torch.Tensor, teacher: torch.Tensor
+    weight: torch.Tensor, moments: torch.Tensor, inputs: torch.Tensor, lost: torch.Tensor, teacher: torch.Tensor
 ) -> Compensation:
     """The update with the damping and the blend of targets that come closest to the teacher on held-out samples.
 
     Both are chosen with the update solved on the other samples; the final solve uses all.
     weight: (out_features, kept) fp32, the kept columns; moments: (kept, kept) fp64, X_S^T X_S of all
-    tokens; inputs: (samples, tokens, kept) fp32, X_S; own and teacher: (samples, tokens, out_features)
-    fp32, the two targets; both are consumed.
+    tokens; inputs: (samples, tokens, kept) fp32, X_S; lost: (samples, tokens, out_features) fp32,
+    X_P W_P^T, what the symmetric target has over the output of the kept features; teacher: the same
+    shape, the teacher target, consumed.
     """
     held = held_out_rows(*inputs.shape[:2])
-    inputs, own, teacher = (states.flatten(0, 1) for states in (inputs, own, teacher))
+    inputs, lost, teacher = (states.flatten(0, 1) for states in (inputs, lost, teacher))
     energy = float(teacher[held].square().sum(dtype=torch.float64)) or 1.0
-    output = inputs @ weight.T
-    own -= output
-    teacher -= output
-    del output
-    lost = float(teacher[held].square().sum(dtype=torch.float64)) / energy
-    choice = _choose(moments, inputs, own, teacher, held)
+    teacher -= inputs @ weight.T
+    before = float(teacher[held].square().sum(dtype=torch.float64)) / energy
+    choice = _choose(moments, inputs, lost, teacher, held)
     if choice is None:
-        return Compensation(weight, None, 0.0, lost, lost)
+        return Compensation(weight, None, 0.0, before, before)
     damping, blend, share = choice
-    residual = torch.lerp(own, teacher, blend)
+    residual = torch.lerp(lost, teacher, blend)
     update = least_squares_update(moments, cross(inputs, residual), damping)
-    return Compensation(weight + update.T.float(), damping, blend, lost, lost * share)
+    return Compensation(weight + update.T.float(), damping, blend, before, before * share)
 
 
 def _choose(

@@ -27,7 +27,7 @@ class Method:
 
 DEFAULT = "default"
 METHODS = {
-    DEFAULT: Method(score.numerical, Recovery.LEAST_SQUARES),
+    DEFAULT: Method(score.obs, Recovery.LEAST_SQUARES),
     "numerical": Method(score.numerical, Recovery.NONE),
     "numerical+ls": Method(score.numerical, Recovery.LEAST_SQUARES),
     "numerical-box": Method(score.numerical_box, Recovery.NONE),

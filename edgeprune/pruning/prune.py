@@ -128,12 +128,12 @@ class Walk:
             removed[kept] = 0.0
             new[BIAS[kind]] = (weight.double() @ removed).float()
         record = ModuleRecord(index, kind, len(kept), weight.shape[1])
-        own = F.linear(inputs, weight) if compensates else None
+        lost = _without(inputs, kept, weight) if compensates else None
         moments = projection.gram[kept[:, None], kept]
         inputs = inputs[..., kept]
         del projection  # the largest arrays of the walk: not while those of the solve are made
-        if own is not None:
-            solved = compensate(new[OUTPUT[kind]], moments, inputs, own, (self.whole - self.pruned).mul_(scale))
+        if lost is not None:
+            solved = compensate(new[OUTPUT[kind]], moments, inputs, lost, (self.whole - self.pruned).mul_(scale))
             new[OUTPUT[kind]] = solved.weight
             record = replace(
                 record, damping=solved.damping, blend=solved.blend, error_before=solved.error_before,
@@ -141,6 +141,13 @@ class Walk:
             )  # fmt: skip
         self.pruned += F.linear(inputs, new[OUTPUT[kind]], new.get(BIAS[kind])).div_(scale)
         return new, record
+
+
+def _without(inputs: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What the features of inputs (b, t, features) that are not kept give, (b, t, out_features)."""
+    is_removed = torch.ones(inputs.shape[-1], dtype=torch.bool)
+    is_removed[kept] = False
+    return F.linear(inputs[..., is_removed], weight[:, is_removed])
 
 
 @torch.inference_mode()

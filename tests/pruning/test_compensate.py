@@ -19,11 +19,10 @@ def solve(
 ) -> Compensation:
     """Compensation of a projection (out, features) on inputs (samples, tokens, features)."""
     weight, inputs = weight.float(), inputs.float()
-    own = inputs @ weight.T
-    small = inputs[..., kept]
-    return compensate(
-        weight[:, kept], gram(small.flatten(0, 1)), small, own, (own if teacher is None else teacher).clone()
-    )
+    removed = [j for j in range(weight.shape[1]) if j not in kept.tolist()]
+    small, lost = inputs[..., kept], inputs[..., removed] @ weight[:, removed].T
+    teacher = inputs @ weight.T if teacher is None else teacher.clone()
+    return compensate(weight[:, kept], gram(small.flatten(0, 1)), small, lost, teacher)
 
 
 @settings(max_examples=30, deadline=None)
