@@ -37,7 +37,7 @@ CALIBRATION = 16
 YEAR = 1990
 EXCERPTS = {"speeches": 20, "handbook": 20, "handbook, Japanese": 6}
 RATIOS = (0.2, 0.3, 0.5)
-MAIN = ("wanda+ls", "flap", "numerical+ls", "flap+ls", "wanda", "numerical", "magnitude+ls")  # beside the default
+MAIN = ("wanda+ls", "flap", "flap+ls", "numerical+ls", "wanda", "numerical", "magnitude+ls")  # beside the default
 OTHERS = ("obs", "numerical-box", "numerical-box+ls", "magnitude", "random", "random+ls")
 SAMPLES = (2, 4, 8, 16, 32, 64)
 SEEDS = (0, 1, 2)
@@ -177,7 +177,7 @@ def ablation_cells() -> Iterator[Cell]:
             yield Cell(method, 0.3, layout, allocation)
 
 
-TABLES = {"main": main_cells, "allocation": allocation_cells, "samples": sample_cells, "ablation": ablation_cells,
+TABLES = {"main": main_cells, "samples": sample_cells, "allocation": allocation_cells, "ablation": ablation_cells,
           "others": other_cells}  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from edgeprune.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 DOCUMENT_CHARACTERS = 2000  # paragraphs of one text file are joined up to this size
-GENERATED = 16  # samples of the model's own beside the user's, however many those are
+GENERATED = 32  # samples of the model's own beside the user's, however many those are
 HELD_OUT_EVERY = 5  # one document of so many is held out for evaluation
 READABLE = "Give a UTF-8 text file, a .jsonl file (lines with `text` or `messages`), or a folder of such files."
 

@@ -63,18 +63,18 @@ def compensate(
     weight: (out_features, kept) fp32, the kept columns; moments: (kept, kept) fp64, X_S^T X_S of all
     tokens; inputs: (samples, tokens, kept) fp32, X_S; lost: (samples, tokens, out_features) fp32,
     X_P W_P^T, what the symmetric target has over the output of the kept features; teacher: the same
-    shape, the teacher target, consumed.
+    shape, the teacher target. Both are consumed.
     """
     held = held_out_rows(*inputs.shape[:2])
     inputs, lost, teacher = (states.flatten(0, 1) for states in (inputs, lost, teacher))
     energy = float(teacher[held].square().sum(dtype=torch.float64)) or 1.0
-    teacher -= inputs @ weight.T
+    teacher.addmm_(inputs, weight.T, alpha=-1)
     before = float(teacher[held].square().sum(dtype=torch.float64)) / energy
     choice = _choose(moments, inputs, lost, teacher, held)
     if choice is None:
         return Compensation(weight, None, 0.0, before, before)
     damping, blend, share = choice
-    residual = torch.lerp(lost, teacher, blend)
+    residual = lost.lerp_(teacher, blend)
     update = least_squares_update(moments, cross(inputs, residual), damping)
     return Compensation(weight + update.T.float(), damping, blend, before, before * share)
 

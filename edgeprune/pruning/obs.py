@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+COMPACTED_AT = 0.3  # share of removed units at which the arrays shrink to the others, by a copy
+
 
 def saliencies(weight: torch.Tensor, inverse: torch.Tensor, unit: int) -> torch.Tensor:
     """1/2 tr(W_g^T [(G^-1)_gg]^-1 W_g) (units,): the least rise of 1/2 ||dY||^2 when unit g goes alone.
@@ -25,25 +27,35 @@ def greedy_order(weight: torch.Tensor, inverse: torch.Tensor, unit: int, keep: i
     """Scores (units,) fp64: negative for removed units, by the order in which they went; the `keep` that
     stay have their saliency at the end.
 
-    In each round the `batch` units of least saliency go, and G^-1 and W are downdated with them:
-    W <- W - G^-1_:q (G^-1_qq)^-1 W_q, and the same for G^-1. Both arguments are consumed.
+    weight: (features, out_features); inverse: (features, features), G^-1; both fp64 and consumed. In each
+    round the `batch` units of least saliency go, and W and G^-1 are downdated with them, in place, because
+    they are the largest arrays of a pruning: W <- W - G^-1_:q (G^-1_qq)^-1 W_q, and the same for G^-1.
     """
-    weight, inverse = weight.contiguous(), inverse.contiguous()
-    alive = torch.arange(len(weight) // unit)
-    scores = torch.zeros(len(alive), dtype=torch.float64)
-    removed, to_remove = 0, len(alive) - max(keep, 1)
+    scores = torch.zeros(len(weight) // unit, dtype=torch.float64)
+    names = torch.arange(len(scores))  # of the units in the arrays
+    gone = torch.zeros(len(scores), dtype=torch.bool)
+    removed, to_remove = 0, len(scores) - max(keep, 1)
     while True:
         costs = saliencies(weight, inverse, unit)
         if removed == to_remove:
-            scores[alive] = costs
+            scores[names[~gone]] = costs[~gone]
             return scores
-        order = torch.sort(costs, stable=True).indices
-        gone = order[: min(batch, to_remove - removed)]
-        scores[alive[gone]] = torch.arange(len(gone), dtype=torch.float64) + (removed - to_remove)
-        removed += len(gone)
-        stays = order[len(gone) :].sort().values
-        q, s = ((index[:, None] * unit + torch.arange(unit)).flatten() for index in (gone, stays))
-        factor = torch.linalg.solve(inverse[q][:, q], inverse[q][:, s])  # (q, s)
-        weight = weight[s] - factor.T @ weight[q]
-        inverse = inverse[s][:, s] - inverse[s][:, q] @ factor
-        alive = alive[stays]
+        least = torch.sort(costs.masked_fill(gone, torch.inf), stable=True).indices[: min(batch, to_remove - removed)]
+        scores[names[least]] = torch.arange(len(least), dtype=torch.float64) + (removed - to_remove)
+        removed += len(least)
+        gone[least] = True
+        q = _features(least, unit)
+        rows = inverse[q]
+        factor = torch.linalg.cholesky(rows[:, q])
+        rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+        weight.addmm_(rows.T, torch.linalg.solve_triangular(factor, weight[q], upper=False), alpha=-1)
+        inverse.addmm_(rows.T, rows, alpha=-1)
+        inverse[q, q] = 1.0  # all else of these rows is zero now
+        if float(gone.double().mean()) > COMPACTED_AT:
+            stays = (~gone).nonzero().squeeze(1)
+            s = _features(stays, unit)
+            weight, inverse, names, gone = weight[s], inverse[s[:, None], s], names[stays], gone[stays]
+
+
+def _features(units: torch.Tensor, unit: int) -> torch.Tensor:
+    return (units[:, None] * unit + torch.arange(unit)).flatten()

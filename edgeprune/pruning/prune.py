@@ -128,10 +128,10 @@ class Walk:
             removed[kept] = 0.0
             new[BIAS[kind]] = (weight.double() @ removed).float()
         record = ModuleRecord(index, kind, len(kept), weight.shape[1])
-        lost = _without(inputs, kept, weight) if compensates else None
         moments = projection.gram[kept[:, None], kept]
+        del projection  # the largest array of the walk: not while those of the solve are made
+        lost = _without(inputs, kept, weight) if compensates else None
         inputs = inputs[..., kept]
-        del projection  # the largest arrays of the walk: not while those of the solve are made
         if lost is not None:
             solved = compensate(new[OUTPUT[kind]], moments, inputs, lost, (self.whole - self.pruned).mul_(scale))
             new[OUTPUT[kind]] = solved.weight

@@ -81,8 +81,9 @@ def obs(projection: Projection, unit: int, keep: int) -> torch.Tensor:
     the downdate of G^-1 and W. A unit that goes earlier ranks lower.
     """
     batch = max(1, projection.units(unit) // OBS_BATCHES)
-    factor = cholesky(projection.gram, OBS_DAMPING)
-    return greedy_order(projection.weight.double().T, torch.cholesky_inverse(factor), unit, keep, batch)
+    inverse = cholesky(projection.gram, OBS_DAMPING)
+    torch.cholesky_inverse(inverse, out=inverse)
+    return greedy_order(projection.weight.T.contiguous().double(), inverse, unit, keep, batch)
 
 
 def magnitude(projection: Projection, unit: int, keep: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeprune.budget import format_bytes
 from edgeprune.errors import InputError
-from edgeprune.report.figures import rise_text
+from edgeprune.report.figures import perplexity_text, rise_text
 from edgeprune.report.plots import PALETTE, plot_html
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def render_page(rows: Sequence[Row]) -> str:
         for place, text in enumerate(dense.perplexity)
     ]
     return environment.get_template("comparison.html.jinja").render(
-        dense=dense, rows=pruned, plots=plots, plotly=get_plotlyjs(), rise_text=rise_text, format_bytes=format_bytes
-    )
+        dense=dense, rows=pruned, plots=plots, plotly=get_plotlyjs(), rise_text=rise_text,
+        perplexity_text=perplexity_text, format_bytes=format_bytes,
+    )  # fmt: skip
 
 
 def _curves(rows: Sequence[Row], text: str) -> go.Figure:

@@ -55,6 +55,11 @@ def rise_text(rise: tuple[float, float, float]) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def perplexity_text(value: float | None) -> str:
+    """A perplexity; a dash where it is beyond floating point."""
+    return "–" if value is None else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
 def by_source(figures: Mapping[str, Figure]) -> dict[Source, str]:
     """The figures' names, joined, by their source: each label once."""
     names: dict[Source, list[str]] = {}

@@ -8,7 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeprune.budget import format_bytes
-from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, number_text, rise_interval, rise_text, shorten
+from edgeprune.report.figures import (
+    OUTCOME_LABEL,
+    OUTCOME_TEXT,
+    number_text,
+    perplexity_text,
+    rise_interval,
+    rise_text,
+    shorten,
+)
 from edgeprune.report.schema import Figure, Quality, Report
 
 if TYPE_CHECKING:
@@ -171,7 +179,7 @@ def print_doctor(findings: Sequence[Finding], console: Console) -> None:
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
-    """A table for each layout: methods by line, the rise of log perplexity on each text with its interval."""
+    """A table for each layout: methods by line, perplexity on each text and its logarithm's rise with the interval."""
     dense = rows[0]
     texts = list(dense.perplexity)
     perplexities = ", ".join(f"{text} {dense.perplexity[text]:.2f}" for text in texts)
@@ -184,20 +192,21 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
         "rise: log perplexity over the dense model in nats per token, measured here [95 % interval]", markup=False
     )
     columns = (
-        "method", "ratio", "of total", *(f"rise on {text}" for text in texts), "per token", "seconds", "peak memory"
+        "method", "ratio", "of total", *(f"{text}: perplexity, rise" for text in texts), "per token", "seconds",
+        "peak memory",
     )  # fmt: skip
     for layout in dict.fromkeys(row.layout for row in rows[1:]):
         cells = [
             (
                 row.method, f"{100 * row.ratio:.1f} %", f"{100 * row.total_ratio:.1f} %",
-                *(rise_text(row.rise[text]) for text in texts), format_bytes(row.decode_bytes), f"{row.seconds:.1f}",
-                format_bytes(row.peak_bytes),
+                *(f"{perplexity_text(row.perplexity[text])}  {rise_text(row.rise[text])}" for text in texts),
+                format_bytes(row.decode_bytes), f"{row.seconds:.1f}", format_bytes(row.peak_bytes),
             )
             for row in rows
             if row.layout == layout
         ]  # fmt: skip
         console.print(f"\nlayout {layout}")
-        console.print(_table(columns, cells, whole=[column for column in columns if not column.startswith("rise")]))
+        console.print(_table(columns, cells, whole=[column for column in columns if not column.endswith("rise")]))
     for row in rows:
         if row.fell_back:
             console.print(f"{row.method} at {100 * row.ratio:.1f} %: no update helped in {row.fell_back} modules")

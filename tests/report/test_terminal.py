@@ -16,7 +16,7 @@ from edgeprune.doctor import Finding
 from edgeprune.errors import InputError
 from edgeprune.profiles import list_profiles, load_profile
 from edgeprune.report.comparison import check_page, render_page, write_page
-from edgeprune.report.figures import figure_text, number_text
+from edgeprune.report.figures import figure_text, number_text, perplexity_text
 from edgeprune.report.terminal import print_comparison, print_doctor, print_profile, print_profiles, print_report
 from tests.report.sample_reports import (
     CONTENTS,
@@ -183,12 +183,17 @@ def test_comparison_by_layout_method_and_text():
     uniform, free = (
         next(n for n, line in enumerate(lines) if line == f"layout {name}") for name in ("uniform", "per-layer")
     )
-    assert "rise on [b]a.txt" in lines[uniform + 1]
+    assert "[b]a.txt: perplexity, rise" in lines[uniform + 1]
     assert next(line for line in lines if line.startswith("default")).split() == [
-        "default", "20.0", "%", "16.0", "%", "0.215", "[0.205,", "0.225]", "256.0", "MiB", "31.0", "2.00", "GiB",
+        "default", "20.0", "%", "16.0", "%", "15.25", "0.215", "[0.205,", "0.225]", "256.0", "MiB", "31.0", "2.00",
+        "GiB",
     ]  # fmt: skip
     assert uniform < free < next(n for n, line in enumerate(lines) if line.startswith("flap"))
     assert "no update helped in 2 modules" in lines[-1]
+
+
+def test_a_perplexity_beyond_floating_point_is_a_dash():
+    assert [perplexity_text(value) for value in (12.344, 2.7e6, None)] == ["12.34", "2.7e+06", "–"]
 
 
 def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
