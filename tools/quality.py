@@ -38,6 +38,7 @@ YEAR = 1990
 EXCERPTS = {"speeches": 20, "handbook": 20, "handbook, Japanese": 6}
 RATIOS = (0.2, 0.3, 0.5)
 MAIN = ("wanda+ls", "flap", "flap+ls", "numerical+ls", "wanda", "numerical", "magnitude+ls")  # beside the default
+BASELINES = ("wanda+ls", "flap+ls", "magnitude+ls", "numerical+ls", "numerical-box+ls")
 OTHERS = ("obs", "numerical-box", "numerical-box+ls", "magnitude", "random", "random+ls")
 SAMPLES = (2, 4, 8, 16, 32, 64)
 SEEDS = (0, 1, 2)
@@ -216,6 +217,10 @@ class Bench:
 Cells = Mapping[str, Mapping[str, Any]]
 
 
+def read_cells(path: Path) -> dict[str, dict[str, Any]]:
+    return {json.dumps(line["cell"]): line for line in map(json.loads, path.read_text().splitlines())}
+
+
 def rise_columns(row: Mapping[str, Any]) -> list[str]:
     return [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in row["rise"].values()]
 
@@ -231,6 +236,28 @@ def difference(row: Mapping[str, Any], other: Mapping[str, Any], text: str) -> s
 def table(columns: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def headline_table(cells: Cells) -> str:
+    """The default against FLAP in the same layout, and against the best other score with our recovery."""
+    rows = []
+    for ratio in RATIOS:
+        for layout, cut in ((Layout.UNIFORM, Allocation.SENSITIVITY), (Layout.PER_LAYER, Allocation.SCORE)):
+            default, flap = (
+                cells.get(Cell(*c).key) for c in (("default", ratio, layout), ("flap", ratio, layout, cut))
+            )
+            others = {m: found for m in BASELINES if (found := cells.get(Cell(m, ratio, layout).key))}
+            if not default or not flap:
+                continue
+            for text in list(EXCERPTS)[:2]:
+                own, theirs = default["rise"][text][0], flap["rise"][text][0]
+                best = min(others, key=lambda m: others[m]["rise"][text][0], default=None)  # noqa: B023
+                over = f"{best}: {difference(others[best], default, text)}" if best else ""
+                rows.append([f"{100 * ratio:.0f} %", layout, text, f"{own:.3f}", f"{theirs:.3f}",
+                             f"{100 * (1 - own / theirs):.0f} %", over])  # fmt: skip
+    return table(
+        ["ratio", "layout", "text", "default", "flap", "smaller by", "best other score + ls, over default"], rows
+    )
 
 
 def main_table(cells: Cells) -> str:
@@ -281,7 +308,13 @@ def ablation_table(cells: Cells) -> str:
 
 SCORE_OF = {"default": "obs"}
 RECOVERY = {Recovery.NONE: "none", Recovery.BIAS: "bias", Recovery.LEAST_SQUARES: "least squares"}
-WRITERS = {"main": main_table, "allocation": allocation_table, "samples": samples_table, "ablation": ablation_table}
+WRITERS = {
+    "headline": headline_table,
+    "main": main_table,
+    "allocation": allocation_table,
+    "samples": samples_table,
+    "ablation": ablation_table,
+}
 
 
 def fill(page: str, cells: Cells) -> str:
@@ -318,9 +351,7 @@ def main() -> None:
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--write", type=Path, help="the page, from the cells that are there")
     arguments = parser.parse_args()
-    cells: dict[str, dict[str, Any]] = {}
-    if arguments.cells.is_file():
-        cells = {json.dumps(line["cell"]): line for line in map(json.loads, arguments.cells.read_text().splitlines())}
+    cells = read_cells(arguments.cells) if arguments.cells.is_file() else {}
     todo = [cell for name in arguments.tables.split(",") if name for cell in TABLES[name]()]
     if any(cell.key not in cells for cell in todo):
         tokenizer = load_tokenizer(load_model("demo").directory)

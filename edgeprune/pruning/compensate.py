@@ -94,7 +94,7 @@ def _choose(
     fit_cross = cross(inputs, residuals)
     inputs, residuals = inputs[held], residuals[held]
     fit_cross -= cross(inputs, residuals)
-    fit_moments = moments - gram(inputs)
+    fit_moments = gram(inputs).neg_().add_(moments)
     own, teacher = residuals.chunk(2, dim=1)
 
     @functools.cache

@@ -1,0 +1,13 @@
+"""The page of methods says what was measured."""
+
+from pathlib import Path
+
+from tools.quality import WRITERS, fill, read_cells
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_tables_are_those_of_the_figures_beside_them():
+    page = (DOCS / "quality.md").read_text(encoding="utf-8")
+    assert all(f"<!-- {name} -->" in page for name in WRITERS)
+    assert fill(page, read_cells(DOCS / "quality.jsonl")) == page
