@@ -45,8 +45,12 @@ def render_page(rows: Sequence[Row]) -> str:
     )  # fmt: skip
     dense, *pruned = rows
     layouts = list(dict.fromkeys(row.layout for row in pruned))
+    methods = list(dict.fromkeys(row.method for row in pruned))  # each looks alike in all plots
     plots = [
-        (f"{layout}: {text}", plot_html(f"{number}-{place}", _curves([r for r in pruned if r.layout == layout], text)))
+        (
+            f"{layout}: {text}",
+            plot_html(f"{number}-{place}", _curves([r for r in pruned if r.layout == layout], text, methods)),
+        )
         for number, layout in enumerate(layouts)
         for place, text in enumerate(dense.perplexity)
     ]
@@ -56,12 +60,14 @@ def render_page(rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
-def _curves(rows: Sequence[Row], text: str) -> go.Figure:
+def _curves(rows: Sequence[Row], text: str, methods: Sequence[str]) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+    for number, method in enumerate(methods):
         own = sorted((row for row in rows if row.method == method), key=lambda row: row.ratio)
+        if not own:
+            continue
         rises = [row.rise[text] for row in own]
         figure.add_scatter(
             x=[100 * row.ratio for row in own], y=[value for value, _, _ in rises], name=escape(method),

@@ -192,6 +192,20 @@ def test_comparison_by_layout_method_and_text():
     assert "no update helped in 2 modules" in lines[-1]
 
 
+def test_a_method_looks_alike_in_all_plots():
+    rows = [
+        row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.2), row("flap", "uniform", 0.2, 0.3),
+        row("flap", "per-layer", 0.2, 0.3), row("default", "per-layer", 0.2, 0.2),
+    ]  # fmt: skip
+    page = render_page(rows)
+    colours: dict[str, set[str]] = {}
+    for colour, name in re.findall(r'"line":{"color":"(#\w+)","dash":"\w+"}.*?"name":"(\w+)"', page):
+        colours.setdefault(name, set()).add(colour)
+    assert set(colours) == {"default", "flap"}
+    assert all(len(found) == 1 for found in colours.values())
+    assert colours["default"] != colours["flap"]
+
+
 def test_a_perplexity_beyond_floating_point_is_a_dash():
     assert [perplexity_text(value) for value in (12.344, 2.7e6, None)] == ["12.34", "2.7e+06", "–"]
 
