@@ -265,7 +265,7 @@ def main_table(cells: Cells) -> str:
     rows = []
     for cell in sorted([*main_cells(), *other_cells()], key=lambda cell: cell.ratio):
         if found := cells.get(cell.key):
-            default = cells[Cell("default", cell.ratio, cell.layout).key]
+            default = cells.get(Cell("default", cell.ratio, cell.layout).key, found)
             over = [difference(found, default, text) if found is not default else "" for text in texts[:2]]
             rows.append([f"{100 * cell.ratio:.0f} %", cell.method, cell.layout, *rise_columns(found), *over,
                          f"{found['seconds']:.0f}"])  # fmt: skip
