@@ -1,6 +1,6 @@
 """Peak memory of pruning a model that is larger than the limit: random Llamas of 1.1 B and 2.1 B parameters.
 
-    python tools/bench_memory.py [--layers 22,44] [--samples 16] [--method default]
+    python tools/bench_memory.py [--layers 22,44] [--samples 16]
 
 Each is written to disk in bf16 (2.2 and 4.2 GB), pruned to 70 % by layers in a fresh process and written
 again. The peak is that of the resident set; limit 2 GB, and it must not grow with the depth. Samples are of
@@ -56,21 +56,21 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
-def prune_in_this_process(folder: Path, samples: int, method: str) -> None:
+def prune_in_this_process(folder: Path, samples: int) -> None:
     """The child: prunes, writes, and says its peak and its seconds."""
     import torch
 
     from edgeprune.engine.onnxruntime import peak_bytes
     from edgeprune.model.load import load_model
     from edgeprune.model.save import save_checkpoint
-    from edgeprune.pruning.methods import method_named
+    from edgeprune.pruning.methods import DEFAULT, METHODS
     from edgeprune.pruning.prune import prune
 
     model = load_model(str(folder / "dense"))
     ids = torch.randint(0, model.decoder.vocab_size, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
     target = model.decoder.with_widths(*WIDTHS)
     start = time.monotonic()
-    save_checkpoint(target, prune(model, target, ids, method_named(method), 0), model, folder / "pruned")
+    save_checkpoint(target, prune(model, target, ids, METHODS[DEFAULT], 0), model, folder / "pruned")
     print(json.dumps({"peak": peak_bytes(), "seconds": time.monotonic() - start}))
 
 
@@ -78,11 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="22,44")
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--method", default="default")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        prune_in_this_process(arguments.child, arguments.samples, arguments.method)
+        prune_in_this_process(arguments.child, arguments.samples)
         return
     for layers in map(int, arguments.layers.split(",")):
         with tempfile.TemporaryDirectory() as name:
@@ -91,7 +90,6 @@ def main() -> None:
             write_checkpoint(folder / "dense", layers)
             size = sum(file.stat().st_size for file in (folder / "dense").glob("*.safetensors"))
             words = [sys.executable, __file__, "--child", str(folder), "--samples", str(arguments.samples)]
-            words += ["--method", arguments.method]
             result = subprocess.run(words, capture_output=True, text=True, check=True)
             found = json.loads(result.stdout.splitlines()[-1])
             print(

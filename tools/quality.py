@@ -30,7 +30,7 @@ from edgeprune.compare import Allocation, Comparison, Layout, generate_samples
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.progress import Silent
 from edgeprune.pruning.calibration import GENERATED
-from edgeprune.pruning.methods import Recovery, method_named
+from edgeprune.pruning.methods import method_named
 
 LENGTH = 512
 CALIBRATION = 16
@@ -298,16 +298,13 @@ def samples_table(cells: Cells) -> str:
 
 def ablation_table(cells: Cells) -> str:
     rows = [
-        [SCORE_OF.get(cell.method, cell.method.removesuffix("+ls")), RECOVERY[method_named(cell.method).recovery],
-         f"{cell.layout}, {cell.allocation}", *rise_columns(found)]
+        [method.score.__name__, method.recovery.value, f"{cell.layout}, {cell.allocation}", *rise_columns(found)]
         for cell in ablation_cells()
-        if (found := cells.get(cell.key))
+        if (found := cells.get(cell.key)) and (method := method_named(cell.method))
     ]  # fmt: skip
     return table(["score", "recovery", "allocation", *EXCERPTS], rows)
 
 
-SCORE_OF = {"default": "obs"}
-RECOVERY = {Recovery.NONE: "none", Recovery.BIAS: "bias", Recovery.LEAST_SQUARES: "least squares"}
 WRITERS = {
     "headline": headline_table,
     "main": main_table,
