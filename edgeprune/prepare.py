@@ -162,7 +162,7 @@ def prepare(request: Request) -> Setup:
     if texts.calibration is None:
         choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
     else:
-        reason = "samples of the model's own, at half weight, hold in place what yours say nothing about"
+        reason = "text of the model's own, at the same weight, holds in place what yours says nothing about"
         choices.append(Choice("calibration", f"{texts.origin}, and generated text", reason))
     check_space(output, _bytes_written(model, precision, engine))
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))

@@ -36,10 +36,6 @@ from edgeprune.pruning.moments import gram
 from edgeprune.pruning.score import Projection
 from edgeprune.pruning.select import kept_features
 
-GENERATED_IMPORTANCE = 0.5
-"""Of a token that the model generated beside one of the user's: samples of one domain know the directions
-that matter there, and least squares bends all others; the model's own text holds those in place."""
-
 
 @dataclass(frozen=True)
 class ModuleRecord:
@@ -65,6 +61,18 @@ def token_scale(hidden: torch.Tensor) -> torch.Tensor:
     a stream of hundreds of times the usual length own the moments (Sun et al. 2024, arXiv 2402.17762).
     """
     return 1.0 / hidden.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def sample_weights(users: int, generated: int) -> torch.Tensor:
+    """Weights (users + generated, 1, 1) of the samples' tokens in the least squares problems.
+
+    The two texts weigh the same together, however many samples each has. Samples of one domain know the
+    directions that matter there, and least squares bends all others, the more the fewer they are; the
+    model's own text holds those in place.
+    """
+    weights = torch.ones(users + generated, 1, 1)
+    weights[users:] = users / max(generated, 1)
+    return weights
 
 
 def result_of(target: Decoder, method: Method) -> Decoder:
@@ -165,16 +173,16 @@ def prune(
 
     model: the dense model; target: has the dense model's layers, some of them without attention, MLP or
     both; ids: (samples, tokens) int64 calibration samples; generated: (any, tokens) int64, what the model
-    itself wrote: a method that compensates solves on these too, with GENERATED_IMPORTANCE. One layer's
-    weights and the samples' hidden states on both streams are held at a time. Raises NumericalError naming
-    the layer whose activations are not finite.
+    itself wrote: a method that compensates solves on these too, with the weights of sample_weights. One
+    layer's weights and the samples' hidden states on both streams are held at a time. Raises
+    NumericalError naming the layer whose activations are not finite.
     """
     dense, result = model.decoder, result_of(target, method)
     compensates = method.recovery is Recovery.LEAST_SQUARES
-    importance = torch.ones(len(ids), 1, 1)
-    if compensates and generated is not None:
-        ids = torch.cat([ids, generated])
-        importance = torch.cat([importance, torch.full((len(generated), 1, 1), GENERATED_IMPORTANCE)])
+    if not compensates or generated is None:
+        generated = ids[:0]
+    importance = sample_weights(len(ids), len(generated))
+    ids = torch.cat([ids, generated])
     hidden = embed(model, ids)
     walk = Walk(
         dense, target, method, torch.Generator().manual_seed(seed), rotary_tables(dense, ids.shape[1]), chunk,

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Attention, ratio
@@ -16,7 +18,7 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.pruning.methods import METHODS, Method, Recovery, method_named
-from edgeprune.pruning.prune import prune, result_of
+from edgeprune.pruning.prune import prune, result_of, sample_weights
 from edgeprune.pruning.score import Projection, magnitude
 from edgeprune.pruning.select import select_heads, top_units
 from tests.tiny import as_model, llama, rebuilt
@@ -206,6 +208,23 @@ def test_what_stays_makes_up_for_a_layer_that_went():
         name: float((hidden_after(result, weights, fresh) - dense).square().sum()) for name, weights in states.items()
     }
     assert errors["with"] < 0.9 * errors["without"]
+
+
+@given(users=st.integers(1, 70), generated=st.integers(0, 70))
+def test_both_texts_weigh_the_same_together(users, generated):
+    weights = sample_weights(users, generated).flatten()
+    assert (weights[:users] == 1).all()
+    assert float(weights[users:].sum()) == pytest.approx(users if generated else 0)
+
+
+def test_generated_samples_are_solved_on_like_the_users():
+    """As many as the user's: as if they were the user's; methods that do not compensate never see them."""
+    model = as_model(llama(initializer_range=0.1))
+    target = model.decoder.with_widths(1, 2, 40)
+    own = ids(8, 24, seed=7)
+    for method, seen in ((DEFAULT, torch.cat([ids(), own])), (METHODS["wanda"], ids())):
+        beside = dict(prune(model, target, ids(), method, 0, generated=own))
+        assert all(torch.equal(value, beside[name]) for name, value in prune(model, target, seen, method, 0))
 
 
 def hidden_after(decoder, weights, ids_):
