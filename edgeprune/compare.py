@@ -178,15 +178,15 @@ class Comparison:
         dense = self.model.decoder
         full, cost = allocate.dense_widths(dense), functools.partial(allocate.layer_parameters, dense)
         layers, capacity = len(dense.layers), int(dense.layer_parameters * (1 - wanted))
+        least = math.ceil(dense.layer_parameters * (1 - wanted - RATIO_TOLERANCE))
         widths: list[Widths] | None
         if allocation is Allocation.EVEN:
-            widths = allocate.even(full, layers, cost, capacity, CHANNEL_MULTIPLE)
+            widths = allocate.even(full, layers, cost, capacity, CHANNEL_MULTIPLE, least)
         elif allocation is Allocation.SCORE:
             advance = self.progress.stage("scores of every layer", layers)
             scores = measure_scores(self.model, self.ids, score.flap, self.seed, advance)
             widths = allocate.standardised_cut(*scores, full, cost, capacity)
         elif layout is Layout.UNIFORM:
-            least = math.ceil(dense.layer_parameters * (1 - wanted - RATIO_TOLERANCE))
             widths = allocate.uniform(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE, least)
         else:
             widths = allocate.per_layer(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE)

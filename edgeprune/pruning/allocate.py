@@ -92,13 +92,12 @@ def best_within(
     return min(filter(fits, options), key=error, default=None)
 
 
-def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int) -> list[Widths] | None:
+def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int, least: int) -> list[Widths] | None:
     """No allocation at all: the uniform widths that take the most equal shares from heads and channels.
 
-    Of those that use at least 99 % of what fits, so that the shares are not equal at the price of size.
+    None where nothing fits between `least` and capacity.
     """
-    options = [w for w in uniform_options(dense, multiple) if layers * cost(w) <= capacity]
-    most = max(map(cost, options), default=0)
+    options = [w for w in uniform_options(dense, multiple) if least <= layers * cost(w) <= capacity]
 
     def inequality(widths: Widths) -> float:
         heads = (
@@ -106,7 +105,7 @@ def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int) -
         )
         return abs(heads - widths.intermediate_size / dense.intermediate_size)
 
-    best = min((w for w in options if cost(w) >= 0.99 * most), key=inequality, default=None)
+    best = min(options, key=inequality, default=None)
     return best and [best] * layers
 
 

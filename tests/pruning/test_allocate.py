@@ -154,11 +154,13 @@ def test_the_knapsack_is_exact(seed, capacity):
 
 
 def test_even_takes_about_the_same_share_of_heads_and_channels():
-    (widths, *rest) = even(Widths(4, 4, 1000), 3, cost, 3 * cost(Widths(4, 4, 1000)) * 7 // 10, 10)
+    capacity = 3 * cost(Widths(4, 4, 1000)) * 7 // 10
+    (widths, *rest) = even(Widths(4, 4, 1000), 3, cost, capacity, 10, capacity * 99 // 100)
     assert set(rest) == {widths}
     heads = widths.num_key_value_heads * widths.heads_per_group / 16
     assert abs(heads - widths.intermediate_size / 1000) < 0.1
-    assert cost(widths) <= cost(Widths(4, 4, 1000)) * 7 // 10
+    assert capacity * 99 // 100 <= 3 * cost(widths) <= capacity
+    assert even(Widths(4, 4, 1000), 3, cost, capacity, 10, capacity + 1) is None
 
 
 def test_the_standardised_cut_keeps_the_highest_scores_that_fit_and_one_of_each():
