@@ -130,7 +130,7 @@ def decoder_of(config: Config) -> Decoder:
             rotary=_rotary(config, attention.head_dim),
             layers=(layer,) * int(config["num_hidden_layers"]),
         )
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: torch's own
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise _senseless(repr(error)) from None
     if not all(map(math.isfinite, (*decoder.rotary.inverse_frequencies, decoder.rotary.scaling, decoder.norm_eps))):
         raise _senseless("its rope parameters or its rms_norm_eps are not finite")
@@ -156,7 +156,7 @@ def _check_sizes(config: Config, attention: Attention) -> None:
 
 
 def _rotary(config: Config, head_dim: int) -> Rotary:
-    """Angles from transformers' own functions; newer files say rope_parameters, older rope_scaling.
+    """Angles as transformers computes them; newer files say rope_parameters, older rope_scaling.
 
     transformers prefers rope_scaling where a file has both.
     """
@@ -165,30 +165,30 @@ def _rotary(config: Config, head_dim: int) -> Rotary:
     if not 0 < theta < math.inf:
         raise _senseless(f"rope_theta {theta}")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise InputError(f"unsupported rope scaling {kind!r}", "Supported are: default, linear, llama3.")
-    if kind == "default":
-        return Rotary(tuple(theta ** (-2.0 * pair / head_dim) for pair in range(head_dim // 2)))
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    frequencies = tuple(theta ** (-2.0 * pair / head_dim) for pair in range(head_dim // 2))
+    match kind:
+        case "default":
+            return Rotary(frequencies)
+        case "linear":
+            factor = float(parameters["factor"])
+            return Rotary(tuple(frequency / factor for frequency in frequencies))
+        case "llama3":
+            return Rotary(tuple(_llama3(frequency, parameters) for frequency in frequencies))
+    raise InputError(f"unsupported rope scaling {kind!r}", "Supported are: default, linear, llama3.")
 
-    scaled = _RopeConfig(config, {**parameters, "rope_type": kind, "rope_theta": theta}, head_dim)
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](scaled, "cpu")
-    return Rotary(tuple(frequencies.tolist()), float(scaling))
 
-
-class _RopeConfig:
-    """What transformers' rope functions read of a configuration."""
-
-    def __init__(self, config: Config, parameters: Config, head_dim: int) -> None:
-        self.rope_parameters = parameters
-        self.rope_scaling = parameters
-        self.head_dim = head_dim
-        self.hidden_size = config["hidden_size"]
-        self.num_attention_heads = config["num_attention_heads"]
-        self.max_position_embeddings = config["max_position_embeddings"]
-
-    def standardize_rope_params(self) -> None:
-        """Already done."""
+def _llama3(frequency: float, parameters: Config) -> float:
+    """Llama 3.1's scaling: a pair that turns `high` times or more within the original context keeps its
+    frequency, one that turns `low` times or fewer has it divided by `factor`, between them it is blended."""
+    factor, low, high, context = (
+        float(parameters[name])
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    if not low < high:
+        raise _senseless(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
+    turns = context * frequency / (2 * math.pi)
+    kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def checkpoint_names(decoder: Decoder) -> dict[str, str]:

@@ -46,6 +46,21 @@ def test_older_configurations_are_read_too():
     assert scaled.rotary.inverse_frequencies[0] == 0.5
 
 
+@given(
+    theta=st.floats(100.0, 1e6), factor=st.floats(1.0, 64.0), low=st.floats(0.5, 2.0), width=st.floats(0.5, 8.0),
+    context=st.integers(16, 8192),
+)  # fmt: skip
+def test_llama3_scaling_is_that_of_transformers(theta, factor, low, width, context):
+    rope = {
+        "rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
+        "high_freq_factor": low + width, "original_max_position_embeddings": context,
+    }  # fmt: skip
+    reference = config(rope_parameters=rope)
+    ours = decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}).rotary
+    # transformers computes in fp32, where the blend's difference loses some digits
+    assert ours.inverse_frequencies == pytest.approx(reference_decoder(reference).rotary.inverse_frequencies, rel=1e-5)
+
+
 THETA = st.sampled_from([{}, {"rope_theta": 5e5}])
 SCALING = st.sampled_from([
     {}, {"rope_type": "default"}, {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0},
