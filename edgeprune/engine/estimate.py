@@ -4,6 +4,8 @@
     prefill = max(FLOPs / (prefill_efficiency x compute), bytes / (decode_efficiency x bandwidth)) + decode_overhead
 
 Pure: it reads no file and measures nothing. All that it returns is an Estimate that names its points.
+Efficiency and overhead are fits of published points (calibrate.py), whose runtime keeps its cache in place;
+that our graphs copy the cache is added explicitly, and named in the basis.
 int8 and int4 are weight-only: the layers' matrices are quantised, all else is fp16.
 """
 
@@ -171,14 +173,15 @@ def estimate_performance(
     bandwidth, efficiency = profile.bandwidth, profile.decode_efficiency
     reading = f"({bandwidth.value:g} {bandwidth.unit} x {efficiency.value:g})"
     fixed = f"{1e3 * overhead:.3g} ms"
-    points = f"rests on: {efficiency.source}; {profile.decode_overhead.source}"
+    points = f"rests on: {'; '.join(dict.fromkeys((efficiency.source, profile.decode_overhead.source)))}"
     if compute >= weights:
         prefill_basis = (
             f"{flops / 1e9:.4g} GFLOP / {rate_basis} + {fixed}; rests on: {profile.prefill_efficiency.source}"
         )
     else:
         prefill_basis = f"bound by bytes: {(moved.layers + moved.head) / 1e6:.4g} MB / {reading} + {fixed}; {points}"
-    decode_basis = f"{moved.total / 1e6:.4g} MB per step / {reading} + {fixed}; {points}"
+    copied = f", {moved.cache_copies / 1e6:.4g} MB of it our graph's copy of the cache," if moved.cache_copies else ""
+    decode_basis = f"{moved.total / 1e6:.4g} MB per step{copied} / {reading} + {fixed}; {points}"
     return Performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
         prefill=Estimate(1e3 * (max(compute, weights) + overhead), "ms", profile.name, prefill_basis),
@@ -195,15 +198,26 @@ def latency_shares(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision
 ) -> dict[str, float]:
     """Estimated decode ms by part; no pruning of layers removes `head_and_embedding` and `overhead`."""
+    parts = decode_parts(decoder, profile, workload, precision)
+    return {
+        "layers": parts["layers"],
+        "head_and_embedding": parts["head"],
+        "cache": parts["cache"] + parts["cache_copies"],
+        "overhead": parts["overhead"],
+    }
+
+
+def decode_parts(
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision
+) -> dict[str, float]:
+    """Estimated decode ms by the parts of TokenBytes, and the overhead.
+
+    Without `cache_copies` it is what a runtime that keeps its cache in place reaches.
+    """
     _require_figures(profile)
     moved = bytes_per_token(decoder, precision, workload, _in_place(profile))
-    ms_per_byte = 1e3 / _bytes_per_second(profile)
-    return {
-        "layers": moved.layers * ms_per_byte,
-        "head_and_embedding": moved.head * ms_per_byte,
-        "cache": (moved.cache + moved.cache_copies) * ms_per_byte,
-        "overhead": 1e3 * profile.decode_overhead.si,
-    }
+    parts = {name: 1e3 * value / _bytes_per_second(profile) for name, value in vars(moved).items()}
+    return parts | {"overhead": 1e3 * profile.decode_overhead.si}
 
 
 def floor_decoder(dense: Decoder, channel_multiple: int) -> Decoder:
@@ -235,7 +249,20 @@ def _flops_per_second(profile: DeviceProfile, precision: Precision) -> tuple[flo
         # TensorRT computes fp32 products in TF32 unless told otherwise: half of fp16's rate on tensor cores.
         halved = f"({profile.fp16_compute.value:g} {profile.fp16_compute.unit} / 2 as TF32 x {efficiency:g})"
         return profile.fp16_compute.si * efficiency / 2, halved
-    raise InputError(
+    raise _no_rate(profile, precision)
+
+
+def check_precision(profile: DeviceProfile, precision: str) -> Precision:
+    """Raises InputError for an unknown precision, or one that the device has no rate for, probed or not."""
+    if precision not in MATRIX_BYTES:
+        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(MATRIX_BYTES)}.")
+    if precision != "fp32" and profile.fp16_compute is None:
+        raise _no_rate(profile, precision)
+    return precision
+
+
+def _no_rate(profile: DeviceProfile, precision: str) -> InputError:
+    return InputError(
         f"the profile {profile.name} has no fp16 compute rate, which {precision} needs",
         f"Use --precision {profile.precision}, or add fp16_compute to a profile of your own.",
     )
