@@ -128,6 +128,45 @@ def devices(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="CONFIG", help="A config.json, or a model as for fit; no weights.")],
+    device: Annotated[str | None, typer.Option(help="Device profile. Default: a table of all.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="fp16|int8|int4|fp32", help="Default: the profile's.")
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")] = None,
+    past: Annotated[int | None, typer.Option(help="Tokens in the cache before a step. Default: the profile's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")] = None,
+    json_: Json = False,
+) -> None:
+    """Estimate what a model of this shape needs and reaches: memory by part, prefill, decode; all estimated."""
+    from edgeprune.plan import Question, plan_all
+    from edgeprune.plan import plan as plan_one
+    from edgeprune.report.terminal import print_plan, print_plans
+
+    question = Question(model, device, profile, precision, prompt, past, batch)
+    if device is None and profile is None:
+        plans = plan_all(question)
+        if json_:
+            typer.echo(
+                json.dumps(
+                    {"model": plans[0].model, "devices": [planned.as_json() for planned in plans]},
+                    indent=2,
+                    allow_nan=False,
+                )
+            )
+        else:
+            print_plans(plans, _console())
+        return
+    planned = plan_one(question)
+    if json_:
+        typer.echo(json.dumps(planned.as_json(), indent=2, allow_nan=False))
+    else:
+        print_plan(planned, _console())
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """Say which engines can build and run here, and what to install for the others."""
     from edgeprune.doctor import examine

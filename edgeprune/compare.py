@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeprune.engine.base import Workload
 from edgeprune.engine.estimate import bytes_per_token
-from edgeprune.engine.onnxruntime import peak_bytes, reset_peak_bytes
+from edgeprune.engine.facts import peak_bytes, reset_peak_bytes
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.load import load_model

@@ -11,6 +11,9 @@ class Progress(Protocol):
     def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
         """Begin a stage of `total` steps (None: unknown); the result is called after each step."""
 
+    def track(self, name: str, done: int, total: int) -> None:
+        """Show how far a stage is that tells so itself; total 0: nobody knows."""
+
     def note(self, text: str) -> None:
         """Say one thing that the user should know now."""
 
@@ -20,6 +23,9 @@ class Silent:
 
     def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
         return lambda: None
+
+    def track(self, name: str, done: int, total: int) -> None:
+        pass
 
     def note(self, text: str) -> None:
         pass
@@ -60,13 +66,20 @@ def rich_progress() -> Iterator[Progress]:
 
     class Shown:
         task: int | None = None
+        name: str = ""
 
         def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
             if self.task is not None:
                 bars.update(self.task, total=1, completed=1)
                 bars.stop_task(self.task)
-            self.task = task = bars.add_task(name, total=total)
+            self.task, self.name = bars.add_task(name, total=total), name
+            task = self.task
             return lambda: bars.advance(task)
+
+        def track(self, name: str, done: int, total: int) -> None:
+            if name != self.name:
+                self.stage(name, total or None)
+            bars.update(self.task, total=total or None, completed=done)
 
         def note(self, text: str) -> None:
             console.print(text, highlight=False, markup=False)

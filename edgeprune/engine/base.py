@@ -95,6 +95,7 @@ class Performance:
     decode_ratio: Measured | None = None
     percentiles: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    conditions: dict[str, str] = field(default_factory=dict)  # power mode, clocks, temperatures when it was measured
 
     @property
     def values(self) -> dict[str, float]:

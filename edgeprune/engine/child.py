@@ -1,44 +1,149 @@
-"""A task in a process of its own: one JSON request in, one JSON document out, every end of it told."""
+"""A task in a process of its own: one JSON request in, progress and one JSON answer out, every end of it told.
+
+This file also runs on the device: Python 3.10, standard library only. A child never outlives its parent:
+what kills the one, ends the other.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
-from typing import Any
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import IO, Any
 
-from edgeprune.errors import EngineError
+from edgeprune.errors import EdgepruneError, EngineError
 
-_START = "import runpy, sys; sys.path[:] = {path!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+Tell = Callable[[str, int, int], None]
+"""tell(stage, done, total): how far a task is; total 0 where nobody knows."""
+
+# Linux sends SIGKILL to the child when its parent is gone; a parent that went before that is looked for once.
+_START = """
+import sys
+sys.path[:] = {path!r}
+import os, runpy
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)
+    if os.getppid() != {parent}:
+        sys.exit(1)
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+_LAST_WORDS = 300  # characters
 
 
-def ask(module: str, request: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+def quiet(stage: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell = quiet) -> dict[str, Any]:
     """Run a module as a program on a request; it imports what this process would, not the current folder.
 
-    Raises EngineError where the child reports one, dies (naming the signal and its last words) or does not
-    end in time.
+    request["task"] names the work in messages. Raises EngineError where the child reports one, dies (naming
+    the signal and its last words) or does not end in time; the child and its children are gone then.
     """
+    start = _START.format(path=sys.path, module=module, parent=os.getpid())
+    process = subprocess.Popen(
+        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        encoding="utf-8", errors="replace", start_new_session=True,
+    )  # fmt: skip
+    late = threading.Event()
+
+    def end_late() -> None:
+        late.set()
+        end(process)
+
+    timer = threading.Timer(timeout_seconds, end_late)
+    words: deque[str] = deque(maxlen=_LAST_WORDS)
+    listener = threading.Thread(target=_collect, args=(process.stderr, words), daemon=True)
     try:
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", _START.format(path=sys.path, module=module)], input=json.dumps(request),
-            capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_seconds, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+        timer.start()
+        listener.start()
+        with contextlib.suppress(BrokenPipeError):  # it died early: its end says why
+            process.stdin.write(json.dumps(request))
+            process.stdin.close()
+        last = _listen(process.stdout, tell)
+        process.wait()
+        listener.join(timeout=5)
+    finally:
+        timer.cancel()
+        end(process)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+    if late.is_set():
         raise EngineError(
             f"{request['task']} did not end within {timeout_seconds:.0f} s",
             "Try a shorter context, or an idle machine.",
-        ) from None
-    said = " ".join(result.stderr.split())[-300:] or "it said nothing"
-    if result.returncode < 0:
-        name = _signal_name(-result.returncode)
-        hint = "The system may have run out of memory: try a smaller --batch or --context." if name == "SIGKILL" else ""
-        raise EngineError(f"{request['task']} was ended by {name}: {said}", hint or "Run `edgeprune doctor`.")
+        )
+    return _answer(request["task"], process.returncode, last, " ".join("".join(words).split())[-_LAST_WORDS:])
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process that leads its own group, and all of the group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
+    """The child's side: read the request, tell the progress, write the answer or the error; the exit code.
+
+    Libraries that write to standard output write to standard error meanwhile.
+    """
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(document: dict[str, Any]) -> None:
+        channel.write(json.dumps(document) + "\n")
+        channel.flush()
+
+    def tell(stage: str, done: int, total: int) -> None:
+        send({"progress": [stage, done, total]})
+
     try:
-        answer = json.loads(result.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        raise EngineError(f"{request['task']} failed: {said}", "Run `edgeprune doctor`.") from None
-    if "error" in answer:
+        send(answer(json.load(sys.stdin), tell))
+    except EdgepruneError as error:
+        send({"error": error.message, "remedy": error.remedy})
+        return error.exit_code
+    return 0
+
+
+def _listen(stream: IO[str], tell: Tell) -> str:
+    """Pass the progress on; returns the last line that is none."""
+    last = ""
+    for line in stream:
+        if line.startswith('{"progress":'):
+            with contextlib.suppress(ValueError, TypeError):  # half a line of a child that was killed
+                tell(*json.loads(line)["progress"])
+        elif line.strip():
+            last = line
+    return last
+
+
+def _collect(stream: IO[str], words: deque[str]) -> None:
+    for line in stream:
+        words.extend(line)
+    stream.close()
+
+
+def _answer(task: str, code: int, last: str, said: str) -> dict[str, Any]:
+    said = said or "it said nothing"
+    if code < 0:
+        name = _signal_name(-code)
+        hint = "The system may have run out of memory: try a smaller --batch or --context." if name == "SIGKILL" else ""
+        raise EngineError(f"{task} was ended by {name}: {said}", hint or "Run `edgeprune doctor`.")
+    try:
+        answer = json.loads(last)
+        failed = "error" in answer
+    except (ValueError, TypeError):
+        raise EngineError(f"{task} failed: {said}", "Run `edgeprune doctor`.") from None
+    if failed:
         raise EngineError(answer["error"], answer["remedy"])
     return answer
 

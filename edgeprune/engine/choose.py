@@ -1,32 +1,35 @@
-"""Which engine builds and measures for a device, and why; each one behind the same small interface."""
+"""Which engine builds and measures for a device, where, and why; each one behind the same small interface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from edgeprune.engine import local, tensorrt
-from edgeprune.engine.base import Built, Measured, Performance, Workload
-from edgeprune.engine.child import ask
+from edgeprune.engine import perform, tensorrt
+from edgeprune.engine.base import Built, Estimate, Figure, Performance, Workload
+from edgeprune.engine.child import Tell, quiet
 from edgeprune.engine.estimate import ELEMENT_BYTES, buffer_bytes, estimate_performance
 from edgeprune.engine.graph import Spelling, graph_weight_bytes
-from edgeprune.errors import InputError
+from edgeprune.engine.perform import Counted, Here, Session
+from edgeprune.engine.tensorrt import BuildResult
+from edgeprune.errors import EngineError, InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
 
-BUILD_TIMEOUT_SECONDS = 3600.0
 RUNTIME_GRAPH = Spelling("onnxruntime", "last").filename
+NAMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model as graphs on disk: `graphs` holds the spellings, `engine` takes what a build gives."""
+    """A model on disk: `graphs` holds the spellings, `engine` takes what a build gives, `reference` its logits."""
 
     decoder: Decoder
     graphs: Path
     engine: Path
+    reference: Path
 
 
 class Engine(Protocol):
@@ -34,81 +37,130 @@ class Engine(Protocol):
     reason: str
     builds: bool  # whether a performance needs the exported graphs; an estimate needs the Decoder alone
 
-    def performance(
-        self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Callable[[str], None]
-    ) -> Performance:
+    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         """What the candidate needs and reaches; `dense` is None for the dense model itself."""
 
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """Built and measured on this machine's processor, interleaved with the dense model."""
+    """Built and measured on a processor, interleaved with the dense model."""
 
     profile: DeviceProfile
     workload: Workload
     precision: str
     reason: str
+    session: Session = Here()
     name: str = "onnxruntime"
     builds: bool = True
 
-    def performance(
-        self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Callable[[str], None]
-    ) -> Performance:
-        size = ELEMENT_BYTES[self.precision]
-        measured = local.measure(
-            None if dense is None else dense[0].graphs / RUNTIME_GRAPH,
-            candidate.graphs / RUNTIME_GRAPH,
-            self.workload,
-            weight_bytes=graph_weight_bytes(candidate.decoder, self.precision, "onnxruntime", self.workload.context),
-            cache_bytes=size * candidate.decoder.cache_elements(self.workload.batch, self.workload.context),
-            buffer_bytes=buffer_bytes(candidate.decoder, self.precision, self.workload, self.profile.dialect),
-        )
+    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+        measured = perform.on_onnxruntime(
+            self.session, None if dense is None else dense[0].graphs / RUNTIME_GRAPH, candidate.graphs / RUNTIME_GRAPH,
+            self.workload, counted(candidate.decoder, self.precision, self.workload), tell, candidate.reference,
+            self.precision,
+        )  # fmt: skip
         if dense is None:
             return measured
         # Normalised by the dense model's own figure, so that a busy machine does not pass for a slow candidate.
         return replace(
             measured,
-            prefill=_scaled(measured.prefill_ratio, dense[1].prefill),
-            decode=_scaled(measured.decode_ratio, dense[1].decode),
+            prefill=perform.scaled(measured.prefill_ratio, dense[1].prefill),
+            decode=perform.scaled(measured.decode_ratio, dense[1].decode),
         )
 
 
-def _scaled(ratio: Measured, dense: Measured) -> Measured:
-    return replace(dense, value=ratio.value * dense.value, low=ratio.low * dense.value, high=ratio.high * dense.value)
+def counted(decoder: Decoder, precision: str, workload: Workload) -> Counted:
+    """The bytes that ONNX Runtime's graph holds, its cache updated in place."""
+    return Counted(
+        weights=graph_weight_bytes(decoder, precision, "onnxruntime", workload.context),
+        cache=ELEMENT_BYTES[precision] * decoder.cache_elements(workload.batch, workload.context),
+        buffers=buffer_bytes(decoder, precision, workload, "onnxruntime"),
+    )
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """Built without the GPU by TensorRT for RTX: the builder's memory; latency from the profile."""
+    """Built, checked and measured on the GPU itself, here or behind a session."""
 
     profile: DeviceProfile
     workload: Workload
     precision: str
     reason: str
+    name: str
+    session: Session = Here()
+    builds: bool = True
+
+    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+        graph = candidate.graphs / Spelling(self.profile.dialect, "last").filename
+        plan = _plan(candidate, self.profile)
+        built = perform.build(
+            self.session, self.name, graph, plan, self.workload, tell,
+            workspace_bytes=workspace_bytes(candidate.decoder, self.profile, self.workload, self.precision),
+        )  # fmt: skip
+        runtime = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision).memory.runtime
+        return perform.on_tensorrt(
+            self.session, self.name, plan, built, self.workload, runtime, candidate.reference, self.precision, tell
+        )
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Built without the GPU by TensorRT for RTX: the builder's memory; latency from the profile.
+
+    For an SM that it does not offer the nearest one is built as a check: the graph compiles, and memory is
+    about that. That engine is not kept, and its figures stay estimates.
+    """
+
+    profile: DeviceProfile
+    workload: Workload
+    precision: str
+    reason: str
+    sm: int
     name: str = "tensorrt-rtx"
     builds: bool = True
 
-    def performance(
-        self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Callable[[str], None]
-    ) -> Performance:
+    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         estimated = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
         graph = candidate.graphs / Spelling(self.profile.dialect, "last").filename
-        candidate.engine.mkdir(parents=True, exist_ok=True)
-        plan = candidate.engine / f"model.sm{self.profile.sm}.engine"
-        result = build(graph, plan, self.workload, self.profile.sm)
-        basis = f"TensorRT for RTX {result.version}, SM {self.profile.sm}, built in {result.seconds:.0f} s"
+        limit = workspace_bytes(candidate.decoder, self.profile, self.workload, self.precision)
+        if self.sm == self.profile.sm:
+            plan = _plan(candidate, self.profile)
+            result = perform.build(Here(), "tensorrt-rtx", graph, plan, self.workload, tell, self.sm, limit)
+            return self._with(estimated, result)
+        try:
+            with tempfile.TemporaryDirectory(dir=candidate.graphs.parent) as folder:
+                plan = Path(folder) / "check.engine"
+                result = perform.build(Here(), "tensorrt-rtx", graph, plan, self.workload, tell, self.sm, limit)
+        except EngineError as error:  # no proof that the device's own TensorRT cannot: said, not fatal
+            note = f"TensorRT for RTX could not compile the graph for SM {self.sm}, as a check: {error.message}"
+            return replace(estimated, notes=(*estimated.notes, note))
+        return self._with(estimated, result)
 
-        def built(value: float, what: str) -> Built:
-            return Built(float(value), "bytes", self.profile.name, f"{what}; {basis}")
+    def _with(self, estimated: Performance, result: BuildResult) -> Performance:
+        own = self.sm == self.profile.sm
+        built = f"built in {result.seconds:.0f} s with {result.peak_build_bytes / 2**20:.0f} MiB at its peak"
+        basis = f"TensorRT for RTX {result.version}, SM {self.sm}, {built}"
+        if not own:
+            basis += f": the nearest to SM {self.profile.sm} that it offers"
+
+        def figure(value: float, what: str) -> Figure:
+            kind = Built if own else Estimate
+            return kind(float(value), "bytes", self.profile.name, f"{what}; {basis}")
 
         memory = replace(
             estimated.memory,
-            weights=built(result.weights_bytes, "the builder's total weights memory"),
-            activations=built(
+            weights=figure(result.weights_bytes, "the builder's total weights memory"),
+            activations=figure(
                 result.activation_bytes + result.scratch_bytes, "the builder's activation and scratch memory"
             ),
         )
-        return replace(estimated, memory=memory, notes=tuple(result.warnings))
+        note = f"engine for SM {self.sm} {built} ({'TensorRT for RTX ' + result.version})"
+        if not own:
+            note = (
+                f"feasibility: the graph compiles with TensorRT for RTX {result.version} for SM {self.sm}, the nearest "
+                f"to SM {self.profile.sm} ({built}); that engine is not shipped, the device builds its own"
+            )
+        return replace(estimated, memory=memory, notes=(*estimated.notes, note, *result.warnings))
 
 
 @dataclass(frozen=True)
@@ -122,37 +174,41 @@ class Estimated:
     name: str = "tensorrt"
     builds: bool = False
 
-    def performance(
-        self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Callable[[str], None]
-    ) -> Performance:
+    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
 
 
-def build(graph: Path, plan: Path, workload: Workload, sm: int) -> tensorrt.BuildResult:
-    """An engine by TensorRT for RTX, in a process of its own. Raises EngineError."""
-    request = {
-        "task": f"the build of {graph.name}", "graph": str(graph), "plan": str(plan), "workload": asdict(workload),
-        "sm": sm, "flavour": "tensorrt-rtx",
-    }  # fmt: skip
-    answer = ask("edgeprune.engine.tensorrt", request, BUILD_TIMEOUT_SECONDS)
-    return tensorrt.BuildResult(**{**answer, "warnings": tuple(answer["warnings"])})
+def _plan(candidate: Exported, profile: DeviceProfile) -> Path:
+    candidate.engine.mkdir(parents=True, exist_ok=True)
+    return candidate.engine / f"model.sm{profile.sm}.engine"
 
 
-def choose_engine(asked: str, profile: DeviceProfile, workload: Workload, precision: str) -> Engine:
+def workspace_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> int:
+    """Scratch memory that the profile leaves for one kernel: what is usable less weights and cache."""
+    memory = estimate_performance(decoder, profile, workload, precision).memory
+    return max(64 * 2**20, int(profile.usable_bytes - memory.weights.value - memory.cache.value))
+
+
+def choose_engine(
+    asked: str, profile: DeviceProfile, workload: Workload, precision: str, target: Session | None = None
+) -> Engine:
     """The engine for a device, with the reason.
 
-    asked: `auto` or an engine's name. Raises InputError where the asked one cannot serve the device
-    or is not installed.
+    asked: `auto` or an engine's name; target: a device to build and measure on. Raises InputError where the
+    asked one cannot serve the device or is not installed, or the target is another device than the profile's;
+    EngineError where the target does not answer or misses a module.
     """
-    names = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
-    if asked not in names:
-        raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(names)}.")
-    if asked not in ("auto", profile.engine):
+    if asked not in NAMES:
+        raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(NAMES)}.")
+    gpus = ("tensorrt", "tensorrt-rtx")
+    if asked not in ("auto", profile.engine) and not (target and {asked, profile.engine} <= set(gpus)):
         raise InputError(
             f"{profile.name} runs {profile.engine}, not {asked}",
             f"Leave --engine out, or choose a device of {asked} (`edgeprune devices`).",
         )
     parts = (profile, workload, precision)
+    if target is not None:
+        return _on_target(asked, parts, target)
     if profile.engine == "onnxruntime":
         return OnnxRuntime(*parts, reason="the device is this machine's processor")
     available, why = tensorrt.available(profile.engine)
@@ -162,14 +218,61 @@ def choose_engine(asked: str, profile: DeviceProfile, workload: Workload, precis
             f"the engine {asked} is not usable here: {why}",
             f'Install it with `pip install "edgeprune[{extra}]"`, or leave --engine out to estimate.',
         )
-    if profile.engine == "tensorrt-rtx" and available:
-        return TensorRT(
-            *parts, reason=f"TensorRT for RTX builds for SM {profile.sm} without the GPU; nothing ran on it"
-        )
-    if profile.engine == "tensorrt-rtx":
+    if available and (gpu := perform.describe(Here(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
+        return TensorRT(*parts, reason=f"this machine has a {gpu['name']} and {why}", name=profile.engine)
+    return _without_gpu(parts, available, why)
+
+
+def _without_gpu(parts: tuple[DeviceProfile, Workload, str], available: bool, why: str) -> Engine:
+    profile = parts[0]
+    if profile.engine == "tensorrt-rtx" and not available:
         return Estimated(*parts, reason=f"nothing could be built: {why}", name="tensorrt-rtx")
-    return Estimated(
-        *parts,
-        reason=f"engines for SM {profile.sm} are built on the device itself, which is not reachable from here: "
-        "latency and memory are estimates",
+    if profile.engine == "tensorrt-rtx":
+        reason = f"TensorRT for RTX builds for SM {profile.sm} without the GPU; nothing ran on it"
+        return Ahead(*parts, reason=reason, sm=profile.sm)
+    reason = (
+        f"engines for SM {profile.sm} are built on the device itself, which is not reachable from here "
+        "(--target ssh://USER@DEVICE reaches it): latency and memory are estimates"
     )
+    if tensorrt.available("tensorrt-rtx")[0]:
+        nearest = min(tensorrt.offered_sms(), key=lambda sm: abs(sm - profile.sm))
+        reason += f"; TensorRT for RTX checks that the graph compiles for SM {nearest}"
+        return Ahead(*parts, reason=reason, sm=nearest, name="tensorrt")
+    return Estimated(*parts, reason=reason)
+
+
+def _on_target(asked: str, parts: tuple[DeviceProfile, Workload, str], target: Session) -> Engine:
+    """What the device has decides; what it misses is told with the command that installs it there."""
+    profile = parts[0]
+    found = perform.describe(target, quiet)
+    if found["modules"]["numpy"] is None:
+        raise EngineError(f"{target} has no numpy", "Install it there: python3 -m pip install numpy")
+    if profile.engine == "onnxruntime":
+        _require(target, found, "onnxruntime")
+        reason = f"{target} is a {found['processor']} with onnxruntime {found['modules']['onnxruntime']}"
+        return OnnxRuntime(*parts, reason=reason, session=target)
+    modules = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+    wanted = [asked] if asked != "auto" else [profile.engine, *(m for m in modules if m != profile.engine)]
+    flavour = next((name for name in wanted if found["modules"][modules[name]]), None)
+    if flavour is None:
+        _require(target, found, modules[wanted[0]])
+    gpu = found["gpu"]
+    if gpu is None:
+        raise EngineError(f"{target}: {found['no_gpu']}", "Install cuda-python or pycuda there, and check the driver.")
+    if gpu["sm"] != profile.sm:
+        raise InputError(
+            f"{target} has a {gpu['name']} of SM {gpu['sm']}, the profile {profile.name} is for SM {profile.sm}",
+            "Give the profile of that device, or write one: python tools/probe_profile.py --target ssh://USER@DEVICE",
+        )
+    version = found["modules"][modules[flavour]]
+    reason = f"{target} is a {found['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
+    return TensorRT(*parts, reason=reason, name=flavour, session=target)
+
+
+def _require(target: Session, found: dict[str, Any], module: str) -> None:
+    if found["modules"][module] is None:
+        how = "it comes with JetPack (sudo apt install tensorrt python3-libnvinfer)" if module == "tensorrt" else ""
+        raise EngineError(
+            f"{target} has no Python module {module}",
+            f"Install it there: {how or 'python3 -m pip install ' + module.replace('_', '-')}.",
+        )

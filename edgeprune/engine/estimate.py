@@ -1,7 +1,8 @@
 """Bytes and FLOPs of a Decoder -> memory and latency on a device, from the profile's figures.
 
-    decode  = bytes per token / (decode_efficiency x bandwidth) + decode_overhead
-    prefill = max(FLOPs / (prefill_efficiency x compute), bytes / (decode_efficiency x bandwidth)) + decode_overhead
+    time = max(bytes / (decode_efficiency x bandwidth), FLOPs / (prefill_efficiency x compute)) + decode_overhead
+
+of one decode step, which bytes bind but for large batches, and of a prefill, which FLOPs bind but for short prompts.
 
 Pure: it reads no file and measures nothing. All that it returns is an Estimate that names its points.
 Efficiency and overhead are fits of published points (calibrate.py), whose runtime keeps its cache in place;
@@ -69,6 +70,13 @@ def prefill_flops(decoder: Decoder, workload: Workload) -> float:
     attention = 2.0 * tokens * workload.prompt * query_size  # scores and values, half of each masked
     head = 2.0 * workload.batch * decoder.vocab_size * decoder.hidden_size
     return 2.0 * tokens * decoder.layer_parameters + attention + head
+
+
+def decode_flops(decoder: Decoder, workload: Workload) -> float:
+    """A multiply-add is two: matrices, head, and attention over `context` keys, of one step of the whole batch."""
+    query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
+    matrices = decoder.layer_parameters + decoder.vocab_size * decoder.hidden_size
+    return 2.0 * workload.batch * (matrices + 2 * workload.context * query_size)
 
 
 def activation_bytes(decoder: Decoder, precision: Precision, workload: Workload, dialect: str) -> int:
@@ -166,7 +174,6 @@ def estimate_performance(
     _require_figures(profile)
     moved = bytes_per_token(decoder, precision, workload, _in_place(profile))
     overhead = profile.decode_overhead.si
-    decode = moved.total / _bytes_per_second(profile) + overhead
     rate, rate_basis = _flops_per_second(profile, precision)
     flops = prefill_flops(decoder, workload)
     compute, weights = flops / rate, (moved.layers + moved.head) / _bytes_per_second(profile)
@@ -174,18 +181,20 @@ def estimate_performance(
     reading = f"({bandwidth.value:g} {bandwidth.unit} x {efficiency.value:g})"
     fixed = f"{1e3 * overhead:.3g} ms"
     points = f"rests on: {'; '.join(dict.fromkeys((efficiency.source, profile.decode_overhead.source)))}"
+    computing = f"GFLOP / {rate_basis} + {fixed}; rests on: {profile.prefill_efficiency.source}"
     if compute >= weights:
-        prefill_basis = (
-            f"{flops / 1e9:.4g} GFLOP / {rate_basis} + {fixed}; rests on: {profile.prefill_efficiency.source}"
-        )
+        prefill_basis = f"{flops / 1e9:.4g} {computing}"
     else:
         prefill_basis = f"bound by bytes: {(moved.layers + moved.head) / 1e6:.4g} MB / {reading} + {fixed}; {points}"
     copied = f", {moved.cache_copies / 1e6:.4g} MB of it our graph's copy of the cache," if moved.cache_copies else ""
     decode_basis = f"{moved.total / 1e6:.4g} MB per step{copied} / {reading} + {fixed}; {points}"
+    step = decode_parts(decoder, profile, workload, precision)
+    if step["compute"]:
+        decode_basis = f"bound by compute: {decode_flops(decoder, workload) / 1e9:.4g} {computing}"
     return Performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
         prefill=Estimate(1e3 * (max(compute, weights) + overhead), "ms", profile.name, prefill_basis),
-        decode=Estimate(1e3 * decode, "ms", profile.name, decode_basis),
+        decode=Estimate(sum(step.values()), "ms", profile.name, decode_basis),
         notes=tuple(
             f"{name} of {profile.name} is of low confidence: {figure.source}"
             for name, figure in profile.hardware.items()
@@ -200,7 +209,7 @@ def latency_shares(
     """Estimated decode ms by part; no pruning of layers removes `head_and_embedding` and `overhead`."""
     parts = decode_parts(decoder, profile, workload, precision)
     return {
-        "layers": parts["layers"],
+        "layers": parts["layers"] + parts["compute"],
         "head_and_embedding": parts["head"],
         "cache": parts["cache"] + parts["cache_copies"],
         "overhead": parts["overhead"],
@@ -208,16 +217,17 @@ def latency_shares(
 
 
 def decode_parts(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision, in_place: bool | None = None
 ) -> dict[str, float]:
-    """Estimated decode ms by the parts of TokenBytes, and the overhead.
+    """Estimated decode ms by the parts of TokenBytes, what compute takes longer than them, and the overhead.
 
-    Without `cache_copies` it is what a runtime that keeps its cache in place reaches.
+    in_place: the cache is, as in the runtime of the published points; by default what our graph does.
     """
     _require_figures(profile)
-    moved = bytes_per_token(decoder, precision, workload, _in_place(profile))
+    moved = bytes_per_token(decoder, precision, workload, _in_place(profile) if in_place is None else in_place)
     parts = {name: 1e3 * value / _bytes_per_second(profile) for name, value in vars(moved).items()}
-    return parts | {"overhead": 1e3 * profile.decode_overhead.si}
+    compute = 1e3 * decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
+    return parts | {"compute": max(0.0, compute - sum(parts.values())), "overhead": 1e3 * profile.decode_overhead.si}
 
 
 def floor_decoder(dense: Decoder, channel_multiple: int) -> Decoder:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -79,29 +80,33 @@ def _tail(blocks: int) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], None]],
+    runs: Mapping[str, Callable[[], float]],
     seconds: float,
     precision: float = 0.01,
     block_ms: float = 150.0,
+    min_runs: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
     """Time all runs in turn, a block of each, the order reversed every round (ABBA), after a warm-up.
 
+    A run returns its own milliseconds, by whichever clock suits it; `clock` limits the whole.
+
     Ends when the interval of every ratio to the first name (or, alone, of its median) has a relative
     half width below `precision`, looked at after MIN_BLOCKS rounds and at growing distances from then
-    on, or after `seconds` and MIN_BLOCKS rounds.
+    on, or after `seconds` and MIN_BLOCKS rounds; never before `min_runs` runs of each.
     """
-    counts = {name: _warm_up(run, block_ms, clock) for name, run in runs.items()}
+    counts = {name: _warm_up(run, block_ms) for name, run in runs.items()}
     blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
     names = list(runs)
     begin, look = clock(), float(MIN_BLOCKS)
     while True:
         for name in names:
-            blocks[name].append([_timed(runs[name], clock) for _ in range(counts[name])])
+            blocks[name].append([runs[name]() for _ in range(counts[name])])
         names.reverse()
         rounds = len(blocks[names[0]])
         late = clock() - begin >= seconds
-        if rounds < MIN_BLOCKS or not (late or rounds >= look):
+        few = rounds < MIN_BLOCKS or rounds * min(counts.values()) < min_runs
+        if few or not (late or rounds >= look):
             continue
         look = GROWTH * rounds
         timings = Timings({name: np.array(times) for name, times in blocks.items()})
@@ -115,15 +120,30 @@ def _is_precise(timings: Timings, names: list[str], precision: float) -> bool:
     return all(timings.ratio(name, names[0]).relative_half_width < precision for name in names[1:])
 
 
-def _warm_up(run: Callable[[], None], block_ms: float, clock: Callable[[], float]) -> int:
+def _warm_up(run: Callable[[], float], block_ms: float) -> int:
     """Run for WARM_UP_SECONDS at least; how many runs make a block."""
     times: list[float] = []
     while sum(times) < 1e3 * WARM_UP_SECONDS or len(times) < 2:
-        times.append(_timed(run, clock))
+        times.append(run())
     return max(1, round(block_ms / float(np.median(times))))
 
 
-def _timed(run: Callable[[], None], clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return 1e3 * (clock() - start)
+def stopwatch(run: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """A run that takes its time by the clock on the wall."""
+
+    def timed() -> float:
+        start = clock()
+        run()
+        return 1e3 * (clock() - start)
+
+    return timed
+
+
+def described(timings: Timings, names: list[str]) -> dict[str, Any]:
+    """As JSON: the percentiles and the median's interval of each name and, of two, their ratio's interval."""
+    result: dict[str, Any] = {
+        name: {"percentiles": timings.percentiles(name), "median": asdict(timings.median(name))} for name in names
+    }
+    if len(names) > 1:
+        result["ratio"] = asdict(timings.ratio(names[1], names[0]))
+    return result

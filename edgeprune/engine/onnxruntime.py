@@ -1,23 +1,20 @@
 """ONNX Runtime on the CPU: one cache buffer updated in place, timed or generating.
 
 This file also runs on the device: Python 3.10, standard library, numpy and onnxruntime; it sees no
-model. `python -m edgeprune.engine.onnxruntime` answers one JSON request on standard input, so that
-every measurement happens in a process of its own.
+model. Its measurements are meant for a process of their own.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeprune.engine.base import Workload
-from edgeprune.engine.latency import Timings, interleave
-from edgeprune.errors import EdgepruneError, EngineError
+from edgeprune.engine.facts import peak_bytes
+from edgeprune.engine.latency import described, interleave, stopwatch
+from edgeprune.errors import EngineError
 
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 DECODE_STEPS = 8  # steps whose peak memory is looked at
@@ -122,20 +119,11 @@ def measure_latency(
     """
     timed = {name: _Timed(graph, workload, threads, seed) for name, graph in graphs.items()}
     return {
-        kind: _described(
-            interleave({name: getattr(one, kind) for name, one in timed.items()}, seconds / 2), list(graphs)
+        kind: described(
+            interleave({name: stopwatch(getattr(one, kind)) for name, one in timed.items()}, seconds / 2), list(graphs)
         )
         for kind in ("decode", "prefill")
     }
-
-
-def _described(timings: Timings, names: list[str]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        name: {"percentiles": timings.percentiles(name), "median": asdict(timings.median(name))} for name in names
-    }
-    if len(names) > 1:
-        result["ratio"] = asdict(timings.ratio(names[1], names[0]))
-    return result
 
 
 def measure_memory(graph: Path, workload: Workload, threads: int | None = None, seed: int = 0) -> dict[str, int]:
@@ -156,49 +144,3 @@ def measure_baseline() -> dict[str, int]:
     import onnxruntime  # noqa: F401
 
     return {"baseline": peak_bytes()}
-
-
-def reset_peak_bytes() -> None:
-    """Let the peak begin again at what is resident now; Linux only, elsewhere it stays that of the process."""
-    path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5")
-
-
-def peak_bytes() -> int:
-    """Peak resident bytes of this process; file pages that are mapped and touched count.
-
-    On Linux from its own memory map: ru_maxrss there begins at the size of the parent.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """One request of the protocol."""
-    if request["task"] == "baseline":
-        return measure_baseline()
-    workload = Workload(**request["workload"])
-    if request["task"] == "memory":
-        return measure_memory(Path(request["graph"]), workload, request["threads"])
-    graphs = {name: Path(path) for name, path in request["graphs"].items()}
-    return measure_latency(graphs, workload, request["seconds"], request["threads"])
-
-
-def main() -> int:
-    try:
-        result = answer(json.load(sys.stdin))
-    except EdgepruneError as error:
-        result = {"error": error.message, "remedy": error.remedy}
-    sys.stdout.write(json.dumps(result) + "\n")
-    return EngineError.exit_code if "error" in result else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

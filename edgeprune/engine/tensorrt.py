@@ -2,23 +2,22 @@
 
 This file also runs on the device: Python 3.10, standard library and one of the two modules. Without a
 GPU nothing is deserialised or run: memory is read from the builder's messages.
-`python -m edgeprune.engine.tensorrt` answers one JSON request on standard input.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
+import os
 import re
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprune.engine.base import Workload
-from edgeprune.engine.onnxruntime import peak_bytes
-from edgeprune.errors import EdgepruneError, EngineError
+from edgeprune.engine.child import Tell, quiet
+from edgeprune.engine.facts import peak_bytes
+from edgeprune.errors import EngineError
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
@@ -69,22 +68,31 @@ def offered_sms() -> list[int]:
     return sorted(int(name[2:]) for name in names)
 
 
-def compile_plan(graph: Path, plan: Path, workload: Workload, sm: int | None, flavour: str) -> BuildResult:
+@dataclass(frozen=True)
+class Limits:
+    """workspace_bytes: scratch memory that a kernel may take at most; timing_cache: where timings are kept."""
+
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+
+
+def compile_plan(
+    graph: Path, plan: Path, workload: Workload, sm: int | None, flavour: str,
+    limits: Limits = Limits(), tell: Tell = quiet,
+) -> BuildResult:  # fmt: skip
     """Build in this process; where that stores weights twice, again with room for a batch of two.
 
     With a batch of exactly one TensorRT for RTX 1.7 keeps a transposed second copy of a tied embedding;
     with a maximum of two it does not (measured). The smaller of the two engines is kept.
-    sm: compute capability to build for (TensorRT for RTX only). Raises EngineError naming the node
-    where the parser refuses one.
+    sm: compute capability to build for (TensorRT for RTX only), None: of the GPU here. Raises EngineError
+    naming the node that the parser or the builder refuses.
     """
-    result, serialized = _compile(graph, workload, workload.batch, sm, flavour)
+    result, serialized = _compile(graph, workload, workload.batch, sm, flavour, limits, tell)
     if result.warnings and workload.batch == 1:
-        wider, other = _compile(graph, workload, 2, sm, flavour)
+        wider, other = _compile(graph, workload, 2, sm, flavour, limits, tell)
         if _held(wider) < _held(result):
             result, serialized = wider, other
-    temporary = plan.with_name(f"{plan.name}.part")
-    temporary.write_bytes(serialized)
-    temporary.replace(plan)
+    _write(plan, serialized)
     return result
 
 
@@ -92,28 +100,27 @@ def _held(result: BuildResult) -> int:
     return result.weights_bytes + result.activation_bytes + result.scratch_bytes
 
 
-def _compile(graph: Path, workload: Workload, most: int, sm: int | None, flavour: str) -> tuple[BuildResult, Any]:
+def _compile(
+    graph: Path, workload: Workload, most: int, sm: int | None, flavour: str, limits: Limits, tell: Tell
+) -> tuple[BuildResult, Any]:
     """One build with one merged profile (two hold the weights twice), for batches from 1 to `most`."""
     trt = import_tensorrt(flavour)
-    if sm is not None and flavour != "tensorrt-rtx":
-        raise EngineError(
-            f"{flavour} builds for the GPU of its own machine only, not for SM {sm}", "Build on the device itself."
-        )
-    if sm is not None and sm not in (offered := offered_sms()):
-        raise EngineError(
-            f"TensorRT for RTX does not build for SM {sm}", f"It offers SM {', '.join(map(str, offered))}."
-        )
+    _check_sm(sm, flavour)
     start = time.monotonic()
-    logger, messages = _logger(trt)
-    builder = trt.Builder(logger)
+    messages = Messages(trt)
+    builder = trt.Builder(messages.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, messages.logger)
     if not parser.parse_from_file(str(graph)):
         raise EngineError(_parser_errors(parser, graph), "Export again; a newer TensorRT may know the operator.")
     config = builder.create_builder_config()
     if sm is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    if limits.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limits.workspace_bytes)
+    timings = _open_timings(config, limits.timing_cache)
+    config.progress_monitor = _monitor(trt, tell)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -121,12 +128,14 @@ def _compile(graph: Path, workload: Workload, most: int, sm: int | None, flavour
     config.add_optimization_profile(profile)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        errors = [text for severity, text in messages if severity <= 1]  # internal errors and errors
+        layers = [network.get_layer(index).name for index in range(network.num_layers)]
         raise EngineError(
-            f"TensorRT cannot build {graph}: {' '.join(errors)[-400:]}",
+            f"TensorRT cannot build {graph}{_blamed(messages.errors(), layers)}: {messages.errors()[-400:]}",
             "Try a smaller --context or --batch, or another release of TensorRT.",
         )
-    figures = {match[1]: int(match[2]) for _, text in messages for match in _FIGURE.finditer(text)}
+    if timings is not None:
+        _write(limits.timing_cache, config.get_timing_cache().serialize())
+    figures = messages.figures()
     weights, scratch = figures.get("Total Weights Memory", 0), figures.get("Max Scratch Memory", 0)
     result = BuildResult(
         version=trt.__version__,
@@ -138,6 +147,19 @@ def _compile(graph: Path, workload: Workload, most: int, sm: int | None, flavour
         warnings=_warnings(weights, graph),
     )
     return result, serialized
+
+
+def _check_sm(sm: int | None, flavour: str) -> None:
+    if sm is None:
+        return
+    if flavour != "tensorrt-rtx":
+        raise EngineError(
+            f"{flavour} builds for the GPU of its own machine only, not for SM {sm}", "Build on the device itself."
+        )
+    if sm not in (offered := offered_sms()):
+        raise EngineError(
+            f"TensorRT for RTX does not build for SM {sm}", f"It offers SM {', '.join(map(str, offered))}."
+        )
 
 
 def shapes(
@@ -158,17 +180,79 @@ def shapes(
     return at(1, 1, 0), at(workload.batch, 1, last // 2), at(most or workload.batch, workload.prompt, last)
 
 
-def _logger(trt: Any) -> tuple[Any, list[tuple[int, str]]]:
-    messages: list[tuple[int, str]] = []
+class Messages:
+    """The builder's and the runtime's messages, kept; its `logger` is what TensorRT takes."""
 
-    class Keeping(trt.ILogger):
+    def __init__(self, trt: Any) -> None:
+        kept: list[tuple[int, str]] = []
+
+        class Keeping(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                kept.append((int(severity), text))
+
+        self.kept, self.logger = kept, Keeping()
+
+    def errors(self) -> str:
+        """The errors so far in one line."""
+        errors = [text for severity, text in self.kept if severity <= 1]  # internal errors and errors
+        return " ".join(" ".join(errors).split())[-600:] or "it does not say why"
+
+    def figures(self) -> dict[str, int]:
+        """The memory figures of the last build, in bytes."""
+        return {match[1]: int(match[2]) for _, text in self.kept for match in _FIGURE.finditer(text)}
+
+
+def _monitor(trt: Any, tell: Tell) -> Any:
+    """Tells the outermost phases of a build; never stops it."""
+
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
 
-        def log(self, severity: Any, text: str) -> None:
-            messages.append((int(severity), text))
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self._steps[phase_name] = num_steps
+                tell(phase_name, 0, num_steps)
 
-    return Keeping(), messages
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._steps:
+                tell(phase_name, step + 1, self._steps[phase_name])
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            if steps := self._steps.pop(phase_name, 0):
+                tell(phase_name, steps, steps)
+
+    return Monitor()
+
+
+def _open_timings(config: Any, path: Path | None) -> Any:
+    """The kernels' timings of earlier builds, so that they are not measured again; None: nowhere to keep them."""
+    if path is None:
+        return None
+    known = path.read_bytes() if path.is_file() else b""
+    timings = config.create_timing_cache(known)
+    if timings is None or not config.set_timing_cache(timings, False):  # of another release or GPU
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, False)
+    return timings
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _blamed(errors: str, layers: list[str]) -> str:
+    """The node that the errors name, the longest name first: names contain each other."""
+    named = [name for name in layers if name in errors]
+    return f" at node {max(named, key=len)}" if named else ""
 
 
 def _parser_errors(parser: Any, graph: Path) -> str:
@@ -188,53 +272,3 @@ def _warnings(weights: int, graph: Path) -> tuple[str, ...]:
     if weights > WEIGHTS_TOLERANCE * held:
         return (f"the engine holds {weights / held:.2f} times the graph's weights: something is stored twice",)
     return ()
-
-
-def trtexec_commands(graph: str, caches: list[tuple[str, int, int]], workload: Workload, plan: str) -> list[list[str]]:
-    """The commands that build an engine on a device with full TensorRT and measure decode and prefill.
-
-    caches: name, key/value heads and head_dim of every cache input. Each command is a list of words.
-    Copying the cache to and from the device at every step would compete for its memory bandwidth: it is
-    left out. TensorRT 11 does all this by default and takes the flags with a warning.
-    """
-    inputs = [(name, (-1, -1)) for name in ("input_ids", "position_ids", "attention_mask")]
-    inputs += [(name, (-1, heads, -1, head_dim)) for name, heads, head_dim in caches]
-
-    def listed(pick: int) -> str:
-        return ",".join(f"{name}:{_by_x(shapes(name, shape, workload)[pick])}" for name, shape in inputs)
-
-    def at(sequence: int, past: int) -> str:
-        fixed = Workload(workload.batch, sequence, past + 1)
-        return ",".join(f"{name}:{_by_x(shapes(name, shape, fixed)[2])}" for name, shape in inputs)
-
-    measure = ["trtexec", f"--loadEngine={plan}", "--useCudaGraph", "--noDataTransfers"]
-    measure += ["--warmUp=200", "--iterations=100"]
-    return [
-        ["trtexec", f"--onnx={graph}", f"--saveEngine={plan}", "--stronglyTyped", "--skipInference",
-         f"--minShapes={listed(0)}", f"--optShapes={listed(1)}", f"--maxShapes={listed(2)}"],
-        [*measure, f"--shapes={at(1, workload.context - 1)}"],
-        [*measure, f"--shapes={at(workload.prompt, 0)}"],
-    ]  # fmt: skip
-
-
-def _by_x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def main() -> int:
-    request = json.load(sys.stdin)
-    try:
-        result = asdict(
-            compile_plan(
-                Path(request["graph"]), Path(request["plan"]), Workload(**request["workload"]), request["sm"],
-                request["flavour"],
-            )
-        )  # fmt: skip
-    except EdgepruneError as error:
-        result = {"error": error.message, "remedy": error.remedy}
-    sys.stdout.write(json.dumps(result) + "\n")
-    return EngineError.exit_code if "error" in result else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

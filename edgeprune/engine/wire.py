@@ -32,6 +32,7 @@ def performance_to_json(performance: Performance) -> dict[str, Any]:
         **ratios,
         "percentiles": performance.percentiles,
         "notes": list(performance.notes),
+        "conditions": performance.conditions,
     }
 
 
@@ -47,4 +48,5 @@ def performance_from_json(value: dict[str, Any]) -> Performance:
         **ratios,
         percentiles=value["percentiles"],
         notes=tuple(value["notes"]),
+        conditions=value["conditions"],
     )

@@ -65,6 +65,11 @@ def converted(path: Path) -> Path:
     return folder
 
 
+def decoder_of_gguf(path: Path) -> Decoder:
+    """The architecture that a file's metadata describes; nothing is converted. Raises InputError."""
+    return decoder_of(_config(read_gguf(path), path))
+
+
 def _publish(part: Path, folder: Path) -> None:
     try:
         part.rename(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,31 +85,60 @@ def load_gguf(path: Path, name: str) -> Model:
     return load_directory(converted(path), name)
 
 
-def _from_hub(spec: str) -> Path:
+def _from_hub(spec: str, files: Sequence[str] = FILES) -> Path:
     remedy = "Give a local directory, a .gguf file, `demo`, or a hub id (with network access the first time)."
     if spec.count("/") != 1 or spec.startswith(("/", ".", "~")) or spec.endswith((".gguf", "/")):
         raise InputError(f"no such model: {spec}", remedy)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(spec, allow_patterns=list(FILES), ignore_patterns=list(NOT_NEEDED)))
+        return Path(snapshot_download(spec, allow_patterns=list(files), ignore_patterns=list(NOT_NEEDED)))
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot get {spec} from the hub: {reason}", remedy) from None
 
 
+def load_shape(spec: str) -> tuple[str, Decoder]:
+    """The name and the Decoder of a config.json, or of anything that `load_model` takes; no weight is needed.
+
+    Imports neither torch nor transformers. Raises InputError for what is missing, broken or unsupported.
+    """
+    path = demo_file() if spec == "demo" else Path(os.path.expanduser(spec))  # noqa: PTH111
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            from edgeprune.model.gguf import decoder_of_gguf
+
+            return path.stem, decoder_of_gguf(path)
+        if path.suffix.lower() != ".json":
+            raise InputError(f"{path} is no configuration", "Give a config.json, its directory, or a .gguf file.")
+        file, name = path, path.resolve().parent.name if path.name == "config.json" else path.stem
+    elif path.is_dir():
+        file, name = path / "config.json", path.resolve().name
+    elif spec.endswith(".json"):
+        raise InputError(f"no such file: {spec}", "Give a config.json, its directory, or a .gguf file.")
+    else:
+        file, name = _from_hub(spec, ("config.json",)) / "config.json", path.name
+    return name, decoder_of(_read_config(file))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"{file.parent} has no config.json", "Give a directory that transformers can load.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}", "Check its permissions.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON: {error}", "Restore the checkpoint's own file.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is not a JSON object", "Restore the checkpoint's own file.")
+    return config
+
+
 def load_directory(path: Path, name: str) -> Model:
     """A checkpoint in the standard layout. Raises InputError."""
     config_file = path / "config.json"
-    if not config_file.is_file():
-        raise InputError(f"{path} has no config.json", "Give a directory that transformers can load.")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{config_file} is not JSON: {error}", "Restore the checkpoint's own file.") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{config_file} is not a JSON object", "Restore the checkpoint's own file.")
-    decoder = decoder_of(config)
+    decoder = decoder_of(_read_config(config_file))
     stored = _stored(path)
     weights = LazyWeights(_checked(decoder, stored))
     if decoder.tie_word_embeddings:

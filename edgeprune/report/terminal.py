@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from edgeprune.compare import Row
     from edgeprune.doctor import Finding
+    from edgeprune.plan import Plan
     from edgeprune.profiles import DeviceProfile
 
 STYLES = {"met": "green", "missed": "red", "out_of_reach": "red", "noisy": "yellow", "uncertain": "yellow"}
@@ -176,6 +177,73 @@ def print_doctor(findings: Sequence[Finding], console: Console) -> None:
         (_text("yes", "green") if f.usable else _text("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
     ]
     console.print(_table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Whether it fits, memory and latencies by part, and what they rest on; every figure is an estimate."""
+    performance, decode = plan.performance, plan.performance.decode.value
+    console.print(_text(f"{plan.model} on {plan.profile.name}: {_shape(plan)}"))
+    have, need = format_bytes(plan.profile.available_bytes), format_bytes(performance.memory.total)
+    fits = f"It fits: {need} of the {have}" if plan.fits else f"It does not fit: {need}, but {have}"
+    console.print(_text(f"{fits} that the system leaves. All figures are estimated.", STYLES[_fit(plan)]))
+    console.print()
+    rows: list[tuple[str | Text, str, str]] = [("memory", need, "")]
+    rows += [(f"  {name}", format_bytes(part.value), part.basis) for name, part in performance.memory.parts.items()]
+    rows += [
+        (_text("prefill"), number_text(performance.prefill.value, "ms"), f"of {plan.workload.prompt} tokens"),
+        (_text("decode"), number_text(decode, "ms"), f"per step, {_tokens_per_second(plan, decode)}"),
+    ]
+    rows += [(f"  {name.replace('_', ' ')}", number_text(ms, "ms"), "") for name, ms in plan.decode_parts.items() if ms]
+    if plan.decode_parts["cache_copies"]:
+        in_place = plan.decode_in_place_ms
+        detail = f"without copies of the cache, {_tokens_per_second(plan, in_place)}"
+        rows.append(("decode in place", number_text(in_place, "ms"), detail))
+    console.print(_table(("estimated", "", ""), rows, whole=("estimated",)))
+    console.print()
+    rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
+    rests += [("mind", note) for note in plan.notes]
+    if weak := [name for name, figure in plan.profile.hardware.items() if figure.confidence == "low"]:
+        rests.append(("mind", f"of low confidence in the profile, which says why: {', '.join(weak)}"))
+    console.print(_table(("", ""), ((_text(name, "dim"), text) for name, text in rests)))
+
+
+def print_plans(plans: Sequence[Plan], console: Console) -> None:
+    """A line for each device: what the model needs and whether that is there; latencies where it is."""
+    console.print(_text(f"{plans[0].model}: {_shape(plans[0])}. All figures are estimated."))
+    console.print()
+    rows = []
+    for plan in plans:
+        performance = plan.performance
+        latencies = (number_text(figure.value, "ms") for figure in (performance.prefill, performance.decode))
+        rows.append((
+            plan.profile.name, format_bytes(performance.memory.total), format_bytes(plan.profile.available_bytes),
+            _text("yes" if plan.fits else "no", STYLES[_fit(plan)]), *(latencies if plan.fits else ("–", "–")),
+        ))  # fmt: skip
+    columns = ("device", "needs", "has", "fits", "prefill", "decode")
+    console.print(_table(columns, rows, whole=columns))
+    console.print()
+    held = [plan for plan in plans if plan.fits]
+    guessed = sum(plan.profile.decode_efficiency.confidence == "low" for plan in held)
+    console.print(
+        _text(f"{len(held)} of {len(plans)} devices hold it; no or few published points for {guessed} of them.")
+    )
+    console.print("--device NAME gives all parts, and the points that they rest on.", markup=False)
+
+
+def _fit(plan: Plan) -> str:
+    return "met" if plan.fits else "missed"
+
+
+def _shape(plan: Plan) -> str:
+    workload = plan.workload
+    return (
+        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}, batch {workload.batch}, "
+        f"prompt {workload.prompt}, past {plan.past}"
+    )
+
+
+def _tokens_per_second(plan: Plan, decode_ms: float) -> str:
+    return number_text(1e3 * plan.workload.batch / decode_ms, "tokens/s")
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:

@@ -1,0 +1,336 @@
+"""CUDA as the engines need it: memory, one stream, events, captured graphs. pycuda where it is installed,
+else cuda-python; nothing above this file knows which.
+
+This file also runs on the device: Python 3.10, numpy and one of the two modules. It knows no TensorRT.
+pycuda (2026.1) cannot capture graphs: `capture` returns None there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgeprune.errors import EngineError
+
+INSTALL = "Install one of them on the device: pip install cuda-python (wheels, no compiler), or pycuda."
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The device that is used; sm is the compute capability times 10, memory in bytes."""
+
+    name: str
+    sm: int
+    memory: int
+    driver: int  # CUDA version of the driver, 12060 for 12.6
+    layer: str  # pycuda or cuda-python, with its version
+
+
+class Driver(Protocol):
+    """What is asked of a CUDA module. Pointers, streams and events are what the module gives, addresses int."""
+
+    layer: str
+
+    def gpu(self) -> Gpu: ...
+    def free_bytes(self) -> int: ...
+    def allocate(self, size: int) -> Any: ...
+    def free(self, memory: Any) -> None: ...
+    def address(self, memory: Any) -> int: ...
+    def clear(self, memory: Any, size: int) -> None: ...
+    def upload(self, memory: Any, array: np.ndarray) -> None: ...
+    def download(self, array: np.ndarray, memory: Any) -> None: ...
+    def stream(self) -> Any: ...
+    def handle(self, stream: Any) -> int: ...
+    def synchronize(self, stream: Any) -> None: ...
+    def event(self) -> Any: ...
+    def record(self, event: Any, stream: Any) -> None: ...
+    def elapsed_ms(self, start: Any, end: Any) -> float: ...
+    def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None] | None: ...
+    def close(self) -> None: ...
+
+
+class Cuda:
+    """One context on the first GPU with one stream; all that it allocates is freed by `close`.
+
+    Raises EngineError where neither module works, no GPU is found or its memory is full.
+    """
+
+    def __init__(self) -> None:
+        self._driver = _open()
+        self._buffers: dict[int, tuple[Any, int]] = {}
+        try:
+            self.gpu = self._driver.gpu()
+            self._stream = self._driver.stream()
+            self._begin, self._end = self._driver.event(), self._driver.event()
+        except BaseException:
+            self._driver.close()
+            raise
+
+    def __enter__(self) -> Cuda:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle, as TensorRT takes it."""
+        return self._driver.handle(self._stream)
+
+    def size_of(self, address: int) -> int:
+        """Bytes at an address that `allocate` gave."""
+        return self._buffers[address][1]
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes (one at least), all zero."""
+        size = max(1, size)
+        try:
+            memory = self._driver.allocate(size)
+        except Exception as error:  # each module has its own; what they say is told
+            raise EngineError(
+                f"the GPU has no {size / 2**20:.0f} MiB left "
+                f"({self._driver.free_bytes() / 2**20:.0f} MiB free): {error}",
+                "Close what else uses the GPU, or take a smaller --batch or --context.",
+            ) from None
+        address = self._driver.address(memory)
+        self._buffers[address] = (memory, size)
+        self._driver.clear(memory, size)
+        return address
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Copy an array to an address that `allocate` gave. Raises ValueError where it does not fit."""
+        self._driver.upload(self._checked(address, array), np.ascontiguousarray(array))
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        """Fill a contiguous array from an address that `allocate` gave, after the stream's work."""
+        self.synchronize()
+        self._driver.download(array, self._checked(address, array))
+
+    def synchronize(self) -> None:
+        self._driver.synchronize(self._stream)
+
+    def time_ms(self, work: Callable[[], None]) -> tuple[float, float]:
+        """Milliseconds of work that is put on the stream: on the GPU, and of putting it there."""
+        self._driver.record(self._begin, self._stream)
+        start = time.perf_counter()
+        work()
+        enqueue_ms = 1e3 * (time.perf_counter() - start)
+        self._driver.record(self._end, self._stream)
+        self.synchronize()
+        return self._driver.elapsed_ms(self._begin, self._end), enqueue_ms
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None] | None:
+        """What replays the work as one CUDA graph; None where the module or the work does not allow it."""
+        self.synchronize()
+        return self._driver.capture(work, self._stream)
+
+    def close(self) -> None:
+        try:
+            self.synchronize()
+            for memory, _ in self._buffers.values():
+                self._driver.free(memory)
+        finally:
+            self._buffers.clear()
+            self._driver.close()
+
+    def _checked(self, address: int, array: np.ndarray) -> Any:
+        memory, size = self._buffers[address]
+        if array.nbytes > size:
+            raise ValueError(f"{array.nbytes} bytes into a buffer of {size}")
+        return memory
+
+
+def find_gpu() -> Gpu:
+    """The first GPU. Raises EngineError where there is none, or no module to reach it."""
+    with Cuda() as cuda:
+        return cuda.gpu
+
+
+def _open() -> Driver:
+    reasons = []
+    for driver in (_PyCuda, _CudaPython):
+        try:
+            return driver()
+        except EngineError:
+            raise
+        except Exception as error:  # a missing module, library or driver: each in its own words
+            reasons.append(f"{driver.module}: {error or type(error).__name__}")
+    raise EngineError(f"no CUDA module works here ({'; '.join(reasons)})", INSTALL)
+
+
+class _PyCuda:
+    module = "pycuda"
+
+    def __init__(self) -> None:
+        self._cuda = importlib.import_module("pycuda.driver")
+        self._cuda.init()
+        if self._cuda.Device.count() == 0:
+            raise EngineError("no NVIDIA GPU is found", "Run it on the device, or give --target ssh://USER@DEVICE.")
+        self._device = self._cuda.Device(0)
+        self._context = self._device.retain_primary_context()
+        self._context.push()
+        version = importlib.import_module("pycuda").VERSION_TEXT
+        self.layer = f"pycuda {version}"
+
+    def gpu(self) -> Gpu:
+        major, minor = self._device.compute_capability()
+        return Gpu(
+            self._device.name(), 10 * major + minor, self._device.total_memory(), self._cuda.get_driver_version(),
+            self.layer,
+        )  # fmt: skip
+
+    def free_bytes(self) -> int:
+        return int(self._cuda.mem_get_info()[0])
+
+    def allocate(self, size: int) -> Any:
+        return self._cuda.mem_alloc(size)
+
+    def free(self, memory: Any) -> None:
+        memory.free()
+
+    def address(self, memory: Any) -> int:
+        return int(memory)
+
+    def clear(self, memory: Any, size: int) -> None:
+        self._cuda.memset_d8(memory, 0, size)
+
+    def upload(self, memory: Any, array: np.ndarray) -> None:
+        self._cuda.memcpy_htod(memory, array)
+
+    def download(self, array: np.ndarray, memory: Any) -> None:
+        self._cuda.memcpy_dtoh(array, memory)
+
+    def stream(self) -> Any:
+        return self._cuda.Stream()  # it waits for the default stream, on which the copies are made
+
+    def handle(self, stream: Any) -> int:
+        return stream.handle
+
+    def synchronize(self, stream: Any) -> None:
+        stream.synchronize()
+
+    def event(self) -> Any:
+        return self._cuda.Event()
+
+    def record(self, event: Any, stream: Any) -> None:
+        event.record(stream)
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        return start.time_till(end)
+
+    def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None] | None:
+        return None
+
+    def close(self) -> None:
+        self._context.pop()
+
+
+class _CudaPython:
+    module = "cuda-python"
+
+    def __init__(self) -> None:
+        try:
+            self._cuda = importlib.import_module("cuda.bindings.driver")
+        except ImportError:  # before 12.8 the module had another name
+            self._cuda = importlib.import_module("cuda.cuda")
+        self._call("cuInit", 0)
+        if self._call("cuDeviceGetCount") == 0:
+            raise EngineError("no NVIDIA GPU is found", "Run it on the device, or give --target ssh://USER@DEVICE.")
+        self._device = self._call("cuDeviceGet", 0)
+        self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._device))
+        version = getattr(self._cuda, "__version__", None) or _version_of("cuda-bindings", "cuda-python")
+        self.layer = f"cuda-python {version}"
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """The result of a driver call. Raises RuntimeError that names the call and the driver's error."""
+        code, *results = getattr(self._cuda, name)(*arguments)
+        if code != self._cuda.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{name}: {code.name}")
+        return results[0] if len(results) == 1 else results
+
+    def gpu(self) -> Gpu:
+        kinds = self._cuda.CUdevice_attribute
+        major, minor = (
+            self._call("cuDeviceGetAttribute", getattr(kinds, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"),
+                       self._device)
+            for part in ("MAJOR", "MINOR")
+        )  # fmt: skip
+        name = self._call("cuDeviceGetName", 256, self._device).split(b"\0")[0].decode()
+        memory = int(self._call("cuMemGetInfo")[1])
+        return Gpu(name, 10 * major + minor, memory, self._call("cuDriverGetVersion"), self.layer)
+
+    def free_bytes(self) -> int:
+        return int(self._call("cuMemGetInfo")[0])
+
+    def allocate(self, size: int) -> Any:
+        return self._call("cuMemAlloc", size)
+
+    def free(self, memory: Any) -> None:
+        self._call("cuMemFree", memory)
+
+    def address(self, memory: Any) -> int:
+        return int(memory)
+
+    def clear(self, memory: Any, size: int) -> None:
+        self._call("cuMemsetD8", memory, 0, size)
+
+    def upload(self, memory: Any, array: np.ndarray) -> None:
+        self._call("cuMemcpyHtoD", memory, array.ctypes.data, array.nbytes)
+
+    def download(self, array: np.ndarray, memory: Any) -> None:
+        self._call("cuMemcpyDtoH", array.ctypes.data, memory, array.nbytes)
+
+    def stream(self) -> Any:
+        return self._call("cuStreamCreate", 0)  # it waits for the default stream, on which the copies are made
+
+    def handle(self, stream: Any) -> int:
+        return int(stream)
+
+    def synchronize(self, stream: Any) -> None:
+        self._call("cuStreamSynchronize", stream)
+
+    def event(self) -> Any:
+        return self._call("cuEventCreate", 0)
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._call("cuEventRecord", event, stream)
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        return self._call("cuEventElapsedTime", start, end)
+
+    def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None] | None:
+        mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", stream, mode)
+        try:
+            work()
+        finally:
+            code, graph = self._cuda.cuStreamEndCapture(stream)
+        if code != self._cuda.CUresult.CUDA_SUCCESS:
+            return None
+        try:
+            executable = self._call("cuGraphInstantiate", graph, 0)
+        except RuntimeError:
+            return None
+        finally:
+            self._call("cuGraphDestroy", graph)
+        return lambda: self._call("cuGraphLaunch", executable, stream)
+
+    def close(self) -> None:
+        self._call("cuDevicePrimaryCtxRelease", self._device)
+
+
+def _version_of(*names: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
