@@ -85,6 +85,7 @@ class Plan:
         """Bytes and ms, total and by part, and what each figure rests on."""
         performance = self.performance
         memory = performance.memory.parts
+        memory_bytes = {name: ceil(part.value) for name, part in memory.items()}
         return {
             "model": self.model,
             "parameters": self.decoder.parameters,
@@ -94,7 +95,7 @@ class Plan:
             "prompt": self.workload.prompt,
             "past": self.past,
             "source": "estimated",
-            "memory_bytes": ceil(performance.memory.total),
+            "memory_bytes": sum(memory_bytes.values()),
             "available_bytes": int(self.profile.available_bytes),
             "fits": self.fits,
             "prefill_ms": performance.prefill.value,
@@ -102,7 +103,7 @@ class Plan:
             "decode_in_place_ms": self.decode_in_place_ms,
             "work": self.work,
             "parts": {
-                "memory_bytes": {name: ceil(part.value) for name, part in memory.items()},
+                "memory_bytes": memory_bytes,
                 "decode_ms": self.decode_parts,
             },
             "basis": {f"memory.{name}": part.basis for name, part in memory.items()}
@@ -114,10 +115,10 @@ class Plan:
 def plan(question: Question) -> Plan:
     """The model's shape on the one device that was named. Raises InputError."""
     _check(question)
-    if question.device is None or question.profile is None:  # else resolve_profile refuses both
-        given = load_profile(question.device or "cpu") if question.profile is None else None
-        given = given or load_profile_file(question.profile)
-        check_precision(given, question.precision or given.precision)  # before a probe takes its time
+    if question.device is None or question.profile is None:  # both at once are refused below
+        file, name = question.profile, question.device or "cpu"
+        unprobed = load_profile(name) if file is None else load_profile_file(file)
+        check_precision(unprobed, question.precision or unprobed.precision)  # before a probe takes its time
     model, decoder = load_shape(question.model)
     return _on(question, resolve_profile(question.device, question.profile), model, decoder)
 

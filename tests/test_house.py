@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "edgeprune").rglob("*.py"))
 ROOMS = {
     # what a room may import from edgeprune, besides itself and the ground floor
-    "cli": {"loop", "prepare", "shipping", "compare", "doctor", "generation", "progress", "log", "profiles", "report"},
+    "cli": {"loop", "prepare", "shipping", "compare", "doctor", "generation", "progress", "log", "profiles", "report",
+            "plan"},
     "loop": {"prepare", "shipping", "journal", "progress", "search", "bundle", "report", "evaluate", "engine",
              "pruning", "model", "generation", "budget", "sensitivities", "profiles"},
     "shipping": {"loop", "bundle", "report", "engine", "budget", "model", "profiles"},
@@ -23,7 +24,8 @@ ROOMS = {
     "generation": {"bundle", "engine", "model"},
     "doctor": {"engine"},
     "search": {"pruning"},
-    "report": {"budget", "engine", "compare", "doctor", "profiles"},
+    "plan": {"engine", "model", "profiles"},
+    "report": {"budget", "engine", "compare", "doctor", "profiles", "plan"},
     "evaluate": {"model"},
     "engine": {"model", "profiles", "cache"},
     "pruning": {"model"},

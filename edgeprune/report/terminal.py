@@ -224,9 +224,8 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
     console.print()
     held = [plan for plan in plans if plan.fits]
     guessed = sum(plan.profile.decode_efficiency.confidence == "low" for plan in held)
-    console.print(
-        _text(f"{len(held)} of {len(plans)} devices hold it; no or few published points for {guessed} of them.")
-    )
+    few = f", {guessed} of them with no or few published points" if guessed else ""
+    console.print(_text(f"{len(held)} of {len(plans)} devices hold it{few}."))
     console.print("--device NAME gives all parts, and the points that they rest on.", markup=False)
 
 

@@ -15,6 +15,7 @@ from edgeprune.engine.estimate import (
     activation_bytes,
     bytes_per_token,
     check_precision,
+    decode_flops,
     decode_parts,
     estimate_floor,
     estimate_performance,
@@ -110,6 +111,26 @@ def test_flops_by_counting_products(batch: int, prompt: int, layers: int) -> Non
     assert prefill_flops(decoder, Workload(batch, prompt, 64)) == pytest.approx(
         batch * (layers * per_layer + 2 * 32 * 100)
     )
+
+
+def test_decode_flops_by_counting_products() -> None:
+    """Two for each weight of matrices and head, and for each key and value that a query head meets."""
+    decoder, workload = uniform(32, 2, (4, 2, 8), 48, 100), Workload(3, 1, 24)
+    weights = 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48) + 32 * 100
+    assert decode_flops(decoder, workload) == 2 * 3 * (weights + 2 * 4 * 2 * 8 * 24)
+
+
+def test_decode_is_bound_by_bytes_or_in_a_large_batch_by_compute() -> None:
+    parts = decode_parts(SMOLLM2, ORIN, WORKLOAD, "fp16")
+    assert parts["compute"] == 0
+    many = Workload(4096, 1, 2)
+    parts, estimate = decode_parts(SMOLLM2, ORIN, many, "fp16"), estimate_performance(SMOLLM2, ORIN, many, "fp16")
+    flops = decode_flops(SMOLLM2, many)
+    assert parts["compute"] > 0
+    assert estimate.decode.value == pytest.approx(1e3 * flops / (ORIN.prefill_efficiency.value * 42e12) + OVERHEAD)
+    assert estimate.decode.value == pytest.approx(sum(parts.values()))
+    assert estimate.decode.value == pytest.approx(sum(latency_shares(SMOLLM2, ORIN, many, "fp16").values()))
+    assert "bound by compute" in estimate.decode.basis
 
 
 def test_prefill_is_bound_by_compute_or_by_bytes() -> None:

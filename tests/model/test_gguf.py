@@ -10,7 +10,7 @@ from gguf.quants import quantize
 from edgeprune.errors import InputError
 from edgeprune.model import gguf
 from edgeprune.model.gguf import LAYER, OUTER, converted
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model, load_shape, load_tokenizer
 from tests.checkpoints import LETTERS, SPECIAL
 from tests.reference import decoder_of, weights_of
 from tests.tiny import llama
@@ -79,7 +79,9 @@ def write(path, reference, quantised=None, architecture="llama", pre="gpt-2", mo
 def test_a_gguf_file_gives_the_weights_it_was_made_from(tmp_path, tied):
     reference = llama(**SETTINGS, tie_word_embeddings=tied)
     write(tmp_path / "m.gguf", reference)
+    shape = load_shape(str(tmp_path / "m.gguf"))
     model = load_model(str(tmp_path / "m.gguf"))
+    assert shape == ("m", model.decoder)
     assert model.decoder.rotary.inverse_frequencies == pytest.approx(
         decoder_of(reference.config).rotary.inverse_frequencies
     )

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from edgeprune.errors import InputError
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model, load_shape, load_tokenizer
 from tests.checkpoints import save_llama
 from tests.reference import decoder_of, weights_of
 
@@ -59,6 +59,38 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
     model = load_model("someone/tiny")
     assert (model.name, model.directory, asked.pop("spec")) == ("tiny", tmp_path / "model", "someone/tiny")
     assert set(filter_repo_objects(wanted + other, **asked)) == set(wanted)
+
+
+def test_a_shape_needs_no_weights(tmp_path, monkeypatch):
+    save_llama(tmp_path / "model")
+    decoder = load_model(str(tmp_path / "model")).decoder
+    for file in (tmp_path / "model").iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    asked = []
+
+    def snapshot_double(spec, allow_patterns, ignore_patterns):
+        asked.extend([spec, *allow_patterns])
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_double)
+    (tmp_path / "tiny.json").write_text((tmp_path / "model" / "config.json").read_text())
+    assert load_shape(str(tmp_path / "model")) == ("model", decoder)
+    assert load_shape(str(tmp_path / "model" / "config.json")) == ("model", decoder)
+    assert load_shape(str(tmp_path / "tiny.json")) == ("tiny", decoder)
+    assert load_shape("someone/small") == ("small", decoder)
+    assert asked == ["someone/small", "config.json"]
+
+
+def test_a_shape_that_cannot_be_read_is_said(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for spec, reason in (
+        (tmp_path, "has no config.json"), (tmp_path / "model.safetensors", "is no configuration"),
+        (tmp_path / "none.json", "no such file"), (tmp_path / "none", "no such model"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            load_shape(str(spec))
 
 
 def _store_head(difference):

@@ -1,0 +1,137 @@
+"""`edgeprune plan` through the real command line: figures, labels, speed on huge shapes, bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgeprune.profiles import list_profiles
+from tests.e2e.test_bad_input import run
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_key_value_heads": 8,
+    "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+SHAPES = {
+    "llama-3-70b": LLAMA | {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80,
+        "max_position_embeddings": 8192,
+    },
+    "llama-3.1-405b": LLAMA | {
+        "hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_hidden_layers": 126,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "gpt": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+    "empty": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    for name, shape in SHAPES.items():
+        (folder / name).mkdir()
+        if shape is not None:
+            (folder / name / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-3-70b", 70.55), ("llama-3.1-405b", 405.85)])
+def test_a_huge_shape_on_every_profile_takes_seconds_and_little_memory(home, name, billions):
+    """In a process of its own, whose peak memory is the one read."""
+    code = (
+        "import resource, sys; from edgeprune.cli import main\n"
+        f"sys.argv = ['edgeprune', 'plan', {name!r}, '--json']\n"
+        "try: main()\nfinally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); "
+        "print(*({'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules)), file=sys.stderr)"
+    )
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 10
+    peak, heavy = result.stderr.split("\n")[:2]
+    assert int(peak) * (1 if sys.platform == "darwin" else 1024) < 1e9
+    assert not heavy
+    rows = json.loads(result.stdout)["devices"]
+    assert len(rows) == sum(profile.is_probed for profile in list_profiles())
+    assert {round(row["parameters"] / 1e9, 2) for row in rows} == {billions}
+    assert all(row["source"] == "estimated" and row["basis"]["decode"] for row in rows)
+    assert not any(row["fits"] for row in rows)  # fp16
+
+
+def test_one_device(home):
+    words = [
+        "plan",
+        "llama-3-70b",
+        "--device",
+        "jetson-orin",
+        "--precision",
+        "int4",
+        "--prompt",
+        "1024",
+        "--past",
+        "4096",
+    ]
+    result = run([*words, "--json"], home)
+    assert result.returncode == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert shown["fits"]
+    assert 35e9 < shown["memory_bytes"] < 45e9
+    assert shown["decode_ms"] == pytest.approx(1e3 * (shown["work"]["decode_bytes"]) / (0.795 * 204.8e9) + 1.41)
+    text = run(words, home).stdout
+    for word in ("It fits", "estimated", "weights", "cache copies", "decode in place", "AGX Orin", "Edge-LLM", "mind"):
+        assert word in text
+
+
+def test_all_devices(home):
+    result = run(["plan", "llama-3-70b", "--precision", "int4"], home)
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    assert "yes" in lines["jetson-orin"]
+    assert "no" in lines["l4"].split()
+    assert "cpu" not in lines
+    assert "estimated" in result.stdout
+
+
+def test_this_machines_processor_is_probed_when_asked_for(home):
+    config = json.dumps(SHAPES["llama-3-70b"] | {"num_hidden_layers": 1, "vocab_size": 1000})
+    (home / "one-layer.json").write_text(config)
+    result = run(["plan", "one-layer.json", "--device", "cpu", "--json"], home)
+    assert result.returncode == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert (shown["device"], shown["precision"], shown["source"]) == ("cpu", "fp32", "estimated")
+    assert shown["decode_ms"] == shown["decode_in_place_ms"] > 0
+
+
+CASES = {
+    "no config": (["plan", "nowhere", "--device", "l4"], "no such model"),
+    "no config file": (["plan", "nowhere.json"], "no such file"),
+    "a directory without one": (["plan", "empty", "--device", "l4"], "has no config.json"),
+    "unknown family": (["plan", "gpt", "--device", "l4"], "unsupported architecture 'gpt2'"),
+    "unknown device": (["plan", "llama-3-70b", "--device", "jetson-orinn"], "jetson-orin"),
+    "missing profile": (["plan", "llama-3-70b", "--profile", "none.toml"], "none.toml"),
+    "both": (["plan", "llama-3-70b", "--device", "l4", "--profile", "none.toml"], "both"),
+    "unknown precision": (["plan", "llama-3-70b", "--precision", "int2"], "fp32, fp16, int8, int4"),
+    "int4 on a processor": (["plan", "llama-3-70b", "--device", "cpu", "--precision", "int4"], "--precision fp32"),
+    "no prompt": (["plan", "llama-3-70b", "--device", "l4", "--prompt", "0"], "--prompt 0"),
+    "no past": (["plan", "llama-3-70b", "--device", "l4", "--past", "0"], "--past 0"),
+    "no batch": (["plan", "llama-3-70b", "--batch", "0"], "--batch 0"),
+    "nothing": (["plan"], "CONFIG"),
+}
+
+
+@pytest.mark.parametrize(("words", "reason"), CASES.values(), ids=CASES)
+def test_bad_input_is_one_message_with_a_remedy(home, words, reason):
+    result = run(words, home)
+    assert result.returncode == 2, result.stderr
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
