@@ -29,6 +29,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_shape
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, load_profile_file
 
+MOST = 2**31 - 1  # tokens or sequences; beyond any device
 QUANTISED = "weight-only: the layers' matrices, a scale for each block of 128; all else fp16"
 
 
@@ -138,6 +139,8 @@ def _check(question: Question) -> None:
         value = getattr(question, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} is less than 1", "Give a positive number.")
+        if value is not None and value > MOST:
+            raise InputError(f"--{name} is more than {MOST}", "Give a number that a device could hold.")
 
 
 def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder) -> Plan:

@@ -118,6 +118,13 @@ def test_any_prompt_past_and_batch(tmp_path_factory, prompt: int | None, past: i
     assert any("positions" in note for note in found.notes) == (held > 1024)
 
 
+def test_the_most_that_is_taken_is_still_a_number(config: str) -> None:
+    most = 2**31 - 1
+    for found in plan_all(Question(config, prompt=most, past=most, batch=most)):
+        assert not found.fits
+        json.dumps(found.as_json(), allow_nan=False)
+
+
 def test_the_processor_refuses_a_precision_before_it_is_probed(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.engine.probe.probe", lambda profile: pytest.fail("probed"))
     for precision in ("int4", "int8", "fp16"):
@@ -138,6 +145,7 @@ def refused(question: Question) -> str:
 def test_what_cannot_be_planned_is_said(config: str, tmp_path: Path) -> None:
     for name in ("batch", "prompt", "past"):
         assert refused(Question(config, "l4", **{name: 0})) == f"--{name} 0 is less than 1"
+        assert refused(Question(config, "l4", **{name: 10**400})) == f"--{name} is more than 2147483647"
     assert refused(Question(config, "l4", precision="int2")) == "unknown precision 'int2'"
     assert "no such file" in refused(Question("nowhere.json", "l4"))
     assert "no such model" in refused(Question("nowhere", "l4"))
