@@ -1,4 +1,7 @@
-"""The bundle on disk: assembled aside, hashed, then renamed into place. Complete or absent, never half."""
+"""The bundle on disk: assembled aside, hashed, then renamed into place. Complete or absent, never half.
+
+This file also runs on the device: Python 3.10, standard library only.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,33 +59,47 @@ def check_space(output: Path, needed_bytes: int) -> None:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_bundle(
-    staging: Path, output: Path, rung: Path, tokenizer: Mapping[str, Path], texts: Mapping[str, str],
-    manifest: Mapping[str, Any], render: Callable[[dict[str, int]], Mapping[str, str]],
+    staging: Path, output: Path, rungs: Sequence[Path], tokenizer: Mapping[str, Path],
+    texts: Mapping[str, str | bytes], manifest: Mapping[str, Any],
+    render: Callable[[dict[str, int]], Mapping[str, str]],
 ) -> None:  # fmt: skip
-    """Link the rung's folders into a bundle with tokenizer and texts, hash all files, put it into place.
+    """Link the rungs' folders into a bundle with tokenizer and texts, hash all files, put it into place.
 
-    staging: where it is assembled, on the same disk as output. render(files) gives the texts that
-    list the bundle's files with their bytes (the report). An older bundle at `output` is replaced at
-    the very end, and only then removed.
+    rungs: the chosen one first; files that are equal between them are stored once. staging: where it is
+    assembled, on the same disk as output. render(files) gives the texts that list the bundle's files with their
+    bytes (the report). An older bundle at `output` is replaced at the very end, and only then removed.
     """
     shutil.rmtree(staging, ignore_errors=True)
-    rung_folder = staging / "rungs" / "0"
-    rung_folder.mkdir(parents=True)
-    for name in LINKS:
-        if (rung / name).is_dir():
-            # Hard links: the rung stays whole in the work folder until the bundle is in place.
-            shutil.copytree(rung / name, rung_folder / name, copy_function=os.link)
-            (staging / name).symlink_to(Path("rungs") / "0" / name)
+    known: dict[tuple[int, str], Path] = {}
+
+    def link(source: str, target: str) -> None:
+        """Hard links: the rung stays whole in the work folder until the bundle is in place."""
+        path = Path(source).resolve()  # of a link, what it leads to
+        key = (path.stat().st_size, sha256(path)) if len(rungs) > 1 else (len(known), "")
+        os.link(known.setdefault(key, path), target)
+
+    for index, rung in enumerate(rungs):
+        folder = staging / "rungs" / str(index)
+        folder.mkdir(parents=True)
+        for path in sorted(rung.iterdir()):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, copy_function=link)
+            else:
+                link(str(path), str(folder / path.name))
+    point_to_rung(staging, 0)
     (staging / "tokenizer").mkdir()
     for name, path in tokenizer.items():
         shutil.copyfile(path, staging / "tokenizer" / name)
     for name, text in texts.items():
-        (staging / name).write_text(text, encoding="utf-8")
+        (staging / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     for name, text in render(_sizes(staging)).items():
         (staging / name).write_text(text, encoding="utf-8")
     hashes = {name: sha256(staging / name) for name in _sizes(staging)}
@@ -95,13 +112,32 @@ def write_bundle(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def refresh_hash(folder: Path, name: str) -> None:
-    """Record a file of a bundle that was written again in its manifest."""
+def point_to_rung(folder: Path, index: int) -> None:
+    """Let the links at the bundle's top lead to a rung; where a copy made folders of them, those stay."""
+    for name in LINKS:
+        link, rung = folder / name, Path("rungs") / str(index) / name
+        if (link.exists() and not link.is_symlink()) or not (folder / rung).is_dir():
+            continue
+        temporary = folder / f"{name}.part"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(rung)
+        temporary.replace(link)
+
+
+def write_again(folder: Path, texts: Mapping[str, str], also: Iterable[str] = ()) -> None:
+    """Write texts of a finished bundle again, each at once, and record their hashes and those of `also`."""
     manifest = open_bundle(folder)
-    manifest["sha256"][name] = sha256(folder / name)
-    temporary = folder / f"{MANIFEST}.part"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    for name, text in texts.items():
+        _replace(folder / name, text)
+    for name in (*texts, *also):
+        manifest["sha256"][name] = sha256(folder / name)
+    _replace(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -68,6 +68,13 @@ def fit(
     engine: Annotated[
         str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx|onnxruntime", help="Engine to build with.")
     ] = "auto",
+    target: Annotated[
+        str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Build and measure on this device.")
+    ] = None,
+    keep_remote: Annotated[bool, typer.Option("--keep-remote", help="Leave the working folder on the device.")] = False,
+    rungs: Annotated[
+        int, typer.Option(help="Models in the bundle; each further one is smaller, in case the device is slower.")
+    ] = 1,
     require_measured: Annotated[
         bool, typer.Option("--require-measured", help="A verdict that rests on an estimate is a failure.")
     ] = False,
@@ -89,7 +96,8 @@ def fit(
         model=model, device=device, profile=profile, memory=memory, prefill=prefill, decode=decode,
         max_quality_loss=max_quality_loss, calibration=calibration, evaluate=tuple(evaluate or ()), samples=samples,
         length=length, method=method, precision=precision, batch=batch, prompt=prompt, context=context, engine=engine,
-        require_measured=require_measured, checkpoint=not no_checkpoint, output=output, resume=resume, force=force,
+        target=target, keep_remote=keep_remote, rungs=rungs, require_measured=require_measured,
+        checkpoint=not no_checkpoint, output=output, resume=resume, force=force,
         seed=seed,
     )  # fmt: skip
     with rich_progress() as progress:
@@ -177,6 +185,29 @@ def doctor(json_: Json = False) -> None:
         typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
     else:
         print_doctor(findings, _console())
+
+
+@app.command()
+def measure(
+    bundle: Bundle,
+    target: Annotated[
+        str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Where. Default: this machine.")
+    ] = None,
+    keep_remote: Annotated[bool, typer.Option("--keep-remote", help="Leave the working folder on the device.")] = False,
+    json_: Json = False,
+) -> None:
+    """Build a bundle's engine where it is to run, check and measure it, and update the report."""
+    from edgeprune.measuring import measure as run_measure
+    from edgeprune.progress import rich_progress
+    from edgeprune.report.terminal import print_report
+
+    with rich_progress() as progress:
+        report = run_measure(bundle, target, keep_remote, progress)
+    if json_:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        print_report(report, _console())
+    raise typer.Exit(report.exit_code())
 
 
 @app.command()

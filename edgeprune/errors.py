@@ -5,6 +5,7 @@
     │   └── NumericalError  the model's weights or activations are not usable numbers
     ├── BudgetError     3   the budget, or budget and quality together, is out of reach
     └── EngineError     4   an engine or a device failed
+        └── WrongEngine     an engine that computes something else than its graph
 
 Every error says what is wrong, and what to do about it.
 """
@@ -43,3 +44,7 @@ class EngineError(EdgepruneError):
     """An engine could not be built or run, or the device failed."""
 
     exit_code = 4
+
+
+class WrongEngine(EngineError):
+    """An engine that computes something else than its graph: nothing of it is timed or shipped."""

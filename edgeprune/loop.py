@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.budget import Status, Verdict, judge, judge_quality
+from edgeprune.budget import judge
 from edgeprune.engine import perform
 from edgeprune.engine.base import Measured, Performance
 from edgeprune.engine.choose import RUNTIME_GRAPH, Exported
@@ -29,7 +29,8 @@ from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.prepare import Request, Setup, prepare
 from edgeprune.progress import Progress, Silent
-from edgeprune.search import Costs, Outcome, search
+from edgeprune.results import Candidate, Fitted, Quality, Samples
+from edgeprune.search import Costs, Outcome, search, smaller_rungs
 from edgeprune.sensitivities import sensitivities_of
 
 if TYPE_CHECKING:
@@ -41,64 +42,6 @@ MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure ca
 CROSS_CHECK_SECONDS = 10.0
 SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
 SAMPLE_TOKENS = 80
-
-
-@dataclass(frozen=True)
-class Samples:
-    """calibration: (samples, length) int64; generated: what the model wrote, beside the user's own
-    (none where those are generated already); evaluation: token documents by name of the text."""
-
-    calibration: np.ndarray
-    generated: np.ndarray | None
-    evaluation: dict[str, list[np.ndarray]]
-    self_generated: bool  # the evaluation then measures agreement with the dense model
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model on disk with what it needs and reaches; records: what was done to each module."""
-
-    model: Model
-    exported: Exported
-    performance: Performance
-    records: tuple[dict[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Quality:
-    """texts: {name: {dense, fitted, percent, low, high, tokens}}; samples of both from one prompt."""
-
-    texts: dict[str, dict[str, float]]
-    prompt: str
-    dense_sample: str
-    fitted_sample: str
-
-    @property
-    def worst_percent(self) -> float:
-        return max(text["percent"] for text in self.texts.values())
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Everything that the report is made of. outcome is None where the dense model meets the budget."""
-
-    setup: Setup
-    samples: Samples
-    dense: Performance
-    chosen: Candidate
-    outcome: Outcome | None
-    quality: Quality
-    cross_check: dict[str, Measured] | None
-    seconds: dict[str, float]
-
-    @property
-    def verdict(self) -> Verdict:
-        return judge(self.setup.budget, self.dense, self.chosen.performance)
-
-    @property
-    def quality_status(self) -> Status:
-        rises = [(text["low"], text["high"]) for text in self.quality.texts.values()]
-        return judge_quality(self.setup.budget, rises)
 
 
 def fit(request: Request, progress: Progress | None = None) -> Path:
@@ -121,13 +64,17 @@ def fit(request: Request, progress: Progress | None = None) -> Path:
     dense = run.measure_dense(plain, samples)
     if judge(setup.budget, dense.performance, dense.performance).met:
         progress.note("the dense model already meets the budget: it is exported as it is")
-        chosen, outcome = run.keep_dense(dense, samples), None
+        rungs, outcome = [run.keep_dense(dense, samples)], None
     else:
-        sensitivities = run.measure_sensitivities(samples)
-        outcome, chosen = run.search(dense, samples, sensitivities)
-    quality = run.evaluate(plain, chosen, samples)
-    cross_check = run.cross_check(plain, chosen) if outcome is not None else None
-    fitted = Fitted(setup, samples, dense.performance, chosen, outcome, quality, cross_check, journal.seconds)
+        outcome, chosen = run.search(dense, samples, run.measure_sensitivities(samples))
+        rungs = [chosen]
+    rungs += run.further_rungs(dense, rungs[0], samples)
+    qualities = [run.evaluate(plain, rung, samples, index) for index, rung in enumerate(rungs)]
+    cross_check = run.cross_check(plain, rungs[0]) if outcome is not None else None
+    fitted = [
+        Fitted(setup, samples, dense.performance, rung, outcome, quality, cross_check, journal.seconds)
+        for rung, quality in zip(rungs, qualities, strict=True)
+    ]
     ship(fitted, work)
     shutil.rmtree(work)
     return setup.output
@@ -230,10 +177,6 @@ class Run:
         widths = dense_widths(setup.model.decoder)
         candidates: list[Candidate] = []
 
-        def estimate(widths: Widths) -> dict[str, float]:
-            decoder = setup.model.decoder.with_widths(*widths)
-            return estimate_performance(decoder, setup.profile, setup.workload, setup.precision).values
-
         def obtain(index: int, widths: Widths, predicted: dict[str, float]) -> Costs:
             self.progress.note(
                 f"candidate {index + 1}: {widths.num_key_value_heads} key/value heads x {widths.heads_per_group} "
@@ -245,10 +188,29 @@ class Run:
             return Costs({name: obtained.values[name] for name in limits}, status)
 
         outcome = search(
-            uniform_options(widths, setup.profile.channel_multiple), sensitivities.uniform_loss, estimate,
+            uniform_options(widths, setup.profile.channel_multiple), sensitivities.uniform_loss, self._estimate,
             (widths, dense.performance.values), limits, self._margins(dense.performance), obtain,
         )  # fmt: skip
         return outcome, candidates[outcome.chosen]
+
+    def _estimate(self, widths: Widths) -> dict[str, float]:
+        decoder = self.setup.model.decoder.with_widths(*widths)
+        return estimate_performance(decoder, self.setup.profile, self.setup.workload, self.setup.precision).values
+
+    def further_rungs(self, dense: Candidate, chosen: Candidate, samples: Samples) -> list[Candidate]:
+        """Smaller candidates for the bundle, in case the device's own figures are worse than what is known here."""
+        from edgeprune.pruning.allocate import dense_widths, uniform_options
+
+        setup = self.setup
+        if setup.request.rungs == 1 or not judge(setup.budget, dense.performance, chosen.performance).met:
+            return []
+        options = uniform_options(dense_widths(setup.model.decoder), setup.profile.channel_multiple)
+        found = smaller_rungs(
+            options, self.measure_sensitivities(samples).uniform_loss, self._estimate,
+            (dense_widths(chosen.model.decoder), chosen.performance.values),
+            setup.budget.absolute(dense.performance).limits, setup.request.rungs - 1,
+        )  # fmt: skip
+        return [self._candidate(f"rung-{index}", widths, samples, dense) for index, widths in enumerate(found, 1)]
 
     def _margins(self, dense: Performance) -> dict[str, float]:
         measured = {name for name in ("prefill", "decode") if isinstance(getattr(dense, name), Measured)}
@@ -282,9 +244,7 @@ class Run:
 
         folder = self.journal.folder_stage(name, fill)
         model = load_model(str(folder / "model"))
-        exported = Exported(
-            model.decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE
-        )
+        exported = Exported(model.decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE)
 
         def perform() -> dict[str, Any]:
             self.progress.stage(f"{name}: build and measure")
@@ -312,7 +272,7 @@ class Run:
             setup.request.seed, on_module, None if samples.generated is None else _tensor(samples.generated),
         )  # fmt: skip
 
-    def evaluate(self, plain: Path, chosen: Candidate, samples: Samples) -> Quality:
+    def evaluate(self, plain: Path, chosen: Candidate, samples: Samples, rung: int) -> Quality:
         """Perplexity of both models on the held-out texts, and a sample of each from one prompt."""
 
         def compute() -> dict[str, Any]:
@@ -345,7 +305,7 @@ class Run:
                 "dense_sample": texts_of_both[0], "fitted_sample": texts_of_both[1],
             }  # fmt: skip
 
-        return Quality(**self.journal.stage("evaluation", compute))
+        return Quality(**self.journal.stage(f"evaluation {rung}", compute))
 
     def cross_check(self, plain: Path, chosen: Candidate) -> dict[str, Measured] | None:
         """Where the device was not measured: fitted against dense on this machine's processor."""

@@ -15,11 +15,12 @@ from edgeprune.engine.choose import Engine, choose_engine
 from edgeprune.engine.estimate import ELEMENT_BYTES, estimate_floor, estimate_performance
 from edgeprune.engine.graph import graph_weight_bytes
 from edgeprune.engine.probe import resolve_profile
+from edgeprune.engine.remote import Device, Target
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.model import Model
-from edgeprune.profiles import DeviceProfile
+from edgeprune.profiles import DeviceProfile, load_profile
 from edgeprune.search import MAX_CANDIDATES
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ SELF = "self"
 DEMO = "demo"
 DEMO_MEMORY = "90%"
 PRECISIONS = ("fp32", "fp16")  # that graphs are written in
+MAX_RUNGS = 8
 EVALUATION_TOKENS = 64  # fewer say nothing about quality
 
 
@@ -55,6 +57,9 @@ class Request:
     prompt: int | None = None
     context: int | None = None
     engine: str = "auto"
+    target: str | None = None
+    keep_remote: bool = False
+    rungs: int = 1
     require_measured: bool = False
     checkpoint: bool = True
     output: Path | None = None
@@ -109,6 +114,8 @@ class Setup:
             "workload": [self.workload.batch, self.workload.prompt, self.workload.context],
             "precision": self.precision,
             "engine": self.engine.name,
+            "target": request.target,
+            "rungs": request.rungs,
             "budget": {name: limit.asked for name, limit in self.budget.limits.items()},
             "max_quality_loss": self.budget.max_quality_loss,
             "samples": samples_hash(self.texts),
@@ -132,12 +139,13 @@ def prepare(request: Request) -> Setup:
     """Raises InputError for bad input and BudgetError for a budget below the floor; writes nothing."""
     if (request.device is None) == (request.profile is None):
         raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
-    profile = resolve_profile(request.device, request.profile)
+    target = target_of(request.target, request.keep_remote)
+    profile = _profile(request)
     workload = _workload(request, profile)
     precision = request.precision or profile.precision
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
-    engine = choose_engine(request.engine, profile, workload, precision)
+    engine = choose_engine(request.engine, profile, workload, precision, target)
     choices = [
         Choice("engine", engine.name, engine.reason),
         Choice(
@@ -164,8 +172,26 @@ def prepare(request: Request) -> Setup:
     else:
         reason = "text of the model's own, at the same weight, holds in place what yours says nothing about"
         choices.append(Choice("calibration", f"{texts.origin}, and generated text", reason))
-    check_space(output, _bytes_written(model, precision, engine))
+    check_space(output, _bytes_written(model, precision, engine, request.rungs))
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
+
+
+def target_of(text: str | None, keep: bool) -> Device | None:
+    """The device behind `ssh://...`, None for this machine. Raises InputError."""
+    if text is None and keep:
+        raise InputError("--keep-remote is given without --target", "Give --target ssh://USER@DEVICE, or leave it out.")
+    return None if text is None else Device(Target.parse(text), keep)
+
+
+def _profile(request: Request) -> DeviceProfile:
+    """The profile, with this machine's figures where it has none of its own."""
+    if request.target is not None and request.device is not None and not load_profile(request.device).is_probed:
+        raise InputError(
+            f"the profile {request.device} has no figures of {request.target}",
+            "Measure them: python tools/probe_profile.py --target "
+            f"{request.target} --output device.toml, then give --profile device.toml.",
+        )
+    return resolve_profile(request.device, request.profile)
 
 
 def check_samples(samples: int, length: int) -> None:
@@ -191,6 +217,8 @@ def _stem(model: str) -> str:
 
 def _workload(request: Request, profile: DeviceProfile) -> Workload:
     check_samples(request.samples, request.length)
+    if not 1 <= request.rungs <= MAX_RUNGS:
+        raise InputError(f"--rungs {request.rungs} is not 1 to {MAX_RUNGS}", "A bundle of 3 covers most surprises.")
     default = profile.workload
     given = {name: getattr(request, name) for name in ("batch", "prompt", "context")}
     for name, value in given.items():
@@ -255,11 +283,11 @@ def _rounded_up(name: str, value: float) -> str:
     return f"{int(value / 2**20) + 1}MiB" if name == "memory" else f"{int(value) + 1}ms"
 
 
-def _bytes_written(model: Model, precision: str, engine: Engine) -> int:
+def _bytes_written(model: Model, precision: str, engine: Engine, rungs: int) -> int:
     """An upper bound: dense and candidate graphs and checkpoints, and the engines."""
     graphs = graph_weight_bytes(model.decoder, precision)
     plain = graph_weight_bytes(model.decoder, "fp32")
-    candidates = MAX_CANDIDATES if engine.builds else 1
+    candidates = (MAX_CANDIDATES if engine.builds else 1) + rungs - 1
     engines = graphs * (candidates + 1) if engine.builds else 0
     return 2 * plain + graphs + candidates * (graphs + plain) + engines
 

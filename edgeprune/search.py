@@ -6,7 +6,7 @@ costs comes from the caller, who prunes, builds and measures it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 from edgeprune.pruning.allocate import Widths, best_within
 
 MAX_CANDIDATES = 5
+RUNG_STEP = 0.15  # of what pruning can still take from the chosen candidate, from one rung to the next
 CLOSE = 0.03  # a candidate that uses all but this share of a limit ends the search
 
 Status = Literal["met", "missed", "noisy"]
@@ -128,3 +129,35 @@ def search(
     else:
         best = min(order, key=lambda trial: usage(trial.obtained.values))
     return Outcome(tuple(order), order.index(best), ending, reason)
+
+
+def smaller_rungs(
+    options: Sequence[Widths],
+    error: Callable[[Widths], float],
+    estimate: Callable[[Widths], Mapping[str, float]],
+    chosen: tuple[Widths, Mapping[str, float]],
+    limits: Iterable[str],
+    count: int,
+) -> list[Widths]:
+    """Up to `count` options below the chosen one, each with RUNG_STEP less of what is prunable than the one before.
+
+    chosen: its widths and what it really costs; estimates are corrected by that. Fewer where the width
+    grid ends or holds nothing new.
+    """
+    limits = list(limits)
+    widths, obtained = chosen
+    scale = {name: obtained[name] / estimate(widths)[name] for name in limits}
+    costs = {option: {name: scale[name] * estimate(option)[name] for name in limits} for option in options}
+    floor = {name: min(cost[name] for cost in costs.values()) for name in limits}
+    found: list[Widths] = []
+    for step in range(1, count + 1):
+        left = 1 - RUNG_STEP * step
+        most = {name: floor[name] + left * max(0.0, obtained[name] - floor[name]) for name in limits}
+
+        def fits(option: Widths, most: Mapping[str, float] = most) -> bool:
+            return all(costs[option][name] <= most[name] for name in limits)
+
+        best = best_within(options, error, fits)
+        if best is not None and best not in found:
+            found.append(best)
+    return found

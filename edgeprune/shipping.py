@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
@@ -13,38 +15,32 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.budget import STATUS_TEXT, format_ms, memory_total
-from edgeprune.bundle import REPORT, open_bundle, refresh_hash, write_bundle
+from edgeprune.bundle import REPORT, open_bundle, write_again, write_bundle
+from edgeprune.deployment import deployment
 from edgeprune.engine.base import Performance
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
-from edgeprune.engine.graph import Spelling
-from edgeprune.engine.tensorrt import trtexec_commands
+from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
-from edgeprune.loop import Fitted
+from edgeprune.finish import DEPLOYMENT, NOT_MEASURED
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.profiles import profile_toml
 from edgeprune.report import schema
 from edgeprune.report.figures import OUTCOME_TEXT
 from edgeprune.report.html import render_html
+from edgeprune.results import Fitted
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
-SCRIPT = "build_and_measure.sh"
+FINISH = "finish.pyz"
 
 
-def ship(fitted: Fitted, work: Path) -> None:
-    """Write the finished bundle to the setup's output. Everything before that happens in `work`."""
-    setup = fitted.setup
-    rung = work / "rung"
-    shutil.rmtree(rung, ignore_errors=True)
-    rung.mkdir()
-    exported = fitted.chosen.exported
-    if setup.request.checkpoint:
-        (rung / "model").symlink_to(fitted.chosen.model.directory)
-    (rung / "onnx").symlink_to(exported.graphs)
-    if exported.engine.is_dir():
-        (rung / "engine").symlink_to(exported.engine)
-    texts = {"profile.toml": profile_toml(setup.profile), "README.md": _readme(fitted)}
-    if setup.profile.engine == "tensorrt":
-        texts[SCRIPT] = _script(fitted)
+def ship(rungs: Sequence[Fitted], work: Path) -> None:
+    """Write the finished bundle to the setup's output, the chosen rung first. All before happens in `work`."""
+    fitted, setup = rungs[0], rungs[0].setup
+    folders = [_rung(rung, work / "rungs" / str(index)) for index, rung in enumerate(rungs)]
+    texts = {
+        "profile.toml": profile_toml(setup.profile), "README.md": _readme(fitted),
+        DEPLOYMENT: json.dumps(deployment(rungs), indent=2) + "\n", FINISH: program(),
+    }  # fmt: skip
 
     def render(files: dict[str, int]) -> dict[str, str]:
         report = build_report(fitted, files)
@@ -60,18 +56,29 @@ def ship(fitted: Fitted, work: Path) -> None:
         for path in sorted(setup.model.directory.iterdir())
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name
     }
-    write_bundle(work / "bundle", setup.output, rung, tokenizer, texts, manifest, render)
+    write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest, render)
+
+
+def _rung(fitted: Fitted, folder: Path) -> Path:
+    """A folder with what a rung consists of: links to the work of the run, and its own report."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    exported = fitted.chosen.exported
+    if fitted.setup.request.checkpoint:
+        (folder / "model").symlink_to(fitted.chosen.model.directory)
+    (folder / "onnx").symlink_to(exported.graphs)
+    if exported.engine.is_dir():
+        (folder / "engine").symlink_to(exported.engine)
+    (folder / exported.reference.name).symlink_to(exported.reference)
+    (folder / REPORT).write_text(build_report(fitted, {}).model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return folder
 
 
 def render_again(folder: Path) -> Path:
     """report.html once more from a bundle's report.json. Raises InputError."""
     open_bundle(folder)
-    path = folder / "report.html"
-    temporary = path.with_name("report.html.part")
-    temporary.write_text(render_html(read_report(folder)), encoding="utf-8")
-    temporary.replace(path)
-    refresh_hash(folder, path.name)
-    return path
+    write_again(folder, {"report.html": render_html(read_report(folder))})
+    return folder / "report.html"
 
 
 def read_report(folder: Path) -> schema.Report:
@@ -151,7 +158,7 @@ def _performance(performance: Performance) -> schema.Performance:
         memory={name: schema.figure_of(part) for name, part in performance.memory.parts.items()},
         memory_total=schema.figure_of(memory_total(performance)),
         prefill=schema.figure_of(performance.prefill), decode=schema.figure_of(performance.decode),
-        percentiles=performance.percentiles, **optional,
+        percentiles=performance.percentiles, conditions=performance.conditions, **optional,
     )  # fmt: skip
 
 
@@ -251,7 +258,7 @@ def _unprunable(shares: dict[str, float]) -> str:
 def _warnings(fitted: Fitted) -> list[str]:
     warnings: list[str] = []
     if fitted.chosen.performance.decode.source != "measured":
-        warnings.append("Latency was not measured on the device: build and measure there before you decide.")
+        warnings.append(NOT_MEASURED)
     if fitted.samples.self_generated:
         warnings.append("Quality was measured on text that the dense model generated: agreement, not quality.")
     warnings += fitted.chosen.performance.notes
@@ -268,8 +275,9 @@ def _deploy(fitted: Fitted) -> list[schema.Step]:
     if setup.profile.engine == "tensorrt":
         steps.append(
             schema.Step(
-                title=f"Copy the bundle to the {setup.profile.description}; build the engine and measure it there",
-                command=f"scp -r {bundle} USER@DEVICE:\nssh USER@DEVICE 'cd {bundle} && bash {SCRIPT}'",
+                title=f"Build and measure the engine on the {setup.profile.description}, over ssh or by a copy",
+                command=f"edgeprune measure {bundle} --target ssh://USER@DEVICE\n"
+                f"tar -cf - {bundle} | ssh USER@DEVICE 'tar -xf - && python3 {bundle}/{FINISH}'",
             )
         )
     elif setup.engine.name == "tensorrt-rtx" and fitted.chosen.exported.engine.is_dir():
@@ -303,37 +311,6 @@ def _deploy(fitted: Fitted) -> list[schema.Step]:
     return steps
 
 
-def _script(fitted: Fitted) -> str:
-    setup, decoder = fitted.setup, fitted.chosen.model.decoder
-    caches = [
-        (f"past_key_values.{index}.{kind}", layer.attention.num_key_value_heads, layer.attention.head_dim)
-        for index, layer in enumerate(decoder.layers)
-        if layer.attention is not None
-        for kind in ("key", "value")
-    ]
-    graph = f"onnx/{Spelling(setup.profile.dialect, 'last').filename}"
-    build, decode, prefill = (
-        shlex.join(words) for words in trtexec_commands(graph, caches, setup.workload, "engine/model.engine")
-    )
-    return "\n".join([
-        "#!/usr/bin/env bash",
-        f"# Builds the engine on the {setup.profile.description} and measures it; needs TensorRT's trtexec.",
-        "set -euo pipefail",
-        'cd "$(dirname "$0")"',
-        'export PATH="$PATH:/usr/src/tensorrt/bin"',
-        'command -v trtexec >/dev/null || { echo "trtexec is missing: install TensorRT" >&2; exit 4; }',
-        'if [ ! -e engine ]; then mkdir engine; fi',
-        "# The power mode decides the speed: it is recorded, never changed.",
-        "if command -v nvpmodel >/dev/null; then nvpmodel -q || true; fi",
-        build,
-        f'echo "== decode: one token at past {setup.workload.context - 1}; compare the median GPU compute time =="',
-        decode,
-        f'echo "== prefill: a prompt of {setup.workload.prompt} tokens =="',
-        prefill,
-        "",
-    ])  # fmt: skip
-
-
 def _readme(fitted: Fitted) -> str:
     setup = fitted.setup
     lines = [
@@ -351,6 +328,9 @@ def _readme(fitted: Fitted) -> str:
         "| `onnx/*.last.onnx` | the same with the logits of the last position only: what engines are built from |",
         "| `model/` | a standard checkpoint for `from_pretrained` |",
         "| `engine/` | the built engine, where one could be built |",
+        "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
+        f"| `{FINISH}` | `python3 {FINISH}` on the device builds the engine, checks, measures and judges it |",
+        f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",
         "| `profile.toml` | the device profile that was used |",
         "| `manifest.json` | versions, seed, the command that reproduces it, sha256 of every file |", "",
         f"Inputs and outputs are those of Optimum and onnxruntime-genai; context {setup.workload.context} at most.", "",

@@ -60,7 +60,7 @@ def prune_in_this_process(folder: Path, samples: int) -> None:
     """The child: prunes, writes, and says its peak and its seconds."""
     import torch
 
-    from edgeprune.engine.onnxruntime import peak_bytes
+    from edgeprune.engine.facts import peak_bytes
     from edgeprune.model.load import load_model
     from edgeprune.model.save import save_checkpoint
     from edgeprune.pruning.methods import DEFAULT, METHODS

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeprune.engine.child import Tell
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, WrongEngine
 
 PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after it, at most
 # Least cosine and largest max|a - b| / max|b| at any position. fp32 leaves room for TensorRT's TF32 products.
 TOLERANCE = {"fp32": (0.9999, 0.01), "fp16": (0.999, 0.05)}
+# What numpy raises for a file that is cut short, empty, no archive, or one array alone.
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile)
 
 
 class Runner(Protocol):
@@ -47,7 +49,9 @@ def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             ids, logits = file["ids"], file["logits"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if not 0 < len(logits) <= ids.shape[1]:
+            raise ValueError(f"{len(logits)} logits for {ids.shape[1]} tokens")
+    except _UNREADABLE as error:
         raise EngineError(
             f"the reference {path.name} cannot be read: {error}", "Copy the bundle again, or fit again."
         ) from None
@@ -59,6 +63,11 @@ def compare_logits(runner: Runner, ids: np.ndarray, expected: np.ndarray, tell: 
     cosines, errors, equal = [], [], 0
     prompt = ids.shape[1] - len(expected) + 1
     for index, (found, wanted) in enumerate(zip(_logits(runner, ids, prompt), expected, strict=True)):
+        if found[0].shape != wanted.shape:
+            raise EngineError(
+                f"the engine has a vocabulary of {found.shape[1]}, its reference one of {len(wanted)}",
+                "The engine is of another model: build it again from the bundle's graph.",
+            )
         found, wanted = found[0].astype(np.float64), wanted.astype(np.float64)
         finite = np.isfinite(found).all()
         norms = np.linalg.norm(found) * np.linalg.norm(wanted)
@@ -81,7 +90,7 @@ def judge_logits(found: dict[str, Any], precision: str, what: str) -> str:
         f"equal at {100 * found['equal']:.0f} % of {found['positions']} positions"
     )
     if not (found["cosine"] >= cosine and found["error"] <= error):
-        raise EngineError(
+        raise WrongEngine(
             f"the engine {what} computes something else than its graph: {words} "
             f"({precision} allows {cosine} and {error})",
             "Do not deploy it. Build with another release of the engine, or with --precision fp32 if it is fp16.",

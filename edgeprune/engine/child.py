@@ -140,7 +140,7 @@ def _answer(task: str, code: int, last: str, said: str) -> dict[str, Any]:
         raise EngineError(f"{task} was ended by {name}: {said}", hint or "Run `edgeprune doctor`.")
     try:
         answer = json.loads(last)
-        failed = "error" in answer
+        failed = "remedy" in answer
     except (ValueError, TypeError):
         raise EngineError(f"{task} failed: {said}", "Run `edgeprune doctor`.") from None
     if failed:

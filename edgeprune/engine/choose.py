@@ -138,8 +138,7 @@ class Ahead:
 
     def _with(self, estimated: Performance, result: BuildResult) -> Performance:
         own = self.sm == self.profile.sm
-        built = f"built in {result.seconds:.0f} s with {result.peak_build_bytes / 2**20:.0f} MiB at its peak"
-        basis = f"TensorRT for RTX {result.version}, SM {self.sm}, {built}"
+        basis = f"TensorRT for RTX {result.version}, SM {self.sm}, {result.effort}"
         if not own:
             basis += f": the nearest to SM {self.profile.sm} that it offers"
 
@@ -154,13 +153,11 @@ class Ahead:
                 result.activation_bytes + result.scratch_bytes, "the builder's activation and scratch memory"
             ),
         )
-        note = f"engine for SM {self.sm} {built} ({'TensorRT for RTX ' + result.version})"
+        conditions = {"engine": basis}
         if not own:
-            note = (
-                f"feasibility: the graph compiles with TensorRT for RTX {result.version} for SM {self.sm}, the nearest "
-                f"to SM {self.profile.sm} ({built}); that engine is not shipped, the device builds its own"
-            )
-        return replace(estimated, memory=memory, notes=(*estimated.notes, note, *result.warnings))
+            conditions = {"feasibility": f"{basis}; not shipped, the device builds its own engine"}
+        notes = (*estimated.notes, *result.warnings)
+        return replace(estimated, memory=memory, notes=notes, conditions=conditions)
 
 
 @dataclass(frozen=True)

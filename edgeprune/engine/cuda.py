@@ -7,6 +7,7 @@ pycuda (2026.1) cannot capture graphs: `capture` returns None there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import numpy as np
 from edgeprune.errors import EngineError
 
 INSTALL = "Install one of them on the device: pip install cuda-python (wheels, no compiler), or pycuda."
+NO_GPU = "Run it on the device, or give --target ssh://USER@DEVICE."
+BROKEN = f"See whether nvidia-smi finds the GPU (tegrastats on a Jetson). {NO_GPU}"
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,12 @@ class Driver(Protocol):
 class Cuda:
     """One context on the first GPU with one stream; all that it allocates is freed by `close`.
 
-    Raises EngineError where neither module works, no GPU is found or its memory is full.
+    Raises EngineError where neither module works, no GPU is found, its memory is full or its work fails.
     """
 
     def __init__(self) -> None:
         self._driver = _open()
+        self._closed = False
         self._buffers: dict[int, tuple[Any, int]] = {}
         try:
             self.gpu = self._driver.gpu()
@@ -104,7 +108,11 @@ class Cuda:
         return address
 
     def upload(self, address: int, array: np.ndarray) -> None:
-        """Copy an array to an address that `allocate` gave. Raises ValueError where it does not fit."""
+        """Copy an array to an address that `allocate` gave, after the stream's work, which may still read it.
+
+        Raises ValueError where it does not fit.
+        """
+        self.synchronize()
         self._driver.upload(self._checked(address, array), np.ascontiguousarray(array))
 
     def download(self, array: np.ndarray, address: int) -> None:
@@ -113,7 +121,12 @@ class Cuda:
         self._driver.download(array, self._checked(address, array))
 
     def synchronize(self) -> None:
-        self._driver.synchronize(self._stream)
+        try:
+            self._driver.synchronize(self._stream)
+        except Exception as error:  # each module has its own; what they say is told
+            raise EngineError(
+                f"the GPU failed: {error}", "Try again; if it fails again, see `dmesg` on the device, and restart it."
+            ) from None
 
     def time_ms(self, work: Callable[[], None]) -> tuple[float, float]:
         """Milliseconds of work that is put on the stream: on the GPU, and of putting it there."""
@@ -131,13 +144,18 @@ class Cuda:
         return self._driver.capture(work, self._stream)
 
     def close(self) -> None:
-        try:
+        """Free all. What fails here failed before, where it was told: after an error of the GPU every call does."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(Exception):
             self.synchronize()
-            for memory, _ in self._buffers.values():
+        for memory, _ in self._buffers.values():
+            with contextlib.suppress(Exception):
                 self._driver.free(memory)
-        finally:
-            self._buffers.clear()
-            self._driver.close()
+        self._buffers.clear()
+        self._stream = self._begin = self._end = None  # pycuda destroys what nobody holds
+        self._driver.close()
 
     def _checked(self, address: int, array: np.ndarray) -> Any:
         memory, size = self._buffers[address]
@@ -153,15 +171,16 @@ def find_gpu() -> Gpu:
 
 
 def _open() -> Driver:
-    reasons = []
+    reasons, installed = [], False
     for driver in (_PyCuda, _CudaPython):
         try:
             return driver()
         except EngineError:
             raise
-        except Exception as error:  # a missing module, library or driver: each in its own words
-            reasons.append(f"{driver.module}: {error or type(error).__name__}")
-    raise EngineError(f"no CUDA module works here ({'; '.join(reasons)})", INSTALL)
+        except Exception as error:  # a missing module, library, driver or GPU: each in its own words
+            reasons.append(f"{driver.module}: {str(error) or type(error).__name__}")
+            installed |= not isinstance(error, ModuleNotFoundError)
+    raise EngineError(f"no CUDA module works here ({'; '.join(reasons)})", BROKEN if installed else INSTALL)
 
 
 class _PyCuda:
@@ -171,12 +190,12 @@ class _PyCuda:
         self._cuda = importlib.import_module("pycuda.driver")
         self._cuda.init()
         if self._cuda.Device.count() == 0:
-            raise EngineError("no NVIDIA GPU is found", "Run it on the device, or give --target ssh://USER@DEVICE.")
+            raise EngineError("no NVIDIA GPU is found", NO_GPU)
         self._device = self._cuda.Device(0)
-        self._context = self._device.retain_primary_context()
-        self._context.push()
         version = importlib.import_module("pycuda").VERSION_TEXT
         self.layer = f"pycuda {version}"
+        self._context = self._device.retain_primary_context()
+        self._context.push()
 
     def gpu(self) -> Gpu:
         major, minor = self._device.compute_capability()
@@ -241,11 +260,15 @@ class _CudaPython:
             self._cuda = importlib.import_module("cuda.cuda")
         self._call("cuInit", 0)
         if self._call("cuDeviceGetCount") == 0:
-            raise EngineError("no NVIDIA GPU is found", "Run it on the device, or give --target ssh://USER@DEVICE.")
-        self._device = self._call("cuDeviceGet", 0)
-        self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._device))
+            raise EngineError("no NVIDIA GPU is found", NO_GPU)
         version = getattr(self._cuda, "__version__", None) or _version_of("cuda-bindings", "cuda-python")
         self.layer = f"cuda-python {version}"
+        self._device = self._call("cuDeviceGet", 0)
+        # The context outlives this where something else holds it: what was made in it is destroyed one by one.
+        self._made = contextlib.ExitStack()
+        context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self._made.callback(self._call, "cuDevicePrimaryCtxRelease", self._device)
+        self._call("cuCtxSetCurrent", context)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """The result of a driver call. Raises RuntimeError that names the call and the driver's error."""
@@ -287,7 +310,9 @@ class _CudaPython:
         self._call("cuMemcpyDtoH", array.ctypes.data, memory, array.nbytes)
 
     def stream(self) -> Any:
-        return self._call("cuStreamCreate", 0)  # it waits for the default stream, on which the copies are made
+        stream = self._call("cuStreamCreate", 0)  # it waits for the default stream, on which the copies are made
+        self._made.callback(self._call, "cuStreamDestroy", stream)
+        return stream
 
     def handle(self, stream: Any) -> int:
         return int(stream)
@@ -296,7 +321,9 @@ class _CudaPython:
         self._call("cuStreamSynchronize", stream)
 
     def event(self) -> Any:
-        return self._call("cuEventCreate", 0)
+        event = self._call("cuEventCreate", 0)
+        self._made.callback(self._call, "cuEventDestroy", event)
+        return event
 
     def record(self, event: Any, stream: Any) -> None:
         self._call("cuEventRecord", event, stream)
@@ -307,11 +334,17 @@ class _CudaPython:
     def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None] | None:
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", stream, mode)
+        refused = False
         try:
             work()
+        except EngineError:  # some engines take no step while their stream is captured
+            refused = True
         finally:
             code, graph = self._cuda.cuStreamEndCapture(stream)
         if code != self._cuda.CUresult.CUDA_SUCCESS:
+            return None
+        if refused:
+            self._call("cuGraphDestroy", graph)
             return None
         try:
             executable = self._call("cuGraphInstantiate", graph, 0)
@@ -319,10 +352,12 @@ class _CudaPython:
             return None
         finally:
             self._call("cuGraphDestroy", graph)
+        self._made.callback(self._call, "cuGraphExecDestroy", executable)
         return lambda: self._call("cuGraphLaunch", executable, stream)
 
     def close(self) -> None:
-        self._call("cuDevicePrimaryCtxRelease", self._device)
+        with contextlib.suppress(RuntimeError):  # after an error of the GPU every call fails; all are tried
+            self._made.close()
 
 
 def _version_of(*names: str) -> str:

@@ -113,7 +113,8 @@ def describe() -> dict[str, Any]:
         except EngineError as error:
             why = error.message
     return {
-        "machine": machine(), "processor": processor(), "python": platform.python_version(), "modules": modules, "missing": missing,
+        "machine": machine(), "processor": processor(), "python": platform.python_version(),
+        "modules": modules, "missing": missing,
         "gpu": gpu, "no_gpu": why, "memory": memory_state(), "platform": sys.platform,
     }  # fmt: skip
 

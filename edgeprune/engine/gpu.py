@@ -7,6 +7,7 @@ step wrote is what the next one reads.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edgeprune.engine.tensorrt import Messages, import_tensorrt
 from edgeprune.errors import EngineError
 
 IDS = ("input_ids", "position_ids", "attention_mask")
+LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --context."
 LAUNCH_BOUND = 0.8  # share of the GPU's time that putting the work there takes: above it a replay is tried
 
 
@@ -43,30 +45,37 @@ class Runner:
         trt = import_tensorrt(flavour)
         self._messages = Messages(trt)
         self._runtime = trt.Runtime(self._messages.logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        # No variable holds the engine: in an error's traceback it would outlive CUDA's context.
+        self._engine = self._runtime.deserialize_cuda_engine(_read(plan))
         if self._engine is None:
+            errors = self._messages.errors()
             raise EngineError(
-                f"{plan.name} cannot be loaded by {flavour} {trt.__version__} on {self.cuda.gpu.name}: "
-                f"{self._messages.errors()}",
-                "An engine fits the release and the GPU that it was built for: build it here with "
-                "`edgeprune measure BUNDLE`, or finish.pyz in the bundle.",
+                f"{plan.name} cannot be loaded by {flavour} {trt.__version__} on {self.cuda.gpu.name}: {errors}",
+                LESS_MEMORY
+                if "out of memory" in errors
+                else "An engine fits the release and the GPU that it was "
+                "built for: build it here with `edgeprune measure BUNDLE`, or finish.pyz in the bundle.",
             )
-        engine = self._engine
-        self.memory_bytes = engine.device_memory_size_v2  # activations and scratch of one context
-        self._context = engine.create_execution_context()
+        self.memory_bytes = self._engine.device_memory_size_v2  # activations and scratch of one context
+        self._context = self._engine.create_execution_context()
         if self._context is None:
             raise EngineError(
                 f"no memory for the {self.memory_bytes / 2**20:.0f} MiB that {plan.name} needs while it runs: "
                 f"{self._messages.errors()}",
-                "Close what else uses the GPU, or take a smaller --batch or --context.",
+                LESS_MEMORY,
             )
+        self._describe(trt)
+        self._allocate()
+
+    def _describe(self, trt: Any) -> None:
+        """Names, shapes and types of the engine's tensors, and what its profile allows."""
         elements = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16, trt.DataType.INT64: np.int64}
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        types = {name: np.dtype(elements[engine.get_tensor_dtype(name)]) for name in names}
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._types = {name: np.dtype(elements[self._engine.get_tensor_dtype(name)]) for name in names}
         self._caches = [name for name in names if name.startswith("past_key_values.")]
-        self._shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
-        _, _, most = engine.get_tensor_profile_shape("input_ids", 0)
-        _, _, longest = engine.get_tensor_profile_shape("attention_mask", 0)
+        self._shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
+        _, _, most = self._engine.get_tensor_profile_shape("input_ids", 0)
+        _, _, longest = self._engine.get_tensor_profile_shape("attention_mask", 0)
         self.most_batch, self.most_tokens = most
         if self.batch > self.most_batch:
             raise EngineError(
@@ -74,12 +83,14 @@ class Runner:
             )
         self.capacity = min(self.capacity, longest[1] - self.most_tokens + 1)
         self.vocab_size = self._shapes["logits"][-1]
-        self._logits = np.empty((self.batch, 1, self.vocab_size), types["logits"])
+
+    def _allocate(self) -> None:
+        self._logits = np.empty((self.batch, 1, self.vocab_size), self._types["logits"])
         self._address = {name: self.cuda.allocate(8 * self.batch * self.most_tokens) for name in IDS[:2]}
         self._address[IDS[2]] = self.cuda.allocate(8 * self.batch * self.capacity)
         self._address["logits"] = self.cuda.allocate(self._logits.nbytes)
         self._halves = [
-            {name: self.cuda.allocate(self._cache_elements(name) * types[name].itemsize) for name in self._caches}
+            {name: self.cuda.allocate(self._cache_elements(name) * self._types[name].itemsize) for name in self._caches}
             for _ in range(2)
         ]
         for name in (*IDS, "logits"):
@@ -93,8 +104,11 @@ class Runner:
         self.close()
 
     def close(self) -> None:
-        """Free the engine and its memory, in the order that TensorRT asks for."""
-        self._context = self._engine = self._runtime = None
+        """Free the engine and its memory, in the order that TensorRT asks for, after what still runs."""
+        if self._context is not None:
+            with contextlib.suppress(EngineError):  # a GPU that failed told so at the step
+                self.cuda.synchronize()
+        self._context = self._engine = self._runtime = None  # from left to right
         self.cuda.close()
 
     @property
@@ -135,8 +149,8 @@ class Runner:
     def stage(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> None:
         """Put a step's inputs on the GPU and tell the engine their shapes, at the current past."""
         for name, value in zip(IDS, (ids, positions, mask), strict=True):
-            self.cuda.upload(self._address[name], value)
             self._shape(name, value.shape)
+            self.cuda.upload(self._address[name], value)
         for name in self._caches:
             _, heads, _, head_dim = self._shapes[name]
             self._shape(name, (self.batch, heads, self.past, head_dim))
@@ -172,6 +186,15 @@ class Runner:
             )
 
 
+def _read(plan: Path) -> bytes:
+    try:
+        return plan.read_bytes()
+    except OSError as error:
+        raise EngineError(
+            f"{plan} cannot be read: {error.strerror}", "Build the engine first, or copy it again."
+        ) from None
+
+
 class Timed:
     """The two things that are timed of one engine, in ms of the GPU's own clock.
 
@@ -199,11 +222,13 @@ class Timed:
             return
         self._replay = self._runner.cuda.capture(self._runner.step)
         share = f"launching a decode step takes {enqueue_ms:.2f} ms of its {gpu_ms:.2f} ms"
-        self.note = (
-            f"{share}: decode was measured as the replay of a captured CUDA graph"
-            if self._replay
-            else f"{share}, and {self._runner.cuda.gpu.layer} cannot replay it: with cuda-python it may be faster"
-        )
+        layer = self._runner.cuda.gpu.layer
+        if self._replay:
+            self.note = f"{share}: decode was measured as the replay of a captured CUDA graph"
+        elif layer.startswith("pycuda"):
+            self.note = f"{share}, and {layer} cannot replay it: with cuda-python it may be faster"
+        else:
+            self.note = f"{share}, and the engine cannot be captured for a replay"
 
     def decode(self) -> float:
         return self._runner.cuda.time_ms(self._replay or self._runner.step)[0]

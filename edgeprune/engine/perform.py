@@ -58,10 +58,10 @@ def on_onnxruntime(
     as activations, so the weights that ONNX Runtime holds again in a packed layout are among them.
     With a reference the graph's logits are checked first. Raises EngineError.
     """
-    notes = ()
+    checked = {}
     if reference is not None:
         files = {"graph": str(candidate), "reference": str(reference)}
-        notes = (_check(session, "onnxruntime", files, precision, candidate.name, tell),)
+        checked = _check(session, "onnxruntime", files, precision, candidate.name, tell)
     graphs = {"candidate": candidate} if dense is None else {"dense": dense, "candidate": candidate}
     found = _latency(session, graphs, workload, seconds, tell)
     figures = {kind: found[kind]["candidate"] for kind in ("prefill", "decode")}
@@ -74,8 +74,7 @@ def on_onnxruntime(
         prefill=_measured(figures["prefill"]["median"], "ms", device),
         decode=_measured(figures["decode"]["median"], "ms", device),
         percentiles={kind: figure["percentiles"] for kind, figure in figures.items()},
-        notes=notes,
-        conditions=found["conditions"],
+        conditions={**checked, **found["conditions"]},
         **ratios,
     )
 
@@ -120,7 +119,7 @@ def on_tensorrt(
     }  # fmt: skip
     found = session.run(request, MEASURE_SECONDS, tell)
     device, memory = found["device"], found["memory"]
-    basis = f"{flavour} {built.version}, built in {built.seconds:.0f} s"
+    basis = f"{flavour} {built.version}, {built.effort}"
     return Performance(
         memory=Memory(
             weights=Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}"),
@@ -132,15 +131,21 @@ def on_tensorrt(
         prefill=_measured(found["prefill"]["candidate"]["median"], "ms", device),
         decode=_measured(found["decode"]["candidate"]["median"], "ms", device),
         percentiles={kind: found[kind]["candidate"]["percentiles"] for kind in ("prefill", "decode")},
-        notes=(checked, *built.warnings, *found["notes"]),
-        conditions={**found["conditions"], "cuda": f"{found['gpu']['layer']}, driver {found['gpu']['driver']}"},
+        notes=(*built.warnings, *found["notes"]),
+        conditions={
+            **checked,
+            "engine": basis,
+            **found["conditions"],
+            "cuda": f"{found['gpu']['layer']}, driver {found['gpu']['driver']}",
+        },
     )
 
 
-def _check(session: Session, engine: str, files: dict[str, str], precision: str, what: str, tell: Tell) -> str:
+def _check(
+    session: Session, engine: str, files: dict[str, str], precision: str, what: str, tell: Tell
+) -> dict[str, str]:
     request = {"task": f"the check of {what}", "do": "check", "engine": engine, "files": files}
-    words = judge_logits(session.run(request, CHECK_SECONDS, tell), precision, what)
-    return f"the logits of {what} were checked against the fp32 graph: {words}"
+    return {"logits against the fp32 graph": judge_logits(session.run(request, CHECK_SECONDS, tell), precision, what)}
 
 
 def _latency(

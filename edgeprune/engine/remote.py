@@ -28,10 +28,10 @@ from edgeprune.engine.child import Tell
 from edgeprune.errors import EngineError, InputError
 
 DEVICE_FILES = (
-    "__init__.py", "errors.py", "cache.py", "budget.py", "engine/__init__.py",
+    "__init__.py", "errors.py", "cache.py", "budget.py", "bundle.py", "finish.py", "engine/__init__.py",
     *(f"engine/{name}.py" for name in (
         "base", "wire", "child", "facts", "latency", "check", "onnxruntime", "tensorrt", "cuda", "gpu", "tasks",
-        "perform", "agent", "finish",
+        "perform", "agent",
     )),
 )  # fmt: skip
 ALIVE_SECONDS = 15.0
@@ -116,8 +116,8 @@ class Target:
         return [*words, "--", self.host]
 
 
-def program(main: str = "agent") -> bytes:
-    """The device's files as one zip that python3 runs: as the agent, or as the bundle's `finish`."""
+def program() -> bytes:
+    """The device's files as one zip; python3 runs it as the bundle's `finish.pyz`, the boot code as the agent."""
     root = package_files("edgeprune")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -129,7 +129,7 @@ def program(main: str = "agent") -> bytes:
             add(f"edgeprune/{name}", root.joinpath(name).read_text(encoding="utf-8"))
         metadata = f"Metadata-Version: 2.1\nName: edgeprune\nVersion: {__version__}\n"
         add(f"edgeprune-{__version__}.dist-info/METADATA", metadata)
-        add("__main__.py", f"import sys\nfrom edgeprune.engine.{main} import main\n\nsys.exit(main())\n")
+        add("__main__.py", "import sys\nfrom edgeprune.finish import main\n\nsys.exit(main())\n")
     return buffer.getvalue()
 
 

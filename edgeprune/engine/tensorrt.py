@@ -41,6 +41,10 @@ class BuildResult:
     peak_build_bytes: int
     warnings: tuple[str, ...]
 
+    @property
+    def effort(self) -> str:
+        return f"built in {self.seconds:.0f} s with {self.peak_build_bytes / 2**20:.0f} MiB of memory at its peak"
+
 
 def import_tensorrt(flavour: str) -> Any:
     """The module of a flavour. Raises EngineError with the command that installs it."""
@@ -88,7 +92,7 @@ def compile_plan(
     naming the node that the parser or the builder refuses.
     """
     result, serialized = _compile(graph, workload, workload.batch, sm, flavour, limits, tell)
-    if result.warnings and workload.batch == 1:
+    if result.weights_bytes and result.warnings and workload.batch == 1:
         wider, other = _compile(graph, workload, 2, sm, flavour, limits, tell)
         if _held(wider) < _held(result):
             result, serialized = wider, other
@@ -269,6 +273,6 @@ def _warnings(weights: int, graph: Path) -> tuple[str, ...]:
     held = sum(path.stat().st_size for path in graph.parent.glob("*.data"))
     if not weights:
         return ("the builder reported no memory figures",)
-    if weights > WEIGHTS_TOLERANCE * held:
+    if weights > WEIGHTS_TOLERANCE * held > 0:
         return (f"the engine holds {weights / held:.2f} times the graph's weights: something is stored twice",)
     return ()

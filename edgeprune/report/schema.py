@@ -120,6 +120,9 @@ class Performance(_Model):
     prefill_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
     decode_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
     percentiles: dict[str, dict[str, float]] = Field(description="ms: p50, p90, p99 and mad, of prefill and decode")
+    conditions: dict[str, str] = Field(
+        default_factory=dict, description="power mode, clocks, temperatures and memory while it was measured"
+    )
 
 
 class Side(_Model):
@@ -233,6 +236,31 @@ def _rate(decode: Figure, batch: int) -> Figure:
     )  # fmt: skip
 
 
+class TriedRung(_Model):
+    """One rung on the device; `figures` by constraint, in bytes and ms."""
+
+    index: int
+    status: Status | Literal["failed"] = Field(description="failed: no engine could be built or run")
+    error: str
+    figures: dict[str, float]
+
+
+class Measurement(_Model):
+    """What `edgeprune measure` or `finish.pyz` found on the device, after the fit."""
+
+    created: str = Field(description="UTC, ISO 8601")
+    where: str
+    machine: str
+    gpu: str | None
+    engine: str
+    version: str
+    rung: int = Field(description="the one that was taken: the largest that meets the budget, else the last tried")
+    status: Status
+    rests_on: Source
+    rungs: list[TriedRung]
+    performance: dict[str, Any] = Field(description="of the rung that was taken, as the engine's figures travel")
+
+
 class Report(_Model):
     """The whole document."""
 
@@ -275,6 +303,7 @@ class Report(_Model):
     stages: dict[str, float] = Field(description="seconds")
     files: dict[str, int] = Field(description="bytes")
     warnings: list[str]
+    measurement: Measurement | None = Field(None, description="on the device, after the fit; its figures are above")
 
     @property
     def outcome(self) -> Outcome:
@@ -351,5 +380,6 @@ def _type(entry: Mapping[str, Any]) -> str:
     if entry["type"] == "array":
         return f"list of {_type(entry['items'])}"
     if entry["type"] == "object":
-        return f"map of {_type(entry['additionalProperties'])}"
+        values = entry["additionalProperties"]
+        return "map" if values is True else f"map of {_type(values)}"
     return entry["type"]

@@ -1,0 +1,73 @@
+"""What a run finds: samples, candidates, quality, and all of it together, from which the report is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeprune.budget import Status, Verdict, judge, judge_quality
+from edgeprune.engine.base import Measured, Performance
+from edgeprune.engine.choose import Exported
+from edgeprune.model.model import Model
+from edgeprune.prepare import Setup
+from edgeprune.search import Outcome
+
+
+@dataclass(frozen=True)
+class Samples:
+    """calibration: (samples, length) int64; generated: what the model wrote, beside the user's own
+    (none where those are generated already); evaluation: token documents by name of the text."""
+
+    calibration: np.ndarray
+    generated: np.ndarray | None
+    evaluation: dict[str, list[np.ndarray]]
+    self_generated: bool  # the evaluation then measures agreement with the dense model
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model on disk with what it needs and reaches; records: what was done to each module."""
+
+    model: Model
+    exported: Exported
+    performance: Performance
+    records: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """texts: {name: {dense, fitted, percent, low, high, tokens}}; samples of both from one prompt."""
+
+    texts: dict[str, dict[str, float]]
+    prompt: str
+    dense_sample: str
+    fitted_sample: str
+
+    @property
+    def worst_percent(self) -> float:
+        return max(text["percent"] for text in self.texts.values())
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Everything that the report is made of. outcome is None where the dense model meets the budget."""
+
+    setup: Setup
+    samples: Samples
+    dense: Performance
+    chosen: Candidate
+    outcome: Outcome | None
+    quality: Quality
+    cross_check: dict[str, Measured] | None
+    seconds: dict[str, float]
+
+    @property
+    def verdict(self) -> Verdict:
+        return judge(self.setup.budget, self.dense, self.chosen.performance)
+
+    @property
+    def quality_status(self) -> Status:
+        rises = [(text["low"], text["high"]) for text in self.quality.texts.values()]
+        return judge_quality(self.setup.budget, rises)
