@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 
 from edgeprune import errors
+from edgeprune.engine.remote import DEVICE_FILES
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "edgeprune").rglob("*.py"))
 ROOMS = {
     # what a room may import from edgeprune, besides itself and the ground floor
-    "cli": {"loop", "prepare", "shipping", "compare", "doctor", "generation", "progress", "log", "profiles", "report",
+    "cli": {"measuring", "loop", "prepare", "shipping", "compare", "doctor", "generation", "progress", "log", "profiles", "report",
             "plan"},
-    "loop": {"prepare", "shipping", "journal", "progress", "search", "bundle", "report", "evaluate", "engine",
+    "loop": {"results", "prepare", "shipping", "journal", "progress", "search", "bundle", "report", "evaluate", "engine",
              "pruning", "model", "generation", "budget", "sensitivities", "profiles"},
-    "shipping": {"loop", "bundle", "report", "engine", "budget", "model", "profiles"},
+    "results": {"budget", "engine", "model", "prepare", "search"},
+    "deployment": {"budget", "engine", "results"},
+    "finish": {"budget", "bundle", "engine"},
+    "measuring": {"report", "engine", "finish", "prepare", "progress", "shipping"},
+    "shipping": {"results", "deployment", "finish", "bundle", "report", "engine", "budget", "model", "profiles"},
     "compare": {"prepare", "progress", "evaluate", "pruning", "model", "engine", "generation", "sensitivities"},
     "sensitivities": {"pruning", "model", "cache", "progress"},
     "prepare": {"engine", "pruning", "model", "profiles", "budget", "bundle", "search"},
@@ -34,7 +39,8 @@ ROOMS = {
     "profiles": set(),
     "bundle": set(), "journal": set(), "progress": set(), "log": set(), "cache": set(), "errors": set(),
 }  # fmt: skip
-DEVICE_SIDE = {"base", "tensorrt", "cuda", "latency", "onnxruntime"}
+DEVICE_SIDE = {name.removesuffix(".py").replace("/", ".") for name in DEVICE_FILES}
+NEWER_THAN_3_10 = ("file_digest", "UTC", "tomllib", "ExceptionGroup", "Self", "StrEnum", "TaskGroup", "chdir")
 
 
 def room_of(path: Path) -> str:
@@ -47,7 +53,9 @@ def imports(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("edgeprune"):
             below = node.module.removeprefix("edgeprune").removeprefix(".")
-            found += [below] if below else [alias.name for alias in node.names]
+            package = (ROOT / "edgeprune" / below.replace(".", "/")).is_dir()
+            names = [alias.name for alias in node.names]
+            found += [f"{below}.{name}".removeprefix(".") for name in names] if package else [below]
         elif isinstance(node, ast.Import):
             found += [a.name.removeprefix("edgeprune.") for a in node.names if a.name.startswith("edgeprune.")]
     return found
@@ -62,10 +70,8 @@ def test_imports_flow_one_way(path):
         target = name.split(".")[0]
         if target not in (room, "errors", "__version__"):
             assert target in ROOMS[room], f"{room} imports {target}"
-        if room == "engine" and path.stem in DEVICE_SIDE and target == "engine":
-            assert name.split(".")[1] in DEVICE_SIDE, f"the device side imports {name}"
-        if room == "engine" and path.stem in DEVICE_SIDE:
-            assert target in ("engine", "errors"), f"the device side imports {target}"
+        if str(path.relative_to(ROOT / "edgeprune")) in DEVICE_FILES:
+            assert name in {*DEVICE_SIDE, "__version__"}, f"the device side imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -101,17 +107,26 @@ def test_it_starts_without_torch(command):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
-def test_the_device_side_is_python_3_10():
-    for name in DEVICE_SIDE:
-        path = ROOT / "edgeprune" / "engine" / f"{name}.py"
-        if path.exists():
-            ast.parse(path.read_text(), feature_version=(3, 10))
+@pytest.mark.parametrize("name", DEVICE_FILES)
+def test_the_device_side_is_python_3_10_and_little_else(name):
+    tree = ast.parse((ROOT / "edgeprune" / name).read_text(), feature_version=(3, 10))
+    for node in ast.walk(tree):
+        used = {getattr(node, field, None) for field in ("id", "attr", "name")}
+        assert not used & set(NEWER_THAN_3_10), f"line {node.lineno}: Python 3.10 has no {used}"
+        if isinstance(node, ast.Import):
+            roots = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots = {node.module.split(".")[0]}
+        else:
+            continue
+        known = {*sys.stdlib_module_names, "edgeprune", "numpy", "onnxruntime", "platformdirs"}
+        assert roots <= known, f"line {node.lineno}: the device has no {roots - known}"
 
 
 def test_every_error_kind_has_an_exit_code_and_a_remedy():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not errors.EdgepruneError]
     assert {kind.__name__: kind.exit_code for kind in kinds} == {
-        "InputError": 2, "NumericalError": 2, "BudgetError": 3, "EngineError": 4,
+        "InputError": 2, "NumericalError": 2, "BudgetError": 3, "EngineError": 4, "WrongEngine": 4,
     }  # fmt: skip
     for kind in kinds:
         with pytest.raises(TypeError):
@@ -119,7 +134,7 @@ def test_every_error_kind_has_an_exit_code_and_a_remedy():
 
 
 def test_every_raised_error_has_a_remedy():
-    names = {"InputError", "NumericalError", "BudgetError", "EngineError"}
+    names = {"InputError", "NumericalError", "BudgetError", "EngineError", "WrongEngine"}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
