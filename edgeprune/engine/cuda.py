@@ -72,9 +72,9 @@ class Cuda:
             self.gpu = self._driver.gpu()
             self._stream = self._driver.stream()
             self._begin, self._end = self._driver.event(), self._driver.event()
-        except BaseException:
+        except Exception as error:  # each module has its own; what they say is told
             self._driver.close()
-            raise
+            raise EngineError(f"the GPU cannot be used: {error}", BROKEN) from None
 
     def __enter__(self) -> Cuda:
         return self
