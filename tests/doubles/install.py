@@ -1,0 +1,65 @@
+"""Puts the doubles where the code looks for the real modules, and builds engines for them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgeprune.engine import cuda, tasks
+from edgeprune.engine.base import Workload
+from edgeprune.engine.child import Tell
+from edgeprune.engine.graph import GraphFiles, Spelling
+from edgeprune.engine.onnxruntime import Runner
+from edgeprune.engine.tensorrt import compile_plan
+from tests.doubles import double_cuda_python, double_pycuda, double_tensorrt
+from tests.doubles.double_device import Device
+from tests.engine.graph_models import llama
+
+LAYERS = ("pycuda", "cuda-python")
+CUDA_MODULES = ("pycuda", "pycuda.driver", "cuda", "cuda.cuda", "cuda.bindings", "cuda.bindings.driver")
+VERSION = "10.13.3.9"
+WORKLOAD = Workload(batch=2, prompt=8, context=48)
+MODEL = llama(True)
+PRIMITIVE, RUNTIME = Spelling("primitive", "last"), Spelling("onnxruntime", "last")
+
+
+def install(patch: pytest.MonkeyPatch, device: Device, layers: tuple[str, ...], version: str = VERSION) -> None:
+    """`tensorrt` of a release, the CUDA modules that are named, the others missing; the device's own clocks."""
+    for name in CUDA_MODULES:
+        patch.setitem(sys.modules, name, None)
+    if "pycuda" in layers:
+        package, driver = double_pycuda.module(device)
+        patch.setitem(sys.modules, "pycuda", package)
+        patch.setitem(sys.modules, "pycuda.driver", driver)
+    if "cuda-python" in layers:
+        patch.setitem(sys.modules, "cuda.bindings.driver", double_cuda_python.module(device))
+    patch.setitem(sys.modules, "tensorrt", double_tensorrt.module(device, version))
+    patch.setattr(cuda, "time", SimpleNamespace(perf_counter=lambda: device.host_ms / 1e3))
+
+
+def built(graph: Path, plan: Path, workload: Workload = WORKLOAD) -> Path:
+    compile_plan(graph, plan, workload, None, "tensorrt")
+    return plan
+
+
+def on_the_processor(files: GraphFiles, batch: int) -> Runner:
+    """ONNX Runtime on another spelling of the same weights: what an engine is compared with."""
+    return Runner(files.graphs[RUNTIME], batch, WORKLOAD.context, threads=1)
+
+
+class InProcess:
+    """A session whose tasks run in this process, where the doubles are; its answers are JSON, as a child's."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
+        self.done.append(request["do"])
+        answer = tasks.answer(json.loads(json.dumps(request)), tell)
+        assert "remedy" not in answer  # a child's error has one
+        return json.loads(json.dumps(answer, allow_nan=False))

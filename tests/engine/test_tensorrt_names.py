@@ -1,0 +1,212 @@
+"""Every name of TensorRT, pycuda and cuda-python that the code uses is one that every recorded release has.
+
+The names are read from the syntax trees; the tables below say what each expression is. A new expression, or a
+new name of a known one, fails here until it stands in a table. The lists are in tests/data; a release without
+one is untested.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+import edgeprune
+
+ENGINE = Path(edgeprune.__file__).parent / "engine"
+DATA = Path(__file__).parents[1] / "data"
+
+# Expression -> class, as the two files write it; "" is the module itself.
+TENSORRT = {
+    "trt": "", "builder": "Builder", "network": "INetworkDefinition", "network.get_layer(index)": "ILayer",
+    "parser": "OnnxParser", "first": "ParserError", "config": "IBuilderConfig", "profile": "IOptimizationProfile",
+    "tensor": "ITensor", "config.get_timing_cache()": "ITimingCache",
+    "trt.NetworkDefinitionCreationFlag": "NetworkDefinitionCreationFlag", "trt.MemoryPoolType": "MemoryPoolType",
+    "trt.ComputeCapability": "ComputeCapability", "trt.ILogger": "ILogger", "trt.IProgressMonitor": "IProgressMonitor",
+    "trt.DataType": "DataType", "self._runtime": "Runtime", "self._engine": "ICudaEngine",
+    "self._context": "IExecutionContext",
+}  # fmt: skip
+USED = {
+    "": {"Builder", "DataType", "ILogger", "IProgressMonitor", "MemoryPoolType", "NetworkDefinitionCreationFlag",
+         "OnnxParser", "Runtime", "ComputeCapability"},
+    "Builder": {"build_serialized_network", "create_builder_config", "create_network", "create_optimization_profile"},
+    "DataType": {"FLOAT", "HALF", "INT64"},
+    "IBuilderConfig": {"add_optimization_profile", "create_timing_cache", "get_timing_cache", "progress_monitor",
+                       "set_memory_pool_limit", "set_timing_cache", "num_compute_capabilities",
+                       "set_compute_capability"},
+    "ICudaEngine": {"create_execution_context", "device_memory_size_v2", "get_tensor_dtype", "get_tensor_name",
+                    "get_tensor_profile_shape", "get_tensor_shape", "num_io_tensors"},
+    "IExecutionContext": {"execute_async_v3", "set_input_shape", "set_tensor_address"},
+    "ILayer": {"name"},
+    "ILogger": {"log"},
+    "INetworkDefinition": {"get_input", "get_layer", "num_inputs", "num_layers"},
+    "IOptimizationProfile": {"set_shape"},
+    "IProgressMonitor": {"phase_finish", "phase_start", "step_complete"},
+    "ITensor": {"name", "shape"},
+    "ITimingCache": {"serialize"},
+    "MemoryPoolType": {"WORKSPACE"},
+    "NetworkDefinitionCreationFlag": {"STRONGLY_TYPED"},
+    "OnnxParser": {"get_error", "num_errors", "parse_from_file"},
+    "ParserError": {"desc", "node_name", "node_operator"},
+    "Runtime": {"deserialize_cuda_engine"},
+}  # fmt: skip
+# Used for a GPU that is not there, which TensorRT for RTX alone builds for.
+RTX_ONLY = {("", "ComputeCapability"), ("IBuilderConfig", "num_compute_capabilities"),
+            ("IBuilderConfig", "set_compute_capability")}  # fmt: skip
+OTHERS = {  # what else has attributes in the two files
+    "_FIGURE", "contextlib", "error", "figures", "generator", "graph", "graph.parent", "half", "ids", "ids[:, part]",
+    "importlib", "kept", "layer", "limits", "mask", "messages", "name", "np", "np.random", "os", "path",
+    "path.parent", "path.stat()", "plan", "re", "result", "runner", "self", "self._address", "self._logits",
+    "self._logits[:, -1]", "self._messages", "self._runner", "self._runner.cuda", "self._runner.cuda.gpu",
+    "self._steps", "self._types[name]", "self._workload", "self.cuda", "self.cuda.gpu", "temporary", "time", "times",
+    "value", "workload",
+}  # fmt: skip
+
+PYCUDA = {
+    "self._cuda": "", "self._cuda.Device": "Device", "self._device": "Device", "self._context": "Context",
+    "memory": "DeviceAllocation", "stream": "Stream", "event": "Event", "start": "Event",
+}  # fmt: skip
+PYCUDA_USED = {
+    "": {"Device", "Event", "Stream", "get_driver_version", "init", "mem_alloc", "mem_get_info", "memcpy_dtoh",
+         "memcpy_htod", "memset_d8"},
+    "Context": {"pop", "push"},
+    "Device": {"compute_capability", "count", "name", "retain_primary_context", "total_memory"},
+    "DeviceAllocation": {"free"},
+    "Event": {"record", "time_till"},
+    "Stream": {"handle", "synchronize"},
+}  # fmt: skip
+CUDA_PYTHON = {
+    "self._cuda": "", "self._cuda.CUresult": "CUresult", "code": "CUresult",
+    "self._cuda.CUstreamCaptureMode": "CUstreamCaptureMode",
+}  # fmt: skip
+CUDA_PYTHON_USED = {
+    "": {"CUresult", "CUstreamCaptureMode", "cuCtxSetCurrent", "cuDeviceGet", "cuDeviceGetAttribute",
+         "cuDeviceGetCount", "cuDeviceGetName", "cuDevicePrimaryCtxRelease", "cuDevicePrimaryCtxRetain",
+         "cuDriverGetVersion", "cuEventCreate", "cuEventDestroy", "cuEventElapsedTime", "cuEventRecord",
+         "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphInstantiate", "cuGraphLaunch", "cuInit", "cuMemAlloc",
+         "cuMemFree", "cuMemGetInfo", "cuMemcpyDtoH", "cuMemcpyHtoD", "cuMemsetD8", "cuStreamBeginCapture",
+         "cuStreamCreate", "cuStreamDestroy", "cuStreamEndCapture", "cuStreamSynchronize"},
+    "CUresult": {"CUDA_SUCCESS", "name"},
+    "CUstreamCaptureMode": {"CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"},
+}  # fmt: skip
+CUDA_OTHERS = {
+    "contextlib", "np", "importlib", "importlib.import_module('pycuda')", "array", "array.ctypes", "self", "self._made",
+    "self._call('cuDeviceGetName', 256, self._device)", "self._device",
+    "self._call('cuDeviceGetName', 256, self._device).split(b'\\x00')[0]",
+}  # fmt: skip
+
+
+def tree(name: str, kind: str | None = None) -> ast.AST:
+    """Of a file, or of a class in it."""
+    module = ast.parse((ENGINE / name).read_text(encoding="utf-8"))
+    if kind is None:
+        return module
+    return next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == kind)
+
+
+def accesses(node: ast.AST) -> Iterable[tuple[str, str]]:
+    """(expression, attribute): of the code, of getattr with a literal name, and what a class overrides."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute):
+            yield ast.unparse(part.value), part.attr
+        elif isinstance(part, ast.Call) and ast.unparse(part.func) == "getattr":
+            thing, name = part.args[:2]
+            if isinstance(name, ast.Constant):
+                yield ast.unparse(thing), name.value
+        elif isinstance(part, ast.ClassDef):
+            methods = [method.name for method in part.body if isinstance(method, ast.FunctionDef)]
+            for base in part.bases:
+                yield from ((ast.unparse(base), name) for name in methods)
+
+
+def found(pairs: Iterable[tuple[str, str]], known: dict[str, str]) -> tuple[dict[str, set[str]], set[str]]:
+    """class -> names used, dunder names and our own left out; and the expressions that are of no known class."""
+    used: dict[str, set[str]] = {}
+    unknown = set()
+    for expression, name in pairs:
+        if expression not in known:
+            unknown.add(expression)
+        elif not name.startswith("_"):
+            used.setdefault(known[expression], set()).add(name)
+    return used, unknown
+
+
+def recorded(pattern: str) -> dict[str, dict[str, list[str]]]:
+    return {path.stem: json.loads(path.read_text())["names"] for path in sorted(DATA.glob(pattern))}
+
+
+def test_the_table_is_what_the_code_uses() -> None:
+    pairs = [pair for name in ("tensorrt.py", "gpu.py") for pair in accesses(tree(name))]
+    used, unknown = found(pairs, TENSORRT)
+    used.pop("ComputeCapability", None)
+    assert used == USED
+    assert {text for text in unknown if not text.startswith(("'", '"', "f'"))} <= OTHERS
+
+
+def test_no_other_file_of_the_package_uses_the_module() -> None:
+    for path in ENGINE.parent.rglob("*.py"):
+        if path.name not in ("tensorrt.py", "gpu.py"):
+            names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            assert not names & {"trt", "import_tensorrt", "tensorrt_rtx"}, path
+
+
+@pytest.mark.parametrize("release", recorded("tensorrt_names/*.json"))
+def test_every_recorded_release_has_the_names(release: str) -> None:
+    names = recorded("tensorrt_names/*.json")[release]
+    rtx = release.startswith("tensorrt_rtx")
+    for kind, used in USED.items():
+        for name in used:
+            if (kind, name) in RTX_ONLY and not rtx:
+                assert name not in names[kind], f"{kind}.{name} is in {release}: no longer a name of RTX alone"
+            else:
+                assert name in names[kind], f"{release} has no {kind}.{name}"
+
+
+def test_names_of_rtx_alone_are_used_for_a_named_sm_alone() -> None:
+    """`_check_sm` raises for a named SM and any other flavour."""
+    allowed = {node.name: node for node in ast.walk(tree("tensorrt.py")) if isinstance(node, ast.FunctionDef)}
+    gated = next(
+        node for node in ast.walk(allowed["_compile"])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "sm is not None"
+    )  # fmt: skip
+    inside = [*accesses(gated), *accesses(allowed["offered_sms"])]
+    everywhere = [*accesses(tree("tensorrt.py")), *accesses(tree("gpu.py"))]
+    for _, name in RTX_ONLY:
+        count = sum(attribute == name for _, attribute in everywhere)
+        assert count == sum(attribute == name for _, attribute in inside) > 0
+
+
+def test_the_tables_of_the_cuda_modules_are_what_the_code_uses() -> None:
+    used, unknown = found(accesses(tree("cuda.py", "_PyCuda")), PYCUDA)
+    assert used == PYCUDA_USED
+    assert unknown <= CUDA_OTHERS
+    node = tree("cuda.py", "_CudaPython")
+    used, unknown = found(accesses(node), CUDA_PYTHON)
+    texts = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str))
+    used[""] |= {text for text in texts if text.startswith("cu") and text[2:3].isupper()}
+    used[""].remove("CUdevice_attribute")  # see below
+    assert used == CUDA_PYTHON_USED
+    assert unknown - {"kinds"} <= CUDA_OTHERS
+
+
+@pytest.mark.parametrize(
+    ("pattern", "table"), [("pycuda-*.json", PYCUDA_USED), ("cuda-bindings-*.json", CUDA_PYTHON_USED)]
+)
+def test_every_recorded_cuda_module_has_the_names(pattern: str, table: dict[str, set[str]]) -> None:
+    releases = recorded(f"cuda_names/{pattern}")
+    assert len(releases) == 2
+    for release, names in releases.items():
+        for kind, used in table.items():
+            assert used <= set(names[kind]), (release, kind)
+
+
+def test_the_enum_that_the_lists_leave_out_is_cuda_s_own() -> None:
+    """CUdevice_attribute is not listed for cuda-python; pycuda's lists have its members from the same header."""
+    text = ast.unparse(tree("cuda.py", "_CudaPython"))
+    assert "'CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}'" in text
+    assert "('MAJOR', 'MINOR')" in text
+    for names in recorded("cuda_names/pycuda-*.json").values():
+        assert {f"COMPUTE_CAPABILITY_{part}" for part in ("MAJOR", "MINOR")} <= set(names["device_attribute"])
