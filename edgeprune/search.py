@@ -158,6 +158,6 @@ def smaller_rungs(
             return all(costs[option][name] <= most[name] for name in limits)
 
         best = best_within(options, error, fits)
-        if best is not None and best not in found:
+        if best is not None and best not in (widths, *found):
             found.append(best)
     return found

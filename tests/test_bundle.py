@@ -1,8 +1,9 @@
 import json
+import shutil
 
 import pytest
 
-from edgeprune.bundle import check_output, check_space, open_bundle, sha256, write_bundle
+from edgeprune.bundle import check_output, check_space, open_bundle, point_to_rung, sha256, write_again, write_bundle
 from edgeprune.errors import InputError
 
 
@@ -13,7 +14,7 @@ def write(tmp_path, output, text="one", render=lambda files: {"report.json": jso
     (rung / "onnx" / "model.onnx").write_text(text)
     (tmp_path / "tokenizer.json").write_text("{}")
     write_bundle(
-        tmp_path / "staging", output, rung, {"tokenizer.json": tmp_path / "tokenizer.json"}, {"README.md": "read"},
+        tmp_path / "staging", output, [rung], {"tokenizer.json": tmp_path / "tokenizer.json"}, {"README.md": "read"},
         {"seed": 0}, render,
     )  # fmt: skip
 
@@ -26,6 +27,42 @@ def test_a_bundle_lists_and_hashes_every_file(tmp_path):
     assert all(sha256(tmp_path / "out" / name) == digest for name, digest in manifest["sha256"].items())
     assert (tmp_path / "out" / "onnx" / "model.onnx").read_text() == "one"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rungs/0/onnx/model.onnx"] == 3
+
+
+def test_rungs_share_what_is_equal_and_the_links_lead_to_one_of_them(tmp_path):
+    rungs = []
+    for index, text in enumerate(("wide", "narrow")):
+        rung = tmp_path / "work" / str(index)
+        (rung / "onnx").mkdir(parents=True)
+        (rung / "onnx" / "model.data").write_text(text)
+        (rung / "onnx" / "embedding.data").write_text("the same")
+        (tmp_path / f"{index}.npz").write_text(text)
+        (rung / "reference.npz").symlink_to(tmp_path / f"{index}.npz")
+        rungs.append(rung)
+    out = tmp_path / "out"
+    write_bundle(tmp_path / "staging", out, rungs, {}, {"finish.pyz": b"\0zip"}, {}, lambda files: {})
+    shutil.rmtree(tmp_path / "work")  # the bundle needs nothing of it
+    for index in range(2):
+        (tmp_path / f"{index}.npz").unlink()
+    inodes = [(out / "rungs" / str(i) / "onnx" / "embedding.data").stat().st_ino for i in range(2)]
+    assert inodes[0] == inodes[1]
+    assert (out / "rungs" / "1" / "reference.npz").read_text() == "narrow"
+    assert (out / "onnx" / "model.data").read_text() == "wide"
+    open_bundle(out)
+    point_to_rung(out, 1)
+    assert (out / "onnx" / "model.data").read_text() == "narrow"
+    assert not list(out.glob("*.part"))
+    (out / "onnx").unlink()
+    shutil.copytree(out / "rungs" / "1" / "onnx", out / "onnx")  # what a copy that follows links makes of it
+    point_to_rung(out, 0)
+    assert (out / "onnx" / "model.data").read_text() == "narrow"
+
+
+def test_a_text_that_is_written_again_is_hashed_again(tmp_path):
+    write(tmp_path, tmp_path / "out")
+    write_again(tmp_path / "out", {"README.md": "read again", "measurement.json": "{}"})
+    hashes = open_bundle(tmp_path / "out")["sha256"]
+    assert all(hashes[name] == sha256(tmp_path / "out" / name) for name in ("README.md", "measurement.json"))
 
 
 def test_a_failure_while_it_is_assembled_leaves_nothing_and_keeps_the_old_one(tmp_path):

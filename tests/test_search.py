@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.pruning.allocate import Widths, uniform_options
-from edgeprune.search import MAX_CANDIDATES, CostModel, Costs, search
+from edgeprune.search import MAX_CANDIDATES, CostModel, Costs, search, smaller_rungs
 
 DENSE = Widths(3, 3, 1536)
 OPTIONS = uniform_options(DENSE, 32)
@@ -90,3 +90,17 @@ def test_the_cost_model_does_not_follow_noise_downhill():
     model = CostModel(10.0, 20.0)
     model.correct(9.9, 20.5)
     assert model.predict(5.0) < 20.0
+
+
+def test_further_rungs_take_less_each_and_end_with_the_grid() -> None:
+    options = [Widths(3, 3, channels) for channels in range(64, 1024, 64)]
+
+    def estimate(widths: Widths) -> dict[str, float]:
+        return {"memory": 1000.0 + widths.intermediate_size}
+
+    chosen = (Widths(3, 3, 832), {"memory": 2 * (1000.0 + 832)})  # the device needs twice the estimate
+    found = smaller_rungs(options, lambda widths: -widths.intermediate_size, estimate, chosen, ["memory"], 3)
+    # Of 832 - 64 prunable channels 15, 30 and 45 % go, rounded down to the grid.
+    assert [widths.intermediate_size for widths in found] == [704, 576, 448]
+    only = options[:1]
+    assert smaller_rungs(only, lambda widths: 0.0, estimate, (only[0], estimate(only[0])), ["memory"], 3) == []

@@ -141,8 +141,9 @@ def bench_pruning(repeats: int) -> None:
 
 
 def bench_fit() -> None:
-    from edgeprune.engine import local
+    from edgeprune.engine import perform
     from edgeprune.engine.base import Workload
+    from edgeprune.engine.child import quiet
     from edgeprune.engine.graph import write_graphs
     from edgeprune.generation import RUN_SPELLING
     from edgeprune.loop import SPELLINGS
@@ -162,7 +163,7 @@ def bench_fit() -> None:
         write_graphs(model.decoder, model.weights, Path(folder) / "dense", "fp32", SPELLINGS, context)
         workload = Workload(report.workload.batch, report.workload.prompt, context)
         graphs = (Path(folder) / "dense" / RUN_SPELLING.filename, output / "onnx" / RUN_SPELLING.filename)
-        ratio = local.latency(*graphs, workload)["decode_ratio"]
+        ratio = perform.ratios_on_onnxruntime(perform.Here(), *graphs, workload, perform.SECONDS, quiet)["decode_ratio"]
         print(
             f"decode fitted / dense, measured again: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  limit 0.73"
         )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.engine import latency
-from edgeprune.engine.latency import MIN_BLOCKS, Timings, interleave
+from edgeprune.engine.latency import MIN_BLOCKS, Timings, interleave, stopwatch
 
 
 class Machine:
@@ -22,9 +22,11 @@ class Machine:
         return self.now
 
     def program(self, name: str, cost):  # noqa: ANN001
-        def run() -> None:
+        def run() -> float:
             self.log.append(name)
-            self.now += cost()
+            seconds = cost()
+            self.now += seconds
+            return 1e3 * seconds
 
         return run
 
@@ -114,6 +116,17 @@ def test_the_time_limit_ends_hopeless_noise() -> None:
     timings = interleave(runs, seconds=20, precision=1e-4, block_ms=1, clock=machine.clock)
     assert 20 < machine.now < 30
     assert timings.ratio("b", "a").relative_half_width > 0.05
+
+
+def test_a_number_of_runs_can_be_asked_for() -> None:
+    machine = Machine()
+    runs = {"a": machine.program("a", lambda: 0.025)}
+    assert interleave(runs, seconds=0.1, min_runs=100, clock=machine.clock).blocks["a"].size >= 100
+
+
+def test_a_stopwatch_takes_its_own_time() -> None:
+    machine = Machine()
+    assert stopwatch(machine.program("a", lambda: 0.25), machine.clock)() == pytest.approx(250)
 
 
 def test_slow_programs_still_run_the_fewest_blocks() -> None:

@@ -1,16 +1,15 @@
-"""The runner against transformers' logits; what is measured, and what the program on standard input answers."""
+"""The runner against transformers' logits; what is measured, and in which process."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgeprune.engine.base import Workload
+from edgeprune.engine.child import ask
 from edgeprune.engine.graph import Spelling, write_graphs
 from edgeprune.engine.onnxruntime import Runner, measure_latency
 from edgeprune.errors import EngineError
@@ -116,22 +115,17 @@ def test_one_graph_has_no_ratio(graphs: dict[str, Path]) -> None:
     assert all(set(kind) == {"candidate"} for kind in found.values())
 
 
-def ask(request: object) -> tuple[int, dict]:
-    result = subprocess.run(
-        [sys.executable, "-m", "edgeprune.engine.onnxruntime"], input=json.dumps(request), capture_output=True,
-        text=True, check=False, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    return result.returncode, json.loads(result.stdout)
+def memory_task(graph: Path, workload: Workload) -> dict:
+    request = {
+        "task": "the test", "do": "memory", "engine": "onnxruntime", "workload": asdict(workload),
+        "files": {"candidate": str(graph)},
+    }  # fmt: skip
+    return ask("edgeprune.engine.tasks", request, 120)
 
 
-def test_the_program_answers_on_standard_output(graphs: dict[str, Path]) -> None:
-    code, baseline = ask({"task": "baseline"})
-    assert code == 0
-    workload = {"batch": 1, "prompt": 8, "context": 16}
-    code, memory = ask({"task": "memory", "graph": str(graphs["fp32"]), "workload": workload, "threads": 1})
-    assert code == 0
+def test_memory_is_measured_in_a_process_of_its_own(graphs: dict[str, Path]) -> None:
+    memory = memory_task(graphs["fp32"], Workload(1, 8, 16))
     assert 2**20 < memory["baseline"] < memory["peak"]
-    assert memory["baseline"] == pytest.approx(baseline["baseline"], rel=0.2)
 
 
 def test_the_whole_cache_counts_as_memory(tmp_path: Path) -> None:
@@ -139,14 +133,11 @@ def test_the_whole_cache_counts_as_memory(tmp_path: Path) -> None:
     context, bytes_a_token = 2**17, 3 * 2 * 2 * 16 * 4
     model = llama(True, max_position_embeddings=context)
     graph = write_graphs(decoder_of(model.config), weights_of(model), tmp_path, "fp32", [SPELLING]).graphs[SPELLING]
-    workload = {"batch": 1, "prompt": 1, "context": context}
-    _, memory = ask({"task": "memory", "graph": str(graph), "workload": workload, "threads": 1})
+    memory = memory_task(graph, Workload(1, 1, context))
     assert memory["peak"] - memory["baseline"] > context * bytes_a_token
 
 
-def test_the_program_answers_errors_in_the_same_way(tmp_path: Path) -> None:
-    workload = {"batch": 1, "prompt": 8, "context": 16}
-    code, found = ask({"task": "memory", "graph": str(tmp_path / "none.onnx"), "workload": workload, "threads": None})
-    assert code == 4
-    assert "none.onnx" in found["error"]
-    assert found["remedy"]
+def test_a_graph_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="none.onnx") as caught:
+        memory_task(tmp_path / "none.onnx", Workload(1, 8, 16))
+    assert caught.value.remedy

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.engine import local
-from edgeprune.engine.base import Measured, Workload
+from edgeprune.engine import perform
+from edgeprune.engine.base import Measured, Performance, Workload
+from edgeprune.engine.child import Tell, quiet
 from edgeprune.engine.graph import Spelling, write_graphs
 from edgeprune.errors import EngineError
 from tests.engine.graph_models import llama
@@ -29,13 +30,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "SECONDS", 1.0)
+def measure(
+    dense: Path | None, candidate: Path, counted: tuple[int, int, int], session: perform.Session | None = None
+) -> Performance:
+    return perform.on_onnxruntime(
+        session or perform.Here(), dense, candidate, WORKLOAD, perform.Counted(*counted), quiet, seconds=1.0
+    )
 
 
 def test_a_candidate_beside_the_dense_model(models: dict[str, Path]) -> None:
-    found = local.measure(models["wide"], models["narrow"], WORKLOAD, 1000, 200, 30)
+    found = measure(models["wide"], models["narrow"], (1000, 200, 30))
     for figure in (found.prefill, found.decode, found.prefill_ratio, found.decode_ratio):
         assert isinstance(figure, Measured)
         assert 0 < figure.low <= figure.value <= figure.high
@@ -47,20 +51,19 @@ def test_a_candidate_beside_the_dense_model(models: dict[str, Path]) -> None:
     assert set(found.percentiles) == {"prefill", "decode"}
 
 
-def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path]) -> None:
     """The known parts are what was given, the runtime is its own, the rest of the peak are activations."""
     peaks: list[dict] = []
 
-    def spy(module: str, request: dict, timeout: float) -> dict:
-        answer = ask(module, request, timeout)
-        if request["task"] == "memory":
-            peaks.append(answer)
-        return answer
+    class Spy(perform.Here):
+        def run(self, request: dict, timeout_seconds: float, tell: Tell) -> dict:
+            answer = super().run(request, timeout_seconds, tell)
+            if request["do"] == "memory":
+                peaks.append(answer)
+            return answer
 
-    ask = local.ask
-    monkeypatch.setattr(local, "ask", spy)
     weights = sum(path.stat().st_size for path in models["wide"].parent.glob("*.data"))
-    memory = local.measure(None, models["wide"], WORKLOAD, weights, 5000, 300).memory
+    memory = measure(None, models["wide"], (weights, 5000, 300), Spy()).memory
     assert {name: part.value for name, part in memory.parts.items() if name != "activations"} == {
         "weights": weights, "cache": 5000, "buffers": 300, "runtime": peaks[0]["baseline"],
     }  # fmt: skip
@@ -71,18 +74,18 @@ def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path], monkeypat
 
 def test_of_the_dense_model_alone(models: dict[str, Path]) -> None:
     """No ratio; and activations that are never negative, however large the parts that were given."""
-    found = local.measure(None, models["narrow"], WORKLOAD, 2**40, 0, 0)
+    found = measure(None, models["narrow"], (2**40, 0, 0))
     assert (found.prefill_ratio, found.decode_ratio) == (None, None)
     assert found.memory.activations.value == 0
 
 
 def test_ratios_alone(models: dict[str, Path]) -> None:
-    ratios = local.latency(models["wide"], models["narrow"], WORKLOAD, seconds=1.0)
+    ratios = perform.ratios_on_onnxruntime(perform.Here(), models["wide"], models["narrow"], WORKLOAD, 1.0, quiet)
     assert set(ratios) == {"prefill_ratio", "decode_ratio"}
     assert all(0 < ratio.low <= ratio.value < 1 for ratio in ratios.values())
 
 
 def test_a_graph_that_is_missing_is_an_engine_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="none.onnx") as caught:
-        local.measure(None, tmp_path / "none.onnx", WORKLOAD, 0, 0, 0)
+        measure(None, tmp_path / "none.onnx", (0, 0, 0))
     assert caught.value.remedy
