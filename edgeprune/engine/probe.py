@@ -1,8 +1,8 @@
-"""Hardware figures of this machine's processor, measured on first use and cached for it.
+"""Hardware figures, measured: of this machine's processor on first use, cached for it; of any device when asked.
 
-What an estimate needs is what ONNX Runtime reaches: the bandwidth of reading weights that fit in no
-cache for one row (decode), and the rate of a matrix product (prefill), with its default threads. It
-knows nothing about models.
+What an estimate needs is what the engine reaches: the bandwidth of reading weights that fit in no cache for
+one row (decode), and the rate of a matrix product (prefill). The graphs are written here and timed on the
+device, which may be this machine, by probing.py. It knows nothing about models.
 """
 
 from __future__ import annotations
@@ -10,28 +10,45 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder
-from edgeprune.errors import EngineError, InputError
+from edgeprune.engine.child import Tell, quiet
+from edgeprune.engine.facts import processor, threads
+from edgeprune.engine.perform import Here, Session
+from edgeprune.engine.probing import INPUT, OUTPUT, Stack, largest_cache, total_memory, weights_file
+from edgeprune.errors import InputError
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 
-VERSION = 1  # of this way of probing; figures of another version are measured again
-WIDTH = 4096  # a matrix is WIDTH x WIDTH fp32, 64 MiB
-ROWS = 256
-REPEATS = 5
-SMALLEST_READ, LARGEST_READ = 256 * 2**20, 1024 * 2**20  # bytes; a serialised graph holds at most 2 GiB
+__all__ = [
+    "Figures", "Probed", "measure", "probe", "probe_gpu", "probe_processor", "processor", "resolve_profile",
+    "runtime_bytes", "threads", "total_memory",
+]  # fmt: skip
+
+VERSION = 2  # of this way of probing; figures of another version are measured again
+WIDTH = 4096  # a matrix is WIDTH x WIDTH: 64 MiB in fp32, 32 MiB in fp16
+CALL_WIDTH = 8
+ROWS = 256  # of a product on a processor
+GPU_ROWS, GPU_MATRICES = 2048, 4
+SMALLEST_READ, LARGEST_READ = 256 * 2**20, 1024 * 2**20  # bytes; the device holds them twice or three times
+GPU_READ = 512 * 2**20  # bytes; GPUs with memory of their own have caches of up to 128 MiB, the others of 32
+LOOK_SECONDS, PROBE_SECONDS = 120.0, 3600.0
+OPSET, IR_VERSION = 17, 8  # what every engine's parser knows
 
 Figures = dict[str, dict[str, Any]]  # HardwareFigure fields by name
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Figures of a device, and the state that it was in."""
+
+    figures: Figures
+    conditions: dict[str, str]
 
 
 def resolve_profile(name: str | None, file: Path | None) -> DeviceProfile:
@@ -59,132 +76,171 @@ def probe(profile: DeviceProfile) -> DeviceProfile:
     try:
         return _with(profile, known[key])
     except (KeyError, TypeError, ValidationError):  # unknown, or not what we wrote
-        known[key] = measure(f"measured with onnxruntime {onnxruntime.__version__} on {processor()}")
+        known[key] = measure(_source("onnxruntime", onnxruntime.__version__, processor(), {}))
     with contextlib.suppress(OSError):  # without a writable cache it is measured at each run
         _write(path, known)
     return _with(profile, known[key])
 
 
-def processor() -> str:
-    """The processor's model name, and how many threads this process may use at once."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {threads()} threads"
-
-
-def threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def total_memory() -> float:
-    """Bytes. Raises EngineError where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        raise EngineError(
-            f"cannot read the total memory on {platform.system()}",
-            "Write the hardware figures into a profile of your own and give it with --profile FILE.",
-        ) from None
-
-
 def measure(source: str) -> Figures:
     """All figures that an estimate for ONNX Runtime needs; `source` says what was measured where."""
-
-    def figure(value: float, unit: str, source: str = source, confidence: str = "medium") -> dict[str, Any]:
-        return {"value": value, "unit": unit, "source": source, "confidence": confidence}
-
-    matrices = _matrices()
-    read = 4 * WIDTH * WIDTH * matrices
-    decode = _session(matrices, WIDTH)
-    read_seconds = _best_seconds(lambda: decode(1))
-    product = _session(1, WIDTH)
-    product_seconds = _best_seconds(lambda: product(ROWS))
-    call = _session(1, 8)
-    memory, runtime = total_memory(), runtime_bytes()
-    whole = "the operating system's total; other programs share it"
-    return {
-        "memory": figure(memory, "B", whole, "high"),
-        "build_memory": figure(memory, "B", whole, "low"),
-        "runtime_memory": figure(runtime, "B", f"{source}: resident bytes of a process with the runtime alone"),
-        "bandwidth": figure(
-            read / read_seconds / 1e9, "GB/s", f"{source}: {read / 2**20:.0f} MiB of weights times one row"
-        ),
-        "fp32_compute": figure(
-            2 * ROWS * WIDTH * WIDTH / product_seconds / 1e9,
-            "GFLOP/s",
-            f"{source}: product of {ROWS} x {WIDTH} and {WIDTH} x {WIDTH}",
-        ),
-        "decode_efficiency": figure(1.0, "1", "the bandwidth is what such a product reaches", "low"),
-        "decode_overhead": figure(
-            1e3 * _best_seconds(lambda: call(1)), "ms", f"{source}: a call of a graph of one small node", "low"
-        ),
-        "prefill_efficiency": figure(1.0, "1", "the rate is what such a product reaches", "low"),
-    }
+    answer, stacks = _time(Here(), "onnxruntime", _stacks("fp32", ROWS, 1, _matrices()), quiet)
+    return _processor_figures(source, stacks, answer["seconds"], total_memory(), runtime_bytes())
 
 
 def runtime_bytes() -> float:
-    """Resident bytes, at its peak, of a fresh process that has loaded the runtime and nothing else.
+    """Resident bytes, at its peak, of a fresh process that has loaded the runtime and nothing else."""
+    return float(_look(Here(), quiet)["runtime"])
 
-    Linux' peak comes from /proc: ru_maxrss of a child begins at its parent's size.
+
+def probe_processor(session: Session, tell: Tell) -> Probed:
+    """What ONNX Runtime reaches on the processor of a device. Raises EngineError."""
+    seen = _look(session, tell)
+    answer, stacks = _time(session, "onnxruntime", _stacks("fp32", ROWS, 1, _matrices_for(seen["cache"])), tell)
+    source = _source("onnxruntime", seen["version"], seen["processor"], answer["conditions"])
+    figures = _processor_figures(source, stacks, answer["seconds"], seen["memory"], seen["runtime"])
+    return Probed(figures, answer["conditions"])
+
+
+def probe_gpu(session: Session, flavour: str, device: str, like: DeviceProfile, tell: Tell) -> Probed:
+    """What TensorRT reaches on a GPU in the precision of `like`, whose figures stay where the driver tells none.
+
+    Raises EngineError where nothing can be built, or run.
     """
-    code = (
-        "import pathlib, onnxruntime\n"
-        "status = pathlib.Path('/proc/self/status')\n"
-        "if status.exists():\n"
-        "    print(next(int(s.split()[1]) * 1024 for s in status.read_text().splitlines() if s.startswith('VmHWM')))\n"
-        "else:\n"
-        "    import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
-    )
-    try:
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise EngineError(
-            f"a process that loads ONNX Runtime did not end well: {error}", "Install it anew: pip install onnxruntime"
-        ) from None
-    return float(result.stdout)
+    shared = like.memory_shared_with_system
+    read = SMALLEST_READ if shared else GPU_READ
+    matrices = -(-read // Stack(1, WIDTH, 1, like.precision).weight_bytes)
+    stacks = _stacks(like.precision, GPU_ROWS, GPU_MATRICES, matrices)
+    answer, stacks = _time(session, flavour, stacks, tell, shared)
+    source = _source(flavour, answer["version"], device, answer["conditions"])
+    return Probed(_gpu_figures(source, stacks, answer, like), answer["conditions"])
+
+
+def _source(engine: str, version: str, device: str, conditions: dict[str, str]) -> str:
+    mode = conditions.get("power mode")
+    return f"measured with {engine} {version} on {device}{f', {mode}' if mode else ''}"
+
+
+def _figure(value: float, unit: str, source: str, confidence: str = "medium") -> dict[str, Any]:
+    return {"value": value, "unit": unit, "source": source, "confidence": confidence}
+
+
+def _processor_figures(
+    source: str, stacks: dict[str, Stack], seconds: dict[str, float], memory: float, runtime: float
+) -> Figures:
+    whole = f"{source}: the operating system's total; other programs share it"
+    return {
+        "memory": _figure(memory, "B", whole, "high"),
+        "build_memory": _figure(memory, "B", whole, "low"),
+        "runtime_memory": _figure(
+            float(runtime), "B", f"{source}: resident bytes of a process with the runtime alone"
+        ),
+        **_rates(source, stacks, seconds),
+    }  # fmt: skip
+
+
+def _gpu_figures(source: str, stacks: dict[str, Stack], answer: dict[str, Any], like: DeviceProfile) -> Figures:
+    total, free = float(answer["gpu"]["memory"]), answer["free"]
+    figures = {"memory": _figure(total, "B", f"{source}: the driver's total", "high"), "build_memory": {}}
+    usable, basis = total, "all of the device's memory"
+    if like.memory_shared_with_system:
+        reserve = total - free if free else 0
+        figures["system_reserve"] = like.system_reserve.model_dump()
+        if reserve > 0:
+            said = f"{source}: the driver's total less what /proc/meminfo called available"
+            figures["system_reserve"] = _figure(reserve, "B", said)
+        usable = total - reserve if reserve > 0 else total - like.system_reserve.si
+        basis = "all that the system leaves, with nothing else loaded"
+    figures["build_memory"] = _figure(usable, "B", f"{source}: {basis}", "low")
+    figures["runtime_memory"] = like.runtime_memory.model_dump()
+    if answer["runtime"]:
+        figures["runtime_memory"] = _figure(
+            float(answer["runtime"]), "B", f"{source}: what became less free with the first context and engine"
+        )
+    return figures | _rates(source, stacks, answer["seconds"])
+
+
+def _rates(source: str, stacks: dict[str, Stack], seconds: dict[str, float]) -> Figures:
+    """Bandwidth, compute and overhead; both shares are 1: what was measured is what such products reach."""
+    read, product = stacks["read"], stacks["product"]
+    return {
+        "bandwidth": _figure(
+            read.weight_bytes / seconds["read"] / 1e9, "GB/s",
+            f"{source}: {read.weight_bytes / 2**20:.0f} MiB of weights times one row",
+        ),
+        f"{product.precision}_compute": _figure(
+            product.flops / seconds["product"] / 1e9, "GFLOP/s",
+            f"{source}: product of {product.rows} x {product.width} and {product.width} x {product.width}",
+        ),
+        "decode_efficiency": _figure(1.0, "1", f"{source}: the bandwidth is what such a product reaches", "low"),
+        "decode_overhead": _figure(
+            1e3 * seconds["call"], "ms", f"{source}: a call of a graph of one small node", "low"
+        ),
+        "prefill_efficiency": _figure(1.0, "1", f"{source}: the rate is what such a product reaches", "low"),
+    }  # fmt: skip
 
 
 def _matrices() -> int:
-    """How many matrices to read: four times the largest cache, within bounds."""
-    caches = [SMALLEST_READ // 4]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            caches.append(int(path.read_text(encoding="utf-8").strip().removesuffix("K")) * 1024)
-    return -(-min(4 * max(caches), LARGEST_READ) // (4 * WIDTH * WIDTH))
+    """How many matrices this machine's processor has to read."""
+    return _matrices_for(largest_cache())
 
 
-def _session(matrices: int, width: int) -> Callable[[int], Any]:
-    """run(rows): a (rows, width) array times each of `matrices` square matrices, on the CPU."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    square = np.random.default_rng(0).random((width, width), dtype=np.float32)
-    numbers = range(matrices)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in numbers],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", width])],
-        [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["rows", width]) for i in numbers],
-        [numpy_helper.from_array(square + np.float32(i), f"w{i}") for i in numbers],  # unequal: none is shared
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return lambda rows: session.run(None, {"x": np.ones((rows, width), dtype=np.float32)})
+def _matrices_for(cache: int) -> int:
+    """Four times the largest cache, within bounds."""
+    return -(-min(max(4 * cache, SMALLEST_READ), LARGEST_READ) // Stack(1, WIDTH, 1, "fp32").weight_bytes)
 
 
-def _best_seconds(run: Callable[[], Any]) -> float:
-    """The shortest of some runs: what else runs here can only lengthen one."""
-    run()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _stacks(precision: str, rows: int, factors: int, matrices: int) -> dict[str, Stack]:
+    return {
+        "call": Stack(1, CALL_WIDTH, 1, precision),
+        "read": Stack(1, WIDTH, matrices, precision),
+        "product": Stack(rows, WIDTH, factors, precision),
+    }
+
+
+def _look(session: Session, tell: Tell) -> dict[str, Any]:
+    request = {"task": "the look at the processor", "do": "probe", "step": "look"}
+    return session.run(request, LOOK_SECONDS, tell)
+
+
+def _time(
+    session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, shared: bool = False
+) -> tuple[dict[str, Any], dict[str, Stack]]:
+    """The answer of the device, and what it was asked about."""
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = {role: Path(folder) / f"{role}.onnx" for role in stacks}
+        for role, stack in stacks.items():
+            write_graph(stack, graphs[role])
+        request = {
+            "task": "the probe", "do": "probe", "step": "time", "engine": engine, "shared": shared,
+            "files": {role: str(path) for role, path in graphs.items()},
+            "stacks": {role: asdict(stack) for role, stack in stacks.items()},
+        }  # fmt: skip
+        return session.run(request, PROBE_SECONDS, tell), stacks
+
+
+def write_graph(stack: Stack, path: Path) -> None:
+    """The graph of a stack; its weights are to stand in `weights_file`, one matrix after the other."""
+    from onnx import TensorProto, helper, save_model
+
+    element = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}[stack.precision]
+    size = stack.matrix_bytes
+    weights = []
+    for index in range(stack.matrices):
+        weight = TensorProto(
+            name=f"w{index}", data_type=element, dims=(stack.width, stack.width), data_location=TensorProto.EXTERNAL
+        )
+        where = {"location": weights_file(path).name, "offset": index * size, "length": size}
+        for key, value in where.items():
+            weight.external_data.add(key=key, value=str(value))
+        weights.append(weight)
+    names = [INPUT, *(f"y{index}" for index in range(1, stack.matrices)), OUTPUT]
+    steps = zip(names, weights, names[1:], strict=False)
+    nodes = [helper.make_node("MatMul", [left, weight.name], [right], weight.name) for left, weight, right in steps]
+    ends = [helper.make_tensor_value_info(name, element, ["rows", stack.width]) for name in (INPUT, OUTPUT)]
+    graph = helper.make_graph(nodes, "probe", ends[:1], ends[1:], weights)
+    opset = helper.make_opsetid("", OPSET)
+    save_model(helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION), path)
 
 
 def _with(profile: DeviceProfile, figures: Figures) -> DeviceProfile:

@@ -31,7 +31,7 @@ DEVICE_FILES = (
     "__init__.py", "errors.py", "cache.py", "budget.py", "bundle.py", "finish.py", "engine/__init__.py",
     *(f"engine/{name}.py" for name in (
         "base", "wire", "child", "facts", "latency", "check", "onnxruntime", "tensorrt", "cuda", "gpu", "tasks",
-        "perform", "agent",
+        "perform", "agent", "probing",
     )),
 )  # fmt: skip
 ALIVE_SECONDS = 15.0

@@ -108,7 +108,15 @@ def _memory(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     return measure_memory(Path(request["files"]["candidate"]), Workload(**request["workload"]))
 
 
-_WORK = {"describe": _describe, "build": _build, "check": _check, "measure": _measure, "memory": _memory}
+def _probe(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from edgeprune.engine import probing
+
+    return probing.answer(request, tell)
+
+
+_WORK = {
+    "describe": _describe, "build": _build, "check": _check, "measure": _measure, "memory": _memory, "probe": _probe,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
