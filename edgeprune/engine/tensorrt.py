@@ -22,6 +22,12 @@ from edgeprune.errors import EngineError
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 WEIGHTS_TOLERANCE = 1.05  # more than that over the graph's bytes, and something is stored twice
+_REMEDIES = {  # what TensorRT for RTX 1.7 lacks in fp32 (measured): the Attention operator, and all on SM 75
+    "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
+    "--precision fp16.",
+    "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
+}
+_SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."
 _FIGURE = re.compile(r"(Total Weights Memory|Total Activation Memory|Max Scratch Memory):\s*(\d+)")
 
 
@@ -133,9 +139,10 @@ def _compile(
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         layers = [network.get_layer(index).name for index in range(network.num_layers)]
+        errors = messages.errors()
         raise EngineError(
-            f"TensorRT cannot build {graph}{_blamed(messages.errors(), layers)}: {messages.errors()[-400:]}",
-            "Try a smaller --context or --batch, or another release of TensorRT.",
+            f"TensorRT cannot build {graph}{_blamed(errors, layers)}: {errors[-400:]}",
+            next((remedy for text, remedy in _REMEDIES.items() if text in errors), _SMALLER),
         )
     if timings is not None:
         _write(limits.timing_cache, config.get_timing_cache().serialize())
@@ -254,8 +261,8 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _blamed(errors: str, layers: list[str]) -> str:
-    """The node that the errors name, the longest name first: names contain each other."""
-    named = [name for name in layers if name in errors]
+    """The node that the errors name, with a suffix of TensorRT's or without, not within a word; the longest one."""
+    named = [name for name in layers if re.search(rf"(?<![\w./-]){re.escape(name)}(?!\.?[A-Za-z0-9/-])", errors)]
     return f" at node {max(named, key=len)}" if named else ""
 
 
