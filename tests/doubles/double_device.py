@@ -85,6 +85,7 @@ class Device:
         self.faults: list[str] = []
         self.launches: list[str] = []  # "step" or "replay"
         self.bound: list[dict[str, int]] = []  # the addresses of every step
+        self.read_by_steps: list[dict[str, np.ndarray]] = []  # what every step found in its inputs but the cache
         self.clock_ms = self.host_ms = 0.0
         self.launch_ms, self.replay_ms = 0.5, 0.01  # what the host needs to put a step, a replay on a stream
         self.capturable = True

@@ -235,6 +235,7 @@ def _compute(
         wrote, reads = memory(name).written, _bytes(tensors[name], shapes[name])
         if not name.startswith("past_key_values.") and wrote != reads:
             raise Fault("CUDA_ERROR_ILLEGAL_ADDRESS", f"{name} reads {reads} bytes where the last copy wrote {wrote}")
+    device.read_by_steps.append({name: content(name).copy() for name in inputs if not name.startswith("past")})
     outputs = [name for name, one in tensors.items() if not one["input"]]
     try:
         results = session.run(outputs, {name: content(name) for name in inputs})

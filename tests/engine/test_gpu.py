@@ -69,6 +69,20 @@ def test_on_a_double_every_step_has_the_logits_of_onnx_runtime(
                 assert runner.past == end
 
 
+def test_on_a_double_positions_count_the_real_tokens_from_zero(device: Device, plan: Path) -> None:
+    """Rotary embeddings turn by differences: positions that are all off by one would give the same logits."""
+    with opened(plan) as runner:
+        tokens(runner, [PROMPTS[0][:11], [88, 3, 150]], 3)
+    steps = device.read_by_steps
+    assert [step["input_ids"].shape[1] for step in steps] == [8, 3, 1, 1]
+    ids, positions = (np.concatenate([step[name] for step in steps], axis=1) for name in KINDS[:2])
+    np.testing.assert_array_equal(ids[0, :11], PROMPTS[0][:11])
+    np.testing.assert_array_equal(ids[1, :11], [0] * 8 + [88, 3, 150])
+    np.testing.assert_array_equal(positions, [list(range(13)), [0] * 8 + list(range(5))])
+    for step, total in zip(steps, (8, 11, 12, 13), strict=True):
+        np.testing.assert_array_equal(step["attention_mask"], np.array([[1] * 13, [0] * 8 + [1] * 5])[:, :total])
+
+
 @pytest.mark.parametrize("per_thread", [False, True])
 def test_on_a_double_nothing_rests_on_the_default_stream(
     per_thread: bool, graphs: dict[str, GraphFiles], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
