@@ -3,21 +3,23 @@
 Python 3.10 and the standard library alone; the tasks that it starts need more. It speaks lines of JSON over
 standard input and output, some followed by a file's bytes:
 
-    -> {"do": "have", "hashes": [...]}                  <- {"missing": [...]}
+                                                        <- {"protocol": 1, "work": PATH, ...}, before anything else
+    -> {"do": "have", "sizes": {H: N}}                  <- {"missing": [H, ...]}, there is room for them
     -> {"do": "put", "sha256": H, "size": N}            <- {"go": true}, then -> N bytes, <- {"done": true}
     -> {"do": "run", "request": {...}, "files": {ROLE: [NAME, ...]}, "hashes": {NAME: H}, "outputs": {ROLE: NAME},
-        "timeout": SECONDS}                             <- {"progress": [...]} ..., {"answer": {...}, "made": {ROLE: H}}
+        "timeout": SECONDS, "keep": false}              <- {"progress": [...]} ..., {"answer": {...}, "made": {ROLE: H}}
     -> {"do": "get", "sha256": H}                       <- {"size": N}, then N bytes
     -> {"do": "alive"}                                  <- nothing: the workstation is still there
-    -> {"do": "bye", "keep": false}                     <- {"left": PATH or null}, the end
+    -> {"do": "bye"}                                    <- {"left": PATH or null}, the end
     any of them may be answered by {"error": MESSAGE, "remedy": REMEDY}
 
 When the connection ends, or the workstation says nothing for some time, the running task is killed and the
-working folder removed. Files stay in the store until the disk is needed.
+working folder removed, unless it is to be kept. Files stay in the store until the disk is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -30,11 +32,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgeprune.cache import cache_folder
-from edgeprune.engine.child import ask
+from edgeprune.engine.child import DISK_FULL, ask
 from edgeprune.errors import EdgepruneError, EngineError
 
 PROTOCOL = 1
@@ -42,6 +45,8 @@ SILENCE_SECONDS = 90.0  # the workstation says that it is there every 15
 FRESH_SECONDS = 60.0
 CHUNK = 1 << 20
 TASKS = "edgeprune.engine.tasks"
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+PART, LOCK, KEEP = "part-", "lock", "keep"
 
 
 class Store:
@@ -57,28 +62,43 @@ class Store:
             raise EngineError(f"{sha256!r} is no sha256", "This is a bug: please report it.")
         return self.folder / sha256
 
-    def missing(self, hashes: list[str]) -> list[str]:
-        self._used |= set(hashes)
-        for sha256 in hashes:
-            if self.path(sha256).exists():
-                os.utime(self.path(sha256))
-        return [sha256 for sha256 in hashes if not self.path(sha256).exists()]
+    def missing(self, sizes: dict[str, int]) -> list[str]:
+        """Those of the files, by hash, that are not here in their full size."""
+        self._used |= set(sizes)
+        missing = []
+        for sha256, size in sizes.items():
+            path = self.path(sha256)
+            if path.exists() and path.stat().st_size == size:
+                os.utime(path)
+            else:
+                path.unlink(missing_ok=True)
+                missing.append(sha256)
+        return missing
 
     def make_room(self, size: int) -> None:
         """Raises EngineError where the disk has no room even without the files that nobody needs now."""
-        others = [path for path in self.folder.iterdir() if path.name not in self._used]
-        for path in sorted(others, key=lambda path: path.stat().st_mtime):
+        for path in self._unused():
             if shutil.disk_usage(self.folder).free > size:
                 break
-            path.unlink()
+            path.unlink(missing_ok=True)
         free = shutil.disk_usage(self.folder).free
-        if free <= size:
+        if size and free <= size:
             raise full(self.folder, size, free)
+
+    def _unused(self) -> list[Path]:
+        """What may go, the oldest first: not what this run needs, nor what another one is receiving."""
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another run makes room too
+                used, fresh = path.stat().st_mtime, path.name.startswith(PART)
+                if path.name not in self._used and not (fresh and time.time() - used < FRESH_SECONDS):
+                    found.append((used, path))
+        return [path for _, path in sorted(found)]
 
     def take(self, stream: BinaryIO, sha256: str, size: int) -> None:
         """A file of `size` bytes from a stream, kept if it is what its hash says."""
         digest, left, problem = hashlib.sha256(), size, None
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="part-", buffering=0) as file:
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=PART, buffering=0) as file:
             while left:
                 chunk = stream.read(min(CHUNK, left))
                 if not chunk:
@@ -94,7 +114,7 @@ class Store:
                 raise problem
             if digest.hexdigest() != sha256:
                 raise EngineError("a file arrived damaged", "Try again; if it persists, check the network.")
-            os.link(file.name, self.path(sha256))
+            self._keep(Path(file.name), sha256)
 
     def add(self, path: Path) -> str:
         """Keep a file that a task made; its hash."""
@@ -104,15 +124,32 @@ class Store:
                 digest.update(chunk)
         sha256 = digest.hexdigest()
         self._used.add(sha256)
-        if not self.path(sha256).exists():
-            os.link(path, self.path(sha256))
+        self._keep(path, sha256)
         return sha256
+
+    def give(self, sha256: str, path: Path) -> None:
+        """Let a kept file stand at a path too. Raises EngineError where it is not here."""
+        try:
+            os.link(self.path(sha256), path)
+        except FileNotFoundError:
+            raise EngineError(
+                f"the device does not have the file {sha256} for {path.name}",
+                "Another run may have made room on its disk: try again.",
+            ) from None
+
+    def _keep(self, path: Path, sha256: str) -> None:
+        """Only what is safely on the disk gets its name: after a loss of power the name must not lie."""
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another run received it at the same time
+            os.link(path, self.path(sha256))
 
 
 def full(folder: Path, size: int, free: int) -> EngineError:
+    need = f"needs {size / 2**20:.1f} MiB and " if size else ""
     return EngineError(
-        f"the device's disk is full: {folder} needs {size / 2**20:.0f} MiB and has {free / 2**20:.0f} MiB free",
-        f"Free some space on the device, for example by removing {folder.parent}.",
+        f"the device's disk is full: {folder} {need}has {free / 2**20:.1f} MiB free",
+        f"Free some space on the device. {folder.parent} holds nothing that cannot be sent again.",
     )
 
 
@@ -134,13 +171,14 @@ class Agent:
             message = json.loads(self._lines.get())
             try:
                 if message["do"] == "bye":
-                    self._bye(message["keep"])
+                    self.clean()
+                    self.send({"left": str(self.work) if self.work.exists() else None})
                     return
                 {"have": self._have, "put": self._put, "run": self._run, "get": self._get}[message["do"]](message)
             except EdgepruneError as error:
                 self.send({"error": error.message, "remedy": error.remedy})
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno not in DISK_FULL:
                     raise
                 problem = full(self.store.folder, message.get("size", 0), shutil.disk_usage(self.store.folder).free)
                 self.send({"error": problem.message, "remedy": problem.remedy})
@@ -151,15 +189,17 @@ class Agent:
 
     def _read(self) -> None:
         """Lines from the workstation; its end is the end of everything here."""
-        while line := self._source.readline():
-            self._heard.set()
-            do = json.loads(line)["do"]
-            if do == "alive":
-                continue
-            self._lines.put(line)
-            if do in ("put", "bye"):
-                self._body.acquire()
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            while line := self._source.readline():
+                self._heard.set()
+                do = json.loads(line)["do"]
+                if do == "alive":
+                    continue
+                self._lines.put(line)
+                if do in ("put", "bye"):
+                    self._body.acquire()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
         while self._heard.wait(SILENCE_SECONDS):
@@ -167,7 +207,9 @@ class Agent:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _have(self, message: dict[str, Any]) -> None:
-        self.send({"missing": self.store.missing(message["hashes"])})
+        missing = self.store.missing(message["sizes"])
+        self.store.make_room(sum(message["sizes"][sha256] for sha256 in missing))
+        self.send({"missing": missing})
 
     def _put(self, message: dict[str, Any]) -> None:
         try:
@@ -179,11 +221,13 @@ class Agent:
         self.send({"done": True})
 
     def _run(self, message: dict[str, Any]) -> None:
+        if message["keep"]:
+            (self.work / KEEP).touch()
         for name, sha256 in message["hashes"].items():
             path = self._inside(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            os.link(self.store.path(sha256), path)
+            self.store.give(sha256, path)
         outputs = {role: self._inside(name) for role, name in message["outputs"].items()}
         for path in outputs.values():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,13 +252,9 @@ class Agent:
             shutil.copyfileobj(file, self._sink, CHUNK)
         self._sink.flush()
 
-    def _bye(self, keep: bool) -> None:
-        if not keep:
-            self.clean()
-        self.send({"left": str(self.work) if keep else None})
-
     def clean(self) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
+        if not (self.work / KEEP).exists():
+            shutil.rmtree(self.work, ignore_errors=True)
 
 
 class _Heard:
@@ -233,49 +273,64 @@ def _working_folder(folder: Path) -> Path:
     works = folder / "work"
     works.mkdir(parents=True, exist_ok=True)
     for old in works.iterdir():
-        if time.time() - old.stat().st_mtime < FRESH_SECONDS:
-            continue  # perhaps made just now, and not locked yet
-        with (works / old.name / "lock").open("w") as lock:
-            try:
+        with contextlib.suppress(OSError):  # in use, or another run removes it too
+            if time.time() - old.stat().st_mtime < FRESH_SECONDS or (old / KEEP).exists():
+                continue  # perhaps made just now, and not locked yet
+            with (old / LOCK).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-        shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
     new = Path(tempfile.mkdtemp(dir=works))
-    descriptor = os.open(new / "lock", os.O_CREAT | os.O_WRONLY)
+    descriptor = os.open(new / LOCK, os.O_CREAT | os.O_WRONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)  # held until the process ends
     return new
 
 
-def main() -> int:
-    """Serve until the workstation leaves; whatever ends it, nothing stays running and no work folder is left."""
-
-    def leave(number: int, frame: object) -> None:
+def _deaf(number: int = 0, frame: object = None) -> None:
+    """From here on nothing interrupts the cleaning up: a connection ends in several ways at once."""
+    for end in ENDS:
+        signal.signal(end, signal.SIG_IGN)
+    if number:
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, leave)
+
+def main() -> int:
+    """Serve until the workstation leaves; whatever ends it, nothing stays running and no work folder is left."""
+    for number in ENDS:
+        signal.signal(number, _deaf)
+    signal.alarm(0)  # the boot code's
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not enter the conversation
-    agent, kept = None, False
+    agent = None
     try:
         agent = Agent(sys.stdin.buffer, sink, cache_folder())
-        agent.send({"protocol": PROTOCOL, "python": sys.version.split()[0]})
+        agent.send({"protocol": PROTOCOL, "python": sys.version.split()[0], "work": str(agent.work)})
         agent.serve()
-        kept = True
-    except (BrokenPipeError, EOFError):
+    except (ConnectionError, EOFError):
         return 1
     except OSError as error:
-        sink.write(json.dumps({
-            "error": f"the device's folder {cache_folder()} cannot be used: {error.strerror}",
-            "remedy": "Free some space there, or make it writable for this user.",
-        }).encode() + b"\n")  # fmt: skip
-        return 4
+        with contextlib.suppress(OSError):
+            sink.write(json.dumps({
+                "error": f"the device's folder {cache_folder()} cannot be used: {error}",
+                "remedy": "Free some space there, or make it writable for this user.",
+            }).encode() + b"\n")  # fmt: skip
+            sink.flush()
+        return EngineError.exit_code
     finally:
-        if agent is not None and not kept:
-            agent.clean()
+        try:
+            _deaf()
+        finally:
+            if agent is not None:
+                agent.clean()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = 1
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except Exception:  # a bug of ours
+        traceback.print_exc()
+    # A thread that still reads would make the interpreter's own end a crash.
+    os._exit(code)

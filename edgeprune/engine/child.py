@@ -7,6 +7,7 @@ what kills the one, ends the other.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -35,6 +36,11 @@ if sys.platform == "linux":
 runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
 _LAST_WORDS = 300  # characters
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Unreachable(EngineError):
+    """The place where tasks run is not, or no longer, there: any other task would end in the same way."""
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -111,6 +117,16 @@ def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
     except EdgepruneError as error:
         send({"error": error.message, "remedy": error.remedy})
         return error.exit_code
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        send({"error": f"the Python module {name} is missing", "remedy": f"pip install {name}"})
+        return EngineError.exit_code
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        send({"error": f"the disk is full{where}", "remedy": "Free some space there and try again."})
+        return EngineError.exit_code
     return 0
 
 
