@@ -8,22 +8,24 @@ library only.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import html
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprune.budget import STATUS_TEXT, Budget, Limit, Verdict, format_bytes, format_ms, judge, memory_total
-from edgeprune.bundle import REPORT, open_bundle, point_to_rung, write_again
+from edgeprune.bundle import LINKS, MANIFEST, REPORT, open_bundle, point_to_rung, sha256
 from edgeprune.engine import perform
 from edgeprune.engine.base import Figure, Measured, Performance, Workload
-from edgeprune.engine.child import Tell
+from edgeprune.engine.child import Tell, Unreachable
 from edgeprune.engine.perform import Counted, Here, Session
 from edgeprune.engine.wire import figure_from_json, performance_to_json
 from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, WrongEngine
@@ -32,6 +34,7 @@ DEPLOYMENT = "deployment.json"
 MEASUREMENT = "measurement.json"
 NOT_MEASURED = "Latency was not measured on the device: build and measure there before you decide."
 BANNER = ("<!-- measured -->", "<!-- /measured -->")
+STAGED, READY = ".finish", ".finished"  # folders in the bundle: what is being made, what is complete
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine: the module that it needs
 
 
@@ -50,30 +53,67 @@ def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, 
     """Build and measure the bundle's rungs, the largest first, until one meets the budget; write what was found.
 
     where: the device in words. Returns the measurement as it stands in measurement.json. Raises InputError
-    where the folder is no bundle, EngineError where nothing could be built or an engine computes wrongly.
+    where the folder is no bundle, EngineError where nothing could be built or an engine computes wrongly; the
+    bundle is then as it was.
     """
     open_bundle(bundle)
-    plan = _read(bundle / DEPLOYMENT)
-    engine, facts = _engine(plan, session, where, tell)
-    workload = Workload(**plan["workload"])
-    limits = {name: Limit(limit["value"], False, limit["asked"]) for name, limit in plan["limits"].items()}
-    budget = Budget(**limits)
-    tried: list[Rung] = []
-    for index, rung in enumerate(plan["rungs"]):
+    with _alone(bundle):
+        _settle(bundle)
+        plan = _read(bundle / DEPLOYMENT)
+        engine, facts = _engine(plan, session, where, tell)
+        tried = _try_rungs(bundle, plan, engine, session, tell)
+        chosen = [rung for rung in tried if rung.performance is not None][-1]
+        measurement = _measurement(tried, chosen, engine, facts, where)
         try:
-            performance = _perform(bundle, index, rung, plan, engine, workload, session, tell)
+            _stage(bundle, measurement, chosen)
+            _settle(bundle)
+        except OSError as error:
+            raise EngineError(
+                f"the bundle {bundle} cannot be written: {error.strerror}",
+                "Free some space there and run it again.",
+            ) from None
+    return measurement
+
+
+@contextlib.contextmanager
+def _alone(bundle: Path) -> Iterator[None]:
+    """No other process measures the bundle meanwhile; what was not complete is gone afterwards."""
+    if not os.access(bundle, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {bundle}", "Copy the bundle to a folder that you may write to.")
+    descriptor = os.open(bundle, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"the bundle {bundle} is being measured already", "Wait for the other one.") from None
+        except OSError:
+            pass  # a file system without locks
+        shutil.rmtree(bundle / STAGED, ignore_errors=True)
+        yield
+    finally:
+        shutil.rmtree(bundle / STAGED, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> list[Rung]:
+    """The rungs, the largest first, up to the first that meets the budget; one of them at least was measured."""
+    budget = Budget(**{name: Limit(limit["value"], False, limit["asked"]) for name, limit in plan["limits"].items()})
+    tried: list[Rung] = []
+    for index in range(len(plan["rungs"])):
+        try:
+            performance = _perform(bundle, index, plan, engine, session, tell)
+        except (WrongEngine, Unreachable):
+            raise
         except EngineError as error:
-            if isinstance(error, WrongEngine) or index == len(plan["rungs"]) - 1:
-                raise
             tried.append(Rung(index, "failed", None, None, error.message))  # a smaller one may fit
+            if index == len(plan["rungs"]) - 1 and not any(rung.performance for rung in tried):
+                raise
             continue
         verdict = judge(budget, performance, performance)
         tried.append(Rung(index, verdict.status, performance, verdict))
         if verdict.met:
             break
-    measurement = _measurement(plan, tried, engine, facts, where)
-    _write(bundle, measurement, tried[-1], plan)
-    return measurement
+    return tried
 
 
 def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> tuple[str, dict[str, Any]]:
@@ -81,18 +121,15 @@ def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> t
     facts = perform.describe(session, tell)
     modules = facts["modules"]
     if plan["engine"] == "onnxruntime":
-        names = ("numpy", "onnxruntime")
-        if missing := [name for name in names if modules[name] is None]:
-            raise EngineError(
-                f"{where} has no Python module {' and '.join(missing)}", f"pip install {' '.join(missing)}"
-            )
+        if missing := [name for name in ("numpy", "onnxruntime") if modules[name] is None]:
+            raise EngineError(_lacks(where, missing, facts), f"pip install {' '.join(missing)}")
         return "onnxruntime", facts
     order = sorted(FLAVOURS, key=lambda name: name != plan["engine"])
     engine = next((name for name in order if modules[FLAVOURS[name]]), None)
     if engine is None or modules["numpy"] is None:
         missing = "numpy" if modules["numpy"] is None else FLAVOURS[order[0]]
         raise EngineError(
-            f"{where} has no Python module {missing}",
+            _lacks(where, [missing], facts),
             "JetPack brings tensorrt and numpy (sudo apt install python3-libnvinfer python3-numpy); elsewhere: "
             f"pip install {missing.replace('_', '-')}",
         )
@@ -106,11 +143,16 @@ def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> t
     return engine, facts
 
 
-def _perform(
-    bundle: Path, index: int, rung: dict[str, Any], plan: dict[str, Any], engine: str, workload: Workload,
-    session: Session, tell: Tell,
-) -> Performance:  # fmt: skip
-    folder = bundle / "rungs" / str(index)
+def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
+    """A module that is there and does not load is another problem than one that is not."""
+    broken = [why for name in modules if not (why := facts["missing"][name]).startswith("ModuleNotFoundError")]
+    names = " and ".join(modules)
+    return f"{where} cannot load {names}: {'; '.join(broken)}" if broken else f"{where} has no Python module {names}"
+
+
+def _perform(bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> Performance:
+    rung, workload, folder = plan["rungs"][index], Workload(**plan["workload"]), Path("rungs") / str(index)
+    staged, folder = bundle / STAGED / folder, bundle / folder
     graph, reference = folder / "onnx" / plan["graph"], folder / "reference.npz"
 
     def told(stage: str, done: int, total: int) -> None:
@@ -119,23 +161,19 @@ def _perform(
     if engine == "onnxruntime":
         counted = Counted(**rung["counted"])
         return perform.on_onnxruntime(session, None, graph, workload, counted, told, reference, plan["precision"])
-    target = folder / "engine"
-    target.mkdir(exist_ok=True)
-    path = target / f"model.sm{plan['sm']}.engine"
+    path = staged / "engine" / f"model.sm{plan['sm']}.engine"
+    path.parent.mkdir(parents=True, exist_ok=True)
     built = perform.build(session, engine, graph, path, workload, told, workspace_bytes=rung["workspace_bytes"])
     runtime = figure_from_json(plan["runtime"])
     return perform.on_tensorrt(session, engine, path, built, workload, runtime, reference, plan["precision"], told)
 
 
-def _measurement(
-    plan: dict[str, Any], tried: list[Rung], engine: str, facts: dict[str, Any], where: str
-) -> dict[str, Any]:
-    last = tried[-1]
+def _measurement(tried: list[Rung], chosen: Rung, engine: str, facts: dict[str, Any], where: str) -> dict[str, Any]:
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "where": where,
         "machine": facts["machine"], "gpu": (facts["gpu"] or {}).get("name"), "engine": engine,
         "version": facts["modules"]["onnxruntime" if engine == "onnxruntime" else FLAVOURS[engine]],
-        "rung": last.index, "status": last.status, "rests_on": last.verdict.source,
+        "rung": chosen.index, "status": chosen.status, "rests_on": chosen.verdict.source,
         "rungs": [
             {
                 "index": rung.index, "status": rung.status, "error": rung.error,
@@ -143,24 +181,66 @@ def _measurement(
             }
             for rung in tried
         ],
-        "performance": performance_to_json(last.performance),
+        "performance": performance_to_json(chosen.performance),
     }  # fmt: skip
 
 
-def _write(bundle: Path, measurement: dict[str, Any], chosen: Rung, plan: dict[str, Any]) -> None:
-    """measurement.json, the report with it, a banner in the page, the links to the rung that was taken."""
+def _stage(bundle: Path, measurement: dict[str, Any], chosen: Rung) -> None:
+    """All new files beside the old ones: measurement.json, the report with it, a banner in the page, the manifest."""
     report = merged(_read(bundle / "rungs" / str(chosen.index) / REPORT), measurement, chosen)
-    report["files"] = _read(bundle / REPORT)["files"]
+    if copies := _other_copies(bundle, chosen.index):
+        report["warnings"].append(
+            f"{', '.join(copies)} at the bundle's top became folders when it was copied and hold another rung: "
+            f"use those in rungs/{chosen.index}."
+        )
     page = (bundle / "report.html").read_text(encoding="utf-8")
     begin, end = (page.find(mark) for mark in BANNER)
     if 0 <= begin < end:
         page = page[: begin + len(BANNER[0])] + _banner(report, measurement) + page[end:]
-    point_to_rung(bundle, chosen.index)
-    folder = bundle / "rungs" / str(chosen.index) / "engine"
-    engines = [str(path.relative_to(bundle)) for path in folder.glob("*.engine")] if folder.is_dir() else []
-    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in
-             ((MEASUREMENT, measurement), (REPORT, report))}  # fmt: skip
-    write_again(bundle, {**texts, "report.html": page}, engines)
+    staged = bundle / STAGED
+    staged.mkdir(exist_ok=True)
+    (staged / MEASUREMENT).write_text(json.dumps(measurement, indent=2) + "\n", encoding="utf-8")
+    made = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
+    sizes = {name: path.stat().st_size for name, path in made.items()}
+    report["files"] = {**_read(bundle / REPORT)["files"], **sizes}
+    for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), ("report.html", page)):
+        made[name] = staged / name
+        made[name].write_text(text, encoding="utf-8")
+    manifest = open_bundle(bundle)
+    manifest["sha256"].update((name, sha256(path)) for name, path in made.items())
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    staged.rename(bundle / READY)
+
+
+def _settle(bundle: Path) -> None:
+    """Move what is complete into its place, the manifest last; what a kill interrupted goes on here the next time."""
+    ready = bundle / READY
+    if not ready.is_dir():
+        return
+    paths = sorted((path for path in ready.rglob("*") if path.is_file()), key=lambda path: path.name == MANIFEST)
+    for path in paths:
+        if path.name == MANIFEST:
+            with contextlib.suppress(OSError):  # a file system without links
+                point_to_rung(bundle, _read(bundle / MEASUREMENT)["rung"])
+        target = bundle / path.relative_to(ready)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(ready)
+
+
+def _other_copies(bundle: Path, index: int) -> list[str]:
+    """Which of the links at the top a copy made folders of that are not the rung's."""
+
+    def held(folder: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in folder.iterdir()} if folder.is_dir() else {}
+
+    return [
+        name
+        for name in LINKS
+        if (bundle / name).is_dir()
+        and not (bundle / name).is_symlink()
+        and held(bundle / name) != held(bundle / "rungs" / str(index) / name)
+    ]
 
 
 def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> dict[str, Any]:
@@ -182,19 +262,29 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) ->
     batch, decode = report["workload"]["batch"], shown["decode"]
     rate = {**decode, "value": 1e3 * batch / decode["value"], "unit": "tokens/s", "basis": f"{batch} / decode",
             "low": 1e3 * batch / decode["high"], "high": 1e3 * batch / decode["low"]}  # fmt: skip
-    verb = "meets" if chosen.status == "met" else "does not meet"
-    headline = (
-        f"{report['model']['name']} {verb} {', '.join(c.name + ' ' + c.asked for c in chosen.verdict.checks)} on "
-        f"{measurement['machine']} (measured there), at {report['quality']['rise_percent']:+.1f} % perplexity"
-        f"{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}."
-    )
     return {
-        **report, "headline": headline, "status": chosen.status, "rests_on": measurement["rests_on"],
-        "budget": budget, "measurement": measurement,
+        **report, "headline": _headline(report, measurement, chosen), "status": chosen.status,
+        "rests_on": measurement["rests_on"], "budget": budget, "measurement": measurement,
         "fitted": {**report["fitted"], "performance": shown},
         "tokens_per_second": {**report["tokens_per_second"], "fitted": rate},
         "warnings": [text for text in report["warnings"] if text != NOT_MEASURED] + list(performance.notes),
     }  # fmt: skip
+
+
+def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> str:
+    name, place = report["model"]["name"], f"{measurement['machine']} (measured there)"
+    asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
+    rise = float(report["quality"]["rise_percent"])  # a broken model's is the text `Infinity`
+    cost = f"at {rise:+.1f} % perplexity{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}"
+    if chosen.status == "noisy":
+        return f"{name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
+    if chosen.status == "missed":
+        return f"{name} does not meet {asked} on {place}, {cost}."
+    if report["quality_status"] == "missed":
+        return f"{name} meets {asked} on {place} only beyond the quality limit: {cost}."
+    if report["quality_status"] == "noisy":
+        return f"{name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
+    return f"{name} meets {asked} on {place}, {cost}."
 
 
 def _figure(figure: Figure) -> dict[str, Any]:
@@ -284,7 +374,8 @@ def main() -> int:
         return 130
     sys.stderr.write("\n")
     sys.stdout.write((json.dumps(measurement, indent=2) if given.json else "\n".join(summary(measurement))) + "\n")
-    return 0 if measurement["status"] == "met" else BudgetError.exit_code
+    met = measurement["status"] == _read(bundle / REPORT)["quality_status"] == "met"
+    return 0 if met else BudgetError.exit_code
 
 
 if __name__ == "__main__":
