@@ -219,10 +219,10 @@ def run(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Seed = 0,
 ) -> None:
-    """Generate text from a bundle's exported graph, as it comes."""
+    """Generate text from a bundle's engine, or from its graph where the engine's GPU is not here, as it comes."""
     from edgeprune.generation import stream_text
 
-    for piece in stream_text(bundle, prompt, max_new_tokens, temperature, top_p, seed):
+    for piece in stream_text(bundle, prompt, max_new_tokens, temperature, top_p, seed, _note):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -287,6 +287,10 @@ def _numbers(text: str) -> list[float]:
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _console() -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edgeprune.engine import tensorrt
+from edgeprune.engine.cuda import find_gpu
+from edgeprune.errors import EngineError
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 
@@ -33,7 +36,7 @@ def examine() -> list[Finding]:
         findings.append(
             Finding(f"engine {flavour}", usable, detail, "" if usable else f'pip install "edgeprune[{extra}]"')
         )
-    findings.append(_gpu())
+    findings += [_gpu(), _ssh()]
     findings.append(_demo())
     return findings
 
@@ -50,14 +53,21 @@ def _package(name: str) -> Finding:
 
 
 def _gpu() -> Finding:
-    import torch
+    try:
+        gpu = find_gpu()
+    except EngineError as error:
+        return Finding(
+            "NVIDIA GPU", False, error.message,
+            "Pruning needs none. An engine is measured where its GPU is: --target ssh://USER@DEVICE, or finish.pyz there.",
+        )  # fmt: skip
+    return Finding("NVIDIA GPU", True, f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 2**30:.0f} GiB, {gpu.layer}")
 
-    if torch.cuda.is_available():
-        return Finding("NVIDIA GPU", True, torch.cuda.get_device_name(0))
-    return Finding(
-        "NVIDIA GPU", False, "none found by torch",
-        "Nothing to do for pruning: it runs on the processor. Engines for a GPU are measured on the device.",
-    )  # fmt: skip
+
+def _ssh() -> Finding:
+    path = shutil.which("ssh")
+    if path is None:
+        return Finding("ssh", False, "not installed", "sudo apt install openssh-client, for --target")
+    return Finding("ssh", True, f"{path}, for --target")
 
 
 def _demo() -> Finding:

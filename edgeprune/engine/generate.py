@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from edgeprune.engine.onnxruntime import Runner
+from edgeprune.engine.check import Runner
 from edgeprune.errors import InputError, NumericalError
 
 CANDIDATES = 512

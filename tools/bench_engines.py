@@ -1,0 +1,96 @@
+"""Engines that TensorRT for RTX builds without a GPU, for every SM that it offers: time, memory, weights.
+
+    python tools/bench_engines.py [--shapes smollm2,1.1b] [--sms 86,89]
+
+Random weights in fp16 (a build does not depend on the values, but for zeros) of SmolLM2-135M's shape and of a
+Llama of 1.1 B parameters, at batch 1, prompt 512, context 2048. Peak memory is that of the process that builds.
+A weight ratio above 1.05 is a failure: something is stored twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.engine.base import Workload
+from edgeprune.engine.child import quiet
+from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
+from edgeprune.engine.perform import Here, build
+from edgeprune.engine.tensorrt import WEIGHTS_TOLERANCE, offered_sms
+from edgeprune.model.families import decoder_of
+
+if TYPE_CHECKING:
+    import torch
+
+WORKLOAD = Workload(batch=1, prompt=512, context=2048)
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+SHAPES = {
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "1.1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+class Random(Mapping):
+    """Weights that are drawn when they are read, so that the whole model is never in memory."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape)
+        return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--sms", default=",".join(map(str, offered_sms())))
+    parser.add_argument("--dialects", default="opset23,primitive")
+    given = parser.parse_args()
+    failed = False
+    print("| shape | SM | dialect | seconds | peak GiB | engine MiB | weights / graph | activations MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in given.shapes.split(","):
+        decoder = decoder_of(LLAMA | SHAPES[shape])
+        for dialect in given.dialects.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                spelling = Spelling(dialect, "last")
+                files = write_graphs(decoder, Random(decoder.shapes()), Path(folder), "fp16", [spelling])
+                graph = files.graphs[spelling]
+                held = graph_weight_bytes(decoder, "fp16", dialect, WORKLOAD.context)
+                for sm in map(int, given.sms.split(",")):
+                    plan = Path(folder) / "model.engine"
+                    result = build(Here(), "tensorrt-rtx", graph, plan, WORKLOAD, quiet, sm)
+                    ratio = result.weights_bytes / held
+                    failed |= ratio > WEIGHTS_TOLERANCE
+                    activations = (result.activation_bytes + result.scratch_bytes) / 2**20
+                    print(
+                        f"| {shape} | {sm} | {dialect} | {result.seconds:.0f} | "
+                        f"{result.peak_build_bytes / 2**30:.2f} | {plan.stat().st_size / 2**20:.0f} | {ratio:.3f} | {activations:.0f} |",
+                        flush=True,
+                    )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
