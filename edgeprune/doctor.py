@@ -58,7 +58,7 @@ def _gpu() -> Finding:
     except EngineError as error:
         return Finding(
             "NVIDIA GPU", False, error.message,
-            "Pruning needs none. An engine is measured where its GPU is: --target ssh://USER@DEVICE, or finish.pyz there.",
+            "Pruning needs none. Engines are measured where the GPU is: --target ssh://USER@DEVICE, or finish.pyz.",
         )  # fmt: skip
     return Finding("NVIDIA GPU", True, f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 2**30:.0f} GiB, {gpu.layer}")
 

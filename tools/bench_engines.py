@@ -84,9 +84,10 @@ def main() -> int:
                     ratio = result.weights_bytes / held
                     failed |= ratio > WEIGHTS_TOLERANCE
                     activations = (result.activation_bytes + result.scratch_bytes) / 2**20
+                    peak, size = result.peak_build_bytes / 2**30, plan.stat().st_size / 2**20
                     print(
-                        f"| {shape} | {sm} | {dialect} | {result.seconds:.0f} | "
-                        f"{result.peak_build_bytes / 2**30:.2f} | {plan.stat().st_size / 2**20:.0f} | {ratio:.3f} | {activations:.0f} |",
+                        f"| {shape} | {sm} | {dialect} | {result.seconds:.0f} | {peak:.2f} | {size:.0f} | "
+                        f"{ratio:.3f} | {activations:.0f} |",
                         flush=True,
                     )
     return int(failed)
