@@ -36,7 +36,11 @@ class Gpu:
 
 
 class Driver(Protocol):
-    """What is asked of a CUDA module. Pointers, streams and events are what the module gives, addresses int."""
+    """What is asked of a CUDA module. Pointers, streams and events are what the module gives, addresses int.
+
+    Copies are made on the default stream, and may return before the device has them: `settle` waits for that.
+    Whether other streams wait is left to an environment variable (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM).
+    """
 
     layer: str
 
@@ -47,6 +51,7 @@ class Driver(Protocol):
     def address(self, memory: Any) -> int: ...
     def clear(self, memory: Any, size: int) -> None: ...
     def upload(self, memory: Any, array: np.ndarray) -> None: ...
+    def settle(self) -> None: ...
     def download(self, array: np.ndarray, memory: Any) -> None: ...
     def stream(self) -> Any: ...
     def handle(self, stream: Any) -> int: ...
@@ -105,6 +110,7 @@ class Cuda:
         address = self._driver.address(memory)
         self._buffers[address] = (memory, size)
         self._driver.clear(memory, size)
+        self._driver.settle()
         return address
 
     def upload(self, address: int, array: np.ndarray) -> None:
@@ -114,6 +120,7 @@ class Cuda:
         """
         self.synchronize()
         self._driver.upload(self._checked(address, array), np.ascontiguousarray(array))
+        self._driver.settle()
 
     def download(self, array: np.ndarray, address: int) -> None:
         """Fill a contiguous array from an address that `allocate` gave, after the stream's work."""
@@ -222,11 +229,14 @@ class _PyCuda:
     def upload(self, memory: Any, array: np.ndarray) -> None:
         self._cuda.memcpy_htod(memory, array)
 
+    def settle(self) -> None:
+        self._context.synchronize()
+
     def download(self, array: np.ndarray, memory: Any) -> None:
         self._cuda.memcpy_dtoh(array, memory)
 
     def stream(self) -> Any:
-        return self._cuda.Stream()  # it waits for the default stream, on which the copies are made
+        return self._cuda.Stream()
 
     def handle(self, stream: Any) -> int:
         return stream.handle
@@ -306,11 +316,14 @@ class _CudaPython:
     def upload(self, memory: Any, array: np.ndarray) -> None:
         self._call("cuMemcpyHtoD", memory, array.ctypes.data, array.nbytes)
 
+    def settle(self) -> None:
+        self._call("cuCtxSynchronize")
+
     def download(self, array: np.ndarray, memory: Any) -> None:
         self._call("cuMemcpyDtoH", array.ctypes.data, memory, array.nbytes)
 
     def stream(self) -> Any:
-        stream = self._call("cuStreamCreate", 0)  # it waits for the default stream, on which the copies are made
+        stream = self._call("cuStreamCreate", 0)
         self._made.callback(self._call, "cuStreamDestroy", stream)
         return stream
 

@@ -118,6 +118,9 @@ class Calls:
         self._is(CUcontext, context)
         self._device.pushed = 1
 
+    def cuCtxSynchronize(self) -> None:
+        self._device.synchronize_all()
+
     def cuMemGetInfo(self) -> tuple[int, int]:
         self._device.check()
         return self._device.memory - self._device.used, self._device.memory

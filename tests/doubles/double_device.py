@@ -90,6 +90,7 @@ class Device:
         self.launch_ms, self.replay_ms = 0.5, 0.01  # what the host needs to put a step, a replay on a stream
         self.capturable = True
         self._next, self._dead = FIRST_ADDRESS, ""
+        self._under_way: list[tuple[int, bytes]] = []  # copies to the device that returned already
         self._random = np.random.default_rng(0)
 
     # What a step costs: enough for few of them to fill a warm-up, with a little noise.
@@ -160,11 +161,10 @@ class Device:
         return memory
 
     def write(self, address: int, content: bytes, kind: str = "host to device") -> None:
-        """A copy on the default stream."""
+        """A copy on the default stream: it returns before it is done, and only what waits for that stream waits."""
         self._default_stream()
-        memory = self.memory_at(address, len(content))
-        memory.data[: len(content)] = np.frombuffer(content, np.uint8)
-        memory.written = len(content)
+        self.memory_at(address, len(content))
+        self._under_way.append((address, content))
         self.copies.append((kind, address, len(content)))
 
     def read(self, address: int, size: int) -> bytes:
@@ -175,6 +175,7 @@ class Device:
     def _default_stream(self) -> None:
         """The legacy default stream waits for all blocking streams, and cannot be used while one captures."""
         self.check()
+        self._arrive()
         if self.per_thread:
             return
         for stream in self.streams.values():
@@ -184,6 +185,21 @@ class Device:
                 stream.broken = "the default stream was used"
                 raise Fault("CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "a blocking stream is being captured")
             self.drain(stream)
+
+    def _arrive(self) -> None:
+        """What was copied is there."""
+        for address, content in self._under_way:
+            if address in self.allocations:
+                memory = self.allocations[address]
+                memory.data[: len(content)] = np.frombuffer(content, np.uint8)
+                memory.written = len(content)
+        self._under_way.clear()
+
+    def synchronize_all(self) -> None:
+        self.check()
+        self._arrive()
+        for handle in self.streams:
+            self.synchronize(handle)
 
     # Streams
     def stream(self, blocking: bool) -> Stream:
@@ -213,6 +229,8 @@ class Device:
         self.drain(stream)
 
     def drain(self, stream: Stream) -> None:
+        if stream.blocking and not self.per_thread:
+            self._arrive()
         while stream.queue:
             work = stream.queue.pop(0)
             self.clock_ms += work.ms

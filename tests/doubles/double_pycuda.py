@@ -68,6 +68,10 @@ class Context:
         _STACK.append(self)
 
     @staticmethod
+    def synchronize() -> None:
+        called("cuCtxSynchronize", _current()._device.synchronize_all)
+
+    @staticmethod
     def pop() -> None:
         if not _STACK:
             raise LogicError("cuCtxPopCurrent failed: invalid device context")

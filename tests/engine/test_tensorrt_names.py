@@ -77,7 +77,7 @@ PYCUDA = {
 PYCUDA_USED = {
     "": {"Device", "Event", "Stream", "get_driver_version", "init", "mem_alloc", "mem_get_info", "memcpy_dtoh",
          "memcpy_htod", "memset_d8"},
-    "Context": {"pop", "push"},
+    "Context": {"pop", "push", "synchronize"},
     "Device": {"compute_capability", "count", "name", "retain_primary_context", "total_memory"},
     "DeviceAllocation": {"free"},
     "Event": {"record", "time_till"},
@@ -88,7 +88,8 @@ CUDA_PYTHON = {
     "self._cuda.CUstreamCaptureMode": "CUstreamCaptureMode",
 }  # fmt: skip
 CUDA_PYTHON_USED = {
-    "": {"CUresult", "CUstreamCaptureMode", "cuCtxSetCurrent", "cuDeviceGet", "cuDeviceGetAttribute",
+    "": {"CUresult", "CUstreamCaptureMode", "cuCtxSetCurrent", "cuCtxSynchronize", "cuDeviceGet",
+         "cuDeviceGetAttribute",
          "cuDeviceGetCount", "cuDeviceGetName", "cuDevicePrimaryCtxRelease", "cuDevicePrimaryCtxRetain",
          "cuDriverGetVersion", "cuEventCreate", "cuEventDestroy", "cuEventElapsedTime", "cuEventRecord",
          "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphInstantiate", "cuGraphLaunch", "cuInit", "cuMemAlloc",
