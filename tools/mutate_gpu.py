@@ -143,6 +143,12 @@ MUTATIONS = (
     ),
     Mutation("decode is timed at the wrong past", "gpu.py", "self._workload.context - 1)", "0)"),
     Mutation(
+        "a step may come before its inputs",
+        "cuda.py",
+        "np.ascontiguousarray(array))\n        self._driver.settle()\n",
+        "np.ascontiguousarray(array))\n",
+    ),
+    Mutation(
         "download does not wait",
         "cuda.py",
         "        self.synchronize()\n        self._driver.download",
@@ -186,12 +192,6 @@ MUTATIONS = (
         "cuda.py",
         "        if code != self._cuda.CUresult.CUDA_SUCCESS:\n            return None",
         "        if False:\n            return None",
-    ),
-    Mutation(
-        "pycuda's stream does not wait for copies",
-        "cuda.py",
-        "return self._cuda.Stream()",
-        "return self._cuda.Stream(1)",
     ),
     Mutation(
         "streams are not destroyed",
