@@ -53,6 +53,21 @@ CASES = {
     "a method of compare": (["fit", "model", "--device", "jetson-orin", "--method", "flap"], "--method flap+ls"),
     "samples beyond the model": (["fit", "model", "--device", "jetson-orin", "--length", "9999"], "positions"),
     "unknown precision": (["fit", "model", "--device", "jetson-orin", "--precision", "int1"], "precision"),
+    "a target that is no address": (
+        ["fit", "model", "--device", "jetson-orin", "--target", "orin"], "malformed target",
+    ),
+    "a target with an option in it": (
+        ["fit", "model", "--device", "jetson-orin", "--target", "ssh://-oProxyCommand=touch%20x"], "malformed target",
+    ),
+    "a target with a password": (
+        ["fit", "model", "--device", "jetson-orin", "--target", "ssh://me:secret@orin"], "password",
+    ),
+    "keep what is not there": (["fit", "model", "--device", "jetson-orin", "--keep-remote"], "--target"),
+    "no rungs": (["fit", "model", "--device", "jetson-orin", "--rungs", "0"], "--rungs"),
+    "a processor's profile for another machine": (
+        ["fit", "model", "--device", "cpu", "--target", "ssh://me@orin"], "probe_profile.py",
+    ),
+    "measure what is no bundle": (["measure", "full"], "no bundle"),
     "no samples": (["fit", "model", "--device", "jetson-orin", "--samples", "0"], "--samples"),
     "context beyond the model": (["fit", "model", "--device", "jetson-orin", "--context", "9999"], "positions"),
     "prompt beyond the context": (

@@ -154,6 +154,21 @@ def test_an_engine_is_built_without_a_gpu(home):
     assert report.fitted.performance.memory["weights"].source == "built"
     assert report.fitted.performance.decode.source == "estimated"
     assert list((home / "l4" / "engine").glob("*.engine"))
+    engine = report.fitted.performance.conditions["engine"]
+    assert "SM 89, built in" in engine
+    assert "MiB of memory at its peak" in engine
+
+
+def test_for_an_sm_that_cannot_be_built_the_nearest_one_is_a_check(fitted):
+    """Its figures stay estimates, and no engine of another SM is shipped."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    report = Report.model_validate_json((fitted / "report.json").read_text())
+    assert "SM 86" in report.fitted.performance.conditions["feasibility"]
+    assert "not shipped" in report.fitted.performance.conditions["feasibility"]
+    weights = report.fitted.performance.memory["weights"]
+    assert (weights.source, report.rests_on) == ("estimated", "estimated")
+    assert "SM 86: the nearest to SM 87" in weights.basis
+    assert not list(fitted.rglob("*.engine"))
 
 
 def test_require_measured_makes_an_estimate_a_failure(home):
@@ -180,7 +195,7 @@ def test_a_quality_limit_that_cannot_be_kept_is_exit_code_3(home):
     assert ("beyond the quality limit" if quality.status == "missed" else "uncertain") in report.headline
 
 
-@pytest.mark.parametrize("stage", ["dense", "samples", "candidate-1", "evaluation"])
+@pytest.mark.parametrize("stage", ["dense", "samples", "candidate-1", "evaluation 0"])
 def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
     """SIGKILL right after a stage was recorded (and in the middle of the next one), then --resume."""
     words = ["fit", home / "model", "--device", "jetson-orin", "--memory", "90%", "--seed", "3", *SMALL]
