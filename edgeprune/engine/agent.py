@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 import traceback
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,7 +96,7 @@ class Store:
                     found.append((used, path))
         return [path for _, path in sorted(found)]
 
-    def take(self, stream: BinaryIO, sha256: str, size: int) -> None:
+    def take(self, stream: _Heard, sha256: str, size: int) -> None:
         """A file of `size` bytes from a stream, kept if it is what its hash says."""
         digest, left, problem = hashlib.sha256(), size, None
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=PART, buffering=0) as file:
@@ -156,7 +157,7 @@ def full(folder: Path, size: int, free: int) -> EngineError:
 class Agent:
     """One conversation."""
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO, folder: Path) -> None:
+    def __init__(self, source: BufferedReader, sink: BinaryIO, folder: Path) -> None:
         self._source, self._sink = source, sink
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._body = threading.Semaphore(0)  # the reader waits while the main thread takes a file's bytes
@@ -258,14 +259,16 @@ class Agent:
 
 
 class _Heard:
-    """A stream that tells of every read: a long file is a sign of life too."""
+    """A stream that tells of all that comes: a long file over a slow network is a sign of life too."""
 
-    def __init__(self, stream: BinaryIO, heard: threading.Event) -> None:
+    def __init__(self, stream: BufferedReader, heard: threading.Event) -> None:
         self._stream, self._event = stream, heard
 
     def read(self, size: int) -> bytes:
+        """What is there, `size` at most; nothing at the end."""
+        data = self._stream.read1(size)
         self._event.set()
-        return self._stream.read(size)
+        return data
 
 
 def _working_folder(folder: Path) -> Path:
