@@ -122,6 +122,8 @@ def _source(engine: str, version: str, device: str, conditions: dict[str, str]) 
 
 
 def _figure(value: float, unit: str, source: str, confidence: str = "medium") -> dict[str, Any]:
+    """Bytes are exact; of what was timed five digits are more than hold."""
+    value = float(value) if unit == "B" else float(f"{value:.5g}")
     return {"value": value, "unit": unit, "source": source, "confidence": confidence}
 
 
@@ -132,31 +134,26 @@ def _processor_figures(
     return {
         "memory": _figure(memory, "B", whole, "high"),
         "build_memory": _figure(memory, "B", whole, "low"),
-        "runtime_memory": _figure(
-            float(runtime), "B", f"{source}: resident bytes of a process with the runtime alone"
-        ),
+        "runtime_memory": _figure(runtime, "B", f"{source}: resident bytes of a process with the runtime alone"),
         **_rates(source, stacks, seconds),
     }  # fmt: skip
 
 
 def _gpu_figures(source: str, stacks: dict[str, Stack], answer: dict[str, Any], like: DeviceProfile) -> Figures:
-    total, free = float(answer["gpu"]["memory"]), answer["free"]
-    figures = {"memory": _figure(total, "B", f"{source}: the driver's total", "high"), "build_memory": {}}
+    total, free = answer["gpu"]["memory"], answer["free"]
+    figures = {"memory": _figure(total, "B", f"{source}: the driver's total", "high")}
     usable, basis = total, "all of the device's memory"
     if like.memory_shared_with_system:
-        reserve = total - free if free else 0
-        figures["system_reserve"] = like.system_reserve.model_dump()
-        if reserve > 0:
+        reserve, basis = like.system_reserve, "all that the system leaves, with nothing else loaded"
+        usable, figures["system_reserve"] = total - reserve.si, reserve.model_dump()
+        if free and free < total:
             said = f"{source}: the driver's total less what /proc/meminfo called available"
-            figures["system_reserve"] = _figure(reserve, "B", said)
-        usable = total - reserve if reserve > 0 else total - like.system_reserve.si
-        basis = "all that the system leaves, with nothing else loaded"
+            usable, figures["system_reserve"] = free, _figure(total - free, "B", said)
     figures["build_memory"] = _figure(usable, "B", f"{source}: {basis}", "low")
     figures["runtime_memory"] = like.runtime_memory.model_dump()
     if answer["runtime"]:
-        figures["runtime_memory"] = _figure(
-            float(answer["runtime"]), "B", f"{source}: what became less free with the first context and engine"
-        )
+        said = f"{source}: what became less free with the first context and engine"
+        figures["runtime_memory"] = _figure(answer["runtime"], "B", said)
     return figures | _rates(source, stacks, answer["seconds"])
 
 
