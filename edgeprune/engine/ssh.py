@@ -101,6 +101,7 @@ class Talk:
             if not line:
                 raise self.lost(passed, before=True)
         else:
+            self._process.kill()
             raise self.lost(passed, before=True)
         self._check(hello)
         if hello["protocol"] != PROTOCOL:
