@@ -165,7 +165,7 @@ def prepare(request: Request) -> Setup:
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
-    floor = _check_floor(model, profile, workload, precision, budget)
+    floor = _check_floor(model, profile, workload, precision, budget, engine.measures)
     texts = pack_samples(request, model, *documents)
     if texts.calibration is None:
         choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
@@ -250,13 +250,13 @@ def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | 
 
 
 def _check_floor(
-    model: Model, profile: DeviceProfile, workload: Workload, precision: str, budget: Budget
+    model: Model, profile: DeviceProfile, workload: Workload, precision: str, budget: Budget, measures: bool
 ) -> Performance:
     """Refuse a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
     floor = estimate_floor(model.decoder, profile, workload, precision)
     # Latencies that will be measured are refused here only where the estimate leaves no doubt.
-    doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if profile.engine == "onnxruntime" else {}
+    doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if measures else {}
     for name, limit in budget.absolute(dense).limits.items():
         least = floor.values[name]
         if least * doubt.get(name, 1.0) <= limit:

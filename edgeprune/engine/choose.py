@@ -36,6 +36,7 @@ class Engine(Protocol):
     name: str
     reason: str
     builds: bool  # whether a performance needs the exported graphs; an estimate needs the Decoder alone
+    measures: bool  # whether latencies are measured
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         """What the candidate needs and reaches; `dense` is None for the dense model itself."""
@@ -52,6 +53,7 @@ class OnnxRuntime:
     session: Session = Here()
     name: str = "onnxruntime"
     builds: bool = True
+    measures: bool = True
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         measured = perform.on_onnxruntime(
@@ -89,6 +91,7 @@ class TensorRT:
     name: str
     session: Session = Here()
     builds: bool = True
+    measures: bool = True
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         graph = candidate.graphs / Spelling(self.profile.dialect, "last").filename
@@ -118,6 +121,7 @@ class Ahead:
     sm: int
     name: str = "tensorrt-rtx"
     builds: bool = True
+    measures: bool = False
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         estimated = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
@@ -170,6 +174,7 @@ class Estimated:
     reason: str
     name: str = "tensorrt"
     builds: bool = False
+    measures: bool = False
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)

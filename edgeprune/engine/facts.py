@@ -49,7 +49,7 @@ def memory_state() -> dict[str, int]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         values = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith("kB")}
-        state["available"] = values.get("MemAvailable", 0)
+        state["total"], state["available"] = values.get("MemTotal", 0), values.get("MemAvailable", 0)
         state["swapped"] = values.get("SwapTotal", 0) - values.get("SwapFree", 0)
     return state
 
@@ -74,6 +74,15 @@ def peak_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def used_memory() -> int | None:
+    """Bytes that the GPU's memory has in use by all programs: by nvidia-smi where the GPU has a memory of its own,
+    else by /proc/meminfo; None where neither says."""
+    with contextlib.suppress(ValueError, IndexError):  # an integrated GPU answers [N/A]
+        return int(_said("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()[0]) * 2**20
+    state = memory_state()
+    return state["total"] - state["available"] if state else None
 
 
 def conditions() -> dict[str, str]:

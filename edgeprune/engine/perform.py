@@ -108,7 +108,8 @@ def on_tensorrt(
     """Check and measure an engine on the GPU that it was built for.
 
     Weights are the builder's figure, activations and scratch what the engine asks for; the cache, both
-    halves, and the buffers are what was allocated. Raises EngineError where the engine's logits are not
+    halves, and the buffers are what was allocated; the runtime's part is what else the device lost meanwhile,
+    or as given where it does not say. Raises EngineError where the engine's logits are not
     the graph's, before anything is timed.
     """
     files = {"plan": str(plan), "reference": str(reference)}
@@ -120,13 +121,15 @@ def on_tensorrt(
     found = session.run(request, MEASURE_SECONDS, tell)
     device, memory = found["device"], found["memory"]
     basis = f"{flavour} {built.version}, {built.effort}"
+    weights = Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}")
+    activations = Built(float(memory["activations"]), "bytes", device, f"what the engine asks for; {basis}")
+    known = weights.value + activations.value + memory["cache"] + memory["buffers"]
+    peak = None
+    if memory["used"] is not None and memory["used"] > known:  # less: another program gave memory back meanwhile
+        runtime, peak = _exact(memory["used"] - known, device), _exact(memory["used"], device)
     return Performance(
         memory=Memory(
-            weights=Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}"),
-            cache=_exact(memory["cache"], device),
-            activations=Built(float(memory["activations"]), "bytes", device, f"what the engine asks for; {basis}"),
-            buffers=_exact(memory["buffers"], device),
-            runtime=runtime,
+            weights, _exact(memory["cache"], device), activations, _exact(memory["buffers"], device), runtime, peak
         ),
         prefill=_measured(found["prefill"]["candidate"]["median"], "ms", device),
         decode=_measured(found["decode"]["candidate"]["median"], "ms", device),

@@ -78,6 +78,7 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
     from edgeprune.engine.latency import described, interleave
 
     notes = []
+    before = facts.used_memory()
     with Runner(Path(request["files"]["plan"]), workload.batch, workload.context, request["engine"]) as runner:
         timed = Timed(runner, workload)
         found: dict[str, Any] = {}
@@ -96,6 +97,8 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
             "activations": runner.memory_bytes, "cache": runner.cache_bytes, "buffers": runner.buffer_bytes,
         }  # fmt: skip
         gpu = asdict(runner.cuda.gpu)
+        after = facts.used_memory()
+    memory["used"] = None if before is None or after is None else after - before
     notes += [timed.note] if timed.note else []
     return {**found, "memory": memory, "gpu": gpu, "device": gpu["name"], "notes": notes,
             "conditions": facts.conditions()}  # fmt: skip

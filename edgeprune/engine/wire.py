@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from edgeprune.engine.base import Built, Estimate, Figure, Measured, Memory, Performance
@@ -27,6 +27,7 @@ def performance_to_json(performance: Performance) -> dict[str, Any]:
     }
     return {
         "memory": {name: figure_to_json(figure) for name, figure in performance.memory.parts.items()},
+        "peak": None if (peak := performance.memory.peak) is None else figure_to_json(peak),
         "prefill": figure_to_json(performance.prefill),
         "decode": figure_to_json(performance.decode),
         **ratios,
@@ -42,7 +43,10 @@ def performance_from_json(value: dict[str, Any]) -> Performance:
         for name in ("prefill_ratio", "decode_ratio")
     }
     return Performance(
-        memory=Memory(**{field.name: figure_from_json(value["memory"][field.name]) for field in fields(Memory)}),
+        memory=Memory(
+            **{name: figure_from_json(part) for name, part in value["memory"].items()},
+            peak=None if value["peak"] is None else figure_from_json(value["peak"]),
+        ),
         prefill=figure_from_json(value["prefill"]),
         decode=figure_from_json(value["decode"]),
         **ratios,
