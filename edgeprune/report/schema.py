@@ -114,7 +114,9 @@ class Performance(_Model):
     memory: dict[str, Figure] = Field(
         description="peak device bytes at full context: weights, cache, activations, buffers, runtime"
     )
-    memory_total: Figure = Field(description="the five parts: measured where the whole was, else of the weakest source among them")
+    memory_total: Figure = Field(
+        description="the five parts: measured where the whole was, else of the weakest source among them"
+    )
     prefill: Figure = Field(description="p50 from an empty cache to the logits of the last prompt token")
     decode: Figure = Field(description="p50 per step at full context")
     prefill_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
