@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.engine import perform, tasks
+from edgeprune.engine import facts, perform, tasks
 from edgeprune.engine.base import Built, Estimate, Measured
 from edgeprune.engine.check import (
     PROMPT,
@@ -86,9 +86,15 @@ def test_on_a_double_the_task_says_the_same(
 
 
 def test_on_a_double_a_performance_is_checked_built_and_measured(
-    device: Device, graphs: dict[str, GraphFiles], layer: str, reference: Path, tmp_path: Path
+    device: Device,
+    graphs: dict[str, GraphFiles],
+    layer: str,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each figure with its source: the builder's weights, what the GPU held, what its clock said."""
+    monkeypatch.setattr(facts, "used_memory", lambda: device.used + 10**6 * device.retained)
     session, told = InProcess(), []
     graph, plan = graphs["fp16"].graphs[PRIMITIVE], tmp_path / "model.engine"
     result = perform.build(
@@ -102,9 +108,10 @@ def test_on_a_double_a_performance_is_checked_built_and_measured(
     assert result.version == VERSION
     sources = {name: type(part) for name, part in found.memory.parts.items()}
     assert sources == {
-        "weights": Built, "cache": Measured, "activations": Built, "buffers": Measured, "runtime": Estimate,
+        "weights": Built, "cache": Measured, "activations": Built, "buffers": Measured, "runtime": Measured,
     }  # fmt: skip
     assert found.memory.weights.value == result.weights_bytes
+    assert found.memory.runtime.value == 10**6  # what the device lost beyond what is known
     assert found.memory.activations.value == CONTEXT_BYTES
     assert found.memory.cache.value == 2 * 3 * 2 * 2 * 2 * 48 * 16 * 2
     for figure, expected in ((found.decode, 20.97), (found.prefill, 24)):
@@ -231,12 +238,14 @@ def test_a_reference_that_cannot_be_read_says_so(reference: Path, tmp_path: Path
 
 
 def test_on_a_double_weights_stored_twice_are_a_note(
-    device: Device, graphs: dict[str, GraphFiles], plan: Path, reference: Path
+    device: Device, graphs: dict[str, GraphFiles], plan: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(facts, "used_memory", lambda: None)
     session = InProcess()
     result = perform.build(session, "tensorrt", graphs["fp32"].graphs[PRIMITIVE], plan, WORKLOAD, quiet)
     result = replace(result, warnings=("something is stored twice",))
     found = perform.on_tensorrt(
         session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, "fp32", quiet, seconds=0.4
     )
+    assert found.memory.runtime == RUNTIME_FIGURE  # where the device does not say
     assert "something is stored twice" in found.notes

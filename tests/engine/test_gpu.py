@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.engine import tasks
+from edgeprune.engine import facts, tasks
 from edgeprune.engine.base import Workload
 from edgeprune.engine.child import quiet
 from edgeprune.engine.cuda import Cuda
@@ -305,7 +305,10 @@ def test_on_a_double_an_engine_that_cannot_be_captured_is_timed_without(
     assert device.faults == []
 
 
-def test_on_a_double_the_task_measures_latency_and_memory(device: Device, layer: str, plan: Path) -> None:
+def test_on_a_double_the_task_measures_latency_and_memory(
+    device: Device, layer: str, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "used_memory", lambda: 10**9 + device.used)
     request = {
         "do": "measure", "engine": "tensorrt", "workload": {"batch": 2, "prompt": 8, "context": 48},
         "files": {"plan": str(plan)}, "seconds": 0.4,
@@ -313,7 +316,9 @@ def test_on_a_double_the_task_measures_latency_and_memory(device: Device, layer:
     found = tasks.answer(request, quiet)
     assert found["decode"]["candidate"]["median"]["value"] == pytest.approx(20.97, rel=0.02)
     assert found["prefill"]["candidate"]["median"]["value"] == pytest.approx(24, rel=0.02)
-    assert found["memory"] == {"activations": CONTEXT_BYTES, "cache": 147456, "buffers": 2624}
+    weights = json.loads(plan.read_bytes().partition(b"\n")[2])["weights"]
+    known = {"activations": CONTEXT_BYTES, "cache": 147456, "buffers": 2624}
+    assert found["memory"] == {**known, "used": sum(known.values()) + weights}  # and nothing that was there before
     assert found["gpu"]["layer"].startswith(f"{layer} ")
     assert (found["device"], found["notes"]) == ("Double of a GPU", [])
     assert device.launches.count("step") > tasks.MIN_RUNS
