@@ -193,6 +193,9 @@ def _summary(profile: DeviceProfile, options: argparse.Namespace) -> str:
     for name, figure in profile.hardware.items():
         lines.append(f"{name}: {figure.value:.4g} {figure.unit} ({figure.confidence})")
     target = f" --target {options.target}" if options.target else ""
+    timed = ("bandwidth", f"{profile.precision}_compute")
+    if any(profile.hardware[name].confidence == "low" for name in timed):
+        lines.append("The device was busy: close what else runs there and probe again for figures to rely on.")
     return "\n".join([*lines, f"Use it: edgeprune fit MODEL --profile {options.output}{target}"])
 
 

@@ -21,7 +21,7 @@ from edgeprune.cache import cache_folder
 from edgeprune.engine.child import Tell, quiet
 from edgeprune.engine.facts import processor, threads
 from edgeprune.engine.perform import Here, Session
-from edgeprune.engine.probing import INPUT, OUTPUT, Stack, largest_cache, total_memory, weights_file
+from edgeprune.engine.probing import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
 from edgeprune.errors import InputError
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 
@@ -38,6 +38,8 @@ GPU_ROWS, GPU_MATRICES = 2048, 4
 SMALLEST_READ, LARGEST_READ = 256 * 2**20, 1024 * 2**20  # bytes; the device holds them twice or three times
 GPU_READ = 512 * 2**20  # bytes; GPUs with memory of their own have caches of up to 128 MiB, the others of 32
 LOOK_SECONDS, PROBE_SECONDS = 120.0, 3600.0
+SETTLED = 0.15  # spread of the runs beyond which a figure is of low confidence
+BUSY = 0.5  # processes of others for each thread, beyond which figures of a processor are
 OPSET, IR_VERSION = 17, 8  # what every engine's parser knows
 
 Figures = dict[str, dict[str, Any]]  # HardwareFigure fields by name
@@ -84,8 +86,9 @@ def probe(profile: DeviceProfile) -> DeviceProfile:
 
 def measure(source: str) -> Figures:
     """All figures that an estimate for ONNX Runtime needs; `source` says what was measured where."""
-    answer, stacks = _time(Here(), "onnxruntime", _stacks("fp32", ROWS, 1, _matrices()), quiet)
-    return _processor_figures(source, stacks, answer["seconds"], total_memory(), runtime_bytes())
+    stacks = _stacks("fp32", ROWS, 1, _matrices())
+    answer = _time(Here(), "onnxruntime", stacks, quiet)
+    return _processor_figures(source, stacks, answer, total_memory(), runtime_bytes())
 
 
 def runtime_bytes() -> float:
@@ -96,9 +99,10 @@ def runtime_bytes() -> float:
 def probe_processor(session: Session, tell: Tell) -> Probed:
     """What ONNX Runtime reaches on the processor of a device. Raises EngineError."""
     seen = _look(session, tell)
-    answer, stacks = _time(session, "onnxruntime", _stacks("fp32", ROWS, 1, _matrices_for(seen["cache"])), tell)
+    stacks = _stacks("fp32", ROWS, 1, _matrices_for(seen["cache"]))
+    answer = _time(session, "onnxruntime", stacks, tell)
     source = _source("onnxruntime", seen["version"], seen["processor"], answer["conditions"])
-    figures = _processor_figures(source, stacks, answer["seconds"], seen["memory"], seen["runtime"])
+    figures = _processor_figures(source, stacks, answer, seen["memory"], seen["runtime"])
     return Probed(figures, answer["conditions"])
 
 
@@ -111,7 +115,7 @@ def probe_gpu(session: Session, flavour: str, device: str, like: DeviceProfile, 
     read = SMALLEST_READ if shared else GPU_READ
     matrices = -(-read // Stack(1, WIDTH, 1, like.precision).weight_bytes)
     stacks = _stacks(like.precision, GPU_ROWS, GPU_MATRICES, matrices)
-    answer, stacks = _time(session, flavour, stacks, tell, shared)
+    answer = _time(session, flavour, stacks, tell, shared)
     source = _source(flavour, answer["version"], device, answer["conditions"])
     return Probed(_gpu_figures(source, stacks, answer, like), answer["conditions"])
 
@@ -128,14 +132,14 @@ def _figure(value: float, unit: str, source: str, confidence: str = "medium") ->
 
 
 def _processor_figures(
-    source: str, stacks: dict[str, Stack], seconds: dict[str, float], memory: float, runtime: float
+    source: str, stacks: dict[str, Stack], answer: dict[str, Any], memory: float, runtime: float
 ) -> Figures:
     whole = f"{source}: the operating system's total; other programs share it"
     return {
         "memory": _figure(memory, "B", whole, "high"),
         "build_memory": _figure(memory, "B", whole, "low"),
         "runtime_memory": _figure(runtime, "B", f"{source}: resident bytes of a process with the runtime alone"),
-        **_rates(source, stacks, seconds),
+        **_rates(source, stacks, answer["took"], answer["load"]),
     }  # fmt: skip
 
 
@@ -154,27 +158,33 @@ def _gpu_figures(source: str, stacks: dict[str, Stack], answer: dict[str, Any], 
     if answer["runtime"]:
         said = f"{source}: what became less free with the first context and engine"
         figures["runtime_memory"] = _figure(answer["runtime"], "B", said)
-    return figures | _rates(source, stacks, answer["seconds"])
+    return figures | _rates(source, stacks, answer["took"])
 
 
-def _rates(source: str, stacks: dict[str, Stack], seconds: dict[str, float]) -> Figures:
-    """Bandwidth, compute and overhead; both shares are 1: what was measured is what such products reach."""
+def _rates(source: str, stacks: dict[str, Stack], took: dict[str, Took], load: float = 0.0) -> Figures:
+    """Bandwidth, compute and overhead; both shares are 1: what was measured is what such products reach.
+
+    load: of other programs, in processes for each thread.
+    """
+
+    def timed(value: float, unit: str, what: str, role: str) -> dict[str, Any]:
+        doubts = f"; other runs took {100 * took[role].spread:.0f} % longer" if took[role].spread > SETTLED else ""
+        doubts += f"; the load before was {load:.1f} processes a thread" if load > BUSY else ""
+        return _figure(value, unit, f"{source}: {what}{doubts}", "low" if doubts else "medium")
+
     read, product = stacks["read"], stacks["product"]
+    reading = f"{read.weight_bytes / 2**20:.0f} MiB of weights times one row"
+    product_of = f"product of {product.rows} x {product.width} and {product.width} x {product.width}"
+    overhead = f"{source}: a call of a graph of one small node, of which a model has many"
     return {
-        "bandwidth": _figure(
-            read.weight_bytes / seconds["read"] / 1e9, "GB/s",
-            f"{source}: {read.weight_bytes / 2**20:.0f} MiB of weights times one row",
-        ),
-        f"{product.precision}_compute": _figure(
-            product.flops / seconds["product"] / 1e9, "GFLOP/s",
-            f"{source}: product of {product.rows} x {product.width} and {product.width} x {product.width}",
+        "bandwidth": timed(read.weight_bytes / took["read"].seconds / 1e9, "GB/s", reading, "read"),
+        f"{product.precision}_compute": timed(
+            product.flops / took["product"].seconds / 1e9, "GFLOP/s", product_of, "product"
         ),
         "decode_efficiency": _figure(1.0, "1", f"{source}: the bandwidth is what such a product reaches", "low"),
-        "decode_overhead": _figure(
-            1e3 * seconds["call"], "ms", f"{source}: a call of a graph of one small node", "low"
-        ),
+        "decode_overhead": _figure(1e3 * took["call"].seconds, "ms", overhead, "low"),
         "prefill_efficiency": _figure(1.0, "1", f"{source}: the rate is what such a product reaches", "low"),
-    }  # fmt: skip
+    }
 
 
 def _matrices() -> int:
@@ -200,10 +210,8 @@ def _look(session: Session, tell: Tell) -> dict[str, Any]:
     return session.run(request, LOOK_SECONDS, tell)
 
 
-def _time(
-    session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, shared: bool = False
-) -> tuple[dict[str, Any], dict[str, Stack]]:
-    """The answer of the device, and what it was asked about."""
+def _time(session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, shared: bool = False) -> dict[str, Any]:
+    """The answer of the device, with what each graph took."""
     with tempfile.TemporaryDirectory() as folder:
         graphs = {role: Path(folder) / f"{role}.onnx" for role in stacks}
         for role, stack in stacks.items():
@@ -213,7 +221,8 @@ def _time(
             "files": {role: str(path) for role, path in graphs.items()},
             "stacks": {role: asdict(stack) for role, stack in stacks.items()},
         }  # fmt: skip
-        return session.run(request, PROBE_SECONDS, tell), stacks
+        answer = session.run(request, PROBE_SECONDS, tell)
+    return {**answer, "took": {role: Took(**values) for role, values in answer["took"].items()}}
 
 
 def write_graph(stack: Stack, path: Path) -> None:

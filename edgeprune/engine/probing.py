@@ -29,7 +29,7 @@ from edgeprune.engine.tensorrt import Messages, import_tensorrt
 from edgeprune.errors import EngineError
 
 MIN_RUNS = 5
-RUNS, RUNS_SECONDS = 30, 1.0  # on a processor, whichever ends first
+RUNS, RUNS_SECONDS = 100, 1.5  # on a processor, whichever ends first
 GPU_RUNS, GPU_SECONDS = 100, 2.0
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 INPUT, OUTPUT = "x", "y"
@@ -73,8 +73,17 @@ def _look(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Took:
+    """seconds: what counts of all runs; spread: by which share the others took longer."""
+
+    seconds: float
+    spread: float
+
+
 def _time(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """Seconds of every graph by its role; on a GPU also what memory was free, and what the first context took."""
+    """What every graph took, by its role; on a GPU also what memory was free, and what the first context took."""
+    load = _load()
     stacks = {role: Stack(**values) for role, values in request["stacks"].items()}
     paths = {role: Path(path) for role, path in request["files"].items()}
     _check_room(paths, stacks, copies=1 if request["engine"] == "onnxruntime" else 3)
@@ -82,11 +91,11 @@ def _time(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         tell("make weights to probe with", done, len(stacks))
         write_weights(stack, paths[role])
     if request["engine"] == "onnxruntime":
-        seconds = {}
+        took = {}
         for done, (role, stack) in enumerate(stacks.items()):
             tell("time the processor", done, len(stacks))
-            seconds[role] = _on_processor(paths[role], stack)
-        found: dict[str, Any] = {"seconds": seconds}
+            took[role] = asdict(_on_processor(paths[role], stack))
+        found: dict[str, Any] = {"took": took, "load": load}
     else:
         found = _on_gpu(request, paths, stacks, tell)
     return {**found, "conditions": facts.conditions()}
@@ -116,6 +125,14 @@ def largest_cache() -> int:
         with contextlib.suppress(OSError, ValueError):
             sizes.append(int(path.read_text(encoding="utf-8").strip().removesuffix("K")) * 1024)
     return max(sizes)
+
+
+def _load() -> float:
+    """Processes that ran or waited over the last minute, for each thread that there is; 0 where nobody says."""
+    try:
+        return os.getloadavg()[0] / facts.threads()
+    except (AttributeError, OSError):
+        return 0.0
 
 
 def weights_file(graph: Path) -> Path:
@@ -166,26 +183,26 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _on_processor(graph: Path, stack: Stack) -> float:
+def _on_processor(graph: Path, stack: Stack) -> Took:
     try:
         session = _onnxruntime().InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         values = np.ones((stack.rows, stack.width), DTYPES[stack.precision])
-        return best_seconds(lambda: session.run(None, {INPUT: values}))
+        return best(lambda: session.run(None, {INPUT: values}))
     except EngineError:
         raise
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
         raise EngineError(f"ONNX Runtime cannot run the probe: {error}", "Update onnxruntime there.") from None
 
 
-def best_seconds(run: Callable[[], Any]) -> float:
-    """The shortest of some runs: what else runs here can only lengthen one."""
+def best(run: Callable[[], Any]) -> Took:
+    """The shortest of some runs counts: what else runs here can only lengthen one. The spread is the median's."""
     run()
     times: list[float] = []
     while len(times) < MIN_RUNS or (len(times) < RUNS and sum(times) < RUNS_SECONDS):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return Took(min(times), float(np.median(times)) / min(times) - 1)
 
 
 def compile_stack(graph: Path, plan: Path, stack: Stack, flavour: str, sm: int | None = None) -> int:
@@ -227,18 +244,18 @@ def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, S
             "files": {"graph": str(paths[role])}, "outputs": {"plan": str(_plan(paths[role]))}, "stack": asdict(stack),
         }, BUILD_SECONDS, tell)  # fmt: skip
     before = _free_bytes(request["shared"])
-    seconds, taken = {}, None
+    took, taken = {}, None
     with Cuda() as cuda:
         trt = import_tensorrt(flavour)
         # The smallest first: what is taken after it ran is the context's and the runtime's.
         for done, role in enumerate(sorted(stacks, key=lambda role: stacks[role].weight_bytes)):
             tell("time the GPU", done, len(stacks))
             with _Opened(cuda, trt, _plan(paths[role]), stacks[role]) as opened:
-                seconds[role] = _median_seconds(cuda, opened.step)
+                took[role] = asdict(_typical(cuda, opened.step))
                 if done == 0 and before is not None and (after := _free_bytes(request["shared"])) is not None:
                     taken = before - after if before > after else None
         gpu = asdict(cuda.gpu)
-    return {"seconds": seconds, "free": before, "runtime": taken, "gpu": gpu, "version": trt.__version__}
+    return {"took": took, "free": before, "runtime": taken, "gpu": gpu, "version": trt.__version__}
 
 
 def _plan(graph: Path) -> Path:
@@ -257,8 +274,8 @@ def _free_bytes(shared: bool) -> int | None:
         return None
 
 
-def _median_seconds(cuda: Cuda, step: Callable[[], None]) -> float:
-    """Of the GPU's own clock, after a warm-up."""
+def _typical(cuda: Cuda, step: Callable[[], None]) -> Took:
+    """The median by the GPU's own clock counts, after a warm-up. The spread is that of nine runs in ten."""
     spent, count = 0.0, 0
     while spent < 1e3 * WARM_UP_SECONDS and count < 10_000 or count < 3:
         spent += max(cuda.time_ms(step))
@@ -266,7 +283,8 @@ def _median_seconds(cuda: Cuda, step: Callable[[], None]) -> float:
     times: list[float] = []
     while len(times) < MIN_RUNS or (len(times) < GPU_RUNS and sum(times) < 1e3 * GPU_SECONDS):
         times.append(cuda.time_ms(step)[0])
-    return float(np.median(times)) / 1e3
+    median, most = np.percentile(times, [50, 90])
+    return Took(float(median) / 1e3, float(most / median) - 1)
 
 
 class _Opened:

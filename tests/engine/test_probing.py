@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -15,7 +16,7 @@ import pytest
 from edgeprune.engine import facts, probe, probing, tasks
 from edgeprune.engine.child import Tell, quiet
 from edgeprune.engine.perform import Here
-from edgeprune.engine.probing import Stack, compile_stack, write_weights
+from edgeprune.engine.probing import Stack, Took, compile_stack, write_weights
 from edgeprune.engine.tensorrt import available
 from edgeprune.errors import EngineError
 from edgeprune.profiles import load_profile
@@ -76,16 +77,32 @@ def test_a_graph_that_cannot_be_built_is_an_engine_error(tmp_path: Path) -> None
 def test_the_processor_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "WIDTH", 256)
     told = []
-    answer, stacks = probe._time(Here(), "onnxruntime", probe._stacks("fp32", 16, 1, 4), lambda *s: told.append(s))
-    assert set(answer["seconds"]) == set(stacks) == {"call", "read", "product"}
-    assert all(0 < seconds < 1 for seconds in answer["seconds"].values())
+    answer = probe._time(Here(), "onnxruntime", probe._stacks("fp32", 16, 1, 4), lambda *s: told.append(s))
+    assert set(answer["took"]) == {"call", "read", "product"}
+    assert all(0 < took.seconds < 1 and took.spread >= 0 for took in answer["took"].values())
     assert {stage for stage, _, _ in told} == {"make weights to probe with", "time the processor"}
 
 
 def test_the_best_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = iter(np.cumsum([0, 0.4, 0, 0.3, 0, 0.1, 0, 0.2, 0, 0.5, 0, 0.5]).tolist())
-    monkeypatch.setattr(probing.time, "perf_counter", lambda: next(ends))
-    assert probing.best_seconds(lambda: None) == pytest.approx(0.1)
+    ends = iter(np.cumsum([0, 0.4, 0, 0.3, 0, 0.1, 0, 0.2, 0, 0.6]).tolist())
+    monkeypatch.setattr(probing, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
+    took = probing.best(lambda: None)
+    assert (took.seconds, took.spread) == (pytest.approx(0.1), pytest.approx(2))
+
+
+def test_what_does_not_settle_is_of_low_confidence() -> None:
+    """Whoever reads the profile sees that the device was busy."""
+    stacks = probe._stacks("fp32", 256, 1, 4)
+    took = {"call": Took(1e-5, 3), "read": Took(0.01, 0.85), "product": Took(0.1, 0.1)}
+    figures = probe._rates("measured with x on y", stacks, took)
+    assert figures["bandwidth"] == {
+        "value": 26.844, "unit": "GB/s", "confidence": "low",
+        "source": "measured with x on y: 256 MiB of weights times one row; other runs took 85 % longer",
+    }  # fmt: skip
+    assert (figures["fp32_compute"]["value"], figures["fp32_compute"]["confidence"]) == (85.899, "medium")
+    busy = probe._rates("measured with x on y", stacks, took, load=1.6)["fp32_compute"]
+    assert busy["confidence"] == "low"
+    assert busy["source"].endswith("4096 x 4096; the load before was 1.6 processes a thread")
 
 
 def test_a_device_without_room_is_told_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
