@@ -145,8 +145,12 @@ def prepare(request: Request) -> Setup:
     precision = request.precision or profile.precision
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
+    choices = []
+    if precision == "fp32" and profile.dialect == "opset23":
+        profile = profile.model_copy(update={"dialect": "primitive"})
+        choices = [Choice("dialect", "primitive", "TensorRT for RTX has no fp32 kernel for opset 23's Attention")]
     engine = choose_engine(request.engine, profile, workload, precision, target)
-    choices = [
+    choices += [
         Choice("engine", engine.name, engine.reason),
         Choice(
             "precision", precision,

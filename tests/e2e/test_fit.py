@@ -143,17 +143,18 @@ def test_a_budget_that_the_dense_model_meets_exports_it_unpruned(home):
     assert "already meets" in result.stderr
 
 
-def test_an_engine_is_built_without_a_gpu(home):
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_an_engine_is_built_without_a_gpu(home, precision):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     result = command(
         "fit", home / "model", "--device", "l4", "--memory", "95%", "--calibration", home / "text.txt",
-        "--output", home / "l4", "--json", *SMALL,
+        "--output", home / precision, "--precision", precision, "--json", *SMALL,
     )  # fmt: skip
     assert result.returncode in (0, 3), result.stderr
     report = Report.model_validate_json(result.stdout)
     assert report.fitted.performance.memory["weights"].source == "built"
     assert report.fitted.performance.decode.source == "estimated"
-    assert list((home / "l4" / "engine").glob("*.engine"))
+    assert list((home / precision / "engine").glob("*.engine"))
     engine = report.fitted.performance.conditions["engine"]
     assert "SM 89, built in" in engine
     assert "MiB of memory at its peak" in engine
