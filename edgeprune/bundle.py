@@ -73,18 +73,16 @@ def write_bundle(
 ) -> None:  # fmt: skip
     """Link the rungs' folders into a bundle with tokenizer and texts, hash all files, put it into place.
 
-    rungs: the chosen one first; files that are equal between them are stored once. staging: where it is
-    assembled, on the same disk as output. render(files) gives the texts that list the bundle's files with their
-    bytes (the report). An older bundle at `output` is replaced at the very end, and only then removed.
+    rungs: the chosen one first. staging: where it is assembled, on the same disk as output. render(files) gives
+    the texts that list the bundle's files with their bytes (the report). An older bundle at `output` is replaced
+    at the very end, and only then removed.
     """
     shutil.rmtree(staging, ignore_errors=True)
-    known: dict[tuple[int, str], Path] = {}
 
     def link(source: str, target: str) -> None:
-        """Hard links: the rung stays whole in the work folder until the bundle is in place."""
-        path = Path(source).resolve()  # of a link, what it leads to
-        key = (path.stat().st_size, sha256(path)) if len(rungs) > 1 else (len(known), "")
-        os.link(known.setdefault(key, path), target)
+        """Hard links: the rung stays whole in the work folder until the bundle is in place. Rungs share none with
+        each other: onnx refuses weights in a file of two names."""
+        os.link(Path(source).resolve(), target)  # of a link, what it leads to
 
     for index, rung in enumerate(rungs):
         folder = staging / "rungs" / str(index)

@@ -29,7 +29,7 @@ def test_a_bundle_lists_and_hashes_every_file(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rungs/0/onnx/model.onnx"] == 3
 
 
-def test_rungs_share_what_is_equal_and_the_links_lead_to_one_of_them(tmp_path):
+def test_rungs_stand_beside_each_other_and_the_links_lead_to_one_of_them(tmp_path):
     rungs = []
     for index, text in enumerate(("wide", "narrow")):
         rung = tmp_path / "work" / str(index)
@@ -44,8 +44,8 @@ def test_rungs_share_what_is_equal_and_the_links_lead_to_one_of_them(tmp_path):
     shutil.rmtree(tmp_path / "work")  # the bundle needs nothing of it
     for index in range(2):
         (tmp_path / f"{index}.npz").unlink()
-    inodes = [(out / "rungs" / str(i) / "onnx" / "embedding.data").stat().st_ino for i in range(2)]
-    assert inodes[0] == inodes[1]
+    # onnx refuses external data in a file that has another name as well.
+    assert all(path.stat().st_nlink == 1 for path in out.glob("rungs/*/onnx/*.data"))
     assert (out / "rungs" / "1" / "reference.npz").read_text() == "narrow"
     assert (out / "onnx" / "model.data").read_text() == "wide"
     open_bundle(out)

@@ -1,6 +1,6 @@
 """A double of TensorRT's Python module: engines that run their own graph in ONNX Runtime. Nothing here is TensorRT.
 
-An engine's bytes name the graph, whose weights stay where they are, with the profile, the release and the SM.
+An engine's bytes hold the graph with its weights, the profile, the release and the SM.
 The rules of the real runtime hold: a step is refused, with a message, for a shape that is not set or outside
 of the profile, for memory that is not there, too small or used twice, and on a stream that is gone.
 """
@@ -49,7 +49,8 @@ class Runtime(Strict):
         head, _, rest = bytes(serialized_engine).partition(b"\n")
         if head != building.MAGIC:
             return self._fail("Serialization assertion magicTagRead == kMAGIC_TAG failed. Magic tag does not match")
-        plan = json.loads(rest)
+        plan, _, model = rest.partition(b"\n")
+        plan = json.loads(plan)
         if plan["version"] != version:
             return self._fail(
                 "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed. Version tag does not match. "
@@ -64,7 +65,7 @@ class Runtime(Strict):
             address = device.allocate(plan["weights"], "TensorRT")
         except Fault as fault:
             return self._fail(f"[defaultAllocator.cpp::allocate::31] Cuda Runtime ({fault.why})")
-        return ICudaEngine(self, plan, address)
+        return ICudaEngine(self, plan, model, address)
 
     def _fail(self, text: str) -> None:
         self._logger.log(ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: {text}")
@@ -73,14 +74,14 @@ class Runtime(Strict):
 class ICudaEngine(Strict):
     """Holds its weights' memory until nothing refers to it; its contexts must be gone then."""
 
-    def __init__(self, runtime: Runtime, plan: dict[str, Any], weights: int) -> None:
+    def __init__(self, runtime: Runtime, plan: dict[str, Any], model: bytes, weights: int) -> None:
         self._runtime = weakref.ref(runtime)
         self._device, self._logger, self._module = runtime._module.device, runtime._logger, runtime._module
         self._plan, self._weights, self._life = plan, weights, Life()
         self._contexts: weakref.WeakSet[IExecutionContext] = weakref.WeakSet()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self._session = onnxruntime.InferenceSession(plan["graph"], options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __del__(self) -> None:
         self._life.alive = False

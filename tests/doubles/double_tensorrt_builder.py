@@ -125,6 +125,20 @@ class OnnxParser(Strict):
         return not unknown
 
 
+def _whole(path: Path) -> onnx.ModelProto:
+    """The model with its weights inside. As TensorRT it takes a file that has other names too; onnx.load does not."""
+    model = onnx.load(path, load_external_data=False)
+    for one in model.graph.initializer:
+        where = {entry.key: entry.value for entry in one.external_data}
+        if where:
+            with (path.parent / where["location"]).open("rb") as file:
+                file.seek(int(where.get("offset", 0)))
+                one.raw_data = file.read(int(where["length"]))
+            one.data_location = onnx.TensorProto.DEFAULT
+            del one.external_data[:]
+    return model
+
+
 class IOptimizationProfile(Strict):
     def __init__(self) -> None:
         self._shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -223,10 +237,11 @@ class Builder(Strict):
             self._logger.log(ILogger.Severity.VERBOSE, f"{label}: {size} bytes")
         self._logger.log(ILogger.Severity.VERBOSE, f"Max Scratch Memory: {2**19} bytes")
         plan = {
-            "version": self._module.__version__, "sm": config._sm, "graph": str(network._path), "weights": weights,
+            "version": self._module.__version__, "sm": config._sm, "weights": weights,
             "tensors": tensors, "profile": config._profiles[0]._shapes,
         }  # fmt: skip
-        return IHostMemory(MAGIC + b"\n" + json.dumps(plan).encode())
+        model = _whole(network._path).SerializeToString()
+        return IHostMemory(b"\n".join((MAGIC, json.dumps(plan).encode(), model)))
 
     def _fail(self, text: str) -> None:
         self._logger.log(ILogger.Severity.ERROR, f"IBuilder::buildSerializedNetwork: Error Code 10: {text}")

@@ -136,7 +136,7 @@ def test_on_a_double_memory_is_counted_as_it_is_held_and_all_given_back(device: 
         cache = 3 * 2 * 2 * 2 * WORKLOAD.context * 16 * 4  # layers, key and value, batch, heads
         assert runner.cache_bytes == 2 * cache
         assert runner.buffer_bytes == 8 * 2 * (8 + 8 + 48) + 2 * 200 * 4
-        weights = json.loads(plan.read_bytes().partition(b"\n")[2])["weights"]
+        weights = json.loads(plan.read_bytes().split(b"\n", 2)[1])["weights"]
         assert device.used == runner.cache_bytes + runner.buffer_bytes + weights + CONTEXT_BYTES
     assert device.used == 0
     runner.close()  # once more does no harm
@@ -316,7 +316,7 @@ def test_on_a_double_the_task_measures_latency_and_memory(
     found = tasks.answer(request, quiet)
     assert found["decode"]["candidate"]["median"]["value"] == pytest.approx(20.97, rel=0.02)
     assert found["prefill"]["candidate"]["median"]["value"] == pytest.approx(24, rel=0.02)
-    weights = json.loads(plan.read_bytes().partition(b"\n")[2])["weights"]
+    weights = json.loads(plan.read_bytes().split(b"\n", 2)[1])["weights"]
     known = {"activations": CONTEXT_BYTES, "cache": 147456, "buffers": 2624}
     assert found["memory"] == {**known, "used": sum(known.values()) + weights}  # and nothing that was there before
     assert found["gpu"]["layer"].startswith(f"{layer} ")

@@ -1,0 +1,166 @@
+"""`fit --target`, `measure --target` and `finish.pyz` with doubles of TensorRT and cuda-python on the far side of a
+real sshd: all of the product is real, the GPU is not. No GPU runs in these tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgeprune.report.schema import Report
+from tests.checkpoints import save_llama
+from tests.device import Server, bare_python, ssh_server
+
+TESTS = Path(__file__).parents[1]
+SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
+MODULES = {
+    "shared_double.py": "from tests.doubles.double_device import Device\n\nDEVICE = Device(2**28, sm={sm})\n",
+    "tensorrt.py": (
+        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.doubles import double_tensorrt\n\n"
+        'sys.modules[__name__] = double_tensorrt.module(DEVICE, "10.3.0")\n'
+    ),
+    "cuda/bindings/driver.py": (
+        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.doubles import double_cuda_python\n\n"
+        "sys.modules[__name__] = double_cuda_python.module(DEVICE)\n"
+    ),
+}
+
+
+def python_with_doubles(folder: Path, sm: int = 87) -> Path:
+    """A bare environment in which `tensorrt` and `cuda.bindings` are doubles of a GPU of this SM."""
+    python = bare_python(folder, ("numpy", "onnxruntime", "onnx"))
+    site = next((folder / "lib").glob("python3*")) / "site-packages"
+    for name, text in MODULES.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text.replace("{sm}", str(sm)))
+    (site / "tests").mkdir()
+    (site / "tests" / "__init__.py").write_text("")
+    for name in ("doubles", "data"):
+        (site / "tests" / name).symlink_to(TESTS / name)
+    return python
+
+
+def command(*words: str | Path, server: Server | None = None) -> subprocess.CompletedProcess:
+    path = os.environ["PATH"] if server is None else f"{server.folder / 'bin'}:{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-m", "edgeprune.cli", *map(str, words)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PATH": path},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    save_llama(folder / "model", num_hidden_layers=2, intermediate_size=512)
+    (folder / "text.txt").write_text(
+        "\n\n".join(f"the quick brown fox jumps over {i} lazy dogs" * 9 for i in range(60))
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return python_with_doubles(tmp_path_factory.mktemp("python"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[Server]:
+    with ssh_server(tmp_path_factory.mktemp("device"), python) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def fitted(home: Path, server: Server) -> Path:
+    """A tiny model fitted in a relative decode budget: the double's clock counts the engine's bytes."""
+    result = command(
+        "fit", home / "model", "--device", "jetson-orin", "--memory", "99%", "--calibration", home / "text.txt",
+        "--output", home / "bundle", "--target", server.target, "--rungs", "2", *SMALL, server=server,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return home / "bundle"
+
+
+def test_on_a_double_every_candidate_is_built_checked_and_measured_behind_ssh(fitted: Path, server: Server) -> None:
+    report = Report.model_validate_json((fitted / "report.json").read_text())
+    for side in (report.dense, report.fitted):
+        assert (side.performance.decode.source, side.performance.prefill.source) == ("measured", "measured")
+        assert side.performance.memory["weights"].source == "built"
+        assert "cosine" in side.performance.conditions["logits against the fp32 graph"]
+    assert report.engine.name == "tensorrt"
+    assert "cuda-python" in report.engine.reason
+    assert report.fitted.performance.memory["weights"].value < report.dense.performance.memory["weights"].value
+    assert report.cross_check is None  # the device itself was measured
+    assert [path.name for path in (fitted / "engine").iterdir()] == ["model.sm87.engine"]
+    assert (fitted / "rungs" / "1" / "engine" / "model.sm87.engine").stat().st_size
+    server.wait_until_quiet()
+    assert not server.working_folders()
+
+
+def test_on_a_double_a_bundle_is_measured_again_behind_ssh(fitted: Path, server: Server) -> None:
+    before = (fitted / "engine" / "model.sm87.engine").stat().st_mtime_ns
+    result = command("measure", fitted, "--target", server.target, "--json", server=server)
+    assert result.returncode == 0, result.stderr
+    report = Report.model_validate_json(result.stdout)
+    assert (report.measurement.engine, report.measurement.version, report.measurement.rung) == ("tensorrt", "10.3.0", 0)
+    assert report.measurement.where == server.target
+    assert (fitted / "engine" / "model.sm87.engine").stat().st_mtime_ns != before  # built anew, and fetched
+    server.wait_until_quiet()
+
+
+def test_on_a_double_finish_builds_and_measures_with_nothing_installed(
+    fitted: Path, python: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(fitted, copied, symlinks=True)
+    for engine in copied.rglob("*.engine"):
+        engine.unlink()
+    manifest = copied / "manifest.json"
+    manifest.write_text("\n".join(line for line in manifest.read_text().splitlines() if ".engine" not in line))
+    result = subprocess.run(
+        [python, copied / "finish.pyz"], capture_output=True, text=True, timeout=600, cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "EDGEPRUNE_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "rung 0: met" in result.stdout
+    report = Report.model_validate_json((copied / "report.json").read_text())
+    assert report.measurement.where == "this machine"
+    assert (copied / "engine" / "model.sm87.engine").is_file()
+
+
+def test_on_a_double_run_generates_from_the_engine(fitted: Path, python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text from the engine, where its modules are, as from the graph on the processor."""
+    site = next((python.parents[1] / "lib").glob("python3*")) / "site-packages"
+    words = ["run", fitted, "--prompt", "the quick", "--max-new-tokens", "12"]
+    on_processor = command(*words)
+    assert on_processor.returncode == 0, on_processor.stderr
+    assert "not by the engine" in on_processor.stderr
+    monkeypatch.setenv("PYTHONPATH", f"{site.parent / 'only-doubles'}")
+    only = site.parent / "only-doubles"
+    only.mkdir(exist_ok=True)
+    for name in ("shared_double.py", "tensorrt.py", "cuda"):
+        if not (only / name).exists():
+            (only / name).symlink_to(site / name)
+    monkeypatch.setenv("PYTHONPATH", f"{only}:{TESTS.parent}")
+    on_engine = command(*words)
+    assert on_engine.returncode == 0, on_engine.stderr
+    assert "not by the engine" not in on_engine.stderr
+    assert on_engine.stdout == on_processor.stdout
+
+
+def test_on_a_double_a_device_of_another_sm_is_refused(
+    home: Path, fitted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = python_with_doubles(tmp_path_factory.mktemp("other"), sm=89)
+    with ssh_server(tmp_path_factory.mktemp("sm89"), other) as server:
+        words = ("--target", server.target)
+        result = command("fit", home / "model", "--device", "jetson-orin", *words, *SMALL, server=server)
+        assert result.returncode == 2, result.stderr
+        assert "SM 89" in result.stderr
+        result = command("measure", fitted, *words, server=server)
+        assert result.returncode == 4, result.stderr
+        assert "the bundle is for SM 87" in result.stderr
