@@ -264,7 +264,8 @@ def _on_target(asked: str, parts: tuple[DeviceProfile, Workload, str], target: S
     if gpu["sm"] != profile.sm:
         raise InputError(
             f"{target} has a {gpu['name']} of SM {gpu['sm']}, the profile {profile.name} is for SM {profile.sm}",
-            "Give the profile of that device, or write one: python tools/probe_profile.py --target ssh://USER@DEVICE",
+            f"Give the profile of that device, or write one: python tools/probe_profile.py --target {target} "
+            "--output device.toml",
         )
     version = found["modules"][modules[flavour]]
     reason = f"{target} is a {found['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
