@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.budget import parse_budget
-from edgeprune.engine import probe
+from edgeprune.engine import facts, probe, probing
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import EngineError, InputError
 from edgeprune.profiles import (
@@ -184,7 +184,7 @@ def test_the_cpu_ships_no_figures_and_is_measured(small_probe: ModuleType) -> No
     assert 1e7 < profile.fp32_compute.si < 1e15
     assert 1e7 < profile.runtime_memory.si < profile.memory.si
     assert "measured with onnxruntime" in profile.bandwidth.source
-    assert f"{probe.threads()} threads" in profile.bandwidth.source
+    assert f"{facts.threads()} threads" in profile.bandwidth.source
 
 
 def test_it_is_measured_once(small_probe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_without_a_writable_cache_it_is_measured_all_the_same(
 def test_a_system_that_hides_its_memory_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(probe.os, "sysconf")
     with pytest.raises(EngineError, match="total memory"):
-        probe.total_memory()
+        probing.total_memory()
 
 
 def test_the_read_is_larger_than_the_caches() -> None:

@@ -25,11 +25,6 @@ from edgeprune.engine.probing import INPUT, OUTPUT, Stack, Took, largest_cache, 
 from edgeprune.errors import InputError
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 
-__all__ = [
-    "Figures", "Probed", "measure", "probe", "probe_gpu", "probe_processor", "processor", "resolve_profile",
-    "runtime_bytes", "threads", "total_memory",
-]  # fmt: skip
-
 VERSION = 2  # of this way of probing; figures of another version are measured again
 WIDTH = 4096  # a matrix is WIDTH x WIDTH: 64 MiB in fp32, 32 MiB in fp16
 CALL_WIDTH = 8
