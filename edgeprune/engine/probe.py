@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder
 from edgeprune.engine.child import Tell, quiet
-from edgeprune.engine.facts import processor, threads
+from edgeprune.engine.facts import processor
 from edgeprune.engine.perform import Here, Session
 from edgeprune.engine.probing import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
 from edgeprune.errors import InputError
