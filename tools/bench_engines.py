@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,8 @@ class Random(Mapping):
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.ones(shape)
-        return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+        seed = zlib.crc32(name.encode())  # of its own: equal weights would be stored once
+        return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
