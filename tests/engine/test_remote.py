@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 import zipfile
@@ -224,14 +226,25 @@ def test_two_at_once(server: Server, graph: Path, tmp_path: Path, monkeypatch) -
     assert {(tmp_path / f"out{index}").read_bytes() for index in range(3)} == {graph.read_bytes() + b"!"}
 
 
+@functools.cache
+def private_mounts() -> str:
+    """The words that give a command mounts of its own, with as little power as is enough here."""
+    for words in ("unshare -m", "unshare -m -r", "sudo -n -E unshare -m"):
+        if (
+            subprocess.run([*words.split(), "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode
+            == 0
+        ):
+            return words
+    pytest.fail("nothing here may mount a small disk")
+
+
 def small_disk(server: Server, size: str, *lines: str) -> str:
-    """Shell that gives a login a cache on a small disk of its own; root is not needed for it."""
-    inner = server.folder / "inner"
-    script(inner, "\n".join((
-        f'mkdir -p "{server.cache}"', f'mount -t tmpfs -o size={size} none "{server.cache}"', *lines,
-        'exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"',
-    )))  # fmt: skip
-    return f"exec unshare -m {'' if os.geteuid() == 0 else '-r '}{inner}"
+    """Shell that gives a login a cache on a small disk of its own."""
+    _, *environment, _ = (server.folder / "shell").read_text().splitlines()
+    mount = f'mkdir -p "{server.cache}"; mount -t tmpfs -o size={size} none "{server.cache}"'
+    run = 'exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
+    script(server.folder / "inner", "\n".join((*environment, mount, *lines, run)))
+    return f"exec {private_mounts()} {server.folder}/inner"
 
 
 def test_a_full_disk_is_told_before_anything_is_sent(server: Server, graph: Path) -> None:

@@ -1,0 +1,101 @@
+"""One small bundle for all tests that finish one, by the real command line; its measurements are cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeprune.bundle import open_bundle, sha256
+from tests.checkpoints import save_llama
+from tests.device import altered
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 0.3
+_made: list[Path] = []  # one for all test files of a run
+SHORT = f"""
+import sys
+from edgeprune.engine import perform
+perform.on_onnxruntime.__defaults__ = (*perform.on_onnxruntime.__defaults__[:-1], {SECONDS})
+from edgeprune.cli import main
+main()
+"""
+
+
+def command(*words: str | Path, path: str | None = None, **options) -> subprocess.CompletedProcess:
+    """The real command line. path: where it finds ssh."""
+    return subprocess.run(
+        [sys.executable, "-c", SHORT, *map(str, words)],
+        capture_output=True, text=True, timeout=300, env=environment(path), **options,
+    )  # fmt: skip
+
+
+def environment(path: str | None = None) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "PATH": path or os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+
+
+def fitted(factory: pytest.TempPathFactory) -> Path:
+    """Two rungs for this machine's processor; whoever changes it, changes a copy."""
+    if not _made:
+        _made.append(_fit(factory))
+    return _made[0]
+
+
+def _fit(factory: pytest.TempPathFactory) -> Path:
+    home = factory.mktemp("fitted")
+    save_llama(
+        home / "model", num_hidden_layers=2, hidden_size=768, num_attention_heads=12, head_dim=64,
+        intermediate_size=768, initializer_range=0.05,
+    )  # fmt: skip
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from"]
+    paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(40)]
+    (home / "text.txt").write_text("\n\n".join(paragraphs))
+    result = command(
+        "fit", home / "model", "--device", "cpu", "--memory", "90%", "--rungs", "2", "--output", home / "bundle",
+        "--calibration", home / "text.txt", "--samples", "4", "--length", "32", "--prompt", "16", "--context", "64",
+        "--method", "magnitude",
+    )  # fmt: skip
+    assert result.returncode in (0, 3), result.stderr
+    assert len(deployment(home / "bundle")["rungs"]) == 2
+    return home / "bundle"
+
+
+def copy_of(bundle: Path, target: Path, limits: dict[str, float] | None = None) -> Path:
+    """A copy to change, with other limits, whose finish.pyz measures as short."""
+    shutil.copytree(bundle, target, symlinks=True)
+    words = {"engine/perform.py": ("SECONDS = 40.0", f"SECONDS = {SECONDS}")}
+    rewrite(target, "finish.pyz", altered((target / "finish.pyz").read_bytes(), words=words))
+    if limits is not None:
+        change(target, limits={name: {"value": value, "asked": str(value)} for name, value in limits.items()})
+    return target
+
+
+def change(bundle: Path, **values: object) -> None:
+    """Other values in what finish.pyz needs to know."""
+    rewrite(bundle, "deployment.json", json.dumps(deployment(bundle) | values).encode())
+
+
+def rewrite(bundle: Path, name: str, data: bytes) -> None:
+    """A file of the bundle, as if it had been made so."""
+    (bundle / name).write_bytes(data)
+    manifest = open_bundle(bundle)
+    manifest["sha256"][name] = sha256(bundle / name)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def deployment(bundle: Path) -> dict:
+    return json.loads((bundle / "deployment.json").read_text())
+
+
+def contents(bundle: Path) -> dict[str, str]:
+    """Every file and link with what is in it."""
+    return {
+        str(path.relative_to(bundle)): str(path.readlink()) if path.is_symlink() else sha256(path)
+        for path in sorted(bundle.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
