@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,16 +83,16 @@ def test_a_fit_that_measures_there(server: Server, path: str, tmp_path: Path, tm
     assert server.target in json.dumps(report.model_dump())
 
 
-def failing(bundle: Path, target: str, path: str, *message: str) -> None:
+def failing(bundle: Path, target: str, path: str, message: str, remedy: str = "") -> None:
     """Exit code 4, one message with a remedy, and a bundle that is as it was."""
     before = contents(bundle)
     result = command("measure", bundle, "--target", target, path=path)
     assert result.returncode == 4, result.stderr
-    error, remedy = result.stderr.strip().splitlines()[-2:]
-    assert error.startswith("error: ")
-    assert remedy
-    for part in message:
-        assert part in error
+    error, advice = result.stderr.strip().splitlines()[-2:]
+    assert error.startswith(f"error: {target}")
+    assert message in error
+    assert advice
+    assert remedy in advice
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert contents(bundle) == before
@@ -107,23 +108,46 @@ def test_bad_addresses_are_bad_input(bundle: Path, server: Server, path: str) ->
 
 def test_a_device_that_cannot_be_reached(bundle: Path, server: Server, path: str, tmp_path: Path) -> None:
     failing(bundle, "ssh://127.0.0.1:1", path, "refuses the connection")
-    (tmp_path / "unknown").mkdir()
-    failing(bundle, server.target, server.client(tmp_path / "unknown", known_hosts=""), "host key is not known yet")
+    failing(bundle, "ssh://no-such-host.invalid", path, "its name is not known")
+    other = f"[127.0.0.1]:{server.port} {(server.folder / 'user.pub').read_text()}"
+    for name, message, settings in (
+        ("unknown", "its host key is not known yet", {"known_hosts": ""}),
+        ("other", "its host key is not the known one", {"known_hosts": other}),
+        ("stranger", "does not let this user in", {"identity": server.folder / "host"}),
+    ):
+        (tmp_path / name).mkdir()
+        failing(bundle, server.target, server.client(tmp_path / name, **settings), message)
 
 
-def test_a_device_that_lacks_something(bundle: Path, server: Server, path: str, tmp_path: Path) -> None:
-    script(tmp_path / "python3", f'exec "{bare_python(tmp_path / "venv", ("numpy",))}" "$@"')
+@pytest.mark.parametrize("packages", [(), ("numpy",)])
+def test_a_module_that_is_missing_there(
+    bundle: Path, server: Server, path: str, tmp_path: Path, packages: tuple[str, ...]
+) -> None:
+    name = "onnxruntime" if packages else "numpy"
+    script(tmp_path / "python3", f'exec "{bare_python(tmp_path / "venv", packages)}" "$@"')
     with server.login(f"PATH={tmp_path}:$PATH"):
-        failing(bundle, server.target, path, "has no Python module onnxruntime")
+        failing(bundle, server.target, path, name, remedy=f"pip install {name}")
+
+
+def test_no_python_there(bundle: Path, server: Server, path: str) -> None:
     with server.login("PATH=/nothing"):
         failing(bundle, server.target, path, "has no python3")
+
+
+def test_working_folders_are_kept_where_asked(bundle: Path, server: Server, path: str) -> None:
+    result = command("measure", bundle, "--target", server.target, "--keep-remote", path=path)
+    assert result.returncode == 0, result.stderr
+    kept = server.working_folders()
+    assert {entry.name for folder in kept for entry in folder.iterdir()} >= {"graph", "reference", "candidate"}
+    for folder in kept:
+        shutil.rmtree(folder)
 
 
 def start(bundle: Path, server: Server, path: str) -> subprocess.Popen:
     """The command line, after its measurement has begun on the device."""
     process = subprocess.Popen(
         [sys.executable, "-c", SHORT.replace("0.3", "60.0"), "measure", str(bundle), "--target", server.target],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(path), start_new_session=True,
     )  # fmt: skip
     end, seen = time.monotonic() + 60, set()
     while time.monotonic() < end and len(seen) < 3:  # describe, check, measure
@@ -157,7 +181,7 @@ def test_killed_in_the_middle(bundle: Path, server: Server, path: str, victim: s
 def test_interrupted_by_the_user(bundle: Path, server: Server, path: str) -> None:
     before = contents(bundle)
     process = start(bundle, server, path)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to ssh too
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said
