@@ -8,6 +8,9 @@ step wrote is what the next one reads.
 from __future__ import annotations
 
 import contextlib
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,8 @@ class Runner:
         self._messages = Messages(trt)
         self._runtime = trt.Runtime(self._messages.logger)
         # No variable holds the engine: in an error's traceback it would outlive CUDA's context.
-        self._engine = self._runtime.deserialize_cuda_engine(_read(plan))
+        with _mapped(plan) as content:
+            self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             errors = self._messages.errors()
             raise EngineError(
@@ -186,13 +190,17 @@ class Runner:
             )
 
 
-def _read(plan: Path) -> bytes:
+@contextmanager
+def _mapped(plan: Path) -> Iterator[mmap.mmap]:
+    """The file's bytes without a copy of them: on a Jetson the GPU shares the memory that a copy would take."""
     try:
-        return plan.read_bytes()
-    except OSError as error:
-        raise EngineError(
-            f"{plan} cannot be read: {error.strerror}", "Build the engine first, or copy it again."
-        ) from None
+        with plan.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
+        why = getattr(error, "strerror", None) or error
+        raise EngineError(f"{plan} cannot be read: {why}", "Build the engine first, or copy it again.") from None
+    with content:
+        yield content
 
 
 class Timed:

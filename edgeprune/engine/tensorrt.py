@@ -28,6 +28,7 @@ _REMEDIES = {  # what TensorRT for RTX 1.7 lacks in fp32 (measured): the Attenti
     "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
 }
 _SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."
+_NO_DRIVER = re.compile(r"cudaError (35|100)\b")  # said beside any other error on a machine without a GPU
 _FIGURE = re.compile(r"(Total Weights Memory|Total Activation Memory|Max Scratch Memory):\s*(\d+)")
 
 
@@ -97,12 +98,18 @@ def compile_plan(
     sm: compute capability to build for (TensorRT for RTX only), None: of the GPU here. Raises EngineError
     naming the node that the parser or the builder refuses.
     """
-    result, serialized = _compile(graph, workload, workload.batch, sm, flavour, limits, tell)
-    if result.weights_bytes and result.warnings and workload.batch == 1:
-        wider, other = _compile(graph, workload, 2, sm, flavour, limits, tell)
-        if _held(wider) < _held(result):
-            result, serialized = wider, other
-    _write(plan, serialized)
+    parts = [plan.with_name(f"{plan.name}.{os.getpid()}.{index}.part") for index in range(2)]
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = _compile(graph, parts[0], workload, workload.batch, sm, flavour, limits, tell)
+        if result.weights_bytes and result.warnings and workload.batch == 1:
+            wider = _compile(graph, parts[1], workload, 2, sm, flavour, limits, tell)
+            if _held(wider) < _held(result):
+                result, parts = wider, parts[::-1]
+        parts[0].replace(plan)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
     return result
 
 
@@ -111,8 +118,8 @@ def _held(result: BuildResult) -> int:
 
 
 def _compile(
-    graph: Path, workload: Workload, most: int, sm: int | None, flavour: str, limits: Limits, tell: Tell
-) -> tuple[BuildResult, Any]:
+    graph: Path, plan: Path, workload: Workload, most: int, sm: int | None, flavour: str, limits: Limits, tell: Tell
+) -> BuildResult:
     """One build with one merged profile (two hold the weights twice), for batches from 1 to `most`."""
     trt = import_tensorrt(flavour)
     _check_sm(sm, flavour)
@@ -136,8 +143,7 @@ def _compile(
         tensor = network.get_input(index)
         profile.set_shape(tensor.name, *shapes(tensor.name, tuple(tensor.shape), workload, most))
     config.add_optimization_profile(profile)
-    serialized = builder.build_serialized_network(network, config)
-    if serialized is None:
+    if not _build(trt, builder, network, config, plan):
         layers = [network.get_layer(index).name for index in range(network.num_layers)]
         errors = messages.errors()
         raise EngineError(
@@ -148,7 +154,7 @@ def _compile(
         _write(limits.timing_cache, config.get_timing_cache().serialize())
     figures = messages.figures()
     weights, scratch = figures.get("Total Weights Memory", 0), figures.get("Max Scratch Memory", 0)
-    result = BuildResult(
+    return BuildResult(
         version=trt.__version__,
         weights_bytes=weights,
         activation_bytes=max(0, figures.get("Total Activation Memory", 0) - scratch),
@@ -157,7 +163,41 @@ def _compile(
         peak_build_bytes=peak_bytes(),
         warnings=_warnings(weights, graph),
     )
-    return result, serialized
+
+
+def _build(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> bool:
+    """Build into a file; False where the builder refuses. Raises EngineError where the file cannot be written.
+
+    Releases from 10.13 on write while they serialise, which saves a copy of the weights in memory: 5.6 GiB
+    instead of 6.6 at the peak for 2.1 GiB of weights (measured).
+    """
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is not None:
+            plan.write_bytes(serialized)
+        return serialized is not None
+    problems: list[OSError] = []
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, content: Any) -> int:
+            try:
+                return file.write(content)
+            except OSError as error:  # it must not pass through the builder
+                problems.append(error)
+                return 0
+
+    done = False
+    try:
+        with plan.open("wb") as file:
+            done = builder.build_serialized_network_to_stream(network, config, Writer())
+    except OSError as error:  # of the last bytes
+        problems.append(error)
+    if problems:
+        raise EngineError(f"the engine cannot be written: {problems[0]}", "Free some space on the disk.")
+    return done
 
 
 def _check_sm(sm: int | None, flavour: str) -> None:
@@ -209,6 +249,7 @@ class Messages:
     def errors(self) -> str:
         """The errors so far in one line."""
         errors = [text for severity, text in self.kept if severity <= 1]  # internal errors and errors
+        errors = [text for text in errors if not _NO_DRIVER.search(text)] or errors
         return " ".join(" ".join(errors).split())[-600:] or "it does not say why"
 
     def figures(self) -> dict[str, int]:
