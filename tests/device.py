@@ -196,6 +196,9 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+QUICK = ("block_ms: float = 150.0", "block_ms: float = 10.0")  # in engine/latency.py: noisy, and soon over
+
+
 def altered(packed: bytes, texts: Mapping[str, str] = {}, words: Mapping[str, tuple[str, str]] = {}) -> bytes:  # noqa: B006
     """The device's program with whole files, or one expression of a file, replaced."""
     buffer = io.BytesIO()

@@ -6,6 +6,7 @@ The program that runs there is packed at run time from the very files that run h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import zipfile
@@ -203,5 +204,10 @@ def _fetch(talk: Talk, sha256: str, path: Path, tell: Tell) -> None:
         if digest.hexdigest() != sha256:
             raise EngineError(f"{path.name} arrived damaged", "Try again; if it persists, check the network.")
         temporary.replace(path)
+    except OSError as error:
+        raise EngineError(
+            f"{path} cannot be written: {error.strerror}", "Free some space on this machine and try again."
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

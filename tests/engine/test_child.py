@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -60,3 +63,42 @@ def test_a_child_that_hangs_is_ended() -> None:
     with pytest.raises(EngineError, match="did not end within 2 s"):
         end("hang", 2)
     assert time.monotonic() - start < 30  # not the child's 60
+
+
+@pytest.mark.parametrize(
+    ("do", "message", "remedy"),
+    [
+        ("full", "the disk is full at plan", "Free some space"),
+        ("import", "the Python module a_module_that_nobody_has is missing", "pip install a_module_that_nobody_has"),
+    ],
+)
+def test_what_a_machine_lacks_is_said_plainly(do: str, message: str, remedy: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        ask("tests.engine.task_double", {"task": "the test", "do": do, "files": {}, "outputs": {}}, 30)
+    assert caught.value.message == message
+    assert remedy in caught.value.remedy
+
+
+def test_progress_is_told_in_order_and_none_of_it_lost() -> None:
+    states: list[tuple[str, int, int]] = []
+    request = {"task": "the test", "do": "flood", "times": 5000, "files": {}, "outputs": {}}
+    ask("tests.engine.task_double", request, 60, lambda *state: states.append(state))
+    assert states == [("flood", 0, 0), *(("flood", index, 5000) for index in range(5000))]
+
+
+def test_a_child_does_not_outlive_its_parent() -> None:
+    """Even where the parent has no time to say so."""
+    code = (
+        "from edgeprune.engine.child import ask\n"
+        "ask('tests.engine.task_double', {'task': 'the test', 'do': 'sleep', 'seconds': 60, 'files': {}, "
+        "'outputs': {}}, 90, lambda *state: print(*state, flush=True))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "sleep 0 0\n"
+    (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}/exe").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{child}/exe").exists()

@@ -23,7 +23,7 @@ from edgeprune.engine.graph import Spelling, write_graphs
 from edgeprune.engine.perform import Counted, Here
 from edgeprune.engine.remote import DEVICE_FILES, Device, Target, program
 from edgeprune.errors import EngineError
-from tests.device import Server, altered, bare_python, script, ssh_server
+from tests.device import QUICK, Server, altered, bare_python, script, ssh_server
 from tests.engine.graph_models import llama
 from tests.reference import decoder_of, weights_of
 
@@ -114,7 +114,9 @@ def test_what_the_device_is(server: Server) -> None:
     assert facts["no_gpu"]
 
 
-def test_a_measurement_there_is_one_like_here_and_sends_once(server: Server, graph: Path) -> None:
+def test_a_measurement_there_is_one_like_here_and_sends_once(server: Server, graph: Path, monkeypatch) -> None:
+    packed = altered(program(), words={"engine/latency.py": QUICK})
+    monkeypatch.setattr("edgeprune.engine.remote.program", lambda: packed)
     watch, again = Watch(), Watch()
     found = measured(device(server), graph, watch)
     here = measured(Here(), graph, Watch())
@@ -274,8 +276,9 @@ def test_a_disk_that_others_fill_meanwhile(server: Server, graph: Path, tmp_path
         copy(device(server), tmp_path / "large", tmp_path / "out")
 
 
-def test_files_of_other_runs_make_room(server: Server, graph: Path) -> None:
+def test_files_of_other_runs_make_room(server: Server, graph: Path, tmp_path: Path, monkeypatch) -> None:
     """A disk that the files of former runs fill."""
+    with_double(monkeypatch)
     megabytes = data_bytes(graph) // 2**20 + 3
     store, others = f"{server.cache}/sha256", [f"{age:064d}" for age in range(1, megabytes)]
     lines = [f'mkdir -p "{store}"']
@@ -286,8 +289,8 @@ def test_files_of_other_runs_make_room(server: Server, graph: Path) -> None:
         server, f"{megabytes}m", *lines, f'sh -c "$SSH_ORIGINAL_COMMAND"; ls {store} > {server.folder}/kept; exit'
     )
     with server.login(disk):
-        found = perform.ratios_on_onnxruntime(device(server), graph, graph, WORKLOAD, 0.2, Watch())
-    assert set(found) == {"prefill_ratio", "decode_ratio"}
+        copy(device(server), graph, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == graph.read_bytes() + b"!"
     kept = [name for name in others if name in (server.folder / "kept").read_text().split()]
     assert 0 < len(kept) < len(others)
     assert kept == others[: len(kept)]  # the oldest went
@@ -342,6 +345,12 @@ def test_a_connection_that_is_lost_in_a_real_measurement(server: Server, graph: 
 def test_a_graph_that_is_not_here(server: Server, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="none.onnx cannot be read"):
         measured(device(server), tmp_path / "none.onnx", Watch())
+
+
+def test_what_is_made_and_cannot_be_written_here(server: Server, graph: Path, tmp_path: Path, monkeypatch) -> None:
+    with_double(monkeypatch)
+    with pytest.raises(EngineError, match="missing/out cannot be written: No such file or directory"):
+        copy(device(server), graph, tmp_path / "missing" / "out")
 
 
 def test_a_file_that_shrinks_while_it_is_sent(server: Server, tmp_path: Path, monkeypatch) -> None:
