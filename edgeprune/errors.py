@@ -5,7 +5,8 @@
     │   └── NumericalError  the model's weights or activations are not usable numbers
     ├── BudgetError     3   the budget, or budget and quality together, is out of reach
     └── EngineError     4   an engine or a device failed
-        └── WrongEngine     an engine that computes something else than its graph
+        ├── WrongEngine     an engine that computes something else than its graph
+        └── Unreachable     the device went away, or never answered
 
 Every error says what is wrong, and what to do about it.
 """
@@ -48,3 +49,7 @@ class EngineError(EdgepruneError):
 
 class WrongEngine(EngineError):
     """An engine that computes something else than its graph: nothing of it is timed or shipped."""
+
+
+class Unreachable(EngineError):
+    """The place where tasks run is not, or no longer, there: any other task would end in the same way."""

@@ -25,10 +25,10 @@ from edgeprune.budget import STATUS_TEXT, Budget, Limit, Verdict, format_bytes, 
 from edgeprune.bundle import LINKS, MANIFEST, REPORT, open_bundle, point_to_rung, sha256
 from edgeprune.engine import perform
 from edgeprune.engine.base import Figure, Measured, Performance, Workload
-from edgeprune.engine.child import Tell, Unreachable
+from edgeprune.engine.child import Tell
 from edgeprune.engine.perform import Counted, Here, Session
 from edgeprune.engine.wire import figure_from_json, performance_to_json
-from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, WrongEngine
+from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
 
 DEPLOYMENT = "deployment.json"
 MEASUREMENT = "measurement.json"

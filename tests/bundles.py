@@ -21,7 +21,7 @@ _made: list[Path] = []  # one for all test files of a run
 SHORT = f"""
 import sys
 from edgeprune.engine import perform
-perform.on_onnxruntime.__defaults__ = (*perform.on_onnxruntime.__defaults__[:-1], {SECONDS})
+perform.SECONDS = {SECONDS}
 from edgeprune.cli import main
 main()
 """

@@ -16,8 +16,8 @@ import pytest
 
 from edgeprune import finish as finishing
 from edgeprune.bundle import open_bundle, sha256
-from edgeprune.engine.child import Unreachable, quiet
-from edgeprune.errors import EngineError, InputError, WrongEngine
+from edgeprune.engine.child import quiet
+from edgeprune.errors import EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.finish import finish
 from edgeprune.report.schema import Report
 from tests.bundles import change, contents, copy_of, fitted, rewrite

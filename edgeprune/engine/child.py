@@ -39,10 +39,6 @@ _LAST_WORDS = 300  # characters
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Unreachable(EngineError):
-    """The place where tasks run is not, or no longer, there: any other task would end in the same way."""
-
-
 def quiet(stage: str, done: int, total: int) -> None:
     """Tells nobody."""
 

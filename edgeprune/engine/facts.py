@@ -106,9 +106,6 @@ def conditions() -> dict[str, str]:
 
 def describe() -> dict[str, Any]:
     """What can build and run here: the machine, the modules' versions (None: missing) and the GPU, or why none."""
-    from edgeprune.engine.cuda import find_gpu
-    from edgeprune.errors import EngineError
-
     modules, missing = {}, {}
     for name in ("numpy", "onnxruntime", "tensorrt", "tensorrt_rtx"):
         try:
@@ -117,6 +114,9 @@ def describe() -> dict[str, Any]:
             modules[name], missing[name] = None, f"{type(error).__name__}: {error}"
     gpu, why = None, ""
     if modules["numpy"]:
+        from edgeprune.engine.cuda import find_gpu
+        from edgeprune.errors import EngineError
+
         try:
             gpu = dict(find_gpu().__dict__)
         except EngineError as error:

@@ -49,7 +49,7 @@ def describe(session: Session, tell: Tell) -> dict[str, Any]:
 
 def on_onnxruntime(
     session: Session, dense: Path | None, candidate: Path, workload: Workload, counted: Counted, tell: Tell,
-    reference: Path | None = None, precision: str = "fp32", seconds: float = SECONDS,
+    reference: Path | None = None, precision: str = "fp32", seconds: float | None = None,
 ) -> Performance:  # fmt: skip
     """Memory and latency of a candidate; with `dense` interleaved with it and as ratios to it.
 
@@ -103,7 +103,7 @@ def build(
 
 def on_tensorrt(
     session: Session, flavour: str, plan: Path, built: BuildResult, workload: Workload, runtime: Figure,
-    reference: Path, precision: str, tell: Tell, seconds: float = SECONDS,
+    reference: Path, precision: str, tell: Tell, seconds: float | None = None,
 ) -> Performance:  # fmt: skip
     """Check and measure an engine on the GPU that it was built for.
 
@@ -116,7 +116,7 @@ def on_tensorrt(
     checked = _check(session, flavour, files, precision, plan.name, tell)
     request = {
         "task": f"the measurement of {plan.name}", "do": "measure", "engine": flavour, "workload": asdict(workload),
-        "files": {"plan": str(plan)}, "seconds": seconds,
+        "files": {"plan": str(plan)}, "seconds": seconds or SECONDS,
     }  # fmt: skip
     found = session.run(request, MEASURE_SECONDS, tell)
     device, memory = found["device"], found["memory"]
@@ -156,7 +156,7 @@ def _latency(
 ) -> dict[str, Any]:
     request = {
         "task": "the measurement", "do": "measure", "engine": "onnxruntime", "workload": asdict(workload),
-        "files": {name: str(path) for name, path in graphs.items()}, "seconds": seconds,
+        "files": {name: str(path) for name, path in graphs.items()}, "seconds": seconds or SECONDS,
     }  # fmt: skip
     return session.run(request, MEASURE_SECONDS, tell)
 

@@ -133,7 +133,7 @@ class Device:
                     error.remedy += f" Its working folder there is {talk.work}"
                 raise
             if left is not None:
-                tell(f"left on the device: {left}", 1, 1)
+                logging.getLogger(__name__).warning("left on %s: %s", self.target, left)
         return answer["answer"]
 
 

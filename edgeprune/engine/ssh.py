@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.engine.agent import CHUNK, PROTOCOL
-from edgeprune.engine.child import Unreachable
-from edgeprune.errors import EngineError, InputError
+from edgeprune.errors import EngineError, InputError, Unreachable
 
 ALIVE_SECONDS = 15.0
 CONNECT_SECONDS = 20

@@ -25,14 +25,16 @@ TENSORRT = {
     "parser": "OnnxParser", "first": "ParserError", "config": "IBuilderConfig", "profile": "IOptimizationProfile",
     "tensor": "ITensor", "config.get_timing_cache()": "ITimingCache",
     "trt.NetworkDefinitionCreationFlag": "NetworkDefinitionCreationFlag", "trt.MemoryPoolType": "MemoryPoolType",
-    "trt.ComputeCapability": "ComputeCapability", "trt.ILogger": "ILogger", "trt.IStreamWriter": "IStreamWriter", "trt.IProgressMonitor": "IProgressMonitor",
+    "trt.ComputeCapability": "ComputeCapability", "trt.ILogger": "ILogger",
+    "trt.IStreamWriter": "IStreamWriter", "trt.IProgressMonitor": "IProgressMonitor",
     "trt.DataType": "DataType", "self._runtime": "Runtime", "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
 }  # fmt: skip
 USED = {
     "": {"Builder", "DataType", "ILogger", "IProgressMonitor", "MemoryPoolType", "NetworkDefinitionCreationFlag",
          "OnnxParser", "Runtime", "ComputeCapability", "IStreamWriter"},
-    "Builder": {"build_serialized_network", "build_serialized_network_to_stream", "create_builder_config", "create_network", "create_optimization_profile"},
+    "Builder": {"build_serialized_network", "build_serialized_network_to_stream",
+                "create_builder_config", "create_network", "create_optimization_profile"},
     "DataType": {"FLOAT", "HALF", "INT64"},
     "IBuilderConfig": {"add_optimization_profile", "create_timing_cache", "get_timing_cache", "progress_monitor",
                        "set_memory_pool_limit", "set_timing_cache", "num_compute_capabilities",
