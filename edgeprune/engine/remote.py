@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
