@@ -287,9 +287,7 @@ def _scaled(dense: Figure, ratio: Measured) -> Figure:
 
 
 def memory_total(performance: Performance) -> Figure:
-    """The five parts as one figure in bytes: measured where the whole was, else of the weakest source among them."""
-    if performance.memory.peak is not None:
-        return performance.memory.peak
+    """The five parts as one figure in bytes, of the weakest source among them."""
     parts = list(performance.memory.parts.values())
     weakest = min(parts, key=lambda part: _SOURCES.index(part.source))
     total = performance.memory.total

@@ -65,11 +65,10 @@ class Memory:
     activations: Figure  # activations and scratch at the workload's maximum shapes
     buffers: Figure  # inputs and outputs other than the cache
     runtime: Figure  # the runtime's fixed part, which no pruning changes
-    peak: Measured | None = None  # what the device lost while it ran, where that was looked at: the parts' sum
 
     @property
     def parts(self) -> dict[str, Figure]:
-        return {name: figure for name, figure in self.__dict__.items() if name != "peak"}
+        return dict(self.__dict__)
 
     @property
     def total(self) -> float:

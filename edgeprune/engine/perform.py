@@ -124,12 +124,11 @@ def on_tensorrt(
     weights = Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}")
     activations = Built(float(memory["activations"]), "bytes", device, f"what the engine asks for; {basis}")
     known = weights.value + activations.value + memory["cache"] + memory["buffers"]
-    peak = None
     if memory["used"] is not None and memory["used"] > known:  # less: another program gave memory back meanwhile
-        runtime, peak = _exact(memory["used"] - known, device), _exact(memory["used"], device)
+        runtime = _exact(memory["used"] - known, device)
     return Performance(
         memory=Memory(
-            weights, _exact(memory["cache"], device), activations, _exact(memory["buffers"], device), runtime, peak
+            weights, _exact(memory["cache"], device), activations, _exact(memory["buffers"], device), runtime
         ),
         prefill=_measured(found["prefill"]["candidate"]["median"], "ms", device),
         decode=_measured(found["decode"]["candidate"]["median"], "ms", device),

@@ -27,7 +27,6 @@ def performance_to_json(performance: Performance) -> dict[str, Any]:
     }
     return {
         "memory": {name: figure_to_json(figure) for name, figure in performance.memory.parts.items()},
-        "peak": None if (peak := performance.memory.peak) is None else figure_to_json(peak),
         "prefill": figure_to_json(performance.prefill),
         "decode": figure_to_json(performance.decode),
         **ratios,
@@ -45,7 +44,6 @@ def performance_from_json(value: dict[str, Any]) -> Performance:
     return Performance(
         memory=Memory(
             **{name: figure_from_json(part) for name, part in value["memory"].items()},
-            peak=None if value["peak"] is None else figure_from_json(value["peak"]),
         ),
         prefill=figure_from_json(value["prefill"]),
         decode=figure_from_json(value["decode"]),

@@ -114,9 +114,7 @@ class Performance(_Model):
     memory: dict[str, Figure] = Field(
         description="peak device bytes at full context: weights, cache, activations, buffers, runtime"
     )
-    memory_total: Figure = Field(
-        description="the five parts: measured where the whole was, else of the weakest source among them"
-    )
+    memory_total: Figure = Field(description="the five parts, of the weakest source among them")
     prefill: Figure = Field(description="p50 from an empty cache to the logits of the last prompt token")
     decode: Figure = Field(description="p50 per step at full context")
     prefill_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
@@ -318,7 +316,7 @@ class Report(_Model):
         """0 budget met; 3 budget, or budget and quality together, out of reach; 4 estimates not accepted."""
         if self.outcome != "met":
             return 3
-        return 4 if require_measured and self.rests_on != "measured" else 0
+        return 4 if require_measured and self.rests_on == "estimated" else 0
 
 
 def figure_of(figure: EngineFigure) -> Figure:
@@ -343,7 +341,7 @@ A number beyond floating point, such as the perplexity of a destroyed model, is 
 **Verdict.** The budget is met where `status` and `quality_status` are `met`: exit code 0. It is missed where
 either is, and out of reach where `search.ending` says so as well: exit code 3, the best candidate is kept. `noisy`
 means that the interval of a measurement contains the limit (exit code 3): run again on an idle machine, or, where it
-is `quality_status`, evaluate on more text. With `--require-measured` a met budget whose `rests_on` is not `measured`
+is `quality_status`, evaluate on more text. With `--require-measured` a met budget whose `rests_on` is `estimated`
 ends with exit code 4.
 
 **Grade.** `intact`: perplexity on the worst held-out text rises by less than {DEGRADED_PERCENT:g} %; `degraded`: by

@@ -45,6 +45,14 @@ def python_with_doubles(folder: Path, sm: int = 87) -> Path:
     return python
 
 
+def nvidia_smi(folder: Path) -> Path:
+    """A double that always tells the same memory in use, so that this machine's other programs do not count."""
+    folder.mkdir(exist_ok=True)
+    (folder / "nvidia-smi").write_text("#!/bin/sh\necho 1000\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return folder
+
+
 def command(*words: str | Path, server: Server | None = None) -> subprocess.CompletedProcess:
     path = os.environ["PATH"] if server is None else f"{server.folder / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
@@ -71,6 +79,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[Server]:
     with ssh_server(tmp_path_factory.mktemp("device"), python) as server:
+        nvidia_smi(server.folder / "device-bin")
         yield server
 
 
@@ -123,7 +132,7 @@ def test_on_a_double_finish_builds_and_measures_with_nothing_installed(
     manifest.write_text("\n".join(line for line in manifest.read_text().splitlines() if ".engine" not in line))
     result = subprocess.run(
         [python, copied / "finish.pyz"], capture_output=True, text=True, timeout=600, cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "EDGEPRUNE_CACHE": str(tmp_path / "cache")},
+        env={"PATH": f"{nvidia_smi(tmp_path / 'bin')}:/usr/bin:/bin", "EDGEPRUNE_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "rung 0: met" in result.stdout
