@@ -168,7 +168,7 @@ def test_for_an_sm_that_cannot_be_built_the_nearest_one_is_a_check(fitted):
     assert "not shipped" in report.fitted.performance.conditions["feasibility"]
     weights = report.fitted.performance.memory["weights"]
     assert (weights.source, report.rests_on) == ("estimated", "estimated")
-    assert "SM 86: the nearest to SM 87" in weights.basis
+    assert "the nearest to SM 87 that it offers" in weights.basis
     assert not list(fitted.rglob("*.engine"))
 
 
