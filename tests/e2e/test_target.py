@@ -148,6 +148,7 @@ def start(bundle: Path, server: Server, path: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", SHORT.replace("0.3", "60.0"), "measure", str(bundle), "--target", server.target],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(path), start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     )  # fmt: skip
     end, seen = time.monotonic() + 60, set()
     while time.monotonic() < end and len(seen) < 3:  # describe, check, measure
