@@ -272,7 +272,7 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) ->
 
 
 def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> str:
-    name, place = report["model"]["name"], f"{measurement['machine']} (measured there)"
+    name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
     asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
     rise = float(report["quality"]["rise_percent"])  # a broken model's is the text `Infinity`
     cost = f"at {rise:+.1f} % perplexity{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}"
@@ -300,7 +300,8 @@ def _figure(figure: Figure) -> dict[str, Any]:
 def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(row['name'])}</td><td class='{row['status']} n'><b>{html.escape(row['status'])}</b></td>"
-        f"<td class='n'>{_text(row['name'], row['fitted']['value'])}</td>"
+        f"<td class='n'>{_text(row['name'], row['fitted']['value'])} "
+        f"<span class='badge {row['fitted']['source']}'>{row['fitted']['source']}</span></td>"
         f"<td class='n'>{_text(row['name'], row['limit'])}</td></tr>"
         for row in report["budget"]
         if row["name"] != "quality"
@@ -310,7 +311,7 @@ def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
         f"<section class='card'><h2>{html.escape(report['headline'])}</h2><p class='soft'>Measured "
         f"{html.escape(measurement['created'])} with {html.escape(version)}, rung {measurement['rung']}. The page "
         "below is from before; <code>edgeprune report BUNDLE</code> on the workstation draws it anew.</p>"
-        f"<table><tr><th>constraint</th><th>verdict</th><th>measured</th><th>limit</th></tr>{rows}</table></section>"
+        f"<table><tr><th>constraint</th><th>verdict</th><th>there</th><th>limit</th></tr>{rows}</table></section>"
     )
 
 

@@ -49,7 +49,7 @@ class Runner:
         self._messages = Messages(trt)
         self._runtime = trt.Runtime(self._messages.logger)
         # No variable holds the engine: in an error's traceback it would outlive CUDA's context.
-        with _mapped(plan) as content:
+        with mapped(plan) as content:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             errors = self._messages.errors()
@@ -191,7 +191,7 @@ class Runner:
 
 
 @contextmanager
-def _mapped(plan: Path) -> Iterator[mmap.mmap]:
+def mapped(plan: Path) -> Iterator[mmap.mmap]:
     """The file's bytes without a copy of them: on a Jetson the GPU shares the memory that a copy would take."""
     try:
         with plan.open("rb") as file:

@@ -131,16 +131,11 @@ def measure_memory(graph: Path, workload: Workload, threads: int | None = None, 
 
     Meant for a fresh process: whatever else it holds counts too.
     """
-    baseline = measure_baseline()["baseline"]
+    import onnxruntime  # noqa: F401
+
+    baseline = peak_bytes()
     timed = _Timed(graph, workload, threads, seed)
     timed.prefill()
     for _ in range(DECODE_STEPS):
         timed.decode()
     return {"baseline": baseline, "peak": peak_bytes()}
-
-
-def measure_baseline() -> dict[str, int]:
-    """Peak resident bytes of this process with the runtime loaded and no model."""
-    import onnxruntime  # noqa: F401
-
-    return {"baseline": peak_bytes()}

@@ -23,6 +23,7 @@ import numpy as np
 from edgeprune.engine import facts
 from edgeprune.engine.child import Tell, ask
 from edgeprune.engine.cuda import Cuda
+from edgeprune.engine.gpu import mapped
 from edgeprune.engine.latency import WARM_UP_SECONDS
 from edgeprune.engine.perform import BUILD_SECONDS, TASKS
 from edgeprune.engine.tensorrt import Messages, import_tensorrt
@@ -301,7 +302,8 @@ class _Opened:
             raise
 
     def _open(self, plan: Path, stack: Stack) -> None:
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        with mapped(plan) as content:
+            self._engine = self._runtime.deserialize_cuda_engine(content)
         self._context = None if self._engine is None else self._engine.create_execution_context()
         if self._context is None:
             raise EngineError(
