@@ -178,10 +178,18 @@ def _measurement(tried: list[Rung], chosen: Rung, engine: str, facts: dict[str, 
             {
                 "index": rung.index, "status": rung.status, "error": rung.error,
                 "figures": {} if rung.performance is None else rung.performance.values,
+                "sources": {} if rung.performance is None else _sources(rung.performance),
             }
             for rung in tried
         ],
         "performance": performance_to_json(chosen.performance),
+    }  # fmt: skip
+
+
+def _sources(performance: Performance) -> dict[str, str]:
+    return {
+        "memory": memory_total(performance).source, "prefill": performance.prefill.source,
+        "decode": performance.decode.source,
     }  # fmt: skip
 
 
@@ -332,7 +340,9 @@ def summary(measurement: dict[str, Any]) -> list[str]:
     """The measurement in a few lines for a terminal."""
     lines = [f"{measurement['machine']}, {measurement['engine']} {measurement['version']}"]
     for rung in measurement["rungs"]:
-        figures = "  ".join(f"{name} {_text(name, value)}" for name, value in rung["figures"].items())
+        figures = "  ".join(
+            f"{name} {_text(name, value)} {rung['sources'][name]}" for name, value in rung["figures"].items()
+        )
         verdict = STATUS_TEXT.get(rung["status"], rung["status"])
         lines.append(f"rung {rung['index']}: {verdict}  {figures or rung['error']}")
     return lines

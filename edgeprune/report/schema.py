@@ -243,6 +243,7 @@ class TriedRung(_Model):
     status: Status | Literal["failed"] = Field(description="failed: no engine could be built or run")
     error: str
     figures: dict[str, float]
+    sources: dict[str, Source] = Field(description="of the figures")
 
 
 class Measurement(_Model):
