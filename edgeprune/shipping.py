@@ -6,12 +6,12 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune import __version__
 from edgeprune.budget import STATUS_TEXT, format_ms, memory_total
@@ -23,43 +23,41 @@ from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
 from edgeprune.finish import DEPLOYMENT, NOT_MEASURED
 from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.prepare import Request, Setup
 from edgeprune.profiles import profile_toml
+from edgeprune.readme import FINISH, deploy_steps, readme
 from edgeprune.report import schema
 from edgeprune.report.figures import OUTCOME_TEXT
 from edgeprune.report.html import render_html
 from edgeprune.results import Fitted
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
-FINISH = "finish.pyz"
 
 
 def ship(rungs: Sequence[Fitted], work: Path) -> None:
     """Write the finished bundle to the setup's output, the chosen rung first. All before happens in `work`."""
     fitted, setup = rungs[0], rungs[0].setup
-    folders = [_rung(rung, work / "rungs" / str(index)) for index, rung in enumerate(rungs)]
+    command = command_line(setup.request)
+    folders = [
+        rung_folder(rung, build_report(rung, {}, command), work / "rungs" / str(index))
+        for index, rung in enumerate(rungs)
+    ]
     texts = {
-        "profile.toml": profile_toml(setup.profile), "README.md": _readme(fitted),
+        "profile.toml": profile_toml(setup.profile), "README.md": readme(build_report(fitted, {}, command)),
         DEPLOYMENT: json.dumps(deployment(rungs), indent=2) + "\n", FINISH: program(),
     }  # fmt: skip
 
     def render(files: dict[str, int]) -> dict[str, str]:
-        report = build_report(fitted, files)
-        return {REPORT: report.model_dump_json(indent=2) + "\n", "report.html": render_html(report)}
+        return rendered(build_report(fitted, files, command))
 
-    manifest = {
-        "edgeprune": __version__, "created": _now(), "command": _command(fitted), "device": setup.profile.name,
-        "engine": setup.engine.name, "seed": setup.request.seed, "versions": _versions(),
-        "fingerprint": setup.fingerprint,
-    }  # fmt: skip
-    tokenizer = {
-        path.name: path
-        for path in sorted(setup.model.directory.iterdir())
-        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name
-    }
-    write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest, render)
+    tokenizer = tokenizer_files(setup.model.directory)
+    write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest_of(setup, command), render)
 
 
-def _rung(fitted: Fitted, folder: Path) -> Path:
+def rung_folder(fitted: Fitted, report: schema.Report, folder: Path) -> Path:
     """A folder with what a rung consists of: links to the work of the run, and its own report."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -70,8 +68,34 @@ def _rung(fitted: Fitted, folder: Path) -> Path:
     if exported.engine.is_dir():
         (folder / "engine").symlink_to(exported.engine)
     (folder / exported.reference.name).symlink_to(exported.reference)
-    (folder / REPORT).write_text(build_report(fitted, {}).model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(as_json(report), encoding="utf-8")
     return folder
+
+
+def rendered(report: schema.Report) -> dict[str, str]:
+    """The bundle's two forms of a report, by the names of their files."""
+    return {REPORT: as_json(report), "report.html": render_html(report)}
+
+
+def as_json(document: BaseModel) -> str:
+    return document.model_dump_json(indent=2) + "\n"
+
+
+def tokenizer_files(directory: Path) -> dict[str, Path]:
+    """What a model's folder holds beside its weights, by name."""
+    return {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name
+    }
+
+
+def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
+    return {
+        "edgeprune": __version__, "created": now(), "command": command, "device": setup.profile.name,
+        "engine": setup.engine.name, "seed": setup.request.seed, "versions": versions(),
+        "fingerprint": setup.fingerprint,
+    }  # fmt: skip
 
 
 def render_again(folder: Path) -> Path:
@@ -92,8 +116,8 @@ def read_report(folder: Path) -> schema.Report:
         ) from None
 
 
-def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
-    """The report of a finished run."""
+def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.Report:
+    """The report of a finished run, which the command line `command` makes again."""
     setup, verdict = fitted.setup, fitted.verdict
     dense, small = setup.model.decoder, fitted.chosen.model.decoder
     moved = [bytes_per_token(d, setup.precision, setup.workload, _in_place(fitted)).total for d in (dense, small)]
@@ -109,8 +133,8 @@ def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
             (fitted.dense, fitted.chosen.performance), (dense, small), moved, shares, strict=True
         )
     ]  # fmt: skip
-    return schema.Report(
-        edgeprune=__version__, created=_now(), command=_command(fitted), headline=_headline(fitted),
+    report = schema.Report(
+        edgeprune=__version__, created=now(), command=command, headline=_headline(fitted),
         status=verdict.status, rests_on=verdict.source, quality_status=fitted.quality_status,
         model={
             "name": setup.model.name, "family": dense.family, "hidden_size": dense.hidden_size,
@@ -122,7 +146,7 @@ def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
         },
         workload={"batch": setup.workload.batch, "prompt": setup.workload.prompt, "context": setup.workload.context},
         precision=setup.precision, engine={"name": setup.engine.name, "reason": setup.engine.reason},
-        choices=[schema.Choice(**choice.__dict__) for choice in setup.choices], versions=_versions(),
+        choices=[schema.Choice(**choice.__dict__) for choice in setup.choices], versions=versions(),
         seed=setup.request.seed, budget=_constraints(fitted), ratio=ratio(small, dense),
         total_ratio=1 - small.parameters / dense.parameters, decode_bytes_ratio=1 - moved[1] / moved[0],
         dense=sides[0], fitted=sides[1], unprunable=_unprunable(shares[0]), floor=setup.floor.values,
@@ -141,8 +165,9 @@ def build_report(fitted: Fitted, files: dict[str, int]) -> schema.Report:
         ),
         modules=[schema.Module(**{key: _finite(value) for key, value in r.items()}) for r in fitted.chosen.records],
         cross_check=fitted.cross_check and {k: schema.figure_of(f) for k, f in fitted.cross_check.items()},
-        deploy=_deploy(fitted), stages=fitted.seconds, files=files, warnings=_warnings(fitted),
+        deploy=[], stages=fitted.seconds, files=files, warnings=_warnings(fitted),
     )  # fmt: skip
+    return report.model_copy(update={"deploy": _deploy(fitted, report, command)})
 
 
 def _finite(value: Any) -> Any:
@@ -268,84 +293,21 @@ def _warnings(fitted: Fitted) -> list[str]:
     return warnings
 
 
-def _deploy(fitted: Fitted) -> list[schema.Step]:
+def _deploy(fitted: Fitted, report: schema.Report, command: str) -> list[schema.Step]:
     setup = fitted.setup
-    bundle = shlex.quote(setup.output.name)
-    steps = []
-    if setup.profile.engine == "tensorrt":
-        steps.append(
-            schema.Step(
-                title=f"Build and measure the engine on the {setup.profile.description}, over ssh or by a copy",
-                command=f"edgeprune measure {bundle} --target ssh://USER@DEVICE\n"
-                f"tar -cf - {bundle} | ssh USER@DEVICE 'tar -xf - && python3 {bundle}/{FINISH}'",
-            )
-        )
-    elif setup.engine.name == "tensorrt-rtx" and fitted.chosen.exported.engine.is_dir():
-        plans = sorted(path.name for path in fitted.chosen.exported.engine.glob("*.engine"))
-        steps.append(
-            schema.Step(
-                title="Load the engine with TensorRT for RTX of the version in manifest.json",
-                command="\n".join(f"engine/{name}" for name in plans),
-            )
-        )
-    elif setup.engine.name == "tensorrt-rtx":
-        steps.append(
-            schema.Step(
-                title="Build the engine: install TensorRT for RTX and fit again",
-                command=f'pip install "edgeprune[rtx]"\n{_command(fitted)} --force',
-            )
-        )
-    steps.append(
-        schema.Step(
-            title="Try it on this machine",
-            command=f"edgeprune run {bundle} --prompt {shlex.quote(fitted.quality.prompt)}",
-        )
+    plans = sorted(path.name for path in fitted.chosen.exported.engine.glob("*.engine"))
+    return deploy_steps(
+        report, setup.output.name, setup.profile.engine, plans, setup.request.checkpoint, f"{command} --force"
     )
-    if setup.request.checkpoint:
-        steps.append(
-            schema.Step(
-                title="Load the checkpoint in Python",
-                command=f'transformers.AutoModelForCausalLM.from_pretrained("{setup.output.name}/model")',
-            )
-        )
-    return steps
 
 
-def _readme(fitted: Fitted) -> str:
-    setup = fitted.setup
-    lines = [
-        f"# {setup.model.name} for {setup.profile.description}", "", _headline(fitted), "",
-        "`report.html` is the whole report, `report.json` the same for programs.", "",
-    ]  # fmt: skip
-    for step in _deploy(fitted):
-        lines += [f"## {step.title}", "", "```", step.command, "```", ""]
-    lines += [
-        "## Files", "",
-        "| file | what it is |", "|---|---|",
-        "| `onnx/model.onnx` | the model as ONNX, opset 23, all logits; its weights in the `.data` files beside it |",
-        "| `onnx/model.primitive*.onnx` | the same in operators of opset 17, for older parsers |",
-        "| `onnx/model.onnxruntime*.onnx` | the same for ONNX Runtime, its cache updated in place |",
-        "| `onnx/*.last.onnx` | the same with the logits of the last position only: what engines are built from |",
-        "| `model/` | a standard checkpoint for `from_pretrained` |",
-        "| `engine/` | the built engine, where one could be built |",
-        "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
-        f"| `{FINISH}` | `python3 {FINISH}` on the device builds the engine, checks, measures and judges it |",
-        f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",
-        "| `profile.toml` | the device profile that was used |",
-        "| `manifest.json` | versions, seed, the command that reproduces it, sha256 of every file |", "",
-        f"Inputs and outputs are those of Optimum and onnxruntime-genai; context {setup.workload.context} at most.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _command(fitted: Fitted) -> str:
-    """The command line that makes this bundle again: every argument that was given."""
-    request = fitted.setup.request
-    words = ["edgeprune", "fit", request.model]
+def command_line(request: Request, command: str = "fit", left_out: Collection[str] = ()) -> str:
+    """The command line that makes this bundle again: every argument that was given, but for those left out."""
+    words = ["edgeprune", command, request.model]
     defaults = type(request)()
     for name, value in request.__dict__.items():
         option = "--" + name.replace("_", "-")
-        if name in ("model", "resume", "force") or value == getattr(defaults, name):
+        if name in ("model", "resume", "force", *left_out) or value == getattr(defaults, name):
             continue
         if name == "checkpoint":
             words.append("--no-checkpoint")
@@ -358,7 +320,7 @@ def _command(fitted: Fitted) -> str:
     return shlex.join(words)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
@@ -368,5 +330,5 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
