@@ -117,6 +117,10 @@ class Decoder:
             for layer in self.layers
         ]
 
+    def with_vocabulary(self, size: int) -> Decoder:
+        """The same model with this many rows in embedding and head."""
+        return replace(self, vocab_size=size)
+
     def compact(self) -> Decoder:
         """The same model without the layers that have neither attention nor MLP."""
         return replace(self, layers=tuple(layer for layer in self.layers if layer.attention or layer.mlp))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,6 +14,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import checkpoint_names, config_for
 from edgeprune.model.load import load_tokenizer, read_config
 from edgeprune.model.model import Model
+from edgeprune.model.vocabulary import Vocabulary, reduced_config, write_tokenizer_files
 
 if TYPE_CHECKING:
     import torch
@@ -27,26 +28,55 @@ NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def save_checkpoint(
-    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], source: Model, directory: Path
-) -> None:
+    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], source: Model, directory: Path,
+    vocabulary: Vocabulary | None = None,
+) -> None:  # fmt: skip
     """Write config, weights, tokenizer and generation config so that `from_pretrained` loads them.
 
     tensors: by the names of decoder.py, in the order of decoder.shapes(); stored in the dtype of the
     source's embedding. A wrong name or shape is a bug of the caller: ValueError. Raises NumericalError
     for a weight that this dtype cannot hold.
+
+    vocabulary: the tokens to keep of the source's, as many as decoder.vocab_size. Embedding and head still
+    come with a row for every token of the source; those kept are stored, tokenizer and configuration get
+    the new ids. Raises InputError for a tokenizer that cannot be reduced.
     """
+    if vocabulary is not None and (
+        decoder.vocab_size != vocabulary.size or vocabulary.kept[-1] >= source.decoder.vocab_size
+    ):
+        raise ValueError(f"the vocabulary of {vocabulary.size} tokens is not that of the decoder, or not of the source")
     directory.mkdir(parents=True)
     dtype = source.weights["embedding"].dtype
     config = config_for(decoder, read_config(source.directory))
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if vocabulary is not None:
+        config = reduced_config(config, vocabulary)
+        tensors = _kept_rows(tensors, vocabulary, source.decoder.vocab_size)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if vocabulary is None:
+        _write_whole_tokenizer(source, directory, config["model_type"])
+    else:
+        write_tokenizer_files(source.directory, directory, vocabulary)
+    write_tensors(checkpoint_names(decoder), decoder.shapes(), tensors, directory, dtype)
+
+
+def _kept_rows(
+    tensors: Iterable[tuple[str, torch.Tensor]], vocabulary: Vocabulary, rows: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
+    kept = torch.from_numpy(vocabulary.kept)
+    for name, tensor in tensors:
+        yield name, tensor[kept] if name in ("embedding", "head") and len(tensor) == rows else tensor
+
+
+def _write_whole_tokenizer(source: Model, directory: Path, model_type: str) -> None:
     for name in TOKENIZER_FILES:
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
-    if config["model_type"] != source.decoder.family:
+    if model_type != source.decoder.family:
         _write_loaded_tokenizer(source, directory)
-    write_tensors(checkpoint_names(decoder), decoder.shapes(), tensors, directory, dtype)
 
 
 def _write_loaded_tokenizer(source: Model, directory: Path) -> None:

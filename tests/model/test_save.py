@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
@@ -12,10 +13,12 @@ from edgeprune.model.forward import token_losses, weight_stream
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokenizer import write_tokenizer
+from edgeprune.model.vocabulary import Vocabulary, needed, padded, read_vocabulary
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.checkpoints import save_llama
 from tests.model.test_tokenizer import sentencepiece
+from tests.model.test_vocabulary import CORPUS, ids_of, ignore_merges
 from tests.reference import weights_of
 
 
@@ -138,3 +141,112 @@ def test_a_wrong_stream_is_a_bug(tmp_path, change):
         stream.append(("more", torch.zeros(1)))
     with pytest.raises(ValueError, match="expected|no weight"):
         save_checkpoint(dense.decoder, stream, dense, tmp_path / "small")
+
+
+def save_with_padded_rows(folder, **changes):
+    """A checkpoint whose embedding has more rows than its tokenizer has tokens."""
+    (folder / "tokenizer").mkdir(parents=True)
+    ignore_merges(folder / "tokenizer")
+    tokens = len(load_tokenizer(folder / "tokenizer"))
+    save_llama(folder, vocab_size=tokens + 30, eos_token_id=tokens - 2, bos_token_id=tokens - 1, **changes)
+    (folder / "tokenizer.json").unlink()
+    for path in (folder / "tokenizer").iterdir():
+        path.rename(folder / path.name)
+
+
+def save_reduced(dense, folder, vocabulary, target=None, stream=None):
+    target = (target or dense.decoder).with_vocabulary(vocabulary.size)
+    stream = stream or [(name, dense.weights[name]) for name in target.shapes()]
+    save_checkpoint(target, stream, dense, folder, vocabulary)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reduced_vocabulary_gives_the_logits_of_the_kept_tokens(tmp_path, tied):
+    save_with_padded_rows(tmp_path / "dense", tie_word_embeddings=tied)
+    dense = load_model(str(tmp_path / "dense"))
+    full = load_tokenizer(tmp_path / "dense")
+    vocabulary = padded(tmp_path / "dense", needed(tmp_path / "dense", ids_of(full, CORPUS)))
+    assert vocabulary.size % 64 == 0
+    assert vocabulary.size < len(full) < dense.decoder.vocab_size
+    save_reduced(dense, tmp_path / "small", vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small", local_files_only=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", local_files_only=True)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", local_files_only=True)
+    for line in CORPUS[:3]:
+        old, new = (t(line, return_tensors="pt")["input_ids"] for t in (full, tokenizer))
+        assert (vocabulary.restore(new.numpy()) == old.numpy()).all()
+        with torch.no_grad():
+            expected, found = reference(old).logits[..., vocabulary.kept], loaded(new).logits
+        assert (found - expected).abs().max() < 1e-5
+    own = load_model(str(tmp_path / "small"))
+    assert own.decoder == dense.decoder.with_vocabulary(vocabulary.size)
+    assert own.weights.keys() == dense.weights.keys()
+    for name, weight in dense.weights.items():
+        assert torch.equal(own.weights[name], weight[vocabulary.kept] if name in ("embedding", "head") else weight)
+    assert (read_vocabulary(tmp_path / "small").kept == vocabulary.kept).all()
+    assert loaded.config.bos_token_id == tokenizer.bos_token_id == tokenizer(CORPUS[0])["input_ids"][0]
+    assert loaded.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_generation_ends_at_the_configured_tokens_of_a_reduced_checkpoint(tmp_path):
+    save_with_padded_rows(tmp_path / "dense", tie_word_embeddings=False)
+    dense = load_model(str(tmp_path / "dense"))
+    full = load_tokenizer(tmp_path / "dense")
+    vocabulary = needed(tmp_path / "dense", ids_of(full, CORPUS))
+
+    def drawn(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        ids = load_tokenizer(folder)(CORPUS[0], return_tensors="pt")["input_ids"]
+        found = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0)
+        return found[0, ids.shape[1] :].tolist()
+
+    save_reduced(dense, tmp_path / "free", vocabulary)
+    free = drawn(tmp_path / "free")
+    end = free[4]
+    eos = [full.eos_token_id, int(vocabulary.kept[end])]
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    save_reduced(dense, tmp_path / "small", vocabulary)
+    assert drawn(tmp_path / "small") == free[: free.index(end) + 1] != free
+
+
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizer", None])
+@pytest.mark.parametrize("widths", [(1, 5, 32), (1, 6, 64)])
+def test_the_reduced_tokenizer_is_that_which_transformers_loads(tmp_path, declared, widths):
+    """A llama's, whether it becomes a mistral or not: LlamaTokenizer overrides parts of the file."""
+    save_llama(tmp_path / "dense", num_key_value_heads=1, vocab_size=285)
+    (tmp_path / "dense" / "tokenizer.json").unlink()
+    write_tokenizer(sentencepiece(), 256, tmp_path / "dense")
+    path = tmp_path / "dense" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": declared}))
+    dense = load_model(str(tmp_path / "dense"))
+    full = load_tokenizer(tmp_path / "dense")
+    texts = ["abc ab", " a  b.", "é日\nab", "<s>ab</s> c"]
+    vocabulary = needed(tmp_path / "dense", ids_of(full, texts))
+    assert vocabulary.size < len(full)
+    target = dense.decoder.with_widths(*widths)
+    stream = [(name, torch.zeros(shape)) for name, shape in target.shapes().items()]
+    save_reduced(dense, tmp_path / "small", vocabulary, target, stream)
+    family = json.loads((tmp_path / "small" / "config.json").read_text())["model_type"]
+    assert family == ("mistral" if widths == (1, 5, 32) else "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small", local_files_only=True)
+    assert tokenizer.padding_side == full.padding_side
+    for text in texts:
+        assert vocabulary.restore(np.array(tokenizer(text)["input_ids"])).tolist() == full(text)["input_ids"]
+    assert tokenizer.decode(tokenizer("caab日")["input_ids"]) == full.decode(full("caab日")["input_ids"])
+
+
+def test_a_reduced_stream_is_checked_as_any_other(tmp_path):
+    save_llama(tmp_path / "dense", torch.float16)
+    dense = load_model(str(tmp_path / "dense"))
+    vocabulary = Vocabulary(np.arange(257, dtype=np.int64))
+    wrong = Vocabulary(np.arange(1, 258, dtype=np.int64))
+    for decoder, kept in [(dense.decoder.with_vocabulary(256), vocabulary), (dense.decoder, wrong)]:
+        with pytest.raises(ValueError, match="not that of the decoder, or not of the source"):
+            save_checkpoint(decoder, [], dense, tmp_path / "small", kept)
+    assert not (tmp_path / "small").exists()
+    stream = {name: dense.weights[name].float() for name in dense.decoder.shapes()}
+    with pytest.raises(ValueError, match="expected embedding"):
+        save_reduced(dense, tmp_path / "short", vocabulary, stream=[("embedding", stream["embedding"][1:])])
+    stream["embedding"][3, 0] = 7e4
+    with pytest.raises(NumericalError, match="embedding reaches"):
+        save_reduced(dense, tmp_path / "large", vocabulary, stream=stream.items())
