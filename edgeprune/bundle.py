@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from edgeprune.errors import InputError
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 LINKS = ("model", "onnx", "engine")
+FRONTIER = "frontier"  # the kind of a bundle whose rungs wait to be picked from; others have a chosen one
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -69,13 +71,13 @@ def sha256(path: Path) -> str:
 def write_bundle(
     staging: Path, output: Path, rungs: Sequence[Path], tokenizer: Mapping[str, Path],
     texts: Mapping[str, str | bytes], manifest: Mapping[str, Any],
-    render: Callable[[dict[str, int]], Mapping[str, str]],
+    render: Callable[[dict[str, int]], Mapping[str, str]], chosen: int | None = 0,
 ) -> None:  # fmt: skip
     """Link the rungs' folders into a bundle with tokenizer and texts, hash all files, put it into place.
 
-    rungs: the chosen one first. staging: where it is assembled, on the same disk as output. render(files) gives
-    the texts that list the bundle's files with their bytes (the report). An older bundle at `output` is replaced
-    at the very end, and only then removed.
+    rungs: the largest first; chosen: the one that the links at the top lead to, none: there are no links. staging:
+    where it is assembled, on the same disk as output. render(files) gives the texts that list the bundle's files
+    with their bytes (the report). An older bundle at `output` is replaced at the very end, and only then removed.
     """
     shutil.rmtree(staging, ignore_errors=True)
 
@@ -92,7 +94,8 @@ def write_bundle(
                 shutil.copytree(path, folder / path.name, copy_function=link)
             else:
                 link(str(path), str(folder / path.name))
-    point_to_rung(staging, 0)
+    if chosen is not None:
+        point_to_rung(staging, chosen)
     (staging / "tokenizer").mkdir()
     for name, path in tokenizer.items():
         shutil.copyfile(path, staging / "tokenizer" / name)
@@ -141,6 +144,26 @@ def _replace(path: Path, text: str) -> None:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file, by its path in the bundle; links to folders are not followed."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rungs_of(folder: Path) -> list[int]:
+    """The rungs that a bundle holds."""
+    return sorted(int(path.name) for path in (folder / "rungs").glob("*") if path.name.isdecimal())
+
+
+def open_chosen(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle that has a chosen rung: to run, measure or deploy.
+
+    Raises InputError as open_bundle does, and where the rungs wait to be picked from.
+    """
+    manifest = open_bundle(folder)
+    if manifest.get("kind") == FRONTIER:
+        name, rungs = shlex.quote(str(folder)), rungs_of(folder)
+        raise InputError(
+            f"{folder} holds {len(rungs)} rungs to pick from, none is chosen yet",
+            f"Pick one, K is {rungs[0]} to {rungs[-1]}: edgeprune fit --from {name} --pick K",
+        )
+    return manifest
 
 
 def open_bundle(folder: Path) -> dict[str, Any]:

@@ -11,17 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeprune import __version__
-from edgeprune.errors import EdgepruneError
+from edgeprune import __version__, options
+from edgeprune.errors import EdgepruneError, InputError
 
 app = typer.Typer(
     name="edgeprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fit a decoder-only transformer into a device's memory and latency budget.",
 )  # fmt: skip
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output and nothing else.")]
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The output directory of `edgeprune fit`.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
+PICKING = ("--from", "--pick", "--output", "--force", "--json")  # what goes together
 
 
 def _version(value: bool) -> None:
@@ -43,9 +41,10 @@ def _root(
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, .gguf file, or `demo`.")] = "demo",
-    device: Annotated[str | None, typer.Option(help="Device profile; `edgeprune devices` lists them.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")] = None,
+    context_: typer.Context,
+    model: options.Model = "demo",
+    device: options.Device = None,
+    profile: options.Profile = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE|%", help="Peak device memory: 1.5GiB, 900MB or 90%.")
     ] = None,
@@ -54,24 +53,18 @@ def fit(
     max_quality_loss: Annotated[
         float | None, typer.Option(metavar="%", help="Acceptable rise of held-out perplexity.")
     ] = None,
-    calibration: Annotated[
-        str, typer.Option(metavar="PATH|self", help="Text, jsonl or folder; `self`: the model generates it.")
-    ] = "self",
-    evaluate: Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
-    method: Annotated[str, typer.Option(help="default, or a baseline: wanda+ls, magnitude, random, ...")] = "default",
-    precision: Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: the profile's.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")] = None,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")] = None,
-    context: Annotated[int | None, typer.Option(help="Prompt and generated tokens. Default: the profile's.")] = None,
-    engine: Annotated[
-        str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx|onnxruntime", help="Engine to build with.")
-    ] = "auto",
-    target: Annotated[
-        str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Build and measure on this device.")
-    ] = None,
-    keep_remote: Annotated[bool, typer.Option("--keep-remote", help="Leave the working folder on the device.")] = False,
+    calibration: options.Calibration = "self",
+    evaluate: options.Evaluate = None,
+    samples: options.Samples = 32,
+    length: options.Length = 256,
+    method: options.Method = "default",
+    precision: options.Precision = None,
+    batch: options.Batch = None,
+    prompt: options.Prompt = None,
+    context: options.Context = None,
+    engine: options.EngineName = "auto",
+    target: options.Target = None,
+    keep_remote: options.KeepRemote = False,
     rungs: Annotated[
         int, typer.Option(help="Models in the bundle; each further one is smaller, in case the device is slower.")
     ] = 1,
@@ -79,11 +72,17 @@ def fit(
         bool, typer.Option("--require-measured", help="A verdict that rests on an estimate is a failure.")
     ] = False,
     no_checkpoint: Annotated[bool, typer.Option("--no-checkpoint", help="Leave model/ out of the bundle.")] = False,
-    output: Annotated[Path | None, typer.Option(help="The bundle. Default: MODEL-DEVICE.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older bundle or unfinished run.")] = False,
-    json_: Json = False,
-    seed: Seed = 0,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="BUNDLE", help="Export a rung of `edgeprune frontier`'s bundle.")
+    ] = None,
+    pick: Annotated[int | None, typer.Option(metavar="K", help="The rung of --from.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The bundle. Default: MODEL-DEVICE, or BUNDLE-pickK with --from.")
+    ] = None,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    json_: options.Json = False,
+    seed: options.Seed = 0,
 ) -> None:
     """Prune, compensate, export, build and measure until the budget is met; write a bundle and a report."""
     from edgeprune.loop import fit as run
@@ -92,30 +91,96 @@ def fit(
     from edgeprune.report.terminal import print_report
     from edgeprune.shipping import read_report
 
-    request = Request(
-        model=model, device=device, profile=profile, memory=memory, prefill=prefill, decode=decode,
-        max_quality_loss=max_quality_loss, calibration=calibration, evaluate=tuple(evaluate or ()), samples=samples,
-        length=length, method=method, precision=precision, batch=batch, prompt=prompt, context=context, engine=engine,
-        target=target, keep_remote=keep_remote, rungs=rungs, require_measured=require_measured,
-        checkpoint=not no_checkpoint, output=output, resume=resume, force=force,
-        seed=seed,
-    )  # fmt: skip
-    with rich_progress() as progress:
-        bundle = run(request, progress)
+    if from_ is not None or pick is not None:
+        bundle = _picked(context_, from_, pick, output, force)
+    else:
+        request = Request(
+            model=model, device=device, profile=profile, memory=memory, prefill=prefill, decode=decode,
+            max_quality_loss=max_quality_loss, calibration=calibration, evaluate=tuple(evaluate or ()),
+            samples=samples, length=length, method=method, precision=precision, batch=batch, prompt=prompt,
+            context=context, engine=engine, target=target, keep_remote=keep_remote, rungs=rungs,
+            require_measured=require_measured, checkpoint=not no_checkpoint, output=output, resume=resume,
+            force=force, seed=seed,
+        )  # fmt: skip
+        with rich_progress() as progress:
+            bundle = run(request, progress)
     report = read_report(bundle)
     if json_:
         typer.echo(report.model_dump_json(indent=2))
     else:
         print_report(report, _console())
         typer.echo(f"\nbundle  {bundle}\nreport  {bundle / 'report.html'}")
-    raise typer.Exit(report.exit_code(require_measured))
+    raise typer.Exit(report.exit_code(require_measured) if from_ is None else 0)
+
+
+def _picked(context: typer.Context, bundle: Path | None, pick: int | None, output: Path | None, force: bool) -> Path:
+    """fit --from: the exported bundle. Raises InputError for an option that says how to fit."""
+    from edgeprune.picking import pick as export
+    from edgeprune.progress import rich_progress
+
+    if bundle is None or pick is None:
+        raise InputError("--from and --pick go together", "Give the bundle and the rung: --from BUNDLE --pick K.")
+    if others := [name for name in options.given(context) if name not in PICKING]:
+        raise InputError(
+            f"{', '.join(others)} with --from: a rung is exported as it was fitted",
+            "Leave it out: only --pick, --output, --force and --json go with --from.",
+        )
+    with rich_progress() as progress:
+        return export(bundle, pick, output, force, progress)
+
+
+@app.command()
+def frontier(
+    model: options.Model = "demo",
+    device: options.Device = None,
+    profile: options.Profile = None,
+    rungs: Annotated[int, typer.Option(min=2, help="How many model sizes, the dense model not counted.")] = 6,
+    calibration: options.Calibration = "self",
+    evaluate: options.Evaluate = None,
+    samples: options.Samples = 32,
+    length: options.Length = 256,
+    method: options.Method = "default",
+    precision: options.Precision = None,
+    batch: options.Batch = None,
+    prompt: options.Prompt = None,
+    context: options.Context = None,
+    engine: options.EngineName = "auto",
+    target: options.Target = None,
+    keep_remote: options.KeepRemote = False,
+    output: Annotated[Path | None, typer.Option(help="The bundle. Default: MODEL-DEVICE-frontier.")] = None,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    json_: options.Json = False,
+    seed: options.Seed = 0,
+) -> None:
+    """Latency, memory and quality of a ladder of model sizes, to pick from: fit --from BUNDLE --pick K."""
+    from edgeprune.loop import frontier as run
+    from edgeprune.prepare import Request
+    from edgeprune.progress import rich_progress
+    from edgeprune.report.frontier_terminal import print_frontier
+    from edgeprune.shipping import read_frontier
+
+    request = Request(
+        model=model, device=device, profile=profile, calibration=calibration, evaluate=tuple(evaluate or ()),
+        samples=samples, length=length, method=method, precision=precision, batch=batch, prompt=prompt,
+        context=context, engine=engine, target=target, keep_remote=keep_remote, rungs=rungs, output=output,
+        resume=resume, force=force, seed=seed,
+    )  # fmt: skip
+    with rich_progress() as progress:
+        bundle = run(request, progress)
+    found = read_frontier(bundle)
+    if json_:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        print_frontier(found, bundle, _console())
+        typer.echo(f"\nbundle  {bundle}\npage    {bundle / 'frontier.html'}")
 
 
 @app.command()
 def devices(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
     toml: Annotated[bool, typer.Option("--toml", help="Print the profile's file, to copy and change.")] = False,
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> None:
     """List the device profiles, or show one with the source and confidence of each figure."""
     from edgeprune.profiles import list_profiles, load_profile, profile_toml
@@ -139,14 +204,14 @@ def devices(
 def plan(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A config.json, or a model as for fit; no weights.")],
     device: Annotated[str | None, typer.Option(help="Device profile. Default: a table of all.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")] = None,
+    profile: options.Profile = None,
     precision: Annotated[
         str | None, typer.Option(metavar="fp16|int8|int4|fp32", help="Default: the profile's.")
     ] = None,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")] = None,
+    prompt: options.Prompt = None,
     past: Annotated[int | None, typer.Option(help="Tokens in the cache before a step. Default: the profile's.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")] = None,
-    json_: Json = False,
+    batch: options.Batch = None,
+    json_: options.Json = False,
 ) -> None:
     """Estimate what a model of this shape needs and reaches: memory by part, prefill, decode; all estimated."""
     from edgeprune.plan import Question, plan_all
@@ -175,7 +240,7 @@ def plan(
 
 
 @app.command()
-def doctor(json_: Json = False) -> None:
+def doctor(json_: options.Json = False) -> None:
     """Say which engines can build and run here, and what to install for the others."""
     from edgeprune.doctor import examine
     from edgeprune.report.terminal import print_doctor
@@ -189,12 +254,12 @@ def doctor(json_: Json = False) -> None:
 
 @app.command()
 def measure(
-    bundle: Bundle,
+    bundle: options.Bundle,
     target: Annotated[
         str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Where. Default: this machine.")
     ] = None,
-    keep_remote: Annotated[bool, typer.Option("--keep-remote", help="Leave the working folder on the device.")] = False,
-    json_: Json = False,
+    keep_remote: options.KeepRemote = False,
+    json_: options.Json = False,
 ) -> None:
     """Build a bundle's engine where it is to run, check and measure it, and update the report."""
     from edgeprune.measuring import measure as run_measure
@@ -212,12 +277,12 @@ def measure(
 
 @app.command()
 def run(
-    bundle: Bundle,
+    bundle: options.Bundle,
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
 ) -> None:
     """Generate text from a bundle's engine, or from its graph where the engine's GPU is not here, as it comes."""
     from edgeprune.generation import stream_text
@@ -236,16 +301,16 @@ def compare(
         str, typer.Option(help="Names, with commas between, or `all`.")
     ] = "default,flap,wanda+ls,wanda,magnitude,random",
     calibration: Annotated[str, typer.Option(metavar="PATH", help="Text, jsonl or folder.")] = "self",
-    evaluate: Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+    evaluate: options.Evaluate = None,
+    samples: options.Samples = 32,
+    length: options.Length = 256,
     layout: Annotated[
         str, typer.Option(metavar="uniform|per-layer|both", help="The same widths in every layer, or free ones.")
     ] = "uniform",
     html: Annotated[Path | None, typer.Option(help="Write a page with a plot there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older page.")] = False,
-    json_: Json = False,
-    seed: Seed = 0,
+    json_: options.Json = False,
+    seed: options.Seed = 0,
 ) -> None:
     """Compare pruning methods at equal ratios on the same samples and texts."""
     from edgeprune.compare import compare as run_compare
@@ -269,7 +334,7 @@ def compare(
 
 
 @app.command()
-def report(bundle: Bundle) -> None:
+def report(bundle: options.Bundle) -> None:
     """Render a bundle's report.html again from its report.json, and say where it is."""
     from edgeprune.shipping import render_again
 
@@ -277,8 +342,6 @@ def report(bundle: Bundle) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    from edgeprune.errors import InputError
-
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.budget import STATUS_TEXT, Budget, Limit, Verdict, format_bytes, format_ms, judge, memory_total
-from edgeprune.bundle import LINKS, MANIFEST, REPORT, open_bundle, point_to_rung, sha256
+from edgeprune.bundle import LINKS, MANIFEST, REPORT, open_bundle, open_chosen, point_to_rung, sha256
 from edgeprune.engine import perform
 from edgeprune.engine.base import Figure, Measured, Performance, Workload
 from edgeprune.engine.child import Tell
@@ -56,7 +56,7 @@ def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, 
     where the folder is no bundle, EngineError where nothing could be built or an engine computes wrongly; the
     bundle is then as it was.
     """
-    open_bundle(bundle)
+    open_chosen(bundle)
     with _alone(bundle):
         _settle(bundle)
         plan = _read(bundle / DEPLOYMENT)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.bundle import REPORT, open_bundle
+from edgeprune.bundle import REPORT, open_chosen
 from edgeprune.engine.check import Runner as StepRunner
 from edgeprune.engine.generate import generate
 from edgeprune.engine.gpu import Runner as EngineRunner
@@ -102,7 +102,7 @@ def stream_text(
 
     Raises InputError.
     """
-    manifest = open_bundle(bundle)
+    manifest = open_chosen(bundle)
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
     tokenizer_folder = bundle / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_folder)

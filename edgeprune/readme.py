@@ -6,6 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from edgeprune.finish import DEPLOYMENT
+from edgeprune.report.figures import number_text
+from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
+from edgeprune.report.frontier_page import rise_of
 from edgeprune.report.schema import Report, Step
 
 FINISH = "finish.pyz"
@@ -77,6 +80,36 @@ def readme(report: Report) -> str:
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def frontier_readme(frontier: Frontier, bundle: str) -> str:
+    """README.md of a bundle whose rungs wait to be picked from."""
+    lines = [
+        f"# {frontier.model.name} for {frontier.device.description}: rungs to pick from", "",
+        f"{len(frontier.rungs)} models, each smaller than the one before. `frontier.html` shows what each needs, "
+        "reaches and costs; `frontier.json` is the same for programs.", "",
+        "| rung | decode | prefill | memory | pruned | rise of perplexity, measured | quality |",
+        "|---|---|---|---|---|---|---|", f"| dense |{_cells(frontier.dense)} | | |",
+    ]  # fmt: skip
+    lines += [
+        f"| {rung.index} |{_cells(rung)} {100 * rung.ratio:.1f} % | {rise_of(rung)} | {rung.grade} |"
+        for rung in frontier.rungs
+    ]
+    lines += [
+        "", "## Pick one", "", "```", pick_command(bundle, "K"), "```", "",
+        "K is the rung. That writes a bundle of its own, which can be deployed, measured and run; this one cannot.",
+        "It needs nothing but the files in this folder.", "",
+        "## Files", "", "| file | what it is |", "|---|---|",
+        "| `rungs/K/onnx/`, `rungs/K/model/`, `rungs/K/engine/` | the graphs, a standard checkpoint, the engine |",
+        "| `rungs/K/report.json` | the whole report of the rung |",
+        *RECORDS, "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cells(point: Dense | Rung) -> str:
+    figures = (point.decode, point.prefill, point.memory)
+    return "".join(f" {number_text(figure.value, figure.unit)} ({figure.source}) |" for figure in figures)
 
 
 GRAPHS = (

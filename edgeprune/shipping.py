@@ -11,11 +11,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from edgeprune import __version__
 from edgeprune.budget import STATUS_TEXT, format_ms, memory_total
-from edgeprune.bundle import REPORT, open_bundle, write_again, write_bundle
+from edgeprune.bundle import FRONTIER, REPORT, open_bundle, write_again, write_bundle
 from edgeprune.deployment import deployment
 from edgeprune.engine.base import Performance
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
@@ -28,13 +30,14 @@ from edgeprune.profiles import profile_toml
 from edgeprune.readme import FINISH, deploy_steps, readme
 from edgeprune.report import schema
 from edgeprune.report.figures import OUTCOME_TEXT
+from edgeprune.report.frontier import Frontier
+from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html
 from edgeprune.results import Fitted
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
+FRONTIER_FILE = "frontier.json"
+Document = TypeVar("Document", bound=BaseModel)
 
 
 def ship(rungs: Sequence[Fitted], work: Path) -> None:
@@ -99,20 +102,31 @@ def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
 
 
 def render_again(folder: Path) -> Path:
-    """report.html once more from a bundle's report.json. Raises InputError."""
-    open_bundle(folder)
-    write_again(folder, {"report.html": render_html(read_report(folder))})
-    return folder / "report.html"
+    """The page of a bundle once more, from report.json or frontier.json. Raises InputError."""
+    if open_bundle(folder).get("kind") == FRONTIER:
+        name, page = "frontier.html", render_frontier(read_frontier(folder), folder.resolve().name)
+    else:
+        name, page = "report.html", render_html(read_report(folder))
+    write_again(folder, {name: page})
+    return folder / name
 
 
 def read_report(folder: Path) -> schema.Report:
-    """The report of a bundle. Raises InputError where it cannot be read."""
+    """The report of a bundle, or of a rung. Raises InputError where it cannot be read."""
+    return _read(schema.Report, folder / REPORT)
+
+
+def read_frontier(folder: Path) -> Frontier:
+    """The document of a frontier's bundle. Raises InputError where it cannot be read."""
+    return _read(Frontier, folder / FRONTIER_FILE)
+
+
+def _read(document: type[Document], path: Path) -> Document:
     try:
-        return schema.Report.model_validate_json((folder / REPORT).read_text(encoding="utf-8"))
+        return document.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(
-            f"{folder / REPORT} cannot be read by this version of edgeprune",
-            "Use the version that manifest.json names.",
+            f"{path} cannot be read by this version of edgeprune", "Use the version that manifest.json names."
         ) from None
 
 
@@ -307,7 +321,9 @@ def command_line(request: Request, command: str = "fit", left_out: Collection[st
     defaults = type(request)()
     for name, value in request.__dict__.items():
         option = "--" + name.replace("_", "-")
-        if name in ("model", "resume", "force", *left_out) or value == getattr(defaults, name):
+        if name in ("model", "resume", "force", *left_out):
+            continue
+        if value == getattr(defaults, name) and (command, name) != ("frontier", "rungs"):  # of another default
             continue
         if name == "checkpoint":
             words.append("--no-checkpoint")

@@ -15,9 +15,10 @@ FILES = sorted((ROOT / "edgeprune").rglob("*.py"))
 ROOMS = {
     # what a room may import from edgeprune, besides itself and the ground floor
     "cli": {"measuring", "loop", "prepare", "shipping", "compare", "doctor", "generation", "progress", "log",
-            "profiles", "report", "plan"},
+            "profiles", "report", "plan", "picking", "options"},
+    "options": set(),
     "loop": {"results", "prepare", "shipping", "journal", "progress", "search", "bundle", "report", "evaluate",
-             "engine", "pruning", "model", "generation", "budget", "sensitivities", "profiles"},
+             "engine", "pruning", "model", "generation", "budget", "sensitivities", "profiles", "picking"},
     "results": {"budget", "engine", "model", "prepare", "search"},
     "deployment": {"budget", "engine", "results"},
     "finish": {"budget", "bundle", "engine"},
@@ -25,6 +26,8 @@ ROOMS = {
     "shipping": {"results", "deployment", "finish", "bundle", "report", "engine", "budget", "model", "profiles",
                  "prepare", "readme"},
     "readme": {"finish", "report"},
+    "picking": {"results", "deployment", "finish", "bundle", "report", "engine", "budget", "profiles", "progress",
+                "readme", "shipping"},
     "compare": {"prepare", "progress", "evaluate", "pruning", "model", "engine", "generation", "sensitivities"},
     "sensitivities": {"pruning", "model", "cache", "progress"},
     "prepare": {"engine", "pruning", "model", "profiles", "budget", "bundle", "search"},

@@ -1,0 +1,44 @@
+"""Options and arguments that several commands of the command line share, each with one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output and nothing else.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The output directory of `edgeprune fit`.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
+Model = Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, .gguf file, or `demo`.")]
+Device = Annotated[str | None, typer.Option(help="Device profile; `edgeprune devices` lists them.")]
+Profile = Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")]
+Calibration = Annotated[
+    str, typer.Option(metavar="PATH|self", help="Text, jsonl or folder; `self`: the model generates it.")
+]
+Evaluate = Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples.")]
+Length = Annotated[int, typer.Option(help="Tokens of a sample.")]
+Method = Annotated[str, typer.Option(help="default, or a baseline: wanda+ls, magnitude, random, ...")]
+Precision = Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: the profile's.")]
+Batch = Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")]
+Prompt = Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")]
+Context = Annotated[int | None, typer.Option(help="Prompt and generated tokens. Default: the profile's.")]
+EngineName = Annotated[
+    str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx|onnxruntime", help="Engine to build with.")
+]
+Target = Annotated[str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Build and measure on this device.")]
+KeepRemote = Annotated[bool, typer.Option("--keep-remote", help="Leave the working folder on the device.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older bundle or unfinished run.")]
+
+
+def given(context: typer.Context) -> list[str]:
+    """What the command line gives, as it is written there: `--device`, or `MODEL` for an argument."""
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if source is not None and source.name == "COMMANDLINE":
+            is_option = parameter.param_type_name == "option"
+            found.append(parameter.opts[0] if is_option else parameter.name.upper())
+    return found

@@ -1,0 +1,84 @@
+"""The ladder as the command line shows it; 80 columns are enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.report.figures import number_text
+from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
+from edgeprune.report.frontier_page import interval_of
+from edgeprune.report.terminal import _table, _text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+STYLES = {"intact": "green", "degraded": "yellow", "broken": "red"}
+FIGURES = ("decode", "prefill", "memory")
+
+
+def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
+    """A line for each rung, where quality ends, the sources of all figures, and how to pick."""
+    workload = frontier.workload
+    console.print(_text(
+        f"{frontier.model.name} on {frontier.device.name}: batch {workload.batch}, prompt {workload.prompt}, "
+        f"context {workload.context}, {frontier.precision}", "bold",
+    ))  # fmt: skip
+    console.print()
+    columns = ("rung", *FIGURES, "pruned", "rise", "interval", "quality")
+    rows = [_row(frontier, point) for point in (frontier.dense, *frontier.rungs)]
+    console.print(_table(columns, rows, whole=("rung", "pruned", "rise", "quality")))
+    console.print()
+    for line in (_ends(frontier), _sources(frontier), *_notes(frontier)):
+        console.print(_text(line))
+    console.print()
+    # Not wrapped, so that it can be copied.
+    console.print(_text(f"Pick rung K:  {pick_command(bundle, 'K')}"), soft_wrap=True)
+
+
+def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
+    figures = []
+    for field in FIGURES:
+        figure = getattr(point, field)
+        own = f" ({figure.source})" if len(frontier.sources(field)) > 1 else ""
+        figures.append(number_text(figure.value, figure.unit) + own)
+    if isinstance(point, Dense):
+        return ("dense", *figures, "", "", "", "")
+    mark = "?" if len(point.grades) > 1 else ""
+    return (
+        str(point.index), *figures, f"{100 * point.ratio:.0f} %", number_text(point.rise_percent, "%"),
+        interval_of(point).removesuffix(" %"), _text(f"{point.grade}{mark}", STYLES[point.grade]),
+    )  # fmt: skip
+
+
+def _ends(frontier: Frontier) -> str:
+    """Where quality ends, in words."""
+    found = (
+        (words, frontier.fastest(grades))
+        for words, grades in (("intact", ("intact",)), ("not broken", ("intact", "degraded")))
+    )
+    return "Fastest " + "; fastest ".join(
+        f"{words}: " + ("no rung" if rung is None else f"rung {rung.index}, {number_text(rung.decode.value, 'ms')}")
+        for words, rung in found
+    ) + "."  # fmt: skip
+
+
+def _sources(frontier: Frontier) -> str:
+    """The columns by source; where a column has several, its cells name their own."""
+    by_source: dict[str, list[str]] = {}
+    for field in FIGURES:
+        if len(sources := frontier.sources(field)) == 1:
+            by_source.setdefault(sources[0], []).append(field)
+    by_source.setdefault("measured", []).append("rise")
+    return "; ".join(f"{', '.join(words)}: {source}" for source, words in by_source.items()) + "."
+
+
+def _notes(frontier: Frontier) -> list[str]:
+    several = bool(frontier.rungs) and len(frontier.rungs[0].texts) > 1
+    notes = [f"rise: of perplexity{' on the worst text' if several else ''}, with its 95 % interval."]
+    if frontier.label != "perplexity":
+        notes.append("Quality is agreement with the dense model, on text of its own.")
+    if any(len(rung.grades) > 1 for rung in frontier.rungs):
+        notes.append("?: the interval reaches into another grade.")
+    return notes
