@@ -1,0 +1,42 @@
+"""Ladders made up for tests: reports of one model at several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from edgeprune.report.schema import Report
+from tests.report.sample_reports import estimated, measured, quality, report_of, text
+
+RISES = (1.4, 4.6, 9.8, 19.7, 48.0, 4127.0)
+
+
+def ladder(
+    content: Callable[[], dict[str, Any]], rises: Sequence[float] = RISES, texts: Sequence[str] = ("manual.txt",)
+) -> list[Report]:
+    """One report for each rise in percent of the first text's perplexity, at 90 %, 80 %, ... of the dense time; the
+    other texts rise by half of it. Intervals reach a tenth of the rise to both sides, half a point at least."""
+    return [report_of(_rung(content(), index, rise, texts)) for index, rise in enumerate(rises)]
+
+
+def _rung(content: dict[str, Any], index: int, rise: float, texts: Sequence[str]) -> dict[str, Any]:
+    share = 0.9 - 0.1 * index
+    dense = content["dense"]["performance"]
+    interleaved = content["fitted"]["performance"]["decode_ratio"] is not None
+    figure = measured if interleaved else estimated
+    performance = content["fitted"]["performance"] | {
+        "decode": figure(share * dense["decode"].value), "prefill": figure(share * dense["prefill"].value),
+        "memory_total": dense["memory_total"].model_copy(update={"value": share * dense["memory_total"].value}),
+        "prefill_ratio": None, "decode_ratio": measured(share, "1", 0.01) if interleaved else None,
+    }  # fmt: skip
+    rises = [rise, *(rise / 2 for _ in texts[1:])]
+    limit = {"name": "decode", "asked": f"{100 * share:.0f}%", "limit": share * dense["decode"].value, "unit": "ms",
+             "status": "met", "dense": dense["decode"], "fitted": performance["decode"]}  # fmt: skip
+    return content | {
+        "fitted": content["fitted"] | {"performance": performance}, "budget": [limit], "ratio": 0.1 * (index + 1),
+        "total_ratio": 0.08 * (index + 1), "warnings": ["the same for all", f"of rung {index}"],
+        "quality": quality(
+            [text(name, 10.0, r, max(0.5, abs(r) / 10)) for name, r in zip(texts, rises, strict=True)],
+            f"answer {index}", content["quality"]["label"],
+        ),
+    }  # fmt: skip

@@ -1,0 +1,325 @@
+"""A ladder's document, page and table: nothing but the reports' figures, each with its source, nothing injected."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+from html import unescape
+from math import inf, nan, sinh
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from edgeprune.report.frontier import Frontier, frontier_of
+from edgeprune.report.frontier_page import frontier_axes, frontier_plot, render_frontier
+from edgeprune.report.frontier_terminal import print_frontier
+from tests.report.sample_ladders import RISES, ladder
+from tests.report.sample_reports import built, estimated_content, measured_content
+from tests.report.test_html import ATTACK, Parsed
+
+BUNDLE = "smol ladder"
+
+
+@pytest.fixture(autouse=True)
+def small_library(monkeypatch):
+    """Without the 4 MB of plotly.js; one test brings it back."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
+
+
+def estimated_ladder(**changes) -> Frontier:
+    return frontier_of(ladder(estimated_content, **changes))
+
+
+def measured_ladder(**changes) -> Frontier:
+    return frontier_of(ladder(measured_content, **changes))
+
+
+def test_it_holds_the_reports_figures():
+    reports = ladder(measured_content, texts=("a.txt", "b.txt"))
+    frontier = frontier_of(reports)
+    for rung, report in zip(frontier.rungs, reports, strict=True):
+        performance = report.fitted.performance
+        assert (rung.memory, rung.prefill, rung.decode) == (
+            performance.memory_total, performance.prefill, performance.decode,
+        )  # fmt: skip
+        assert (rung.ratio, rung.texts, rung.grade) == (report.ratio, report.quality.texts, report.quality.grade)
+        assert (rung.rise_percent, rung.sample) == (report.quality.rise_percent, report.quality.fitted_sample)
+        assert rung.tokens_per_second.value == pytest.approx(1000 / rung.decode.value)
+        assert rung.asked == f"decode {90 - 10 * rung.index}%"
+        assert rung.decode_ratio == performance.decode_ratio  # interleaved
+        assert rung.prefill_ratio.value == pytest.approx(performance.prefill.value / frontier.dense.prefill.value)
+        assert rung.prefill_ratio.source == "measured"
+    assert frontier.dense.decode == reports[0].dense.performance.decode
+    assert [rung.index for rung in frontier.rungs] == list(range(6))
+    assert frontier.warnings == ["the same for all", *(f"of rung {index}" for index in range(6))]
+
+
+def test_it_reads_back_equal_and_follows_its_schema():
+    frontier = measured_ladder(rises=(1.0, inf, nan))
+    text = frontier.model_dump_json()
+    assert Frontier.model_validate_json(text).model_dump_json() == text
+    jsonschema.validate(json.loads(measured_ladder().model_dump_json()), Frontier.model_json_schema())
+
+
+def test_the_worst_text_counts_even_where_it_is_no_number():
+    frontier = measured_ladder(rises=(3.0, nan), texts=("a.txt", "b.txt"))
+    assert frontier.rungs[0].rise_percent == 3.0
+    assert [rung.grade for rung in frontier.rungs] == ["intact", "broken"]
+    assert frontier.rungs[1].texts[0].rise_percent != frontier.rungs[1].rise_percent  # both are not a number
+
+
+def test_a_ratio_of_two_sources_is_none():
+    reports = ladder(estimated_content)
+    performance = reports[0].fitted.performance
+    mixed = performance.model_copy(update={"decode": performance.decode.model_copy(update={"source": "measured"})})
+    reports[0] = reports[0].model_copy(update={"fitted": reports[0].fitted.model_copy(update={"performance": mixed})})
+    frontier = frontier_of(reports)
+    assert frontier.rungs[0].decode_ratio is None
+    assert frontier.rungs[1].decode_ratio.value == pytest.approx(0.8)
+    assert frontier.sources("decode") == ["estimated", "measured"]
+    assert frontier.sources("prefill") == ["estimated"]
+
+
+def test_where_quality_ends():
+    frontier = estimated_ladder()
+    assert [rung.grade for rung in frontier.rungs] == [
+        "intact", "intact", "degraded", "degraded", "broken", "broken",
+    ]  # fmt: skip
+    assert frontier.fastest(("intact",)).index == 1
+    assert frontier.fastest(("intact", "degraded")).index == 3
+    assert estimated_ladder(rises=(50.0,)).fastest(("intact",)) is None
+    # 4.6 % with an interval of 4.1 to 5.1 %
+    assert [len(rung.grades) for rung in frontier.rungs] == [1, 2, 1, 1, 1, 1]
+    assert frontier.rungs[1].grades == ("intact", "degraded")
+
+
+def rows(page: str) -> list[list[str]]:
+    """The visible words of each row of the table to pick from, by cell."""
+    table = re.search(r'<table id="rungs">(.*?)</table>', page, re.DOTALL)[1]
+    return [
+        [" ".join(unescape(re.sub(r"<[^>]+>", " ", cell)).split()) for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table.split("<tbody>")[1], re.DOTALL)
+    ]
+
+
+def headings(page: str) -> list[str]:
+    head = re.search(r'<table id="rungs">\s*<thead>(.*?)</thead>', page, re.DOTALL)[1]
+    return [" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in re.findall(r"<th>(.*?)</th>", head)]
+
+
+def test_the_table_has_every_figure_under_its_source():
+    page = render_frontier(measured_ladder(texts=("a.txt", "b.txt")), BUNDLE)
+    assert headings(page) == [
+        "", "rung", "quality", "perplexity, a.txt measured", "perplexity, b.txt measured", "per token measured",
+        "of dense measured", "tokens/s measured", "first token measured", "memory measured", "pruned", "of all",
+    ]  # fmt: skip
+    dense, first, *_ = rows(page)
+    assert dense[1:7] == ["dense", "", "10.00", "10.00", "50.1 ms 49.1 to 51.1 ms", ""]
+    assert first[1:] == [
+        "0", "intact", "+1.4 % +0.9 to +1.9 %", "+0.7 % +0.2 to +1.2 %", "45.1 ms 44.2 to 46.0 ms",
+        "0.900 0.891 to 0.909", "22.2", "820 ms 804 to 836 ms", "639.8 MiB", "10.0 %", "8.0 %",
+    ]  # fmt: skip
+
+
+def test_a_column_of_several_sources_labels_every_cell():
+    reports = ladder(estimated_content)
+    performance = reports[2].fitted.performance.model_copy(update={"memory_total": built(2**29)})
+    reports[2] = reports[2].model_copy(
+        update={"fitted": reports[2].fitted.model_copy(update={"performance": performance})}
+    )
+    page = render_frontier(frontier_of(reports), BUNDLE)
+    assert "memory" in headings(page)
+    assert [row[-3].split()[-1] for row in rows(page)] == ["estimated"] * 3 + ["built"] + ["estimated"] * 3
+    lines = printed(frontier_of(reports))
+    assert re.findall(r"\((\w+)\)", "\n".join(lines)) == ["estimated"] * 3 + ["built"] + ["estimated"] * 3
+    assert max(map(len, lines)) <= 80
+    assert "decode, prefill: estimated; rise: measured." in lines
+
+
+def test_broken_rungs_are_marked_and_a_grade_in_doubt_says_so():
+    page = render_frontier(estimated_ladder(), BUNDLE)
+    assert re.findall(r'<tr data-rung="(\d)"( class="is-broken")?', page) == [
+        (str(index), ' class="is-broken"' if index > 3 else "") for index in range(6)
+    ]
+    assert [row[2] for row in rows(page)[1:]] == [
+        "intact", "intact interval: intact to degraded", "degraded", "degraded", "broken", "broken",
+    ]  # fmt: skip
+    tiles = " ".join(" ".join(Parsed(page).texts).split())
+    assert "Fastest intact rung 1 3.23 ms per token estimated" in tiles
+    assert "Fastest not broken rung 3 2.42 ms per token estimated" in tiles
+    none = " ".join(Parsed(render_frontier(estimated_ladder(rises=(31.0,)), BUNDLE)).texts)
+    assert "Fastest not broken none every rung's perplexity rises by 30 % or more" in none
+
+
+def test_each_rung_has_the_command_that_exports_it():
+    page = render_frontier(estimated_ladder(), "it's a <b>ladder</b>")
+    commands = [unescape(text) for text in re.findall(r"<pre hidden data-command=\"\d\">(.*?)</pre>", page)]
+    assert [shlex.split(command) for command in commands] == [
+        ["edgeprune", "fit", "--from", "it's a <b>ladder</b>", "--pick", str(index)] for index in range(6)
+    ]
+    assert [row[0] for row in rows(page)] == [""] * 7
+    assert len(re.findall(r'<input type="radio" name="rung" value="\d"', page)) == 6
+
+
+def test_the_plot_is_linear_below_5_percent_and_logarithmic_beyond():
+    frontier = measured_ladder(rises=(-1.0, *RISES))
+    figure = frontier_plot(frontier)
+    by_name = {trace.name: trace for trace in figure.data}
+    drawn = {
+        index: (x, 5 * sinh(y))
+        for grade in ("intact", "degraded", "broken")
+        for index, x, y in zip(by_name[grade].customdata, by_name[grade].x, by_name[grade].y, strict=True)
+    }
+    for rung in frontier.rungs:
+        assert drawn[rung.index] == pytest.approx((rung.decode.value, rung.rise_percent))
+    assert (by_name["dense"].x[0], by_name["dense"].y[0]) == (frontier.dense.decode.value, 0)
+    trace = by_name["degraded"]
+    high = [5 * sinh(y + up) for y, up in zip(trace.y, trace.error_y.array, strict=True)]
+    low = [5 * sinh(y - down) for y, down in zip(trace.y, trace.error_y.arrayminus, strict=True)]
+    own = [rung for rung in frontier.rungs if rung.grade == "degraded"]
+    assert high == pytest.approx([rung.high_percent for rung in own])
+    assert low == pytest.approx([rung.low_percent for rung in own])
+    assert list(trace.error_x.array) == pytest.approx([rung.decode.high - rung.decode.value for rung in own])
+    lines = [5 * sinh(shape.y0) for shape in figure.layout.shapes if shape.y0 == shape.y1]
+    assert lines == pytest.approx([5, 30])
+    bottom, top = figure.layout.yaxis.range
+    assert bottom < min(min(trace.y) for trace in figure.data)
+    assert top > max(max(trace.y) for trace in figure.data)
+    labels = dict(zip(figure.layout.yaxis.ticktext, figure.layout.yaxis.tickvals, strict=True))
+    assert 5 * sinh(labels["+100 %"]) == pytest.approx(100)
+
+
+def test_both_thresholds_are_in_sight_of_a_ladder_that_is_all_intact():
+    figure = frontier_plot(measured_ladder(rises=(0.1, 0.2)))
+    bottom, top = figure.layout.yaxis.range
+    assert bottom < 0 < 5 * sinh(top) > 30
+
+
+@pytest.mark.parametrize("rise", [1e9, 1e280])
+def test_a_rise_beyond_all_reason_leaves_a_few_ticks(rise):
+    figure = frontier_plot(measured_ladder(rises=(1.0, rise)))
+    assert 4 < len(figure.layout.yaxis.tickvals) < 200
+    assert "+10 %" in figure.layout.yaxis.ticktext
+
+
+def test_what_cannot_be_drawn_is_said():
+    page = render_frontier(measured_ladder(rises=(1.0, 50.0, inf, nan)), BUNDLE)
+    assert "beyond floating point: rung 2, rung 3." in page
+    assert [row[3].split(" ")[0] for row in rows(page)[3:]] == ["+inf", "+nan"]
+    (plot,) = re.findall(r"Plotly\.newPlot\((.*?)\);?\s*}?;?\s*</script>", page, re.DOTALL)
+    assert "NaN" not in plot
+    assert "not drawn" not in render_frontier(measured_ladder(), BUNDLE).lower()
+
+
+def test_other_quantities_can_stand_across():
+    frontier = measured_ladder()
+    figure, axes = frontier_plot(frontier), frontier_axes(frontier)
+    assert [label for label, *_ in axes.values()] == ["per token", "tokens/s", "memory", "first token"]
+    for field, (_, data, layout) in axes.items():
+        assert layout["xaxis.title.text"].endswith(", measured")
+        assert len(data["x"]) == len(data["error_x.array"]) == len(figure.data)
+        unit = 2**20 if field == "memory" else 1
+        path = [getattr(point, field).value / unit for point in (frontier.dense, *frontier.rungs)]
+        assert data["x"][0] == pytest.approx(path)
+    assert [list(trace.x) for trace in figure.data] == axes["decode"][1]["x"]
+    assert figure.layout.xaxis.title.text == axes["decode"][2]["xaxis.title.text"]
+    rung = frontier.rungs[0]
+    intact = [trace.name for trace in figure.data].index("intact")
+    assert axes["tokens_per_second"][1]["error_x.array"][intact][0] == pytest.approx(
+        rung.tokens_per_second.high - rung.tokens_per_second.value
+    )
+
+
+def test_pointing_at_a_rung_shows_all_of_it_with_sources():
+    (trace,) = [trace for trace in frontier_plot(estimated_ladder()).data if trace.name == "intact"]
+    assert trace.hovertext[0].split("<br>") == [
+        "<b>rung 0</b>", "per token 3.64 ms, estimated", "tokens/s 275 tokens/s, estimated",
+        "memory 743.7 MiB, estimated", "first token 6.63 ms, estimated", "10.0 % of attention and MLP pruned",
+        "perplexity +1.4 % (+0.9 to +1.9 %), measured: intact",
+    ]  # fmt: skip
+
+
+def test_self_generated_text_is_not_called_quality():
+    assert "nor how it does on your data" in render_frontier(estimated_ladder(), BUNDLE)
+    assert "nor how it does on your data" not in render_frontier(measured_ladder(), BUNDLE)
+
+
+def hostile(frontier: Frontier, text: str) -> Frontier:
+    """The text wherever a user, a file or a model has a say."""
+    rungs = [
+        rung.model_copy(update={
+            "asked": text, "sample": text, "texts": [one.model_copy(update={"name": text}) for one in rung.texts],
+            "decode": rung.decode.model_copy(update={"device": text, "basis": text}),
+        })
+        for rung in frontier.rungs
+    ]  # fmt: skip
+    return frontier.model_copy(update={
+        "rungs": rungs, "command": text, "prompt": text, "warnings": [text] * 7,
+        "model": frontier.model.model_copy(update={"name": text, "family": text, "fingerprint": text}),
+        "device": frontier.device.model_copy(update={"name": text, "description": text}),
+        "dense": frontier.dense.model_copy(update={"sample": text}),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])
+def test_texts_cannot_inject_markup(made):
+    safe = Parsed(render_frontier(made(), BUNDLE))
+    attacked = Parsed(render_frontier(hostile(made(), ATTACK), ATTACK))
+    assert [tag for tag, _ in attacked.elements] == [tag for tag, _ in safe.elements]
+    assert not [attributes for _, attributes in attacked.elements if any(a.startswith("on") for a in attributes)]
+    assert attacked.scripts == safe.scripts  # no text of a user is in a script
+    assert "{{ 7 * 7 }}" in " ".join(attacked.texts)
+
+
+def test_one_file_that_opens_offline(monkeypatch):
+    monkeypatch.undo()
+    page = render_frontier(estimated_ladder(), BUNDLE)
+    elements = Parsed(page).elements
+    assert not [1 for _, attributes in elements if "src" in attributes or "href" in attributes]
+    policy = next(a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert page.count("plotly.js v") == 1
+
+
+def printed(frontier: Frontier, bundle: str = BUNDLE) -> list[str]:
+    file = io.StringIO()
+    print_frontier(frontier, bundle, Console(file=file, width=80, color_system=None))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])
+def test_the_terminal_shows_it_in_80_columns(made):
+    frontier = made(rises=(-0.3, *RISES))
+    lines = printed(frontier, "a/" * 60 + "ladder")
+    command = f"Pick rung K:  edgeprune fit --from {'a/' * 60}ladder --pick K"
+    assert lines[-1] == command  # unbroken, to be copied
+    assert max(map(len, lines[:-1])) <= 80
+    table = lines[lines.index(next(line for line in lines if line.startswith("rung "))) :]
+    assert [line.split()[0] for line in table[1:9]] == ["dense", *map(str, range(7))]
+    assert table[8].split()[-5:] == ["%", "+3714", "to", "+4540", "broken"]
+
+
+def test_the_terminal_says_where_quality_ends_and_what_it_rests_on():
+    lines = printed(estimated_ladder())
+    for line in (
+        "Fastest intact: rung 1, 3.23 ms; fastest not broken: rung 3, 2.42 ms.",
+        "decode, prefill, memory: estimated; rise: measured.",
+        "rise: of perplexity, with its 95 % interval.",
+        "Quality is agreement with the dense model, on text of its own.",
+        "?: the interval reaches into another grade.",
+    ):
+        assert line in lines
+    assert "Fastest intact: no rung; fastest not broken: no rung." in printed(estimated_ladder(rises=(70.0,)))
+    several = printed(measured_ladder(texts=("a.txt", "b.txt"), rises=(1.0,)))
+    assert "decode, prefill, memory, rise: measured." in several
+    assert "rise: of perplexity on the worst text, with its 95 % interval." in several
+    assert not [line for line in several if line.startswith(("?:", "Quality is agreement"))]
+
+
+def test_the_terminal_is_not_steered():
+    text = "\n".join(printed(hostile(estimated_ladder(), "[red]\x1b[2J\x07")))
+    assert "[red]" in text
+    assert not {"\x1b", "\x07"} & set(text)
