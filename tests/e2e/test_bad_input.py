@@ -73,6 +73,21 @@ CASES = {
     "prompt beyond the context": (
         ["fit", "model", "--device", "jetson-orin", "--prompt", "64", "--context", "64"], "no room",
     ),
+    "pick from what is no bundle": (["fit", "--from", "full", "--pick", "0"], "no bundle"),
+    "pick nothing": (["fit", "--from", "full"], "--from and --pick go together"),
+    "pick from nothing": (["fit", "--pick", "2"], "--from and --pick go together"),
+    "pick, and a model": (["fit", "model", "--from", "full", "--pick", "0"], "MODEL with --from"),
+    "pick, and a budget": (
+        ["fit", "--from", "full", "--pick", "0", "--device", "cpu", "--decode", "70%"], "--device, --decode with",
+    ),
+    "pick, and the default of an option": (["fit", "--from", "full", "--pick", "0", "--seed", "0"], "--seed with"),
+    "pick by name": (["fit", "--from", "full", "--pick", "small"], "--pick"),
+    "a frontier without a device": (["frontier", "model"], "--device"),
+    "a frontier of one": (["frontier", "model", "--device", "jetson-orin", "--rungs", "1"], "--rungs"),
+    "a frontier has no budget": (["frontier", "model", "--device", "jetson-orin", "--decode", "70%"], "--decode"),
+    "a frontier into a full folder": (
+        ["frontier", "model", "--device", "jetson-orin", "--output", "full"], "not empty",
+    ),
     "no bundle": (["run", "full", "--prompt", "hi"], "is no bundle"),
     "no bundle to render": (["report", "full"], "is no bundle"),
     "unknown option": (["fit", "model", "--devise", "cpu"], "--devise"),
