@@ -14,8 +14,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from edgeprune.bundle import open_bundle, sha256
+from edgeprune.cli import app
 from edgeprune.errors import InputError
 from edgeprune.picking import pick
 from edgeprune.report.frontier import Frontier, frontier_of
@@ -117,6 +119,41 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
     table = [line for line in readme.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table[:6]} == {8}
     assert "(measured)" in table[2]
+
+
+def test_the_command_prints_the_table_or_the_document(made, monkeypatch):
+    asked = []
+
+    def frontier(request, progress):
+        asked.append(request)
+        return made
+
+    monkeypatch.setattr("edgeprune.loop.frontier", frontier, raising=False)
+    words = [
+        "frontier",
+        "model",
+        "--device",
+        "cpu",
+        "--rungs",
+        "3",
+        "--seed",
+        "7",
+        "--evaluate",
+        "a",
+        "--evaluate",
+        "b",
+    ]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    request = asked[0]
+    assert (request.model, request.device, request.rungs, request.seed) == ("model", "cpu", 3, 7)
+    assert request.evaluate == (Path("a"), Path("b"))
+    assert f"bundle  {made}\npage    {made / 'frontier.html'}\n" in result.stdout
+    assert f"edgeprune fit --from '{made}' --pick K" in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines() if line[:1].isdecimal()] == ["0", "1", "2"]
+    document = CliRunner().invoke(app, ["frontier", "--device", "cpu", "--json"])
+    assert json.loads(document.stdout) == json.loads((made / "frontier.json").read_text())
+    assert asked[1].rungs == 6
 
 
 @pytest.mark.parametrize("words", [("measure",), ("run", "--prompt", "hi")])

@@ -319,6 +319,19 @@ def test_the_terminal_says_where_quality_ends_and_what_it_rests_on():
     assert not [line for line in several if line.startswith(("?:", "Quality is agreement"))]
 
 
+def test_one_document_has_no_interval():
+    frontier = estimated_ladder(rises=(2.0,))
+    rung = frontier.rungs[0]
+    same = {"low_percent": 2.0, "high_percent": 2.0}
+    text = rung.texts[0].model_copy(update=same)
+    frontier = frontier.model_copy(update={"rungs": [rung.model_copy(update={"texts": [text], **same})]})
+    assert rows(render_frontier(frontier, BUNDLE))[1][3] == "+2.0 % one document"
+    lines = printed(frontier)
+    assert "No interval: one document alone." in lines
+    assert [line for line in lines if "+2.0 %" in line][0].split()[-3:] == ["+2.0", "%", "intact"]
+    assert "No interval: one document alone." not in printed(estimated_ladder())
+
+
 def test_the_terminal_is_not_steered():
     text = "\n".join(printed(hostile(estimated_ladder(), "[red]\x1b[2J\x07")))
     assert "[red]" in text
