@@ -1,12 +1,15 @@
-"""What pruning cost: the dense and the fitted model on the held-out texts, and one answer of each.
+"""What pruning cost: the dense and a fitted model on the held-out texts, their answers, and one of them in full.
 
-What belongs to the dense model is a stage of its own, computed once for all rungs of a run.
+What belongs to the dense model is computed once for all candidates of a run. Texts are cut into windows of the
+dense model's tokens; a fitted model with a vocabulary of its own gets the same windows, spelled in its tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +24,12 @@ from edgeprune.results import Candidate, Quality, Samples
 
 if TYPE_CHECKING:
     from edgeprune.evaluate.perplexity import Losses
+    from edgeprune.model.vocabulary import Vocabulary
 
 WINDOW = 256  # tokens, at least, that a held-out document is cut into
 SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
 SAMPLE_TOKENS = 80
+PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 32, 32  # whose answers are compared, at most
 
 
 @dataclass(frozen=True)
@@ -38,56 +43,150 @@ class Evaluator:
     plain: Path
 
     def quality(self, name: str, chosen: Candidate) -> Quality:
-        """Perplexity of both models on the held-out texts, and a sample of each; the stage `evaluation {name}`."""
-        dense = self.journal.stage("evaluation dense", lambda: self._side(self.setup.model, self.plain))
+        """Perplexity and agreement on the held-out texts, and answers of both models: the stage `evaluation {name}`."""
+        losses, answers = self._dense_losses(), self.journal.stage("dense answers", self._dense_answers)
 
         def compute() -> dict[str, Any]:
-            graphs = chosen.exported.graphs.parent / "onnx-fp32"
-            return _compare(dense, self._side(chosen.model, graphs), self.setup.request.seed)
+            from edgeprune.model.vocabulary import read_vocabulary
+
+            vocabulary = read_vocabulary(chosen.model.directory)
+            texts = self._texts(losses, chosen.model, vocabulary)
+            graph = chosen.exported.graphs.parent / "onnx-fp32" / RUNTIME_GRAPH
+            return {
+                "texts": texts, "prompt": SAMPLE_PROMPT, "dense_sample": answers["sample"],
+                "answers": self._identical(answers, chosen.model, graph, vocabulary),
+                "fitted_sample": self._sample(chosen.model, graph),
+            }  # fmt: skip
 
         return Quality(**self.journal.stage(f"evaluation {name}", compute))
 
-    def _side(self, model: Model, graphs: Path) -> dict[str, Any]:
-        return _side(self.setup, self.progress, model, graphs, self.samples.evaluation)
+    @cached_property
+    def _windows(self) -> dict[str, list[list[np.ndarray]]]:
+        from edgeprune.evaluate.perplexity import cut
 
+        length = max(self.setup.request.length, WINDOW)
+        return {name: cut(documents, length) for name, documents in self.samples.evaluation.items()}
 
-def _side(
-    setup: Setup, progress: Progress, model: Model, graphs: Path, texts: Mapping[str, Sequence[np.ndarray]]
-) -> dict[str, Any]:
-    """One model: nats and tokens of every document, by text, and its answer to the prompt."""
-    from edgeprune.evaluate.perplexity import document_losses
-    from edgeprune.generation import sample_text
+    def _losses(self, model: Model, windows: dict[str, list[list[np.ndarray]]]) -> dict[str, Losses]:
+        from edgeprune.evaluate.perplexity import window_losses
 
-    length = max(setup.request.length, WINDOW)
-    advance = progress.stage("evaluate", len(texts) * len(model.decoder.layers))
-    losses = {name: document_losses(model, documents, length, advance) for name, documents in texts.items()}
-    progress.stage("generate a sample")
-    answer = sample_text(
-        graphs / RUNTIME_GRAPH, setup.model.directory, SAMPLE_PROMPT, setup.workload.context, SAMPLE_TOKENS,
-        setup.request.seed,
-    )  # fmt: skip
-    return {
-        "texts": {name: {"nats": of.nats.tolist(), "tokens": of.tokens.tolist()} for name, of in losses.items()},
-        "sample": answer,
-    }
+        advance = self.progress.stage("evaluate", len(windows) * len(model.decoder.layers))
+        return {name: window_losses(model, of, advance) for name, of in windows.items()}
 
+    def _dense_losses(self) -> dict[str, Losses]:
+        """Of every text: the folder stage `dense-evaluation`."""
+        from edgeprune.evaluate.perplexity import Losses
 
-def _compare(dense: dict[str, Any], fitted: dict[str, Any], seed: int) -> dict[str, Any]:
-    from edgeprune.evaluate.perplexity import rise
+        def fill(folder: Path) -> None:
+            for index, losses in enumerate(self._losses(self.setup.model, self._windows).values()):
+                likeliest = np.concatenate([window for document in losses.likeliest for window in document])
+                np.savez(folder / f"{index}.npz", nats=losses.nats, tokens=losses.tokens, likeliest=likeliest)
 
-    texts = {}
-    for name in dense["texts"]:
-        losses = [_losses(side["texts"][name]) for side in (dense, fitted)]
-        texts[name] = {
-            "dense": losses[0].perplexity, "fitted": losses[1].perplexity, "tokens": int(losses[0].tokens.sum()),
-            **asdict(rise(*losses, seed)),
+        folder = self.journal.folder_stage("dense-evaluation", fill)
+        found = {}
+        for index, (name, documents) in enumerate(self._windows.items()):
+            with np.load(folder / f"{index}.npz") as stored:
+                ends = np.cumsum([len(window) - 1 for windows in documents for window in windows])
+                pieces = iter(np.split(stored["likeliest"], ends[:-1]))
+                likeliest = [list(islice(pieces, len(windows))) for windows in documents]
+                found[name] = Losses(stored["nats"], stored["tokens"], likeliest)
+        return found
+
+    def _texts(
+        self, dense: dict[str, Losses], model: Model, vocabulary: Vocabulary | None
+    ) -> dict[str, dict[str, Any]]:
+        """What results.Quality holds of every text."""
+        from edgeprune.evaluate.agreement import agreement, common_tokens
+        from edgeprune.evaluate.perplexity import rise
+
+        windows, common, kept, seed = self._windows, {}, None, self.setup.request.seed
+        if vocabulary is not None:
+            kept = vocabulary.kept
+            windows = {name: self._spelled(of, model) for name, of in self._windows.items()}
+            common = {name: common_tokens(self._windows[name], of, kept) for name, of in windows.items()}
+        texts = {}
+        for name, fitted in self._losses(model, windows).items():
+            agreed = agreement(dense[name], fitted, seed, common.get(name), kept)
+            texts[name] = {
+                "dense": dense[name].perplexity, "fitted": fitted.perplexity_per(dense[name]),
+                "tokens": int(dense[name].tokens.sum()), **asdict(rise(dense[name], fitted, seed)),
+                "agreement": agreed and asdict(agreed),
+            }  # fmt: skip
+        return texts
+
+    def _spelled(self, documents: Sequence[Sequence[np.ndarray]], model: Model) -> list[list[np.ndarray]]:
+        """Windows of the dense model's tokens in those of a model with a vocabulary of its own."""
+        from edgeprune.model.vocabulary import retokenized
+
+        flat = [window for windows in documents for window in windows]
+        spelled = iter(retokenized(flat, self.setup.model.directory, model.directory))
+        return [list(islice(spelled, len(windows))) for windows in documents]
+
+    def _sample(self, model: Model, graph: Path) -> str:
+        from edgeprune.generation import sample_text
+
+        self.progress.stage("generate a sample")
+        context, seed = self.setup.workload.context, self.setup.request.seed
+        return sample_text(graph, model.directory, SAMPLE_PROMPT, context, SAMPLE_TOKENS, seed)
+
+    def _dense_answers(self) -> dict[str, Any]:
+        """The sample, the prompts and the tokens that the dense model answers to them."""
+        model, graph = self.setup.model, self.plain / RUNTIME_GRAPH
+        prompts = self._prompts()
+        return {
+            "sample": self._sample(model, graph), "prompts": [prompt.tolist() for prompt in prompts],
+            "answers": self._answers(model, graph, prompts).tolist(),
         }  # fmt: skip
-    return {
-        "texts": texts, "prompt": SAMPLE_PROMPT, "dense_sample": dense["sample"], "fitted_sample": fitted["sample"],
-    }  # fmt: skip
 
+    def _prompts(self) -> list[np.ndarray]:
+        """Beginnings of the held-out documents, of one length, which at least half of them have."""
+        documents = [document for of in self.samples.evaluation.values() for document in of if len(document)]
+        room = self.setup.workload.context - self._answer_tokens
+        length = min(PROMPT_TOKENS, room, int(np.median([len(document) for document in documents])))
+        long_enough = [document[:length] for document in documents if len(document) >= length]
+        picks = np.linspace(0, len(long_enough) - 1, min(PROMPTS, len(long_enough))).round().astype(int)
+        return [long_enough[pick] for pick in picks]
 
-def _losses(stored: dict[str, list[float]]) -> Losses:
-    from edgeprune.evaluate.perplexity import Losses
+    @property
+    def _answer_tokens(self) -> int:
+        """The graphs are written for so many positions as the workload's context has."""
+        return min(ANSWER_TOKENS, self.setup.workload.context // 2)
 
-    return Losses(np.array(stored["nats"]), np.array(stored["tokens"]))
+    def _answers(self, model: Model, graph: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """Greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
+        from edgeprune.engine.generate import generate
+        from edgeprune.engine.onnxruntime import Runner
+        from edgeprune.generation import end_ids
+        from edgeprune.model.load import load_tokenizer
+
+        self.progress.stage(f"answer {len(prompts)} prompts")
+        tokens = self._answer_tokens
+        runner = Runner(graph, len(prompts), max(map(len, prompts)) + tokens)
+        ends = end_ids(load_tokenizer(model.directory), model.directory)
+        found = np.stack(list(generate(runner, prompts, tokens, end_ids=ends)), axis=1)
+        return np.pad(found, ((0, 0), (0, tokens - found.shape[1])), mode="edge")
+
+    def _identical(
+        self, dense: dict[str, Any], model: Model, graph: Path, vocabulary: Vocabulary | None
+    ) -> dict[str, Any] | None:
+        """How long answers stay the same; None where the vocabulary leaves no prompt that fits into the context."""
+        from edgeprune.engine.facts import processor
+        from edgeprune.evaluate.agreement import identical_answers
+        from edgeprune.model.vocabulary import retokenized
+
+        prompts, expected = [np.array(prompt) for prompt in dense["prompts"]], np.array(dense["answers"])
+        length = len(prompts[0])
+        if vocabulary is not None:
+            prompts = retokenized(prompts, self.setup.model.directory, model.directory)
+            room = self.setup.workload.context - self._answer_tokens
+            fits = [row for row, prompt in enumerate(prompts) if 0 < len(prompt) <= room]
+            prompts, expected = [prompts[row] for row in fits], expected[fits]
+        if not prompts:
+            return None
+        answers = self._answers(model, graph, prompts)
+        if vocabulary is not None:
+            answers = vocabulary.restore(answers)
+        return {
+            "device": f"{processor()}, fp32", "prompt_tokens": length,
+            "identical": [asdict(of) for of in identical_answers(expected, answers)],
+        }  # fmt: skip

@@ -38,9 +38,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Quality:
-    """texts: {name: {dense, fitted, percent, low, high, tokens}}; samples of both from one prompt."""
+    """texts: {name: {dense, fitted, percent, low, high, tokens, agreement}}, the last as evaluate.agreement has it,
+    or none; answers: {device, prompt_tokens, identical}, or none; samples of both from one prompt."""
 
-    texts: dict[str, dict[str, float]]
+    texts: dict[str, dict[str, Any]]
+    answers: dict[str, Any] | None
     prompt: str
     dense_sample: str
     fitted_sample: str

@@ -7,7 +7,7 @@ i intermediate_size. Everything is fp32, whatever the checkpoint stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,33 @@ def token_losses(
     while it is read, or while it is pruned; one layer is held at a time, and the embedding where the
     head is tied to it.
     """
+    logits, labels = _logit_chunks(decoder, weights, ids, chunk, on_layer), ids[:, 1:].flatten().split(LOGIT_ROWS)
+    losses = [_losses_of(part, wanted) for part, wanted in zip(logits, labels, strict=True)]
+    return torch.cat(losses).view(len(ids), -1)
+
+
+@torch.inference_mode()
+def token_predictions(
+    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int = CHUNK_TOKENS,
+    on_layer: Callable[[], None] = lambda: None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """token_losses, and the likeliest token (b, t - 1) int64 in the place of each, from the same pass."""
+    labels = ids[:, 1:].flatten().split(LOGIT_ROWS)
+    losses, likeliest = [], []
+    for part, wanted in zip(_logit_chunks(decoder, weights, ids, chunk, on_layer), labels, strict=True):
+        losses.append(_losses_of(part, wanted))
+        likeliest.append(part.argmax(dim=-1))
+    return torch.cat(losses).view(len(ids), -1), torch.cat(likeliest).view(len(ids), -1)
+
+
+def _losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, labels, reduction="none").double()
+
+
+def _logit_chunks(
+    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
+) -> Iterator[torch.Tensor]:
+    """Logits (up to LOGIT_ROWS, vocabulary) fp32 at every position but the last of each row, rows in order."""
     stream = iter(weights)
 
     def take(name: str) -> torch.Tensor:
@@ -181,9 +208,6 @@ def token_losses(
     states = rms_norm(hidden[:, :-1], take("norm").float(), decoder.norm_eps).flatten(0, 1)
     if not decoder.tie_word_embeddings:
         head = take("head")
-    head, labels = head.float(), ids[:, 1:].flatten()
-    losses = [
-        F.cross_entropy(F.linear(part, head), wanted, reduction="none").double()
-        for part, wanted in zip(states.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
-    ]
-    return torch.cat(losses).view(len(ids), -1)
+    head = head.float()
+    for part in states.split(LOGIT_ROWS):
+        yield F.linear(part, head)
