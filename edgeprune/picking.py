@@ -46,6 +46,8 @@ from edgeprune.shipping import (
     tokenizer_files,
 )
 
+TOKENIZER = "tokenizer"
+
 
 def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
     """Write the finished bundle to the setup's output, the largest rung first. All before happens in `work`.
@@ -60,6 +62,8 @@ def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
         reports.append(build_report(rung, {}, command).model_copy(update={"deploy": [step]}))
         folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index)))
         (folders[-1] / DEPLOYMENT).write_text(_json_text(deployment([rung])), encoding="utf-8")
+        if rung.chosen.model.decoder.vocab_size != setup.model.decoder.vocab_size:
+            _keep_tokenizer(rung.chosen.model.directory, folders[-1] / TOKENIZER)
     frontier = frontier_of(reports)
     texts = {"profile.toml": profile_toml(setup.profile), "README.md": frontier_readme(frontier, setup.output.name)}
 
@@ -69,6 +73,13 @@ def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
     manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
     tokenizer = tokenizer_files(setup.model.directory)
     write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest, render, chosen=None)
+
+
+def _keep_tokenizer(directory: Path, folder: Path) -> None:
+    """A rung with a vocabulary of its own has a tokenizer of its own; the others share the bundle's."""
+    folder.mkdir()
+    for name, path in tokenizer_files(directory).items():
+        (folder / name).symlink_to(path)
 
 
 def pick(
@@ -124,7 +135,8 @@ def pick(
             advance()
         (work / str(index) / REPORT).write_text(as_json(report), encoding="utf-8")
         progress.stage("write the bundle")
-        tokenizer = {path.name: path for path in sorted((bundle / "tokenizer").iterdir())}
+        own = bundle / "rungs" / str(index) / TOKENIZER
+        tokenizer = {path.name: path for path in sorted((own if own.is_dir() else bundle / TOKENIZER).iterdir())}
         write_bundle(work / "bundle", output, [work / str(index)], tokenizer, texts, kept, render)
     except OSError as error:
         raise InputError(
@@ -156,13 +168,9 @@ def _names(bundle: Path, index: int, manifest: dict[str, Any], measured: bool) -
     """The rung's files, as the manifest names them. An engine that `measure` built is of the device there, not ours."""
     folder = bundle / "rungs" / str(index)
     found = (str(path.relative_to(bundle)) for path in sorted(folder.rglob("*")) if path.is_file())
-    written_anew = (REPORT, DEPLOYMENT)
+    left_out = {folder / REPORT, folder / DEPLOYMENT, folder / TOKENIZER, *([folder / "engine"] if measured else [])}
     return [
-        name
-        for name in found
-        if name in manifest["sha256"]
-        and Path(name).name not in written_anew
-        and not (measured and Path(name).parent.name == "engine")
+        name for name in found if name in manifest["sha256"] and not left_out & {bundle / name, (bundle / name).parent}
     ]
 
 

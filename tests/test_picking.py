@@ -297,6 +297,24 @@ def test_an_engine_is_taken_along_but_not_one_that_was_built_elsewhere_since(mad
     assert not list(pick(source, 1, tmp_path / "second").rglob("*.engine"))
 
 
+def test_a_rung_with_a_vocabulary_of_its_own_brings_its_tokenizer(made, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(made, source)
+    own = source / "rungs/1/tokenizer/tokenizer.json"
+    own.parent.mkdir()
+    own.write_text('{"of": "rung 1"}')
+    add(source, "rungs/1/tokenizer/tokenizer.json")
+    bundle = pick(source, 1, tmp_path / "first")
+    assert [path.name for path in (bundle / "tokenizer").iterdir()] == ["tokenizer.json"]
+    assert (bundle / "tokenizer/tokenizer.json").read_text() == '{"of": "rung 1"}'
+    assert not (bundle / "rungs/0/tokenizer").exists()
+    whole(bundle)
+    other = pick(source, 0, tmp_path / "second")
+    assert {path.name: path.read_text() for path in (other / "tokenizer").iterdir()} == {
+        path.name: path.read_text() for path in (source / "tokenizer").iterdir()
+    }
+
+
 def add(bundle: Path, name: str) -> None:
     """A file that is in the folder already, as if the bundle had been made with it."""
     manifest = json.loads((bundle / "manifest.json").read_text())
