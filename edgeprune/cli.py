@@ -58,6 +58,8 @@ def fit(
     samples: options.Samples = 32,
     length: options.Length = 256,
     method: options.Method = "default",
+    layout: options.Layout = "uniform",
+    vocabulary: options.Vocabulary = "full",
     precision: options.Precision = None,
     batch: options.Batch = None,
     prompt: options.Prompt = None,
@@ -97,8 +99,9 @@ def fit(
         request = Request(
             model=model, device=device, profile=profile, memory=memory, prefill=prefill, decode=decode,
             max_quality_loss=max_quality_loss, calibration=calibration, evaluate=tuple(evaluate or ()),
-            samples=samples, length=length, method=method, precision=precision, batch=batch, prompt=prompt,
-            context=context, engine=engine, target=target, keep_remote=keep_remote, rungs=rungs,
+            samples=samples, length=length, method=method, layout=layout, vocabulary=vocabulary,
+            precision=precision, batch=batch, prompt=prompt, context=context, engine=engine, target=target,
+            keep_remote=keep_remote, rungs=rungs,
             require_measured=require_measured, checkpoint=not no_checkpoint, output=output, resume=resume,
             force=force, seed=seed,
         )  # fmt: skip
@@ -140,6 +143,8 @@ def frontier(
     samples: options.Samples = 32,
     length: options.Length = 256,
     method: options.Method = "default",
+    layout: options.Layout = "uniform",
+    vocabulary: options.Vocabulary = "full",
     precision: options.Precision = None,
     batch: options.Batch = None,
     prompt: options.Prompt = None,
@@ -162,7 +167,8 @@ def frontier(
 
     request = Request(
         model=model, device=device, profile=profile, calibration=calibration, evaluate=tuple(evaluate or ()),
-        samples=samples, length=length, method=method, precision=precision, batch=batch, prompt=prompt,
+        samples=samples, length=length, method=method, layout=layout, vocabulary=vocabulary,
+        precision=precision, batch=batch, prompt=prompt,
         context=context, engine=engine, target=target, keep_remote=keep_remote, rungs=rungs, output=output,
         resume=resume, force=force, seed=seed,
     )  # fmt: skip

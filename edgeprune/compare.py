@@ -18,6 +18,7 @@ from edgeprune.engine.base import Workload
 from edgeprune.engine.estimate import bytes_per_token
 from edgeprune.engine.facts import peak_bytes, reset_peak_bytes
 from edgeprune.errors import InputError
+from edgeprune.model.costs import additive
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
@@ -186,10 +187,8 @@ class Comparison:
             advance = self.progress.stage("scores of every layer", layers)
             scores = measure_scores(self.model, self.ids, score.flap, self.seed, advance)
             widths = allocate.standardised_cut(*scores, full, cost, capacity)
-        elif layout is Layout.UNIFORM:
-            widths = allocate.uniform(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE, least)
         else:
-            widths = allocate.per_layer(self.sensitivities, full, cost, capacity, CHANNEL_MULTIPLE)
+            widths = self._least_loss(capacity, least, layout)
         target = dense.with_layer_widths(widths) if widths else None
         if target is None or abs(ratio(target, dense) - wanted) > RATIO_TOLERANCE:
             raise InputError(
@@ -197,6 +196,19 @@ class Comparison:
                 "Try another ratio: widths come in steps, and at least one layer stays.",
             )
         return target
+
+    def _least_loss(self, capacity: int, least: int, layout: Layout) -> list[Widths] | None:
+        from edgeprune.pruning import allocate, optimize
+
+        parameters = allocate.parameter_costs(self.model.decoder)
+        removed = additive(-parameters.attention, -parameters.mlp)  # not more than was asked for either
+        problem = optimize.Problem(
+            allocate.dense_widths(self.model.decoder), self.sensitivities,
+            {"parameters": parameters, "removed": removed}, CHANNEL_MULTIPLE,
+        )  # fmt: skip
+        solve = optimize.uniform if layout is Layout.UNIFORM else optimize.per_layer
+        found = solve(problem, {"parameters": capacity, "removed": -least})
+        return found and list(found.layers)
 
     def over_default(self, row: Row) -> Row:
         """The row with its rise over the default method's, where that ran at the same ratio and layout."""

@@ -20,6 +20,16 @@ Evaluate = Annotated[list[Path] | None, typer.Option(help="Held-out text; may be
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
 Length = Annotated[int, typer.Option(help="Tokens of a sample.")]
 Method = Annotated[str, typer.Option(help="default, or a baseline: wanda+ls, magnitude, random, ...")]
+Layout = Annotated[
+    str,
+    typer.Option(
+        metavar="uniform|per-layer", help="The same widths in every layer, or free ones (ONNX and engine only)."
+    ),
+]
+Vocabulary = Annotated[
+    str,
+    typer.Option(metavar="full|samples", help="samples: tokens that no sample needs may go; all text stays spelled."),
+]
 Precision = Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: the profile's.")]
 Batch = Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")]
 Prompt = Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")]

@@ -32,7 +32,10 @@ SELF = "self"
 DEMO = "demo"
 DEMO_MEMORY = "90%"
 PRECISIONS = ("fp32", "fp16")  # that graphs are written in
+LAYOUTS = ("uniform", "per-layer")
+VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
+LEAST_TOKENS = 300  # of a vocabulary: the bytes and some special tokens
 EVALUATION_TOKENS = 64  # fewer say nothing about quality
 
 
@@ -52,6 +55,8 @@ class Request:
     samples: int = 32
     length: int = 256
     method: str = "default"
+    layout: str = "uniform"
+    vocabulary: str = "full"
     precision: str | None = None
     batch: int | None = None
     prompt: int | None = None
@@ -122,6 +127,8 @@ class Setup:
             "sample_count": request.samples,
             "length": request.length,
             "method": request.method,
+            "layout": request.layout,
+            "vocabulary": request.vocabulary,
             "seed": request.seed,
         }
 
@@ -163,13 +170,16 @@ def prepare(request: Request) -> Setup:
     check_output(output, request.force or request.resume)
     documents = read_documents_of(request)
     _check_method(request.method)
+    _check_choice("layout", request.layout, LAYOUTS)
+    _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     model = load_model(request.model)
     if workload.context > model.decoder.max_position_embeddings:
         raise InputError(
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
-    floor = _check_floor(model, profile, workload, precision, budget, engine.measures)
+    reduced = request.vocabulary != "full"
+    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
     texts = pack_samples(request, model, *documents)
     if texts.calibration is None:
         choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
@@ -215,6 +225,11 @@ def _check_method(name: str) -> None:
         )
 
 
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"unknown {name} {value!r}", f"Give one of: {', '.join(known)}.")
+
+
 def _stem(model: str) -> str:
     return Path(model).name.removesuffix(".gguf") or "model"
 
@@ -254,11 +269,14 @@ def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | 
 
 
 def _check_floor(
-    model: Model, profile: DeviceProfile, workload: Workload, precision: str, budget: Budget, measures: bool
-) -> Performance:
+    model: Model, profile: DeviceProfile, workload: Workload, precision: str, budget: Budget, measures: bool,
+    reduced: bool,
+) -> Performance:  # fmt: skip
     """Refuse a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
-    floor = estimate_floor(model.decoder, profile, workload, precision)
+    tokens = min(LEAST_TOKENS, model.decoder.vocab_size) if reduced else model.decoder.vocab_size
+    smallest = model.decoder.with_vocabulary(tokens)
+    floor = estimate_floor(smallest, profile, workload, precision)
     # Latencies that will be measured are refused here only where the estimate leaves no doubt.
     doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if measures else {}
     for name, limit in budget.absolute(dense).limits.items():
@@ -268,15 +286,16 @@ def _check_floor(
         show = format_bytes if name == "memory" else format_ms
         raise BudgetError(
             f"the {name} budget {budget.limits[name].asked} ({show(limit)}) is below the floor {show(least)} of "
-            f"{profile.name}, estimated: {_floor_parts(name, floor, model.decoder, precision)}",
-            f"Try --{name} {_rounded_up(name, least * 1.1)}, a shorter --context, or a smaller model.",
+            f"{profile.name}, estimated: {_floor_parts(name, floor, smallest, precision)}",
+            f"Try --{name} {_rounded_up(name, least * 1.1)}, {'' if reduced else '--vocabulary samples, '}"
+            "a shorter --context, or a smaller model.",
         )
     return floor
 
 
 def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:
     if name != "memory":
-        return "one head group and one multiple of channels per layer, the head, the cache and the overhead"
+        return "one layer of one head and the fewest channels, the head, the cache and the overhead"
     tables = 1 if decoder.tie_word_embeddings else 2
     embedding = tables * ELEMENT_BYTES[precision] * decoder.vocab_size * decoder.hidden_size
     parts = [f"{part} {format_bytes(figure.value)}" for part, figure in floor.memory.parts.items()]

@@ -10,6 +10,8 @@ import numpy as np
 from edgeprune.budget import Status, Verdict, judge, judge_quality
 from edgeprune.engine.base import Measured, Performance
 from edgeprune.engine.choose import Exported
+from edgeprune.engine.costs import LatencyCosts
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 from edgeprune.prepare import Setup
 from edgeprune.search import Outcome
@@ -31,6 +33,7 @@ class Candidate:
     """A model on disk with what it needs and reaches; records: what was done to each module."""
 
     model: Model
+    target: Decoder  # its widths with the dense model's layers, those without a module included
     exported: Exported
     performance: Performance
     records: tuple[dict[str, Any], ...]
@@ -51,6 +54,21 @@ class Quality:
     def worst_percent(self) -> float:
         return max(text["percent"] for text in self.texts.values())
 
+    @property
+    def rises(self) -> list[tuple[float, float]]:
+        """Bounds of the interval of the rise in percent, by text."""
+        return [(text["low"], text["high"]) for text in self.texts.values()]
+
+
+@dataclass(frozen=True)
+class QualityStop:
+    """The budget lies beyond the quality limit: its own candidate, what that costs, and how many smaller steps
+    were tried to find the smallest model within the limit, which is the chosen one."""
+
+    beyond: Candidate
+    quality: Quality
+    tried: int
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -64,6 +82,9 @@ class Fitted:
     quality: Quality
     cross_check: dict[str, Measured] | None
     seconds: dict[str, float]
+    gains: dict[str, float]  # nats per token that a few percent more of each constraint would save
+    costs: LatencyCosts | None  # that the search began with
+    stop: QualityStop | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -71,5 +92,4 @@ class Fitted:
 
     @property
     def quality_status(self) -> Status:
-        rises = [(text["low"], text["high"]) for text in self.quality.texts.values()]
-        return judge_quality(self.setup.budget, rises)
+        return judge_quality(self.setup.budget, self.quality.rises)

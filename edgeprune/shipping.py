@@ -23,19 +23,24 @@ from edgeprune.engine.base import Performance
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
 from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
+from edgeprune.experience import experience
 from edgeprune.finish import DEPLOYMENT, NOT_MEASURED
 from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.model.vocabulary import read_vocabulary
 from edgeprune.prepare import Request, Setup
 from edgeprune.profiles import profile_toml
 from edgeprune.readme import FINISH, deploy_steps, readme
 from edgeprune.report import schema
+from edgeprune.report.experience import Experience, experience_part
 from edgeprune.report.figures import OUTCOME_TEXT
 from edgeprune.report.frontier import Frontier
 from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html
+from edgeprune.report.quality import quality_part
 from edgeprune.results import Fitted
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
+LARGE_TABLES = 0.1  # share of the weights in embedding and head from which a smaller vocabulary is worth a word
 FRONTIER_FILE = "frontier.json"
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -56,7 +61,7 @@ def ship(rungs: Sequence[Fitted], work: Path) -> None:
     def render(files: dict[str, int]) -> dict[str, str]:
         return rendered(build_report(fitted, files, command))
 
-    tokenizer = tokenizer_files(setup.model.directory)
+    tokenizer = tokenizer_files(tokenizer_folder(fitted))
     write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest_of(setup, command), render)
 
 
@@ -65,7 +70,7 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     exported = fitted.chosen.exported
-    if fitted.setup.request.checkpoint:
+    if has_checkpoint(fitted):
         (folder / "model").symlink_to(fitted.chosen.model.directory)
     (folder / "onnx").symlink_to(exported.graphs)
     if exported.engine.is_dir():
@@ -75,6 +80,11 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path) -> Path:
     return folder
 
 
+def has_checkpoint(fitted: Fitted) -> bool:
+    """Layers of different widths fit into no standard configuration: graph and engine alone carry them."""
+    return fitted.setup.request.checkpoint and fitted.chosen.model.decoder.is_uniform
+
+
 def rendered(report: schema.Report) -> dict[str, str]:
     """The bundle's two forms of a report, by the names of their files."""
     return {REPORT: as_json(report), "report.html": render_html(report)}
@@ -82,6 +92,12 @@ def rendered(report: schema.Report) -> dict[str, str]:
 
 def as_json(document: BaseModel) -> str:
     return document.model_dump_json(indent=2) + "\n"
+
+
+def tokenizer_folder(fitted: Fitted) -> Path:
+    """The dense model's, but where the fitted model has a vocabulary of its own."""
+    own = fitted.chosen.model.directory
+    return fitted.setup.model.directory if read_vocabulary(own) is None else own
 
 
 def tokenizer_files(directory: Path) -> dict[str, Path]:
@@ -141,10 +157,11 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         schema.Side(
             performance=_performance(performance), parameters=decoder.parameters,
             layer_parameters=decoder.layer_parameters, decode_bytes=bytes_moved, latency_shares=share,
-            widths=_widths(decoder),
+            widths=_widths(target),
         )
-        for performance, decoder, bytes_moved, share in zip(
-            (fitted.dense, fitted.chosen.performance), (dense, small), moved, shares, strict=True
+        for performance, decoder, target, bytes_moved, share in zip(
+            (fitted.dense, fitted.chosen.performance), (dense, small), (dense, fitted.chosen.target), moved, shares,
+            strict=True,
         )
     ]  # fmt: skip
     report = schema.Report(
@@ -163,25 +180,25 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         choices=[schema.Choice(**choice.__dict__) for choice in setup.choices], versions=versions(),
         seed=setup.request.seed, budget=_constraints(fitted), ratio=ratio(small, dense),
         total_ratio=1 - small.parameters / dense.parameters, decode_bytes_ratio=1 - moved[1] / moved[0],
-        dense=sides[0], fitted=sides[1], unprunable=_unprunable(shares[0]), floor=setup.floor.values,
-        search=_search(fitted),
-        quality=schema.Quality(
-            label=label, rise_percent=fitted.quality.worst_percent, grade=schema.grade_of(fitted.quality.worst_percent),
-            texts=[
-                schema.Text(
-                    name=name, tokens=int(t["tokens"]), dense=t["dense"], fitted=t["fitted"],
-                    rise_percent=t["percent"], low_percent=t["low"], high_percent=t["high"],
-                )
-                for name, t in fitted.quality.texts.items()
-            ],
-            prompt=fitted.quality.prompt, dense_sample=fitted.quality.dense_sample,
-            fitted_sample=fitted.quality.fitted_sample,
-        ),
+        dense=sides[0], fitted=sides[1], unprunable=_unprunable(fitted, shares[0]), floor=setup.floor.values,
+        search=_search(fitted), quality_stop=_quality_stop(fitted),
+        quality=quality_part(label, **fitted.quality.__dict__), experience=_experience(fitted),
         modules=[schema.Module(**{key: _finite(value) for key, value in r.items()}) for r in fitted.chosen.records],
         cross_check=fitted.cross_check and {k: schema.figure_of(f) for k, f in fitted.cross_check.items()},
         deploy=[], stages=fitted.seconds, files=files, warnings=_warnings(fitted),
     )  # fmt: skip
     return report.model_copy(update={"deploy": _deploy(fitted, report, command)})
+
+
+def _experience(fitted: Fitted) -> dict[str, Experience]:
+    setup, chosen = fitted.setup, fitted.chosen
+    given = (setup.profile, setup.workload, setup.precision)
+    sides = {"dense": (setup.model.decoder, fitted.dense), "fitted": (chosen.model.decoder, chosen.performance)}
+    budget = setup.budget.absolute(fitted.dense)
+    return {
+        name: experience_part(experience(decoder, *given, performance, budget))
+        for name, (decoder, performance) in sides.items()
+    }
 
 
 def _finite(value: Any) -> Any:
@@ -224,6 +241,7 @@ def _constraints(fitted: Fitted) -> list[schema.Constraint]:
             schema.Constraint(
                 name=check.name, asked=check.asked, limit=check.limit, unit=check.figure.unit,
                 dense=schema.figure_of(dense), fitted=schema.figure_of(check.figure), status=check.status,
+                gain=fitted.gains.get(check.name),
             )
         )  # fmt: skip
     limit = fitted.setup.budget.max_quality_loss
@@ -255,11 +273,22 @@ def _search(fitted: Fitted) -> schema.Search:
         ending=outcome.ending, reason=outcome.reason,
         candidates=[
             schema.Candidate(
-                widths=trial.widths._asdict(), predicted=trial.predicted, obtained=trial.obtained.values,
+                widths=trial.allocation.summary, predicted_loss=trial.allocation.loss, predicted=trial.predicted,
+                obtained={name: trial.obtained.values[name] for name in trial.predicted},
                 status=trial.obtained.status, chosen=number == outcome.chosen,
             )
             for number, trial in enumerate(outcome.trials)
         ],
+        costs=fitted.costs.source, cost_error={kind: worst for kind, (_, worst) in fitted.costs.error.items()},
+    )  # fmt: skip
+
+
+def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
+    if (stop := fitted.stop) is None:
+        return None
+    return schema.QualityStop(
+        widths=_widths(stop.beyond.target), performance=_performance(stop.beyond.performance),
+        rise_percent=stop.quality.worst_percent, tried=stop.tried,
     )  # fmt: skip
 
 
@@ -272,6 +301,12 @@ def _headline(fitted: Fitted) -> str:
     where = " on its own text" if fitted.samples.self_generated else ""
     removed = ratio(fitted.chosen.model.decoder, setup.model.decoder)
     cost = f"at {rise:+.1f} % perplexity{where}, {100 * removed:.0f} % pruned"
+    if fitted.stop is not None:
+        return (
+            f"{setup.model.name} does not reach {asked} on {setup.profile.name} within "
+            f"{setup.budget.max_quality_loss:g} % of perplexity: the smallest model within is kept ({cost}); "
+            f"the budget would cost {fitted.stop.quality.worst_percent:+.1f} %."
+        )
     if verdict.status == "missed":
         return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."
     if verdict.status == "noisy":
@@ -285,13 +320,19 @@ def _headline(fitted: Fitted) -> str:
     return f"{setup.model.name} meets {asked} on {setup.profile.name}{how}, {cost}."
 
 
-def _unprunable(shares: dict[str, float]) -> str:
+def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
+    dense = fitted.setup.model.decoder
     total = sum(shares.values())
     fixed = shares["overhead"] + shares["head_and_embedding"]
-    return (
+    tables = dense.vocab_size * dense.hidden_size * (1 if dense.tie_word_embeddings else 2)
+    text = (
         f"{100 * fixed / total:.0f} % of the dense model's time per token ({format_ms(fixed)} of {format_ms(total)}, "
-        f"estimated) is overhead, embedding and head: no pruning of layers removes it."
+        f"estimated) is overhead, embedding and head; so are {100 * tables / dense.parameters:.0f} % of its weights: "
+        "no pruning of layers removes them."
     )
+    if fitted.setup.request.vocabulary == "full" and tables >= LARGE_TABLES * dense.parameters:
+        text += " A smaller vocabulary does: --vocabulary samples."
+    return text
 
 
 def _warnings(fitted: Fitted) -> list[str]:
@@ -300,6 +341,8 @@ def _warnings(fitted: Fitted) -> list[str]:
         warnings.append(NOT_MEASURED)
     if fitted.samples.self_generated:
         warnings.append("Quality was measured on text that the dense model generated: agreement, not quality.")
+    if not fitted.chosen.model.decoder.is_uniform:
+        warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
     warnings += fitted.chosen.performance.notes
     fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
     if fell_back:
@@ -311,7 +354,7 @@ def _deploy(fitted: Fitted, report: schema.Report, command: str) -> list[schema.
     setup = fitted.setup
     plans = sorted(path.name for path in fitted.chosen.exported.engine.glob("*.engine"))
     return deploy_steps(
-        report, setup.output.name, setup.profile.engine, plans, setup.request.checkpoint, f"{command} --force"
+        report, setup.output.name, setup.profile.engine, plans, has_checkpoint(fitted), f"{command} --force"
     )
 
 

@@ -19,6 +19,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
 
 RUNTIME_GRAPH = Spelling("onnxruntime", "last").filename
+SURVEY_SECONDS = 5.0  # at most, for each of many models, prefill and decode together
 NAMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
 
 
@@ -40,6 +41,16 @@ class Engine(Protocol):
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
         """What the candidate needs and reaches; `dense` is None for the dense model itself."""
+
+
+class Measuring(Engine, Protocol):
+    """An engine that measures latencies."""
+
+    def identity(self, tell: Tell) -> dict[str, Any]:
+        """The device and the engine's version: what a latency holds for."""
+
+    def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
+        """Prefill and decode of several models by kind and name, on one scale. Raises EngineError."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,14 @@ class OnnxRuntime:
             prefill=perform.scaled(measured.prefill_ratio, dense[1].prefill),
             decode=perform.scaled(measured.decode_ratio, dense[1].decode),
         )
+
+    def identity(self, tell: Tell) -> dict[str, Any]:
+        found = perform.describe(self.session, tell)
+        return {"processor": found["processor"], "onnxruntime": found["modules"]["onnxruntime"]}
+
+    def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
+        graphs = {name: model.graphs / RUNTIME_GRAPH for name, model in models.items()}
+        return perform.relative_latencies(self.session, graphs, self.workload, SURVEY_SECONDS * len(models), tell)
 
 
 def counted(decoder: Decoder, precision: str, workload: Workload) -> Counted:
@@ -108,6 +127,23 @@ class TensorRT:
             return found
         # The runtime's part is the same for both; what other programs did meanwhile must not decide on a candidate.
         return replace(found, memory=replace(found.memory, runtime=dense[1].memory.runtime))
+
+    def identity(self, tell: Tell) -> dict[str, Any]:
+        found = perform.describe(self.session, tell)
+        version = found["modules"][self.name.replace("-", "_")]
+        return {"machine": found["machine"], "gpu": found["gpu"]["name"], "engine": self.name, "version": version}
+
+    def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for name, model in models.items():
+            graph, plan = model.graphs / Spelling(self.profile.dialect, "last").filename, _plan(model, self.profile)
+            workspace = workspace_bytes(model.decoder, self.profile, self.workload, self.precision)
+            perform.build(self.session, self.name, graph, plan, self.workload, tell, workspace_bytes=workspace)
+            seconds = 2 * SURVEY_SECONDS
+            times = perform.engine_latencies(self.session, self.name, plan, self.workload, seconds, tell)
+            for kind, milliseconds in times.items():
+                found.setdefault(kind, {})[name] = milliseconds
+        return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ int8 and int4 are weight-only: the layers' matrices are quantised, all else is f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -231,9 +231,9 @@ def decode_parts(
 
 
 def floor_decoder(dense: Decoder, channel_multiple: int) -> Decoder:
-    """The smallest uniform candidate: one group of one head and one multiple of channels in every layer."""
+    """The smallest candidate: one layer of one group of one head and one multiple of channels."""
     narrowest = min((layer.mlp.intermediate_size for layer in dense.layers if layer.mlp), default=channel_multiple)
-    return dense.with_widths(1, 1, min(channel_multiple, narrowest))
+    return replace(dense, layers=dense.layers[:1]).with_widths(1, 1, min(channel_multiple, narrowest))
 
 
 def estimate_floor(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision) -> Performance:

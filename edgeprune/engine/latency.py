@@ -89,7 +89,9 @@ def interleave(
 ) -> Timings:
     """Time all runs in turn, a block of each, the order reversed every round (ABBA), after a warm-up.
 
-    A run returns its own milliseconds, by whichever clock suits it; `clock` limits the whole.
+    A run returns its own milliseconds, by whichever clock suits it; `clock` limits the whole. Where several
+    take turns, each block begins with one run that does not count: the weights of the others are in the
+    caches, and their threads still spin.
 
     Ends when the interval of every ratio to the first name (or, alone, of its median) has a relative
     half width below `precision`, looked at after MIN_BLOCKS rounds and at growing distances from then
@@ -101,6 +103,8 @@ def interleave(
     begin, look = clock(), float(MIN_BLOCKS)
     while True:
         for name in names:
+            if len(names) > 1:
+                runs[name]()
             blocks[name].append([runs[name]() for _ in range(counts[name])])
         names.reverse()
         rounds = len(blocks[names[0]])
@@ -140,10 +144,10 @@ def stopwatch(run: Callable[[], None], clock: Callable[[], float] = time.perf_co
 
 
 def described(timings: Timings, names: list[str]) -> dict[str, Any]:
-    """As JSON: the percentiles and the median's interval of each name and, of two, their ratio's interval."""
+    """As JSON: percentiles and median of each name and, of all but the first, the ratio to the first."""
     result: dict[str, Any] = {
         name: {"percentiles": timings.percentiles(name), "median": asdict(timings.median(name))} for name in names
     }
-    if len(names) > 1:
-        result["ratio"] = asdict(timings.ratio(names[1], names[0]))
+    for name in names[1:]:
+        result[name]["ratio"] = asdict(timings.ratio(name, names[0]))
     return result

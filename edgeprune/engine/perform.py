@@ -68,7 +68,7 @@ def on_onnxruntime(
     device = found["device"]
     ratios = {}
     if dense is not None:
-        ratios = {f"{kind}_ratio": _measured(found[kind]["ratio"], "1", device) for kind in figures}
+        ratios = {f"{kind}_ratio": _measured(figure["ratio"], "1", device) for kind, figure in figures.items()}
     return Performance(
         memory=_process_memory(session, candidate, workload, counted, device, tell),
         prefill=_measured(figures["prefill"]["median"], "ms", device),
@@ -84,7 +84,33 @@ def ratios_on_onnxruntime(
 ) -> dict[str, Measured]:
     """`prefill_ratio` and `decode_ratio` of candidate to dense, interleaved. Raises EngineError."""
     found = _latency(session, {"dense": dense, "candidate": candidate}, workload, seconds, tell)
-    return {f"{kind}_ratio": _measured(found[kind]["ratio"], "1", found["device"]) for kind in ("prefill", "decode")}
+    return {
+        f"{kind}_ratio": _measured(found[kind]["candidate"]["ratio"], "1", found["device"])
+        for kind in ("prefill", "decode")
+    }
+
+
+def relative_latencies(
+    session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, tell: Tell
+) -> dict[str, dict[str, float]]:
+    """Medians of several graphs over that of the first, by kind and name, interleaved in ONNX Runtime.
+
+    Raises EngineError.
+    """
+    found = _latency(session, graphs, workload, seconds, tell)
+    first = next(iter(graphs))
+    return {
+        kind: {name: 1.0 if name == first else found[kind][name]["ratio"]["value"] for name in graphs}
+        for kind in ("prefill", "decode")
+    }
+
+
+def engine_latencies(
+    session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, tell: Tell
+) -> dict[str, float]:
+    """Medians of an engine on the GPU in ms, by kind; its logits are not looked at. Raises EngineError."""
+    found = _timed(session, flavour, plan, workload, seconds, tell)
+    return {kind: found[kind]["candidate"]["median"]["value"] for kind in ("prefill", "decode")}
 
 
 def build(
@@ -114,11 +140,7 @@ def on_tensorrt(
     """
     files = {"plan": str(plan), "reference": str(reference)}
     checked = _check(session, flavour, files, precision, plan.name, tell)
-    request = {
-        "task": f"the measurement of {plan.name}", "do": "measure", "engine": flavour, "workload": asdict(workload),
-        "files": {"plan": str(plan)}, "seconds": seconds or SECONDS,
-    }  # fmt: skip
-    found = session.run(request, MEASURE_SECONDS, tell)
+    found = _timed(session, flavour, plan, workload, seconds or SECONDS, tell)
     device, memory = found["device"], found["memory"]
     basis = f"{flavour} {built.version}, {built.effort}"
     weights = Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}")
@@ -141,6 +163,16 @@ def on_tensorrt(
             "cuda": f"{found['gpu']['layer']}, driver {found['gpu']['driver']}",
         },
     )
+
+
+def _timed(
+    session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, tell: Tell
+) -> dict[str, Any]:
+    request = {
+        "task": f"the measurement of {plan.name}", "do": "measure", "engine": flavour, "workload": asdict(workload),
+        "files": {"plan": str(plan)}, "seconds": seconds,
+    }  # fmt: skip
+    return session.run(request, MEASURE_SECONDS, tell)
 
 
 def _check(

@@ -83,6 +83,7 @@ FAMILIES = {
         ),
     )
 }
+LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
 
 
 def family_of(config: Config) -> Family:
@@ -138,7 +139,18 @@ def decoder_of(config: Config) -> Decoder:
         raise InputError(
             f"{heads} query heads do not divide into {key_value_heads} key/value heads", "Check config.json."
         )
-    return decoder
+    return _with_own_widths(decoder, config[LAYER_WIDTHS]) if LAYER_WIDTHS in config else decoder
+
+
+def _with_own_widths(decoder: Decoder, widths: object) -> Decoder:
+    """Of a model that was pruned to other widths in every layer; InputError for a field that is none of ours."""
+    try:
+        checked = [(int(groups), int(heads), int(channels)) for groups, heads, channels in widths]
+        if min(map(min, checked)) < 0 or min(heads for _, heads, _ in checked) < 1:
+            raise ValueError("widths below zero")
+        return decoder.with_layer_widths(checked)
+    except (TypeError, ValueError) as error:
+        raise _senseless(f"{LAYER_WIDTHS}: {error}") from None
 
 
 def _check_sizes(config: Config, attention: Attention) -> None:
@@ -204,14 +216,15 @@ def checkpoint_names(decoder: Decoder) -> dict[str, str]:
 
 
 def config_for(decoder: Decoder, source: Config) -> Config:
-    """The configuration of a uniform Decoder that was pruned from `source`; all else is kept.
+    """The configuration of a Decoder that was pruned from `source`; all else is kept.
 
+    It is a standard one where all layers are whole and alike; else it says their widths in a field of our own.
     LlamaConfig refuses a hidden_size that its head count does not divide, even with head_dim given;
     MistralConfig, of the same weights and names, has no such check.
     """
     layer = decoder.layers[0]
     if not decoder.is_uniform or layer.attention is None or layer.mlp is None:
-        raise ValueError("a standard configuration describes uniform, whole layers only")
+        return source | {"num_hidden_layers": len(decoder.layers), LAYER_WIDTHS: decoder.layer_widths}
     family = FAMILIES[decoder.family]
     config = {name: value for name, value in source.items() if name not in ("auto_map", "_name_or_path", "torch_dtype")}
     if family.model_type == "llama" and decoder.hidden_size % layer.attention.num_attention_heads:

@@ -1,19 +1,17 @@
-"""Which widths to keep in which layer: what every possible cut costs, and the best ones within limits.
+"""Widths and what every cut of them costs; the baselines' ways to choose them. The best choice is optimize.py's.
 
-Pure: numbers in, numbers out; of the model it sees the description. Layout `uniform`: the same widths
-in every layer that stays. Layout `per-layer`: the same head counts in every attention that stays, MLP
-widths free, and a layer may lose its attention or its MLP.
+Pure: numbers in, numbers out; of the model it sees the description.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from edgeprune.model.costs import ModuleCosts, additive
 from edgeprune.model.decoder import Decoder
 
 
@@ -51,14 +49,21 @@ class Sensitivities:
     def uniform_errors(self, widths: Widths) -> np.ndarray:
         return np.sum([self.errors(layer, widths) for layer in range(len(self.mlp))], axis=0)
 
-    def uniform_loss(self, widths: Widths) -> float:
-        """Predicted rise of the loss in nats per token when every layer is cut to these widths."""
-        return float(self.response @ self.uniform_errors(widths))
-
 
 def dense_widths(decoder: Decoder) -> Widths:
     """The widths of a model whose layers are all alike."""
     return Widths(*decoder.layer_widths[0])
+
+
+def parameter_costs(decoder: Decoder) -> ModuleCosts:
+    """Parameters in the matrices of every attention and MLP."""
+    full = dense_widths(decoder)
+    attention = [
+        [layer_parameters(decoder, Widths(g, r, 0)) for r in range(1, full.heads_per_group + 1)]
+        for g in range(full.num_key_value_heads + 1)
+    ]
+    mlp = [layer_parameters(decoder, Widths(0, 1, size)) for size in range(full.intermediate_size + 1)]
+    return additive(np.array(attention, dtype=float), np.array(mlp, dtype=float))
 
 
 def layer_parameters(decoder: Decoder, widths: Widths) -> int:
@@ -85,13 +90,6 @@ def channel_options(size: int, multiple: int) -> list[int]:
     return sorted({*range(multiple, size, multiple), size})
 
 
-def best_within(
-    options: Sequence[Widths], error: Callable[[Widths], float], fits: Callable[[Widths], bool]
-) -> Widths | None:
-    """The option of the least error among those that fit; None where none does."""
-    return min(filter(fits, options), key=error, default=None)
-
-
 def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int, least: int) -> list[Widths] | None:
     """No allocation at all: the uniform widths that take the most equal shares from heads and channels.
 
@@ -107,89 +105,6 @@ def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int, l
 
     best = min(options, key=inequality, default=None)
     return best and [best] * layers
-
-
-def uniform(
-    sensitivities: Sensitivities, dense: Widths, cost: Cost, capacity: int, multiple: int, least: int = 0
-) -> list[Widths] | None:
-    """The least predicted loss in the layout `uniform`, whole layers among the choices; exact.
-
-    For each of the widths, as many layers stay as fit; which of them go is a choice of the smallest
-    differences, because every layer costs the same. None where nothing fits between `least` and capacity.
-    """
-    layers = len(sensitivities.mlp)
-    gone = Widths(0, 1, 0)
-    without = np.array([sensitivities.response @ sensitivities.errors(layer, gone) for layer in range(layers)])
-    best: tuple[float, list[Widths]] | None = None
-    for widths in uniform_options(dense, multiple):
-        stay = min(layers, capacity // cost(widths))
-        if stay == 0 or stay * cost(widths) < least:
-            continue
-        saved = without - [sensitivities.response @ sensitivities.errors(layer, widths) for layer in range(layers)]
-        kept = set(np.argsort(-saved, kind="stable")[:stay].tolist())
-        chosen = [widths if layer in kept else gone for layer in range(layers)]
-        loss = float(without.sum() - saved[list(kept)].sum())
-        if best is None or loss < best[0]:
-            best = loss, chosen
-    return best and best[1]
-
-
-def per_layer(
-    sensitivities: Sensitivities, dense: Widths, cost: Cost, capacity: int, multiple: int
-) -> list[Widths] | None:
-    """The least predicted loss in the layout `per-layer`: one exact knapsack for each pair of head counts."""
-    layers = len(sensitivities.mlp)
-    sizes = [0, *channel_options(dense.intermediate_size, multiple)]
-    mlp_losses = sensitivities.response[2] * sensitivities.mlp[:, sizes]
-    mlp_costs = [cost(Widths(0, 1, size)) for size in sizes]
-    best: tuple[float, list[Widths]] | None = None
-    for groups, heads in {(w.num_key_value_heads, w.heads_per_group) for w in uniform_options(dense, multiple)}:
-        choices = [Widths(0, 1, 0), Widths(groups, heads, 0)]
-        losses = [
-            np.array([sensitivities.response[:2] @ sensitivities.errors(layer, widths)[:2] for widths in choices])
-            for layer in range(layers)
-        ]
-        costs = [[cost(widths) for widths in choices]] * layers + [mlp_costs] * layers
-        found = knapsack([*losses, *mlp_losses], costs, capacity)
-        if found is not None and (best is None or found[0] < best[0]):
-            attention, mlp = found[1][:layers], found[1][layers:]
-            chosen = [choices[a]._replace(intermediate_size=sizes[m]) for a, m in zip(attention, mlp, strict=True)]
-            best = found[0], chosen
-    return best and best[1]
-
-
-def knapsack(
-    losses: Sequence[np.ndarray], costs: Sequence[Sequence[int]], capacity: int
-) -> tuple[float, list[int]] | None:
-    """Multiple-choice knapsack: one option of each class, least summed loss, summed cost at most capacity.
-
-    Exact, by a dynamic programme over the cost in units of the greatest common divisor. losses[i] and
-    costs[i] belong to the options of class i. Returns the loss and the options; None where nothing fits.
-    """
-    unit = math.gcd(*(cost for options in costs for cost in options)) or 1
-    room = capacity // unit
-    if room < 0:
-        return None
-    table = np.zeros(room + 1)
-    picks = []
-    for loss, cost in zip(losses, costs, strict=True):
-        new, pick = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int32)
-        for option, (value, units) in enumerate(zip(loss, (c // unit for c in cost), strict=True)):
-            if units <= room:
-                reached = table[: room + 1 - units] + value
-                better = reached < new[units:]
-                new[units:][better] = reached[better]
-                pick[units:][better] = option
-        table = new
-        picks.append(pick)
-    if not np.isfinite(table[room]):
-        return None
-    chosen, left = [], room
-    for pick, cost in zip(reversed(picks), reversed(costs), strict=True):
-        option = int(pick[left])
-        chosen.append(option)
-        left -= cost[option] // unit
-    return float(table[room]), chosen[::-1]
 
 
 def standardised_cut(

@@ -72,7 +72,7 @@ def test_the_response_is_the_measured_rise_of_the_loss_per_error():
         for decoder, weights in ((model.decoder, weight_stream(model)), (target, small.items()))
     )
     expected = max(small_loss - dense_loss, LEAST_RISE)
-    assert np.isclose(found.uniform_loss(widths), expected, rtol=1e-3)
+    assert np.isclose(found.loss([widths] * len(model.decoder.layers)), expected, rtol=1e-3)
     assert (found.response > 0).all()
 
 

@@ -1,0 +1,46 @@
+"""What a Decoder costs by module: the one table that engines fill and the allocation reads.
+
+Plain numbers; it knows nothing about how they were found, nor what they limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LayerWidths = tuple[int, int, int]  # key/value heads, query heads in each group, MLP channels
+
+
+@dataclass(frozen=True)
+class ModuleCosts:
+    """One cost, in bytes or ms, that adds up over the modules but for a part that only the largest decides.
+
+    attention, attention_peak: (num_key_value_heads + 1, heads_per_group), at [g, r - 1] for g kept groups of r
+    query heads, 0 at g = 0; mlp, mlp_peak: (intermediate_size + 1,), at [k] for k kept channels, 0 at 0.
+    fixed: with an empty vocabulary; token: of each token of the vocabulary.
+    """
+
+    attention: np.ndarray
+    mlp: np.ndarray
+    attention_peak: np.ndarray
+    mlp_peak: np.ndarray
+    fixed: float
+    token: float
+
+    def base(self, vocab_size: int) -> float:
+        """What is there without any layer."""
+        return self.fixed + self.token * vocab_size
+
+    def total(self, layers: Sequence[LayerWidths], vocab_size: int) -> float:
+        """Of a model with these widths, one for each layer; 0 heads or channels: the module is gone."""
+        groups, heads, channels = np.array(layers).T
+        attention, mlp = self.attention[groups, heads - 1], self.mlp[channels]
+        peak = max(self.attention_peak[groups, heads - 1].max(), self.mlp_peak[channels].max())
+        return float(self.base(vocab_size) + attention.sum() + mlp.sum() + peak)
+
+
+def additive(attention: np.ndarray, mlp: np.ndarray, fixed: float = 0.0, token: float = 0.0) -> ModuleCosts:
+    """A cost without peaks."""
+    return ModuleCosts(attention, mlp, np.zeros_like(attention), np.zeros_like(mlp), fixed, token)
