@@ -27,6 +27,7 @@ from edgeprune.engine import perform
 from edgeprune.engine.base import Figure, Measured, Performance, Workload
 from edgeprune.engine.child import Tell
 from edgeprune.engine.perform import Counted, Here, Session
+from edgeprune.engine.serving import Room, experience_again
 from edgeprune.engine.wire import figure_from_json, performance_to_json
 from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
 
@@ -270,11 +271,14 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) ->
     batch, decode = report["workload"]["batch"], shown["decode"]
     rate = {**decode, "value": 1e3 * batch / decode["value"], "unit": "tokens/s", "basis": f"{batch} / decode",
             "low": 1e3 * batch / decode["high"], "high": 1e3 * batch / decode["low"]}  # fmt: skip
+    room = report["experience"]["fitted"]["room"]
+    noticed = experience_again(performance, Workload(**report["workload"]), Room(**room)).figures
     return {
         **report, "headline": _headline(report, measurement, chosen), "status": chosen.status,
         "rests_on": measurement["rests_on"], "budget": budget, "measurement": measurement,
         "fitted": {**report["fitted"], "performance": shown},
         "tokens_per_second": {**report["tokens_per_second"], "fitted": rate},
+        "experience": {**report["experience"], "fitted": {**{n: _figure(f) for n, f in noticed.items()}, "room": room}},
         "warnings": [text for text in report["warnings"] if text != NOT_MEASURED] + list(performance.notes),
     }  # fmt: skip
 

@@ -27,7 +27,7 @@ DEVICE_FILES = (
     "__init__.py", "errors.py", "cache.py", "budget.py", "bundle.py", "finish.py", "engine/__init__.py",
     *(f"engine/{name}.py" for name in (
         "base", "wire", "child", "facts", "latency", "check", "onnxruntime", "tensorrt", "cuda", "gpu", "tasks",
-        "perform", "agent", "probing",
+        "perform", "agent", "probing", "serving",
     )),
 )  # fmt: skip
 BOOT = """

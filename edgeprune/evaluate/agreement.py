@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune.evaluate.perplexity import Losses, Windows
+if TYPE_CHECKING:
+    from edgeprune.evaluate.perplexity import Losses, Windows
 
 NORMAL_95 = 1.959964  # standard deviations to both sides
 STEPS = (1, 2, 4, 8, 16, 32)

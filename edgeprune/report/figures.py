@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from edgeprune.budget import STATUS_TEXT, format_bytes, format_ms
+from edgeprune.report.experience import Experience
+from edgeprune.report.quality import Agreement, Answers, Identical
 from edgeprune.report.schema import Figure, Outcome, Source, Text
 
 OUTCOME_TEXT: dict[Outcome, str] = {
@@ -17,7 +19,7 @@ OUTCOME_LABEL = {outcome: text.split(":")[0] for outcome, text in OUTCOME_TEXT.i
 
 
 def number_text(value: float, unit: str) -> str:
-    """`1.50 GiB`, `6.15 ms`, `+3.2 %`, `212 tokens/s`, or a plain ratio as `0.713`."""
+    """`1.50 GiB`, `6.15 ms`, `+3.2 %`, `212 tokens/s`, `8,192 tokens`, or a plain ratio as `0.713`."""
     match unit:
         case "bytes":
             return format_bytes(value)
@@ -27,6 +29,8 @@ def number_text(value: float, unit: str) -> str:
             return f"{value:+.1f} %" if abs(value) < 100 else f"{value:+.0f} %"
         case "tokens/s":
             return f"{value:.3g} tokens/s" if value < 100 else f"{value:.0f} tokens/s"
+        case "tokens" | "sequences":
+            return f"{value:,.0f} {unit if value != 1 else unit.removesuffix('s')}"
     return f"{value:.3f}"
 
 
@@ -40,6 +44,38 @@ def figure_text(figure: Figure | None) -> str:
         number, _, unit = low.partition(" ")
         text += f" ({number if unit and high.endswith(f' {unit}') else low} to {high})"
     return text
+
+
+def reading_text(noticed: Experience) -> str:
+    """`53 x reading speed`."""
+    factor = noticed.reading_speed.value
+    return f"{factor:.0f} x reading speed" if round(factor, 1) >= 10 else f"{factor:.1f} x reading speed"
+
+
+def room_text(figure: Figure, noticed: Experience) -> str:
+    """How many tokens or sequences memory has room for."""
+    if not figure.value:
+        return "no room"
+    text = number_text(figure.value, figure.unit)
+    return f"{text}, all it has" if (figure.unit, figure.value) == ("tokens", noticed.room.most_context) else text
+
+
+def share_text(share: Agreement | Identical | None) -> str:
+    """`81.2 % (78.8 to 82.8 %)`; one document gives no interval."""
+    if share is None:
+        return "–"
+    interval = f" ({share.low_percent:.1f} to {share.high_percent:.1f} %)"
+    return f"{share.percent:.1f} %{interval if share.low_percent < share.high_percent else ''}"
+
+
+def worst_agreement(texts: Sequence[Text]) -> Agreement | None:
+    """Of the text on which the models agree least, of those that could be compared."""
+    return min((text.agreement for text in texts if text.agreement), key=lambda of: of.percent, default=None)
+
+
+def half_identical(answers: Answers) -> Identical:
+    """The longest beginning that at least half of the answers share, else the shortest that was looked at."""
+    return next((step for step in reversed(answers.identical) if step.percent >= 50), answers.identical[0])
 
 
 def rise_interval(text: Text) -> str | None:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune.budget import format_bytes
-from edgeprune.report.figures import OUTCOME_LABEL, OUTCOME_TEXT, by_source, figure_text, number_text, rise_interval
+from edgeprune.engine.serving import READING_RATE, TOKENS_PER_WORD, WORDS_PER_MINUTE
+from edgeprune.report.figures import (
+    OUTCOME_LABEL,
+    OUTCOME_TEXT,
+    by_source,
+    figure_text,
+    number_text,
+    reading_text,
+    rise_interval,
+    room_text,
+    share_text,
+    worst_agreement,
+)
 from edgeprune.report.plots import all_plots, is_uniform
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Report
 
@@ -22,6 +34,9 @@ def render_html(report: Report) -> str:
     environment.globals |= {
         "figure_text": figure_text, "number_text": number_text, "format_bytes": format_bytes,
         "by_source": by_source, "rise_interval": rise_interval,
+        "reading_text": reading_text, "room_text": room_text, "share_text": share_text,
+        "worst_agreement": worst_agreement,
+        "reading": {"rate": READING_RATE, "words": WORDS_PER_MINUTE, "tokens": TOKENS_PER_WORD},
         "outcome_text": OUTCOME_TEXT, "outcome_label": OUTCOME_LABEL,
         "degraded_percent": DEGRADED_PERCENT, "broken_percent": BROKEN_PERCENT,
     }  # fmt: skip

@@ -11,6 +11,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.report.figures import figure_text, number_text, shorten
+from edgeprune.report.quality import Answers
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Constraint, Figure, Module, Report
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def all_plots(report: Report) -> dict[str, str]:
     plots = {
         "budget": _budget(report.budget),
         "quality": _quality(report),
+        "answers": _answers(report.quality.answers),
         "memory": _memory(report),
         "latency": _latency(report),
         "path": _path(report),
@@ -161,6 +163,30 @@ def _quality(report: Report) -> go.Figure | None:
         tickvals=list(range(len(texts))), ticktext=[escape(shorten(text.name, 22)) for text in texts],
         range=[-0.7, len(texts) - 0.3], showgrid=False,
     )  # fmt: skip
+    return figure
+
+
+def _answers(answers: Answers | None) -> go.Figure | None:
+    """How many answers are the dense model's still after so many tokens."""
+    import plotly.graph_objects as go
+
+    if answers is None:
+        return None
+    steps = answers.identical
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[str(step.tokens) for step in steps], y=[step.percent for step in steps], mode="lines+markers",
+        marker={"size": 11, "color": FITTED}, line={"color": FITTED, "width": 1}, showlegend=False,
+        error_y={
+            "type": "data", "array": [step.high_percent - step.percent for step in steps],
+            "arrayminus": [step.percent - step.low_percent for step in steps], "color": FITTED, "width": 5,
+        },
+        text=[f"{step.same} of {step.answers}" for step in steps],
+        hovertemplate="%{text} identical for %{x} tokens<extra></extra>",
+    )  # fmt: skip
+    figure.update_layout(height=220)
+    figure.update_xaxes(title_text="first tokens of the answer", type="category", showgrid=False)
+    figure.update_yaxes(title_text="identical, %", range=[0, 104])
     return figure
 
 

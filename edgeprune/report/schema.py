@@ -8,41 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from edgeprune.engine.base import Figure as EngineFigure
-from edgeprune.engine.base import Measured
+from edgeprune.report.base import Figure, Source, Strict, figure_of
+from edgeprune.report.experience import Experience
+from edgeprune.report.quality import BROKEN_PERCENT, DEGRADED_PERCENT, Grade, Quality, Text, grade_of
+
+__all__ = [
+    "BROKEN_PERCENT", "DEGRADED_PERCENT", "Figure", "Grade", "Quality", "Report", "Source", "Text", "figure_of",
+    "grade_of", "schema_markdown",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
-DEGRADED_PERCENT, BROKEN_PERCENT = 5.0, 30.0
 
 Status = Literal["met", "missed", "noisy"]
 Outcome = Literal["met", "missed", "noisy", "uncertain", "out_of_reach"]
-Grade = Literal["intact", "degraded", "broken"]
-Source = Literal["measured", "built", "estimated"]
 SideName = Literal["dense", "fitted"]
 
 
-class _Model(BaseModel):
-    # A broken model's perplexity can be infinite; as null the report could not be read back.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
-
-
-class Figure(_Model):
-    """A number with its unit and where it comes from."""
-
-    value: float
-    unit: str = Field(description="bytes, ms, tokens/s, %, or 1 for a ratio")
-    source: Source = Field(
-        description="measured: ran on `device`; built: the compiler's figure for a real engine; estimated: a model's"
-    )
-    device: str
-    low: float | None = Field(None, description="lower bound of the 95 % interval; measured figures only")
-    high: float | None = Field(None, description="upper bound of the 95 % interval; measured figures only")
-    basis: str | None = Field(None, description="what a built or estimated figure rests on")
-
-
-class ModelCard(_Model):
+class ModelCard(Strict):
     """The model that was fitted."""
 
     name: str
@@ -53,14 +37,14 @@ class ModelCard(_Model):
     fingerprint: str = Field(description="sha256 over names, sizes and contents of configuration and weights")
 
 
-class HardwareFigure(_Model):
+class HardwareFigure(Strict):
     value: float
     unit: str = Field(description="1 for a share")
     source: str = Field(description="where the figure comes from")
     confidence: Literal["high", "medium", "low"]
 
 
-class Device(_Model):
+class Device(Strict):
     """The device profile."""
 
     name: str
@@ -68,7 +52,7 @@ class Device(_Model):
     figures: dict[str, HardwareFigure] = Field(description="what estimates rest on, by name")
 
 
-class Workload(_Model):
+class Workload(Strict):
     """What is measured: the prefill of `prompt` tokens; decode at past = context - 1."""
 
     batch: int
@@ -76,13 +60,13 @@ class Workload(_Model):
     context: int
 
 
-class Engine(_Model):
+class Engine(Strict):
     name: str
     reason: str = Field(description="why it was chosen")
     version: str | None = Field(None, description="where it is not among `versions`")
 
 
-class Choice(_Model):
+class Choice(Strict):
     """An automatic choice."""
 
     name: str
@@ -95,7 +79,7 @@ def _headroom(given: Mapping[str, Any]) -> float | None:
     return 100 * (1 - fitted.value / limit) if fitted is not None and limit else None
 
 
-class Constraint(_Model):
+class Constraint(Strict):
     """One limit against what was obtained."""
 
     name: Literal["memory", "prefill", "decode", "quality"]
@@ -108,9 +92,14 @@ class Constraint(_Model):
     headroom_percent: float | None = Field(
         default_factory=_headroom, description="of the limit that is left; negative: exceeded; none for a limit of 0"
     )
+    gain: float | None = Field(
+        None,
+        description="predicted fall of log perplexity in nats per token if the limit were 5 % higher; 0: another "
+        "constraint decides; none: nothing was searched within it",
+    )
 
 
-class Performance(_Model):
+class Performance(Strict):
     memory: dict[str, Figure] = Field(
         description="peak device bytes at full context: weights, cache, activations, buffers, runtime"
     )
@@ -125,7 +114,7 @@ class Performance(_Model):
     )
 
 
-class Side(_Model):
+class Side(Strict):
     """The dense or the fitted model."""
 
     performance: Performance
@@ -138,13 +127,14 @@ class Side(_Model):
     widths: list[dict[str, int]] = Field(description="per layer: query heads, key/value heads, MLP channels")
 
 
-class Candidate(_Model):
+class Candidate(Strict):
     """One step of the search: pruned, built and measured, or estimated where the device is out of reach.
 
     `obtained` has the source of the constraint's `fitted` figure: one engine served all candidates.
     """
 
-    widths: dict[str, int] = Field(description="of every layer")
+    widths: dict[str, int] = Field(description="what stays of the layers, how wide, and the tokens of the vocabulary")
+    predicted_loss: float = Field(description="nats per token over the dense model, by the sensitivities")
     predicted: dict[str, float] = Field(description="by constraint, before it was built")
     obtained: dict[str, float] = Field(description="by constraint, of the pruned candidate")
     status: Status
@@ -152,7 +142,7 @@ class Candidate(_Model):
     seconds: float | None = Field(None, description="to prune, build and measure it")
 
 
-class Search(_Model):
+class Search(Strict):
     ending: Literal["close", "neighbour", "out_of_reach", "candidates", "dense"] = Field(
         description="close: little of a limit is left; neighbour: every better candidate on the width grid exceeds the "
         "budget; out_of_reach: the smallest candidate does; candidates: as many as allowed were tried; "
@@ -160,37 +150,22 @@ class Search(_Model):
     )
     reason: str
     candidates: list[Candidate] = Field(description="in the order in which they were tried")
-
-
-class Text(_Model):
-    """Perplexity of one held-out text."""
-
-    name: str
-    tokens: int
-    dense: float
-    fitted: float
-    rise_percent: float
-    low_percent: float = Field(
-        description="of the rise's 95 % interval over documents; equal to `high_percent`: one document, no interval"
+    costs: str = Field("", description="where the costs of widths come from")
+    cost_error: dict[str, float] = Field(
+        default_factory=dict, description="largest relative distance of tested models from the cost model, by latency"
     )
-    high_percent: float
 
 
-class Quality(_Model):
-    label: Literal["perplexity", "agreement with the dense model"] = Field(
-        description="agreement: the text was generated by the dense model itself"
-    )
-    texts: list[Text]
-    rise_percent: float = Field(description="of perplexity on the worst text")
-    grade: Grade = Field(
-        description=f"intact below {DEGRADED_PERCENT:g} % rise, degraded below {BROKEN_PERCENT:g} %, else broken"
-    )
-    prompt: str
-    dense_sample: str = Field(description="what the dense model answers to the prompt")
-    fitted_sample: str
+class QualityStop(Strict):
+    """The budget lies beyond the quality limit: what meets it. `fitted` is the smallest within the limit."""
+
+    widths: list[dict[str, int]] = Field(description="of the model that meets the budget, as in `fitted`")
+    performance: Performance = Field(description="of the model that meets the budget")
+    rise_percent: float = Field(description="of perplexity on the worst text, of the model that meets the budget")
+    tried: int = Field(description="models that were built to find the smallest within the quality limit")
 
 
-class Module(_Model):
+class Module(Strict):
     """What happened to one module. Errors are how far the residual stream behind it is from the dense
     model's on held-out calibration samples, relative to what the module had to add."""
 
@@ -205,7 +180,7 @@ class Module(_Model):
     fell_back: bool = Field(description="no update lowered the error: the kept weights are as they were")
 
 
-class Step(_Model):
+class Step(Strict):
     """One thing to do on the way to the device; `command` is exact."""
 
     title: str
@@ -236,7 +211,7 @@ def _rate(decode: Figure, batch: int) -> Figure:
     )  # fmt: skip
 
 
-class TriedRung(_Model):
+class TriedRung(Strict):
     """One rung on the device; `figures` by constraint, in bytes and ms."""
 
     index: int
@@ -246,7 +221,7 @@ class TriedRung(_Model):
     sources: dict[str, Source] = Field(description="of the figures")
 
 
-class Measurement(_Model):
+class Measurement(Strict):
     """What `edgeprune measure` or `finish.pyz` found on the device, after the fit."""
 
     created: str = Field(description="UTC, ISO 8601")
@@ -262,7 +237,7 @@ class Measurement(_Model):
     performance: dict[str, Any] = Field(description="of the rung that was taken, as the engine's figures travel")
 
 
-class Report(_Model):
+class Report(Strict):
     """The whole document."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -290,11 +265,13 @@ class Report(_Model):
     tokens_per_second: dict[SideName, Figure] = Field(
         default_factory=_tokens_per_second, description="batch / decode, of the dense and the fitted model"
     )
+    experience: dict[SideName, Experience] = Field(description="what a user notices of the dense and the fitted model")
     unprunable: str = Field(description="how much of the latency no pruning of layers removes")
     floor: dict[str, float] = Field(
         description="estimated, of the smallest model on the width grid: memory in bytes, prefill and decode in ms"
     )
     search: Search
+    quality_stop: QualityStop | None = Field(description="where the budget lies beyond the quality limit")
     quality: Quality
     modules: list[Module]
     cross_check: dict[str, Figure] | None = Field(
@@ -318,19 +295,6 @@ class Report(_Model):
         if self.outcome != "met":
             return 3
         return 4 if require_measured and self.rests_on == "estimated" else 0
-
-
-def figure_of(figure: EngineFigure) -> Figure:
-    """A figure of an engine as it stands in the report."""
-    bounds = {"low": figure.low, "high": figure.high} if isinstance(figure, Measured) else {"basis": figure.basis}
-    return Figure(value=figure.value, unit=figure.unit, source=figure.source, device=figure.device, **bounds)
-
-
-def grade_of(rise_percent: float) -> Grade:
-    """Of a rise of perplexity in percent; one that is not a number is broken."""
-    if rise_percent < DEGRADED_PERCENT:
-        return "intact"
-    return "degraded" if rise_percent < BROKEN_PERCENT else "broken"
 
 
 _INTRODUCTION = f"""# report.json

@@ -11,11 +11,16 @@ from edgeprune.budget import format_bytes
 from edgeprune.report.figures import (
     OUTCOME_LABEL,
     OUTCOME_TEXT,
+    half_identical,
     number_text,
     perplexity_text,
+    reading_text,
     rise_interval,
     rise_text,
+    room_text,
+    share_text,
     shorten,
+    worst_agreement,
 )
 from edgeprune.report.schema import Figure, Quality, Report
 
@@ -108,7 +113,9 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     if (more := len(report.warnings) - WARNINGS) > 0:
         warnings.append(("", f"and {more} more in the report"))
     return [
+        *_noticed(report),
         ("quality", _quality(quality)),
+        *_same(quality),
         (
             "removed",
             f"{100 * report.ratio:.1f} % of attention and MLP parameters, {100 * report.total_ratio:.1f} % of all, "
@@ -118,6 +125,35 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         *((name, shorten(" ".join(sample.split()), SAMPLE_CHARACTERS)) for name, sample in samples.items()),
         *warnings,
     ]
+
+
+def _noticed(report: Report) -> list[tuple[str, str]]:
+    """What a user will notice, with the dense model's in brackets."""
+    dense, fitted = (report.experience[name] for name in ("dense", "fitted"))
+    rate = number_text(fitted.tokens_per_second.value, "tokens/s")
+    speed = (
+        f"first token after {number_text(fitted.first_token.value, 'ms')}, then {rate}: {reading_text(fitted)} "
+        f"(dense {reading_text(dense).split()[0]} x), {fitted.tokens_per_second.source}"
+    )
+    context, sequences = (
+        f"{room_text(getattr(fitted, name), fitted)} (dense {room_text(getattr(dense, name), dense)})"
+        for name in ("longest_context", "sequences")
+    )
+    room = f"context up to {context}; at context {report.workload.context} {sequences}; estimated, for memory alone"
+    return [("speed", speed), ("room", room)]
+
+
+def _same(quality: Quality) -> list[tuple[str, str]]:
+    """How often both models say the same."""
+    rows = []
+    if agreement := worst_agreement(quality.texts):
+        worst = "" if len(quality.texts) == 1 else " on the worst text"
+        rows.append(("agrees", f"the likeliest next token is the dense model's at {share_text(agreement)}{worst}"))
+    if quality.answers:
+        step = half_identical(quality.answers)
+        same = f"{step.same} of {step.answers} answers"
+        rows.append(("", f"{same} begin with the same {number_text(step.tokens, 'tokens')}, on this machine"))
+    return rows
 
 
 def _quality(quality: Quality) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgeprune.engine.base import Built, Estimate, Measured
+from edgeprune.evaluate.agreement import wilson
 from edgeprune.report.schema import Figure, Report, figure_of, grade_of
 
 PROMPT = "Explain in a few sentences why the sky is blue."
@@ -49,18 +50,64 @@ def side(name: str, of: dict[str, Any], shares: tuple[float, ...], layers: int =
 
 
 def text(name: str, dense: float, rise: float, width: float = 1.5) -> dict[str, Any]:
+    """The more perplexity rises, the fewer places agree."""
+    agree = 95 / (1 + max(rise, 0) / 60)
     return {
         "name": name, "tokens": 4096, "dense": dense, "fitted": dense * (1 + rise / 100), "rise_percent": rise,
-        "low_percent": rise - width, "high_percent": rise + width,
+        "low_percent": rise - width, "high_percent": rise + width, "agreement": {
+            "percent": agree, "low_percent": 0.97 * agree, "high_percent": 1.02 * agree, "places": 4096,
+            "documents": 24, "of": 24,
+        },
     }  # fmt: skip
 
 
-def quality(texts: list[dict[str, Any]], fitted: str, label: str = "perplexity") -> dict[str, Any]:
+def answers(same: tuple[int, ...]) -> dict[str, Any]:
+    """Of sixteen answers, those whose first 1, 2, 4, ... tokens are the dense model's."""
+    return {
+        "device": "AMD EPYC, 2 threads, fp32", "prompt_tokens": 32, "identical": [
+            {
+                "tokens": 2**step, "percent": 100 * count / 16, "low_percent": 100 * wilson(count, 16)[0],
+                "high_percent": 100 * wilson(count, 16)[1], "same": count, "answers": 16,
+            }
+            for step, count in enumerate(same)
+        ],
+    }  # fmt: skip
+
+
+def quality(
+    texts: list[dict[str, Any]], fitted: str, label: str = "perplexity", same: tuple[int, ...] = (15, 14, 11, 7, 4, 2)
+) -> dict[str, Any]:
     worst = max(entry["rise_percent"] for entry in texts)
     return {
-        "label": label, "texts": texts, "rise_percent": worst, "grade": grade_of(worst), "prompt": PROMPT,
-        "dense_sample": DENSE_TEXT, "fitted_sample": fitted,
+        "label": label, "texts": texts, "rise_percent": worst, "grade": grade_of(worst), "answers": answers(same),
+        "prompt": PROMPT, "dense_sample": DENSE_TEXT, "fitted_sample": fitted,
     }  # fmt: skip
+
+
+def experience(
+    sides: dict[str, dict[str, Any]], limit: float, reason: str, contexts: tuple[int, int], sequences: tuple[int, int]
+) -> dict[str, Any]:
+    """Contexts and sequences of the dense and the fitted model; all else follows from their figures."""
+    found = {}
+    for (name, of), context, count in zip(sides.items(), contexts, sequences, strict=True):
+        decode = of["performance"]["decode"]
+        rate = decode.model_copy(
+            update={
+                "value": 1000 / decode.value, "unit": "tokens/s",
+                "low": decode.high and 1000 / decode.high, "high": decode.low and 1000 / decode.low,
+            }
+        )  # fmt: skip
+        factor = {key: getattr(rate, key) and getattr(rate, key) / 5.2757 for key in ("value", "low", "high")}
+        found[name] = {
+            "first_token": of["performance"]["prefill"], "tokens_per_second": rate,
+            "reading_speed": rate.model_copy(update={**factor, "unit": "1"}),
+            "longest_context": estimated(context, "tokens"), "sequences": estimated(count, "sequences"),
+            "room": {
+                "limit": limit, "reason": reason, "most_context": 8192, "context_bytes": 47112.0,
+                "sequence_bytes": 98e6,
+            },
+        }  # fmt: skip
+    return found
 
 
 def modules(layers: int = 30) -> list[dict[str, Any]]:
@@ -80,6 +127,7 @@ def candidate(
     names = ("num_key_value_heads", "heads_per_group", "intermediate_size")
     return {
         "widths": dict(zip(names, widths, strict=True)), "status": status, "chosen": chosen,
+        "predicted_loss": 0.1 * (3 * 1536 - widths[0] * widths[2]) / 1536,
         "predicted": {name: value[0] for name, value in values.items()},
         "obtained": {name: value[1] for name, value in values.items()},
     }  # fmt: skip
@@ -137,6 +185,7 @@ def estimated_content() -> dict[str, Any]:
             **{name: of["performance"]["memory_total"] for name, of in sides.items()},
         }],
         "ratio": 0.115, "total_ratio": 0.091, "decode_bytes_ratio": 0.174, **sides,
+        "experience": experience(sides, limit, "the memory budget", (1187, 2510), (0, 1)),
         "unprunable": "46 % of the dense model's time per token (1.88 ms of 4.04 ms, estimated) is overhead, embedding "
         "and head: no pruning of layers removes it.",
         "floor": {"memory": 566145784.0, "prefill": 1.976, "decode": 2.2585},
@@ -147,7 +196,7 @@ def estimated_content() -> dict[str, Any]:
                 candidate((2, 3, 1472), {"memory": (794.3e6, 794.3e6)}, "met", True),
             ],
         },
-        "quality": quality(
+        "quality_stop": None, "quality": quality(
             [text("generated by the dense model", 3.1, 11.4)], DENSE_TEXT.replace("Rayleigh scattering", "scattering"),
             "agreement with the dense model",
         ),
@@ -217,7 +266,7 @@ def measured_content() -> dict[str, Any]:
             {"name": "quality", "asked": "30%", "limit": 30.0, "unit": "%", "status": "met", "dense": None,
              "fitted": rise},
         ],
-        **sides,
+        **sides, "experience": experience(sides, 600e6, "the memory budget", (0, 3350), (0, 1)),
         "search": {
             "ending": "close", "reason": "2.8 % of a limit is left", "candidates": [
                 candidate((2, 3, 1088), {"decode": (34.2, 37.9), "memory": (540e6, 566e6)}, "missed", False),
@@ -262,7 +311,8 @@ def broken_content() -> dict[str, Any]:
             ],
         },
         "quality": quality(
-            [text("generated by the dense model", 3.1, 4127.0, 380.0)], "the the the of of , , , the\n" * 6
+            [text("generated by the dense model", 3.1, 4127.0, 380.0)], "the the the of of , , , the\n" * 6,
+            same=(2, 0, 0, 0, 0, 0),
         ),
     }  # fmt: skip
 

@@ -100,6 +100,47 @@ def test_every_constraint_stands_with_figures_sources_and_headroom():
     assert "quality met +24.6 % (+21.9 to +27.4 %) measured +30.0 % +18.0 % – 30%" in fit
 
 
+def test_what_a_user_notices_comes_before_the_technical_tables():
+    cards = sections(measured_content())
+    assert list(cards)[:3] == ["What you will notice", "Does it fit?", "How much quality did it cost?"]
+    noticed = cards["What you will notice"]
+    assert "an answer begins after 611 ms (599 to 623 ms) measured 911 ms (893 to 929 ms) measured" in noticed
+    assert "5.6 x reading speed 29.3 tokens/s (28.8 to 29.9 tokens/s) measured 3.8 x reading speed" in noticed
+    assert "longest context 3,350 tokens estimated no room estimated" in noticed
+    assert "at once 1 sequence estimated no room estimated" in noticed
+    assert "likeliest next token the same 67.4 % (65.4 to 68.7 %) measured" in noticed  # the worse of two texts
+    assert "about 5.3 tokens/s: 238 words per minute (Brysbaert 2019" in noticed
+    assert "sequences of 2048 tokens at once, are what memory has room for: the memory budget, 572.2 MiB" in noticed
+
+
+def test_a_context_that_the_model_ends_is_called_all_it_has():
+    content = estimated_content()
+    fitted = content["experience"]["fitted"]
+    fitted["longest_context"] = fitted["longest_context"].model_copy(update={"value": 8192.0})
+    assert "longest context 8,192 tokens, all it has estimated" in sections(content)["What you will notice"]
+
+
+def test_agreement_stands_beside_the_rise():
+    quality = "How much quality did it cost?"
+    assert "+12.9 % to +21.7 % 9.90 11.61 4,096 73.7 % (71.5 to 75.2 %) 4,096" in sections(measured_content())[quality]
+    assert "16 greedy answers of each to the first 32 tokens" in sections(measured_content())[quality]
+    assert "measured in ONNX Runtime on AMD EPYC, 2 threads, fp32" in sections(measured_content())[quality]
+
+
+def test_what_a_vocabulary_leaves_out_is_said():
+    content = measured_content()
+    first, second = content["quality"]["texts"]
+    first["agreement"] |= {"documents": 20, "places": 1234}
+    second["agreement"] = None
+    cards = sections(content)
+    assert "67.4 % (65.4 to 68.7 %) 1,234 in 20 of 24 documents" in cards["How much quality did it cost?"]
+    first["agreement"] = content["quality"]["answers"] = None
+    cards = sections(content)
+    assert "4,096 – " in cards["How much quality did it cost?"]
+    assert "greedy answers" not in cards["How much quality did it cost?"]
+    assert "likeliest next token" not in cards["What you will notice"]
+
+
 def test_each_source_has_its_own_badge_beside_its_figure():
     content = estimated_content()
     weights = content["fitted"]["performance"]["memory"]["weights"]
@@ -199,6 +240,18 @@ def test_the_rise_of_each_text_is_drawn_with_its_interval():
     assert layout["yaxis"]["ticktext"] == ["notes, one fifth held…", "manual.txt"]
 
 
+def test_identical_answers_are_drawn_with_their_intervals():
+    report = report_of(measured_content())
+    (trace,), _ = figure(all_plots(report)["answers"])
+    steps = report.quality.answers.identical
+    assert trace["x"] == ["1", "2", "4", "8", "16", "32"]
+    assert trace["y"] == [step.percent for step in steps]
+    assert trace["text"][3] == "7 of 16"
+    for sign, array, bound in ((1, "array", "high_percent"), (-1, "arrayminus", "low_percent")):
+        bounds = [y + sign * reach for y, reach in zip(trace["y"], trace["error_y"][array], strict=True)]
+        assert bounds == pytest.approx([getattr(step, bound) for step in steps])
+
+
 def test_the_path_shows_predicted_and_obtained_against_the_limit():
     traces, _ = figure(all_plots(report_of(measured_content()))["path"])
     by_name = {trace["name"]: trace for trace in traces}
@@ -212,9 +265,11 @@ def test_the_path_shows_predicted_and_obtained_against_the_limit():
 
 def test_only_plots_that_say_something_are_drawn():
     always = {"budget", "quality", "memory", "latency", "widths"}
-    assert set(all_plots(report_of(measured_content()))) == always | {"path", "errors"}
-    nothing_tried = measured_content()["search"] | {"candidates": []}
-    assert set(all_plots(report_of(measured_content() | {"search": nothing_tried, "modules": []}))) == always
+    content = measured_content()
+    assert set(all_plots(report_of(content))) == always | {"path", "errors", "answers"}
+    content["quality"] |= {"answers": None}
+    content |= {"search": content["search"] | {"candidates": []}, "modules": []}
+    assert set(all_plots(report_of(content))) == always
 
 
 def test_errors_of_pruned_modules_are_drawn_before_and_after_the_update():
@@ -237,6 +292,9 @@ def test_widths_that_differ_are_drawn_in_percent_of_the_dense_model():
 def hostile(content: dict, text: str) -> dict:
     """The text wherever a user, a file or a model has a say."""
     content["quality"] |= {"prompt": text, "dense_sample": text, "fitted_sample": text}
+    content["quality"]["answers"]["device"] = text
+    for noticed in content["experience"].values():
+        noticed["room"]["reason"] = text
     for entry in content["quality"]["texts"]:
         entry["name"] = text
     for row in content["budget"]:

@@ -100,6 +100,24 @@ def test_quality_says_of_which_text_and_what_it_is():
     assert "agreement with the dense model" in words(printed(print_report, report_of(estimated_content())))
 
 
+def test_what_a_user_notices_in_two_rows():
+    text = words(printed(print_report, report_of(measured_content())))
+    assert "speed first token after 611 ms, then 29.3 tokens/s: 5.6 x reading speed (dense 3.8 x), measured" in text
+    assert "room context up to 3,350 tokens (dense no room); at context 2048 1 sequence (dense no room)" in text
+
+
+def test_agreement_and_answers():
+    content = measured_content()
+    text = words(printed(print_report, report_of(content)))
+    assert "the likeliest next token is the dense model's at 67.4 % (65.4 to 68.7 %) on the worst text" in text
+    assert "11 of 16 answers begin with the same 4 tokens" in text  # the longest that half of them share
+    assert "2 of 16 answers begin with the same 1 token," in words(printed(print_report, report_of(broken_content())))
+    content["quality"] |= {"answers": None, "texts": [one | {"agreement": None} for one in content["quality"]["texts"]]}
+    text = words(printed(print_report, report_of(content)))
+    assert "likeliest" not in text
+    assert "begin with" not in text
+
+
 def test_one_document_has_no_interval():
     content = measured_content()
     content["quality"]["texts"] = [content["quality"]["texts"][0] | {"low_percent": 24.6, "high_percent": 24.6}]

@@ -1,0 +1,39 @@
+"""What every document is made of: strict parts, and numbers with their unit and source."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgeprune.engine.base import Figure as EngineFigure
+from edgeprune.engine.base import Measured
+
+Source = Literal["measured", "built", "estimated"]
+
+
+class Strict(BaseModel):
+    """Every part of a document: frozen, and an unknown field is an error."""
+
+    # A broken model's perplexity can be infinite; as null the report could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
+
+
+class Figure(Strict):
+    """A number with its unit and where it comes from."""
+
+    value: float
+    unit: str = Field(description="bytes, ms, tokens/s, tokens, sequences, %, or 1 for a ratio")
+    source: Source = Field(
+        description="measured: ran on `device`; built: the compiler's figure for a real engine; estimated: a model's"
+    )
+    device: str
+    low: float | None = Field(None, description="lower bound of the 95 % interval; measured figures only")
+    high: float | None = Field(None, description="upper bound of the 95 % interval; measured figures only")
+    basis: str | None = Field(None, description="what a built or estimated figure rests on")
+
+
+def figure_of(figure: EngineFigure) -> Figure:
+    """A figure of an engine as it stands in the report."""
+    bounds = {"low": figure.low, "high": figure.high} if isinstance(figure, Measured) else {"basis": figure.basis}
+    return Figure(value=figure.value, unit=figure.unit, source=figure.source, device=figure.device, **bounds)

@@ -1,0 +1,42 @@
+"""The part of report.json about what a user of the model will notice."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from edgeprune.engine import serving
+from edgeprune.engine.serving import TOKENS_PER_WORD, WORDS_PER_MINUTE
+from edgeprune.report.base import Figure, Strict, figure_of
+
+
+class Room(Strict):
+    """Memory for more context or more sequences than the workload's."""
+
+    limit: float = Field(description="bytes that may be used")
+    reason: str = Field(description="what sets the limit: the memory budget, or else the device")
+    most_context: int = Field(description="the model's positions")
+    context_bytes: float = Field(description="estimated, of one more token of context, of all sequences together")
+    sequence_bytes: float = Field(description="estimated, of one more sequence at the workload's prompt and context")
+
+
+class Experience(Strict):
+    """What a user of the model will notice."""
+
+    first_token: Figure = Field(description="ms until the answer to `workload.prompt` tokens begins: the prefill")
+    tokens_per_second: Figure = Field(description="of each sequence, at full context")
+    reading_speed: Figure = Field(
+        description="how many times the rate of a reader that is: of "
+        f"{WORDS_PER_MINUTE} words per minute (Brysbaert 2019, silent reading of English) at {TOKENS_PER_WORD} tokens "
+        "per word"
+    )
+    longest_context: Figure = Field(description="tokens that memory has room for; 0: not even the smallest context")
+    sequences: Figure = Field(
+        description="at once, that memory has room for at the workload's prompt and context; 0: not even one"
+    )
+    room: Room
+
+
+def experience_part(found: serving.Experience) -> Experience:
+    """What was found, as it stands in the report."""
+    figures = {name: figure_of(figure) for name, figure in found.figures.items()}
+    return Experience(room=Room(**found.room.__dict__), **figures)
