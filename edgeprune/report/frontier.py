@@ -10,19 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from edgeprune.report import schema
+from edgeprune.report.base import Strict
 from edgeprune.report.schema import Figure, Grade, Report, Side, Source, grade_of
 
 SCHEMA_VERSION = 1
 KIND: Literal["frontier"] = "frontier"
 
 
-class Dense(BaseModel):
+class Dense(Strict):
     """The dense model: what the rungs are compared with."""
-
-    model_config = Report.model_config
 
     memory: Figure = Field(description="peak device bytes at full context")
     prefill: Figure = Field(description="ms to the first token")
@@ -32,10 +31,8 @@ class Dense(BaseModel):
     sample: str = Field(description="its answer to `prompt`")
 
 
-class Rung(BaseModel):
+class Rung(Strict):
     """One model of the ladder; the rung after it is smaller."""
-
-    model_config = Report.model_config
 
     index: int = Field(description="what `edgeprune fit --from BUNDLE --pick` takes")
     asked: str = Field(description="what it was fitted to, such as `decode 85%`")
@@ -64,10 +61,8 @@ class Rung(BaseModel):
         return tuple(dict.fromkeys(map(grade_of, (self.low_percent, self.rise_percent, self.high_percent))))
 
 
-class Frontier(BaseModel):
+class Frontier(Strict):
     """The whole document."""
-
-    model_config = Report.model_config
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["frontier"] = KIND

@@ -7,7 +7,7 @@ from math import asinh, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.report.figures import figure_text, number_text, rise_interval
+from edgeprune.report.figures import figure_text, number_text, rise_interval, share_text, worst_agreement
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.plots import DENSE, LIMIT, plot_html
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Figure, Text
@@ -51,6 +51,7 @@ def render_frontier(frontier: Frontier, bundle: str) -> str:
         axes=frontier_axes(frontier),
         undrawn=[rung.index for rung in frontier.rungs if rung not in drawn], pick_command=pick_command,
         number_text=number_text, split=split, interval_of=interval_of, rise_of=rise_of, columns=COLUMNS,
+        agreement_of=agreement_of, agreements=any(agreement_of(rung) for rung in frontier.rungs),
         degraded_percent=DEGRADED_PERCENT, broken_percent=BROKEN_PERCENT,
         intact=frontier.fastest(("intact",)), usable=frontier.fastest(("intact", "degraded")),
     )  # fmt: skip
@@ -60,6 +61,14 @@ def split(figure: Figure) -> tuple[str, str]:
     """A figure and its interval, for two lines; the interval is empty where there is none."""
     value, _, interval = figure_text(figure).partition(" (")
     return value, interval.removesuffix(")")
+
+
+def agreement_of(rung: Rung) -> tuple[str, str] | None:
+    """How often the likeliest next token is the dense model's, on the text where it is least, and its interval."""
+    if (agreement := worst_agreement(rung.texts)) is None:
+        return None
+    share, _, interval = share_text(agreement).partition(" (")
+    return share, interval.removesuffix(")")
 
 
 def interval_of(rise: Rung | Text) -> str:
@@ -179,6 +188,8 @@ def _hover(point: Dense | Rung) -> str:
             f"{100 * point.ratio:.1f} % of attention and MLP pruned",
             f"perplexity {rise_of(point)}, measured: {point.grade}",
         ]
+        if agreement := agreement_of(point):
+            lines.append(f"the dense model's next token at {agreement[0]}, measured")
     title = f"rung {point.index}" if isinstance(point, Rung) else "dense"
     return "<br>".join([f"<b>{title}</b>", *lines])
 

@@ -113,15 +113,32 @@ def headings(page: str) -> list[str]:
 def test_the_table_has_every_figure_under_its_source():
     page = render_frontier(measured_ladder(texts=("a.txt", "b.txt")), BUNDLE)
     assert headings(page) == [
-        "", "rung", "quality", "perplexity, a.txt measured", "perplexity, b.txt measured", "per token measured",
-        "of dense measured", "tokens/s measured", "first token measured", "memory measured", "pruned", "of all",
+        "", "rung", "quality", "perplexity, a.txt measured", "perplexity, b.txt measured", "same next token measured",
+        "per token measured", "of dense measured", "tokens/s measured", "first token measured", "memory measured",
+        "pruned", "of all",
     ]  # fmt: skip
     dense, first, *_ = rows(page)
-    assert dense[1:7] == ["dense", "", "10.00", "10.00", "50.1 ms 49.1 to 51.1 ms", ""]
+    assert dense[1:8] == ["dense", "", "10.00", "10.00", "", "50.1 ms 49.1 to 51.1 ms", ""]
     assert first[1:] == [
-        "0", "intact", "+1.4 % +0.9 to +1.9 %", "+0.7 % +0.2 to +1.2 %", "45.1 ms 44.2 to 46.0 ms",
+        "0", "intact", "+1.4 % +0.9 to +1.9 %", "+0.7 % +0.2 to +1.2 %", "92.8 % 90.0 to 94.7 %",
+        "45.1 ms 44.2 to 46.0 ms",
         "0.900 0.891 to 0.909", "22.2", "820 ms 804 to 836 ms", "639.8 MiB", "10.0 %", "8.0 %",
     ]  # fmt: skip
+
+
+def test_a_vocabulary_that_leaves_nothing_to_compare_has_no_agreement():
+    frontier = measured_ladder(rises=(1.0, 2.0))
+    bare = [rung.texts[0].model_copy(update={"agreement": None}) for rung in frontier.rungs]
+    rungs = [
+        rung.model_copy(update={"texts": [text]}) if rung.index else rung
+        for rung, text in zip(frontier.rungs, bare, strict=True)
+    ]
+    page = render_frontier(frontier.model_copy(update={"rungs": rungs}), BUNDLE)
+    assert [row[4][:6] for row in rows(page)] == ["", "93.4 %", ""]
+    rungs = [rung.model_copy(update={"texts": [text]}) for rung, text in zip(rungs, bare, strict=True)]
+    page = render_frontier(frontier.model_copy(update={"rungs": rungs}), BUNDLE)
+    assert "next token" not in page
+    assert len({len(row) for row in rows(page)} | {len(headings(page))}) == 1
 
 
 def test_a_column_of_several_sources_labels_every_cell():
@@ -238,7 +255,7 @@ def test_pointing_at_a_rung_shows_all_of_it_with_sources():
     assert trace.hovertext[0].split("<br>") == [
         "<b>rung 0</b>", "per token 3.64 ms, estimated", "tokens/s 275 tokens/s, estimated",
         "memory 743.7 MiB, estimated", "first token 6.63 ms, estimated", "10.0 % of attention and MLP pruned",
-        "perplexity +1.4 % (+0.9 to +1.9 %), measured: intact",
+        "perplexity +1.4 % (+0.9 to +1.9 %), measured: intact", "the dense model's next token at 92.8 %, measured",
     ]  # fmt: skip
 
 
