@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import expm1
 
 from edgeprune.budget import STATUS_TEXT, format_bytes, format_ms
 from edgeprune.report.experience import Experience
 from edgeprune.report.quality import Agreement, Answers, Identical
-from edgeprune.report.schema import Figure, Outcome, Source, Text
+from edgeprune.report.schema import Constraint, Figure, Outcome, Search, Source, Text
 
 OUTCOME_TEXT: dict[Outcome, str] = {
     **STATUS_TEXT,
@@ -76,6 +77,27 @@ def worst_agreement(texts: Sequence[Text]) -> Agreement | None:
 def half_identical(answers: Answers) -> Identical:
     """The longest beginning that at least half of the answers share, else the shortest that was looked at."""
     return next((step for step in reversed(answers.identical) if step.percent >= 50), answers.identical[0])
+
+
+def deciding_text(budget: Sequence[Constraint]) -> str | None:
+    """Which limits decide on the model, and what a little more of each would buy; None where nothing was searched."""
+    gains = {row.name: row.gain for row in budget if row.gain is not None}
+    if not gains:
+        return None
+    active = {name: 100 * -expm1(-gain) for name, gain in gains.items() if gain > 0}
+    if not active:
+        return "No limit decides alone: 5 % more of any one of them buys nothing on the width grid."
+    bought = "; ".join(f"5 % more of {name} would lower perplexity by {fall:.1f} %" for name, fall in active.items())
+    idle = [name for name in gains if name not in active]
+    return f"What decides is {' and '.join(active)}: {bought}, as predicted." + (
+        f" More of {' or '.join(idle)} alone would buy nothing." if idle else ""
+    )
+
+
+def costs_text(search: Search) -> str:
+    """Where the costs of widths came from, and how far they were off."""
+    errors = ", ".join(f"{kind} {100 * worst:.1f} %" for kind, worst in search.cost_error.items())
+    return f"Costs of widths come from {search.costs}" + (f"; at most off by {errors}, as tested." if errors else ".")
 
 
 def rise_interval(text: Text) -> str | None:

@@ -32,7 +32,7 @@ class Dense(Strict):
 
 
 class Rung(Strict):
-    """One model of the ladder; the rung after it is smaller."""
+    """One size of the model, pruned, built and evaluated like any other."""
 
     index: int = Field(description="what `edgeprune fit --from BUNDLE --pick` takes")
     asked: str = Field(description="what it was fitted to, such as `decode 85%`")

@@ -11,6 +11,7 @@ from edgeprune.budget import format_bytes
 from edgeprune.report.figures import (
     OUTCOME_LABEL,
     OUTCOME_TEXT,
+    deciding_text,
     half_identical,
     number_text,
     perplexity_text,
@@ -121,10 +122,28 @@ def _summary(report: Report) -> list[tuple[str, str]]:
             f"{100 * report.ratio:.1f} % of attention and MLP parameters, {100 * report.total_ratio:.1f} % of all, "
             f"{100 * report.decode_bytes_ratio:.1f} % of decode bytes",
         ),
+        *([("decides", deciding)] if (deciding := deciding_text(report.budget)) else []),
+        *_budget_or_quality(report),
         ("fixed", report.unprunable),
         *((name, shorten(" ".join(sample.split()), SAMPLE_CHARACTERS)) for name, sample in samples.items()),
         *warnings,
     ]
+
+
+def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
+    """The nearest points where both cannot be had."""
+    if (stop := report.quality_stop) is None:
+        return []
+    sides = {"within": (report.fitted.performance, report.quality.rise_percent),
+             "beyond": (stop.performance, stop.rise_percent)}  # fmt: skip
+    words = {"within": "the quality limit, smallest", "beyond": "it, but in the budget"}
+    return [
+        (name, f"{words[name]}: perplexity {number_text(rise, '%')}, " + ", ".join(
+            f"{what} {number_text(figure.value, figure.unit)} ({figure.source})"
+            for what, figure in (("memory", side.memory_total), ("prefill", side.prefill), ("decode", side.decode))
+        ))
+        for name, (side, rise) in sides.items()
+    ]  # fmt: skip
 
 
 def _noticed(report: Report) -> list[tuple[str, str]]:
