@@ -139,11 +139,14 @@ class Evaluator:
         }  # fmt: skip
 
     def _prompts(self) -> list[np.ndarray]:
-        """Beginnings of the held-out documents, of one length, which at least half of them have."""
-        documents = [document for of in self.samples.evaluation.values() for document in of if len(document)]
+        """Beginnings of the held-out documents, of one length, which at least half of them have; of their windows
+        where documents are few."""
+        texts = [document for of in self.samples.evaluation.values() for document in of if len(document)]
+        if len(texts) < PROMPTS:
+            texts = [window for of in self._windows.values() for windows in of for window in windows]
         room = self.setup.workload.context - self._answer_tokens
-        length = min(PROMPT_TOKENS, room, int(np.median([len(document) for document in documents])))
-        long_enough = [document[:length] for document in documents if len(document) >= length]
+        length = min(PROMPT_TOKENS, room, int(np.median([len(text) for text in texts])))
+        long_enough = [text[:length] for text in texts if len(text) >= length]
         picks = np.linspace(0, len(long_enough) - 1, min(PROMPTS, len(long_enough))).round().astype(int)
         return [long_enough[pick] for pick in picks]
 

@@ -38,11 +38,11 @@ class Home:
     tokens: dict[str, list[np.ndarray]]
     folder: Path
 
-    def evaluator(self, folder: Path, resume: bool = False) -> Evaluator:
+    def evaluator(self, folder: Path, resume: bool = False, tokens: dict | None = None) -> Evaluator:
         setup = SimpleNamespace(
             model=self.model, workload=Workload(1, 16, CONTEXT), request=SimpleNamespace(length=32, seed=0)
         )
-        samples = Samples(np.zeros((1, 2)), None, self.tokens, self_generated=False)
+        samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
         return Evaluator(setup, open_journal(folder, {}, resume, False), Silent(), samples, self.plain)
 
     def prompts(self) -> list[np.ndarray]:
@@ -134,6 +134,14 @@ def greedy(home: Home, other: Model) -> np.ndarray:
     ]
     shortest = min(of.shape[1] for of in answers)
     return np.logical_and.accumulate((answers[0][:, :shortest] == answers[1][:, :shortest]).numpy(), axis=1)
+
+
+def test_few_documents_are_asked_in_several_places(home, tmp_path):
+    long = np.concatenate(home.tokens["manual"])[:600]
+    evaluator = home.evaluator(tmp_path / "journal", tokens={"one": [long]})
+    evaluator.quality("0", candidate(home.model, tmp_path))
+    prompts = evaluator.journal.stage("dense answers", pytest.fail)["prompts"]
+    assert prompts == [long[start : start + 20].tolist() for start in (0, 256, 512)]
 
 
 def test_the_dense_part_is_computed_once_and_survives_a_kill(home, tmp_path, monkeypatch):

@@ -60,6 +60,12 @@ def checked(bundle: Path) -> Report:
     for row in report.budget:
         if row.name != "quality":
             assert row.fitted.value == report.measurement.rungs[report.measurement.rung].figures[row.name]
+    noticed, performance = report.experience["fitted"], report.fitted.performance
+    assert noticed.first_token == performance.prefill
+    assert noticed.tokens_per_second.value == pytest.approx(1000 / performance.decode.value)
+    spare = noticed.room.limit - performance.memory_total.value
+    assert (noticed.sequences.value >= report.workload.batch) == (spare >= 0)
+    assert (noticed.longest_context.value >= report.workload.context) == (spare >= 0)
     return report
 
 

@@ -186,7 +186,7 @@ def _answers(answers: Answers | None) -> go.Figure | None:
     )  # fmt: skip
     figure.update_layout(height=220)
     figure.update_xaxes(title_text="first tokens of the answer", type="category", showgrid=False)
-    figure.update_yaxes(title_text="identical, %", range=[0, 104])
+    figure.update_yaxes(title_text="identical, %", range=[-5, 105])
     return figure
 
 

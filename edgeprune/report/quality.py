@@ -42,7 +42,8 @@ class Identical(Strict):
 
 
 class Answers(Strict):
-    """Greedy answers of both models to the same prompts: beginnings of held-out documents.
+    """Greedy answers of both models to the same prompts: beginnings of held-out documents, or of their windows
+    where documents are few.
 
     Both ran in ONNX Runtime in fp32 on the machine that made the report, whatever the device is: what differs is
     the models. Tokens that the fitted model's vocabulary lacks count as different.

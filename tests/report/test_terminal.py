@@ -303,7 +303,7 @@ def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
     [
         (3 * 2**30, "bytes", "3.00 GiB"), (6.149, "ms", "6.15 ms"), (4.96, "%", "+5.0 %"), (-3.0, "%", "-3.0 %"),
         (4127.4, "%", "+4127 %"), (2.34, "tokens/s", "2.34 tokens/s"), (277.8, "tokens/s", "278 tokens/s"),
-        (0.7128, "1", "0.713"),
+        (0.7128, "1", "0.713"), (8192.0, "tokens", "8,192 tokens"), (1.0, "sequences", "1 sequence"),
     ],
 )  # fmt: skip
 def test_numbers_in_their_units(value, unit, text):
