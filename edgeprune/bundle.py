@@ -18,6 +18,7 @@ from edgeprune.errors import InputError
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+TOKENIZER = "tokenizer"
 LINKS = ("model", "onnx", "engine")
 FRONTIER = "frontier"  # the kind of a bundle whose rungs wait to be picked from; others have a chosen one
 
@@ -96,9 +97,9 @@ def write_bundle(
                 link(str(path), str(folder / path.name))
     if chosen is not None:
         point_to_rung(staging, chosen)
-    (staging / "tokenizer").mkdir()
+    (staging / TOKENIZER).mkdir()
     for name, path in tokenizer.items():
-        shutil.copyfile(path, staging / "tokenizer" / name)
+        shutil.copyfile(path, staging / TOKENIZER / name)
     for name, text in texts.items():
         (staging / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     for name, text in render(_sizes(staging)).items():
@@ -144,6 +145,12 @@ def _replace(path: Path, text: str) -> None:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file, by its path in the bundle; links to folders are not followed."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tokenizer_of(folder: Path, rung: int) -> Path:
+    """The folder of a rung's tokenizer: its own, where it has a vocabulary of its own, else the bundle's."""
+    own = folder / "rungs" / str(rung) / TOKENIZER
+    return own if own.is_dir() else folder / TOKENIZER
 
 
 def rungs_of(folder: Path) -> list[int]:

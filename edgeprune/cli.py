@@ -90,8 +90,8 @@ def fit(
     from edgeprune.loop import fit as run
     from edgeprune.prepare import Request
     from edgeprune.progress import rich_progress
+    from edgeprune.reading import read_report
     from edgeprune.report.terminal import print_report
-    from edgeprune.shipping import read_report
 
     if from_ is not None or pick is not None:
         bundle = _picked(context_, from_, pick, output, force)
@@ -162,8 +162,8 @@ def frontier(
     from edgeprune.loop import frontier as run
     from edgeprune.prepare import Request
     from edgeprune.progress import rich_progress
+    from edgeprune.reading import read_frontier
     from edgeprune.report.frontier_terminal import print_frontier
-    from edgeprune.shipping import read_frontier
 
     request = Request(
         model=model, device=device, profile=profile, calibration=calibration, evaluate=tuple(evaluate or ()),
@@ -342,7 +342,7 @@ def compare(
 @app.command()
 def report(bundle: options.Bundle) -> None:
     """Render a bundle's report.html again from its report.json, and say where it is."""
-    from edgeprune.shipping import render_again
+    from edgeprune.reading import render_again
 
     typer.echo(str(render_again(bundle)))
 

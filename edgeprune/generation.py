@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.bundle import REPORT, open_chosen
+from edgeprune.bundle import REPORT, open_chosen, tokenizer_of
 from edgeprune.engine.check import Runner as StepRunner
 from edgeprune.engine.generate import generate
 from edgeprune.engine.gpu import Runner as EngineRunner
@@ -104,14 +104,15 @@ def stream_text(
     """
     manifest = open_chosen(bundle)
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
-    tokenizer_folder = bundle / "tokenizer"
+    measurement = report.get("measurement") or {}
+    tokenizer_folder = tokenizer_of(bundle, measurement.get("rung", 0))
     tokenizer = load_tokenizer(tokenizer_folder)
     ids = prompt_ids(tokenizer, prompt)
     context = int(report["workload"]["context"])
     room = context - len(ids)
     if room < 1:
         raise InputError(f"the prompt of {len(ids)} tokens exceeds the bundle's context of {context}", "Shorten it.")
-    runner = _runner(bundle, (report.get("measurement") or manifest)["engine"], context, note)
+    runner = _runner(bundle, (measurement or manifest)["engine"], context, note)
     shown, new = "", []
     for tokens in generate(
         runner, [ids], min(max_new_tokens, room), temperature, top_p, seed, end_ids(tokenizer, tokenizer_folder)

@@ -22,14 +22,13 @@ from edgeprune.planning import Planner, planner_of
 from edgeprune.prepare import Request, Setup, prepare
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import Candidate, Fitted, Quality, QualityStop, Samples
-from edgeprune.search import Costs, Outcome, QualityTrial, Rise, search, search_quality
+from edgeprune.search import RUNG_CANDIDATES, Costs, Outcome, QualityTrial, Rise, search, search_quality
 from edgeprune.stations import Run
 
 if TYPE_CHECKING:
     from edgeprune.pruning.optimize import Allocation
 
 MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
-RUNG_CANDIDATES = 2  # for each rung of a frontier: the corrections of one serve the next
 WORST_FRONTIER_NATS = 0.7  # predicted loss at the end of a frontier: perplexity about doubled
 
 
@@ -86,7 +85,7 @@ def frontier(request: Request, progress: Progress | None = None) -> Path:
     from edgeprune.picking import ship_frontier
 
     progress = progress or Silent()
-    setup = prepare(request)
+    setup = prepare(request, ladder=True)
     journal, work = _begin(setup, progress)
     flow = _flow(setup, journal, progress)
     planner = flow.planner()

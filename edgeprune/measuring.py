@@ -9,7 +9,7 @@ from edgeprune.engine.perform import Here
 from edgeprune.finish import finish
 from edgeprune.prepare import target_of
 from edgeprune.progress import Progress, Silent
-from edgeprune.shipping import read_report, render_again
+from edgeprune.reading import read_report, render_again
 
 if TYPE_CHECKING:
     from edgeprune.report.schema import Report

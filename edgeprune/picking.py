@@ -15,11 +15,13 @@ from edgeprune.budget import CONSTRAINTS
 from edgeprune.bundle import (
     FRONTIER,
     REPORT,
+    TOKENIZER,
     check_output,
     check_space,
     open_bundle,
     rungs_of,
     sha256,
+    tokenizer_of,
     write_bundle,
 )
 from edgeprune.deployment import deployment
@@ -28,25 +30,22 @@ from edgeprune.errors import InputError
 from edgeprune.finish import DEPLOYMENT, MEASUREMENT
 from edgeprune.profiles import profile_toml
 from edgeprune.progress import Progress, Silent
+from edgeprune.reading import FRONTIER_FILE, FRONTIER_PAGE, read_report
 from edgeprune.readme import FINISH, deploy_steps, frontier_readme, readme
 from edgeprune.report.frontier import frontier_of, pick_command
 from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.schema import Choice, Report, Step
 from edgeprune.results import Fitted
 from edgeprune.shipping import (
-    FRONTIER_FILE,
     as_json,
     build_report,
     command_line,
     manifest_of,
     now,
-    read_report,
     rendered,
     rung_folder,
     tokenizer_files,
 )
-
-TOKENIZER = "tokenizer"
 
 
 def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
@@ -60,26 +59,17 @@ def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
     for index, rung in enumerate(rungs):
         step = Step(title="Pick this rung: a bundle of its own", command=pick_command(setup.output.name, index))
         reports.append(build_report(rung, {}, command).model_copy(update={"deploy": [step]}))
-        folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index)))
+        folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index), setup.model.directory))
         (folders[-1] / DEPLOYMENT).write_text(_json_text(deployment([rung])), encoding="utf-8")
-        if rung.chosen.model.decoder.vocab_size != setup.model.decoder.vocab_size:
-            _keep_tokenizer(rung.chosen.model.directory, folders[-1] / TOKENIZER)
     frontier = frontier_of(reports)
     texts = {"profile.toml": profile_toml(setup.profile), "README.md": frontier_readme(frontier, setup.output.name)}
 
     def render(files: dict[str, int]) -> dict[str, str]:
-        return {FRONTIER_FILE: as_json(frontier), "frontier.html": render_frontier(frontier, setup.output.name)}
+        return {FRONTIER_FILE: as_json(frontier), FRONTIER_PAGE: render_frontier(frontier, setup.output.name)}
 
     manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
     tokenizer = tokenizer_files(setup.model.directory)
     write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest, render, chosen=None)
-
-
-def _keep_tokenizer(directory: Path, folder: Path) -> None:
-    """A rung with a vocabulary of its own has a tokenizer of its own; the others share the bundle's."""
-    folder.mkdir()
-    for name, path in tokenizer_files(directory).items():
-        (folder / name).symlink_to(path)
 
 
 def pick(
@@ -135,8 +125,7 @@ def pick(
             advance()
         (work / str(index) / REPORT).write_text(as_json(report), encoding="utf-8")
         progress.stage("write the bundle")
-        own = bundle / "rungs" / str(index) / TOKENIZER
-        tokenizer = {path.name: path for path in sorted((own if own.is_dir() else bundle / TOKENIZER).iterdir())}
+        tokenizer = {path.name: path for path in sorted(tokenizer_of(bundle, index).iterdir())}
         write_bundle(work / "bundle", output, [work / str(index)], tokenizer, texts, kept, render)
     except OSError as error:
         raise InputError(

@@ -21,7 +21,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.model import Model
 from edgeprune.profiles import DeviceProfile, load_profile
-from edgeprune.search import MAX_CANDIDATES
+from edgeprune.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,8 +142,11 @@ def samples_hash(texts: Texts) -> str:
     return digest.hexdigest()
 
 
-def prepare(request: Request) -> Setup:
-    """Raises InputError for bad input and BudgetError for a budget below the floor; writes nothing."""
+def prepare(request: Request, ladder: bool = False) -> Setup:
+    """Raises InputError for bad input and BudgetError for a budget below the floor; writes nothing.
+
+    ladder: for a frontier, whose rungs have each a budget of their own: none is resolved here.
+    """
     if (request.device is None) == (request.profile is None):
         raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
     target = target_of(request.target, request.keep_remote)
@@ -164,9 +167,10 @@ def prepare(request: Request) -> Setup:
             "asked for" if request.precision else f"the profile {profile.name} runs {profile.precision}",
         ),
     ]  # fmt: skip
-    budget, budget_choice = _budget(request, profile)
+    budget, budget_choice = (Budget(), None) if ladder else _budget(request, profile)
     choices += [budget_choice] if budget_choice else []
-    output = (request.output or Path(f"{_stem(request.model)}-{profile.name}")).absolute()
+    name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
+    output = (request.output or Path(name)).absolute()
     check_output(output, request.force or request.resume)
     documents = read_documents_of(request)
     _check_method(request.method)
@@ -186,7 +190,9 @@ def prepare(request: Request) -> Setup:
     else:
         reason = "text of the model's own, at the same weight, holds in place what yours says nothing about"
         choices.append(Choice("calibration", f"{texts.origin}, and generated text", reason))
-    check_space(output, _bytes_written(model, precision, engine, request.rungs))
+    candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
+    candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
+    check_space(output, _bytes_written(model, precision, engine, candidates))
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
 
 
@@ -306,11 +312,10 @@ def _rounded_up(name: str, value: float) -> str:
     return f"{int(value / 2**20) + 1}MiB" if name == "memory" else f"{int(value) + 1}ms"
 
 
-def _bytes_written(model: Model, precision: str, engine: Engine, rungs: int) -> int:
+def _bytes_written(model: Model, precision: str, engine: Engine, candidates: int) -> int:
     """An upper bound: dense and candidate graphs and checkpoints, and the engines."""
     graphs = graph_weight_bytes(model.decoder, precision)
     plain = graph_weight_bytes(model.decoder, "fp32")
-    candidates = (MAX_CANDIDATES if engine.builds else 1) + rungs - 1
     engines = graphs * (candidates + 1) if engine.builds else 0
     return 2 * plain + graphs + candidates * (graphs + plain) + engines
 

@@ -86,7 +86,7 @@ def frontier_readme(frontier: Frontier, bundle: str) -> str:
     """README.md of a bundle whose rungs wait to be picked from."""
     lines = [
         f"# {frontier.model.name} for {frontier.device.description}: rungs to pick from", "",
-        f"{len(frontier.rungs)} models, each smaller than the one before. `frontier.html` shows what each needs, "
+        f"{len(frontier.rungs)} sizes of one model, the largest first. `frontier.html` shows what each needs, "
         "reaches and costs; `frontier.json` is the same for programs.", "",
         "| rung | decode | prefill | memory | pruned | rise of perplexity, measured | quality |",
         "|---|---|---|---|---|---|---|", f"| dense |{_cells(frontier.dense)} | | |",

@@ -16,6 +16,7 @@ from edgeprune.pruning.optimize import Allocation
 
 MAX_CANDIDATES = 5
 MAX_QUALITY_CANDIDATES = 3
+RUNG_CANDIDATES = 2  # for each rung of a frontier: the corrections of one serve the next
 CLOSE = 0.03  # a candidate that uses all but this share of a limit ends the search
 QUALITY_CLOSE = 0.2  # a candidate that uses all but this share of the quality limit ends that search
 QUALITY_MARGIN = 0.05  # share of the quality limit to stay below: a prediction of quality is rough

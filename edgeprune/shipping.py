@@ -11,38 +11,34 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel
 
 from edgeprune import __version__
 from edgeprune.budget import STATUS_TEXT, format_ms, memory_total
-from edgeprune.bundle import FRONTIER, REPORT, open_bundle, write_again, write_bundle
+from edgeprune.bundle import REPORT, TOKENIZER, write_bundle
 from edgeprune.deployment import deployment
 from edgeprune.engine.base import Performance
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
 from edgeprune.engine.remote import program
-from edgeprune.errors import InputError
 from edgeprune.experience import experience
 from edgeprune.finish import DEPLOYMENT, NOT_MEASURED
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.vocabulary import read_vocabulary
 from edgeprune.prepare import Request, Setup
 from edgeprune.profiles import profile_toml
+from edgeprune.reading import PAGE
 from edgeprune.readme import FINISH, deploy_steps, readme
 from edgeprune.report import schema
 from edgeprune.report.experience import Experience, experience_part
 from edgeprune.report.figures import OUTCOME_TEXT
-from edgeprune.report.frontier import Frontier
-from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html
 from edgeprune.report.quality import quality_part
 from edgeprune.results import Fitted
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
 LARGE_TABLES = 0.1  # share of the weights in embedding and head from which a smaller vocabulary is worth a word
-FRONTIER_FILE = "frontier.json"
-Document = TypeVar("Document", bound=BaseModel)
 
 
 def ship(rungs: Sequence[Fitted], work: Path) -> None:
@@ -50,7 +46,7 @@ def ship(rungs: Sequence[Fitted], work: Path) -> None:
     fitted, setup = rungs[0], rungs[0].setup
     command = command_line(setup.request)
     folders = [
-        rung_folder(rung, build_report(rung, {}, command), work / "rungs" / str(index))
+        rung_folder(rung, build_report(rung, {}, command), work / "rungs" / str(index), tokenizer_folder(fitted))
         for index, rung in enumerate(rungs)
     ]
     texts = {
@@ -65,8 +61,11 @@ def ship(rungs: Sequence[Fitted], work: Path) -> None:
     write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest_of(setup, command), render)
 
 
-def rung_folder(fitted: Fitted, report: schema.Report, folder: Path) -> Path:
-    """A folder with what a rung consists of: links to the work of the run, and its own report."""
+def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: Path) -> Path:
+    """A folder with what a rung consists of: links to the work of the run, and its own report.
+
+    tokenizer: the folder of the bundle's; a rung that has another, for a vocabulary of its own, brings it along.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     exported = fitted.chosen.exported
@@ -76,6 +75,10 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path) -> Path:
     if exported.engine.is_dir():
         (folder / "engine").symlink_to(exported.engine)
     (folder / exported.reference.name).symlink_to(exported.reference)
+    if (own := tokenizer_folder(fitted)) != tokenizer:
+        (folder / TOKENIZER).mkdir()
+        for name, path in tokenizer_files(own).items():
+            shutil.copyfile(path, folder / TOKENIZER / name)  # no link: it may be the user's own file
     (folder / REPORT).write_text(as_json(report), encoding="utf-8")
     return folder
 
@@ -87,7 +90,7 @@ def has_checkpoint(fitted: Fitted) -> bool:
 
 def rendered(report: schema.Report) -> dict[str, str]:
     """The bundle's two forms of a report, by the names of their files."""
-    return {REPORT: as_json(report), "report.html": render_html(report)}
+    return {REPORT: as_json(report), PAGE: render_html(report)}
 
 
 def as_json(document: BaseModel) -> str:
@@ -115,35 +118,6 @@ def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
         "engine": setup.engine.name, "seed": setup.request.seed, "versions": versions(),
         "fingerprint": setup.fingerprint,
     }  # fmt: skip
-
-
-def render_again(folder: Path) -> Path:
-    """The page of a bundle once more, from report.json or frontier.json. Raises InputError."""
-    if open_bundle(folder).get("kind") == FRONTIER:
-        name, page = "frontier.html", render_frontier(read_frontier(folder), folder.resolve().name)
-    else:
-        name, page = "report.html", render_html(read_report(folder))
-    write_again(folder, {name: page})
-    return folder / name
-
-
-def read_report(folder: Path) -> schema.Report:
-    """The report of a bundle, or of a rung. Raises InputError where it cannot be read."""
-    return _read(schema.Report, folder / REPORT)
-
-
-def read_frontier(folder: Path) -> Frontier:
-    """The document of a frontier's bundle. Raises InputError where it cannot be read."""
-    return _read(Frontier, folder / FRONTIER_FILE)
-
-
-def _read(document: type[Document], path: Path) -> Document:
-    try:
-        return document.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(
-            f"{path} cannot be read by this version of edgeprune", "Use the version that manifest.json names."
-        ) from None
 
 
 def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.Report:

@@ -22,34 +22,7 @@ from edgeprune.errors import InputError
 from edgeprune.picking import pick
 from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.schema import Report
-from tests.bundles import SECONDS, command, contents, copy_of, deployment, environment, fitted
-
-SHARES = ("90%", "75%", "60%")
-LADDER = f"""
-import sys
-from dataclasses import replace
-from pathlib import Path
-from edgeprune import loop, shipping
-from edgeprune.budget import parse_budget
-from edgeprune.engine import perform
-from edgeprune.picking import ship_frontier
-from edgeprune.prepare import Request
-
-def ship(rungs, work):
-    budgets = [parse_budget(None, None, share) for share in {SHARES}]
-    ship_frontier([
-        replace(r, setup=replace(r.setup, budget=b), outcome=replace(r.outcome, trials=()))
-        for r, b in zip(rungs, budgets, strict=True)
-    ], work)
-
-perform.SECONDS = {SECONDS}
-shipping.ship = ship
-home = Path(sys.argv[1])
-loop.fit(Request(
-    model=str(home / "model"), device="cpu", memory="95%", rungs=3, calibration=str(home / "text.txt"), samples=4,
-    length=32, prompt=16, context=64, method="magnitude", output=home / "a ladder",
-))
-"""
+from tests.bundles import command, contents, copy_of, deployment, fitted
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +32,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = fitted(tmp_path_factory).parent
     shutil.copytree(source / "model", home / "model")
     shutil.copyfile(source / "text.txt", home / "text.txt")
-    result = subprocess.run(
-        [sys.executable, "-c", LADDER, home], capture_output=True, text=True, timeout=300, env=environment(),
+    result = command(
+        "frontier", home / "model", "--device", "cpu", "--rungs", "3", "--calibration", home / "text.txt", "--samples",
+        "4", "--length", "32", "--prompt", "16", "--context", "64", "--method", "magnitude", "--output",
+        home / "a ladder", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((home / "a ladder" / "frontier.json").read_text())
+    assert not (home / "a ladder.work").exists()
     shutil.rmtree(home / "model")
     return home / "a ladder"
 
@@ -102,6 +79,9 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
         "frontier.json", "frontier.html", "README.md", "manifest.json", "profile.toml", "rungs", "tokenizer",
     }  # fmt: skip
     reports = [report_of(made / "rungs" / str(index)) for index in range(3)]
+    shares = [float(report.budget[0].asked.removesuffix("%")) for report in reports]
+    assert 100 > shares[0] > shares[1] > shares[2]
+    assert not [choice for report in reports for choice in report.choices if choice.name == "budget"]
     assert Frontier.model_validate_json((made / "frontier.json").read_text()) == frontier_of(reports)
     for index, report in enumerate(reports):
         folder = made / "rungs" / str(index)
@@ -111,7 +91,8 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
         assert [step.command for step in report.deploy] == [f"edgeprune fit --from 'a ladder' --pick {index}"]
         assert report.command == manifest["command"]
         plan = deployment(folder)
-        assert plan["limits"]["decode"]["asked"].startswith(f"{SHARES[index]} of the dense model's")
+        assert list(plan["limits"]) == ["decode"]
+        assert report.budget[0].asked == plan["limits"]["decode"]["asked"].split(" of the dense model's ")[0]
         assert len(plan["rungs"]) == 1
     readme = (made / "README.md").read_text()
     assert "edgeprune fit --from 'a ladder' --pick K" in readme
@@ -262,7 +243,7 @@ def test_the_terminal_shows_the_rungs_report(made, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"bundle  {tmp_path / 'a ladder-pick2'}" in result.stdout
     assert "decode" in result.stdout
-    assert deployment(tmp_path / "a ladder-pick2")["limits"]["decode"]["asked"].startswith("60%")
+    assert deployment(tmp_path / "a ladder-pick2") == deployment(made / "rungs" / "2")
 
 
 def test_a_rung_of_an_ordinary_bundle(tmp_path_factory, tmp_path):

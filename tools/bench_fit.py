@@ -148,7 +148,7 @@ def bench_fit() -> None:
     from edgeprune.generation import RUN_SPELLING
     from edgeprune.loop import SPELLINGS
     from edgeprune.model.load import load_model
-    from edgeprune.shipping import read_report
+    from edgeprune.reading import read_report
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "fitted"
