@@ -135,7 +135,7 @@ class Flow:
         run = self.run
         sensitivities = run.measure_sensitivities(self.samples)
         losses = run.vocabulary_losses(self.samples)
-        return planner_of(run.setup, self.dense.performance, sensitivities, losses, run.journal.folder, run.progress)
+        return planner_of(run.setup, self.dense.performance, sensitivities, losses, run.journal, run.progress)
 
     def search(
         self, planner: Planner, budget: Budget, name: str = "candidate", most: int | None = None

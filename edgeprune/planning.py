@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.engine.base import Performance
-from edgeprune.engine.costs import LatencyCosts, estimated_costs, measured_costs, memory_costs
+from edgeprune.engine.costs import LatencyCosts, estimated_costs, fit, measured_times, memory_costs
+from edgeprune.journal import Journal
 from edgeprune.prepare import Setup
 from edgeprune.progress import Progress
 from edgeprune.search import Corrected, corrected
@@ -82,8 +82,8 @@ class Planner:
 
 
 def planner_of(
-    setup: Setup, dense: Performance, sensitivities: Sensitivities, vocabularies: Mapping[int, float], folder: Path,
-    progress: Progress,
+    setup: Setup, dense: Performance, sensitivities: Sensitivities, vocabularies: Mapping[int, float],
+    journal: Journal, progress: Progress,
 ) -> Planner:  # fmt: skip
     """dense: what the dense model needs and reaches; vocabularies: predicted loss by size, the full one at 0.
 
@@ -96,7 +96,8 @@ def planner_of(
     parts = (decoder, profile, setup.workload, setup.precision)
     if setup.engine.measures:
         progress.stage("measure what a width costs")
-        latency = measured_costs(setup.engine, *parts, folder, progress.track)
+        times = journal.stage("costs", lambda: measured_times(setup.engine, *parts, journal.folder, progress.track))
+        latency = fit(decoder, profile, setup.precision, times, f"models of random weights on {setup.engine.name}")
     else:
         latency = estimated_costs(*parts)
     costs = {"memory": memory_costs(*parts), "prefill": latency.prefill, "decode": latency.decode}

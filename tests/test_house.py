@@ -21,7 +21,7 @@ ROOMS = {
              "budget", "picking", "planning", "stations"},
     "stations": {"results", "prepare", "journal", "progress", "engine", "pruning", "model", "generation",
                  "sensitivities", "vocabularies"},
-    "planning": {"prepare", "progress", "search", "engine", "pruning"},
+    "planning": {"journal", "prepare", "progress", "search", "engine", "pruning"},
     "vocabularies": {"results", "progress", "evaluate", "model"},
     "results": {"budget", "engine", "model", "prepare", "search"},
     "deployment": {"budget", "engine", "results"},

@@ -46,6 +46,9 @@ SHARES = (0.75, 0.5, 0.25)  # of the MLP channels
 MIXES = 3
 BASE = "base"
 
+Times = dict[str, dict[str, float]]
+"""Latencies on any one scale, by kind and by name of the model."""
+
 
 @dataclass(frozen=True)
 class LatencyCosts:
@@ -148,16 +151,11 @@ class RandomWeights(Mapping[str, "torch.Tensor"]):
         return len(self._shapes)
 
 
-def measured_costs(
-    engine: Measuring,
-    dense: Decoder,
-    profile: DeviceProfile,
-    workload: Workload,
-    precision: str,
-    folder: Path,
+def measured_times(
+    engine: Measuring, dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str, folder: Path,
     tell: Tell,
-) -> LatencyCosts:
-    """The table of an engine that measures; from the cache where it is known.
+) -> Times:  # fmt: skip
+    """What `fit` makes a table of, from an engine that measures, or from the cache where it is known.
 
     It is kept by device, engine and version, precision, shape and workload, so that models of the same shapes
     share it; `folder` takes the graphs for as long as they are measured. Raises EngineError.
@@ -176,17 +174,16 @@ def measured_costs(
         temporary = path.with_name(f"{key}.{os.getpid()}.json")
         temporary.write_text(json.dumps({"of": shape, "times": times}, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
-    times = json.loads(path.read_text(encoding="utf-8"))["times"]
-    return fit(dense, points, times, f"{len(points)} models of random weights on {engine.name}")
+    return json.loads(path.read_text(encoding="utf-8"))["times"]
 
 
 def _measure(
     engine: Measuring, dense: Decoder, points: Mapping[str, Point], profile: DeviceProfile, workload: Workload,
     precision: str, folder: Path, tell: Tell,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> Times:  # fmt: skip
     """Latency over the base model's by kind and name: some models at a time, the base model among them."""
     spelling = Spelling(profile.dialect, "last")
-    times: dict[str, dict[str, float]] = {kind: {BASE: 1.0} for kind in KINDS}
+    times: Times = {kind: {BASE: 1.0} for kind in KINDS}
     for chunk in _chunks(dense, points, precision):
         with tempfile.TemporaryDirectory(dir=folder, prefix="costs-") as name:
             exported = {}
@@ -215,10 +212,9 @@ def _chunks(dense: Decoder, points: Mapping[str, Point], precision: str) -> list
     return chunks
 
 
-def fit(
-    dense: Decoder, points: Mapping[str, Point], times: Mapping[str, Mapping[str, float]], source: str
-) -> LatencyCosts:
-    """The table through the fitted points, least squares of relative errors. times: by kind and name, any scale."""
+def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, source: str) -> LatencyCosts:
+    """The table through the times of the design's fitted models, least squares of relative errors."""
+    points = design(dense, precision, profile.channel_multiple)
     groups, heads, channels = dense.layer_widths[0]
     knots = sorted({k for point in points.values() if point.fitted for *_, k in point.layers} | {0, channels})
     columns = {name: _columns(point, knots) for name, point in points.items()}

