@@ -260,8 +260,7 @@ def main() -> None:
     for part in given.parts.split(","):
         match part:
             case "predict":
-                for workload in WORKLOADS:
-                    bench.predict(workload)
+                bench.predict(WORKLOADS[0])
             case "builds":
                 bench.builds(ids)
             case "seconds":

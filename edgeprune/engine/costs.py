@@ -28,7 +28,7 @@ from edgeprune.cache import cache_folder
 from edgeprune.engine.base import Workload
 from edgeprune.engine.child import Tell
 from edgeprune.engine.choose import Exported, Measuring
-from edgeprune.engine.estimate import activation_bytes, estimate_performance
+from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
 from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.model.costs import LayerWidths, ModuleCosts, additive
@@ -258,14 +258,18 @@ def _least_squares(columns: np.ndarray, times: np.ndarray, weights: np.ndarray) 
 
 
 def estimated_costs(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> LatencyCosts:
-    """The same table from the estimator, for a device that is not reachable: exact where its formula adds up."""
+    """The same table from the estimator, for a device that is not reachable: of the resource that binds the dense
+    model, and exact as long as that one binds."""
+    parts = (profile, workload, precision)
+    bound = {kind: max(times, key=times.get) for kind, times in resource_times(dense, *parts).items()}
 
     def times(decoder: Decoder) -> np.ndarray:
-        performance = estimate_performance(decoder, profile, workload, precision)
-        return np.array([performance.prefill.value, performance.decode.value])
+        found = resource_times(decoder, *parts)
+        return np.array([found[kind][bound[kind]] for kind in KINDS])
 
     attention, mlp, (fixed, token) = _by_difference(dense, profile.channel_multiple, times)
-    prefill, decode = (additive(attention[..., i], mlp[..., i], fixed[i], token[i]) for i in (0, 1))
+    overhead = 1e3 * profile.decode_overhead.si
+    prefill, decode = (additive(attention[..., i], mlp[..., i], fixed[i] + overhead, token[i]) for i in (0, 1))
     return LatencyCosts(prefill, decode, {}, f"the estimator's formulas for {profile.name}")
 
 

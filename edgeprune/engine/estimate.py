@@ -203,6 +203,31 @@ def estimate_performance(
     )
 
 
+def resource_times(
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision
+) -> dict[str, dict[str, float]]:
+    """ms of prefill and decode that each resource alone would take, without the overhead; the slower one binds.
+
+    Each adds up over the modules of a model. Raises InputError as estimate_performance does.
+    """
+    _require_figures(profile)
+    moved, rate = (
+        bytes_per_token(decoder, precision, workload, _in_place(profile)),
+        _flops_per_second(profile, precision),
+    )
+    milliseconds_per_byte = 1e3 / _bytes_per_second(profile)
+    return {
+        "prefill": {
+            "compute": 1e3 * prefill_flops(decoder, workload) / rate[0],
+            "bytes": (moved.layers + moved.head) * milliseconds_per_byte,
+        },
+        "decode": {
+            "compute": 1e3 * decode_flops(decoder, workload) / rate[0],
+            "bytes": moved.total * milliseconds_per_byte,
+        },
+    }
+
+
 def latency_shares(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision
 ) -> dict[str, float]:

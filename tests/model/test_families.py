@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Mlp
-from edgeprune.model.families import config_for, decoder_of
+from edgeprune.model.families import LAYER_WIDTHS, config_for, decoder_of
 from tests.reference import decoder_of as reference_decoder
 from tests.tiny import config
 
@@ -198,10 +198,23 @@ def test_transformers_reads_the_mistral_as_meant(tmp_path, rope):
     )
 
 
-def test_layers_that_differ_have_no_standard_configuration():
+def test_layers_that_differ_are_described_by_a_field_of_our_own():
     source = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     dense = decoder_of(source)
     first, second = dense.layers
-    for layers in ((first, replace(second, mlp=Mlp(8))), (replace(first, attention=None),) * 2):
-        with pytest.raises(ValueError, match="uniform"):
-            config_for(replace(dense, layers=layers), source)
+    for layers in (
+        (first, replace(second, mlp=Mlp(8))), (replace(first, attention=None),) * 2, (replace(second, mlp=None),),
+    ):  # fmt: skip
+        target = replace(dense, layers=layers)
+        written = json.loads(json.dumps(config_for(target, source)))
+        assert decoder_of(written) == target
+        assert LAYER_WIDTHS in written
+
+
+@pytest.mark.parametrize(
+    "widths", [None, 7, [[1, 1]], [[1, 1, 8]], [[1, 0, 8]] * 2, [[-1, 1, 8]] * 2, [["x", 1, 1]] * 2]
+)
+def test_a_damaged_field_of_our_own_is_refused(widths):
+    source = config().to_dict() | {"architectures": ["LlamaForCausalLM"], LAYER_WIDTHS: widths}
+    with pytest.raises(InputError, match="edgeprune_layer_widths"):
+        decoder_of(source)

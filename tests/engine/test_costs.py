@@ -1,0 +1,196 @@
+"""The table of what widths cost: the design, the fit through known times, the cache, the estimator's table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.engine import costs
+from edgeprune.engine.base import Workload
+from edgeprune.engine.child import quiet
+from edgeprune.engine.choose import Exported, OnnxRuntime
+from edgeprune.engine.costs import (
+    BASE,
+    KINDS,
+    RandomWeights,
+    design,
+    estimated_costs,
+    fit,
+    measured_times,
+    memory_costs,
+)
+from edgeprune.engine.estimate import estimate_performance
+from edgeprune.engine.graph import graph_weight_bytes
+from edgeprune.model.decoder import Decoder
+from edgeprune.profiles import list_profiles, load_profile
+from tests.engine.test_estimate import SMOLLM2, uniform
+
+PROFILE = load_profile("cpu")
+ORIN = load_profile("jetson-orin")
+WORKLOAD = Workload(1, 128, 512)
+SMALL = uniform(32, 4, (4, 2, 16), 96, 200)
+PROBED = [profile for profile in list_profiles() if profile.is_probed]
+
+
+def true_time(decoder: Decoder, scale: float) -> float:
+    """A machine whose costs add up: of heads, groups, channels, tokens, and a fixed part."""
+    total = 0.3 + 2e-5 * decoder.vocab_size
+    for layer in decoder.layers:
+        if (attention := layer.attention) is not None:
+            total += 0.02 + 0.01 * attention.num_attention_heads + 0.03 * attention.num_key_value_heads
+        if layer.mlp is not None:
+            total += 1e-4 * layer.mlp.intermediate_size
+    return scale * total
+
+
+def times_of(dense: Decoder, noise: float = 0.0) -> costs.Times:
+    generator = np.random.default_rng(0)
+    return {
+        kind: {
+            name: true_time(point.decoder(dense), scale) * (1 + noise * generator.standard_normal())
+            for name, point in design(dense, "fp32", 32).items()
+        }
+        for kind, scale in (("prefill", 5.0), ("decode", 1.0))
+    }
+
+
+def test_the_design_changes_one_width_at_a_time_and_holds_the_volume() -> None:
+    points = design(SMOLLM2, "fp32", 32)
+    assert next(iter(points)) == BASE
+    base = points[BASE]
+    layers = [replace(SMOLLM2, layers=SMOLLM2.layers[: len(base.layers) - n]) for n in (0, len(base.layers))]
+    full, none = (graph_weight_bytes(decoder, "fp32") for decoder in layers)
+    assert full - none >= costs.VOLUME_BYTES
+    assert points["mlp 0"].decoder(SMOLLM2).layers[0].mlp is None
+    assert points["attention 0"].decoder(SMOLLM2).layers[0].attention is None
+    assert len(points["depth"].layers) < len(base.layers)
+    assert points["vocabulary"].vocab_size < base.vocab_size
+    assert all(k % 32 == 0 for point in points.values() for *_, k in point.layers)
+    assert sum(not point.fitted for point in points.values()) == costs.MIXES
+
+
+@pytest.mark.parametrize("dense", [SMOLLM2, SMALL, uniform(64, 3, (8, 1, 16), 256, 500)], ids=["gqa", "small", "mqa"])
+def test_the_fit_finds_costs_that_add_up(dense: Decoder) -> None:
+    found = fit(dense, PROFILE, "fp32", times_of(dense), "test")
+    assert max(worst for _, worst in found.error.values()) < 1e-6
+    groups, heads, channels = dense.layer_widths[0]
+    for widths in ([(1, heads, channels)] * 3, [(groups, 1, channels // 2)] * 2 + [(0, 1, channels)]):
+        decoder = replace(dense, layers=dense.layers[:1] * 3, vocab_size=150).with_layer_widths(widths)
+        for kind, scale in (("prefill", 5.0), ("decode", 1.0)):
+            assert getattr(found, kind).total(widths, 150) == pytest.approx(true_time(decoder, scale), rel=1e-6)
+
+
+def test_the_fit_and_its_stated_error_under_noise() -> None:
+    found = fit(SMOLLM2, PROFILE, "fp32", times_of(SMOLLM2, noise=0.01), "test")
+    assert 0 < max(worst for _, worst in found.error.values()) < 0.06
+    widths = [(2, 3, 1024)] * 15
+    decoder = replace(SMOLLM2, layers=SMOLLM2.layers[:15]).with_layer_widths(widths)
+    assert found.decode.total(widths, SMOLLM2.vocab_size) == pytest.approx(true_time(decoder, 1.0), rel=0.04)
+    assert (found.decode.attention >= 0).all()
+    assert (np.diff(found.decode.mlp) >= 0).all()
+
+
+@dataclass
+class DoubleEngine:
+    """A test double of an engine that measures: its times are those of true_time."""
+
+    version: str = "1"
+    measured: list[str] = field(default_factory=list)
+    name: str = "double"
+
+    def identity(self, tell: Any) -> dict[str, Any]:
+        return {"engine": self.version}
+
+    def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
+        assert all(any(model.graphs.glob("*.onnx")) for model in models.values())
+        self.measured += list(models)
+        return {kind: {name: true_time(model.decoder, 1.0) for name, model in models.items()} for kind in KINDS}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_what_was_measured_is_kept_by_engine_shape_and_workload(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "CHUNK_BYTES", 300_000)  # some graphs at a time
+
+    def measured(dense: Decoder = SMALL, version: str = "1", workload: Workload = WORKLOAD, precision: str = "fp32"):
+        engine = DoubleEngine(version)
+        found = measured_times(engine, dense, PROFILE, workload, precision, cache, quiet)
+        return engine.measured, found
+
+    first, times = measured()
+    assert first.count(BASE) > 1  # once for each chunk
+    assert set(first) == set(design(SMALL, "fp32", PROFILE.channel_multiple))
+    whole = true_time(SMALL, 1.0)
+    base = true_time(design(SMALL, "fp32", PROFILE.channel_multiple)[BASE].decoder(SMALL), 1.0)
+    assert base == whole
+    assert times["decode"]["mlp 0"] == pytest.approx(true_time(SMALL.with_widths(2, 2, 0), 1.0) / whole)
+    assert not list(cache.glob("costs-*"))
+    again, same = measured()
+    assert (again, same) == ([], times)
+    deeper = replace(SMALL, norm_eps=1e-3)  # nothing that a latency depends on
+    assert measured(deeper)[0] == []
+    for change in ({"version": "2"}, {"workload": Workload(1, 64, 512)}, {"precision": "fp16"},
+                   {"dense": uniform(48, 4, (4, 2, 16), 96, 200)}):  # fmt: skip
+        assert measured(**change)[0]
+
+
+def test_a_small_table_from_onnx_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.engine.choose.SURVEY_SECONDS", 0.05)
+    monkeypatch.setattr(costs, "SHARES", ())
+    monkeypatch.setattr(costs, "MIXES", 0)
+    dense, workload = uniform(64, 2, (4, 2, 16), 128, 300), Workload(1, 8, 24)
+    engine = OnnxRuntime(PROFILE, workload, "fp32", "test")
+    times = measured_times(engine, dense, PROFILE, workload, "fp32", cache, quiet)
+    names = set(design(dense, "fp32", PROFILE.channel_multiple))
+    assert all(set(found) == names and min(found.values()) > 0 for found in times.values())
+    assert fit(dense, PROFILE, "fp32", times, "test").decode.total(dense.layer_widths, dense.vocab_size) > 0
+
+
+def test_random_weights_differ_and_share_one_buffer() -> None:
+    weights = RandomWeights(SMALL)
+    assert list(weights) == list(SMALL.shapes())
+    gate, up = weights["layers.0.mlp.gate"], weights["layers.0.mlp.up"]
+    assert gate.shape == up.shape
+    assert not gate.equal(up)
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+
+
+WIDTHS = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 24).map(lambda n: 64 * n))
+
+
+@settings(max_examples=15, deadline=None)
+@given(widths=WIDTHS, depth=st.integers(1, 30), tokens=st.sampled_from([49152, 8192]), place=st.integers(0, 99))
+def test_the_estimators_table_adds_up_to_the_estimate(
+    widths: tuple[int, int, int], depth: int, tokens: int, place: int
+) -> None:
+    """Exactly for memory; for latencies where the same resource binds."""
+    profile = PROBED[place % len(PROBED)]
+    parts = (profile, WORKLOAD, profile.precision)
+    decoder = replace(SMOLLM2.with_widths(*widths), layers=SMOLLM2.with_widths(*widths).layers[:depth])
+    performance = estimate_performance(replace(decoder, vocab_size=tokens), *parts)
+    layers = [widths] * depth + [(0, 1, 0)] * (30 - depth)
+    memory = memory_costs(SMOLLM2, *parts).total(layers, tokens)
+    assert memory == pytest.approx(performance.memory.total, rel=1e-9)
+    latency = estimated_costs(SMOLLM2, *parts)
+    dense = estimate_performance(SMOLLM2, *parts)
+    for kind in KINDS:
+        expected = getattr(performance, kind)
+        if ("bound by" in expected.basis) == ("bound by" in getattr(dense, kind).basis):
+            assert getattr(latency, kind).total(layers, tokens) == pytest.approx(expected.value, rel=1e-6)
+
+
+def test_memory_of_free_widths_is_exact() -> None:
+    layers = [(2, 3, 512)] * 10 + [(0, 1, 1024)] * 5 + [(2, 3, 0)] * 5 + [(0, 1, 0)] * 10
+    parts = (ORIN, WORKLOAD, "fp16")
+    expected = estimate_performance(SMOLLM2.with_layer_widths(layers), *parts).memory.total
+    assert memory_costs(SMOLLM2, *parts).total(layers, SMOLLM2.vocab_size) == pytest.approx(expected, rel=1e-9)
