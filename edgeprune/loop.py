@@ -89,10 +89,15 @@ def frontier(request: Request, progress: Progress | None = None) -> Path:
     journal, work = _begin(setup, progress)
     flow = _flow(setup, journal, progress)
     planner = flow.planner()
-    fitted = []
+    fitted: list[Fitted] = []
+    seen: list[Allocation] = []
     for index, share in enumerate(planner.shares("decode", request.rungs, WORST_FRONTIER_NATS)):
         budget = Budget(decode=Limit(share, relative=True, asked=f"{100 * share:.3g}%"))
         outcome, chosen, allocation = flow.search(planner, budget, f"rung-{index}", RUNG_CANDIDATES)
+        if allocation in seen:
+            progress.note(f"rung {index} is the one before: the width grid holds nothing between them")
+            continue
+        seen.append(allocation)
         gains = planner.gains(budget.absolute(flow.dense.performance).limits, allocation)
         fitted.append(
             Fitted(
