@@ -19,7 +19,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
 
 RUNTIME_GRAPH = Spelling("onnxruntime", "last").filename
-SURVEY_SECONDS = 5.0  # at most, for each of many models, prefill and decode together
+SURVEY_SECONDS = 3.0  # at most, for each of many models, prefill and decode together
 NAMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
 
 

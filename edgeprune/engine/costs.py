@@ -45,7 +45,6 @@ CHUNK_BYTES = 2 * 2**30  # of graphs on disk and in memory at a time
 SHARES = (0.75, 0.5, 0.25)  # of the MLP channels
 MIXES = 3
 BASE = "base"
-BASE_WEIGHT = 3.0  # of it in the fit: predictions start from the dense model, which is most like it
 
 Times = dict[str, dict[str, float]]
 """Latencies on any one scale, by kind and by name of the model."""
@@ -222,10 +221,7 @@ def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, so
     tables, errors = {}, {}
     for kind in KINDS:
         used = [name for name, point in points.items() if point.fitted and name in times[kind]]
-        weights = np.array([BASE_WEIGHT if name == BASE else 1.0 for name in used])
-        found = _least_squares(
-            np.array([columns[name] for name in used]), np.array([times[kind][name] for name in used]), weights
-        )
+        found = _least_squares(np.array([columns[name] for name in used]), np.array([times[kind][n] for n in used]))
         fixed, token, a, b, c, *steps = found
         kept = np.arange(groups + 1)[:, None]
         attention = np.where(kept > 0, a + b * kept * np.arange(1, heads + 1) + c * kept, 0.0)
@@ -245,13 +241,13 @@ def _columns(point: Point, knots: Sequence[int]) -> np.ndarray:
     return np.concatenate([[1.0, point.vocab_size, (groups > 0).sum(), (groups * heads).sum(), groups.sum()], steps])
 
 
-def _least_squares(columns: np.ndarray, times: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _least_squares(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
     """No coefficient below zero (Lawson and Hanson 1974, by SciPy); columns are scaled to a common size first."""
     from scipy.optimize import nnls
 
-    weighted = columns * (weights / times)[:, None]
+    weighted = columns / times[:, None]
     scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)
-    found, _ = nnls(weighted / scale, weights)
+    found, _ = nnls(weighted / scale, np.ones(len(times)))
     if not np.isfinite(found).all():
         raise EngineError("the measured latencies explain no cost of a layer", "Measure again on an idle machine.")
     return found / scale
