@@ -95,7 +95,7 @@ def test_the_per_layer_choice_is_the_least_loss_by_brute_force(seed, shares):
     if chosen is None:
         assert best == np.inf
     else:
-        assert chosen.loss == pytest.approx(best, rel=1e-5)
+        assert chosen.loss == pytest.approx(best, rel=2e-4)
         assert all(value <= limits[name] * (1 + 1e-6) for name, value in problem.estimate(chosen).items())
         assert len({w[:2] for w in chosen.layers if w.num_key_value_heads}) == 1  # head counts stay uniform
 
