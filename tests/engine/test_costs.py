@@ -101,7 +101,7 @@ class DoubleEngine:
     """A test double of an engine that measures: its times are those of true_time."""
 
     version: str = "1"
-    measured: list[str] = field(default_factory=list)
+    measured: list[list[str]] = field(default_factory=list)
     name: str = "double"
 
     def identity(self, tell: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class DoubleEngine:
 
     def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
         assert all(any(model.graphs.glob("*.onnx")) for model in models.values())
-        self.measured += list(models)
+        self.measured.append(list(models))
         return {kind: {name: true_time(model.decoder, 1.0) for name, model in models.items()} for kind in KINDS}
 
 
@@ -119,36 +119,53 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_was_measured_is_kept_by_engine_shape_and_workload(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "CHUNK_BYTES", 300_000)  # some graphs at a time
+def measured(
+    folder: Path, dense: Decoder = SMALL, version: str = "1", workload: Workload = WORKLOAD, precision: str = "fp32"
+) -> tuple[list[list[str]], costs.Times]:
+    """The names of the models that were measured, by call of the engine; and the times."""
+    engine = DoubleEngine(version)
+    times = measured_times(engine, dense, PROFILE, workload, precision, folder, quiet)
+    assert not list(folder.glob("costs-*"))  # the graphs are gone
+    return engine.measured, times
 
-    def measured(dense: Decoder = SMALL, version: str = "1", workload: Workload = WORKLOAD, precision: str = "fp32"):
-        engine = DoubleEngine(version)
-        found = measured_times(engine, dense, PROFILE, workload, precision, cache, quiet)
-        return engine.measured, found
 
-    first, times = measured()
-    assert first.count(BASE) > 1  # once for each chunk
-    assert set(first) == set(design(SMALL, "fp32", PROFILE.channel_multiple))
-    whole = true_time(SMALL, 1.0)
-    base = true_time(design(SMALL, "fp32", PROFILE.channel_multiple)[BASE].decoder(SMALL), 1.0)
-    assert base == whole
-    assert times["decode"]["mlp 0"] == pytest.approx(true_time(SMALL.with_widths(2, 2, 0), 1.0) / whole)
-    assert not list(cache.glob("costs-*"))
-    again, same = measured()
-    assert (again, same) == ([], times)
-    deeper = replace(SMALL, norm_eps=1e-3)  # nothing that a latency depends on
-    assert measured(deeper)[0] == []
-    for change in ({"version": "2"}, {"workload": Workload(1, 64, 512)}, {"precision": "fp16"},
-                   {"dense": uniform(48, 4, (4, 2, 16), 96, 200)}):  # fmt: skip
-        assert measured(**change)[0]
+def test_some_models_at_a_time_each_time_with_the_base(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "CHUNK_BYTES", 300_000)
+    calls, times = measured(cache)
+    assert len(calls) > 1
+    assert all(names[0] == BASE for names in calls)
+    others = [name for names in calls for name in names[1:]]
+    assert [BASE, *others] == list(design(SMALL, "fp32", PROFILE.channel_multiple))
+    without = true_time(SMALL.with_widths(2, 2, 0), 1.0) / true_time(SMALL, 1.0)
+    assert times["decode"]["mlp 0"] == pytest.approx(without)
+    assert all(found[BASE] == 1.0 for found in times.values())
+
+
+def test_what_was_measured_is_kept_by_engine_shape_and_workload(cache: Path) -> None:
+    _, times = measured(cache)
+    assert measured(cache) == ([], times)
+    for change in (
+        {"version": "2"}, {"workload": Workload(1, 64, 512)}, {"workload": Workload(2, 128, 512)},
+        {"precision": "fp16"}, {"dense": replace(SMALL, vocab_size=300)}, {"dense": SMALL.with_widths(2, 2, 64)},
+        {"dense": uniform(48, 4, (4, 2, 16), 96, 200)}, {"dense": uniform(32, 4, (4, 2, 32), 96, 200)},
+    ):  # fmt: skip
+        assert measured(cache, **change)[0], change
+        assert not measured(cache, **change)[0], change
+
+
+def test_models_of_one_shape_share_what_was_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their values do not count, nor does depth beyond that of the base model."""
+    monkeypatch.setattr(costs, "VOLUME_BYTES", 1)
+    _, times = measured(cache)
+    for other in (replace(SMALL, norm_eps=1e-3), replace(SMALL, layers=SMALL.layers * 3)):
+        assert measured(cache, other) == ([], times)
 
 
 def test_a_small_table_from_onnx_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.engine.choose.SURVEY_SECONDS", 0.05)
     monkeypatch.setattr(costs, "SHARES", ())
     monkeypatch.setattr(costs, "MIXES", 0)
-    dense, workload = uniform(64, 2, (4, 2, 16), 128, 300), Workload(1, 8, 24)
+    dense, workload = uniform(64, 2, (2, 1, 16), 128, 300), Workload(1, 8, 24)
     engine = OnnxRuntime(PROFILE, workload, "fp32", "test")
     times = measured_times(engine, dense, PROFILE, workload, "fp32", cache, quiet)
     names = set(design(dense, "fp32", PROFILE.channel_multiple))
@@ -187,6 +204,34 @@ def test_the_estimators_table_adds_up_to_the_estimate(
         expected = getattr(performance, kind)
         if ("bound by" in expected.basis) == ("bound by" in getattr(dense, kind).basis):
             assert getattr(latency, kind).total(layers, tokens) == pytest.approx(expected.value, rel=1e-6)
+
+
+GONE = (0, 1, 0)
+HEADS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+LAYER = st.tuples(st.booleans(), st.integers(0, 24).map(lambda n: 64 * n))  # whether attention stays, MLP channels
+
+
+@settings(max_examples=15, deadline=None)
+@given(heads=HEADS, layers=st.lists(LAYER, min_size=30, max_size=30), place=st.integers(0, 99))
+def test_the_estimators_table_adds_up_for_free_widths(
+    heads: tuple[int, int], layers: list[tuple[bool, int]], place: int
+) -> None:
+    """Of one number of heads, as the search chooses them: memory exactly with its peak, latencies as above."""
+    profile = PROBED[place % len(PROBED)]
+    parts = (profile, WORKLOAD, profile.precision)
+    widths = [(*(heads if stays else GONE[:2]), channels) for stays, channels in layers]
+    decoder = SMOLLM2.with_layer_widths(widths)
+    expected, dense = (estimate_performance(of, *parts) for of in (decoder, SMOLLM2))
+    tokens = SMOLLM2.vocab_size
+    memory = memory_costs(SMOLLM2, *parts).total(widths, tokens)
+    assert memory == pytest.approx(expected.memory.total, rel=1e-9)
+    latency = estimated_costs(SMOLLM2, *parts)
+    for kind in KINDS:
+        found, basis = getattr(latency, kind).total(widths, tokens), getattr(expected, kind).basis
+        if ("bound by" in basis) == ("bound by" in getattr(dense, kind).basis):
+            assert found == pytest.approx(getattr(expected, kind).value, rel=1e-6)
+        else:
+            assert found < getattr(expected, kind).value  # another resource binds, which the table does not see
 
 
 def test_memory_of_free_widths_is_exact() -> None:
