@@ -20,9 +20,8 @@ from edgeprune.engine.facts import peak_bytes, reset_peak_bytes
 from edgeprune.errors import InputError
 from edgeprune.model.costs import additive
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
-from edgeprune.prepare import SELF, Request, check_samples, pack_samples, read_documents_of
+from edgeprune.prepare import SELF, Request, check_samples, load_dense, pack_samples, read_documents_of
 from edgeprune.progress import Progress
 from edgeprune.sensitivities import sensitivities_of
 
@@ -287,7 +286,7 @@ def compare(
         model=spec, calibration=calibration, evaluate=tuple(evaluate), samples=samples, length=length, seed=seed
     )
     documents = read_documents_of(request)
-    model = load_model(spec)
+    model = load_dense(spec)
     texts = pack_samples(request, model, *documents)
     ids = torch.from_numpy(texts.calibration)
     generated = generate_samples(model, GENERATED, length, seed, progress)

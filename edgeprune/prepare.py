@@ -176,7 +176,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     _check_method(request.method)
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
-    model = load_model(request.model)
+    model = load_dense(request.model)
     if workload.context > model.decoder.max_position_embeddings:
         raise InputError(
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
@@ -194,6 +194,17 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
     check_space(output, _bytes_written(model, precision, engine, candidates))
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
+
+
+def load_dense(spec: str) -> Model:
+    """The model to prune. Raises InputError, also for layers of different widths, which the search does not know."""
+    model = load_model(spec)
+    groups, _, channels = model.decoder.layer_widths[0]
+    if not (model.decoder.is_uniform and groups and channels):
+        raise InputError(
+            f"the layers of {spec} differ in width: it was pruned before", "Give the model that it was pruned from."
+        )
+    return model
 
 
 def target_of(text: str | None, keep: bool) -> Device | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from edgeprune.model.families import LAYER_WIDTHS
 from tests.checkpoints import save_llama
 
 
@@ -19,6 +22,9 @@ def home(tmp_path_factory) -> Path:
     save_llama(folder / "gpt")
     config = folder / "gpt" / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"gpt2"'))
+    shutil.copytree(folder / "model", folder / "uneven")
+    config = folder / "uneven" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {LAYER_WIDTHS: [[2, 3, 64], [0, 1, 64]]}))
     (folder / "empty.txt").write_text("")
     (folder / "binary.txt").write_bytes(b"text\0more")
     (folder / "short.txt").write_text("a few words\n\n" * 300)
@@ -33,6 +39,8 @@ CASES = {
     "no device": (["fit", "model"], "--device"),
     "missing model": (["fit", "nowhere", "--device", "cpu"], "no such model"),
     "unsupported model": (["fit", "gpt", "--device", "jetson-orin"], "llama, mistral"),
+    "a model of different layers": (["fit", "uneven", "--device", "jetson-orin"], "differ in width"),
+    "different layers to compare": (["compare", "uneven", "--calibration", "short.txt"], "differ in width"),
     "missing text": (["fit", "model", "--device", "jetson-orin", "--calibration", "none.txt"], "none.txt"),
     "empty text": (["fit", "model", "--device", "jetson-orin", "--calibration", "empty.txt"], "holds no text"),
     "binary text": (["fit", "model", "--device", "jetson-orin", "--calibration", "binary.txt"], "binary"),
