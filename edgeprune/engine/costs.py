@@ -92,7 +92,8 @@ def design(dense: Decoder, precision: str, multiple: int) -> dict[str, Point]:
     add("mlp 0", (groups, heads, 0))
     for g, r in _head_points(groups, heads):
         add(f"attention {g}x{r}", (g, r, channels))
-    add("attention 0", (0, 1, channels))
+    if depth > 1:  # one attention stays: a graph without any has no cache, which no engine is built for
+        points["attention 1"] = Point((full, *((0, 1, channels),) * (depth - 1)), vocabulary)
     add("depth", full, layers=max(1, depth // 2))
     add("vocabulary", full, tokens=max(64, vocabulary // 4))
     generator = np.random.default_rng(0)
