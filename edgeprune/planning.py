@@ -58,14 +58,14 @@ class Planner:
     def smaller(self, chosen: Allocation, limits: Mapping[str, float], count: int) -> list[Allocation]:
         """Up to `count` allocations below the chosen one, each with RUNG_STEP less of what is prunable than the one
         before; fewer where the width grid ends or holds nothing new."""
-        costs, estimated = self.problem.costs, self.problem.estimate(chosen)
+        estimated = self.problem.estimate(chosen)
         tokens = {chosen.vocab_size: self.problem.vocabularies[chosen.vocab_size]}  # the bundle has one tokenizer
         planner = replace(self, problem=replace(self.problem, vocabularies=tokens))
+        floor = self.problem.estimate(planner.problem.smallest)
         found: list[Allocation] = []
         for step in range(1, count + 1):
             left = 1 - RUNG_STEP * step
-            base = {name: costs[name].base(chosen.vocab_size) for name in limits}
-            best = planner.solve({name: base[name] + left * (estimated[name] - base[name]) for name in limits})
+            best = planner.solve({name: floor[name] + left * (estimated[name] - floor[name]) for name in limits})
             if best is not None and best.layers not in [chosen.layers, *(rung.layers for rung in found)]:
                 found.append(best)
         return found
