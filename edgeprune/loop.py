@@ -9,6 +9,7 @@ Every station is a stage of the journal: a killed run goes on after the last one
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import log1p
 from pathlib import Path
@@ -22,7 +23,17 @@ from edgeprune.planning import Planner, planner_of
 from edgeprune.prepare import Request, Setup, prepare
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import Candidate, Fitted, Quality, QualityStop, Samples
-from edgeprune.search import RUNG_CANDIDATES, Costs, Outcome, QualityTrial, Rise, search, search_quality
+from edgeprune.search import (
+    MAX_CANDIDATES,
+    NUDGE,
+    RUNG_CANDIDATES,
+    Costs,
+    Outcome,
+    QualityTrial,
+    Rise,
+    search,
+    search_quality,
+)
 from edgeprune.stations import Run
 
 if TYPE_CHECKING:
@@ -90,14 +101,14 @@ def frontier(request: Request, progress: Progress | None = None) -> Path:
     flow = _flow(setup, journal, progress)
     planner = flow.planner()
     fitted: list[Fitted] = []
-    seen: list[Allocation] = []
+    last: Allocation | None = None
     for index, share in enumerate(planner.shares("decode", request.rungs, WORST_FRONTIER_NATS)):
         budget = Budget(decode=Limit(share, relative=True, asked=f"{100 * share:.3g}%"))
-        outcome, chosen, allocation = flow.search(planner, budget, f"rung-{index}", RUNG_CANDIDATES)
-        if allocation in seen:
-            progress.note(f"rung {index} is the one before: the width grid holds nothing between them")
-            continue
-        seen.append(allocation)
+        outcome, chosen, allocation = flow.search(planner, budget, f"rung-{index}", RUNG_CANDIDATES, last)
+        if allocation == last:
+            progress.note(f"the ladder ends after {index} rungs: the width grid holds nothing smaller")
+            break
+        last = allocation
         gains = planner.gains(budget.absolute(flow.dense.performance).limits, allocation)
         fitted.append(
             Fitted(
@@ -143,9 +154,10 @@ class Flow:
         return planner_of(run.setup, self.dense.performance, sensitivities, losses, run.journal, run.progress)
 
     def search(
-        self, planner: Planner, budget: Budget, name: str = "candidate", most: int | None = None
-    ) -> tuple[Outcome, Candidate, Allocation]:
-        """Propose, prune, build, measure, correct; the chosen candidate."""
+        self, planner: Planner, budget: Budget, name: str = "candidate", most: int = MAX_CANDIDATES,
+        above: Allocation | None = None,
+    ) -> tuple[Outcome, Candidate, Allocation]:  # fmt: skip
+        """Propose, prune, build, measure, correct; the chosen candidate. above: what it must cost less than."""
         limits = budget.absolute(self.dense.performance).limits
         candidates: list[Candidate] = []
 
@@ -154,10 +166,13 @@ class Flow:
             obtained = candidates[-1].performance
             return Costs(obtained.values, judge(budget, self.dense.performance, obtained).status)
 
-        outcome = search(
-            planner.solve, planner.problem.smallest, planner.estimator, limits, self._margins(), obtain,
-            **({} if most is None else {"most": most}),
-        )  # fmt: skip
+        most_estimated = {} if above is None else planner.problem.estimate(above)
+
+        def solve(room: Mapping[str, float]) -> Allocation | None:
+            lower = {name: limit * (1 - NUDGE) for name, limit in most_estimated.items() if name in room}
+            return planner.solve({name: min(limit, lower.get(name, limit)) for name, limit in room.items()})
+
+        outcome = search(solve, planner.problem.smallest, planner.estimator, limits, self._margins(), obtain, most)
         return outcome, candidates[outcome.chosen], outcome.trials[outcome.chosen].allocation
 
     def _candidate(self, name: str, allocation: Allocation) -> Candidate:
