@@ -19,6 +19,7 @@ from edgeprune.pruning.allocate import Sensitivities, Widths, channel_options, u
 GONE = Widths(0, 1, 0)
 MOST_SIZES = 64  # of an MLP that the knapsack chooses among; a finer grid gains nothing that is predicted well
 GAP = 1e-4  # relative, between what is found and what is proved possible: far below what a prediction is worth
+ROUNDING = 1e-12  # relative: sums in another order differ by as much, and whole bytes by more
 SECONDS = 20.0  # for one knapsack; what is found until then counts
 
 
@@ -112,7 +113,7 @@ def uniform(problem: Problem, limits: Mapping[str, float]) -> Allocation | None:
             cost = problem.costs[name]
             each = cost.attention[groups, heads - 1] + cost.mlp[channels]
             peak = np.maximum(cost.attention_peak[groups, heads - 1], cost.mlp_peak[channels])
-            fits &= cost.base(tokens) + stay * each + peak <= limit
+            fits &= cost.base(tokens) + stay * each + peak <= limit * (1 + ROUNDING)
         if fits.any():
             at = int(np.where(fits, left, np.inf).argmin())
             candidate = (float(left.flat[at]) + more, at // len(options) + 1, at % len(options), tokens)

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgeprune.model.costs import ModuleCosts
@@ -55,6 +55,7 @@ SHARES = st.lists(st.floats(0.1, 1.1), min_size=3, max_size=3)
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), shares=SHARES)
+@example(seed=27, shares=[1.0, 1.0, 1.0])  # the dense model just fits, but for the order of a sum
 def test_the_uniform_choice_is_the_least_loss_by_brute_force(seed, shares):
     """Over all widths, all subsets of layers that go, and both vocabularies, under three limits at once."""
     problem = problem_of(seed, layers=3)
