@@ -25,7 +25,7 @@ from edgeprune.model.vocabulary import (
 )
 from tests.checkpoints import LETTERS
 
-TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "data" / "corpus.txt").read_text(encoding="utf-8")
 CORPUS = TEXT[:1200].splitlines()  # what the user needs of it
 WORDS = [word for line in CORPUS for word in line.split()]
 SPECIAL = ["<|end|>", "<|user|>"]
