@@ -20,8 +20,9 @@ SECONDS = 0.3
 _made: list[Path] = []  # one for all test files of a run
 SHORT = f"""
 import sys
-from edgeprune.engine import perform
-perform.SECONDS = {SECONDS}
+from edgeprune.engine import choose, costs, perform
+perform.SECONDS = choose.SURVEY_SECONDS = {SECONDS}
+costs.SHARES, costs.MIXES = (0.5,), 0
 from edgeprune.cli import main
 main()
 """
