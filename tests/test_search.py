@@ -121,6 +121,39 @@ def test_all_limits_hold_at_once() -> None:
     assert [trial.allocation for trial in outcome.trials] == [chosen]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    overheads=st.tuples(st.floats(0, 0.4), st.floats(0, 0.4)),
+    bends=st.tuples(st.floats(0.8, 1.2), st.floats(0.8, 1.2)),
+    shares=st.tuples(st.floats(0.4, 1.05), st.floats(0.4, 1.05)),
+)
+def test_all_limits_hold_at_once_when_every_estimate_is_wrong(
+    overheads: tuple[float, float], bends: tuple[float, float], shares: tuple[float, float]
+) -> None:
+    dense = estimate(of(DENSE))
+
+    def true_cost(allocation: Allocation) -> dict[str, float]:
+        return {
+            name: overhead + (1 - overhead) * (value / dense[name]) ** bend
+            for (name, value), overhead, bend in zip(estimate(allocation).items(), overheads, bends, strict=True)
+        }
+
+    limits = dict(zip(dense, shares, strict=True))
+
+    def obtain(index: int, allocation: Allocation, predicted: dict[str, float]) -> Costs:
+        values = true_cost(allocation)
+        return Costs(values, "met" if all(values[name] <= limits[name] for name in limits) else "missed")
+
+    estimator = corrected(estimate, of(DENSE), true_cost(of(DENSE)))
+    outcome = search(solve, SMALLEST, estimator, limits, dict.fromkeys(limits, 0.0), obtain)
+    allocations = [trial.allocation for trial in outcome.trials]
+    assert len(allocations) == len(set(allocations)) <= MAX_CANDIDATES
+    least = true_cost(SMALLEST)
+    fits = all(least[name] <= limits[name] for name in limits)
+    assert (outcome.trials[outcome.chosen].obtained.status == "met") == fits
+    assert (outcome.ending == "out_of_reach") == (not fits)
+
+
 def test_a_candidate_that_failed_is_not_proposed_again() -> None:
     """It is below the limit, and its interval is not: a smaller one follows, until one is met."""
     limit = 0.8 * size(DENSE)
