@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from edgeprune import __version__
-from edgeprune.budget import STATUS_TEXT, format_ms, memory_total
+from edgeprune.budget import STATUS_TEXT, format_ms, judge, memory_total
 from edgeprune.bundle import REPORT, TOKENIZER, write_bundle
 from edgeprune.deployment import deployment
 from edgeprune.engine.base import Performance
@@ -249,7 +249,7 @@ def _search(fitted: Fitted) -> schema.Search:
             schema.Candidate(
                 widths=trial.allocation.summary, predicted_loss=trial.allocation.loss, predicted=trial.predicted,
                 obtained={name: trial.obtained.values[name] for name in trial.predicted},
-                status=trial.obtained.status, chosen=number == outcome.chosen,
+                status=trial.obtained.status, chosen=number == outcome.chosen and fitted.stop is None,
             )
             for number, trial in enumerate(outcome.trials)
         ],
@@ -262,6 +262,7 @@ def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
         return None
     return schema.QualityStop(
         widths=_widths(stop.beyond.target), performance=_performance(stop.beyond.performance),
+        status=judge(fitted.setup.budget, fitted.dense, stop.beyond.performance).status,
         rise_percent=stop.quality.worst_percent, tried=stop.tried,
     )  # fmt: skip
 
@@ -279,7 +280,7 @@ def _headline(fitted: Fitted) -> str:
         return (
             f"{setup.model.name} does not reach {asked} on {setup.profile.name} within "
             f"{setup.budget.max_quality_loss:g} % of perplexity: the smallest model within is kept ({cost}); "
-            f"the budget would cost {fitted.stop.quality.worst_percent:+.1f} %."
+            f"the candidate nearest to the budget would cost {fitted.stop.quality.worst_percent:+.1f} %."
         )
     if verdict.status == "missed":
         return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."

@@ -141,7 +141,7 @@ class Run:
         from edgeprune.vocabularies import measure_losses
 
         def compute() -> dict[str, float]:
-            return measure_losses(self.setup.model, samples, self.setup.request.seed, self.progress)
+            return measure_losses(self.setup.model, samples, self.progress)
 
         return whole | {int(size): loss for size, loss in self.journal.stage("vocabularies", compute).items()}
 

@@ -41,7 +41,7 @@ def _ladder(model: Model, used: np.ndarray) -> list[Vocabulary]:
     return [vocabulary for vocabulary in found if vocabulary.size < model.decoder.vocab_size]
 
 
-def measure_losses(model: Model, samples: Samples, seed: int, progress: Progress) -> dict[str, float]:
+def measure_losses(model: Model, samples: Samples, progress: Progress) -> dict[str, float]:
     """Rise of the loss in nats per token of the whole vocabulary, by size of the vocabularies of vocabularies_of.
 
     Every token of the samples is in all of them, so the samples themselves say nothing about new text: one half

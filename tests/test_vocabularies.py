@@ -44,7 +44,7 @@ def test_losses_are_of_text_that_the_vocabulary_was_not_made_for(demo, monkeypat
     cooking = "Melt the butter, whisk in the flour and simmer the sauce with nutmeg until it thickens. "
     sailing = "Hoist the spinnaker, ease the mainsheet and steer to leeward of the buoy at the headland. "
     samples = samples_of(demo, [cooking * 6, sailing * 6], 32)
-    losses = measure_losses(demo, samples, 0, Silent())
+    losses = measure_losses(demo, samples, Silent())
     sizes = [str(vocabulary.size) for vocabulary in vocabularies_of(demo, samples)]
     assert list(losses) == sizes
     assert losses[sizes[0]] > 0.05

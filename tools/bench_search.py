@@ -234,7 +234,7 @@ class Bench:
         planner = self.planner(workload, "uniform", ids)
         problem, layers = planner.problem, len(self.model.decoder.layers)
 
-        def unevenness(widths: Widths) -> tuple[float, float]:
+        def unevenness(widths: Widths) -> float:
             full = problem.dense
             heads = widths[0] * widths[1] / (full[0] * full[1])
             return abs(heads - widths[2] / full[2])

@@ -31,7 +31,7 @@ from edgeprune.engine.choose import Exported, Measuring
 from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
 from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
-from edgeprune.model.costs import LayerWidths, ModuleCosts, additive
+from edgeprune.model.costs import LayerWidths, ModuleCosts, additive, channel_options
 from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
 
@@ -219,18 +219,18 @@ def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, so
     groups, heads, channels = dense.layer_widths[0]
     knots = sorted({k for point in points.values() if point.fitted for *_, k in point.layers} | {0, channels})
     columns = {name: _columns(point, knots) for name, point in points.items()}
+    used, tests = ([name for name, point in points.items() if point.fitted is part] for part in (True, False))
     tables, errors = {}, {}
     for kind in KINDS:
-        used = [name for name, point in points.items() if point.fitted and name in times[kind]]
         found = _least_squares(np.array([columns[name] for name in used]), np.array([times[kind][n] for n in used]))
         fixed, token, a, b, c, *steps = found
         kept = np.arange(groups + 1)[:, None]
         attention = np.where(kept > 0, a + b * kept * np.arange(1, heads + 1) + c * kept, 0.0)
         mlp = np.interp(np.arange(channels + 1), knots, np.concatenate([[0.0], np.cumsum(steps)]))
         tables[kind] = additive(attention, mlp, fixed, token)
-        tests = [name for name, point in points.items() if not point.fitted and name in times[kind]]
-        wrong = [abs(float(np.dot(columns[name], found)) / times[kind][name] - 1) for name in tests] or [0.0]
-        errors[kind] = (float(np.median(wrong)), max(wrong))
+        wrong = [abs(float(np.dot(columns[name], found)) / times[kind][name] - 1) for name in tests]
+        if wrong:
+            errors[kind] = (float(np.median(wrong)), max(wrong))
     return LatencyCosts(tables["prefill"], tables["decode"], errors, source)
 
 
@@ -286,15 +286,11 @@ def memory_costs(dense: Decoder, profile: DeviceProfile, workload: Workload, pre
     attention, mlp, (fixed, token) = _by_difference(dense, profile.channel_multiple, held)
     groups, heads, channels = dense.layer_widths[0]
     attention_peak = np.array([[peak((g, r, 0)) if g else 0.0 for r in range(1, heads + 1)] for g in range(groups + 1)])
-    sizes = _sizes(channels, profile.channel_multiple)
+    sizes = [0, *channel_options(channels, profile.channel_multiple)]
     mlp_peak = np.interp(np.arange(channels + 1), sizes, [peak((0, 1, k)) if k else 0.0 for k in sizes])
     return ModuleCosts(
         attention[..., 0], mlp[..., 0], attention_peak, mlp_peak, float(fixed[0]) + floor, float(token[0])
     )
-
-
-def _sizes(channels: int, multiple: int) -> list[int]:
-    return sorted({0, *range(multiple, channels, multiple), channels})
 
 
 def _by_difference(
@@ -312,7 +308,7 @@ def _by_difference(
         ]
     )
     attention = np.concatenate([np.zeros_like(attention[:1]), attention])
-    sizes = _sizes(channels, multiple)
+    sizes = [0, *channel_options(channels, multiple)]
     added = np.array([(of(dense.with_widths(groups, heads, k)) - without_mlp) / layers if k else 0 * without_mlp
                       for k in sizes])  # fmt: skip
     mlp = np.stack([np.interp(np.arange(channels + 1), sizes, column) for column in added.T], axis=1)

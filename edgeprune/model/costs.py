@@ -44,3 +44,8 @@ class ModuleCosts:
 def additive(attention: np.ndarray, mlp: np.ndarray, fixed: float = 0.0, token: float = 0.0) -> ModuleCosts:
     """A cost without peaks."""
     return ModuleCosts(attention, mlp, np.zeros_like(attention), np.zeros_like(mlp), fixed, token)
+
+
+def channel_options(size: int, multiple: int) -> list[int]:
+    """Widths of an MLP of `size` channels: the multiples below it, and itself."""
+    return sorted({*range(multiple, size, multiple), size})

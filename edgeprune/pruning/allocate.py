@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeprune.model.costs import ModuleCosts, additive
+from edgeprune.model.costs import ModuleCosts, additive, channel_options
 from edgeprune.model.decoder import Decoder
 
 
@@ -84,10 +84,6 @@ def uniform_options(dense: Widths, multiple: int) -> list[Widths]:
         for heads in range(1, dense.heads_per_group + 1)
         for size in channel_options(dense.intermediate_size, multiple)
     ]
-
-
-def channel_options(size: int, multiple: int) -> list[int]:
-    return sorted({*range(multiple, size, multiple), size})
 
 
 def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int, least: int) -> list[Widths] | None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgeprune.model.costs import ModuleCosts
-from edgeprune.pruning.allocate import Sensitivities, Widths, channel_options, uniform_options
+from edgeprune.model.costs import ModuleCosts, channel_options
+from edgeprune.pruning.allocate import Sensitivities, Widths, uniform_options
 
 GONE = Widths(0, 1, 0)
 MOST_SIZES = 64  # of an MLP that the knapsack chooses among; a finer grid gains nothing that is predicted well

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgeprune.report.figures import number_text
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.frontier_page import interval_of
-from edgeprune.report.terminal import _table, _text
+from edgeprune.report.terminal import styled, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,20 +21,20 @@ FIGURES = ("decode", "prefill", "memory")
 def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
     """A line for each rung, where quality ends, the sources of all figures, and how to pick."""
     workload = frontier.workload
-    console.print(_text(
+    console.print(styled(
         f"{frontier.model.name} on {frontier.device.name}: batch {workload.batch}, prompt {workload.prompt}, "
         f"context {workload.context}, {frontier.precision}", "bold",
     ))  # fmt: skip
     console.print()
     columns = ("rung", *FIGURES, "pruned", "rise", "interval", "quality")
     rows = [_row(frontier, point) for point in (frontier.dense, *frontier.rungs)]
-    console.print(_table(columns, rows, whole=("rung", "pruned", "rise", "quality")))
+    console.print(table(columns, rows, whole=("rung", "pruned", "rise", "quality")))
     console.print()
     for line in (_ends(frontier), _sources(frontier), *_notes(frontier)):
-        console.print(_text(line))
+        console.print(styled(line))
     console.print()
     # Not wrapped, so that it can be copied.
-    console.print(_text(f"Pick rung K:  {pick_command(bundle, 'K')}"), soft_wrap=True)
+    console.print(styled(f"Pick rung K:  {pick_command(bundle, 'K')}"), soft_wrap=True)
 
 
 def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
@@ -48,7 +48,7 @@ def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
     mark = "?" if len(point.grades) > 1 else ""
     return (
         str(point.index), *figures, f"{100 * point.ratio:.0f} %", number_text(point.rise_percent, "%"),
-        interval_of(point).removesuffix(" %"), _text(f"{point.grade}{mark}", STYLES[point.grade]),
+        interval_of(point).removesuffix(" %"), styled(f"{point.grade}{mark}", STYLES[point.grade]),
     )  # fmt: skip
 
 

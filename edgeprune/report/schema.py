@@ -138,7 +138,7 @@ class Candidate(Strict):
     predicted: dict[str, float] = Field(description="by constraint, before it was built")
     obtained: dict[str, float] = Field(description="by constraint, of the pruned candidate")
     status: Status
-    chosen: bool
+    chosen: bool = Field(description="none is where the quality limit ended the run: see `quality_stop`")
     seconds: float | None = Field(None, description="to prune, build and measure it")
 
 
@@ -157,11 +157,12 @@ class Search(Strict):
 
 
 class QualityStop(Strict):
-    """The budget lies beyond the quality limit: what meets it. `fitted` is the smallest within the limit."""
+    """The candidate nearest to a budget beyond the quality limit; `fitted` is the smallest model within that limit."""
 
-    widths: list[dict[str, int]] = Field(description="of the model that meets the budget, as in `fitted`")
-    performance: Performance = Field(description="of the model that meets the budget")
-    rise_percent: float = Field(description="of perplexity on the worst text, of the model that meets the budget")
+    widths: list[dict[str, int]] = Field(description="per layer, as in `fitted`")
+    performance: Performance
+    status: Status = Field(description="of memory, prefill and decode")
+    rise_percent: float = Field(description="of perplexity on the worst text")
     tried: int = Field(description="models that were built to find the smallest within the quality limit")
 
 

@@ -42,23 +42,23 @@ SAMPLE_CHARACTERS = 160
 WARNINGS = 3
 
 
-def _text(value: str, style: str = "") -> Text:
+def styled(value: str, style: str = "") -> Text:
     """Text as it is: nothing in it moves the cursor or recolours the terminal."""
     from rich.text import Text
 
     return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value), style=style)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], whole: Sequence[str] = ()) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], whole: Sequence[str] = ()) -> Table:
     """A table without rules; the columns in `whole` are never broken."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
+    made = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
     for column in columns:
-        table.add_column(_text(column), overflow="fold", no_wrap=column in whole)
+        made.add_column(styled(column), overflow="fold", no_wrap=column in whole)
     for row in rows:
-        table.add_row(*(_text(cell) if isinstance(cell, str) else cell for cell in row))
-    return table
+        made.add_row(*(styled(cell) if isinstance(cell, str) else cell for cell in row))
+    return made
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -66,18 +66,18 @@ def print_report(report: Report, console: Console) -> None:
     style = STYLES[report.outcome]
     if report.quality.grade == "broken":
         rise, style = number_text(report.quality.rise_percent, "%"), STYLES["missed"]
-        console.print(_text(f"Broken: perplexity {rise}. Do not deploy this model.", f"bold {style}"))
-    console.print(_text(report.headline, f"bold {style}"))
-    console.print(_text(f"Verdict: {OUTCOME_TEXT[report.outcome]}, from {report.rests_on} figures.", style))
+        console.print(styled(f"Broken: perplexity {rise}. Do not deploy this model.", f"bold {style}"))
+    console.print(styled(report.headline, f"bold {style}"))
+    console.print(styled(f"Verdict: {OUTCOME_TEXT[report.outcome]}, from {report.rests_on} figures.", style))
     console.print()
     console.print(_constraints(report))
     console.print()
-    console.print(_table(("", ""), ((_text(name, "dim"), value) for name, value in _summary(report))))
+    console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in _summary(report))))
     for step in report.deploy[:1]:
         console.print()
-        console.print(_text(f"{step.title}:"))
+        console.print(styled(f"{step.title}:"))
         # Not wrapped, so that it can be copied.
-        console.print(_text(step.command), soft_wrap=True)
+        console.print(styled(step.command), soft_wrap=True)
 
 
 def _constraints(report: Report) -> Table:
@@ -86,7 +86,7 @@ def _constraints(report: Report) -> Table:
         (
             row.name, number_text(row.limit, row.unit), *_figures(row.dense, row.fitted),
             "" if row.headroom_percent is None else number_text(row.headroom_percent, "%"),
-            _text(OUTCOME_LABEL[row.status], STYLES[row.status]),
+            styled(OUTCOME_LABEL[row.status], STYLES[row.status]),
         )
         for row in report.budget
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def _constraints(report: Report) -> Table:
             dense, fitted = (getattr(side.performance, field) for side in (report.dense, report.fitted))
             rows.append((name, "", *_figures(dense, fitted), "", ""))
     columns = ("constraint", "limit", "dense", "fitted", "source", "headroom", "verdict")
-    return _table(columns, rows, whole=columns[:-1])
+    return table(columns, rows, whole=columns[:-1])
 
 
 def _figures(dense: Figure | None, fitted: Figure) -> tuple[str, str, str]:
@@ -136,7 +136,7 @@ def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
         return []
     sides = {"within": (report.fitted.performance, report.quality.rise_percent),
              "beyond": (stop.performance, stop.rise_percent)}  # fmt: skip
-    words = {"within": "the quality limit, smallest", "beyond": "it, but in the budget"}
+    words = {"within": "the quality limit, smallest", "beyond": f"it; the budget: {OUTCOME_TEXT[stop.status]}"}
     return [
         (name, f"{words[name]}: perplexity {number_text(rise, '%')}, " + ", ".join(
             f"{what} {number_text(figure.value, figure.unit)} ({figure.source})"
@@ -194,7 +194,7 @@ def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
         )
         for profile in profiles
     ]  # fmt: skip
-    console.print(_table(columns, rows, whole=columns[:-1]))
+    console.print(table(columns, rows, whole=columns[:-1]))
 
 
 def _hardware(profile: DeviceProfile, name: str) -> str:
@@ -205,7 +205,7 @@ def _hardware(profile: DeviceProfile, name: str) -> str:
 def print_profile(profile: DeviceProfile, console: Console) -> None:
     """One profile, with the source and confidence of each figure."""
     workload, budget = profile.workload, profile.budget
-    console.print(_text(f"{profile.name}: {profile.description}", "bold"))
+    console.print(styled(f"{profile.name}: {profile.description}", "bold"))
     facts = (
         ("engine", f"{profile.engine}, SM {profile.sm or '–'}, {profile.precision}"),
         ("widths", f"in multiples of {profile.channel_multiple}"),
@@ -213,7 +213,7 @@ def print_profile(profile: DeviceProfile, console: Console) -> None:
         ("workload", f"batch {workload.batch}, prompt {workload.prompt}, context {workload.context} by default"),
         ("budget", f"memory {budget.memory}, prefill {budget.prefill}, decode {budget.decode} by default"),
     )
-    console.print(_table(("", ""), ((_text(name, "dim"), value) for name, value in facts)))
+    console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in facts)))
     console.print()
     if not profile.hardware:
         console.print("No hardware figures are shipped: they are probed on first use and cached.")
@@ -223,48 +223,48 @@ def print_profile(profile: DeviceProfile, console: Console) -> None:
         for name, figure in profile.hardware.items()
     ]
     columns = ("figure", "value", "confidence", "source")
-    console.print(_table(columns, rows, whole=columns[:-1]))
+    console.print(table(columns, rows, whole=columns[:-1]))
 
 
 def print_doctor(findings: Sequence[Finding], console: Console) -> None:
     """What is there and what is missing, with how to get it."""
     rows = [
-        (_text("yes", "green") if f.usable else _text("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
+        (styled("yes", "green") if f.usable else styled("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
     ]
-    console.print(_table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
+    console.print(table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Whether it fits, memory and latencies by part, and what they rest on; every figure is an estimate."""
     performance, decode = plan.performance, plan.performance.decode.value
-    console.print(_text(f"{plan.model} on {plan.profile.name}: {_shape(plan)}"))
+    console.print(styled(f"{plan.model} on {plan.profile.name}: {_shape(plan)}"))
     have, need = format_bytes(plan.profile.available_bytes), format_bytes(performance.memory.total)
     fits = f"It fits: {need} of the {have}" if plan.fits else f"It does not fit: {need}, but {have}"
-    console.print(_text(f"{fits} that the system leaves. All figures are estimated.", STYLES[_fit(plan)]))
+    console.print(styled(f"{fits} that the system leaves. All figures are estimated.", STYLES[_fit(plan)]))
     console.print()
     rows: list[tuple[str | Text, str, str]] = [("memory", need, "")]
     rows += [(f"  {name}", format_bytes(part.value), part.basis) for name, part in performance.memory.parts.items()]
     rows += [
-        (_text("prefill"), number_text(performance.prefill.value, "ms"), f"of {plan.workload.prompt} tokens"),
-        (_text("decode"), number_text(decode, "ms"), f"per step, {_tokens_per_second(plan, decode)}"),
+        (styled("prefill"), number_text(performance.prefill.value, "ms"), f"of {plan.workload.prompt} tokens"),
+        (styled("decode"), number_text(decode, "ms"), f"per step, {_tokens_per_second(plan, decode)}"),
     ]
     rows += [(f"  {name.replace('_', ' ')}", number_text(ms, "ms"), "") for name, ms in plan.decode_parts.items() if ms]
     if plan.decode_parts["cache_copies"]:
         in_place = plan.decode_in_place_ms
         detail = f"without copies of the cache, {_tokens_per_second(plan, in_place)}"
         rows.append(("decode in place", number_text(in_place, "ms"), detail))
-    console.print(_table(("estimated", "", ""), rows, whole=("estimated",)))
+    console.print(table(("estimated", "", ""), rows, whole=("estimated",)))
     console.print()
     rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
     rests += [("mind", note) for note in plan.notes]
     if weak := [name for name, figure in plan.profile.hardware.items() if figure.confidence == "low"]:
         rests.append(("mind", f"of low confidence in the profile, which says why: {', '.join(weak)}"))
-    console.print(_table(("", ""), ((_text(name, "dim"), text) for name, text in rests)))
+    console.print(table(("", ""), ((styled(name, "dim"), text) for name, text in rests)))
 
 
 def print_plans(plans: Sequence[Plan], console: Console) -> None:
     """A line for each device: what the model needs and whether that is there; latencies where it is."""
-    console.print(_text(f"{plans[0].model}: {_shape(plans[0])}. All figures are estimated."))
+    console.print(styled(f"{plans[0].model}: {_shape(plans[0])}. All figures are estimated."))
     console.print()
     rows = []
     for plan in plans:
@@ -272,15 +272,15 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
         latencies = (number_text(figure.value, "ms") for figure in (performance.prefill, performance.decode))
         rows.append((
             plan.profile.name, format_bytes(performance.memory.total), format_bytes(plan.profile.available_bytes),
-            _text("yes" if plan.fits else "no", STYLES[_fit(plan)]), *(latencies if plan.fits else ("–", "–")),
+            styled("yes" if plan.fits else "no", STYLES[_fit(plan)]), *(latencies if plan.fits else ("–", "–")),
         ))  # fmt: skip
     columns = ("device", "needs", "has", "fits", "prefill", "decode")
-    console.print(_table(columns, rows, whole=columns))
+    console.print(table(columns, rows, whole=columns))
     console.print()
     held = [plan for plan in plans if plan.fits]
     guessed = sum(plan.profile.decode_efficiency.confidence == "low" for plan in held)
     few = f", {guessed} of them with no or few published points" if guessed else ""
-    console.print(_text(f"{len(held)} of {len(plans)} devices hold it{few}."))
+    console.print(styled(f"{len(held)} of {len(plans)} devices hold it{few}."))
     console.print("--device NAME gives all parts, and the points that they rest on.", markup=False)
 
 
@@ -328,7 +328,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
             if row.layout == layout
         ]  # fmt: skip
         console.print(f"\nlayout {layout}")
-        console.print(_table(columns, cells, whole=[column for column in columns if not column.endswith("rise")]))
+        console.print(table(columns, cells, whole=[column for column in columns if not column.endswith("rise")]))
     for row in rows:
         if row.fell_back:
             console.print(f"{row.method} at {100 * row.ratio:.1f} %: no update helped in {row.fell_back} modules")

@@ -19,6 +19,7 @@ from edgeprune.plan import Question, plan, plan_all
 from edgeprune.profiles import list_profiles, load_profile
 from edgeprune.report.comparison import check_page, render_page, write_page
 from edgeprune.report.figures import figure_text, number_text, perplexity_text
+from edgeprune.report.html import render_html
 from edgeprune.report.terminal import (
     print_comparison,
     print_doctor,
@@ -116,6 +117,41 @@ def test_agreement_and_answers():
     text = words(printed(print_report, report_of(content)))
     assert "likeliest" not in text
     assert "begin with" not in text
+
+
+def with_gains(**gains):
+    content = measured_content()
+    rows = [row | {"gain": gains.get(row["name"])} for row in content["budget"]]
+    return content | {"budget": rows}
+
+
+def test_the_limit_that_decides_and_what_more_of_it_would_buy():
+    shown = words(printed(print_report, report_of(with_gains(decode=0.05, memory=0.0))))
+    assert "What decides is decode: 5 % more of decode would lower perplexity by 4.9 %, as predicted." in shown
+    assert "More of memory alone would buy nothing." in shown
+    both = words(printed(print_report, report_of(with_gains(decode=0.0, memory=0.0))))
+    assert "No limit decides alone" in both
+    assert "decides" not in words(printed(print_report, report_of(with_gains())))
+
+
+@pytest.mark.parametrize(("status", "said"), [("met", "the budget: met"), ("missed", "the budget: missed")])
+def test_both_points_where_budget_and_quality_cannot_be_had(status, said):
+    content = measured_content()
+    other = {"widths": [], "performance": content["fitted"]["performance"], "rise_percent": 88.0, "tried": 2}
+    report = report_of(content | {"quality_stop": other | {"status": status}})
+    shown = words(printed(print_report, report))
+    assert f"it; {said}: perplexity +88.0 %" in shown
+    assert "the quality limit, smallest: perplexity +24.6 %" in shown
+    page = render_html(report)
+    assert "smallest model within the quality limit" in page
+    assert ("model nearest to the budget, which meets it" in page) == (status == "met")
+
+
+def test_the_page_says_where_costs_of_widths_come_from():
+    content = measured_content()
+    search = content["search"] | {"costs": "models of random weights on onnxruntime", "cost_error": {"decode": 0.03}}
+    page = render_html(report_of(content | {"search": search}))
+    assert "Costs of widths come from models of random weights on onnxruntime; at most off by decode 3.0 %" in page
 
 
 def test_one_document_has_no_interval():
