@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from edgeprune.model.forward import (
     CHUNK_TOKENS,
     LOGIT_ROWS,
-    OUTPUT,
-    add_module,
+    Tables,
+    add_layer,
     embed,
+    head_logits,
     layer_weights,
-    module_activation,
+    module_output,
+    module_raw,
     modules_of,
-    rms_norm,
-    rotary_tables,
+    normed,
     row_chunks,
 )
 from edgeprune.model.model import Model
@@ -42,7 +43,7 @@ def token_gradients(
     """
     decoder = model.decoder
     count = len(decoder.layers)
-    tables = rotary_tables(decoder, ids.shape[1])
+    tables = Tables(decoder, ids.shape[1])
     energies: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         with torch.inference_mode():
@@ -50,8 +51,7 @@ def token_gradients(
             for index in range(count):
                 hidden.numpy().tofile(Path(folder) / str(index))  # a mapped file would count as resident
                 weights = layer_weights(model, index)
-                for kind in modules_of(decoder, index):
-                    add_module(decoder, index, kind, weights, hidden, tables)
+                add_layer(decoder, index, weights, hidden, tables)
                 on_layer()
         gradient = _head_gradient(model, hidden.clone(), seed)
         for index in reversed(range(count)):
@@ -62,8 +62,9 @@ def token_gradients(
             for x, g in zip(row_chunks(entering, CHUNK_TOKENS), row_chunks(gradient, CHUNK_TOKENS), strict=True):
                 states = [x.clone().requires_grad_(True)]
                 for kind in kinds:
-                    inputs = module_activation(decoder, index, kind, weights, states[-1], tables)
-                    states.append(states[-1] + F.linear(inputs, weights[OUTPUT[kind]]))
+                    source = states[0] if decoder.parallel else states[-1]
+                    raw = module_raw(decoder, index, kind, weights, source, tables)
+                    states.append(states[-1] + module_output(decoder, kind, weights, raw))
                 parts.append([*torch.autograd.grad(states[-1], states[:-1], g), g])
             gradient, *behind = (torch.cat(part) for part in zip(*parts, strict=True))
             energies[index] = {kind: part.square().sum(dim=-1) for kind, part in zip(kinds, behind, strict=True)}
@@ -75,12 +76,12 @@ def _head_gradient(model: Model, hidden: torch.Tensor, seed: int) -> torch.Tenso
     """dL/dh (b, t, c) behind the last layer, with labels drawn from the model's distribution."""
     decoder = model.decoder
     generator = torch.Generator().manual_seed(seed)
-    norm = model.weights["norm"].float()
+    norm = {name: model.weights[name].float() for name in decoder.norm_shapes("norm")}
     head = model.weights["embedding" if decoder.tie_word_embeddings else "head"].float()
     parts = []
     for part in hidden.flatten(0, 1).split(LOGIT_ROWS):
         states = part.requires_grad_(True)
-        logits = F.linear(rms_norm(states, norm, decoder.norm_eps), head)
+        logits = head_logits(decoder, normed(decoder, states, norm, "norm"), head)
         labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), 1, generator=generator).squeeze(1)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         parts.append(torch.autograd.grad(loss, states)[0])

@@ -3,21 +3,28 @@
 Pruning, cost and graph share this one description; the dense model and every candidate are
 Decoders and differ only in numbers. It knows nothing about weights, files or runtimes.
 
-Weights are named by their place, in nn.Linear layout (out_features, in_features):
+Weights are named by their place, in nn.Linear layout (out_features, in_features); those in brackets are
+there where the description says so:
 
-    embedding                   (vocab_size, hidden_size)
-    layers.{i}.attention.norm   (hidden_size,)
-    layers.{i}.attention.q      (num_attention_heads * head_dim, hidden_size)
-    layers.{i}.attention.k      (num_key_value_heads * head_dim, hidden_size)
-    layers.{i}.attention.v      (num_key_value_heads * head_dim, hidden_size)
-    layers.{i}.attention.o      (hidden_size, num_attention_heads * head_dim)
-    layers.{i}.attention.o_bias (hidden_size,), where output_bias is set
-    layers.{i}.mlp.norm         (hidden_size,)
-    layers.{i}.mlp.gate, .up    (intermediate_size, hidden_size)
-    layers.{i}.mlp.down         (hidden_size, intermediate_size)
-    layers.{i}.mlp.down_bias    (hidden_size,), where output_bias is set
-    norm                        (hidden_size,)
-    head                        (vocab_size, hidden_size), absent where tied to the embedding
+    embedding                       (vocab_size, hidden_size)
+    [positions]                     (max_position_embeddings, hidden_size)
+    layers.{i}.attention.[norm]     (hidden_size,)
+    layers.{i}.attention.q          (num_attention_heads * head_dim, hidden_size)
+    layers.{i}.attention.k, .v      (num_key_value_heads * head_dim, hidden_size)
+    layers.{i}.attention.[q_bias, k_bias, v_bias]
+    layers.{i}.attention.[q_norm, k_norm]  (head_dim,), or as wide as all heads
+    layers.{i}.attention.o          (hidden_size, num_attention_heads * head_dim)
+    layers.{i}.attention.[o_bias, post_norm]  (hidden_size,)
+    layers.{i}.mlp.[norm]           (hidden_size,)
+    layers.{i}.mlp.[gate], .up      (intermediate_size, hidden_size)
+    layers.{i}.mlp.[gate_bias, up_bias]
+    layers.{i}.mlp.down             (hidden_size, intermediate_size)
+    layers.{i}.mlp.[down_bias, post_norm]  (hidden_size,)
+    norm                            (hidden_size,)
+    [head]                          (vocab_size, hidden_size), absent where tied to the embedding
+
+A LayerNorm has a bias behind its weight, named `..norm_bias`. Of a mixture of experts the MLP's matrices are
+`mlp.router` (num_experts, hidden_size) and, for every expert, `mlp.experts.{e}.gate`, `.up` and `.down`.
 """
 
 from __future__ import annotations
@@ -25,15 +32,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotate-half position embedding: angle of pair m at position p is p * inverse_frequencies[m].
+
+    The first 2 * len(inverse_frequencies) dimensions of a head turn, the others stay as they are. cos and sin
+    are multiplied by `scaling` (the attention factor of some rope scalings, else 1).
+    """
+
+    inverse_frequencies: tuple[float, ...]
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention: query head h reads the key/value head h // heads_per_group."""
+    """Grouped-query attention: query head h reads the key/value head h // heads_per_group.
+
+    rotary: None for an attention without rotary positions. scale: of the scores, None for head_dim ** -0.5.
+    window: a query sees this many positions, its own among them; softcap: scores become
+    softcap * tanh(score / softcap). qk_norm: RMS norm of queries and keys before the rotation, of each head or
+    of `all` heads at once. Biases: of q, k and v, and of the output projection.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary: Rotary | None = None
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    qk_norm: Literal["head", "all"] | None = None
+    input_bias: bool = False
+    output_bias: bool = False
 
     @property
     def heads_per_group(self) -> int:
@@ -47,12 +80,41 @@ class Attention:
     def key_value_size(self) -> int:
         return self.num_key_value_heads * self.head_dim
 
+    @property
+    def score_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of each token the num_experts_per_tok likeliest by softmax(router(x)); normalised: their weights sum to 1."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    normalised: bool = True
+
 
 @dataclass(frozen=True)
 class Mlp:
-    """Gated MLP: down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where it is not gated.
+
+    experts: None, or how many MLPs of this width there are, and which of them a token takes.
+    """
 
     intermediate_size: int
+    activation: Activation = "silu"
+    gated: bool = True
+    input_bias: bool = False
+    output_bias: bool = False
+    experts: Experts | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The projections before the activation."""
+        return ("gate", "up") if self.gated else ("up",)
 
 
 @dataclass(frozen=True)
@@ -62,32 +124,45 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Rotate-half position embedding: angle of pair m at position p is p * inverse_frequencies[m].
+class Decoder:
+    """norms: of every module's input, of its output, or of both (weights `norm` and `post_norm`).
 
-    cos and sin are multiplied by `scaling` (the attention factor of some rope scalings, else 1).
+    parallel: attention and MLP of a layer both read what enters it. embedding_scale multiplies the embedding,
+    logits_scale the logits, then logits_softcap limits them. learned_positions: a table is added to the embedding.
+    residual_scale: of the output projections in the checkpoint, read with it (the weights here are final).
     """
 
-    inverse_frequencies: tuple[float, ...]
-    scaling: float = 1.0
-
-
-@dataclass(frozen=True)
-class Decoder:
     family: str
     hidden_size: int
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
     tie_word_embeddings: bool
-    rotary: Rotary
     layers: tuple[Layer, ...]
-    output_bias: bool = False  # of both output projections: what FLAP's compensation leaves
+    norm: Literal["rms", "layer"] = "rms"
+    norms: Literal["before", "after", "both"] = "before"
+    parallel: bool = False
+    learned_positions: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_softcap: float | None = None
 
     @property
     def is_uniform(self) -> bool:
         """Every layer has the same widths, so that a plain configuration describes it."""
-        return len(set(self.layers)) <= 1
+        return len(set(self.layer_widths)) <= 1
+
+    @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """The rotary embeddings of the layers, each once."""
+        return tuple(dict.fromkeys(layer.attention.rotary for layer in self.layers
+                                   if layer.attention and layer.attention.rotary))  # fmt: skip
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows of the layers, each once."""
+        return tuple(dict.fromkeys(layer.attention.window for layer in self.layers if layer.attention))
 
     def with_widths(self, num_key_value_heads: int, heads_per_group: int, intermediate_size: int) -> Decoder:
         """The same model with these widths in every layer (layout `uniform`)."""
@@ -121,41 +196,49 @@ class Decoder:
         """The same model with this many rows in embedding and head."""
         return replace(self, vocab_size=size)
 
+    def with_output_biases(self) -> Decoder:
+        """The same model with a bias of every output projection."""
+        layers = tuple(
+            Layer(
+                layer.attention and replace(layer.attention, output_bias=True),
+                layer.mlp and replace(layer.mlp, output_bias=True),
+            )
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
     def compact(self) -> Decoder:
         """The same model without the layers that have neither attention nor MLP."""
         return replace(self, layers=tuple(layer for layer in self.layers if layer.attention or layer.mlp))
 
+    def norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weight and, of a LayerNorm, the bias of a norm of the residual stream."""
+        names = (name, f"{name}_bias") if self.norm == "layer" else (name,)
+        return {each: (self.hidden_size,) for each in names}
+
     def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Shape of every weight of one layer, by its full name, in the order above."""
-        hidden, layer, prefix = self.hidden_size, self.layers[index], f"layers.{index}."
-        shapes: dict[str, tuple[int, ...]] = {}
-        if (attention := layer.attention) is not None:
-            shapes |= {
-                prefix + "attention.norm": (hidden,),
-                prefix + "attention.q": (attention.query_size, hidden),
-                prefix + "attention.k": (attention.key_value_size, hidden),
-                prefix + "attention.v": (attention.key_value_size, hidden),
-                prefix + "attention.o": (hidden, attention.query_size),
-            }
-            if self.output_bias:
-                shapes[prefix + "attention.o_bias"] = (hidden,)
-        if (mlp := layer.mlp) is not None:
-            shapes |= {
-                prefix + "mlp.norm": (hidden,),
-                prefix + "mlp.gate": (mlp.intermediate_size, hidden),
-                prefix + "mlp.up": (mlp.intermediate_size, hidden),
-                prefix + "mlp.down": (hidden, mlp.intermediate_size),
-            }
-            if self.output_bias:
-                shapes[prefix + "mlp.down_bias"] = (hidden,)
+        layer, shapes = self.layers[index], {}
+        parts = (("attention", layer.attention, _attention_shapes), ("mlp", layer.mlp, _mlp_shapes))
+        for kind, part, inner in parts:
+            if part is None:
+                continue
+            prefix = f"layers.{index}.{kind}."
+            if self.norms != "after":
+                shapes |= self.norm_shapes(prefix + "norm")
+            shapes |= {prefix + name: shape for name, shape in inner(part, self.hidden_size).items()}
+            if self.norms != "before":
+                shapes |= self.norm_shapes(prefix + "post_norm")
         return shapes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight of the model, by name, in the order in which they are used."""
         shapes: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, self.hidden_size)}
+        if self.learned_positions:
+            shapes["positions"] = (self.max_position_embeddings, self.hidden_size)
         for index in range(len(self.layers)):
             shapes |= self.layer_shapes(index)
-        shapes["norm"] = (self.hidden_size,)
+        shapes |= self.norm_shapes("norm")
         if not self.tie_word_embeddings:
             shapes["head"] = (self.vocab_size, self.hidden_size)
         return shapes
@@ -178,6 +261,34 @@ class Decoder:
         """Elements of the key/value cache, keys and values of all layers, at `context` tokens."""
         width = sum(layer.attention.key_value_size for layer in self.layers if layer.attention)
         return 2 * batch * context * width
+
+
+def _attention_shapes(attention: Attention, hidden: int) -> dict[str, tuple[int, ...]]:
+    sizes = {"q": attention.query_size, "k": attention.key_value_size, "v": attention.key_value_size}
+    shapes: dict[str, tuple[int, ...]] = {name: (size, hidden) for name, size in sizes.items()}
+    if attention.input_bias:
+        shapes |= {f"{name}_bias": (size,) for name, size in sizes.items()}
+    if attention.qk_norm is not None:
+        for name in ("q", "k"):
+            shapes[f"{name}_norm"] = (sizes[name] if attention.qk_norm == "all" else attention.head_dim,)
+    shapes["o"] = (hidden, attention.query_size)
+    if attention.output_bias:
+        shapes["o_bias"] = (hidden,)
+    return shapes
+
+
+def _mlp_shapes(mlp: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {name: (mlp.intermediate_size, hidden) for name in mlp.inputs}
+    if mlp.experts is not None:
+        one = shapes | {"down": (hidden, mlp.intermediate_size)}
+        every = {f"experts.{e}.{name}": shape for e in range(mlp.experts.num_experts) for name, shape in one.items()}
+        return {"router": (mlp.experts.num_experts, hidden)} | every
+    if mlp.input_bias:
+        shapes |= {f"{name}_bias": (mlp.intermediate_size,) for name in mlp.inputs}
+    shapes["down"] = (hidden, mlp.intermediate_size)
+    if mlp.output_bias:
+        shapes["down_bias"] = (hidden,)
+    return shapes
 
 
 def _narrowed(attention: Attention, groups: int, heads_per_group: int) -> Attention:

@@ -1,247 +1,327 @@
-"""Which checkpoints are understood: one short mapping per family from a transformers configuration.
+"""Which checkpoints are understood: one short mapping per family onto decoder.py.
 
-A family says where the weights of decoder.py stand in a checkpoint; everything after it sees the
-Decoder alone. Families that are not listed are refused by name.
+A family says how its configuration differs from a plain Llama's, and where its weights stand (places.py);
+everything after it sees the Decoder alone. docs/families.md shows how to add one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from edgeprune.errors import InputError
-from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
+from edgeprune.model import names
+from edgeprune.model.decoder import Decoder, Experts, Layer, Rotary
+from edgeprune.model.places import Places
+from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
 
-Config = dict[str, Any]
-
-OUTER = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-LAYER = {
-    "attention.norm": "input_layernorm.weight",
-    "attention.q": "self_attn.q_proj.weight",
-    "attention.k": "self_attn.k_proj.weight",
-    "attention.v": "self_attn.v_proj.weight",
-    "attention.o": "self_attn.o_proj.weight",
-    "mlp.norm": "post_attention_layernorm.weight",
-    "mlp.gate": "mlp.gate_proj.weight",
-    "mlp.up": "mlp.up_proj.weight",
-    "mlp.down": "mlp.down_proj.weight",
-}
-
-
-MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must not ask for all memory
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Family:
-    """defaults: what transformers takes for a field that config.json leaves out, where families differ.
+    """adapt: the Decoder of a plain Llama with this configuration's widths and rotary -> this family's.
 
-    refuse: why a configuration of this family, with its defaults, cannot be handled, or None.
+    defaults: what transformers takes for a field that config.json leaves out; fields: this family's name for
+    some of Llama's fields; activation: the field that names it. heads: may the configuration say any number of
+    heads (`free`), one that divides hidden_size (`divide`), or is head_dim always hidden_size over it (`fixed`)?
+    refuse: why a configuration, with its defaults, cannot be handled, or None.
     """
 
     model_type: str
     architecture: str
-    defaults: Config
-    refuse: Callable[[Config], str | None]
+    places: Places
+    adapt: Callable[[Decoder, Config], Decoder]
+    defaults: Config = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "hidden_act"
+    norm_eps: str = "rms_norm_eps"
+    heads: Literal["free", "divide", "fixed"] = "free"
+    refuse: Callable[[Config], str | None] = lambda config: None
 
 
-def _plain(config: Config) -> str | None:
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        return f"hidden_act {config['hidden_act']!r} (silu is supported)"
-    for name in ("attention_bias", "mlp_bias"):
+def changed(
+    decoder: Decoder, attention: dict[str, Any] | Callable[[int], dict[str, Any]], mlp: dict[str, Any] | None = None
+) -> Decoder:
+    """The decoder with these fields of every attention, or of that of every layer, and of every MLP."""
+    each = attention if callable(attention) else lambda index: attention
+    layers = [
+        Layer(replace(layer.attention, **each(index)), replace(layer.mlp, **(mlp or {})))
+        for index, layer in enumerate(decoder.layers)
+    ]
+    return replace(decoder, layers=tuple(layers))
+
+
+def windowed(decoder: Decoder, config: Config, slides: Callable[[int], bool]) -> Decoder:
+    """With the configuration's sliding window in the layers that `layer_types` names, else where `slides` says so.
+
+    A window of all positions is none.
+    """
+    window = config.get("sliding_window")
+    if window is None or int(window) >= decoder.max_position_embeddings:
+        return decoder
+    if int(window) < 1:
+        raise SenselessError(f"sliding_window {window}")
+    types = _by_layer(config, "layer_types", decoder, ("full_attention", "sliding_attention"))
+    sliding = [kind == "sliding_attention" for kind in types] if types else [slides(i) for i in range(len(decoder.layers))]
+    return changed(decoder, lambda index: {"window": int(window) if sliding[index] else None})
+
+
+def _by_layer(config: Config, name: str, decoder: Decoder, known: tuple[Any, ...]) -> list[Any] | None:
+    values = config.get(name)
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != len(decoder.layers) or not set(values) <= set(known):
+        raise SenselessError(f"{name} {values!r} for {len(decoder.layers)} layers")
+    return values
+
+
+def _biases(decoder: Decoder, config: Config) -> Decoder:
+    attends, has = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    attention = {"input_bias": attends, "output_bias": attends}
+    return changed(decoder, attention, {"input_bias": has, "output_bias": has})
+
+
+def _all_slide(decoder: Decoder, config: Config) -> Decoder:
+    return windowed(decoder, config, lambda index: True)
+
+
+def _late_slide(decoder: Decoder, config: Config) -> Decoder:
+    if not config.get("use_sliding_window"):
+        return decoder
+    first = int(config.get("max_window_layers") or 0)
+    return windowed(decoder, config, lambda index: index >= first)
+
+
+def _qwen2(decoder: Decoder, config: Config) -> Decoder:
+    return changed(_late_slide(decoder, config), {"input_bias": True})
+
+
+def _qwen3(decoder: Decoder, config: Config) -> Decoder:
+    attends = bool(config.get("attention_bias"))
+    norm = {"qk_norm": "head", "input_bias": attends, "output_bias": attends}
+    return changed(_late_slide(decoder, config), norm)
+
+
+def _qwen3_moe(decoder: Decoder, config: Config) -> Decoder:
+    count = int(config.get("num_local_experts") or config["num_experts"])  # newer and older files
+    experts = Experts(count, int(config["num_experts_per_tok"]), bool(config["norm_topk_prob"]))
+    sliding = bool(config.get("use_sliding_window"))
+    decoder = _qwen3(decoder, {**config, "use_sliding_window": False})
+    return changed(_all_slide(decoder, config) if sliding else decoder, {}, {"experts": experts})
+
+
+def _mixtral(decoder: Decoder, config: Config) -> Decoder:
+    experts = Experts(int(config["num_local_experts"]), int(config["num_experts_per_tok"]))
+    return changed(_all_slide(decoder, config), {}, {"experts": experts})
+
+
+def _gemma(decoder: Decoder, config: Config) -> Decoder:
+    attends = bool(config.get("attention_bias"))
+    attention = {
+        "scale": float(config["query_pre_attn_scalar"]) ** -0.5, "input_bias": attends, "output_bias": attends,
+        "softcap": _cap(config, "attn_logit_softcapping"),
+    }  # fmt: skip
+    return replace(
+        changed(decoder, attention), norms="both", embedding_scale=math.sqrt(decoder.hidden_size),
+        logits_softcap=_cap(config, "final_logit_softcapping"),
+    )  # fmt: skip
+
+
+def _cap(config: Config, name: str) -> float | None:
+    return None if config.get(name) is None else float(config[name])
+
+
+def _gemma2(decoder: Decoder, config: Config) -> Decoder:
+    return _gemma(windowed(decoder, config, lambda index: index % 2 == 0), config)
+
+
+def _gemma3(decoder: Decoder, config: Config) -> Decoder:
+    """Layers with a window turn by an own, local theta, however long the window is."""
+    every = int(config.get("sliding_window_pattern") or 6)
+    types = _by_layer(config, "layer_types", decoder, ("full_attention", "sliding_attention"))
+    local = [kind == "sliding_attention" for kind in types] if types else [
+        (index + 1) % every != 0 for index in range(len(decoder.layers))
+    ]  # fmt: skip
+    rotaries = _gemma3_rotaries(config, decoder.layers[0].attention.head_dim)
+    window = int(config["sliding_window"])
+    decoder = changed(decoder, lambda i: {"rotary": rotaries[local[i]], "window": window if local[i] else None})
+    return _gemma(changed(decoder, {"qk_norm": "head"}), config)
+
+
+def _gemma3_rotaries(config: Config, head_dim: int) -> tuple[Rotary, Rotary]:
+    """Of the full and of the sliding layers; newer files say both, older the full one and rope_local_base_freq."""
+    given = rope_parameters(config)
+    if not {"full_attention", "sliding_attention"} & given.keys():
+        local = {"rope_theta": float(config.get("rope_local_base_freq") or 10000.0)}
+        given = {"full_attention": given, "sliding_attention": local}
+    full, local = (given.get(name) or {} for name in ("full_attention", "sliding_attention"))
+    base = {name: value for name, value in config.items() if name != "rope_theta"}
+    return rotary_of(full, config, head_dim, 1_000_000.0), rotary_of(local, base, head_dim)
+
+
+def _phi3(decoder: Decoder, config: Config) -> Decoder:
+    context = longrope_context(rope_parameters(config), config)
+    decoder = _all_slide(decoder, config)
+    return decoder if context is None else replace(decoder, max_position_embeddings=context)
+
+
+def _smollm3(decoder: Decoder, config: Config) -> Decoder:
+    every = int(config.get("no_rope_layer_interval") or 4)
+    turns = _by_layer(config, "no_rope_layers", decoder, (0, 1)) or [
+        int((index + 1) % every != 0) for index in range(len(decoder.layers))
+    ]
+    if config.get("use_sliding_window"):
+        decoder = windowed(decoder, config, lambda index: not turns[index])
+    rotary = decoder.layers[0].attention.rotary
+    return changed(_biases(decoder, config), lambda index: {"rotary": rotary if turns[index] else None})
+
+
+def _olmo2(decoder: Decoder, config: Config) -> Decoder:
+    return replace(changed(_biases(decoder, config), {"qk_norm": "all"}), norms="after")
+
+
+def _granite(decoder: Decoder, config: Config) -> Decoder:
+    return replace(
+        changed(_biases(decoder, config), {"scale": float(config["attention_multiplier"])}),
+        embedding_scale=float(config["embedding_multiplier"]), residual_scale=float(config["residual_multiplier"]),
+        logits_scale=1.0 / float(config["logits_scaling"]),
+    )  # fmt: skip
+
+
+def _layer_norms(decoder: Decoder, has_bias: bool = True) -> Decoder:
+    """LayerNorms and a plain MLP, with biases."""
+    biases = {"input_bias": has_bias, "output_bias": has_bias}
+    return replace(changed(decoder, biases, {"gated": False, **biases}), norm="layer")
+
+
+def _learned(decoder: Decoder) -> Decoder:
+    return replace(changed(_layer_norms(decoder), {"rotary": None}), learned_positions=True)
+
+
+def _gpt2(decoder: Decoder, config: Config) -> Decoder:
+    return changed(_learned(decoder), {} if config["scale_attn_weights"] else {"scale": 1.0})
+
+
+def _gpt_neox(decoder: Decoder, config: Config) -> Decoder:
+    attends = bool(config["attention_bias"])
+    decoder = changed(_layer_norms(decoder), {"input_bias": attends, "output_bias": attends})
+    return replace(decoder, parallel=bool(config["use_parallel_residual"]))
+
+
+def _starcoder2(decoder: Decoder, config: Config) -> Decoder:
+    return _layer_norms(_all_slide(decoder, config), bool(config["use_bias"]))
+
+
+def _refuse_gpt2(config: Config) -> str | None:
+    for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
         if config.get(name):
             return f"{name} true (false is supported)"
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    partial = (rope.get("partial_rotary_factor") if isinstance(rope, dict) else None) or config.get(
-        "partial_rotary_factor"
-    )
-    if partial not in (None, 1):
-        return f"partial_rotary_factor {partial} (1 is supported)"
-    if config.get("quantization_config"):
-        return "quantization_config (give the unquantised checkpoint)"
     return None
 
 
-def _no_window(config: Config) -> str | None:
-    window = config.get("sliding_window")
-    if window is not None and window < config["max_position_embeddings"]:
-        return f"sliding_window {window} (null, or at least max_position_embeddings, is supported)"
-    return _plain(config)
+def _refuse_opt(config: Config) -> str | None:
+    if config.get("word_embed_proj_dim") not in (None, config.get("hidden_size")):
+        return f"word_embed_proj_dim {config['word_embed_proj_dim']} (hidden_size is supported)"
+    for name in ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine"):
+        if config.get(name) is False:
+            return f"{name} false (true is supported)"
+    return "_remove_final_layer_norm true" if config.get("_remove_final_layer_norm") else None
 
+
+def _refuse_mixed(config: Config) -> str | None:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return "layers without experts among those with them (mlp_only_layers, decoder_sparse_step)"
+    return None
+
+
+def _refuse_bidirectional(config: Config) -> str | None:
+    return "use_bidirectional_attention true" if config.get("use_bidirectional_attention") else None
+
+
+ROPE = {"max_position_embeddings": 2048}
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", {"max_position_embeddings": 2048}, _plain),
+        Family("llama", "LlamaForCausalLM", names.LLAMA, _biases, ROPE, heads="divide"),
         Family(
-            "mistral",
-            "MistralForCausalLM",
+            "mistral", "MistralForCausalLM", names.LLAMA, _all_slide,
             {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-            _no_window,
+        ),
+        Family(
+            "qwen2", "Qwen2ForCausalLM", names.LLAMA, _qwen2,
+            {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096,
+             "max_window_layers": 28},
+        ),
+        Family(
+            "qwen3", "Qwen3ForCausalLM", names.QWEN3, _qwen3,
+            {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096,
+             "max_window_layers": 28},
+        ),
+        Family(
+            "gemma2", "Gemma2ForCausalLM", names.GEMMA2, _gemma2,
+            {"max_position_embeddings": 8192, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+             "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+             "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+            activation="hidden_activation", heads="divide", refuse=_refuse_bidirectional,
+        ),
+        Family(
+            "gemma3_text", "Gemma3ForCausalLM", names.GEMMA3, _gemma3,
+            {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+             "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+            activation="hidden_activation", heads="divide", refuse=_refuse_bidirectional,
+        ),
+        Family("phi3", "Phi3ForCausalLM", names.PHI3, _phi3, {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+        Family(
+            "smollm3", "SmolLM3ForCausalLM", names.LLAMA, _smollm3,
+            {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000.0,
+             "tie_word_embeddings": True},
+        ),
+        Family("olmo2", "Olmo2ForCausalLM", names.OLMO2, _olmo2, ROPE | {"rms_norm_eps": 1e-5}),
+        Family(
+            "granite", "GraniteForCausalLM", names.LLAMA, _granite,
+            ROPE | {name: 1.0 for name in (
+                "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")},
+        ),
+        Family(
+            "gpt2", "GPT2LMHeadModel", names.GPT2, _gpt2,
+            {"n_positions": 1024, "activation_function": "gelu_new", "tie_word_embeddings": True,
+             "scale_attn_weights": True, "layer_norm_epsilon": 1e-5},
+            {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+             "num_hidden_layers": "n_layer", "intermediate_size": "n_inner"},
+            activation="activation_function", norm_eps="layer_norm_epsilon", heads="fixed", refuse=_refuse_gpt2,
+        ),
+        Family(
+            "opt", "OPTForCausalLM", names.OPT, lambda decoder, config: _learned(decoder),
+            {"max_position_embeddings": 2048, "activation_function": "relu", "tie_word_embeddings": True,
+             "layer_norm_eps": 1e-5},
+            {"intermediate_size": "ffn_dim"}, activation="activation_function", norm_eps="layer_norm_eps",
+            heads="fixed", refuse=_refuse_opt,
+        ),
+        Family(
+            "gpt_neox", "GPTNeoXForCausalLM", names.GPT_NEOX, _gpt_neox,
+            {"max_position_embeddings": 2048, "attention_bias": True, "use_parallel_residual": True,
+             "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": 0.25},
+            norm_eps="layer_norm_eps", heads="fixed",
+        ),
+        Family(
+            "starcoder2", "Starcoder2ForCausalLM", names.STARCODER2, _starcoder2,
+            {"max_position_embeddings": 4096, "num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh",
+             "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True},
+            norm_eps="norm_epsilon",
+        ),
+        Family(
+            "mixtral", "MixtralForCausalLM", names.MIXTRAL, _mixtral,
+            {"max_position_embeddings": 131072, "num_key_value_heads": 8, "num_local_experts": 8,
+             "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
+        ),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM", names.QWEN3_MOE, _qwen3_moe,
+            {"max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+             "norm_topk_prob": False, "sliding_window": 4096, "max_window_layers": 28},
+            {"intermediate_size": "moe_intermediate_size"}, refuse=_refuse_mixed,
         ),
     )
-}
-LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
-
-
-def family_of(config: Config) -> Family:
-    """Raises InputError that names what is not supported, and what is."""
-    model_type = config.get("model_type")
-    supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only, *ForCausalLM)."
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
-    family = FAMILIES[model_type]
-    architectures = config.get("architectures") or [family.architecture]
-    if not isinstance(architectures, list):
-        raise _senseless(f"architectures {architectures!r}")
-    if family.architecture not in architectures:
-        raise InputError(f"unsupported architecture {', '.join(map(str, architectures))}", supported)
-    try:
-        reason = family.refuse(family.defaults | config)
-    except TypeError as error:
-        raise _senseless(error) from None
-    if reason is not None:
-        raise InputError(f"unsupported {model_type} configuration: {reason}", "Choose another checkpoint.")
-    return family
-
-
-def _senseless(reason: object) -> InputError:
-    return InputError(f"config.json is incomplete or senseless: {reason}", "Restore the checkpoint's own config.json.")
-
-
-def decoder_of(config: Config) -> Decoder:
-    """The Decoder that a configuration describes. Raises InputError naming a missing or senseless field."""
-    family = family_of(config)
-    config = family.defaults | config
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        key_value_heads = int(config.get("num_key_value_heads") or heads)
-        attention = Attention(heads, key_value_heads, int(config.get("head_dim") or hidden // heads))
-        _check_sizes(config, attention)
-        layer = Layer(attention, Mlp(int(config["intermediate_size"])))
-        decoder = Decoder(
-            family=family.model_type,
-            hidden_size=hidden,
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            rotary=_rotary(config, attention.head_dim),
-            layers=(layer,) * int(config["num_hidden_layers"]),
-        )
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise _senseless(repr(error)) from None
-    if not all(map(math.isfinite, (*decoder.rotary.inverse_frequencies, decoder.rotary.scaling, decoder.norm_eps))):
-        raise _senseless("its rope parameters or its rms_norm_eps are not finite")
-    if heads % key_value_heads:
-        raise InputError(
-            f"{heads} query heads do not divide into {key_value_heads} key/value heads", "Check config.json."
-        )
-    return _with_own_widths(decoder, config[LAYER_WIDTHS]) if LAYER_WIDTHS in config else decoder
-
-
-def _with_own_widths(decoder: Decoder, widths: object) -> Decoder:
-    """Of a model that was pruned to other widths in every layer; InputError for a field that is none of ours."""
-    try:
-        checked = [(int(groups), int(heads), int(channels)) for groups, heads, channels in widths]
-        if min(map(min, checked)) < 0 or min(heads for _, heads, _ in checked) < 1:
-            raise ValueError("widths below zero")
-        return decoder.with_layer_widths(checked)
-    except (TypeError, ValueError) as error:
-        raise _senseless(f"{LAYER_WIDTHS}: {error}") from None
-
-
-def _check_sizes(config: Config, attention: Attention) -> None:
-    """Raises InputError for a size that no model has."""
-    sizes = {
-        name: int(config[name])
-        for name in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
-    } | vars(attention)
-    for name, size in sizes.items():
-        limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
-        if not 0 < size < limit:
-            raise _senseless(f"{name} {size}")
-    if attention.head_dim % 2 or attention.head_dim > sizes["hidden_size"]:
-        raise _senseless(f"head_dim {attention.head_dim} (even, at most hidden_size, is supported)")
-
-
-def _rotary(config: Config, head_dim: int) -> Rotary:
-    """Angles as transformers computes them; newer files say rope_parameters, older rope_scaling.
-
-    transformers prefers rope_scaling where a file has both.
-    """
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if not 0 < theta < math.inf:
-        raise _senseless(f"rope_theta {theta}")
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    frequencies = tuple(theta ** (-2.0 * pair / head_dim) for pair in range(head_dim // 2))
-    match kind:
-        case "default":
-            return Rotary(frequencies)
-        case "linear":
-            factor = float(parameters["factor"])
-            return Rotary(tuple(frequency / factor for frequency in frequencies))
-        case "llama3":
-            return Rotary(tuple(_llama3(frequency, parameters) for frequency in frequencies))
-    raise InputError(f"unsupported rope scaling {kind!r}", "Supported are: default, linear, llama3.")
-
-
-def _llama3(frequency: float, parameters: Config) -> float:
-    """Llama 3.1's scaling: a pair that turns `high` times or more within the original context keeps its
-    frequency, one that turns `low` times or fewer has it divided by `factor`, between them it is blended."""
-    factor, low, high, context = (
-        float(parameters[name])
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    if not low < high:
-        raise _senseless(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
-    turns = context * frequency / (2 * math.pi)
-    kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-    return frequency * (kept + (1 - kept) / factor)
-
-
-def checkpoint_names(decoder: Decoder) -> dict[str, str]:
-    """Name in the checkpoint of every weight of decoder.py, in its order."""
-    names = {}
-    for name in decoder.shapes():
-        if name.startswith("layers."):
-            _, index, part = name.split(".", 2)
-            names[name] = f"model.layers.{index}.{LAYER[part]}"
-        else:
-            names[name] = OUTER[name]
-    return names
-
-
-def config_for(decoder: Decoder, source: Config) -> Config:
-    """The configuration of a Decoder that was pruned from `source`; all else is kept.
-
-    It is a standard one where all layers are whole and alike; else it says their widths in a field of our own.
-    LlamaConfig refuses a hidden_size that its head count does not divide, even with head_dim given;
-    MistralConfig, of the same weights and names, has no such check.
-    """
-    layer = decoder.layers[0]
-    if not decoder.is_uniform or layer.attention is None or layer.mlp is None:
-        return source | {"num_hidden_layers": len(decoder.layers), LAYER_WIDTHS: decoder.layer_widths}
-    family = FAMILIES[decoder.family]
-    config = {name: value for name, value in source.items() if name not in ("auto_map", "_name_or_path", "torch_dtype")}
-    if family.model_type == "llama" and decoder.hidden_size % layer.attention.num_attention_heads:
-        family = FAMILIES["mistral"]
-        config["sliding_window"] = None
-        for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
-            config.pop(name, None)
-        # without it transformers takes any large vocabulary of a `mistral` for an old one with a wrong pattern
-        config["transformers_version"] = version("transformers")
-    return config | {
-        "model_type": family.model_type,
-        "architectures": [family.architecture],
-        "num_hidden_layers": len(decoder.layers),
-        "num_attention_heads": layer.attention.num_attention_heads,
-        "num_key_value_heads": layer.attention.num_key_value_heads,
-        "head_dim": layer.attention.head_dim,
-        "intermediate_size": layer.mlp.intermediate_size,
-        "max_position_embeddings": decoder.max_position_embeddings,
-        "tie_word_embeddings": decoder.tie_word_embeddings,
-    }
+}  # fmt: skip

@@ -7,13 +7,14 @@ i intermediate_size. Everything is fp32, whatever the checkpoint stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 
 from edgeprune.errors import NumericalError
-from edgeprune.model.decoder import Attention, Decoder
+from edgeprune.model.decoder import Attention, Decoder, Experts, Mlp, Rotary
 from edgeprune.model.model import Model
 
 LayerWeights = dict[str, torch.Tensor]
@@ -30,73 +31,183 @@ def layer_weights(model: Model, index: int) -> LayerWeights:
 
 def embed(model: Model, ids: torch.Tensor) -> torch.Tensor:
     """ids (b, t) int64 -> hidden states (b, t, c)."""
-    return F.embedding(ids, model.weights["embedding"]).float()
+    positions = model.weights["positions"] if model.decoder.learned_positions else None
+    return embedded(model.decoder, ids, model.weights["embedding"], positions)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+def embedded(
+    decoder: Decoder, ids: torch.Tensor, embedding: torch.Tensor, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """ids (b, t) int64 -> hidden states (b, t, c) of sequences from position 0."""
+    hidden = F.embedding(ids, embedding).float()
+    if decoder.embedding_scale != 1.0:
+        hidden *= decoder.embedding_scale
+    if positions is not None:
+        hidden += positions[: ids.shape[1]].float()
+    return hidden
 
 
-def rotary_tables(decoder: Decoder, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (t, d) of positions 0..length-1, both halves of the head alike."""
-    frequencies = torch.tensor(decoder.rotary.inverse_frequencies, dtype=torch.float32)
+def normed(decoder: Decoder, x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The decoder's norm of the residual stream or of a module's output (b, t, c), by its weights' name."""
+    if decoder.norm == "layer":
+        return F.layer_norm(x, (x.shape[-1],), weights[name], weights[f"{name}_bias"], decoder.norm_eps)
+    return F.rms_norm(x, (x.shape[-1],), weights[name], decoder.norm_eps)
+
+
+class Tables:
+    """cos and sin (t, turned) of positions 0..t-1 by rotary embedding, both halves alike; and the windows' masks."""
+
+    def __init__(self, decoder: Decoder, length: int) -> None:
+        self.rotary = {rotary: _rotary_table(rotary, length) for rotary in decoder.rotaries}
+        self.masks = {window: _mask(window, length) for window in decoder.windows}
+
+
+def _rotary_table(rotary: Rotary, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos() * decoder.rotary.scaling, angles.sin() * decoder.rotary.scaling
+    return angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
+
+
+def _mask(window: int | None, length: int) -> torch.Tensor | None:
+    """(t, t) bool, which keys a query sees; None where it sees all before it."""
+    if window is None or window >= length:
+        return None
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return (distance >= 0) & (distance < window)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (b, heads, t, d); pairs are (m, m + d/2)."""
+    """x (b, heads, t, d); pairs are (m, m + turned / 2), dimensions behind those that turn stay."""
+    turned = cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def attention_context(
-    x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: tuple[torch.Tensor, torch.Tensor]
+    x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float
 ) -> torch.Tensor:
     """Normed states (b, t, c) -> the input of the output projection (b, t, h * d), causal."""
     b, t, _ = x.shape
-    d = attention.head_dim
 
     def heads(name: str) -> torch.Tensor:  # (b, heads, t, d)
-        return F.linear(x, weights[f"attention.{name}"]).view(b, t, -1, d).transpose(1, 2)
+        projected = F.linear(x, weights[f"attention.{name}"], weights.get(f"attention.{name}_bias"))
+        if attention.qk_norm == "all" and name != "v":
+            projected = F.rms_norm(projected, projected.shape[-1:], weights[f"attention.{name}_norm"], eps)
+        split = projected.view(b, t, -1, attention.head_dim).transpose(1, 2)
+        if attention.qk_norm == "head" and name != "v":
+            split = F.rms_norm(split, split.shape[-1:], weights[f"attention.{name}_norm"], eps)
+        return split
 
-    query, key = rotate(heads("q"), *tables), rotate(heads("k"), *tables)
-    context = F.scaled_dot_product_attention(
-        query, key, heads("v"), is_causal=True, enable_gqa=attention.heads_per_group > 1
-    )
+    query, key = heads("q"), heads("k")
+    if attention.rotary is not None:
+        cos, sin = tables.rotary[attention.rotary]
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    context = _attend(query, key, heads("v"), attention, tables.masks[attention.window])
     return context.transpose(1, 2).reshape(b, t, attention.query_size)
 
 
-def mlp_activation(x: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-    """Normed states (b, t, c) -> the input of the down projection (b, t, i)."""
-    return F.silu(F.linear(x, weights["mlp.gate"])) * F.linear(x, weights["mlp.up"])
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention, mask: torch.Tensor | None
+) -> torch.Tensor:
+    shared = attention.heads_per_group > 1
+    if attention.softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=attention.score_scale, enable_gqa=shared
+        )
+    if shared:
+        key, value = (part.repeat_interleave(attention.heads_per_group, dim=1) for part in (key, value))
+    scores = attention.softcap * torch.tanh(query @ key.mT * (attention.score_scale / attention.softcap))
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def mlp_activation(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str = "mlp.") -> torch.Tensor:
+    """Normed states (..., c) -> the input of the down projection (..., i)."""
+    parts = [F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")) for name in mlp.inputs]
+    activated = ACTIVATIONS[mlp.activation](parts[0])
+    return activated * parts[1] if mlp.gated else activated
+
+
+def routed(x: torch.Tensor, weights: LayerWeights, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normed states (n, c) -> each token's experts (n, num_experts_per_tok) int64, and their weights fp32."""
+    shares, chosen = F.linear(x, weights["mlp.router"]).softmax(dim=-1).topk(experts.num_experts_per_tok, dim=-1)
+    return chosen, shares / shares.sum(dim=-1, keepdim=True) if experts.normalised else shares
+
+
+def expert_tokens(chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the tokens that take an expert: their numbers, and in which of their places it stands."""
+    return torch.where(chosen == expert)
+
+
+def experts_output(x: torch.Tensor, weights: LayerWeights, mlp: Mlp) -> torch.Tensor:
+    """Normed states (b, t, c) -> the weighted sum (b, t, c) of each token's experts."""
+    flat = x.flatten(0, 1)
+    chosen, shares = routed(flat, weights, mlp.experts)
+    output = torch.zeros_like(flat)
+    for expert in range(mlp.experts.num_experts):
+        tokens, places = expert_tokens(chosen, expert)
+        if len(tokens):
+            prefix = f"mlp.experts.{expert}."
+            inner = mlp_activation(flat[tokens], weights, mlp, prefix)
+            found = F.linear(inner, weights[prefix + "down"]) * shares[tokens, places, None]
+            output = output.index_add(0, tokens, found)
+    return output.view_as(x)
+
+
+def module_states(decoder: Decoder, kind: str, weights: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+    """The residual stream (b, t, c) as a module sees it: normed, but in models that norm outputs only."""
+    return hidden if decoder.norms == "after" else normed(decoder, hidden, weights, f"{kind}.norm")
 
 
 def module_activation(
-    decoder: Decoder,
-    index: int,
-    kind: str,
-    weights: LayerWeights,
-    hidden: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables
 ) -> torch.Tensor:
-    """The residual stream (b, t, c) -> the input of the module's output projection (b, t, features)."""
-    x = rms_norm(hidden, weights[f"{kind}.norm"], decoder.norm_eps)
+    """The residual stream (b, t, c) -> the input of the module's output projection (b, t, features).
+
+    A mixture of experts has one such projection for each: see `experts_output`.
+    """
+    x, layer = module_states(decoder, kind, weights, hidden), decoder.layers[index]
     if kind == "mlp":
-        return mlp_activation(x, weights)
-    return attention_context(x, weights, decoder.layers[index].attention, tables)
+        return mlp_activation(x, weights, layer.mlp)
+    return attention_context(x, weights, layer.attention, tables, decoder.norm_eps)
+
+
+def module_raw(
+    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables
+) -> torch.Tensor:
+    """The residual stream (b, t, c) -> what the module's output projection gives (b, t, c), before any norm."""
+    if has_experts(decoder, index, kind):
+        return experts_output(module_states(decoder, kind, weights, hidden), weights, decoder.layers[index].mlp)
+    inputs = module_activation(decoder, index, kind, weights, hidden, tables)
+    return F.linear(inputs, weights[OUTPUT[kind]], weights.get(BIAS[kind]))
+
+
+def has_experts(decoder: Decoder, index: int, kind: str) -> bool:
+    mlp = decoder.layers[index].mlp
+    return kind == "mlp" and mlp is not None and mlp.experts is not None
+
+
+def module_output(decoder: Decoder, kind: str, weights: LayerWeights, raw: torch.Tensor) -> torch.Tensor:
+    """What the output projection gives (b, t, c) -> what is added to the residual stream."""
+    return raw if decoder.norms == "before" else normed(decoder, raw, weights, f"{kind}.post_norm")
 
 
 def module_inputs(
-    decoder: Decoder,
-    index: int,
-    kind: str,
-    weights: LayerWeights,
-    hidden: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables,
     chunk: int = CHUNK_TOKENS,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Inputs of one module's output projection on all samples, computed about `chunk` tokens at a time.
 
     kind: `attention` (input of o) or `mlp` (input of down). Returns (b, t, features).
@@ -105,12 +216,17 @@ def module_inputs(
     inputs = torch.empty(*hidden.shape[:2], weights[OUTPUT[kind]].shape[1])
     for part, states in zip(row_chunks(inputs, chunk), row_chunks(hidden, chunk), strict=True):
         part.copy_(module_activation(decoder, index, kind, weights, states, tables))
-        if not torch.isfinite(part).all():
-            raise NumericalError(
-                f"the activations of layer {index} ({kind}) are not finite on the given samples",
-                "Check the checkpoint's weights (NaN or infinity), or leave out the sample that causes it.",
-            )
+        check_finite(part, index, kind)
     return inputs
+
+
+def check_finite(states: torch.Tensor, index: int, kind: str) -> None:
+    """Raises NumericalError naming the module."""
+    if not torch.isfinite(states).all():
+        raise NumericalError(
+            f"the activations of layer {index} ({kind}) are not finite on the given samples",
+            "Check the checkpoint's weights (NaN or infinity), or leave out the sample that causes it.",
+        )
 
 
 def row_chunks(states: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
@@ -131,18 +247,45 @@ def modules_of(decoder: Decoder, index: int) -> list[str]:
 
 
 def add_module(
-    decoder: Decoder,
-    index: int,
-    kind: str,
-    weights: LayerWeights,
-    hidden: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables,
+    chunk: int = CHUNK_TOKENS, source: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """hidden (b, t, c) += the module's output, about `chunk` tokens at a time. Raises NumericalError.
+
+    source: the states that the module reads, where they are others than those it is added to.
+    """
+    for part, states in zip(
+        row_chunks(hidden, chunk), row_chunks(hidden if source is None else source, chunk), strict=True
+    ):
+        raw = module_raw(decoder, index, kind, weights, states, tables)
+        check_finite(raw, index, kind)
+        part += module_output(decoder, kind, weights, raw)
+
+
+def entering(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor | None:
+    """What every module of a layer reads where they run in parallel; None where each reads what is there."""
+    return hidden.clone() if decoder.parallel else None
+
+
+def add_layer(
+    decoder: Decoder, index: int, weights: LayerWeights, hidden: torch.Tensor, tables: Tables,
     chunk: int = CHUNK_TOKENS,
-) -> None:
-    """hidden (b, t, c) += the module's output, about `chunk` tokens at a time. Raises NumericalError."""
+) -> None:  # fmt: skip
+    """hidden (b, t, c) += all that the layer adds. Raises NumericalError."""
     for part in row_chunks(hidden, chunk):
-        inputs = module_inputs(decoder, index, kind, weights, part, tables, chunk)
-        part += F.linear(inputs, weights[OUTPUT[kind]], weights.get(BIAS[kind]))
+        source = entering(decoder, part)
+        for kind in modules_of(decoder, index):
+            add_module(decoder, index, kind, weights, part, tables, chunk, source)
+
+
+def head_logits(decoder: Decoder, states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Normed states (n, c) -> logits (n, vocabulary)."""
+    logits = F.linear(states, head)
+    if decoder.logits_scale != 1.0:
+        logits = logits * decoder.logits_scale
+    if decoder.logits_softcap is not None:
+        logits = decoder.logits_softcap * torch.tanh(logits / decoder.logits_softcap)
+    return logits
 
 
 def weight_stream(model: Model) -> WeightStream:
@@ -197,17 +340,17 @@ def _logit_chunks(
         return tensor
 
     head = take("embedding")
-    hidden = F.embedding(ids, head).float()
-    tables = rotary_tables(decoder, ids.shape[1])
+    hidden = embedded(decoder, ids, head, take("positions") if decoder.learned_positions else None)
+    tables = Tables(decoder, ids.shape[1])
     for index in range(len(decoder.layers)):
         prefix = f"layers.{index}."
         layer = {name.removeprefix(prefix): take(name).float() for name in decoder.layer_shapes(index)}
-        for kind in modules_of(decoder, index):
-            add_module(decoder, index, kind, layer, hidden, tables, chunk)
+        add_layer(decoder, index, layer, hidden, tables, chunk)
         on_layer()
-    states = rms_norm(hidden[:, :-1], take("norm").float(), decoder.norm_eps).flatten(0, 1)
+    norm = {name: take(name).float() for name in decoder.norm_shapes("norm")}
+    states = normed(decoder, hidden[:, :-1], norm, "norm").flatten(0, 1)
     if not decoder.tie_word_embeddings:
         head = take("head")
     head = head.float()
     for part in states.split(LOGIT_ROWS):
-        yield F.linear(part, head)
+        yield head_logits(decoder, part, head)

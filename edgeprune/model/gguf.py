@@ -18,9 +18,9 @@ import numpy as np
 from edgeprune.cache import cache_folder
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.families import checkpoint_names, decoder_of
+from edgeprune.model.configuration import decoder_of
 from edgeprune.model.gguf_file import RESTORE, GgufFile, StoredTensor, read_gguf
-from edgeprune.model.save import write_tensors
+from edgeprune.model.save import write_weights
 from edgeprune.model.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _convert(source: GgufFile, path: Path, folder: Path) -> None:
     dtype = _dtype([source.tensors[names[name]] for name in shapes])
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_tokenizer(source.fields, config["max_position_embeddings"], folder)
-    write_tensors(checkpoint_names(decoder), shapes, _weights(decoder, names, source), folder, dtype)
+    write_weights(decoder, _weights(decoder, names, source), folder, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     generation = json.dumps(_generation(source.fields, config), indent=2, sort_keys=True) + "\n"
     (folder / "generation_config.json").write_text(generation, encoding="utf-8")

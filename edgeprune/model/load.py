@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.families import OUTER, checkpoint_names, decoder_of
+from edgeprune.model.families import FAMILIES
+from edgeprune.model.configuration import checkpoint_tensors, decoder_of
 from edgeprune.model.model import Model
+from edgeprune.model.places import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -31,21 +33,25 @@ NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in f
 class LazyWeights(Mapping[str, "torch.Tensor"]):
     """Tensors by the names of decoder.py, read from safetensors files at each access."""
 
-    def __init__(self, places: dict[str, tuple[Path, str]]) -> None:
-        self._places = places  # name -> file, name in the file
+    def __init__(self, places: dict[str, tuple[Path, str, StoredTensor]]) -> None:
+        self._places = places  # name -> file, name in the file, what stands there
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        from safetensors import safe_open
-
-        path, key = self._places[name]
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(key)
+        path, key, stored = self._places[name]
+        return stored.read(_read_tensor(path, key), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _read_tensor(path: Path, key: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
 
 
 def load_model(spec: str) -> Model:
@@ -142,7 +148,7 @@ def load_directory(path: Path, name: str) -> Model:
     stored = _stored(path)
     weights = LazyWeights(_checked(decoder, stored))
     if decoder.tie_word_embeddings:
-        _check_tied(weights, stored)
+        _check_tied(decoder, weights, stored)
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{path} has no tokenizer", "Add the checkpoint's tokenizer.json.")
     return Model(name, path, decoder, weights, _fingerprint(config_file, {place[0] for place in stored.values()}))
@@ -187,38 +193,41 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ) from None
 
 
-def _checked(decoder: Decoder, stored: Stored) -> dict[str, tuple[Path, str]]:
-    """File and name in the file of every weight. Raises InputError for one that is missing or unfit."""
+def _checked(decoder: Decoder, stored: Stored) -> dict[str, tuple[Path, str, StoredTensor]]:
+    """Where every weight stands. Raises InputError for a tensor that is missing or unfit."""
     places = {}
-    names = checkpoint_names(decoder)
-    for name, shape in decoder.shapes().items():
-        key = names[name]
-        if key not in stored:
-            raise InputError(f"the checkpoint has no tensor {key}", "config.json and the weights do not match.")
+    for name, tensor in checkpoint_tensors(decoder).items():
+        key = _present(name, stored)
+        if key is None:
+            raise InputError(f"the checkpoint has no tensor {name}", "config.json and the weights do not match.")
         file, dtype, found = stored[key]
-        if found != shape:
+        if found != tensor.shape:
             raise InputError(
-                f"tensor {key} has shape {found}, config.json asks for {shape}",
+                f"tensor {key} has shape {found}, config.json asks for {tensor.shape}",
                 "config.json and the weights do not match.",
             )
         if dtype not in DTYPES:
             raise InputError(f"tensor {key} is of type {dtype}", f"Supported are: {', '.join(DTYPES)} (not quantised).")
-        places[name] = (file, key)
+        places |= {weight: (file, key, tensor) for weight in tensor.names}
     return places
 
 
-def _check_tied(weights: LazyWeights, stored: Stored) -> None:
+def _present(key: str, stored: Stored) -> str | None:
+    """The key as it stands in the file: checkpoints of a base model leave out its own name."""
+    return next((name for name in (key, key.partition(".")[2]) if name in stored), None)
+
+
+def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
     """A head that is stored although it is tied is ignored, but must be the embedding.
 
     transformers unties the two, with a warning only, where they differ; ignoring it would change the model.
     """
-    key = OUTER["head"]
+    key = FAMILIES[decoder.family].places["head"].key
     if key not in stored:
         return
     import torch
 
-    head = LazyWeights({"head": (stored[key][0], key)})["head"]
-    if not torch.equal(head, weights["embedding"]):
+    if not torch.equal(_read_tensor(stored[key][0], key), weights["embedding"]):
         raise InputError(
             f"config.json ties the head to the embedding, but {key} is stored and differs",
             'Set "tie_word_embeddings": false in config.json, or remove the tensor, whichever is meant.',

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from edgeprune.errors import NumericalError
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.families import checkpoint_names, config_for
+from edgeprune.model.configuration import checkpoint_tensors, config_for, loadable
 from edgeprune.model.load import load_tokenizer, read_config
 from edgeprune.model.model import Model
+from edgeprune.model.padding import padded_heads
+from edgeprune.model.places import stored_stream
 from edgeprune.model.vocabulary import Vocabulary, reduced_config, write_tokenizer_files
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def save_checkpoint(
         raise ValueError(f"the vocabulary of {vocabulary.size} tokens is not that of the decoder, or not of the source")
     directory.mkdir(parents=True)
     dtype = source.weights["embedding"].dtype
-    config = config_for(decoder, read_config(source.directory))
+    stored = loadable(decoder) if decoder.is_uniform else decoder
+    config = config_for(stored, read_config(source.directory))
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     if vocabulary is not None:
@@ -58,7 +61,7 @@ def save_checkpoint(
         _write_whole_tokenizer(source, directory, config["model_type"])
     else:
         write_tokenizer_files(source.directory, directory, vocabulary)
-    write_tensors(checkpoint_names(decoder), decoder.shapes(), tensors, directory, dtype)
+    write_weights(stored, padded_heads(decoder, stored, tensors), directory, dtype)
 
 
 def _kept_rows(
@@ -95,11 +98,13 @@ def _write_loaded_tokenizer(source: Model, directory: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(
-    names: dict[str, str], shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]],
-    directory: Path, dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """safetensors files of at most SHARD_BYTES, with an index where there are several."""
+def write_weights(
+    decoder: Decoder, weights: Iterable[tuple[str, torch.Tensor]], directory: Path, dtype: torch.dtype
+) -> None:
+    """Weights in the order of decoder.shapes() -> the family's tensors in safetensors files of at most SHARD_BYTES,
+    with an index where there are several."""
+    places = checkpoint_tensors(decoder)
+    shapes, tensors = {key: place.shape for key, place in places.items()}, stored_stream(places, weights)
     size = dtype.itemsize
     shards: list[list[str]] = [[]]
     used = 0
@@ -113,9 +118,9 @@ def write_tensors(
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {names[name]: file for name in shard}
+        weight_map |= dict.fromkeys(shard, file)
         with (directory / file).open("wb") as out:
-            _write_header(out, {names[name]: shapes[name] for name in shard}, dtype)
+            _write_header(out, {name: shapes[name] for name in shard}, dtype)
             for name in shard:
                 given, tensor = next(stream, ("nothing", None))
                 if given != name or tuple(tensor.shape) != shapes[name]:

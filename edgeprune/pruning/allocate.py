@@ -69,8 +69,13 @@ def parameter_costs(decoder: Decoder) -> ModuleCosts:
 def layer_parameters(decoder: Decoder, widths: Widths) -> int:
     """Parameters in the matrices of one layer of the decoder with these widths."""
     groups, heads, channels = widths
-    attention = 2 * groups * (heads + 1) * decoder.layers[0].attention.head_dim
-    return decoder.hidden_size * (attention + 3 * channels)
+    layer = decoder.layers[0]
+    attention = 2 * groups * (heads + 1) * layer.attention.head_dim
+    channels *= len(layer.mlp.inputs) + 1
+    router = 0
+    if (experts := layer.mlp.experts) is not None:
+        channels, router = channels * experts.num_experts, experts.num_experts * (channels > 0)
+    return decoder.hidden_size * (attention + channels + router)
 
 
 Cost = Callable[[Widths], int]  # of one layer, additive over its attention and its MLP

@@ -22,12 +22,18 @@ from edgeprune.model.forward import (
     CHUNK_TOKENS,
     OUTPUT,
     LayerWeights,
+    Tables,
     add_module,
     embed,
+    entering,
+    has_experts,
     layer_weights,
     module_inputs,
+    module_output,
+    module_raw,
+    module_states,
     modules_of,
-    rotary_tables,
+    row_chunks,
 )
 from edgeprune.model.model import Model
 from edgeprune.pruning.compensate import compensate
@@ -77,7 +83,7 @@ def sample_weights(users: int, generated: int) -> torch.Tensor:
 
 def result_of(target: Decoder, method: Method) -> Decoder:
     """What pruning to `target` yields: without its empty layers, with biases where the method leaves them."""
-    return replace(target.compact(), output_bias=method.recovery is Recovery.BIAS)
+    return target.compact().with_output_biases() if method.recovery is Recovery.BIAS else target.compact()
 
 
 @dataclass
@@ -93,62 +99,123 @@ class Walk:
     target: Decoder
     method: Method
     generator: torch.Generator
-    tables: tuple[torch.Tensor, torch.Tensor]
+    tables: Tables
     chunk: int
     pruned: torch.Tensor
     whole: torch.Tensor
     importance: torch.Tensor
     drifted: bool = False
+    read_pruned: torch.Tensor | None = None  # what the modules of the layer read where they run in parallel
+    read_whole: torch.Tensor | None = None
+
+    def enter(self) -> None:
+        """A layer begins."""
+        self.read_pruned = entering(self.dense, self.pruned)
+        self.read_whole = None if self.whole is self.pruned else entering(self.dense, self.whole)
 
     def module(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
         """The module's new weights, none where it goes as a whole, and what was done."""
-        size = weights[OUTPUT[kind]].shape[1]
         before, after = (getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target))
+        size = before.query_size if kind == "attention" else before.intermediate_size
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
         self.drifted |= before != after
-        if before == after and not (self.drifted and compensates):
-            add_module(self.dense, index, kind, weights, self.pruned, self.tables, self.chunk)
+        if before == after and not (self.drifted and compensates and not has_experts(self.dense, index, kind)):
+            self._add(self.dense, weights, index, kind, self.pruned, self.read_pruned)
             if compensates:
-                self.whole.copy_(self.pruned)
+                if self.drifted:
+                    self._add(self.dense, weights, index, kind, self.whole, self.read_whole)
+                else:
+                    self.whole.copy_(self.pruned)
             same = {name: weight for name, weight in weights.items() if name.startswith(kind)}
-            same[BIAS[kind]] = torch.zeros(self.dense.hidden_size)  # where the method leaves biases at all
+            same.setdefault(BIAS[kind], torch.zeros(self.dense.hidden_size))  # where the method leaves biases at all
             return same, ModuleRecord(index, kind, size, size)
-        if compensates:
-            add_module(self.dense, index, kind, weights, self.whole, self.tables, self.chunk)
+        raw = self._dense_output(weights, index, kind) if compensates else None
         if after is None:
             return {}, ModuleRecord(index, kind, 0, size)
-        return self._cut(weights, index, kind)
+        return self._cut(weights, index, kind, raw)
 
-    def _cut(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
-        weight = weights[OUTPUT[kind]]
+    def _add(
+        self, decoder: Decoder, weights: LayerWeights, index: int, kind: str, hidden: torch.Tensor,
+        source: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        add_module(decoder, index, kind, weights, hidden, self.tables, self.chunk, source)
+
+    def _dense_output(self, weights: LayerWeights, index: int, kind: str) -> torch.Tensor | None:
+        """Takes the dense stream through the module; where its output is normed, returns it before that (b, t, c)."""
+        if self.dense.norms == "before":
+            self._add(self.dense, weights, index, kind, self.whole, self.read_whole)
+            return None
+        source = self.whole if self.read_whole is None else self.read_whole
+        raw = torch.empty_like(self.whole)
+        for part, states in zip(row_chunks(raw, self.chunk), row_chunks(source, self.chunk), strict=True):
+            part.copy_(module_raw(self.dense, index, kind, weights, states, self.tables))
+        self.whole += module_output(self.dense, kind, weights, raw)
+        return raw
+
+    def _cut(
+        self, weights: LayerWeights, index: int, kind: str, raw: torch.Tensor | None
+    ) -> tuple[LayerWeights, ModuleRecord]:
+        """raw: what the dense output projection gave, where a norm follows it: there the update aims at that, and
+        not at the dense stream, of which it sees no more than a direction."""
+        weight, bias = weights[OUTPUT[kind]], weights.get(BIAS[kind])
+        source = self.pruned if self.read_pruned is None else self.read_pruned
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
-        scale = token_scale(self.whole) * self.importance.sqrt() if compensates else torch.ones(1)
-        inputs = module_inputs(self.dense, index, kind, weights, self.pruned, self.tables, self.chunk).mul_(scale)
+        scale = token_scale(self.whole if raw is None else raw) * self.importance.sqrt() if compensates else torch.ones(1)
+        inputs = module_inputs(self.dense, index, kind, weights, source, self.tables, self.chunk).mul_(scale)
         projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, self.generator)
         kept, rows = kept_features(
             *(getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target)),
             functools.partial(self.method.score, projection),
         )
-        new = {name: weights[name][index_] for name, index_ in rows.items()}
-        new |= {f"{kind}.norm": weights[f"{kind}.norm"], OUTPUT[kind]: weight[:, kept]}
+        new = {name: part[rows[name]] if name in rows else part for name, part in weights.items() if name.startswith(kind)}
+        new[OUTPUT[kind]] = weight[:, kept]
         if self.method.recovery is Recovery.BIAS:
             removed = projection.mean
             removed[kept] = 0.0
-            new[BIAS[kind]] = (weight.double() @ removed).float()
+            new[BIAS[kind]] = (weight.double() @ removed).float() + (0.0 if bias is None else bias)
         record = ModuleRecord(index, kind, len(kept), weight.shape[1])
         moments = projection.gram[kept[:, None], kept]
         del projection  # the largest array of the walk: not while those of the solve are made
-        lost = _without(inputs, kept, weight) if compensates else None
-        inputs = inputs[..., kept]
-        if lost is not None:
-            solved = compensate(new[OUTPUT[kind]], moments, inputs, lost, (self.whole - self.pruned).mul_(scale))
+        if "attention.q_norm" in rows and len(kept) < weight.shape[1]:
+            whole = F.linear(inputs, weight)
+            keep_norms(self.dense, weights, new, rows, source, self.chunk)
+            inputs = module_inputs(self.target, index, kind, new, source, self.tables, self.chunk).mul_(scale)
+            moments, lost = gram(inputs.flatten(0, 1)), whole.sub_(F.linear(inputs, new[OUTPUT[kind]]))
+        else:
+            lost = _without(inputs, kept, weight) if compensates else None
+            inputs = inputs[..., kept]
+        if compensates:
+            teacher = self.whole - self.pruned if raw is None else raw
+            if bias is not None:
+                teacher = teacher - bias
+            solved = compensate(new[OUTPUT[kind]], moments, inputs, lost, teacher.mul_(scale))
             new[OUTPUT[kind]] = solved.weight
             record = replace(
                 record, damping=solved.damping, blend=solved.blend, error_before=solved.error_before,
                 error_after=solved.error_after, fell_back=solved.damping is None and solved.error_before > 0,
             )  # fmt: skip
-        self.pruned += F.linear(inputs, new[OUTPUT[kind]], new.get(BIAS[kind])).div_(scale)
+        output = F.linear(inputs, new[OUTPUT[kind]]).div_(scale)
+        if BIAS[kind] in new:
+            output += new[BIAS[kind]]
+        self.pruned += module_output(self.dense, kind, new, output)
         return new, record
+
+
+def keep_norms(
+    dense: Decoder, weights: LayerWeights, new: LayerWeights, rows: dict[str, torch.Tensor], states: torch.Tensor,
+    chunk: int,
+) -> None:  # fmt: skip
+    """Where a norm spans all heads, those that are left are divided by their own length: its weights in `new` take
+    the mean ratio of both lengths, on the states (b, t, c), so that queries and keys stay as long as they were."""
+    for part in ("q", "k"):
+        name = f"attention.{part}"
+        ratios = []
+        for states_ in row_chunks(states, chunk):
+            x = module_states(dense, "attention", weights, states_)
+            projected = F.linear(x, weights[name], weights.get(f"{name}_bias"))
+            kept = projected[..., rows[name]]
+            ratios.append((kept.square().mean(dim=-1) / projected.square().mean(dim=-1)).sqrt().flatten())
+        new[f"{name}_norm"] = new[f"{name}_norm"] * torch.cat(ratios).nanmean()
 
 
 def _without(inputs: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -185,15 +252,18 @@ def prune(
     ids = torch.cat([ids, generated])
     hidden = embed(model, ids)
     walk = Walk(
-        dense, target, method, torch.Generator().manual_seed(seed), rotary_tables(dense, ids.shape[1]), chunk,
+        dense, target, method, torch.Generator().manual_seed(seed), Tables(dense, ids.shape[1]), chunk,
         pruned=hidden, whole=hidden.clone() if compensates else hidden, importance=importance,
     )  # fmt: skip
     del hidden
     position = 0
     yield "embedding", model.weights["embedding"]
+    if dense.learned_positions:
+        yield "positions", model.weights["positions"]
     for index in range(len(dense.layers)):
         weights = layer_weights(model, index)
         new: LayerWeights = {}
+        walk.enter()
         for kind in modules_of(dense, index):
             module, record = walk.module(weights, index, kind)
             new |= module
@@ -204,6 +274,7 @@ def prune(
             for name in result.layer_shapes(position):
                 yield name, new.pop(name.removeprefix(prefix))
             position += 1
-    yield "norm", model.weights["norm"]
+    for name in dense.norm_shapes("norm"):
+        yield name, model.weights[name]
     if not dense.tie_word_embeddings:
         yield "head", model.weights["head"]

@@ -44,12 +44,17 @@ def select_heads(rank: Rank, dense: Attention, groups: int, heads_per_group: int
 def kept_features(
     dense: Attention | Mlp, target: Attention | Mlp, rank: Rank
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Kept input features of the output projection, and kept rows of every projection before it."""
+    """Kept input features of the output projection; and by name the kept rows of all weights before it that go
+    with them, whether a model has them or not."""
     if isinstance(dense, Mlp):
         size = target.intermediate_size
         every = torch.arange(dense.intermediate_size)
         channels = every if size == dense.intermediate_size else top_units(rank(1, size), size)
-        return channels, {"mlp.gate": channels, "mlp.up": channels}
+        names = [f"mlp.{name}{end}" for name in dense.inputs for end in ("", "_bias")]
+        return channels, dict.fromkeys(names, channels)
     groups, heads = select_heads(rank, dense, target.num_key_value_heads, target.heads_per_group)
     queries, keys = features_of(heads, dense.head_dim), features_of(groups, dense.head_dim)
-    return queries, {"attention.q": queries, "attention.k": keys, "attention.v": keys}
+    rows = {f"attention.{part}{end}": queries if part == "q" else keys for part in "qkv" for end in ("", "_bias")}
+    if dense.qk_norm == "all":
+        rows |= {"attention.q_norm": queries, "attention.k_norm": keys}
+    return queries, rows

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from edgeprune.model.backward import token_gradients
 from edgeprune.model.decoder import Attention, Layer
 from edgeprune.model.forward import (
+    BIAS,
     OUTPUT,
+    Tables,
     embed,
+    entering,
     layer_weights,
     module_inputs,
+    module_output,
     modules_of,
-    rotary_tables,
     token_losses,
     weight_stream,
 )
@@ -56,19 +59,27 @@ def _projections(
     model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None],
     scales: list[dict[str, torch.Tensor]] | None = None,
 ) -> Iterator[tuple[Layer, str, Projection]]:  # fmt: skip
-    """Every module's output projection on the dense stream, its inputs times the scales (b, t) if given."""
+    """Every module's output projection on the dense stream, its inputs times the scales (b, t) if given.
+
+    With scales, a norm of the output is taken as the division by its length, which it is but for that length's change.
+    """
     decoder = model.decoder
     generator = torch.Generator().manual_seed(seed)
-    tables = rotary_tables(decoder, ids.shape[1])
+    tables = Tables(decoder, ids.shape[1])
     hidden = embed(model, ids)
     for index, layer in enumerate(decoder.layers):
         weights = layer_weights(model, index)
+        source = entering(decoder, hidden)
         for kind in modules_of(decoder, index):
             weight = weights[OUTPUT[kind]]
-            inputs = module_inputs(decoder, index, kind, weights, hidden, tables)
-            hidden += F.linear(inputs, weight)
+            inputs = module_inputs(decoder, index, kind, weights, hidden if source is None else source, tables)
+            raw = F.linear(inputs, weight, weights.get(BIAS[kind]))
+            hidden += module_output(decoder, kind, weights, raw)
             if scales is not None:
                 inputs *= scales[index][kind][..., None]
+                if decoder.norms != "before":
+                    weight = weight * weights[f"{kind}.post_norm"][:, None]
+                    inputs /= raw.square().mean(dim=-1, keepdim=True).sqrt_().clamp_min_(decoder.norm_eps**0.5)
             yield layer, kind, Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)
         on_layer()
 

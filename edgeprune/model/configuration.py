@@ -1,0 +1,210 @@
+"""config.json -> Decoder, and the config.json of a pruned one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
+from edgeprune.model.families import FAMILIES, Family
+from edgeprune.model.places import StoredTensor, stored_tensors
+from edgeprune.model.rope import SenselessError, rope_parameters, rotary_of
+
+Config = dict[str, Any]
+
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must not ask for all memory
+LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+
+
+def family_of(config: Config) -> Family:
+    """Raises InputError that names what is not supported, and what is."""
+    model_type = config.get("model_type")
+    supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only, *ForCausalLM)."
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
+    family = FAMILIES[model_type]
+    architectures = config.get("architectures") or [family.architecture]
+    if not isinstance(architectures, list):
+        raise _senseless(f"architectures {architectures!r}")
+    if family.architecture not in architectures:
+        raise InputError(f"unsupported architecture {', '.join(map(str, architectures))}", supported)
+    try:
+        reason = _refuse(family.defaults | config, family) or family.refuse(family.defaults | config)
+    except TypeError as error:
+        raise _senseless(error) from None
+    if reason is not None:
+        raise InputError(f"unsupported {model_type} configuration: {reason}", "Choose another checkpoint.")
+    return family
+
+
+def _refuse(config: Config, family: Family) -> str | None:
+    activation = config.get(family.activation) or "silu"
+    if activation not in ACTIVATIONS:
+        return f"{family.activation} {activation!r} ({', '.join(ACTIVATIONS)} are supported)"
+    if config.get("quantization_config"):
+        return "quantization_config (give the unquantised checkpoint)"
+    return None
+
+
+def _senseless(reason: object) -> InputError:
+    return InputError(f"config.json is incomplete or senseless: {reason}", "Restore the checkpoint's own config.json.")
+
+
+def _plain(config: Config, family: Family) -> Config:
+    """With the family's defaults, and its fields by Llama's names."""
+    config = family.defaults | config
+    fields = {name: own for name, own in family.fields.items() if config.get(own) is not None}
+    return config | {name: config[own] for name, own in fields.items()}
+
+
+def decoder_of(config: Config) -> Decoder:
+    """The Decoder that a configuration describes. Raises InputError naming a missing or senseless field."""
+    family = family_of(config)
+    plain = _plain(config, family)
+    if family.model_type == "gpt2":
+        plain.setdefault("intermediate_size", 4 * int(plain.get("n_embd") or 0))
+    if family.model_type == "gpt_neox":
+        plain = {"rope_theta": plain.get("rotary_emb_base"), "partial_rotary_factor": plain["rotary_pct"]} | plain
+    try:
+        decoder = family.adapt(_llama(plain, family), plain)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise _senseless(error if isinstance(error, SenselessError) else repr(error)) from None
+    attention = decoder.layers[0].attention
+    numbers = [decoder.norm_eps, decoder.embedding_scale, decoder.logits_scale, attention.score_scale]
+    numbers += [value for rotary in decoder.rotaries for value in (*rotary.inverse_frequencies, rotary.scaling)]
+    if not all(map(math.isfinite, numbers)):
+        raise _senseless(f"its rope parameters, its scales or its {family.norm_eps} are not finite")
+    if attention.num_attention_heads % attention.num_key_value_heads:
+        raise InputError(
+            f"{attention.num_attention_heads} query heads do not divide into {attention.num_key_value_heads} "
+            "key/value heads",
+            "Check config.json.",
+        )
+    return _with_own_widths(decoder, config[LAYER_WIDTHS]) if LAYER_WIDTHS in config else decoder
+
+
+def _llama(config: Config, family: Family) -> Decoder:
+    """What the configuration says in Llama's words."""
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    key_value_heads = int(config.get("num_key_value_heads") or heads)
+    head_dim = int(config.get("head_dim") or hidden // heads) if family.heads != "fixed" else hidden // heads
+    attention = Attention(heads, key_value_heads, head_dim)
+    _check_sizes(config, attention)
+    parameters = rope_parameters(config)
+    if not {"full_attention", "sliding_attention"} & parameters.keys():  # else the family reads both
+        attention = replace(attention, rotary=rotary_of(parameters, config, head_dim))
+    mlp = Mlp(int(config["intermediate_size"]), ACTIVATIONS[config.get(family.activation) or "silu"])
+    return Decoder(
+        family=family.model_type,
+        hidden_size=hidden,
+        vocab_size=int(config["vocab_size"]),
+        max_position_embeddings=int(config["max_position_embeddings"]),
+        norm_eps=float(config.get(family.norm_eps, 1e-6)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        layers=(Layer(attention, mlp),) * int(config["num_hidden_layers"]),
+    )
+
+
+def _with_own_widths(decoder: Decoder, widths: object) -> Decoder:
+    """Of a model that was pruned to other widths in every layer; InputError for a field that is none of ours."""
+    try:
+        checked = [(int(groups), int(heads), int(channels)) for groups, heads, channels in widths]
+        if min(map(min, checked)) < 0 or min(heads for _, heads, _ in checked) < 1:
+            raise ValueError("widths below zero")
+        return decoder.with_layer_widths(checked)
+    except (TypeError, ValueError) as error:
+        raise _senseless(f"{LAYER_WIDTHS}: {error}") from None
+
+
+def _check_sizes(config: Config, attention: Attention) -> None:
+    """Raises InputError for a size that no model has."""
+    names = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
+    sizes = {name: int(config[name]) for name in names}
+    sizes |= {name: getattr(attention, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+    for name, size in sizes.items():
+        limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        if not 0 < size < limit:
+            raise _senseless(f"{name} {size}")
+    if attention.head_dim % 2 or attention.head_dim > sizes["hidden_size"]:
+        raise _senseless(f"head_dim {attention.head_dim} (even, at most hidden_size, is supported)")
+
+
+def checkpoint_tensors(decoder: Decoder) -> dict[str, StoredTensor]:
+    """The tensors of the decoder's checkpoint by name, in the order in which their last weights are used."""
+    return stored_tensors(decoder, FAMILIES[decoder.family].places)
+
+
+def loadable(decoder: Decoder) -> Decoder:
+    """The decoder whose widths a standard configuration can say: of a uniform one, with heads of zeros added
+    where transformers derives head_dim from their number, or wants it to divide hidden_size."""
+    family, attention = FAMILIES[decoder.family], decoder.layers[0].attention
+    if attention is None or family.heads == "free" or _is_mistral(decoder):
+        return decoder
+    groups, heads = attention.num_key_value_heads, attention.heads_per_group
+    if family.heads == "fixed":
+        groups = decoder.hidden_size // attention.head_dim // heads
+    while decoder.hidden_size % (groups * heads):
+        groups += 1
+    return decoder.with_widths(groups, heads, decoder.layers[0].mlp.intermediate_size)
+
+
+def _is_mistral(decoder: Decoder) -> bool:
+    """Is it a Llama whose own configuration would be refused, but not that of a Mistral, which has no biases?"""
+    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
+    biases = attention.input_bias or attention.output_bias or mlp.input_bias
+    return decoder.family == "llama" and decoder.hidden_size % attention.num_attention_heads != 0 and not biases
+
+
+def config_for(decoder: Decoder, source: Config) -> Config:
+    """The configuration of a Decoder that was pruned from `source`; all else is kept.
+
+    It is a standard one where all layers are whole and alike; else it says their widths in a field of our own.
+    LlamaConfig refuses a hidden_size that its head count does not divide, even with head_dim given;
+    MistralConfig, of the same weights and names, has no such check.
+    """
+    layer, family = decoder.layers[0], FAMILIES[decoder.family]
+    depth = {family.fields.get("num_hidden_layers", "num_hidden_layers"): len(decoder.layers)}
+    depth |= _layer_kinds(decoder, source)
+    if not decoder.is_uniform or layer.attention is None or layer.mlp is None:
+        return source | depth | {LAYER_WIDTHS: decoder.layer_widths}
+    config = {name: value for name, value in source.items() if name not in ("auto_map", "_name_or_path", "torch_dtype")}
+    if _is_mistral(decoder):
+        family = FAMILIES["mistral"]
+        config["sliding_window"] = None
+        for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
+            config.pop(name, None)
+        # without it transformers takes any large vocabulary of a `mistral` for an old one with a wrong pattern
+        config["transformers_version"] = version("transformers")
+    widths: Config = {
+        "num_attention_heads": layer.attention.num_attention_heads,
+        "num_key_value_heads": layer.attention.num_key_value_heads,
+        "head_dim": layer.attention.head_dim,
+        "intermediate_size": layer.mlp.intermediate_size,
+    }
+    if family.heads == "fixed":
+        del widths["num_key_value_heads"], widths["head_dim"]
+    config.setdefault(family.fields.get("max_position_embeddings", "max_position_embeddings"),
+                      decoder.max_position_embeddings)  # fmt: skip
+    return config | depth | {family.fields.get(name, name): value for name, value in widths.items()} | {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "tie_word_embeddings": decoder.tie_word_embeddings,
+    }  # fmt: skip
+
+
+def _layer_kinds(decoder: Decoder, source: Config) -> Config:
+    """What a configuration says of each layer, for those that are left."""
+    kinds: Config = {}
+    windows = [layer.attention.window if layer.attention else None for layer in decoder.layers]
+    if decoder.family == "gemma3_text" or source.get("layer_types") or len(decoder.windows) > 1:
+        kinds["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+    if decoder.family == "smollm3":
+        kinds["no_rope_layers"] = [int(bool(layer.attention and layer.attention.rotary)) for layer in decoder.layers]
+    return kinds

@@ -1,0 +1,127 @@
+"""Rotary frequencies from a configuration, as transformers computes them; no framework is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Rotary
+
+Parameters = Mapping[str, Any]
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+class SenselessError(ValueError):
+    """A parameter that no model has; its text names it."""
+
+
+def rope_parameters(config: Parameters) -> dict[str, Any]:
+    """Newer files say rope_parameters, older rope_scaling; transformers prefers the latter where both are there."""
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise SenselessError(f"rope parameters {parameters!r}")
+    return parameters
+
+
+def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: float = 10000.0) -> Rotary:
+    """The angles of one set of rope parameters; theta: where they and the configuration name none.
+
+    config: for what stands beside them in a configuration. Raises SenselessError, KeyError or ArithmeticError
+    for parameters that make no sense, and InputError for a kind of scaling that is not known.
+    """
+    base = float(parameters.get("rope_theta") or config.get("rope_theta") or theta)
+    if not 0 < base < math.inf:
+        raise SenselessError(f"rope_theta {base}")
+    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    turned = int(head_dim * float(partial))
+    if turned % 2 or not 0 < turned <= head_dim:
+        raise SenselessError(f"partial_rotary_factor {partial} of head_dim {head_dim}")
+    frequencies = tuple(base ** (-2.0 * pair / turned) for pair in range(turned // 2))
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "su":  # Phi-3's name of 2024
+        kind = "longrope"
+    match kind:
+        case "default" | "dynamic":  # the dynamic kind changes angles only beyond max_position_embeddings
+            return Rotary(frequencies)
+        case "linear":
+            factor = float(parameters["factor"])
+            return Rotary(tuple(frequency / factor for frequency in frequencies))
+        case "llama3":
+            return Rotary(tuple(_llama3(frequency, parameters) for frequency in frequencies))
+        case "yarn":
+            return _yarn(frequencies, base, parameters, config)
+        case "longrope":
+            return _longrope(frequencies, parameters, config)
+    raise InputError(f"unsupported rope scaling {kind!r}", f"Supported are: {', '.join(KINDS)}.")
+
+
+def longrope_context(parameters: Parameters, config: Parameters) -> int | None:
+    """Positions for which longrope's short factors hold, None for other kinds of scaling.
+
+    Beyond them transformers takes other factors for all positions, which no cache of rotated keys allows.
+    """
+    if (parameters.get("rope_type") or parameters.get("type")) not in ("longrope", "su"):
+        return None
+    return _original(parameters, config)
+
+
+def _original(parameters: Parameters, config: Parameters) -> int:
+    name = "original_max_position_embeddings"
+    return int(parameters.get(name) or config.get(name) or config["max_position_embeddings"])
+
+
+def _llama3(frequency: float, parameters: Parameters) -> float:
+    """Llama 3.1's scaling: a pair that turns `high` times or more within the original context keeps its
+    frequency, one that turns `low` times or fewer has it divided by `factor`, between them it is blended."""
+    factor, low, high, context = (
+        float(parameters[name])
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    if not low < high:
+        raise SenselessError(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
+    turns = context * frequency / (2 * math.pi)
+    kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+    return frequency * (kept + (1 - kept) / factor)
+
+
+def _yarn(frequencies: tuple[float, ...], base: float, parameters: Parameters, config: Parameters) -> Rotary:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs keep their frequency, slow ones are interpolated."""
+    factor, context, turned = float(parameters["factor"]), _original(parameters, config), 2 * len(frequencies)
+
+    def pair(rotations: float) -> float:
+        """The pair that turns this often within the original context."""
+        return turned * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair(float(parameters.get("beta_fast") or 32)), pair(float(parameters.get("beta_slow") or 1))
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, turned - 1)
+    span = high - low if high != low else 0.001
+    scaled = []
+    for index, frequency in enumerate(frequencies):
+        interpolated = min(1.0, max(0.0, (index - low) / span))
+        scaled.append(frequency / factor * interpolated + frequency * (1 - interpolated))
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        one, every = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        scaling = _mscale(factor, one) / _mscale(factor, every) if one and every else _mscale(factor, 1.0)
+    return Rotary(tuple(scaled), float(scaling))
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * float(weight) * math.log(factor) + 1.0
+
+
+def _longrope(frequencies: tuple[float, ...], parameters: Parameters, config: Parameters) -> Rotary:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753) within the original context: the short factors."""
+    short = [float(value) for value in parameters["short_factor"]]
+    if len(short) != len(frequencies):
+        raise SenselessError(f"{len(short)} short_factor values for {len(frequencies)} pairs")
+    original = _original(parameters, config)
+    factor = int(config["max_position_embeddings"]) / original
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return Rotary(tuple(f / s for f, s in zip(frequencies, short, strict=True)), float(scaling))

@@ -1,0 +1,85 @@
+"""A small random model of transformers' own class for every family: what parity is measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from edgeprune.model.families import FAMILIES
+from tests.checkpoints import save_tokenizer
+
+BASE = {
+    "vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.2,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+FIXED = {"num_attention_heads": 4, "num_key_value_heads": None, "head_dim": None}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+EVEN = {"num_attention_heads": 4}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0 + 0.1 * pair for pair in range(6)],
+    "long_factor": [2.0 + pair for pair in range(6)], "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75, "rope_theta": 10000.0,
+}  # fmt: skip
+CASES: dict[str, dict[str, object]] = {
+    "llama": EVEN,
+    "llama, llama3 rope, biases, untied": EVEN | {
+        "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "llama, linear rope": EVEN | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    "llama, multi-query": EVEN | {"num_key_value_heads": 1},
+    "llama, multi-head": EVEN | {"num_key_value_heads": 4},
+    "mistral, sliding window": {"sliding_window": 7},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2, yarn, late windows": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
+                            "rope_theta": 10000.0},
+        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {},
+    "gemma2": EVEN | {"sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
+                      "final_logit_softcapping": 4.0},
+    "gemma3_text": EVEN | {"sliding_window": 6, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
+    "phi3": {"pad_token_id": 0},
+    "phi3, longrope, partial rotary, sliding window": {
+        "num_attention_heads": 4, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64,
+        "sliding_window": 6, "pad_token_id": 0},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22,
+                "logits_scaling": 4.0},
+    "gpt2": FIXED,
+    "opt": FIXED | {"ffn_dim": 96, "pad_token_id": 1},
+    "gpt_neox": FIXED | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5,
+                                             "rope_theta": 10000.0}},
+    "gpt_neox, serial residual": FIXED | {"use_parallel_residual": False},
+    "starcoder2": {"sliding_window": 7},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
+}  # fmt: skip
+
+
+def random_model(case: str) -> PreTrainedModel:
+    """Norms and biases are random too, so that none may be forgotten."""
+    model_type = case.partition(",")[0]
+    config = AutoConfig.for_model(model_type, **{k: v for k, v in (BASE | CASES[case]).items() if v is not None})
+    if model_type == "gpt2":
+        config.n_inner = 96
+    torch.manual_seed(0)
+    model = getattr(transformers, FAMILIES[model_type].architecture)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def save_family(folder: Path, case: str) -> PreTrainedModel:
+    model = random_model(case)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
