@@ -23,10 +23,16 @@ LLAMA3 = {
 }  # fmt: skip
 EVEN = {"num_attention_heads": 4}
 LONGROPE = {
-    "rope_type": "longrope", "short_factor": [1.0 + 0.1 * pair for pair in range(6)],
-    "long_factor": [2.0 + pair for pair in range(6)], "original_max_position_embeddings": 64,
-    "partial_rotary_factor": 0.75, "rope_theta": 10000.0,
+    "rope_type": "longrope", "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+    "long_factor": [2.0 + pair for pair in range(8)], "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.5, "rope_theta": 10000.0,
 }  # fmt: skip
+
+
+def _rope(**parameters: object) -> dict[str, object]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0} | parameters
+
+
 CASES: dict[str, dict[str, object]] = {
     "llama": EVEN,
     "llama, llama3 rope, biases, untied": EVEN | {
@@ -46,7 +52,7 @@ CASES: dict[str, dict[str, object]] = {
     "gemma3_text": EVEN | {"sliding_window": 6, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
     "phi3": {"pad_token_id": 0},
     "phi3, longrope, partial rotary, sliding window": {
-        "num_attention_heads": 4, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64,
         "sliding_window": 6, "pad_token_id": 0},
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},
     "olmo2": {},
@@ -54,9 +60,8 @@ CASES: dict[str, dict[str, object]] = {
                 "logits_scaling": 4.0},
     "gpt2": FIXED,
     "opt": FIXED | {"ffn_dim": 96, "pad_token_id": 1},
-    "gpt_neox": FIXED | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5,
-                                             "rope_theta": 10000.0}},
-    "gpt_neox, serial residual": FIXED | {"use_parallel_residual": False},
+    "gpt_neox": FIXED | {"num_attention_heads": 2, "rope_parameters": _rope(partial_rotary_factor=0.5)},
+    "gpt_neox, serial residual": FIXED | {"rope_parameters": _rope(), "use_parallel_residual": False},
     "starcoder2": {"sliding_window": 7},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},

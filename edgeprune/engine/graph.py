@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from edgeprune.engine import graph_data
 from edgeprune.engine.graph_data import Initializer, Precision
-from edgeprune.engine.graph_ops import OPERATORS, Dialect, Nodes, mlp
+from edgeprune.engine.graph_nodes import Dialect, Nodes, element_type
+from edgeprune.engine.graph_ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Decoder
+from edgeprune.model.decoder import Decoder, Layer
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +71,6 @@ def write_graphs(
     Raises InputError for a decoder that a dialect cannot spell, a missing weight or a wrong shape, and
     NumericalError for a weight that is not finite in this precision; files begun are then incomplete.
     """
-    _check_rotary(decoder)
     for spelling in spellings:
         if (reason := unsupported(decoder, spelling.dialect)) is not None:
             raise InputError(reason, "Use another dialect: opset23 or primitive.")
@@ -104,22 +102,16 @@ def unsupported(decoder: Decoder, dialect: Dialect) -> str | None:
     if dialect != "onnxruntime":
         return None
     for index, layer in enumerate(decoder.layers):
-        if layer.attention is not None and layer.attention.head_dim % 16 != 0:
-            return (
-                f"layer {index} has head_dim {layer.attention.head_dim}, not the multiple of 16 "
-                "that ONNX Runtime's GroupQueryAttention requires"
-            )
+        if (attention := layer.attention) is None:
+            continue
+        turned = 2 * len(attention.rotary.inverse_frequencies) if attention.rotary else 0
+        for size, what in ((attention.head_dim, "has head_dim"), (turned, "turns by position a head size of")):
+            if size % 16 != 0:
+                return (
+                    f"layer {index} {what} {size}, not the multiple of 16 "
+                    "that ONNX Runtime's GroupQueryAttention requires"
+                )
     return None
-
-
-def _check_rotary(decoder: Decoder) -> None:
-    turned = 2 * len(decoder.rotary.inverse_frequencies)
-    for index, layer in enumerate(decoder.layers):
-        if layer.attention is not None and layer.attention.head_dim != turned:
-            raise InputError(
-                f"layer {index} has head_dim {layer.attention.head_dim}, its rotary embedding turns {turned} of it",
-                "Use a model whose rotary embedding turns whole heads.",
-            )
 
 
 def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
@@ -149,8 +141,7 @@ def _graph(
 ) -> GraphProto:
     from onnx import TensorProto, helper
 
-    element = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
-    nodes = Nodes(np.float16 if precision == "fp16" else np.float32)
+    element, nodes = element_type(precision), Nodes(precision)
     logits = _forward(nodes, decoder, spelling)
     used = {name for node in nodes.nodes for name in node.input}
     external = [_external(initializer, element) for initializer in initializers if initializer.name in used]
@@ -202,36 +193,112 @@ def _external(initializer: Initializer, element: int) -> TensorProto:
     return tensor
 
 
+@dataclass
+class _Stream:
+    """The residual stream while the graph grows: `update` is what a module adds to `hidden`; adding it is left to
+    the next norm, which some dialects fuse with it."""
+
+    nodes: Nodes
+    decoder: Decoder
+    operators: Operators
+    hidden: str
+    update: str | None = None
+
+    def settled(self) -> str:
+        """The stream with all that was added."""
+        self.hidden, self.update = add_update(self.nodes, self.hidden, self.update), None
+        return self.hidden
+
+    def normed(self, name: str) -> str:
+        norm = self.operators.norm(self.decoder)
+        self.hidden, x = norm(self.nodes, name, self.hidden, self.update, f"{name}.weight", self.decoder.norm_eps)
+        self.update = None
+        return x
+
+    def read(self, name: str) -> str:
+        """What a module sees of the stream."""
+        return self.settled() if self.decoder.norms == "after" else self.normed(f"{name}.norm")
+
+    def output(self, name: str, raw: str) -> str:
+        """What a module adds to the stream."""
+        if self.decoder.norms == "before":
+            return raw
+        norm = self.operators.norm(self.decoder)
+        name = f"{name}.post_norm"
+        return norm(self.nodes, name, raw, None, f"{name}.weight", self.decoder.norm_eps)[1]
+
+    def add(self, update: str) -> None:
+        if self.update is not None:
+            update = self.nodes.add("Add", f"{update}.both", self.update, update)
+        self.update = update
+
+
 def _forward(nodes: Nodes, decoder: Decoder, spelling: Spelling) -> str:
-    """All layers, from input_ids to the name of the logits. `update` is what a half layer adds to the
-    residual stream; adding it is left to the next norm, which some dialects fuse with it."""
-    operators, eps = OPERATORS[spelling.dialect], decoder.norm_eps
+    """All layers, from input_ids to the name of the logits."""
+    operators = OPERATORS[spelling.dialect]
     attends = any(layer.attention is not None for layer in decoder.layers)
     shared = operators.prepare(nodes, decoder) if attends else {}
-    hidden, update = _embed(nodes, decoder), None
+    stream = _Stream(nodes, decoder, operators, _embed(nodes, decoder))
     for index, layer in enumerate(decoder.layers):
-        if layer.attention is not None:
-            name = f"layers.{index}.attention"
-            hidden, x = operators.norm(nodes, f"{name}.norm", hidden, update, f"{name}.norm.weight", eps)
-            packed = nodes.add("MatMul", f"{name}.qkv", x, f"{name}.qkv.weight")
-            context = operators.attention(nodes, name, packed, layer.attention, _cache_names(index), shared)
-            update = nodes.add("MatMul", f"{name}.o", context, f"{name}.o.weight")
-        if layer.mlp is not None:
-            name = f"layers.{index}.mlp"
-            hidden, x = operators.norm(nodes, f"{name}.norm", hidden, update, f"{name}.norm.weight", eps)
-            update = mlp(nodes, name, x, layer.mlp.intermediate_size)
+        if decoder.parallel:
+            stream.settled()
+        updates = []
+        for kind in ("attention", "mlp"):
+            if getattr(layer, kind) is None:
+                continue
+            name = f"layers.{index}.{kind}"
+            x = stream.read(name)
+            updates.append(stream.output(name, _module(stream, kind, name, x, layer, index, shared)))
+            if not decoder.parallel:
+                stream.add(updates.pop())
+        for update in updates:
+            stream.add(update)
     if spelling.logits == "last":
         position = nodes.constant("last.position", [-1])
-        hidden = nodes.add("Gather", "last.hidden", hidden, position, axis=1)  # (b, 1, c)
-        update = update and nodes.add("Gather", "last.update", update, position, axis=1)
-    _, x = operators.norm(nodes, "norm", hidden, update, "norm.weight", eps)
-    (logits,) = nodes.add_many("MatMul", "head", (x, "head.weight"), ("logits",))
-    return logits
+        stream.hidden = nodes.add("Gather", "last.hidden", stream.hidden, position, axis=1)  # (b, 1, c)
+        if stream.update is not None:
+            stream.update = nodes.add("Gather", "last.update", stream.update, position, axis=1)
+    return _logits(nodes, decoder, stream.normed("norm"))
+
+
+def _module(stream: _Stream, kind: str, name: str, x: str, layer: Layer, index: int, shared: dict[str, str]) -> str:
+    """What the module's output projection gives."""
+    nodes, decoder, operators = stream.nodes, stream.decoder, stream.operators
+    if kind == "mlp":
+        return mlp(nodes, operators, name, x, layer.mlp)
+    attention = layer.attention
+    packed = linear(nodes, f"{name}.qkv", x, f"{name}.qkv", attention.input_bias)
+    if attention.qk_norm is not None:
+        packed = normed_queries_and_keys(nodes, operators, name, packed, attention, decoder.norm_eps)
+    context = operators.attention(nodes, name, packed, attention, decoder, _cache_names(index), shared)
+    return linear(nodes, f"{name}.o", context, f"{name}.o", attention.output_bias)
+
+
+def _logits(nodes: Nodes, decoder: Decoder, x: str) -> str:
+    steps = []
+    if decoder.logits_scale != 1.0:
+        steps.append(("Mul", decoder.logits_scale))
+    if (cap := decoder.logits_softcap) is not None:
+        steps += [("Mul", 1 / cap), ("Tanh", None), ("Mul", cap)]
+    names = [f"head.{place}" for place in range(len(steps))] + ["logits"]
+    (value,) = nodes.add_many("MatMul", "head", (x, "head.weight"), (names[0],))
+    for (operator, number), name in zip(steps, names[1:], strict=True):
+        inputs = (value,) if number is None else (value, nodes.number(f"number.{number}", number))
+        (value,) = nodes.add_many(operator, f"{name}.step", inputs, (name,))
+    return value
 
 
 def _embed(nodes: Nodes, decoder: Decoder) -> str:
     """(b, s) ids -> (b, s, c). A tied embedding gathers the head's columns, so that it is stored once."""
-    if not decoder.tie_word_embeddings:
-        return nodes.add("Gather", "embedding", "embedding.weight", "input_ids", axis=0)
-    columns = nodes.add("Gather", "embedding.columns", "head.weight", "input_ids", axis=1)  # (c, b, s)
-    return nodes.add("Transpose", "embedding", columns, perm=[1, 2, 0])
+    if decoder.tie_word_embeddings:
+        columns = nodes.add("Gather", "embedding.columns", "head.weight", "input_ids", axis=1)  # (c, b, s)
+        hidden = nodes.add("Transpose", "embedding", columns, perm=[1, 2, 0])
+    else:
+        hidden = nodes.add("Gather", "embedding", "embedding.weight", "input_ids", axis=0)
+    if decoder.embedding_scale != 1.0:
+        scale = nodes.number("embedding.scale", decoder.embedding_scale)
+        hidden = nodes.add("Mul", "embedding.scaled", hidden, scale)
+    if decoder.learned_positions:
+        positions = nodes.add("Gather", "positions", "positions.weight", "position_ids", axis=0)
+        hidden = nodes.add("Add", "embedding.placed", hidden, positions)
+    return hidden

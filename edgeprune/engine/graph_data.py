@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgeprune.errors import InputError, NumericalError
-from edgeprune.model.decoder import Decoder
+from edgeprune.model.decoder import Attention, Decoder, Mlp
 
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["fp32", "fp16"]
-ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2}
+Precision = Literal["fp32", "fp16", "bf16"]
+ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 EMBEDDING_FILE = "embedding.data"
 LAYERS_FILE = "model.onnx.data"
-ROTARY_TABLES = ("rotary.cos_table", "rotary.sin_table")
 ALIGNMENT = 64  # bytes: a cache line, and more than any element
 PIECE_BYTES = 1 << 25
 
@@ -36,8 +35,8 @@ PIECE_BYTES = 1 << 25
 @dataclass(frozen=True)
 class Initializer:
     """One tensor of a data file. `sources` are the weights it is made of, stacked along their
-    rows and, where `transposed`, turned from nn.Linear's (out, in) to MatMul's (in, out);
-    without sources it is a rotary table."""
+    rows and, where `transposed`, turned from nn.Linear's (out, in) to MatMul's (in, out). They make
+    `blocks` such matrices one behind the other, one for each expert. Without sources it is a rotary table."""
 
     name: str
     file: str
@@ -46,6 +45,19 @@ class Initializer:
     transposed: bool
     offset: int
     length: int  # bytes
+    blocks: int = 1
+
+    @property
+    def parts(self) -> list[tuple[str, ...]]:
+        """The sources of each block."""
+        each = max(1, len(self.sources) // self.blocks)
+        return [self.sources[start : start + each] for start in range(0, len(self.sources), each)]
+
+
+def rotary_tables(number: int) -> tuple[str, str]:
+    """Names of the tables of cos and sin of a decoder's rotary embedding with this number."""
+    name = f"rotary.{number}" if number else "rotary"
+    return f"{name}.cos_table", f"{name}.sin_table"
 
 
 def layout(decoder: Decoder, precision: Precision, max_positions: int | None) -> tuple[Initializer, ...]:
@@ -53,37 +65,77 @@ def layout(decoder: Decoder, precision: Precision, max_positions: int | None) ->
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
     found: list[Initializer] = []
 
-    def add(name: str, shape: tuple[int, ...], sources: tuple[str, ...], transposed: bool, file: str) -> None:
+    def add(name: str, shape: tuple[int, ...], sources: tuple[str, ...], file: str = LAYERS_FILE, blocks: int = 1,
+            transposed: bool = True) -> None:  # fmt: skip
         offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
         length = prod(shape) * ELEMENT_BYTES[precision]
-        found.append(Initializer(name, file, shape, sources, transposed, offset, length))
+        found.append(Initializer(name, file, shape, sources, transposed and len(shape) > 1, offset, length, blocks))
         ends[file] = offset + length
 
     hidden, vocabulary = decoder.hidden_size, decoder.vocab_size
+
+    def add_norm(name: str) -> None:
+        for source, shape in decoder.norm_shapes(name).items():
+            add(f"{name}.{'bias' if source.endswith('_bias') else 'weight'}", shape, (source,))
+
     if decoder.tie_word_embeddings:
-        add("head.weight", (hidden, vocabulary), ("embedding",), True, EMBEDDING_FILE)
+        add("head.weight", (hidden, vocabulary), ("embedding",), EMBEDDING_FILE)
     else:
-        add("embedding.weight", (vocabulary, hidden), ("embedding",), False, EMBEDDING_FILE)
-        add("head.weight", (hidden, vocabulary), ("head",), True, EMBEDDING_FILE)
+        add("embedding.weight", (vocabulary, hidden), ("embedding",), EMBEDDING_FILE, transposed=False)
+        add("head.weight", (hidden, vocabulary), ("head",), EMBEDDING_FILE)
+    if decoder.learned_positions:
+        add("positions.weight", (decoder.max_position_embeddings, hidden), ("positions",), transposed=False)
     for index, layer in enumerate(decoder.layers):
-        if (attention := layer.attention) is not None:
-            prefix = f"layers.{index}.attention."
-            packed = attention.query_size + 2 * attention.key_value_size
-            sources = (prefix + "q", prefix + "k", prefix + "v")
-            add(prefix + "norm.weight", (hidden,), (prefix + "norm",), False, LAYERS_FILE)
-            add(prefix + "qkv.weight", (hidden, packed), sources, True, LAYERS_FILE)
-            add(prefix + "o.weight", (attention.query_size, hidden), (prefix + "o",), True, LAYERS_FILE)
-        if (mlp := layer.mlp) is not None:
-            prefix = f"layers.{index}.mlp."
-            add(prefix + "norm.weight", (hidden,), (prefix + "norm",), False, LAYERS_FILE)
-            sources = (prefix + "gate", prefix + "up")
-            add(prefix + "gate_up.weight", (hidden, 2 * mlp.intermediate_size), sources, True, LAYERS_FILE)
-            add(prefix + "down.weight", (mlp.intermediate_size, hidden), (prefix + "down",), True, LAYERS_FILE)
-    add("norm.weight", (hidden,), ("norm",), False, LAYERS_FILE)
+        for kind, part, inner in (("attention", layer.attention, _attention), ("mlp", layer.mlp, _mlp)):
+            if part is None:
+                continue
+            prefix = f"layers.{index}.{kind}."
+            if decoder.norms != "after":
+                add_norm(prefix + "norm")
+            for name, shape, sources, blocks in inner(part, hidden):
+                add(prefix + name, shape, tuple(prefix + source for source in sources), blocks=blocks)
+            if decoder.norms != "before":
+                add_norm(prefix + "post_norm")
+    add_norm("norm")
     if max_positions is not None:
-        for name in ROTARY_TABLES:
-            add(name, (max_positions, len(decoder.rotary.inverse_frequencies)), (), False, LAYERS_FILE)
+        for number, rotary in enumerate(decoder.rotaries):
+            for name in rotary_tables(number):
+                add(name, (max_positions, len(rotary.inverse_frequencies)), (), transposed=False)
     return tuple(found)
+
+
+Part = tuple[str, tuple[int, ...], tuple[str, ...], int]  # name, shape, sources, blocks
+
+
+def _attention(attention: Attention, hidden: int) -> Iterator[Part]:
+    packed = attention.query_size + 2 * attention.key_value_size
+    yield "qkv.weight", (hidden, packed), ("q", "k", "v"), 1
+    if attention.input_bias:
+        yield "qkv.bias", (packed,), ("q_bias", "k_bias", "v_bias"), 1
+    if attention.qk_norm is not None:
+        of_all = attention.qk_norm == "all"
+        for part, size in (("q", attention.query_size), ("k", attention.key_value_size)):
+            yield f"{part}_norm.weight", (size if of_all else attention.head_dim,), (f"{part}_norm",), 1
+    yield "o.weight", (attention.query_size, hidden), ("o",), 1
+    if attention.output_bias:
+        yield "o.bias", (hidden,), ("o_bias",), 1
+
+
+def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
+    width, inputs = mlp.intermediate_size, mlp.inputs
+    if (experts := mlp.experts) is not None:
+        count = experts.num_experts
+        yield "router.weight", (hidden, count), ("router",), 1
+        sources = tuple(f"experts.{e}.{name}" for e in range(count) for name in inputs)
+        yield "gate_up.weight", (count, hidden, len(inputs) * width), sources, count
+        yield "down.weight", (count, width, hidden), tuple(f"experts.{e}.down" for e in range(count)), count
+        return
+    yield "gate_up.weight", (hidden, len(inputs) * width), inputs, 1
+    if mlp.input_bias:
+        yield "gate_up.bias", (len(inputs) * width,), tuple(f"{name}_bias" for name in inputs), 1
+    yield "down.weight", (width, hidden), ("down",), 1
+    if mlp.output_bias:
+        yield "down.bias", (hidden,), ("down_bias",), 1
 
 
 def write_data(
@@ -95,23 +147,29 @@ def write_data(
 ) -> None:
     """Write both data files. Raises InputError for a weight that is missing or has another shape,
     NumericalError for one that is not finite or overflows fp16; both name the weight."""
+    import torch
+
+    shapes = decoder.shapes()
     for name in (EMBEDDING_FILE, LAYERS_FILE):
         with (folder / name).open("wb") as file:
             for initializer in initializers:
                 if initializer.file != name:
                     continue
                 file.write(bytes(initializer.offset - file.tell()))
-                parts = _parts(decoder, weights, initializer)
-                for piece in _pieces(parts, initializer.transposed, precision):
-                    file.write(memoryview(piece.numpy()).cast("B"))
-                parts.clear()  # before the next is read
+                for sources in initializer.parts or [()]:
+                    parts = _parts(decoder, weights, initializer, sources, shapes)
+                    for piece in _pieces(parts, initializer.transposed, precision):
+                        file.write(memoryview(piece.view(torch.uint8).numpy()).cast("B"))
+                    parts.clear()  # before the next is read
 
 
-def _parts(decoder: Decoder, weights: Mapping[str, torch.Tensor], initializer: Initializer) -> dict[str, torch.Tensor]:
-    if not initializer.sources:
+def _parts(
+    decoder: Decoder, weights: Mapping[str, torch.Tensor], initializer: Initializer, sources: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    if not sources:
         return {initializer.name: _rotary_table(decoder, initializer)}
-    shapes = decoder.shapes()
-    return {name: _read(weights, name, shapes[name]) for name in initializer.sources}
+    return {name: _read(weights, name, shapes[name]) for name in sources}
 
 
 def _pieces(parts: dict[str, torch.Tensor], transposed: bool, precision: Precision) -> Iterator[torch.Tensor]:
@@ -133,7 +191,8 @@ def _pieces(parts: dict[str, torch.Tensor], transposed: bool, precision: Precisi
 def _convert(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Tensor:
     import torch
 
-    converted = tensor.to(torch.float16 if precision == "fp16" else torch.float32).contiguous()
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    converted = tensor.to(dtypes[precision]).contiguous()
     if torch.isfinite(converted).all():
         return converted
     if torch.isfinite(tensor).all():
@@ -166,7 +225,9 @@ def _rotary_table(decoder: Decoder, initializer: Initializer) -> torch.Tensor:
     """(positions, head_dim / 2) fp32: cos or sin of position * inverse frequency, times the scaling."""
     import torch
 
+    tables = {name: (rotary, place) for number, rotary in enumerate(decoder.rotaries)
+              for place, name in enumerate(rotary_tables(number))}  # fmt: skip
+    rotary, place = tables[initializer.name]
     positions = torch.arange(initializer.shape[0], dtype=torch.float32)
-    frequencies = torch.tensor(decoder.rotary.inverse_frequencies, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies)
-    return (angles.cos() if initializer.name == ROTARY_TABLES[0] else angles.sin()) * decoder.rotary.scaling
+    angles = torch.outer(positions, torch.tensor(rotary.inverse_frequencies, dtype=torch.float32))
+    return (angles.sin() if place else angles.cos()) * rotary.scaling

@@ -11,7 +11,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
 from edgeprune.model.families import FAMILIES, Family
 from edgeprune.model.places import StoredTensor, stored_tensors
-from edgeprune.model.rope import SenselessError, rope_parameters, rotary_of
+from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
 
 Config = dict[str, Any]
 
@@ -141,18 +141,20 @@ def checkpoint_tensors(decoder: Decoder) -> dict[str, StoredTensor]:
     return stored_tensors(decoder, FAMILIES[decoder.family].places)
 
 
-def loadable(decoder: Decoder) -> Decoder:
-    """The decoder whose widths a standard configuration can say: of a uniform one, with heads of zeros added
-    where transformers derives head_dim from their number, or wants it to divide hidden_size."""
-    family, attention = FAMILIES[decoder.family], decoder.layers[0].attention
-    if attention is None or family.heads == "free" or _is_mistral(decoder):
+def loadable(decoder: Decoder, source: Config) -> Decoder:
+    """The decoder whose widths a standard configuration like `source` can say: of a uniform one, with heads of zeros
+    added where transformers derives head_dim from their number, or wants it to divide hidden_size."""
+    attention, mlp, heads_are = decoder.layers[0].attention, decoder.layers[0].mlp, FAMILIES[decoder.family].heads
+    if longrope_context(rope_parameters(source), source) is not None:
+        heads_are = "fixed"  # its validation takes hidden_size over their number for head_dim
+    if not decoder.is_uniform or None in (attention, mlp) or heads_are == "free" or _is_mistral(decoder):
         return decoder
     groups, heads = attention.num_key_value_heads, attention.heads_per_group
-    if family.heads == "fixed":
+    if heads_are == "fixed":
         groups = decoder.hidden_size // attention.head_dim // heads
     while decoder.hidden_size % (groups * heads):
         groups += 1
-    return decoder.with_widths(groups, heads, decoder.layers[0].mlp.intermediate_size)
+    return decoder.with_widths(groups, heads, mlp.intermediate_size)
 
 
 def _is_mistral(decoder: Decoder) -> bool:

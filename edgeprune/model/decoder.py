@@ -214,7 +214,7 @@ class Decoder:
     def norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the weight and, of a LayerNorm, the bias of a norm of the residual stream."""
         names = (name, f"{name}_bias") if self.norm == "layer" else (name,)
-        return {each: (self.hidden_size,) for each in names}
+        return dict.fromkeys(names, (self.hidden_size,))
 
     def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Shape of every weight of one layer, by its full name, in the order above."""
@@ -278,7 +278,7 @@ def _attention_shapes(attention: Attention, hidden: int) -> dict[str, tuple[int,
 
 
 def _mlp_shapes(mlp: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {name: (mlp.intermediate_size, hidden) for name in mlp.inputs}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(mlp.inputs, (mlp.intermediate_size, hidden))
     if mlp.experts is not None:
         one = shapes | {"down": (hidden, mlp.intermediate_size)}
         every = {f"experts.{e}.{name}": shape for e in range(mlp.experts.num_experts) for name, shape in one.items()}

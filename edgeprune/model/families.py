@@ -64,7 +64,8 @@ def windowed(decoder: Decoder, config: Config, slides: Callable[[int], bool]) ->
     if int(window) < 1:
         raise SenselessError(f"sliding_window {window}")
     types = _by_layer(config, "layer_types", decoder, ("full_attention", "sliding_attention"))
-    sliding = [kind == "sliding_attention" for kind in types] if types else [slides(i) for i in range(len(decoder.layers))]
+    indices = range(len(decoder.layers))
+    sliding = [kind == "sliding_attention" for kind in types] if types else list(map(slides, indices))
     return changed(decoder, lambda index: {"window": int(window) if sliding[index] else None})
 
 
@@ -240,6 +241,7 @@ def _refuse_bidirectional(config: Config) -> str | None:
     return "use_bidirectional_attention true" if config.get("use_bidirectional_attention") else None
 
 
+GRANITE_SCALES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 ROPE = {"max_position_embeddings": 2048}
 
 FAMILIES = {
@@ -282,8 +284,7 @@ FAMILIES = {
         Family("olmo2", "Olmo2ForCausalLM", names.OLMO2, _olmo2, ROPE | {"rms_norm_eps": 1e-5}),
         Family(
             "granite", "GraniteForCausalLM", names.LLAMA, _granite,
-            ROPE | {name: 1.0 for name in (
-                "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")},
+            ROPE | dict.fromkeys(GRANITE_SCALES, 1.0),
         ),
         Family(
             "gpt2", "GPT2LMHeadModel", names.GPT2, _gpt2,

@@ -17,8 +17,8 @@ import numpy as np
 
 from edgeprune.cache import cache_folder
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Decoder
 from edgeprune.model.configuration import decoder_of
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf_file import RESTORE, GgufFile, StoredTensor, read_gguf
 from edgeprune.model.save import write_weights
 from edgeprune.model.tokenizer import write_tokenizer

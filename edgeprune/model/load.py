@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
+from edgeprune.model.configuration import checkpoint_tensors, decoder_of
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import FAMILIES
-from edgeprune.model.configuration import checkpoint_tensors, decoder_of
 from edgeprune.model.model import Model
 from edgeprune.model.places import StoredTensor
 
@@ -208,7 +208,7 @@ def _checked(decoder: Decoder, stored: Stored) -> dict[str, tuple[Path, str, Sto
             )
         if dtype not in DTYPES:
             raise InputError(f"tensor {key} is of type {dtype}", f"Supported are: {', '.join(DTYPES)} (not quantised).")
-        places |= {weight: (file, key, tensor) for weight in tensor.names}
+        places |= dict.fromkeys(tensor.names, (file, key, tensor))
     return places
 
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 def padded_heads(
     decoder: Decoder, target: Decoder, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -123,7 +123,7 @@ def _taken_apart(name: str) -> tuple[str, str, dict[str, int]]:
 def stored_stream(
     tensors: Mapping[str, StoredTensor], weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights in the order of decoder.shapes() -> tensors of the checkpoint in theirs; what waits for others is held."""
+    """Weights in the order of decoder.shapes() -> tensors of the checkpoint; what waits for others is held."""
     needed = {name: tensor for tensor in tensors.values() for name in tensor.names}
     waiting: dict[str, torch.Tensor] = {}
     for name, weight in weights:

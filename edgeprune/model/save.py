@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgeprune.errors import NumericalError
-from edgeprune.model.decoder import Decoder
 from edgeprune.model.configuration import checkpoint_tensors, config_for, loadable
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_tokenizer, read_config
 from edgeprune.model.model import Model
 from edgeprune.model.padding import padded_heads
@@ -49,8 +49,9 @@ def save_checkpoint(
         raise ValueError(f"the vocabulary of {vocabulary.size} tokens is not that of the decoder, or not of the source")
     directory.mkdir(parents=True)
     dtype = source.weights["embedding"].dtype
-    stored = loadable(decoder) if decoder.is_uniform else decoder
-    config = config_for(stored, read_config(source.directory))
+    config = read_config(source.directory)
+    stored = loadable(decoder, config)
+    config = config_for(stored, config)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     if vocabulary is not None:

@@ -24,6 +24,7 @@ from edgeprune.model.forward import (
     LayerWeights,
     Tables,
     add_module,
+    check_finite,
     embed,
     entering,
     has_experts,
@@ -37,6 +38,7 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.pruning.compensate import compensate
+from edgeprune.pruning.experts import cut_experts
 from edgeprune.pruning.methods import Method, Recovery
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.score import Projection
@@ -47,7 +49,7 @@ from edgeprune.pruning.select import kept_features
 class ModuleRecord:
     """What happened to one module: kept of its input features of the output projection, 0 where it went
     as a whole. Errors are relative to the dense stream, on held-out calibration samples; nan where
-    nothing was compensated."""
+    nothing was compensated. few: experts that saw too few tokens to be compensated."""
 
     layer: int
     kind: str
@@ -58,6 +60,7 @@ class ModuleRecord:
     error_before: float = math.nan
     error_after: float = math.nan
     fell_back: bool = False
+    few: tuple[int, ...] = ()
 
 
 def token_scale(hidden: torch.Tensor) -> torch.Tensor:
@@ -132,6 +135,8 @@ class Walk:
         raw = self._dense_output(weights, index, kind) if compensates else None
         if after is None:
             return {}, ModuleRecord(index, kind, 0, size)
+        if has_experts(self.dense, index, kind):
+            return self._cut_experts(weights, index)
         return self._cut(weights, index, kind, raw)
 
     def _add(
@@ -152,6 +157,24 @@ class Walk:
         self.whole += module_output(self.dense, kind, weights, raw)
         return raw
 
+    def _cut_experts(self, weights: LayerWeights, index: int) -> tuple[LayerWeights, ModuleRecord]:
+        before, after = (decoder.layers[index].mlp for decoder in (self.dense, self.target))
+        compensates = self.method.recovery is Recovery.LEAST_SQUARES
+        source = self.pruned if self.read_pruned is None else self.read_pruned
+        states = module_states(self.dense, "mlp", weights, source)
+        scale = token_scale(self.whole) * self.importance.sqrt() if compensates else torch.ones(1, 1, 1)
+        size = after.intermediate_size
+        cut = cut_experts(states, weights, before, size, self.method.score, compensates, scale, self.generator)
+        norms = {name: part for name, part in weights.items() if name.startswith("mlp.") and "norm" in name}
+        check_finite(cut.output, index, "mlp")
+        self.pruned += module_output(self.dense, "mlp", norms, cut.output)
+        errors = [sum(part) / len(cut.errors) for part in zip(*cut.errors, strict=True)] or [math.nan] * 2
+        record = ModuleRecord(
+            index, "mlp", size, before.intermediate_size, error_before=errors[0], error_after=errors[1],
+            few=tuple(cut.few),
+        )  # fmt: skip
+        return norms | cut.weights, record
+
     def _cut(
         self, weights: LayerWeights, index: int, kind: str, raw: torch.Tensor | None
     ) -> tuple[LayerWeights, ModuleRecord]:
@@ -160,14 +183,17 @@ class Walk:
         weight, bias = weights[OUTPUT[kind]], weights.get(BIAS[kind])
         source = self.pruned if self.read_pruned is None else self.read_pruned
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
-        scale = token_scale(self.whole if raw is None else raw) * self.importance.sqrt() if compensates else torch.ones(1)
+        scale = torch.ones(1)
+        if compensates:
+            scale = token_scale(self.whole if raw is None else raw) * self.importance.sqrt()
         inputs = module_inputs(self.dense, index, kind, weights, source, self.tables, self.chunk).mul_(scale)
         projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, self.generator)
         kept, rows = kept_features(
             *(getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target)),
             functools.partial(self.method.score, projection),
         )
-        new = {name: part[rows[name]] if name in rows else part for name, part in weights.items() if name.startswith(kind)}
+        own = {name: part for name, part in weights.items() if name.startswith(kind)}
+        new = {name: part[rows[name]] if name in rows else part for name, part in own.items()}
         new[OUTPUT[kind]] = weight[:, kept]
         if self.method.recovery is Recovery.BIAS:
             removed = projection.mean

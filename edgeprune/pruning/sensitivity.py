@@ -18,9 +18,12 @@ from edgeprune.model.forward import (
     Tables,
     embed,
     entering,
+    experts_output,
+    has_experts,
     layer_weights,
     module_inputs,
     module_output,
+    module_states,
     modules_of,
     token_losses,
     weight_stream,
@@ -28,6 +31,7 @@ from edgeprune.model.forward import (
 from edgeprune.model.model import Model
 from edgeprune.pruning.allocate import Sensitivities, Widths, dense_widths
 from edgeprune.pruning.compensate import nested_errors
+from edgeprune.pruning.experts import expert_inputs, expert_projection
 from edgeprune.pruning.methods import Method
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
@@ -58,8 +62,9 @@ def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Att
 def _projections(
     model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None],
     scales: list[dict[str, torch.Tensor]] | None = None,
-) -> Iterator[tuple[Layer, str, Projection]]:  # fmt: skip
-    """Every module's output projection on the dense stream, its inputs times the scales (b, t) if given.
+) -> Iterator[tuple[Layer, str, list[Projection]]]:  # fmt: skip
+    """Every module's output projection, those of all its experts where it has some, on the dense stream; the inputs
+    times the scales (b, t) if given.
 
     With scales, a norm of the output is taken as the division by its length, which it is but for that length's change.
     """
@@ -71,6 +76,13 @@ def _projections(
         weights = layer_weights(model, index)
         source = entering(decoder, hidden)
         for kind in modules_of(decoder, index):
+            if has_experts(decoder, index, kind):
+                scale = torch.ones(1, 1, 1) if scales is None else scales[index][kind][..., None]
+                states = module_states(decoder, kind, weights, hidden if source is None else source)
+                every = expert_inputs(states, weights, layer.mlp, scale)
+                yield layer, kind, [expert_projection(found, weights, generator) for found in every]
+                hidden += module_output(decoder, kind, weights, experts_output(states, weights, layer.mlp))
+                continue
             weight = weights[OUTPUT[kind]]
             inputs = module_inputs(decoder, index, kind, weights, hidden if source is None else source, tables)
             raw = F.linear(inputs, weight, weights.get(BIAS[kind]))
@@ -80,7 +92,7 @@ def _projections(
                 if decoder.norms != "before":
                     weight = weight * weights[f"{kind}.post_norm"][:, None]
                     inputs /= raw.square().mean(dim=-1, keepdim=True).sqrt_().clamp_min_(decoder.norm_eps**0.5)
-            yield layer, kind, Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)
+            yield layer, kind, [Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)]
         on_layer()
 
 
@@ -101,26 +113,36 @@ def measure_sensitivities(
         for layer in token_gradients(model, ids, seed, on_layer)
     ]
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
-    for layer, kind, projection in _projections(model, ids, seed, on_layer, scales):
-        rank = functools.cache(functools.partial(score, projection))
+    for layer, kind, projections in _projections(model, ids, seed, on_layer, scales):
         if kind == "attention":
-            found = attention_errors(projection.weight, projection.gram, layer.attention, rank)
+            (projection,) = projections
+            rank = functools.cache(functools.partial(score, projection))
+            errors[kind].append(attention_errors(projection.weight, projection.gram, layer.attention, rank))
         else:
-            order = torch.sort(rank(1, 1), descending=True, stable=True).indices
-            found = nested_errors(projection.weight, projection.gram, order).numpy()
-        errors[kind].append(found)
+            errors[kind].append(np.sum([_channel_errors(each, score) for each in projections], axis=0))
     return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]))
+
+
+def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
+    """Errors (intermediate_size + 1,) of keeping that many channels; none where no token came by."""
+    if not projection.inputs.numel():
+        return np.zeros(projection.weight.shape[1] + 1)
+    order = torch.sort(score(projection, 1, 1), descending=True, stable=True).indices
+    return nested_errors(projection.weight, projection.gram, order).numpy()
 
 
 def measure_scores(
     model: Model, ids: torch.Tensor, score: Score, seed: int,
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
-    """Scores of every layer's key/value groups and of its channels, on the dense stream."""
+    """Scores of every layer's key/value groups and of its channels, on the dense stream; of experts the mean of
+    their sorted ones."""
     scores: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
-    for layer, kind, projection in _projections(model, ids, seed, on_layer):
+    for layer, kind, projections in _projections(model, ids, seed, on_layer):
         unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
-        scores[kind].append(score(projection, unit, 1).numpy())
+        seen = [each for each in projections if each.inputs.numel()]
+        found = [score(each, unit, 1).numpy() for each in seen]
+        scores[kind].append(found[0] if len(projections) == 1 else np.mean([np.sort(each) for each in found], axis=0))
     return scores["attention"], scores["mlp"]
 
 
