@@ -52,8 +52,8 @@ CASES: dict[str, dict[str, object]] = {
     "gemma3_text": EVEN | {"sliding_window": 6, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
     "phi3": {"pad_token_id": 0},
     "phi3, longrope, partial rotary, sliding window": {
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64,
-        "sliding_window": 6, "pad_token_id": 0},
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": LONGROPE,
+        "original_max_position_embeddings": 64, "sliding_window": 6, "pad_token_id": 0},
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},
     "olmo2": {},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22,

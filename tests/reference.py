@@ -15,7 +15,8 @@ _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 def decoder_of(config: LlamaConfig) -> Decoder:
     """The description of a LlamaForCausalLM with this configuration."""
     rotary = LlamaRotaryEmbedding(config)
-    attention = Attention(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    angles = Rotary(tuple(rotary.inv_freq.tolist()), float(rotary.attention_scaling))
+    attention = Attention(config.num_attention_heads, config.num_key_value_heads, config.head_dim, angles)
     return Decoder(
         family=config.model_type,
         hidden_size=config.hidden_size,
@@ -23,7 +24,6 @@ def decoder_of(config: LlamaConfig) -> Decoder:
         max_position_embeddings=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         tie_word_embeddings=config.tie_word_embeddings,
-        rotary=Rotary(tuple(rotary.inv_freq.tolist()), float(rotary.attention_scaling)),
         layers=(Layer(attention, Mlp(config.intermediate_size)),) * config.num_hidden_layers,
     )
 

@@ -22,7 +22,7 @@ from edgeprune.engine.child import quiet
 from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
 from edgeprune.engine.perform import Here, build
 from edgeprune.engine.tensorrt import WEIGHTS_TOLERANCE, offered_sms
-from edgeprune.model.families import decoder_of
+from edgeprune.model.configuration import decoder_of
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,8 @@ Spellings are one model in several sets of operators, all on the same data files
                  capacity and the true total comes from attention_mask's width, which every spelling reads.
                  Needs ONNX Runtime 1.32 or newer and a head_dim that is a multiple of 16.
 With logits `last` the last position is gathered before the final norm: logits (batch, 1, vocabulary).
+In bf16 the logits are cast to fp32, which every consumer has; and since ONNX Runtime has no bf16 on a
+processor, its dialect reads the same bf16 weights and computes in fp32, cache included.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from edgeprune.model.decoder import Decoder, Layer
 
 if TYPE_CHECKING:
     import torch
-    from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def write_graphs(
     """Write the spellings and their data files into `folder`; equal input gives equal bytes.
 
     weights: by the names of decoder.py, any floating type; each is read once. precision is that of
-    weights, activations, cache and logits (sums of squares stay fp32). max_positions: rows of the
+    weights, activations, cache and, but for bf16, logits (sums of squares stay fp32). max_positions: rows of the
     onnxruntime dialect's rotary tables, at most and by default decoder.max_position_embeddings; longer
     contexts need no tables in the other dialects.
     Raises InputError for a decoder that a dialect cannot spell, a missing weight or a wrong shape, and
@@ -141,14 +143,18 @@ def _graph(
 ) -> GraphProto:
     from onnx import TensorProto, helper
 
-    element, nodes = element_type(precision), Nodes(precision)
+    # The type of the data files, and the one that is computed in.
+    stored = element_type(precision)
+    nodes = Nodes("fp32" if (precision, spelling.dialect) == ("bf16", "onnxruntime") else precision)
+    element = element_type(nodes.precision)
     logits = _forward(nodes, decoder, spelling)
     used = {name for node in nodes.nodes for name in node.input}
-    external = [_external(initializer, element) for initializer in initializers if initializer.name in used]
+    external = [_external(initializer, stored) for initializer in initializers if initializer.name in used]
+    widened = [] if stored == element else [_widened(tensor, element) for tensor in external]
     rows = "sequence" if spelling.logits == "all" else 1
     inputs, outputs = _caches(decoder, element)
     return helper.make_graph(
-        nodes.nodes,
+        [*widened, *nodes.nodes],
         decoder.family or "decoder",
         [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
@@ -156,7 +162,7 @@ def _graph(
             helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
             *inputs,
         ],
-        [helper.make_tensor_value_info(logits, element, ["batch", rows, decoder.vocab_size]), *outputs],
+        [helper.make_tensor_value_info(logits, _logits_type(element), ["batch", rows, decoder.vocab_size]), *outputs],
         [*external, *nodes.constants.values()],
     )
 
@@ -191,6 +197,20 @@ def _external(initializer: Initializer, element: int) -> TensorProto:
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor
+
+
+def _logits_type(element: int) -> int:
+    from onnx import TensorProto
+
+    return TensorProto.FLOAT if element == TensorProto.BFLOAT16 else element
+
+
+def _widened(tensor: TensorProto, element: int) -> NodeProto:
+    """The node that casts an initializer, which takes another name, so that its own is the cast's."""
+    from onnx import helper
+
+    name, tensor.name = tensor.name, f"{tensor.name}.stored"
+    return helper.make_node("Cast", [tensor.name], [name], f"{name}.widened", to=element)
 
 
 @dataclass
@@ -280,12 +300,13 @@ def _logits(nodes: Nodes, decoder: Decoder, x: str) -> str:
         steps.append(("Mul", decoder.logits_scale))
     if (cap := decoder.logits_softcap) is not None:
         steps += [("Mul", 1 / cap), ("Tanh", None), ("Mul", cap)]
-    names = [f"head.{place}" for place in range(len(steps))] + ["logits"]
+    last = "logits.bf16" if nodes.precision == "bf16" else "logits"
+    names = [f"head.{place}" for place in range(len(steps))] + [last]
     (value,) = nodes.add_many("MatMul", "head", (x, "head.weight"), (names[0],))
     for (operator, number), name in zip(steps, names[1:], strict=True):
         inputs = (value,) if number is None else (value, nodes.number(f"number.{number}", number))
         (value,) = nodes.add_many(operator, f"{name}.step", inputs, (name,))
-    return value
+    return nodes.to_fp32("logits", value) if value != "logits" else value
 
 
 def _embed(nodes: Nodes, decoder: Decoder) -> str:

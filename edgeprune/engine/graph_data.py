@@ -159,7 +159,7 @@ def write_data(
                 for sources in initializer.parts or [()]:
                     parts = _parts(decoder, weights, initializer, sources, shapes)
                     for piece in _pieces(parts, initializer.transposed, precision):
-                        file.write(memoryview(piece.view(torch.uint8).numpy()).cast("B"))
+                        file.write(memoryview(piece.flatten().view(torch.uint8).numpy()))
                     parts.clear()  # before the next is read
 
 

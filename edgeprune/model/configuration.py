@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
-from edgeprune.model.families import FAMILIES, Family
+from edgeprune.model.families import FAMILIES, LAYER_TYPES, Family
 from edgeprune.model.places import StoredTensor, stored_tensors
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
 
@@ -48,6 +48,8 @@ def _refuse(config: Config, family: Family) -> str | None:
     activation = config.get(family.activation) or "silu"
     if activation not in ACTIVATIONS:
         return f"{family.activation} {activation!r} ({', '.join(ACTIVATIONS)} are supported)"
+    if isinstance(kinds := config.get("layer_types"), list) and (unknown := set(map(str, kinds)) - set(LAYER_TYPES)):
+        return f"layer_types {min(unknown)!r} ({', '.join(LAYER_TYPES)} are supported)"
     if config.get("quantization_config"):
         return "quantization_config (give the unquantised checkpoint)"
     return None

@@ -17,6 +17,7 @@ from edgeprune.model.places import Places
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
 
 Config = Mapping[str, Any]
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def windowed(decoder: Decoder, config: Config, slides: Callable[[int], bool]) ->
         return decoder
     if int(window) < 1:
         raise SenselessError(f"sliding_window {window}")
-    types = _by_layer(config, "layer_types", decoder, ("full_attention", "sliding_attention"))
+    types = _by_layer(config, "layer_types", decoder, LAYER_TYPES)
     indices = range(len(decoder.layers))
     sliding = [kind == "sliding_attention" for kind in types] if types else list(map(slides, indices))
     return changed(decoder, lambda index: {"window": int(window) if sliding[index] else None})
@@ -141,7 +142,7 @@ def _gemma2(decoder: Decoder, config: Config) -> Decoder:
 def _gemma3(decoder: Decoder, config: Config) -> Decoder:
     """Layers with a window turn by an own, local theta, however long the window is."""
     every = int(config.get("sliding_window_pattern") or 6)
-    types = _by_layer(config, "layer_types", decoder, ("full_attention", "sliding_attention"))
+    types = _by_layer(config, "layer_types", decoder, LAYER_TYPES)
     local = [kind == "sliding_attention" for kind in types] if types else [
         (index + 1) % every != 0 for index in range(len(decoder.layers))
     ]  # fmt: skip
@@ -157,7 +158,7 @@ def _gemma3_rotaries(config: Config, head_dim: int) -> tuple[Rotary, Rotary]:
     if not {"full_attention", "sliding_attention"} & given.keys():
         local = {"rope_theta": float(config.get("rope_local_base_freq") or 10000.0)}
         given = {"full_attention": given, "sliding_attention": local}
-    full, local = (given.get(name) or {} for name in ("full_attention", "sliding_attention"))
+    full, local = (given.get(name) or {} for name in LAYER_TYPES)
     base = {name: value for name, value in config.items() if name != "rope_theta"}
     return rotary_of(full, config, head_dim, 1_000_000.0), rotary_of(local, base, head_dim)
 

@@ -323,6 +323,13 @@ def token_predictions(
     return torch.cat(losses).view(len(ids), -1), torch.cat(likeliest).view(len(ids), -1)
 
 
+@torch.inference_mode()
+def token_logits(decoder: Decoder, weights: WeightStream, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (b, t - 1, vocabulary) fp32 at every position but the last of ids (b, t) int64."""
+    parts = list(_logit_chunks(decoder, weights, ids, CHUNK_TOKENS, lambda: None))
+    return torch.cat(parts).view(len(ids), -1, decoder.vocab_size)
+
+
 def _losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels, reduction="none").double()
 

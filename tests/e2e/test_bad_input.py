@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.model.families import LAYER_WIDTHS
+from edgeprune.model.configuration import LAYER_WIDTHS
 from tests.checkpoints import save_llama
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from edgeprune.engine import graph_data
 from edgeprune.engine.graph import Spelling, graph_weight_bytes, unsupported, write_graphs
 from edgeprune.errors import InputError, NumericalError
-from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
+from edgeprune.model.decoder import Attention, Decoder, Experts, Layer, Mlp, Rotary
 from tests.engine.graph_models import SPELLINGS, Sample, llama, reference_logits, run_steps, sample, session, write
 from tests.reference import decoder_of, weights_of
 
@@ -70,7 +70,7 @@ def test_every_spelling_gives_transformers_logits(tied: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("rope", [LLAMA3, YARN], ids=["llama3", "yarn"])
 def test_rope_scaling(rope: dict[str, object], tmp_path: Path) -> None:
     model = llama(True, rope_parameters=rope)
-    assert decoder_of(model.config).rotary != decoder_of(llama(True).config).rotary
+    assert decoder_of(model.config).rotaries != decoder_of(llama(True).config).rotaries
     check(model, tmp_path)
 
 
@@ -92,9 +92,10 @@ class NoMlp(torch.nn.Module):
 def widths_differ() -> tuple[LlamaForCausalLM, Decoder]:
     """Heads 4/4 and 2/1, MLP 80 and 48; the second layer has no attention, the fourth no MLP."""
     model = llama(False, num_hidden_layers=4)
+    (angles,) = decoder_of(model.config).rotaries
     layers = (
-        Layer(Attention(4, 4, 16), Mlp(80)), Layer(None, Mlp(128)), Layer(Attention(2, 1, 16), Mlp(48)),
-        Layer(Attention(6, 2, 16), None),
+        Layer(Attention(4, 4, 16, angles), Mlp(80)), Layer(None, Mlp(128)), Layer(Attention(2, 1, 16, angles), Mlp(48)),
+        Layer(Attention(6, 2, 16, angles), None),
     )  # fmt: skip
 
     def linear(inputs: int, outputs: int) -> torch.nn.Linear:
@@ -251,15 +252,29 @@ def test_each_weight_is_read_once_and_let_go(tmp_path: Path) -> None:
     assert weights.alive == 0
 
 
+ROTARY = Rotary((1.0, 0.1))
 layers = st.builds(
     Layer,
-    st.none() | st.builds(lambda k, g: Attention(k * g, k, 4), st.integers(1, 3), st.integers(1, 3)),
-    st.none() | st.builds(Mlp, st.integers(1, 9)),
-)
+    st.none()
+    | st.builds(
+        lambda k, g, rotary, norm, bias: Attention(
+            k * g, k, 4, rotary, qk_norm=norm, input_bias=bias, output_bias=not bias
+        ),
+        st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, ROTARY, Rotary((1.0,))]),
+        st.sampled_from([None, "head", "all"]), st.booleans(),
+    ),
+    st.none()
+    | st.builds(
+        Mlp, st.integers(1, 9), gated=st.booleans(), input_bias=st.booleans(), output_bias=st.booleans(),
+        experts=st.none(),
+    )
+    | st.builds(Mlp, st.integers(1, 9), experts=st.just(Experts(3, 2))),
+)  # fmt: skip
 decoders = st.builds(
     Decoder,
     st.just("llama"), st.integers(1, 7), st.integers(1, 11), st.integers(1, 5), st.just(1e-5), st.booleans(),
-    st.just(Rotary((1.0, 0.1))), st.lists(layers, max_size=3).map(tuple),
+    st.lists(layers, max_size=3).map(tuple), norm=st.sampled_from(["rms", "layer"]),
+    norms=st.sampled_from(["before", "after", "both"]), learned_positions=st.booleans(),
 )  # fmt: skip
 
 
@@ -280,11 +295,13 @@ def test_data_files_hold_the_weights_whatever_the_piece(
         assert 0 <= initializer.offset - ends[initializer.file] < graph_data.ALIGNMENT
         ends[initializer.file] = initializer.offset + initializer.length
         if initializer.sources:
-            wanted = np.concatenate([weights[source].numpy() for source in initializer.sources])
-            wanted = wanted.T if initializer.transposed else wanted
+            blocks = [np.concatenate([weights[source].numpy() for source in part]) for part in initializer.parts]
+            blocks = [block.T if initializer.transposed else block for block in blocks]
+            wanted = np.stack(blocks) if len(blocks) > 1 else blocks[0]
         else:
-            angles = np.outer(np.arange(3), decoder.rotary.inverse_frequencies)
-            wanted = (np.cos if initializer.name.startswith("rotary.cos") else np.sin)(angles)
+            number = int(initializer.name.split(".")[1]) if initializer.name.count(".") > 1 else 0
+            angles = np.outer(np.arange(3), decoder.rotaries[number].inverse_frequencies)
+            wanted = (np.cos if initializer.name.endswith("cos_table") else np.sin)(angles)
         dtype = np.float16 if precision == "fp16" else np.float32
         data = (folder / initializer.file).read_bytes()[initializer.offset : initializer.offset + initializer.length]
         held = np.frombuffer(data, dtype).reshape(initializer.shape)
@@ -332,8 +349,8 @@ def test_decoders_that_cannot_be_spelled_are_refused(tmp_path: Path) -> None:
     files = write_graphs(decoder, weights, tmp_path, "fp32", [spelling])
     logits = run_steps(files.graphs[spelling], batch, [30])
     assert_same(logits, [30], spelling, reference_logits(model, batch), batch, 1e-5)
-    partial = dataclasses.replace(decoder, rotary=Rotary(decoder.rotary.inverse_frequencies[:4]))
-    with pytest.raises(InputError, match="turns 8 of it"):
-        write_graphs(partial, weights, tmp_path, "fp32", [spelling])
+    attention = dataclasses.replace(decoder.layers[0].attention, head_dim=32, rotary=Rotary((1.0,) * 6))
+    partial = dataclasses.replace(decoder, layers=(Layer(attention, None),))
+    assert "turns by position a head size of 12" in unsupported(partial, "onnxruntime")
     with pytest.raises(InputError, match="max_positions is 0"):
         write_graphs(decoder_of(llama(True).config), weights, tmp_path, "fp32", SPELLINGS, max_positions=0)

@@ -82,8 +82,8 @@ def test_a_gguf_file_gives_the_weights_it_was_made_from(tmp_path, tied):
     shape = load_shape(str(tmp_path / "m.gguf"))
     model = load_model(str(tmp_path / "m.gguf"))
     assert shape == ("m", model.decoder)
-    assert model.decoder.rotary.inverse_frequencies == pytest.approx(
-        decoder_of(reference.config).rotary.inverse_frequencies
+    assert model.decoder.rotaries[0].inverse_frequencies == pytest.approx(
+        decoder_of(reference.config).rotaries[0].inverse_frequencies
     )
     assert model.decoder.norm_eps == reference.config.rms_norm_eps
     assert all(torch.equal(model.weights[name], weight) for name, weight in weights_of(reference).items())
@@ -125,7 +125,7 @@ LLAMA3 = {
 def test_rope_scalings_come_along(tmp_path, rope):
     settings = SETTINGS | {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     reference = llama(**settings, rope_parameters=dict(rope))
-    expected = np.array(decoder_of(reference.config).rotary.inverse_frequencies)
+    expected = np.array(decoder_of(reference.config).rotaries[0].inverse_frequencies)
 
     def more(writer):
         if rope is LLAMA3:
@@ -137,7 +137,7 @@ def test_rope_scalings_come_along(tmp_path, rope):
 
     write(tmp_path / "m.gguf", reference, more=more)
     model = load_model(str(tmp_path / "m.gguf"))
-    assert np.allclose(model.decoder.rotary.inverse_frequencies, expected, rtol=1e-5)
+    assert np.allclose(model.decoder.rotaries[0].inverse_frequencies, expected, rtol=1e-5)
     weights = weights_of(reference)
     assert all(torch.equal(model.weights[name], weight) for name, weight in weights.items())
 
@@ -159,8 +159,9 @@ def test_every_spelling_of_linear_rope_scaling_is_read(tmp_path, fields, factor)
 
     reference = llama(**SETTINGS)
     write(tmp_path / "m.gguf", reference, more=more)
-    expected = np.array(decoder_of(reference.config).rotary.inverse_frequencies) / factor
-    assert np.allclose(load_model(str(tmp_path / "m.gguf")).decoder.rotary.inverse_frequencies, expected, rtol=1e-6)
+    expected = np.array(decoder_of(reference.config).rotaries[0].inverse_frequencies) / factor
+    ours = load_model(str(tmp_path / "m.gguf")).decoder.rotaries[0].inverse_frequencies
+    assert np.allclose(ours, expected, rtol=1e-6)
 
 
 def test_a_turn_may_end_with_another_token(tmp_path):

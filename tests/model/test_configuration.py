@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from edgeprune.errors import InputError
+from edgeprune.model.configuration import LAYER_WIDTHS, config_for, decoder_of
 from edgeprune.model.decoder import Mlp
-from edgeprune.model.families import LAYER_WIDTHS, config_for, decoder_of
 from tests.reference import decoder_of as reference_decoder
 from tests.tiny import config
 
@@ -30,8 +30,8 @@ def test_a_decoder_says_what_transformers_builds(rope, tied):
         decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}),
         reference_decoder(reference),
     )
-    assert ours.rotary.inverse_frequencies == pytest.approx(expected.rotary.inverse_frequencies, rel=1e-6)
-    assert ours.rotary.scaling == expected.rotary.scaling
+    assert ours.rotaries[0].inverse_frequencies == pytest.approx(expected.rotaries[0].inverse_frequencies, rel=1e-6)
+    assert ours.rotaries[0].scaling == expected.rotaries[0].scaling
     assert ours.shapes() == expected.shapes()
     assert ours.norm_eps == expected.norm_eps
 
@@ -41,9 +41,9 @@ def test_older_configurations_are_read_too():
         "model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2,
         "intermediate_size": 64, "vocab_size": 101, "rope_theta": 50000.0, "rope_scaling": None,
     }  # fmt: skip
-    assert decoder_of(plain).rotary.inverse_frequencies[1] == pytest.approx(50000.0 ** (-2 / 8))
+    assert decoder_of(plain).rotaries[0].inverse_frequencies[1] == pytest.approx(50000.0 ** (-2 / 8))
     scaled = decoder_of(plain | {"rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert scaled.rotary.inverse_frequencies[0] == 0.5
+    assert scaled.rotaries[0].inverse_frequencies[0] == 0.5
 
 
 @given(
@@ -56,9 +56,10 @@ def test_llama3_scaling_is_that_of_transformers(theta, factor, low, width, conte
         "high_freq_factor": low + width, "original_max_position_embeddings": context,
     }  # fmt: skip
     reference = config(rope_parameters=rope)
-    ours = decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}).rotary
+    ours = decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}).rotaries[0]
     # transformers computes in fp32, where the blend's difference loses some digits
-    assert ours.inverse_frequencies == pytest.approx(reference_decoder(reference).rotary.inverse_frequencies, rel=1e-5)
+    expected = reference_decoder(reference).rotaries[0]
+    assert ours.inverse_frequencies == pytest.approx(expected.inverse_frequencies, rel=1e-5)
 
 
 THETA = st.sampled_from([{}, {"rope_theta": 5e5}])
@@ -78,8 +79,8 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(outer, inner, s
         spelling.setdefault("rope_parameters", {**other})
     plain = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     del plain["rope_parameters"]
-    expected = reference_decoder(LlamaConfig(**json.loads(json.dumps(plain | spelling)))).rotary
-    ours = decoder_of(plain | spelling).rotary
+    expected = reference_decoder(LlamaConfig(**json.loads(json.dumps(plain | spelling)))).rotaries[0]
+    ours = decoder_of(plain | spelling).rotaries[0]
     assert ours.inverse_frequencies == pytest.approx(expected.inverse_frequencies, rel=1e-6)
     assert ours.scaling == expected.scaling
 
@@ -92,11 +93,8 @@ def test_fields_left_out_mean_what_transformers_takes(kind):
         "intermediate_size": 32, "vocab_size": 50,
     }  # fmt: skip
     full = kind(**given_)
-    if full.to_dict().get("sliding_window"):
-        with pytest.raises(InputError, match="sliding_window 4096"):
-            decoder_of(given_)
-        given_["sliding_window"] = None
     ours = decoder_of(given_)
+    assert ours.windows == (full.to_dict().get("sliding_window"),)
     attention = ours.layers[0].attention
     assert (attention.num_key_value_heads, attention.head_dim) == (full.num_key_value_heads, full.head_dim)
     assert ours.max_position_embeddings == full.max_position_embeddings
@@ -106,25 +104,52 @@ def test_fields_left_out_mean_what_transformers_takes(kind):
 
 
 BAD = {
-    "another family": ({"model_type": "gpt2"}, "unsupported architecture 'gpt2'"),
+    "another family": ({"model_type": "mamba"}, "unsupported architecture 'mamba'"),
+    "another class of a family": ({"model_type": "gpt2"}, "unsupported architecture LlamaForCausalLM"),
     "no family": ({"model_type": None}, "unsupported architecture"),
     "a classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    "biases": ({"attention_bias": True}, "attention_bias"),
-    "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "another activation": ({"hidden_act": "mish"}, "hidden_act 'mish'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "a window": (
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16},
-        "sliding_window",
+    "no window": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 0},
+        "sliding_window 0",
     ),
-    "another rope": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+    "too few kinds of layers": (
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["full_attention"],
+        },
+        "layer_types",
+    ),
+    "another mixer": (
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "layer_types": ["full_attention", "linear_attention"],
+        },
+        "linear_attention",
+    ),
+    "another rope": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
+    "yarn without a factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
     "a missing field": ({"vocab_size": None}, "incomplete"),
     "odd heads": ({"num_key_value_heads": 4}, "do not divide"),
-    "half rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    "half rotated inside": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    "an odd part rotated": ({"partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4"),
+    "more than all rotated": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2.0}}, "partial_rotary"),
     "an architecture that is a number": ({"architectures": 1}, "senseless: architectures 1"),
     "factors that are flags": (
         {"rope_parameters": ROPES["llama3"] | {"low_freq_factor": True, "high_freq_factor": True}},
         "incomplete or senseless",
+    ),
+    "an OPT with a projected embedding": (
+        {"model_type": "opt", "architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 24},
+        "word_embed_proj_dim 24",
+    ),
+    "some layers without experts": (
+        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]},
+        "mlp_only_layers",
     ),
     "a family that is a list": ({"model_type": ["llama"]}, "unsupported architecture"),
     "a window in words": (

@@ -1,0 +1,156 @@
+"""Logits of a family's graphs against transformers', dense and pruned; `python -m tests.parity` writes the docs' table.
+
+Errors are max|a - b| / max|b| over all real positions of a batch of two, the second padded on the left, over a
+prefill and 16 decode steps and all spellings.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.families import FAMILIES
+from edgeprune.model.forward import token_logits
+from edgeprune.model.load import load_model
+from edgeprune.model.model import Model
+from edgeprune.model.save import save_checkpoint
+from edgeprune.pruning.methods import METHODS
+from edgeprune.pruning.prune import prune, result_of
+from tests.engine.graph_models import SPELLINGS, Sample, reference_logits, run_steps, sample
+from tests.families import BASE, CASES, save_family
+
+WALK = [20, *[1] * 16]
+METHOD = METHODS["default"]
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+MARKS = "<!-- parity: begin -->", "<!-- parity: end -->"
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A saved model of transformers, and what load_model makes of it."""
+
+    reference: PreTrainedModel
+    model: Model
+
+
+def dense(folder: Path, case: str) -> Dense:
+    return Dense(save_family(folder, case), load_model(str(folder)))
+
+
+def calibration() -> torch.Tensor:
+    return torch.randint(2, BASE["vocab_size"], (8, 48), generator=torch.Generator().manual_seed(0))
+
+
+def target_of(decoder: Decoder) -> Decoder:
+    """About 30 % fewer parameters in the layers: a group, or a query head where there is one group, and channels."""
+    groups, heads, channels = decoder.layer_widths[0]
+    cut = (groups - 1, heads) if groups > 1 else (groups, max(1, heads - 1))
+    return decoder.with_widths(*cut, 32 * round(0.7 * channels / 32))
+
+
+def uneven_target(decoder: Decoder) -> Decoder:
+    """Other channels in every layer; one layer without attention, one without MLP."""
+    groups, heads, channels = decoder.layer_widths[0]
+    return decoder.with_layer_widths([(groups, heads, channels - 32), (0, 1, 32), (groups, heads, 0)])
+
+
+def pruned(model: Model, target: Decoder) -> tuple[Decoder, dict[str, torch.Tensor]]:
+    return result_of(target, METHOD), dict(prune(model, target, calibration(), METHOD, 0))
+
+
+def as_transformers(model: Model, decoder: Decoder, weights: Weights, folder: Path) -> PreTrainedModel:
+    """The saved checkpoint as `from_pretrained` loads it, without any code but its own."""
+    save_checkpoint(decoder, weights.items(), model, folder)
+    loaded, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    if notes["missing_keys"] or notes["unexpected_keys"] or notes["mismatched_keys"]:
+        raise AssertionError(notes)
+    return loaded.eval()
+
+
+def batch() -> Sample:
+    return sample(sum(WALK), BASE["vocab_size"])
+
+
+def graph_errors(wanted: np.ndarray, decoder: Decoder, weights: Weights, folder: Path) -> dict[Spelling, float]:
+    given, errors = batch(), {}
+    files = write_graphs(decoder, weights, folder, "fp32", SPELLINGS)
+    for spelling, path in files.graphs.items():
+        for capacity in (None, 64) if spelling.dialect == "onnxruntime" else (None,):
+            found = np.concatenate(run_steps(path, given, WALK, capacity), axis=1)
+            first = 0 if spelling.logits == "all" else WALK[0] - 1
+            real, theirs = given.mask[:, first:] > 0, wanted[:, first:]
+            error = np.abs(found - theirs)[real].max() / np.abs(theirs[real]).max()
+            errors[spelling] = max(errors.get(spelling, 0.0), float(error))
+    return errors
+
+
+def torch_logits(decoder: Decoder, weights: Weights, ids: torch.Tensor) -> np.ndarray:
+    """Of our own walk over these weights: (samples, tokens - 1, vocabulary)."""
+    stream = ((name, weights[name]) for name in decoder.shapes())
+    return token_logits(decoder, stream, ids).numpy()
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def reference(model: PreTrainedModel) -> np.ndarray:
+    return reference_logits(model, batch())
+
+
+def row(case: str, folder: Path) -> tuple[float, float, float]:
+    """Largest errors: dense, pruned uniform, pruned per layer (against our own walk)."""
+    whole = dense(folder / "dense", case)
+    model = whole.model
+    first = graph_errors(reference(whole.reference), model.decoder, model.weights, folder / "graph")
+    decoder, weights = pruned(model, target_of(model.decoder))
+    loaded = as_transformers(model, decoder, weights, folder / "pruned")
+    second = graph_errors(reference(loaded), decoder, weights, folder / "pruned-graph")
+    return max(first.values()), max(second.values()), uneven_error(model, folder / "uneven")
+
+
+def uneven_error(model: Model, folder: Path) -> float:
+    """Of the opset 23 graph of a per-layer candidate against our own walk over its weights."""
+    decoder, weights = pruned(model, uneven_target(model.decoder))
+    spelling, ids = Spelling("opset23", "all"), calibration()[:2, :37]
+    path = write_graphs(decoder, weights, folder, "fp32", [spelling]).graphs[spelling]
+    whole = Sample(ids.numpy(), np.ones_like(ids.numpy()), np.arange(37)[None].repeat(2, 0))
+    return distance(run_steps(path, whole, [37])[0][:, :-1], torch_logits(decoder, weights, ids))
+
+
+def table() -> str:
+    lines = [
+        "| family | class in transformers | case | dense | uniform | per layer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        family, _, variant = case.partition(", ")
+        with tempfile.TemporaryDirectory() as folder:
+            errors = " | ".join(f"{error:.0e}" for error in row(case, Path(folder)))
+        lines.append(f"| {family} | {FAMILIES[family].architecture} | {variant or 'plain'} | {errors} |")
+        sys.stderr.write(lines[-1] + "\n")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    begin, end = MARKS
+    text = PAGE.read_text(encoding="utf-8")
+    made = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", text, flags=re.DOTALL)
+    PAGE.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
