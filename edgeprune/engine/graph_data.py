@@ -159,7 +159,9 @@ def write_data(
                 for sources in initializer.parts or [()]:
                     parts = _parts(decoder, weights, initializer, sources, shapes)
                     for piece in _pieces(parts, initializer.transposed, precision):
-                        file.write(memoryview(piece.flatten().view(torch.uint8).numpy()))
+                        if precision == "bf16":  # numpy has no such type
+                            piece = piece.view(torch.int16)
+                        file.write(memoryview(piece.numpy()).cast("B"))
                     parts.clear()  # before the next is read
 
 
