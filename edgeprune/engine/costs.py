@@ -70,7 +70,7 @@ class Point:
     fitted: bool = True
 
     def decoder(self, dense: Decoder) -> Decoder:
-        layers = (dense.layers[0],) * len(self.layers)
+        layers = dense.layers[: len(self.layers)]
         return replace(dense, layers=layers, vocab_size=self.vocab_size).with_layer_widths(self.layers).compact()
 
 
@@ -164,8 +164,7 @@ def measured_times(
     points = design(dense, precision, profile.channel_multiple)
     shape = {
         "version": VERSION, "engine": engine.identity(tell), "precision": precision, "workload": asdict(workload),
-        "hidden_size": dense.hidden_size, "head_dim": dense.layers[0].attention.head_dim,
-        "points": {name: asdict(point) for name, point in points.items()},
+        "decoder": _shape_of(dense), "points": {name: asdict(point) for name, point in points.items()},
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "costs" / f"{key}.json"
@@ -176,6 +175,18 @@ def measured_times(
         temporary.write_text(json.dumps({"of": shape, "times": times}, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     return json.loads(path.read_text(encoding="utf-8"))["times"]
+
+
+def _shape_of(dense: Decoder) -> dict[str, object]:
+    """What a latency depends on beside the widths, whatever the model is called and however deep it is."""
+    kinds = [
+        asdict(replace(layer.attention, num_attention_heads=1, num_key_value_heads=1, rotary=None))
+        | {"turned": len(layer.attention.rotary.inverse_frequencies) if layer.attention.rotary else 0}
+        | asdict(replace(layer.mlp, intermediate_size=1))
+        for layer in dense.layers
+    ]
+    own = asdict(replace(dense, layers=(), family="", norm_eps=0.0, max_position_embeddings=0, vocab_size=0))
+    return own | {"layers": [kind for place, kind in enumerate(kinds) if kind not in kinds[:place]]}
 
 
 def _measure(

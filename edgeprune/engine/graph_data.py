@@ -178,16 +178,17 @@ def _pieces(parts: dict[str, torch.Tensor], transposed: bool, precision: Precisi
     """Contiguous pieces of the stacked (and transposed) parts, in the order of the file."""
     import torch
 
-    axis = 1 if transposed else 0
-    across = sum(part.shape[0] for part in parts.values()) if transposed else prod(next(iter(parts.values())).shape[1:])
-    step = max(1, PIECE_BYTES // (across * ELEMENT_BYTES[precision]))
-    for start in range(0, next(iter(parts.values())).shape[axis], step):
-        rows = []
+    if not transposed:  # one part after the other
         for name, part in parts.items():
-            piece = part.narrow(axis, start, min(step, part.shape[axis] - start))
-            rows.append(_convert(name, piece, precision))
-        stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
-        yield (stacked.t() if transposed else stacked).contiguous()
+            rows = max(1, PIECE_BYTES // (prod(part.shape[1:]) * ELEMENT_BYTES[precision]))
+            for piece in part.split(rows):
+                yield _convert(name, piece, precision)
+        return
+    across = sum(part.shape[0] for part in parts.values())
+    columns = max(1, PIECE_BYTES // (across * ELEMENT_BYTES[precision]))
+    for pieces in zip(*(part.split(columns, dim=1) for part in parts.values()), strict=True):
+        converted = [_convert(name, piece, precision) for name, piece in zip(parts, pieces, strict=True)]
+        yield torch.cat(converted).t().contiguous()
 
 
 def _convert(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Tensor:
