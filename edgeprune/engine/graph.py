@@ -67,7 +67,7 @@ def write_graphs(
     """Write the spellings and their data files into `folder`; equal input gives equal bytes.
 
     weights: by the names of decoder.py, any floating type; each is read once. precision is that of
-    weights, activations, cache and, but for bf16, logits (sums of squares stay fp32). max_positions: rows of the
+    weights, activations, cache and logits, as above for bf16 (sums of squares stay fp32). max_positions: rows of the
     onnxruntime dialect's rotary tables, at most and by default decoder.max_position_embeddings; longer
     contexts need no tables in the other dialects.
     Raises InputError for a decoder that a dialect cannot spell, a missing weight or a wrong shape, and
@@ -79,7 +79,7 @@ def write_graphs(
     tables = any(spelling.dialect == "onnxruntime" for spelling in spellings)
     initializers = graph_data.layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
     folder.mkdir(parents=True, exist_ok=True)
-    graph_data.write_data(decoder, weights, folder, precision, initializers)
+    graph_data.write_data(decoder, weights, folder, initializers)
     graphs = {spelling: folder / spelling.filename for spelling in spellings}
     for spelling, path in graphs.items():
         model = _model(decoder, precision, spelling, initializers)
@@ -143,14 +143,12 @@ def _graph(
 ) -> GraphProto:
     from onnx import TensorProto, helper
 
-    # The type of the data files, and the one that is computed in.
-    stored = element_type(precision)
     nodes = Nodes("fp32" if (precision, spelling.dialect) == ("bf16", "onnxruntime") else precision)
     element = element_type(nodes.precision)
     logits = _forward(nodes, decoder, spelling)
     used = {name for node in nodes.nodes for name in node.input}
-    external = [_external(initializer, stored) for initializer in initializers if initializer.name in used]
-    widened = [] if stored == element else [_widened(tensor, element) for tensor in external]
+    external = [_external(initializer) for initializer in initializers if initializer.name in used]
+    widened = [_widened(tensor, element) for tensor in external if tensor.data_type != element]
     rows = "sequence" if spelling.logits == "all" else 1
     inputs, outputs = _caches(decoder, element)
     return helper.make_graph(
@@ -188,9 +186,10 @@ def _cache_names(index: int) -> tuple[str, str, str, str]:
     return f"{past}.key", f"{past}.value", f"{present}.key", f"{present}.value"
 
 
-def _external(initializer: Initializer, element: int) -> TensorProto:
+def _external(initializer: Initializer) -> TensorProto:
     from onnx import TensorProto
 
+    element = element_type(initializer.precision)
     tensor = TensorProto(name=initializer.name, data_type=element, dims=initializer.shape)
     tensor.data_location = TensorProto.EXTERNAL
     entries = {"location": initializer.file, "offset": initializer.offset, "length": initializer.length}

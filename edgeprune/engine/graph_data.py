@@ -36,7 +36,8 @@ PIECE_BYTES = 1 << 25
 class Initializer:
     """One tensor of a data file. `sources` are the weights it is made of, stacked along their
     rows and, where `transposed`, turned from nn.Linear's (out, in) to MatMul's (in, out). They make
-    `blocks` such matrices one behind the other, one for each expert. Without sources it is a rotary table."""
+    `blocks` such matrices one behind the other, one for each expert. Without sources it is a rotary table, which
+    is fp32 where the rest is bf16: the dialect that reads it computes in fp32 there."""
 
     name: str
     file: str
@@ -45,6 +46,7 @@ class Initializer:
     transposed: bool
     offset: int
     length: int  # bytes
+    precision: Precision
     blocks: int = 1
 
     @property
@@ -68,8 +70,9 @@ def layout(decoder: Decoder, precision: Precision, max_positions: int | None) ->
     def add(name: str, shape: tuple[int, ...], sources: tuple[str, ...], file: str = LAYERS_FILE, blocks: int = 1,
             transposed: bool = True) -> None:  # fmt: skip
         offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
-        length = prod(shape) * ELEMENT_BYTES[precision]
-        found.append(Initializer(name, file, shape, sources, transposed and len(shape) > 1, offset, length, blocks))
+        own: Precision = "fp32" if precision == "bf16" and not sources else precision
+        length, turned = prod(shape) * ELEMENT_BYTES[own], transposed and len(shape) > 1
+        found.append(Initializer(name, file, shape, sources, turned, offset, length, own, blocks))
         ends[file] = offset + length
 
     hidden, vocabulary = decoder.hidden_size, decoder.vocab_size
@@ -142,11 +145,10 @@ def write_data(
     decoder: Decoder,
     weights: Mapping[str, torch.Tensor],
     folder: Path,
-    precision: Precision,
     initializers: tuple[Initializer, ...],
 ) -> None:
     """Write both data files. Raises InputError for a weight that is missing or has another shape,
-    NumericalError for one that is not finite or overflows fp16; both name the weight."""
+    NumericalError for one that is not finite or overflows; both name the weight."""
     import torch
 
     shapes = decoder.shapes()
@@ -158,8 +160,8 @@ def write_data(
                 file.write(bytes(initializer.offset - file.tell()))
                 for sources in initializer.parts or [()]:
                     parts = _parts(decoder, weights, initializer, sources, shapes)
-                    for piece in _pieces(parts, initializer.transposed, precision):
-                        if precision == "bf16":  # numpy has no such type
+                    for piece in _pieces(parts, initializer.transposed, initializer.precision):
+                        if initializer.precision == "bf16":  # numpy has no such type
                             piece = piece.view(torch.int16)
                         file.write(memoryview(piece.numpy()).cast("B"))
                     parts.clear()  # before the next is read
@@ -200,8 +202,9 @@ def _convert(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Ten
         return converted
     if torch.isfinite(tensor).all():
         raise NumericalError(
-            f"weight {name} reaches {tensor.abs().max().item():.4g}, beyond fp16's limit 65504",
-            "Write the graph in fp32 (--precision fp32).",
+            f"weight {name} reaches {tensor.abs().max().item():.4g}, beyond {precision}'s limit "
+            f"{torch.finfo(converted.dtype).max:.6g}",
+            f"Write the graph in {'bf16 or ' if precision == 'fp16' else ''}fp32 (--precision fp32).",
         )
     raise NumericalError(
         f"weight {name} holds values that are not finite", "Check the checkpoint: download or convert it again."

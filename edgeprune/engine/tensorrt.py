@@ -26,6 +26,7 @@ _REMEDIES = {  # what TensorRT for RTX 1.7 lacks in fp32 (measured): the Attenti
     "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
     "--precision fp16.",
     "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
+    "HW-specific datatypes: b16": "Use --precision fp16: GPUs before SM 80 have no bf16.",
 }
 _SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."
 _NO_DRIVER = re.compile(r"cudaError (35|100)\b")  # said beside any other error on a machine without a GPU

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from tests.doubles import double_tensorrt_builder as building
+from tests.doubles.double_bf16 import narrowed, widened
 from tests.doubles.double_device import Allocation, Device, Fault, Life, Work
 from tests.doubles.double_tensorrt_base import (
     DataType,
@@ -30,7 +31,10 @@ from tests.doubles.double_tensorrt_base import (
 )  # fmt: skip
 
 CONTEXT_BYTES = 2**20
-NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT64: np.int64}
+NUMPY = {
+    DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT64: np.int64,
+    DataType.BF16: np.uint16,
+}  # fmt: skip
 
 
 class Refused(Exception):
@@ -239,12 +243,14 @@ def _compute(
     device.read_by_steps.append({name: content(name).copy() for name in inputs if not name.startswith("past")})
     outputs = [name for name, one in tensors.items() if not one["input"]]
     try:
-        results = session.run(outputs, {name: content(name) for name in inputs})
+        values = {name: content(name) for name in inputs}
+        results = session.run(outputs, {n: widened(v) if v.dtype == np.uint16 else v for n, v in values.items()})
     except Exception as error:  # what its inputs make impossible, an index outside of a table say
         raise Fault("CUDA_ERROR_ILLEGAL_ADDRESS", str(error)) from None
     for name, result in zip(outputs, results, strict=True):
-        content(name)[:] = result
-        memory(name).written = result.nbytes
+        held = content(name)
+        held[:] = narrowed(result) if held.dtype == np.uint16 else result
+        memory(name).written = held.nbytes
 
 
 def _give_back(device: Device, address: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from tests.doubles.double_bf16 import emulated, is_bf16
 from tests.doubles.double_tensorrt_base import (
     DataType,
     ILogger,
@@ -20,7 +21,11 @@ from tests.doubles.double_tensorrt_base import (
 )  # fmt: skip
 
 MAGIC = b"an engine of a double of TensorRT"
-ELEMENTS = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
+ELEMENTS = {
+    onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.INT64: "INT64",
+}  # fmt: skip
+HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 PHASES = (("Building ENGINE_0", None, 3), ("Tactic selection", "Building ENGINE_0", 5))
 
 
@@ -125,7 +130,7 @@ class OnnxParser(Strict):
         return not unknown
 
 
-def _whole(path: Path) -> onnx.ModelProto:
+def whole(path: Path) -> onnx.ModelProto:
     """The model with its weights inside. As TensorRT it takes a file that has other names too; onnx.load does not."""
     model = onnx.load(path, load_external_data=False)
     for one in model.graph.initializer:
@@ -231,7 +236,7 @@ class Builder(Strict):
             for values, is_input in ((network._graph.input, True), (network._graph.output, False))
             for value in values
         }
-        weights = sum(prod(one.dims) * (2 if one.data_type == onnx.TensorProto.FLOAT16 else 4)
+        weights = sum(prod(one.dims) * (2 if one.data_type in HALVES else 4)
                       for one in network._graph.initializer)  # fmt: skip
         for label, size in (("Total Weights Memory", weights), ("Total Activation Memory", 3 * 2**19)):
             self._logger.log(ILogger.Severity.VERBOSE, f"{label}: {size} bytes")
@@ -240,8 +245,9 @@ class Builder(Strict):
             "version": self._module.__version__, "sm": config._sm, "weights": weights,
             "tensors": tensors, "profile": config._profiles[0]._shapes,
         }  # fmt: skip
-        model = _whole(network._path).SerializeToString()
-        return IHostMemory(b"\n".join((MAGIC, json.dumps(plan).encode(), model)))
+        model = whole(network._path)
+        model = emulated(model) if is_bf16(model) else model
+        return IHostMemory(b"\n".join((MAGIC, json.dumps(plan).encode(), model.SerializeToString())))
 
     def _fail(self, text: str) -> None:
         self._logger.log(ILogger.Severity.ERROR, f"IBuilder::buildSerializedNetwork: Error Code 10: {text}")

@@ -63,7 +63,7 @@ def reference_logits(model: LlamaForCausalLM, batch: Sample) -> np.ndarray:
     """(2, tokens, vocabulary) fp32, of all positions at once and without a cache."""
     mask, positions = torch.from_numpy(batch.mask), torch.from_numpy(batch.positions)
     ids = torch.from_numpy(batch.ids)
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.numpy()
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float().numpy()
 
 
 def write(model: LlamaForCausalLM, folder: Path, precision: str = "fp32", decoder: Decoder | None = None) -> GraphFiles:

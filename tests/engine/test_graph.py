@@ -288,7 +288,7 @@ def test_data_files_hold_the_weights_whatever_the_piece(
     initializers = graph_data.layout(decoder, precision, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph_data, "PIECE_BYTES", piece_bytes)
-        graph_data.write_data(decoder, weights, folder, precision, initializers)
+        graph_data.write_data(decoder, weights, folder, initializers)
     ends = dict.fromkeys((graph_data.EMBEDDING_FILE, graph_data.LAYERS_FILE), 0)
     for initializer in initializers:
         assert initializer.offset % graph_data.ALIGNMENT == 0

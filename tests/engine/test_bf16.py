@@ -1,0 +1,137 @@
+"""bf16 graphs: valid by the standard, built by TensorRT for RTX, and as accurate as bf16 is.
+
+ONNX Runtime has no bf16 on a processor: what runs here is the graph with each node's output rounded to bf16 (the
+doubles' `emulated`), and the onnxruntime dialect, which computes in fp32 on the bf16 weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from transformers import LlamaForCausalLM
+
+from edgeprune.engine.check import compare_logits, read_reference, write_reference
+from edgeprune.engine.child import quiet
+from edgeprune.engine.gpu import Runner
+from edgeprune.engine.graph import GraphFiles, Spelling, graph_weight_bytes, write_graphs
+from edgeprune.engine.onnxruntime import Runner as ProcessorRunner
+from edgeprune.engine.tensorrt import available, compile_plan
+from edgeprune.errors import EngineError
+from edgeprune.model.load import load_model
+from tests.doubles.double_bf16 import emulated
+from tests.doubles.double_device import Device
+from tests.doubles.double_tensorrt_builder import whole
+from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, WORKLOAD, built
+from tests.engine.graph_models import SPELLINGS, reference_logits, run_steps, sample
+from tests.families import CASES, save_family
+from tests.reference import decoder_of, weights_of
+
+pytest_plugins = ("tests.doubles.fixtures",)
+
+STANDARD = [spelling for spelling in SPELLINGS if spelling.dialect != "onnxruntime"]
+OPSET23 = Spelling("opset23", "last")
+IDS = np.random.default_rng(2).integers(0, 200, 28)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> GraphFiles:
+    folder = tmp_path_factory.mktemp("bf16")
+    return write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, "bf16", SPELLINGS)
+
+
+def rounded() -> LlamaForCausalLM:
+    model = copy.deepcopy(MODEL)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model
+
+
+def refused_types(model: onnx.ModelProto) -> list[str]:
+    """Inputs and outputs of a type that their operator's schema in the model's opset does not admit: the checker
+    looks at shapes and names, not at these."""
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    graph, opset = model.graph, model.opset_import[0].version
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    kinds |= {one.name: one.data_type for one in graph.initializer}
+    found = []
+    for node in graph.node:
+        schema = onnx.defs.get_schema(node.op_type, opset)
+        for names, formals in ((node.input, schema.inputs), (node.output, schema.outputs)):
+            for place, name in enumerate(names):
+                formal = formals[min(place, len(formals) - 1)]
+                text = f"tensor({helper.tensor_dtype_to_string(kinds[name]).removeprefix('TensorProto.').lower()})"
+                if name and text not in {str(kind) for kind in formal.types}:
+                    found.append(f"{node.op_type} {node.name}: {name} is {text}")
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operator_admits_bf16_in_both_opsets(case: str, tmp_path: Path) -> None:
+    save_family(tmp_path / "model", case)
+    model = load_model(str(tmp_path / "model"))
+    files = write_graphs(model.decoder, model.weights, tmp_path / "graphs", "bf16", STANDARD)
+    for path in files.graphs.values():
+        onnx.checker.check_model(str(path), full_check=True)
+        found = onnx.load(path, load_external_data=False)
+        assert refused_types(found) == []
+        assert {one.data_type for one in found.graph.initializer if one.external_data} == {TensorProto.BFLOAT16}
+        logits, *caches = (value.type.tensor_type.elem_type for value in found.graph.output)
+        assert logits == TensorProto.FLOAT
+        assert set(caches) == {TensorProto.BFLOAT16}
+
+
+def test_onnx_runtime_computes_in_fp32_on_the_same_weights(files: GraphFiles) -> None:
+    """The logits of transformers' own model whose weights were rounded."""
+    batch = sample(20)
+    expected = reference_logits(rounded(), batch)
+    (found,) = run_steps(files.graphs[Spelling("onnxruntime", "all")], batch, [20], capacity=24)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[batch.mask == 1], expected[batch.mask == 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("spelling", [Spelling("opset23", "all"), Spelling("primitive", "all")])
+def test_rounded_at_every_node_it_errs_as_transformers_in_bf16_does(
+    files: GraphFiles, spelling: Spelling, tmp_path: Path
+) -> None:
+    """transformers' own model in bf16 rounds in other places; both err as much against fp32, within a factor."""
+    batch = sample(20)
+    graph = emulated(whole(files.graphs[spelling]))
+    (tmp_path / "emulated.onnx").write_bytes(graph.SerializeToString())
+    (found,) = run_steps(tmp_path / "emulated.onnx", batch, [20])
+    half = copy.deepcopy(MODEL).bfloat16()
+    half.model.rotary_emb.inv_freq = MODEL.model.rotary_emb.inv_freq  # which stays fp32 in a model that is loaded
+    theirs, exact = reference_logits(half, batch), reference_logits(rounded(), batch)
+    errors = [np.abs(logits - exact)[batch.mask == 1].max() for logits in (found, theirs)]
+    assert 0.3 * errors[1] < errors[0] < 1.5 * errors[1]
+
+
+def test_on_a_double_a_bf16_engine_keeps_its_cache_as_bits(device: Device, files: GraphFiles, tmp_path: Path) -> None:
+    """Prompt in parts, then steps; the logits are fp32, and near those of the same weights in fp32."""
+    reference = tmp_path / "reference.npz"
+    write_reference(ProcessorRunner(files.graphs[RUNTIME], 1, 48, threads=1), IDS, 20, reference)
+    ids, expected = read_reference(reference)
+    with Runner(built(files.graphs[PRIMITIVE], tmp_path / "plan"), 1, 28, "tensorrt") as runner:
+        logits = runner.run(ids[:, :5])
+        assert logits.dtype == np.float32
+        assert not (logits.view(np.uint32) & 0xFFFF).any()  # cast from bf16
+        assert runner.cache_bytes == 2 * 3 * 2 * 2 * 28 * 16 * 2  # halves, layers, key and value, heads, bytes
+        runner.reset()
+        found = compare_logits(runner, ids, expected, quiet)
+    assert found["positions"] == 9
+    assert found["cosine"] > 0.99
+
+
+@pytest.mark.skipif(not available("tensorrt-rtx")[0], reason="TensorRT for RTX is not installed")
+@pytest.mark.parametrize("spelling", [OPSET23, PRIMITIVE], ids=lambda spelling: spelling.dialect)
+def test_tensorrt_builds_it_and_holds_each_weight_once(files: GraphFiles, spelling: Spelling, tmp_path: Path) -> None:
+    weights = graph_weight_bytes(decoder_of(MODEL.config), "bf16", spelling.dialect)
+    result = compile_plan(files.graphs[spelling], tmp_path / "plan", WORKLOAD, 86, "tensorrt-rtx")
+    assert weights <= result.weights_bytes <= 1.01 * weights
+    with pytest.raises(EngineError, match="sm75") as caught:
+        compile_plan(files.graphs[spelling], tmp_path / "plan", WORKLOAD, 75, "tensorrt-rtx")
+    assert "GPUs before SM 80 have no bf16" in caught.value.remedy
