@@ -157,9 +157,8 @@ class Evaluator:
 
     def _answers(self, model: Model, graph: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """Greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
-        from edgeprune.engine.generate import generate
+        from edgeprune.engine.generate import end_ids, generate
         from edgeprune.engine.onnxruntime import Runner
-        from edgeprune.generation import end_ids
         from edgeprune.model.load import load_tokenizer
 
         self.progress.stage(f"answer {len(prompts)} prompts")

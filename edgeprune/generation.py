@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeprune.bundle import REPORT, open_chosen, tokenizer_of
 from edgeprune.engine.check import Runner as StepRunner
-from edgeprune.engine.generate import generate
+from edgeprune.engine.generate import end_ids, generate
 from edgeprune.engine.gpu import Runner as EngineRunner
 from edgeprune.engine.graph import Spelling
 from edgeprune.engine.onnxruntime import Runner
@@ -84,14 +84,6 @@ def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new
         runner, [ids], min(max_new_tokens, context - len(ids)), *CHAT_SAMPLING, seed, end_ids(tokenizer, directory)
     )
     return tokenizer.decode([int(tokens[0]) for tokens in steps], skip_special_tokens=True).strip()
-
-
-def end_ids(tokenizer: Any, directory: Path) -> set[int]:
-    """Tokens that end a text: the tokenizer's and those of the generation config."""
-    path = directory / "generation_config.json"
-    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    found = configured if isinstance(configured, list) else [configured]
-    return {int(token) for token in [*found, tokenizer.eos_token_id] if token is not None}
 
 
 def stream_text(

@@ -117,6 +117,7 @@ GRAPHS = (
     "| `onnx/model.primitive*.onnx` | the same in operators of opset 17, for older parsers |",
     "| `onnx/model.onnxruntime*.onnx` | the same for ONNX Runtime, its cache updated in place |",
     "| `onnx/*.last.onnx` | the same with the logits of the last position only: what engines are built from |",
+    "| `onnx/genai_config.json` | lets onnxruntime-genai load the folder; the tokenizer's files are beside it |",
 )
 RECORDS = (
     "| `profile.toml` | the device profile that was used |",

@@ -12,6 +12,7 @@ import numpy as np
 from edgeprune.engine import perform
 from edgeprune.engine.base import Measured
 from edgeprune.engine.choose import RUNTIME_GRAPH, Exported
+from edgeprune.engine.genai import write_genai
 from edgeprune.engine.graph import Spelling, unsupported, write_graphs
 from edgeprune.engine.wire import figure_from_json, figure_to_json, performance_from_json, performance_to_json
 from edgeprune.journal import Journal
@@ -47,6 +48,7 @@ class Run:
         spellings = [s for s in SPELLINGS if unsupported(model.decoder, s.dialect) is None]
         context = max(self.setup.workload.context, length)
         write_graphs(model.decoder, model.weights, target, precision, spellings, context)
+        write_genai(model.decoder, spellings, target, model.directory, context)
         return target
 
     def export_dense(self) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +13,14 @@ from edgeprune.engine.check import Runner
 from edgeprune.errors import InputError, NumericalError
 
 CANDIDATES = 512
+
+
+def end_ids(tokenizer: Any, directory: Path) -> set[int]:
+    """Tokens that end a text: the tokenizer's and those of the generation config."""
+    path = directory / "generation_config.json"
+    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    found = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in [*found, tokenizer.eos_token_id] if token is not None}
 
 
 def generate(
