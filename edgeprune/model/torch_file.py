@@ -1,0 +1,115 @@
+"""PyTorch's own checkpoint files (.bin): a zip archive of one pickle and of each tensor's bytes.
+
+The pickle is read by torch.load(weights_only=True), which builds tensors and plain containers and calls nothing
+else; the file is mapped, so that bytes are read where a tensor is used.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+ZIP_MAGIC = b"PK\x03\x04"
+OLD_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # of files before PyTorch 1.6, pickles one after the other
+KEPT_BYTES = 1 << 26
+NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+AGAIN = "Download the checkpoint again."
+
+
+class TorchFiles:
+    """Tensors of .bin files. The file read last stays mapped until KEPT_BYTES of it were given out: to unpickle takes
+    tens of milliseconds, but what was read of a mapped file counts as memory of this process until it is unmapped."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._left = 0
+
+    def read(self, file: Path, key: str) -> torch.Tensor:
+        """Raises InputError where the file is no longer what it was."""
+        if file != self._file or self._left <= 0:
+            self._file, self._tensors = None, {}
+            self._tensors = tensors_of(file)
+            self._file, self._left = file, KEPT_BYTES
+        if key not in self._tensors:
+            raise InputError(f"{file} has no tensor {key} any more", AGAIN)
+        tensor = self._tensors[key]
+        self._left -= tensor.nbytes
+        return tensor
+
+
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file by name, mapped; whatever else it holds beside them is left out.
+
+    Raises InputError for a file that is truncated, of another format, or whose pickle asks for anything but tensors
+    and plain containers; nothing in it is called.
+    """
+    import torch
+
+    archive_members(file)
+    try:
+        content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"its pickle asks for {found.group(1)}" if found else "its pickle holds something else"
+        raise InputError(
+            f"{file} does not hold tensors alone: {what}, and nothing of it was executed",
+            "Take the checkpoint from a source you trust, as safetensors or as a plain state_dict.",
+        ) from None
+    except Exception as error:  # whatever a damaged pickle or archive makes of torch's reader
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{file} is no PyTorch checkpoint: {reason}", AGAIN) from None
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value.detach() for name, value in items if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise InputError(f"{file} holds no tensors by name", "Give a checkpoint whose .bin is a plain state_dict.")
+    return tensors
+
+
+def torch_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype, as safetensors calls it, and shape of every tensor. Raises InputError as `tensors_of` does."""
+    return {name: (_kind(tensor), tuple(tensor.shape)) for name, tensor in tensors_of(file).items()}
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    import torch
+
+    dtype = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
+    return NAMES.get(dtype, dtype.removeprefix("torch."))
+
+
+def archive_members(file: Path) -> list[tuple[str, int, int]]:
+    """Name, size and checksum of every member of the archive, whose bytes stand in the file as they are.
+
+    Raises InputError for any other file.
+    """
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(len(OLD_MAGIC))
+        if magic == OLD_MAGIC:
+            raise InputError(
+                f"{file} was written before PyTorch 1.6, or in that format, and cannot be mapped",
+                "Write it again: python -c \"import torch; f='FILE.bin'; "
+                "torch.save(torch.load(f, map_location='cpu', weights_only=True), f)\"",
+            )
+        if not magic.startswith(ZIP_MAGIC):
+            raise InputError(f"{file} is no PyTorch checkpoint", AGAIN)
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}", "Check its permissions.") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise InputError(f"{file} is no PyTorch checkpoint or is truncated: {error}", AGAIN) from None
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise InputError(f"{file} is a TorchScript module, which is code", "Give a checkpoint of weights alone.")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise InputError(f"{file} is compressed and cannot be mapped", "Write it again with torch.save.")
+    return [(member.filename, member.file_size, member.CRC) for member in members]
