@@ -31,8 +31,8 @@ from edgeprune.profiles import DeviceProfile, HardwareFigure, list_profiles, loa
 
 def uniform(hidden: int, layers: int, heads: tuple[int, int, int], intermediate: int, vocabulary: int) -> Decoder:
     """heads: query heads, key/value heads, head_dim. Tied."""
-    layer = Layer(Attention(*heads), Mlp(intermediate))
-    return Decoder("llama", hidden, vocabulary, 8192, 1e-5, True, Rotary((1.0,) * (heads[2] // 2)), (layer,) * layers)
+    layer = Layer(Attention(*heads, Rotary((1.0,) * (heads[2] // 2))), Mlp(intermediate))
+    return Decoder("llama", hidden, vocabulary, 8192, 1e-5, True, (layer,) * layers)
 
 
 SMOLLM2 = uniform(576, 30, (9, 3, 64), 1536, 49152)
@@ -171,7 +171,7 @@ def test_no_pruning_of_layers_removes_head_and_overhead() -> None:
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 24))
 def test_the_floor_is_below_every_candidate(groups: int, heads_per_group: int, multiples: int) -> None:
-    assert floor_decoder(SMOLLM2, 64).layers == (Layer(Attention(1, 1, 64), Mlp(64)),)
+    assert floor_decoder(SMOLLM2, 64).layer_widths == [(1, 1, 64)]
     floor = estimate_floor(SMOLLM2, ORIN, WORKLOAD, "fp16")
     candidate = SMOLLM2.with_widths(groups, heads_per_group, 64 * multiples)
     performance = estimate_performance(candidate, ORIN, WORKLOAD, "fp16")

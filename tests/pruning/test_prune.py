@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Attention, ratio
 from edgeprune.model.forward import (
+    Tables,
     add_module,
     embed,
     layer_weights,
     module_inputs,
     modules_of,
-    rotary_tables,
     token_losses,
 )
 from edgeprune.model.model import Model
@@ -229,7 +229,7 @@ def test_generated_samples_are_solved_on_like_the_users():
 
 def hidden_after(decoder, weights, ids_):
     hidden = torch.nn.functional.embedding(ids_, weights["embedding"])
-    tables = rotary_tables(decoder, ids_.shape[1])
+    tables = Tables(decoder, ids_.shape[1])
     for index in range(len(decoder.layers)):
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): weights[name] for name in decoder.layer_shapes(index)}
@@ -246,7 +246,7 @@ def test_flap_adds_the_mean_of_what_it_removes_as_a_bias():
     assert list(weights) == list(result.shapes())
     own = layer_weights(model, 0)
     hidden = embed(model, ids())
-    tables = rotary_tables(model.decoder, 24)
+    tables = Tables(model.decoder, 24)
     add_module(model.decoder, 0, "attention", own, hidden, tables)
     inputs = module_inputs(model.decoder, 0, "mlp", own, hidden, tables)
     kept = [j for j in range(64) if any(torch.equal(own["mlp.gate"][j], row) for row in weights["layers.0.mlp.gate"])]

@@ -4,10 +4,10 @@ import torch
 from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import (
     OUTPUT,
+    Tables,
     embed,
     layer_weights,
     module_inputs,
-    rotary_tables,
     token_losses,
     weight_stream,
 )
@@ -30,7 +30,7 @@ def test_errors_are_least_squares_errors_weighted_by_the_gradient():
     energy = token_gradients(model, ids, 0)[0]["attention"]
     weights = layer_weights(model, 0)
     inputs = module_inputs(
-        model.decoder, 0, "attention", weights, embed(model, ids), rotary_tables(model.decoder, 20), 8
+        model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8
     )
     rows = (inputs * energy.sqrt()[..., None]).flatten(0, 1).double() / (2 * 48 * ids.numel()) ** 0.5
     weight = weights[OUTPUT["attention"]]
@@ -84,7 +84,7 @@ def test_scores_of_all_layers_are_those_of_the_score_on_the_dense_stream():
     assert [len(row) for row in channels] == [64, 64]
     weights = layer_weights(model, 0)
     inputs = module_inputs(
-        model.decoder, 0, "attention", weights, embed(model, ids), rotary_tables(model.decoder, 20), 8
+        model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8
     )
     rows = inputs.flatten(0, 1).double()
     projection = Projection(weights[OUTPUT["attention"]], rows.T @ rows, inputs, torch.Generator())
