@@ -322,6 +322,12 @@ def _warnings(fitted: Fitted) -> list[str]:
     fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
     if fell_back:
         warnings.append(f"Compensation did not help and was left out in: {', '.join(fell_back)}.")
+    for record in fitted.chosen.records:
+        if few := record["few"]:
+            warnings.append(
+                f"Layer {record['layer']}: experts {', '.join(map(str, few))} saw fewer calibration tokens than they keep "
+                "channels and were not compensated; give more or other samples."
+            )
     return warnings
 
 

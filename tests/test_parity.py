@@ -11,6 +11,8 @@ import torch
 from edgeprune.engine.base import Workload
 from edgeprune.engine.graph import Spelling, write_graphs
 from edgeprune.model.families import FAMILIES
+from edgeprune.pruning.methods import METHODS
+from edgeprune.pruning.prune import prune, result_of
 from tests import parity
 from tests.families import CASES
 
@@ -59,3 +61,46 @@ def test_compiled_in_fp16(case: str, tmp_path: Path) -> None:
     graph = write_graphs(decoder, weights, tmp_path / "graphs", "fp16", [spelling]).graphs[spelling]
     result = compile_plan(graph, tmp_path / "plan", Workload(1, 16, 64), 86, "tensorrt-rtx")
     assert result.weights_bytes > 0
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3_text", "smollm3", "qwen2, yarn, late windows", "gpt2"])
+def test_what_is_left_of_layers_that_differ_is_loaded_as_such(case: str, tmp_path: Path) -> None:
+    """The first layer goes: windows, local rotary and layers without it belong to those behind."""
+    model = parity.dense(tmp_path / "model", case).model
+    widths = model.decoder.layer_widths
+    target = model.decoder.with_layer_widths([(0, 1, 0), *widths[1:]])
+    decoder, weights = parity.pruned(model, target)
+    assert decoder.is_uniform
+    loaded = parity.as_transformers(model, decoder, weights, tmp_path / "pruned")
+    errors = parity.graph_errors(parity.reference(loaded), decoder, weights, tmp_path / "graphs")
+    assert max(errors.values()) < LIMIT, errors
+
+
+def test_an_expert_that_saw_too_few_tokens_is_named_and_left_as_it_is(tmp_path: Path) -> None:
+    model = parity.dense(tmp_path / "model", "mixtral").model
+    target = parity.target_of(model.decoder)
+    records = []
+    few = torch.randint(2, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    weights = dict(prune(model, target, few, parity.METHOD, 0, records.append))
+    named = [record for record in records if record.few]
+    assert named
+    assert all(record.kind == "mlp" for record in named)
+    for record in named:
+        for expert in record.few:
+            name = f"layers.{record.layer}.mlp.experts.{expert}.down"
+            dense = model.weights[name]
+            assert all(any(torch.equal(column, other) for other in dense.T) for column in weights[name].T)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "," not in case])
+def test_the_update_brings_the_logits_nearer(case: str, tmp_path: Path) -> None:
+    """On samples that it has not seen, against the same cut without it."""
+    model = parity.dense(tmp_path / "model", case).model
+    target, generator = parity.target_of(model.decoder), torch.Generator().manual_seed(1)
+    fit, held_out = (torch.randint(2, 257, (rows, 48), generator=generator) for rows in (32, 8))
+    wanted, errors = parity.torch_logits(model.decoder, model.weights, held_out), {}
+    for name in ("obs", "default"):
+        weights = dict(prune(model, target, fit, METHODS[name], 0))
+        found = parity.torch_logits(result_of(target, METHODS[name]), weights, held_out)
+        errors[name] = np.square(found - wanted).mean()
+    assert errors["default"] < 0.98 * errors["obs"]

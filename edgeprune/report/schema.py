@@ -179,6 +179,9 @@ class Module(Strict):
     error_before: float | None = Field(description="without compensation")
     error_after: float | None = Field(description="with compensation")
     fell_back: bool = Field(description="no update lowered the error: the kept weights are as they were")
+    few: list[int] = Field(
+        default_factory=list, description="experts without an update: they saw fewer samples' tokens than they keep channels"
+    )
 
 
 class Step(Strict):
