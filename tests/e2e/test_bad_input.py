@@ -19,9 +19,9 @@ from tests.checkpoints import save_llama
 def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     save_llama(folder / "model", max_position_embeddings=4096)
-    save_llama(folder / "gpt")
-    config = folder / "gpt" / "config.json"
-    config.write_text(config.read_text().replace('"llama"', '"gpt2"'))
+    save_llama(folder / "mamba")
+    config = folder / "mamba" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"mamba"'))
     shutil.copytree(folder / "model", folder / "uneven")
     config = folder / "uneven" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {LAYER_WIDTHS: [[2, 3, 64], [0, 1, 64]]}))
@@ -38,7 +38,7 @@ CASES = {
     "unknown device": (["fit", "model", "--device", "jetson-orinn"], "jetson-orin"),
     "no device": (["fit", "model"], "--device"),
     "missing model": (["fit", "nowhere", "--device", "cpu"], "no such model"),
-    "unsupported model": (["fit", "gpt", "--device", "jetson-orin"], "llama, mistral"),
+    "unsupported model": (["fit", "mamba", "--device", "jetson-orin"], "unsupported architecture 'mamba'"),
     "a model of different layers": (["fit", "uneven", "--device", "jetson-orin"], "differ in width"),
     "different layers to compare": (["compare", "uneven", "--calibration", "short.txt"], "differ in width"),
     "missing text": (["fit", "model", "--device", "jetson-orin", "--calibration", "none.txt"], "none.txt"),

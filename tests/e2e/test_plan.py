@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.model.families import FAMILIES
 from edgeprune.profiles import list_profiles
 from tests.e2e.test_bad_input import run
+from tests.published import PUBLISHED
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_key_value_heads": 8,
@@ -30,7 +32,9 @@ SHAPES = {
             "original_max_position_embeddings": 8192,
         },
     },
-    "gpt": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+    "mamba": {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+    "t5": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+    "deepseek": {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]},
     "empty": None,
 }  # fmt: skip
 
@@ -65,6 +69,33 @@ def test_a_huge_shape_on_every_profile_takes_seconds_and_little_memory(home, nam
     assert {round(row["parameters"] / 1e9, 2) for row in rows} == {billions}
     assert all(row["source"] == "estimated" and row["basis"]["decode"] for row in rows)
     assert not any(row["fits"] for row in rows)  # fp16
+
+
+def test_a_published_configuration_of_every_family(tmp_path):
+    """Without weights and without torch; that the parameters are those that are known says that all was read."""
+    for name, (config, _) in PUBLISHED.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    code = (
+        "import io, json, sys; from contextlib import redirect_stdout; from edgeprune.cli import main\n"
+        "found = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    sys.argv = ['edgeprune', 'plan', f'{name}.json', '--device', 'jetson-orin', '--json']\n"
+        "    with redirect_stdout(io.StringIO()) as text:\n"
+        "        try: main()\n"
+        "        except SystemExit as end: code = end.code\n"
+        "    found[name] = [code, json.loads(text.getvalue() or 'null')]\n"
+        "found['heavy'] = sorted({'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules))\n"
+        "print(json.dumps(found))"
+    )
+    words = [sys.executable, "-c", code, *PUBLISHED]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout)
+    assert found.pop("heavy") == []
+    assert {name: code for name, (code, _) in found.items()} == dict.fromkeys(PUBLISHED, 0), result.stderr
+    millions = {name: round(shown["parameters"] / 1e6, 2) for name, (_, shown) in found.items()}
+    assert millions == {name: expected for name, (_, expected) in PUBLISHED.items()}
+    assert all(shown["source"] == "estimated" and shown["decode_ms"] > 0 for _, shown in found.values())
+    assert {config["model_type"] for config, _ in PUBLISHED.values()} == set(FAMILIES)
 
 
 def test_one_device(home):
@@ -115,7 +146,10 @@ CASES = {
     "no config": (["plan", "nowhere", "--device", "l4"], "no such model"),
     "no config file": (["plan", "nowhere.json"], "no such file"),
     "a directory without one": (["plan", "empty", "--device", "l4"], "has no config.json"),
-    "unknown family": (["plan", "gpt", "--device", "l4"], "unsupported architecture 'gpt2'"),
+    "a family without attention": (["plan", "mamba", "--device", "l4"], "unsupported architecture 'mamba'"),
+    "an encoder and a decoder": (["plan", "t5", "--device", "l4"], "unsupported architecture 't5'"),
+    "latent attention": (["plan", "deepseek", "--device", "l4"], "unsupported architecture 'deepseek_v3'"),
+    "the families there are": (["plan", "mamba", "--device", "l4"], f"Supported are: {', '.join(FAMILIES)} ("),
     "unknown device": (["plan", "llama-3-70b", "--device", "jetson-orinn"], "jetson-orin"),
     "missing profile": (["plan", "llama-3-70b", "--profile", "none.toml"], "none.toml"),
     "both": (["plan", "llama-3-70b", "--device", "l4", "--profile", "none.toml"], "both"),
