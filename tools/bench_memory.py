@@ -1,10 +1,11 @@
-"""Peak memory of pruning a model that is larger than the limit: random Llamas of 1.1 B and 2.1 B parameters.
+"""Peak memory of work on a model that is larger than the limit: random Llamas of 1.1 B and 2.1 B parameters.
 
-    python tools/bench_memory.py [--layers 22,44] [--samples 16]
+    python tools/bench_memory.py [--layers 22,44] [--work convert,prune] [--files safetensors,bin] [--samples 16]
 
-Each is written to disk in bf16 (2.2 and 4.2 GB), pruned to 70 % by layers in a fresh process and written
-again. The peak is that of the resident set; limit 2 GB, and it must not grow with the depth. Samples are of
-512 tokens; those that a model generates itself count like any others.
+Each is written to disk in bf16 (2.2 and 4.2 GB) as shards of a layer. Converted: to ONNX graphs in fp16, limit 1 GB.
+Pruned: to 70 % by layers, and written again, limit 2 GB. Each in a fresh process; the peak is that of the resident
+set, and it must not grow with the depth. Samples are of 512 tokens; those that a model generates itself count like
+any others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from edgeprune.engine.facts import peak_bytes
+
 SHAPE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 5632,
     "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
@@ -25,42 +28,63 @@ SHAPE = {
 }  # fmt: skip
 WIDTHS = (4, 6, 3968)
 LENGTH = 512
+SHARD_BYTES = 100 * 10**6
+LIMITS = {"convert": 1.0, "prune": 2.0}  # GB
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """Random weights of the usual scale, one shard for each layer, so that the writer stays small as well."""
+def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
+    """Random weights of the usual scale, in shards of about a layer, so that the writer stays small as well."""
     import torch
-    from safetensors.torch import save_file
 
-    from edgeprune.model.families import checkpoint_names, decoder_of
-    from edgeprune.model.load import load_model
+    from edgeprune.model import save
+    from edgeprune.model.configuration import decoder_of
+    from edgeprune.model.load import demo_file, load_gguf
 
     config = SHAPE | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(load_model("demo").directory / name, folder)
-    decoder = decoder_of(config)
-    names, generator = checkpoint_names(decoder), torch.Generator().manual_seed(0)
-    shards: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in decoder.shapes().items():
-        shards.setdefault(".".join(name.split(".")[:2]), {})[name] = shape
-    places = {}
-    for number, shapes in enumerate(shards.values()):
-        file = f"model-{number:05}.safetensors"
-        tensors = {}
-        for name, shape in shapes.items():
-            values = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
-            tensors[names[name]] = values.bfloat16()
-            places[names[name]] = file
-        save_file(tensors, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        shutil.copy(load_gguf(demo_file(), "demo").directory / name, folder)
+    decoder, generator = decoder_of(config), torch.Generator().manual_seed(0)
+    weights = (
+        (name, torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator))
+        for name, shape in decoder.shapes().items()
+    )
+    save.SHARD_BYTES = SHARD_BYTES
+    save.write_weights(decoder, weights, folder, torch.bfloat16)
+    if suffix == "bin":
+        _as_pickles(folder)
+
+
+def _as_pickles(folder: Path) -> None:
+    """The same shards as torch.save writes them."""
+    import torch
+    from safetensors.torch import load_file
+
+    for file in folder.glob("*.safetensors"):
+        torch.save(load_file(file), file.with_name(file.stem.replace("model", "pytorch_model") + ".bin"))
+        file.unlink()
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+    (folder / "pytorch_model.bin.index.json").write_text(text)
+    index.unlink()
+
+
+def convert_in_this_process(folder: Path) -> None:
+    """The child: writes the graphs of every dialect over one data file, and says its peak and its seconds."""
+    from edgeprune.engine.graph import Spelling, write_graphs
+    from edgeprune.model.load import load_model
+
+    start = time.monotonic()
+    model = load_model(str(folder / "dense"))
+    spellings = [Spelling("onnxruntime", "all"), Spelling("opset23", "all"), Spelling("primitive", "all")]
+    write_graphs(model.decoder, model.weights, folder / "onnx", "fp16", spellings)
+    print(json.dumps({"peak": peak_bytes(), "seconds": time.monotonic() - start}))
 
 
 def prune_in_this_process(folder: Path, samples: int) -> None:
     """The child: prunes, writes, and says its peak and its seconds."""
     import torch
 
-    from edgeprune.engine.facts import peak_bytes
     from edgeprune.model.load import load_model
     from edgeprune.model.save import save_checkpoint
     from edgeprune.pruning.methods import DEFAULT, METHODS
@@ -77,26 +101,37 @@ def prune_in_this_process(folder: Path, samples: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="22,44")
+    parser.add_argument("--work", default="convert,prune")
+    parser.add_argument("--files", default="safetensors,bin")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        prune_in_this_process(arguments.child, arguments.samples)
+        if arguments.work == "convert":
+            convert_in_this_process(arguments.child)
+        else:
+            prune_in_this_process(arguments.child, arguments.samples)
         return
     for layers in map(int, arguments.layers.split(",")):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "dense").mkdir()
-            write_checkpoint(folder / "dense", layers)
-            size = sum(file.stat().st_size for file in (folder / "dense").glob("*.safetensors"))
-            words = [sys.executable, __file__, "--child", str(folder), "--samples", str(arguments.samples)]
-            result = subprocess.run(words, capture_output=True, text=True, check=True)
-            found = json.loads(result.stdout.splitlines()[-1])
-            print(
-                f"{layers} layers, {size / 1e9:.2f} GB on disk: peak {found['peak'] / 1e9:.2f} GB, limit 2.00 GB; "
-                f"{found['seconds']:.0f} s",
-                flush=True,
-            )
+        for suffix in arguments.files.split(","):
+            with tempfile.TemporaryDirectory() as name:
+                _measure(Path(name), layers, suffix, arguments.work.split(","), arguments.samples)
+
+
+def _measure(folder: Path, layers: int, suffix: str, work: list[str], samples: int) -> None:
+    (folder / "dense").mkdir()
+    write_checkpoint(folder / "dense", layers, suffix)
+    files = list((folder / "dense").glob(f"*.{suffix}"))
+    size = sum(file.stat().st_size for file in files)
+    for kind in work:
+        words = [sys.executable, __file__, "--child", str(folder), "--work", kind, "--samples", str(samples)]
+        result = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(result.stdout.splitlines()[-1])
+        print(
+            f"{kind}: {layers} layers, {size / 1e9:.2f} GB in {len(files)} .{suffix} files: "
+            f"peak {found['peak'] / 1e9:.2f} GB, limit {LIMITS[kind]:.2f} GB; {found['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 from edgeprune.errors import InputError
 
 CONFIG = ("config.json",)
 OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a repository has
+WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}  # the first that is there
 NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
 SECONDS = 5.0  # to reach the hub; the client's own request has no limit
 LOCAL = "give a local directory, a .gguf file or `demo`"
@@ -64,9 +63,9 @@ def _checkpoint_files(spec: str, files: Sequence[str]) -> tuple[str, ...]:
 
 
 def _weights_in(files: Sequence[str]) -> str | None:
-    """The pattern of the weights that are there."""
-    own = [file for file in files if not any(fnmatch(file, pattern) for pattern in NOT_NEEDED)]
-    return next((pattern for pattern in WEIGHTS if any(fnmatch(file, pattern) for file in own)), None)
+    """The pattern of the weights that are there, in one file or with an index."""
+    found = (pattern for name, pattern in WEIGHTS.items() if {name, f"{name}.index.json"} & set(files))
+    return next(found, None)
 
 
 def _cached(spec: str) -> Path | None:
