@@ -212,7 +212,7 @@ def plan(
     device: Annotated[str | None, typer.Option(help="Device profile. Default: a table of all.")] = None,
     profile: options.Profile = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="fp16|int8|int4|fp32", help="Default: the profile's.")
+        str | None, typer.Option(metavar="fp16|bf16|int8|int4|fp32", help="Default: the profile's.")
     ] = None,
     prompt: options.Prompt = None,
     past: Annotated[int | None, typer.Option(help="Tokens in the cache before a step. Default: the profile's.")] = None,

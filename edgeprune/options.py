@@ -30,7 +30,7 @@ Vocabulary = Annotated[
     str,
     typer.Option(metavar="full|samples", help="samples: tokens that no sample needs may go; all text stays spelled."),
 ]
-Precision = Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: the profile's.")]
+Precision = Annotated[str | None, typer.Option(metavar="fp32|fp16|bf16", help="Default: the profile's.")]
 Batch = Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")]
 Prompt = Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")]
 Context = Annotated[int | None, typer.Option(help="Prompt and generated tokens. Default: the profile's.")]

@@ -12,7 +12,7 @@ from edgeprune.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse
 from edgeprune.bundle import check_output, check_space
 from edgeprune.engine.base import Performance, Workload
 from edgeprune.engine.choose import Engine, choose_engine
-from edgeprune.engine.estimate import ELEMENT_BYTES, estimate_floor, estimate_performance
+from edgeprune.engine.estimate import ELEMENT_BYTES, check_precision, estimate_floor, estimate_performance
 from edgeprune.engine.graph import graph_weight_bytes
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.engine.remote import Device, Target
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SELF = "self"
 DEMO = "demo"
 DEMO_MEMORY = "90%"
-PRECISIONS = ("fp32", "fp16")  # that graphs are written in
+PRECISIONS = ("fp32", "fp16", "bf16")  # that graphs are written in
 LAYOUTS = ("uniform", "per-layer")
 VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
@@ -155,6 +155,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     precision = request.precision or profile.precision
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
+    check_precision(profile, precision)
     choices = []
     if precision == "fp32" and profile.dialect == "opset23":
         profile = profile.model_copy(update={"dialect": "primitive"})

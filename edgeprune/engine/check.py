@@ -17,7 +17,7 @@ from edgeprune.errors import EngineError, WrongEngine
 
 PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after it, at most
 # Least cosine and largest max|a - b| / max|b| at any position. fp32 leaves room for TensorRT's TF32 products.
-TOLERANCE = {"fp32": (0.9999, 0.01), "fp16": (0.9995, 0.03)}
+TOLERANCE = {"fp32": (0.9999, 0.01), "fp16": (0.9995, 0.03), "bf16": (0.99, 0.1)}
 # What numpy raises for a file that is cut short, empty, no archive, or one array alone.
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile)
 
@@ -93,7 +93,7 @@ def judge_logits(found: dict[str, Any], precision: str, what: str) -> str:
         raise WrongEngine(
             f"the engine {what} computes something else than its graph: {words} "
             f"({precision} allows {cosine} and {error})",
-            "Do not deploy it. Build with another release of the engine, or with --precision fp32 if it is fp16.",
+            "Do not deploy it. Build with another release of the engine, or with --precision fp32 if it has another.",
         )
     return words
 

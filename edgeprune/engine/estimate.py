@@ -22,12 +22,15 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 2, "int4": 2}  # of activations, cache, norms, embedding and head
+# Of activations, cache, norms, embedding and head.
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2, "int4": 2}
+LOGIT_BYTES = ELEMENT_BYTES | {"bf16": 4}  # see graph.py
 SCALE_BYTES = 2 / 128  # one fp16 scale for a block of 128 weights
-MATRIX_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1 + SCALE_BYTES, "int4": 0.5 + SCALE_BYTES}
+MATRIX_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + SCALE_BYTES, "int4": 0.5 + SCALE_BYTES}
 ID_BYTES = 8
+FIRST_BF16_SM = 80  # GPUs before Ampere have none
 TENSORRT_WORKSPACE = 8 * 2**20  # for matrix products, as TensorRT for RTX's compiler reports it
 
 
@@ -120,7 +123,7 @@ def activation_bytes(decoder: Decoder, precision: Precision, workload: Workload,
 def buffer_bytes(decoder: Decoder, precision: Precision, workload: Workload, dialect: str) -> int:
     """Inputs and outputs other than the cache: ids, positions, mask, logits of the last position."""
     ids = ID_BYTES * workload.batch * (2 * workload.prompt + _total_tokens(workload, dialect))
-    return ids + ELEMENT_BYTES[precision] * workload.batch * decoder.vocab_size
+    return ids + LOGIT_BYTES[precision] * workload.batch * decoder.vocab_size
 
 
 def _total_tokens(workload: Workload, dialect: str) -> int:
@@ -159,7 +162,7 @@ def estimate_memory(
 
 
 def _weight_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision) -> float:
-    stored = "fp32" if precision == "fp32" else "fp16"
+    stored = precision if precision in ("fp32", "bf16") else "fp16"
     written = graph_weight_bytes(decoder, stored, profile.dialect, workload.context)
     return written + (MATRIX_BYTES[precision] - MATRIX_BYTES[stored]) * decoder.layer_parameters
 
@@ -279,7 +282,8 @@ def _flops_per_second(profile: DeviceProfile, precision: Precision) -> tuple[flo
     efficiency = profile.prefill_efficiency.value
     figure = profile.fp32_compute if precision == "fp32" else profile.fp16_compute
     if figure is not None:
-        return figure.si * efficiency, f"({figure.value:g} {figure.unit} x {efficiency:g})"
+        of_fp16 = " of fp16, which is bf16's too," if precision == "bf16" else ""
+        return figure.si * efficiency, f"({figure.value:g} {figure.unit}{of_fp16} x {efficiency:g})"
     if precision == "fp32" and profile.fp16_compute is not None:
         # TensorRT computes fp32 products in TF32 unless told otherwise: half of fp16's rate on tensor cores.
         halved = f"({profile.fp16_compute.value:g} {profile.fp16_compute.unit} / 2 as TF32 x {efficiency:g})"
@@ -288,12 +292,23 @@ def _flops_per_second(profile: DeviceProfile, precision: Precision) -> tuple[flo
 
 
 def check_precision(profile: DeviceProfile, precision: str) -> Precision:
-    """Raises InputError for an unknown precision, or one that the device has no rate for, probed or not."""
+    """Raises InputError for an unknown precision, or one that the device lacks or has no rate for, probed or not."""
     if precision not in MATRIX_BYTES:
         raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(MATRIX_BYTES)}.")
+    if precision == "bf16" and not has_bf16(profile):
+        lacking = f"SM {profile.sm}" if profile.sm else "ONNX Runtime on a processor"
+        other = "fp32" if profile.sm is None else "fp16"
+        raise InputError(
+            f"{profile.name} has no bf16: {lacking} computes no product in it", f"Use --precision {other}."
+        )
     if precision != "fp32" and profile.fp16_compute is None:
         raise _no_rate(profile, precision)
     return precision
+
+
+def has_bf16(profile: DeviceProfile) -> bool:
+    """Whether the device's engine computes in bf16."""
+    return profile.engine != "onnxruntime" and profile.sm is not None and profile.sm >= FIRST_BF16_SM
 
 
 def _no_rate(profile: DeviceProfile, precision: str) -> InputError:

@@ -179,7 +179,8 @@ def _check(
     session: Session, engine: str, files: dict[str, str], precision: str, what: str, tell: Tell
 ) -> dict[str, str]:
     request = {"task": f"the check of {what}", "do": "check", "engine": engine, "files": files}
-    return {"logits against the fp32 graph": judge_logits(session.run(request, CHECK_SECONDS, tell), precision, what)}
+    against = "logits against the fp32 graph" + (" of the bf16 weights" if precision == "bf16" else "")
+    return {against: judge_logits(session.run(request, CHECK_SECONDS, tell), precision, what)}
 
 
 def _latency(

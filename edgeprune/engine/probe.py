@@ -171,9 +171,10 @@ def _rates(source: str, stacks: dict[str, Stack], took: dict[str, Took], load: f
     reading = f"{read.weight_bytes / 2**20:.0f} MiB of weights times one row"
     product_of = f"product of {product.rows} x {product.width} and {product.width} x {product.width}"
     overhead = f"{source}: a call of a graph of one small node, of which a model has many"
+    rate = "fp32_compute" if product.precision == "fp32" else "fp16_compute"  # every GPU has one rate for both halves
     return {
         "bandwidth": timed(read.weight_bytes / took["read"].seconds / 1e9, "GB/s", reading, "read"),
-        f"{product.precision}_compute": timed(
+        rate: timed(
             product.flops / took["product"].seconds / 1e9, "GFLOP/s", product_of, "product"
         ),
         "decode_efficiency": _figure(1.0, "1", f"{source}: the bandwidth is what such a product reaches", "low"),
@@ -224,7 +225,8 @@ def write_graph(stack: Stack, path: Path) -> None:
     """The graph of a stack; its weights are to stand in `weights_file`, one matrix after the other."""
     from onnx import TensorProto, helper, save_model
 
-    element = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}[stack.precision]
+    types = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+    element = types[stack.precision]
     size = stack.matrix_bytes
     weights = []
     for index in range(stack.matrices):

@@ -32,7 +32,7 @@ from edgeprune.errors import EngineError
 MIN_RUNS = 5
 RUNS, RUNS_SECONDS = 100, 1.5  # on a processor, whichever ends first
 GPU_RUNS, GPU_SECONDS = 100, 2.0
-DTYPES = {"fp32": np.float32, "fp16": np.float16}
+DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bf16: its bits
 INPUT, OUTPUT = "x", "y"
 
 
@@ -152,7 +152,14 @@ def write_weights(stack: Stack, graph: Path) -> None:
             values = generator.random((stack.width, stack.width), dtype=np.float32)
             values -= np.float32(0.5)
             values *= np.float32(2 * sqrt(3 / stack.width))
-            file.write(values.astype(DTYPES[stack.precision], copy=False))
+            file.write(in_precision(values, stack.precision))
+
+
+def in_precision(values: np.ndarray, precision: str) -> np.ndarray:
+    """fp32 values in a precision's type; bf16 is their upper half, not rounded: what is timed does not depend on it."""
+    if precision == "bf16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(DTYPES[precision], copy=False)
 
 
 def _check_room(paths: dict[str, Path], stacks: dict[str, Stack], copies: int) -> None:
@@ -187,7 +194,7 @@ def _onnxruntime() -> Any:
 def _on_processor(graph: Path, stack: Stack) -> Took:
     try:
         session = _onnxruntime().InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-        values = np.ones((stack.rows, stack.width), DTYPES[stack.precision])
+        values = in_precision(np.ones((stack.rows, stack.width), np.float32), stack.precision)
         return best(lambda: session.run(None, {INPUT: values}))
     except EngineError:
         raise
@@ -310,7 +317,7 @@ class _Opened:
                 f"the engine to probe {self._cuda.gpu.name} with cannot be opened: {self._messages.errors()}",
                 "Close what else uses the GPU, and probe again.",
             )
-        values = np.ones((stack.rows, stack.width), DTYPES[stack.precision])
+        values = in_precision(np.ones((stack.rows, stack.width), np.float32), stack.precision)
         source, result = self._cuda.allocate(values.nbytes), self._cuda.allocate(values.nbytes)
         self._cuda.upload(source, values)
         done = (

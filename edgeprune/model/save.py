@@ -31,12 +31,12 @@ NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 def save_checkpoint(
     decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], source: Model, directory: Path,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: Vocabulary | None = None, dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Write config, weights, tokenizer and generation config so that `from_pretrained` loads them.
 
-    tensors: by the names of decoder.py, in the order of decoder.shapes(); stored in the dtype of the
-    source's embedding. A wrong name or shape is a bug of the caller: ValueError. Raises NumericalError
+    tensors: by the names of decoder.py, in the order of decoder.shapes(); stored in dtype, by default that
+    of the source's embedding. A wrong name or shape is a bug of the caller: ValueError. Raises NumericalError
     for a weight that this dtype cannot hold.
 
     vocabulary: the tokens to keep of the source's, as many as decoder.vocab_size. Embedding and head still
@@ -48,7 +48,7 @@ def save_checkpoint(
     ):
         raise ValueError(f"the vocabulary of {vocabulary.size} tokens is not that of the decoder, or not of the source")
     directory.mkdir(parents=True)
-    dtype = source.weights["embedding"].dtype
+    dtype = dtype or source.weights["embedding"].dtype
     config = read_config(source.directory)
     stored = loadable(decoder, config)
     config = config_for(stored, config)
@@ -126,7 +126,7 @@ def write_weights(
                 given, tensor = next(stream, ("nothing", None))
                 if given != name or tuple(tensor.shape) != shapes[name]:
                     raise ValueError(f"expected {name} {shapes[name]}, got {given}")
-                out.write(_bytes(_stored_as(name, tensor, dtype)))
+                out.write(_bytes(as_stored(name, tensor, dtype)))
     if (extra := next(stream, None)) is not None:
         raise ValueError(f"{extra[0]} is no weight of this model")
     if len(shards) > 1:
@@ -135,7 +135,7 @@ def write_weights(
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _stored_as(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in dtype. Raises NumericalError where a finite value becomes infinite, as beyond fp16's 65504."""
     import torch
 

@@ -126,20 +126,22 @@ def test_on_a_double_a_performance_is_checked_built_and_measured(
     assert found.conditions["cuda"].endswith("driver 12060")
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_on_a_double_an_engine_of_other_weights_is_refused_before_it_is_timed(
-    device: Device, graphs: dict[str, GraphFiles], reference: Path, tmp_path: Path, scale: float
-) -> None:
-    """One matrix of one layer is enough, in fp16 too."""
+    device: Device, graphs: dict[str, GraphFiles], reference: Path, tmp_path: Path, scale: float,
+    precision: str,
+) -> None:  # fmt: skip
+    """One matrix of one layer is enough, in half precision too."""
     weights = weights_of(MODEL)
     altered = weights | {"layers.1.mlp.down": scale * weights["layers.1.mlp.down"]}
-    files = write_graphs(decoder_of(MODEL.config), altered, tmp_path / "altered", "fp16", [PRIMITIVE])
+    files = write_graphs(decoder_of(MODEL.config), altered, tmp_path / "altered", precision, [PRIMITIVE])
     session = InProcess()
     plan = tmp_path / "model.engine"
     result = perform.build(session, "tensorrt", files.graphs[PRIMITIVE], plan, WORKLOAD, quiet)
     device.launches.clear()
     with pytest.raises(EngineError, match=r"model\.engine computes something else than its graph") as caught:
-        perform.on_tensorrt(session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, "fp16", quiet)
+        perform.on_tensorrt(session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, precision, quiet)
     assert caught.value.exit_code == 4
     assert "Do not deploy it" in caught.value.remedy
     assert session.done == ["build", "check"]

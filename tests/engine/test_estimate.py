@@ -48,7 +48,7 @@ def in_place(profile: DeviceProfile) -> DeviceProfile:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("dialect", ["opset23", "primitive", "onnxruntime"])
 def test_weights_are_the_bytes_that_the_graph_stores(tied: bool, precision: str, dialect: str, tmp_path: Path) -> None:
     decoder = replace(uniform(64, 2, (4, 2, 16), 96, 200), tie_word_embeddings=tied)
@@ -61,7 +61,7 @@ def test_weights_are_the_bytes_that_the_graph_stores(tied: bool, precision: str,
     assert estimated <= written <= estimated + 4096 * len(weights)  # the files align their tensors
     size = 4 if precision == "fp32" else 2
     tables = 2 * workload.context * decoder.layers[0].attention.head_dim // 2 if dialect == "onnxruntime" else 0
-    assert estimated == size * (decoder.parameters + tables)
+    assert estimated == size * decoder.parameters + (2 if precision == "fp16" else 4) * tables
 
 
 @pytest.mark.parametrize(("precision", "matrix_bytes"), [("int8", 1 + 2 / 128), ("int4", 0.5 + 2 / 128)])
@@ -206,6 +206,27 @@ def test_a_profile_without_the_figures_is_refused() -> None:
     assert estimate_performance(SMOLLM2, probed, WORKLOAD, "fp32").prefill.value > 0
     with pytest.raises(InputError, match="no fp16 compute rate, which int4 needs"):
         estimate_performance(SMOLLM2, probed, WORKLOAD, "int4")
+
+
+def test_bf16_is_fp16_but_for_its_logits() -> None:
+    half, brain = (estimate_performance(SMOLLM2, ORIN, WORKLOAD, precision) for precision in ("fp16", "bf16"))
+    assert (brain.prefill.value, brain.decode.value) == (half.prefill.value, half.decode.value)
+    assert "fp16, which is bf16's too" in brain.prefill.basis
+    logits = 2 * WORKLOAD.batch * SMOLLM2.vocab_size
+    assert brain.memory.total - half.memory.total == brain.memory.buffers.value - half.memory.buffers.value == logits
+
+
+@pytest.mark.parametrize("profile", list_profiles(), ids=lambda profile: profile.name)
+def test_bf16_is_for_gpus_from_ampere_on(profile: DeviceProfile) -> None:
+    if profile.engine != "onnxruntime":
+        assert check_precision(profile, "bf16") == "bf16"
+        with pytest.raises(InputError, match="SM 75 computes no product in it") as caught:
+            check_precision(profile.model_copy(update={"sm": 75}), "bf16")
+        assert caught.value.remedy == "Use --precision fp16."
+        return
+    with pytest.raises(InputError, match="cpu has no bf16: ONNX Runtime on a processor") as caught:
+        check_precision(profile, "bf16")
+    assert caught.value.remedy == "Use --precision fp32."
 
 
 def test_a_precision_is_checked_before_anything_is_probed() -> None:
