@@ -68,10 +68,11 @@ CASES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def random_model(case: str) -> PreTrainedModel:
-    """Norms and biases are random too, so that none may be forgotten."""
+def random_model(case: str, **changes: object) -> PreTrainedModel:
+    """Norms and biases are random too, so that none may be forgotten. changes: other settings than the case's."""
     model_type = case.partition(",")[0]
-    config = AutoConfig.for_model(model_type, **{k: v for k, v in (BASE | CASES[case]).items() if v is not None})
+    settings = BASE | CASES[case] | changes
+    config = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
     if model_type == "gpt2":
         config.n_inner = 96
     torch.manual_seed(0)

@@ -44,10 +44,19 @@ class StoredTensor:
 
         Raises InputError for a type that the gguf package cannot dequantise.
         """
+        return self._dequantised(self.data).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Some rows of a vector or matrix, those of stacked matrices numbered through; else as `values`."""
+        if len(self.shape) == 1:
+            return self.values()[start:stop]
+        return self._dequantised(self.data.reshape(-1, self.data.shape[-1])[start:stop])
+
+    def _dequantised(self, data: np.ndarray) -> np.ndarray:
         from gguf.quants import dequantize
 
         try:
-            return dequantize(self.data, self.type).reshape(self.shape)
+            return dequantize(data, self.type)
         except NotImplementedError as error:
             raise InputError(f"tensor {self.name} of type {self.type.name}: {error}", RESTORE) from None
 

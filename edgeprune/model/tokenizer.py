@@ -7,25 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
+from edgeprune.model.gguf_pretokenizers import normalizer, pre_tokenizer, words_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from tokenizers.pre_tokenizers import PreTokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of the GGUF format
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {"llama-bpe": LLAMA3_SPLIT, "llama3": LLAMA3_SPLIT, "llama-v3": LLAMA3_SPLIT, "tekken": TEKKEN_SPLIT}
-"""Families made with tiktoken: they split by a pattern, take whole words of the vocabulary before any
-merge (`ignore_merges`), and start with bos unless the file says otherwise."""
-PRE_TOKENIZERS = ("default", "gpt-2", "smollm", *SPLITS)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of the GGUF format
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 
 
 def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> None:
@@ -64,12 +52,15 @@ def _built(fields: dict[str, Any], kind: str) -> tuple[Tokenizer, dict[str, str]
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in ROLES.items()}
     special = {name: tokens[token] for name, token in ids.items() if token is not None}
     _add_special(tokenizer, fields, tokens)
-    bos_first = kind == "llama" or fields.get("tokenizer.ggml.pre") in SPLITS
-    if fields.get("tokenizer.ggml.add_bos_token", bos_first) and "bos" in special:
-        bos = special["bos"]
+    bos_first = kind == SENTENCEPIECE or words_of(fields.get("tokenizer.ggml.pre", "default")).bos
+    ends = {"bos": bos_first, "eos": False}
+    around = [n for n, usual in ends.items() if fields.get(f"tokenizer.ggml.add_{n}_token", usual) and n in special]
+    if around:
+        first, last = ([special[name]] if name in around else [] for name in ends)
         tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
-        )
+            single=[*first, "$A", *last], pair=[*first, "$A", *last, *first, "$B", *last],
+            special_tokens=list({special[name]: ids[name] for name in around}.items()),
+        )  # fmt: skip
     return tokenizer, special
 
 
@@ -77,30 +68,14 @@ def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models
 
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges") or []]
-    pre = fields.get("tokenizer.ggml.pre", "default")
+    words = words_of(fields.get("tokenizer.ggml.pre", "default"))
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=pre in SPLITS))
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=words.whole))
+    if (composed := normalizer(words)) is not None:
+        tokenizer.normalizer = composed
+    tokenizer.pre_tokenizer = pre_tokenizer(words)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _pre_tokenizer(name: str) -> PreTokenizer:
-    from tokenizers import Regex, pre_tokenizers
-
-    if name in ("default", "gpt-2"):
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name == "smollm":
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    if name in SPLITS:
-        split = pre_tokenizers.Split(Regex(SPLITS[name]), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise InputError(
-        f"unsupported GGUF pre-tokenizer {name!r}",
-        f"Supported are: {', '.join(PRE_TOKENIZERS)}. The original Hugging Face directory works as well.",
-    )
 
 
 def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
@@ -141,4 +116,4 @@ def _add_special(tokenizer: Tokenizer, fields: dict[str, Any], tokens: list[str]
 
 
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+KINDS = {BYTE_LEVEL: _byte_level, SENTENCEPIECE: _sentencepiece}

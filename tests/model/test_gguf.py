@@ -9,7 +9,8 @@ from gguf.quants import quantize
 
 from edgeprune.errors import InputError
 from edgeprune.model import gguf
-from edgeprune.model.gguf import LAYER, OUTER, converted
+from edgeprune.model.gguf import converted
+from edgeprune.model.gguf_names import LAYER, OUTER
 from edgeprune.model.load import load_model, load_shape, load_tokenizer
 from tests.checkpoints import LETTERS, SPECIAL
 from tests.reference import decoder_of, weights_of
@@ -59,7 +60,7 @@ def write(path, reference, quantised=None, architecture="llama", pre="gpt-2", mo
             if part in heads:
                 weight = interleaved(weight, heads[part])
         else:
-            target = f"{OUTER[name]}.weight"
+            target = OUTER[name]
         if target in drop:
             continue
         data = weight.float().numpy()
@@ -217,17 +218,23 @@ def with_tensor(name, size):
     return lambda writer: writer.add_tensor(name, np.linspace(5, 1, size, dtype=np.float32))
 
 
+def unknown_type(writer):
+    writer.add_tensor("blk.1.ffn_up.weight", np.zeros((64, 96), np.int8))
+
+
 BAD = {
     "another architecture": ({"architecture": "rwkv"}, "unsupported GGUF architecture 'rwkv'"),
     "another pre-tokenizer": ({"pre": "klingon"}, "unsupported GGUF pre-tokenizer 'klingon'"),
     "another tokenizer": ({"model": "morse"}, "unsupported GGUF tokenizer 'morse'"),
     "a missing tensor": ({"drop": ("blk.1.ffn_up.weight",)}, "has no tensor blk.1.ffn_up.weight"),
-    "biases": ({"more": with_tensor("blk.0.attn_q.bias", 96)}, "has the tensor blk.0.attn_q.bias"),
+    "half of the biases": ({"more": with_tensor("blk.0.attn_q.bias", 96)}, "has no tensor blk.0.attn_k.bias"),
+    "one of several files": ({"more": lambda writer: writer.add_uint16("split.count", 3)}, "one of 3 parts"),
+    "another type": ({"more": unknown_type, "drop": ("blk.1.ffn_up.weight",)}, "ffn_up.weight of type I8"),
     "experts": ({"more": with_tensor("blk.0.ffn_gate_inp.weight", 8)}, "has the tensor blk.0.ffn_gate_inp.weight"),
-    "rope factors": ({"more": with_tensor("rope_freqs.weight", 8)}, "unsupported rope factors"),
+    "too few rope factors": ({"more": with_tensor("rope_freqs.weight", 4)}, "4 rope_freqs.weight for 8 pairs"),
     "half rotated": ({"more": lambda writer: writer.add_rope_dimension_count(8)}, "rotates 8 of 16"),
     "another rope": ({"more": lambda writer: writer.add_rope_scaling_type(RopeScalingType.YARN)}, "'yarn'"),
-    "widths by layer": ({"more": lambda writer: writer.add_feed_forward_length([64, 32])}, "lacks metadata"),
+    "widths by layer": ({"more": lambda writer: writer.add_feed_forward_length([64, 32])}, "differs between layers"),
     "no layers": ({"more": lambda writer: writer.add_block_count(0)}, "num_hidden_layers 0"),
     "far too many layers": ({"more": lambda writer: writer.add_block_count(2**31)}, "num_hidden_layers 2147483648"),
 }

@@ -1,6 +1,7 @@
+import gguf.quants
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,22 @@ def test_it_reads_what_the_gguf_package_reads(file):
         stored = ours.tensors[tensor.name]
         assert stored.shape == tuple(int(size) for size in reversed(tensor.shape))
         assert (stored.type, stored.data.tobytes()) == (tensor.tensor_type, tensor.data.tobytes())
+
+
+@pytest.mark.parametrize("kind", gguf.quants._type_traits, ids=lambda kind: kind.name)
+def test_every_type_that_the_package_knows_is_read_by_rows(tmp_path, kind):
+    block, size = GGML_QUANT_SIZES[kind]
+    stored = np.random.default_rng(0).integers(0, 255, (2, 3, 2 * size), np.uint8)
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("experts", stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = read_gguf(tmp_path / "m.gguf").tensors["experts"]
+    with np.errstate(all="ignore"):
+        assert tensor.shape == (2, 3, 2 * block)
+        assert np.array_equal(tensor.rows(2, 5), tensor.values().reshape(6, -1)[2:5], equal_nan=True)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("half", 2e-3), ("BF16", 2e-2), ("Q8_0", 2e-2), ("Q4_0", 0.4)])

@@ -1,15 +1,18 @@
 import inspect
 import json
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import tokenization_utils_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2 import tokenization_qwen2
 
 from edgeprune.errors import InputError
+from edgeprune.model.gguf_pretokenizers import LLAMA3_SPLIT, PRE_TOKENIZERS, QWEN2_SPLIT, TEKKEN_SPLIT
 from edgeprune.model.load import load_tokenizer
-from edgeprune.model.tokenizer import LLAMA3_SPLIT, NORMAL, PRE_TOKENIZERS, TEKKEN_SPLIT, write_tokenizer
+from edgeprune.model.tokenizer import NORMAL, write_tokenizer
 from tests.checkpoints import LETTERS, SPECIAL
 
 CONTROL, BYTE = 3, 6
@@ -82,6 +85,8 @@ WORDS = {
     "gpt-2": ["I", "'ll", "Ġpay", "Ġ1234", "."],
     "smollm": ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "."],
     "llama-bpe": ["I", "'ll", "Ġpay", "Ġ", "123", "4", "."],
+    "qwen2": ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "."],
+    "gpt-4o": ["I'll", "Ġpay", "Ġ", "123", "4", "."],
     "tekken": ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "."],
 }
 
@@ -94,17 +99,20 @@ def test_words_are_split_as_the_family_does(tmp_path, pre, words):
 
 def test_the_patterns_are_those_that_transformers_has():
     assert inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default == LLAMA3_SPLIT
+    assert tokenization_qwen2.PRETOKENIZE_REGEX == QWEN2_SPLIT
     assert TEKKEN_SPLIT in inspect.getsource(tokenization_utils_tokenizers)
 
 
-@pytest.fixture(scope="module", params=PRE_TOKENIZERS)
+@pytest.fixture(scope="module", params={words: name for name, words in PRE_TOKENIZERS.items()}.values())
 def letters(request, tmp_path_factory):
     return loaded(byte_level(request.param), tmp_path_factory.mktemp(request.param))
 
 
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_every_text_comes_back(letters, text):
-    assert letters.decode(letters(text, add_special_tokens=False)["input_ids"]) == text
+    """As it was, or composed where the family's own tokenizer composes."""
+    again = letters.decode(letters(text, add_special_tokens=False)["input_ids"])
+    assert again == (text if letters.backend_tokenizer.normalizer is None else normalize("NFC", text))
 
 
 @pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", ["<|end|>", "abc"]), ("gpt-2", ["a", "b", "c"])])

@@ -11,8 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from edgeprune.errors import InputError
+from edgeprune.model.gguf_pretokenizers import LLAMA3_SPLIT
 from edgeprune.model.load import load_model, load_tokenizer
-from edgeprune.model.tokenizer import LLAMA3_SPLIT
 from edgeprune.model.vocabulary import (
     Vocabulary,
     ladder,

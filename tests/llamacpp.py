@@ -1,0 +1,62 @@
+"""The real llama.cpp, through the package xllamacpp, and checkpoints with a tokenizer that it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.checkpoints import LETTERS, SPECIAL
+
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+VOCABULARY = [*SPECIAL, *LETTERS, *("".join(pair) for pair in MERGES)]  # 260 tokens
+
+
+def save_merging_tokenizer(folder: Path) -> None:
+    """Byte-level with a few merges: llama.cpp takes none without."""
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(VOCABULARY)}, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>").save_pretrained(
+        folder
+    )
+
+
+class LlamaCpp:
+    """A GGUF file in a server of this process; greedy."""
+
+    def __init__(self, path: Path, context: int = 64) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = context, 1, 0, 0
+        params.warmup = params.fit_params = False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        self.server = xllamacpp.Server(params)
+
+    def generate(self, prompt: list[int] | str, count: int, top: int = 1, **more: object) -> list[dict]:
+        """For every new token its `id`, and the `top_logprobs` of the best ones; those that end within a character
+        come with the next one."""
+        request = {
+            "prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": top, "ignore_eos": True,
+            "cache_prompt": False, **more,
+        }  # fmt: skip
+        reply = self.server.handle_completions(request)
+        return (json.loads(reply) if isinstance(reply, str | bytes) else reply)["choices"][0]["logprobs"]["content"]
+
+    def log_probabilities(self, prompt: list[int]) -> np.ndarray:
+        """Of the token after the prompt, (vocabulary,) fp64, nan where none came; the token that is then taken is a
+        whole character whatever the model wants, and the figures are those before that choice."""
+        size = len(VOCABULARY)
+        taken = [[VOCABULARY.index("a"), 1000.0]]
+        result = np.full(size, np.nan)
+        for entry in self.generate(prompt, 1, size, logit_bias=taken)[0]["top_logprobs"]:
+            result[entry["id"]] = entry["logprob"]
+        return result
