@@ -325,8 +325,8 @@ def _warnings(fitted: Fitted) -> list[str]:
     for record in fitted.chosen.records:
         if few := record["few"]:
             warnings.append(
-                f"Layer {record['layer']}: experts {', '.join(map(str, few))} saw fewer calibration tokens than they keep "
-                "channels and were not compensated; give more or other samples."
+                f"Layer {record['layer']}: experts {', '.join(map(str, few))} saw fewer calibration tokens than they "
+                "keep channels and were not compensated; give more or other samples."
             )
     return warnings
 

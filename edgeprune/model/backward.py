@@ -65,11 +65,19 @@ def token_gradients(
                     source = states[0] if decoder.parallel else states[-1]
                     raw = module_raw(decoder, index, kind, weights, source, tables)
                     states.append(states[-1] + module_output(decoder, kind, weights, raw))
-                parts.append([*torch.autograd.grad(states[-1], states[:-1], g), g])
+                gradients = [*torch.autograd.grad(states[-1], states[:-1], g), g]
+                gradients = [_of_states(own, state) for own, state in zip(gradients, states, strict=True)]
+                parts.append([gradients[0], *(own.square().sum(dim=-1) for own in gradients[1:])])
             gradient, *behind = (torch.cat(part) for part in zip(*parts, strict=True))
-            energies[index] = {kind: part.square().sum(dim=-1) for kind, part in zip(kinds, behind, strict=True)}
+            energies[index] = dict(zip(kinds, behind, strict=True))
             on_layer()
     return energies
+
+
+def _of_states(gradient: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """The gradient (b, t, c), 0 at a state of zeros (some models embed padding so): a norm turns the least change of
+    it into all of its direction, and layers of norms make that gradient infinite."""
+    return torch.where((state.detach() != 0).any(dim=-1, keepdim=True), gradient, 0.0)
 
 
 def _head_gradient(model: Model, hidden: torch.Tensor, seed: int) -> torch.Tensor:

@@ -63,13 +63,17 @@ class ModuleRecord:
     few: tuple[int, ...] = ()
 
 
+NO_STATE = 1e-3  # of the least scale of all tokens: some models embed a padding token as zeros
+
+
 def token_scale(hidden: torch.Tensor) -> torch.Tensor:
-    """1 / ||h_t|| (b, t, 1): square roots of the weights of the tokens in the least squares problems.
+    """1 / ||h_t|| (b, t, 1), next to nothing for a state of zeros: square roots of the tokens' weights in least squares.
 
     The next norm sees a change of the stream relative to its length; and without weights a few tokens with
     a stream of hundreds of times the usual length own the moments (Sun et al. 2024, arXiv 2402.17762).
     """
-    return 1.0 / hidden.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    length = hidden.norm(dim=-1, keepdim=True)
+    return torch.where(length > 0, 1.0 / length, NO_STATE / length.max().clamp_min(torch.finfo(torch.float32).eps))
 
 
 def sample_weights(users: int, generated: int) -> torch.Tensor:

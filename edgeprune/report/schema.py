@@ -180,7 +180,8 @@ class Module(Strict):
     error_after: float | None = Field(description="with compensation")
     fell_back: bool = Field(description="no update lowered the error: the kept weights are as they were")
     few: list[int] = Field(
-        default_factory=list, description="experts without an update: they saw fewer samples' tokens than they keep channels"
+        default_factory=list,
+        description="experts without an update: fewer tokens of the samples took them than they keep channels",
     )
 
 

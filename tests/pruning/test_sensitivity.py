@@ -29,9 +29,7 @@ def test_errors_are_least_squares_errors_weighted_by_the_gradient():
     assert found.mlp.shape == (2, 65)
     energy = token_gradients(model, ids, 0)[0]["attention"]
     weights = layer_weights(model, 0)
-    inputs = module_inputs(
-        model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8
-    )
+    inputs = module_inputs(model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8)
     rows = (inputs * energy.sqrt()[..., None]).flatten(0, 1).double() / (2 * 48 * ids.numel()) ** 0.5
     weight = weights[OUTPUT["attention"]]
     projection = Projection(weight, rows.T @ rows, rows[None].float(), torch.Generator())
@@ -83,9 +81,20 @@ def test_scores_of_all_layers_are_those_of_the_score_on_the_dense_stream():
     assert [len(row) for row in groups] == [2, 2]
     assert [len(row) for row in channels] == [64, 64]
     weights = layer_weights(model, 0)
-    inputs = module_inputs(
-        model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8
-    )
+    inputs = module_inputs(model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8)
     rows = inputs.flatten(0, 1).double()
     projection = Projection(weights[OUTPUT["attention"]], rows.T @ rows, inputs, torch.Generator())
     assert np.allclose(groups[0], flap(projection, 24, 1), rtol=1e-4)
+
+
+def test_a_padding_token_of_zeros_at_the_start_changes_nothing_else():
+    """It stays zero in all layers; norms would make its gradient infinite and its weight in least squares too."""
+    model = as_model(llama(num_hidden_layers=6))
+    model.weights["embedding"][0] = 0.0
+    given = torch.randint(1, 101, (8, 24), generator=torch.Generator().manual_seed(3))
+    given[:, 0] = 0
+    sensitivities = measure_sensitivities(model, given, METHODS["default"].score, 0)
+    assert np.isfinite(sensitivities.attention).all()
+    assert np.isfinite(sensitivities.mlp).all()
+    target = model.decoder.with_widths(1, 3, 40)
+    assert all(weight.isfinite().all() for _, weight in prune(model, target, given, METHODS["default"], 0))
