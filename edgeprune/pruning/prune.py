@@ -67,7 +67,7 @@ NO_STATE = 1e-3  # of the least scale of all tokens: some models embed a padding
 
 
 def token_scale(hidden: torch.Tensor) -> torch.Tensor:
-    """1 / ||h_t|| (b, t, 1), next to nothing for a state of zeros: square roots of the tokens' weights in least squares.
+    """1 / ||h_t|| (b, t, 1), next to nothing for states of zeros: square roots of the weights in least squares.
 
     The next norm sees a change of the stream relative to its length; and without weights a few tokens with
     a stream of hundreds of times the usual length own the moments (Sun et al. 2024, arXiv 2402.17762).
