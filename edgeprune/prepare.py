@@ -20,7 +20,7 @@ from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.model import Model
-from edgeprune.profiles import DeviceProfile, load_profile
+from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 from edgeprune.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 if TYPE_CHECKING:
@@ -153,9 +153,6 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     profile = _profile(request)
     workload = _workload(request, profile)
     precision = request.precision or profile.precision
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
-    check_precision(profile, precision)
     choices = []
     if precision == "fp32" and profile.dialect == "opset23":
         profile = profile.model_copy(update={"dialect": "primitive"})
@@ -216,13 +213,19 @@ def target_of(text: str | None, keep: bool) -> Device | None:
 
 
 def _profile(request: Request) -> DeviceProfile:
-    """The profile, with this machine's figures where it has none of its own."""
+    """The profile, with this machine's figures where it has none of its own; refuses a precision before they are
+    measured."""
     if request.target is not None and request.device is not None and not load_profile(request.device).is_probed:
         raise InputError(
             f"the profile {request.device} has no figures of {request.target}",
             "Measure them: python tools/probe_profile.py --target "
             f"{request.target} --output device.toml, then give --profile device.toml.",
         )
+    named = load_profile(request.device) if request.profile is None else load_profile_file(request.profile)
+    precision = request.precision or named.precision
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
+    check_precision(named, precision)
     return resolve_profile(request.device, request.profile)
 
 

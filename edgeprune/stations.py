@@ -12,6 +12,7 @@ import numpy as np
 from edgeprune.engine import perform
 from edgeprune.engine.base import Measured
 from edgeprune.engine.choose import RUNTIME_GRAPH, Exported
+from edgeprune.engine.estimate import has_bf16
 from edgeprune.engine.genai import write_genai
 from edgeprune.engine.graph import Spelling, unsupported, write_graphs
 from edgeprune.engine.wire import figure_from_json, figure_to_json, performance_from_json, performance_to_json
@@ -19,6 +20,7 @@ from edgeprune.journal import Journal
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
+from edgeprune.overflow import CLOSE, LIMIT, activation_peaks, check_fp16
 from edgeprune.prepare import Setup
 from edgeprune.progress import Progress
 from edgeprune.results import Candidate, Samples
@@ -90,6 +92,16 @@ class Run:
 
         return torch.bfloat16 if self.setup.precision == "bf16" else None
 
+    def _check_fp16(self, model: Model, ids: np.ndarray) -> None:
+        """Before a graph in fp16 is written: raises NumericalError where it would overflow on samples (any, tokens)."""
+        if self.setup.precision != "fp16":
+            return
+        others = "bf16 or fp32" if has_bf16(self.setup.profile) else "fp32"
+        advance = self.progress.stage("look for fp16 overflow", len(model.decoder.layers))
+        largest = check_fp16(activation_peaks(model, _tensor(ids), advance), f"Use --precision {others}.")
+        if largest.value > CLOSE * LIMIT:
+            self.progress.note(f"close to overflow: {largest}")
+
     def _reference(
         self, plain: Path, samples: Samples, path: Path, vocabulary: Vocabulary | None = None
     ) -> None:  # fmt: skip
@@ -108,6 +120,7 @@ class Run:
         self.progress.stage("measure the dense model")
 
         def build(folder: Path) -> None:
+            self._check_fp16(setup.model, samples.calibration)
             if setup.engine.builds and setup.precision != "fp32":
                 self._graphs(setup.model, folder, setup.precision)
             # The same bf16 weights: how much rounding them costs is for the evaluation to say.
@@ -173,6 +186,9 @@ class Run:
                 decoder = decoder.with_vocabulary(vocabulary.size)
             save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype)
             model = load_model(str(folder / "model"))
+            if allocation is not None:
+                ids = samples.calibration
+                self._check_fp16(model, ids if vocabulary is None else vocabulary.reduce(ids))
             self._graphs(model, folder, setup.precision)
             if setup.precision != "fp32":
                 self._graphs(model, folder, "fp32")

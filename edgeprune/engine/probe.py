@@ -174,9 +174,7 @@ def _rates(source: str, stacks: dict[str, Stack], took: dict[str, Took], load: f
     rate = "fp32_compute" if product.precision == "fp32" else "fp16_compute"  # every GPU has one rate for both halves
     return {
         "bandwidth": timed(read.weight_bytes / took["read"].seconds / 1e9, "GB/s", reading, "read"),
-        rate: timed(
-            product.flops / took["product"].seconds / 1e9, "GFLOP/s", product_of, "product"
-        ),
+        rate: timed(product.flops / took["product"].seconds / 1e9, "GFLOP/s", product_of, "product"),
         "decode_efficiency": _figure(1.0, "1", f"{source}: the bandwidth is what such a product reaches", "low"),
         "decode_overhead": _figure(1e3 * took["call"].seconds, "ms", overhead, "low"),
         "prefill_efficiency": _figure(1.0, "1", f"{source}: the rate is what such a product reaches", "low"),

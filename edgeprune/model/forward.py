@@ -86,10 +86,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attention_context(
+def attention_heads(
     x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float
-) -> torch.Tensor:
-    """Normed states (b, t, c) -> the input of the output projection (b, t, h * d), causal."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normed states (b, t, c) -> queries (b, h, t, d), keys and values (b, k, t, d), normed and turned as they are."""
     b, t, _ = x.shape
 
     def heads(name: str) -> torch.Tensor:  # (b, heads, t, d)
@@ -105,11 +105,25 @@ def attention_context(
     if attention.rotary is not None:
         cos, sin = tables.rotary[attention.rotary]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    context = _attend(query, key, heads("v"), attention, tables.masks[attention.window])
-    return context.transpose(1, 2).reshape(b, t, attention.query_size)
+    return query, key, heads("v")
 
 
-def _attend(
+def attention_context(
+    x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float
+) -> torch.Tensor:
+    """Normed states (b, t, c) -> the input of the output projection (b, t, h * d), causal."""
+    return attend(*attention_heads(x, weights, attention, tables, eps), attention, tables.masks[attention.window])
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Heads as from `attention_heads` -> what queries see of the values (b, t, h * d), causal within the mask."""
+    context = _attended(query, key, value, attention, mask)
+    return context.transpose(1, 2).reshape(len(context), -1, attention.query_size)
+
+
+def _attended(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention, mask: torch.Tensor | None
 ) -> torch.Tensor:
     shared = attention.heads_per_group > 1

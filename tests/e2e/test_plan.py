@@ -153,7 +153,7 @@ CASES = {
     "unknown device": (["plan", "llama-3-70b", "--device", "jetson-orinn"], "jetson-orin"),
     "missing profile": (["plan", "llama-3-70b", "--profile", "none.toml"], "none.toml"),
     "both": (["plan", "llama-3-70b", "--device", "l4", "--profile", "none.toml"], "both"),
-    "unknown precision": (["plan", "llama-3-70b", "--precision", "int2"], "fp32, fp16, int8, int4"),
+    "unknown precision": (["plan", "llama-3-70b", "--precision", "int2"], "fp32, fp16, bf16, int8, int4"),
     "int4 on a processor": (["plan", "llama-3-70b", "--device", "cpu", "--precision", "int4"], "--precision fp32"),
     "no prompt": (["plan", "llama-3-70b", "--device", "l4", "--prompt", "0"], "--prompt 0"),
     "no past": (["plan", "llama-3-70b", "--device", "l4", "--past", "0"], "--past 0"),
