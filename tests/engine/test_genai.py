@@ -26,6 +26,7 @@ og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-ge
 
 OURS, OPSET = Spelling("onnxruntime", "all"), Spelling("opset23", "all")
 IDS = [5, 17, 42, 9, 133, 60, 2, 88, 201]
+CORPUS = Path(__file__).parent.parent / "data" / "corpus.txt"
 NEAR = 0.05  # of the two best logits: nearer than this, either may come first
 QUESTIONS = (
     "What is the capital of France?", "Write a haiku about rain.", "Count from one to ten.",
@@ -123,10 +124,10 @@ def test_the_shared_buffer_comes_first_and_the_context_ends_with_the_tables(tmp_
 def test_the_pruned_demo_answers_as_edgeprune_run(tmp_path: Path) -> None:
     """32 greedy tokens of five questions; also the tokenizer and its chat template are the same."""
     model = load_model("demo")
-    target = model.decoder.with_widths(3, 2, 1280)
+    target = model.decoder.with_widths(3, 3, 1408)
     tokenizer = load_tokenizer(model.directory)
-    sample = torch.tensor([tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]])
-    weights = dict(prune(model, target, sample, METHODS["magnitude+ls"], 0))
+    sample = torch.tensor([tokenizer(CORPUS.read_text(encoding="utf-8")[:1200])["input_ids"]])
+    weights = dict(prune(model, target, sample, METHODS["wanda"], 0))
     small = Model("small", model.directory, target, weights, "small")
     folder = written(small, target, tmp_path, OURS, RUN_SPELLING, context=256)
     ends = end_ids(tokenizer, model.directory)
