@@ -49,6 +49,15 @@ def test_a_stack_is_a_chain_of_unequal_products_of_numbers_that_stay_finite(prec
     np.testing.assert_allclose(result, expected, atol=1e-4 if precision == "fp32" else 0.1)
 
 
+def test_bf16_weights_are_the_upper_halves_of_fp32_ones() -> None:
+    values = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    bits = probing.in_precision(values, "bf16")
+    assert (bits.dtype, bits.nbytes) == (np.uint16, 200)
+    held = (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_allclose(held, values, rtol=2**-7)
+    assert probing.in_precision(np.ones(1, np.float32), "bf16")[0] == 0x3F80
+
+
 def test_bytes_and_operations_of_a_stack() -> None:
     stack = Stack(256, 4096, 4, "fp16")
     assert (stack.weight_bytes, stack.flops) == (2**27, 2 * 256 * 4 * 2**24)
@@ -56,11 +65,15 @@ def test_bytes_and_operations_of_a_stack() -> None:
 
 
 @pytest.mark.skipif(not available("tensorrt-rtx")[0], reason="TensorRT for RTX is not installed")
-@pytest.mark.parametrize("role", ["call", "read", "product"])
-def test_the_graphs_build_for_a_gpu_without_one(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("role", "precision"), [("call", "fp16"), ("read", "fp16"), ("product", "fp16"), ("product", "bf16")]
+)
+def test_the_graphs_build_for_a_gpu_without_one(
+    role: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every weight once: a stack that were folded or stored twice would tell a wrong bandwidth."""
     monkeypatch.setattr(probe, "WIDTH", 512)
-    stack = probe._stacks("fp16", probe.GPU_ROWS, probe.GPU_MATRICES, 16)[role]
+    stack = probe._stacks(precision, probe.GPU_ROWS, probe.GPU_MATRICES, 16)[role]
     weights = compile_stack(written(stack, tmp_path), tmp_path / "plan", stack, "tensorrt-rtx", 86)
     assert stack.weight_bytes <= weights <= stack.weight_bytes + 4096
     assert (tmp_path / "plan").stat().st_size > weights
