@@ -19,7 +19,7 @@ from edgeprune.errors import InputError
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 TOKENIZER = "tokenizer"
-LINKS = ("model", "onnx", "engine")
+LINKS = ("model", "onnx", "engine", "gguf")
 FRONTIER = "frontier"  # the kind of a bundle whose rungs wait to be picked from; others have a chosen one
 
 

@@ -73,6 +73,7 @@ def fit(
     require_measured: Annotated[
         bool, typer.Option("--require-measured", help="A verdict that rests on an estimate is a failure.")
     ] = False,
+    export: options.Export = None,
     no_checkpoint: Annotated[bool, typer.Option("--no-checkpoint", help="Leave model/ out of the bundle.")] = False,
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="BUNDLE", help="Export a rung of `edgeprune frontier`'s bundle.")
@@ -101,7 +102,7 @@ def fit(
             max_quality_loss=max_quality_loss, calibration=calibration, evaluate=tuple(evaluate or ()),
             samples=samples, length=length, method=method, layout=layout, vocabulary=vocabulary,
             precision=precision, batch=batch, prompt=prompt, context=context, engine=engine, target=target,
-            keep_remote=keep_remote, rungs=rungs,
+            keep_remote=keep_remote, rungs=rungs, export=tuple(export or ()),
             require_measured=require_measured, checkpoint=not no_checkpoint, output=output, resume=resume,
             force=force, seed=seed,
         )  # fmt: skip

@@ -26,6 +26,9 @@ Layout = Annotated[
         metavar="uniform|per-layer", help="The same widths in every layer, or free ones (ONNX and engine only)."
     ),
 ]
+Export = Annotated[
+    list[str] | None, typer.Option(metavar="gguf", help="Also write the model in this format; may be given again.")
+]
 Vocabulary = Annotated[
     str,
     typer.Option(metavar="full|samples", help="samples: tokens that no sample needs may go; all text stays spelled."),

@@ -17,6 +17,7 @@ from edgeprune.engine.graph import graph_weight_bytes
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.engine.remote import Device, Target
 from edgeprune.errors import BudgetError, InputError
+from edgeprune.exports import check_exports
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.model import Model
@@ -67,6 +68,7 @@ class Request:
     rungs: int = 1
     require_measured: bool = False
     checkpoint: bool = True
+    export: tuple[str, ...] = ()
     output: Path | None = None
     resume: bool = False
     force: bool = False
@@ -181,6 +183,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
     reduced = request.vocabulary != "full"
+    check_exports(request.export, model, request.layout, reduced)
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
     texts = pack_samples(request, model, *documents)
     if texts.calibration is None:
@@ -190,7 +193,8 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         choices.append(Choice("calibration", f"{texts.origin}, and generated text", reason))
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
-    check_space(output, _bytes_written(model, precision, engine, candidates))
+    exports = len(request.export) * request.rungs * graph_weight_bytes(model.decoder, "fp32")
+    check_space(output, _bytes_written(model, precision, engine, candidates) + exports)
     return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
 
 

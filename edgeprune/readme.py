@@ -72,6 +72,7 @@ def readme(report: Report) -> str:
         *GRAPHS,
         "| `model/` | a standard checkpoint for `from_pretrained` |",
         "| `engine/` | the built engine, where one could be built |",
+        "| `gguf/` | the model for llama.cpp, where `--export gguf` asked for it |",
         "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
         f"| `{FINISH}` | `python3 {FINISH}` on the device builds the engine, checks, measures and judges it |",
         f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",

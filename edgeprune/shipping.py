@@ -23,6 +23,7 @@ from edgeprune.engine.base import Performance
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
 from edgeprune.engine.remote import program
 from edgeprune.experience import experience
+from edgeprune.exports import write_exports
 from edgeprune.finish import DEPLOYMENT, NOT_MEASURED
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.vocabulary import read_vocabulary
@@ -71,6 +72,7 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
     exported = fitted.chosen.exported
     if has_checkpoint(fitted):
         (folder / "model").symlink_to(fitted.chosen.model.directory)
+    write_exports(fitted.setup.request.export, fitted.chosen.model, folder, fitted.setup.model.name)
     (folder / "onnx").symlink_to(exported.graphs)
     if exported.engine.is_dir():
         (folder / "engine").symlink_to(exported.engine)
@@ -353,8 +355,8 @@ def command_line(request: Request, command: str = "fit", left_out: Collection[st
             words.append("--no-checkpoint")
         elif value is True:
             words.append(option)
-        elif name == "evaluate":
-            words += [word for path in value for word in (option, str(path))]
+        elif name in ("evaluate", "export"):
+            words += [word for each in value for word in (option, str(each))]
         else:
             words += [option, str(value)]
     return shlex.join(words)

@@ -51,11 +51,10 @@ class LlamaCpp:
         reply = self.server.handle_completions(request)
         return (json.loads(reply) if isinstance(reply, str | bytes) else reply)["choices"][0]["logprobs"]["content"]
 
-    def log_probabilities(self, prompt: list[int]) -> np.ndarray:
-        """Of the token after the prompt, (vocabulary,) fp64, nan where none came; the token that is then taken is a
+    def log_probabilities(self, prompt: list[int] | str, size: int = len(VOCABULARY)) -> np.ndarray:
+        """Of the token after the prompt, (size,) fp64, nan where none came; the token that is then taken is a
         whole character whatever the model wants, and the figures are those before that choice."""
-        size = len(VOCABULARY)
-        taken = [[VOCABULARY.index("a"), 1000.0]]
+        taken = [["a", 1000.0]]
         result = np.full(size, np.nan)
         for entry in self.generate(prompt, 1, size, logit_bias=taken)[0]["top_logprobs"]:
             result[entry["id"]] = entry["logprob"]

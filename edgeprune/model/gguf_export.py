@@ -28,15 +28,15 @@ FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # `general.file_type`
 QUANTISATION_VERSION = 2
 
 
-def check_exportable(model: Model) -> Held:
+def check_exportable(model: Model, reduced: bool = False) -> Held:
     """How the file will hold the model. Raises InputError, before any work, where llama.cpp cannot compute it or
-    has no pre-tokenizer for its texts."""
-    return _checked(model)[0]
+    has no pre-tokenizer for its texts. reduced: its vocabulary will be cut down."""
+    return _checked(model, reduced)[0]
 
 
-def _checked(model: Model) -> tuple[Held, dict[str, Any]]:
+def _checked(model: Model, reduced: bool = False) -> tuple[Held, dict[str, Any]]:
     found = held(model.decoder, read_config(model.directory))
-    return found, tokenizer_fields(model.directory, model.decoder.vocab_size)
+    return found, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced)
 
 
 def export_gguf(model: Model, path: Path) -> Path:

@@ -84,14 +84,15 @@ def normalizer(words: Words) -> normalizers.Normalizer | None:
     return normalizers.NFC() if words.composed else None
 
 
-def pre_tokenizer_name(tokenizer: Any, description: dict[str, Any]) -> str:
+def pre_tokenizer_name(tokenizer: Any, description: dict[str, Any], reduced: bool = False) -> str:
     """The name of a tokenizer of transformers, with the content of its tokenizer.json.
 
     One whose tokens are no known ones, as of a vocabulary that was cut down, is known where it is built like one
-    of the table. Raises InputError for any other: a guess would spoil every text.
+    of the table. reduced: only so, since the tokens will be other ones. Raises InputError for any other: a guess
+    would spoil every text.
     """
     digest = hashlib.sha256(str(tokenizer.encode(TEXT)).encode()).hexdigest()
-    if digest in HASHES:
+    if digest in HASHES and not reduced:
         return HASHES[digest]
     built = _essence(description)
     for name, words in PRE_TOKENIZERS.items():

@@ -30,8 +30,9 @@ LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|
 """Added tokens that llama.cpp's converter takes for special ones although their files do not say so."""
 
 
-def tokenizer_fields(directory: Path, rows: int) -> dict[str, Any]:
-    """The fields `tokenizer.*` of the tokenizer in a checkpoint's directory. rows: of the embedding.
+def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[str, Any]:
+    """The fields `tokenizer.*` of the tokenizer in a checkpoint's directory. rows: of the embedding. reduced: they must
+    be known of a smaller vocabulary of it too.
 
     What the fields say is read back and must make the same tokens of a text with much in it. Raises InputError for a
     tokenizer that llama.cpp has no kind or no pre-tokenizer for.
@@ -48,9 +49,11 @@ def tokenizer_fields(directory: Path, rows: int) -> dict[str, Any]:
     fields = _tokens(loaded, description, rows)
     if model.get("byte_fallback"):
         fields |= _sentencepiece(backend, model, fields)
+    elif not model["merges"]:
+        raise InputError(f"the tokenizer in {directory} has no merges, without which llama.cpp loads none", REFUSED)
     else:
         fields |= {
-            "tokenizer.ggml.model": BYTE_LEVEL, "tokenizer.ggml.pre": pre_tokenizer_name(loaded, description),
+            "tokenizer.ggml.model": BYTE_LEVEL, "tokenizer.ggml.pre": pre_tokenizer_name(loaded, description, reduced),
             "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
         }  # fmt: skip
     fields |= _special(loaded, directory, rows)

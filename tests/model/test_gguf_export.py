@@ -8,12 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from edgeprune.engine.generate import generate
+from edgeprune.engine.graph import write_graphs
+from edgeprune.engine.onnxruntime import Runner
 from edgeprune.errors import InputError
+from edgeprune.generation import RUN_SPELLING
 from edgeprune.model.decoder import Layer
 from edgeprune.model.gguf_export import check_exportable, export_gguf
 from edgeprune.model.gguf_file import read_gguf
-from edgeprune.model.load import load_model
+from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.save import save_checkpoint
+from tests.checkpoints import save_llama
 from tests.families import CASES, random_model
 from tests.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
@@ -165,6 +170,12 @@ def test_what_llama_cpp_cannot_compute_is_refused_before_any_work(tmp_path, case
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
+def test_a_tokenizer_without_merges_is_refused(tmp_path):
+    save_llama(tmp_path / "dense")
+    with pytest.raises(InputError, match="no merges"):
+        check_exportable(load_model(str(tmp_path / "dense")))
+
+
 def test_gemma2_without_its_caps_is_refused(tmp_path):
     model = saved(tmp_path / "dense", "gemma2")
     with pytest.raises(InputError, match="gemma2 cannot compute this model: logits softcap None"):
@@ -209,3 +220,47 @@ def test_stored_types_are_those_of_the_checkpoint(tmp_path):
     assert fp32 == {name for name in kinds if "norm" in name or "ffn_gate_inp" in name}
     assert file.tensors["blk.0.ffn_down_exps.weight"].shape == (4, 64, 96)
     assert (file.fields["general.file_type"], file.fields["llama.expert_count"]) == (1, 4)
+
+
+class Cut(dict):
+    """Weights of a model with the MLP channels alone that weigh most."""
+
+    def __init__(self, model, decoder):
+        self.model, self.channels = model, decoder.layers[0].mlp.intermediate_size
+        super().__init__(dict.fromkeys(decoder.shapes()))
+
+    def __getitem__(self, name):
+        weight = self.model.weights[name]
+        if ".mlp." not in name or name.endswith("norm"):
+            return weight
+        prefix = name.rsplit(".", 1)[0]
+        norms = self.model.weights[f"{prefix}.down"].norm(dim=0) * self.model.weights[f"{prefix}.up"].norm(dim=1)
+        kept = norms.topk(self.channels).indices.sort().values
+        return weight[:, kept] if name.endswith("down") else weight[kept]
+
+
+QUESTIONS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time there was a", "Water boils at",
+             "The three laws of thermodynamics say that")  # fmt: skip
+
+
+@pytest.mark.demo
+def test_a_pruned_demo_says_in_llama_cpp_what_our_engine_says(tmp_path):
+    dense = load_model("demo")
+    decoder = dense.decoder.with_widths(3, 3, 1472)
+    model = replace(dense, decoder=decoder, weights=Cut(dense, decoder))
+    held = export_gguf(model, tmp_path / "demo.gguf")
+    assert read_gguf(held).fields["tokenizer.ggml.pre"] == "smollm"
+    graphs = tmp_path / "graphs"
+    write_graphs(decoder, model.weights, graphs, "fp32", [RUN_SPELLING], 64)
+    other, runner = LlamaCpp(held), Runner(graphs / RUN_SPELLING.filename, 1, 64)
+    tokenizer = load_tokenizer(dense.directory)
+    for question in QUESTIONS:
+        ids = tokenizer(question)["input_ids"]
+        ours = [int(tokens[0]) for tokens in generate(runner, [ids], 32)]
+        theirs = [token["id"] for token in other.generate(question, 32)]
+        assert len(theirs) == 32
+        if ours != theirs:
+            agreed = next(index for index in range(32) if ours[index] != theirs[index])
+            runner.reset()
+            logits = runner.run(np.array([ids + ours[:agreed]]))[0]
+            assert np.ptp(np.sort(logits)[-2:]) < 0.05, question
