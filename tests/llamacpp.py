@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,8 +31,7 @@ class LlamaCpp:
     """A GGUF file in a server of this process; greedy."""
 
     def __init__(self, path: Path, context: int = 64) -> None:
-        import xllamacpp
-
+        xllamacpp = pytest.importorskip("xllamacpp")
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = context, 1, 0, 0

@@ -74,10 +74,11 @@ def held(decoder: Decoder, config: Mapping[str, Any]) -> Held:
 
 
 def _filled(decoder: Decoder) -> Decoder | None:
-    """With heads of zeros, as few key/value heads as may be, until the query heads fill the hidden size."""
-    attention = decoder.layers[0].attention
+    """With heads of zeros, as few key/value heads as may be, until the query heads fill the hidden size; every one
+    with keys and values of its own where the family has no other."""
+    attention, fixed = decoder.layers[0].attention, FAMILIES[decoder.family].heads == "fixed"
     heads, rest = divmod(decoder.hidden_size, attention.head_dim)
-    for groups in range(attention.num_key_value_heads, heads + 1):
+    for groups in range(heads if fixed else attention.num_key_value_heads, heads + 1):
         if not rest and heads % groups == 0 and heads // groups >= attention.heads_per_group:
             return decoder.with_widths(groups, heads // groups, decoder.layers[0].mlp.intermediate_size)
     return None

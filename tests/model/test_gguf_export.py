@@ -24,7 +24,7 @@ from tests.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
 LONGROPE = "phi3, longrope, partial rotary, sliding window"
 CHANGES = {
-    "olmo2": {"num_attention_heads": 4}, "starcoder2": {"num_attention_heads": 4},
+    "qwen2": {"num_attention_heads": 4}, "olmo2": {"num_attention_heads": 4}, "starcoder2": {"num_attention_heads": 4},
     "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
     # llama.cpp gives a context 256 places at least, and takes the long factors beyond the original context
     LONGROPE: {
@@ -264,3 +264,10 @@ def test_a_pruned_demo_says_in_llama_cpp_what_our_engine_says(tmp_path):
             runner.reset()
             logits = runner.run(np.array([ids + ours[:agreed]]))[0]
             assert np.ptp(np.sort(logits)[-2:]) < 0.05, question
+
+
+def test_a_gpt2_of_fewer_heads_is_filled_with_heads_of_their_own(tmp_path):
+    dense = saved(tmp_path / "dense", "gpt2")
+    target = dense.decoder.with_widths(2, 1, 96)
+    attention = check_exportable(replace(dense, decoder=target)).decoder.layers[0].attention
+    assert (attention.num_key_value_heads, attention.num_attention_heads) == (4, 4)
