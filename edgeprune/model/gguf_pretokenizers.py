@@ -52,7 +52,7 @@ PRE_TOKENIZERS = {
     "falcon3": LLAMA3, "midm-2.0": LLAMA3, "lfm2": LLAMA3,
     "smaug-bpe": Words(LLAMA3_SPLIT), "dbrx": Words(LLAMA3_SPLIT),
     "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "kormo": QWEN2, "megrez": QWEN2, "stablelm2": Words(QWEN2_SPLIT),
-    "hunyuan": Words(QWEN2_SPLIT), "qwen35": Words(QWEN35_SPLIT, composed=True), "tekken": TEKKEN,
+    "hunyuan": Words(QWEN2_SPLIT), "qwen35": Words(QWEN35_SPLIT), "tekken": TEKKEN,
     "gpt-4o": Words(GPT4O_SPLIT), "llama4": Words(GPT4O_SPLIT),
 }  # fmt: skip
 

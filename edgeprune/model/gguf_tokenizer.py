@@ -76,16 +76,9 @@ def _tokens(loaded: Any, description: dict[str, Any], rows: int) -> dict[str, An
 
 
 def _sentencepiece(backend: Any, model: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Scores from the order of the merges: of all pairs that make a piece, llama.cpp knows the piece's score alone."""
     tokens, types = fields["tokenizer.ggml.tokens"], list(fields["tokenizer.ggml.token_type"])
-    pieces = [m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in model["merges"]]
-    ranks: dict[str, int] = {}
-    for index, piece in enumerate(pieces):
-        ranks.setdefault(piece, index)
-        if pieces[index - 1] != piece and ranks[piece] != index:
-            raise InputError(
-                "the tokenizer's merges are in no order of pieces, so SentencePiece scores cannot say them", REFUSED
-            )
+    added = {token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)}
+    ranks = _ranks([m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in model["merges"]], added)
     for index, token in enumerate(tokens):
         if token in BYTE_TOKENS:
             types[index] = BYTE
@@ -94,9 +87,32 @@ def _sentencepiece(backend: Any, model: dict[str, Any], fields: dict[str, Any]) 
     start = backend.encode("a", add_special_tokens=False).tokens[0]
     return {
         "tokenizer.ggml.model": SENTENCEPIECE, "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": [-float(ranks.get(token, len(pieces))) for token in tokens],
+        "tokenizer.ggml.scores": [-float(ranks.get(token, len(model["merges"]))) for token in tokens],
         "tokenizer.ggml.token_type": types, "tokenizer.ggml.add_space_prefix": start.startswith("▁"),
     }  # fmt: skip
+
+
+def _ranks(pieces: list[str], added: set[str]) -> dict[str, int]:
+    """The order of the pieces, from what each merge makes: llama.cpp knows no other order of merges.
+
+    All merges that make a piece stand together where the merges come from such an order; pieces of the same rank, as
+    runs of spaces, stand mixed. Raises InputError for merges that come from another one.
+    """
+    first = {piece: index for index, piece in reversed(list(enumerate(pieces)))}
+    last = {piece: index for index, piece in enumerate(pieces)}
+    ranks: dict[str, int] = {}
+    start, end, group = 0, -1, []
+    for piece in sorted(first, key=first.__getitem__):
+        if first[piece] > end:
+            start, group = first[piece], []
+        group.append(piece)
+        end = max(end, last[piece])
+        if len(group) > 1 and not all(len(set(each)) == 1 or each in added for each in group):
+            raise InputError(
+                "the tokenizer's merges are in no order of pieces, which SentencePiece's scores are", REFUSED
+            )
+        ranks[piece] = start
+    return ranks
 
 
 def _special(loaded: Any, directory: Path, rows: int) -> dict[str, Any]:
