@@ -108,9 +108,7 @@ def _ranks(pieces: list[str], added: set[str]) -> dict[str, int]:
         group.append(piece)
         end = max(end, last[piece])
         if len(group) > 1 and not all(len(set(each)) == 1 or each in added for each in group):
-            raise InputError(
-                "the tokenizer's merges are in no order of pieces, which SentencePiece's scores are", REFUSED
-            )
+            raise InputError("the tokenizer's merges are in no order of pieces, as SentencePiece's are", REFUSED)
         ranks[piece] = start
     return ranks
 

@@ -154,6 +154,35 @@ def test_a_sentencepiece_with_steps_of_its_own_is_refused(tmp_path):
         tokenizer_fields(tmp_path, len(given["tokenizer.ggml.tokens"]))
 
 
+RUNS = [("▁" * count, -1e9) for count in range(3, 9)]  # Llama's have one score together
+
+
+def test_pieces_of_one_score_share_a_rank(tmp_path):
+    given = sentencepiece()
+    tokens = given["tokenizer.ggml.tokens"] + [piece for piece, _ in RUNS]
+    scores = given["tokenizer.ggml.scores"] + [score for _, score in RUNS]
+    types = given["tokenizer.ggml.token_type"] + [NORMAL] * len(RUNS)
+    given |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores, "tokenizer.ggml.token_type": types}
+    write_tokenizer(given, 256, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ranks = tokenizer_fields(tmp_path, len(tokens))["tokenizer.ggml.scores"]
+    assert len(set(ranks[-len(RUNS) :])) == 1
+    assert ranks[-1] < ranks[tokens.index("ab")]
+
+
+def test_merges_of_another_order_are_refused(tmp_path):
+    """As those of a tokenizer that was trained as BPE: one piece is made early and late."""
+    given = sentencepiece()
+    write_tokenizer(given, 256, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    description = json.loads((tmp_path / "tokenizer.json").read_text())
+    merges = description["model"]["merges"]
+    merges.append(merges.pop(next(i for i, pair in enumerate(merges) if "".join(pair) == "▁abc")))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="in no order of pieces"):
+        tokenizer_fields(tmp_path, len(given["tokenizer.ggml.tokens"]))
+
+
 def test_other_models_than_bpe_are_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizer(PRE_TOKENIZERS["gpt-2"])
