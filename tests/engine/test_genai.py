@@ -14,12 +14,13 @@ from edgeprune.engine.generate import end_ids, generate
 from edgeprune.engine.graph import Spelling, write_graphs
 from edgeprune.engine.onnxruntime import Runner
 from edgeprune.errors import InputError
-from edgeprune.generation import RUN_SPELLING, prompt_ids
+from edgeprune.generation import RUN_SPELLING, prompt_ids, stream_text
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.model import Model
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
+from tests.bundles import fitted
 from tests.families import save_family
 
 og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai")
@@ -118,6 +119,15 @@ def test_the_shared_buffer_comes_first_and_the_context_ends_with_the_tables(tmp_
     assert len(continued(folder, [IDS], 99, 40)[0]) == 40 - len(IDS)
     with pytest.raises(InputError, match="logits of all positions"):
         write_genai(model.decoder, [RUN_SPELLING], folder, model.directory)
+
+
+def test_a_bundle_is_loaded_as_it_is_and_says_what_edgeprune_run_says(tmp_path_factory) -> None:
+    bundle = fitted(tmp_path_factory)
+    loaded = og.Tokenizer(og.Model(str(bundle / "onnx")))
+    found = continued(bundle / "onnx", [loaded.encode("over the lazy dog").tolist()], 24)[0]
+    expected = "".join(stream_text(bundle, "over the lazy dog", 24, 0.0, 1.0, 0, lambda note: None))
+    assert load_tokenizer(bundle / "tokenizer").decode(found, skip_special_tokens=True).startswith(expected)
+    assert expected
 
 
 @pytest.mark.demo
