@@ -16,6 +16,7 @@ import torch
 
 from edgeprune.bundle import open_bundle, sha256
 from edgeprune.report.schema import Report
+from tests.bundles import command as quick
 from tests.checkpoints import save_llama
 
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
@@ -112,7 +113,7 @@ def test_a_relative_path_run_elsewhere_works(home, tmp_path):
 
 def test_a_measured_budget_on_this_processor(home):
     """The verdict is the run's own; that it is true on a real model is shown by tools/bench_fit.py."""
-    result = command(
+    result = quick(
         "fit", home / "model", "--device", "cpu", "--memory", "90%", "--output", home / "cpu", "--json", *SMALL
     )
     assert result.returncode in (0, 3), result.stderr
