@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from edgeprune.errors import InputError
 from edgeprune.model import torch_file
 from edgeprune.model.load import load_model
-from edgeprune.model.torch_file import TorchFiles, tensors_of, torch_header
+from edgeprune.model.torch_file import KEPT_BYTES, TorchFiles, tensors_of, torch_header
 from tests.checkpoints import save_llama
 from tests.families import CASES, save_family
 
@@ -209,7 +209,7 @@ def test_the_command_line_refuses_a_harmful_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_reading_holds_no_more_than_a_layer(tmp_path, suffix):
-    """Fused layers of 48 MB, each weight read by itself, in a process whose peak is the one of its own."""
+    """Eight fused layers of 46 MB, each weight read by itself, in a process whose peak is its own."""
     config = {
         "model_type": "phi3", "hidden_size": 1024, "intermediate_size": 6144, "num_attention_heads": 16,
         "num_key_value_heads": 16, "vocab_size": 64, "num_hidden_layers": 8, "max_position_embeddings": 64,
@@ -221,9 +221,11 @@ def test_reading_holds_no_more_than_a_layer(tmp_path, suffix):
         "from edgeprune.engine.facts import peak_bytes\n"
         "from edgeprune.model import load\n"
         "model = load.load_model('.')\n"
-        "def walk(index): return [model.weights[n].float().sum() for n in model.decoder.layer_shapes(index)]\n"
-        "walk(0); start = peak_bytes()\n"
-        "for index in range(1, 8): walk(index)\n"
+        "start = peak_bytes()\n"
+        "for index in range(8):\n"
+        "    held = [model.weights[name] for name in model.decoder.layer_shapes(index)]\n"
+        "    read = [weight.view(torch.int16).max() for weight in held]\n"
+        "    del held\n"
         "print(peak_bytes() - start)"
     )
     from edgeprune.model.configuration import checkpoint_tensors, decoder_of
@@ -238,4 +240,4 @@ def test_reading_holds_no_more_than_a_layer(tmp_path, suffix):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
-    assert int(result.stdout) < 48e6 + (1 << 26 if suffix == "bin" else 0)
+    assert int(result.stdout) < 1.5 * 46e6 + (KEPT_BYTES if suffix == "bin" else 0)
