@@ -246,7 +246,7 @@ QUESTIONS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a tim
 @pytest.mark.demo
 def test_a_pruned_demo_says_in_llama_cpp_what_our_engine_says(tmp_path):
     dense = load_model("demo")
-    decoder = dense.decoder.with_widths(3, 3, 1472)
+    decoder = dense.decoder.with_widths(3, 3, 1528)
     model = replace(dense, decoder=decoder, weights=Cut(dense, decoder))
     held = export_gguf(model, tmp_path / "demo.gguf")
     assert read_gguf(held).fields["tokenizer.ggml.pre"] == "smollm"
