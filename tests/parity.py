@@ -132,16 +132,27 @@ def uneven_error(model: Model, folder: Path) -> float:
 
 def table() -> str:
     lines = [
-        "| family | class in transformers | case | dense | uniform | per layer |",
-        "|---|---|---|---|---|---|",
+        "| family | class in transformers | case | dense | uniform | per layer | other runtimes tried |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
         family, _, variant = case.partition(", ")
         with tempfile.TemporaryDirectory() as folder:
             errors = " | ".join(f"{error:.0e}" for error in row(case, Path(folder)))
-        lines.append(f"| {family} | {FAMILIES[family].architecture} | {variant or 'plain'} | {errors} |")
+        runtimes = ", ".join(runtimes_tried(case)) or "none"
+        lines.append(f"| {family} | {FAMILIES[family].architecture} | {variant or 'plain'} | {errors} | {runtimes} |")
         sys.stderr.write(lines[-1] + "\n")
     return "\n".join(lines)
+
+
+def runtimes_tried(case: str) -> list[str]:
+    """Those whose tests have the case."""
+    from tests.engine.test_genai import CONTINUED
+    from tests.model.test_gguf_export import EXPORTED
+    from tests.test_parity import COMPILED
+
+    tried = {"llama.cpp": EXPORTED, "genai": CONTINUED, "RTX": COMPILED}
+    return [name for name, cases in tried.items() if case in cases]
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ def test_what_cannot_be_planned_is_said(config: str, tmp_path: Path) -> None:
     for text, reason in (("{", "is not JSON"), ("[]", "is not a JSON object")):
         (tmp_path / "bad.json").write_text(text)
         assert reason in refused(Question(str(tmp_path / "bad.json"), "l4"))
-    for family in ("gpt2", None):
+    for family in ("mamba", None):
         assert "unsupported architecture" in refused(Question(written(tmp_path, {"model_type": family}), "l4"))
     with pytest.raises(InputError, match="unknown device 'l5'"):
         plan(Question(config, "l5"))
