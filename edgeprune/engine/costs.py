@@ -7,8 +7,8 @@ times are explained by
     t = fixed + token * vocabulary + sum over layers (attention + mlp)
     attention = a + b * groups * heads_per_group + c * groups        mlp: linear between the measured widths
 
-with no coefficient below zero. Some models of mixed widths are measured and left out of the fit: how far they
-lie from it is the table's stated error.
+with no coefficient below zero. Cuts of several kinds save more together than one by one; so some models of mixed
+widths are among those of the fit, and how far each lies from the fit through all others is the table's stated error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS = ("prefill", "decode")
 VOLUME_BYTES = 192 * 2**20  # of layers in `base`: beyond what a cache holds
 CHUNK_BYTES = 2 * 2**30  # of graphs on disk and in memory at a time
 SHARES = (0.75, 0.5, 0.25)  # of the MLP channels
-MIXES = 3
+MIXES = 6
 BASE = "base"
 
 Times = dict[str, dict[str, float]]
@@ -53,7 +53,7 @@ Times = dict[str, dict[str, float]]
 @dataclass(frozen=True)
 class LatencyCosts:
     """prefill, decode: in ms of the base model's scale; error: median and largest relative distance of the mixed
-    models from the fit, by kind; source: where the table comes from."""
+    models, each from the fit without it, by kind; source: where the table comes from."""
 
     prefill: ModuleCosts
     decode: ModuleCosts
@@ -63,11 +63,11 @@ class LatencyCosts:
 
 @dataclass(frozen=True)
 class Point:
-    """A model to measure: widths of its layers, and its vocabulary. fitted: part of the fit, else a test of it."""
+    """A model to measure: widths of its layers, and its vocabulary. mixed: its widths differ in several ways."""
 
     layers: tuple[LayerWidths, ...]
     vocab_size: int
-    fitted: bool = True
+    mixed: bool = False
 
     def decoder(self, dense: Decoder) -> Decoder:
         layers = dense.layers[: len(self.layers)]
@@ -98,7 +98,7 @@ def design(dense: Decoder, precision: str, multiple: int) -> dict[str, Point]:
     add("vocabulary", full, tokens=max(64, vocabulary // 4))
     generator = np.random.default_rng(0)
     for number in range(MIXES):
-        points[f"mix {number}"] = Point(_mixed(full, depth, multiple, generator), vocabulary, fitted=False)
+        points[f"mix {number}"] = Point(_mixed(full, depth, multiple, generator), vocabulary, mixed=True)
     return points
 
 
@@ -225,21 +225,27 @@ def _chunks(dense: Decoder, points: Mapping[str, Point], precision: str) -> list
 
 
 def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, source: str) -> LatencyCosts:
-    """The table through the times of the design's fitted models, least squares of relative errors."""
+    """The table through the times of the design's models, least squares of relative errors."""
     points = design(dense, precision, profile.channel_multiple)
     groups, heads, channels = dense.layer_widths[0]
-    knots = sorted({k for point in points.values() if point.fitted for *_, k in point.layers} | {0, channels})
+    knots = sorted({k for point in points.values() if not point.mixed for *_, k in point.layers} | {0, channels})
     columns = {name: _columns(point, knots) for name, point in points.items()}
-    used, tests = ([name for name, point in points.items() if point.fitted is part] for part in (True, False))
     tables, errors = {}, {}
+
+    def through(kind: str, names: Sequence[str]) -> np.ndarray:
+        return _least_squares(np.array([columns[name] for name in names]), np.array([times[kind][n] for n in names]))
+
     for kind in KINDS:
-        found = _least_squares(np.array([columns[name] for name in used]), np.array([times[kind][n] for n in used]))
+        found = through(kind, list(points))
         fixed, token, a, b, c, *steps = found
         kept = np.arange(groups + 1)[:, None]
         attention = np.where(kept > 0, a + b * kept * np.arange(1, heads + 1) + c * kept, 0.0)
         mlp = np.interp(np.arange(channels + 1), knots, np.concatenate([[0.0], np.cumsum(steps)]))
         tables[kind] = additive(attention, mlp, fixed, token)
-        wrong = [abs(float(np.dot(columns[name], found)) / times[kind][name] - 1) for name in tests]
+        wrong = []
+        for left_out in (name for name, point in points.items() if point.mixed):
+            others = through(kind, [name for name in points if name != left_out])
+            wrong.append(abs(float(np.dot(columns[left_out], others)) / times[kind][left_out] - 1))
         if wrong:
             errors[kind] = (float(np.median(wrong)), max(wrong))
     return LatencyCosts(tables["prefill"], tables["decode"], errors, source)

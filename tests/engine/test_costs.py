@@ -74,7 +74,7 @@ def test_the_design_changes_one_width_at_a_time_and_holds_the_volume() -> None:
     assert len(points["depth"].layers) < len(base.layers)
     assert points["vocabulary"].vocab_size < base.vocab_size
     assert all(k % 32 == 0 for point in points.values() for *_, k in point.layers)
-    assert sum(not point.fitted for point in points.values()) == costs.MIXES
+    assert sum(point.mixed for point in points.values()) == costs.MIXES
 
 
 @pytest.mark.parametrize("dense", [SMOLLM2, SMALL, uniform(64, 3, (8, 1, 16), 256, 500)], ids=["gqa", "small", "mqa"])
