@@ -112,8 +112,8 @@ def fit_prefill(points: Sequence[Point], peak: float, overhead_ms: float) -> flo
 
 def _qwen3(hidden: int, layers: int, heads: int, intermediate: int, tied: bool) -> Decoder:
     """8 key/value heads of 128 and 151936 tokens; the norms of queries and keys are negligible."""
-    layer = Layer(Attention(heads, 8, 128), Mlp(intermediate))
-    return Decoder("qwen3", hidden, 151936, 40960, 1e-6, tied, Rotary((1.0,) * 64), (layer,) * layers)
+    layer = Layer(Attention(heads, 8, 128, Rotary((1.0,) * 64)), Mlp(intermediate))
+    return Decoder("qwen3", hidden, 151936, 40960, 1e-6, tied, (layer,) * layers)
 
 
 QWEN3 = {

@@ -73,8 +73,10 @@ class Runner:
 
     def _describe(self, trt: Any) -> None:
         """Names, shapes and types of the engine's tensors, and what its profile allows."""
-        kind = trt.DataType  # numpy has no bf16: such a cache is moved as bits
-        elements = {kind.FLOAT: np.float32, kind.HALF: np.float16, kind.BF16: np.uint16, kind.INT64: np.int64}
+        elements = {
+            trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16, trt.DataType.INT64: np.int64,
+            trt.DataType.BF16: np.uint16,  # numpy has no such type: a cache of it is moved as bits
+        }  # fmt: skip
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._types = {name: np.dtype(elements[self._engine.get_tensor_dtype(name)]) for name in names}
         self._caches = [name for name in names if name.startswith("past_key_values.")]

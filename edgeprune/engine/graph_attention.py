@@ -141,12 +141,13 @@ def attention_opset23(
     nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
     shared: Shared,
 ) -> str:  # fmt: skip
-    """The operator's softcap comes after its mask in this opset, which would let masked pairs be seen."""
+    """In operators of opset 17 where Attention does not serve: its softcap comes after its mask in this opset, which
+    would let masked pairs be seen; and TensorRT for RTX has no kernel for a single head."""
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=False)
     query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
     mask = shared[f"mask.{attention.window}"]
-    if attention.softcap is not None:
+    if attention.softcap is not None or attention.num_attention_heads == 1:
         context = _attend(nodes, name, query, key, value, attention, mask)
     else:
         scale = attention.score_scale

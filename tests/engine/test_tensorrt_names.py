@@ -35,7 +35,7 @@ USED = {
          "OnnxParser", "Runtime", "ComputeCapability", "IStreamWriter"},
     "Builder": {"build_serialized_network", "build_serialized_network_to_stream",
                 "create_builder_config", "create_network", "create_optimization_profile"},
-    "DataType": {"FLOAT", "HALF", "INT64"},
+    "DataType": {"BF16", "FLOAT", "HALF", "INT64"},
     "IBuilderConfig": {"add_optimization_profile", "create_timing_cache", "get_timing_cache", "progress_monitor",
                        "set_memory_pool_limit", "set_timing_cache", "num_compute_capabilities",
                        "set_compute_capability"},
@@ -63,7 +63,7 @@ RTX_ONLY = {("", "ComputeCapability"), ("IBuilderConfig", "num_compute_capabilit
 STREAMED = {("Builder", "build_serialized_network_to_stream"), ("", "IStreamWriter"), ("IStreamWriter", "write")}
 WITHOUT_STREAMS = ("tensorrt-10.3.0", "tensorrt-10.7.0")
 OTHERS = {  # what else has attributes in these files
-    "_NO_DRIVER", "mmap", "part", "parts[0]", "plan.parent", "problems",
+    "_NO_DRIVER", "mmap", "values.view(np.uint32) >> 16", "part", "parts[0]", "plan.parent", "problems",
     "Path('/sys/devices/system/cpu/cpu0/cache')", "_FIGURE", "_REMEDIES", "_onnxruntime()", "contextlib", "cuda",
     "error", "facts", "facts.memory_state()", "figures", "file", "generator", "graph", "graph.parent", "half", "ids",
     "ids[:, part]", "importlib", "kept", "layer", "limits", "mask", "messages", "messages.figures()", "name",
