@@ -76,6 +76,8 @@ def as_transformers(model: Model, decoder: Decoder, weights: Weights, folder: Pa
     loaded, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     if notes["missing_keys"] or notes["unexpected_keys"] or notes["mismatched_keys"]:
         raise AssertionError(notes)
+    if load_model(str(folder)).decoder.layer_widths != decoder.layer_widths:
+        raise AssertionError("the checkpoint is read as another model than was saved")
     return loaded.eval()
 
 

@@ -11,6 +11,8 @@ import torch
 from edgeprune.engine.base import Workload
 from edgeprune.engine.graph import Spelling, write_graphs
 from edgeprune.model.families import FAMILIES
+from edgeprune.model.load import load_model
+from edgeprune.model.save import save_checkpoint
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
 from tests import parity
@@ -105,3 +107,19 @@ def test_the_update_brings_the_logits_nearer(case: str, tmp_path: Path) -> None:
         found = parity.torch_logits(result_of(target, METHODS[name]), weights, held_out)
         errors[name] = np.square(found - wanted).mean()
     assert errors["default"] < 0.98 * errors["obs"]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama, llama3 rope, biases, untied"])
+def test_heads_of_zeros_are_in_the_checkpoint_alone(case: str, tmp_path: Path) -> None:
+    """What transformers wants for its configuration is no part of what is pruned, written as a graph, pruned again."""
+    model = parity.dense(tmp_path / "model", case).model
+    groups, heads, channels = model.decoder.layer_widths[0]
+    odd = 3 if groups == 4 else 1
+    decoder, weights = parity.pruned(model, model.decoder.with_widths(odd, 3 if heads > 2 else heads, channels - 32))
+    save_checkpoint(decoder, weights.items(), model, tmp_path / "once")
+    once = load_model(str(tmp_path / "once"))
+    assert once.decoder == decoder
+    assert all(torch.equal(once.weights[name], weight) for name, weight in weights.items())
+    save_checkpoint(once.decoder, ((n, once.weights[n]) for n in once.decoder.shapes()), once, tmp_path / "twice")
+    files = [tmp_path / name / "model.safetensors" for name in ("once", "twice")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -16,6 +16,7 @@ from edgeprune.model.rope import SenselessError, longrope_context, rope_paramete
 Config = dict[str, Any]
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must not ask for all memory
+HEADS = "edgeprune_heads"  # key/value heads, query heads per group, of a checkpoint that holds more, which are zeros
 LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -89,7 +90,26 @@ def decoder_of(config: Config) -> Decoder:
             "key/value heads",
             "Check config.json.",
         )
+    if HEADS in config:
+        return _without_padding(decoder, config[HEADS])
     return _with_own_widths(decoder, config[LAYER_WIDTHS]) if LAYER_WIDTHS in config else decoder
+
+
+def stored_decoder(config: Config) -> Decoder:
+    """The Decoder whose tensors the checkpoint holds: that of `decoder_of`, with the heads of zeros that `loadable`
+    added. Raises InputError."""
+    return decoder_of({name: value for name, value in config.items() if name != HEADS})
+
+
+def _without_padding(decoder: Decoder, heads: object) -> Decoder:
+    stored_groups, stored_heads, channels = decoder.layer_widths[0]
+    try:
+        groups, heads_per_group = map(int, heads)
+    except (TypeError, ValueError) as error:
+        raise _senseless(f"{HEADS}: {error}") from None
+    if not 0 < groups <= stored_groups or heads_per_group != stored_heads:
+        raise _senseless(f"{HEADS} {heads!r} of {stored_groups} x {stored_heads}")
+    return decoder.with_widths(groups, heads_per_group, channels)
 
 
 def _llama(config: Config, family: Family) -> Decoder:
@@ -167,12 +187,16 @@ def _is_mistral(decoder: Decoder) -> bool:
 
 
 def config_for(decoder: Decoder, source: Config) -> Config:
-    """The configuration of a Decoder that was pruned from `source`; all else is kept.
+    """The configuration of a Decoder that was pruned from `source`, as `loadable` says it; all else is kept.
 
     It is a standard one where all layers are whole and alike; else it says their widths in a field of our own.
     LlamaConfig refuses a hidden_size that its head count does not divide, even with head_dim given;
     MistralConfig, of the same weights and names, has no such check.
     """
+    own, decoder = decoder.layer_widths[0][:2], loadable(decoder, source)
+    source = {name: value for name, value in source.items() if name != HEADS}
+    if decoder.layer_widths[0][:2] != own:
+        source[HEADS] = list(own)
     layer, family = decoder.layers[0], FAMILIES[decoder.family]
     depth = {family.fields.get("num_hidden_layers", "num_hidden_layers"): len(decoder.layers)}
     depth |= _layer_kinds(decoder, source)

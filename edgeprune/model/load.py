@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.configuration import checkpoint_tensors, decoder_of
+from edgeprune.model.configuration import checkpoint_tensors, decoder_of, stored_decoder
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import FAMILIES
 from edgeprune.model.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.model import Model
+from edgeprune.model.padding import without_padding
 from edgeprune.model.places import StoredTensor
 from edgeprune.model.torch_file import TorchFiles, archive_members, torch_header
 
@@ -37,13 +38,13 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
     Both are mapped: of a tensor that holds several weights, the rows of the one that is asked for are read.
     """
 
-    def __init__(self, places: dict[str, tuple[Path, str, StoredTensor]]) -> None:
-        self._places = places  # name -> file, name in the file, what stands there
+    def __init__(self, places: dict[str, tuple[Path, str, StoredTensor]], shapes: dict[str, tuple[int, ...]]) -> None:
+        self._places, self._shapes = places, shapes  # name -> file, name in the file, what stands there
         self._torch_files = TorchFiles()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path, key, stored = self._places[name]
-        return stored.read(self.stored(path, key), name)
+        return without_padding(stored.read(self.stored(path, key), name), self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -139,9 +140,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 def load_directory(path: Path, name: str) -> Model:
     """A checkpoint in the standard layout. Raises InputError."""
     config_file = path / "config.json"
-    decoder = decoder_of(_read_config(config_file))
-    stored = _stored(path)
-    weights = LazyWeights(_checked(decoder, stored))
+    config = _read_config(config_file)
+    decoder, stored = decoder_of(config), _stored(path)
+    weights = LazyWeights(_checked(stored_decoder(config), stored), decoder.shapes())
     if decoder.tie_word_embeddings:
         _check_tied(decoder, weights, stored)
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):

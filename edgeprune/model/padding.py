@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def without_padding(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight of `padded_heads` as it was; the weight itself where nothing was added."""
+    if tuple(weight.shape) == shape:
+        return weight
+    return weight[tuple(map(slice, shape))].contiguous()
+
+
 def padded_heads(
     decoder: Decoder, target: Decoder, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -51,7 +51,7 @@ def save_checkpoint(
     dtype = dtype or source.weights["embedding"].dtype
     config = read_config(source.directory)
     stored = loadable(decoder, config)
-    config = config_for(stored, config)
+    config = config_for(decoder, config)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     if vocabulary is not None:

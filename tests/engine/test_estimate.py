@@ -171,7 +171,8 @@ def test_no_pruning_of_layers_removes_head_and_overhead() -> None:
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 24))
 def test_the_floor_is_below_every_candidate(groups: int, heads_per_group: int, multiples: int) -> None:
-    assert floor_decoder(SMOLLM2, 64).layer_widths == [(1, 1, 64)]
+    (rotary,) = SMOLLM2.rotaries
+    assert floor_decoder(SMOLLM2, 64).layers == (Layer(Attention(1, 1, 64, rotary), Mlp(64)),)
     floor = estimate_floor(SMOLLM2, ORIN, WORKLOAD, "fp16")
     candidate = SMOLLM2.with_widths(groups, heads_per_group, 64 * multiples)
     performance = estimate_performance(candidate, ORIN, WORKLOAD, "fp16")

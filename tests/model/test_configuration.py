@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from edgeprune.errors import InputError
-from edgeprune.model.configuration import LAYER_WIDTHS, config_for, decoder_of
+from edgeprune.model.configuration import HEADS, LAYER_WIDTHS, config_for, decoder_of
 from edgeprune.model.decoder import Mlp
 from tests.reference import decoder_of as reference_decoder
 from tests.tiny import config
@@ -242,4 +242,11 @@ def test_layers_that_differ_are_described_by_a_field_of_our_own():
 def test_a_damaged_field_of_our_own_is_refused(widths):
     source = config().to_dict() | {"architectures": ["LlamaForCausalLM"], LAYER_WIDTHS: widths}
     with pytest.raises(InputError, match="edgeprune_layer_widths"):
+        decoder_of(source)
+
+
+@pytest.mark.parametrize("heads", [None, 7, [1], ["x", 1], [0, 3], [3, 3], [2, 2], [-1, 3]])
+def test_damaged_heads_of_a_padded_checkpoint_are_refused(heads):
+    source = config().to_dict() | {"architectures": ["LlamaForCausalLM"], HEADS: heads}
+    with pytest.raises(InputError, match="edgeprune_heads"):
         decoder_of(source)
