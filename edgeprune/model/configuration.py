@@ -64,18 +64,14 @@ def _plain(config: Config, family: Family) -> Config:
     """With the family's defaults, and its fields by Llama's names."""
     config = family.defaults | config
     fields = {name: own for name, own in family.fields.items() if config.get(own) is not None}
-    return config | {name: config[own] for name, own in fields.items()}
+    return config | {name: config[own] for name, own in fields.items()} | family.plain(config)
 
 
 def decoder_of(config: Config) -> Decoder:
     """The Decoder that a configuration describes. Raises InputError naming a missing or senseless field."""
     family = family_of(config)
-    plain = _plain(config, family)
-    if family.model_type == "gpt2":
-        plain.setdefault("intermediate_size", 4 * int(plain.get("n_embd") or 0))
-    if family.model_type == "gpt_neox":
-        plain = {"rope_theta": plain.get("rotary_emb_base"), "partial_rotary_factor": plain["rotary_pct"]} | plain
     try:
+        plain = _plain(config, family)
         decoder = family.adapt(_llama(plain, family), plain)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise _senseless(error if isinstance(error, SenselessError) else repr(error)) from None
@@ -228,11 +224,12 @@ def config_for(decoder: Decoder, source: Config) -> Config:
 
 
 def _layer_kinds(decoder: Decoder, source: Config) -> Config:
-    """What a configuration says of each layer, for those that are left."""
+    """What a configuration says of each layer, for those that are left: what the family always says, and windows
+    where the source said which layers have them or they differ."""
+    attentions, said = [layer.attention for layer in decoder.layers], FAMILIES[decoder.family].by_layer
     kinds: Config = {}
-    windows = [layer.attention.window if layer.attention else None for layer in decoder.layers]
-    if decoder.family == "gemma3_text" or source.get("layer_types") or len(decoder.windows) > 1:
-        kinds["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
-    if decoder.family == "smollm3":
-        kinds["no_rope_layers"] = [int(bool(layer.attention and layer.attention.rotary)) for layer in decoder.layers]
+    if "layer_types" in said or source.get("layer_types") or len(decoder.windows) > 1:
+        kinds["layer_types"] = [LAYER_TYPES[bool(attention and attention.window)] for attention in attentions]
+    if "no_rope_layers" in said:
+        kinds["no_rope_layers"] = [int(bool(attention and attention.rotary)) for attention in attentions]
     return kinds

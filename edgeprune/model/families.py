@@ -27,7 +27,8 @@ class Family:
     defaults: what transformers takes for a field that config.json leaves out; fields: this family's name for
     some of Llama's fields; activation: the field that names it. heads: may the configuration say any number of
     heads (`free`), one that divides hidden_size (`divide`), or is head_dim always hidden_size over it (`fixed`)?
-    refuse: why a configuration, with its defaults, cannot be handled, or None.
+    plain: what is said otherwise than by another name of a field, in Llama's words. by_layer: what such a configuration
+    always says of each layer. refuse: why a configuration, with its defaults, cannot be handled, or None.
     """
 
     model_type: str
@@ -39,6 +40,8 @@ class Family:
     activation: str = "hidden_act"
     norm_eps: str = "rms_norm_eps"
     heads: Literal["free", "divide", "fixed"] = "free"
+    plain: Callable[[Config], Config] = lambda config: {}
+    by_layer: tuple[str, ...] = ()
     refuse: Callable[[Config], str | None] = lambda config: None
 
 
@@ -101,9 +104,7 @@ def _qwen2(decoder: Decoder, config: Config) -> Decoder:
 
 
 def _qwen3(decoder: Decoder, config: Config) -> Decoder:
-    attends = bool(config.get("attention_bias"))
-    norm = {"qk_norm": "head", "input_bias": attends, "output_bias": attends}
-    return changed(_late_slide(decoder, config), norm)
+    return changed(_biases(_late_slide(decoder, config), config), {"qk_norm": "head"})
 
 
 def _qwen3_moe(decoder: Decoder, config: Config) -> Decoder:
@@ -120,13 +121,10 @@ def _mixtral(decoder: Decoder, config: Config) -> Decoder:
 
 
 def _gemma(decoder: Decoder, config: Config) -> Decoder:
-    attends = bool(config.get("attention_bias"))
-    attention = {
-        "scale": float(config["query_pre_attn_scalar"]) ** -0.5, "input_bias": attends, "output_bias": attends,
-        "softcap": _cap(config, "attn_logit_softcapping"),
-    }  # fmt: skip
+    scale = float(config["query_pre_attn_scalar"]) ** -0.5
+    attention = {"scale": scale, "softcap": _cap(config, "attn_logit_softcapping")}
     return replace(
-        changed(decoder, attention), norms="both", embedding_scale=math.sqrt(decoder.hidden_size),
+        changed(_biases(decoder, config), attention), norms="both", embedding_scale=math.sqrt(decoder.hidden_size),
         logits_softcap=_cap(config, "final_logit_softcapping"),
     )  # fmt: skip
 
@@ -202,6 +200,16 @@ def _learned(decoder: Decoder) -> Decoder:
     return replace(changed(_layer_norms(decoder), {"rotary": None}), learned_positions=True)
 
 
+def _plain_gpt2(config: Config) -> Config:
+    return {} if config.get("n_inner") is not None else {"intermediate_size": 4 * int(config["n_embd"])}
+
+
+def _plain_gpt_neox(config: Config) -> Config:
+    """Beside the rope parameters, which come first where they say the same."""
+    names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    return {name: config[own] for name, own in names.items() if config.get(own) is not None}
+
+
 def _gpt2(decoder: Decoder, config: Config) -> Decoder:
     return changed(_learned(decoder), {} if config["scale_attn_weights"] else {"scale": 1.0})
 
@@ -243,12 +251,12 @@ def _refuse_bidirectional(config: Config) -> str | None:
 
 
 GRANITE_SCALES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
-ROPE = {"max_position_embeddings": 2048}
+CONTEXT = {"max_position_embeddings": 2048}
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", names.LLAMA, _biases, ROPE, heads="divide"),
+        Family("llama", "LlamaForCausalLM", names.LLAMA, _biases, CONTEXT, heads="divide"),
         Family(
             "mistral", "MistralForCausalLM", names.LLAMA, _all_slide,
             {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -274,18 +282,20 @@ FAMILIES = {
             "gemma3_text", "Gemma3ForCausalLM", names.GEMMA3, _gemma3,
             {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
              "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
-            activation="hidden_activation", heads="divide", refuse=_refuse_bidirectional,
+            activation="hidden_activation", heads="divide", by_layer=("layer_types",),
+            refuse=_refuse_bidirectional,
         ),
         Family("phi3", "Phi3ForCausalLM", names.PHI3, _phi3, {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
         Family(
             "smollm3", "SmolLM3ForCausalLM", names.LLAMA, _smollm3,
             {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000.0,
              "tie_word_embeddings": True},
+            by_layer=("no_rope_layers",),
         ),
-        Family("olmo2", "Olmo2ForCausalLM", names.OLMO2, _olmo2, ROPE | {"rms_norm_eps": 1e-5}),
+        Family("olmo2", "Olmo2ForCausalLM", names.OLMO2, _olmo2, CONTEXT | {"rms_norm_eps": 1e-5}),
         Family(
             "granite", "GraniteForCausalLM", names.LLAMA, _granite,
-            ROPE | dict.fromkeys(GRANITE_SCALES, 1.0),
+            CONTEXT | dict.fromkeys(GRANITE_SCALES, 1.0),
         ),
         Family(
             "gpt2", "GPT2LMHeadModel", names.GPT2, _gpt2,
@@ -293,7 +303,8 @@ FAMILIES = {
              "scale_attn_weights": True, "layer_norm_epsilon": 1e-5},
             {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
              "num_hidden_layers": "n_layer", "intermediate_size": "n_inner"},
-            activation="activation_function", norm_eps="layer_norm_epsilon", heads="fixed", refuse=_refuse_gpt2,
+            activation="activation_function", norm_eps="layer_norm_epsilon", heads="fixed", plain=_plain_gpt2,
+            refuse=_refuse_gpt2,
         ),
         Family(
             "opt", "OPTForCausalLM", names.OPT, lambda decoder, config: _learned(decoder),
@@ -306,7 +317,7 @@ FAMILIES = {
             "gpt_neox", "GPTNeoXForCausalLM", names.GPT_NEOX, _gpt_neox,
             {"max_position_embeddings": 2048, "attention_bias": True, "use_parallel_residual": True,
              "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": 0.25},
-            norm_eps="layer_norm_eps", heads="fixed",
+            norm_eps="layer_norm_eps", heads="fixed", plain=_plain_gpt_neox,
         ),
         Family(
             "starcoder2", "Starcoder2ForCausalLM", names.STARCODER2, _starcoder2,

@@ -266,19 +266,19 @@ def add_module(
 ) -> None:  # fmt: skip
     """hidden (b, t, c) += the module's output, about `chunk` tokens at a time. Raises NumericalError.
 
-    source: the states that the module reads, where they are others than those it is added to.
+    source: the states that the module reads, where they are others than those it is added to (see `entering`).
     """
-    for part, states in zip(
-        row_chunks(hidden, chunk), row_chunks(hidden if source is None else source, chunk), strict=True
-    ):
+    read = hidden if source is None else source
+    for part, states in zip(row_chunks(hidden, chunk), row_chunks(read, chunk), strict=True):
         raw = module_raw(decoder, index, kind, weights, states, tables)
         check_finite(raw, index, kind)
         part += module_output(decoder, kind, weights, raw)
 
 
-def entering(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor | None:
-    """What every module of a layer reads where they run in parallel; None where each reads what is there."""
-    return hidden.clone() if decoder.parallel else None
+def entering(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+    """What the modules of a layer read: where they run in parallel the stream as it enters, else the stream itself,
+    to which each module adds in place."""
+    return hidden.clone() if decoder.parallel else hidden
 
 
 def add_layer(

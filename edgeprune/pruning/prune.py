@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -112,13 +112,13 @@ class Walk:
     whole: torch.Tensor
     importance: torch.Tensor
     drifted: bool = False
-    read_pruned: torch.Tensor | None = None  # what the modules of the layer read where they run in parallel
-    read_whole: torch.Tensor | None = None
+    read_pruned: torch.Tensor = field(init=False)  # what the modules of the layer read of each stream
+    read_whole: torch.Tensor = field(init=False)
 
     def enter(self) -> None:
         """A layer begins."""
         self.read_pruned = entering(self.dense, self.pruned)
-        self.read_whole = None if self.whole is self.pruned else entering(self.dense, self.whole)
+        self.read_whole = self.read_pruned if self.whole is self.pruned else entering(self.dense, self.whole)
 
     def module(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
         """The module's new weights, none where it goes as a whole, and what was done."""
@@ -127,10 +127,10 @@ class Walk:
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
         self.drifted |= before != after
         if before == after and not (self.drifted and compensates and not has_experts(self.dense, index, kind)):
-            self._add(self.dense, weights, index, kind, self.pruned, self.read_pruned)
+            self._add(weights, index, kind, self.pruned, self.read_pruned)
             if compensates:
                 if self.drifted:
-                    self._add(self.dense, weights, index, kind, self.whole, self.read_whole)
+                    self._add(weights, index, kind, self.whole, self.read_whole)
                 else:
                     self.whole.copy_(self.pruned)
             same = {name: weight for name, weight in weights.items() if name.startswith(kind)}
@@ -143,20 +143,16 @@ class Walk:
             return self._cut_experts(weights, index)
         return self._cut(weights, index, kind, raw)
 
-    def _add(
-        self, decoder: Decoder, weights: LayerWeights, index: int, kind: str, hidden: torch.Tensor,
-        source: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        add_module(decoder, index, kind, weights, hidden, self.tables, self.chunk, source)
+    def _add(self, weights: LayerWeights, index: int, kind: str, hidden: torch.Tensor, source: torch.Tensor) -> None:
+        add_module(self.dense, index, kind, weights, hidden, self.tables, self.chunk, source)
 
     def _dense_output(self, weights: LayerWeights, index: int, kind: str) -> torch.Tensor | None:
         """Takes the dense stream through the module; where its output is normed, returns it before that (b, t, c)."""
         if self.dense.norms == "before":
-            self._add(self.dense, weights, index, kind, self.whole, self.read_whole)
+            self._add(weights, index, kind, self.whole, self.read_whole)
             return None
-        source = self.whole if self.read_whole is None else self.read_whole
         raw = torch.empty_like(self.whole)
-        for part, states in zip(row_chunks(raw, self.chunk), row_chunks(source, self.chunk), strict=True):
+        for part, states in zip(row_chunks(raw, self.chunk), row_chunks(self.read_whole, self.chunk), strict=True):
             part.copy_(module_raw(self.dense, index, kind, weights, states, self.tables))
         self.whole += module_output(self.dense, kind, weights, raw)
         return raw
@@ -164,8 +160,7 @@ class Walk:
     def _cut_experts(self, weights: LayerWeights, index: int) -> tuple[LayerWeights, ModuleRecord]:
         before, after = (decoder.layers[index].mlp for decoder in (self.dense, self.target))
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
-        source = self.pruned if self.read_pruned is None else self.read_pruned
-        states = module_states(self.dense, "mlp", weights, source)
+        states = module_states(self.dense, "mlp", weights, self.read_pruned)
         scale = token_scale(self.whole) * self.importance.sqrt() if compensates else torch.ones(1, 1, 1)
         size = after.intermediate_size
         cut = cut_experts(states, weights, before, size, self.method.score, compensates, scale, self.generator)
@@ -185,7 +180,7 @@ class Walk:
         """raw: what the dense output projection gave, where a norm follows it: there the update aims at that, and
         not at the dense stream, of which it sees no more than a direction."""
         weight, bias = weights[OUTPUT[kind]], weights.get(BIAS[kind])
-        source = self.pruned if self.read_pruned is None else self.read_pruned
+        source = self.read_pruned
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
         scale = torch.ones(1)
         if compensates:

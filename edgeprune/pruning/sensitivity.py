@@ -78,13 +78,13 @@ def _projections(
         for kind in modules_of(decoder, index):
             if has_experts(decoder, index, kind):
                 scale = torch.ones(1, 1, 1) if scales is None else scales[index][kind][..., None]
-                states = module_states(decoder, kind, weights, hidden if source is None else source)
+                states = module_states(decoder, kind, weights, source)
                 every = expert_inputs(states, weights, layer.mlp, scale)
                 yield layer, kind, [expert_projection(found, weights, generator) for found in every]
                 hidden += module_output(decoder, kind, weights, experts_output(states, weights, layer.mlp))
                 continue
             weight = weights[OUTPUT[kind]]
-            inputs = module_inputs(decoder, index, kind, weights, hidden if source is None else source, tables)
+            inputs = module_inputs(decoder, index, kind, weights, source, tables)
             raw = F.linear(inputs, weight, weights.get(BIAS[kind]))
             hidden += module_output(decoder, kind, weights, raw)
             if scales is not None:

@@ -147,6 +147,11 @@ BAD = {
         {"model_type": "opt", "architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 24},
         "word_embed_proj_dim 24",
     ),
+    "a GPT-2 of words": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": "many", "n_head": 2, "n_layer": 1},
+        "senseless",
+    ),
+    "a GPT-2 without sizes": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "'n_embd'"),
     "some layers without experts": (
         {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]},
         "mlp_only_layers",
