@@ -25,7 +25,9 @@ from edgeprune.engine.remote import program
 from edgeprune.experience import experience
 from edgeprune.exports import write_exports
 from edgeprune.finish import DEPLOYMENT, NOT_MEASURED
+from edgeprune.model.configuration import loadable
 from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.model.load import read_config
 from edgeprune.model.vocabulary import read_vocabulary
 from edgeprune.prepare import Request, Setup
 from edgeprune.profiles import profile_toml
@@ -320,6 +322,13 @@ def _warnings(fitted: Fitted) -> list[str]:
         warnings.append("Quality was measured on text that the dense model generated: agreement, not quality.")
     if not fitted.chosen.model.decoder.is_uniform:
         warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
+    elif has_checkpoint(fitted):
+        model = fitted.chosen.model
+        if loadable(model.decoder, read_config(model.directory)) != model.decoder:
+            warnings.append(
+                "The checkpoint holds removed heads as zeros, since no configuration of this family says their number: "
+                "graphs and engine are smaller than it."
+            )
     warnings += fitted.chosen.performance.notes
     fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
     if fell_back:
