@@ -6,7 +6,7 @@ Decoders and differ only in numbers. It knows nothing about weights, files or ru
 Weights are named by their place, in nn.Linear layout (out_features, in_features); those in brackets are
 there where the description says so:
 
-    embedding                       (vocab_size, hidden_size)
+    embedding                       (vocab_size, hidden_size), of an image generator input_vocab_size rows
     [positions]                     (max_position_embeddings, hidden_size)
     layers.{i}.attention.[norm]     (hidden_size,)
     layers.{i}.attention.q          (num_attention_heads * head_dim, hidden_size)
@@ -36,15 +36,31 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Positions on a picture: behind a prefix, which has no place there, token j stands in row j // side, column
+    j % side."""
+
+    prefix: int
+    side: int
+
+    @property
+    def positions(self) -> int:
+        return self.prefix + self.side**2
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Rotate-half position embedding: angle of pair m at position p is p * inverse_frequencies[m].
 
     The first 2 * len(inverse_frequencies) dimensions of a head turn, the others stay as they are. cos and sin
-    are multiplied by `scaling` (the attention factor of some rope scalings, else 1).
+    are multiplied by `scaling` (the attention factor of some rope scalings, else 1). On a grid the first half of the
+    pairs turns by the row, the second by the column; at the prefix cos and sin are both 0: queries and keys become
+    zero vectors.
     """
 
     inverse_frequencies: tuple[float, ...]
     scaling: float = 1.0
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu"]
 
 
 @dataclass(frozen=True)
@@ -124,8 +140,31 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What an image generator draws: side * side tokens row by row, behind one token that says which class.
+
+    Class c is begun by the token vocab_size + c, no class at all by vocab_size + num_classes (`null`), where the
+    model has that: without it there is no guidance, without classes nothing else. No logit predicts these.
+    """
+
+    side: int
+    num_classes: int
+    has_null: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that are only read."""
+        return self.num_classes + self.has_null
+
+
+@dataclass(frozen=True)
 class Decoder:
-    """norms: of every module's input, of its output, or of both (weights `norm` and `post_norm`).
+    """picture: None for a language model. norms: of every module's input, of its output, or of both (weights `norm`
+    and `post_norm`).
 
     parallel: attention and MLP of a layer both read what enters it. embedding_scale multiplies the embedding,
     logits_scale the logits, then logits_softcap limits them. learned_positions: a table is added to the embedding.
@@ -147,6 +186,12 @@ class Decoder:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float | None = None
+    picture: Picture | None = None
+
+    @property
+    def input_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary, and behind it what is only read."""
+        return self.vocab_size + (self.picture.inputs if self.picture else 0)
 
     @property
     def is_uniform(self) -> bool:
@@ -233,7 +278,7 @@ class Decoder:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight of the model, by name, in the order in which they are used."""
-        shapes: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, self.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {"embedding": (self.input_vocab_size, self.hidden_size)}
         if self.learned_positions:
             shapes["positions"] = (self.max_position_embeddings, self.hidden_size)
         for index in range(len(self.layers)):
