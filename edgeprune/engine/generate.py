@@ -63,7 +63,7 @@ def generate(
             raise NumericalError(
                 f"the logits of step {step + 1} are not finite", "Use an fp32 graph, or check the model's weights."
             )
-        drawn = choose(logits.astype(np.float64), temperature, top_p, generator)
+        drawn = choose(logits.astype(np.float64), temperature, top_p, generator.random(len(logits)))
         tokens = np.where(ended, tokens, drawn)
         yield tokens
         ended |= np.isin(tokens, list(end_ids))
@@ -72,20 +72,23 @@ def generate(
         mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
 
 
-def choose(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> np.ndarray:
-    """One token id (batch,) from logits (batch, vocabulary) fp64.
+def choose(
+    logits: np.ndarray, temperature: float, top_p: float, points: np.ndarray, top_k: int = 0
+) -> np.ndarray:  # fmt: skip
+    """One token id (batch,) from logits (batch, vocabulary) fp64, drawn at points (batch,) in [0, 1).
 
-    top_p keeps the likeliest tokens up to that share of the probability, the one that crosses it
-    included.
+    top_k, unless 0, drops logits below the k-th; top_p then keeps the likeliest tokens up to that share of the
+    probability, the one that crosses it included.
     """
     if temperature == 0:
         return logits.argmax(axis=1)
+    if 0 < top_k < logits.shape[1]:
+        least = np.partition(logits, -top_k, axis=1)[:, -top_k]
+        logits = np.where(logits < least[:, None], -np.inf, logits)
     with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
         probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return np.array(
-        [_draw(row, top_p, point) for row, point in zip(probabilities, generator.random(len(logits)), strict=True)]
-    )
+    return np.array([_draw(row, top_p, point) for row, point in zip(probabilities, points, strict=True)])
 
 
 def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:

@@ -160,6 +160,10 @@ class Picture:
         """Tokens that are only read."""
         return self.num_classes + self.has_null
 
+    def opening(self, vocab_size: int, label: int | None) -> int:
+        """The token that a picture of this class, or of none, begins with."""
+        return vocab_size + (self.num_classes if label is None else label)
+
 
 @dataclass(frozen=True)
 class Decoder:

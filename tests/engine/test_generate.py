@@ -122,7 +122,7 @@ def test_samples_follow_the_distribution(temperature: float, top_p: float) -> No
     if top_p < 1:
         expected = np.array([0, 0.3, 0.2, 0.25, 0, 0]) / 0.75  # 0.30, 0.55, 0.75 >= 0.7: three tokens
     rows, kept = np.tile(logits, (5_000, 1)), expected > 0
-    draws = [choose(rows, temperature, top_p, np.random.default_rng(seed)) for seed in range(20)]
+    draws = [choose(rows, temperature, top_p, np.random.default_rng(seed).random(len(rows))) for seed in range(20)]
     counts = np.bincount(np.concatenate(draws), minlength=6)
     assert counts[~kept].sum() == 0
     assert stats.chisquare(counts[kept], counts.sum() * expected[kept]).pvalue > 1e-3
@@ -132,20 +132,14 @@ def test_top_p_keeps_the_token_that_crosses_it() -> None:
     """Of halves, quarters and eighths: below one half the likeliest alone, then one more at each border."""
     rows = np.tile(np.log([0.125, 0.5, 0.25, 0.125]), (500, 1))
     for top_p, kept in ((0.0, {1}), (0.49, {1}), (0.51, {1, 2}), (0.74, {1, 2}), (0.76, {0, 1, 2}), (1, {0, 1, 2, 3})):
-        assert set(choose(rows, 1.0, top_p, np.random.default_rng(0)).tolist()) == kept
+        assert set(choose(rows, 1.0, top_p, np.random.default_rng(0).random(len(rows))).tolist()) == kept
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = np.random.default_rng(0).normal(size=(50, 30))
     for temperature in (1e-6, 1e-300, 5e-324):
-        np.testing.assert_array_equal(choose(logits, temperature, 1.0, np.random.default_rng(0)), logits.argmax(axis=1))
-
-
-class Last:
-    """A test double of a generator that always draws the largest number below one."""
-
-    def random(self, size: int) -> np.ndarray:
-        return np.full(size, np.nextafter(1.0, 0.0))
+        points = np.random.default_rng(0).random(50)
+        np.testing.assert_array_equal(choose(logits, temperature, 1.0, points), logits.argmax(axis=1))
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 1.0), st.floats(0.05, 20.0), st.integers(1, 40))
@@ -155,7 +149,8 @@ def test_no_draw_leaves_the_nucleus(seed: int, top_p: float, temperature: float,
     logits = np.random.default_rng(seed).normal(0, 3, (4, vocabulary))
     probabilities = np.exp(logits / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    for generator in (np.random.default_rng(seed), Last()):
-        picks = choose(logits, temperature, top_p, generator)
+    drawn, last = np.random.default_rng(seed).random(len(logits)), np.full(len(logits), np.nextafter(1.0, 0.0))
+    for points in (drawn, last):
+        picks = choose(logits, temperature, top_p, points)
         for row, pick in zip(probabilities, picks, strict=True):
             assert row[row > row[pick]].sum() < top_p + 1e-12
