@@ -13,18 +13,42 @@ from edgeprune.model.decoder import Attention, Decoder, Rotary
 
 def _angles(nodes: Nodes, rotary: Rotary, name: str) -> tuple[str, str]:
     """cos and sin (b, s, turned / 2) fp32 of the given positions, times the rotary scaling."""
-    from onnx import TensorProto
-
-    frequencies = nodes.constant(f"{name}.frequencies", rotary.inverse_frequencies, np.float32)
-    positions = nodes.add("Cast", f"{name}.positions", "position_ids", to=TensorProto.FLOAT)
-    positions = nodes.add("Unsqueeze", f"{name}.columns", positions, nodes.sizes(2))
-    angles = nodes.add("Mul", f"{name}.angles", positions, frequencies)
-    cos, sin = nodes.add("Cos", f"{name}.cos", angles), nodes.add("Sin", f"{name}.sin", angles)
-    if rotary.scaling != 1.0:
+    scaling = None
+    if rotary.scaling != 1.0 or rotary.grid is not None:
         scaling = nodes.constant(f"{name}.scaling", rotary.scaling, np.float32)
+    if rotary.grid is None:
+        angles = _turns(nodes, f"{name}.angles", "position_ids", rotary.inverse_frequencies)
+    else:
+        angles, scaling = _grid_angles(nodes, rotary, name, scaling)
+    cos, sin = nodes.add("Cos", f"{name}.cos", angles), nodes.add("Sin", f"{name}.sin", angles)
+    if scaling is not None:
         cos = nodes.add("Mul", f"{name}.cos_scaled", cos, scaling)
         sin = nodes.add("Mul", f"{name}.sin_scaled", sin, scaling)
     return cos, sin
+
+
+def _grid_angles(nodes: Nodes, rotary: Rotary, name: str, scaling: str) -> tuple[str, str]:
+    """Angles (b, s, turned / 2) by row and column, and what multiplies cos and sin (b, s, 1): 0 in the prefix."""
+    prefix = nodes.constant(f"{name}.prefix", rotary.grid.prefix)
+    side = nodes.constant(f"{name}.side", rotary.grid.side)
+    places = nodes.add("Sub", f"{name}.places", "position_ids", prefix)
+    half, parts = len(rotary.inverse_frequencies) // 2, []
+    for part, operator, chosen in (("row", "Div", slice(half)), ("column", "Mod", slice(half, None))):
+        numbers = nodes.add(operator, f"{name}.{part}", places, side)
+        parts.append(_turns(nodes, f"{name}.by_{part}", numbers, rotary.inverse_frequencies[chosen]))
+    outside = nodes.add("Less", f"{name}.in_prefix", "position_ids", prefix)
+    outside = nodes.add("Unsqueeze", f"{name}.in_prefix_of_pairs", outside, nodes.sizes(2))
+    seen = nodes.add("Where", f"{name}.seen", outside, nodes.constant("zero.fp32", 0.0, np.float32), scaling)
+    return nodes.add("Concat", f"{name}.angles", *parts, axis=-1), seen
+
+
+def _turns(nodes: Nodes, name: str, numbers: str, frequencies: Sequence[float]) -> str:
+    """(b, s) int64 -> angles (b, s, frequencies) fp32."""
+    from onnx import TensorProto
+
+    numbers = nodes.add("Cast", f"{name}.numbers", numbers, to=TensorProto.FLOAT)
+    numbers = nodes.add("Unsqueeze", f"{name}.numbers_of_pairs", numbers, nodes.sizes(2))
+    return nodes.add("Mul", name, numbers, nodes.constant(f"{name}.frequencies", frequencies, np.float32))
 
 
 def _rotary_name(decoder: Decoder, rotary: Rotary) -> str:

@@ -84,7 +84,7 @@ def layout(decoder: Decoder, precision: Precision, max_positions: int | None) ->
     if decoder.tie_word_embeddings:
         add("head.weight", (hidden, vocabulary), ("embedding",), EMBEDDING_FILE)
     else:
-        add("embedding.weight", (vocabulary, hidden), ("embedding",), EMBEDDING_FILE, transposed=False)
+        add("embedding.weight", (decoder.input_vocab_size, hidden), ("embedding",), EMBEDDING_FILE, transposed=False)
         add("head.weight", (hidden, vocabulary), ("head",), EMBEDDING_FILE)
     if decoder.learned_positions:
         add("positions.weight", (decoder.max_position_embeddings, hidden), ("positions",), transposed=False)
@@ -228,12 +228,21 @@ def _read(weights: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]
 
 
 def _rotary_table(decoder: Decoder, initializer: Initializer) -> torch.Tensor:
-    """(positions, head_dim / 2) fp32: cos or sin of position * inverse frequency, times the scaling."""
+    """(positions, turned / 2) fp32: cos or sin of the angles of decoder.py's Rotary, times its scaling."""
     import torch
 
     tables = {name: (rotary, place) for number, rotary in enumerate(decoder.rotaries)
               for place, name in enumerate(rotary_tables(number))}  # fmt: skip
     rotary, place = tables[initializer.name]
-    positions = torch.arange(initializer.shape[0], dtype=torch.float32)
-    angles = torch.outer(positions, torch.tensor(rotary.inverse_frequencies, dtype=torch.float32))
-    return (angles.sin() if place else angles.cos()) * rotary.scaling
+    positions, prefix = torch.arange(initializer.shape[0]), 0
+    frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32)
+    if rotary.grid is None:
+        angles = torch.outer(positions, frequencies)
+    else:
+        prefix, side = rotary.grid.prefix, rotary.grid.side
+        rows, columns = (positions - prefix) // side, (positions - prefix) % side
+        of_rows, of_columns = frequencies.chunk(2)
+        angles = torch.cat([torch.outer(rows, of_rows), torch.outer(columns, of_columns)], dim=1)
+    table = (angles.sin() if place else angles.cos()) * rotary.scaling
+    table[:prefix] = 0
+    return table

@@ -84,9 +84,10 @@ def _bias_of(weight: str) -> str:
 
 
 def _activate(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
-    """silu, relu and, in operators of opset 17, gelu: x * (1 + erf(x / sqrt(2))) / 2, or its tanh approximation."""
-    if activation == "silu":
-        return nodes.add("Mul", f"{name}.silu", x, nodes.add("Sigmoid", f"{name}.sigmoid", x))
+    """silu, relu and, in operators of opset 17, gelu: x * (1 + erf(x / sqrt(2))) / 2, or its approximations."""
+    if activation in ("silu", "gelu_quick"):
+        scaled = x if activation == "silu" else nodes.add("Mul", f"{name}.scaled", x, _number(nodes, 1.702))
+        return nodes.add("Mul", f"{name}.{activation}", x, nodes.add("Sigmoid", f"{name}.sigmoid", scaled))
     if activation == "relu":
         return nodes.add("Relu", f"{name}.relu", x)
     if activation == "gelu":

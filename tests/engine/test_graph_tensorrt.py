@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
-from edgeprune.model.decoder import Attention, Layer, Mlp
+from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from tests.engine.graph_models import llama
+from tests.engine.graph_pictures import imagegpt, llamagen, random_weights
 from tests.reference import decoder_of, weights_of
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -75,3 +76,14 @@ def test_builds_layers_of_different_widths(tmp_path: Path) -> None:
     for path in files.graphs.values():
         weights = graph_weight_bytes(decoder, "fp16")
         assert weights <= build(path).figure("Total Weights Memory") <= 1.01 * weights
+
+
+@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+@pytest.mark.parametrize("decoder", [llamagen(head_dim=20), imagegpt()], ids=["grid", "learned positions"])
+def test_builds_image_generators(decoder: Decoder, dialect: str, tmp_path: Path) -> None:
+    spelling = Spelling(dialect, "last")
+    files = write_graphs(decoder, random_weights(decoder), tmp_path, "fp16", [spelling])
+    log = build(files.graphs[spelling])
+    weights = graph_weight_bytes(decoder, "fp16")
+    assert weights <= log.figure("Total Weights Memory") <= 1.02 * weights
+    assert not [line for severity, line in log.lines if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)]

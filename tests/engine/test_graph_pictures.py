@@ -1,0 +1,38 @@
+"""Image generators in every dialect: against a closed form, from the class token on and with a filled cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeprune.engine.graph import write_graphs
+from edgeprune.model.decoder import Decoder
+from tests.engine.graph_models import SPELLINGS, Sample, run_steps
+from tests.engine.graph_pictures import closed_form, drawn, imagegpt, llamagen, random_weights
+
+WALKS = ([1] * 16, [16], [1, 5, 1, 1, 8])
+
+
+def check(decoder: Decoder, folder: Path, batch: Sample | None = None) -> None:
+    """Every spelling, drawn token by token, at once and in parts, gives the closed form's logits."""
+    weights, batch = random_weights(decoder), drawn(decoder) if batch is None else batch
+    expected = closed_form(decoder, weights, batch)
+    real = batch.mask > 0
+    for spelling, path in write_graphs(decoder, weights, folder, "fp32", SPELLINGS).graphs.items():
+        for walk in WALKS:
+            places = np.arange(16) if spelling.logits == "all" else np.cumsum(walk) - 1
+            for capacity in (None, 16) if spelling.dialect == "onnxruntime" else (None,):
+                found = np.concatenate(run_steps(path, batch, walk, capacity), axis=1)
+                difference = np.abs(found - expected[:, places])[real[:, places]]
+                assert difference.max() < 1e-5 * np.abs(expected).max(), (spelling, walk, capacity)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (4, 1)])
+def test_positions_on_a_grid_behind_a_class(heads: int, groups: int, tmp_path: Path) -> None:
+    check(llamagen(heads, groups), tmp_path)
+
+
+def test_learned_positions_behind_a_start_token(tmp_path: Path) -> None:
+    check(imagegpt(), tmp_path)
