@@ -24,10 +24,13 @@ class Experience(Strict):
 
     first_token: Figure = Field(description="ms until the answer to `workload.prompt` tokens begins: the prefill")
     tokens_per_second: Figure = Field(description="of each sequence, at full context")
-    reading_speed: Figure = Field(
-        description="how many times the rate of a reader that is: of "
+    reading_speed: Figure | None = Field(
+        description="none: an image generator; how many times the rate of a reader that is: of "
         f"{WORDS_PER_MINUTE} words per minute (Brysbaert 2019, silent reading of English) at {TOKENS_PER_WORD} tokens "
         "per word"
+    )
+    seconds_per_image: Figure | None = Field(
+        None, description="of an image generator: from its class to all its tokens, at the workload's images at once"
     )
     longest_context: Figure = Field(description="tokens that memory has room for; 0: not even the smallest context")
     sequences: Figure = Field(
@@ -38,5 +41,5 @@ class Experience(Strict):
 
 def experience_part(found: serving.Experience) -> Experience:
     """What was found, as it stands in the report."""
-    figures = {name: figure_of(figure) for name, figure in found.figures.items()}
+    figures = {name: figure and figure_of(figure) for name, figure in found.figures.items()}
     return Experience(room=Room(**found.room.__dict__), **figures)

@@ -1,4 +1,4 @@
-"""The part of report.json about quality, as a reader meets it: perplexity, agreement, answers."""
+"""The part of report.json about quality, as a reader meets it: perplexity, agreement, answers, pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from edgeprune.report.base import Strict
+from edgeprune.report.images import Pictures, pictures_part
 
 DEGRADED_PERCENT, BROKEN_PERCENT = 5.0, 30.0
 
@@ -78,10 +79,13 @@ class Quality(Strict):
     grade: Grade = Field(
         description=f"intact below {DEGRADED_PERCENT:g} % rise, degraded below {BROKEN_PERCENT:g} %, else broken"
     )
-    answers: Answers | None = Field(description="none: the vocabulary leaves no prompt that fits into the context")
-    prompt: str
-    dense_sample: str = Field(description="what the dense model answers to the prompt")
-    fitted_sample: str
+    answers: Answers | None = Field(
+        description="none: an image generator, or the vocabulary leaves no prompt that fits into the context"
+    )
+    prompt: str | None = Field(description="none: an image generator")
+    dense_sample: str | None = Field(description="what the dense model answers to the prompt")
+    fitted_sample: str | None
+    pictures: Pictures | None = Field(None, description="of an image generator")
 
 
 def grade_of(rise_percent: float) -> Grade:
@@ -91,7 +95,10 @@ def grade_of(rise_percent: float) -> Grade:
     return "degraded" if rise_percent < BROKEN_PERCENT else "broken"
 
 
-def quality_part(label: str, texts: Mapping[str, Any], answers: Mapping[str, Any] | None, **samples: str) -> Quality:
+def quality_part(
+    label: str, texts: Mapping[str, Any], answers: Mapping[str, Any] | None, pictures: Mapping[str, Any] | None = None,
+    **samples: str | None,
+) -> Quality:  # fmt: skip
     """What an evaluation found, as it stands in the report; see results.Quality for the shapes."""
     rows = [
         Text(
@@ -107,7 +114,10 @@ def quality_part(label: str, texts: Mapping[str, Any], answers: Mapping[str, Any
             Identical(**_percent({**step, "share": step["same"] / step["answers"]})) for step in answers["identical"]
         ]
         answers = Answers(**{**answers, "identical": identical})
-    return Quality(label=label, texts=rows, rise_percent=rise, grade=grade_of(rise), answers=answers, **samples)
+    return Quality(
+        label=label, texts=rows, rise_percent=rise, grade=grade_of(rise), answers=answers,
+        pictures=pictures and pictures_part(pictures), **samples,
+    )  # fmt: skip
 
 
 def _percent(given: Mapping[str, Any]) -> dict[str, Any]:

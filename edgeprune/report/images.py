@@ -1,0 +1,91 @@
+"""The part of report.json about an image generator: pictures of both models side by side, and how far they are off.
+
+results.Quality.pictures, which `pictures_part` takes, is what a journal can hold:
+
+    images      int: drawn from each model
+    at_once     int: pictures in a batch of the workload, half of the batch where they are guided
+    cfg         float: the guidance with which they were drawn; 1: none
+    temperature float
+    reference   str: what the distances are to: "the dense model's other samples", or a folder's name
+    dense       dict or None: asdict(evaluate.distances.Distances) of the dense model to the reference
+    fitted      dict or None: the same of the fitted model
+    missing     str: why there are no distances, and how to get them; "" where there are
+    difference  [value, low, high] or None: evaluate.distances.kernel_difference(reference, dense, fitted)
+    dense_grid  str: evaluate.grids.data_uri of some of the dense model's pictures
+    fitted_grid str: of the fitted model's, from the same seeds and classes, in the same order
+    classes     list of int: classes of the grid's pictures, row by row; empty where there are none
+    side        int: pixels of one picture, each side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from edgeprune.report.base import Strict
+
+Grid = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*$")]
+
+
+class Interval(Strict):
+    """A value with its 95 % interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Frechet(Strict):
+    value: float
+    floor: float = Field(description="of two random parts of the reference: what sampling alone gives")
+
+
+class Distances(Strict):
+    """How far a model's pictures are from the reference, by the features of a network."""
+
+    images: int
+    reference_images: int
+    network: str = Field(description="whose features they are: figures of different networks do not compare")
+    kernel: Interval = Field(description="unbiased squared MMD of the polynomial kernel, as in KID; 0: no distance")
+    frechet: Frechet = Field(description="as in FID; biased: the fewer images, the larger")
+    precision: Interval = Field(description="share of pictures that lie within the reference (k = 3): fidelity")
+    recall: Interval = Field(description="share of the reference that lies within the pictures: diversity")
+
+
+class Pictures(Strict):
+    """Pictures of the dense and the fitted model from the same seeds and classes."""
+
+    images: int = Field(description="drawn from each model")
+    at_once: int = Field(description="pictures in a batch of the workload; a guided one takes two sequences")
+    cfg: float = Field(description="guidance with which they were drawn; 1: none")
+    temperature: float
+    reference: str = Field(description="what the distances are to")
+    dense: Distances | None
+    fitted: Distances | None
+    missing: str = Field(description="why there are no distances, and how to get them")
+    difference: Interval | None = Field(
+        description="kernel distance of the fitted model less the dense model's, paired by seed"
+    )
+    dense_grid: Grid = Field(description="some of the dense model's pictures, as an image's data URI")
+    fitted_grid: Grid = Field(description="the fitted model's, in the same order")
+    classes: list[int] = Field(description="of the grid's pictures, row by row; empty: no classes")
+    side: int = Field(description="pixels of one picture, each side")
+
+
+def pictures_part(found: Mapping[str, Any]) -> Pictures:
+    """What an evaluation found, as it stands in the report; see the module for its shape."""
+    sides = {name: found[name] and _distances(found[name]) for name in ("dense", "fitted")}
+    return Pictures(**{**found, **sides, "difference": found["difference"] and _interval(found["difference"])})
+
+
+def _distances(found: Mapping[str, Any]) -> Distances:
+    intervals = {name: _interval(found[name]) for name in ("kernel", "precision", "recall")}
+    value, floor = found["frechet"]
+    return Distances(**{**found, **intervals, "frechet": Frechet(value=value, floor=floor)})
+
+
+def _interval(bounds: Sequence[float]) -> Interval:
+    value, low, high = bounds
+    return Interval(value=value, low=low, high=high)
