@@ -1,4 +1,4 @@
-"""PyTorch's own checkpoint files (.bin): a zip archive of one pickle and of each tensor's bytes.
+"""PyTorch's own checkpoint files (.bin, .pt): a zip archive of one pickle and of each tensor's bytes.
 
 The pickle is read by torch.load(weights_only=True), which builds tensors and plain containers and calls nothing
 else; the file is mapped, so that bytes are read where a tensor is used.
@@ -6,6 +6,7 @@ else; the file is mapped, so that bytes are read where a tensor is used.
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import zipfile
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 ZIP_MAGIC = b"PK\x03\x04"
 OLD_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # of files before PyTorch 1.6, pickles one after the other
 KEPT_BYTES = 1 << 26
+CONTAINERS = ("model", "module", "state_dict")  # where training scripts put the weights, beside an optimizer's
 NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 AGAIN = "Download the checkpoint again."
 
@@ -47,7 +49,10 @@ class TorchFiles:
 
 
 def tensors_of(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file by name, mapped; whatever else it holds beside them is left out.
+    """The tensors of a .bin or .pt file by name, mapped; whatever else it holds beside them is left out.
+
+    They stand in the file itself or in one of CONTAINERS. A training script's arguments, which are often kept beside
+    them, are an argparse.Namespace: the one class that is allowed.
 
     Raises InputError for a file that is truncated, of another format, or whose pickle asks for anything but tensors
     and plain containers; nothing in it is called.
@@ -56,7 +61,8 @@ def tensors_of(file: Path) -> dict[str, torch.Tensor]:
 
     archive_members(file)
     try:
-        content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"its pickle asks for {found.group(1)}" if found else "its pickle holds something else"
@@ -67,8 +73,9 @@ def tensors_of(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # whatever a damaged pickle or archive makes of torch's reader
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{file} is no PyTorch checkpoint: {reason}", AGAIN) from None
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {name: value.detach() for name, value in items if isinstance(value, torch.Tensor)}
+    content = content if isinstance(content, dict) else {}
+    inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
+    tensors = {name: value.detach() for name, value in inner.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise InputError(f"{file} holds no tensors by name", "Give a checkpoint whose .bin is a plain state_dict.")
     return tensors

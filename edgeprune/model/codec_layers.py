@@ -1,0 +1,131 @@
+"""LlamaGen's VQ model as a list of steps, and the shape of every tensor that they read.
+
+One list serves the shapes, torch and the graph. It knows nothing about files, torch or operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+GROUPS, NORM_EPS = 32, 1e-6  # of every group norm
+CODEBOOK = "quantize.embedding.weight"
+COLOURS = 3
+
+Shape = tuple[int, ...]
+Kind = Literal["point", "conv", "residual", "attention", "upsample", "downsample", "activation"]
+
+
+class Step(NamedTuple):
+    """What happens to a feature map (b, inputs, h, w), which has then `outputs` channels.
+
+    point       1x1 convolution
+    conv        3x3 convolution, padding 1
+    residual    x + conv2(swish(norm2(conv1(swish(norm1(x)))))), x by `nin_shortcut` where the channels change
+    attention   x + proj_out(attention of one head over all h * w positions of norm(x))
+    upsample    nearest, twice as high and wide, then `conv`
+    downsample  a row and a column of zeros below and on the right, then `conv` with stride 2
+    activation  swish of the group norm; swish(x) = x * sigmoid(x)
+    """
+
+    kind: Kind
+    name: str
+    inputs: int
+    outputs: int
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every tensor of this step, by LlamaGen's names."""
+        name, inputs, outputs = self.name, self.inputs, self.outputs
+        match self.kind:
+            case "point":
+                return _conv(name, inputs, outputs, 1)
+            case "conv":
+                return _conv(name, inputs, outputs, 3)
+            case "upsample" | "downsample":
+                return _conv(f"{name}.conv", inputs, outputs, 3)
+            case "activation":
+                return _norm(name, inputs)
+            case "attention":
+                points = (_conv(f"{name}.{part}", inputs, outputs, 1) for part in ("q", "k", "v", "proj_out"))
+                return _norm(f"{name}.norm", inputs) | {key: shape for point in points for key, shape in point.items()}
+        shapes = _norm(f"{name}.norm1", inputs) | _conv(f"{name}.conv1", inputs, outputs, 3)
+        shapes |= _norm(f"{name}.norm2", outputs) | _conv(f"{name}.conv2", outputs, outputs, 3)
+        return shapes | (_conv(f"{name}.nin_shortcut", inputs, outputs, 1) if inputs != outputs else {})
+
+
+def _conv(name: str, inputs: int, outputs: int, kernel: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, channels: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
+
+
+@dataclass(frozen=True)
+class VqLayout:
+    """The sizes of a VQ model; by default those of VQ-16.
+
+    widths: channels of every level, the one of most pixels first; each further level halves height and width, and
+    the last one attends. stem: channels behind the encoder's first convolution. residual_blocks: of a level of the
+    encoder; the decoder has one more. latent: channels between codes and decoder.
+    """
+
+    stem: int = 128
+    widths: tuple[int, ...] = (128, 128, 256, 256, 512)
+    residual_blocks: int = 2
+    codebook_size: int = 16384
+    code_size: int = 8
+    latent: int = 256
+
+    @property
+    def downsample(self) -> int:
+        """Pixels of a token, in each direction."""
+        return 2 ** (len(self.widths) - 1)
+
+    def decoding(self) -> list[Step]:
+        """From codebook rows (b, code_size, h, w) to images (b, 3, downsample * h, downsample * w)."""
+        last = self.widths[-1]
+        steps = [Step("point", "post_quant_conv", self.code_size, self.latent),
+                 Step("conv", "decoder.conv_in", self.latent, last), *_middle("decoder", last)]  # fmt: skip
+        for block, width in enumerate(reversed(self.widths)):
+            name = f"decoder.conv_blocks.{block}"
+            steps += _level(name, steps[-1].outputs, width, self.residual_blocks + 1, attends=block == 0)
+            if block + 1 < len(self.widths):
+                steps.append(Step("upsample", f"{name}.upsample", width, width))
+        return [*steps, *_end("decoder", self.widths[0], COLOURS)]
+
+    def encoding(self) -> list[Step]:
+        """From images (b, 3, h, w) to what the nearest codebook rows are of, (b, code_size, ...)."""
+        steps = [Step("conv", "encoder.conv_in", COLOURS, self.stem)]
+        for block, width in enumerate(self.widths):
+            name, is_last = f"encoder.conv_blocks.{block}", block + 1 == len(self.widths)
+            steps += _level(name, steps[-1].outputs, width, self.residual_blocks, attends=is_last)
+            if not is_last:
+                steps.append(Step("downsample", f"{name}.downsample", width, width))
+        last = self.widths[-1]
+        quantising = Step("point", "quant_conv", self.latent, self.code_size)
+        return [*steps, *_middle("encoder", last), *_end("encoder", last, self.latent), quantising]
+
+    def shapes(self, encoder: bool = True) -> dict[str, Shape]:
+        """Shape of every tensor by LlamaGen's names, with or without those that only turn images into codes."""
+        shapes: dict[str, Shape] = {CODEBOOK: (self.codebook_size, self.code_size)}
+        for step in self.decoding() + (self.encoding() if encoder else []):
+            shapes |= step.shapes()
+        return shapes
+
+
+def _level(name: str, inputs: int, width: int, blocks: int, attends: bool) -> Iterator[Step]:
+    for index in range(blocks):
+        yield Step("residual", f"{name}.res.{index}", width if index else inputs, width)
+        if attends:
+            yield Step("attention", f"{name}.attn.{index}", width, width)
+
+
+def _middle(part: str, width: int) -> list[Step]:
+    kinds: tuple[Kind, ...] = ("residual", "attention", "residual")
+    return [Step(kind, f"{part}.mid.{index}", width, width) for index, kind in enumerate(kinds)]
+
+
+def _end(part: str, inputs: int, outputs: int) -> list[Step]:
+    return [Step("activation", f"{part}.norm_out", inputs, inputs), Step("conv", f"{part}.conv_out", inputs, outputs)]
