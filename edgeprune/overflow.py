@@ -1,8 +1,8 @@
 """Whether fp16 holds what a model computes: the largest values on given samples, found before an engine is built.
 
 The walk is in fp32, so that it goes on where fp16 would not. It looks at every tensor that the fp16 graph writes
-(engine/graph_ops.py, engine/graph_attention.py), but for those that another one bounds, and for the powers in gelu,
-whose infinity tanh takes to the right 1.
+(engine/graph_ops.py, engine/graph_attention.py), but for those that another one bounds, and for those within gelu,
+whose infinity tanh or sigmoid takes to the right 1 or 0.
 """
 
 from __future__ import annotations
@@ -121,15 +121,17 @@ def _behind_layer(
 def _attention(
     x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float, seen: _Seen
 ) -> torch.Tensor:
-    """The context is a mean of values, and a query that is not yet turned is as long as the turned one."""
+    """The context is a mean of values, and a query that is not yet turned is as long as the turned one, but before a
+    picture's first token, where turning ends in zeros."""
     import torch.nn.functional as F
 
     from edgeprune.model.forward import attend, attention_heads
 
     query, key, value = attention_heads(x, weights, attention, tables, eps)
+    changes = attention.qk_norm is not None or (attention.rotary is not None and attention.rotary.grid is not None)
     for name, heads in (("q", query), ("k", key), ("v", value)):
         seen("attention", name, heads)
-        if name != "v" and (attention.qk_norm is not None or float(heads.norm(dim=-1).max()) > LIMIT):
+        if name != "v" and (changes or float(heads.norm(dim=-1).max()) > LIMIT):
             raw = F.linear(x, weights[f"attention.{name}"], weights.get(f"attention.{name}_bias"))
             seen("attention", f"{name} before norm and turn", raw)
     _look_at_scores(query, key, attention, seen)

@@ -1,4 +1,4 @@
-"""A small random model of transformers' own class for every family: what parity is measured on."""
+"""A small random model of transformers' own class, or of the original's, for every family: for parity tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from edgeprune.model.families import FAMILIES
+from tests import llamagen
 from tests.checkpoints import save_tokenizer
 
 BASE = {
@@ -65,15 +66,23 @@ CASES: dict[str, dict[str, object]] = {
     "starcoder2": {"sliding_window": 7},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
+    "imagegpt": FIXED | {"vocab_size": 258, "max_position_embeddings": 64},
+    "llamagen": {},
+    "llamagen, grouped, head_dim 20": {"dim": 80, "groups": 2},
 }  # fmt: skip
 
+PICTURES = ("imagegpt", "llamagen")
+TEXTS = [case for case in CASES if case.partition(",")[0] not in PICTURES]
 
-def random_model(case: str, **changes: object) -> PreTrainedModel:
+
+def random_model(case: str, **changes: object) -> PreTrainedModel | llamagen.LlamaGen:
     """Norms and biases are random too, so that none may be forgotten. changes: other settings than the case's."""
     model_type = case.partition(",")[0]
+    if model_type == "llamagen":
+        return llamagen.random_llamagen(**CASES[case] | changes)
     settings = BASE | CASES[case] | changes
     config = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
-    if model_type == "gpt2":
+    if model_type in ("gpt2", "imagegpt"):
         config.n_inner = 96
     torch.manual_seed(0)
     model = getattr(transformers, FAMILIES[model_type].architecture)(config).eval()
@@ -84,8 +93,12 @@ def random_model(case: str, **changes: object) -> PreTrainedModel:
     return model
 
 
-def save_family(folder: Path, case: str) -> PreTrainedModel:
+def save_family(folder: Path, case: str) -> PreTrainedModel | llamagen.LlamaGen:
     model = random_model(case)
+    if isinstance(model, llamagen.LlamaGen):
+        llamagen.save_directory(model, folder)
+        return model
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    if case in TEXTS:
+        save_tokenizer(folder)
     return model

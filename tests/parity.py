@@ -6,6 +6,7 @@ prefill and 16 decode steps and all spellings.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tempfile
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from edgeprune.engine.graph import Spelling, write_graphs
@@ -29,6 +31,7 @@ from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
 from tests.engine.graph_models import SPELLINGS, Sample, reference_logits, run_steps, sample
 from tests.families import BASE, CASES, save_family
+from tests.llamagen import LlamaGen, load_directory
 
 WALK = [20, *[1] * 16]
 METHOD = METHODS["default"]
@@ -39,9 +42,9 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Dense:
-    """A saved model of transformers, and what load_model makes of it."""
+    """A saved model of transformers, or of the original's code, and what load_model makes of it."""
 
-    reference: PreTrainedModel
+    reference: PreTrainedModel | LlamaGen
     model: Model
 
 
@@ -70,15 +73,24 @@ def pruned(model: Model, target: Decoder) -> tuple[Decoder, dict[str, torch.Tens
     return result_of(target, METHOD), dict(prune(model, target, calibration(), METHOD, 0))
 
 
-def as_transformers(model: Model, decoder: Decoder, weights: Weights, folder: Path) -> PreTrainedModel:
-    """The saved checkpoint as `from_pretrained` loads it, without any code but its own."""
+def as_transformers(model: Model, decoder: Decoder, weights: Weights, folder: Path) -> PreTrainedModel | LlamaGen:
+    """The saved checkpoint as `from_pretrained` loads it, without any code but its own; LlamaGen's by its own names."""
     save_checkpoint(decoder, weights.items(), model, folder)
-    loaded, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    if notes["missing_keys"] or notes["unexpected_keys"] or notes["mismatched_keys"]:
-        raise AssertionError(notes)
+    if decoder.family == "llamagen":
+        loaded = load_directory(folder, original_widths(decoder))
+    else:
+        name = json.loads((folder / "config.json").read_text())["architectures"][0]
+        loaded, notes = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+        if notes["missing_keys"] or notes["unexpected_keys"] or notes["mismatched_keys"]:
+            raise AssertionError(notes)
     if load_model(str(folder)).decoder.layer_widths != decoder.layer_widths:
         raise AssertionError("the checkpoint is read as another model than was saved")
     return loaded.eval()
+
+
+def original_widths(decoder: Decoder) -> list[tuple[int, int, int]]:
+    """Heads, groups and channels of every layer."""
+    return [(groups * heads, groups, channels) for groups, heads, channels in decoder.layer_widths]
 
 
 def batch() -> Sample:
@@ -134,7 +146,7 @@ def uneven_error(model: Model, folder: Path) -> float:
 
 def table() -> str:
     lines = [
-        "| family | class in transformers | case | dense | uniform | per layer | other runtimes tried |",
+        "| family | class | case | dense | uniform | per layer | other runtimes tried |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in CASES:

@@ -20,14 +20,14 @@ HEADS = "edgeprune_heads"  # key/value heads, query heads per group, of a checkp
 LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+    "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "gelu_quick", "relu": "relu",
 }  # fmt: skip
 
 
 def family_of(config: Config) -> Family:
     """Raises InputError that names what is not supported, and what is."""
     model_type = config.get("model_type")
-    supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only, *ForCausalLM)."
+    supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only)."
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
     family = FAMILIES[model_type]
@@ -75,6 +75,8 @@ def decoder_of(config: Config) -> Decoder:
         decoder = family.adapt(_llama(plain, family), plain)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise _senseless(error if isinstance(error, SenselessError) else repr(error)) from None
+    if decoder.picture is not None:
+        _check_picture(decoder)
     attention = decoder.layers[0].attention
     numbers = [decoder.norm_eps, decoder.embedding_scale, decoder.logits_scale, attention.score_scale]
     numbers += [value for rotary in decoder.rotaries for value in (*rotary.inverse_frequencies, rotary.scaling)]
@@ -152,6 +154,18 @@ def _check_sizes(config: Config, attention: Attention) -> None:
             raise _senseless(f"{name} {size}")
     if attention.head_dim % 2 or attention.head_dim > sizes["hidden_size"]:
         raise _senseless(f"head_dim {attention.head_dim} (even, at most hidden_size, is supported)")
+
+
+def _check_picture(decoder: Decoder) -> None:
+    """Raises InputError for a picture that no model draws."""
+    picture, positions = decoder.picture, decoder.max_position_embeddings
+    if picture.side < 1 or picture.num_classes < 0 or picture.inputs < 1 or decoder.input_vocab_size >= MAX_SIZE:
+        raise _senseless(
+            f"a picture of {picture.side} x {picture.side} tokens, {picture.num_classes} classes"
+            f"{'' if picture.has_null else ' and no other opening'}"
+        )
+    if positions != next((rotary.grid.positions for rotary in decoder.rotaries if rotary.grid), picture.tokens):
+        raise _senseless(f"{positions} positions are no square of picture tokens")
 
 
 def checkpoint_tensors(decoder: Decoder) -> dict[str, StoredTensor]:

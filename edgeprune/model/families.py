@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from edgeprune.model import names
-from edgeprune.model.decoder import Decoder, Experts, Layer, Rotary
+from edgeprune.model.decoder import Decoder, Experts, Grid, Layer, Picture, Rotary
 from edgeprune.model.places import Places
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
 
@@ -224,6 +224,37 @@ def _starcoder2(decoder: Decoder, config: Config) -> Decoder:
     return _layer_norms(_all_slide(decoder, config), bool(config["use_bias"]))
 
 
+def _plain_llamagen(config: Config) -> Config:
+    return {"max_position_embeddings": LLAMAGEN_PREFIX + int(config["image_side"]) ** 2}
+
+
+def _llamagen(decoder: Decoder, config: Config) -> Decoder:
+    """Half of a head's channels turn by the row, half by the column, both with the frequencies of half a head."""
+    picture = Picture(int(config["image_side"]), int(config["num_classes"]), bool(config["has_null_class"]))
+    head_dim = decoder.layers[0].attention.head_dim
+    if head_dim % 4:
+        raise SenselessError(f"head_dim {head_dim} (a multiple of 4 is supported)")
+    half = rotary_of({}, config, head_dim // 2)
+    rotary = replace(half, inverse_frequencies=2 * half.inverse_frequencies, grid=Grid(LLAMAGEN_PREFIX, picture.side))
+    return replace(changed(decoder, {"rotary": rotary}), picture=picture)
+
+
+def _plain_imagegpt(config: Config) -> Config:
+    """Its vocabulary counts the token that pictures begin with, which has no logit."""
+    return _plain_gpt2(config) | {"vocab_size": int(config["vocab_size"]) - 1}
+
+
+def _imagegpt(decoder: Decoder, config: Config) -> Decoder:
+    picture = Picture(math.isqrt(decoder.max_position_embeddings), 0)
+    return replace(_gpt2(decoder, config), norm="rms", picture=picture)
+
+
+def _refuse_imagegpt(config: Config) -> str | None:
+    if config.get("tie_word_embeddings"):
+        return "tie_word_embeddings true (false is supported)"
+    return _refuse_gpt2(config)
+
+
 def _refuse_gpt2(config: Config) -> str | None:
     for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
         if config.get(name):
@@ -252,6 +283,15 @@ def _refuse_bidirectional(config: Config) -> str | None:
 
 GRANITE_SCALES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 CONTEXT = {"max_position_embeddings": 2048}
+LLAMAGEN_PREFIX = 1  # the class
+GPT2_FIELDS = {
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer", "intermediate_size": "n_inner",
+}  # fmt: skip
+GPT2_DEFAULTS = {
+    "n_positions": 1024, "activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
+    "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
 
 FAMILIES = {
     family.model_type: family
@@ -298,11 +338,7 @@ FAMILIES = {
             CONTEXT | dict.fromkeys(GRANITE_SCALES, 1.0),
         ),
         Family(
-            "gpt2", "GPT2LMHeadModel", names.GPT2, _gpt2,
-            {"n_positions": 1024, "activation_function": "gelu_new", "tie_word_embeddings": True,
-             "scale_attn_weights": True, "layer_norm_epsilon": 1e-5},
-            {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
-             "num_hidden_layers": "n_layer", "intermediate_size": "n_inner"},
+            "gpt2", "GPT2LMHeadModel", names.GPT2, _gpt2, GPT2_DEFAULTS, GPT2_FIELDS,
             activation="activation_function", norm_eps="layer_norm_epsilon", heads="fixed", plain=_plain_gpt2,
             refuse=_refuse_gpt2,
         ),
@@ -335,6 +371,16 @@ FAMILIES = {
             {"max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
              "norm_topk_prob": False, "sliding_window": 4096, "max_window_layers": 28},
             {"intermediate_size": "moe_intermediate_size"}, refuse=_refuse_mixed,
+        ),
+        Family(
+            "imagegpt", "ImageGPTForCausalImageModeling", names.GPT2, _imagegpt,
+            GPT2_DEFAULTS | {"activation_function": "quick_gelu", "tie_word_embeddings": False, "vocab_size": 513},
+            GPT2_FIELDS, activation="activation_function", norm_eps="layer_norm_epsilon", heads="fixed",
+            plain=_plain_imagegpt, refuse=_refuse_imagegpt,
+        ),
+        Family(
+            "llamagen", "LlamaGenForCausalImage", names.LLAMAGEN, _llamagen, {"rms_norm_eps": 1e-5},
+            plain=_plain_llamagen,
         ),
     )
 }  # fmt: skip

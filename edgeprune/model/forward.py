@@ -64,9 +64,19 @@ class Tables:
 
 def _rotary_table(rotary: Rotary, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    positions, grid = torch.arange(length, dtype=torch.float32), rotary.grid
+    if grid is None:
+        angles = torch.outer(positions, frequencies)
+    else:
+        places = (positions - grid.prefix).clamp_min(0)
+        by_row, by_column = frequencies.chunk(2)
+        angles = torch.cat([torch.outer(places.div(grid.side, rounding_mode="floor"), by_row),
+                            torch.outer(places % grid.side, by_column)], dim=-1)  # fmt: skip
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
+    cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
+    if grid is not None:
+        cos[: grid.prefix] = sin[: grid.prefix] = 0.0
+    return cos, sin
 
 
 def _mask(window: int | None, length: int) -> torch.Tensor | None:
@@ -143,6 +153,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
 }
 
@@ -351,7 +362,10 @@ def _losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _logit_chunks(
     decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
 ) -> Iterator[torch.Tensor]:
-    """Logits (up to LOGIT_ROWS, vocabulary) fp32 at every position but the last of each row, rows in order."""
+    """Logits (up to LOGIT_ROWS, vocabulary) fp32 at every position but the last of each row, rows in order.
+
+    The last token is never fed: a picture's has no position in some models.
+    """
     stream = iter(weights)
 
     def take(name: str) -> torch.Tensor:
@@ -360,7 +374,7 @@ def _logit_chunks(
             raise ValueError(f"expected {name}, got {given}")
         return tensor
 
-    head = take("embedding")
+    head, ids = take("embedding"), ids[:, :-1]
     hidden = embedded(decoder, ids, head, take("positions") if decoder.learned_positions else None)
     tables = Tables(decoder, ids.shape[1])
     for index in range(len(decoder.layers)):
@@ -369,7 +383,7 @@ def _logit_chunks(
         add_layer(decoder, index, layer, hidden, tables, chunk)
         on_layer()
     norm = {name: take(name).float() for name in decoder.norm_shapes("norm")}
-    states = normed(decoder, hidden[:, :-1], norm, "norm").flatten(0, 1)
+    states = normed(decoder, hidden, norm, "norm").flatten(0, 1)
     if not decoder.tie_word_embeddings:
         head = take("head")
     head = head.float()

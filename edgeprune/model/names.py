@@ -101,3 +101,13 @@ GPT2 = _under(
     embedding=Place("transformer.wte.weight"), positions=Place("transformer.wpe.weight"),
     norm=Place("transformer.ln_f.weight"), norm_bias=Place("transformer.ln_f.bias"),
 )  # fmt: skip
+LLAMAGEN = {
+    "embedding": Place("tok_embeddings.weight", inputs="cls_embedding.embedding_table.weight"),
+    "norm": Place("norm.weight"), "head": Place("output.weight"),
+    **{f"{kind}.norm": Place(f"layers.{{i}}.{name}_norm.weight") for kind, name in
+       (("attention", "attention"), ("mlp", "ffn"))},
+    **{name: Place("layers.{i}.attention.wqkv.weight", FUSED_QKV, neighbours=True) for name in FUSED_QKV},
+    "attention.o": Place("layers.{i}.attention.wo.weight"),
+    **{f"mlp.{part}": Place(f"layers.{{i}}.feed_forward.{name}.weight") for part, name in
+       (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
+}  # fmt: skip

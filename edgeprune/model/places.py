@@ -1,7 +1,8 @@
 """Where the weights of decoder.py stand in a checkpoint: names, and tensors that hold several of them.
 
-A checkpoint may stack q, k and v in one tensor, keep matrices transposed, or store a norm's weight minus one. Here
-that is undone on reading and done again on writing; everything else sees the weights of decoder.py.
+A checkpoint may stack q, k and v in one tensor, keep an embedding in two, keep matrices transposed, store a norm's
+weight minus one, or turn other pairs of channels. Here that is undone on reading and done again on writing; everything
+else sees the weights of decoder.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Place:
     key: its name; {i} is the layer's number, {e} the expert's. holds: the weights that are stacked in it along their
     rows, by their names behind the layer, the weight itself where it is empty; by_head: head by head, not one after
     the other. transposed: (in, out). shift: what is added to the stored values. skip: rows before the weight's own.
+    neighbours: of queries and keys channels 2m and 2m + 1 of a head turn together, not m and m + half. inputs: the
+    tensor of an embedding's rows behind the vocabulary's.
     """
 
     key: str
@@ -33,6 +36,8 @@ class Place:
     transposed: bool = False
     shift: float = 0.0
     skip: int = 0
+    neighbours: bool = False
+    inputs: str = ""
 
 
 Places = Mapping[str, Place]  # by the name of a weight, without `layers.{i}.`, and `experts.{e}` as it stands
@@ -40,14 +45,18 @@ Places = Mapping[str, Place]  # by the name of a weight, without `layers.{i}.`, 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: the weights in it by their full names, and its shape there."""
+    """One tensor of a checkpoint: the weights in it by their full names, and its shape there.
+
+    shapes: of what it holds of each weight: all of it, or so many of its rows from `first` on.
+    """
 
     key: str
     place: Place
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    head_dim: int
-    factor: float  # by which its values are multiplied on reading
+    head_dim: int = 0
+    factor: float = 1.0  # by which its values are multiplied on reading
+    first: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -56,7 +65,7 @@ class StoredTensor:
         return shape[::-1] if self.place.transposed else shape
 
     def read(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """One of its weights; fp32 where its values are changed, else in the tensor's own dtype."""
+        """What it holds of one of its weights; fp32 where its values are changed, else in the tensor's own dtype."""
         place, which = self.place, self.names.index(name)
         if place.transposed:
             tensor = tensor.t()
@@ -66,6 +75,8 @@ class StoredTensor:
         else:
             start = place.skip + sum(shape[0] for shape in self.shapes[:which])
             tensor = tensor[start : start + self.shapes[which][0]]
+        if place.neighbours and _turns(name):
+            tensor = tensor.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         if place.shift or self.factor != 1.0:
             tensor = tensor.float() * self.factor + place.shift
         return tensor.contiguous()
@@ -74,7 +85,7 @@ class StoredTensor:
         """The tensor of its weights: what `read` takes apart."""
         import torch
 
-        place, parts = self.place, [weights[name] for name in self.names]
+        place, parts = self.place, [self._own(name, weights[name]) for name in self.names]
         if place.by_head:
             tensor = torch.stack([part.unflatten(0, (-1, self.head_dim)) for part in parts], dim=1).flatten(0, 2)
         else:
@@ -84,6 +95,14 @@ class StoredTensor:
         if place.skip:
             tensor = torch.cat([tensor.new_zeros(place.skip, *tensor.shape[1:]), tensor])
         return tensor.t() if place.transposed else tensor
+
+    def _own(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What it holds of a weight, in its own order of channels."""
+        if self.place.inputs:
+            weight = weight[self.first :] if self.first else weight[: self.shapes[0][0]]
+        if self.place.neighbours and _turns(name):
+            weight = weight.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        return weight
 
 
 def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
@@ -96,12 +115,21 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
         names = tuple(prefix + held for held in place.holds) or (name,)
         if name != names[-1]:
             continue
+        if place.inputs:
+            (rows, size), own = shapes[name], decoder.vocab_size
+            found[key] = StoredTensor(key, place, names, ((own, size),))
+            found[place.inputs] = StoredTensor(place.inputs, place, names, ((rows - own, size),), first=own)
+            continue
         attention = decoder.layers[numbers["i"]].attention if "i" in numbers else None
         found[key] = StoredTensor(
             key, place, names, tuple(shapes[each] for each in names), attention.head_dim if attention else 0,
             decoder.residual_scale if _is_output(part) else 1.0,
         )  # fmt: skip
     return found
+
+
+def _turns(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in ("q", "k")
 
 
 def _is_output(part: str) -> bool:
@@ -124,14 +152,17 @@ def stored_stream(
     tensors: Mapping[str, StoredTensor], weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights in the order of decoder.shapes() -> tensors of the checkpoint; what waits for others is held."""
-    needed = {name: tensor for tensor in tensors.values() for name in tensor.names}
+    needed: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors.values():
+        for name in tensor.names:
+            needed.setdefault(name, []).append(tensor)
     waiting: dict[str, torch.Tensor] = {}
     for name, weight in weights:
         if name not in needed:
             raise ValueError(f"{name} is no weight of this model")
         waiting[name] = weight
-        tensor = needed[name]
-        if name == tensor.names[-1]:
+        complete = [tensor for tensor in needed[name] if name == tensor.names[-1]]
+        for tensor in complete:
             yield tensor.key, tensor.write(waiting)
-            for each in tensor.names:
-                del waiting[each]
+        for each in {each for tensor in complete for each in tensor.names}:
+            del waiting[each]

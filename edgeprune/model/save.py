@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+PICTURE_FILES = ("preprocessor_config.json",)  # how pictures become tokens
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -33,7 +34,8 @@ def save_checkpoint(
     decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], source: Model, directory: Path,
     vocabulary: Vocabulary | None = None, dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """Write config, weights, tokenizer and generation config so that `from_pretrained` loads them.
+    """Write config, weights, tokenizer and generation config so that `from_pretrained` loads them; an image generator
+    has no tokenizer, and LlamaGen's is by its own names.
 
     tensors: by the names of decoder.py, in the order of decoder.shapes(); stored in dtype, by default that
     of the source's embedding. A wrong name or shape is a bug of the caller: ValueError. Raises NumericalError
@@ -76,7 +78,7 @@ def _kept_rows(
 
 
 def _write_whole_tokenizer(source: Model, directory: Path, model_type: str) -> None:
-    for name in TOKENIZER_FILES:
+    for name in TOKENIZER_FILES + PICTURE_FILES:
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
     if model_type != source.decoder.family:

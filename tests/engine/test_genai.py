@@ -21,7 +21,7 @@ from edgeprune.model.model import Model
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.bundles import fitted
-from tests.families import CASES, save_family
+from tests.families import TEXTS, save_family
 
 og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai")
 
@@ -69,7 +69,7 @@ def transformers_own(reference: torch.nn.Module, prompt: list[int], count: int) 
     return ids[0, len(prompt) :].tolist()
 
 
-CONTINUED = [case for case in CASES if "," not in case or case.startswith("mistral")]
+CONTINUED = [case for case in TEXTS if "," not in case or case.startswith("mistral")]
 
 
 @pytest.mark.parametrize("spelling", [OURS, OPSET], ids=["shared buffer", "concatenated"])

@@ -19,7 +19,7 @@ from edgeprune.model.gguf_file import read_gguf
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.save import save_checkpoint
 from tests.checkpoints import save_llama
-from tests.families import CASES, random_model
+from tests.families import CASES, TEXTS, random_model
 from tests.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
 LONGROPE = "phi3, longrope, partial rotary, sliding window"
@@ -33,7 +33,7 @@ CHANGES = {
     },
     "llama, linear rope": {"dtype": torch.float16}, "gemma3_text": {"dtype": torch.bfloat16},
 }  # fmt: skip
-EXPORTED = [case for case in CASES if case != "opt"]
+EXPORTED = [case for case in TEXTS if case != "opt"]
 PROMPT = [3, 5, 7, 11, 200, 100, 50, 25, 12, 6, 9, 8, 4]
 TABLE = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "starcoder2")  # llama.cpp has their GELU in a table of fp16
 ROUNDED = {torch.float32: 0.0, torch.float16: 0.03, torch.bfloat16: 0.1}  # it rounds what such a matrix multiplies
