@@ -25,7 +25,7 @@ class Runner:
 
     def __init__(self, graph: Path, batch: int, capacity: int, threads: int | None = None) -> None:
         self.batch, self.capacity = batch, capacity
-        self.session = _session(graph, threads)
+        self.session = open_session(graph, threads)
         self.past = 0
         self._cache = {
             # Written, not np.zeros: pages that nobody wrote cost neither memory nor time to read.
@@ -74,7 +74,8 @@ class Runner:
         return binding.get_outputs()[-1].numpy()[:, -1]
 
 
-def _session(graph: Path, threads: int | None) -> Any:
+def open_session(graph: Path, threads: int | None) -> Any:
+    """Raises EngineError where ONNX Runtime cannot load the graph."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
