@@ -22,7 +22,6 @@ from edgeprune.engine.estimate import (
     estimate_performance,
     prefill_flops,
 )
-from edgeprune.engine.graph import unsupported
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
@@ -171,6 +170,4 @@ def _notes(decoder: Decoder, profile: DeviceProfile, held: Workload, precision: 
         notes.append(f"{precision} is {QUANTISED}")
     if held.context > decoder.max_position_embeddings:
         notes.append(f"{held.context} tokens are more than the model's {decoder.max_position_embeddings} positions")
-    if (reason := unsupported(decoder, profile.dialect)) is not None:
-        notes.append(reason)
     return notes

@@ -14,7 +14,7 @@ from edgeprune.engine.base import Measured
 from edgeprune.engine.choose import RUNTIME_GRAPH, Exported
 from edgeprune.engine.estimate import has_bf16
 from edgeprune.engine.genai import write_genai
-from edgeprune.engine.graph import Spelling, unsupported, write_graphs
+from edgeprune.engine.graph import Spelling, write_graphs
 from edgeprune.engine.wire import figure_from_json, figure_to_json, performance_from_json, performance_to_json
 from edgeprune.journal import Journal
 from edgeprune.model.load import load_model
@@ -48,10 +48,9 @@ class Run:
     def _graphs(self, model: Model, folder: Path, precision: str, length: int = 0) -> Path:
         """The folder of a model's graphs in a precision, written by the stage that fills `folder`."""
         target = folder / f"onnx-{precision}"
-        spellings = [s for s in SPELLINGS if unsupported(model.decoder, s.dialect) is None]
         context = max(self.setup.workload.context, length)
-        write_graphs(model.decoder, model.weights, target, precision, spellings, context)
-        write_genai(model.decoder, spellings, target, model.directory, context)
+        write_graphs(model.decoder, model.weights, target, precision, SPELLINGS, context)
+        write_genai(model.decoder, SPELLINGS, target, model.directory, context)
         return target
 
     def export_dense(self) -> Path:

@@ -162,12 +162,11 @@ def test_what_cannot_be_planned_is_said(config: str, tmp_path: Path) -> None:
         plan(Question(config, "l5"))
 
 
-def test_a_model_that_a_dialect_cannot_spell_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_in_place_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = SMALL | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
     figures = load_profile("l4").hardware
     probed = load_profile("cpu").model_copy(update={**figures, "fp32_compute": figures["fp16_compute"]})
     monkeypatch.setattr("edgeprune.plan.resolve_profile", lambda name, file: probed)
     found: Plan = plan(Question(written(tmp_path, odd), "cpu"))
-    assert any("head_dim 8" in note for note in found.notes)
     assert found.decode_in_place_ms == found.performance.decode.value  # one buffer
     assert found.work["decode_bytes"] == found.work["decode_bytes_in_place"]

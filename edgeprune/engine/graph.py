@@ -12,7 +12,8 @@ Spellings are one model in several sets of operators, all on the same data files
     onnxruntime  com.microsoft.GroupQueryAttention. Bind one buffer of any capacity as past and present
                  of a layer and it is updated in place; `past` and `total` of the cache are then that
                  capacity and the true total comes from attention_mask's width, which every spelling reads.
-                 Needs ONNX Runtime 1.32 or newer and a head_dim that is a multiple of 16.
+                 Needs ONNX Runtime 1.32 or newer, and has zeros behind each head in the cache where head_dim
+                 is no multiple of 8.
 With logits `last` the last position is gathered before the final norm: logits (batch, 1, vocabulary).
 In bf16 the logits are cast to fp32, which every consumer has; and since ONNX Runtime has no bf16 on a
 processor, its dialect reads the same bf16 weights and computes in fp32, cache included.
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgeprune.engine import graph_data
 from edgeprune.engine.graph_data import Initializer, Precision
-from edgeprune.engine.graph_nodes import Dialect, Nodes, element_type
+from edgeprune.engine.graph_nodes import Dialect, Nodes, element_type, head_width
 from edgeprune.engine.graph_ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, Layer
@@ -70,12 +71,9 @@ def write_graphs(
     weights, activations, cache and logits, as above for bf16 (sums of squares stay fp32). max_positions: rows of the
     onnxruntime dialect's rotary tables, at most and by default decoder.max_position_embeddings; longer
     contexts need no tables in the other dialects.
-    Raises InputError for a decoder that a dialect cannot spell, a missing weight or a wrong shape, and
-    NumericalError for a weight that is not finite in this precision; files begun are then incomplete.
+    Raises InputError for a missing weight or a wrong shape, and NumericalError for a weight that is not finite in
+    this precision; files begun are then incomplete.
     """
-    for spelling in spellings:
-        if (reason := unsupported(decoder, spelling.dialect)) is not None:
-            raise InputError(reason, "Use another dialect: opset23 or primitive.")
     tables = any(spelling.dialect == "onnxruntime" for spelling in spellings)
     initializers = graph_data.layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,27 +91,10 @@ def graph_weight_bytes(
 ) -> int:
     """Bytes of all initializers that a graph of this dialect references, without writing it.
 
-    The onnxruntime dialect adds two rotary tables; padding between initializers is not counted.
+    The onnxruntime dialect may add rotary tables; padding between initializers is not counted.
     """
     rows = _table_rows(decoder, max_positions) if dialect == "onnxruntime" else None
     return sum(initializer.length for initializer in graph_data.layout(decoder, precision, rows))
-
-
-def unsupported(decoder: Decoder, dialect: Dialect) -> str | None:
-    """Why this dialect cannot spell the decoder though others can; None if it can."""
-    if dialect != "onnxruntime":
-        return None
-    for index, layer in enumerate(decoder.layers):
-        if (attention := layer.attention) is None:
-            continue
-        turned = 2 * len(attention.rotary.inverse_frequencies) if attention.rotary else 0
-        for size, what in ((attention.head_dim, "has head_dim"), (turned, "turns by position a head size of")):
-            if size % 16 != 0:
-                return (
-                    f"layer {index} {what} {size}, not the multiple of 16 "
-                    "that ONNX Runtime's GroupQueryAttention requires"
-                )
-    return None
 
 
 def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
@@ -150,7 +131,7 @@ def _graph(
     external = [_external(initializer) for initializer in initializers if initializer.name in used]
     widened = [_widened(tensor, element) for tensor in external if tensor.data_type != element]
     rows = "sequence" if spelling.logits == "all" else 1
-    inputs, outputs = _caches(decoder, element)
+    inputs, outputs = _caches(decoder, element, spelling.dialect)
     return helper.make_graph(
         [*widened, *nodes.nodes],
         decoder.family or "decoder",
@@ -165,14 +146,16 @@ def _graph(
     )
 
 
-def _caches(decoder: Decoder, element: int) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
+def _caches(
+    decoder: Decoder, element: int, dialect: Dialect
+) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:  # fmt: skip
     from onnx import helper
 
     inputs, outputs = [], []
     for index, layer in enumerate(decoder.layers):
         if (attention := layer.attention) is None:
             continue
-        heads, width = attention.num_key_value_heads, attention.head_dim
+        heads, width = attention.num_key_value_heads, head_width(attention.head_dim, dialect)
         past_key, past_value, present_key, present_value = _cache_names(index)
         for name in (past_key, past_value):
             inputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, "past", width]))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgeprune.engine.graph_data import rotary_tables
-from edgeprune.engine.graph_nodes import MICROSOFT, Nodes, Shared, additive_masks, lengths, masked
+from edgeprune.engine.graph_data import rotary_tables, rotates_by_tables
+from edgeprune.engine.graph_nodes import MICROSOFT, Nodes, Shared, additive_masks, head_width, lengths, masked
 from edgeprune.model.decoder import Attention, Decoder, Rotary
 
 
@@ -69,20 +69,24 @@ def prepare_opset23(nodes: Nodes, decoder: Decoder) -> Shared:
 
 
 def prepare_primitive(nodes: Nodes, decoder: Decoder) -> Shared:
-    """cos as (b, 1, s, turned) = [cos, cos]; sin as [-sin, sin], so that rotating needs no negation."""
     shared = additive_masks(nodes, decoder.windows)
     for rotary in decoder.rotaries:
-        name = _rotary_name(decoder, rotary)
-        cos, sin = _angles(nodes, rotary, name)
-        cos = nodes.add("Concat", f"{name}.cos_head", cos, cos, axis=-1)
-        sin = nodes.add("Concat", f"{name}.sin_head", nodes.add("Neg", f"{name}.sin_negative", sin), sin, axis=-1)
-        cos = nodes.add("Unsqueeze", f"{name}.cos_heads", cos, nodes.sizes(1))
-        sin = nodes.add("Unsqueeze", f"{name}.sin_heads", sin, nodes.sizes(1))
-        shared |= {
-            f"{name}.cos": nodes.from_fp32(f"{name}.cos_cast", cos),
-            f"{name}.sin": nodes.from_fp32(f"{name}.sin_cast", sin),
-        }
+        shared |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=1)
     return shared
+
+
+def _primitive_angles(nodes: Nodes, rotary: Rotary, name: str, heads: int) -> Shared:
+    """cos as (b, s, turned) = [cos, cos]; sin as [-sin, sin], so that rotating needs no negation; with an axis of 1
+    for the heads."""
+    cos, sin = _angles(nodes, rotary, name)
+    cos = nodes.add("Concat", f"{name}.cos_head", cos, cos, axis=-1)
+    sin = nodes.add("Concat", f"{name}.sin_head", nodes.add("Neg", f"{name}.sin_negative", sin), sin, axis=-1)
+    cos = nodes.add("Unsqueeze", f"{name}.cos_heads", cos, nodes.sizes(heads))
+    sin = nodes.add("Unsqueeze", f"{name}.sin_heads", sin, nodes.sizes(heads))
+    return {
+        f"{name}.cos": nodes.from_fp32(f"{name}.cos_cast", cos),
+        f"{name}.sin": nodes.from_fp32(f"{name}.sin_cast", sin),
+    }
 
 
 def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
@@ -102,7 +106,11 @@ def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
     padding = nodes.add("Unsqueeze", "bias.padding", padding, nodes.sizes(1, 2))
     keys = nodes.add("Where", "bias.keys", padding, masked(nodes), nodes.number("mask.zero", 0.0))
     queries = nodes.add("Concat", "bias.queries", nodes.sizes(1, 1), found["sequence"], nodes.sizes(1), axis=0)
-    return {
+    attentions = [layer.attention for layer in decoder.layers if layer.attention]
+    angles: Shared = {}
+    for rotary in dict.fromkeys(attention.rotary for attention in attentions if _turns_before(attention)):
+        angles |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=2)
+    return angles | {
         "total": total,
         "seqlens_k": nodes.add("Expand", "lengths.seqlens_k", last, found["batch"]),
         "query_seqlens": nodes.add("Expand", "lengths.query_seqlens", sequence, found["batch"]),
@@ -221,9 +229,13 @@ def attention_onnxruntime(
     nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
     shared: Shared,
 ) -> str:  # fmt: skip
+    """What the operator does not turn itself is turned before; heads of other sizes than it takes get zeros behind."""
     past_key, past_value, present_key, present_value = cache
     positions: Sequence[str] = ("", "", "")
-    if attention.rotary is not None:
+    width = head_width(attention.head_dim, "onnxruntime")
+    if _turns_before(attention) or width > attention.head_dim:
+        packed = _prepared_heads(nodes, name, packed, attention, decoder, width, shared)
+    if rotates_by_tables(attention):
         positions = (*rotary_tables(decoder.rotaries.index(attention.rotary)), "position_ids")
     inputs = (
         packed, "", "", past_key, past_value, shared["seqlens_k"], shared["total"], *positions,
@@ -233,11 +245,37 @@ def attention_onnxruntime(
         "num_heads": attention.num_attention_heads,
         "kv_num_heads": attention.num_key_value_heads,
         "scale": attention.score_scale,
-        "do_rotary": int(attention.rotary is not None),
+        "do_rotary": int(rotates_by_tables(attention)),
     }
     if attention.window is not None:
         attributes["local_window_size"] = attention.window
     if attention.softcap is not None:
         attributes["softcap"] = attention.softcap
     outputs = (f"{name}.context", present_key, present_value)
-    return nodes.add_many("GroupQueryAttention", f"{name}.attend", inputs, outputs, MICROSOFT, **attributes)[0]
+    context = nodes.add_many("GroupQueryAttention", f"{name}.attend", inputs, outputs, MICROSOFT, **attributes)[0]
+    if width == attention.head_dim:
+        return context
+    context = nodes.add("Reshape", f"{name}.wide_heads", context, nodes.sizes(0, 0, -1, width))
+    bounds = (nodes.sizes(0), nodes.sizes(attention.head_dim), nodes.sizes(3))
+    context = nodes.add("Slice", f"{name}.own_heads", context, *bounds)
+    return nodes.add("Reshape", f"{name}.joined", context, nodes.sizes(0, 0, attention.query_size))
+
+
+def _turns_before(attention: Attention) -> bool:
+    return attention.rotary is not None and not rotates_by_tables(attention)
+
+
+def _prepared_heads(
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, width: int, shared: Shared
+) -> str:
+    """(b, s, (h + 2k) * d) -> turned where GroupQueryAttention does not, each head with zeros up to `width`."""
+    h, k, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+    heads = nodes.add("Reshape", f"{name}.split_heads", packed, nodes.sizes(0, 0, h + 2 * k, d))
+    if _turns_before(attention):
+        inputs, outputs = (heads, nodes.sizes(h + k, k)), (f"{name}.qk", f"{name}.value")
+        query_key, value = nodes.add_many("Split", f"{name}.split", inputs, outputs, axis=2)
+        rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
+        heads = nodes.add("Concat", f"{name}.heads", rotated, value, axis=2)
+    if width > d:
+        heads = nodes.add("Pad", f"{name}.padded_heads", heads, nodes.sizes(0, 0, 0, 0, 0, 0, 0, width - d))
+    return nodes.add("Reshape", f"{name}.packed", heads, nodes.sizes(0, 0, (h + 2 * k) * width))

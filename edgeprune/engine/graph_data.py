@@ -56,6 +56,12 @@ class Initializer:
         return [self.sources[start : start + each] for start in range(0, len(self.sources), each)]
 
 
+def rotates_by_tables(attention: Attention) -> bool:
+    """Whether GroupQueryAttention turns queries and keys itself, which it does in sizes that are multiples of 16."""
+    rotary = attention.rotary
+    return rotary is not None and attention.head_dim % 16 == 0 and len(rotary.inverse_frequencies) % 8 == 0
+
+
 def rotary_tables(number: int) -> tuple[str, str]:
     """Names of the tables of cos and sin of a decoder's rotary embedding with this number."""
     name = f"rotary.{number}" if number else "rotary"
@@ -101,8 +107,10 @@ def layout(decoder: Decoder, precision: Precision, max_positions: int | None) ->
                 add_norm(prefix + "post_norm")
     add_norm("norm")
     if max_positions is not None:
+        attentions = [layer.attention for layer in decoder.layers if layer.attention]
+        tabled = {attention.rotary for attention in attentions if rotates_by_tables(attention)}
         for number, rotary in enumerate(decoder.rotaries):
-            for name in rotary_tables(number):
+            for name in rotary_tables(number) if rotary in tabled else ():
                 add(name, (max_positions, len(rotary.inverse_frequencies)), (), transposed=False)
     return tuple(found)
 

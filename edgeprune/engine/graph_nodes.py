@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 Dialect = Literal["opset23", "primitive", "onnxruntime"]
 MICROSOFT = "com.microsoft"
+HEAD_MULTIPLE = 8  # of the sizes of heads that GroupQueryAttention takes
 Shared = dict[str, str]  # values made once and read by every layer: masks, angles, lengths
+
+
+def head_width(head_dim: int, dialect: Dialect) -> int:
+    """Of one head in a dialect's cache: zeros fill it up."""
+    multiple = HEAD_MULTIPLE if dialect == "onnxruntime" else 1
+    return -(-head_dim // multiple) * multiple
 
 
 def element_type(precision: Precision) -> int:

@@ -306,9 +306,11 @@ class Decoder:
             if len(shape) == 2
         )
 
-    def cache_elements(self, batch: int, context: int) -> int:
-        """Elements of the key/value cache, keys and values of all layers, at `context` tokens."""
-        width = sum(layer.attention.key_value_size for layer in self.layers if layer.attention)
+    def cache_elements(self, batch: int, context: int, head_multiple: int = 1) -> int:
+        """Elements of the key/value cache, keys and values of all layers, at `context` tokens, each head filled up to
+        a multiple."""
+        attentions = [layer.attention for layer in self.layers if layer.attention]
+        width = sum(a.num_key_value_heads * -(-a.head_dim // head_multiple) * head_multiple for a in attentions)
         return 2 * batch * context * width
 
 

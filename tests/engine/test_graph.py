@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from edgeprune.engine import graph_data
-from edgeprune.engine.graph import Spelling, graph_weight_bytes, unsupported, write_graphs
+from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
 from edgeprune.errors import InputError, NumericalError
-from edgeprune.model.decoder import Attention, Decoder, Experts, Layer, Mlp, Rotary
+from edgeprune.model.decoder import Attention, Decoder, Experts, Grid, Layer, Mlp, Picture, Rotary
 from tests.engine.graph_models import SPELLINGS, Sample, llama, reference_logits, run_steps, sample, session, write
 from tests.reference import decoder_of, weights_of
 
@@ -252,15 +252,15 @@ def test_each_weight_is_read_once_and_let_go(tmp_path: Path) -> None:
     assert weights.alive == 0
 
 
-ROTARY = Rotary((1.0, 0.1))
+ROTARIES = [Rotary((1.0, 0.1) * 4), Rotary((1.0, 0.5) * 4, grid=Grid(1, 2))]  # which ONNX Runtime turns
 layers = st.builds(
     Layer,
     st.none()
     | st.builds(
         lambda k, g, rotary, norm, bias: Attention(
-            k * g, k, 4, rotary, qk_norm=norm, input_bias=bias, output_bias=not bias
+            k * g, k, 16, rotary, qk_norm=norm, input_bias=bias, output_bias=not bias
         ),
-        st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, ROTARY, Rotary((1.0,))]),
+        st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, *ROTARIES, Rotary((1.0,))]),
         st.sampled_from([None, "head", "all"]), st.booleans(),
     ),
     st.none()
@@ -276,6 +276,16 @@ decoders = st.builds(
     st.lists(layers, max_size=3).map(tuple), norm=st.sampled_from(["rms", "layer"]),
     norms=st.sampled_from(["before", "after", "both"]), learned_positions=st.booleans(),
 )  # fmt: skip
+pictures = st.builds(Picture, st.just(2), st.integers(0, 3))
+decoders |= st.builds(dataclasses.replace, decoders, tie_word_embeddings=st.just(False), picture=pictures)
+
+
+def table(rotary: Rotary, function: np.ufunc) -> np.ndarray:
+    """The first three positions: of the grid a prefix and the first two columns of the first row."""
+    if rotary.grid is None:
+        return function(np.outer(np.arange(3), rotary.inverse_frequencies))
+    by_column = np.outer([0, 1], rotary.inverse_frequencies[4:])
+    return np.concatenate([np.zeros((1, 8)), function(np.concatenate([np.zeros((2, 4)), by_column], axis=1))])
 
 
 @given(decoder=decoders, precision=st.sampled_from(["fp32", "fp16"]), piece_bytes=st.integers(1, 200))
@@ -300,8 +310,7 @@ def test_data_files_hold_the_weights_whatever_the_piece(
             wanted = np.stack(blocks) if len(blocks) > 1 else blocks[0]
         else:
             number = int(initializer.name.split(".")[1]) if initializer.name.count(".") > 1 else 0
-            angles = np.outer(np.arange(3), decoder.rotaries[number].inverse_frequencies)
-            wanted = (np.cos if initializer.name.endswith("cos_table") else np.sin)(angles)
+            wanted = table(decoder.rotaries[number], np.cos if initializer.name.endswith("cos_table") else np.sin)
         dtype = np.float16 if precision == "fp16" else np.float32
         data = (folder / initializer.file).read_bytes()[initializer.offset : initializer.offset + initializer.length]
         held = np.frombuffer(data, dtype).reshape(initializer.shape)
@@ -337,20 +346,23 @@ def test_weights_that_do_not_fit_the_decoder_are_named(tmp_path: Path) -> None:
         write_graphs(decoder, short, tmp_path, "fp32", SPELLINGS)
 
 
-def test_decoders_that_cannot_be_spelled_are_refused(tmp_path: Path) -> None:
-    model = llama(True, head_dim=24)
-    decoder, weights = decoder_of(model.config), weights_of(model)
-    assert "24" in unsupported(decoder, "onnxruntime")
-    assert unsupported(decoder, "opset23") is None
-    with pytest.raises(InputError, match="head_dim 24"):
-        write_graphs(decoder, weights, tmp_path / "refused", "fp32", SPELLINGS)
-    assert not (tmp_path / "refused").exists()
-    batch, spelling = sample(30), Spelling("primitive", "all")
-    files = write_graphs(decoder, weights, tmp_path, "fp32", [spelling])
-    logits = run_steps(files.graphs[spelling], batch, [30])
-    assert_same(logits, [30], spelling, reference_logits(model, batch), batch, 1e-5)
-    attention = dataclasses.replace(decoder.layers[0].attention, head_dim=32, rotary=Rotary((1.0,) * 6))
-    partial = dataclasses.replace(decoder, layers=(Layer(attention, None),))
-    assert "turns by position a head size of 12" in unsupported(partial, "onnxruntime")
+@pytest.mark.parametrize("head_dim", [24, 20, 6])
+def test_heads_of_any_size(head_dim: int, tmp_path: Path) -> None:
+    """ONNX Runtime's operator takes multiples of 8 and turns multiples of 16: others turn before, without tables."""
+    model, batch = llama(True, head_dim=head_dim), sample(30)
+    decoder, reference = decoder_of(model.config), reference_logits(model, batch)
+    files = write_graphs(decoder, weights_of(model), tmp_path, "fp32", SPELLINGS)
+    assert graph_weight_bytes(decoder, "fp32", "onnxruntime") == graph_weight_bytes(decoder, "fp32")
+    for spelling, path in files.graphs.items():
+        width = -(-head_dim // 8) * 8 if spelling.dialect == "onnxruntime" else head_dim
+        (past,) = {tuple(value.shape) for value in session(path).get_inputs() if "past" in value.name}
+        assert past == ("batch", 2, "past", width)
+        for walk in ([30], [20, 3, *[1] * 7]):
+            logits = run_steps(path, batch, walk, 40 if spelling.dialect == "onnxruntime" else None)
+            assert_same(logits, walk, spelling, reference, batch, 1e-5)
+
+
+def test_no_positions_to_serve_are_refused(tmp_path: Path) -> None:
+    model = llama(True)
     with pytest.raises(InputError, match="max_positions is 0"):
-        write_graphs(decoder_of(llama(True).config), weights, tmp_path, "fp32", SPELLINGS, max_positions=0)
+        write_graphs(decoder_of(model.config), weights_of(model), tmp_path, "fp32", SPELLINGS, max_positions=0)

@@ -29,9 +29,14 @@ def check(decoder: Decoder, folder: Path, batch: Sample | None = None) -> None:
                 assert difference.max() < 1e-5 * np.abs(expected).max(), (spelling, walk, capacity)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (4, 1)])
-def test_positions_on_a_grid_behind_a_class(heads: int, groups: int, tmp_path: Path) -> None:
-    check(llamagen(heads, groups), tmp_path)
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_dim", "turned"),
+    [(6, 2, 16, 16), (3, 3, 20, 20), (4, 1, 100, 100), (4, 2, 24, 16), (2, 1, 48, 16), (2, 2, 32, 12)],
+)
+def test_positions_on_a_grid_behind_a_class(
+    heads: int, groups: int, head_dim: int, turned: int, tmp_path: Path
+) -> None:
+    check(llamagen(heads, groups, head_dim, turned), tmp_path)
 
 
 def test_learned_positions_behind_a_start_token(tmp_path: Path) -> None:
