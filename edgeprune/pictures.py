@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-PIXELS_AT_ONCE = 1 << 18  # that are decoded together: 4 images of 256 x 256, whose features take some 200 MB each
+PIXELS_AT_ONCE = 1 << 18  # that are decoded together: 4 images of 256 x 256, which take some 100 MB each
 GIVE = "Give a folder of png, jpg or webp images; subfolders named by a number are classes."
 
 

@@ -1,7 +1,7 @@
 """A codec's decoder -> ONNX, written directly, in fp32 and operators of opset 17.
 
 Input: codes (batch, side * side) int64. Output: image (batch, 3, height, width) fp32, nominally in [-1, 1]. The side
-is fixed, the batch is not. Weights of more than a few pages stand in a data file beside the graph.
+is fixed, the batch is not. Weights that are larger than INSIDE_BYTES stand in a data file beside the graph.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from onnx import TensorProto
 
 OPSET, IR_VERSION = 17, 8
-INSIDE_BYTES = 1 << 20  # what the graph's file itself holds at most
+INSIDE_BYTES = 1 << 20
 TABLE = "codes.table"
 
 
 def write_codec(codec: Codec, side: int, path: Path) -> None:
-    """Write the graph that decodes side * side codes, and where they are many its weights as `path` + `.data`.
+    """Write the graph that decodes side * side codes, and, where they are large, its weights as `path` + `.data`.
 
     Equal input gives equal bytes. Raises NumericalError for a weight that is not finite.
     """
@@ -102,8 +102,8 @@ def _conv(nodes: Nodes, name: str, x: str, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _norm(nodes: Nodes, name: str, x: str, channels: int, side: int) -> str:
-    """The group norm by its definition as an instance norm of the groups: TensorRT's parsers know GroupNormalization
-    of opset 18 only, ONNX Runtime that of opset 21."""
+    """The group norm, by an instance norm of the groups: the operator GroupNormalization has a weight of each channel
+    from opset 21 on only, and is no faster."""
     groups = nodes.add("Reshape", f"{name}.groups", x, nodes.sizes(0, GROUPS, -1))
     one, zero = (nodes.constant(f"norm.{fill}", [fill] * GROUPS, np.float32) for fill in (1, 0))
     groups = nodes.add("InstanceNormalization", f"{name}.normed", groups, one, zero, epsilon=NORM_EPS)

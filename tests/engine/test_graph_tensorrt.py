@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,13 @@ class KeepingLogger(trt.ILogger):
         return int(line.removeprefix(label).split()[1])
 
 
-def build(path: Path) -> KeepingLogger:
+def decoder_shape(tensor: trt.ITensor, batch: int, sequence: int, past: int) -> tuple[int, ...]:
+    if tensor.name.startswith("past"):
+        return batch, tensor.shape[1], past, tensor.shape[3]
+    return batch, past + sequence if tensor.name == "attention_mask" else sequence
+
+
+def build(path: Path, shape: Callable[..., tuple[int, ...]] = decoder_shape) -> KeepingLogger:
     """Compile for SM86 with one profile: batch 1..2, sequence 1..32, past 0..64. Returns the log."""
     logger = KeepingLogger()
     builder = trt.Builder(logger)
@@ -41,13 +48,7 @@ def build(path: Path) -> KeepingLogger:
     config.set_compute_capability(trt.ComputeCapability.SM86, 0)
     profile = builder.create_optimization_profile()
     for tensor in map(network.get_input, range(network.num_inputs)):
-
-        def shape(batch: int, sequence: int, past: int, tensor: object = tensor) -> tuple[int, ...]:
-            if tensor.name.startswith("past"):
-                return batch, tensor.shape[1], past, tensor.shape[3]
-            return batch, past + sequence if tensor.name == "attention_mask" else sequence
-
-        profile.set_shape(tensor.name, shape(1, 1, 0), shape(1, 1, 16), shape(2, 32, 64))
+        profile.set_shape(tensor.name, *(shape(tensor, *sizes) for sizes in ((1, 1, 0), (1, 1, 16), (2, 32, 64))))
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config) is not None
     return logger
