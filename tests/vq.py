@@ -189,7 +189,7 @@ class VqModel(nn.Module):
 
 
 def small_vq(seed: int = 0, **sizes) -> VqModel:
-    """96,000 parameters a level or so, downsample 4, 64 codes whose rows are not of length 1; norms are not trivial."""
+    """A million parameters, downsample 4, 64 codes whose rows are not of length 1; norms are not trivial."""
     torch.manual_seed(seed)
     model = VqModel(**({"base": 32, "multipliers": (1, 1, 2), "codes": 64, "size": 8, "latent": 32} | sizes)).eval()
     with torch.no_grad():

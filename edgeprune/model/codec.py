@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.codec_layers import CODEBOOK, COLOURS, GROUPS, Shape, VqLayout
@@ -39,7 +39,7 @@ class VqCodec:
     has_encoder: bool
     fingerprint: str  # sha256 of the file
 
-    side = None  # any number of tokens a side
+    side: ClassVar[None] = None  # any number of tokens a side
 
     @property
     def vocab_size(self) -> int:
@@ -92,8 +92,8 @@ class ClusterCodec:
     side: int  # tokens, here pixels, a side
     fingerprint: str  # sha256 of clusters and side
 
-    downsample = 1
-    has_encoder = True
+    downsample: ClassVar[int] = 1
+    has_encoder: ClassVar[bool] = True
 
     @property
     def vocab_size(self) -> int:
