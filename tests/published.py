@@ -105,4 +105,16 @@ PUBLISHED: dict[str, tuple[dict[str, object], float]] = {
         decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, tie_word_embeddings=False,
         attention_bias=False,
     ), 30532.12),
+    "imagegpt-small": ({
+        "model_type": "imagegpt", "architectures": ["ImageGPTForCausalImageModeling"], "n_embd": 512, "n_layer": 24,
+        "n_head": 8, "n_inner": None, "n_positions": 1024, "vocab_size": 513, "activation_function": "quick_gelu",
+        "layer_norm_epsilon": 1e-05, "tie_word_embeddings": False, "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "resid_pdrop": 0.1,
+    }, 76.68),
+    "llamagen-b-384": ({
+        "model_type": "llamagen", "architectures": ["LlamaGenForCausalImage"], "hidden_size": 768,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64,
+        "intermediate_size": 2048, "vocab_size": 16384, "num_classes": 1000, "has_null_class": True,
+        "image_side": 24, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    }, 110.89),
 }  # fmt: skip

@@ -12,6 +12,7 @@ CONFIG = ("config.json",)
 OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt")
 WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}  # the first that is there
 NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
+FILES = (".gguf", ".pt", ".pth", ".bin", ".safetensors")  # what ends so is no repository
 SECONDS = 5.0  # to reach the hub; the client's own request has no limit
 LOCAL = "give a local directory, a .gguf file or `demo`"
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
@@ -31,7 +32,7 @@ def fetch_checkpoint(spec: str) -> Path:
 
 
 def _fetch(spec: str, weights: bool) -> Path:
-    if spec.count("/") != 1 or spec.startswith(("/", ".", "~")) or spec.endswith((".gguf", "/")):
+    if spec.count("/") != 1 or spec.startswith(("/", ".", "~")) or spec.endswith((*FILES, "/")):
         raise InputError(
             f"no such model: {spec}",
             f"{LOCAL.capitalize()}, or a hub id as OWNER/NAME (with network access the first time).",

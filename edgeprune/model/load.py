@@ -1,4 +1,4 @@
-"""demo, directory, GGUF file or hub id -> Model. Weights are described now and read at each access."""
+"""demo, directory, GGUF file, LlamaGen's file or hub id -> Model. Weights are described now and read at each access."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from edgeprune.model.configuration import checkpoint_tensors, decoder_of, stored
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import FAMILIES
 from edgeprune.model.hub import fetch_checkpoint, fetch_config
+from edgeprune.model.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
 from edgeprune.model.model import Model
 from edgeprune.model.padding import without_padding
 from edgeprune.model.places import StoredTensor
-from edgeprune.model.torch_file import TorchFiles, archive_members, torch_header
+from edgeprune.model.torch_file import TorchFiles, archive_members, torch_header, training_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +31,14 @@ Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoi
 Stands = dict[str, list[tuple[Path, str, StoredTensor]]]  # by name of the weight: where its rows are, in order
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+SAFETENSORS = ".safetensors"
+WEIGHT_FILES = (".pt", ".pth", ".bin", SAFETENSORS)
+FILES = "a .gguf file, or LlamaGen's c2i_*.pt"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; the first that is there
 
 
 class LazyWeights(Mapping[str, "torch.Tensor"]):
-    """Tensors by the names of decoder.py, read from safetensors or .bin files at each access.
+    """Tensors by the names of decoder.py, read from safetensors or PyTorch's files at each access.
 
     Both are mapped: of a tensor that holds several weights, the rows of the one that is asked for are read.
     """
@@ -55,7 +59,7 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
 
     def stored(self, path: Path, key: str) -> torch.Tensor:
         """A tensor of a file as it stands there."""
-        if path.suffix == ".bin":
+        if path.suffix != SAFETENSORS:
             return self._torch_files.read(path, key)
         from safetensors import safe_open
 
@@ -69,23 +73,36 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def load_model(spec: str) -> Model:
-    """The model of a specification: `demo`, a local directory, a .gguf file or a hub id.
+def load_model(spec: str, hints: Hints = NO_HINTS) -> Model:
+    """The model of a specification: `demo`, a local directory, a .gguf file, one of LlamaGen's files or a hub id.
 
     Names and shapes of all weights are checked against the configuration, none is read.
     Raises InputError for everything that is missing, broken or unsupported.
     """
+    model = _load(spec, hints)
+    check_hints(hints, model.decoder, spec)
+    return model
+
+
+def _load(spec: str, hints: Hints) -> Model:
     if spec == "demo":
         return load_gguf(demo_file(), "SmolLM2-135M-Instruct")
     path = Path(os.path.expanduser(spec))  # noqa: PTH111 (Path's own raises for an unknown user)
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise InputError(f"{path} is a file", "Give the checkpoint's directory, or a .gguf file.")
-        return load_gguf(path, path.stem)
+        if path.suffix.lower() == ".gguf":
+            return load_gguf(path, path.stem)
+        if path.suffix not in WEIGHT_FILES:
+            raise InputError(f"{path} is a file", f"Give the checkpoint's directory, or {FILES}.")
+        return load_directory(prepared(path, _config_of_file(path, hints)), path.stem)
     if path.is_dir():
         return load_directory(path, path.resolve().name)
     load_shape(spec)  # what is not supported is refused before its weights are fetched
     return load_directory(fetch_checkpoint(spec), path.name)
+
+
+def _config_of_file(path: Path, hints: Hints) -> dict[str, Any]:
+    arguments = {} if path.suffix == SAFETENSORS else training_arguments(path)
+    return config_of(path, {name: shape for name, (_, shape) in _header(path).items()}, arguments, hints)
 
 
 def demo_file() -> Path:
@@ -107,24 +124,33 @@ def load_gguf(path: Path, name: str) -> Model:
     return load_directory(converted(path), name)
 
 
-def load_shape(spec: str) -> tuple[str, Decoder]:
+def load_shape(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder]:
     """The name and the Decoder of a config.json, or of anything that `load_model` takes; no weight is needed.
 
-    Imports neither torch nor transformers. Raises InputError for what is missing, broken or unsupported.
+    Imports neither torch, but for PyTorch's own files, nor transformers. Raises InputError for what is missing, broken
+    or unsupported.
     """
+    name, decoder = _shape(spec, hints)
+    check_hints(hints, decoder, spec)
+    return name, decoder
+
+
+def _shape(spec: str, hints: Hints) -> tuple[str, Decoder]:
     path = demo_file() if spec == "demo" else Path(os.path.expanduser(spec))  # noqa: PTH111
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             from edgeprune.model.gguf import decoder_of_gguf
 
             return path.stem, decoder_of_gguf(path)
+        if path.suffix in WEIGHT_FILES:
+            return path.stem, decoder_of(_config_of_file(path, hints))
         if path.suffix.lower() != ".json":
-            raise InputError(f"{path} is no configuration", "Give a config.json, its directory, or a .gguf file.")
+            raise InputError(f"{path} is no configuration", f"Give a config.json, its directory, or {FILES}.")
         file, name = path, path.resolve().parent.name if path.name == "config.json" else path.stem
     elif path.is_dir():
         file, name = path / "config.json", path.resolve().name
     elif spec.endswith(".json"):
-        raise InputError(f"no such file: {spec}", "Give a config.json, its directory, or a .gguf file.")
+        raise InputError(f"no such file: {spec}", f"Give a config.json, its directory, or {FILES}.")
     else:
         file, name = fetch_config(spec) / "config.json", path.name
     return name, decoder_of(_read_config(file))
@@ -192,7 +218,7 @@ def _shards(index: Path) -> list[Path]:
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of every tensor; it is checked that the header is sound and the file complete."""
-    if file.suffix == ".bin":
+    if file.suffix != SAFETENSORS:
         return torch_header(file)
     from safetensors import SafetensorError, safe_open
 
@@ -227,8 +253,9 @@ def _checked(decoder: Decoder, stored: Stored) -> Stands:
 
 
 def _present(key: str, stored: Stored) -> str | None:
-    """The key as it stands in the file: checkpoints of a base model leave out its own name."""
-    return next((name for name in (key, key.partition(".")[2]) if name in stored), None)
+    """The key as it stands in the file: checkpoints of a base model leave out its own name, those of a compiled one
+    add to it."""
+    return next((name for name in (key, key.partition(".")[2], COMPILED + key) if name in stored), None)
 
 
 def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
@@ -255,10 +282,10 @@ def _fingerprint(config: Path, files: set[Path]) -> str:
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
-        if file.suffix == ".bin":  # its list of members holds a checksum of each
+        if file.suffix != SAFETENSORS:  # its list of members holds a checksum of each
             digest.update(repr(archive_members(file)).encode())
         with file.open("rb") as stream:
-            if file.suffix != ".bin":
+            if file.suffix == SAFETENSORS:
                 head = stream.read(8)
                 digest.update(head + stream.read(int.from_bytes(head, "little")))
             for block in range(SAMPLED_BLOCKS):

@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 
@@ -51,12 +51,32 @@ class TorchFiles:
 def tensors_of(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .bin or .pt file by name, mapped; whatever else it holds beside them is left out.
 
-    They stand in the file itself or in one of CONTAINERS. A training script's arguments, which are often kept beside
-    them, are an argparse.Namespace: the one class that is allowed.
-
-    Raises InputError for a file that is truncated, of another format, or whose pickle asks for anything but tensors
-    and plain containers; nothing in it is called.
+    They stand in the file itself or in one of CONTAINERS. Raises InputError for a file that is truncated, of another
+    format, or whose pickle asks for anything but tensors, plain containers and an argparse.Namespace; nothing in it is
+    called.
     """
+    import torch
+
+    content = _content(file)
+    inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
+    tensors = {name: value.detach() for name, value in inner.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise InputError(f"{file} holds no tensors by name", "Give a checkpoint whose .bin is a plain state_dict.")
+    return tensors
+
+
+def training_arguments(file: Path) -> dict[str, Any]:
+    """What a training script kept of its command line beside the weights (`args`), by name; often nothing.
+
+    Raises InputError as `tensors_of` does.
+    """
+    given = _content(file).get("args")
+    if isinstance(given, argparse.Namespace):
+        return vars(given)
+    return given if isinstance(given, dict) else {}
+
+
+def _content(file: Path) -> dict[str, Any]:
     import torch
 
     archive_members(file)
@@ -73,12 +93,7 @@ def tensors_of(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # whatever a damaged pickle or archive makes of torch's reader
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{file} is no PyTorch checkpoint: {reason}", AGAIN) from None
-    content = content if isinstance(content, dict) else {}
-    inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
-    tensors = {name: value.detach() for name, value in inner.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise InputError(f"{file} holds no tensors by name", "Give a checkpoint whose .bin is a plain state_dict.")
-    return tensors
+    return content if isinstance(content, dict) else {}
 
 
 def torch_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -54,8 +54,10 @@ def test_a_shape_needs_no_weights(tmp_path):
 def test_a_shape_that_cannot_be_read_is_said(tmp_path):
     (tmp_path / "config.json").mkdir()
     (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("hello")
     for spec, reason in (
-        (tmp_path, "has no config.json"), (tmp_path / "model.safetensors", "is no configuration"),
+        (tmp_path, "has no config.json"), (tmp_path / "model.safetensors", "no safetensors file"),
+        (tmp_path / "notes.txt", "is no configuration"), (tmp_path / "none.pt", "no such model"),
         (tmp_path / "none.json", "no such file"), (tmp_path / "none", "no such model"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=reason):
@@ -166,15 +168,17 @@ def test_the_current_directory_has_a_name_too(tmp_path, monkeypatch):
 
 
 def test_a_missing_model_is_said(tmp_path):
-    for spec in (str(tmp_path / "none"), "nonsense", "./x/y", "models/none.gguf", "models/", "~no-such-user/x"):
+    specs = (str(tmp_path / "none"), "nonsense", "./x/y", "models/none.gguf", "models/c2i_B_384.pt", "models/")
+    for spec in (*specs, "~no-such-user/x"):
         with pytest.raises(InputError, match="no such model"):
             load_model(spec)
 
 
 def test_a_file_that_is_no_model_is_said(tmp_path):
-    (tmp_path / "weights.pt").write_bytes(b"x")
-    with pytest.raises(InputError, match="is a file"):
-        load_model(str(tmp_path / "weights.pt"))
+    for name, reason in (("weights.pt", "is no PyTorch checkpoint"), ("weights.h5", "is a file")):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(InputError, match=reason):
+            load_model(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", None])
