@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from edgeprune.engine.base import Workload
 from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.families import FAMILIES
 from edgeprune.model.load import load_model
 from edgeprune.model.save import save_checkpoint
@@ -109,7 +111,25 @@ def test_the_update_brings_the_logits_nearer(case: str, tmp_path: Path) -> None:
     assert errors["default"] < 0.98 * errors["obs"]
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama, llama3 rope, biases, untied"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("llamagen")])
+@pytest.mark.parametrize("target", [parity.target_of, parity.uneven_target], ids=["uniform", "per layer"])
+def test_a_pruned_llamagen_is_saved_by_the_original_names(
+    case: str, target: Callable[[Decoder], Decoder], tmp_path: Path
+) -> None:
+    """Teacher forced behind classes and no class, on whole pictures, of which the last token is never fed."""
+    model = parity.dense(tmp_path / "model", case).model
+    picture, codes = model.decoder.picture, model.decoder.vocab_size
+    ids = torch.randint(0, codes, (4, picture.tokens + 1), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = codes + torch.tensor([0, 3, picture.num_classes - 1, picture.num_classes])
+    decoder = target(model.decoder)
+    weights = dict(prune(model, decoder, ids[:, :-1], parity.METHOD, 0))
+    original = parity.as_transformers(model, decoder, weights, tmp_path / "pruned")
+    with torch.inference_mode():
+        wanted = original(ids[:, :-1]).logits.numpy()
+    assert parity.distance(parity.torch_logits(decoder, weights, ids), wanted) < LIMIT
+
+
+@pytest.mark.parametrize("case", ["gpt2", "imagegpt", "gpt_neox", "gemma2", "llama, llama3 rope, biases, untied"])
 def test_heads_of_zeros_are_in_the_checkpoint_alone(case: str, tmp_path: Path) -> None:
     """What transformers wants for its configuration is no part of what is pruned, written as a graph, pruned again."""
     model = parity.dense(tmp_path / "model", case).model

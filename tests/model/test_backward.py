@@ -2,6 +2,8 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.model.backward import token_gradients
+from edgeprune.model.load import load_model
+from tests.families import save_family
 from tests.tiny import as_model, llama
 
 
@@ -54,3 +56,19 @@ def test_an_untied_head_and_a_callback_for_each_layer_both_ways():
     assert len(calls) == 4
     expected = reference_gradients(reference, ids, 0)
     assert torch.allclose(ours[1]["mlp"], expected[1]["mlp"], rtol=1e-3, atol=1e-9)
+
+
+def test_gradients_of_pictures_are_those_of_the_original(tmp_path):
+    """Behind its class, whose queries and keys are zeros, every code is drawn from the codes alone."""
+    original = save_family(tmp_path, "llamagen, grouped, head_dim 20")
+    ids = torch.randint(0, 257, (3, 64), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 257 + torch.tensor([0, 5, 10])
+    states = []
+    for layer in original.layers:
+        layer.register_forward_hook(lambda _module, _inputs, output: (output.retain_grad(), states.append(output))[1])
+    logits = original(ids).logits.flatten(0, 1)
+    labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=torch.Generator().manual_seed(3)).squeeze(1)
+    F.cross_entropy(logits, labels, reduction="sum").backward()
+    ours = token_gradients(load_model(str(tmp_path)), ids, seed=3)
+    for mine, state in zip(ours, states, strict=True):
+        assert torch.allclose(mine["mlp"], state.grad.square().sum(-1), rtol=1e-3, atol=1e-9)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import InputError
 from edgeprune.model.configuration import checkpoint_tensors, decoder_of
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.llamagen import Hints, config_of
 from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.save import save_checkpoint
 from tests.llamagen import LlamaGen, Sizes, configuration, random_llamagen
 from tests.published import PUBLISHED
 
@@ -123,6 +124,17 @@ def test_nothing_of_the_file_is_copied(tmp_path: Path) -> None:
     assert load_model(str(first.directory)).decoder == first.decoder  # and as any directory
     torch.save(random_llamagen(seed=1).state_dict(), path)
     assert load_model(str(path), HINTS).fingerprint != first.fingerprint
+
+
+def test_what_is_saved_is_what_was_read(tmp_path: Path) -> None:
+    """The order of q's and k's channels and both tables are put back."""
+    original = random_llamagen(dim=80, groups=2).state_dict()
+    model = load_model(str(_save(original, tmp_path)), HINTS)
+    save_checkpoint(model.decoder, weight_stream(model), model, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(weight, original[name]) for name, weight in saved.items())
+    assert load_model(str(tmp_path / "saved")).decoder == model.decoder
 
 
 def test_safetensors_and_half_precision(tmp_path: Path) -> None:

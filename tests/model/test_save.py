@@ -18,6 +18,7 @@ from edgeprune.model.vocabulary import Vocabulary, needed, padded, read_vocabula
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.checkpoints import save_llama
+from tests.families import save_family
 from tests.model.test_tokenizer import sentencepiece
 from tests.model.test_vocabulary import CORPUS, ids_of, ignore_merges
 from tests.reference import weights_of
@@ -252,3 +253,14 @@ def test_a_reduced_stream_is_checked_as_any_other(tmp_path):
     stream["embedding"][3, 0] = 7e4
     with pytest.raises(NumericalError, match="embed_tokens.weight reaches"):
         save_reduced(dense, tmp_path / "large", vocabulary, stream=stream.items())
+
+
+def test_an_imagegpt_keeps_its_colours_and_needs_no_tokenizer(tmp_path):
+    save_family(tmp_path / "dense", "imagegpt")
+    colours = json.dumps({"clusters": [[0.0, 0.5, -0.5]], "size": {"height": 8, "width": 8}})
+    (tmp_path / "dense" / "preprocessor_config.json").write_text(colours)
+    dense = load_model(str(tmp_path / "dense"))
+    save_checkpoint(dense.decoder, weight_stream(dense), dense, tmp_path / "small")
+    assert (tmp_path / "small" / "preprocessor_config.json").read_text() == colours
+    assert not list((tmp_path / "small").glob("*token*"))
+    assert load_model(str(tmp_path / "small")).decoder == dense.decoder
