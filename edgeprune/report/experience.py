@@ -30,7 +30,8 @@ class Experience(Strict):
         "per word"
     )
     seconds_per_image: Figure | None = Field(
-        None, description="of an image generator: from its class to all its tokens, at the workload's images at once"
+        None,
+        description="of an image generator: the time that all codes of a batch take over its pictures; the codec apart",
     )
     longest_context: Figure = Field(description="tokens that memory has room for; 0: not even the smallest context")
     sequences: Figure = Field(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import expm1
+from math import expm1, floor, log10
 
 from edgeprune.budget import STATUS_TEXT, format_bytes, format_ms
 from edgeprune.report.experience import Experience
+from edgeprune.report.images import Interval, Pictures
 from edgeprune.report.quality import Agreement, Answers, Identical
-from edgeprune.report.schema import Constraint, Figure, Outcome, Search, Source, Text
+from edgeprune.report.schema import Constraint, Figure, Outcome, Report, Search, Source, Text
 
 OUTCOME_TEXT: dict[Outcome, str] = {
     **STATUS_TEXT,
@@ -28,6 +29,8 @@ def number_text(value: float, unit: str) -> str:
             return format_ms(value)
         case "%":
             return f"{value:+.1f} %" if abs(value) < 100 else f"{value:+.0f} %"
+        case "s":
+            return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
         case "tokens/s":
             return f"{value:.3g} tokens/s" if value < 100 else f"{value:.0f} tokens/s"
         case "tokens" | "sequences":
@@ -51,6 +54,54 @@ def reading_text(noticed: Experience) -> str:
     """`53 x reading speed`."""
     factor = noticed.reading_speed.value
     return f"{factor:.0f} x reading speed" if round(factor, 1) >= 10 else f"{factor:.1f} x reading speed"
+
+
+def workload_text(report: Report) -> str:
+    """`batch 1, prompt 512, context 2048`, or in a picture's terms."""
+    workload, pictures = report.workload, report.quality.pictures
+    if pictures is None:
+        return f"batch {workload.batch}, prompt {workload.prompt}, context {workload.context}"
+    guided = f", guided by {pictures.cfg:g}" if workload.batch > pictures.at_once else ""
+    return f"{pictures_text(pictures.at_once)} at once{guided}, each of {workload.context} codes"
+
+
+def pictures_text(count: int) -> str:
+    return f"{count:,} picture{'s' if count != 1 else ''}"
+
+
+def picture_room_text(noticed: Experience, report: Report) -> str:
+    """How many pictures at once memory has room for; a guided one takes two sequences."""
+    count = int(noticed.sequences.value * report.quality.pictures.at_once / report.workload.batch)
+    return pictures_text(count) if count else "no room"
+
+
+def interval_text(interval: Interval) -> str:
+    """`0.0123 (0.0101 to 0.0150)`: to two digits of the interval's width."""
+    width = interval.high - interval.low
+    digits = min(8, max(0, 1 - floor(log10(width)))) if width > 0 else 3
+    value, low, high = (f"{bound:.{digits}f}" for bound in (interval.value, interval.low, interval.high))
+    return f"{value} ({low} to {high})"
+
+
+def difference_text(interval: Interval) -> str:
+    """What the paired difference of both kernel distances says."""
+    if interval.low > 0:
+        return "the fitted model's pictures are farther off than the dense model's"
+    if interval.high < 0:
+        return "the fitted model's pictures are nearer than the dense model's"
+    return "no difference of the models can be told from so many pictures"
+
+
+def few_pictures_text(pictures: Pictures) -> str:
+    """What the distances' count means for them: it stands wherever they do."""
+    of = pictures.fitted
+    part = min(of.images, of.reference_images // 2)
+    return (
+        f"{of.images:,} pictures of each model against {of.reference_images:,} of {pictures.reference}, seen by "
+        f"{of.network}: figures of other networks or other counts do not compare. The Frechet distance has a bias that "
+        f"grows as pictures get fewer: {part:,} of the reference and {part:,} others of it are {of.frechet.floor:.3g} "
+        "apart. The kernel distance has none."
+    )
 
 
 def room_text(figure: Figure, noticed: Experience) -> str:

@@ -53,7 +53,10 @@ class Device(Strict):
 
 
 class Workload(Strict):
-    """What is measured: the prefill of `prompt` tokens; decode at past = context - 1."""
+    """What is measured: the prefill of `prompt` tokens; decode at past = context - 1.
+
+    A picture's context is all its codes, its prompt the class or what else begins it.
+    """
 
     batch: int
     prompt: int

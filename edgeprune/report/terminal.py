@@ -12,9 +12,14 @@ from edgeprune.report.figures import (
     OUTCOME_LABEL,
     OUTCOME_TEXT,
     deciding_text,
+    difference_text,
+    few_pictures_text,
     half_identical,
+    interval_text,
     number_text,
     perplexity_text,
+    picture_room_text,
+    pictures_text,
     reading_text,
     rise_interval,
     rise_text,
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from edgeprune.doctor import Finding
     from edgeprune.plan import Plan
     from edgeprune.profiles import DeviceProfile
+    from edgeprune.report.images import Pictures
 
 STYLES = {"met": "green", "missed": "red", "out_of_reach": "red", "noisy": "yellow", "uncertain": "yellow"}
 SAMPLE_CHARACTERS = 160
@@ -117,6 +123,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         *_noticed(report),
         ("quality", _quality(quality)),
         *_same(quality),
+        *(_pictures(quality.pictures) if quality.pictures else []),
         (
             "removed",
             f"{100 * report.ratio:.1f} % of attention and MLP parameters, {100 * report.total_ratio:.1f} % of all, "
@@ -125,7 +132,11 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         *([("decides", deciding)] if (deciding := deciding_text(report.budget)) else []),
         *_budget_or_quality(report),
         ("fixed", report.unprunable),
-        *((name, shorten(" ".join(sample.split()), SAMPLE_CHARACTERS)) for name, sample in samples.items()),
+        *(
+            (name, shorten(" ".join(sample.split()), SAMPLE_CHARACTERS))
+            for name, sample in samples.items()
+            if sample is not None
+        ),
         *warnings,
     ]
 
@@ -149,6 +160,8 @@ def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
 def _noticed(report: Report) -> list[tuple[str, str]]:
     """What a user will notice, with the dense model's in brackets."""
     dense, fitted = (report.experience[name] for name in ("dense", "fitted"))
+    if report.quality.pictures:
+        return _noticed_of_pictures(report)
     rate = number_text(fitted.tokens_per_second.value, "tokens/s")
     speed = (
         f"first token after {number_text(fitted.first_token.value, 'ms')}, then {rate}: {reading_text(fitted)} "
@@ -160,6 +173,38 @@ def _noticed(report: Report) -> list[tuple[str, str]]:
     )
     room = f"context up to {context}; at context {report.workload.context} {sequences}; estimated, for memory alone"
     return [("speed", speed), ("room", room)]
+
+
+def _noticed_of_pictures(report: Report) -> list[tuple[str, str]]:
+    dense, fitted = (report.experience[name] for name in ("dense", "fitted"))
+    rows = []
+    if (each := fitted.seconds_per_image) and (before := dense.seconds_per_image):
+        times = f"{number_text(each.value, each.unit)} (dense {number_text(before.value, before.unit)})"
+        at_once = pictures_text(report.quality.pictures.at_once)
+        rows.append(("speed", f"a picture takes {times}, with {at_once} at once and without the codec, {each.source}"))
+    room = f"{picture_room_text(fitted, report)} at once (dense {picture_room_text(dense, report)})"
+    return [*rows, ("room", f"{room}; estimated, for memory alone")]
+
+
+def _pictures(pictures: Pictures) -> list[tuple[str, str]]:
+    """How far both models' pictures are from the reference."""
+    dense, fitted = pictures.dense, pictures.fitted
+    if dense is None or fitted is None:
+        return [("pictures", f"no distances: {pictures.missing}")]
+    kernel = f"kernel distance to {pictures.reference} {interval_text(fitted.kernel)}"
+    rows = [("pictures", f"{kernel}, dense {interval_text(dense.kernel)}, measured")]
+    if pictures.difference:
+        rows.append(("", f"{interval_text(pictures.difference)} more, paired: {difference_text(pictures.difference)}"))
+    return [
+        *rows,
+        (
+            "",
+            f"Frechet distance {fitted.frechet.value:.3g} (dense {dense.frechet.value:.3g}), precision "
+            f"{fitted.precision.value:.2f} (dense {dense.precision.value:.2f}), recall {fitted.recall.value:.2f} "
+            f"(dense {dense.recall.value:.2f})",
+        ),
+        ("", few_pictures_text(pictures)),
+    ]
 
 
 def _same(quality: Quality) -> list[tuple[str, str]]:
@@ -177,10 +222,11 @@ def _same(quality: Quality) -> list[tuple[str, str]]:
 
 def _quality(quality: Quality) -> str:
     worst = max(quality.texts, key=lambda text: text.rise_percent)
-    where = "" if len(quality.texts) == 1 else f" on the worst of {len(quality.texts)} texts"
+    texts, document, text = ("sets", "picture", "pictures") if quality.pictures else ("texts", "document", "text")
+    where = "" if len(quality.texts) == 1 else f" on the worst of {len(quality.texts)} {texts}"
     interval = rise_interval(worst)
-    certainty = f"95 % interval {interval}" if interval else "one document, so no interval"
-    label = "" if quality.label == "perplexity" else f"; {quality.label}, on text of its own"
+    certainty = f"95 % interval {interval}" if interval else f"one {document}, so no interval"
+    label = "" if quality.label == "perplexity" else f"; {quality.label}, on {text} of its own"
     return f"{quality.grade}: perplexity {number_text(quality.rise_percent, '%')}{where}, measured ({certainty}){label}"
 
 
