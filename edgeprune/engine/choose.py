@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from edgeprune.engine import perform, tensorrt
 from edgeprune.engine.base import Built, Estimate, Figure, Performance, Workload
 from edgeprune.engine.child import Tell, quiet
-from edgeprune.engine.estimate import ELEMENT_BYTES, buffer_bytes, estimate_performance
+from edgeprune.engine.estimate import buffer_bytes, cache_bytes, estimate_performance
 from edgeprune.engine.graph import Spelling, graph_weight_bytes
 from edgeprune.engine.perform import Counted, Here, Session
 from edgeprune.engine.tensorrt import BuildResult
@@ -94,7 +94,7 @@ def counted(decoder: Decoder, precision: str, workload: Workload) -> Counted:
     """The bytes that ONNX Runtime's graph holds, its cache updated in place."""
     return Counted(
         weights=graph_weight_bytes(decoder, precision, "onnxruntime", workload.context),
-        cache=ELEMENT_BYTES[precision] * decoder.cache_elements(workload.batch, workload.context),
+        cache=cache_bytes(decoder, precision, workload, in_place=True),
         buffers=buffer_bytes(decoder, precision, workload, "onnxruntime"),
     )
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 from edgeprune.engine.base import Estimate, Memory, Performance, Workload
 from edgeprune.engine.graph import graph_weight_bytes
+from edgeprune.engine.graph_nodes import HEAD_MULTIPLE, head_width
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
@@ -57,13 +58,19 @@ def bytes_per_token(decoder: Decoder, precision: Precision, workload: Workload, 
         for shape in decoder.layer_shapes(index).values()
         if len(shape) == 1
     )
-    cache = size * decoder.cache_elements(workload.batch, workload.context)
+    cache = cache_bytes(decoder, precision, workload, in_place)
     return TokenBytes(
         layers=MATRIX_BYTES[precision] * decoder.layer_parameters + size * norms,
         head=size * (decoder.vocab_size + 1) * decoder.hidden_size,
         cache=cache,
         cache_copies=0 if in_place else 2 * cache,
     )
+
+
+def cache_bytes(decoder: Decoder, precision: Precision, workload: Workload, in_place: bool) -> int:
+    """One buffer of keys and values at full context. in_place: as ONNX Runtime holds it, zeros behind odd heads."""
+    multiple = HEAD_MULTIPLE if in_place else 1
+    return ELEMENT_BYTES[precision] * decoder.cache_elements(workload.batch, workload.context, multiple)
 
 
 def prefill_flops(decoder: Decoder, workload: Workload) -> float:
@@ -107,7 +114,8 @@ def activation_bytes(decoder: Decoder, precision: Precision, workload: Workload,
     largest = 0
     for layer in decoder.layers:
         if (attention := layer.attention) is not None:
-            heads, query, key = attention.num_attention_heads, attention.query_size, attention.key_value_size
+            heads, width = attention.num_attention_heads, head_width(attention.head_dim, dialect)
+            query, key = heads * width, attention.num_key_value_heads * width
             if dialect == "opset23":
                 stage = size * 2 * tokens * (3 * query + 3 * key) + workspace
             elif dialect == "primitive":
@@ -144,7 +152,7 @@ def estimate_memory(
 
     _require_figures(profile)
     in_place = _in_place(profile)
-    cache = ELEMENT_BYTES[precision] * decoder.cache_elements(workload.batch, workload.context)
+    cache = cache_bytes(decoder, precision, workload, in_place)
     return Memory(
         weights=part(_weight_bytes(decoder, profile, workload, precision), "bytes of the graph's initializers")
         if weight_bytes is None

@@ -17,6 +17,7 @@ from typing import Any
 
 from edgeprune.engine.generate import end_ids
 from edgeprune.engine.graph import Spelling
+from edgeprune.engine.graph_nodes import head_width
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_tokenizer
@@ -43,8 +44,11 @@ def write_genai(
     """Let onnxruntime-genai load the graphs of `spellings` in `folder`, as write_graphs left it.
 
     tokenizer: a checkpoint's folder; max_positions: as given to write_graphs, the longest sequence. Raises
-    InputError where no spelling has all logits, and for a tokenizer that cannot be read.
+    InputError where no spelling has all logits, and for a tokenizer that cannot be read. An image generator has no
+    tokenizer, and nothing that onnxruntime-genai could run: nothing is written.
     """
+    if decoder.picture is not None:
+        return
     spelling = next((spelling for spelling in SPELLINGS if spelling in spellings), None)
     if spelling is None:
         raise InputError("onnxruntime-genai needs a graph with the logits of all positions", "Export model.onnx too.")
@@ -84,7 +88,7 @@ def genai_config(decoder: Decoder, spelling: Spelling, tokens: TokenIds, context
             "num_hidden_layers": len(decoder.layers),
             "num_attention_heads": heads or 0,
             "num_key_value_heads": attention.num_key_value_heads if attention else 0,
-            "head_size": attention.head_dim if attention else 0,
+            "head_size": head_width(attention.head_dim, spelling.dialect) if attention else 0,
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",

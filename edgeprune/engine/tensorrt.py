@@ -22,7 +22,7 @@ from edgeprune.errors import EngineError
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 WEIGHTS_TOLERANCE = 1.05  # more than that over the graph's bytes, and something is stored twice
-_REMEDIES = {  # what TensorRT for RTX 1.7 lacks in fp32 (measured): the Attention operator, and all on SM 75
+_REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, and all of fp32 on SM 75
     "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
     "--precision fp16.",
     "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
@@ -131,6 +131,7 @@ def _compile(
     parser = trt.OnnxParser(network, messages.logger)
     if not parser.parse_from_file(str(graph)):
         raise EngineError(_parser_errors(parser, graph), "Export again; a newer TensorRT may know the operator.")
+    _let_attention_decompose(trt, network)
     config = builder.create_builder_config()
     if sm is not None:
         config.num_compute_capabilities = 1
@@ -164,6 +165,18 @@ def _compile(
         peak_build_bytes=peak_bytes(),
         warnings=_warnings(weights, graph),
     )
+
+
+def _let_attention_decompose(trt: Any, network: Any) -> None:
+    """Attention without a kernel of its own is refused else: in fp32, and of one token at a time where heads are 3 or
+    fewer or no multiple of 8. Where there is a kernel, the engine is of the same size (TensorRT for RTX 1.7)."""
+    if not hasattr(trt, "IAttentionOutputLayer"):
+        return
+    for index in range(network.num_layers):
+        if network.get_layer(index).type == trt.LayerType.ATTENTION_OUTPUT:
+            output = network.get_layer(index)
+            output.__class__ = trt.IAttentionOutputLayer
+            output.attention.decomposable = True
 
 
 def _build(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> bool:

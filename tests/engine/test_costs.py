@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgeprune.engine import costs
 from edgeprune.engine.base import Workload
 from edgeprune.engine.child import quiet
-from edgeprune.engine.choose import Exported, OnnxRuntime
+from edgeprune.engine.choose import RUNTIME_GRAPH, Exported, OnnxRuntime
 from edgeprune.engine.costs import (
     BASE,
     KINDS,
@@ -27,13 +27,16 @@ from edgeprune.engine.costs import (
 )
 from edgeprune.engine.estimate import estimate_performance
 from edgeprune.engine.graph import graph_weight_bytes
-from edgeprune.model.decoder import Decoder
+from edgeprune.engine.onnxruntime import Runner
+from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
 from edgeprune.profiles import list_profiles, load_profile
+from tests.engine.graph_pictures import SIDE, imagegpt, llamagen
 from tests.engine.test_estimate import SMOLLM2, uniform
 
 PROFILE = load_profile("cpu")
 ORIN = load_profile("jetson-orin")
 WORKLOAD = Workload(1, 128, 512)
+DRAWN = Workload(2, 1, SIDE**2)  # of a picture
 SMALL = uniform(32, 4, (4, 2, 16), 96, 200)
 PROBED = [profile for profile in list_profiles() if profile.is_probed]
 
@@ -163,6 +166,28 @@ def test_models_of_one_shape_share_what_was_measured(cache: Path, monkeypatch: p
         assert measured(cache, other) == ([], times)
 
 
+class RunningEngine(DoubleEngine):
+    """It runs every graph once, as one that measures does again and again."""
+
+    def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
+        for model in models.values():
+            runner = Runner(model.graphs / RUNTIME_GRAPH, DRAWN.batch, DRAWN.context, threads=1)
+            runner.run(np.zeros((DRAWN.batch, DRAWN.prompt), np.int64))
+            runner.reset(DRAWN.context - 1)
+            runner.run(np.zeros((DRAWN.batch, 1), np.int64))
+        return super().latencies(models, tell)
+
+
+@pytest.mark.parametrize("dense", [llamagen(6, 2, 20), imagegpt()], ids=["classes", "no classes"])
+def test_every_model_of_an_image_generator_s_design_draws(dense: Decoder, cache: Path) -> None:
+    """From the class on, one token at a time, two streams: positions stay on the grid whatever the model's depth."""
+    engine = RunningEngine()
+    times = measured_times(engine, dense, PROFILE, DRAWN, "fp32", cache, quiet)
+    assert set(sum(engine.measured, [])) == set(design(dense, "fp32", PROFILE.channel_multiple))
+    assert measured_times(engine, dense, PROFILE, DRAWN, "fp32", cache, quiet) == times
+    assert max(worst for _, worst in fit(dense, PROFILE, "fp32", times, "test").error.values()) < 0.1
+
+
 def test_a_small_table_from_onnx_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.engine.choose.SURVEY_SECONDS", 0.05)
     monkeypatch.setattr(costs, "SHARES", ())
@@ -206,6 +231,27 @@ def test_the_estimators_table_adds_up_to_the_estimate(
         expected = getattr(performance, kind)
         if ("bound by" in expected.basis) == ("bound by" in getattr(dense, kind).basis):
             assert getattr(latency, kind).total(layers, tokens) == pytest.approx(expected.value, rel=1e-6)
+
+
+def test_the_estimators_table_of_an_image_generator_adds_up() -> None:
+    """From its class on, one token at a time, both streams of the guidance: what is only read costs memory alone."""
+    layer = Layer(Attention(12, 12, 64, Rotary((1.0,) * 32, grid=Grid(1, 24))), Mlp(2048))
+    decoder = Decoder("llamagen", 768, 16384, 577, 1e-5, False, (layer,) * 12, picture=Picture(24, 1000))
+    for profile in PROBED[::4]:
+        for batch in (1, 2):
+            parts = (profile, Workload(batch, 1, 576), profile.precision)
+            estimate, latency = estimate_performance(decoder, *parts), estimated_costs(decoder, *parts)
+            memory = memory_costs(decoder, *parts).total(decoder.layer_widths, decoder.vocab_size)
+            assert memory == pytest.approx(estimate.memory.total, rel=1e-9)
+            text = estimate_performance(replace(decoder, picture=None), *parts)
+            read = 1001 * 768 * (4 if profile.precision == "fp32" else 2)
+            assert estimate.memory.total - text.memory.total == pytest.approx(read)
+            for kind in KINDS:
+                assert "bound by compute" not in getattr(estimate, kind).basis
+                total = getattr(latency, kind).total(decoder.layer_widths, decoder.vocab_size)
+                assert total == pytest.approx(getattr(estimate, kind).value, rel=1e-6)
+                assert getattr(text, kind) == getattr(estimate, kind)
+            assert estimate.prefill.value < estimate.decode.value  # no cache is read yet
 
 
 GONE = (0, 1, 0)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.engine.base import Workload
+from edgeprune.engine.choose import counted
 from edgeprune.engine.estimate import (
     activation_bytes,
     bytes_per_token,
@@ -100,6 +101,16 @@ def test_bytes_per_token_by_part() -> None:
     assert moved.cache == 3 * 2 * (2 * 2 * 16) * 32  # one layer has attention
     assert moved.cache_copies == 2 * moved.cache
     assert bytes_per_token(decoder, "fp16", Workload(3, 8, 32), in_place=True).cache_copies == 0
+
+
+def test_onnx_runtimes_cache_has_zeros_behind_odd_heads() -> None:
+    """Of 20 dimensions 24: as counted, as estimated, and as the graph's inputs say (test_graph.py)."""
+    decoder, workload = uniform(80, 2, (4, 2, 20), 96, 200), Workload(3, 8, 32)
+    held = 2 * 3 * 32 * 2 * 2 * 24
+    assert counted(decoder, "fp32", workload).cache == 4 * held
+    assert estimate_performance(decoder, in_place(ORIN), workload, "fp16").memory.cache.value == 2 * held
+    assert bytes_per_token(decoder, "fp16", workload, in_place=True).cache == 2 * held
+    assert estimate_performance(decoder, ORIN, workload, "fp16").memory.cache.value == 2 * 2 * held * 20 / 24
 
 
 @given(st.integers(1, 3), st.integers(1, 24), st.integers(1, 3))

@@ -21,7 +21,8 @@ from edgeprune.model.model import Model
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.bundles import fitted
-from tests.families import TEXTS, save_family
+from tests.engine.graph_pictures import imagegpt
+from tests.families import TEXTS, random_model, save_family
 
 og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai")
 
@@ -85,6 +86,24 @@ def test_families_continue_as_in_transformers(tmp_path: Path, case: str, spellin
     assert config["search"]["past_present_share_buffer"] == (spelling == OURS)
     assert config["model"]["eos_token_id"] == [0]
     assert config["model"]["context_length"] == model.decoder.max_position_embeddings
+
+
+@pytest.mark.parametrize("spelling", [OURS, OPSET], ids=["shared buffer", "concatenated"])
+def test_heads_that_onnx_runtime_fills_up(tmp_path: Path, spelling: Spelling) -> None:
+    save_family(tmp_path / "model", "qwen3")
+    reference = random_model("qwen3", head_dim=20)
+    reference.save_pretrained(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"))
+    folder = written(model, model.decoder, tmp_path / "onnx", spelling)
+    found = continued(folder, [IDS], 32)[0]
+    assert found == transformers_own(reference, IDS, len(found))
+    size = json.loads((folder / CONFIG).read_text())["model"]["decoder"]["head_size"]
+    assert size == (24 if spelling == OURS else 20)
+
+
+def test_image_generators_are_left_to_others(tmp_path: Path) -> None:
+    write_genai(imagegpt(), [OURS], tmp_path, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("spelling", [OURS, OPSET], ids=["shared buffer", "concatenated"])

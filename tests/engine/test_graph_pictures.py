@@ -39,5 +39,16 @@ def test_positions_on_a_grid_behind_a_class(
     check(llamagen(heads, groups, head_dim, turned), tmp_path)
 
 
+@pytest.mark.parametrize("decoder", [llamagen(head_dim=20), llamagen(head_dim=16), imagegpt()])
+def test_fp16_is_near_the_closed_form(decoder: Decoder, tmp_path: Path) -> None:
+    """11 bits; the angles are fp32."""
+    weights, batch = random_weights(decoder), drawn(decoder)
+    expected = closed_form(decoder, weights, batch)
+    for spelling, path in write_graphs(decoder, weights, tmp_path, "fp16", SPELLINGS).graphs.items():
+        found = np.concatenate(run_steps(path, batch, [1] * 16), axis=1)
+        assert found.dtype == np.float16
+        assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max(), spelling
+
+
 def test_learned_positions_behind_a_start_token(tmp_path: Path) -> None:
     check(imagegpt(), tmp_path)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.engine.base import Workload
 from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
+from edgeprune.engine.tensorrt import compile_plan
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from tests.engine.graph_models import llama
 from tests.engine.graph_pictures import imagegpt, llamagen, random_weights
@@ -80,11 +82,11 @@ def test_builds_layers_of_different_widths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["opset23", "primitive"])
-@pytest.mark.parametrize("decoder", [llamagen(head_dim=20), imagegpt()], ids=["grid", "learned positions"])
-def test_builds_image_generators(decoder: Decoder, dialect: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoder", [llamagen(head_dim=100), imagegpt()], ids=["heads of 100", "3 heads"])
+def test_builds_image_generators_to_read_one_token_at_a_time(decoder: Decoder, dialect: str, tmp_path: Path) -> None:
+    """For a single query there is no kernel for these heads."""
     spelling = Spelling(dialect, "last")
     files = write_graphs(decoder, random_weights(decoder), tmp_path, "fp16", [spelling])
-    log = build(files.graphs[spelling])
+    built = compile_plan(files.graphs[spelling], tmp_path / "plan", Workload(2, 1, 16), 86, "tensorrt-rtx")
     weights = graph_weight_bytes(decoder, "fp16")
-    assert weights <= log.figure("Total Weights Memory") <= 1.02 * weights
-    assert not [line for severity, line in log.lines if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)]
+    assert weights <= built.weights_bytes <= 1.02 * weights

@@ -119,7 +119,7 @@ def test_the_workspace_limit_reaches_the_builder(files: GraphFiles, tmp_path: Pa
 
 @needs_rtx
 def test_every_spelling_and_precision_that_the_builder_knows(tmp_path: Path) -> None:
-    """With layers of different widths; the Attention operator of opset 23 has no kernel in fp32, which is said."""
+    """With layers of different widths; the Attention operator of opset 23 has no kernel in fp32: it is decomposed."""
     model = llama(True)
     layers = (Layer(Attention(6, 2, 16), None), Layer(None, Mlp(128)), Layer(Attention(6, 2, 16), Mlp(128)))
     decoder = dataclasses.replace(decoder_of(model.config), layers=layers)
@@ -127,18 +127,25 @@ def test_every_spelling_and_precision_that_the_builder_knows(tmp_path: Path) -> 
     for precision in ("fp16", "fp32"):
         files = write_graphs(decoder, weights_of(model), tmp_path / precision, precision, spellings)
         for spelling in spellings:
-            if (precision, spelling.dialect) == ("fp32", "opset23"):
-                with pytest.raises(EngineError, match="Attention operation was not supported") as caught:
-                    compiled(files.graphs[spelling], tmp_path / "plan")
-                assert "primitive" in caught.value.remedy
-                assert "at node head" not in caught.value.message  # it speaks of multi-head attention
-                continue
             if precision == "fp32":
                 with pytest.raises(EngineError, match=r"at node layers\.\d\.\S+: .*Turing") as caught:
                     compiled(files.graphs[spelling], tmp_path / "plan", sm=75)
                 assert "fp16" in caught.value.remedy
             weights = graph_weight_bytes(decoder, precision)
             assert weights <= compiled(files.graphs[spelling], tmp_path / "plan").weights_bytes <= 1.05 * weights
+
+
+@needs_rtx
+def test_a_release_that_decomposes_no_attention_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "_let_attention_decompose", lambda *_: None)
+    model, spelling = llama(True), Spelling("opset23", "last")
+    files = write_graphs(decoder_of(model.config), weights_of(model), tmp_path / "fp32", "fp32", [spelling])
+    with pytest.raises(EngineError, match="Attention operation was not supported") as caught:
+        compiled(files.graphs[spelling], tmp_path / "plan")
+    assert "primitive" in caught.value.remedy
+    assert "at node head" not in caught.value.message  # it speaks of multi-head attention
 
 
 @needs_rtx

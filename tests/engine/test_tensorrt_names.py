@@ -22,6 +22,7 @@ DATA = Path(__file__).parents[1] / "data"
 # Expression -> class, as the files write it; "" is the module itself.
 TENSORRT = {
     "trt": "", "builder": "Builder", "network": "INetworkDefinition", "network.get_layer(index)": "ILayer",
+    "output": "IAttentionOutputLayer", "output.attention": "IAttention", "trt.LayerType": "LayerType",
     "parser": "OnnxParser", "first": "ParserError", "config": "IBuilderConfig", "profile": "IOptimizationProfile",
     "tensor": "ITensor", "config.get_timing_cache()": "ITimingCache",
     "trt.NetworkDefinitionCreationFlag": "NetworkDefinitionCreationFlag", "trt.MemoryPoolType": "MemoryPoolType",
@@ -32,7 +33,7 @@ TENSORRT = {
 }  # fmt: skip
 USED = {
     "": {"Builder", "DataType", "ILogger", "IProgressMonitor", "MemoryPoolType", "NetworkDefinitionCreationFlag",
-         "OnnxParser", "Runtime", "ComputeCapability", "IStreamWriter"},
+         "OnnxParser", "Runtime", "ComputeCapability", "IStreamWriter", "IAttentionOutputLayer", "LayerType"},
     "Builder": {"build_serialized_network", "build_serialized_network_to_stream",
                 "create_builder_config", "create_network", "create_optimization_profile"},
     "DataType": {"BF16", "FLOAT", "HALF", "INT64"},
@@ -42,7 +43,9 @@ USED = {
     "ICudaEngine": {"create_execution_context", "device_memory_size_v2", "get_tensor_dtype", "get_tensor_name",
                     "get_tensor_profile_shape", "get_tensor_shape", "num_io_tensors"},
     "IExecutionContext": {"execute_async_v3", "set_input_shape", "set_tensor_address"},
-    "ILayer": {"name"},
+    "IAttention": {"decomposable"},
+    "IAttentionOutputLayer": {"attention"},
+    "ILayer": {"name", "type"},
     "ILogger": {"log"},
     "INetworkDefinition": {"get_input", "get_layer", "num_inputs", "num_layers"},
     "IOptimizationProfile": {"set_shape"},
@@ -50,6 +53,7 @@ USED = {
     "IStreamWriter": {"write"},
     "ITensor": {"name", "shape"},
     "ITimingCache": {"serialize"},
+    "LayerType": {"ATTENTION_OUTPUT"},
     "MemoryPoolType": {"WORKSPACE"},
     "NetworkDefinitionCreationFlag": {"STRONGLY_TYPED"},
     "OnnxParser": {"get_error", "num_errors", "parse_from_file"},
@@ -62,6 +66,10 @@ RTX_ONLY = {("", "ComputeCapability"), ("IBuilderConfig", "num_compute_capabilit
 # Used where the builder has the first of them; older releases give the whole engine at once.
 STREAMED = {("Builder", "build_serialized_network_to_stream"), ("", "IStreamWriter"), ("IStreamWriter", "write")}
 WITHOUT_STREAMS = ("tensorrt-10.3.0", "tensorrt-10.7.0")
+# Used where the module has the first of them; older parsers know no Attention.
+ATTENTION = {("", "IAttentionOutputLayer"), ("IAttentionOutputLayer", "attention"), ("IAttention", "decomposable"),
+             ("LayerType", "ATTENTION_OUTPUT")}  # fmt: skip
+WITHOUT_ATTENTION = (*WITHOUT_STREAMS, "tensorrt-10.13")
 OTHERS = {  # what else has attributes in these files
     "_NO_DRIVER", "mmap", "values.view(np.uint32) >> 16", "part", "parts[0]", "plan.parent", "problems",
     "Path('/sys/devices/system/cpu/cpu0/cache')", "_FIGURE", "_REMEDIES", "_onnxruntime()", "contextlib", "cuda",
@@ -180,7 +188,9 @@ def test_every_recorded_release_has_the_names(release: str) -> None:
         for name in used:
             if (kind, name) in RTX_ONLY and not rtx:
                 assert name not in names[kind], f"{kind}.{name} is in {release}: no longer a name of RTX alone"
-            elif (kind, name) in STREAMED and release.startswith(WITHOUT_STREAMS):
+            elif ((kind, name) in STREAMED and release.startswith(WITHOUT_STREAMS)) or (
+                (kind, name) in ATTENTION and release.startswith(WITHOUT_ATTENTION)
+            ):
                 assert name not in names.get(kind, ()), f"{kind}.{name} is in {release}"
             else:
                 assert name in names[kind], f"{release} has no {kind}.{name}"
