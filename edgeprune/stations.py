@@ -109,10 +109,9 @@ class Run:
         from edgeprune.engine.check import write_reference
         from edgeprune.engine.onnxruntime import Runner
 
-        workload = self.setup.workload
-        runner = Runner(plain / RUNTIME_GRAPH, 1, workload.context)
+        runner = Runner(plain / RUNTIME_GRAPH, 1, self.setup.workload.context)
         ids = samples.calibration[0]
-        write_reference(runner, ids if vocabulary is None else vocabulary.reduce(ids), workload.prompt, path)
+        write_reference(runner, ids if vocabulary is None else vocabulary.reduce(ids), path)
 
     def measure_dense(self, plain: Path, samples: Samples) -> Candidate:
         """The dense model on the engine: what relative budgets refer to."""

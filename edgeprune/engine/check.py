@@ -32,13 +32,15 @@ class Runner(Protocol):
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
 
 
-def write_reference(runner: Runner, ids: np.ndarray, prompt: int, path: Path) -> None:
-    """The logits of a runner of one sequence, after `prompt` of the ids (tokens,) and after each further one."""
-    ids = ids[None, : min(len(ids), runner.capacity, min(prompt, PROMPT) + STEPS)]
-    prompt = min(prompt, PROMPT, ids.shape[1])
-    logits = list(_logits(runner, ids, prompt))
+def write_reference(runner: Runner, ids: np.ndarray, path: Path) -> None:
+    """The logits of a runner of one sequence, after a prompt of the ids (tokens,) and after each of the last STEPS.
+
+    An engine that takes fewer tokens at once, as of pictures, reads the prompt in parts.
+    """
+    ids = ids[None, : min(len(ids), runner.capacity, PROMPT + STEPS)]
+    logits = list(_logits(runner, ids, max(1, ids.shape[1] - STEPS)))
     with path.open("wb") as file:
-        np.savez(file, ids=ids, prompt=np.array(prompt), logits=np.concatenate(logits).astype(np.float32))
+        np.savez(file, ids=ids, logits=np.concatenate(logits).astype(np.float32))
 
 
 def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgeprune.engine import facts, perform, tasks
-from edgeprune.engine.base import Built, Estimate, Measured
+from edgeprune.engine.base import Built, Estimate, Measured, Workload
 from edgeprune.engine.check import (
     PROMPT,
     STEPS,
@@ -23,10 +23,12 @@ from edgeprune.engine.check import (
 from edgeprune.engine.child import quiet
 from edgeprune.engine.gpu import Runner
 from edgeprune.engine.graph import GraphFiles, write_graphs
+from edgeprune.engine.onnxruntime import Runner as ProcessorRunner
 from edgeprune.errors import EngineError
 from tests.doubles.double_device import Device
 from tests.doubles.double_tensorrt import CONTEXT_BYTES
 from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, VERSION, WORKLOAD, InProcess, built, on_the_processor
+from tests.engine.graph_pictures import SIDE, drawn, llamagen, random_weights
 from tests.reference import decoder_of, weights_of
 
 pytest_plugins = ("tests.doubles.fixtures",)
@@ -38,7 +40,7 @@ RUNTIME_FIGURE = Estimate(1e6, "bytes", "a device", "by hand")
 @pytest.fixture
 def reference(graphs: dict[str, GraphFiles], tmp_path: Path) -> Path:
     """Of the fp32 graph in ONNX Runtime: 20 tokens of a prompt and 8 after it, more than the engine's sequence."""
-    write_reference(on_the_processor(graphs["fp32"], 1), IDS[:28], 20, tmp_path / "reference.npz")
+    write_reference(on_the_processor(graphs["fp32"], 1), IDS[:28], tmp_path / "reference.npz")
     return tmp_path / "reference.npz"
 
 
@@ -204,21 +206,21 @@ def test_the_worst_position_counts() -> None:
 def test_a_reference_is_of_so_many_tokens_as_there_are_and_fit(tmp_path: Path) -> None:
     """The prompt's last logits and those of every further token."""
     logits = np.arange(3.0 * 200).reshape(200, 3)
-    for given, prompt, capacity, tokens, steps in (
-        (100, 90, 10**6, PROMPT + STEPS, STEPS + 1),
-        (30, 20, 10**6, 28, STEPS + 1),
-        (24, 20, 10**6, 24, 5),
-        (20, 20, 10**6, 20, 1),
-        (100, 90, 10, 10, 1),
-        (100, 8, 10, 10, 3),
+    for given, capacity, tokens, steps in (
+        (100, 10**6, PROMPT + STEPS, STEPS + 1),
+        (30, 10**6, 30, STEPS + 1),
+        (100, 10, 10, STEPS + 1),
+        (5, 10**6, 5, 5),
+        (1, 10**6, 1, 1),
     ):
         runner = Saying(logits)
         runner.capacity = capacity
-        write_reference(runner, IDS[:given], prompt, tmp_path / "reference.npz")
+        write_reference(runner, IDS[:given], tmp_path / "reference.npz")
         ids, expected = read_reference(tmp_path / "reference.npz")
         np.testing.assert_array_equal(ids, IDS[None, :tokens])
         np.testing.assert_array_equal(expected, logits[:steps])
         np.testing.assert_array_equal(runner.ids, IDS[:tokens])
+        assert runner.asked == [tokens - steps + 1] + [1] * (steps - 1)
 
 
 def test_a_reference_that_cannot_be_read_says_so(reference: Path, tmp_path: Path) -> None:
@@ -251,3 +253,21 @@ def test_on_a_double_weights_stored_twice_are_a_note(
     )
     assert found.memory.runtime == RUNTIME_FIGURE  # where the device does not say
     assert "something is stored twice" in found.notes
+
+
+def test_on_a_double_an_engine_of_pictures_is_checked_beyond_their_first_row(device: Device, tmp_path: Path) -> None:
+    """It reads one token at a time; positions as if all were one row are found out."""
+    decoder, spellings = llamagen(), [RUNTIME, PRIMITIVE]
+    weights, ids = random_weights(decoder), drawn(decoder).ids[0]
+    files = write_graphs(decoder, weights, tmp_path / "graphs", "fp32", spellings)
+    path = tmp_path / "reference.npz"
+    write_reference(ProcessorRunner(files.graphs[RUNTIME], 1, SIDE**2, threads=1), ids, path)
+    turned = replace(decoder.rotaries[0], grid=replace(decoder.rotaries[0].grid, side=SIDE**2))
+    layers = tuple(replace(layer, attention=replace(layer.attention, rotary=turned)) for layer in decoder.layers)
+    other = write_graphs(replace(decoder, layers=layers), weights, tmp_path / "other", "fp32", [PRIMITIVE])
+    for graphs, right in ((files, True), (other, False)):
+        plan = built(graphs.graphs[PRIMITIVE], tmp_path / f"{right}.plan", Workload(2, 1, SIDE**2))
+        with Runner(plan, 1, SIDE**2, "tensorrt") as runner:
+            assert runner.most_tokens == 1
+            found = compare_logits(runner, *read_reference(path), quiet)
+        assert (found["cosine"] > 0.99999) == right
