@@ -12,6 +12,7 @@ from edgeprune.engine.generate import generate
 from edgeprune.engine.graph import write_graphs
 from edgeprune.engine.onnxruntime import Runner
 from edgeprune.errors import InputError
+from edgeprune.exports import check_exports
 from edgeprune.generation import RUN_SPELLING
 from edgeprune.model.decoder import Layer
 from edgeprune.model.gguf_export import check_exportable, export_gguf
@@ -19,7 +20,7 @@ from edgeprune.model.gguf_file import read_gguf
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.save import save_checkpoint
 from tests.checkpoints import save_llama
-from tests.families import CASES, TEXTS, random_model
+from tests.families import CASES, PICTURES, TEXTS, random_model, save_family
 from tests.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
 LONGROPE = "phi3, longrope, partial rotary, sliding window"
@@ -180,6 +181,13 @@ def test_gemma2_without_its_caps_is_refused(tmp_path):
     model = saved(tmp_path / "dense", "gemma2")
     with pytest.raises(InputError, match="gemma2 cannot compute this model: logits softcap None"):
         check_exportable(replace(model, decoder=replace(model.decoder, logits_softcap=None)))
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_image_generators_are_refused(tmp_path, case):
+    save_family(tmp_path / case, case)
+    with pytest.raises(InputError, match=f"no architecture for the family {case}"):
+        check_exports(["gguf"], load_model(str(tmp_path / case)), "uniform", reduced=False)
 
 
 def test_layers_of_different_widths_are_refused(tmp_path):
