@@ -19,6 +19,7 @@ from edgeprune.errors import InputError
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 TOKENIZER = "tokenizer"
+CODEC = "codec"  # of an image generator: codes to pixels
 LINKS = ("model", "onnx", "engine", "gguf")
 FRONTIER = "frontier"  # the kind of a bundle whose rungs wait to be picked from; others have a chosen one
 
@@ -70,15 +71,16 @@ def sha256(path: Path) -> str:
 
 
 def write_bundle(
-    staging: Path, output: Path, rungs: Sequence[Path], tokenizer: Mapping[str, Path],
+    staging: Path, output: Path, rungs: Sequence[Path], shared: Mapping[str, Path],
     texts: Mapping[str, str | bytes], manifest: Mapping[str, Any],
     render: Callable[[dict[str, int]], Mapping[str, str]], chosen: int | None = 0,
 ) -> None:  # fmt: skip
-    """Link the rungs' folders into a bundle with tokenizer and texts, hash all files, put it into place.
+    """Link the rungs' folders into a bundle with what they share and texts, hash all files, put it into place.
 
-    rungs: the largest first; chosen: the one that the links at the top lead to, none: there are no links. staging:
-    where it is assembled, on the same disk as output. render(files) gives the texts that list the bundle's files
-    with their bytes (the report). An older bundle at `output` is replaced at the very end, and only then removed.
+    shared: files by their paths in the bundle, the tokenizer's or the codec's. rungs: the largest first; chosen: the
+    one that the links at the top lead to, none: there are no links. staging: where it is assembled, on the same disk
+    as output. render(files) gives the texts that list the bundle's files with their bytes (the report). An older
+    bundle at `output` is replaced at the very end, and only then removed.
     """
     shutil.rmtree(staging, ignore_errors=True)
 
@@ -97,9 +99,9 @@ def write_bundle(
                 link(str(path), str(folder / path.name))
     if chosen is not None:
         point_to_rung(staging, chosen)
-    (staging / TOKENIZER).mkdir()
-    for name, path in tokenizer.items():
-        shutil.copyfile(path, staging / TOKENIZER / name)
+    for name, path in shared.items():
+        (staging / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, staging / name)
     for name, text in texts.items():
         (staging / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     for name, text in render(_sizes(staging)).items():

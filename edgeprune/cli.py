@@ -7,11 +7,11 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from edgeprune import __version__, options
+from edgeprune import __version__, looking, options
 from edgeprune.errors import EdgepruneError, InputError
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def fit(
     calibration: options.Calibration = "self",
     evaluate: options.Evaluate = None,
     samples: options.Samples = 32,
-    length: options.Length = 256,
+    length: options.Length = None,
     method: options.Method = "default",
     layout: options.Layout = "uniform",
     vocabulary: options.Vocabulary = "full",
@@ -67,6 +67,12 @@ def fit(
     engine: options.EngineName = "auto",
     target: options.Target = None,
     keep_remote: options.KeepRemote = False,
+    codec: options.Codec = None,
+    image_size: options.ImageSize = None,
+    num_heads: options.NumHeads = None,
+    cfg: options.Cfg = None,
+    images: options.Images = None,
+    features: options.Features = None,
     rungs: Annotated[
         int, typer.Option(help="Models in the bundle; each further one is smaller, in case the device is slower.")
     ] = 1,
@@ -89,10 +95,10 @@ def fit(
 ) -> None:
     """Prune, compensate, export, build and measure until the budget is met; write a bundle and a report."""
     from edgeprune.loop import fit as run
-    from edgeprune.prepare import Request
     from edgeprune.progress import rich_progress
     from edgeprune.reading import read_report
     from edgeprune.report.terminal import print_report
+    from edgeprune.request import Request
 
     if from_ is not None or pick is not None:
         bundle = _picked(context_, from_, pick, output, force)
@@ -102,7 +108,8 @@ def fit(
             max_quality_loss=max_quality_loss, calibration=calibration, evaluate=tuple(evaluate or ()),
             samples=samples, length=length, method=method, layout=layout, vocabulary=vocabulary,
             precision=precision, batch=batch, prompt=prompt, context=context, engine=engine, target=target,
-            keep_remote=keep_remote, rungs=rungs, export=tuple(export or ()),
+            keep_remote=keep_remote, codec=codec, image_size=image_size, num_heads=num_heads, cfg=cfg, images=images,
+            features=features, rungs=rungs, export=tuple(export or ()),
             require_measured=require_measured, checkpoint=not no_checkpoint, output=output, resume=resume,
             force=force, seed=seed,
         )  # fmt: skip
@@ -112,7 +119,7 @@ def fit(
     if json_:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        print_report(report, _console())
+        print_report(report, options.console())
         typer.echo(f"\nbundle  {bundle}\nreport  {bundle / 'report.html'}")
     raise typer.Exit(report.exit_code(require_measured) if from_ is None else 0)
 
@@ -142,7 +149,7 @@ def frontier(
     calibration: options.Calibration = "self",
     evaluate: options.Evaluate = None,
     samples: options.Samples = 32,
-    length: options.Length = 256,
+    length: options.Length = None,
     method: options.Method = "default",
     layout: options.Layout = "uniform",
     vocabulary: options.Vocabulary = "full",
@@ -153,6 +160,12 @@ def frontier(
     engine: options.EngineName = "auto",
     target: options.Target = None,
     keep_remote: options.KeepRemote = False,
+    codec: options.Codec = None,
+    image_size: options.ImageSize = None,
+    num_heads: options.NumHeads = None,
+    cfg: options.Cfg = None,
+    images: options.Images = None,
+    features: options.Features = None,
     output: Annotated[Path | None, typer.Option(help="The bundle. Default: MODEL-DEVICE-frontier.")] = None,
     resume: options.Resume = False,
     force: options.Force = False,
@@ -161,17 +174,17 @@ def frontier(
 ) -> None:
     """Latency, memory and quality of a ladder of model sizes, to pick from: fit --from BUNDLE --pick K."""
     from edgeprune.loop import frontier as run
-    from edgeprune.prepare import Request
     from edgeprune.progress import rich_progress
     from edgeprune.reading import read_frontier
     from edgeprune.report.frontier_terminal import print_frontier
+    from edgeprune.request import Request
 
     request = Request(
         model=model, device=device, profile=profile, calibration=calibration, evaluate=tuple(evaluate or ()),
         samples=samples, length=length, method=method, layout=layout, vocabulary=vocabulary,
-        precision=precision, batch=batch, prompt=prompt,
-        context=context, engine=engine, target=target, keep_remote=keep_remote, rungs=rungs, output=output,
-        resume=resume, force=force, seed=seed,
+        precision=precision, batch=batch, prompt=prompt, context=context, engine=engine, target=target,
+        keep_remote=keep_remote, codec=codec, image_size=image_size, num_heads=num_heads, cfg=cfg, images=images,
+        features=features, rungs=rungs, output=output, resume=resume, force=force, seed=seed,
     )  # fmt: skip
     with rich_progress() as progress:
         bundle = run(request, progress)
@@ -179,84 +192,12 @@ def frontier(
     if json_:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        print_frontier(found, bundle, _console())
+        print_frontier(found, bundle, options.console())
         typer.echo(f"\nbundle  {bundle}\npage    {bundle / 'frontier.html'}")
 
 
-@app.command()
-def devices(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
-    toml: Annotated[bool, typer.Option("--toml", help="Print the profile's file, to copy and change.")] = False,
-    json_: options.Json = False,
-) -> None:
-    """List the device profiles, or show one with the source and confidence of each figure."""
-    from edgeprune.profiles import list_profiles, load_profile, profile_toml
-    from edgeprune.report.terminal import print_profile, print_profiles
-
-    if name is None:
-        profiles = list_profiles()
-        if json_:
-            typer.echo(json.dumps([profile.model_dump(mode="json") for profile in profiles], indent=2))
-        else:
-            print_profiles(profiles, _console())
-    elif toml:
-        typer.echo(profile_toml(load_profile(name)), nl=False)
-    elif json_:
-        typer.echo(load_profile(name).model_dump_json(indent=2))
-    else:
-        print_profile(load_profile(name), _console())
-
-
-@app.command()
-def plan(
-    model: Annotated[str, typer.Argument(metavar="CONFIG", help="A config.json, or a model as for fit; no weights.")],
-    device: Annotated[str | None, typer.Option(help="Device profile. Default: a table of all.")] = None,
-    profile: options.Profile = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="fp16|bf16|int8|int4|fp32", help="Default: the profile's.")
-    ] = None,
-    prompt: options.Prompt = None,
-    past: Annotated[int | None, typer.Option(help="Tokens in the cache before a step. Default: the profile's.")] = None,
-    batch: options.Batch = None,
-    json_: options.Json = False,
-) -> None:
-    """Estimate what a model of this shape needs and reaches: memory by part, prefill, decode; all estimated."""
-    from edgeprune.plan import Question, plan_all
-    from edgeprune.plan import plan as plan_one
-    from edgeprune.report.terminal import print_plan, print_plans
-
-    question = Question(model, device, profile, precision, prompt, past, batch)
-    if device is None and profile is None:
-        plans = plan_all(question)
-        if json_:
-            typer.echo(
-                json.dumps(
-                    {"model": plans[0].model, "devices": [planned.as_json() for planned in plans]},
-                    indent=2,
-                    allow_nan=False,
-                )
-            )
-        else:
-            print_plans(plans, _console())
-        return
-    planned = plan_one(question)
-    if json_:
-        typer.echo(json.dumps(planned.as_json(), indent=2, allow_nan=False))
-    else:
-        print_plan(planned, _console())
-
-
-@app.command()
-def doctor(json_: options.Json = False) -> None:
-    """Say which engines can build and run here, and what to install for the others."""
-    from edgeprune.doctor import examine
-    from edgeprune.report.terminal import print_doctor
-
-    findings = examine()
-    if json_:
-        typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
-    else:
-        print_doctor(findings, _console())
+for command in (looking.devices, looking.plan, looking.doctor):
+    app.command()(command)
 
 
 @app.command()
@@ -278,26 +219,58 @@ def measure(
     if json_:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        print_report(report, _console())
+        print_report(report, options.console())
     raise typer.Exit(report.exit_code())
 
 
 @app.command()
 def run(
+    context_: typer.Context,
     bundle: options.Bundle,
-    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    prompt: Annotated[str | None, typer.Option(help="What to say to a language model.")] = None,
+    class_: Annotated[
+        list[int] | None, typer.Option("--class", help="What to draw; may be given again. Default: all in turn.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1,
+    cfg: options.Cfg = None,
+    output: Annotated[Path, typer.Option(help="The grid of the pictures.")] = Path("pictures.png"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a text.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0: always the likeliest. Default: 0 for texts, 1 for pictures.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the likeliest so many; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold so much.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older --output.")] = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Generate text from a bundle's engine, or from its graph where the engine's GPU is not here, as it comes."""
+    """Generate text or pictures from a bundle's engine, or from its graph where the engine's GPU is not here."""
+    if prompt is None:
+        _draw(bundle, class_ or [], count, cfg, output, temperature, top_k, top_p, force, seed)
+        return
+    if others := [name for name in options.given(context_) if name in options.PICTURES]:
+        raise InputError(f"{', '.join(others)} with --prompt", f"{others[0]} is for pictures: leave one of them out.")
     from edgeprune.generation import stream_text
 
-    for piece in stream_text(bundle, prompt, max_new_tokens, temperature, top_p, seed, _note):
+    for piece in stream_text(bundle, prompt, max_new_tokens, temperature or 0.0, top_k, top_p, seed, _note):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _draw(
+    bundle: Path, classes: list[int], count: int, cfg: float | None, output: Path, temperature: float | None,
+    top_k: int, top_p: float, force: bool, seed: int,
+) -> None:  # fmt: skip
+    from edgeprune.drawing import draw_grid, painter_of
+    from edgeprune.pictures import check_picture
+    from edgeprune.progress import rich_progress
+
+    check_picture(output, force)
+    painter = painter_of(bundle, classes, count, cfg, 1.0 if temperature is None else temperature, top_k, top_p, _note)
+    with rich_progress() as progress:
+        seconds = draw_grid(painter, classes, count, seed, output, progress)
+    typer.echo(str(output))
+    _note(f"{seconds / count:.2f} s a picture, measured here, {min(count, painter.at_once)} at once")
 
 
 @app.command()
@@ -307,10 +280,16 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Names, with commas between, or `all`.")
     ] = "default,flap,wanda+ls,wanda,magnitude,random",
-    calibration: Annotated[str, typer.Option(metavar="PATH", help="Text, jsonl or folder.")] = "self",
+    calibration: Annotated[
+        str, typer.Option(metavar="PATH|self", help="Text, jsonl or folder; `self`: an image generator's own.")
+    ] = "self",
     evaluate: options.Evaluate = None,
     samples: options.Samples = 32,
-    length: options.Length = 256,
+    length: options.Length = None,
+    codec: options.Codec = None,
+    image_size: options.ImageSize = None,
+    num_heads: options.NumHeads = None,
+    cfg: options.Cfg = None,
     layout: Annotated[
         str, typer.Option(metavar="uniform|per-layer|both", help="The same widths in every layer, or free ones.")
     ] = "uniform",
@@ -324,20 +303,22 @@ def compare(
     from edgeprune.progress import rich_progress
     from edgeprune.report.comparison import check_page, write_page
     from edgeprune.report.terminal import print_comparison
+    from edgeprune.request import Request
 
     if html is not None:
         check_page(html, force)
+    request = Request(
+        model=model, calibration=calibration, evaluate=tuple(evaluate or ()), samples=samples, length=length,
+        codec=codec, image_size=image_size, num_heads=num_heads, cfg=cfg, seed=seed,
+    )  # fmt: skip
     with rich_progress() as progress:
-        rows = run_compare(
-            model, _numbers(ratios), _names(methods), calibration, evaluate or (), samples, length, layout, seed,
-            progress,
-        )  # fmt: skip
+        rows = run_compare(request, _numbers(ratios), _names(methods), layout, progress)
     if html is not None:
         write_page(html, rows)
     if json_:
         typer.echo(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2, allow_nan=False))
     else:
-        print_comparison(rows, _console())
+        print_comparison(rows, options.console())
 
 
 @app.command()
@@ -361,12 +342,6 @@ def _names(text: str) -> list[str]:
 
 def _note(text: str) -> None:
     typer.echo(text, err=True)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
 
 
 def main() -> None:

@@ -18,16 +18,21 @@ from edgeprune.engine.base import Workload
 from edgeprune.engine.estimate import bytes_per_token
 from edgeprune.engine.facts import peak_bytes, reset_peak_bytes
 from edgeprune.errors import InputError
+from edgeprune.imaging import check_kind, imaging_of
 from edgeprune.model.costs import additive
 from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.model.load import load_shape
 from edgeprune.model.model import Model
-from edgeprune.prepare import SELF, Request, check_samples, load_dense, pack_samples, read_documents_of
+from edgeprune.prepare import load_dense
 from edgeprune.progress import Progress
+from edgeprune.request import SELF, Request, check_samples
+from edgeprune.samples import LENGTH, read_documents_of, read_samples
 from edgeprune.sensitivities import sensitivities_of
 
 if TYPE_CHECKING:
     import torch
 
+    from edgeprune.engine.draw import Sampling
     from edgeprune.evaluate.perplexity import Losses
     from edgeprune.pruning.allocate import Sensitivities, Widths
 
@@ -242,34 +247,37 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def generate_samples(model: Model, count: int, length: int, seed: int, progress: Progress) -> torch.Tensor:
-    """(count, length) int64 that the dense model draws, from a graph of its own in a temporary folder."""
+def generate_samples(
+    model: Model, count: int, length: int, seed: int, progress: Progress, sampling: Sampling | None = None
+) -> torch.Tensor:
+    """(count, length) int64 that the dense model draws, from a graph of its own in a temporary folder.
+
+    sampling: of an image generator, whose samples have a length of their own.
+    """
     import torch
 
+    from edgeprune.drawing import draw_documents
     from edgeprune.engine.graph import write_graphs
-    from edgeprune.generation import BATCH, RUN_SPELLING, generate_documents
+    from edgeprune.generation import RUN_SPELLING, generate_documents
 
-    advance = progress.stage("generate samples", length * -(-count // BATCH))
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
         folder = Path(name)
         write_graphs(model.decoder, model.weights, folder, "fp32", [RUN_SPELLING], length)
         graph = folder / RUN_SPELLING.filename
-        return torch.from_numpy(generate_documents(graph, model.directory, count, length, seed, advance))
+        if sampling is not None:
+            return torch.from_numpy(draw_documents(graph, model.decoder, sampling, count, seed, progress))
+        return torch.from_numpy(generate_documents(graph, model.directory, count, length, seed, progress))
 
 
 def compare(
-    spec: str, ratios: Sequence[float], methods: Sequence[str], calibration: str, evaluate: Sequence[Path],
-    samples: int, length: int, layout: str, seed: int, progress: Progress,
-) -> list[Row]:  # fmt: skip
+    request: Request, ratios: Sequence[float], methods: Sequence[str], layout: str, progress: Progress
+) -> list[Row]:
     """One row for the dense model and for each layout, ratio and method, all on the same samples.
 
-    ratios: percent of the parameters in attention and MLP matrices to remove. Every method gets the
-    widths of the least predicted loss, but FLAP's in the layout `per-layer` come from its own cut over all
-    layers. Raises InputError.
+    request: model and samples. ratios: percent of the parameters in attention and MLP matrices to remove. Every
+    method gets the widths of the least predicted loss, but FLAP's in the layout `per-layer` come from its own cut
+    over all layers. Raises InputError.
     """
-    import torch
-
-    from edgeprune.pruning.calibration import GENERATED
     from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
 
     names = [name for name in dict.fromkeys(METHODS if methods == ["all"] else methods) if name != DENSE]
@@ -279,18 +287,7 @@ def compare(
             raise InputError(f"the ratio {value:g} is not between 0 and 100 percent", "Try --ratios 20,30,50.")
     if layout not in (*Layout, BOTH):
         raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
-    if calibration == SELF:
-        raise InputError("compare needs real text to calibrate on", "Give --calibration PATH.")
-    check_samples(samples, length)
-    request = Request(
-        model=spec, calibration=calibration, evaluate=tuple(evaluate), samples=samples, length=length, seed=seed
-    )
-    documents = read_documents_of(request)
-    model = load_dense(spec)
-    texts = pack_samples(request, model, *documents)
-    ids = torch.from_numpy(texts.calibration)
-    generated = generate_samples(model, GENERATED, length, seed, progress)
-    comparison = Comparison(model, ids, generated, texts.evaluation, max(length, 256), seed, progress)
+    comparison = _comparison(request, progress)
     rows = [comparison.dense]
     for each in Layout if layout == BOTH else [Layout(layout)]:
         for value in ratios:
@@ -299,3 +296,30 @@ def compare(
                 allocation = Allocation.SCORE if own_cut else Allocation.SENSITIVITY
                 rows.append(comparison.over_default(comparison.run(name, value / 100, each, allocation)))
     return rows
+
+
+def _comparison(request: Request, progress: Progress) -> Comparison:
+    """Model and samples as asked for: the user's, beside some that the model makes; of pictures those alone do."""
+    import torch
+
+    from edgeprune.pruning.calibration import GENERATED
+
+    shape = load_shape(request.model, request.hints)[1]
+    check_kind(request, shape)
+    own = request.calibration != SELF
+    if not own and shape.picture is None:
+        raise InputError("compare needs real text to calibrate on", "Give --calibration PATH.")
+    length = shape.picture.tokens + 1 if shape.picture else request.length or LENGTH
+    check_samples(request.samples, length)
+    documents = None if shape.picture else read_documents_of(request)
+    model = load_dense(request.model, request.hints)
+    imaging = imaging_of(request, model) if shape.picture else None
+    texts = read_samples(request, model, documents, imaging)
+    held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)
+    count = GENERATED if own else request.samples + held_out
+    sampling = imaging and imaging.sampling
+    drawn = generate_samples(model, count, length, request.seed, progress, sampling)
+    evaluation = texts.evaluation or {"drawn by the dense model": [*drawn[request.samples :].numpy()]}
+    fed = drawn[:, : shape.most_fed]
+    ids, generated = (torch.from_numpy(texts.calibration), fed) if own else (fed[: request.samples], None)
+    return Comparison(model, ids, generated, evaluation, max(length, LENGTH), request.seed, progress)

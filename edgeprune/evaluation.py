@@ -7,7 +7,7 @@ dense model's tokens; a fitted model with a vocabulary of its own gets the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -43,14 +43,19 @@ class Evaluator:
     plain: Path
 
     def quality(self, name: str, chosen: Candidate) -> Quality:
-        """Perplexity and agreement on the held-out texts, and answers of both models: the stage `evaluation {name}`."""
-        losses, answers = self._dense_losses(), self.journal.stage("dense answers", self._dense_answers)
+        """Perplexity and agreement on the held-out texts or pictures' codes, and answers of both models to texts: the
+        stage `evaluation {name}`."""
+        losses = self._dense_losses()
+        writes = self.setup.imaging is None
+        answers = self.journal.stage("dense answers", self._dense_answers) if writes else None
 
         def compute() -> dict[str, Any]:
             from edgeprune.model.vocabulary import read_vocabulary
 
             vocabulary = read_vocabulary(chosen.model.directory)
             texts = self._texts(losses, chosen.model, vocabulary)
+            if answers is None:
+                return {"texts": texts, **dict.fromkeys(("answers", "prompt", "dense_sample", "fitted_sample"))}
             graph = chosen.exported.graphs.parent / "onnx-fp32" / RUNTIME_GRAPH
             return {
                 "texts": texts, "prompt": SAMPLE_PROMPT, "dense_sample": answers["sample"],
@@ -60,11 +65,20 @@ class Evaluator:
 
         return Quality(**self.journal.stage(f"evaluation {name}", compute))
 
+    def with_pictures(self, name: str, chosen: Candidate, quality: Quality) -> Quality:
+        """Of an image generator: with pictures of both models, the stage `pictures {name}`."""
+        if self.setup.imaging is None:
+            return quality
+        from edgeprune.gallery import Gallery
+
+        gallery = Gallery(self.setup, self.journal, self.progress, self.plain)
+        return replace(quality, pictures=gallery.compare(name, chosen))
+
     @cached_property
     def _windows(self) -> dict[str, list[list[np.ndarray]]]:
         from edgeprune.evaluate.perplexity import cut
 
-        length = max(self.setup.request.length, WINDOW)
+        length = max(self.setup.length, WINDOW)
         return {name: cut(documents, length) for name, documents in self.samples.evaluation.items()}
 
     def _losses(self, model: Model, windows: dict[str, list[list[np.ndarray]]]) -> dict[str, Losses]:

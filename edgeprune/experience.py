@@ -21,9 +21,10 @@ MOST_SEQUENCES = 2**20
 
 def experience(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision, performance: Performance,
-    budget: AbsoluteBudget,
+    budget: AbsoluteBudget, images: int | None = None,
 ) -> Experience:  # fmt: skip
-    """performance: what was obtained for the workload. Room is what the memory budget leaves, or else the device.
+    """performance: what was obtained for the workload; images: at once, of an image generator. Room is what the memory
+    budget leaves, or else the device.
 
     Raises InputError for a profile without hardware figures.
     """
@@ -48,7 +49,7 @@ def experience(
         limit, reason, most, _growth(with_context, workload.context, context or 2),
         _growth(with_sequences, workload.batch, sequences or 1),
     )  # fmt: skip
-    return experience_of(performance, workload, room, context, sequences)
+    return experience_of(performance, workload, room, context, sequences, images)
 
 
 def _largest(needs: Callable[[int], float], limit: float, first: int, last: int) -> int:

@@ -272,13 +272,15 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) ->
     rate = {**decode, "value": 1e3 * batch / decode["value"], "unit": "tokens/s", "basis": f"{batch} / decode",
             "low": 1e3 * batch / decode["high"], "high": 1e3 * batch / decode["low"]}  # fmt: skip
     room = report["experience"]["fitted"]["room"]
-    noticed = experience_again(performance, Workload(**report["workload"]), Room(**room)).figures
+    images = (report["quality"]["pictures"] or {}).get("at_once")
+    again = experience_again(performance, Workload(**report["workload"]), Room(**room), images)
+    noticed = {name: figure and _figure(figure) for name, figure in again.figures.items()}
     return {
         **report, "headline": _headline(report, measurement, chosen), "status": chosen.status,
         "rests_on": measurement["rests_on"], "budget": budget, "measurement": measurement,
         "fitted": {**report["fitted"], "performance": shown},
         "tokens_per_second": {**report["tokens_per_second"], "fitted": rate},
-        "experience": {**report["experience"], "fitted": {**{n: _figure(f) for n, f in noticed.items()}, "room": room}},
+        "experience": {**report["experience"], "fitted": {**noticed, "room": room}},
         "warnings": [text for text in report["warnings"] if text != NOT_MEASURED] + list(performance.notes),
     }  # fmt: skip
 

@@ -20,8 +20,9 @@ from edgeprune.engine.base import Measured
 from edgeprune.evaluation import Evaluator
 from edgeprune.journal import Journal, open_journal
 from edgeprune.planning import Planner, planner_of
-from edgeprune.prepare import Request, Setup, prepare
+from edgeprune.prepare import Setup, prepare
 from edgeprune.progress import Progress, Silent
+from edgeprune.request import Request
 from edgeprune.results import Candidate, Fitted, Quality, QualityStop, Samples
 from edgeprune.search import (
     MAX_CANDIDATES,
@@ -74,6 +75,7 @@ def fit(request: Request, progress: Progress | None = None) -> Path:
         elif judge(setup.budget, flow.dense.performance, chosen.performance).met:
             rungs += flow.smaller(planner, allocation)
             qualities = flow.qualities(rungs)
+    qualities = flow.with_pictures(rungs, qualities)
     cross_check = None if outcome is None else flow.run.cross_check(flow.plain, rungs[0])
     fitted = [
         Fitted(
@@ -110,10 +112,11 @@ def frontier(request: Request, progress: Progress | None = None) -> Path:
             break
         last = allocation
         gains = planner.gains(budget.absolute(flow.dense.performance).limits, allocation)
+        quality = flow.evaluator.quality(f"of rung {index}", chosen)
         fitted.append(
             Fitted(
                 replace(setup, budget=budget), flow.samples, flow.dense.performance, chosen, outcome,
-                flow.evaluator.quality(f"of rung {index}", chosen), None, journal.seconds, gains,
+                flow.evaluator.with_pictures(f"of rung {index}", chosen, quality), None, journal.seconds, gains,
                 planner.latency,
             )
         )  # fmt: skip
@@ -195,6 +198,11 @@ class Flow:
 
     def qualities(self, rungs: list[Candidate]) -> list[Quality]:
         return [self.evaluator.quality(str(index), rung) for index, rung in enumerate(rungs)]
+
+    def with_pictures(self, rungs: list[Candidate], qualities: list[Quality]) -> list[Quality]:
+        """Of an image generator: drawn for what is shipped, not for all that was tried."""
+        pairs = zip(rungs, qualities, strict=True)
+        return [self.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
 
     def quality_status(self, quality: Quality) -> str:
         return judge_quality(self.run.setup.budget, quality.rises)

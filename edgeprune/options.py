@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output and nothing else.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The output directory of `edgeprune fit`.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
-Model = Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, .gguf file, or `demo`.")]
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, .gguf file, LlamaGen's .pt, or `demo`.")
+]
 Device = Annotated[str | None, typer.Option(help="Device profile; `edgeprune devices` lists them.")]
 Profile = Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")]
 Calibration = Annotated[
-    str, typer.Option(metavar="PATH|self", help="Text, jsonl or folder; `self`: the model generates it.")
+    str, typer.Option(metavar="PATH|self", help="Text, jsonl, folder, or one of pictures; `self`: the model's own.")
 ]
-Evaluate = Annotated[list[Path] | None, typer.Option(help="Held-out text; may be given again.")]
+Evaluate = Annotated[
+    list[Path] | None, typer.Option(help="Held-out text, or a folder of pictures; may be given again.")
+]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-Length = Annotated[int, typer.Option(help="Tokens of a sample.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a sample. Default: 256; a picture has its own.")]
 Method = Annotated[str, typer.Option(help="default, or a baseline: wanda+ls, magnitude, random, ...")]
 Layout = Annotated[
     str,
@@ -34,7 +38,7 @@ Vocabulary = Annotated[
     typer.Option(metavar="full|samples", help="samples: tokens that no sample needs may go; all text stays spelled."),
 ]
 Precision = Annotated[str | None, typer.Option(metavar="fp32|fp16|bf16", help="Default: the profile's.")]
-Batch = Annotated[int | None, typer.Option(help="Sequences at once. Default: the profile's.")]
+Batch = Annotated[int | None, typer.Option(help="Sequences, or pictures, at once. Default: the profile's.")]
 Prompt = Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")]
 Context = Annotated[int | None, typer.Option(help="Prompt and generated tokens. Default: the profile's.")]
 EngineName = Annotated[
@@ -42,8 +46,25 @@ EngineName = Annotated[
 ]
 Target = Annotated[str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Build and measure on this device.")]
 KeepRemote = Annotated[bool, typer.Option("--keep-remote", help="Leave the working folder on the device.")]
+Codec = Annotated[Path | None, typer.Option(help="Of an image generator: LlamaGen's VQ file.")]
+ImageSize = Annotated[
+    int | None, typer.Option(metavar="PIXELS", help="Of LlamaGen's pictures, where the file does not say.")
+]
+NumHeads = Annotated[int | None, typer.Option(help="Of a LlamaGen whose size was not published.")]
+Cfg = Annotated[float | None, typer.Option(help="Guidance of pictures in deployment; 1: none. Default: the model's.")]
+Images = Annotated[int | None, typer.Option(help="Pictures drawn to judge quality by. Default: 128.")]
+Features = Annotated[
+    Path | None, typer.Option(help="Network that pictures are compared through, ONNX. Default: EfficientNet-lite0.")
+]
+PICTURES = ("--class", "--count", "--cfg", "--output", "--force")  # of run: what draws
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older bundle or unfinished run.")]
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console()
 
 
 def given(context: typer.Context) -> list[str]:

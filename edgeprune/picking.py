@@ -13,6 +13,7 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.budget import CONSTRAINTS
 from edgeprune.bundle import (
+    CODEC,
     FRONTIER,
     REPORT,
     TOKENIZER,
@@ -30,22 +31,14 @@ from edgeprune.errors import InputError
 from edgeprune.finish import DEPLOYMENT, MEASUREMENT
 from edgeprune.profiles import profile_toml
 from edgeprune.progress import Progress, Silent
+from edgeprune.provenance import command_line, manifest_of, now
 from edgeprune.reading import FRONTIER_FILE, FRONTIER_PAGE, read_report
 from edgeprune.readme import FINISH, deploy_steps, frontier_readme, readme
 from edgeprune.report.frontier import frontier_of, pick_command
 from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.schema import Choice, Report, Step
 from edgeprune.results import Fitted
-from edgeprune.shipping import (
-    as_json,
-    build_report,
-    command_line,
-    manifest_of,
-    now,
-    rendered,
-    rung_folder,
-    tokenizer_files,
-)
+from edgeprune.shipping import as_json, build_report, rendered, rung_folder, shared_files
 
 
 def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
@@ -68,8 +61,8 @@ def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
         return {FRONTIER_FILE: as_json(frontier), FRONTIER_PAGE: render_frontier(frontier, setup.output.name)}
 
     manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
-    tokenizer = tokenizer_files(setup.model.directory)
-    write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest, render, chosen=None)
+    shared = shared_files(setup, work, setup.model.directory)
+    write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest, render, chosen=None)
 
 
 def pick(
@@ -125,8 +118,9 @@ def pick(
             advance()
         (work / str(index) / REPORT).write_text(as_json(report), encoding="utf-8")
         progress.stage("write the bundle")
-        tokenizer = {path.name: path for path in sorted(tokenizer_of(bundle, index).iterdir())}
-        write_bundle(work / "bundle", output, [work / str(index)], tokenizer, texts, kept, render)
+        shared = {f"{folder.name}/{path.name}": path for folder in _shared(bundle, index)
+                  for path in sorted(folder.iterdir())}  # fmt: skip
+        write_bundle(work / "bundle", output, [work / str(index)], shared, texts, kept, render)
     except OSError as error:
         raise InputError(
             f"{output} cannot be written: {error.strerror}", "Free some space, or name another --output."
@@ -144,6 +138,11 @@ def _check(bundle: Path, index: int, manifest: dict[str, Any]) -> Report:
     if index not in rungs:
         raise InputError(f"{bundle} holds no rung {index}", f"Give --pick {rungs[0]} to {rungs[-1]}.")
     return read_report(bundle / "rungs" / str(index))
+
+
+def _shared(bundle: Path, index: int) -> list[Path]:
+    """The folders of what a rung shares with the others of the bundle."""
+    return [folder for folder in (tokenizer_of(bundle, index), bundle / CODEC) if folder.is_dir()]
 
 
 def _check_apart(bundle: Path, output: Path) -> None:

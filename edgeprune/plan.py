@@ -25,6 +25,7 @@ from edgeprune.engine.estimate import (
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.llamagen import Hints
 from edgeprune.model.load import load_shape
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, load_profile_file
 
@@ -43,6 +44,7 @@ class Question:
     prompt: int | None = None
     past: int | None = None
     batch: int | None = None
+    hints: Hints = Hints()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def plan(question: Question) -> Plan:
         file, name = question.profile, question.device or "cpu"
         unprobed = load_profile(name) if file is None else load_profile_file(file)
         check_precision(unprobed, question.precision or unprobed.precision)  # before a probe takes its time
-    model, decoder = load_shape(question.model)
+    model, decoder = load_shape(question.model, question.hints)
     return _on(question, resolve_profile(question.device, question.profile), model, decoder)
 
 
@@ -129,7 +131,7 @@ def plan_all(question: Question) -> list[Plan]:
     profiles = [profile for profile in list_profiles() if profile.is_probed]
     for profile in profiles:
         check_precision(profile, question.precision or profile.precision)
-    model, decoder = load_shape(question.model)
+    model, decoder = load_shape(question.model, question.hints)
     return [_on(question, profile, model, decoder) for profile in profiles]
 
 
@@ -144,7 +146,7 @@ def _check(question: Question) -> None:
 
 def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder) -> Plan:
     precision = check_precision(profile, question.precision or profile.precision)
-    asked = _workload(question, profile, decoder.max_position_embeddings)
+    asked = _workload(question, profile, decoder)
     held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
     performance = estimate_performance(decoder, profile, asked, precision)
     return Plan(
@@ -152,19 +154,27 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
         replace(performance, memory=estimate_memory(decoder, profile, held, precision)),
         decode_parts(decoder, profile, asked, precision),
         sum(decode_parts(decoder, profile, asked, precision, in_place=True).values()),
-        tuple(_notes(decoder, profile, held, precision)),
+        tuple(_notes(decoder, held, precision)),
     )  # fmt: skip
 
 
-def _workload(question: Question, profile: DeviceProfile, positions: int) -> Workload:
-    """Where left out, the profile's batch, prompt and context, as far as the model has positions for them."""
-    default = profile.workload
+def _workload(question: Question, profile: DeviceProfile, decoder: Decoder) -> Workload:
+    """Where left out, the profile's batch, prompt and context, as far as the model has positions for them; of an image
+    generator a whole picture, and with it the stream that guides it."""
+    default, positions = profile.workload, decoder.max_position_embeddings
+    if (picture := decoder.picture) is not None:
+        if question.prompt or question.past:
+            raise InputError(
+                f"{question.model} draws pictures of {picture.tokens} tokens", "Leave --prompt and --past out."
+            )
+        streams = 2 if picture.is_guided else 1
+        return Workload((question.batch or default.batch) * streams, 1, picture.tokens)
     prompt = question.prompt or min(default.prompt, question.past or max(1, positions // 2))
     past = question.past or max(prompt, min(default.context, positions) - 1)
     return Workload(question.batch or default.batch, prompt, past + 1)
 
 
-def _notes(decoder: Decoder, profile: DeviceProfile, held: Workload, precision: Precision) -> Sequence[str]:
+def _notes(decoder: Decoder, held: Workload, precision: Precision) -> Sequence[str]:
     notes = []
     if precision in ("int8", "int4"):
         notes.append(f"{precision} is {QUANTISED}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgeprune import __version__
 from edgeprune.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
@@ -18,61 +17,22 @@ from edgeprune.engine.probe import resolve_profile
 from edgeprune.engine.remote import Device, Target
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.exports import check_exports
+from edgeprune.imaging import Imaging, check_kind, imaging_of, sampling_of
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.llamagen import Hints
+from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
+from edgeprune.request import DEMO, SELF, Request, check_samples
+from edgeprune.samples import LENGTH, Texts, read_documents_of, read_samples, samples_hash
 from edgeprune.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from edgeprune.pruning.calibration import Document
-
-SELF = "self"
-DEMO = "demo"
 DEMO_MEMORY = "90%"
 PRECISIONS = ("fp32", "fp16", "bf16")  # that graphs are written in
 LAYOUTS = ("uniform", "per-layer")
 VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
 LEAST_TOKENS = 300  # of a vocabulary: the bytes and some special tokens
-EVALUATION_TOKENS = 64  # fewer say nothing about quality
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for, in the words of the command line; None: left out."""
-
-    model: str = DEMO
-    device: str | None = None
-    profile: Path | None = None
-    memory: str | None = None
-    prefill: str | None = None
-    decode: str | None = None
-    max_quality_loss: float | None = None
-    calibration: str = SELF
-    evaluate: tuple[Path, ...] = ()
-    samples: int = 32
-    length: int = 256
-    method: str = "default"
-    layout: str = "uniform"
-    vocabulary: str = "full"
-    precision: str | None = None
-    batch: int | None = None
-    prompt: int | None = None
-    context: int | None = None
-    engine: str = "auto"
-    target: str | None = None
-    keep_remote: bool = False
-    rungs: int = 1
-    require_measured: bool = False
-    checkpoint: bool = True
-    export: tuple[str, ...] = ()
-    output: Path | None = None
-    resume: bool = False
-    force: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,18 +45,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Samples from the user's files, as token ids. calibration: (samples, length), None where the model
-    is to generate them itself; evaluation: documents by name, empty where generated ones are held out."""
-
-    calibration: np.ndarray | None
-    evaluation: dict[str, list[np.ndarray]]
-    origin: str
-
-
-@dataclass(frozen=True)
 class Setup:
-    """Everything resolved."""
+    """Everything resolved. imaging: of an image generator, None for a language model."""
 
     request: Request
     profile: DeviceProfile
@@ -108,7 +58,14 @@ class Setup:
     texts: Texts
     output: Path
     floor: Performance
+    imaging: Imaging | None = None
     choices: tuple[Choice, ...] = field(default=())
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sample; of a picture, with the one that begins it."""
+        picture = self.model.decoder.picture
+        return picture.tokens + 1 if picture else self.request.length or LENGTH
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -127,21 +84,13 @@ class Setup:
             "max_quality_loss": self.budget.max_quality_loss,
             "samples": samples_hash(self.texts),
             "sample_count": request.samples,
-            "length": request.length,
+            "length": self.length,
+            "imaging": self.imaging and self.imaging.fingerprint,
             "method": request.method,
             "layout": request.layout,
             "vocabulary": request.vocabulary,
             "seed": request.seed,
         }
-
-
-def samples_hash(texts: Texts) -> str:
-    digest = hashlib.sha256(SELF.encode() if texts.calibration is None else texts.calibration.tobytes())
-    for name, documents in texts.evaluation.items():
-        digest.update(name.encode())
-        for document in documents:
-            digest.update(document.tobytes() + b";")
-    return digest.hexdigest()
 
 
 def prepare(request: Request, ladder: bool = False) -> Setup:
@@ -153,7 +102,9 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
     target = target_of(request.target, request.keep_remote)
     profile = _profile(request)
-    workload = _workload(request, profile)
+    shape = load_shape(request.model, request.hints)[1]
+    check_kind(request, shape)
+    workload = _workload(request, profile, shape)
     precision = request.precision or profile.precision
     choices = []
     if precision == "fp32" and profile.dialect == "opset23":
@@ -172,11 +123,12 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
     output = (request.output or Path(name)).absolute()
     check_output(output, request.force or request.resume)
-    documents = read_documents_of(request)
+    documents = None if shape.picture else read_documents_of(request)
     _check_method(request.method)
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
-    model = load_dense(request.model)
+    model = load_dense(request.model, request.hints)
+    imaging = imaging_of(request, model) if shape.picture else None
     if workload.context > model.decoder.max_position_embeddings:
         raise InputError(
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
@@ -185,22 +137,29 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced)
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
-    texts = pack_samples(request, model, *documents)
-    if texts.calibration is None:
-        choices.append(Choice("calibration", SELF, "no text was given: the model generates its own samples"))
-    else:
-        reason = "text of the model's own, at the same weight, holds in place what yours says nothing about"
-        choices.append(Choice("calibration", f"{texts.origin}, and generated text", reason))
+    texts = read_samples(request, model, documents, imaging)
+    choices.append(_calibration_choice(texts, imaging))
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
     exports = len(request.export) * request.rungs * graph_weight_bytes(model.decoder, "fp32")
     check_space(output, _bytes_written(model, precision, engine, candidates) + exports)
-    return Setup(request, profile, workload, precision, engine, budget, model, texts, output, floor, tuple(choices))
+    return Setup(
+        request, profile, workload, precision, engine, budget, model, texts, output, floor, imaging, tuple(choices)
+    )
 
 
-def load_dense(spec: str) -> Model:
+def _calibration_choice(texts: Texts, imaging: Imaging | None) -> Choice:
+    what = "text" if imaging is None else "pictures"
+    if texts.calibration is None:
+        how = "" if imaging is None else f", of every class, guided by {imaging.sampling.cfg:g} as in deployment"
+        return Choice("calibration", SELF, f"no {what} was given: the model generates its own samples{how}")
+    reason = f"{what} of the model's own, at the same weight, hold in place what yours say nothing about"
+    return Choice("calibration", f"{texts.origin}, and generated {what}", reason)
+
+
+def load_dense(spec: str, hints: Hints) -> Model:
     """The model to prune. Raises InputError, also for layers of different widths, which the search does not know."""
-    model = load_model(spec)
+    model = load_model(spec, hints)
     groups, _, channels = model.decoder.layer_widths[0]
     if not (model.decoder.is_uniform and groups and channels):
         raise InputError(
@@ -233,13 +192,6 @@ def _profile(request: Request) -> DeviceProfile:
     return resolve_profile(request.device, request.profile)
 
 
-def check_samples(samples: int, length: int) -> None:
-    """Raises InputError for numbers that no sample can have."""
-    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if value < least:
-            raise InputError(f"--{name} {value} is less than {least}", f"Give at least {least}.")
-
-
 def _check_method(name: str) -> None:
     from edgeprune.pruning.methods import Recovery, method_named
 
@@ -259,8 +211,8 @@ def _stem(model: str) -> str:
     return Path(model).name.removesuffix(".gguf") or "model"
 
 
-def _workload(request: Request, profile: DeviceProfile) -> Workload:
-    check_samples(request.samples, request.length)
+def _workload(request: Request, profile: DeviceProfile, shape: Decoder) -> Workload:
+    check_samples(request.samples, LENGTH if request.length is None else request.length)
     if not 1 <= request.rungs <= MAX_RUNGS:
         raise InputError(f"--rungs {request.rungs} is not 1 to {MAX_RUNGS}", "A bundle of 3 covers most surprises.")
     default = profile.workload
@@ -268,6 +220,9 @@ def _workload(request: Request, profile: DeviceProfile) -> Workload:
     for name, value in given.items():
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} is less than 1", "Give a positive number.")
+    if (picture := shape.picture) is not None:  # one token begins it, the last one is never fed
+        streams = sampling_of(shape, request.cfg).streams
+        return Workload((given["batch"] or default.batch) * streams, 1, picture.tokens)
     context = given["context"] or default.context
     prompt = given["prompt"] or min(default.prompt, max(1, context // 2))
     if prompt >= context:
@@ -337,57 +292,3 @@ def _bytes_written(model: Model, precision: str, engine: Engine, candidates: int
     plain = graph_weight_bytes(model.decoder, "fp32")
     engines = graphs * (candidates + 1) if engine.builds else 0
     return 2 * plain + graphs + candidates * (graphs + plain) + engines
-
-
-def read_documents_of(request: Request) -> tuple[list[Document], dict[str, list[Document]]]:
-    """The calibration documents (none where the model generates them) and those to evaluate on, by name."""
-    from edgeprune.pruning.calibration import read_documents
-
-    evaluation: dict[str, list[Document]] = {}
-    for path in request.evaluate:
-        if path.stem in evaluation:
-            raise InputError(f"two --evaluate texts have the name {path.stem}", "Rename one of them.")
-        evaluation[path.stem] = read_documents(path)
-    calibration = [] if request.calibration == SELF else read_documents(Path(request.calibration))
-    if len(calibration) == 1 and not evaluation:
-        raise InputError(
-            f"{request.calibration} holds one document: nothing can be held out for evaluation",
-            "Add text (every 2000 characters of paragraphs count as a document), or give --evaluate PATH.",
-        )
-    return calibration, evaluation
-
-
-def pack_samples(
-    request: Request, model: Model, calibration: list[Document], evaluation: dict[str, list[Document]]
-) -> Texts:
-    """The documents as token ids: packed to calibrate on, whole to evaluate on. Raises InputError."""
-    limit = model.decoder.max_position_embeddings
-    if request.length > limit:
-        raise InputError(
-            f"samples of {request.length} tokens exceed the model's {limit} positions", f"Try --length {limit}."
-        )
-    from edgeprune.pruning.calibration import hold_out, pack, shuffled, tokenize
-
-    tokenizer = load_tokenizer(model.directory)
-    packed, origin = None, "generated by the model itself"
-    if calibration:
-        path = Path(request.calibration)
-        if evaluation:
-            documents = shuffled(calibration, request.seed)
-        else:
-            documents, held_out = hold_out(calibration, request.seed)
-            evaluation = {f"{path.stem} (held out)": held_out}
-        packed = pack(tokenize(documents, tokenizer), request.samples, request.length, tokenizer.eos_token_id)
-        origin = f"{len(documents)} documents of {path.name}"
-    tokens = {name: list(tokenize(documents, tokenizer)) for name, documents in evaluation.items()}
-    for name, texts in tokens.items():
-        _check_tokens(name, texts)
-    return Texts(packed, tokens, origin)
-
-
-def _check_tokens(name: str, documents: list[Any]) -> None:
-    tokens = sum(map(len, documents))
-    if tokens < EVALUATION_TOKENS:
-        raise InputError(
-            f"the evaluation text {name} has {tokens} tokens, fewer than {EVALUATION_TOKENS}", "Give more text."
-        )

@@ -46,15 +46,12 @@ def deploy_steps(
                 command=f'pip install "edgeprune[rtx]"\n{again}',
             )
         )
-    prompt = shlex.quote(report.quality.prompt)
-    steps.append(Step(title="Try it on this machine", command=f"edgeprune run {name} --prompt {prompt}"))
-    if checkpoint:
-        steps.append(
-            Step(
-                title="Load the checkpoint in Python",
-                command=f'transformers.AutoModelForCausalLM.from_pretrained("{bundle}/model")',
-            )
-        )
+    what = f"--prompt {shlex.quote(report.quality.prompt)}" if report.quality.prompt else "--count 16 --output grid.png"
+    steps.append(Step(title="Try it on this machine", command=f"edgeprune run {name} {what}"))
+    loader = LOADERS.get(report.model.family, "AutoModelForCausalLM")
+    if checkpoint and loader is not None:
+        command = f'transformers.{loader}.from_pretrained("{bundle}/model")'
+        steps.append(Step(title="Load the checkpoint in Python", command=command))
     return steps
 
 
@@ -69,8 +66,7 @@ def readme(report: Report) -> str:
     lines += [
         "## Files", "",
         "| file | what it is |", "|---|---|",
-        *GRAPHS,
-        "| `model/` | a standard checkpoint for `from_pretrained` |",
+        *GRAPHS, *(PICTURES if report.quality.pictures else TEXTS),
         "| `engine/` | the built engine, where one could be built |",
         "| `gguf/` | the model for llama.cpp, where `--export gguf` asked for it |",
         "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
@@ -78,7 +74,7 @@ def readme(report: Report) -> str:
         f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",
         *RECORDS, "",
         f"Inputs and outputs are those of Optimum and onnxruntime-genai; context {report.workload.context} at most.",
-        "",
+        "", *(HOW_TO_DRAW if report.quality.pictures else ()),
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -118,8 +114,23 @@ GRAPHS = (
     "| `onnx/model.primitive*.onnx` | the same in operators of opset 17, for older parsers |",
     "| `onnx/model.onnxruntime*.onnx` | the same for ONNX Runtime, its cache updated in place |",
     "| `onnx/*.last.onnx` | the same with the logits of the last position only: what engines are built from |",
-    "| `onnx/genai_config.json` | lets onnxruntime-genai load the folder; the tokenizer's files are beside it |",
 )
+TEXTS = (
+    "| `onnx/genai_config.json` | lets onnxruntime-genai load the folder; the tokenizer's files are beside it |",
+    "| `model/` | a standard checkpoint for `from_pretrained` |",
+)
+PICTURES = (
+    "| `codec/codec.onnx` | codes (batch, tokens) to pixels (batch, 3, height, width), about -1 to 1 |",
+    "| `codec/picture.json` | side of the grid of codes, classes, vocabulary, guidance |",
+    "| `model/` | the checkpoint, by the model's own names: `edgeprune` reads it again |",
+)
+HOW_TO_DRAW = (
+    "To draw, feed `vocab_size + class` of `codec/picture.json`, then each code that was drawn, side * side codes row "
+    "by row. `vocab_size + num_classes` is no class: with guidance run it as a second sequence of the batch, fed with "
+    "the same codes, and draw from u + (c - u) * cfg of both logits.",
+    "",
+)
+LOADERS = {"imagegpt": "ImageGPTForCausalImageModeling", "llamagen": None}  # of transformers; others: Auto...
 RECORDS = (
     "| `profile.toml` | the device profile that was used |",
     "| `manifest.json` | versions, seed, the command that reproduces it, sha256 of every file |",

@@ -42,13 +42,15 @@ class Candidate:
 @dataclass(frozen=True)
 class Quality:
     """texts: {name: {dense, fitted, percent, low, high, tokens, agreement}}, the last as evaluate.agreement has it,
-    or none; answers: {device, prompt_tokens, identical}, or none; samples of both from one prompt."""
+    or none; answers: {device, prompt_tokens, identical}, or none; samples of both from one prompt. Of an image
+    generator none of these but its pictures, as report.images has them."""
 
     texts: dict[str, dict[str, Any]]
     answers: dict[str, Any] | None
-    prompt: str
-    dense_sample: str
-    fitted_sample: str
+    prompt: str | None
+    dense_sample: str | None
+    fitted_sample: str | None
+    pictures: dict[str, Any] | None = None
 
     @property
     def worst_percent(self) -> float:

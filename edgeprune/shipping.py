@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
-from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,9 @@ from pydantic import BaseModel
 
 from edgeprune import __version__
 from edgeprune.budget import STATUS_TEXT, format_ms, judge, memory_total
-from edgeprune.bundle import REPORT, TOKENIZER, write_bundle
+from edgeprune.bundle import CODEC, REPORT, TOKENIZER, write_bundle
 from edgeprune.deployment import deployment
+from edgeprune.drawing import write_codec_folder
 from edgeprune.engine.base import Performance
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
 from edgeprune.engine.remote import program
@@ -29,8 +26,9 @@ from edgeprune.model.configuration import loadable
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.load import read_config
 from edgeprune.model.vocabulary import read_vocabulary
-from edgeprune.prepare import Request, Setup
+from edgeprune.prepare import Setup
 from edgeprune.profiles import profile_toml
+from edgeprune.provenance import command_line, manifest_of, now, versions
 from edgeprune.reading import PAGE
 from edgeprune.readme import FINISH, deploy_steps, readme
 from edgeprune.report import schema
@@ -40,7 +38,6 @@ from edgeprune.report.html import render_html
 from edgeprune.report.quality import quality_part
 from edgeprune.results import Fitted
 
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
 LARGE_TABLES = 0.1  # share of the weights in embedding and head from which a smaller vocabulary is worth a word
 
 
@@ -60,8 +57,8 @@ def ship(rungs: Sequence[Fitted], work: Path) -> None:
     def render(files: dict[str, int]) -> dict[str, str]:
         return rendered(build_report(fitted, files, command))
 
-    tokenizer = tokenizer_files(tokenizer_folder(fitted))
-    write_bundle(work / "bundle", setup.output, folders, tokenizer, texts, manifest_of(setup, command), render)
+    shared = shared_files(setup, work, tokenizer_folder(fitted))
+    write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest_of(setup, command), render)
 
 
 def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: Path) -> Path:
@@ -107,6 +104,14 @@ def tokenizer_folder(fitted: Fitted) -> Path:
     return fitted.setup.model.directory if read_vocabulary(own) is None else own
 
 
+def shared_files(setup: Setup, work: Path, tokenizer: Path) -> dict[str, Path]:
+    """What all rungs need, by its path in the bundle: the tokenizer, or the codec of an image generator."""
+    if setup.imaging is None:
+        return {f"{TOKENIZER}/{name}": path for name, path in tokenizer_files(tokenizer).items()}
+    folder = write_codec_folder(work / CODEC, setup.model.decoder, setup.imaging)
+    return {f"{CODEC}/{path.name}": path for path in sorted(folder.iterdir())}
+
+
 def tokenizer_files(directory: Path) -> dict[str, Path]:
     """What a model's folder holds beside its weights, by name."""
     return {
@@ -114,14 +119,6 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
         for path in sorted(directory.iterdir())
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name
     }
-
-
-def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
-    return {
-        "edgeprune": __version__, "created": now(), "command": command, "device": setup.profile.name,
-        "engine": setup.engine.name, "seed": setup.request.seed, "versions": versions(),
-        "fingerprint": setup.fingerprint,
-    }  # fmt: skip
 
 
 def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.Report:
@@ -173,8 +170,9 @@ def _experience(fitted: Fitted) -> dict[str, Experience]:
     given = (setup.profile, setup.workload, setup.precision)
     sides = {"dense": (setup.model.decoder, fitted.dense), "fitted": (chosen.model.decoder, chosen.performance)}
     budget = setup.budget.absolute(fitted.dense)
+    images = setup.imaging and setup.imaging.at_once(setup.workload.batch)
     return {
-        name: experience_part(experience(decoder, *given, performance, budget))
+        name: experience_part(experience(decoder, *given, performance, budget, images))
         for name, (decoder, performance) in sides.items()
     }
 
@@ -309,7 +307,11 @@ def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
         f"estimated) is overhead, embedding and head; so are {100 * tables / dense.parameters:.0f} % of its weights: "
         "no pruning of layers removes them."
     )
-    if fitted.setup.request.vocabulary == "full" and tables >= LARGE_TABLES * dense.parameters:
+    if (
+        fitted.setup.imaging is None
+        and fitted.setup.request.vocabulary == "full"
+        and tables >= LARGE_TABLES * dense.parameters
+    ):
         text += " A smaller vocabulary does: --vocabulary samples."
     return text
 
@@ -319,7 +321,8 @@ def _warnings(fitted: Fitted) -> list[str]:
     if fitted.chosen.performance.decode.source != "measured":
         warnings.append(NOT_MEASURED)
     if fitted.samples.self_generated:
-        warnings.append("Quality was measured on text that the dense model generated: agreement, not quality.")
+        what = "text that the dense model generated" if fitted.setup.imaging is None else "pictures that it drew"
+        warnings.append(f"Quality was measured on {what}: agreement with the dense model, not quality.")
     if not fitted.chosen.model.decoder.is_uniform:
         warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
     elif has_checkpoint(fitted):
@@ -348,38 +351,3 @@ def _deploy(fitted: Fitted, report: schema.Report, command: str) -> list[schema.
     return deploy_steps(
         report, setup.output.name, setup.profile.engine, plans, has_checkpoint(fitted), f"{command} --force"
     )
-
-
-def command_line(request: Request, command: str = "fit", left_out: Collection[str] = ()) -> str:
-    """The command line that makes this bundle again: every argument that was given, but for those left out."""
-    words = ["edgeprune", command, request.model]
-    defaults = type(request)()
-    for name, value in request.__dict__.items():
-        option = "--" + name.replace("_", "-")
-        if name in ("model", "resume", "force", *left_out):
-            continue
-        if value == getattr(defaults, name) and (command, name) != ("frontier", "rungs"):  # of another default
-            continue
-        if name == "checkpoint":
-            words.append("--no-checkpoint")
-        elif value is True:
-            words.append(option)
-        elif name in ("evaluate", "export"):
-            words += [word for each in value for word in (option, str(each))]
-        else:
-            words += [option, str(value)]
-    return shlex.join(words)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

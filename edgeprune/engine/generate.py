@@ -31,6 +31,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     end_ids: Collection[int] = (),
+    top_k: int = 0,
 ) -> Iterator[np.ndarray]:
     """New token ids (batch,) int64 of every step; prompts of different lengths are padded left.
 
@@ -63,7 +64,7 @@ def generate(
             raise NumericalError(
                 f"the logits of step {step + 1} are not finite", "Use an fp32 graph, or check the model's weights."
             )
-        drawn = choose(logits.astype(np.float64), temperature, top_p, generator.random(len(logits)))
+        drawn = choose(logits.astype(np.float64), temperature, top_p, generator.random(len(logits)), top_k)
         tokens = np.where(ended, tokens, drawn)
         yield tokens
         ended |= np.isin(tokens, list(end_ids))

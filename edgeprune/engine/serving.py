@@ -31,24 +31,28 @@ class Room:
 
 @dataclass(frozen=True)
 class Experience:
-    """first_token in ms; tokens_per_second of one sequence; reading_speed: how many times a reader's rate that is;
-    longest_context in tokens and sequences at once, by memory alone, 0 where there is not room for one."""
+    """first_token in ms; tokens_per_second of one sequence; reading_speed: how many times a reader's rate that is, or
+    of an image generator seconds_per_image, codes alone; longest_context in tokens and sequences at once, by memory
+    alone, 0 where there is not room for one."""
 
     first_token: Figure
     tokens_per_second: Figure
-    reading_speed: Figure
+    reading_speed: Figure | None
+    seconds_per_image: Figure | None
     longest_context: Estimate
     sequences: Estimate
     room: Room
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Figure | None]:
         return {name: value for name, value in self.__dict__.items() if name != "room"}
 
 
 def experience_of(
-    performance: Performance, workload: Workload, room: Room, longest_context: int, sequences: int
-) -> Experience:
+    performance: Performance, workload: Workload, room: Room, longest_context: int, sequences: int,
+    images: int | None = None,
+) -> Experience:  # fmt: skip
+    """images: at once, of an image generator, which fills the workload's context; None for texts."""
     rate = _turned(performance.decode, 1e3, "tokens/s")
     base = f"{performance.memory.total / 2**20:.1f} MiB at batch {workload.batch}, context {workload.context}"
     limited = f"{base}, and what more would cost, within {room.limit / 2**20:.1f} MiB: {room.reason}"
@@ -58,7 +62,8 @@ def experience_of(
 
     return Experience(
         first_token=performance.prefill, tokens_per_second=rate,
-        reading_speed=_scaled(rate, 1 / READING_RATE, "1"),
+        reading_speed=None if images else _scaled(rate, 1 / READING_RATE, "1"),
+        seconds_per_image=_seconds_per_image(performance, workload, images) if images else None,
         longest_context=estimate(
             longest_context, "tokens",
             "all positions that the model has" if longest_context == room.most_context else limited,
@@ -67,13 +72,31 @@ def experience_of(
     )  # fmt: skip
 
 
-def experience_again(performance: Performance, workload: Workload, room: Room) -> Experience:
+def experience_again(
+    performance: Performance, workload: Workload, room: Room, images: int | None = None
+) -> Experience:  # fmt: skip
     """The same for other figures of the same model, such as those of its device: room as it was found before."""
     spare = room.limit - performance.memory.total
     context = workload.context + spare // room.context_bytes
     sequences = workload.batch + spare // room.sequence_bytes
     context = min(room.most_context, context) if context > 1 else 0
-    return experience_of(performance, workload, room, int(context), max(0, int(sequences)))
+    return experience_of(performance, workload, room, int(context), max(0, int(sequences)), images)
+
+
+def _seconds_per_image(performance: Performance, workload: Workload, images: int) -> Figure:
+    """The prefill and every further step, as slow as the last: somewhat more than it takes."""
+    prefill, decode = performance.prefill, performance.decode
+    steps = workload.context - 1
+
+    def seconds(first: float, each: float) -> float:
+        return (first + steps * each) / images / 1e3
+
+    value = seconds(prefill.value, decode.value)
+    if isinstance(prefill, Measured) and isinstance(decode, Measured):
+        low, high = seconds(prefill.low, decode.low), seconds(prefill.high, decode.high)
+        return Measured(value, "s", decode.device, low, high)
+    basis = f"(prefill + {steps} decode steps, each as slow as the last) / {images} at once"
+    return Estimate(value, "s", decode.device, basis)
 
 
 def _turned(figure: Figure, numerator: float, unit: str) -> Figure:

@@ -156,6 +156,11 @@ class Picture:
         return self.side**2
 
     @property
+    def is_guided(self) -> bool:
+        """May the logits of no class guide those of a class?"""
+        return self.has_null and self.num_classes > 0
+
+    @property
     def inputs(self) -> int:
         """Tokens that are only read."""
         return self.num_classes + self.has_null
@@ -196,6 +201,11 @@ class Decoder:
     def input_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary, and behind it what is only read."""
         return self.vocab_size + (self.picture.inputs if self.picture else 0)
+
+    @property
+    def most_fed(self) -> int | None:
+        """Tokens of a picture that the model reads: with the one that begins it, without the last; None for texts."""
+        return self.picture.tokens if self.picture else None
 
     @property
     def is_uniform(self) -> bool:
