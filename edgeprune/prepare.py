@@ -276,8 +276,7 @@ def _check_floor(
 def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:
     if name != "memory":
         return "one layer of one head and the fewest channels, the head, the cache and the overhead"
-    tables = 1 if decoder.tie_word_embeddings else 2
-    embedding = tables * ELEMENT_BYTES[precision] * decoder.vocab_size * decoder.hidden_size
+    embedding = ELEMENT_BYTES[precision] * decoder.table_parameters
     parts = [f"{part} {format_bytes(figure.value)}" for part, figure in floor.memory.parts.items()]
     return f"{', '.join(parts)} (of the weights, embedding and head are {format_bytes(embedding)})"
 

@@ -301,7 +301,7 @@ def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
     dense = fitted.setup.model.decoder
     total = sum(shares.values())
     fixed = shares["overhead"] + shares["head_and_embedding"]
-    tables = dense.vocab_size * dense.hidden_size * (1 if dense.tie_word_embeddings else 2)
+    tables = dense.table_parameters
     text = (
         f"{100 * fixed / total:.0f} % of the dense model's time per token ({format_ms(fixed)} of {format_ms(total)}, "
         f"estimated) is overhead, embedding and head; so are {100 * tables / dense.parameters:.0f} % of its weights: "

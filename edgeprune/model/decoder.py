@@ -307,6 +307,11 @@ class Decoder:
         return sum(map(prod, self.shapes().values()))
 
     @property
+    def table_parameters(self) -> int:
+        """Parameters of embedding and head, a tied one counted once."""
+        return self.hidden_size * (self.input_vocab_size + (0 if self.tie_word_embeddings else self.vocab_size))
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of the attention and MLP matrices: what the pruning ratio counts."""
         return sum(

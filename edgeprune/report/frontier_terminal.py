@@ -78,7 +78,8 @@ def _notes(frontier: Frontier) -> list[str]:
     several = bool(frontier.rungs) and len(frontier.rungs[0].texts) > 1
     notes = [f"rise: of perplexity{' on the worst text' if several else ''}, with its 95 % interval."]
     if frontier.label != "perplexity":
-        notes.append("Quality is agreement with the dense model, on text of its own.")
+        own = "text" if frontier.prompt else "pictures"
+        notes.append(f"Quality is agreement with the dense model, on {own} of its own.")
     if any(not interval_of(rung) for rung in frontier.rungs):
         notes.append("No interval: one document alone.")
     if any(len(rung.grades) > 1 for rung in frontier.rungs):
