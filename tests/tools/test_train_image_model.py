@@ -1,7 +1,5 @@
 """The image model that is trained here is one that edgeprune reads from a stranger's files."""
 
-import gzip
-
 import pytest
 import torch
 
@@ -11,28 +9,12 @@ from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.llamagen import Hints
 from edgeprune.model.load import load_model
 from edgeprune.progress import Silent
+from tests.tools.image_model import CODEC, FEW, GPT, RECIPE, idx, some_images
 from tools import train_image_model as tool
-from tools.fashion_images import MIRRORED, SIDE, Images, mirrored, read_images
-from tools.image_networks import CodecShape, Gpt, GptShape
+from tools.fashion_images import MIRRORED, mirrored, read_images
+from tools.image_networks import Gpt
 
-CODEC = CodecShape(vocab_size=16, code_size=4, latent=8)
-GPT = GptShape(vocab_size=16, dim=32, n_layer=2, n_head=4)
-FEW = tool.Settings(steps=3, batch=2, rate=1e-3)
-RECIPE = tool.Recipe(CODEC, GPT, codec=FEW, gpt=FEW, classifier=FEW)
 PARTS = ("codec.pt", "gpt.pt", "classifier.safetensors")
-
-
-def some_images(count=24):
-    generator = torch.Generator().manual_seed(0)
-    grey = torch.rand(count, 1, SIDE, SIDE, generator=generator) * 2 - 1
-    return Images(grey.expand(-1, 3, -1, -1), torch.arange(count) % 10)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    tool.train_all(some_images(), folder, RECIPE, Silent(), held_out=4)
-    return folder
 
 
 def gpt_of(folder):
@@ -96,13 +78,8 @@ def test_the_learned_mirror_no_shoes():
     assert torch.equal(more.pixels[10], images.pixels[0].flip(-1))
 
 
-def idx(folder, pixels, classes):
-    for kind, header, data in (("images-idx3", 16, pixels), ("labels-idx1", 8, classes)):
-        (folder / f"train-{kind}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + data))
-
-
 def test_images_are_read_from_their_files(tmp_path):
-    idx(tmp_path, bytes(784) + bytes([255]) * 784, bytes([3, 7]))
+    idx(tmp_path, "train", bytes(784) + bytes([255]) * 784, bytes([3, 7]))
     images = read_images(tmp_path, "train")
     assert images.pixels.shape == (2, 3, 28, 28)
     assert (images.pixels[0].unique().item(), images.pixels[1].unique().item()) == (-1, 1)
@@ -113,7 +90,7 @@ def test_files_that_are_missing_or_damaged_are_said(tmp_path):
     with pytest.raises(InputError) as missing:
         read_images(tmp_path, "train")
     assert "apt-get install dataset-fashion-mnist" in missing.value.remedy
-    idx(tmp_path, bytes(784), bytes([3, 7]))
+    idx(tmp_path, "train", bytes(784), bytes([3, 7]))
     with pytest.raises(InputError, match="784 pixels for 2 classes"):
         read_images(tmp_path, "train")
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no archive")

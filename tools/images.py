@@ -1,0 +1,320 @@
+"""The proof of docs/images.md: methods of pruning an image generator, by the pictures that it still draws.
+
+    apt-get install dataset-fashion-mnist
+    pip install -e ".[images]"
+    python -m tools.train_image_model
+    python -m tools.images
+
+An hour or two on two cores. Every finished cell is one line of --cells: started again, it goes on with the missing
+ones. The model has seen no test image. Pruning sees pictures alone that the dense model draws itself, of every class
+and some of none; held-out training images choose the guidance scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgeprune.cache import cache_folder
+from edgeprune.compare import DENSE_KEY, Allocation, Comparison, Layout, generate_samples
+from edgeprune.drawing import draw_codes, steps_of
+from edgeprune.engine.codec_graph import write_codec
+from edgeprune.engine.draw import Sampling
+from edgeprune.engine.graph import write_graphs
+from edgeprune.engine.onnxruntime import Runner
+from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.evaluate.agreement import wilson
+from edgeprune.evaluate.distances import distances, kernel_difference
+from edgeprune.evaluate.features import features, load_network
+from edgeprune.evaluate.perplexity import Losses, log_rise, text_losses
+from edgeprune.generation import RUN_SPELLING
+from edgeprune.imaging import class_labels, documents_of
+from edgeprune.model.codec import check_codec, load_codec
+from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.model.llamagen import Hints
+from edgeprune.pictures import CodecRunner, grid, to_images, to_pixels, write_picture
+from edgeprune.prepare import load_dense
+from edgeprune.progress import Progress, rich_progress
+from edgeprune.pruning.methods import method_named
+from edgeprune.pruning.prune import prune, result_of
+from tools.fashion_images import DATASET, Images, read_images
+from tools.images_page import DENSE, METHODS, RATIOS, REAL, SCALES, THROUGH_CODEC, Cell, Ledger, fill
+from tools.train_image_model import HELD_OUT
+
+if TYPE_CHECKING:
+    from edgeprune.model.model import Weights
+
+PICTURES, SCALE_PICTURES = 2000, 1000
+SAMPLES = 256
+HELD_OUT_CODES = 1000
+AT_ONCE = 50
+HEADS = 8
+SHOWN = (DENSE.method, "default", "obs", "wanda", "flap", "magnitude")  # a row each in the page's pictures
+COLUMNS, ENLARGED = 20, 2
+PAGE = Path(__file__).parents[1] / "docs" / "images.md"
+
+
+def pruned_cells() -> Iterator[Cell]:
+    for share in RATIOS:
+        for method in METHODS:
+            yield Cell(method, share)
+        for method in ("default", "flap"):
+            yield Cell(method, share, Layout.PER_LAYER)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """seconds: of pruning alone; fell_back: modules where no update of the weights helped."""
+
+    decoder: Decoder
+    weights: Weights
+    seconds: float
+    fell_back: int
+
+
+class Studio:
+    """Model, codec, judges and real images.
+
+    folder: of tools.train_image_model; pictures: of every model; samples: to calibrate on. Pictures and features are
+    made once, and kept in the folder. Raises InputError for files that are missing.
+    """
+
+    def __init__(self, folder: Path, dataset: Path, pictures: int, samples: int, seed: int, progress: Progress) -> None:
+        for name in ("gpt.pt", "codec.pt", "classifier.safetensors"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name} is not there", "Run: python -m tools.train_image_model")
+        self.folder, self.dataset, self.seed, self.progress = folder, dataset, seed, progress
+        self.pictures, self.samples = pictures, samples
+        self.model = load_dense(str(folder / "gpt.pt"), Hints(num_heads=HEADS))
+        self.codec = load_codec(folder / "codec.pt")
+        check_codec(self.codec, self.model.decoder)
+        self.network = load_network()
+        self.labels = class_labels(self.model.decoder.picture, pictures, seed)
+        self.work = folder / f"proof-{self.model.fingerprint[:8]}-{pictures}-{samples}-{seed}"
+        self.work.mkdir(exist_ok=True)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What every row of one table shares."""
+        return {
+            "model": self.model.fingerprint, "codec": self.codec.fingerprint, "features": self.network.name,
+            "pictures": self.pictures, "samples": self.samples, "seed": self.seed,
+        }  # fmt: skip
+
+    @functools.cached_property
+    def codec_runner(self) -> CodecRunner:
+        path = self.work / "codec.onnx"
+        write_codec(self.codec, self.model.decoder.picture.side, path)
+        return CodecRunner(path)
+
+    @functools.cached_property
+    def test_images(self) -> Images:
+        """In a drawn order: those to compare with first, as many others behind them, those to encode last."""
+        images = read_images(self.dataset, "t10k")
+        return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))]
+
+    @property
+    def other_test_images(self) -> Images:
+        return self.test_images[self.pictures : 2 * self.pictures]
+
+    @functools.cached_property
+    def held_out(self) -> list[np.ndarray]:
+        """Codes of test images behind their class: documents of 1 + tokens ids."""
+        images = self.test_images[-HELD_OUT_CODES:]
+        codes = self.codec.encode(images.pixels).numpy()
+        return [*documents_of(self.model.decoder, images.classes.tolist(), codes)]
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        """The dense model's pictures at a scale, against held-out training images."""
+        held_out = read_images(self.dataset, "train")[-HELD_OUT:]
+        reference = self.features_of("held-out", lambda: to_pixels(held_out.pixels[: self.pictures].numpy()))
+        model, count = self.model, min(SCALE_PICTURES, self.pictures)
+        return self._judged(
+            f"guidance-{scale:g}", lambda: self.drawn(model.decoder, model.weights, Sampling(scale), count),
+            self.labels[:count], reference,
+        )  # fmt: skip
+
+    def begin(self, scale: float) -> None:
+        """Samples to calibrate on, drawn as in deployment: at this scale."""
+        self.sampling, picture = Sampling(scale), self.model.decoder.picture
+        drawn = generate_samples(self.model, self.samples, picture.tokens + 1, self.seed, self.progress, self.sampling)
+        fed = drawn[:, : self.model.decoder.most_fed]
+        self.comparison = Comparison(
+            self.model, fed, None, {"": self.held_out}, picture.tokens + 1, self.seed, self.progress
+        )
+
+    def judge(self, cell: Cell) -> dict[str, Any]:
+        """A line of the ledger."""
+        if cell in (REAL, THROUGH_CODEC):
+            images = self.other_test_images
+            return self._judged(cell.name, lambda: self._real(cell), images.classes.tolist(), self._reference)
+        dense, model = self._dense_losses, self.model
+        if cell == DENSE:
+            rows = {"perplexity": dense.perplexity, "parameters": model.decoder.parameters}
+            draw = lambda: self.drawn(model.decoder, model.weights, self.sampling, self.pictures)  # noqa: E731
+            return rows | self._judged(cell.name, draw, self.labels, self._reference)
+        pruned = self.pruned(cell)
+        losses = self._losses(pruned)
+        found = self._judged(cell.name, lambda: self._drawn(pruned), self.labels, self._reference)
+        default = Cell("default", cell.ratio, cell.layout)
+        if cell != default:
+            theirs = self.features_of(default.name, lambda: self._drawn(self.pruned(default)))
+            own = self.features_of(cell.name, lambda: self._drawn(pruned))
+            found["over_default"] = kernel_difference(self._reference, theirs, own, self.seed)
+        return found | {
+            "perplexity": losses.perplexity, "rise": log_rise(dense, losses, self.seed),
+            "realised": ratio(pruned.decoder, model.decoder), "parameters": pruned.decoder.parameters,
+            "seconds": pruned.seconds, "fell_back": pruned.fell_back,
+            "widths": [*pruned.decoder.layer_widths],
+        }  # fmt: skip
+
+    def pruned(self, cell: Cell) -> Pruned:
+        own_cut = cell.layout is Layout.PER_LAYER and method_named(cell.method).standardised
+        allocation = Allocation.SCORE if own_cut else Allocation.SENSITIVITY
+        target, method = self.comparison.target(cell.ratio, cell.layout, allocation), method_named(cell.method)
+        advance = self.progress.stage(f"prune: {cell.name}", 2 * len(target.layers))
+        fell_back: list[bool] = []
+        start = time.monotonic()
+        weights = dict(
+            prune(
+                self.model, target, self.comparison.ids, method, self.seed,
+                lambda record: (fell_back.append(record.fell_back), advance()),
+            )
+        )  # fmt: skip
+        return Pruned(result_of(target, method), weights, time.monotonic() - start, sum(fell_back))
+
+    def drawn(self, decoder: Decoder, weights: Weights, sampling: Sampling, count: int) -> np.ndarray:
+        """Pixels (count, height, width, 3) uint8 of the first labels, by the exported graph in ONNX Runtime; the same
+        seeds for every model."""
+        picture = decoder.picture
+        advance = self.progress.stage("draw", steps_of(picture, count, AT_ONCE))
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
+            write_graphs(decoder, weights, Path(name), "fp32", [RUN_SPELLING], picture.tokens)
+            runner = Runner(Path(name) / RUN_SPELLING.filename, AT_ONCE * sampling.streams, picture.tokens)
+            codes = draw_codes(runner, picture, decoder.vocab_size, self.labels[:count], sampling, self.seed, advance)
+        return self.codec_runner.pixels(codes)
+
+    def features_of(self, name: str, pixels_of: Callable[[], np.ndarray]) -> np.ndarray:
+        """(n, d) fp32; computed once, and kept beside the pixels."""
+        self._keep(name, pixels_of)
+        with np.load(self.work / f"{name}.npz") as stored:
+            return stored["features"]
+
+    def pixels_of(self, cell: Cell) -> np.ndarray:
+        with np.load(self.work / f"{cell.name}.npz") as stored:
+            return stored["pixels"]
+
+    def _keep(self, name: str, pixels_of: Callable[[], np.ndarray]) -> None:
+        path = self.work / f"{name}.npz"
+        if path.is_file():
+            return
+        pixels = pixels_of()
+        advance = self.progress.stage(f"features: {name}", len(pixels))
+        found = features(pixels, self.network, lambda count: [advance() for _ in range(count)])
+        with path.with_suffix(".part").open("wb") as file:
+            np.savez(file, pixels=pixels, features=found)
+        path.with_suffix(".part").replace(path)
+
+    def _judged(
+        self, name: str, pixels_of: Callable[[], np.ndarray], labels: Sequence[int], reference: np.ndarray
+    ) -> dict[str, Any]:
+        found = self.features_of(name, pixels_of)
+        with np.load(self.work / f"{name}.npz") as stored:
+            right = int((self._guesses(stored["pixels"]) == np.array(labels)).sum())
+        self.progress.stage(f"distances: {name}")
+        return {
+            **asdict(distances(reference, found, self.network.name, self.seed)),
+            "recognised": (right / len(labels), *wilson(right, len(labels))),
+        }
+
+    @torch.no_grad()
+    def _guesses(self, pixels: np.ndarray) -> np.ndarray:
+        from safetensors.torch import load_file
+
+        from tools.image_networks import Classifier
+
+        classifier = Classifier().eval()
+        classifier.load_state_dict(load_file(self.folder / "classifier.safetensors"))
+        parts = torch.from_numpy(to_images(pixels)).split(500)
+        return torch.cat([classifier(part).argmax(-1) for part in parts]).numpy()
+
+    def _real(self, cell: Cell) -> np.ndarray:
+        pixels = self.other_test_images.pixels
+        return (
+            self.codec_runner.pixels(self.codec.encode(pixels).numpy())
+            if cell == THROUGH_CODEC
+            else to_pixels(pixels.numpy())
+        )
+
+    def _drawn(self, pruned: Pruned) -> np.ndarray:
+        return self.drawn(pruned.decoder, pruned.weights, self.sampling, self.pictures)
+
+    def _losses(self, pruned: Pruned) -> Losses:
+        texts = {"": self.held_out}
+        return text_losses(pruned.decoder, pruned.weights.items(), texts, self.comparison.window)[""]
+
+    @functools.cached_property
+    def _reference(self) -> np.ndarray:
+        return self.features_of("reference", lambda: to_pixels(self.test_images.pixels[: self.pictures].numpy()))
+
+    @functools.cached_property
+    def _dense_losses(self) -> Losses:
+        _ = self.comparison.dense
+        return self.comparison.losses[DENSE_KEY][""]
+
+
+def run(studio: Studio, ledger: Ledger, cells: Sequence[Cell]) -> None:
+    """The lines that are missing. Raises InputError where those that are there are of another model."""
+    ledger.begin(studio.fingerprint, studio.folder / "training.jsonl")
+    scales = {scale: ledger.once(f"guidance {scale:g}", lambda: studio.guided(scale)) for scale in SCALES}  # noqa: B023
+    studio.begin(min(SCALES, key=lambda scale: scales[scale]["kernel"][0]))
+    for number, cell in enumerate(cells):
+        row = ledger.once(cell.name, lambda: studio.judge(cell))  # noqa: B023
+        studio.progress.note(f"{number + 1}/{len(cells)} {cell.name}: kernel distance {row['kernel'][0]:.4f}")
+
+
+def show(studio: Studio, folder: Path) -> None:
+    """One PNG for each ratio: the same seeds and classes below each other, a row for each method."""
+    order = np.argsort(np.array(studio.labels), kind="stable").reshape(-1, len(studio.labels) // COLUMNS)[:, 0]
+    folder.mkdir(exist_ok=True)
+    for share in RATIOS:
+        cells = [DENSE if method == DENSE.method else Cell(method, share) for method in SHOWN]
+        if all((studio.work / f"{cell.name}.npz").is_file() for cell in cells):
+            rows = np.concatenate([studio.pixels_of(cell)[order] for cell in cells])
+            large = rows.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
+            write_picture(grid(large, COLUMNS), folder / f"{100 * share:.0f}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=cache_folder() / "fashion-mnist")
+    parser.add_argument("--dataset", type=Path, default=DATASET)
+    parser.add_argument("--cells", type=Path, default=PAGE.with_suffix(".jsonl"))
+    parser.add_argument("--write", type=Path, default=PAGE, help="the page; its pictures stand in a folder beside it")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="of every model")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures to calibrate on")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    try:
+        with rich_progress() as progress:
+            ledger = Ledger(given.cells)
+            studio = Studio(given.model, given.dataset, given.pictures, given.samples, given.seed, progress)
+            run(studio, ledger, [REAL, THROUGH_CODEC, DENSE, *pruned_cells()])
+            show(studio, given.write.with_suffix(""))
+            given.write.write_text(fill(given.write.read_text(encoding="utf-8"), ledger.rows), encoding="utf-8")
+    except EdgepruneError as error:
+        sys.exit(f"{error.message}\n{error.remedy}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What tools/images.py measured, as lines of a file and as the tables of docs/images.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeprune.compare import Layout
+from edgeprune.errors import InputError
+from tools.quality import table
+
+RATIOS = (0.1, 0.15, 0.2, 0.3)
+METHODS = ("default", "obs", "wanda", "flap", "magnitude", "wanda+ls", "flap+ls", "magnitude+ls")
+WITHOUT = ("obs", "wanda", "flap", "magnitude")  # methods that do not compensate by least squares
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
+NAMES = {"obs": "default without compensation"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model, or images, to judge. ratio 0: nothing was pruned."""
+
+    method: str
+    ratio: float = 0.0
+    layout: Layout = Layout.UNIFORM
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {100 * self.ratio:g} {self.layout}" if self.ratio else self.method
+
+    @property
+    def label(self) -> str:
+        return NAMES.get(self.method, self.method)
+
+
+REAL, THROUGH_CODEC, DENSE = Cell("test images"), Cell("test images through the codec"), Cell("dense")
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Ledger:
+    """One JSON line for each finished row; the first says what all have in common."""
+
+    path: Path
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path.is_file():
+            lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+            self.rows = {line["name"]: line for line in lines}
+
+    def begin(self, fingerprint: Mapping[str, Any], training: Path) -> None:
+        """Raises InputError where the rows are of something else."""
+        parts = [json.loads(line) for line in training.read_text(encoding="utf-8").splitlines()]
+        row = self.once("setting", lambda: {"fingerprint": dict(fingerprint), "training": parts})
+        for name, value in fingerprint.items():
+            if row["fingerprint"].get(name) != value:
+                raise InputError(
+                    f"{self.path} holds rows of {name} {row['fingerprint'].get(name)}, not of {value}",
+                    "Give another file by --cells, or remove it.",
+                )
+
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if name not in self.rows:
+            self.rows[name] = {"name": name, **json.loads(json.dumps(compute()))}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[name]) + "\n")
+        return self.rows[name]
+
+
+def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
+    value, low, high = (f"{value:{sign}.{digits}f}" for value in values)
+    return f"{value} [{low}, {high}]"
+
+
+def percent(values: list[float]) -> str:
+    return f"{100 * values[0]:.1f} %"
+
+
+def kernel_table(rows: Rows) -> str:
+    """Kernel distances of every method at every ratio, in the layout that both allow."""
+    lines = [[DENSE.label, *[interval(rows[DENSE.name]["kernel"])] * len(RATIOS)]] if DENSE.name in rows else []
+    for method in METHODS:
+        cells = [Cell(method, share) for share in RATIOS]
+        found = [interval(rows[cell.name]["kernel"]) if cell.name in rows else "" for cell in cells]
+        lines.append([cells[0].label, *found])
+    return table(["method", *(f"{100 * share:g} %" for share in RATIOS)], lines)
+
+
+def difference_table(rows: Rows) -> str:
+    """How much farther than the default's pictures, of the same seeds."""
+    lines = []
+    for method in METHODS[1:]:
+        cells = [Cell(method, share) for share in RATIOS]
+        found = [interval(rows[cell.name]["over_default"], sign="+") if cell.name in rows else "" for cell in cells]
+        lines.append([cells[0].label, *found])
+    cells = [Cell("flap", share, Layout.PER_LAYER) for share in RATIOS]
+    found = [interval(rows[cell.name]["over_default"], sign="+") if cell.name in rows else "" for cell in cells]
+    lines.append(["flap, its own cut per layer, over the default per layer", *found])
+    return table(["method", *(f"{100 * share:g} %" for share in RATIOS)], lines)
+
+
+def accuracy_table(rows: Rows) -> str:
+    lines = []
+    for cell in (REAL, THROUGH_CODEC, DENSE):
+        if cell.name in rows:
+            lines.append([cell.label, *[interval(rows[cell.name]["recognised"])] * len(RATIOS)])
+    for method in METHODS:
+        cells = [Cell(method, share) for share in RATIOS]
+        found = [interval(rows[cell.name]["recognised"]) if cell.name in rows else "" for cell in cells]
+        lines.append([cells[0].label, *found])
+    return table(["pictures", *(f"{100 * share:g} %" for share in RATIOS)], lines)
+
+
+def everything_table(rows: Rows) -> str:
+    lines = []
+    cells = [REAL, THROUGH_CODEC, DENSE]
+    for share in RATIOS:
+        cells += [Cell(method, share) for method in METHODS]
+        cells += [Cell(method, share, Layout.PER_LAYER) for method in ("default", "flap")]
+    for cell in cells:
+        if row := rows.get(cell.name):
+            lines.append([
+                f"{100 * row['realised']:.1f} %" if cell.ratio else "", cell.label, cell.layout if cell.ratio else "",
+                f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else "", interval(row["kernel"]),
+                f"{row['frechet'][0]:.1f} ({row['frechet'][1]:.1f})", percent(row["precision"]),
+                percent(row["recall"]), percent(row["recognised"]),
+                f"{row['perplexity']:.2f}" if "perplexity" in row else "",
+                f"{row['seconds']:.0f}" if "seconds" in row else "",
+            ])  # fmt: skip
+    columns = ["removed", "pictures", "layout", "million parameters", "kernel distance", "Frechet (floor)",
+               "precision", "recall", "recognised", "perplexity", "seconds"]  # fmt: skip
+    return table(columns, lines)
+
+
+def guidance_table(rows: Rows) -> str:
+    lines = [
+        [f"{scale:g}", interval(row["kernel"]), percent(row["precision"]), percent(row["recall"]),
+         percent(row["recognised"])]
+        for scale in SCALES
+        if (row := rows.get(f"guidance {scale:g}"))
+    ]  # fmt: skip
+    return table(["scale", "kernel distance", "precision", "recall", "recognised"], lines)
+
+
+def training_table(rows: Rows) -> str:
+    parts = {part["part"]: part for part in rows["setting"]["training"]} if "setting" in rows else {}
+    lines = []
+    for name, part in parts.items():
+        figures = [
+            f"{key.replace('_', ' ')} {value:.4g}" for key, value in part.items() if isinstance(value, float | int)
+        ]
+        settings = part["settings"]
+        lines.append([name, f"{settings['steps']} of {settings['batch']}", ", ".join(figures)])
+    return table(["part", "steps", "figures"], lines)
+
+
+TABLES = {
+    "training": training_table,
+    "guidance": guidance_table,
+    "kernel": kernel_table,
+    "differences": difference_table,
+    "accuracy": accuracy_table,
+    "everything": everything_table,
+}
+
+
+def fill(page: str, rows: Rows) -> str:
+    """The page with every `<!-- NAME -->...<!-- end -->` filled anew; its prose stays."""
+    for name, write in TABLES.items():
+        block = f"<!-- {name} -->\n\n{write(rows)}\n\n<!-- end -->"
+        page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, page, flags=re.DOTALL)  # noqa: B023
+    return page
