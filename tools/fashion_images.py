@@ -55,6 +55,6 @@ def read_images(folder: Path, part: str) -> Images:
 def mirrored(images: Images) -> Images:
     """The images, and behind them the mirror images of the classes that have them."""
     rows = torch.isin(images.classes, torch.tensor(MIRRORED))
-    return Images(
-        torch.cat([images.pixels, images.pixels[rows].flip(-1)]), torch.cat([images.classes, images.classes[rows]])
-    )
+    grey = images.pixels[:, :1]  # one channel is held, three are seen
+    pixels = torch.cat([grey, grey[rows].flip(-1)]).expand(-1, 3, -1, -1)
+    return Images(pixels, torch.cat([images.classes, images.classes[rows]]))

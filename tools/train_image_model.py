@@ -52,7 +52,7 @@ class Settings:
     seed: int = 0
 
 
-CODEC, GPT, CLASSIFIER = Settings(900, 96, 2e-3), Settings(1200, 256, 2e-3), Settings(1200, 128, 3e-3)
+CODEC, GPT, CLASSIFIER = Settings(900, 96, 2e-3), Settings(800, 256, 2e-3), Settings(1200, 128, 3e-3)
 
 
 def batches(count: int, settings: Settings) -> Iterator[Tensor]:
