@@ -34,7 +34,7 @@ from edgeprune.engine.graph import write_graphs
 from edgeprune.engine.onnxruntime import Runner
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.evaluate.agreement import wilson
-from edgeprune.evaluate.distances import distances, kernel_difference
+from edgeprune.evaluate.distances import distances, kernel_difference, kernel_distance
 from edgeprune.evaluate.features import features, load_network
 from edgeprune.evaluate.perplexity import Losses, log_rise, text_losses
 from edgeprune.generation import RUN_SPELLING
@@ -65,11 +65,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "images.md"
 
 
 def pruned_cells() -> Iterator[Cell]:
-    for share in RATIOS:
-        for method in METHODS:
-            yield Cell(method, share)
-        for method in ("default", "flap"):
-            yield Cell(method, share, Layout.PER_LAYER)
+    yield from (Cell(method, share) for share in RATIOS for method in METHODS)
+    yield from (Cell(method, share, Layout.PER_LAYER) for share in RATIOS for method in ("default", "flap"))
 
 
 @dataclass(frozen=True)
@@ -166,17 +163,25 @@ class Studio:
         pruned = self.pruned(cell)
         losses = self._losses(pruned)
         found = self._judged(cell.name, lambda: self._drawn(pruned), self.labels, self._reference)
-        default = Cell("default", cell.ratio, cell.layout)
-        if cell != default:
-            theirs = self.features_of(default.name, lambda: self._drawn(self.pruned(default)))
-            own = self.features_of(cell.name, lambda: self._drawn(pruned))
-            found["over_default"] = kernel_difference(self._reference, theirs, own, self.seed)
+        if cell != cell.default:
+            theirs = self.features_of(cell.default.name, lambda: self._drawn(self.pruned(cell.default)))
+            found["over_default"] = kernel_difference(self._reference, theirs, self._features(cell), self.seed)
         return found | {
             "perplexity": losses.perplexity, "rise": log_rise(dense, losses, self.seed),
             "realised": ratio(pruned.decoder, model.decoder), "parameters": pruned.decoder.parameters,
             "seconds": pruned.seconds, "fell_back": pruned.fell_back,
             "widths": [*pruned.decoder.layer_widths],
         }  # fmt: skip
+
+    def judge_generator(self, cell: Cell) -> dict[str, Any]:
+        """Against test images through the codec, which took from these what it takes from every picture; of a cell
+        whose pictures are there."""
+        reference, own = self._features(THROUGH_CODEC), self._features(cell)
+        found: dict[str, Any] = {"kernel": kernel_distance(reference, own, self.seed)}
+        if cell.ratio and cell != cell.default:
+            theirs = self._features(cell.default)
+            found["over_default"] = kernel_difference(reference, theirs, own, self.seed)
+        return found
 
     def pruned(self, cell: Cell) -> Pruned:
         own_cut = cell.layout is Layout.PER_LAYER and method_named(cell.method).standardised
@@ -207,12 +212,17 @@ class Studio:
     def features_of(self, name: str, pixels_of: Callable[[], np.ndarray]) -> np.ndarray:
         """(n, d) fp32; computed once, and kept beside the pixels."""
         self._keep(name, pixels_of)
-        with np.load(self.work / f"{name}.npz") as stored:
-            return stored["features"]
+        return self._stored(name, "features")
 
     def pixels_of(self, cell: Cell) -> np.ndarray:
-        with np.load(self.work / f"{cell.name}.npz") as stored:
-            return stored["pixels"]
+        return self._stored(cell.name, "pixels")
+
+    def _features(self, cell: Cell) -> np.ndarray:
+        return self._stored(cell.name, "features")
+
+    def _stored(self, name: str, what: str) -> np.ndarray:
+        with np.load(self.work / f"{name}.npz") as stored:
+            return stored[what]
 
     def _keep(self, name: str, pixels_of: Callable[[], np.ndarray]) -> None:
         path = self.work / f"{name}.npz"
@@ -229,8 +239,7 @@ class Studio:
         self, name: str, pixels_of: Callable[[], np.ndarray], labels: Sequence[int], reference: np.ndarray
     ) -> dict[str, Any]:
         found = self.features_of(name, pixels_of)
-        with np.load(self.work / f"{name}.npz") as stored:
-            right = int((self._guesses(stored["pixels"]) == np.array(labels)).sum())
+        right = int((self._guesses(self._stored(name, "pixels")) == np.array(labels)).sum())
         self.progress.stage(f"distances: {name}")
         return {
             **asdict(distances(reference, found, self.network.name, self.seed)),
@@ -281,6 +290,9 @@ def run(studio: Studio, ledger: Ledger, cells: Sequence[Cell]) -> None:
     for number, cell in enumerate(cells):
         row = ledger.once(cell.name, lambda: studio.judge(cell))  # noqa: B023
         studio.progress.note(f"{number + 1}/{len(cells)} {cell.name}: kernel distance {row['kernel'][0]:.4f}")
+    for cell in cells:
+        if cell not in (REAL, THROUGH_CODEC):
+            ledger.once(cell.generator_name, lambda: studio.judge_generator(cell))  # noqa: B023
 
 
 def show(studio: Studio, folder: Path) -> None:

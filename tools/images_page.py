@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,19 @@ class Cell:
         return f"{self.method} {100 * self.ratio:g} {self.layout}" if self.ratio else self.method
 
     @property
+    def generator_name(self) -> str:
+        """Of its second row: what is the generator's own."""
+        return f"{self.name}, behind the codec"
+
+    @property
+    def default(self) -> Cell:
+        """What a method is compared with."""
+        return Cell("default", self.ratio, self.layout)
+
+    @property
     def label(self) -> str:
-        return NAMES.get(self.method, self.method)
+        name = NAMES.get(self.method, self.method)
+        return name if self.layout is Layout.UNIFORM else f"{name}, {self.layout}"
 
 
 REAL, THROUGH_CODEC, DENSE = Cell("test images"), Cell("test images through the codec"), Cell("dense")
@@ -81,39 +92,46 @@ def percent(values: list[float]) -> str:
     return f"{100 * values[0]:.1f} %"
 
 
+def by_ratio(
+    rows: Rows, cells: Callable[[float], list[Cell]], text: Callable[[Cell], str], first: Sequence[Cell] = ()
+) -> str:
+    """A line for each of the cells of a ratio, behind some that are the same at every ratio."""
+    lines = [[cell.label, *[text(cell)] * len(RATIOS)] for cell in first if cell.name in rows]
+    for place, cell in enumerate(cells(RATIOS[0])):
+        lines.append([cell.label, *(text(cells(share)[place]) for share in RATIOS)])
+    return table(["pictures", *(f"{100 * share:g} %" for share in RATIOS)], lines)
+
+
+def uniform(share: float) -> list[Cell]:
+    return [Cell(method, share) for method in METHODS]
+
+
+def others(share: float) -> list[Cell]:
+    return [*uniform(share)[1:], Cell("flap", share, Layout.PER_LAYER)]
+
+
+def value(rows: Rows, name: str, key: str, sign: str = "") -> str:
+    return interval(rows[name][key], sign=sign) if name in rows else ""
+
+
 def kernel_table(rows: Rows) -> str:
-    """Kernel distances of every method at every ratio, in the layout that both allow."""
-    lines = [[DENSE.label, *[interval(rows[DENSE.name]["kernel"])] * len(RATIOS)]] if DENSE.name in rows else []
-    for method in METHODS:
-        cells = [Cell(method, share) for share in RATIOS]
-        found = [interval(rows[cell.name]["kernel"]) if cell.name in rows else "" for cell in cells]
-        lines.append([cells[0].label, *found])
-    return table(["method", *(f"{100 * share:g} %" for share in RATIOS)], lines)
+    return by_ratio(rows, uniform, lambda cell: value(rows, cell.name, "kernel"), [REAL, THROUGH_CODEC, DENSE])
+
+
+def generator_table(rows: Rows) -> str:
+    return by_ratio(rows, uniform, lambda cell: value(rows, cell.generator_name, "kernel"), [DENSE])
 
 
 def difference_table(rows: Rows) -> str:
-    """How much farther than the default's pictures, of the same seeds."""
-    lines = []
-    for method in METHODS[1:]:
-        cells = [Cell(method, share) for share in RATIOS]
-        found = [interval(rows[cell.name]["over_default"], sign="+") if cell.name in rows else "" for cell in cells]
-        lines.append([cells[0].label, *found])
-    cells = [Cell("flap", share, Layout.PER_LAYER) for share in RATIOS]
-    found = [interval(rows[cell.name]["over_default"], sign="+") if cell.name in rows else "" for cell in cells]
-    lines.append(["flap, its own cut per layer, over the default per layer", *found])
-    return table(["method", *(f"{100 * share:g} %" for share in RATIOS)], lines)
+    return by_ratio(rows, others, lambda cell: value(rows, cell.name, "over_default", "+"))
+
+
+def generator_difference_table(rows: Rows) -> str:
+    return by_ratio(rows, others, lambda cell: value(rows, cell.generator_name, "over_default", "+"))
 
 
 def accuracy_table(rows: Rows) -> str:
-    lines = []
-    for cell in (REAL, THROUGH_CODEC, DENSE):
-        if cell.name in rows:
-            lines.append([cell.label, *[interval(rows[cell.name]["recognised"])] * len(RATIOS)])
-    for method in METHODS:
-        cells = [Cell(method, share) for share in RATIOS]
-        found = [interval(rows[cell.name]["recognised"]) if cell.name in rows else "" for cell in cells]
-        lines.append([cells[0].label, *found])
-    return table(["pictures", *(f"{100 * share:g} %" for share in RATIOS)], lines)
+    return by_ratio(rows, uniform, lambda cell: value(rows, cell.name, "recognised"), [REAL, THROUGH_CODEC, DENSE])
 
 
 def everything_table(rows: Rows) -> str:
@@ -125,14 +143,14 @@ def everything_table(rows: Rows) -> str:
     for cell in cells:
         if row := rows.get(cell.name):
             lines.append([
-                f"{100 * row['realised']:.1f} %" if cell.ratio else "", cell.label, cell.layout if cell.ratio else "",
+                f"{100 * row['realised']:.1f} %" if cell.ratio else "", cell.label,
                 f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else "", interval(row["kernel"]),
                 f"{row['frechet'][0]:.1f} ({row['frechet'][1]:.1f})", percent(row["precision"]),
                 percent(row["recall"]), percent(row["recognised"]),
                 f"{row['perplexity']:.2f}" if "perplexity" in row else "",
                 f"{row['seconds']:.0f}" if "seconds" in row else "",
             ])  # fmt: skip
-    columns = ["removed", "pictures", "layout", "million parameters", "kernel distance", "Frechet (floor)",
+    columns = ["removed", "pictures", "million parameters", "kernel distance", "Frechet (floor)",
                "precision", "recall", "recognised", "perplexity", "seconds"]  # fmt: skip
     return table(columns, lines)
 
@@ -164,6 +182,8 @@ TABLES = {
     "guidance": guidance_table,
     "kernel": kernel_table,
     "differences": difference_table,
+    "generator": generator_table,
+    "generator differences": generator_difference_table,
     "accuracy": accuracy_table,
     "everything": everything_table,
 }

@@ -56,6 +56,7 @@ def test_every_cell_is_a_line_and_is_run_once(proof):
     studio, ledger = proof
     lines = ledger.path.read_text().splitlines()
     names = ["setting", "guidance 1", "guidance 2", *(cell.name for cell in CELLS)]
+    names += [cell.generator_name for cell in CELLS[2:]]
     assert [json.loads(line)["name"] for line in lines] == names
     again = Ledger(ledger.path)
     assert again.rows == ledger.rows
