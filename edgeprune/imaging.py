@@ -15,6 +15,7 @@ from edgeprune.errors import InputError
 from edgeprune.evaluate.distances import FEWEST_IMAGES
 from edgeprune.evaluate.features import load_network
 from edgeprune.model.decoder import Decoder, Picture
+from edgeprune.model.load import read_config
 from edgeprune.model.model import Model
 from edgeprune.pictures import read_images
 from edgeprune.request import Request
@@ -120,6 +121,12 @@ def imaging_of(request: Request, model: Model) -> Imaging:
     else:
         found = load_codec(codec)
     check_codec(found, decoder)
+    downsample = read_config(model.directory).get("downsample_size", found.downsample)
+    if downsample != found.downsample:
+        raise InputError(
+            f"the codec makes {found.downsample} pixels a side of a code, {model.name} was trained on {downsample}",
+            "Give the codec that the model was trained with.",
+        )
     imaging = Imaging(found, sampling_of(decoder, request.cfg), count or DRAWN, features)
     size = imaging.size(decoder.picture)
     if request.image_size not in (None, size):

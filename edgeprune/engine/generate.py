@@ -89,6 +89,11 @@ def choose(
     with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
         probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
+    if top_p >= 1:
+        cumulative = probabilities.cumsum(axis=1)
+        totals = cumulative[:, -1:]
+        passed = (cumulative <= points[:, None] * totals).sum(axis=1)
+        return np.minimum(passed, (cumulative < totals).sum(axis=1))  # never behind the last that has a share
     return np.array([_draw(row, top_p, point) for row, point in zip(probabilities, points, strict=True)])
 
 
@@ -97,17 +102,13 @@ def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:
 
     The likeliest few hundred hold nearly always enough: only they are sorted.
     """
-    if top_p >= 1:
-        kept = np.flatnonzero(probabilities)
-        weights = probabilities[kept]
-    else:
-        few = min(CANDIDATES, len(probabilities))
-        kept = np.argpartition(-probabilities, few - 1)[:few]
-        if probabilities[kept].sum() < top_p:
-            kept = np.arange(len(probabilities))
-        kept = kept[np.lexsort((kept, -probabilities[kept]))]
-        weights = probabilities[kept]
-        count = max(1, int(np.searchsorted(weights.cumsum(), top_p)) + 1)
-        kept, weights = kept[:count], weights[:count]
+    few = min(CANDIDATES, len(probabilities))
+    kept = np.argpartition(-probabilities, few - 1)[:few]
+    if probabilities[kept].sum() < top_p:
+        kept = np.arange(len(probabilities))
+    kept = kept[np.lexsort((kept, -probabilities[kept]))]
+    weights = probabilities[kept]
+    count = max(1, int(np.searchsorted(weights.cumsum(), top_p)) + 1)
+    kept, weights = kept[:count], weights[:count]
     cumulative = weights.cumsum()
     return int(kept[min(int(np.searchsorted(cumulative, point * cumulative[-1], side="right")), len(kept) - 1)])

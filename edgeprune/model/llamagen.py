@@ -111,6 +111,8 @@ def config_of(path: Path, stored: Mapping[str, Shape], arguments: Mapping[str, A
         "num_classes": classes, "has_null_class": has_null,
         "image_side": _side(path, arguments, published, turns, hints), "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     }  # fmt: skip
+    if turns is None or "downsample_size" in arguments:  # else the tokens were counted, not derived from pixels
+        config["downsample_size"] = _number(path, arguments, "downsample_size") or DOWNSAMPLE
     try:
         decoder = decoder_of(config)
     except InputError as error:

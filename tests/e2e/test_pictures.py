@@ -35,6 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"model": gpt.state_dict(), "steps": 7, "args": args}, folder / "gpt.pt")
     torch.save({"model": small_vq().state_dict()}, folder / "vq.pt")
     torch.save({"model": small_vq(codes=32).state_dict()}, folder / "other.pt")
+    torch.save({"model": small_vq(multipliers=(1, 2)).state_dict()}, folder / "fine.pt")
     (folder / "cut.pt").write_bytes((folder / "gpt.pt").read_bytes()[:100_000])
     torch.save({"model": gpt.state_dict(), "args": Trap()}, folder / "trap.pt")
     random = np.random.default_rng(0)
@@ -161,6 +162,7 @@ CASES = {
     "no codec": (["fit", "gpt.pt", "--device", "jetson-orin", "--num-heads", "8"], "--codec"),
     "no heads": (["fit", "gpt.pt", "--device", "jetson-orin", "--codec", "vq.pt"], "--num-heads"),
     "another codec": (["fit", "gpt.pt", "--device", "jetson-orin", "--num-heads", "8", "--codec", "other.pt"], "32"),
+    "a finer codec": ([*FIT[:4], "--num-heads", "8", "--codec", "fine.pt"], "2 pixels a side of a code"),
     "a codec as model": (["fit", "vq.pt", "--device", "jetson-orin", "--codec", "vq.pt"], "--codec"),
     "a model as codec": ([*FIT[:4], "--num-heads", "8", "--codec", "gpt.pt"], "codec"),
     "a truncated model": (["fit", "cut.pt", "--device", "jetson-orin", *GIVEN], "cut.pt"),

@@ -54,7 +54,7 @@ def test_a_published_size(name: str) -> None:
     layers, heads, dim, _, parameters = SIZES[name]
     original = published(name)
     config = config_of(Path(f"c2i_{name}_384.pt"), shapes_of(original), {}, Hints())
-    assert config == configuration(original.sizes)
+    assert config == configuration(original.sizes) | {"downsample_size": 16}
     decoder = decoder_of(config)
     assert decoder.parameters == parameters == sum(weight.numel() for weight in original.parameters())
     assert (decoder.picture.side, decoder.max_position_embeddings) == (24, 577)
