@@ -65,8 +65,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "images.md"
 
 
 def pruned_cells() -> Iterator[Cell]:
-    yield from (Cell(method, share) for share in RATIOS for method in METHODS)
-    yield from (Cell(method, share, Layout.PER_LAYER) for share in RATIOS for method in ("default", "flap"))
+    return (Cell(method, share) for share in RATIOS for method in METHODS)
 
 
 @dataclass(frozen=True)
@@ -184,9 +183,8 @@ class Studio:
         return found
 
     def pruned(self, cell: Cell) -> Pruned:
-        own_cut = cell.layout is Layout.PER_LAYER and method_named(cell.method).standardised
-        allocation = Allocation.SCORE if own_cut else Allocation.SENSITIVITY
-        target, method = self.comparison.target(cell.ratio, cell.layout, allocation), method_named(cell.method)
+        target = self.comparison.target(cell.ratio, Layout.UNIFORM, Allocation.SENSITIVITY)
+        method = method_named(cell.method)
         advance = self.progress.stage(f"prune: {cell.name}", 2 * len(target.layers))
         fell_back: list[bool] = []
         start = time.monotonic()

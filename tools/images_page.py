@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeprune.compare import Layout
 from edgeprune.errors import InputError
 from tools.quality import table
 
@@ -26,11 +25,10 @@ class Cell:
 
     method: str
     ratio: float = 0.0
-    layout: Layout = Layout.UNIFORM
 
     @property
     def name(self) -> str:
-        return f"{self.method} {100 * self.ratio:g} {self.layout}" if self.ratio else self.method
+        return f"{self.method} {100 * self.ratio:g}" if self.ratio else self.method
 
     @property
     def generator_name(self) -> str:
@@ -40,12 +38,11 @@ class Cell:
     @property
     def default(self) -> Cell:
         """What a method is compared with."""
-        return Cell("default", self.ratio, self.layout)
+        return Cell("default", self.ratio)
 
     @property
     def label(self) -> str:
-        name = NAMES.get(self.method, self.method)
-        return name if self.layout is Layout.UNIFORM else f"{name}, {self.layout}"
+        return NAMES.get(self.method, self.method)
 
 
 REAL, THROUGH_CODEC, DENSE = Cell("test images"), Cell("test images through the codec"), Cell("dense")
@@ -88,6 +85,11 @@ def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
     return f"{value} [{low}, {high}]"
 
 
+def thousandths(values: list[float], sign: str = "") -> str:
+    """What kernel distances are printed in."""
+    return interval([1000 * value for value in values], digits=2, sign=sign)
+
+
 def percent(values: list[float]) -> str:
     return f"{100 * values[0]:.1f} %"
 
@@ -102,36 +104,44 @@ def by_ratio(
     return table(["pictures", *(f"{100 * share:g} %" for share in RATIOS)], lines)
 
 
-def uniform(share: float) -> list[Cell]:
+def methods(share: float) -> list[Cell]:
     return [Cell(method, share) for method in METHODS]
 
 
 def others(share: float) -> list[Cell]:
-    return [*uniform(share)[1:], Cell("flap", share, Layout.PER_LAYER)]
+    return methods(share)[1:]
 
 
 def value(rows: Rows, name: str, key: str, sign: str = "") -> str:
     return interval(rows[name][key], sign=sign) if name in rows else ""
 
 
+def distance(rows: Rows, name: str, key: str, sign: str = "") -> str:
+    return thousandths(rows[name][key], sign) if name in rows else ""
+
+
 def kernel_table(rows: Rows) -> str:
-    return by_ratio(rows, uniform, lambda cell: value(rows, cell.name, "kernel"), [REAL, THROUGH_CODEC, DENSE])
+    return by_ratio(rows, methods, lambda cell: distance(rows, cell.name, "kernel"), [REAL, THROUGH_CODEC, DENSE])
 
 
 def generator_table(rows: Rows) -> str:
-    return by_ratio(rows, uniform, lambda cell: value(rows, cell.generator_name, "kernel"), [DENSE])
+    return by_ratio(rows, methods, lambda cell: distance(rows, cell.generator_name, "kernel"), [DENSE])
 
 
 def difference_table(rows: Rows) -> str:
-    return by_ratio(rows, others, lambda cell: value(rows, cell.name, "over_default", "+"))
+    return by_ratio(rows, others, lambda cell: distance(rows, cell.name, "over_default", "+"))
 
 
 def generator_difference_table(rows: Rows) -> str:
-    return by_ratio(rows, others, lambda cell: value(rows, cell.generator_name, "over_default", "+"))
+    return by_ratio(rows, others, lambda cell: distance(rows, cell.generator_name, "over_default", "+"))
+
+
+def perplexity_table(rows: Rows) -> str:
+    return by_ratio(rows, methods, lambda cell: value(rows, cell.name, "rise", "+"))
 
 
 def accuracy_table(rows: Rows) -> str:
-    return by_ratio(rows, uniform, lambda cell: value(rows, cell.name, "recognised"), [REAL, THROUGH_CODEC, DENSE])
+    return by_ratio(rows, methods, lambda cell: value(rows, cell.name, "recognised"), [REAL, THROUGH_CODEC, DENSE])
 
 
 def everything_table(rows: Rows) -> str:
@@ -139,12 +149,11 @@ def everything_table(rows: Rows) -> str:
     cells = [REAL, THROUGH_CODEC, DENSE]
     for share in RATIOS:
         cells += [Cell(method, share) for method in METHODS]
-        cells += [Cell(method, share, Layout.PER_LAYER) for method in ("default", "flap")]
     for cell in cells:
         if row := rows.get(cell.name):
             lines.append([
                 f"{100 * row['realised']:.1f} %" if cell.ratio else "", cell.label,
-                f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else "", interval(row["kernel"]),
+                f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else "", thousandths(row["kernel"]),
                 f"{row['frechet'][0]:.1f} ({row['frechet'][1]:.1f})", percent(row["precision"]),
                 percent(row["recall"]), percent(row["recognised"]),
                 f"{row['perplexity']:.2f}" if "perplexity" in row else "",
@@ -157,7 +166,7 @@ def everything_table(rows: Rows) -> str:
 
 def guidance_table(rows: Rows) -> str:
     lines = [
-        [f"{scale:g}", interval(row["kernel"]), percent(row["precision"]), percent(row["recall"]),
+        [f"{scale:g}", thousandths(row["kernel"]), percent(row["precision"]), percent(row["recall"]),
          percent(row["recognised"])]
         for scale in SCALES
         if (row := rows.get(f"guidance {scale:g}"))
@@ -184,6 +193,7 @@ TABLES = {
     "differences": difference_table,
     "generator": generator_table,
     "generator differences": generator_difference_table,
+    "perplexity": perplexity_table,
     "accuracy": accuracy_table,
     "everything": everything_table,
 }
