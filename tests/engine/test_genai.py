@@ -147,7 +147,7 @@ def test_a_bundle_is_loaded_as_it_is_and_says_what_edgeprune_run_says(tmp_path_f
     bundle = fitted(tmp_path_factory)
     loaded = og.Tokenizer(og.Model(str(bundle / "onnx")))
     found = continued(bundle / "onnx", [loaded.encode("over the lazy dog").tolist()], 24)[0]
-    expected = "".join(stream_text(bundle, "over the lazy dog", 24, 0.0, 1.0, 0, lambda note: None))
+    expected = "".join(stream_text(bundle, "over the lazy dog", 24, 0.0, 0, 1.0, 0, lambda note: None))
     assert load_tokenizer(bundle / "tokenizer").decode(found, skip_special_tokens=True).startswith(expected)
     assert expected
 
