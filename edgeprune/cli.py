@@ -245,6 +245,8 @@ def run(
 ) -> None:
     """Generate text or pictures from a bundle's engine, or from its graph where the engine's GPU is not here."""
     if prompt is None:
+        if "--max-new-tokens" in options.given(context_):
+            raise InputError("--max-new-tokens without --prompt: a picture has its own number", "Leave it out.")
         _draw(bundle, class_ or [], count, cfg, output, temperature, top_k, top_p, force, seed)
         return
     if others := [name for name in options.given(context_) if name in options.PICTURES]:

@@ -26,7 +26,7 @@ from edgeprune.model.model import Model
 from edgeprune.prepare import load_dense
 from edgeprune.progress import Progress
 from edgeprune.request import SELF, Request, check_samples
-from edgeprune.samples import LENGTH, read_documents_of, read_samples
+from edgeprune.samples import LENGTH, length_of, read_documents_of, read_samples
 from edgeprune.sensitivities import sensitivities_of
 
 if TYPE_CHECKING:
@@ -256,17 +256,15 @@ def generate_samples(
     """
     import torch
 
-    from edgeprune.drawing import draw_documents
+    from edgeprune.drawing import own_samples
     from edgeprune.engine.graph import write_graphs
-    from edgeprune.generation import RUN_SPELLING, generate_documents
+    from edgeprune.generation import RUN_SPELLING
 
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
         folder = Path(name)
         write_graphs(model.decoder, model.weights, folder, "fp32", [RUN_SPELLING], length)
         graph = folder / RUN_SPELLING.filename
-        if sampling is not None:
-            return torch.from_numpy(draw_documents(graph, model.decoder, sampling, count, seed, progress))
-        return torch.from_numpy(generate_documents(graph, model.directory, count, length, seed, progress))
+        return torch.from_numpy(own_samples(graph, model, sampling, count, length, seed, progress))
 
 
 def compare(
@@ -309,8 +307,8 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
     own = request.calibration != SELF
     if not own and shape.picture is None:
         raise InputError("compare needs real text to calibrate on", "Give --calibration PATH.")
-    length = shape.picture.tokens + 1 if shape.picture else request.length or LENGTH
-    check_samples(request.samples, length)
+    check_samples(request)
+    length = length_of(request, shape)
     documents = None if shape.picture else read_documents_of(request)
     model = load_dense(request.model, request.hints)
     imaging = imaging_of(request, model) if shape.picture else None

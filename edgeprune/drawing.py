@@ -16,9 +16,10 @@ from edgeprune.engine.check import Runner as StepRunner
 from edgeprune.engine.draw import Sampling, draw_pictures, random_points
 from edgeprune.engine.onnxruntime import Runner
 from edgeprune.errors import InputError
-from edgeprune.generation import runner_of
+from edgeprune.generation import generate_documents, runner_of
 from edgeprune.imaging import Imaging, checked_guidance, class_labels, documents_of, sample_labels
 from edgeprune.model.decoder import Decoder, Picture
+from edgeprune.model.model import Model
 from edgeprune.pictures import CodecRunner, grid, write_picture
 from edgeprune.progress import Progress
 
@@ -77,11 +78,14 @@ def codes_from(
     return draw_codes(runner, picture, vocab_size, labels, sampling, seed, advance)
 
 
-def draw_documents(
-    graph: Path, decoder: Decoder, sampling: Sampling, count: int, seed: int, progress: Progress
+def own_samples(
+    graph: Path, model: Model, sampling: Sampling | None, count: int, length: int, seed: int, progress: Progress
 ) -> np.ndarray:
-    """Ids (count, 1 + tokens) int64 that the model draws itself: of every class in turn, and some of none."""
-    picture = decoder.picture
+    """Token ids (count, length) int64 that a model writes, or draws where a sampling is given: of every class in turn,
+    and some of none."""
+    if sampling is None:
+        return generate_documents(graph, model.directory, count, length, seed, progress)
+    decoder, picture = model.decoder, model.decoder.picture
     labels = sample_labels(picture, class_labels(picture, count, seed))
     advance = progress.stage("draw samples", steps_of(picture, count))
     codes = codes_from(graph, picture, decoder.vocab_size, labels, sampling, seed, advance)

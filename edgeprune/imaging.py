@@ -18,6 +18,7 @@ from edgeprune.model.decoder import Decoder, Picture
 from edgeprune.model.load import read_config
 from edgeprune.model.model import Model
 from edgeprune.pictures import read_images
+from edgeprune.pruning.calibration import HELD_OUT_EVERY
 from edgeprune.request import Request
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ GUIDANCE = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}  # LlamaGen
 OTHER_GUIDANCE = 2.0
 DRAWN = 128  # pictures that quality is judged by: few, so that it says the interval and the bias with them
 NULL_EVERY = 10  # one sample of so many has no class, as in LlamaGen's training: guidance runs half of each batch so
-HELD_OUT_EVERY = 5
 MOST_DOCUMENTS = 128  # pictures of a folder whose codes are evaluated
 ENCODED = 8  # at once
 
@@ -77,10 +77,7 @@ def sampling_of(decoder: Decoder, cfg: float | None) -> Sampling:
 
 def check_kind(request: Request, decoder: Decoder) -> None:
     """Raises InputError for an option that a model of this kind has no use for."""
-    pictures = {
-        "codec": request.codec, "image-size": request.image_size, "num-heads": request.num_heads,
-        "cfg": request.cfg, "images": request.images, "features": request.features,
-    }  # fmt: skip
+    pictures = {"codec": request.codec, "cfg": request.cfg, "images": request.images, "features": request.features}
     texts = {"prompt": request.prompt, "context": request.context, "length": request.length}
     if decoder.picture is None:
         if given := [name for name, value in pictures.items() if value is not None]:

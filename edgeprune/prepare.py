@@ -24,7 +24,7 @@ from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 from edgeprune.request import DEMO, SELF, Request, check_samples
-from edgeprune.samples import LENGTH, Texts, read_documents_of, read_samples, samples_hash
+from edgeprune.samples import Texts, length_of, read_documents_of, read_samples, samples_hash
 from edgeprune.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 DEMO_MEMORY = "90%"
@@ -63,9 +63,8 @@ class Setup:
 
     @property
     def length(self) -> int:
-        """Tokens of a sample; of a picture, with the one that begins it."""
-        picture = self.model.decoder.picture
-        return picture.tokens + 1 if picture else self.request.length or LENGTH
+        """Tokens of a sample."""
+        return length_of(self.request, self.model.decoder)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def _stem(model: str) -> str:
 
 
 def _workload(request: Request, profile: DeviceProfile, shape: Decoder) -> Workload:
-    check_samples(request.samples, LENGTH if request.length is None else request.length)
+    check_samples(request)
     if not 1 <= request.rungs <= MAX_RUNGS:
         raise InputError(f"--rungs {request.rungs} is not 1 to {MAX_RUNGS}", "A bundle of 3 covers most surprises.")
     default = profile.workload

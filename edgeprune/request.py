@@ -57,8 +57,8 @@ class Request:
         return Hints(self.image_size, self.num_heads)
 
 
-def check_samples(samples: int, length: int) -> None:
+def check_samples(request: Request) -> None:
     """Raises InputError for numbers that no sample can have."""
-    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if value < least:
+    for name, value, least in (("samples", request.samples, 1), ("length", request.length, 2)):
+        if value is not None and value < least:
             raise InputError(f"--{name} {value} is less than {least}", f"Give at least {least}.")

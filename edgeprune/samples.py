@@ -11,6 +11,7 @@ import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.imaging import Imaging, picture_samples
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_tokenizer
 from edgeprune.model.model import Model
 from edgeprune.request import SELF, Request
@@ -40,6 +41,11 @@ def samples_hash(texts: Texts) -> str:
         for document in documents:
             digest.update(document.tobytes() + b";")
     return digest.hexdigest()
+
+
+def length_of(request: Request, decoder: Decoder) -> int:
+    """Tokens of a sample; of a picture all, with the one that begins it."""
+    return decoder.picture.tokens + 1 if decoder.picture else request.length or LENGTH
 
 
 def read_documents_of(request: Request) -> tuple[list[Document], dict[str, list[Document]]]:
@@ -78,7 +84,7 @@ def _pack_texts(
     request: Request, model: Model, calibration: list[Document], evaluation: dict[str, list[Document]]
 ) -> Texts:
     """The documents as token ids: packed to calibrate on, whole to evaluate on."""
-    limit, length = model.decoder.max_position_embeddings, request.length or LENGTH
+    limit, length = model.decoder.max_position_embeddings, length_of(request, model.decoder)
     if length > limit:
         raise InputError(f"samples of {length} tokens exceed the model's {limit} positions", f"Try --length {limit}.")
     from edgeprune.pruning.calibration import hold_out, pack, shuffled, tokenize

@@ -80,14 +80,11 @@ class Run:
         return Samples(ids[:count, :most], None, evaluation, self_generated=not texts.evaluation)
 
     def _own_samples(self, graph: Path, count: int) -> np.ndarray:
-        """What the dense model writes or draws: token ids (count, length) int64."""
-        from edgeprune.drawing import draw_documents
-        from edgeprune.generation import generate_documents
+        from edgeprune.drawing import own_samples
 
-        model, seed = self.setup.model, self.setup.request.seed
-        if self.setup.imaging is not None:
-            return draw_documents(graph, model.decoder, self.setup.imaging.sampling, count, seed, self.progress)
-        return generate_documents(graph, model.directory, count, self.setup.length, seed, self.progress)
+        setup = self.setup
+        sampling = setup.imaging and setup.imaging.sampling
+        return own_samples(graph, setup.model, sampling, count, setup.length, setup.request.seed, self.progress)
 
     @property
     def _checkpoint_dtype(self) -> Any:

@@ -40,10 +40,7 @@ class Home:
 
     def evaluator(self, folder: Path, resume: bool = False, tokens: dict | None = None) -> Evaluator:
         setup = SimpleNamespace(
-            model=self.model,
-            workload=Workload(1, 16, CONTEXT),
-            request=SimpleNamespace(seed=0),
-            length=32,
+            model=self.model, workload=Workload(1, 16, CONTEXT), request=SimpleNamespace(seed=0), length=32,
             imaging=None,
         )  # fmt: skip
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)

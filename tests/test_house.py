@@ -19,7 +19,7 @@ ROOMS = {
     "looking": {"doctor", "model", "options", "plan", "profiles", "report"},
     "request": {"model"},
     "samples": {"imaging", "model", "pruning", "request"},
-    "imaging": {"engine", "evaluate", "model", "pictures", "request"},
+    "imaging": {"engine", "evaluate", "model", "pictures", "pruning", "request"},
     "drawing": {"bundle", "engine", "generation", "imaging", "model", "pictures", "progress"},
     "gallery": {"drawing", "engine", "evaluate", "imaging", "journal", "pictures", "prepare", "progress", "results"},
     "provenance": {"prepare", "request"},

@@ -23,6 +23,7 @@ from edgeprune.engine.calibrate import (
     prefill_share,
 )
 from edgeprune.profiles import Confidence, HardwareFigure, list_profiles, load_profile, profiles_folder
+from tools.pages import filled
 
 PAGE = Path(__file__).parents[1] / "docs" / "estimates.md"
 WITH_BOTH = " and ".join(label for label, origin in ORIGINS.items() if origin.shared is None)
@@ -203,15 +204,7 @@ WRITERS: dict[str, Callable[[], str]] = {
 
 
 def fill(page: str) -> str:
-    """The page with every table between its `<!-- name -->` and `<!-- end -->`."""
-    for name, write in WRITERS.items():
-        page = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda match, write=write: f"{match[1]}\n{write()}\n\n{match[2]}",
-            page,
-            flags=re.DOTALL,
-        )
-    return page
+    return filled(page, {name: write() for name, write in WRITERS.items()})
 
 
 def main() -> None:

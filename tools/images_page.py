@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from tools.quality import table
+from tools.pages import filled, table
 
 RATIOS = (0.1, 0.15, 0.2, 0.3)
 METHODS = ("default", "obs", "wanda", "flap", "magnitude", "wanda+ls", "flap+ls", "magnitude+ls")
@@ -200,8 +199,4 @@ TABLES = {
 
 
 def fill(page: str, rows: Rows) -> str:
-    """The page with every `<!-- NAME -->...<!-- end -->` filled anew; its prose stays."""
-    for name, write in TABLES.items():
-        block = f"<!-- {name} -->\n\n{write(rows)}\n\n<!-- end -->"
-        page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, page, flags=re.DOTALL)  # noqa: B023
-    return page
+    return filled(page, {name: write(rows) for name, write in TABLES.items()})

@@ -31,6 +31,7 @@ from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.progress import Silent
 from edgeprune.pruning.calibration import GENERATED
 from edgeprune.pruning.methods import method_named
+from tools.pages import filled, table
 
 LENGTH = 512
 CALIBRATION = 16
@@ -233,11 +234,6 @@ def difference(row: Mapping[str, Any], other: Mapping[str, Any], text: str) -> s
     return f"{per_token.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def headline_table(cells: Cells) -> str:
     """The default against FLAP in the same layout, and against the best other score with our recovery."""
     rows = []
@@ -315,11 +311,7 @@ WRITERS = {
 
 
 def fill(page: str, cells: Cells) -> str:
-    """The page with every `<!-- NAME -->...<!-- end -->` filled anew; its prose stays."""
-    for name, write in WRITERS.items():
-        block = f"<!-- {name} -->\n\n{write(cells)}\n\n<!-- end -->"
-        page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, page, flags=re.DOTALL)  # noqa: B023
-    return page
+    return filled(page, {name: write(cells) for name, write in WRITERS.items()})
 
 
 def run(bench: Bench, todo: list[Cell], cells: dict[str, dict[str, Any]], path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.model.packaged import packaged_file
 
 if TYPE_CHECKING:
     from onnxruntime import NodeArg
@@ -119,15 +119,10 @@ def _efficientnet() -> Network:
 
 
 def _weights_file() -> Path:
-    """By the package's own list of files."""
-    try:
-        files = distribution(WEIGHTS_PACKAGE).files or []
-    except PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == WEIGHTS_FILE and (path := Path(str(file.locate()))).is_file():
-            return path
-    raise InputError(f"{WEIGHTS_PACKAGE}, the default feature network's weights, is not installed", INSTALL)
+    path = packaged_file(WEIGHTS_PACKAGE, WEIGHTS_FILE)
+    if path is None:
+        raise InputError(f"{WEIGHTS_PACKAGE}, the default feature network's weights, is not installed", INSTALL)
+    return path
 
 
 def _onnx_network(path: Path) -> Network:

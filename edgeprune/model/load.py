@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from edgeprune.model.families import FAMILIES
 from edgeprune.model.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
 from edgeprune.model.model import Model
+from edgeprune.model.packaged import packaged_file
 from edgeprune.model.padding import without_padding
 from edgeprune.model.places import StoredTensor
 from edgeprune.model.torch_file import TorchFiles, archive_members, torch_header, training_arguments
@@ -106,15 +106,11 @@ def _config_of_file(path: Path, hints: Hints) -> dict[str, Any]:
 
 
 def demo_file() -> Path:
-    """The demo model's file, found by the package's own list of files; the package is never imported."""
-    try:
-        files = distribution(DEMO_PACKAGE).files or []
-    except PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == DEMO_FILE and (path := Path(str(file.locate()))).is_file():
-            return path
-    raise InputError("the demo model is not installed", f"Install it with: {DEMO_INSTALL}")
+    """The demo model's file."""
+    path = packaged_file(DEMO_PACKAGE, DEMO_FILE)
+    if path is None:
+        raise InputError("the demo model is not installed", f"Install it with: {DEMO_INSTALL}")
+    return path
 
 
 def load_gguf(path: Path, name: str) -> Model:

