@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.bundle import open_bundle, sha256
+from edgeprune.ondevice.bundle import open_bundle, sha256
 from tests.checkpoints import save_llama
 from tests.device import QUICK, altered
 

@@ -90,7 +90,7 @@ class Server:
                     words = Path(f"/proc/{pid}/cmdline").read_bytes()
                 except OSError:
                     continue
-                if b"edgeprune.engine.tasks" in words and b"prctl" in words:
+                if b"edgeprune.ondevice.tasks" in words and b"prctl" in words:
                     return pid
             time.sleep(0.02)
         raise AssertionError("no task runs on the device")

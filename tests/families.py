@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from edgeprune.model.families import FAMILIES
+from edgeprune.model.checkpoint.families import FAMILIES
 from tests import llamagen
 from tests.checkpoints import save_tokenizer
 

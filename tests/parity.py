@@ -20,9 +20,9 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.engine.onnx.graph import Spelling, write_graphs
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.families import FAMILIES
+from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.forward import token_logits
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model

@@ -116,10 +116,10 @@ def test_files_are_small_and_keep_the_manners(path):
 @pytest.mark.parametrize(
     "command",
     [
-        "import edgeprune, edgeprune.loop",
-        "from edgeprune.cli import main; sys.argv = ['edgeprune', '--help']; main()",
-        "from edgeprune.cli import main; sys.argv = ['edgeprune', 'devices']; main()",
-        "import edgeprune.engine.tensorrt, edgeprune.engine.onnxruntime, edgeprune.engine.latency",
+        "import edgeprune, edgeprune.commands.fit",
+        "from edgeprune.cli.app import main; sys.argv = ['edgeprune', '--help']; main()",
+        "from edgeprune.cli.app import main; sys.argv = ['edgeprune', 'devices']; main()",
+        "import edgeprune.ondevice.tensorrt, edgeprune.ondevice.onnxruntime, edgeprune.ondevice.timing",
     ],
 )  # fmt: skip
 def test_it_starts_without_torch(command):
@@ -171,7 +171,7 @@ def test_the_readme_commands_exist():
     for word in ("make demo", "make test"):
         assert word in text
         assert word.split()[1] in targets
-    from edgeprune.cli import app
+    from edgeprune.cli.app import app
 
     commands = {command.callback.__name__ for command in app.registered_commands}
     used = {line.split()[1] for line in text.splitlines() if line.startswith("edgeprune ")}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.engine.base import Workload
-from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.ondevice.figures import Workload
+from edgeprune.engine.onnx.graph import Spelling, write_graphs
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.families import FAMILIES
+from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.load import load_model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.pruning.methods import METHODS
@@ -58,7 +58,7 @@ def test_pruned(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_in_fp16(case: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    from edgeprune.engine.tensorrt import compile_plan
+    from edgeprune.ondevice.tensorrt import compile_plan
 
     model = parity.dense(tmp_path / "model", case).model
     decoder, weights = parity.pruned(model, parity.target_of(model.decoder))

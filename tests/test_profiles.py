@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.budget import parse_budget
-from edgeprune.engine import facts, probe, probing
+from edgeprune.ondevice.budget import parse_budget
+from edgeprune.ondevice import machine as facts, probe_tasks as probing
+from edgeprune.engine import probe
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import EngineError, InputError
 from edgeprune.profiles import (

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.engine.base import Workload
-from edgeprune.engine.child import quiet
-from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
-from edgeprune.engine.perform import Here, build
-from edgeprune.engine.tensorrt import WEIGHTS_TOLERANCE, offered_sms
-from edgeprune.model.configuration import decoder_of
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.worker import quiet
+from edgeprune.engine.onnx.graph import Spelling, graph_weight_bytes, write_graphs
+from edgeprune.ondevice.measure import Here, build
+from edgeprune.ondevice.tensorrt import WEIGHTS_TOLERANCE, offered_sms
+from edgeprune.model.checkpoint.configuration import decoder_of
 
 if TYPE_CHECKING:
     import torch

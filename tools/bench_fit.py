@@ -65,14 +65,14 @@ def bench_reading(repeats: int) -> None:
 
 
 def bench_help(repeats: int) -> None:
-    words = [sys.executable, "-m", "edgeprune.cli", "--help"]
+    words = [sys.executable, "-m", "edgeprune.cli.app", "--help"]
     times = [seconds(lambda: subprocess.run(words, check=True, stdout=subprocess.DEVNULL)) for _ in range(repeats)]
     row("edgeprune --help", times, "s", "0.5 s")
 
 
 def bench_writing(repeats: int) -> None:
-    from edgeprune.engine.graph import write_graphs
-    from edgeprune.loop import SPELLINGS
+    from edgeprune.engine.onnx.graph import write_graphs
+    from edgeprune.commands.fit import SPELLINGS
     from edgeprune.model.load import load_model
 
     model = load_model("demo")
@@ -115,7 +115,7 @@ def bench_pruning(repeats: int) -> None:
     from edgeprune.model.load import load_model
     from edgeprune.pruning.methods import METHODS
     from edgeprune.pruning.prune import prune
-    from edgeprune.pruning.sensitivity import measure_sensitivities
+    from edgeprune.search.sensitivity import measure_sensitivities
 
     model = load_model("demo")
     ids = torch.randint(0, model.decoder.vocab_size, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -141,19 +141,19 @@ def bench_pruning(repeats: int) -> None:
 
 
 def bench_fit() -> None:
-    from edgeprune.engine import perform
-    from edgeprune.engine.base import Workload
-    from edgeprune.engine.child import quiet
-    from edgeprune.engine.graph import write_graphs
-    from edgeprune.generation import RUN_SPELLING
-    from edgeprune.loop import SPELLINGS
+    from edgeprune.ondevice import measure as perform
+    from edgeprune.ondevice.figures import Workload
+    from edgeprune.ondevice.worker import quiet
+    from edgeprune.engine.onnx.graph import write_graphs
+    from edgeprune.generate.text import RUN_SPELLING
+    from edgeprune.commands.fit import SPELLINGS
     from edgeprune.model.load import load_model
-    from edgeprune.reading import read_report
+    from edgeprune.bundle.read import read_report
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "fitted"
         words = ["fit", "demo", "--device", "cpu", "--decode", "70%", "--output", str(output)]
-        took = seconds(lambda: subprocess.run([sys.executable, "-m", "edgeprune.cli", *words], check=False))
+        took = seconds(lambda: subprocess.run([sys.executable, "-m", "edgeprune.cli.app", *words], check=False))
         report = read_report(output)
         print(
             f"fit --device cpu --decode 70%: {report.status}, {len(report.search.candidates)} candidates, {took:.0f} s"

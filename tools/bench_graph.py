@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 import typer
 
-from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.engine.onnx.graph import Spelling, write_graphs
 from edgeprune.model.load import load_model
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

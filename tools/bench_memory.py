@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from edgeprune.engine.facts import peak_bytes
+from edgeprune.ondevice.machine import peak_bytes
 
 SHAPE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 5632,
@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
     import torch
 
     from edgeprune.model import save
-    from edgeprune.model.configuration import decoder_of
+    from edgeprune.model.checkpoint.configuration import decoder_of
     from edgeprune.model.load import demo_file, load_gguf
 
     config = SHAPE | {"num_hidden_layers": layers}
@@ -71,7 +71,7 @@ def _as_pickles(folder: Path) -> None:
 
 def convert_in_this_process(folder: Path) -> None:
     """The child: writes the graphs of every dialect over one data file, and says its peak and its seconds."""
-    from edgeprune.engine.graph import Spelling, write_graphs
+    from edgeprune.engine.onnx.graph import Spelling, write_graphs
     from edgeprune.model.load import load_model
 
     start = time.monotonic()

@@ -31,24 +31,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from quality import LENGTH, Texts, read_texts
 
-from edgeprune.compare import Allocation as Way
-from edgeprune.compare import Comparison, Layout, generate_samples
-from edgeprune.engine.base import Workload
+from edgeprune.commands.compare import Allocation as Way
+from edgeprune.commands.compare import Comparison, Layout, generate_samples
+from edgeprune.ondevice.figures import Workload
 from edgeprune.engine.choose import RUNTIME_GRAPH, OnnxRuntime
-from edgeprune.engine.costs import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
-from edgeprune.engine.graph import Spelling, write_graphs
-from edgeprune.engine.onnxruntime import measure_latency
+from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
+from edgeprune.engine.onnx.graph import Spelling, write_graphs
+from edgeprune.ondevice.onnxruntime import measure_latency
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.model import Model
-from edgeprune.planning import Planner
+from edgeprune.search.planner import Planner
 from edgeprune.progress import Silent
-from edgeprune.pruning.allocate import Widths, dense_widths, uniform_options
-from edgeprune.pruning.calibration import GENERATED
-from edgeprune.pruning.optimize import Allocation, Problem
-from edgeprune.search import Costs, corrected, search
-from edgeprune.sensitivities import sensitivities_of
+from edgeprune.search.widths import Widths, dense_widths, uniform_options
+from edgeprune.pipeline.documents import GENERATED
+from edgeprune.search.solve import Allocation, Problem
+from edgeprune.search.search import Costs, corrected, search
+from edgeprune.search.sensitivities import sensitivities_of
 
 WORKLOADS = (Workload(1, 128, 512), Workload(1, 512, 1024))
 BUDGETS = ({"decode": 0.85}, {"decode": 0.75}, {"decode": 0.65}, {"decode": 0.8, "prefill": 0.7, "memory": 0.8})

@@ -2,7 +2,7 @@
 
     python tools/estimates.py
 
-Seconds; it changes nothing where all is up to date. The points and the fit are edgeprune/engine/calibrate.py.
+Seconds; it changes nothing where all is up to date. The points and the fit are edgeprune/engine/published.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgeprune.engine.calibrate import (
+from edgeprune.engine.published import (
     ORIGINS,
     RUNTIME,
     SETTING,

@@ -26,24 +26,24 @@ import numpy as np
 import torch
 
 from edgeprune.cache import cache_folder
-from edgeprune.compare import DENSE_KEY, Allocation, Comparison, Layout, generate_samples
-from edgeprune.drawing import draw_codes, steps_of
-from edgeprune.engine.codec_graph import write_codec
-from edgeprune.engine.draw import Sampling
-from edgeprune.engine.graph import write_graphs
-from edgeprune.engine.onnxruntime import Runner
+from edgeprune.commands.compare import DENSE_KEY, Allocation, Comparison, Layout, generate_samples
+from edgeprune.generate.images import draw_codes, steps_of
+from edgeprune.engine.onnx.codec import write_codec
+from edgeprune.ondevice.guided_sampling import Sampling
+from edgeprune.engine.onnx.graph import write_graphs
+from edgeprune.ondevice.onnxruntime import Runner
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.evaluate.agreement import wilson
 from edgeprune.evaluate.distances import distances, kernel_difference, kernel_distance
 from edgeprune.evaluate.features import features, load_network
 from edgeprune.evaluate.perplexity import Losses, log_rise, text_losses
-from edgeprune.generation import RUN_SPELLING
-from edgeprune.imaging import class_labels, documents_of
-from edgeprune.model.codec import check_codec, load_codec
+from edgeprune.generate.text import RUN_SPELLING
+from edgeprune.pipeline.imaging import class_labels, documents_of
+from edgeprune.model.codec.codec import check_codec, load_codec
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.model.llamagen import Hints
-from edgeprune.pictures import CodecRunner, grid, to_images, to_pixels, write_picture
-from edgeprune.prepare import load_dense
+from edgeprune.model.checkpoint.llamagen import Hints
+from edgeprune.generate.pixels import CodecRunner, grid, to_images, to_pixels, write_picture
+from edgeprune.pipeline.setup import load_dense
 from edgeprune.progress import Progress, rich_progress
 from edgeprune.pruning.methods import method_named
 from edgeprune.pruning.prune import prune, result_of

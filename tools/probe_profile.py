@@ -24,13 +24,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from edgeprune.engine import perform
-from edgeprune.engine.child import Tell
+from edgeprune.ondevice import measure as perform
+from edgeprune.ondevice.worker import Tell
 from edgeprune.engine.choose import NAMES
-from edgeprune.engine.perform import Here, Session
+from edgeprune.ondevice.measure import Here, Session
 from edgeprune.engine.probe import Probed, probe_gpu, probe_processor
 from edgeprune.engine.remote import Device, Target
-from edgeprune.engine.tensorrt import MODULES
+from edgeprune.ondevice.tensorrt import MODULES
 from edgeprune.errors import EdgepruneError, EngineError, InputError
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, profile_toml
 

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.compare import Allocation, Comparison, Layout, generate_samples
+from edgeprune.commands.compare import Allocation, Comparison, Layout, generate_samples
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.progress import Silent
-from edgeprune.pruning.calibration import GENERATED
+from edgeprune.pipeline.documents import GENERATED
 from edgeprune.pruning.methods import method_named
 from tools.pages import filled, table
 

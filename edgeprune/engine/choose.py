@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeprune.engine import perform, tensorrt
-from edgeprune.engine.base import Built, Estimate, Figure, Performance, Workload
-from edgeprune.engine.child import Tell, quiet
+from edgeprune.ondevice import measure as perform, tensorrt
+from edgeprune.ondevice.figures import Built, Estimate, Figure, Performance, Workload
+from edgeprune.ondevice.worker import Tell, quiet
 from edgeprune.engine.estimate import buffer_bytes, cache_bytes, estimate_performance
-from edgeprune.engine.graph import Spelling, graph_weight_bytes
-from edgeprune.engine.perform import Counted, Here, Session
-from edgeprune.engine.tensorrt import BuildResult
+from edgeprune.engine.onnx.graph import Spelling, graph_weight_bytes
+from edgeprune.ondevice.measure import Counted, Here, Session
+from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.errors import EngineError, InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile

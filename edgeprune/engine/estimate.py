@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from edgeprune.engine.base import Estimate, Memory, Performance, Workload
-from edgeprune.engine.graph import graph_weight_bytes
-from edgeprune.engine.graph_nodes import HEAD_MULTIPLE, head_width
+from edgeprune.ondevice.figures import Estimate, Memory, Performance, Workload
+from edgeprune.engine.onnx.graph import graph_weight_bytes
+from edgeprune.engine.onnx.nodes import HEAD_MULTIPLE, head_width
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile

@@ -18,10 +18,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder
-from edgeprune.engine.child import Tell, quiet
-from edgeprune.engine.facts import processor
-from edgeprune.engine.perform import Here, Session
-from edgeprune.engine.probing import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
+from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.machine import processor
+from edgeprune.ondevice.measure import Here, Session
+from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
 from edgeprune.errors import InputError
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.engine.agent import CHUNK
-from edgeprune.engine.child import Tell
+from edgeprune.ondevice.agent import CHUNK
+from edgeprune.ondevice.worker import Tell
 from edgeprune.engine.ssh import Talk, Target, talking
 from edgeprune.errors import EngineError
 
@@ -61,7 +61,7 @@ except OSError as error:
                       "remedy": "Free some space there, or make it writable for this user."}))
     sys.exit(4)
 sys.path.insert(0, path)
-runpy.run_module("edgeprune.engine.agent", run_name="__main__", alter_sys=True)
+runpy.run_module("edgeprune.ondevice.agent", run_name="__main__", alter_sys=True)
 """
 # What finish.pyz must say before it can import the rest.
 MAIN = """

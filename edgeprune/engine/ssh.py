@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.engine.agent import CHUNK, PROTOCOL
+from edgeprune.ondevice.agent import CHUNK, PROTOCOL
 from edgeprune.errors import EngineError, InputError, Unreachable
 
 ALIVE_SECONDS = 15.0

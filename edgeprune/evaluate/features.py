@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.errors import InputError
-from edgeprune.model.packaged import packaged_file
+from edgeprune.model.checkpoint.packaged import packaged_file
 
 if TYPE_CHECKING:
     from onnxruntime import NodeArg

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.configuration import checkpoint_tensors, decoder_of, stored_decoder
+from edgeprune.model.checkpoint.configuration import checkpoint_tensors, decoder_of, stored_decoder
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.families import FAMILIES
-from edgeprune.model.hub import fetch_checkpoint, fetch_config
-from edgeprune.model.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
+from edgeprune.model.checkpoint.families import FAMILIES
+from edgeprune.model.checkpoint.hub import fetch_checkpoint, fetch_config
+from edgeprune.model.checkpoint.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
 from edgeprune.model.model import Model
-from edgeprune.model.packaged import packaged_file
-from edgeprune.model.padding import without_padding
-from edgeprune.model.places import StoredTensor
-from edgeprune.model.torch_file import TorchFiles, archive_members, torch_header, training_arguments
+from edgeprune.model.checkpoint.packaged import packaged_file
+from edgeprune.model.checkpoint.padding import without_padding
+from edgeprune.model.checkpoint.places import StoredTensor
+from edgeprune.model.checkpoint.torch_file import TorchFiles, archive_members, torch_header, training_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def demo_file() -> Path:
 
 def load_gguf(path: Path, name: str) -> Model:
     """A GGUF file as a standard checkpoint, converted once and cached."""
-    from edgeprune.model.gguf import converted
+    from edgeprune.model.gguf.convert import converted
 
     return load_directory(converted(path), name)
 
@@ -135,7 +135,7 @@ def _shape(spec: str, hints: Hints) -> tuple[str, Decoder]:
     path = demo_file() if spec == "demo" else Path(os.path.expanduser(spec))  # noqa: PTH111
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            from edgeprune.model.gguf import decoder_of_gguf
+            from edgeprune.model.gguf.convert import decoder_of_gguf
 
             return path.stem, decoder_of_gguf(path)
         if path.suffix in WEIGHT_FILES:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgeprune.errors import NumericalError
-from edgeprune.model.configuration import checkpoint_tensors, config_for, loadable
+from edgeprune.model.checkpoint.configuration import checkpoint_tensors, config_for, loadable
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_tokenizer, read_config
 from edgeprune.model.model import Model
-from edgeprune.model.padding import padded_heads
-from edgeprune.model.places import stored_stream
-from edgeprune.model.vocabulary import Vocabulary, reduced_config, write_tokenizer_files
+from edgeprune.model.checkpoint.padding import padded_heads
+from edgeprune.model.checkpoint.places import stored_stream
+from edgeprune.model.tokens.vocabulary import Vocabulary, reduced_config, write_tokenizer_files
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgeprune.engine.base import Figure as EngineFigure
-from edgeprune.engine.base import Measured
+from edgeprune.ondevice.figures import Figure as EngineFigure
+from edgeprune.ondevice.figures import Measured
 
 Source = Literal["measured", "built", "estimated"]
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.budget import format_bytes
+from edgeprune.ondevice.budget import format_bytes
 from edgeprune.errors import InputError
 from edgeprune.report.figures import perplexity_text, rise_text
 from edgeprune.report.plots import PALETTE, plot_html
@@ -15,7 +15,7 @@ from edgeprune.report.plots import PALETTE, plot_html
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from edgeprune.compare import Row
+    from edgeprune.commands.compare import Row
 
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from edgeprune.engine import serving
-from edgeprune.engine.serving import TOKENS_PER_WORD, WORDS_PER_MINUTE
+from edgeprune.ondevice import experience as serving
+from edgeprune.ondevice.experience import TOKENS_PER_WORD, WORDS_PER_MINUTE
 from edgeprune.report.base import Figure, Strict, figure_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import expm1, floor, log10
 
-from edgeprune.budget import STATUS_TEXT, format_bytes, format_ms
+from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms
 from edgeprune.report.experience import Experience
 from edgeprune.report.images import Interval, Pictures
 from edgeprune.report.quality import Agreement, Answers, Identical

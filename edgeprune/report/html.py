@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeprune.budget import format_bytes
-from edgeprune.engine.serving import READING_RATE, TOKENS_PER_WORD, WORDS_PER_MINUTE
+from edgeprune.ondevice.budget import format_bytes
+from edgeprune.ondevice.experience import READING_RATE, TOKENS_PER_WORD, WORDS_PER_MINUTE
 from edgeprune.report.figures import (
     OUTCOME_LABEL,
     OUTCOME_TEXT,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgeprune.budget import format_bytes
+from edgeprune.ondevice.budget import format_bytes
 from edgeprune.report.figures import (
     OUTCOME_LABEL,
     OUTCOME_TEXT,
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from edgeprune.compare import Row
-    from edgeprune.doctor import Finding
-    from edgeprune.plan import Plan
+    from edgeprune.commands.compare import Row
+    from edgeprune.commands.doctor import Finding
+    from edgeprune.commands.plan import Plan
     from edgeprune.profiles import DeviceProfile
     from edgeprune.report.images import Pictures
 

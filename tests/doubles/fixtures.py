@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.engine.graph import GraphFiles, write_graphs
+from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
 from tests.doubles.double_device import Device
 from tests.doubles.install import LAYERS, MODEL, PRIMITIVE, RUNTIME, built, install
 from tests.reference import decoder_of, weights_of

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from edgeprune.engine import cuda, tasks
-from edgeprune.engine.base import Workload
-from edgeprune.engine.child import Tell
-from edgeprune.engine.graph import GraphFiles, Spelling
-from edgeprune.engine.onnxruntime import Runner
-from edgeprune.engine.tensorrt import compile_plan
+from edgeprune.ondevice import cuda, tasks
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.worker import Tell
+from edgeprune.engine.onnx.graph import GraphFiles, Spelling
+from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.ondevice.tensorrt import compile_plan
 from tests.doubles import double_cuda_python, double_pycuda, double_tensorrt
 from tests.doubles.double_device import Device
 from tests.engine.graph_models import llama

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edgeprune.engine.graph import GraphFiles
+from edgeprune.engine.onnx.graph import GraphFiles
 from tests.doubles import double_cuda_python, double_pycuda, double_tensorrt, double_tensorrt_base
 from tests.doubles import double_tensorrt_builder as building
 from tests.doubles.double_device import Device, Fault, Work

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.model.configuration import LAYER_WIDTHS
+from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS
 from tests.checkpoints import save_llama
 
 
@@ -117,7 +117,7 @@ CASES = {
 def run(words: list[str], home: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli", *words], cwd=home, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "edgeprune.cli.app", *words], cwd=home, capture_output=True, text=True, timeout=300,
         env=environment,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edgeprune.bundle import open_bundle, sha256
+from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.schema import Report
 from tests.checkpoints import save_llama
 from tests.e2e.test_fit import SMALL, command

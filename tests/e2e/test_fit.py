@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgeprune.bundle import open_bundle, sha256
+from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.schema import Report
 from tests.bundles import command as quick
 from tests.checkpoints import save_llama
@@ -24,7 +24,7 @@ SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64"
 
 def command(*words: str | Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli", *map(str, words)],
+        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -211,7 +211,7 @@ def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
         assert command(*words, "--output", whole).returncode == 0
     cut = tmp_path / "cut"
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgeprune.cli", *map(str, words), "--output", str(cut)],
+        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words), "--output", str(cut)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     journal = tmp_path / "cut.work" / "journal.jsonl"

@@ -56,7 +56,7 @@ def nvidia_smi(folder: Path) -> Path:
 def command(*words: str | Path, server: Server | None = None) -> subprocess.CompletedProcess:
     path = os.environ["PATH"] if server is None else f"{server.folder / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli", *map(str, words)], capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)], capture_output=True, text=True, timeout=600,
         env={**os.environ, "PATH": path},
     )  # fmt: skip
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeprune.cli import main
-from edgeprune.drawing import read_description
-from edgeprune.model.codec import load_codec
+from edgeprune.cli.app import main
+from edgeprune.generate.images import read_description
+from edgeprune.model.codec.codec import load_codec
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_directory
-from edgeprune.pictures import grid, to_pixels
+from edgeprune.generate.pixels import grid, to_pixels
 from edgeprune.report.schema import Report
 from tests.bundles import command, fitted
 from tests.llamagen import random_llamagen

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.model.families import FAMILIES
+from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.profiles import list_profiles
 from tests.e2e.test_bad_input import run
 from tests.published import PUBLISHED
@@ -53,7 +53,7 @@ def home(tmp_path_factory) -> Path:
 def test_a_huge_shape_on_every_profile_takes_seconds_and_little_memory(home, name, billions):
     """In a process of its own, whose peak memory is the one read."""
     code = (
-        "import resource, sys; from edgeprune.cli import main\n"
+        "import resource, sys; from edgeprune.cli.app import main\n"
         f"sys.argv = ['edgeprune', 'plan', {name!r}, '--json']\n"
         "try: main()\nfinally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); "
         "print(*({'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules)), file=sys.stderr)"
@@ -76,7 +76,7 @@ def test_a_published_configuration_of_every_family(tmp_path):
     for name, (config, _) in PUBLISHED.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
     code = (
-        "import io, json, sys; from contextlib import redirect_stdout; from edgeprune.cli import main\n"
+        "import io, json, sys; from contextlib import redirect_stdout; from edgeprune.cli.app import main\n"
         "found = {}\n"
         "for name in sys.argv[1:]:\n"
         "    sys.argv = ['edgeprune', 'plan', f'{name}.json', '--device', 'jetson-orin', '--json']\n"

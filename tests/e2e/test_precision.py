@@ -19,7 +19,7 @@ SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64"
 
 def command(*words: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli", *map(str, words)], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)], capture_output=True, text=True, timeout=600
     )
 
 

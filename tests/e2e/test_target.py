@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.bundle import open_bundle, sha256
+from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.profiles import profile_toml
 from edgeprune.report.schema import Report

@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgeprune.engine.graph import GraphFiles, Spelling, write_graphs
+from edgeprune.engine.onnx.graph import GraphFiles, Spelling, write_graphs
 from edgeprune.model.decoder import Decoder
 from tests.reference import decoder_of, weights_of
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgeprune.engine.child import Tell, serve
+from edgeprune.ondevice.worker import Tell, serve
 
 
 def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:

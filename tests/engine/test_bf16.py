@@ -15,12 +15,12 @@ import pytest
 from onnx import TensorProto, helper
 from transformers import LlamaForCausalLM
 
-from edgeprune.engine.check import compare_logits, judge_logits, read_reference, write_reference
-from edgeprune.engine.child import quiet
-from edgeprune.engine.gpu import Runner
-from edgeprune.engine.graph import GraphFiles, Spelling, graph_weight_bytes, write_graphs
-from edgeprune.engine.onnxruntime import Runner as ProcessorRunner
-from edgeprune.engine.tensorrt import available, compile_plan
+from edgeprune.ondevice.reference import compare_logits, judge_logits, read_reference, write_reference
+from edgeprune.ondevice.worker import quiet
+from edgeprune.ondevice.tensorrt_runner import Runner
+from edgeprune.engine.onnx.graph import GraphFiles, Spelling, graph_weight_bytes, write_graphs
+from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
+from edgeprune.ondevice.tensorrt import available, compile_plan
 from edgeprune.errors import EngineError
 from edgeprune.model.load import load_model
 from tests.doubles.double_bf16 import emulated

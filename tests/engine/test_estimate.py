@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.engine.base import Workload
+from edgeprune.ondevice.figures import Workload
 from edgeprune.engine.choose import counted
 from edgeprune.engine.estimate import (
     activation_bytes,
@@ -24,7 +24,7 @@ from edgeprune.engine.estimate import (
     latency_shares,
     prefill_flops,
 )
-from edgeprune.engine.graph import Spelling, write_graphs
+from edgeprune.engine.onnx.graph import Spelling, write_graphs
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
 from edgeprune.profiles import DeviceProfile, HardwareFigure, list_profiles, load_profile

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.engine.graph import write_graphs
+from edgeprune.engine.onnx.graph import write_graphs
 from edgeprune.model.decoder import Decoder
 from tests.engine.graph_models import SPELLINGS, Sample, run_steps
 from tests.engine.graph_pictures import closed_form, drawn, imagegpt, llamagen, random_weights

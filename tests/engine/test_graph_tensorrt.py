@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.engine.base import Workload
-from edgeprune.engine.graph import Spelling, graph_weight_bytes, write_graphs
-from edgeprune.engine.tensorrt import compile_plan
+from edgeprune.ondevice.figures import Workload
+from edgeprune.engine.onnx.graph import Spelling, graph_weight_bytes, write_graphs
+from edgeprune.ondevice.tensorrt import compile_plan
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from tests.engine.graph_models import llama
 from tests.engine.graph_pictures import imagegpt, llamagen, random_weights

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.engine import perform, ssh
-from edgeprune.engine.base import Measured, Workload
-from edgeprune.engine.graph import Spelling, write_graphs
-from edgeprune.engine.perform import Counted, Here
+from edgeprune.ondevice import measure as perform
+from edgeprune.engine import ssh
+from edgeprune.ondevice.figures import Measured, Workload
+from edgeprune.engine.onnx.graph import Spelling, write_graphs
+from edgeprune.ondevice.measure import Counted, Here
 from edgeprune.engine.remote import DEVICE_FILES, Device, Target, program
 from edgeprune.errors import EngineError
 from tests.device import QUICK, Server, altered, bare_python, script, ssh_server

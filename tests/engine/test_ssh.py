@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgeprune.engine import ssh
-from edgeprune.engine.perform import describe
+from edgeprune.ondevice.measure import describe
 from edgeprune.engine.remote import Device, program
 from edgeprune.engine.ssh import Target
 from edgeprune.errors import EngineError, InputError

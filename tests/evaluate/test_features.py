@@ -13,7 +13,7 @@ from PIL import Image
 from edgeprune.errors import InputError
 from edgeprune.evaluate import features as module
 from edgeprune.evaluate.features import features, load_network
-from edgeprune.model import packaged
+from edgeprune.model.checkpoint import packaged
 
 pytest.importorskip("torchmetrics", reason="pip install edgeprune[images]")
 pytest.importorskip("efficientnet_lite_pytorch", reason="pip install edgeprune[images]")

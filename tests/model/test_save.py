@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 from edgeprune.errors import NumericalError
 from edgeprune.model import save
 from edgeprune.model.decoder import Rotary
-from edgeprune.model.families import changed
+from edgeprune.model.checkpoint.families import changed
 from edgeprune.model.forward import token_losses, weight_stream
 from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.save import save_checkpoint
-from edgeprune.model.tokenizer import write_tokenizer
-from edgeprune.model.vocabulary import Vocabulary, needed, padded, read_vocabulary
+from edgeprune.model.gguf.tokenizer_read import write_tokenizer
+from edgeprune.model.tokens.vocabulary import Vocabulary, needed, padded, read_vocabulary
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.checkpoints import save_llama

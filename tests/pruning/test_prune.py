@@ -7,15 +7,7 @@ from hypothesis import strategies as st
 
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Attention, ratio
-from edgeprune.model.forward import (
-    Tables,
-    add_module,
-    embed,
-    layer_weights,
-    module_inputs,
-    modules_of,
-    token_losses,
-)
+from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_inputs, modules_of, token_losses
 from edgeprune.model.model import Model
 from edgeprune.pruning.methods import METHODS, Method, Recovery, method_named
 from edgeprune.pruning.prune import prune, result_of, sample_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeprune.engine.base import Built, Estimate, Measured
+from edgeprune.ondevice.figures import Built, Estimate, Measured
 from edgeprune.evaluate.agreement import wilson
 from edgeprune.report.schema import Figure, Report, figure_of, grade_of
 

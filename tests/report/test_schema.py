@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from edgeprune.engine.base import Built, Estimate, Measured, Memory, Performance, Workload
-from edgeprune.engine.serving import Room, experience_of
+from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
+from edgeprune.ondevice.experience import Room, experience_of
 from edgeprune.report.experience import experience_part
 from edgeprune.report.quality import quality_part
 from edgeprune.report.schema import Report, figure_of, grade_of, schema_markdown

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from edgeprune.compare import Row
-from edgeprune.doctor import Finding
+from edgeprune.commands.compare import Row
+from edgeprune.commands.doctor import Finding
 from edgeprune.errors import InputError
-from edgeprune.plan import Question, plan, plan_all
+from edgeprune.commands.plan import Question, plan, plan_all
 from edgeprune.profiles import list_profiles, load_profile
 from edgeprune.report.comparison import check_page, render_page, write_page
 from edgeprune.report.figures import figure_text, number_text, perplexity_text

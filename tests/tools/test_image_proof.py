@@ -9,7 +9,7 @@ import pytest
 
 from edgeprune.errors import InputError
 from edgeprune.evaluate.features import Network
-from edgeprune.pictures import to_images
+from edgeprune.generate.pixels import to_images
 from edgeprune.progress import Silent
 from tests.tools.image_model import idx
 from tools import images as tool

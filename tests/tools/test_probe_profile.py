@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import edgeprune.cli
-from edgeprune.engine import probe, probing
+from edgeprune.engine import probe
+from edgeprune.ondevice import probe_tasks as probing
 from edgeprune.engine.remote import Device
 from edgeprune.errors import EngineError, InputError
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
@@ -293,7 +294,7 @@ def test_fit_takes_the_profile_for_its_device(
     )  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit) as ended:
-        edgeprune.cli.main()
+        edgeprune.cli.app.main()
     said = capsys.readouterr()
     assert ended.value.code == 0, said.err
     report = Report.model_validate_json(said.out)

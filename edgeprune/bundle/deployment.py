@@ -1,0 +1,47 @@
+"""deployment.json: all that finish.pyz needs to build, check, measure and judge a bundle without edgeprune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgeprune.ondevice.budget import Limit, format_bytes, format_ms
+from edgeprune.engine.choose import counted, workspace_bytes
+from edgeprune.engine.estimate import estimate_performance
+from edgeprune.engine.onnx.graph import Spelling
+from edgeprune.ondevice.wire import figure_to_json
+from edgeprune.pipeline.results import Fitted
+
+
+def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
+    """Limits in bytes and ms, relative ones resolved by what is known of the dense model here."""
+    first = rungs[0]
+    setup = first.setup
+    parts = (setup.profile, setup.workload, setup.precision)
+    absolute = setup.budget.absolute(first.dense).limits
+    return {
+        "device": setup.profile.name, "engine": setup.profile.engine, "sm": setup.profile.sm,
+        "precision": setup.precision, "graph": Spelling(setup.profile.dialect, "last").filename,
+        "workload": dict(setup.workload.__dict__),
+        "limits": {
+            name: {"value": absolute[name], "asked": _asked(name, limit, first)}
+            for name, limit in setup.budget.limits.items()
+        },
+        "runtime": figure_to_json(estimate_performance(setup.model.decoder, *parts).memory.runtime),
+        "rungs": [
+            {
+                "counted": dict(counted(rung.chosen.model.decoder, setup.precision, setup.workload).__dict__),
+                "workspace_bytes": workspace_bytes(rung.chosen.model.decoder, *parts),
+            }
+            for rung in rungs
+        ],
+    }  # fmt: skip
+
+
+def _asked(name: str, limit: Limit, fitted: Fitted) -> str:
+    if not limit.relative:
+        return limit.asked
+    if name == "memory":
+        return f"{limit.asked} of the dense model's {format_bytes(fitted.dense.memory.prunable)}"
+    figure = getattr(fitted.dense, name)
+    return f"{limit.asked} of the dense model's {format_ms(figure.value)} ({figure.source})"

@@ -1,0 +1,203 @@
+"""A bundle of rungs to pick from; and, of the one that was picked, a bundle of its own, from those files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.ondevice.budget import CONSTRAINTS
+from edgeprune.ondevice.bundle import (
+    CODEC,
+    FRONTIER,
+    REPORT,
+    TOKENIZER,
+    check_output,
+    check_space,
+    open_bundle,
+    rungs_of,
+    sha256,
+    tokenizer_of,
+    write_bundle,
+)
+from edgeprune.bundle.deployment import deployment
+from edgeprune.engine.remote import program
+from edgeprune.errors import InputError
+from edgeprune.ondevice.finish import DEPLOYMENT, MEASUREMENT
+from edgeprune.profiles import profile_toml
+from edgeprune.progress import Progress, Silent
+from edgeprune.pipeline.provenance import command_line, manifest_of, now
+from edgeprune.bundle.read import FRONTIER_FILE, FRONTIER_PAGE, read_report
+from edgeprune.bundle.readme import FINISH, deploy_steps, frontier_readme, readme
+from edgeprune.report.frontier import frontier_of, pick_command
+from edgeprune.report.frontier_page import render_frontier
+from edgeprune.report.schema import Choice, Report, Step
+from edgeprune.pipeline.results import Fitted
+from edgeprune.bundle.write import as_json, build_report, rendered, rung_folder, shared_files
+
+
+def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
+    """Write the finished bundle to the setup's output, the largest rung first. All before happens in `work`.
+
+    Each rung has all that a bundle of its own needs: see `pick`.
+    """
+    setup = rungs[0].setup
+    command = command_line(setup.request, "frontier", left_out=CONSTRAINTS)
+    reports, folders = [], []
+    for index, rung in enumerate(rungs):
+        step = Step(title="Pick this rung: a bundle of its own", command=pick_command(setup.output.name, index))
+        reports.append(build_report(rung, {}, command).model_copy(update={"deploy": [step]}))
+        folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index), setup.model.directory))
+        (folders[-1] / DEPLOYMENT).write_text(_json_text(deployment([rung])), encoding="utf-8")
+    frontier = frontier_of(reports)
+    texts = {"profile.toml": profile_toml(setup.profile), "README.md": frontier_readme(frontier, setup.output.name)}
+
+    def render(files: dict[str, int]) -> dict[str, str]:
+        return {FRONTIER_FILE: as_json(frontier), FRONTIER_PAGE: render_frontier(frontier, setup.output.name)}
+
+    manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
+    shared = shared_files(setup, work, setup.model.directory)
+    write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest, render, chosen=None)
+
+
+def pick(
+    bundle: Path, index: int, output: Path | None = None, force: bool = False, progress: Progress | None = None
+) -> Path:
+    """Write one rung as a bundle whose chosen model it is; returns that bundle's folder.
+
+    bundle: a frontier's, or any of several rungs. What `edgeprune measure` found there on a device stays there.
+    Raises InputError.
+    """
+    progress = progress or Silent()
+    manifest = open_bundle(bundle)
+    report = _check(bundle, index, manifest)
+    written = output or Path(f"{bundle.resolve().name}-pick{index}")
+    output = written.absolute()
+    _check_apart(bundle, output)
+    check_output(output, force)
+    measured = MEASUREMENT in manifest["sha256"]
+    names = _names(bundle, index, manifest, measured)
+    check_space(output, sum((bundle / name).stat().st_size for name in names))
+    if measured:
+        progress.note(f"what was measured with {bundle} stays there: measure the new bundle with `edgeprune measure`")
+    command, again = _commands(manifest, bundle, index, written)
+    plan = _plan(bundle, index, manifest)
+    folder = Path("rungs") / str(index)
+    report = report.model_copy(
+        update={
+            "command": command, "files": {},
+            "choices": [*report.choices, Choice(name="rung", value=str(index), reason=f"picked from {bundle.name}")],
+            "deploy": deploy_steps(
+                report, output.name, plan["engine"],
+                sorted(name.rsplit("/", 1)[1] for name in names if name.endswith(".engine")),
+                any(name.startswith(f"{folder}/model/") for name in names), again,
+            ),
+        }
+    )  # fmt: skip
+    texts = {
+        "profile.toml": (bundle / "profile.toml").read_bytes(), "README.md": readme(report),
+        DEPLOYMENT: _json_text(plan), FINISH: program(),
+    }  # fmt: skip
+
+    def render(files: dict[str, int]) -> dict[str, str]:
+        return rendered(report.model_copy(update={"files": files}))
+
+    kept = {name: value for name, value in manifest.items() if name not in ("kind", "sha256")}
+    kept |= {"edgeprune": __version__, "created": now(), "command": command, "rung": index}
+    work = output.with_name(f"{output.name}.picking")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        advance = progress.stage(f"copy rung {index}", len(names))
+        for name in names:
+            _copy(bundle / name, work / Path(name).relative_to("rungs"), manifest["sha256"][name])
+            advance()
+        (work / str(index) / REPORT).write_text(as_json(report), encoding="utf-8")
+        progress.stage("write the bundle")
+        shared = {f"{folder.name}/{path.name}": path for folder in _shared(bundle, index)
+                  for path in sorted(folder.iterdir())}  # fmt: skip
+        write_bundle(work / "bundle", output, [work / str(index)], shared, texts, kept, render)
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written: {error.strerror}", "Free some space, or name another --output."
+        ) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return output
+
+
+def _check(bundle: Path, index: int, manifest: dict[str, Any]) -> Report:
+    """The rung's report. Raises InputError where there is no such rung, or nothing to pick from."""
+    rungs = rungs_of(bundle)
+    if len(rungs) == 1 and manifest.get("kind") != FRONTIER:
+        raise InputError(f"{bundle} holds one rung: nothing is to be picked", "It is ready as it is.")
+    if index not in rungs:
+        raise InputError(f"{bundle} holds no rung {index}", f"Give --pick {rungs[0]} to {rungs[-1]}.")
+    return read_report(bundle / "rungs" / str(index))
+
+
+def _shared(bundle: Path, index: int) -> list[Path]:
+    """The folders of what a rung shares with the others of the bundle."""
+    return [folder for folder in (tokenizer_of(bundle, index), bundle / CODEC) if folder.is_dir()]
+
+
+def _check_apart(bundle: Path, output: Path) -> None:
+    """--force must not replace the bundle that is read, nor write into it."""
+    source, target = bundle.resolve(), output.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise InputError(f"the output {output} is, holds or is in the bundle {bundle}", "Name another --output.")
+
+
+def _names(bundle: Path, index: int, manifest: dict[str, Any], measured: bool) -> list[str]:
+    """The rung's files, as the manifest names them. An engine that `measure` built is of the device there, not ours."""
+    folder = bundle / "rungs" / str(index)
+    found = (str(path.relative_to(bundle)) for path in sorted(folder.rglob("*")) if path.is_file())
+    left_out = {folder / REPORT, folder / DEPLOYMENT, folder / TOKENIZER, *([folder / "engine"] if measured else [])}
+    return [
+        name for name in found if name in manifest["sha256"] and not left_out & {bundle / name, (bundle / name).parent}
+    ]
+
+
+def _commands(manifest: dict[str, Any], bundle: Path, index: int, output: Path) -> tuple[str, str]:
+    """The command line that makes the picked bundle again; and the one that makes it once more, over this one."""
+    words = shlex.split(manifest["command"])
+    if "--output" not in words:
+        words += ["--output", bundle.resolve().name]
+    source = words[words.index("--output") + 1]
+    last = ["edgeprune", "fit", "--from", source, "--pick", str(index), "--output", str(output)]
+    command, again = (" && ".join(shlex.join([*step, *more]) for step in (words, last)) for more in ((), ("--force",)))
+    return command, again
+
+
+def _plan(bundle: Path, index: int, manifest: dict[str, Any]) -> dict[str, Any]:
+    """deployment.json with the one rung."""
+    own = bundle / "rungs" / str(index) / DEPLOYMENT
+    path = own if manifest.get("kind") == FRONTIER else bundle / DEPLOYMENT
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        return plan if path == own else {**plan, "rungs": [plan["rungs"][index]]}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(f"{path} cannot be read", "Copy the whole bundle again.") from None
+
+
+def _copy(source: Path, target: Path, digest: str) -> None:
+    """A copy and no second name: onnx refuses weights in a file that has two. Blocks are shared where they can be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            while os.copy_file_range(old.fileno(), new.fileno(), 2**30):
+                pass
+        except (AttributeError, OSError):  # another system, or two file systems that cannot
+            old.seek(0)
+            new.seek(0)
+            shutil.copyfileobj(old, new, 2**20)
+    if sha256(target) != digest:
+        raise InputError(f"{source} is not the file that manifest.json tells of", "Copy the whole bundle again.")
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"

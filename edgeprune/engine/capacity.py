@@ -1,0 +1,73 @@
+"""What a user of a model will notice: its speed against a reader's, the longest context and the most sequences.
+
+Pure: it measures nothing. What more context or sequences cost is the estimator's difference to the workload, added
+to what was obtained for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from edgeprune.ondevice.budget import AbsoluteBudget
+from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.engine.estimate import Precision, estimate_memory
+from edgeprune.ondevice.experience import Experience, Room, experience_of
+from edgeprune.model.decoder import Decoder
+from edgeprune.profiles import DeviceProfile
+
+MOST_SEQUENCES = 2**20
+
+
+def experience(
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision, performance: Performance,
+    budget: AbsoluteBudget, images: int | None = None,
+) -> Experience:  # fmt: skip
+    """performance: what was obtained for the workload; images: at once, of an image generator. Room is what the memory
+    budget leaves, or else the device.
+
+    Raises InputError for a profile without hardware figures.
+    """
+    limit, reason = profile.available_bytes, f"what the system leaves on {profile.name}"
+    if budget.memory is not None:
+        limit, reason = budget.memory, "the memory budget"
+    obtained, known = performance.memory.total, estimate_memory(decoder, profile, workload, precision).total
+
+    def needs(changed: Workload) -> float:
+        return obtained + estimate_memory(decoder, profile, changed, precision).total - known
+
+    def with_context(context: int) -> float:
+        return needs(replace(workload, context=context, prompt=min(workload.prompt, context - 1)))
+
+    def with_sequences(batch: int) -> float:
+        return needs(replace(workload, batch=batch))
+
+    most = decoder.max_position_embeddings
+    context = _largest(with_context, limit, 2, most)
+    sequences = _largest(with_sequences, limit, 1, MOST_SEQUENCES)
+    room = Room(
+        limit, reason, most, _growth(with_context, workload.context, context or 2),
+        _growth(with_sequences, workload.batch, sequences or 1),
+    )  # fmt: skip
+    return experience_of(performance, workload, room, context, sequences, images)
+
+
+def _largest(needs: Callable[[int], float], limit: float, first: int, last: int) -> int:
+    """The largest number from first to last whose needs, which rise with it, keep to the limit; 0 if none does."""
+    if needs(first) > limit:
+        return 0
+    low, high = first, first + 1
+    while high <= last and needs(high) <= limit:
+        low, high = high, 2 * high
+    high = min(high, last + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needs(middle) <= limit else (low, middle)
+    return low
+
+
+def _growth(needs: Callable[[int], float], start: int, end: int) -> float:
+    """Bytes of one more, on the way from one number to another."""
+    if start == end:
+        end += 1
+    return (needs(end) - needs(start)) / (end - start)

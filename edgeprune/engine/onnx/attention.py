@@ -1,0 +1,281 @@
+"""Attention in three dialects: positions, masks and the cache. Notation as in graph_ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgeprune.engine.onnx.data import rotary_tables, rotates_by_tables
+from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared, additive_masks, head_width, lengths, masked
+from edgeprune.model.decoder import Attention, Decoder, Rotary
+
+
+def _angles(nodes: Nodes, rotary: Rotary, name: str) -> tuple[str, str]:
+    """cos and sin (b, s, turned / 2) fp32 of the given positions, times the rotary scaling."""
+    scaling = None
+    if rotary.scaling != 1.0 or rotary.grid is not None:
+        scaling = nodes.constant(f"{name}.scaling", rotary.scaling, np.float32)
+    if rotary.grid is None:
+        angles = _turns(nodes, f"{name}.angles", "position_ids", rotary.inverse_frequencies)
+    else:
+        angles, scaling = _grid_angles(nodes, rotary, name, scaling)
+    cos, sin = nodes.add("Cos", f"{name}.cos", angles), nodes.add("Sin", f"{name}.sin", angles)
+    if scaling is not None:
+        cos = nodes.add("Mul", f"{name}.cos_scaled", cos, scaling)
+        sin = nodes.add("Mul", f"{name}.sin_scaled", sin, scaling)
+    return cos, sin
+
+
+def _grid_angles(nodes: Nodes, rotary: Rotary, name: str, scaling: str) -> tuple[str, str]:
+    """Angles (b, s, turned / 2) by row and column, and what multiplies cos and sin (b, s, 1): 0 in the prefix."""
+    prefix = nodes.constant(f"{name}.prefix", rotary.grid.prefix)
+    side = nodes.constant(f"{name}.side", rotary.grid.side)
+    places = nodes.add("Sub", f"{name}.places", "position_ids", prefix)
+    half, parts = len(rotary.inverse_frequencies) // 2, []
+    for part, operator, chosen in (("row", "Div", slice(half)), ("column", "Mod", slice(half, None))):
+        numbers = nodes.add(operator, f"{name}.{part}", places, side)
+        parts.append(_turns(nodes, f"{name}.by_{part}", numbers, rotary.inverse_frequencies[chosen]))
+    outside = nodes.add("Less", f"{name}.in_prefix", "position_ids", prefix)
+    outside = nodes.add("Unsqueeze", f"{name}.in_prefix_of_pairs", outside, nodes.sizes(2))
+    seen = nodes.add("Where", f"{name}.seen", outside, nodes.constant("zero.fp32", 0.0, np.float32), scaling)
+    return nodes.add("Concat", f"{name}.angles", *parts, axis=-1), seen
+
+
+def _turns(nodes: Nodes, name: str, numbers: str, frequencies: Sequence[float]) -> str:
+    """(b, s) int64 -> angles (b, s, frequencies) fp32."""
+    from onnx import TensorProto
+
+    numbers = nodes.add("Cast", f"{name}.numbers", numbers, to=TensorProto.FLOAT)
+    numbers = nodes.add("Unsqueeze", f"{name}.numbers_of_pairs", numbers, nodes.sizes(2))
+    return nodes.add("Mul", name, numbers, nodes.constant(f"{name}.frequencies", frequencies, np.float32))
+
+
+def _rotary_name(decoder: Decoder, rotary: Rotary) -> str:
+    number = decoder.rotaries.index(rotary)
+    return f"rotary.{number}" if number else "rotary"
+
+
+def prepare_opset23(nodes: Nodes, decoder: Decoder) -> Shared:
+    shared = additive_masks(nodes, decoder.windows)
+    for rotary in decoder.rotaries:
+        name = _rotary_name(decoder, rotary)
+        cos, sin = _angles(nodes, rotary, name)
+        shared |= {
+            f"{name}.cos": nodes.from_fp32(f"{name}.cos_cast", cos),
+            f"{name}.sin": nodes.from_fp32(f"{name}.sin_cast", sin),
+        }
+    return shared
+
+
+def prepare_primitive(nodes: Nodes, decoder: Decoder) -> Shared:
+    shared = additive_masks(nodes, decoder.windows)
+    for rotary in decoder.rotaries:
+        shared |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=1)
+    return shared
+
+
+def _primitive_angles(nodes: Nodes, rotary: Rotary, name: str, heads: int) -> Shared:
+    """cos as (b, s, turned) = [cos, cos]; sin as [-sin, sin], so that rotating needs no negation; with an axis of 1
+    for the heads."""
+    cos, sin = _angles(nodes, rotary, name)
+    cos = nodes.add("Concat", f"{name}.cos_head", cos, cos, axis=-1)
+    sin = nodes.add("Concat", f"{name}.sin_head", nodes.add("Neg", f"{name}.sin_negative", sin), sin, axis=-1)
+    cos = nodes.add("Unsqueeze", f"{name}.cos_heads", cos, nodes.sizes(heads))
+    sin = nodes.add("Unsqueeze", f"{name}.sin_heads", sin, nodes.sizes(heads))
+    return {
+        f"{name}.cos": nodes.from_fp32(f"{name}.cos_cast", cos),
+        f"{name}.sin": nodes.from_fp32(f"{name}.sin_cast", sin),
+    }
+
+
+def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
+    """The lengths that GroupQueryAttention asks for, and the padding as a bias (b, 1, s, t).
+
+    Every row of the batch is `total` long: left padding is hidden by the bias, not by a length.
+    query_seqlens says that all new tokens are real; with it the operator takes several tokens on a
+    filled cache in a batch, and reads every element of position_ids.
+    """
+    from onnx import TensorProto
+
+    found = lengths(nodes)
+    total = nodes.add("Cast", "lengths.total", found["total"], to=TensorProto.INT32)
+    sequence = nodes.add("Cast", "lengths.sequence", found["sequence"], to=TensorProto.INT32)
+    last = nodes.add("Sub", "lengths.last_slot", total, nodes.constant("lengths.one", [1], np.int32))
+    padding = nodes.add("Equal", "bias.padding_tokens", "attention_mask", nodes.constant("zero", 0))
+    padding = nodes.add("Unsqueeze", "bias.padding", padding, nodes.sizes(1, 2))
+    keys = nodes.add("Where", "bias.keys", padding, masked(nodes), nodes.number("mask.zero", 0.0))
+    queries = nodes.add("Concat", "bias.queries", nodes.sizes(1, 1), found["sequence"], nodes.sizes(1), axis=0)
+    attentions = [layer.attention for layer in decoder.layers if layer.attention]
+    angles: Shared = {}
+    for rotary in dict.fromkeys(attention.rotary for attention in attentions if _turns_before(attention)):
+        angles |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=2)
+    return angles | {
+        "total": total,
+        "seqlens_k": nodes.add("Expand", "lengths.seqlens_k", last, found["batch"]),
+        "query_seqlens": nodes.add("Expand", "lengths.query_seqlens", sequence, found["batch"]),
+        "bias": nodes.add("Expand", "bias", keys, queries),
+    }
+
+
+def _split_heads(nodes: Nodes, name: str, packed: str, attention: Attention) -> tuple[str, str]:
+    """(b, s, (h + 2k) * d) -> query and key heads together (b, h + k, s, d), value heads (b, k, s, d)."""
+    h, k, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+    heads = nodes.add("Reshape", f"{name}.split_heads", packed, nodes.sizes(0, 0, h + 2 * k, d))
+    heads = nodes.add("Transpose", f"{name}.heads", heads, perm=[0, 2, 1, 3])
+    inputs = (heads, nodes.sizes(h + k, k))
+    query_key, value = nodes.add_many("Split", f"{name}.split", inputs, (f"{name}.qk", f"{name}.value"), axis=1)
+    return query_key, value
+
+
+def _with_cache(
+    nodes: Nodes, name: str, rotated: str, value: str, attention: Attention, cache: tuple[str, ...]
+) -> tuple[str, str, str]:
+    """Rotated query and key heads and new values -> query (b, h, s, d), all keys and values (b, k, t, d)."""
+    past_key, past_value, present_key, present_value = cache
+    inputs = (rotated, nodes.sizes(attention.num_attention_heads, attention.num_key_value_heads))
+    query, key = nodes.add_many("Split", f"{name}.split_qk", inputs, (f"{name}.query", f"{name}.key"), axis=1)
+    (key,) = nodes.add_many("Concat", f"{name}.keys", (past_key, key), (present_key,), axis=2)
+    (value,) = nodes.add_many("Concat", f"{name}.values", (past_value, value), (present_value,), axis=2)
+    return query, key, value
+
+
+def _join_heads(nodes: Nodes, name: str, context: str, attention: Attention) -> str:
+    context = nodes.add("Transpose", f"{name}.tokens", context, perm=[0, 2, 1, 3])
+    return nodes.add("Reshape", f"{name}.context", context, nodes.sizes(0, 0, attention.query_size))
+
+
+def _rotated(
+    nodes: Nodes, name: str, heads: str, attention: Attention, decoder: Decoder, shared: Shared, is_primitive: bool
+) -> str:
+    """Query and key heads (b, h + k, s, d), turned by their positions in the dimensions that turn."""
+    if (rotary := attention.rotary) is None:
+        return heads
+    base, turned = _rotary_name(decoder, rotary), 2 * len(rotary.inverse_frequencies)
+    cos, sin = shared[f"{base}.cos"], shared[f"{base}.sin"]
+    rest = None
+    if turned < attention.head_dim:
+        inputs = (heads, nodes.sizes(turned, attention.head_dim - turned))
+        outputs = (f"{name}.turned", f"{name}.unturned")
+        heads, rest = nodes.add_many("Split", f"{name}.split_turned", inputs, outputs, axis=-1)
+    if is_primitive:
+        inputs = (heads, nodes.sizes(turned // 2, turned // 2))
+        first, second = nodes.add_many("Split", f"{name}.halves", inputs, (f"{name}.first", f"{name}.second"), axis=-1)
+        swapped = nodes.add("Concat", f"{name}.swapped", second, first, axis=-1)
+        cosine = nodes.add("Mul", f"{name}.cos", heads, cos)
+        rotated = nodes.add("Add", f"{name}.rotary", cosine, nodes.add("Mul", f"{name}.sin", swapped, sin))
+    else:
+        rotated = nodes.add("RotaryEmbedding", f"{name}.rotary", heads, cos, sin)
+    return rotated if rest is None else nodes.add("Concat", f"{name}.whole_heads", rotated, rest, axis=-1)
+
+
+def attention_opset23(
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
+    shared: Shared,
+) -> str:  # fmt: skip
+    """In operators of opset 17 where Attention does not serve: its softcap comes after its mask in this opset, which
+    would let masked pairs be seen; and TensorRT for RTX has no kernel for a single head."""
+    query_key, value = _split_heads(nodes, name, packed, attention)
+    rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=False)
+    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
+    mask = shared[f"mask.{attention.window}"]
+    if attention.softcap is not None or attention.num_attention_heads == 1:
+        context = _attend(nodes, name, query, key, value, attention, mask)
+    else:
+        scale = attention.score_scale
+        context = nodes.add("Attention", f"{name}.attend", query, key, value, mask, scale=scale)
+    return _join_heads(nodes, name, context, attention)
+
+
+def attention_primitive(
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
+    shared: Shared,
+) -> str:  # fmt: skip
+    query_key, value = _split_heads(nodes, name, packed, attention)
+    rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
+    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
+    context = _attend(nodes, name, query, key, value, attention, shared[f"mask.{attention.window}"])
+    return _join_heads(nodes, name, context, attention)
+
+
+def _attend(nodes: Nodes, name: str, query: str, key: str, value: str, attention: Attention, mask: str) -> str:
+    """Query (b, h, s, d), keys and values (b, k, t, d) -> (b, h, s, d). Grouped queries share a key head as rows of
+    one product: (b, k, g * s, d) x (b, k, d, t)."""
+    h, k, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+    scale, cap = attention.score_scale, attention.softcap
+    if cap is not None:
+        scale /= cap
+    query = nodes.add("Mul", f"{name}.scaled", query, nodes.number(f"scale.{scale}", scale))
+    keys = nodes.add("Transpose", f"{name}.keys_transposed", key, perm=[0, 1, 3, 2])
+    if h != k:
+        query = nodes.add("Reshape", f"{name}.groups", query, nodes.sizes(0, k, -1, d))
+    scores = nodes.add("MatMul", f"{name}.scores", query, keys)
+    if h != k:
+        scores = nodes.add("Reshape", f"{name}.scores_heads", scores, nodes.sizes(0, h, -1, 0))  # (b, h, s, t)
+    if cap is not None:
+        scores = nodes.add("Tanh", f"{name}.squashed", scores)
+        scores = nodes.add("Mul", f"{name}.capped", scores, nodes.number(f"softcap.{cap}", cap))
+    scores = nodes.add("Add", f"{name}.masked", scores, mask)
+    shares = nodes.add("Softmax", f"{name}.softmax", scores, axis=-1)
+    if h != k:
+        shares = nodes.add("Reshape", f"{name}.softmax_groups", shares, nodes.sizes(0, k, -1, 0))
+    context = nodes.add("MatMul", f"{name}.attend", shares, value)
+    if h != k:
+        context = nodes.add("Reshape", f"{name}.context_heads", context, nodes.sizes(0, h, -1, d))
+    return context
+
+
+def attention_onnxruntime(
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
+    shared: Shared,
+) -> str:  # fmt: skip
+    """What the operator does not turn itself is turned before; heads of other sizes than it takes get zeros behind."""
+    past_key, past_value, present_key, present_value = cache
+    positions: Sequence[str] = ("", "", "")
+    width = head_width(attention.head_dim, "onnxruntime")
+    if _turns_before(attention) or width > attention.head_dim:
+        packed = _prepared_heads(nodes, name, packed, attention, decoder, width, shared)
+    if rotates_by_tables(attention):
+        positions = (*rotary_tables(decoder.rotaries.index(attention.rotary)), "position_ids")
+    inputs = (
+        packed, "", "", past_key, past_value, shared["seqlens_k"], shared["total"], *positions,
+        shared["bias"], "", "", "", "", "", shared["query_seqlens"],
+    )  # fmt: skip
+    attributes = {
+        "num_heads": attention.num_attention_heads,
+        "kv_num_heads": attention.num_key_value_heads,
+        "scale": attention.score_scale,
+        "do_rotary": int(rotates_by_tables(attention)),
+    }
+    if attention.window is not None:
+        attributes["local_window_size"] = attention.window
+    if attention.softcap is not None:
+        attributes["softcap"] = attention.softcap
+    outputs = (f"{name}.context", present_key, present_value)
+    context = nodes.add_many("GroupQueryAttention", f"{name}.attend", inputs, outputs, MICROSOFT, **attributes)[0]
+    if width == attention.head_dim:
+        return context
+    context = nodes.add("Reshape", f"{name}.wide_heads", context, nodes.sizes(0, 0, -1, width))
+    bounds = (nodes.sizes(0), nodes.sizes(attention.head_dim), nodes.sizes(3))
+    context = nodes.add("Slice", f"{name}.own_heads", context, *bounds)
+    return nodes.add("Reshape", f"{name}.joined", context, nodes.sizes(0, 0, attention.query_size))
+
+
+def _turns_before(attention: Attention) -> bool:
+    return attention.rotary is not None and not rotates_by_tables(attention)
+
+
+def _prepared_heads(
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, width: int, shared: Shared
+) -> str:
+    """(b, s, (h + 2k) * d) -> turned where GroupQueryAttention does not, each head with zeros up to `width`."""
+    h, k, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+    heads = nodes.add("Reshape", f"{name}.split_heads", packed, nodes.sizes(0, 0, h + 2 * k, d))
+    if _turns_before(attention):
+        inputs, outputs = (heads, nodes.sizes(h + k, k)), (f"{name}.qk", f"{name}.value")
+        query_key, value = nodes.add_many("Split", f"{name}.split", inputs, outputs, axis=2)
+        rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
+        heads = nodes.add("Concat", f"{name}.heads", rotated, value, axis=2)
+    if width > d:
+        heads = nodes.add("Pad", f"{name}.padded_heads", heads, nodes.sizes(0, 0, 0, 0, 0, 0, 0, width - d))
+    return nodes.add("Reshape", f"{name}.packed", heads, nodes.sizes(0, 0, (h + 2 * k) * width))

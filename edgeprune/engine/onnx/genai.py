@@ -1,0 +1,112 @@
+"""What onnxruntime-genai reads beside a graph: genai_config.json and the tokenizer's files.
+
+`onnxruntime_genai.Model(folder)` then runs a folder of graph.py. Its model type is `decoder`, which takes every
+family as the graph says it: windows, scales, biases and positions are nodes, not settings. Layers without attention
+and key/value heads that differ from layer to layer need onnxruntime-genai 0.18, which reads the numbers and shapes
+of the cache from the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.ondevice.sampling import end_ids
+from edgeprune.engine.onnx.graph import Spelling
+from edgeprune.engine.onnx.nodes import head_width
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.load import load_tokenizer
+from edgeprune.model.save import TOKENIZER_FILES
+
+CONFIG = "genai_config.json"
+SPELLINGS = (Spelling("onnxruntime", "all"), Spelling("opset23", "all"), Spelling("primitive", "all"))
+"""The graphs it can run, the best first. With the logits of the last position alone it reads those of padding:
+it pads the shorter prompts of a batch on their right."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """begin: None where the tokenizer has no such token; ends: those that end a text; pad: of shorter prompts."""
+
+    begin: int | None
+    ends: tuple[int, ...]
+    pad: int
+
+
+def write_genai(
+    decoder: Decoder, spellings: Collection[Spelling], folder: Path, tokenizer: Path, max_positions: int | None = None
+) -> None:
+    """Let onnxruntime-genai load the graphs of `spellings` in `folder`, as write_graphs left it.
+
+    tokenizer: a checkpoint's folder; max_positions: as given to write_graphs, the longest sequence. Raises
+    InputError where no spelling has all logits, and for a tokenizer that cannot be read. An image generator has no
+    tokenizer, and nothing that onnxruntime-genai could run: nothing is written.
+    """
+    if decoder.picture is not None:
+        return
+    spelling = next((spelling for spelling in SPELLINGS if spelling in spellings), None)
+    if spelling is None:
+        raise InputError("onnxruntime-genai needs a graph with the logits of all positions", "Export model.onnx too.")
+    loaded = load_tokenizer(tokenizer)
+    limit = decoder.max_position_embeddings
+    config = genai_config(decoder, spelling, _token_ids(loaded, tokenizer), min(limit, max_positions or limit))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is not None and not (tokenizer / "tokenizer.json").is_file():
+        backend.save(str(folder / "tokenizer.json"))
+
+
+def _token_ids(tokenizer: Any, directory: Path) -> TokenIds:
+    ends = tuple(sorted(end_ids(tokenizer, directory)))
+    known: Sequence[int] = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None]
+    return TokenIds(tokenizer.bos_token_id, ends, known[0] if known else 0)
+
+
+def genai_config(decoder: Decoder, spelling: Spelling, tokens: TokenIds, context: int) -> dict[str, Any]:
+    """The content of genai_config.json for one graph; context: tokens of prompt and output together."""
+    attention = next((layer.attention for layer in decoder.layers if layer.attention), None)
+    heads = attention and attention.num_attention_heads
+    model = {
+        "type": "decoder",
+        "vocab_size": decoder.vocab_size,
+        "context_length": context,
+        "bos_token_id": tokens.begin,
+        "eos_token_id": list(tokens.ends),
+        "pad_token_id": tokens.pad,
+        "decoder": {
+            "filename": spelling.filename,
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "hidden_size": decoder.hidden_size,
+            "num_hidden_layers": len(decoder.layers),
+            "num_attention_heads": heads or 0,
+            "num_key_value_heads": attention.num_key_value_heads if attention else 0,
+            "head_size": head_width(attention.head_dim, spelling.dialect) if attention else 0,
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "position_ids": "position_ids",
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    }
+    model = {name: value for name, value in model.items() if value is not None}
+    search = {
+        "do_sample": False,
+        "max_length": context,
+        "past_present_share_buffer": spelling.dialect == "onnxruntime",
+    }
+    return {"model": model, "search": search}

@@ -1,0 +1,307 @@
+"""Decoder and weights -> ONNX, written directly: small graph files beside two shared data files.
+
+Inputs: input_ids, position_ids (batch, sequence) and attention_mask (batch, total) int64, 0 for left
+padding; past_key_values.{i}.key|value (batch, num_key_value_heads, past, head_dim). Outputs: logits
+(batch, sequence, vocabulary), present.{i}.key|value (batch, num_key_value_heads, total, head_dim);
+total = past + sequence. `i` is the layer's index: a layer without attention has no cache, and its
+number is left out. Per-layer widths are plain data here. It knows nothing about pruning or engines.
+
+Spellings are one model in several sets of operators, all on the same data files:
+    opset23      RMSNormalization, RotaryEmbedding, Attention with one output, the cache outside
+    primitive    operators of opset 17 only, for parsers that know no newer ones
+    onnxruntime  com.microsoft.GroupQueryAttention. Bind one buffer of any capacity as past and present
+                 of a layer and it is updated in place; `past` and `total` of the cache are then that
+                 capacity and the true total comes from attention_mask's width, which every spelling reads.
+                 Needs ONNX Runtime 1.32 or newer, and has zeros behind each head in the cache where head_dim
+                 is no multiple of 8.
+With logits `last` the last position is gathered before the final norm: logits (batch, 1, vocabulary).
+In bf16 the logits are cast to fp32, which every consumer has; and since ONNX Runtime has no bf16 on a
+processor, its dialect reads the same bf16 weights and computes in fp32, cache included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edgeprune.engine.onnx import data as graph_data
+from edgeprune.engine.onnx.data import Initializer, Precision
+from edgeprune.engine.onnx.nodes import Dialect, Nodes, element_type, head_width
+from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Decoder, Layer
+
+if TYPE_CHECKING:
+    import torch
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+
+@dataclass(frozen=True)
+class Spelling:
+    dialect: Dialect
+    logits: Literal["all", "last"]
+
+    @property
+    def filename(self) -> str:
+        dialect = "" if self.dialect == "opset23" else f".{self.dialect}"
+        return f"model{dialect}{'.last' if self.logits == 'last' else ''}.onnx"
+
+
+@dataclass(frozen=True)
+class GraphFiles:
+    """What was written: the graph of each spelling, and the bytes of each data file."""
+
+    graphs: dict[Spelling, Path]
+    data: dict[Path, int]
+
+
+def write_graphs(
+    decoder: Decoder,
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    precision: Precision,
+    spellings: Sequence[Spelling],
+    max_positions: int | None = None,
+) -> GraphFiles:
+    """Write the spellings and their data files into `folder`; equal input gives equal bytes.
+
+    weights: by the names of decoder.py, any floating type; each is read once. precision is that of
+    weights, activations, cache and logits, as above for bf16 (sums of squares stay fp32). max_positions: rows of the
+    onnxruntime dialect's rotary tables, at most and by default decoder.max_position_embeddings; longer
+    contexts need no tables in the other dialects.
+    Raises InputError for a missing weight or a wrong shape, and NumericalError for a weight that is not finite in
+    this precision; files begun are then incomplete.
+    """
+    tables = any(spelling.dialect == "onnxruntime" for spelling in spellings)
+    initializers = graph_data.layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    graph_data.write_data(decoder, weights, folder, initializers)
+    graphs = {spelling: folder / spelling.filename for spelling in spellings}
+    for spelling, path in graphs.items():
+        model = _model(decoder, precision, spelling, initializers)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    names = (graph_data.EMBEDDING_FILE, graph_data.LAYERS_FILE)
+    return GraphFiles(graphs, {folder / name: (folder / name).stat().st_size for name in names})
+
+
+def graph_weight_bytes(
+    decoder: Decoder, precision: Precision, dialect: Dialect = "opset23", max_positions: int | None = None
+) -> int:
+    """Bytes of all initializers that a graph of this dialect references, without writing it.
+
+    The onnxruntime dialect may add rotary tables; padding between initializers is not counted.
+    """
+    rows = _table_rows(decoder, max_positions) if dialect == "onnxruntime" else None
+    return sum(initializer.length for initializer in graph_data.layout(decoder, precision, rows))
+
+
+def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
+    if max_positions is None:
+        return decoder.max_position_embeddings
+    if max_positions < 1:
+        raise InputError(f"max_positions is {max_positions}, less than 1", "Give the longest context to serve.")
+    return min(max_positions, decoder.max_position_embeddings)
+
+
+def _model(
+    decoder: Decoder, precision: Precision, spelling: Spelling, initializers: Sequence[Initializer]
+) -> ModelProto:
+    from onnx import helper
+
+    operators = OPERATORS[spelling.dialect]
+    return helper.make_model(
+        _graph(decoder, precision, spelling, initializers),
+        opset_imports=[helper.make_opsetid(domain, version) for domain, version in operators.opsets.items()],
+        ir_version=operators.ir_version,
+        producer_name="edgeprune",
+    )
+
+
+def _graph(
+    decoder: Decoder, precision: Precision, spelling: Spelling, initializers: Sequence[Initializer]
+) -> GraphProto:
+    from onnx import TensorProto, helper
+
+    nodes = Nodes("fp32" if (precision, spelling.dialect) == ("bf16", "onnxruntime") else precision)
+    element = element_type(nodes.precision)
+    logits = _forward(nodes, decoder, spelling)
+    used = {name for node in nodes.nodes for name in node.input}
+    external = [_external(initializer) for initializer in initializers if initializer.name in used]
+    widened = [_widened(tensor, element) for tensor in external if tensor.data_type != element]
+    rows = "sequence" if spelling.logits == "all" else 1
+    inputs, outputs = _caches(decoder, element, spelling.dialect)
+    return helper.make_graph(
+        [*widened, *nodes.nodes],
+        decoder.family or "decoder",
+        [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "sequence"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            *inputs,
+        ],
+        [helper.make_tensor_value_info(logits, _logits_type(element), ["batch", rows, decoder.vocab_size]), *outputs],
+        [*external, *nodes.constants.values()],
+    )
+
+
+def _caches(
+    decoder: Decoder, element: int, dialect: Dialect
+) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:  # fmt: skip
+    from onnx import helper
+
+    inputs, outputs = [], []
+    for index, layer in enumerate(decoder.layers):
+        if (attention := layer.attention) is None:
+            continue
+        heads, width = attention.num_key_value_heads, head_width(attention.head_dim, dialect)
+        past_key, past_value, present_key, present_value = _cache_names(index)
+        for name in (past_key, past_value):
+            inputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, "past", width]))
+        for name in (present_key, present_value):
+            outputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, "total", width]))
+    return inputs, outputs
+
+
+def _cache_names(index: int) -> tuple[str, str, str, str]:
+    past, present = f"past_key_values.{index}", f"present.{index}"
+    return f"{past}.key", f"{past}.value", f"{present}.key", f"{present}.value"
+
+
+def _external(initializer: Initializer) -> TensorProto:
+    from onnx import TensorProto
+
+    element = element_type(initializer.precision)
+    tensor = TensorProto(name=initializer.name, data_type=element, dims=initializer.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    entries = {"location": initializer.file, "offset": initializer.offset, "length": initializer.length}
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _logits_type(element: int) -> int:
+    from onnx import TensorProto
+
+    return TensorProto.FLOAT if element == TensorProto.BFLOAT16 else element
+
+
+def _widened(tensor: TensorProto, element: int) -> NodeProto:
+    """The node that casts an initializer, which takes another name, so that its own is the cast's."""
+    from onnx import helper
+
+    name, tensor.name = tensor.name, f"{tensor.name}.stored"
+    return helper.make_node("Cast", [tensor.name], [name], f"{name}.widened", to=element)
+
+
+@dataclass
+class _Stream:
+    """The residual stream while the graph grows: `update` is what a module adds to `hidden`; adding it is left to
+    the next norm, which some dialects fuse with it."""
+
+    nodes: Nodes
+    decoder: Decoder
+    operators: Operators
+    hidden: str
+    update: str | None = None
+
+    def settled(self) -> str:
+        """The stream with all that was added."""
+        self.hidden, self.update = add_update(self.nodes, self.hidden, self.update), None
+        return self.hidden
+
+    def normed(self, name: str) -> str:
+        norm = self.operators.norm(self.decoder)
+        self.hidden, x = norm(self.nodes, name, self.hidden, self.update, f"{name}.weight", self.decoder.norm_eps)
+        self.update = None
+        return x
+
+    def read(self, name: str) -> str:
+        """What a module sees of the stream."""
+        return self.settled() if self.decoder.norms == "after" else self.normed(f"{name}.norm")
+
+    def output(self, name: str, raw: str) -> str:
+        """What a module adds to the stream."""
+        if self.decoder.norms == "before":
+            return raw
+        norm = self.operators.norm(self.decoder)
+        name = f"{name}.post_norm"
+        return norm(self.nodes, name, raw, None, f"{name}.weight", self.decoder.norm_eps)[1]
+
+    def add(self, update: str) -> None:
+        if self.update is not None:
+            update = self.nodes.add("Add", f"{update}.both", self.update, update)
+        self.update = update
+
+
+def _forward(nodes: Nodes, decoder: Decoder, spelling: Spelling) -> str:
+    """All layers, from input_ids to the name of the logits."""
+    operators = OPERATORS[spelling.dialect]
+    attends = any(layer.attention is not None for layer in decoder.layers)
+    shared = operators.prepare(nodes, decoder) if attends else {}
+    stream = _Stream(nodes, decoder, operators, _embed(nodes, decoder))
+    for index, layer in enumerate(decoder.layers):
+        if decoder.parallel:
+            stream.settled()
+        updates = []
+        for kind in ("attention", "mlp"):
+            if getattr(layer, kind) is None:
+                continue
+            name = f"layers.{index}.{kind}"
+            x = stream.read(name)
+            updates.append(stream.output(name, _module(stream, kind, name, x, layer, index, shared)))
+            if not decoder.parallel:
+                stream.add(updates.pop())
+        for update in updates:
+            stream.add(update)
+    if spelling.logits == "last":
+        position = nodes.constant("last.position", [-1])
+        stream.hidden = nodes.add("Gather", "last.hidden", stream.hidden, position, axis=1)  # (b, 1, c)
+        if stream.update is not None:
+            stream.update = nodes.add("Gather", "last.update", stream.update, position, axis=1)
+    return _logits(nodes, decoder, stream.normed("norm"))
+
+
+def _module(stream: _Stream, kind: str, name: str, x: str, layer: Layer, index: int, shared: dict[str, str]) -> str:
+    """What the module's output projection gives."""
+    nodes, decoder, operators = stream.nodes, stream.decoder, stream.operators
+    if kind == "mlp":
+        return mlp(nodes, operators, name, x, layer.mlp)
+    attention = layer.attention
+    packed = linear(nodes, f"{name}.qkv", x, f"{name}.qkv", attention.input_bias)
+    if attention.qk_norm is not None:
+        packed = normed_queries_and_keys(nodes, operators, name, packed, attention, decoder.norm_eps)
+    context = operators.attention(nodes, name, packed, attention, decoder, _cache_names(index), shared)
+    return linear(nodes, f"{name}.o", context, f"{name}.o", attention.output_bias)
+
+
+def _logits(nodes: Nodes, decoder: Decoder, x: str) -> str:
+    steps = []
+    if decoder.logits_scale != 1.0:
+        steps.append(("Mul", decoder.logits_scale))
+    if (cap := decoder.logits_softcap) is not None:
+        steps += [("Mul", 1 / cap), ("Tanh", None), ("Mul", cap)]
+    last = "logits.bf16" if nodes.precision == "bf16" else "logits"
+    names = [f"head.{place}" for place in range(len(steps))] + [last]
+    (value,) = nodes.add_many("MatMul", "head", (x, "head.weight"), (names[0],))
+    for (operator, number), name in zip(steps, names[1:], strict=True):
+        inputs = (value,) if number is None else (value, nodes.number(f"number.{number}", number))
+        (value,) = nodes.add_many(operator, f"{name}.step", inputs, (name,))
+    return nodes.to_fp32("logits", value) if value != "logits" else value
+
+
+def _embed(nodes: Nodes, decoder: Decoder) -> str:
+    """(b, s) ids -> (b, s, c). A tied embedding gathers the head's columns, so that it is stored once."""
+    if decoder.tie_word_embeddings:
+        columns = nodes.add("Gather", "embedding.columns", "head.weight", "input_ids", axis=1)  # (c, b, s)
+        hidden = nodes.add("Transpose", "embedding", columns, perm=[1, 2, 0])
+    else:
+        hidden = nodes.add("Gather", "embedding", "embedding.weight", "input_ids", axis=0)
+    if decoder.embedding_scale != 1.0:
+        scale = nodes.number("embedding.scale", decoder.embedding_scale)
+        hidden = nodes.add("Mul", "embedding.scaled", hidden, scale)
+    if decoder.learned_positions:
+        positions = nodes.add("Gather", "positions", "positions.weight", "position_ids", axis=0)
+        hidden = nodes.add("Add", "embedding.placed", hidden, positions)
+    return hidden

@@ -1,0 +1,128 @@
+"""The nodes of one graph while it grows, and the values that all its layers read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edgeprune.engine.onnx.data import Precision
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
+
+Dialect = Literal["opset23", "primitive", "onnxruntime"]
+MICROSOFT = "com.microsoft"
+HEAD_MULTIPLE = 8  # of the sizes of heads that GroupQueryAttention takes
+Shared = dict[str, str]  # values made once and read by every layer: masks, angles, lengths
+
+
+def head_width(head_dim: int, dialect: Dialect) -> int:
+    """Of one head in a dialect's cache: zeros fill it up."""
+    multiple = HEAD_MULTIPLE if dialect == "onnxruntime" else 1
+    return -(-head_dim // multiple) * multiple
+
+
+def element_type(precision: Precision) -> int:
+    """ONNX's number of the type of weights, activations and cache."""
+    from onnx import TensorProto
+
+    return {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
+
+
+@dataclass
+class Nodes:
+    """The nodes and small constants of one graph while it grows, in execution order."""
+
+    precision: Precision  # of weights, activations and cache
+    nodes: list[NodeProto] = field(default_factory=list)
+    constants: dict[str, TensorProto] = field(default_factory=dict)
+
+    def add(self, operator: str, name: str, *inputs: str, domain: str = "", **attributes: object) -> str:
+        """One node with one output, which bears the node's name."""
+        return self.add_many(operator, name, inputs, (name,), domain, **attributes)[0]
+
+    def add_many(
+        self,
+        operator: str,
+        name: str,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        domain: str = "",
+        **attributes: object,
+    ) -> tuple[str, ...]:
+        """One node; an empty output name leaves an optional output away."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name, domain=domain or None, **attributes))
+        return outputs
+
+    def constant(self, name: str, value: object, dtype: type[np.generic] = np.int64) -> str:
+        """A small constant inside the graph file; equal names are one constant."""
+        from onnx import numpy_helper
+
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
+        return name
+
+    def number(self, name: str, value: float) -> str:
+        """A constant of the graph's own type."""
+        from onnx import helper
+
+        if name not in self.constants:
+            self.constants[name] = helper.make_tensor(name, element_type(self.precision), (), [value])
+        return name
+
+    def sizes(self, *values: int) -> str:
+        return self.constant("sizes." + "_".join(map(str, values)), values)
+
+    def to_fp32(self, name: str, value: str) -> str:
+        from onnx import TensorProto
+
+        return value if self.precision == "fp32" else self.add("Cast", name, value, to=TensorProto.FLOAT)
+
+    def from_fp32(self, name: str, value: str) -> str:
+        return value if self.precision == "fp32" else self.add("Cast", name, value, to=element_type(self.precision))
+
+
+def lengths(nodes: Nodes) -> Shared:
+    """batch, sequence and total as int64 vectors of one element."""
+    shape = nodes.add("Shape", "sequence.ids_shape", "input_ids")
+    sequence = nodes.add("Slice", "sequence", shape, nodes.sizes(1), nodes.sizes(2))
+    shape = nodes.add("Shape", "total.mask_shape", "attention_mask")
+    batch = nodes.add("Slice", "batch", shape, nodes.sizes(0), nodes.sizes(1))
+    total = nodes.add("Slice", "total", shape, nodes.sizes(1), nodes.sizes(2))
+    return {"batch": batch, "sequence": sequence, "total": total}
+
+
+def masked(nodes: Nodes) -> str:
+    """The additive value of a masked pair: far below any score, and finite after adding one, so that
+    a row with nothing to attend to (left padding) gives numbers and not NaN."""
+    least = np.finfo(np.float16 if nodes.precision == "fp16" else np.float32).min
+    return nodes.number("mask.minimum", float(least) / 2)
+
+
+def additive_masks(nodes: Nodes, windows: tuple[int | None, ...]) -> Shared:
+    """(b, 1, s, t) by `mask.{window}`: 0 where the query may see the key: a real token, not later than the query
+    and, with a window, less than so many positions before it."""
+    found = lengths(nodes)
+    zero, one = nodes.constant("zero", 0), nodes.constant("one", 1)
+    total = nodes.add("Squeeze", "mask.total", found["total"], nodes.sizes(0))
+    sequence = nodes.add("Squeeze", "mask.sequence", found["sequence"], nodes.sizes(0))
+    past = nodes.add("Sub", "mask.past", total, sequence)
+    keys = nodes.add("Range", "mask.keys", zero, total, one)  # (t,)
+    queries = nodes.add("Range", "mask.query_range", past, total, one)
+    queries = nodes.add("Unsqueeze", "mask.queries", queries, nodes.sizes(1))  # (s, 1)
+    causal = nodes.add("LessOrEqual", "mask.causal", keys, queries)
+    real = nodes.add("Greater", "mask.real_tokens", "attention_mask", zero)
+    real = nodes.add("Unsqueeze", "mask.real", real, nodes.sizes(1, 2))  # (b, 1, 1, t)
+    masks = {}
+    for window in windows:
+        name, near = f"mask.{window}", causal
+        if window is not None:
+            first = nodes.add("Sub", f"{name}.first", queries, nodes.constant(f"{name}.size", window))
+            near = nodes.add("And", f"{name}.near", causal, nodes.add("Greater", f"{name}.recent", keys, first))
+        seen = nodes.add("And", f"{name}.seen", near, real)
+        masks[name] = nodes.add("Where", name, seen, nodes.number("mask.zero", 0.0), masked(nodes))
+    return masks

@@ -1,0 +1,219 @@
+"""A Decoder spelled in ONNX operators: norms, activations, MLP and experts in three dialects.
+
+Weights are named, never seen: graph_data.py says where they stand.
+Notation: b batch, s sequence (new tokens), t total (past + new), h query heads, k key/value heads,
+g = h / k, d head_dim, c hidden_size, i intermediate_size. Values carry the name of the node that
+makes them, and that name carries the layer (`layers.3.attention.o`), so that a builder's error can be read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeprune.engine.onnx import attention as graph_attention
+from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, Shared
+from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
+
+Norm = Callable[[Nodes, str, str, "str | None", str, float], tuple[str, str]]
+"""nodes, name, hidden, update, weight, epsilon -> hidden + update, and that normed; without an update: hidden."""
+
+
+def add_update(nodes: Nodes, hidden: str, update: str | None) -> str:
+    return hidden if update is None else nodes.add("Add", f"{update}.residual", hidden, update)
+
+
+def _norm_opset23(nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float) -> tuple[str, str]:
+    hidden = add_update(nodes, hidden, update)
+    return hidden, nodes.add("RMSNormalization", name, hidden, weight, axis=-1, epsilon=eps, stash_type=1)
+
+
+def _norm_primitive(
+    nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float
+) -> tuple[str, str]:
+    """weight * x / sqrt(mean(x^2) + eps), the mean in fp32 (Zhang and Sennrich 2019, eq. 4)."""
+    hidden = add_update(nodes, hidden, update)
+    x = nodes.to_fp32(f"{name}.fp32", hidden)
+    square = nodes.add("Pow", f"{name}.square", x, nodes.constant("norm.two", 2, np.float32))
+    mean = nodes.add("ReduceMean", f"{name}.mean", square, axes=[-1], keepdims=1)
+    shifted = nodes.add("Add", f"{name}.shifted", mean, nodes.constant("norm.epsilon", eps, np.float32))
+    scaled = nodes.add("Div", f"{name}.scaled", x, nodes.add("Sqrt", f"{name}.rms", shifted))
+    return hidden, nodes.add("Mul", name, nodes.from_fp32(f"{name}.cast", scaled), weight)
+
+
+def _norm_onnxruntime(
+    nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float
+) -> tuple[str, str]:
+    if update is None:
+        attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
+        return hidden, nodes.add("SimplifiedLayerNormalization", name, hidden, weight, **attributes)
+    normed, _, _, hidden = nodes.add_many(
+        "SkipSimplifiedLayerNormalization",
+        name,
+        (hidden, update, weight),
+        (name, "", "", f"{update}.residual"),
+        MICROSOFT,
+        epsilon=eps,
+    )
+    return hidden, normed
+
+
+def _layer_norm(nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float) -> tuple[str, str]:
+    """LayerNorm, its mean and variance in fp32; its bias has the weight's name with `bias`."""
+    hidden = add_update(nodes, hidden, update)
+    attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
+    return hidden, nodes.add("LayerNormalization", name, hidden, weight, _bias_of(weight), **attributes)
+
+
+def _layer_norm_onnxruntime(
+    nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float
+) -> tuple[str, str]:
+    if update is None:
+        return _layer_norm(nodes, name, hidden, update, weight, eps)
+    outputs = (name, "", "", f"{update}.residual")
+    inputs = (hidden, update, weight, _bias_of(weight))
+    normed, _, _, hidden = nodes.add_many("SkipLayerNormalization", name, inputs, outputs, MICROSOFT, epsilon=eps)
+    return hidden, normed
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _activate(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
+    """silu, relu and, in operators of opset 17, gelu: x * (1 + erf(x / sqrt(2))) / 2, or its approximations."""
+    if activation in ("silu", "gelu_quick"):
+        scaled = x if activation == "silu" else nodes.add("Mul", f"{name}.scaled", x, _number(nodes, 1.702))
+        return nodes.add("Mul", f"{name}.{activation}", x, nodes.add("Sigmoid", f"{name}.sigmoid", scaled))
+    if activation == "relu":
+        return nodes.add("Relu", f"{name}.relu", x)
+    if activation == "gelu":
+        inner = nodes.add("Erf", f"{name}.erf", nodes.add("Mul", f"{name}.narrowed", x, _number(nodes, 0.5**0.5)))
+    else:  # sqrt(2 / pi) * (x + 0.044715 x^3)
+        cube = nodes.add("Mul", f"{name}.cube", nodes.add("Mul", f"{name}.square", x, x), x)
+        bent = nodes.add("Add", f"{name}.bent", x, nodes.add("Mul", f"{name}.bend", cube, _number(nodes, 0.044715)))
+        scaled = nodes.add("Mul", f"{name}.bent_scaled", bent, _number(nodes, math.sqrt(2 / math.pi)))
+        inner = nodes.add("Tanh", f"{name}.tanh", scaled)
+    gate = nodes.add("Add", f"{name}.shifted", inner, _number(nodes, 1.0))
+    return nodes.add("Mul", f"{name}.gelu", nodes.add("Mul", f"{name}.half", x, _number(nodes, 0.5)), gate)
+
+
+def _number(nodes: Nodes, value: float) -> str:
+    return nodes.number(f"number.{value}", value)
+
+
+def _activate_opset23(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
+    if activation not in ("gelu", "gelu_tanh"):
+        return _activate(nodes, name, x, activation)
+    return nodes.add("Gelu", f"{name}.gelu", x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activate_onnxruntime(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
+    if activation not in ("gelu", "gelu_tanh"):
+        return _activate(nodes, name, x, activation)
+    operator = "FastGelu" if activation == "gelu_tanh" else "Gelu"
+    return nodes.add(operator, f"{name}.gelu", x, domain=MICROSOFT)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """How one dialect spells the parts that dialects differ in."""
+
+    opsets: dict[str, int]
+    ir_version: int
+    prepare: Callable[[Nodes, Decoder], Shared]
+    rms_norm: Norm
+    layer_norm: Norm
+    activate: Callable[[Nodes, str, str, Activation], str]
+    attention: Callable[[Nodes, str, str, Attention, Decoder, tuple[str, ...], Shared], str]
+
+    def norm(self, decoder: Decoder) -> Norm:
+        return self.layer_norm if decoder.norm == "layer" else self.rms_norm
+
+
+OPERATORS: dict[Dialect, Operators] = {
+    "opset23": Operators(
+        {"": 23}, 11, graph_attention.prepare_opset23, _norm_opset23, _layer_norm, _activate_opset23,
+        graph_attention.attention_opset23,
+    ),
+    "primitive": Operators(
+        {"": 17}, 8, graph_attention.prepare_primitive, _norm_primitive, _layer_norm, _activate,
+        graph_attention.attention_primitive,
+    ),
+    "onnxruntime": Operators(
+        {"": 17, MICROSOFT: 1}, 8, graph_attention.prepare_onnxruntime, _norm_onnxruntime, _layer_norm_onnxruntime,
+        _activate_onnxruntime, graph_attention.attention_onnxruntime,
+    ),
+}  # fmt: skip
+
+
+def linear(nodes: Nodes, name: str, x: str, weight: str, has_bias: bool) -> str:
+    """x W + b, named after the whole; weight: the initializer's name without `.weight`."""
+    if not has_bias:
+        return nodes.add("MatMul", name, x, f"{weight}.weight")
+    return nodes.add("Add", name, nodes.add("MatMul", f"{name}.product", x, f"{weight}.weight"), f"{weight}.bias")
+
+
+def normed_queries_and_keys(
+    nodes: Nodes, operators: Operators, name: str, packed: str, attention: Attention, eps: float
+) -> str:
+    """Packed q, k, v (b, s, (h + 2k) * d) with an RMS norm of queries and keys, of each head or of all at once."""
+    sizes = {"q": attention.query_size, "k": attention.key_value_size, "v": attention.key_value_size}
+    outputs = tuple(f"{name}.{part}_part" for part in sizes)
+    parts = list(nodes.add_many("Split", f"{name}.parts", (packed, nodes.sizes(*sizes.values())), outputs, axis=-1))
+    for place, part in enumerate("qk"):
+        x, norm = parts[place], f"{name}.{part}_norm"
+        if attention.qk_norm == "head":
+            x = nodes.add("Reshape", f"{norm}.heads", x, nodes.sizes(0, 0, -1, attention.head_dim))
+        _, x = operators.rms_norm(nodes, norm, x, None, f"{norm}.weight", eps)
+        if attention.qk_norm == "head":
+            x = nodes.add("Reshape", f"{norm}.joined", x, nodes.sizes(0, 0, sizes[part]))
+        parts[place] = x
+    return nodes.add("Concat", f"{name}.normed", *parts, axis=-1)
+
+
+def mlp(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
+    """down(activation(gate(x)) * up(x)); gate and up are one product of 2 * width columns, split in halves."""
+    if part.experts is not None:
+        return _experts(nodes, operators, name, x, part)
+    return linear(nodes, f"{name}.down", _inner(nodes, operators, name, x, part), f"{name}.down", part.output_bias)
+
+
+def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
+    width = part.intermediate_size
+    product = linear(nodes, f"{name}.{'gate_up' if part.gated else 'up'}", x, f"{name}.gate_up", part.input_bias)
+    if not part.gated:
+        return operators.activate(nodes, name, product, part.activation)
+    outputs = (f"{name}.gate", f"{name}.up")
+    gate, up = nodes.add_many("Split", f"{name}.split", (product, nodes.sizes(width, width)), outputs, axis=-1)
+    return nodes.add("Mul", f"{name}.gated", operators.activate(nodes, name, gate, part.activation), up)
+
+
+def _experts(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
+    """Every expert on every token, (experts, b * s, ...), weighted with the router's shares, which are 0 for all but
+    the token's own experts: no parser for engines takes a choice of weights that depends on the token."""
+    experts = part.experts
+    count, chosen = experts.num_experts, experts.num_experts_per_tok
+    logits = nodes.to_fp32(f"{name}.router_fp32", nodes.add("MatMul", f"{name}.router", x, f"{name}.router.weight"))
+    shares = nodes.add("Softmax", f"{name}.shares", logits, axis=-1)  # (b, s, experts)
+    outputs = (f"{name}.top", f"{name}.chosen")
+    top, places = nodes.add_many("TopK", f"{name}.top_k", (shares, nodes.sizes(chosen)), outputs, axis=-1)
+    if experts.normalised:
+        sums = nodes.add("ReduceSum", f"{name}.top_sum", top, nodes.sizes(-1), keepdims=1)
+        top = nodes.add("Div", f"{name}.top_shares", top, sums)
+    zeros = nodes.add("Mul", f"{name}.no_shares", shares, nodes.constant("zero.fp32", 0.0, np.float32))
+    taken = nodes.add("ScatterElements", f"{name}.taken", zeros, places, top, axis=-1)
+    taken = nodes.add("Reshape", f"{name}.by_token", taken, nodes.sizes(1, -1, count))
+    taken = nodes.add("Transpose", f"{name}.by_expert", taken, perm=[2, 1, 0])  # (experts, b * s, 1)
+    shape = nodes.add("Shape", f"{name}.shape", x)
+    width = nodes.add("Slice", f"{name}.width", shape, nodes.sizes(2), nodes.sizes(3))
+    flat_size = nodes.add("Concat", f"{name}.flat_shape", nodes.sizes(1, -1), width, axis=0)
+    flat = nodes.add("Reshape", f"{name}.flat", x, flat_size)
+    inner = _inner(nodes, operators, name, flat, part)
+    each = nodes.add("MatMul", f"{name}.each", inner, f"{name}.down.weight")  # (experts, b * s, c)
+    weighted = nodes.add("Mul", f"{name}.weighted", each, nodes.from_fp32(f"{name}.taken_cast", taken))
+    total = nodes.add("ReduceSum", f"{name}.total", weighted, nodes.sizes(0), keepdims=0)
+    return nodes.add("Reshape", f"{name}.down", total, shape)

@@ -1,0 +1,148 @@
+"""Text from a model's exported graph: samples for calibration, one for the report, and `edgeprune run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.ondevice.bundle import CODEC, REPORT, open_chosen, tokenizer_of
+from edgeprune.ondevice.reference import Runner as StepRunner
+from edgeprune.ondevice.sampling import end_ids, generate
+from edgeprune.ondevice.tensorrt_runner import Runner as EngineRunner
+from edgeprune.engine.onnx.graph import Spelling
+from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.errors import EngineError, InputError
+from edgeprune.model.load import load_tokenizer
+from edgeprune.progress import Progress
+
+BATCH = 8  # the processor gains nothing from more
+CHAT_SAMPLING = (0.7, 0.9)  # temperature and top_p
+SAMPLE_TOP_P = 0.95  # the tail of a small model is noise
+MARK = "What the user says"  # stands for it while the template is looked at
+RUN_SPELLING = Spelling("onnxruntime", "last")
+
+
+def generate_documents(
+    graph: Path, directory: Path, count: int, length: int, seed: int, progress: Progress
+) -> np.ndarray:
+    """Token ids (count, length) int64 that the model draws: a user's turn, the answer, and so on.
+
+    Without a chat template it begins after the begin (or end) token. An end token does not end a
+    sample: the model goes on with whatever follows it. length: at least 2; an opening that leaves no room
+    for text is cut to its first token.
+    """
+    tokenizer = load_tokenizer(directory)
+    start = _opening(tokenizer)
+    start = start if len(start) < length else start[:1]
+    advance = progress.stage("generate samples", (length - len(start)) * -(-count // BATCH))
+    rows = []
+    for first in range(0, count, BATCH):
+        size = min(BATCH, count - first)
+        runner = Runner(graph, size, length)
+        drawn = []
+        new = length - len(start)
+        for tokens in generate(runner, [start] * size, new, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first):
+            drawn.append(tokens)
+            advance()
+        rows.append(np.concatenate([np.tile(start, (size, 1)), np.stack(drawn, axis=1)], axis=1))
+    return np.concatenate(rows)
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens before a user's first words, in the chat template; else the begin or end token."""
+    if tokenizer.chat_template is not None:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+        before, found, _ = text.partition(MARK)
+        if found:
+            return tokenizer(before, add_special_tokens=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise InputError(
+            "the tokenizer has neither a begin nor an end token to start samples with", "Give --calibration PATH."
+        )
+    return [start]
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt as the model expects it: in its chat template where it has one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new_tokens: int, seed: int) -> str:
+    """An answer to a prompt within the context, drawn as a chat would: greedily a small model repeats itself."""
+    tokenizer = load_tokenizer(directory)
+    ids = prompt_ids(tokenizer, prompt)[-(context // 2) :]
+    runner = Runner(graph, 1, context)
+    steps = generate(
+        runner, [ids], min(max_new_tokens, context - len(ids)), *CHAT_SAMPLING, seed, end_ids(tokenizer, directory)
+    )
+    return tokenizer.decode([int(tokens[0]) for tokens in steps], skip_special_tokens=True).strip()
+
+
+def stream_text(
+    bundle: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int,
+    note: Callable[[str], None],
+) -> Iterator[str]:  # fmt: skip
+    """Text pieces as they are generated from a bundle. note: told what generates, where it is not the engine.
+
+    Raises InputError.
+    """
+    manifest = open_chosen(bundle)
+    if (bundle / CODEC).is_dir():
+        raise InputError(
+            f"{bundle} holds an image generator, which reads no text",
+            "Leave --prompt out: edgeprune run BUNDLE --class N --count N --output grid.png",
+        )
+    report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
+    measurement = report.get("measurement") or {}
+    tokenizer_folder = tokenizer_of(bundle, measurement.get("rung", 0))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ids = prompt_ids(tokenizer, prompt)
+    context = int(report["workload"]["context"])
+    room = context - len(ids)
+    if room < 1:
+        raise InputError(f"the prompt of {len(ids)} tokens exceeds the bundle's context of {context}", "Shorten it.")
+    runner = runner_of(bundle, (measurement or manifest)["engine"], 1, 1, context, note)
+    shown, new = "", []
+    for tokens in generate(
+        runner, [ids], min(max_new_tokens, room), temperature, top_p, seed, end_ids(tokenizer, tokenizer_folder), top_k
+    ):
+        new.append(int(tokens[0]))
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half a character: wait for the rest
+            yield text[len(shown) :]
+            shown = text
+
+
+def runner_of(
+    bundle: Path, engine: str, batch: int, on_processor: int, context: int, note: Callable[[str], None]
+) -> StepRunner:  # fmt: skip
+    """The bundle's engine of that kind where this machine has its GPU, else its graph in ONNX Runtime.
+
+    batch, on_processor: sequences at once that either is to hold. Raises InputError.
+    """
+    engines = sorted((bundle / "engine").glob("*.engine"))
+    reason = "the bundle holds no engine"
+    if engines:
+        try:
+            return EngineRunner(engines[0], batch, context, engine)
+        except EngineError as error:
+            reason = error.message
+    graph = bundle / "onnx" / RUN_SPELLING.filename
+    if not graph.is_file():
+        raise InputError(
+            f"{bundle} holds no graph for ONNX Runtime, and its engine does not run here: {reason}",
+            "Run it on its device.",
+        )
+    if engines:
+        note(f"generated by ONNX Runtime on the processor, not by the engine: {reason}")
+    return Runner(graph, on_processor, context)

@@ -1,0 +1,249 @@
+"""config.json -> Decoder, and the config.json of a pruned one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
+from edgeprune.model.checkpoint.families import FAMILIES, LAYER_TYPES, Family
+from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
+from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
+
+Config = dict[str, Any]
+
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must not ask for all memory
+HEADS = "edgeprune_heads"  # key/value heads, query heads per group, of a checkpoint that holds more, which are zeros
+LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "gelu_quick", "relu": "relu",
+}  # fmt: skip
+
+
+def family_of(config: Config) -> Family:
+    """Raises InputError that names what is not supported, and what is."""
+    model_type = config.get("model_type")
+    supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only)."
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
+    family = FAMILIES[model_type]
+    architectures = config.get("architectures") or [family.architecture]
+    if not isinstance(architectures, list):
+        raise _senseless(f"architectures {architectures!r}")
+    if family.architecture not in architectures:
+        raise InputError(f"unsupported architecture {', '.join(map(str, architectures))}", supported)
+    try:
+        reason = _refuse(family.defaults | config, family) or family.refuse(family.defaults | config)
+    except TypeError as error:
+        raise _senseless(error) from None
+    if reason is not None:
+        raise InputError(f"unsupported {model_type} configuration: {reason}", "Choose another checkpoint.")
+    return family
+
+
+def _refuse(config: Config, family: Family) -> str | None:
+    activation = config.get(family.activation) or "silu"
+    if activation not in ACTIVATIONS:
+        return f"{family.activation} {activation!r} ({', '.join(ACTIVATIONS)} are supported)"
+    if isinstance(kinds := config.get("layer_types"), list) and (unknown := set(map(str, kinds)) - set(LAYER_TYPES)):
+        return f"layer_types {min(unknown)!r} ({', '.join(LAYER_TYPES)} are supported)"
+    if config.get("quantization_config"):
+        return "quantization_config (give the unquantised checkpoint)"
+    return None
+
+
+def _senseless(reason: object) -> InputError:
+    return InputError(f"config.json is incomplete or senseless: {reason}", "Restore the checkpoint's own config.json.")
+
+
+def _plain(config: Config, family: Family) -> Config:
+    """With the family's defaults, and its fields by Llama's names."""
+    config = family.defaults | config
+    fields = {name: own for name, own in family.fields.items() if config.get(own) is not None}
+    return config | {name: config[own] for name, own in fields.items()} | family.plain(config)
+
+
+def decoder_of(config: Config) -> Decoder:
+    """The Decoder that a configuration describes. Raises InputError naming a missing or senseless field."""
+    family = family_of(config)
+    try:
+        plain = _plain(config, family)
+        decoder = family.adapt(_llama(plain, family), plain)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise _senseless(error if isinstance(error, SenselessError) else repr(error)) from None
+    if decoder.picture is not None:
+        _check_picture(decoder)
+    attention = decoder.layers[0].attention
+    numbers = [decoder.norm_eps, decoder.embedding_scale, decoder.logits_scale, attention.score_scale]
+    numbers += [value for rotary in decoder.rotaries for value in (*rotary.inverse_frequencies, rotary.scaling)]
+    if not all(map(math.isfinite, numbers)):
+        raise _senseless(f"its rope parameters, its scales or its {family.norm_eps} are not finite")
+    if attention.num_attention_heads % attention.num_key_value_heads:
+        raise InputError(
+            f"{attention.num_attention_heads} query heads do not divide into {attention.num_key_value_heads} "
+            "key/value heads",
+            "Check config.json.",
+        )
+    if HEADS in config:
+        return _without_padding(decoder, config[HEADS])
+    return _with_own_widths(decoder, config[LAYER_WIDTHS]) if LAYER_WIDTHS in config else decoder
+
+
+def stored_decoder(config: Config) -> Decoder:
+    """The Decoder whose tensors the checkpoint holds: that of `decoder_of`, with the heads of zeros that `loadable`
+    added. Raises InputError."""
+    return decoder_of({name: value for name, value in config.items() if name != HEADS})
+
+
+def _without_padding(decoder: Decoder, heads: object) -> Decoder:
+    stored_groups, stored_heads, channels = decoder.layer_widths[0]
+    try:
+        groups, heads_per_group = map(int, heads)
+    except (TypeError, ValueError) as error:
+        raise _senseless(f"{HEADS}: {error}") from None
+    if not 0 < groups <= stored_groups or heads_per_group != stored_heads:
+        raise _senseless(f"{HEADS} {heads!r} of {stored_groups} x {stored_heads}")
+    return decoder.with_widths(groups, heads_per_group, channels)
+
+
+def _llama(config: Config, family: Family) -> Decoder:
+    """What the configuration says in Llama's words."""
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    key_value_heads = int(config.get("num_key_value_heads") or heads)
+    head_dim = int(config.get("head_dim") or hidden // heads) if family.heads != "fixed" else hidden // heads
+    attention = Attention(heads, key_value_heads, head_dim)
+    _check_sizes(config, attention)
+    parameters = rope_parameters(config)
+    if not {"full_attention", "sliding_attention"} & parameters.keys():  # else the family reads both
+        attention = replace(attention, rotary=rotary_of(parameters, config, head_dim))
+    mlp = Mlp(int(config["intermediate_size"]), ACTIVATIONS[config.get(family.activation) or "silu"])
+    return Decoder(
+        family=family.model_type,
+        hidden_size=hidden,
+        vocab_size=int(config["vocab_size"]),
+        max_position_embeddings=int(config["max_position_embeddings"]),
+        norm_eps=float(config.get(family.norm_eps, 1e-6)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        layers=(Layer(attention, mlp),) * int(config["num_hidden_layers"]),
+    )
+
+
+def _with_own_widths(decoder: Decoder, widths: object) -> Decoder:
+    """Of a model that was pruned to other widths in every layer; InputError for a field that is none of ours."""
+    try:
+        checked = [(int(groups), int(heads), int(channels)) for groups, heads, channels in widths]
+        if min(map(min, checked)) < 0 or min(heads for _, heads, _ in checked) < 1:
+            raise ValueError("widths below zero")
+        return decoder.with_layer_widths(checked)
+    except (TypeError, ValueError) as error:
+        raise _senseless(f"{LAYER_WIDTHS}: {error}") from None
+
+
+def _check_sizes(config: Config, attention: Attention) -> None:
+    """Raises InputError for a size that no model has."""
+    names = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
+    sizes = {name: int(config[name]) for name in names}
+    sizes |= {name: getattr(attention, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+    for name, size in sizes.items():
+        limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        if not 0 < size < limit:
+            raise _senseless(f"{name} {size}")
+    if attention.head_dim % 2 or attention.head_dim > sizes["hidden_size"]:
+        raise _senseless(f"head_dim {attention.head_dim} (even, at most hidden_size, is supported)")
+
+
+def _check_picture(decoder: Decoder) -> None:
+    """Raises InputError for a picture that no model draws."""
+    picture, positions = decoder.picture, decoder.max_position_embeddings
+    if picture.side < 1 or picture.num_classes < 0 or picture.inputs < 1 or decoder.input_vocab_size >= MAX_SIZE:
+        raise _senseless(
+            f"a picture of {picture.side} x {picture.side} tokens, {picture.num_classes} classes"
+            f"{'' if picture.has_null else ' and no other opening'}"
+        )
+    if positions != next((rotary.grid.positions for rotary in decoder.rotaries if rotary.grid), picture.tokens):
+        raise _senseless(f"{positions} positions are no square of picture tokens")
+
+
+def checkpoint_tensors(decoder: Decoder) -> dict[str, StoredTensor]:
+    """The tensors of the decoder's checkpoint by name, in the order in which their last weights are used."""
+    return stored_tensors(decoder, FAMILIES[decoder.family].places)
+
+
+def loadable(decoder: Decoder, source: Config) -> Decoder:
+    """The decoder whose widths a standard configuration like `source` can say: of a uniform one, with heads of zeros
+    added where transformers derives head_dim from their number, or wants it to divide hidden_size."""
+    attention, mlp, heads_are = decoder.layers[0].attention, decoder.layers[0].mlp, FAMILIES[decoder.family].heads
+    if longrope_context(rope_parameters(source), source) is not None:
+        heads_are = "fixed"  # its validation takes hidden_size over their number for head_dim
+    if not decoder.is_uniform or None in (attention, mlp) or heads_are == "free" or _is_mistral(decoder):
+        return decoder
+    groups, heads = attention.num_key_value_heads, attention.heads_per_group
+    if heads_are == "fixed":
+        groups = decoder.hidden_size // attention.head_dim // heads
+    while decoder.hidden_size % (groups * heads):
+        groups += 1
+    return decoder.with_widths(groups, heads, mlp.intermediate_size)
+
+
+def _is_mistral(decoder: Decoder) -> bool:
+    """Is it a Llama whose own configuration would be refused, but not that of a Mistral, which has no biases?"""
+    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
+    biases = attention.input_bias or attention.output_bias or mlp.input_bias
+    return decoder.family == "llama" and decoder.hidden_size % attention.num_attention_heads != 0 and not biases
+
+
+def config_for(decoder: Decoder, source: Config) -> Config:
+    """The configuration of a Decoder that was pruned from `source`, as `loadable` says it; all else is kept.
+
+    It is a standard one where all layers are whole and alike; else it says their widths in a field of our own.
+    LlamaConfig refuses a hidden_size that its head count does not divide, even with head_dim given;
+    MistralConfig, of the same weights and names, has no such check.
+    """
+    own, decoder = decoder.layer_widths[0][:2], loadable(decoder, source)
+    source = {name: value for name, value in source.items() if name != HEADS}
+    if decoder.layer_widths[0][:2] != own:
+        source[HEADS] = list(own)
+    layer, family = decoder.layers[0], FAMILIES[decoder.family]
+    depth = {family.fields.get("num_hidden_layers", "num_hidden_layers"): len(decoder.layers)}
+    depth |= _layer_kinds(decoder, source)
+    if not decoder.is_uniform or layer.attention is None or layer.mlp is None:
+        return source | depth | {LAYER_WIDTHS: decoder.layer_widths}
+    config = {name: value for name, value in source.items() if name not in ("auto_map", "_name_or_path", "torch_dtype")}
+    if _is_mistral(decoder):
+        family = FAMILIES["mistral"]
+        config["sliding_window"] = None
+        for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
+            config.pop(name, None)
+        # without it transformers takes any large vocabulary of a `mistral` for an old one with a wrong pattern
+        config["transformers_version"] = version("transformers")
+    widths: Config = {
+        "num_attention_heads": layer.attention.num_attention_heads,
+        "num_key_value_heads": layer.attention.num_key_value_heads,
+        "head_dim": layer.attention.head_dim,
+        "intermediate_size": layer.mlp.intermediate_size,
+    }
+    if family.heads == "fixed":
+        del widths["num_key_value_heads"], widths["head_dim"]
+    config.setdefault(family.fields.get("max_position_embeddings", "max_position_embeddings"),
+                      decoder.max_position_embeddings)  # fmt: skip
+    return config | depth | {family.fields.get(name, name): value for name, value in widths.items()} | {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "tie_word_embeddings": decoder.tie_word_embeddings,
+    }  # fmt: skip
+
+
+def _layer_kinds(decoder: Decoder, source: Config) -> Config:
+    """What a configuration says of each layer, for those that are left: what the family always says, and windows
+    where the source said which layers have them or they differ."""
+    attentions, said = [layer.attention for layer in decoder.layers], FAMILIES[decoder.family].by_layer
+    kinds: Config = {}
+    if "layer_types" in said or source.get("layer_types") or len(decoder.windows) > 1:
+        kinds["layer_types"] = [LAYER_TYPES[bool(attention and attention.window)] for attention in attentions]
+    if "no_rope_layers" in said:
+        kinds["no_rope_layers"] = [int(bool(attention and attention.rotary)) for attention in attentions]
+    return kinds

@@ -1,0 +1,104 @@
+"""Where the weights of decoder.py stand in a GGUF file: llama.cpp's names, one entry for each of its architectures.
+
+Matrices are (out_features, in_features) there as here. Norms are stored as they multiply, experts stacked in one
+tensor of three dimensions. Facts of llama.cpp: src/models/*.cpp says which tensors it loads and what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.checkpoint.names import FUSED_QKV, FUSED_QKV_BIAS
+from edgeprune.model.checkpoint.places import Place, Places
+
+OUTER = {
+    "embedding": "token_embd.weight", "positions": "position_embd.weight", "norm": "output_norm.weight",
+    "norm_bias": "output_norm.bias", "head": "output.weight",
+}  # fmt: skip
+LAYER = {
+    "attention.norm": "attn_norm", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
+    "attention.o": "attn_output", "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm",
+    "attention.post_norm": "post_attention_norm", "mlp.norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down", "mlp.post_norm": "post_ffw_norm", "mlp.router": "ffn_gate_inp",
+}  # fmt: skip
+EXPERTS = {f"mlp.experts.{part}": f"blk.{{i}}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")}
+QKV, FUSED_UP = "attn_qkv", ("mlp.gate", "mlp.up")
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (FREQUENCIES, LONG, SHORT)
+INPUT_BIASES = frozenset(f"attention.{part}_bias" for part in ("q", "k", "v"))
+LAYER_BIASES = INPUT_BIASES | {"attention.o_bias", "mlp.gate_bias", "mlp.up_bias", "mlp.down_bias"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp takes for one `general.architecture`.
+
+    interleaved: q and k have the two halves of every rotary pair side by side. fused_qkv: its converter stores them
+    in one tensor; either way is read. fused_up: gate and up in one tensor. biases: those of matrices that it loads.
+    whole: query heads must fill hidden_size. partial: it may turn a part of a head. windows: it reads them; else all
+    is seen. head: it needs one of its own. frequencies: the tensors of rope factors that it applies.
+    """
+
+    name: str
+    interleaved: bool = False
+    fused_qkv: bool = False
+    fused_up: bool = False
+    biases: frozenset[str] = INPUT_BIASES
+    whole: bool = False
+    partial: bool = False
+    windows: bool = False
+    head: bool = False
+    frequencies: tuple[str, ...] = ()
+
+
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("llama", interleaved=True, biases=LAYER_BIASES, frequencies=ROPE_TENSORS),
+        Architecture("qwen2", whole=True),
+        Architecture("qwen3"),
+        Architecture("qwen3moe"),
+        Architecture("gemma2", windows=True),
+        Architecture("gemma3", windows=True),
+        Architecture(
+            "phi3", fused_qkv=True, fused_up=True, biases=frozenset(), whole=True, partial=True,
+            frequencies=(LONG, SHORT),
+        ),
+        Architecture("smollm3", interleaved=True),
+        Architecture("olmo2", whole=True, head=True),
+        Architecture("granite", interleaved=True, biases=LAYER_BIASES, frequencies=(FREQUENCIES,)),
+        Architecture("gpt2", fused_qkv=True, biases=LAYER_BIASES, whole=True),
+        Architecture("gptneox", fused_qkv=True, biases=LAYER_BIASES, whole=True, partial=True, head=True),
+        Architecture("starcoder2", biases=LAYER_BIASES, whole=True),
+    )
+}  # fmt: skip
+ALWAYS_FP32 = ("norm", "bias", "ffn_gate_inp", "position_embd", "rope_f")  # parts of names, as the converter decides
+
+
+def places_of(architecture: Architecture, decoder: Decoder, fused_qkv: bool) -> Places:
+    """The place in the file of every weight that a decoder may have, by its name without the layer."""
+    places = {name: Place(key) for name, key in OUTER.items()}
+    for name, key in LAYER.items():
+        places[name] = Place(f"blk.{{i}}.{key}.weight")
+        places[f"{name}_bias"] = Place(f"blk.{{i}}.{key}.bias")
+    if fused_qkv:
+        places |= {name: Place(f"blk.{{i}}.{QKV}.weight", FUSED_QKV) for name in FUSED_QKV}
+        places |= {name: Place(f"blk.{{i}}.{QKV}.bias", FUSED_QKV_BIAS) for name in FUSED_QKV_BIAS}
+    if architecture.fused_up:
+        places |= {name: Place("blk.{i}.ffn_up.weight", FUSED_UP) for name in FUSED_UP}
+    mlp = next((layer.mlp for layer in decoder.layers if layer.mlp), None)
+    if mlp is not None and mlp.experts is not None:
+        for name, key in EXPERTS.items():
+            part = name.rsplit(".", 1)[-1]
+            places[name] = Place(key, tuple(f"mlp.experts.{e}.{part}" for e in range(mlp.experts.num_experts)))
+    return places
+
+
+def has_fused_qkv(names: Collection[str]) -> bool:
+    return f"blk.0.{QKV}.weight" in names
+
+
+def is_always_fp32(name: str) -> bool:
+    return any(part in name for part in ALWAYS_FP32)

@@ -1,0 +1,119 @@
+"""A GGUF file's tokenizer metadata -> tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.errors import InputError
+from edgeprune.model.gguf.pretokenizers import normalizer, pre_tokenizer, words_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of the GGUF format
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+
+
+def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> None:
+    """Write the files that transformers loads. fields: the GGUF metadata. Raises InputError."""
+    kind = fields.get("tokenizer.ggml.model")
+    if kind not in KINDS:
+        raise InputError(
+            f"unsupported GGUF tokenizer {kind!r}",
+            f"Supported are: {', '.join(KINDS)}. The original Hugging Face directory works as well.",
+        )
+    try:
+        tokenizer, special = _built(fields, kind)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself for merges and tokens that do not fit
+        raise InputError(
+            f"the GGUF file's tokenizer is damaged: {error!r}", "Give the original Hugging Face directory."
+        ) from None
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {f"{name}_token": token for name, token in special.items()} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    if (template := fields.get("tokenizer.chat_template")) is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _built(fields: dict[str, Any], kind: str) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer, and its special tokens by role."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    tokenizer = KINDS[kind](fields, tokens)
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in ROLES.items()}
+    special = {name: tokens[token] for name, token in ids.items() if token is not None}
+    _add_special(tokenizer, fields, tokens)
+    bos_first = kind == SENTENCEPIECE or words_of(fields.get("tokenizer.ggml.pre", "default")).bos
+    ends = {"bos": bos_first, "eos": False}
+    around = [n for n, usual in ends.items() if fields.get(f"tokenizer.ggml.add_{n}_token", usual) and n in special]
+    if around:
+        first, last = ([special[name]] if name in around else [] for name in ends)
+        tokenizer.post_processor = TemplateProcessing(
+            single=[*first, "$A", *last], pair=[*first, "$A", *last, *first, "$B", *last],
+            special_tokens=list({special[name]: ids[name] for name in around}.items()),
+        )  # fmt: skip
+    return tokenizer, special
+
+
+def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models
+
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges") or []]
+    words = words_of(fields.get("tokenizer.ggml.pre", "default"))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=words.whole))
+    if (composed := normalizer(words)) is not None:
+        tokenizer.normalizer = composed
+    tokenizer.pre_tokenizer = pre_tokenizer(words)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    """BPE of SentencePiece with byte fallback; merges follow from the scores, as in transformers."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for piece, score in zip(tokens, fields["tokenizer.ggml.scores"], strict=True):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(left, right, score) for left, right in pairs if left in vocabulary and right in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    merges.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
+    unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
+    model = models.BPE(
+        vocab=vocabulary, merges=[pair[:2] for pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tail = [decoders.Strip(content=" ", left=1)] if prefix else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
+    return tokenizer
+
+
+def _add_special(tokenizer: Tokenizer, fields: dict[str, Any], tokens: list[str]) -> None:
+    from tokenizers import AddedToken
+
+    types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    added = [
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_special_tokens([token for token in added if token.special])
+    tokenizer.add_tokens([token for token in added if not token.special])
+
+
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+KINDS = {BYTE_LEVEL: _byte_level, SENTENCEPIECE: _sentencepiece}

@@ -1,0 +1,151 @@
+"""A checkpoint's tokenizer -> the fields that a GGUF file says it with: what tokenizer.py reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.model.tokens.bpe import BYTE_TOKENS
+from edgeprune.model.gguf.pretokenizers import TEXT, pre_tokenizer_name
+from edgeprune.model.load import load_tokenizer
+from edgeprune.model.gguf.tokenizer_read import (
+    BYTE,
+    BYTE_LEVEL,
+    CONTROL,
+    NORMAL,
+    ROLES,
+    SENTENCEPIECE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    write_tokenizer,
+)
+
+REFUSED = "Deploy the checkpoint or the ONNX graph."
+LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>")
+"""Added tokens that llama.cpp's converter takes for special ones although their files do not say so."""
+
+
+def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[str, Any]:
+    """The fields `tokenizer.*` of the tokenizer in a checkpoint's directory. rows: of the embedding. reduced: they must
+    be known of a smaller vocabulary of it too.
+
+    What the fields say is read back and must make the same tokens of a text with much in it. Raises InputError for a
+    tokenizer that llama.cpp has no kind or no pre-tokenizer for.
+    """
+    loaded = load_tokenizer(directory)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(f"the tokenizer in {directory} has no tokenizer.json", REFUSED)
+    description = json.loads(backend.to_str())
+    model = description["model"]
+    if model.get("type") != "BPE" or model.get("dropout") or model.get("end_of_word_suffix"):
+        kind = model.get("type")
+        raise InputError(f"the tokenizer in {directory} is of kind {kind}, GGUF export needs a plain BPE", REFUSED)
+    fields = _tokens(loaded, description, rows)
+    if model.get("byte_fallback"):
+        fields |= _sentencepiece(backend, model, fields)
+    elif not model["merges"]:
+        raise InputError(f"the tokenizer in {directory} has no merges, without which llama.cpp loads none", REFUSED)
+    else:
+        fields |= {
+            "tokenizer.ggml.model": BYTE_LEVEL, "tokenizer.ggml.pre": pre_tokenizer_name(loaded, description, reduced),
+            "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+        }  # fmt: skip
+    fields |= _special(loaded, directory, rows)
+    _verify(loaded, fields)
+    return fields
+
+
+def _tokens(loaded: Any, description: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Every token by its id, and its kind; ids without a token get a name that no text makes."""
+    vocabulary = loaded.backend_tokenizer.get_vocab(with_added_tokens=True)
+    tokens, types = [f"[PAD{index}]" for index in range(rows)], [UNUSED] * rows
+    for token, index in vocabulary.items():
+        if index < rows:  # a padding token beyond the embedding is no token of the model
+            tokens[index], types[index] = token, NORMAL
+    for added in description["added_tokens"]:
+        if added["id"] < rows:
+            special = added["special"] or LOOKS_SPECIAL.fullmatch(added["content"]) is not None
+            types[added["id"]] = CONTROL if special else USER_DEFINED
+    return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+
+
+def _sentencepiece(backend: Any, model: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    tokens, types = fields["tokenizer.ggml.tokens"], list(fields["tokenizer.ggml.token_type"])
+    added = {token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)}
+    ranks = _ranks([m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in model["merges"]], added)
+    for index, token in enumerate(tokens):
+        if token in BYTE_TOKENS:
+            types[index] = BYTE
+        if token == model.get("unk_token"):
+            types[index] = UNKNOWN
+    start = backend.encode("a", add_special_tokens=False).tokens[0]
+    return {
+        "tokenizer.ggml.model": SENTENCEPIECE, "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [-float(ranks.get(token, len(model["merges"]))) for token in tokens],
+        "tokenizer.ggml.token_type": types, "tokenizer.ggml.add_space_prefix": start.startswith("▁"),
+    }  # fmt: skip
+
+
+def _ranks(pieces: list[str], added: set[str]) -> dict[str, int]:
+    """The order of the pieces, from what each merge makes: llama.cpp knows no other order of merges.
+
+    All merges that make a piece stand together where the merges come from such an order; pieces of the same rank, as
+    runs of spaces, stand mixed. Raises InputError for merges that come from another one.
+    """
+    first = {piece: index for index, piece in reversed(list(enumerate(pieces)))}
+    last = {piece: index for index, piece in enumerate(pieces)}
+    ranks: dict[str, int] = {}
+    start, end, group = 0, -1, []
+    for piece in sorted(first, key=first.__getitem__):
+        if first[piece] > end:
+            start, group = first[piece], []
+        group.append(piece)
+        end = max(end, last[piece])
+        if len(group) > 1 and not all(len(set(each)) == 1 or each in added for each in group):
+            raise InputError("the tokenizer's merges are in no order of pieces, as SentencePiece's are", REFUSED)
+        ranks[piece] = start
+    return ranks
+
+
+def _special(loaded: Any, directory: Path, rows: int) -> dict[str, Any]:
+    """Special tokens by their roles, whether a text starts or ends with them, and the chat template."""
+    fields: dict[str, Any] = {}
+    ids = {name: getattr(loaded, f"{name}_token_id", None) for name in ROLES}
+    for name, index in ids.items():
+        if index is not None and index < rows:
+            fields[f"tokenizer.ggml.{ROLES[name]}_token_id"] = index
+    encoded = loaded("a")["input_ids"]
+    fields["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and encoded[0] == ids["bos"]
+    fields["tokenizer.ggml.add_eos_token"] = ids["eos"] is not None and encoded[-1] == ids["eos"]
+    ends = _ends(directory)
+    if turn := [index for index in ends if index != ids["eos"] and index < rows]:
+        fields["tokenizer.ggml.eot_token_id"] = turn[0]
+    template = getattr(loaded, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template:
+        fields["tokenizer.chat_template"] = template
+    return fields
+
+
+def _ends(directory: Path) -> list[int]:
+    """Tokens that end a generation, of generation_config.json."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return []
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return ends if isinstance(ends, list) else []
+
+
+def _verify(loaded: Any, fields: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(fields, 0, Path(folder))
+        again = load_tokenizer(Path(folder))
+        if again(TEXT)["input_ids"] != loaded(TEXT)["input_ids"]:
+            raise InputError("a GGUF file cannot say what the tokenizer does: other tokens come back", REFUSED)

@@ -1,0 +1,339 @@
+"""Runs on the device at the far end of an ssh connection: keeps files by their hash, runs tasks, cleans up.
+
+Python 3.10 and the standard library alone; the tasks that it starts need more. It speaks lines of JSON over
+standard input and output, some followed by a file's bytes:
+
+                                                        <- {"protocol": 1, "work": PATH, ...}, before anything else
+    -> {"do": "have", "sizes": {H: N}}                  <- {"missing": [H, ...]}, there is room for them
+    -> {"do": "put", "sha256": H, "size": N}            <- {"go": true}, then -> N bytes, <- {"done": true}
+    -> {"do": "run", "request": {...}, "files": {ROLE: [NAME, ...]}, "hashes": {NAME: H}, "outputs": {ROLE: NAME},
+        "timeout": SECONDS, "keep": false}              <- {"progress": [...]} ..., {"answer": {...}, "made": {ROLE: H}}
+    -> {"do": "get", "sha256": H}                       <- {"size": N}, then N bytes
+    -> {"do": "alive"}                                  <- nothing: the workstation is still there
+    -> {"do": "bye"}                                    <- {"left": PATH or null}, the end
+    any of them may be answered by {"error": MESSAGE, "remedy": REMEDY}
+
+When the connection ends, or the workstation says nothing for some time, the running task is killed and the
+working folder removed, unless it is to be kept. Files stay in the store until the disk is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from edgeprune.cache import cache_folder
+from edgeprune.ondevice.worker import DISK_FULL, ask
+from edgeprune.errors import EdgepruneError, EngineError
+
+PROTOCOL = 1
+SILENCE_SECONDS = 90.0  # the workstation says that it is there every 15
+FRESH_SECONDS = 60.0
+CHUNK = 1 << 20
+TASKS = "edgeprune.ondevice.tasks"
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+PART, LOCK, KEEP = "part-", "lock", "keep"
+
+
+class Store:
+    """Files by their sha256; the least recently used go where the disk is full."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._used: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise EngineError(f"{sha256!r} is no sha256", "This is a bug: please report it.")
+        return self.folder / sha256
+
+    def missing(self, sizes: dict[str, int]) -> list[str]:
+        """Those of the files, by hash, that are not here in their full size."""
+        self._used |= set(sizes)
+        missing = []
+        for sha256, size in sizes.items():
+            path = self.path(sha256)
+            if path.exists() and path.stat().st_size == size:
+                os.utime(path)
+            else:
+                path.unlink(missing_ok=True)
+                missing.append(sha256)
+        return missing
+
+    def make_room(self, size: int) -> None:
+        """Raises EngineError where the disk has no room even without the files that nobody needs now."""
+        for path in self._unused():
+            if shutil.disk_usage(self.folder).free > size:
+                break
+            path.unlink(missing_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if size and free <= size:
+            raise full(self.folder, size, free)
+
+    def _unused(self) -> list[Path]:
+        """What may go, the oldest first: not what this run needs, nor what another one is receiving."""
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another run makes room too
+                used, fresh = path.stat().st_mtime, path.name.startswith(PART)
+                if path.name not in self._used and not (fresh and time.time() - used < FRESH_SECONDS):
+                    found.append((used, path))
+        return [path for _, path in sorted(found)]
+
+    def take(self, stream: _Heard, sha256: str, size: int) -> None:
+        """A file of `size` bytes from a stream, kept if it is what its hash says."""
+        digest, left, problem = hashlib.sha256(), size, None
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=PART, buffering=0) as file:
+            while left:
+                chunk = stream.read(min(CHUNK, left))
+                if not chunk:
+                    raise EOFError
+                digest.update(chunk)
+                left -= len(chunk)
+                try:
+                    if problem is None and file.write(chunk) < len(chunk):
+                        problem = OSError(errno.ENOSPC, "the disk is full")
+                except OSError as error:  # the rest is read all the same: the next line begins after it
+                    problem = error
+            if problem is not None:
+                raise problem
+            if digest.hexdigest() != sha256:
+                raise EngineError("a file arrived damaged", "Try again; if it persists, check the network.")
+            self._keep(Path(file.name), sha256)
+
+    def add(self, path: Path) -> str:
+        """Keep a file that a task made; its hash."""
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        sha256 = digest.hexdigest()
+        self._used.add(sha256)
+        self._keep(path, sha256)
+        return sha256
+
+    def give(self, sha256: str, path: Path) -> None:
+        """Let a kept file stand at a path too. Raises EngineError where it is not here."""
+        try:
+            os.link(self.path(sha256), path)
+        except FileNotFoundError:
+            raise EngineError(
+                f"the device does not have the file {sha256} for {path.name}",
+                "Another run may have made room on its disk: try again.",
+            ) from None
+
+    def _keep(self, path: Path, sha256: str) -> None:
+        """Only what is safely on the disk gets its name: after a loss of power the name must not lie."""
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another run received it at the same time
+            os.link(path, self.path(sha256))
+
+
+def full(folder: Path, size: int, free: int) -> EngineError:
+    need = f"needs {size / 2**20:.1f} MiB and " if size else ""
+    return EngineError(
+        f"the device's disk is full: {folder} {need}has {free / 2**20:.1f} MiB free",
+        f"Free some space on the device. {folder.parent} holds nothing that cannot be sent again.",
+    )
+
+
+class Agent:
+    """One conversation."""
+
+    def __init__(self, source: BufferedReader, sink: BinaryIO, folder: Path) -> None:
+        self._source, self._sink = source, sink
+        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._body = threading.Semaphore(0)  # the reader waits while the main thread takes a file's bytes
+        self._heard = threading.Event()
+        self.store = Store(folder / "sha256")
+        self.work = _working_folder(folder)
+
+    def serve(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+        while True:
+            message = json.loads(self._lines.get())
+            try:
+                if message["do"] == "bye":
+                    self.clean()
+                    self.send({"left": str(self.work) if self.work.exists() else None})
+                    return
+                {"have": self._have, "put": self._put, "run": self._run, "get": self._get}[message["do"]](message)
+            except EdgepruneError as error:
+                self.send({"error": error.message, "remedy": error.remedy})
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                problem = full(self.store.folder, message.get("size", 0), shutil.disk_usage(self.store.folder).free)
+                self.send({"error": problem.message, "remedy": problem.remedy})
+
+    def send(self, document: dict[str, Any]) -> None:
+        self._sink.write(json.dumps(document).encode() + b"\n")
+        self._sink.flush()
+
+    def _read(self) -> None:
+        """Lines from the workstation; its end is the end of everything here."""
+        try:
+            while line := self._source.readline():
+                self._heard.set()
+                do = json.loads(line)["do"]
+                if do == "alive":
+                    continue
+                self._lines.put(line)
+                if do in ("put", "bye"):
+                    self._body.acquire()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _watch(self) -> None:
+        while self._heard.wait(SILENCE_SECONDS):
+            self._heard.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _have(self, message: dict[str, Any]) -> None:
+        missing = self.store.missing(message["sizes"])
+        self.store.make_room(sum(message["sizes"][sha256] for sha256 in missing))
+        self.send({"missing": missing})
+
+    def _put(self, message: dict[str, Any]) -> None:
+        try:
+            self.store.make_room(message["size"])
+            self.send({"go": True})
+            self.store.take(_Heard(self._source, self._heard), message["sha256"], message["size"])
+        finally:
+            self._body.release()
+        self.send({"done": True})
+
+    def _run(self, message: dict[str, Any]) -> None:
+        if message["keep"]:
+            (self.work / KEEP).touch()
+        for name, sha256 in message["hashes"].items():
+            path = self._inside(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            self.store.give(sha256, path)
+        outputs = {role: self._inside(name) for role, name in message["outputs"].items()}
+        for path in outputs.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+        request = {
+            **message["request"],
+            "files": {role: str(self._inside(name)) for role, name in message["files"].items()},
+            "outputs": {role: str(path) for role, path in outputs.items()},
+        }
+        answer = ask(TASKS, request, message["timeout"], lambda *state: self.send({"progress": state}))
+        self.send({"answer": answer, "made": {role: self.store.add(path) for role, path in outputs.items()}})
+
+    def _inside(self, name: str) -> Path:
+        path = (self.work / name).resolve()
+        if not path.is_relative_to(self.work.resolve()):
+            raise EngineError(f"{name!r} is outside of the working folder", "This is a bug: please report it.")
+        return path
+
+    def _get(self, message: dict[str, Any]) -> None:
+        with self.store.path(message["sha256"]).open("rb") as file:
+            self.send({"size": os.fstat(file.fileno()).st_size})
+            shutil.copyfileobj(file, self._sink, CHUNK)
+        self._sink.flush()
+
+    def clean(self) -> None:
+        if not (self.work / KEEP).exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+class _Heard:
+    """A stream that tells of all that comes: a long file over a slow network is a sign of life too."""
+
+    def __init__(self, stream: BufferedReader, heard: threading.Event) -> None:
+        self._stream, self._event = stream, heard
+
+    def read(self, size: int) -> bytes:
+        """What is there, `size` at most; nothing at the end."""
+        data = self._stream.read1(size)
+        self._event.set()
+        return data
+
+
+def _working_folder(folder: Path) -> Path:
+    """A new folder, locked as long as this process lives; those whose process is gone are removed."""
+    works = folder / "work"
+    works.mkdir(parents=True, exist_ok=True)
+    for old in works.iterdir():
+        with contextlib.suppress(OSError):  # in use, or another run removes it too
+            if time.time() - old.stat().st_mtime < FRESH_SECONDS or (old / KEEP).exists():
+                continue  # perhaps made just now, and not locked yet
+            with (old / LOCK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(dir=works))
+    descriptor = os.open(new / LOCK, os.O_CREAT | os.O_WRONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # held until the process ends
+    return new
+
+
+def _deaf(number: int = 0, frame: object = None) -> None:
+    """From here on nothing interrupts the cleaning up: a connection ends in several ways at once."""
+    for end in ENDS:
+        signal.signal(end, signal.SIG_IGN)
+    if number:
+        sys.exit(128 + number)
+
+
+def main() -> int:
+    """Serve until the workstation leaves; whatever ends it, nothing stays running and no work folder is left."""
+    for number in ENDS:
+        signal.signal(number, _deaf)
+    signal.alarm(0)  # the boot code's
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not enter the conversation
+    agent = None
+    try:
+        agent = Agent(sys.stdin.buffer, sink, cache_folder())
+        agent.send({"protocol": PROTOCOL, "python": sys.version.split()[0], "work": str(agent.work)})
+        agent.serve()
+    except (ConnectionError, EOFError):
+        return 1
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sink.write(json.dumps({
+                "error": f"the device's folder {cache_folder()} cannot be used: {error}",
+                "remedy": "Free some space there, or make it writable for this user.",
+            }).encode() + b"\n")  # fmt: skip
+            sink.flush()
+        return EngineError.exit_code
+    finally:
+        try:
+            _deaf()
+        finally:
+            if agent is not None:
+                agent.clean()
+    return 0
+
+
+if __name__ == "__main__":
+    code = 1
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except Exception:  # a bug of ours
+        traceback.print_exc()
+    # A thread that still reads would make the interpreter's own end a crash.
+    os._exit(code)

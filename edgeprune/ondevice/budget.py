@@ -1,0 +1,310 @@
+"""Budget: limits for memory, prefill and decode, absolute or relative to the dense model; and the verdict.
+
+Sizes are understood as written: 1 GiB is 1024^3 bytes, 1 GB is 1000^3. It knows nothing about models,
+devices or how a figure came about, beyond the source that each figure carries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from math import isfinite
+from typing import Literal
+
+from edgeprune.ondevice.figures import Figure, Measured, Performance
+from edgeprune.errors import InputError
+
+Status = Literal["met", "missed", "noisy"]
+Source = Literal["measured", "built", "estimated"]
+
+CONSTRAINTS = ("memory", "prefill", "decode")
+STATUS_TEXT: dict[Status, str] = {
+    "met": "met",
+    "missed": "missed",
+    "noisy": "too noisy to tell: run again on an idle machine",
+}
+SIZE_FORMS = "1.5GiB, 900MB or a share of the dense model such as 70%"
+LATENCY_FORMS = "25ms, 0.5s or a share of the dense model such as 70%"
+PERCENT_FORMS = "a percentage such as 70%"
+
+_SIZE_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+_LATENCY_UNITS = {"US": Fraction(1, 1000), "MS": Fraction(1), "S": Fraction(1000)}
+_SOURCES: tuple[Source, ...] = ("estimated", "built", "measured")  # weakest first
+_FORM = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]*)")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """value: bytes or ms; where relative, a share of the dense model's (0 to 1). asked: as the user wrote it."""
+
+    value: float
+    relative: bool
+    asked: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class AbsoluteBudget:
+    """Every limit that was given, relative ones resolved: memory in bytes, prefill and decode in ms."""
+
+    memory: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that were given, by constraint."""
+        return {name: limit for name in CONSTRAINTS if (limit := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """max_quality_loss: acceptable rise of held-out perplexity in percent."""
+
+    memory: Limit | None = None
+    prefill: Limit | None = None
+    decode: Limit | None = None
+    max_quality_loss: float | None = None
+
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """The limits that were given, by constraint."""
+        return {name: limit for name in CONSTRAINTS if (limit := getattr(self, name)) is not None}
+
+    def absolute(self, dense: Performance) -> AbsoluteBudget:
+        """Relative limits against the dense model; a memory limit counts all but the runtime's fixed part."""
+
+        def resolve(name: str, limit: Limit) -> float:
+            if not limit.relative:
+                return limit.value
+            if name == "memory":
+                return limit.value * dense.memory.prunable + dense.memory.runtime.value
+            return limit.value * getattr(dense, name).value
+
+        return AbsoluteBudget(**{name: resolve(name, limit) for name, limit in self.limits.items()})
+
+
+@dataclass(frozen=True)
+class Check:
+    """One constraint against what was obtained: limit and figure in bytes or ms.
+
+    ratio: the figure that decided instead, where a latency was compared with the dense model's in the same run.
+    """
+
+    name: str
+    asked: str
+    limit: float
+    figure: Figure
+    status: Status
+    ratio: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """source: the weakest among the figures that it rests on (`estimated` if there is no constraint)."""
+
+    checks: tuple[Check, ...]
+    source: Source
+
+    @property
+    def status(self) -> Status:
+        """The worst status of all constraints."""
+        return _worst(check.status for check in self.checks)
+
+    @property
+    def met(self) -> bool:
+        return self.status == "met"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `1.5GiB`, `900MB`, `2 GB`, rounded. Raises InputError."""
+    number, unit = _split(text, "size", SIZE_FORMS)
+    if (factor := _SIZE_UNITS.get(unit.upper())) is None:
+        raise _malformed(text, "size", SIZE_FORMS, number, unit)
+    if (value := round(number * factor)) == 0:
+        raise InputError(f"the size {text!r} is less than a byte", f"Write it as {SIZE_FORMS}.")
+    return value
+
+
+def parse_latency(text: str) -> float:
+    """Milliseconds of `25ms`, `0.5s`. Raises InputError."""
+    number, unit = _split(text, "latency", LATENCY_FORMS)
+    if (factor := _LATENCY_UNITS.get(unit.upper())) is None:
+        raise _malformed(text, "latency", LATENCY_FORMS, number, unit)
+    return _positive_float(number * factor, text, "latency", LATENCY_FORMS)
+
+
+def parse_percent(text: str) -> float:
+    """The share, above 0 and at most 1, of `70%`. Raises InputError."""
+    number, unit = _split(text, "share", PERCENT_FORMS)
+    if unit != "%":
+        raise _malformed(text, "share", PERCENT_FORMS, number, unit)
+    if number > 100:
+        raise InputError(
+            f"the share {text!r} is more than 100 %, which the dense model itself needs",
+            "Give at most 100%, or an absolute limit.",
+        )
+    return _positive_float(number / 100, text, "share", PERCENT_FORMS)
+
+
+def parse_limit(constraint: str, text: str) -> Limit:
+    """A limit for `memory`, `prefill` or `decode`, absolute or in percent. Raises InputError naming it."""
+    try:
+        if text.strip().endswith("%"):
+            return Limit(parse_percent(text), relative=True, asked=text.strip())
+        value = parse_size(text) if constraint == "memory" else parse_latency(text)
+    except InputError as error:
+        raise InputError(f"{constraint} budget: {error.message}", error.remedy) from None
+    return Limit(value, relative=False, asked=text.strip())
+
+
+def parse_budget(
+    memory: str | None, prefill: str | None, decode: str | None, max_quality_loss: str | float | None = None
+) -> Budget:
+    """The budget of the given texts; max_quality_loss in percent, with or without its sign. Raises InputError."""
+    given = {"memory": memory, "prefill": prefill, "decode": decode}
+    limits = {name: parse_limit(name, text) for name, text in given.items() if text is not None}
+    return Budget(**limits, max_quality_loss=None if max_quality_loss is None else _quality_loss(max_quality_loss))
+
+
+def _quality_loss(asked: str | float) -> float:
+    try:
+        percent = float(asked.strip().removesuffix("%") if isinstance(asked, str) else asked)
+    except ValueError:
+        percent = float("nan")
+    if not (isfinite(percent) and percent >= 0):
+        raise InputError(
+            f"the quality limit {asked!r} is not a percentage from 0 up",
+            "Write the acceptable rise of perplexity, such as --max-quality-loss 10%.",
+        )
+    return percent
+
+
+def _split(text: str, what: str, forms: str) -> tuple[Fraction, str]:
+    """The exact, positive number and the unit of a text."""
+    match = _FORM.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"malformed {what} {text!r}: not a number with a unit", f"Write it as {forms}.")
+    # The float first: an exponent of many digits would make the exact number fill the memory.
+    _positive_float(float(match[1]), text, what, forms)
+    return Fraction(match[1]), match[2]
+
+
+def _positive_float(number: Fraction | float, text: str, what: str, forms: str) -> float:
+    try:
+        value = float(number)
+    except OverflowError:
+        value = float("inf")
+    if not 0 < value < float("inf"):
+        reason = "is negative" if value < 0 else "is zero" if value == 0 else "is too large"
+        raise InputError(f"the {what} {text!r} {reason}", f"Write it as {forms}.")
+    return value
+
+
+def _malformed(text: str, what: str, forms: str, number: Fraction, unit: str) -> InputError:
+    understood = f"{float(number):g} {unit}".strip()
+    reason = f"{unit!r} is no unit of a {what}" if unit else "it has no unit"
+    return InputError(f"malformed {what} {text!r}: understood {understood}, but {reason}", f"Write it as {forms}.")
+
+
+def describe(budget: Budget) -> str:
+    """What was understood, as `memory 1610612736 bytes (1.50 GiB), decode 70% of the dense model`."""
+    return ", ".join(f"{name} {_understood(name, limit)}" for name, limit in budget.limits.items())
+
+
+def _understood(name: str, limit: Limit) -> str:
+    if limit.relative:
+        return f"{100 * limit.value:g}% of the dense model"
+    return f"{limit.value:.0f} bytes ({format_bytes(limit.value)})" if name == "memory" else format_ms(limit.value)
+
+
+def judge(budget: Budget, dense: Performance, performance: Performance) -> Verdict:
+    """Every limit against what was obtained.
+
+    A measured figure counts by its interval: met where the whole of it lies at or below the limit, missed
+    where the whole lies above, else noisy; other figures by their value. A latency that has a ratio to the
+    dense model, interleaved in the same run, counts by that: a relative limit against the ratio itself, an
+    absolute one against the dense model's latency times the ratio, which leaves out what the machine did
+    between the two runs. The dense model itself is at 100 % by definition.
+    """
+    absolute = budget.absolute(dense)
+    checks = tuple(
+        _check(name, limit, absolute.limits[name], dense, performance) for name, limit in budget.limits.items()
+    )
+    sources = [figure.source for check in checks for figure in (check.figure, check.ratio) if figure is not None]
+    return Verdict(checks, min(sources, key=_SOURCES.index, default="estimated"))
+
+
+def _check(name: str, limit: Limit, absolute: float, dense: Performance, performance: Performance) -> Check:
+    asked = limit.asked or _understood(name, limit)
+    if name == "memory":
+        figure = memory_total(performance)
+        return Check(name, asked, absolute, figure, _status(figure, absolute))
+    figure: Figure = getattr(performance, name)
+    ratio: Measured | None = getattr(performance, f"{name}_ratio")
+    if ratio is None:
+        if limit.relative and performance == dense:
+            return Check(name, asked, absolute, figure, "met" if limit.value >= 1 else "missed")
+        return Check(name, asked, absolute, figure, _status(figure, absolute))
+    if limit.relative:
+        return Check(name, asked, absolute, figure, _status(ratio, limit.value), ratio)
+    figure = _scaled(getattr(dense, name), ratio)
+    return Check(name, asked, absolute, figure, _status(figure, absolute), ratio)
+
+
+def judge_quality(budget: Budget, rises: Iterable[tuple[float, float]]) -> Status:
+    """The quality limit against the intervals (low, high) in percent of the rise on every text; met without a limit."""
+    if budget.max_quality_loss is None:
+        return "met"
+    return _worst(_compare(low, high, budget.max_quality_loss) for low, high in rises)
+
+
+def _status(figure: Figure, limit: float) -> Status:
+    if isinstance(figure, Measured):
+        return _compare(figure.low, figure.high, limit)
+    return _compare(figure.value, figure.value, limit)
+
+
+def _compare(low: float, high: float, limit: float) -> Status:
+    return "met" if high <= limit else "noisy" if low <= limit else "missed"  # not a number: missed
+
+
+def _worst(statuses: Iterable[Status]) -> Status:
+    found = set(statuses)
+    return "missed" if "missed" in found else "noisy" if "noisy" in found else "met"
+
+
+def _scaled(dense: Figure, ratio: Measured) -> Figure:
+    """The dense figure times the ratio; an estimate stays one."""
+    if isinstance(dense, Measured):
+        low, high = dense.low * ratio.low, dense.high * ratio.high
+        return replace(dense, value=dense.value * ratio.value, low=low, high=high)
+    return replace(dense, value=dense.value * ratio.value)
+
+
+def memory_total(performance: Performance) -> Figure:
+    """The five parts as one figure in bytes, of the weakest source among them."""
+    parts = list(performance.memory.parts.values())
+    weakest = min(parts, key=lambda part: _SOURCES.index(part.source))
+    total = performance.memory.total
+    if isinstance(weakest, Measured):  # then all parts are
+        return replace(weakest, value=total, low=sum(p.low for p in parts), high=sum(p.high for p in parts))
+    return replace(weakest, value=total, basis="sum of weights, cache, activations, buffers and runtime")
+
+
+def format_bytes(value: float) -> str:
+    """Binary units, as `1.50 GiB`, `270.0 MiB`."""
+    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
+        if round(abs(value) / size, digits) >= 1:
+            return f"{value / size:.{digits}f} {unit}"
+    return f"{value:.0f} B"
+
+
+def format_ms(value: float) -> str:
+    """Three digits or more, as `6.15 ms`, `52.6 ms`, `1384 ms`."""
+    digits = 2 if round(abs(value), 2) < 10 else 1 if round(abs(value), 1) < 100 else 0
+    return f"{value:.{digits}f} ms"

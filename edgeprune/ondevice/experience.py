@@ -1,0 +1,114 @@
+"""What a user notices of a running model, from its figures: how fast it answers, for how much memory has room.
+
+This file also runs on the device: Python 3.10, standard library only; it sees no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from edgeprune.ondevice.figures import Estimate, Figure, Measured, Performance, Workload
+
+WORDS_PER_MINUTE = 238  # silent reading of English non-fiction: Brysbaert 2019, a meta-analysis of 190 studies
+TOKENS_PER_WORD = 1.33  # of English text in the vocabularies of today's models
+READING_RATE = WORDS_PER_MINUTE * TOKENS_PER_WORD / 60  # tokens/s
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory beyond what was obtained. limit: bytes that may be used; reason: what sets it.
+
+    most_context: the model's positions. context_bytes, sequence_bytes: what one more token of context, for all
+    sequences, and one more sequence cost on the way from the workload to the limit.
+    """
+
+    limit: float
+    reason: str
+    most_context: int
+    context_bytes: float
+    sequence_bytes: float
+
+
+@dataclass(frozen=True)
+class Experience:
+    """first_token in ms; tokens_per_second of one sequence; reading_speed: how many times a reader's rate that is, or
+    of an image generator seconds_per_image, codes alone; longest_context in tokens and sequences at once, by memory
+    alone, 0 where there is not room for one."""
+
+    first_token: Figure
+    tokens_per_second: Figure
+    reading_speed: Figure | None
+    seconds_per_image: Figure | None
+    longest_context: Estimate
+    sequences: Estimate
+    room: Room
+
+    @property
+    def figures(self) -> dict[str, Figure | None]:
+        return {name: value for name, value in self.__dict__.items() if name != "room"}
+
+
+def experience_of(
+    performance: Performance, workload: Workload, room: Room, longest_context: int, sequences: int,
+    images: int | None = None,
+) -> Experience:  # fmt: skip
+    """images: at once, of an image generator, which fills the workload's context; None for texts."""
+    rate = _turned(performance.decode, 1e3, "tokens/s")
+    base = f"{performance.memory.total / 2**20:.1f} MiB at batch {workload.batch}, context {workload.context}"
+    limited = f"{base}, and what more would cost, within {room.limit / 2**20:.1f} MiB: {room.reason}"
+
+    def estimate(value: int, unit: str, basis: str) -> Estimate:
+        return Estimate(float(value), unit, performance.memory.weights.device, basis)
+
+    return Experience(
+        first_token=performance.prefill, tokens_per_second=rate,
+        reading_speed=None if images else _scaled(rate, 1 / READING_RATE, "1"),
+        seconds_per_image=_seconds_per_image(performance, workload, images) if images else None,
+        longest_context=estimate(
+            longest_context, "tokens",
+            "all positions that the model has" if longest_context == room.most_context else limited,
+        ),
+        sequences=estimate(sequences, "sequences", limited), room=room,
+    )  # fmt: skip
+
+
+def experience_again(
+    performance: Performance, workload: Workload, room: Room, images: int | None = None
+) -> Experience:  # fmt: skip
+    """The same for other figures of the same model, such as those of its device: room as it was found before."""
+    spare = room.limit - performance.memory.total
+    context = workload.context + spare // room.context_bytes
+    sequences = workload.batch + spare // room.sequence_bytes
+    context = min(room.most_context, context) if context > 1 else 0
+    return experience_of(performance, workload, room, int(context), max(0, int(sequences)), images)
+
+
+def _seconds_per_image(performance: Performance, workload: Workload, images: int) -> Figure:
+    """The prefill and every further step, as slow as the last: somewhat more than it takes."""
+    prefill, decode = performance.prefill, performance.decode
+    steps = workload.context - 1
+
+    def seconds(first: float, each: float) -> float:
+        return (first + steps * each) / images / 1e3
+
+    value = seconds(prefill.value, decode.value)
+    if isinstance(prefill, Measured) and isinstance(decode, Measured):
+        low, high = seconds(prefill.low, decode.low), seconds(prefill.high, decode.high)
+        return Measured(value, "s", decode.device, low, high)
+    basis = f"(prefill + {steps} decode steps, each as slow as the last) / {images} at once"
+    return Estimate(value, "s", decode.device, basis)
+
+
+def _turned(figure: Figure, numerator: float, unit: str) -> Figure:
+    """numerator / figure; the interval's bounds change places."""
+    value = numerator / figure.value
+    if isinstance(figure, Measured):
+        return replace(figure, value=value, unit=unit, low=numerator / figure.high, high=numerator / figure.low)
+    return replace(figure, value=value, unit=unit, basis=f"1 / decode; {figure.basis}")
+
+
+def _scaled(figure: Figure, factor: float, unit: str) -> Figure:
+    if isinstance(figure, Measured):
+        low, high = factor * figure.low, factor * figure.high
+        return replace(figure, value=factor * figure.value, unit=unit, low=low, high=high)
+    return replace(figure, value=factor * figure.value, unit=unit)

@@ -1,0 +1,399 @@
+"""Finishes a bundle where it runs: build, check, measure, judge; the largest rung that meets the budget is taken.
+
+`python3 finish.pyz` in the bundle's folder does it on the device with nothing installed but what the engine
+needs; `edgeprune measure` does the same from the workstation. This file runs on both: Python 3.10, standard
+library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import html
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, Verdict, format_bytes, format_ms, judge, memory_total
+from edgeprune.ondevice.bundle import LINKS, MANIFEST, REPORT, open_bundle, open_chosen, point_to_rung, sha256
+from edgeprune.ondevice import measure as perform
+from edgeprune.ondevice.figures import Figure, Measured, Performance, Workload
+from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.measure import Counted, Here, Session
+from edgeprune.ondevice.experience import Room, experience_again
+from edgeprune.ondevice.wire import figure_from_json, performance_to_json
+from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
+
+DEPLOYMENT = "deployment.json"
+MEASUREMENT = "measurement.json"
+NOT_MEASURED = "Latency was not measured on the device: build and measure there before you decide."
+BANNER = ("<!-- measured -->", "<!-- /measured -->")
+STAGED, READY = ".finish", ".finished"  # folders in the bundle: what is being made, what is complete
+FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine: the module that it needs
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A rung as it was found on the device. error: why it could not be built, empty where it could."""
+
+    index: int
+    status: str
+    performance: Performance | None
+    verdict: Verdict | None
+    error: str = ""
+
+
+def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, Any]:
+    """Build and measure the bundle's rungs, the largest first, until one meets the budget; write what was found.
+
+    where: the device in words. Returns the measurement as it stands in measurement.json. Raises InputError
+    where the folder is no bundle, EngineError where nothing could be built or an engine computes wrongly; the
+    bundle is then as it was.
+    """
+    open_chosen(bundle)
+    with _alone(bundle):
+        _settle(bundle)
+        plan = _read(bundle / DEPLOYMENT)
+        engine, facts = _engine(plan, session, where, tell)
+        tried = _try_rungs(bundle, plan, engine, session, tell)
+        chosen = [rung for rung in tried if rung.performance is not None][-1]
+        measurement = _measurement(tried, chosen, engine, facts, where)
+        try:
+            _stage(bundle, measurement, chosen)
+            _settle(bundle)
+        except OSError as error:
+            raise EngineError(
+                f"the bundle {bundle} cannot be written: {error.strerror}",
+                "Free some space there and run it again.",
+            ) from None
+    return measurement
+
+
+@contextlib.contextmanager
+def _alone(bundle: Path) -> Iterator[None]:
+    """No other process measures the bundle meanwhile; what was not complete is gone afterwards."""
+    if not os.access(bundle, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {bundle}", "Copy the bundle to a folder that you may write to.")
+    descriptor = os.open(bundle, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"the bundle {bundle} is being measured already", "Wait for the other one.") from None
+        except OSError:
+            pass  # a file system without locks
+        shutil.rmtree(bundle / STAGED, ignore_errors=True)
+        yield
+    finally:
+        shutil.rmtree(bundle / STAGED, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> list[Rung]:
+    """The rungs, the largest first, up to the first that meets the budget; one of them at least was measured."""
+    budget = Budget(**{name: Limit(limit["value"], False, limit["asked"]) for name, limit in plan["limits"].items()})
+    tried: list[Rung] = []
+    for index in range(len(plan["rungs"])):
+        try:
+            performance = _perform(bundle, index, plan, engine, session, tell)
+        except (WrongEngine, Unreachable):
+            raise
+        except EngineError as error:
+            tried.append(Rung(index, "failed", None, None, error.message))  # a smaller one may fit
+            if index == len(plan["rungs"]) - 1 and not any(rung.performance for rung in tried):
+                raise
+            continue
+        verdict = judge(budget, performance, performance)
+        tried.append(Rung(index, verdict.status, performance, verdict))
+        if verdict.met:
+            break
+    return tried
+
+
+def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> tuple[str, dict[str, Any]]:
+    """The engine that the device has for this bundle, and what the device is. Raises EngineError."""
+    facts = perform.describe(session, tell)
+    modules = facts["modules"]
+    if plan["engine"] == "onnxruntime":
+        if missing := [name for name in ("numpy", "onnxruntime") if modules[name] is None]:
+            raise EngineError(_lacks(where, missing, facts), f"pip install {' '.join(missing)}")
+        return "onnxruntime", facts
+    order = sorted(FLAVOURS, key=lambda name: name != plan["engine"])
+    engine = next((name for name in order if modules[FLAVOURS[name]]), None)
+    if engine is None or modules["numpy"] is None:
+        missing = "numpy" if modules["numpy"] is None else FLAVOURS[order[0]]
+        raise EngineError(
+            _lacks(where, [missing], facts),
+            "JetPack brings tensorrt and numpy (sudo apt install python3-libnvinfer python3-numpy); elsewhere: "
+            f"pip install {missing.replace('_', '-')}",
+        )
+    if facts["gpu"] is None:
+        raise EngineError(f"{where}: {facts['no_gpu']}", "Run it on the device, with cuda-python or pycuda installed.")
+    if facts["gpu"]["sm"] != plan["sm"]:
+        raise EngineError(
+            f"{where} has a {facts['gpu']['name']} of SM {facts['gpu']['sm']}, the bundle is for SM {plan['sm']}",
+            "Fit for this device: `edgeprune fit --device NAME` with its profile.",
+        )
+    return engine, facts
+
+
+def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
+    """A module that is there and does not load is another problem than one that is not."""
+    broken = [why for name in modules if not (why := facts["missing"][name]).startswith("ModuleNotFoundError")]
+    names = " and ".join(modules)
+    return f"{where} cannot load {names}: {'; '.join(broken)}" if broken else f"{where} has no Python module {names}"
+
+
+def _perform(bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> Performance:
+    rung, workload, folder = plan["rungs"][index], Workload(**plan["workload"]), Path("rungs") / str(index)
+    staged, folder = bundle / STAGED / folder, bundle / folder
+    graph, reference = folder / "onnx" / plan["graph"], folder / "reference.npz"
+
+    def told(stage: str, done: int, total: int) -> None:
+        tell(f"rung {index}: {stage}" if len(plan["rungs"]) > 1 else stage, done, total)
+
+    if engine == "onnxruntime":
+        counted = Counted(**rung["counted"])
+        return perform.on_onnxruntime(session, None, graph, workload, counted, told, reference, plan["precision"])
+    path = staged / "engine" / f"model.sm{plan['sm']}.engine"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    built = perform.build(session, engine, graph, path, workload, told, workspace_bytes=rung["workspace_bytes"])
+    runtime = figure_from_json(plan["runtime"])
+    return perform.on_tensorrt(session, engine, path, built, workload, runtime, reference, plan["precision"], told)
+
+
+def _measurement(tried: list[Rung], chosen: Rung, engine: str, facts: dict[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "where": where,
+        "machine": facts["machine"], "gpu": (facts["gpu"] or {}).get("name"), "engine": engine,
+        "version": facts["modules"]["onnxruntime" if engine == "onnxruntime" else FLAVOURS[engine]],
+        "rung": chosen.index, "status": chosen.status, "rests_on": chosen.verdict.source,
+        "rungs": [
+            {
+                "index": rung.index, "status": rung.status, "error": rung.error,
+                "figures": {} if rung.performance is None else rung.performance.values,
+                "sources": {} if rung.performance is None else _sources(rung.performance),
+            }
+            for rung in tried
+        ],
+        "performance": performance_to_json(chosen.performance),
+    }  # fmt: skip
+
+
+def _sources(performance: Performance) -> dict[str, str]:
+    return {
+        "memory": memory_total(performance).source, "prefill": performance.prefill.source,
+        "decode": performance.decode.source,
+    }  # fmt: skip
+
+
+def _stage(bundle: Path, measurement: dict[str, Any], chosen: Rung) -> None:
+    """All new files beside the old ones: measurement.json, the report with it, a banner in the page, the manifest."""
+    report = merged(_read(bundle / "rungs" / str(chosen.index) / REPORT), measurement, chosen)
+    if copies := _other_copies(bundle, chosen.index):
+        report["warnings"].append(
+            f"{', '.join(copies)} at the bundle's top became folders when it was copied and hold another rung: "
+            f"use those in rungs/{chosen.index}."
+        )
+    page = (bundle / "report.html").read_text(encoding="utf-8")
+    begin, end = (page.find(mark) for mark in BANNER)
+    if 0 <= begin < end:
+        page = page[: begin + len(BANNER[0])] + _banner(report, measurement) + page[end:]
+    staged = bundle / STAGED
+    staged.mkdir(exist_ok=True)
+    (staged / MEASUREMENT).write_text(json.dumps(measurement, indent=2) + "\n", encoding="utf-8")
+    made = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
+    sizes = {name: path.stat().st_size for name, path in made.items()}
+    report["files"] = {**_read(bundle / REPORT)["files"], **sizes}
+    for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), ("report.html", page)):
+        made[name] = staged / name
+        made[name].write_text(text, encoding="utf-8")
+    manifest = open_bundle(bundle)
+    manifest["sha256"].update((name, sha256(path)) for name, path in made.items())
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    staged.rename(bundle / READY)
+
+
+def _settle(bundle: Path) -> None:
+    """Move what is complete into its place, the manifest last; what a kill interrupted goes on here the next time."""
+    ready = bundle / READY
+    if not ready.is_dir():
+        return
+    paths = sorted((path for path in ready.rglob("*") if path.is_file()), key=lambda path: path.name == MANIFEST)
+    for path in paths:
+        if path.name == MANIFEST:
+            with contextlib.suppress(OSError):  # a file system without links
+                point_to_rung(bundle, _read(bundle / MEASUREMENT)["rung"])
+        target = bundle / path.relative_to(ready)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(ready)
+
+
+def _other_copies(bundle: Path, index: int) -> list[str]:
+    """Which of the links at the top a copy made folders of that are not the rung's."""
+
+    def held(folder: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in folder.iterdir()} if folder.is_dir() else {}
+
+    return [
+        name
+        for name in LINKS
+        if (bundle / name).is_dir()
+        and not (bundle / name).is_symlink()
+        and held(bundle / name) != held(bundle / "rungs" / str(index) / name)
+    ]
+
+
+def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> dict[str, Any]:
+    """A rung's report with what was measured in the place of what was estimated."""
+    performance = chosen.performance
+    shown = {
+        "memory": {name: _figure(part) for name, part in performance.memory.parts.items()},
+        "memory_total": _figure(memory_total(performance)), "prefill": _figure(performance.prefill),
+        "decode": _figure(performance.decode), "prefill_ratio": None, "decode_ratio": None,
+        "percentiles": performance.percentiles, "conditions": performance.conditions,
+    }  # fmt: skip
+    checks = {check.name: check for check in chosen.verdict.checks}
+    budget = []
+    for row in report["budget"]:
+        if check := checks.get(row["name"]):
+            row = {**row, "limit": check.limit, "status": check.status, "fitted": _figure(check.figure),
+                   "headroom_percent": 100 * (1 - check.figure.value / check.limit)}  # fmt: skip
+        budget.append(row)
+    batch, decode = report["workload"]["batch"], shown["decode"]
+    rate = {**decode, "value": 1e3 * batch / decode["value"], "unit": "tokens/s", "basis": f"{batch} / decode",
+            "low": 1e3 * batch / decode["high"], "high": 1e3 * batch / decode["low"]}  # fmt: skip
+    room = report["experience"]["fitted"]["room"]
+    images = (report["quality"]["pictures"] or {}).get("at_once")
+    again = experience_again(performance, Workload(**report["workload"]), Room(**room), images)
+    noticed = {name: figure and _figure(figure) for name, figure in again.figures.items()}
+    return {
+        **report, "headline": _headline(report, measurement, chosen), "status": chosen.status,
+        "rests_on": measurement["rests_on"], "budget": budget, "measurement": measurement,
+        "fitted": {**report["fitted"], "performance": shown},
+        "tokens_per_second": {**report["tokens_per_second"], "fitted": rate},
+        "experience": {**report["experience"], "fitted": {**noticed, "room": room}},
+        "warnings": [text for text in report["warnings"] if text != NOT_MEASURED] + list(performance.notes),
+    }  # fmt: skip
+
+
+def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> str:
+    name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
+    asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
+    rise = float(report["quality"]["rise_percent"])  # a broken model's is the text `Infinity`
+    cost = f"at {rise:+.1f} % perplexity{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}"
+    if chosen.status == "noisy":
+        return f"{name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
+    if chosen.status == "missed":
+        return f"{name} does not meet {asked} on {place}, {cost}."
+    if report["quality_status"] == "missed":
+        return f"{name} meets {asked} on {place} only beyond the quality limit: {cost}."
+    if report["quality_status"] == "noisy":
+        return f"{name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
+    return f"{name} meets {asked} on {place}, {cost}."
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    """A figure as the report holds it."""
+    measured = isinstance(figure, Measured)
+    return {
+        "value": figure.value, "unit": figure.unit, "source": figure.source, "device": figure.device,
+        "low": figure.low if measured else None, "high": figure.high if measured else None,
+        "basis": None if measured else figure.basis,
+    }  # fmt: skip
+
+
+def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(row['name'])}</td><td class='{row['status']} n'><b>{html.escape(row['status'])}</b></td>"
+        f"<td class='n'>{_text(row['name'], row['fitted']['value'])} "
+        f"<span class='badge {row['fitted']['source']}'>{row['fitted']['source']}</span></td>"
+        f"<td class='n'>{_text(row['name'], row['limit'])}</td></tr>"
+        for row in report["budget"]
+        if row["name"] != "quality"
+    )
+    version = f"{measurement['engine']} {measurement['version']}"
+    return (
+        f"<section class='card'><h2>{html.escape(report['headline'])}</h2><p class='soft'>Measured "
+        f"{html.escape(measurement['created'])} with {html.escape(version)}, rung {measurement['rung']}. The page "
+        "below is from before; <code>edgeprune report BUNDLE</code> on the workstation draws it anew.</p>"
+        f"<table><tr><th>constraint</th><th>verdict</th><th>there</th><th>limit</th></tr>{rows}</table></section>"
+    )
+
+
+def _text(name: str, value: float) -> str:
+    return format_bytes(value) if name == "memory" else format_ms(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{path} cannot be read", "Copy the whole bundle again, or fit it again with this version."
+        ) from None
+
+
+def summary(measurement: dict[str, Any]) -> list[str]:
+    """The measurement in a few lines for a terminal."""
+    lines = [f"{measurement['machine']}, {measurement['engine']} {measurement['version']}"]
+    for rung in measurement["rungs"]:
+        figures = "  ".join(
+            f"{name} {_text(name, value)} {rung['sources'][name]}" for name, value in rung["figures"].items()
+        )
+        verdict = STATUS_TEXT.get(rung["status"], rung["status"])
+        lines.append(f"rung {rung['index']}: {verdict}  {figures or rung['error']}")
+    return lines
+
+
+def _shown(stream: Any) -> Callable[[str, int, int], None]:
+    """One line that is drawn over on a terminal, else one line for each stage."""
+    last = ""
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        share = f" {100 * done // total} %" if total else ""
+        if stream.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            stream.write(f"\r{f'{stage}{share}'[:width]:{width}}")
+        elif stage != last:
+            stream.write(f"{stage}\n")
+        last = stage
+        stream.flush()
+
+    return tell
+
+
+def main() -> int:
+    """finish.pyz: exit code 0 budget met, 2 bad input, 3 out of reach, 4 engine or device failed."""
+    parser = argparse.ArgumentParser(prog="finish.pyz", description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", nargs="?", type=Path, help="default: the folder that finish.pyz is in")
+    parser.add_argument("--json", action="store_true", help="print the measurement as one JSON document")
+    given = parser.parse_args()
+    program = Path(sys.argv[0]).resolve()
+    sys.path[0] = str(program)  # the tasks' processes import from it too
+    os.environ.setdefault("EDGEPRUNE_CACHE", str(Path.home() / ".cache" / "edgeprune-device"))
+    try:
+        bundle = given.bundle or program.parent
+        measurement = finish(bundle, Here(), "this machine", _shown(sys.stderr))
+    except EdgepruneError as error:
+        sys.stderr.write(f"\nerror: {error.message}\n{error.remedy}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    sys.stderr.write("\n")
+    sys.stdout.write((json.dumps(measurement, indent=2) if given.json else "\n".join(summary(measurement))) + "\n")
+    met = measurement["status"] == _read(bundle / REPORT)["quality_status"] == "met"
+    return 0 if met else BudgetError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

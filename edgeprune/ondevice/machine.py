@@ -1,0 +1,158 @@
+"""What this machine is and in which state it was measured: recorded beside figures, never changed.
+
+This file also runs on the device: Python 3.10, standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_QUERY = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.limit,persistence_mode"
+
+
+def processor() -> str:
+    """The processor's model name, and how many threads this process may use at once."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {threads()} threads"
+
+
+def threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> str:
+    """The board's name where the system has one (a Jetson), else the processor's."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0\n ")
+    return processor()
+
+
+def memory_state() -> dict[str, int]:
+    """Bytes that are available and that are swapped out, by /proc/meminfo; empty where there is none.
+
+    On a Jetson, where CPU and GPU share memory, this is what a program can have, not what CUDA calls free.
+    """
+    state = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        values = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith("kB")}
+        state["total"], state["available"] = values.get("MemTotal", 0), values.get("MemAvailable", 0)
+        state["swapped"] = values.get("SwapTotal", 0) - values.get("SwapFree", 0)
+    return state
+
+
+def reset_peak_bytes() -> None:
+    """Let the peak begin again at what is resident now; Linux only, elsewhere it stays that of the process."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+
+
+def peak_bytes() -> int:
+    """Peak resident bytes of this process; file pages that are mapped and touched count.
+
+    On Linux from its own memory map: ru_maxrss there begins at the size of the parent.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def used_memory() -> int | None:
+    """Bytes that the GPU's memory has in use by all programs: by nvidia-smi where the GPU has a memory of its own,
+    else by /proc/meminfo; None where neither says."""
+    with contextlib.suppress(ValueError, IndexError):  # an integrated GPU answers [N/A]
+        return int(_said("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()[0]) * 2**20
+    state = memory_state()
+    return state["total"] - state["available"] if state else None
+
+
+def conditions() -> dict[str, str]:
+    """Power mode, clocks, temperatures and memory in words: what a reader needs to believe a latency."""
+    found: dict[str, str] = {}
+    if mode := _said("nvpmodel", "-q"):
+        found["power mode"] = " ".join(mode.split())
+    if clocks := _said("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"):
+        for name, value in zip(_QUERY.split(","), clocks.splitlines()[0].split(","), strict=False):
+            found[name.replace(".", " ").replace("_", " ")] = value.strip()
+    if locked := _locked_clocks():
+        found["gpu clock range"] = locked
+    if warm := _temperatures():
+        found["temperatures"] = warm
+    state = memory_state()
+    if state:
+        found["memory available"] = f"{state['available'] / 2**30:.1f} GiB"
+        found["swapped out"] = f"{state['swapped'] / 2**30:.1f} GiB"
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """What can build and run here: the machine, the modules' versions (None: missing) and the GPU, or why none."""
+    modules, missing = {}, {}
+    for name in ("numpy", "onnxruntime", "tensorrt", "tensorrt_rtx"):
+        try:
+            modules[name] = str(importlib.import_module(name).__version__)
+        except Exception as error:  # a missing library is no ImportError in every release
+            modules[name], missing[name] = None, f"{type(error).__name__}: {error}"
+    gpu, why = None, ""
+    if modules["numpy"]:
+        from edgeprune.ondevice.cuda import find_gpu
+        from edgeprune.errors import EngineError
+
+        try:
+            gpu = dict(find_gpu().__dict__)
+        except EngineError as error:
+            why = error.message
+    return {
+        "machine": machine(), "processor": processor(), "python": platform.python_version(),
+        "modules": modules, "missing": missing,
+        "gpu": gpu, "no_gpu": why, "memory": memory_state(), "platform": sys.platform,
+    }  # fmt: skip
+
+
+def _said(*command: str) -> str:
+    """What a command prints, empty where it is missing, fails or takes long."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.strip()
+
+
+def _locked_clocks() -> str:
+    """The range of the integrated GPU's clock in MHz; equal ends mean that jetson_clocks locked it."""
+    for folder in Path("/sys/class/devfreq").glob("*gpu*"):
+        with contextlib.suppress(OSError, ValueError):
+            low, high = (int((folder / f"{end}_freq").read_text()) // 10**6 for end in ("min", "max"))
+            return f"{low} to {high} MHz{' (locked)' if low == high else ''}"
+    return ""
+
+
+def _temperatures() -> str:
+    """Name and degrees Celsius of every thermal zone."""
+    zones = []
+    for folder in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
+        with contextlib.suppress(OSError, ValueError):
+            degrees = int((folder / "temp").read_text()) / 1000
+            zones.append(f"{(folder / 'type').read_text().strip()} {degrees:.0f}")
+    return ", ".join(zones)

@@ -1,0 +1,144 @@
+"""ONNX Runtime on the CPU: one cache buffer updated in place, timed or generating.
+
+This file also runs on the device: Python 3.10, standard library, numpy and onnxruntime; it sees no
+model. Its measurements are meant for a process of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.machine import peak_bytes
+from edgeprune.ondevice.timing import described, interleave, stopwatch
+from edgeprune.errors import EngineError
+
+ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+DECODE_STEPS = 8  # steps whose peak memory is looked at
+
+
+class Runner:
+    """A session on a graph of the onnxruntime dialect with `last` logits, with its cache of `capacity`."""
+
+    def __init__(self, graph: Path, batch: int, capacity: int, threads: int | None = None) -> None:
+        self.batch, self.capacity = batch, capacity
+        self.session = open_session(graph, threads)
+        self.past = 0
+        self._cache = {
+            # Written, not np.zeros: pages that nobody wrote cost neither memory nor time to read.
+            node.name: np.full((batch, node.shape[1], capacity, node.shape[3]), 0, ELEMENTS[node.type])
+            for node in self.session.get_inputs()
+            if node.name.startswith("past_key_values.")
+        }
+
+    def reset(self, past: int = 0) -> None:
+        """Go on as if `past` tokens were in the cache, whatever it holds."""
+        self.past = past
+
+    def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """ids (batch, tokens) int64 appended to the cache -> logits (batch, vocabulary) of the last one.
+
+        mask: (batch, past + tokens) int64, 0 for left padding. Raises EngineError where the cache is full
+        or ONNX Runtime refuses the step.
+        """
+        import onnxruntime as ort
+
+        batch, tokens = ids.shape
+        total = self.past + tokens
+        if total > self.capacity:
+            raise EngineError(
+                f"{total} tokens do not fit into the cache of {self.capacity}", "Shorten the prompt or the output."
+            )
+        if mask is None:
+            mask = np.ones((batch, total), np.int64)
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.past :]
+        binding = self.session.io_binding()
+        for name, value in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, buffer in self._cache.items():
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        binding.bind_output("logits", "cpu")
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own exceptions share no public base
+            raise EngineError(
+                f"ONNX Runtime failed at a step of {batch} x {tokens} tokens: {error}",
+                "Try a smaller batch or context; if it persists, export the model again.",
+            ) from None
+        self.past = total
+        return binding.get_outputs()[-1].numpy()[:, -1]
+
+
+def open_session(graph: Path, threads: int | None) -> Any:
+    """Raises EngineError where ONNX Runtime cannot load the graph."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that still spin take the processor from the next session that is timed, for tens of milliseconds.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions share no public base
+        raise EngineError(
+            f"ONNX Runtime cannot load {graph}: {error}", "Export the model again, or update onnxruntime."
+        ) from None
+
+
+class _Timed:
+    """The two things that are timed of one graph."""
+
+    def __init__(self, graph: Path, workload: Workload, threads: int | None, seed: int) -> None:
+        self.runner = Runner(graph, workload.batch, workload.context, threads)
+        vocabulary = self.runner.session.get_outputs()[0].shape[-1]
+        generator = np.random.default_rng(seed)
+        self._prompt = generator.integers(0, vocabulary, (workload.batch, workload.prompt))
+        self._last = workload.context - 1
+
+    def prefill(self) -> None:
+        self.runner.reset()
+        self.runner.run(self._prompt)
+
+    def decode(self) -> None:
+        """The slowest step; what the cache holds does not change its time."""
+        self.runner.reset(self._last)
+        self.runner.run(self._prompt[:, :1])
+
+
+def measure_latency(
+    graphs: dict[str, Path], workload: Workload, seconds: float, threads: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Prefill and decode of one graph or of `dense` and `candidate`, interleaved.
+
+    Returns per kind the percentiles and the median's interval of each graph and, of two, the ratio's
+    interval, in ms and as a number.
+    """
+    timed = {name: _Timed(graph, workload, threads, seed) for name, graph in graphs.items()}
+    return {
+        kind: described(
+            interleave({name: stopwatch(getattr(one, kind)) for name, one in timed.items()}, seconds / 2), list(graphs)
+        )
+        for kind in ("decode", "prefill")
+    }
+
+
+def measure_memory(graph: Path, workload: Workload, threads: int | None = None, seed: int = 0) -> dict[str, int]:
+    """Peak resident bytes of this process over one prefill and some decode steps, and before the model.
+
+    Meant for a fresh process: whatever else it holds counts too.
+    """
+    import onnxruntime  # noqa: F401
+
+    baseline = peak_bytes()
+    timed = _Timed(graph, workload, threads, seed)
+    timed.prefill()
+    for _ in range(DECODE_STEPS):
+        timed.decode()
+    return {"baseline": baseline, "peak": peak_bytes()}

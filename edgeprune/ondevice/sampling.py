@@ -1,0 +1,114 @@
+"""Tokens from an exported graph, step by step: greedy or sampled. It knows ids, no text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.ondevice.reference import Runner
+from edgeprune.errors import InputError, NumericalError
+
+CANDIDATES = 512
+
+
+def end_ids(tokenizer: Any, directory: Path) -> set[int]:
+    """Tokens that end a text: the tokenizer's and those of the generation config."""
+    path = directory / "generation_config.json"
+    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    found = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in [*found, tokenizer.eos_token_id] if token is not None}
+
+
+def generate(
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_ids: Collection[int] = (),
+    top_k: int = 0,
+) -> Iterator[np.ndarray]:
+    """New token ids (batch,) int64 of every step; prompts of different lengths are padded left.
+
+    temperature 0 takes the likeliest token. A row that drew one of end_ids goes on repeating it; the
+    end comes when all have, or after max_new_tokens. The last token needs no place in the cache.
+    Raises InputError where prompt and output exceed the runner's cache, NumericalError where logits are
+    not finite.
+    """
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise InputError("the prompt is empty", "Give at least one token.")
+    room = runner.capacity + 1 - longest
+    if max_new_tokens > room:
+        raise InputError(
+            f"the prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {runner.capacity}",
+            f"Try --max-new-tokens {room}." if room > 0 else f"Shorten the prompt by {1 - room} tokens at least.",
+        )
+    generator = np.random.default_rng(seed)
+    ids = np.zeros((len(prompts), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    ended = np.zeros(len(prompts), dtype=bool)
+    runner.reset()
+    tokens = np.zeros(len(prompts), np.int64)
+    for step in range(max_new_tokens):
+        logits = runner.run(ids if step == 0 else tokens[:, None], mask)
+        if not np.isfinite(logits).all():
+            raise NumericalError(
+                f"the logits of step {step + 1} are not finite", "Use an fp32 graph, or check the model's weights."
+            )
+        drawn = choose(logits.astype(np.float64), temperature, top_p, generator.random(len(logits)), top_k)
+        tokens = np.where(ended, tokens, drawn)
+        yield tokens
+        ended |= np.isin(tokens, list(end_ids))
+        if ended.all():
+            return
+        mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
+
+
+def choose(
+    logits: np.ndarray, temperature: float, top_p: float, points: np.ndarray, top_k: int = 0
+) -> np.ndarray:  # fmt: skip
+    """One token id (batch,) from logits (batch, vocabulary) fp64, drawn at points (batch,) in [0, 1).
+
+    top_k, unless 0, drops logits below the k-th; top_p then keeps the likeliest tokens up to that share of the
+    probability, the one that crosses it included.
+    """
+    if temperature == 0:
+        return logits.argmax(axis=1)
+    if 0 < top_k < logits.shape[1]:
+        least = np.partition(logits, -top_k, axis=1)[:, -top_k]
+        logits = np.where(logits < least[:, None], -np.inf, logits)
+    with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
+        probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    if top_p >= 1:
+        cumulative = probabilities.cumsum(axis=1)
+        totals = cumulative[:, -1:]
+        passed = (cumulative <= points[:, None] * totals).sum(axis=1)
+        return np.minimum(passed, (cumulative < totals).sum(axis=1))  # never behind the last that has a share
+    return np.array([_draw(row, top_p, point) for row, point in zip(probabilities, points, strict=True)])
+
+
+def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:
+    """One token of (vocabulary,) at a point in [0, 1), of those that top_p keeps.
+
+    The likeliest few hundred hold nearly always enough: only they are sorted.
+    """
+    few = min(CANDIDATES, len(probabilities))
+    kept = np.argpartition(-probabilities, few - 1)[:few]
+    if probabilities[kept].sum() < top_p:
+        kept = np.arange(len(probabilities))
+    kept = kept[np.lexsort((kept, -probabilities[kept]))]
+    weights = probabilities[kept]
+    count = max(1, int(np.searchsorted(weights.cumsum(), top_p)) + 1)
+    kept, weights = kept[:count], weights[:count]
+    cumulative = weights.cumsum()
+    return int(kept[min(int(np.searchsorted(cumulative, point * cumulative[-1], side="right")), len(kept) - 1)])

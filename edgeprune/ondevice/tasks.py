@@ -1,0 +1,126 @@
+"""What a process on the device does for one request: describe, build, check, measure.
+
+This file also runs on the device: Python 3.10, numpy and the engine's own modules. A request names its
+work in `do`, its engine, and its files by their role: {"do": "build", "engine": "tensorrt", "files":
+{"graph": PATH}, "outputs": {"plan": PATH}, ...}. `python -m edgeprune.ondevice.tasks` answers one.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgeprune.ondevice import machine as facts
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.worker import Tell, serve
+
+SETTLED = 0.03  # relative half width of an interval beyond which a figure is measured again
+MIN_RUNS = 100
+
+
+def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Raises EngineError; a request that nobody knows is a KeyError, a bug of ours."""
+    return _WORK[request["do"]](request, tell)
+
+
+def _describe(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    return facts.describe()
+
+
+def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from edgeprune.cache import cache_folder
+    from edgeprune.ondevice.tensorrt import Limits, compile_plan
+
+    name = f"{request['engine']}-sm{request['sm'] or '-here'}.timings"
+    limits = Limits(request["workspace_bytes"], cache_folder() / name)
+    plan = Path(request["outputs"]["plan"])
+    return asdict(
+        compile_plan(
+            Path(request["files"]["graph"]), plan, Workload(**request["workload"]), request["sm"], request["engine"],
+            limits, tell,
+        )
+    )  # fmt: skip
+
+
+def _check(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The engine's logits against a reference: see `compare_logits`."""
+    from edgeprune.ondevice.reference import compare_logits, read_reference
+
+    ids, logits = read_reference(Path(request["files"]["reference"]))
+    tell("check the engine's logits", 0, len(logits))
+    if request["engine"] == "onnxruntime":
+        from edgeprune.ondevice.onnxruntime import Runner
+
+        return compare_logits(Runner(Path(request["files"]["graph"]), 1, ids.shape[1]), ids, logits, tell)
+    from edgeprune.ondevice.tensorrt_runner import Runner as GpuRunner
+
+    with GpuRunner(Path(request["files"]["plan"]), 1, ids.shape[1], request["engine"]) as runner:
+        return compare_logits(runner, ids, logits, tell)
+
+
+def _measure(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Latency of one or two graphs (ONNX Runtime), or latency and memory of one engine (GPU)."""
+    tell("measure", 0, 0)
+    workload = Workload(**request["workload"])
+    if request["engine"] != "onnxruntime":
+        return _measure_gpu(request, workload)
+    from edgeprune.ondevice.onnxruntime import measure_latency
+
+    graphs = {name: Path(path) for name, path in request["files"].items()}
+    found = measure_latency(graphs, workload, request["seconds"])
+    return {**found, "device": facts.processor(), "conditions": facts.conditions()}
+
+
+def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
+    from edgeprune.ondevice.tensorrt_runner import Runner, Timed
+    from edgeprune.ondevice.timing import described, interleave
+
+    notes = []
+    before = facts.used_memory()
+    with Runner(Path(request["files"]["plan"]), workload.batch, workload.context, request["engine"]) as runner:
+        timed = Timed(runner, workload)
+        found: dict[str, Any] = {}
+        for kind, prepare, least in (
+            ("decode", timed.prepare_decode, MIN_RUNS), ("prefill", timed.prepare_prefill, 0),
+        ):  # fmt: skip
+            prepare()
+            for _ in range(2):
+                timings = interleave({"candidate": getattr(timed, kind)}, request["seconds"] / 2, min_runs=least)
+                if timings.median("candidate").relative_half_width <= SETTLED:
+                    break
+            else:
+                notes.append(f"{kind} did not settle in two measurements: inconclusive, look at clocks and load")
+            found[kind] = described(timings, ["candidate"])
+        memory = {
+            "activations": runner.memory_bytes, "cache": runner.cache_bytes, "buffers": runner.buffer_bytes,
+        }  # fmt: skip
+        gpu = asdict(runner.cuda.gpu)
+        after = facts.used_memory()
+    memory["used"] = None if before is None or after is None else after - before
+    notes += [timed.note] if timed.note else []
+    return {**found, "memory": memory, "gpu": gpu, "device": gpu["name"], "notes": notes,
+            "conditions": facts.conditions()}  # fmt: skip
+
+
+def _memory(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from edgeprune.ondevice.onnxruntime import measure_memory
+
+    tell("measure the memory", 0, 0)
+    return measure_memory(Path(request["files"]["candidate"]), Workload(**request["workload"]))
+
+
+def _probe(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from edgeprune.ondevice import probe_tasks as probing
+
+    return probing.answer(request, tell)
+
+
+_WORK = {
+    "describe": _describe, "build": _build, "check": _check, "measure": _measure, "memory": _memory, "probe": _probe,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(serve(answer))

@@ -1,0 +1,259 @@
+"""Runs an engine on the GPU: the cache stays there and is exchanged between steps without a copy.
+
+This file also runs on the device: Python 3.10, numpy, TensorRT or TensorRT for RTX, and a CUDA module.
+The engine's past and present are two sets of buffers whose roles are exchanged after every step: what a
+step wrote is what the next one reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.cuda import Cuda
+from edgeprune.ondevice.timing import WARM_UP_SECONDS
+from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
+from edgeprune.errors import EngineError
+
+IDS = ("input_ids", "position_ids", "attention_mask")
+LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --context."
+LAUNCH_BOUND = 0.8  # share of the GPU's time that putting the work there takes: above it a replay is tried
+
+
+class Runner:
+    """An engine of our graph's contract (logits of the last position) with room for `capacity` tokens.
+
+    It has the interface of the ONNX Runtime's Runner. `with` or `close` frees all that is on the GPU.
+    Raises EngineError where the engine does not fit this GPU or release, or the memory does not suffice.
+    """
+
+    def __init__(self, plan: Path, batch: int, capacity: int, flavour: str) -> None:
+        self.batch, self.capacity, self.past = batch, capacity, 0
+        self.cuda = Cuda()
+        self._engine = self._context = None
+        try:
+            self._open(plan, flavour)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, plan: Path, flavour: str) -> None:
+        trt = import_tensorrt(flavour)
+        self._messages = Messages(trt)
+        self._runtime = trt.Runtime(self._messages.logger)
+        # No variable holds the engine: in an error's traceback it would outlive CUDA's context.
+        with mapped(plan) as content:
+            self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            errors = self._messages.errors()
+            raise EngineError(
+                f"{plan.name} cannot be loaded by {flavour} {trt.__version__} on {self.cuda.gpu.name}: {errors}",
+                LESS_MEMORY
+                if "out of memory" in errors
+                else "An engine fits the release and the GPU that it was "
+                "built for: build it here with `edgeprune measure BUNDLE`, or finish.pyz in the bundle.",
+            )
+        self.memory_bytes = self._engine.device_memory_size_v2  # activations and scratch of one context
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(
+                f"no memory for the {self.memory_bytes / 2**20:.0f} MiB that {plan.name} needs while it runs: "
+                f"{self._messages.errors()}",
+                LESS_MEMORY,
+            )
+        self._describe(trt)
+        self._allocate()
+
+    def _describe(self, trt: Any) -> None:
+        """Names, shapes and types of the engine's tensors, and what its profile allows."""
+        elements = {
+            trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16, trt.DataType.INT64: np.int64,
+            trt.DataType.BF16: np.uint16,  # numpy has no such type: a cache of it is moved as bits
+        }  # fmt: skip
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._types = {name: np.dtype(elements[self._engine.get_tensor_dtype(name)]) for name in names}
+        self._caches = [name for name in names if name.startswith("past_key_values.")]
+        self._shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
+        _, _, most = self._engine.get_tensor_profile_shape("input_ids", 0)
+        _, _, longest = self._engine.get_tensor_profile_shape("attention_mask", 0)
+        self.most_batch, self.most_tokens = most
+        if self.batch > self.most_batch:
+            raise EngineError(
+                f"the engine takes {self.most_batch} sequences at once, not {self.batch}", "Take a smaller --batch."
+            )
+        self.capacity = min(self.capacity, longest[1] - self.most_tokens + 1)
+        self.vocab_size = self._shapes["logits"][-1]
+
+    def _allocate(self) -> None:
+        self._logits = np.empty((self.batch, 1, self.vocab_size), self._types["logits"])
+        self._address = {name: self.cuda.allocate(8 * self.batch * self.most_tokens) for name in IDS[:2]}
+        self._address[IDS[2]] = self.cuda.allocate(8 * self.batch * self.capacity)
+        self._address["logits"] = self.cuda.allocate(self._logits.nbytes)
+        self._halves = [
+            {name: self.cuda.allocate(self._cache_elements(name) * self._types[name].itemsize) for name in self._caches}
+            for _ in range(2)
+        ]
+        for name in (*IDS, "logits"):
+            self._bind(name, self._address[name])
+        self._exchange()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine and its memory, in the order that TensorRT asks for, after what still runs."""
+        if self._context is not None:
+            with contextlib.suppress(EngineError):  # a GPU that failed told so at the step
+                self.cuda.synchronize()
+        self._context = self._engine = self._runtime = None  # from left to right
+        self.cuda.close()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Both sets of buffers, as they are held."""
+        return sum(self.cuda.size_of(address) for half in self._halves for address in half.values())
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(self.cuda.size_of(address) for address in self._address.values())
+
+    def reset(self, past: int = 0) -> None:
+        """Go on as if `past` tokens were in the cache, whatever it holds."""
+        self.past = past
+
+    def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """ids (batch, tokens) int64 appended to the cache -> logits (batch, vocabulary) of the last one.
+
+        A prompt longer than the engine's longest sequence goes through in parts. mask: (batch, past +
+        tokens) int64, 0 for left padding. Raises EngineError where the cache is full or a step fails.
+        """
+        total = self.past + ids.shape[1]
+        if total > self.capacity:
+            raise EngineError(
+                f"{total} tokens do not fit into the cache of {self.capacity}", "Shorten the prompt or the output."
+            )
+        mask = np.ones((self.batch, total), np.int64) if mask is None else mask
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.past :]
+        for begin in range(0, ids.shape[1], self.most_tokens):
+            part = slice(begin, begin + self.most_tokens)
+            self.stage(ids[:, part], positions[:, part], mask[:, : self.past + ids[:, part].shape[1]])
+            self.step()
+            self.past += ids[:, part].shape[1]
+            self._exchange()
+        self.cuda.download(self._logits, self._address["logits"])
+        return self._logits[:, -1].copy()
+
+    def stage(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> None:
+        """Put a step's inputs on the GPU and tell the engine their shapes, at the current past."""
+        for name, value in zip(IDS, (ids, positions, mask), strict=True):
+            self._shape(name, value.shape)
+            self.cuda.upload(self._address[name], value)
+        for name in self._caches:
+            _, heads, _, head_dim = self._shapes[name]
+            self._shape(name, (self.batch, heads, self.past, head_dim))
+
+    def step(self) -> None:
+        """Put the staged step on the stream; nothing waits for it."""
+        if not self._context.execute_async_v3(self.cuda.stream):
+            raise EngineError(f"TensorRT refuses a step: {self._messages.errors()}", "Run `edgeprune doctor`.")
+
+    def _cache_elements(self, name: str) -> int:
+        _, heads, _, head_dim = self._shapes[name]
+        return self.batch * heads * self.capacity * head_dim
+
+    def _exchange(self) -> None:
+        """What was written is read by the next step, what was read is overwritten."""
+        past, present = self._halves
+        for name in self._caches:
+            self._bind(name, past[name])
+            self._bind(name.replace("past_key_values", "present"), present[name])
+        self._halves = [present, past]
+
+    def _bind(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise EngineError(
+                f"the engine has no tensor {name}: {self._messages.errors()}", "Build it again from the bundle's graph."
+            )
+
+    def _shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self._context.set_input_shape(name, shape):
+            raise EngineError(
+                f"the engine does not take {name} of {'x'.join(map(str, shape))}: {self._messages.errors()}",
+                "Build it again with a larger --context or --batch.",
+            )
+
+
+@contextmanager
+def mapped(plan: Path) -> Iterator[mmap.mmap]:
+    """The file's bytes without a copy of them: on a Jetson the GPU shares the memory that a copy would take."""
+    try:
+        with plan.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
+        why = getattr(error, "strerror", None) or error
+        raise EngineError(f"{plan} cannot be read: {why}", "Build the engine first, or copy it again.") from None
+    with content:
+        yield content
+
+
+class Timed:
+    """The two things that are timed of one engine, in ms of the GPU's own clock.
+
+    Where the processor takes longer to launch a decode step than the GPU to run it, the step is captured
+    once and replayed; `note` says so, or why it could not be.
+    """
+
+    def __init__(self, runner: Runner, workload: Workload, seed: int = 0) -> None:
+        self._runner, self._workload = runner, workload
+        generator = np.random.default_rng(seed)
+        self._prompt = generator.integers(0, runner.vocab_size, (workload.batch, workload.prompt))
+        self.note = ""
+        self._replay: Any = None
+
+    def prepare_decode(self) -> None:
+        """The slowest step, past = context - 1; what the cache holds does not change its time."""
+        self._stage(self._prompt[:, :1], self._workload.context - 1)
+        times = []
+        spent = 0.0
+        while spent < 1e3 * WARM_UP_SECONDS or len(times) < 3:
+            times.append(self._runner.cuda.time_ms(self._runner.step))
+            spent += max(times[-1])
+        gpu_ms, enqueue_ms = np.median(times, axis=0)
+        if enqueue_ms <= LAUNCH_BOUND * gpu_ms:
+            return
+        self._replay = self._runner.cuda.capture(self._runner.step)
+        share = f"launching a decode step takes {enqueue_ms:.2f} ms of its {gpu_ms:.2f} ms"
+        layer = self._runner.cuda.gpu.layer
+        if self._replay:
+            self.note = f"{share}: decode was measured as the replay of a captured CUDA graph"
+        elif layer.startswith("pycuda"):
+            self.note = f"{share}, and {layer} cannot replay it: with cuda-python it may be faster"
+        else:
+            self.note = f"{share}, and the engine cannot be captured for a replay"
+
+    def decode(self) -> float:
+        return self._runner.cuda.time_ms(self._replay or self._runner.step)[0]
+
+    def prepare_prefill(self) -> None:
+        """From an empty cache; a captured decode step is not replayed after this."""
+        self._replay = None
+        self._stage(self._prompt, 0)
+
+    def prefill(self) -> float:
+        return self._runner.cuda.time_ms(self._runner.step)[0]
+
+    def _stage(self, ids: np.ndarray, past: int) -> None:
+        self._runner.reset(past)
+        batch, tokens = ids.shape
+        positions = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
+        self._runner.stage(ids, positions, np.ones((batch, past + tokens), np.int64))

@@ -1,0 +1,208 @@
+"""What pruning cost: the dense and a fitted model on the held-out texts, their answers, and one of them in full.
+
+What belongs to the dense model is computed once for all candidates of a run. Texts are cut into windows of the
+dense model's tokens; a fitted model with a vocabulary of its own gets the same windows, spelled in its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune.engine.choose import RUNTIME_GRAPH
+from edgeprune.pipeline.journal import Journal
+from edgeprune.model.model import Model
+from edgeprune.pipeline.setup import Setup
+from edgeprune.progress import Progress
+from edgeprune.pipeline.results import Candidate, Quality, Samples
+
+if TYPE_CHECKING:
+    from edgeprune.evaluate.perplexity import Losses
+    from edgeprune.model.tokens.vocabulary import Vocabulary
+
+WINDOW = 256  # tokens, at least, that a held-out document is cut into
+SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
+SAMPLE_TOKENS = 80
+PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 32, 32  # whose answers are compared, at most
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Compares candidates of a run with its dense model. plain: the folder of the dense model's fp32 graphs."""
+
+    setup: Setup
+    journal: Journal
+    progress: Progress
+    samples: Samples
+    plain: Path
+
+    def quality(self, name: str, chosen: Candidate) -> Quality:
+        """Perplexity and agreement on the held-out texts or pictures' codes, and answers of both models to texts: the
+        stage `evaluation {name}`."""
+        losses = self._dense_losses()
+        writes = self.setup.imaging is None
+        answers = self.journal.stage("dense answers", self._dense_answers) if writes else None
+
+        def compute() -> dict[str, Any]:
+            from edgeprune.model.tokens.vocabulary import read_vocabulary
+
+            vocabulary = read_vocabulary(chosen.model.directory)
+            texts = self._texts(losses, chosen.model, vocabulary)
+            if answers is None:
+                return {"texts": texts, **dict.fromkeys(("answers", "prompt", "dense_sample", "fitted_sample"))}
+            graph = chosen.exported.graphs.parent / "onnx-fp32" / RUNTIME_GRAPH
+            return {
+                "texts": texts, "prompt": SAMPLE_PROMPT, "dense_sample": answers["sample"],
+                "answers": self._identical(answers, chosen.model, graph, vocabulary),
+                "fitted_sample": self._sample(chosen.model, graph),
+            }  # fmt: skip
+
+        return Quality(**self.journal.stage(f"evaluation {name}", compute))
+
+    def with_pictures(self, name: str, chosen: Candidate, quality: Quality) -> Quality:
+        """Of an image generator: with pictures of both models, the stage `pictures {name}`."""
+        if self.setup.imaging is None:
+            return quality
+        from edgeprune.pipeline.gallery import Gallery
+
+        gallery = Gallery(self.setup, self.journal, self.progress, self.plain)
+        return replace(quality, pictures=gallery.compare(name, chosen))
+
+    @cached_property
+    def _windows(self) -> dict[str, list[list[np.ndarray]]]:
+        from edgeprune.evaluate.perplexity import cut
+
+        length = max(self.setup.length, WINDOW)
+        return {name: cut(documents, length) for name, documents in self.samples.evaluation.items()}
+
+    def _losses(self, model: Model, windows: dict[str, list[list[np.ndarray]]]) -> dict[str, Losses]:
+        from edgeprune.evaluate.perplexity import window_losses
+
+        advance = self.progress.stage("evaluate", len(windows) * len(model.decoder.layers))
+        return {name: window_losses(model, of, advance) for name, of in windows.items()}
+
+    def _dense_losses(self) -> dict[str, Losses]:
+        """Of every text: the folder stage `dense-evaluation`."""
+        from edgeprune.evaluate.perplexity import Losses
+
+        def fill(folder: Path) -> None:
+            for index, losses in enumerate(self._losses(self.setup.model, self._windows).values()):
+                likeliest = np.concatenate([window for document in losses.likeliest for window in document])
+                np.savez(folder / f"{index}.npz", nats=losses.nats, tokens=losses.tokens, likeliest=likeliest)
+
+        folder = self.journal.folder_stage("dense-evaluation", fill)
+        found = {}
+        for index, (name, documents) in enumerate(self._windows.items()):
+            with np.load(folder / f"{index}.npz") as stored:
+                ends = np.cumsum([len(window) - 1 for windows in documents for window in windows])
+                pieces = iter(np.split(stored["likeliest"], ends[:-1]))
+                likeliest = [list(islice(pieces, len(windows))) for windows in documents]
+                found[name] = Losses(stored["nats"], stored["tokens"], likeliest)
+        return found
+
+    def _texts(
+        self, dense: dict[str, Losses], model: Model, vocabulary: Vocabulary | None
+    ) -> dict[str, dict[str, Any]]:
+        """What results.Quality holds of every text."""
+        from edgeprune.evaluate.agreement import agreement, common_tokens
+        from edgeprune.evaluate.perplexity import rise
+
+        windows, common, kept, seed = self._windows, {}, None, self.setup.request.seed
+        if vocabulary is not None:
+            kept = vocabulary.kept
+            windows = {name: self._spelled(of, model) for name, of in self._windows.items()}
+            common = {name: common_tokens(self._windows[name], of, kept) for name, of in windows.items()}
+        texts = {}
+        for name, fitted in self._losses(model, windows).items():
+            agreed = agreement(dense[name], fitted, seed, common.get(name), kept)
+            texts[name] = {
+                "dense": dense[name].perplexity, "fitted": fitted.perplexity_per(dense[name]),
+                "tokens": int(dense[name].tokens.sum()), **asdict(rise(dense[name], fitted, seed)),
+                "agreement": agreed and asdict(agreed),
+            }  # fmt: skip
+        return texts
+
+    def _spelled(self, documents: Sequence[Sequence[np.ndarray]], model: Model) -> list[list[np.ndarray]]:
+        """Windows of the dense model's tokens in those of a model with a vocabulary of its own."""
+        from edgeprune.model.tokens.vocabulary import retokenized
+
+        flat = [window for windows in documents for window in windows]
+        spelled = iter(retokenized(flat, self.setup.model.directory, model.directory))
+        return [list(islice(spelled, len(windows))) for windows in documents]
+
+    def _sample(self, model: Model, graph: Path) -> str:
+        from edgeprune.generate.text import sample_text
+
+        self.progress.stage("generate a sample")
+        context, seed = self.setup.workload.context, self.setup.request.seed
+        return sample_text(graph, model.directory, SAMPLE_PROMPT, context, SAMPLE_TOKENS, seed)
+
+    def _dense_answers(self) -> dict[str, Any]:
+        """The sample, the prompts and the tokens that the dense model answers to them."""
+        model, graph = self.setup.model, self.plain / RUNTIME_GRAPH
+        prompts = self._prompts()
+        return {
+            "sample": self._sample(model, graph), "prompts": [prompt.tolist() for prompt in prompts],
+            "answers": self._answers(model, graph, prompts).tolist(),
+        }  # fmt: skip
+
+    def _prompts(self) -> list[np.ndarray]:
+        """Beginnings of the held-out documents, of one length, which at least half of them have; of their windows
+        where documents are few."""
+        texts = [document for of in self.samples.evaluation.values() for document in of if len(document)]
+        if len(texts) < PROMPTS:
+            texts = [window for of in self._windows.values() for windows in of for window in windows]
+        room = self.setup.workload.context - self._answer_tokens
+        length = min(PROMPT_TOKENS, room, int(np.median([len(text) for text in texts])))
+        long_enough = [text[:length] for text in texts if len(text) >= length]
+        picks = np.linspace(0, len(long_enough) - 1, min(PROMPTS, len(long_enough))).round().astype(int)
+        return [long_enough[pick] for pick in picks]
+
+    @property
+    def _answer_tokens(self) -> int:
+        """The graphs are written for so many positions as the workload's context has."""
+        return min(ANSWER_TOKENS, self.setup.workload.context // 2)
+
+    def _answers(self, model: Model, graph: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """Greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
+        from edgeprune.ondevice.sampling import end_ids, generate
+        from edgeprune.ondevice.onnxruntime import Runner
+        from edgeprune.model.load import load_tokenizer
+
+        self.progress.stage(f"answer {len(prompts)} prompts")
+        tokens = self._answer_tokens
+        runner = Runner(graph, len(prompts), max(map(len, prompts)) + tokens)
+        ends = end_ids(load_tokenizer(model.directory), model.directory)
+        found = np.stack(list(generate(runner, prompts, tokens, end_ids=ends)), axis=1)
+        return np.pad(found, ((0, 0), (0, tokens - found.shape[1])), mode="edge")
+
+    def _identical(
+        self, dense: dict[str, Any], model: Model, graph: Path, vocabulary: Vocabulary | None
+    ) -> dict[str, Any] | None:
+        """How long answers stay the same; None where the vocabulary leaves no prompt that fits into the context."""
+        from edgeprune.ondevice.machine import processor
+        from edgeprune.evaluate.agreement import identical_answers
+        from edgeprune.model.tokens.vocabulary import retokenized
+
+        prompts, expected = [np.array(prompt) for prompt in dense["prompts"]], np.array(dense["answers"])
+        length = len(prompts[0])
+        if vocabulary is not None:
+            prompts = retokenized(prompts, self.setup.model.directory, model.directory)
+            room = self.setup.workload.context - self._answer_tokens
+            fits = [row for row, prompt in enumerate(prompts) if 0 < len(prompt) <= room]
+            prompts, expected = [prompts[row] for row in fits], expected[fits]
+        if not prompts:
+            return None
+        answers = self._answers(model, graph, prompts)
+        if vocabulary is not None:
+            answers = vocabulary.restore(answers)
+        return {
+            "device": f"{processor()}, fp32", "prompt_tokens": length,
+            "identical": [asdict(of) for of in identical_answers(expected, answers)],
+        }  # fmt: skip

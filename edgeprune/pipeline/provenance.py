@@ -1,0 +1,59 @@
+"""What a bundle says of its making: the command line that makes it again, versions, seed, fingerprint."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Collection
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.pipeline.setup import Setup
+from edgeprune.pipeline.request import Request
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
+
+
+def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
+    return {
+        "edgeprune": __version__, "created": now(), "command": command, "device": setup.profile.name,
+        "engine": setup.engine.name, "seed": setup.request.seed, "versions": versions(),
+        "fingerprint": setup.fingerprint,
+    }  # fmt: skip
+
+
+def command_line(request: Request, command: str = "fit", left_out: Collection[str] = ()) -> str:
+    """The command line that makes this bundle again: every argument that was given, but for those left out."""
+    words = ["edgeprune", command, request.model]
+    defaults = type(request)()
+    for name, value in request.__dict__.items():
+        option = "--" + name.replace("_", "-")
+        if name in ("model", "resume", "force", *left_out):
+            continue
+        if value == getattr(defaults, name) and (command, name) != ("frontier", "rungs"):  # of another default
+            continue
+        if name == "checkpoint":
+            words.append("--no-checkpoint")
+        elif value is True:
+            words.append(option)
+        elif name in ("evaluate", "export"):
+            words += [word for each in value for word in (option, str(each))]
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,97 @@
+"""What a run finds: samples, candidates, quality, and all of it together, from which the report is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeprune.ondevice.budget import Status, Verdict, judge, judge_quality
+from edgeprune.ondevice.figures import Measured, Performance
+from edgeprune.engine.choose import Exported
+from edgeprune.search.latency_table import LatencyCosts
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.model import Model
+from edgeprune.pipeline.setup import Setup
+from edgeprune.search.search import Outcome
+
+
+@dataclass(frozen=True)
+class Samples:
+    """calibration: (samples, length) int64; generated: what the model wrote, beside the user's own
+    (none where those are generated already); evaluation: token documents by name of the text."""
+
+    calibration: np.ndarray
+    generated: np.ndarray | None
+    evaluation: dict[str, list[np.ndarray]]
+    self_generated: bool  # the evaluation then measures agreement with the dense model
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model on disk with what it needs and reaches; records: what was done to each module."""
+
+    model: Model
+    target: Decoder  # its widths with the dense model's layers, those without a module included
+    exported: Exported
+    performance: Performance
+    records: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """texts: {name: {dense, fitted, percent, low, high, tokens, agreement}}, the last as evaluate.agreement has it,
+    or none; answers: {device, prompt_tokens, identical}, or none; samples of both from one prompt. Of an image
+    generator none of these but its pictures, as report.images has them."""
+
+    texts: dict[str, dict[str, Any]]
+    answers: dict[str, Any] | None
+    prompt: str | None
+    dense_sample: str | None
+    fitted_sample: str | None
+    pictures: dict[str, Any] | None = None
+
+    @property
+    def worst_percent(self) -> float:
+        return max(text["percent"] for text in self.texts.values())
+
+    @property
+    def rises(self) -> list[tuple[float, float]]:
+        """Bounds of the interval of the rise in percent, by text."""
+        return [(text["low"], text["high"]) for text in self.texts.values()]
+
+
+@dataclass(frozen=True)
+class QualityStop:
+    """The budget lies beyond the quality limit: its own candidate, what that costs, and how many smaller steps
+    were tried to find the smallest model within the limit, which is the chosen one."""
+
+    beyond: Candidate
+    quality: Quality
+    tried: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Everything that the report is made of. outcome is None where the dense model meets the budget."""
+
+    setup: Setup
+    samples: Samples
+    dense: Performance
+    chosen: Candidate
+    outcome: Outcome | None
+    quality: Quality
+    cross_check: dict[str, Measured] | None
+    seconds: dict[str, float]
+    gains: dict[str, float]  # nats per token that a few percent more of each constraint would save
+    costs: LatencyCosts | None  # that the search began with
+    stop: QualityStop | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        return judge(self.setup.budget, self.dense, self.chosen.performance)
+
+    @property
+    def quality_status(self) -> Status:
+        return judge_quality(self.setup.budget, self.quality.rises)

@@ -1,0 +1,292 @@
+"""Resolves what the user asked for, and refuses what cannot work before any long work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
+from edgeprune.ondevice.bundle import check_output, check_space
+from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.engine.choose import Engine, choose_engine
+from edgeprune.engine.estimate import ELEMENT_BYTES, check_precision, estimate_floor, estimate_performance
+from edgeprune.engine.onnx.graph import graph_weight_bytes
+from edgeprune.engine.probe import resolve_profile
+from edgeprune.engine.remote import Device, Target
+from edgeprune.errors import BudgetError, InputError
+from edgeprune.model.export import check_exports
+from edgeprune.pipeline.imaging import Imaging, check_kind, imaging_of, sampling_of
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.checkpoint.llamagen import Hints
+from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.model import Model
+from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
+from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
+from edgeprune.pipeline.samples import Texts, length_of, read_documents_of, read_samples, samples_hash
+from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
+
+DEMO_MEMORY = "90%"
+PRECISIONS = ("fp32", "fp16", "bf16")  # that graphs are written in
+LAYOUTS = ("uniform", "per-layer")
+VOCABULARIES = ("full", "samples")
+MAX_RUNGS = 8
+LEAST_TOKENS = 300  # of a vocabulary: the bytes and some special tokens
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An automatic choice and its reason, for the report."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything resolved. imaging: of an image generator, None for a language model."""
+
+    request: Request
+    profile: DeviceProfile
+    workload: Workload
+    precision: str
+    engine: Engine
+    budget: Budget
+    model: Model
+    texts: Texts
+    output: Path
+    floor: Performance
+    imaging: Imaging | None = None
+    choices: tuple[Choice, ...] = field(default=())
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sample."""
+        return length_of(self.request, self.model.decoder)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes two runs the same run: the first line of the journal."""
+        request = self.request
+        return {
+            "edgeprune": __version__,
+            "model": self.model.fingerprint,
+            "profile": self.profile.model_dump(mode="json"),
+            "workload": [self.workload.batch, self.workload.prompt, self.workload.context],
+            "precision": self.precision,
+            "engine": self.engine.name,
+            "target": request.target,
+            "rungs": request.rungs,
+            "budget": {name: limit.asked for name, limit in self.budget.limits.items()},
+            "max_quality_loss": self.budget.max_quality_loss,
+            "samples": samples_hash(self.texts),
+            "sample_count": request.samples,
+            "length": self.length,
+            "imaging": self.imaging and self.imaging.fingerprint,
+            "method": request.method,
+            "layout": request.layout,
+            "vocabulary": request.vocabulary,
+            "seed": request.seed,
+        }
+
+
+def prepare(request: Request, ladder: bool = False) -> Setup:
+    """Raises InputError for bad input and BudgetError for a budget below the floor; writes nothing.
+
+    ladder: for a frontier, whose rungs have each a budget of their own: none is resolved here.
+    """
+    if (request.device is None) == (request.profile is None):
+        raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
+    target = target_of(request.target, request.keep_remote)
+    profile = _profile(request)
+    shape = load_shape(request.model, request.hints)[1]
+    check_kind(request, shape)
+    workload = _workload(request, profile, shape)
+    precision = request.precision or profile.precision
+    choices = []
+    if precision == "fp32" and profile.dialect == "opset23":
+        profile = profile.model_copy(update={"dialect": "primitive"})
+        choices = [Choice("dialect", "primitive", "TensorRT for RTX has no fp32 kernel for opset 23's Attention")]
+    engine = choose_engine(request.engine, profile, workload, precision, target)
+    choices += [
+        Choice("engine", engine.name, engine.reason),
+        Choice(
+            "precision", precision,
+            "asked for" if request.precision else f"the profile {profile.name} runs {profile.precision}",
+        ),
+    ]  # fmt: skip
+    budget, budget_choice = (Budget(), None) if ladder else _budget(request, profile)
+    choices += [budget_choice] if budget_choice else []
+    name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
+    output = (request.output or Path(name)).absolute()
+    check_output(output, request.force or request.resume)
+    documents = None if shape.picture else read_documents_of(request)
+    _check_method(request.method)
+    _check_choice("layout", request.layout, LAYOUTS)
+    _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
+    model = load_dense(request.model, request.hints)
+    imaging = imaging_of(request, model) if shape.picture else None
+    if workload.context > model.decoder.max_position_embeddings:
+        raise InputError(
+            f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
+            f"Try --context {model.decoder.max_position_embeddings}.",
+        )
+    reduced = request.vocabulary != "full"
+    check_exports(request.export, model, request.layout, reduced)
+    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
+    texts = read_samples(request, model, documents, imaging)
+    choices.append(_calibration_choice(texts, imaging))
+    candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
+    candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
+    exports = len(request.export) * request.rungs * graph_weight_bytes(model.decoder, "fp32")
+    check_space(output, _bytes_written(model, precision, engine, candidates) + exports)
+    return Setup(
+        request, profile, workload, precision, engine, budget, model, texts, output, floor, imaging, tuple(choices)
+    )
+
+
+def _calibration_choice(texts: Texts, imaging: Imaging | None) -> Choice:
+    what = "text" if imaging is None else "pictures"
+    if texts.calibration is None:
+        how = "" if imaging is None else f", of every class, guided by {imaging.sampling.cfg:g} as in deployment"
+        return Choice("calibration", SELF, f"no {what} was given: the model generates its own samples{how}")
+    reason = f"{what} of the model's own, at the same weight, hold in place what yours say nothing about"
+    return Choice("calibration", f"{texts.origin}, and generated {what}", reason)
+
+
+def load_dense(spec: str, hints: Hints) -> Model:
+    """The model to prune. Raises InputError, also for layers of different widths, which the search does not know."""
+    model = load_model(spec, hints)
+    groups, _, channels = model.decoder.layer_widths[0]
+    if not (model.decoder.is_uniform and groups and channels):
+        raise InputError(
+            f"the layers of {spec} differ in width: it was pruned before", "Give the model that it was pruned from."
+        )
+    return model
+
+
+def target_of(text: str | None, keep: bool) -> Device | None:
+    """The device behind `ssh://...`, None for this machine. Raises InputError."""
+    if text is None and keep:
+        raise InputError("--keep-remote is given without --target", "Give --target ssh://USER@DEVICE, or leave it out.")
+    return None if text is None else Device(Target.parse(text), keep)
+
+
+def _profile(request: Request) -> DeviceProfile:
+    """The profile, with this machine's figures where it has none of its own; refuses a precision before they are
+    measured."""
+    if request.target is not None and request.device is not None and not load_profile(request.device).is_probed:
+        raise InputError(
+            f"the profile {request.device} has no figures of {request.target}",
+            "Measure them: python tools/probe_profile.py --target "
+            f"{request.target} --output device.toml, then give --profile device.toml.",
+        )
+    named = load_profile(request.device) if request.profile is None else load_profile_file(request.profile)
+    precision = request.precision or named.precision
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
+    check_precision(named, precision)
+    return resolve_profile(request.device, request.profile)
+
+
+def _check_method(name: str) -> None:
+    from edgeprune.pruning.methods import Recovery, method_named
+
+    if method_named(name).recovery is Recovery.BIAS:
+        raise InputError(
+            f"the method {name} adds biases that a standard checkpoint has no place for",
+            f"Try --method {name}+ls; `edgeprune compare` takes {name} as it is.",
+        )
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"unknown {name} {value!r}", f"Give one of: {', '.join(known)}.")
+
+
+def _stem(model: str) -> str:
+    return Path(model).name.removesuffix(".gguf") or "model"
+
+
+def _workload(request: Request, profile: DeviceProfile, shape: Decoder) -> Workload:
+    check_samples(request)
+    if not 1 <= request.rungs <= MAX_RUNGS:
+        raise InputError(f"--rungs {request.rungs} is not 1 to {MAX_RUNGS}", "A bundle of 3 covers most surprises.")
+    default = profile.workload
+    given = {name: getattr(request, name) for name in ("batch", "prompt", "context")}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} is less than 1", "Give a positive number.")
+    if (picture := shape.picture) is not None:  # one token begins it, the last one is never fed
+        streams = sampling_of(shape, request.cfg).streams
+        return Workload((given["batch"] or default.batch) * streams, 1, picture.tokens)
+    context = given["context"] or default.context
+    prompt = given["prompt"] or min(default.prompt, max(1, context // 2))
+    if prompt >= context:
+        raise InputError(
+            f"prompt {prompt} leaves no room for generated tokens in context {context}",
+            f"Try --context {2 * prompt}: the context is prompt plus generated tokens.",
+        )
+    return Workload(given["batch"] or default.batch, prompt, context)
+
+
+def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | None]:
+    given = (request.memory, request.prefill, request.decode)
+    choice = None
+    if given == (None, None, None):
+        if request.model == DEMO:
+            given = (DEMO_MEMORY, None, None)
+            choice = Choice("budget", f"memory {DEMO_MEMORY}", "the demo model's budget where none is given")
+        else:
+            default = profile.budget
+            given = (default.memory, default.prefill, default.decode)
+            text = ", ".join(f"{name} {value}" for name, value in zip(CONSTRAINTS, given, strict=True))
+            choice = Choice("budget", text, f"none was given: the default of {profile.name}")
+    return parse_budget(*given, request.max_quality_loss), choice
+
+
+def _check_floor(
+    model: Model, profile: DeviceProfile, workload: Workload, precision: str, budget: Budget, measures: bool,
+    reduced: bool,
+) -> Performance:  # fmt: skip
+    """Refuse a budget that the smallest candidate exceeds; returns that candidate's estimate."""
+    dense = estimate_performance(model.decoder, profile, workload, precision)
+    tokens = min(LEAST_TOKENS, model.decoder.vocab_size) if reduced else model.decoder.vocab_size
+    smallest = model.decoder.with_vocabulary(tokens)
+    floor = estimate_floor(smallest, profile, workload, precision)
+    # Latencies that will be measured are refused here only where the estimate leaves no doubt.
+    doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if measures else {}
+    for name, limit in budget.absolute(dense).limits.items():
+        least = floor.values[name]
+        if least * doubt.get(name, 1.0) <= limit:
+            continue
+        show = format_bytes if name == "memory" else format_ms
+        raise BudgetError(
+            f"the {name} budget {budget.limits[name].asked} ({show(limit)}) is below the floor {show(least)} of "
+            f"{profile.name}, estimated: {_floor_parts(name, floor, smallest, precision)}",
+            f"Try --{name} {_rounded_up(name, least * 1.1)}, {'' if reduced else '--vocabulary samples, '}"
+            "a shorter --context, or a smaller model.",
+        )
+    return floor
+
+
+def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:
+    if name != "memory":
+        return "one layer of one head and the fewest channels, the head, the cache and the overhead"
+    embedding = ELEMENT_BYTES[precision] * decoder.table_parameters
+    parts = [f"{part} {format_bytes(figure.value)}" for part, figure in floor.memory.parts.items()]
+    return f"{', '.join(parts)} (of the weights, embedding and head are {format_bytes(embedding)})"
+
+
+def _rounded_up(name: str, value: float) -> str:
+    return f"{int(value / 2**20) + 1}MiB" if name == "memory" else f"{int(value) + 1}ms"
+
+
+def _bytes_written(model: Model, precision: str, engine: Engine, candidates: int) -> int:
+    """An upper bound: dense and candidate graphs and checkpoints, and the engines."""
+    graphs = graph_weight_bytes(model.decoder, precision)
+    plain = graph_weight_bytes(model.decoder, "fp32")
+    engines = graphs * (candidates + 1) if engine.builds else 0
+    return 2 * plain + graphs + candidates * (graphs + plain) + engines

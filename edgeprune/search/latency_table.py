@@ -1,0 +1,335 @@
+"""What one width costs in one layer, from the engine itself: models of random weights, and a fit through their times.
+
+A latency does not depend on the values of the weights. Every model that is measured differs from one `base`
+in one kind of width, in place: a stack of narrow modules alone would stay in a cache and look too fast. The
+times are explained by
+
+    t = fixed + token * vocabulary + sum over layers (attention + mlp)
+    attention = a + b * groups * heads_per_group + c * groups        mlp: linear between the measured widths
+
+with no coefficient below zero. Cuts of several kinds save more together than one by one; so some models of mixed
+widths are among those of the fit, and how far each lies from the fit through all others is the table's stated error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeprune.cache import cache_folder
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.worker import Tell
+from edgeprune.engine.choose import Exported, Measuring
+from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
+from edgeprune.engine.onnx.graph import Spelling, graph_weight_bytes, write_graphs
+from edgeprune.errors import EngineError
+from edgeprune.search.module_costs import LayerWidths, ModuleCosts, additive, channel_options
+from edgeprune.model.decoder import Decoder
+from edgeprune.profiles import DeviceProfile
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1  # of what is kept; another number measures again
+KINDS = ("prefill", "decode")
+VOLUME_BYTES = 192 * 2**20  # of layers in `base`: beyond what a cache holds
+CHUNK_BYTES = 2 * 2**30  # of graphs on disk and in memory at a time
+SHARES = (0.75, 0.5, 0.25)  # of the MLP channels
+MIXES = 6
+BASE = "base"
+
+Times = dict[str, dict[str, float]]
+"""Latencies on any one scale, by kind and by name of the model."""
+
+
+@dataclass(frozen=True)
+class LatencyCosts:
+    """prefill, decode: in ms of the base model's scale; error: median and largest relative distance of the mixed
+    models, each from the fit without it, by kind; source: where the table comes from."""
+
+    prefill: ModuleCosts
+    decode: ModuleCosts
+    error: dict[str, tuple[float, float]]
+    source: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model to measure: widths of its layers, and its vocabulary. mixed: its widths differ in several ways."""
+
+    layers: tuple[LayerWidths, ...]
+    vocab_size: int
+    mixed: bool = False
+
+    def decoder(self, dense: Decoder) -> Decoder:
+        layers = dense.layers[: len(self.layers)]
+        return replace(dense, layers=layers, vocab_size=self.vocab_size).with_layer_widths(self.layers).compact()
+
+
+def design(dense: Decoder, precision: str, multiple: int) -> dict[str, Point]:
+    """The models to measure, by name, `base` first: as many dense layers as make VOLUME_BYTES, then one change each."""
+    full, vocabulary = dense.layer_widths[0], dense.vocab_size
+    one, none = (graph_weight_bytes(replace(dense, layers=dense.layers[:n]), precision) for n in (1, 0))
+    depth = min(len(dense.layers), max(2, -(-VOLUME_BYTES // (one - none))))
+    points = {BASE: Point((full,) * depth, vocabulary)}
+
+    def add(name: str, widths: LayerWidths, layers: int = depth, tokens: int = vocabulary) -> None:
+        if name not in points:
+            points[name] = Point((widths,) * layers, tokens)
+
+    groups, heads, channels = full
+    for share in SHARES:
+        if aligned(share * channels, multiple) < channels:
+            add(f"mlp {aligned(share * channels, multiple)}", (groups, heads, aligned(share * channels, multiple)))
+    add("mlp 0", (groups, heads, 0))
+    for g, r in _head_points(groups, heads):
+        add(f"attention {g}x{r}", (g, r, channels))
+    if depth > 1:  # one attention stays: a graph without any has no cache, which no engine is built for
+        points["attention 1"] = Point((full, *((0, 1, channels),) * (depth - 1)), vocabulary)
+    add("depth", full, layers=max(1, depth // 2))
+    add("vocabulary", full, tokens=max(64, vocabulary // 4))
+    generator = np.random.default_rng(0)
+    for number in range(MIXES):
+        points[f"mix {number}"] = Point(_mixed(full, depth, multiple, generator), vocabulary, mixed=True)
+    return points
+
+
+def aligned(size: float, multiple: int) -> int:
+    return max(1, round(size / multiple)) * multiple
+
+
+def _head_points(groups: int, heads: int) -> list[tuple[int, int]]:
+    """The full heads, fewer groups, fewer query heads, and fewer of both."""
+    fewer_groups = sorted({max(1, round(groups * share)) for share in (2 / 3, 1 / 3)} - {groups})
+    fewer_heads = sorted({max(1, round(heads * share)) for share in (2 / 3, 1 / 3)} - {heads})
+    both = [(fewer_groups[0], fewer_heads[0])] if fewer_groups and fewer_heads else []
+    return [(g, heads) for g in fewer_groups] + [(groups, r) for r in fewer_heads] + both
+
+
+def _mixed(
+    full: LayerWidths, depth: int, multiple: int, generator: np.random.Generator
+) -> tuple[LayerWidths, ...]:  # fmt: skip
+    """One number of heads, and free channels, in most of the layers."""
+    groups, heads, channels = full
+    g, r = int(generator.integers(1, groups + 1)), int(generator.integers(1, heads + 1))
+    layers = max(1, depth - int(generator.integers(0, 1 + depth // 4)))
+    sizes = [aligned(share * channels, multiple) for share in generator.uniform(0.3, 1.0, layers)]
+    return tuple((g, r, min(size, channels)) for size in sizes)
+
+
+class RandomWeights(Mapping[str, "torch.Tensor"]):
+    """Weights of any Decoder by name, all views of one random buffer, each from another place on.
+
+    What they are does not matter, but that they differ: ONNX Runtime keeps weights of equal content once.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        import torch
+
+        self._shapes = decoder.shapes()
+        largest = max(int(np.prod(shape)) for shape in self._shapes.values())
+        self._places = {name: 17 * place for place, name in enumerate(self._shapes)}
+        self._buffer = torch.empty(largest + 17 * len(self._shapes)).normal_(
+            0.0, 0.02, generator=torch.Generator().manual_seed(0)
+        )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape, place = self._shapes[name], self._places[name]
+        return self._buffer[place : place + int(np.prod(shape))].view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def measured_times(
+    engine: Measuring, dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str, folder: Path,
+    tell: Tell,
+) -> Times:  # fmt: skip
+    """What `fit` makes a table of, from an engine that measures, or from the cache where it is known.
+
+    It is kept by device, engine and version, precision, shape and workload, so that models of the same shapes
+    share it; `folder` takes the graphs for as long as they are measured. Raises EngineError.
+    """
+    points = design(dense, precision, profile.channel_multiple)
+    shape = {
+        "version": VERSION, "engine": engine.identity(tell), "precision": precision, "workload": asdict(workload),
+        "decoder": _shape_of(dense), "points": {name: asdict(point) for name, point in points.items()},
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+    path = cache_folder() / "costs" / f"{key}.json"
+    if not path.is_file():
+        times = _measure(engine, dense, points, profile, workload, precision, folder, tell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{key}.{os.getpid()}.json")
+        temporary.write_text(json.dumps({"of": shape, "times": times}, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))["times"]
+
+
+def _shape_of(dense: Decoder) -> dict[str, object]:
+    """What a latency depends on beside the widths, whatever the model is called and however deep it is."""
+    kinds = [
+        asdict(replace(layer.attention, num_attention_heads=1, num_key_value_heads=1, rotary=None))
+        | {"turned": len(layer.attention.rotary.inverse_frequencies) if layer.attention.rotary else 0}
+        | asdict(replace(layer.mlp, intermediate_size=1))
+        for layer in dense.layers
+    ]
+    own = asdict(replace(dense, layers=(), family="", norm_eps=0.0, max_position_embeddings=0, vocab_size=0))
+    return own | {"layers": [kind for place, kind in enumerate(kinds) if kind not in kinds[:place]]}
+
+
+def _measure(
+    engine: Measuring, dense: Decoder, points: Mapping[str, Point], profile: DeviceProfile, workload: Workload,
+    precision: str, folder: Path, tell: Tell,
+) -> Times:  # fmt: skip
+    """Latency over the base model's by kind and name: some models at a time, the base model among them."""
+    spelling = Spelling(profile.dialect, "last")
+    times: Times = {kind: {BASE: 1.0} for kind in KINDS}
+    for chunk in _chunks(dense, points, precision):
+        with tempfile.TemporaryDirectory(dir=folder, prefix="costs-") as name:
+            exported = {}
+            for place, point in enumerate(chunk):
+                decoder, graphs = points[point].decoder(dense), Path(name) / str(place)
+                graphs.mkdir()
+                write_graphs(decoder, RandomWeights(decoder), graphs, precision, [spelling], workload.context)
+                exported[point] = Exported(decoder, graphs, graphs / "engine", graphs / "none")
+            for kind, found in engine.latencies(exported, tell).items():
+                times[kind] |= {point: value / found[BASE] for point, value in found.items()}
+    return times
+
+
+def _chunks(dense: Decoder, points: Mapping[str, Point], precision: str) -> list[list[str]]:
+    sizes = {name: graph_weight_bytes(point.decoder(dense), precision) for name, point in points.items()}
+    chunks: list[list[str]] = []
+    used = CHUNK_BYTES
+    for name in points:
+        if name == BASE:
+            continue
+        if used + sizes[name] > CHUNK_BYTES:
+            chunks.append([BASE])
+            used = sizes[BASE]
+        chunks[-1].append(name)
+        used += sizes[name]
+    return chunks
+
+
+def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, source: str) -> LatencyCosts:
+    """The table through the times of the design's models, least squares of relative errors."""
+    points = design(dense, precision, profile.channel_multiple)
+    groups, heads, channels = dense.layer_widths[0]
+    knots = sorted({k for point in points.values() if not point.mixed for *_, k in point.layers} | {0, channels})
+    columns = {name: _columns(point, knots) for name, point in points.items()}
+    tables, errors = {}, {}
+
+    def through(kind: str, names: Sequence[str]) -> np.ndarray:
+        return _least_squares(np.array([columns[name] for name in names]), np.array([times[kind][n] for n in names]))
+
+    for kind in KINDS:
+        found = through(kind, list(points))
+        fixed, token, a, b, c, *steps = found
+        kept = np.arange(groups + 1)[:, None]
+        attention = np.where(kept > 0, a + b * kept * np.arange(1, heads + 1) + c * kept, 0.0)
+        mlp = np.interp(np.arange(channels + 1), knots, np.concatenate([[0.0], np.cumsum(steps)]))
+        tables[kind] = additive(attention, mlp, fixed, token)
+        wrong = []
+        for left_out in (name for name, point in points.items() if point.mixed):
+            others = through(kind, [name for name in points if name != left_out])
+            wrong.append(abs(float(np.dot(columns[left_out], others)) / times[kind][left_out] - 1))
+        if wrong:
+            errors[kind] = (float(np.median(wrong)), max(wrong))
+    return LatencyCosts(tables["prefill"], tables["decode"], errors, source)
+
+
+def _columns(point: Point, knots: Sequence[int]) -> np.ndarray:
+    """How often each coefficient counts in a model: fixed, token, a, b, c, and the steps between MLP knots."""
+    groups, heads, channels = np.array(point.layers).T
+    knots_ = np.asarray(knots, dtype=float)
+    steps = np.clip((channels[:, None] - knots_[:-1]) / np.diff(knots_), 0.0, 1.0).sum(axis=0)
+    return np.concatenate([[1.0, point.vocab_size, (groups > 0).sum(), (groups * heads).sum(), groups.sum()], steps])
+
+
+def _least_squares(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """No coefficient below zero (Lawson and Hanson 1974, by SciPy); columns are scaled to a common size first."""
+    from scipy.optimize import nnls
+
+    weighted = columns / times[:, None]
+    scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)
+    found, _ = nnls(weighted / scale, np.ones(len(times)))
+    if not np.isfinite(found).all():
+        raise EngineError("the measured latencies explain no cost of a layer", "Measure again on an idle machine.")
+    return found / scale
+
+
+def estimated_costs(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> LatencyCosts:
+    """The same table from the estimator, for a device that is not reachable: of the resource that binds the dense
+    model, and exact as long as that one binds."""
+    parts = (profile, workload, precision)
+    bound = {kind: max(times, key=times.get) for kind, times in resource_times(dense, *parts).items()}
+
+    def times(decoder: Decoder) -> np.ndarray:
+        found = resource_times(decoder, *parts)
+        return np.array([found[kind][bound[kind]] for kind in KINDS])
+
+    attention, mlp, (fixed, token) = _by_difference(dense, profile.channel_multiple, times)
+    overhead = 1e3 * profile.decode_overhead.si
+    prefill, decode = (additive(attention[..., i], mlp[..., i], fixed[i] + overhead, token[i]) for i in (0, 1))
+    return LatencyCosts(prefill, decode, {}, f"the estimator's formulas for {profile.name}")
+
+
+def memory_costs(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> ModuleCosts:
+    """Bytes of weights, cache and buffers by module, and the peaks of the activations."""
+    empty = replace(dense, layers=dense.layers[:1]).with_layer_widths([(0, 1, 0)])
+    floor = activation_bytes(empty, precision, workload, profile.dialect)
+
+    def held(decoder: Decoder) -> np.ndarray:
+        memory = estimate_performance(decoder, profile, workload, precision).memory
+        return np.array([memory.total - memory.activations.value])
+
+    def peak(widths: LayerWidths) -> float:
+        one = replace(dense, layers=dense.layers[:1]).with_layer_widths([widths])
+        return activation_bytes(one, precision, workload, profile.dialect) - floor
+
+    attention, mlp, (fixed, token) = _by_difference(dense, profile.channel_multiple, held)
+    groups, heads, channels = dense.layer_widths[0]
+    attention_peak = np.array([[peak((g, r, 0)) if g else 0.0 for r in range(1, heads + 1)] for g in range(groups + 1)])
+    sizes = [0, *channel_options(channels, profile.channel_multiple)]
+    mlp_peak = np.interp(np.arange(channels + 1), sizes, [peak((0, 1, k)) if k else 0.0 for k in sizes])
+    return ModuleCosts(
+        attention[..., 0], mlp[..., 0], attention_peak, mlp_peak, float(fixed[0]) + floor, float(token[0])
+    )
+
+
+def _by_difference(
+    dense: Decoder, multiple: int, of: Callable[[Decoder], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What one attention (groups + 1, heads, n), one MLP (channels + 1, n), and all else (2, n): fixed and each token,
+    add to a function of a Decoder, from models that differ in one kind of width in all layers."""
+    groups, heads, channels = dense.layer_widths[0]
+    layers = len(dense.layers)
+    without_attention, without_mlp = (of(dense.with_widths(*w)) for w in ((0, 1, channels), (groups, heads, 0)))
+    attention = np.array(
+        [
+            [(of(dense.with_widths(g, r, channels)) - without_attention) / layers for r in range(1, heads + 1)]
+            for g in range(1, groups + 1)
+        ]
+    )
+    attention = np.concatenate([np.zeros_like(attention[:1]), attention])
+    sizes = [0, *channel_options(channels, multiple)]
+    added = np.array([(of(dense.with_widths(groups, heads, k)) - without_mlp) / layers if k else 0 * without_mlp
+                      for k in sizes])  # fmt: skip
+    mlp = np.stack([np.interp(np.arange(channels + 1), sizes, column) for column in added.T], axis=1)
+    half = dense.vocab_size // 2
+    token = (of(dense) - of(replace(dense, vocab_size=half))) / (dense.vocab_size - half)
+    fixed = of(dense) - token * dense.vocab_size - layers * (attention[groups, heads - 1] + mlp[channels])
+    return attention, mlp, np.stack([fixed, token])

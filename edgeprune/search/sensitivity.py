@@ -1,0 +1,185 @@
+"""One walk over the dense model that measures what every possible cut of each module would cost."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from edgeprune.model.backward import token_gradients
+from edgeprune.model.decoder import Attention, Layer
+from edgeprune.model.forward import (
+    BIAS,
+    OUTPUT,
+    Tables,
+    embed,
+    entering,
+    experts_output,
+    has_experts,
+    layer_weights,
+    module_inputs,
+    module_output,
+    module_states,
+    modules_of,
+    token_losses,
+    weight_stream,
+)
+from edgeprune.model.model import Model
+from edgeprune.search.widths import Sensitivities, Widths, dense_widths
+from edgeprune.pruning.compensate import nested_errors
+from edgeprune.pruning.experts import expert_inputs, expert_projection
+from edgeprune.pruning.methods import Method
+from edgeprune.pruning.moments import gram
+from edgeprune.pruning.prune import prune
+from edgeprune.pruning.score import Projection, Score
+from edgeprune.pruning.select import Rank, features_of, select_heads
+
+PROBE_SAMPLES = 16  # with fewer, wide modules look worse than they are: their update is under-determined
+PROBE_HELD_OUT = 8
+LEAST_RISE = 1e-4  # nats per token; noise may make a small cut look free
+
+
+def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Rank) -> np.ndarray:
+    """Errors (num_key_value_heads + 1, heads_per_group) of keeping that many groups of that many heads."""
+    errors = np.zeros((attention.num_key_value_heads + 1, attention.heads_per_group))
+    errors[0] = nested_errors(weight, moments, torch.arange(attention.query_size))[0]
+    for groups in range(1, attention.num_key_value_heads + 1):
+        for heads_per_group in range(1, attention.heads_per_group + 1):
+            _, heads = select_heads(rank, attention, groups, heads_per_group)
+            kept = features_of(heads, attention.head_dim)
+            is_removed = torch.ones(attention.query_size, dtype=torch.bool)
+            is_removed[kept] = False
+            order = torch.cat([kept, is_removed.nonzero().squeeze(1)])
+            errors[groups, heads_per_group - 1] = nested_errors(weight, moments, order)[len(kept)]
+    return errors
+
+
+@torch.inference_mode()
+def _projections(
+    model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None],
+    scales: list[dict[str, torch.Tensor]] | None = None,
+) -> Iterator[tuple[Layer, str, list[Projection]]]:  # fmt: skip
+    """Every module's output projection, those of all its experts where it has some, on the dense stream; the inputs
+    times the scales (b, t) if given.
+
+    With scales, a norm of the output is taken as the division by its length, which it is but for that length's change.
+    """
+    decoder = model.decoder
+    generator = torch.Generator().manual_seed(seed)
+    tables = Tables(decoder, ids.shape[1])
+    hidden = embed(model, ids)
+    for index, layer in enumerate(decoder.layers):
+        weights = layer_weights(model, index)
+        source = entering(decoder, hidden)
+        for kind in modules_of(decoder, index):
+            if has_experts(decoder, index, kind):
+                scale = torch.ones(1, 1, 1) if scales is None else scales[index][kind][..., None]
+                states = module_states(decoder, kind, weights, source)
+                every = expert_inputs(states, weights, layer.mlp, scale)
+                yield layer, kind, [expert_projection(found, weights, generator) for found in every]
+                hidden += module_output(decoder, kind, weights, experts_output(states, weights, layer.mlp))
+                continue
+            weight = weights[OUTPUT[kind]]
+            inputs = module_inputs(decoder, index, kind, weights, source, tables)
+            raw = F.linear(inputs, weight, weights.get(BIAS[kind]))
+            hidden += module_output(decoder, kind, weights, raw)
+            if scales is not None:
+                inputs *= scales[index][kind][..., None]
+                if decoder.norms != "before":
+                    weight = weight * weights[f"{kind}.post_norm"][:, None]
+                    inputs /= raw.square().mean(dim=-1, keepdim=True).sqrt_().clamp_min_(decoder.norm_eps**0.5)
+            yield layer, kind, [Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)]
+        on_layer()
+
+
+def measure_sensitivities(
+    model: Model, ids: torch.Tensor, score: Score, seed: int,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Sensitivities:  # fmt: skip
+    """Sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
+
+    A change dy_t of a module's output costs about 1/2 E[(g_t . dy_t)^2] nats, with g_t the gradient of
+    the sampled loss behind the module. Its direction is taken as independent of that of dy_t:
+    1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens, the least squares error of moments that are
+    weighted by ||g_t||^2. on_layer is called three times for each layer.
+    """
+    share = 1 / (2 * model.decoder.hidden_size * ids.numel())
+    scales = [
+        {kind: (energy * share).sqrt() for kind, energy in layer.items()}
+        for layer in token_gradients(model, ids, seed, on_layer)
+    ]
+    errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
+    for layer, kind, projections in _projections(model, ids, seed, on_layer, scales):
+        if kind == "attention":
+            (projection,) = projections
+            rank = functools.cache(functools.partial(score, projection))
+            errors[kind].append(attention_errors(projection.weight, projection.gram, layer.attention, rank))
+        else:
+            errors[kind].append(np.sum([_channel_errors(each, score) for each in projections], axis=0))
+    return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]))
+
+
+def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
+    """Errors (intermediate_size + 1,) of keeping that many channels; none where no token came by."""
+    if not projection.inputs.numel():
+        return np.zeros(projection.weight.shape[1] + 1)
+    order = torch.sort(score(projection, 1, 1), descending=True, stable=True).indices
+    return nested_errors(projection.weight, projection.gram, order).numpy()
+
+
+def measure_scores(
+    model: Model, ids: torch.Tensor, score: Score, seed: int,
+    on_layer: Callable[[], None] = lambda: None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    """Scores of every layer's key/value groups and of its channels, on the dense stream; of experts the mean of
+    their sorted ones."""
+    scores: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
+    for layer, kind, projections in _projections(model, ids, seed, on_layer):
+        unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
+        seen = [each for each in projections if each.inputs.numel()]
+        found = [score(each, unit, 1).numpy() for each in seen]
+        scores[kind].append(found[0] if len(projections) == 1 else np.mean([np.sort(each) for each in found], axis=0))
+    return scores["attention"], scores["mlp"]
+
+
+def probe_widths(dense: Widths) -> list[Widths | None]:
+    """One cut of a quarter of each kind: groups, query heads, channels; None where nothing can go."""
+
+    def cut(size: int) -> int:
+        return size - max(1, size // 4)
+
+    groups, heads, channels = dense
+    return [
+        dense._replace(num_key_value_heads=cut(groups)) if groups > 1 else None,
+        dense._replace(heads_per_group=cut(heads)) if heads > 1 else None,
+        dense._replace(intermediate_size=cut(channels)),
+    ]
+
+
+@torch.inference_mode()
+def measure_response(
+    model: Model, ids: torch.Tensor, sensitivities: Sensitivities, method: Method, seed: int,
+    on_probe: Callable[[], None] = lambda: None,
+) -> Sensitivities:  # fmt: skip
+    """The sensitivities with their response measured: one small pruning for each kind of cut.
+
+    ids (samples, tokens): the first half calibrates each probe, the second half gives the loss, up to a few of each.
+    """
+    half = max(1, len(ids) // 2)
+    fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
+    dense = dense_widths(model.decoder)
+    base = float(token_losses(model.decoder, weight_stream(model), held_out).mean())
+    on_probe()
+    response = np.zeros(3)
+    for kind, widths in enumerate(probe_widths(dense)):
+        if widths is not None:
+            target = model.decoder.with_widths(*widths)
+            losses = token_losses(target, prune(model, target, fit, method, seed), held_out)
+            error = sensitivities.uniform_errors(widths)[kind]
+            response[kind] = max(float(losses.mean()) - base, LEAST_RISE) / max(error, 1e-12)
+        on_probe()
+    return replace(sensitivities, response=response)

@@ -1,0 +1,174 @@
+"""plan: shapes without weights on one device and on all; what it counts, what it refuses, what it labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.ondevice.figures import Workload
+from edgeprune.engine.published import ORIGINS
+from edgeprune.engine.estimate import estimate_performance
+from edgeprune.errors import InputError
+from edgeprune.commands.plan import Plan, Question, plan, plan_all
+from edgeprune.profiles import list_profiles, load_profile, profile_toml
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152,
+    "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_4B = SMALL | {  # the shape alone: the norms of its queries and keys are negligible
+    "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "num_hidden_layers": 36, "vocab_size": 151936, "max_position_embeddings": 40960,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    return written(tmp_path, SMALL)
+
+
+def written(folder: Path, config: object) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder / "config.json")
+
+
+def test_a_plan_is_the_estimators(config: str) -> None:
+    found = plan(Question(config, "jetson-orin"))
+    profile, workload = load_profile("jetson-orin"), Workload(1, 512, 2048)
+    assert found.performance == estimate_performance(found.decoder, profile, workload, "fp16")
+    assert (found.workload, found.past, found.precision) == (workload, 2047, "fp16")
+    assert found.decoder.parameters == 134_515_008
+    assert found.fits
+
+
+@pytest.mark.parametrize("spelling", ["config.json", "."])
+def test_a_file_or_its_directory(config: str, spelling: str) -> None:
+    found = plan(Question(str(Path(config).parent / spelling), "l4"))
+    assert found.model == Path(config).parent.name
+    assert found == plan(Question(config, "l4"))
+
+
+def test_json_has_parts_basis_and_notes(config: str) -> None:
+    found = plan(Question(config, "jetson-orin-nano-8gb", precision="int4", prompt=100, past=300, batch=2))
+    shown = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert (shown["batch"], shown["prompt"], shown["past"], shown["precision"]) == (2, 100, 300, "int4")
+    assert shown["source"] == "estimated"
+    parts = shown["parts"]
+    assert shown["memory_bytes"] == sum(parts["memory_bytes"].values())
+    assert shown["decode_ms"] == pytest.approx(sum(parts["decode_ms"].values()))
+    assert shown["decode_in_place_ms"] == pytest.approx(shown["decode_ms"] - parts["decode_ms"]["cache_copies"])
+    assert set(parts["memory_bytes"]) == {"weights", "cache", "activations", "buffers", "runtime"}
+    assert set(parts["decode_ms"]) == {"layers", "head", "cache", "cache_copies", "compute", "overhead"}
+    copies = shown["work"]["decode_bytes"] - shown["work"]["decode_bytes_in_place"]
+    assert copies == 2 * 2 * 30 * 2 * 3 * 64 * 301 * 2  # batch, layers, keys and values, read and written
+    assert f"{copies / 1e6:.4g} MB of it our graph's copy of the cache" in shown["basis"]["decode"]
+    for name in ("prefill", "decode"):
+        assert "TensorRT-Edge-LLM 0.10" in shown["basis"][name]
+    assert "Orin Nano 8 GB" in shown["basis"]["decode"]
+    assert all(shown["basis"].values())
+    assert any(note.startswith("int4 is weight-only") for note in shown["notes"])
+    assert any("low confidence" in note for note in shown["notes"])
+
+
+@pytest.mark.parametrize("label", ["AGX Orin 64 GB", "Orin NX 16 GB"])
+def test_in_place_it_agrees_with_the_published_decode(tmp_path: Path, label: str) -> None:
+    origin = ORIGINS[label]
+    found = plan(Question(written(tmp_path, QWEN3_4B), origin.profile, precision="int4", prompt=2048, past=2048))
+    assert found.decode_in_place_ms == pytest.approx(origin.points[2].decode_ms, rel=0.04)
+    assert found.performance.decode.value > found.decode_in_place_ms
+
+
+def test_every_device_but_the_processor_is_in_the_table(config: str) -> None:
+    plans = plan_all(Question(config))
+    assert [found.profile.name for found in plans] == [p.name for p in list_profiles() if p.name != "cpu"]
+    for found in plans:
+        assert found == plan(Question(config, found.profile.name))
+        assert found.fits == (found.performance.memory.total <= found.profile.available_bytes)
+
+
+def test_a_profile_of_ones_own(config: str, tmp_path: Path) -> None:
+    profile = load_profile("l4").model_copy(update={"name": "mine"})
+    (tmp_path / "mine.toml").write_text(profile_toml(profile))
+    found = plan(Question(config, profile=tmp_path / "mine.toml"))
+    assert found.profile == profile
+    with pytest.raises(InputError, match="both"):
+        plan(Question(config, "l4", tmp_path / "mine.toml"))
+
+
+COUNTS = st.none() | st.integers(1, 3000)
+
+
+@settings(max_examples=30)
+@given(prompt=COUNTS, past=COUNTS, batch=st.none() | st.integers(1, 64))
+def test_any_prompt_past_and_batch(tmp_path_factory, prompt: int | None, past: int | None, batch: int | None) -> None:
+    config = written(tmp_path_factory.mktemp("model"), SMALL | {"max_position_embeddings": 1024})
+    found = plan(Question(config, "jetson-orin", prompt=prompt, past=past, batch=batch))
+    workload = found.workload
+    assert workload.prompt == (prompt or min(512, past or 512))
+    assert found.past == (past or max(workload.prompt, 1023))
+    assert workload.batch == (batch or 1)
+    held = max(workload.prompt, found.past) + 1
+    cache = 2 * workload.batch * 30 * 2 * 3 * 64 * held * 2  # past and present of fp16 keys and values
+    assert found.performance.memory.cache.value == cache
+    assert any("positions" in note for note in found.notes) == (held > 1024)
+
+
+def test_the_most_that_is_taken_is_still_a_number(config: str) -> None:
+    most = 2**31 - 1
+    for found in plan_all(Question(config, prompt=most, past=most, batch=most)):
+        assert not found.fits
+        json.dumps(found.as_json(), allow_nan=False)
+
+
+def test_the_processor_refuses_a_precision_before_it_is_probed(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.engine.probe.probe", lambda profile: pytest.fail("probed"))
+    for precision in ("int4", "int8", "fp16"):
+        with pytest.raises(InputError, match="the profile cpu has no fp16 compute rate"):
+            plan(Question(config, "cpu", precision=precision))
+
+
+def refused(question: Question) -> str:
+    with pytest.raises(InputError) as one:
+        plan(question)
+    with pytest.raises(InputError) as every:
+        plan_all(question)
+    assert one.value.message == every.value.message
+    assert one.value.remedy
+    return one.value.message
+
+
+def test_what_cannot_be_planned_is_said(config: str, tmp_path: Path) -> None:
+    for name in ("batch", "prompt", "past"):
+        assert refused(Question(config, "l4", **{name: 0})) == f"--{name} 0 is less than 1"
+        assert refused(Question(config, "l4", **{name: 10**400})) == f"--{name} is more than 2147483647"
+    assert refused(Question(config, "l4", precision="int2")) == "unknown precision 'int2'"
+    assert "no such file" in refused(Question("nowhere.json", "l4"))
+    assert "no such model" in refused(Question("nowhere", "l4"))
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refused(Question(str(tmp_path / "empty"), "l4"))
+    (tmp_path / "weights.bin").write_bytes(b"\0")
+    assert "is no PyTorch checkpoint" in refused(Question(str(tmp_path / "weights.bin"), "l4"))
+    (tmp_path / "weights.npz").write_bytes(b"\0")
+    assert "is no configuration" in refused(Question(str(tmp_path / "weights.npz"), "l4"))
+    for text, reason in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+        (tmp_path / "bad.json").write_text(text)
+        assert reason in refused(Question(str(tmp_path / "bad.json"), "l4"))
+    for family in ("mamba", None):
+        assert "unsupported architecture" in refused(Question(written(tmp_path, {"model_type": family}), "l4"))
+    with pytest.raises(InputError, match="unknown device 'l5'"):
+        plan(Question(config, "l5"))
+
+
+def test_a_cache_in_place_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = SMALL | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    figures = load_profile("l4").hardware
+    probed = load_profile("cpu").model_copy(update={**figures, "fp32_compute": figures["fp16_compute"]})
+    monkeypatch.setattr("edgeprune.commands.plan.resolve_profile", lambda name, file: probed)
+    found: Plan = plan(Question(written(tmp_path, odd), "cpu"))
+    assert found.decode_in_place_ms == found.performance.decode.value  # one buffer
+    assert found.work["decode_bytes"] == found.work["decode_bytes_in_place"]

@@ -1,0 +1,257 @@
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, LlamaConfig, MistralConfig
+
+from edgeprune.errors import InputError
+from edgeprune.model.checkpoint.configuration import HEADS, LAYER_WIDTHS, config_for, decoder_of
+from edgeprune.model.decoder import Mlp
+from tests.reference import decoder_of as reference_decoder
+from tests.tiny import config
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 50000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_says_what_transformers_builds(rope, tied):
+    reference = config(rope_parameters=rope, tie_word_embeddings=tied)
+    ours, expected = (
+        decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}),
+        reference_decoder(reference),
+    )
+    assert ours.rotaries[0].inverse_frequencies == pytest.approx(expected.rotaries[0].inverse_frequencies, rel=1e-6)
+    assert ours.rotaries[0].scaling == expected.rotaries[0].scaling
+    assert ours.shapes() == expected.shapes()
+    assert ours.norm_eps == expected.norm_eps
+
+
+def test_older_configurations_are_read_too():
+    plain = {
+        "model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2,
+        "intermediate_size": 64, "vocab_size": 101, "rope_theta": 50000.0, "rope_scaling": None,
+    }  # fmt: skip
+    assert decoder_of(plain).rotaries[0].inverse_frequencies[1] == pytest.approx(50000.0 ** (-2 / 8))
+    scaled = decoder_of(plain | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert scaled.rotaries[0].inverse_frequencies[0] == 0.5
+
+
+@given(
+    theta=st.floats(100.0, 1e6), factor=st.floats(1.0, 64.0), low=st.floats(0.5, 2.0), width=st.floats(0.5, 8.0),
+    context=st.integers(16, 8192),
+)  # fmt: skip
+def test_llama3_scaling_is_that_of_transformers(theta, factor, low, width, context):
+    rope = {
+        "rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
+        "high_freq_factor": low + width, "original_max_position_embeddings": context,
+    }  # fmt: skip
+    reference = config(rope_parameters=rope)
+    ours = decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}).rotaries[0]
+    # transformers computes in fp32, where the blend's difference loses some digits
+    expected = reference_decoder(reference).rotaries[0]
+    assert ours.inverse_frequencies == pytest.approx(expected.inverse_frequencies, rel=1e-5)
+
+
+THETA = st.sampled_from([{}, {"rope_theta": 5e5}])
+SCALING = st.sampled_from([
+    {}, {"rope_type": "default"}, {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0},
+    {k: v for k, v in ROPES["llama3"].items() if k != "rope_theta"},
+])  # fmt: skip
+
+
+@given(
+    outer=THETA, inner=THETA, scaling=SCALING, other=SCALING, key=st.sampled_from(["rope_scaling", "rope_parameters"])
+)
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(outer, inner, scaling, other, key):
+    """Old and new field names, theta outside or inside, and files that have both."""
+    spelling = {**outer, key: {**scaling, **inner} if scaling else None}
+    if other:
+        spelling.setdefault("rope_parameters", {**other})
+    plain = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    del plain["rope_parameters"]
+    expected = reference_decoder(LlamaConfig(**json.loads(json.dumps(plain | spelling)))).rotaries[0]
+    ours = decoder_of(plain | spelling).rotaries[0]
+    assert ours.inverse_frequencies == pytest.approx(expected.inverse_frequencies, rel=1e-6)
+    assert ours.scaling == expected.scaling
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
+def test_fields_left_out_mean_what_transformers_takes(kind):
+    """Mistral's defaults are 8 key/value heads and a window of 4096, not those of Llama."""
+    given_ = {
+        "model_type": kind.model_type, "hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1,
+        "intermediate_size": 32, "vocab_size": 50,
+    }  # fmt: skip
+    full = kind(**given_)
+    ours = decoder_of(given_)
+    assert ours.windows == (full.to_dict().get("sliding_window"),)
+    attention = ours.layers[0].attention
+    assert (attention.num_key_value_heads, attention.head_dim) == (full.num_key_value_heads, full.head_dim)
+    assert ours.max_position_embeddings == full.max_position_embeddings
+    assert (ours.norm_eps, ours.tie_word_embeddings) == (full.rms_norm_eps, full.tie_word_embeddings)
+    nulls = decoder_of(given_ | {"num_key_value_heads": None, "head_dim": None})
+    assert nulls.layers[0].attention.num_key_value_heads == 16
+
+
+BAD = {
+    "another family": ({"model_type": "mamba"}, "unsupported architecture 'mamba'"),
+    "another class of a family": ({"model_type": "gpt2"}, "unsupported architecture LlamaForCausalLM"),
+    "no family": ({"model_type": None}, "unsupported architecture"),
+    "a classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    "another activation": ({"hidden_act": "mish"}, "hidden_act 'mish'"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "no window": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 0},
+        "sliding_window 0",
+    ),
+    "too few kinds of layers": (
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["full_attention"],
+        },
+        "layer_types",
+    ),
+    "another mixer": (
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "layer_types": ["full_attention", "linear_attention"],
+        },
+        "linear_attention",
+    ),
+    "another rope": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
+    "yarn without a factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
+    "a missing field": ({"vocab_size": None}, "incomplete"),
+    "odd heads": ({"num_key_value_heads": 4}, "do not divide"),
+    "an odd part rotated": ({"partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4"),
+    "more than all rotated": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2.0}}, "partial_rotary"),
+    "an architecture that is a number": ({"architectures": 1}, "senseless: architectures 1"),
+    "factors that are flags": (
+        {"rope_parameters": ROPES["llama3"] | {"low_freq_factor": True, "high_freq_factor": True}},
+        "incomplete or senseless",
+    ),
+    "an OPT with a projected embedding": (
+        {"model_type": "opt", "architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 24},
+        "word_embed_proj_dim 24",
+    ),
+    "a GPT-2 of words": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": "many", "n_head": 2, "n_layer": 1},
+        "senseless",
+    ),
+    "a GPT-2 without sizes": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "'n_embd'"),
+    "some layers without experts": (
+        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]},
+        "mlp_only_layers",
+    ),
+    "a family that is a list": ({"model_type": ["llama"]}, "unsupported architecture"),
+    "a window in words": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": "wide"},
+        "senseless",
+    ),
+    "no heads": ({"num_attention_heads": 0}, "senseless"),
+    "negative sizes": ({"hidden_size": -48}, "hidden_size -48"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    "layers beyond all memory": ({"num_hidden_layers": 2**40}, "num_hidden_layers 1099511627776"),
+    "an infinite size": ({"intermediate_size": float("inf")}, "senseless"),
+    "an odd head": ({"head_dim": 7}, "head_dim 7"),
+    "words": ({"vocab_size": "many"}, "senseless"),
+    "negative theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1e4}}, "senseless"),
+    "theta that is no number": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+        "rope_theta nan",
+    ),
+    "a factor that is no number": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}},
+        "not finite",
+    ),
+    "linear without factor": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "senseless"),
+    "rope that is no object": ({"rope_parameters": 7}, "senseless"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), BAD.values(), ids=BAD)
+def test_what_is_not_supported_is_named(changes, reason):
+    base = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(InputError) as caught:
+        decoder_of(base | changes)
+    assert reason in caught.value.message
+    if "unsupported architecture" in caught.value.message:
+        assert "llama, mistral" in caught.value.remedy
+
+
+def test_a_pruned_llama_whose_heads_do_not_divide_becomes_a_mistral():
+    source = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    dense = decoder_of(source)
+    assert config_for(dense.with_widths(2, 2, 40), source)["model_type"] == "llama"
+    five = config_for(decoder_of(source | {"num_key_value_heads": 1}).with_widths(1, 5, 40), source)
+    assert (five["model_type"], five["sliding_window"], five["num_attention_heads"]) == ("mistral", None, 5)
+    with pytest.raises(Exception, match="num_attention_heads|attention heads"):
+        LlamaConfig(hidden_size=48, num_attention_heads=5, num_key_value_heads=1, head_dim=8)
+
+
+def test_all_else_of_the_source_is_kept():
+    source = config(rope_parameters=ROPES["llama3"]).to_dict() | {
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 7, "auto_map": {"AutoModel": "code.Model"},
+    }  # fmt: skip
+    dense = decoder_of(source)
+    half = replace(dense.with_widths(2, 2, 40), layers=dense.with_widths(2, 2, 40).layers[:1])
+    result = config_for(half, source)
+    changed = {name: value for name, value in result.items() if source.get(name) != value}
+    assert changed == {"num_attention_heads": 4, "intermediate_size": 40, "num_hidden_layers": 1}
+    assert "auto_map" not in result  # its code is not part of the checkpoint
+    assert decoder_of(result) == half
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_transformers_reads_the_mistral_as_meant(tmp_path, rope):
+    source = config(rope_parameters=rope, num_key_value_heads=1).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    del source["max_position_embeddings"]
+    target = decoder_of(source).with_widths(1, 5, 40)
+    (tmp_path / "config.json").write_text(json.dumps(config_for(target, source)))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert (type(read), read.sliding_window, read.head_dim) == (MistralConfig, None, 8)
+    assert decoder_of(json.loads(read.to_json_string()) | {"architectures": ["MistralForCausalLM"]}) == replace(
+        target, family="mistral"
+    )
+
+
+def test_layers_that_differ_are_described_by_a_field_of_our_own():
+    source = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    dense = decoder_of(source)
+    first, second = dense.layers
+    for layers in (
+        (first, replace(second, mlp=Mlp(8))), (replace(first, attention=None),) * 2, (replace(second, mlp=None),),
+    ):  # fmt: skip
+        target = replace(dense, layers=layers)
+        written = json.loads(json.dumps(config_for(target, source)))
+        assert decoder_of(written) == target
+        assert LAYER_WIDTHS in written
+
+
+@pytest.mark.parametrize(
+    "widths", [None, 7, [[1, 1]], [[1, 1, 8]], [[1, 0, 8]] * 2, [[-1, 1, 8]] * 2, [["x", 1, 1]] * 2]
+)
+def test_a_damaged_field_of_our_own_is_refused(widths):
+    source = config().to_dict() | {"architectures": ["LlamaForCausalLM"], LAYER_WIDTHS: widths}
+    with pytest.raises(InputError, match="edgeprune_layer_widths"):
+        decoder_of(source)
+
+
+@pytest.mark.parametrize("heads", [None, 7, [1], ["x", 1], [0, 3], [3, 3], [2, 2], [-1, 3]])
+def test_damaged_heads_of_a_padded_checkpoint_are_refused(heads):
+    source = config().to_dict() | {"architectures": ["LlamaForCausalLM"], HEADS: heads}
+    with pytest.raises(InputError, match="edgeprune_heads"):
+        decoder_of(source)

@@ -1,0 +1,91 @@
+"""What is measured on this machine, as figures with their source; real graphs, real child processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgeprune.ondevice import measure as perform
+from edgeprune.ondevice.figures import Measured, Performance, Workload
+from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.engine.onnx.graph import Spelling, write_graphs
+from edgeprune.errors import EngineError
+from tests.engine.graph_models import llama
+from tests.reference import decoder_of, weights_of
+
+SPELLING = Spelling("onnxruntime", "last")
+WORKLOAD = Workload(batch=2, prompt=16, context=64)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`narrow` has an eighth of `wide`'s MLP; both do real work in some milliseconds."""
+    found = {}
+    for name, intermediate_size in (("wide", 8192), ("narrow", 1024)):
+        model = llama(True, hidden_size=192, intermediate_size=intermediate_size)
+        folder = tmp_path_factory.mktemp(name)
+        files = write_graphs(decoder_of(model.config), weights_of(model), folder, "fp32", [SPELLING])
+        found[name] = files.graphs[SPELLING]
+    return found
+
+
+def measure(
+    dense: Path | None, candidate: Path, counted: tuple[int, int, int], session: perform.Session | None = None
+) -> Performance:
+    return perform.on_onnxruntime(
+        session or perform.Here(), dense, candidate, WORKLOAD, perform.Counted(*counted), quiet, seconds=1.0
+    )
+
+
+def test_a_candidate_beside_the_dense_model(models: dict[str, Path]) -> None:
+    found = measure(models["wide"], models["narrow"], (1000, 200, 30))
+    for figure in (found.prefill, found.decode, found.prefill_ratio, found.decode_ratio):
+        assert isinstance(figure, Measured)
+        assert 0 < figure.low <= figure.value <= figure.high
+        assert figure.device.endswith("threads")
+    assert found.prefill_ratio.value < 1  # of candidate to dense, which does some five times the work
+    assert found.decode_ratio.value < 1
+    assert (found.prefill.unit, found.prefill_ratio.unit) == ("ms", "1")
+    assert found.percentiles["decode"]["p50"] == pytest.approx(found.decode.value)
+    assert set(found.percentiles) == {"prefill", "decode"}
+
+
+def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path]) -> None:
+    """The known parts are what was given, the runtime is its own, the rest of the peak are activations."""
+    peaks: list[dict] = []
+
+    class Spy(perform.Here):
+        def run(self, request: dict, timeout_seconds: float, tell: Tell) -> dict:
+            answer = super().run(request, timeout_seconds, tell)
+            if request["do"] == "memory":
+                peaks.append(answer)
+            return answer
+
+    weights = sum(path.stat().st_size for path in models["wide"].parent.glob("*.data"))
+    memory = measure(None, models["wide"], (weights, 5000, 300), Spy()).memory
+    assert {name: part.value for name, part in memory.parts.items() if name != "activations"} == {
+        "weights": weights, "cache": 5000, "buffers": 300, "runtime": peaks[0]["baseline"],
+    }  # fmt: skip
+    assert memory.total == peaks[0]["peak"]
+    assert memory.activations.value > 0
+    assert all(part.unit == "bytes" and part.source == "measured" for part in memory.parts.values())
+
+
+def test_of_the_dense_model_alone(models: dict[str, Path]) -> None:
+    """No ratio; and activations that are never negative, however large the parts that were given."""
+    found = measure(None, models["narrow"], (2**40, 0, 0))
+    assert (found.prefill_ratio, found.decode_ratio) == (None, None)
+    assert found.memory.activations.value == 0
+
+
+def test_ratios_alone(models: dict[str, Path]) -> None:
+    ratios = perform.ratios_on_onnxruntime(perform.Here(), models["wide"], models["narrow"], WORKLOAD, 1.0, quiet)
+    assert set(ratios) == {"prefill_ratio", "decode_ratio"}
+    assert all(0 < ratio.low <= ratio.value < 1 for ratio in ratios.values())
+
+
+def test_a_graph_that_is_missing_is_an_engine_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="none.onnx") as caught:
+        measure(None, tmp_path / "none.onnx", (0, 0, 0))
+    assert caught.value.remedy

@@ -1,0 +1,233 @@
+"""The probe's graphs give what they say, build for a GPU without one, and are timed; the GPU is a double here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgeprune.ondevice import machine as facts, probe_tasks as probing, tasks
+from edgeprune.engine import probe
+from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.measure import Here
+from edgeprune.ondevice.probe_tasks import Stack, Took, compile_stack, write_weights
+from edgeprune.ondevice.tensorrt import available
+from edgeprune.errors import EngineError
+from edgeprune.profiles import load_profile
+from tests.doubles import double_tensorrt
+from tests.doubles.double_device import Device, Fault, Work
+from tests.doubles.install import InProcess
+
+pytest_plugins = ("tests.doubles.fixtures",)
+
+
+def written(stack: Stack, folder: Path) -> Path:
+    graph = folder / "read.onnx"
+    probe.write_graph(stack, graph)
+    write_weights(stack, graph)
+    return graph
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_stack_is_a_chain_of_unequal_products_of_numbers_that_stay_finite(precision: str, tmp_path: Path) -> None:
+    stack = Stack(3, 64, 16, precision)
+    graph = written(stack, tmp_path)
+    weights = np.fromfile(probing.weights_file(graph), probing.DTYPES[precision]).reshape(16, 64, 64)
+    assert weights.nbytes == stack.weight_bytes
+    assert len({weight.tobytes() for weight in weights}) == 16
+    values = np.random.default_rng(0).normal(size=(3, 64)).astype(weights.dtype)
+    expected = functools.reduce(lambda rows, weight: rows @ weight, weights.astype(np.float64), values)
+    assert 0.1 < expected.std() < 10
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"x": values})
+    np.testing.assert_allclose(result, expected, atol=1e-4 if precision == "fp32" else 0.1)
+
+
+def test_bf16_weights_are_the_upper_halves_of_fp32_ones() -> None:
+    values = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    bits = probing.in_precision(values, "bf16")
+    assert (bits.dtype, bits.nbytes) == (np.uint16, 200)
+    held = (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_allclose(held, values, rtol=2**-7)
+    assert probing.in_precision(np.ones(1, np.float32), "bf16")[0] == 0x3F80
+
+
+def test_bytes_and_operations_of_a_stack() -> None:
+    stack = Stack(256, 4096, 4, "fp16")
+    assert (stack.weight_bytes, stack.flops) == (2**27, 2 * 256 * 4 * 2**24)
+    assert Stack(1, 4096, 4, "fp32").weight_bytes == 2**28
+
+
+@pytest.mark.skipif(not available("tensorrt-rtx")[0], reason="TensorRT for RTX is not installed")
+@pytest.mark.parametrize(
+    ("role", "precision"), [("call", "fp16"), ("read", "fp16"), ("product", "fp16"), ("product", "bf16")]
+)
+def test_the_graphs_build_for_a_gpu_without_one(
+    role: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every weight once: a stack that were folded or stored twice would tell a wrong bandwidth."""
+    monkeypatch.setattr(probe, "WIDTH", 512)
+    stack = probe._stacks(precision, probe.GPU_ROWS, probe.GPU_MATRICES, 16)[role]
+    weights = compile_stack(written(stack, tmp_path), tmp_path / "plan", stack, "tensorrt-rtx", 86)
+    assert stack.weight_bytes <= weights <= stack.weight_bytes + 4096
+    assert (tmp_path / "plan").stat().st_size > weights
+
+
+@pytest.mark.skipif(not available("tensorrt-rtx")[0], reason="TensorRT for RTX is not installed")
+def test_a_graph_that_cannot_be_built_is_an_engine_error(tmp_path: Path) -> None:
+    (tmp_path / "read.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match="cannot build a product"):
+        compile_stack(tmp_path / "read.onnx", tmp_path / "plan", Stack(1, 8, 1, "fp16"), "tensorrt-rtx", 86)
+    assert not (tmp_path / "plan").exists()
+
+
+def test_the_processor_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "WIDTH", 256)
+    told = []
+    answer = probe._time(Here(), "onnxruntime", probe._stacks("fp32", 16, 1, 4), lambda *s: told.append(s))
+    assert set(answer["took"]) == {"call", "read", "product"}
+    assert all(0 < took.seconds < 1 and took.spread >= 0 for took in answer["took"].values())
+    assert {stage for stage, _, _ in told} == {"make weights to probe with", "time the processor"}
+
+
+def test_the_best_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter(np.cumsum([0, 0.4, 0, 0.3, 0, 0.1, 0, 0.2, 0, 0.6]).tolist())
+    monkeypatch.setattr(probing, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
+    took = probing.best(lambda: None)
+    assert (took.seconds, took.spread) == (pytest.approx(0.1), pytest.approx(2))
+
+
+def test_what_does_not_settle_is_of_low_confidence() -> None:
+    """Whoever reads the profile sees that the device was busy."""
+    stacks = probe._stacks("fp32", 256, 1, 4)
+    took = {"call": Took(1e-5, 3), "read": Took(0.01, 0.85), "product": Took(0.1, 0.1)}
+    figures = probe._rates("measured with x on y", stacks, took)
+    assert figures["bandwidth"] == {
+        "value": 26.844, "unit": "GB/s", "confidence": "low",
+        "source": "measured with x on y: 256 MiB of weights times one row; other runs took 85 % longer",
+    }  # fmt: skip
+    assert (figures["fp32_compute"]["value"], figures["fp32_compute"]["confidence"]) == (85.899, "medium")
+    busy = probe._rates("measured with x on y", stacks, took, load=1.6)["fp32_compute"]
+    assert busy["confidence"] == "low"
+    assert busy["source"].endswith("4096 x 4096; the load before was 1.6 processes a thread")
+
+
+def test_a_device_without_room_is_told_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, stacks = {"read": tmp_path / "read.onnx"}, {"read": Stack(1, 4096, 8, "fp16")}
+    with monkeypatch.context() as full, pytest.raises(EngineError, match="probing writes 768 MiB, 5 MiB are free"):
+        usage = namedtuple("usage", "total used free")
+        full.setattr(probing.shutil, "disk_usage", lambda folder: usage(0, 0, 5 * 2**20))
+        probing._check_room(paths, stacks, copies=3)
+    with monkeypatch.context() as busy, pytest.raises(EngineError, match="needs 1024 MiB of memory, 900 MiB are"):
+        busy.setattr(facts, "memory_state", lambda: {"available": 900 * 2**20})
+        probing._check_room(paths, stacks, copies=3)
+    probing._check_room(paths, stacks, copies=1)
+
+
+@pytest.mark.parametrize(("said", "free"), [("7000\n24000\n", 7000 * 2**20), ("[N/A]\n", None), ("", None)])
+def test_free_memory_is_the_drivers_word(said: str, free: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+    assert probing._free_bytes(shared=False) == free
+    monkeypatch.setattr(facts, "memory_state", lambda: {"available": 5, "swapped": 0})
+    assert probing._free_bytes(shared=True) == 5
+
+
+# The GPU, a double of it. Nothing below ran on one.
+
+
+def execute(context: double_tensorrt.IExecutionContext, handle: int) -> bool:
+    """A step of any one-input graph: 100 MB/s of weights or 10 GFLOP/s, whichever binds, and 20 ms."""
+    device = context._device
+    stream = device.stream_at(int(handle))
+    (rows, width), engine = context._shapes["x"], context._engine_life
+    context._check_memory(dict.fromkeys(("x", "y"), (rows, width)))
+    matrices = device.matrices[width]
+    seconds = max(matrices * 2 * width**2 / 100e6, 2 * rows * matrices * width**2 / 10e9) + 0.02
+    parts = (dict.fromkeys(("x", "y"), (rows, width)), dict(context._addresses), (engine, context._life))
+    step = functools.partial(double_tensorrt._compute, device, context._session, context._tensors, *parts)
+    device.put(stream, Work(step, 1e3 * seconds, context._life))
+    return True
+
+
+def ask(module: str, request: dict, timeout_seconds: float, tell: Tell = quiet) -> dict:
+    """A build in this process, where the doubles are."""
+    return tasks.answer(json.loads(json.dumps(request)), tell)
+
+
+@pytest.fixture
+def gpu(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Small stacks; what nvidia-smi and /proc/meminfo would say."""
+    monkeypatch.setattr(probing, "ask", ask)
+    monkeypatch.setattr(double_tensorrt.IExecutionContext, "execute_async_v3", execute)
+    monkeypatch.setattr(probe, "WIDTH", 256)
+    monkeypatch.setattr(probe, "GPU_READ", 8 * 2 * 256**2)
+    monkeypatch.setattr(probe, "GPU_ROWS", 512)
+    monkeypatch.setattr(probe, "GPU_MATRICES", 8)
+    device.matrices = {256: 8, 8: 1}
+    left = iter([2**27, 2**27 - 2**25])
+    monkeypatch.setattr(probing, "_free_bytes", lambda shared: next(left))
+    return device
+
+
+def probed(name: str = "l4") -> probe.Probed:
+    return probe.probe_gpu(InProcess(), "tensorrt", "a double", load_profile(name), quiet)
+
+
+def test_on_a_double_every_figure_is_what_the_gpus_clock_says(gpu: Device) -> None:
+    figures = probed().figures
+    weights, flops = 8 * 2 * 256**2, 2 * 512 * 8 * 256**2
+    assert figures["bandwidth"]["value"] == pytest.approx(weights / (weights / 0.1 + 20e6), rel=1e-3)
+    assert figures["fp16_compute"]["value"] == pytest.approx(flops / (flops / 10 + 20e6), rel=1e-3)
+    assert figures["decode_overhead"]["value"] == pytest.approx(20, rel=0.1)
+    assert figures["runtime_memory"]["value"] == 2**25
+    assert figures["memory"]["value"] == figures["build_memory"]["value"] == gpu.memory
+    assert "system_reserve" not in figures
+    assert "fp32_compute" not in figures
+    assert all(f["source"].startswith("measured with tensorrt 10.13.3.9 on a double") for f in figures.values())
+
+
+def test_on_a_double_that_shares_its_memory_the_systems_part_is_measured(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "SMALLEST_READ", 8 * 2 * 256**2)
+    figures = probed("jetson-orin").figures
+    assert figures["system_reserve"]["value"] == gpu.memory - 2**27
+    assert figures["build_memory"]["value"] == 2**27
+    assert figures["system_reserve"]["source"].startswith("measured")
+
+
+def test_on_a_double_that_does_not_tell_the_likes_figures_keep_their_source(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "_free_bytes", lambda shared: None)
+    like = load_profile("l4")
+    assert probed().figures["runtime_memory"] == like.runtime_memory.model_dump()
+
+
+def test_on_a_double_nothing_is_left_of_a_step_that_is_refused(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(double_tensorrt.IExecutionContext, "execute_async_v3", lambda context, stream: False)
+    with pytest.raises(EngineError, match="refuses a step of the probe"):
+        probed()
+
+
+def test_on_a_double_a_gpu_that_fails_is_an_error(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise Fault("CUDA_ERROR_ILLEGAL_ADDRESS", "a bad kernel")
+
+    monkeypatch.setattr(double_tensorrt, "_compute", fail)
+    with pytest.raises(EngineError, match="the GPU failed"):
+        probed()
+    gpu.faults.clear()  # every call fails after such an error: the memory goes with the process
+
+
+def test_on_a_double_without_memory_the_engine_is_not_opened(gpu: Device) -> None:
+    gpu.memory = 2**20 + 2**16  # one context, and not the weights that are read
+    with pytest.raises(EngineError, match="cannot be opened: .*out of memory"):
+        probed()

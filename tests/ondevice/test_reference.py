@@ -1,0 +1,273 @@
+"""Whether a wrong engine is found out. Engines run on doubles of TensorRT and CUDA: no test here ran on a GPU."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeprune.ondevice import machine as facts, measure as perform, tasks
+from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
+from edgeprune.ondevice.reference import (
+    PROMPT,
+    STEPS,
+    TOLERANCE,
+    compare_logits,
+    judge_logits,
+    read_reference,
+    write_reference,
+)
+from edgeprune.ondevice.worker import quiet
+from edgeprune.ondevice.tensorrt_runner import Runner
+from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
+from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
+from edgeprune.errors import EngineError
+from tests.doubles.double_device import Device
+from tests.doubles.double_tensorrt import CONTEXT_BYTES
+from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, VERSION, WORKLOAD, InProcess, built, on_the_processor
+from tests.engine.graph_pictures import SIDE, drawn, llamagen, random_weights
+from tests.reference import decoder_of, weights_of
+
+pytest_plugins = ("tests.doubles.fixtures",)
+
+IDS = np.random.default_rng(2).integers(0, 200, 100)
+RUNTIME_FIGURE = Estimate(1e6, "bytes", "a device", "by hand")
+
+
+@pytest.fixture
+def reference(graphs: dict[str, GraphFiles], tmp_path: Path) -> Path:
+    """Of the fp32 graph in ONNX Runtime: 20 tokens of a prompt and 8 after it, more than the engine's sequence."""
+    write_reference(on_the_processor(graphs["fp32"], 1), IDS[:28], tmp_path / "reference.npz")
+    return tmp_path / "reference.npz"
+
+
+class Saying:
+    """A double of a runner that answers with logits that were given."""
+
+    batch, capacity = 1, 10**6
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self._logits, self.asked, self.ids = logits, [], []
+
+    def reset(self, past: int = 0) -> None:
+        self.asked.clear()
+
+    def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        self.asked.append(ids.shape[1])
+        self.ids.extend(ids[0])
+        return self._logits[len(self.asked) - 1][None]
+
+
+def test_on_a_double_an_engine_has_its_graph_s_logits(
+    device: Device, graphs: dict[str, GraphFiles], precision: str, reference: Path, tmp_path: Path
+) -> None:
+    told: list[tuple[int, int]] = []
+    ids, expected = read_reference(reference)
+    assert (ids.shape, expected.shape) == ((1, 28), (9, 200))
+    with Runner(built(graphs[precision].graphs[PRIMITIVE], tmp_path / "plan"), 1, 28, "tensorrt") as runner:
+        found = compare_logits(runner, ids, expected, lambda _, done, total: told.append((done, total)))
+    assert told == [(step, 9) for step in range(1, 10)]
+    assert found["positions"] == 9
+    assert found["cosine"] > (0.999999 if precision == "fp32" else 0.9999)
+    assert 0 < found["error"] < (1e-5 if precision == "fp32" else 0.02)
+    assert "checked" not in judge_logits(found, precision, "model.engine")
+
+
+def test_on_a_double_the_task_says_the_same(
+    device: Device, graphs: dict[str, GraphFiles], plan: Path, reference: Path
+) -> None:
+    files = {"plan": str(plan), "reference": str(reference)}
+    found = tasks.answer({"do": "check", "engine": "tensorrt", "files": files}, quiet)
+    assert (found["equal"], found["positions"]) == (1.0, 9)
+    files = {"graph": str(graphs["fp32"].graphs[RUNTIME]), "reference": str(reference)}
+    found = tasks.answer({"do": "check", "engine": "onnxruntime", "files": files}, quiet)
+    assert (found["equal"], found["error"]) == (1.0, 0.0)
+
+
+def test_on_a_double_a_performance_is_checked_built_and_measured(
+    device: Device,
+    graphs: dict[str, GraphFiles],
+    layer: str,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each figure with its source: the builder's weights, what the GPU held, what its clock said."""
+    monkeypatch.setattr(facts, "used_memory", lambda: device.used + 10**6 * device.retained)
+    session, told = InProcess(), []
+    graph, plan = graphs["fp16"].graphs[PRIMITIVE], tmp_path / "model.engine"
+    result = perform.build(
+        session, "tensorrt", graph, plan, WORKLOAD, lambda *progress: told.append(progress), workspace_bytes=2**20
+    )
+    assert ("Building ENGINE_0", 3, 3) in told
+    found = perform.on_tensorrt(
+        session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, "fp16", quiet, seconds=0.4
+    )
+    assert session.done == ["build", "check", "measure"]
+    assert result.version == VERSION
+    sources = {name: type(part) for name, part in found.memory.parts.items()}
+    assert sources == {
+        "weights": Built, "cache": Measured, "activations": Built, "buffers": Measured, "runtime": Measured,
+    }  # fmt: skip
+    assert found.memory.weights.value == result.weights_bytes
+    assert found.memory.runtime.value == 10**6  # what the device lost beyond what is known
+    assert found.memory.activations.value == CONTEXT_BYTES
+    assert found.memory.cache.value == 2 * 3 * 2 * 2 * 2 * 48 * 16 * 2
+    for figure, expected in ((found.decode, 20.97), (found.prefill, 24)):
+        assert isinstance(figure, Measured)
+        assert figure.low <= figure.value <= figure.high
+        assert figure.value == pytest.approx(expected, rel=0.02)
+        assert (figure.unit, figure.device) == ("ms", "Double of a GPU")
+    assert set(found.percentiles["decode"]) >= {"p50", "p90", "p99"}
+    said = " ".join((*found.notes, *found.conditions.values()))
+    assert "cosine 0.99" in said
+    assert found.conditions["cuda"].startswith(layer)
+    assert found.conditions["cuda"].endswith("driver 12060")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_on_a_double_an_engine_of_other_weights_is_refused_before_it_is_timed(
+    device: Device, graphs: dict[str, GraphFiles], reference: Path, tmp_path: Path, scale: float,
+    precision: str,
+) -> None:  # fmt: skip
+    """One matrix of one layer is enough, in half precision too."""
+    weights = weights_of(MODEL)
+    altered = weights | {"layers.1.mlp.down": scale * weights["layers.1.mlp.down"]}
+    files = write_graphs(decoder_of(MODEL.config), altered, tmp_path / "altered", precision, [PRIMITIVE])
+    session = InProcess()
+    plan = tmp_path / "model.engine"
+    result = perform.build(session, "tensorrt", files.graphs[PRIMITIVE], plan, WORKLOAD, quiet)
+    device.launches.clear()
+    with pytest.raises(EngineError, match=r"model\.engine computes something else than its graph") as caught:
+        perform.on_tensorrt(session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, precision, quiet)
+    assert caught.value.exit_code == 4
+    assert "Do not deploy it" in caught.value.remedy
+    assert session.done == ["build", "check"]
+    assert len(device.launches) == 3 + 8  # the prompt in three parts, and the steps
+
+
+def test_on_a_double_logits_that_are_no_numbers_are_refused(
+    device: Device, graphs: dict[str, GraphFiles], reference: Path, tmp_path: Path
+) -> None:
+    """And are told as JSON all the same."""
+    shutil.copytree(graphs["fp32"].graphs[PRIMITIVE].parent, tmp_path / "graph")
+    for path in (tmp_path / "graph").glob("*.data"):
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    plan = built(tmp_path / "graph" / PRIMITIVE.filename, tmp_path / "plan")
+    request = {"do": "check", "engine": "tensorrt", "files": {"plan": str(plan), "reference": str(reference)}}
+    found = InProcess().run(request, 60, quiet)
+    assert (found["cosine"], found["error"]) == (0.0, 1e300)
+    with pytest.raises(EngineError, match="cosine 0.000000"):
+        judge_logits(found, "fp16", "model.engine")
+
+
+def test_on_a_double_an_engine_of_another_vocabulary_is_of_another_model(
+    device: Device, plan: Path, tmp_path: Path
+) -> None:
+    ids = IDS[None, :4]
+    with (
+        Runner(plan, 1, 4, "tensorrt") as runner,
+        pytest.raises(EngineError, match="a vocabulary of 200, its reference one of 300") as caught,
+    ):
+        compare_logits(runner, ids, np.ones((2, 300)), quiet)
+    assert "another model" in caught.value.remedy
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_the_tolerance_is_for_cosine_and_error_each(precision: str) -> None:
+    cosine, error = TOLERANCE[precision]
+    found = {"cosine": cosine, "error": error, "equal": 0.5, "positions": 4}
+    assert "equal at 50 % of 4 positions" in judge_logits(found, precision, "it")
+    for worse in (
+        {"cosine": cosine - 1e-6},
+        {"error": error + 1e-6},
+        {"cosine": float("nan")},
+        {"error": float("nan")},
+    ):
+        with pytest.raises(EngineError, match=f"{precision} allows {cosine} and {error}"):
+            judge_logits(found | worse, precision, "it")
+
+
+def test_the_worst_position_counts() -> None:
+    """Of three positions the second is off: its cosine, its error, and one likeliest token of three."""
+    expected = np.array([[1.0, 2, 4], [3, 4, 0], [0, 0, 5]])
+    logits = expected.copy()
+    logits[1] = [4, 3, 0]
+    runner = Saying(logits)
+    found = compare_logits(runner, IDS[None, :6], expected, quiet)
+    assert found == {"cosine": pytest.approx(24 / 25), "error": 1 / 4, "equal": pytest.approx(2 / 3), "positions": 3}
+    assert runner.asked == [4, 1, 1]
+
+
+def test_a_reference_is_of_so_many_tokens_as_there_are_and_fit(tmp_path: Path) -> None:
+    """The prompt's last logits and those of every further token."""
+    logits = np.arange(3.0 * 200).reshape(200, 3)
+    for given, capacity, tokens, steps in (
+        (100, 10**6, PROMPT + STEPS, STEPS + 1),
+        (30, 10**6, 30, STEPS + 1),
+        (100, 10, 10, STEPS + 1),
+        (5, 10**6, 5, 5),
+        (1, 10**6, 1, 1),
+    ):
+        runner = Saying(logits)
+        runner.capacity = capacity
+        write_reference(runner, IDS[:given], tmp_path / "reference.npz")
+        ids, expected = read_reference(tmp_path / "reference.npz")
+        np.testing.assert_array_equal(ids, IDS[None, :tokens])
+        np.testing.assert_array_equal(expected, logits[:steps])
+        np.testing.assert_array_equal(runner.ids, IDS[:tokens])
+        assert runner.asked == [tokens - steps + 1] + [1] * (steps - 1)
+
+
+def test_a_reference_that_cannot_be_read_says_so(reference: Path, tmp_path: Path) -> None:
+    whole = reference.read_bytes()
+    np.savez(tmp_path / "other.npz", ids=IDS[None])
+    np.savez(tmp_path / "long.npz", ids=IDS[None, :2], logits=np.ones((5, 3)))
+    np.savez(tmp_path / "flat.npz", ids=IDS, logits=np.ones((5, 3)))
+    with (tmp_path / "one.npy").open("wb") as file:
+        np.save(file, IDS)
+    contents = [b"", b"no archive", whole[:-40], whole[: len(whole) // 2]]
+    contents += [(tmp_path / name).read_bytes() for name in ("other.npz", "long.npz", "flat.npz", "one.npy")]
+    for content in contents:
+        reference.write_bytes(content)
+        with pytest.raises(EngineError, match=r"the reference reference\.npz cannot be read") as caught:
+            read_reference(reference)
+        assert caught.value.remedy
+    with pytest.raises(EngineError, match="cannot be read"):
+        read_reference(tmp_path / "none.npz")
+
+
+def test_on_a_double_weights_stored_twice_are_a_note(
+    device: Device, graphs: dict[str, GraphFiles], plan: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "used_memory", lambda: None)
+    session = InProcess()
+    result = perform.build(session, "tensorrt", graphs["fp32"].graphs[PRIMITIVE], plan, WORKLOAD, quiet)
+    result = replace(result, warnings=("something is stored twice",))
+    found = perform.on_tensorrt(
+        session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, "fp32", quiet, seconds=0.4
+    )
+    assert found.memory.runtime == RUNTIME_FIGURE  # where the device does not say
+    assert "something is stored twice" in found.notes
+
+
+def test_on_a_double_an_engine_of_pictures_is_checked_beyond_their_first_row(device: Device, tmp_path: Path) -> None:
+    """It reads one token at a time; positions as if all were one row are found out."""
+    decoder, spellings = llamagen(), [RUNTIME, PRIMITIVE]
+    weights, ids = random_weights(decoder), drawn(decoder).ids[0]
+    files = write_graphs(decoder, weights, tmp_path / "graphs", "fp32", spellings)
+    path = tmp_path / "reference.npz"
+    write_reference(ProcessorRunner(files.graphs[RUNTIME], 1, SIDE**2, threads=1), ids, path)
+    turned = replace(decoder.rotaries[0], grid=replace(decoder.rotaries[0].grid, side=SIDE**2))
+    layers = tuple(replace(layer, attention=replace(layer.attention, rotary=turned)) for layer in decoder.layers)
+    other = write_graphs(replace(decoder, layers=layers), weights, tmp_path / "other", "fp32", [PRIMITIVE])
+    for graphs, right in ((files, True), (other, False)):
+        plan = built(graphs.graphs[PRIMITIVE], tmp_path / f"{right}.plan", Workload(2, 1, SIDE**2))
+        with Runner(plan, 1, SIDE**2, "tensorrt") as runner:
+            assert runner.most_tokens == 1
+            found = compare_logits(runner, *read_reference(path), quiet)
+        assert (found["cosine"] > 0.99999) == right

@@ -1,0 +1,98 @@
+"""What pictures are calibrated on: classes in turn, some of none, folders as codes; and guidance by default."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgeprune.errors import InputError
+from edgeprune.pipeline.imaging import (
+    Imaging,
+    checked_guidance,
+    class_labels,
+    picture_samples,
+    read_codes,
+    sample_labels,
+    sampling_of,
+)
+from edgeprune.model.codec.codec import load_codec
+from edgeprune.model.decoder import Decoder, Picture
+from tests.vq import small_vq
+
+CODES, SIDE = 64, 4
+
+
+def decoder(classes: int = 10, has_null: bool = True, hidden: int = 32) -> Decoder:
+    return Decoder("llamagen", hidden, CODES, 17, 1e-5, False, (), picture=Picture(SIDE, classes, has_null))
+
+
+@pytest.fixture(scope="module")
+def imaging(tmp_path_factory: pytest.TempPathFactory) -> Imaging:
+    path = tmp_path_factory.mktemp("codec") / "vq.pt"
+    torch.save({"model": small_vq(codes=CODES).state_dict()}, path)
+    return Imaging(load_codec(path), sampling_of(decoder(), None), 8, None)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve of each of two classes."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label in (2, 7):
+        (folder / str(label)).mkdir()
+        for number in range(12):
+            pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / str(label) / f"{number}.png")
+    return folder
+
+
+def test_every_class_is_drawn_as_often_and_every_tenth_picture_has_none() -> None:
+    labels = class_labels(Picture(SIDE, 10), 40, 0)
+    assert Counter(labels) == dict.fromkeys(range(10), 4)
+    assert labels[:10] != labels[10:20]  # the order is drawn
+    assert labels == class_labels(Picture(SIDE, 10), 40, 0) != class_labels(Picture(SIDE, 10), 40, 1)
+    with_none = sample_labels(Picture(SIDE, 10), labels)
+    assert [place for place, label in enumerate(with_none) if label is None] == [9, 19, 29, 39]
+    assert all(new in (None, old) for new, old in zip(with_none, labels, strict=True))
+    assert sample_labels(Picture(SIDE, 10, has_null=False), labels) == labels
+    assert class_labels(Picture(SIDE, 0), 3, 0) == [None] * 3
+
+
+def test_a_folder_becomes_codes_behind_its_classes(pictures: Path, imaging: Imaging) -> None:
+    ids = read_codes(pictures, decoder(), imaging, 100, 0)
+    assert ids.shape == (24, 1 + SIDE**2)
+    assert Counter(ids[:, 0].tolist()).keys() == {CODES + 2, CODES + 7, CODES + 10}
+    assert (ids[:, 0] == CODES + 10).sum() == 2
+    files = sorted(pictures.rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+    whole = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    assert {tuple(row) for row in ids[:, 1:]} == {tuple(row) for row in imaging.codec.encode(whole).tolist()}
+
+
+def test_what_is_held_out_is_not_calibrated_on(pictures: Path, imaging: Imaging) -> None:
+    calibration, evaluation, origin = picture_samples(decoder(), imaging, pictures, (), 12, 0)
+    assert calibration.shape == (12, SIDE**2)  # the last code is never fed
+    (held_out,) = evaluation.values()
+    assert len(held_out) == 3
+    assert not {tuple(row[1:-1]) for row in held_out} & {tuple(row[1:]) for row in calibration}
+    assert origin == f"12 pictures of {pictures.name}"
+
+
+def test_a_class_that_the_model_has_not_is_refused(pictures: Path, imaging: Imaging) -> None:
+    with pytest.raises(InputError, match="holds class 7, the model has 5 classes"):
+        read_codes(pictures, decoder(classes=5), imaging, 100, 0)
+
+
+def test_guidance_is_the_published_one_or_what_was_asked_for() -> None:
+    assert sampling_of(decoder(hidden=3200), None).cfg == 1.65
+    assert sampling_of(decoder(), None).cfg == 2.0
+    assert sampling_of(decoder(), 3.5).streams == 2
+    assert sampling_of(decoder(), 1.0).streams == 1
+    assert sampling_of(decoder(classes=0), None).cfg == 1.0
+    for picture, cfg in ((Picture(SIDE, 10), 0.5), (Picture(SIDE, 10, has_null=False), 2.0), (Picture(SIDE, 0), 2.0)):
+        with pytest.raises(InputError, match="--cfg"):
+            checked_guidance(picture, cfg)

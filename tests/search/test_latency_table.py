@@ -1,0 +1,289 @@
+"""The table of what widths cost: the design, the fit through known times, the cache, the estimator's table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.search import latency_table as costs
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.worker import quiet
+from edgeprune.engine.choose import RUNTIME_GRAPH, Exported, OnnxRuntime
+from edgeprune.search.latency_table import (
+    BASE,
+    KINDS,
+    RandomWeights,
+    design,
+    estimated_costs,
+    fit,
+    measured_times,
+    memory_costs,
+)
+from edgeprune.engine.estimate import estimate_performance
+from edgeprune.engine.onnx.graph import graph_weight_bytes
+from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
+from edgeprune.profiles import list_profiles, load_profile
+from tests.engine.graph_pictures import SIDE, imagegpt, llamagen
+from tests.engine.test_estimate import SMOLLM2, uniform
+
+PROFILE = load_profile("cpu")
+ORIN = load_profile("jetson-orin")
+WORKLOAD = Workload(1, 128, 512)
+DRAWN = Workload(2, 1, SIDE**2)  # of a picture
+SMALL = uniform(32, 4, (4, 2, 16), 96, 200)
+PROBED = [profile for profile in list_profiles() if profile.is_probed]
+
+
+def true_time(decoder: Decoder, scale: float) -> float:
+    """A machine whose costs add up: of heads, groups, channels, tokens, and a fixed part."""
+    total = 0.3 + 2e-5 * decoder.vocab_size
+    for layer in decoder.layers:
+        if (attention := layer.attention) is not None:
+            total += 0.02 + 0.01 * attention.num_attention_heads + 0.03 * attention.num_key_value_heads
+        if layer.mlp is not None:
+            total += 1e-4 * layer.mlp.intermediate_size
+    return scale * total
+
+
+def times_of(dense: Decoder, noise: float = 0.0) -> costs.Times:
+    generator = np.random.default_rng(0)
+    return {
+        kind: {
+            name: true_time(point.decoder(dense), scale) * (1 + noise * generator.standard_normal())
+            for name, point in design(dense, "fp32", 32).items()
+        }
+        for kind, scale in (("prefill", 5.0), ("decode", 1.0))
+    }
+
+
+def test_the_design_changes_one_width_at_a_time_and_holds_the_volume() -> None:
+    points = design(SMOLLM2, "fp32", 32)
+    assert next(iter(points)) == BASE
+    base = points[BASE]
+    layers = [replace(SMOLLM2, layers=SMOLLM2.layers[: len(base.layers) - n]) for n in (0, len(base.layers))]
+    full, none = (graph_weight_bytes(decoder, "fp32") for decoder in layers)
+    assert full - none >= costs.VOLUME_BYTES
+    assert points["mlp 0"].decoder(SMOLLM2).layers[0].mlp is None
+    assert [layer.attention is not None for layer in points["attention 1"].decoder(SMOLLM2).layers[:3]] == [1, 0, 0]
+    for point in points.values():  # a graph without a cache is none that an engine is built for
+        assert any(layer.attention for layer in point.decoder(SMOLLM2).layers)
+    assert len(points["depth"].layers) < len(base.layers)
+    assert points["vocabulary"].vocab_size < base.vocab_size
+    assert all(k % 32 == 0 for point in points.values() for *_, k in point.layers)
+    assert sum(point.mixed for point in points.values()) == costs.MIXES
+
+
+@pytest.mark.parametrize("dense", [SMOLLM2, SMALL, uniform(64, 3, (8, 1, 16), 256, 500)], ids=["gqa", "small", "mqa"])
+def test_the_fit_finds_costs_that_add_up(dense: Decoder) -> None:
+    found = fit(dense, PROFILE, "fp32", times_of(dense), "test")
+    assert max(worst for _, worst in found.error.values()) < 1e-6
+    groups, heads, channels = dense.layer_widths[0]
+    for widths in ([(1, heads, channels)] * 3, [(groups, 1, channels // 2)] * 2 + [(0, 1, channels)]):
+        decoder = replace(dense, layers=dense.layers[:1] * 3, vocab_size=150).with_layer_widths(widths)
+        for kind, scale in (("prefill", 5.0), ("decode", 1.0)):
+            assert getattr(found, kind).total(widths, 150) == pytest.approx(true_time(decoder, scale), rel=1e-6)
+
+
+def test_the_fit_and_its_stated_error_under_noise() -> None:
+    found = fit(SMOLLM2, PROFILE, "fp32", times_of(SMOLLM2, noise=0.01), "test")
+    assert 0 < max(worst for _, worst in found.error.values()) < 0.06
+    widths = [(2, 3, 1024)] * 15
+    decoder = replace(SMOLLM2, layers=SMOLLM2.layers[:15]).with_layer_widths(widths)
+    assert found.decode.total(widths, SMOLLM2.vocab_size) == pytest.approx(true_time(decoder, 1.0), rel=0.04)
+    assert (found.decode.attention >= 0).all()
+    assert (np.diff(found.decode.mlp) >= 0).all()
+
+
+@dataclass
+class DoubleEngine:
+    """A test double of an engine that measures: its times are those of true_time."""
+
+    version: str = "1"
+    measured: list[list[str]] = field(default_factory=list)
+    name: str = "double"
+
+    def identity(self, tell: Any) -> dict[str, Any]:
+        return {"engine": self.version}
+
+    def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
+        assert all(any(model.graphs.glob("*.onnx")) for model in models.values())
+        self.measured.append(list(models))
+        return {kind: {name: true_time(model.decoder, 1.0) for name, model in models.items()} for kind in KINDS}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def measured(
+    folder: Path, dense: Decoder = SMALL, version: str = "1", workload: Workload = WORKLOAD, precision: str = "fp32"
+) -> tuple[list[list[str]], costs.Times]:
+    """The names of the models that were measured, by call of the engine; and the times."""
+    engine = DoubleEngine(version)
+    times = measured_times(engine, dense, PROFILE, workload, precision, folder, quiet)
+    assert not list(folder.glob("costs-*"))  # the graphs are gone
+    return engine.measured, times
+
+
+def test_some_models_at_a_time_each_time_with_the_base(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "CHUNK_BYTES", 300_000)
+    calls, times = measured(cache)
+    assert len(calls) > 1
+    assert all(names[0] == BASE for names in calls)
+    others = [name for names in calls for name in names[1:]]
+    assert [BASE, *others] == list(design(SMALL, "fp32", PROFILE.channel_multiple))
+    without = true_time(SMALL.with_widths(2, 2, 0), 1.0) / true_time(SMALL, 1.0)
+    assert times["decode"]["mlp 0"] == pytest.approx(without)
+    assert all(found[BASE] == 1.0 for found in times.values())
+
+
+def test_what_was_measured_is_kept_by_engine_shape_and_workload(cache: Path) -> None:
+    _, times = measured(cache)
+    assert measured(cache) == ([], times)
+    for change in (
+        {"version": "2"}, {"workload": Workload(1, 64, 512)}, {"workload": Workload(2, 128, 512)},
+        {"precision": "fp16"}, {"dense": replace(SMALL, vocab_size=300)}, {"dense": SMALL.with_widths(2, 2, 64)},
+        {"dense": uniform(48, 4, (4, 2, 16), 96, 200)}, {"dense": uniform(32, 4, (4, 2, 32), 96, 200)},
+    ):  # fmt: skip
+        assert measured(cache, **change)[0], change
+        assert not measured(cache, **change)[0], change
+
+
+def test_models_of_one_shape_share_what_was_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their values do not count, nor does depth beyond that of the base model."""
+    monkeypatch.setattr(costs, "VOLUME_BYTES", 1)
+    _, times = measured(cache)
+    for other in (replace(SMALL, norm_eps=1e-3), replace(SMALL, layers=SMALL.layers * 3)):
+        assert measured(cache, other) == ([], times)
+
+
+class RunningEngine(DoubleEngine):
+    """It runs every graph once, as one that measures does again and again."""
+
+    def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
+        for model in models.values():
+            runner = Runner(model.graphs / RUNTIME_GRAPH, DRAWN.batch, DRAWN.context, threads=1)
+            runner.run(np.zeros((DRAWN.batch, DRAWN.prompt), np.int64))
+            runner.reset(DRAWN.context - 1)
+            runner.run(np.zeros((DRAWN.batch, 1), np.int64))
+        return super().latencies(models, tell)
+
+
+@pytest.mark.parametrize("dense", [llamagen(6, 2, 20), imagegpt()], ids=["classes", "no classes"])
+def test_every_model_of_an_image_generator_s_design_draws(dense: Decoder, cache: Path) -> None:
+    """From the class on, one token at a time, two streams: positions stay on the grid whatever the model's depth."""
+    engine = RunningEngine()
+    times = measured_times(engine, dense, PROFILE, DRAWN, "fp32", cache, quiet)
+    assert set(sum(engine.measured, [])) == set(design(dense, "fp32", PROFILE.channel_multiple))
+    assert measured_times(engine, dense, PROFILE, DRAWN, "fp32", cache, quiet) == times
+    assert max(worst for _, worst in fit(dense, PROFILE, "fp32", times, "test").error.values()) < 0.1
+
+
+def test_a_small_table_from_onnx_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.engine.choose.SURVEY_SECONDS", 0.05)
+    monkeypatch.setattr(costs, "SHARES", ())
+    monkeypatch.setattr(costs, "MIXES", 0)
+    dense, workload = uniform(64, 2, (2, 1, 16), 128, 300), Workload(1, 8, 24)
+    engine = OnnxRuntime(PROFILE, workload, "fp32", "test")
+    times = measured_times(engine, dense, PROFILE, workload, "fp32", cache, quiet)
+    names = set(design(dense, "fp32", PROFILE.channel_multiple))
+    assert all(set(found) == names and min(found.values()) > 0 for found in times.values())
+    assert fit(dense, PROFILE, "fp32", times, "test").decode.total(dense.layer_widths, dense.vocab_size) > 0
+
+
+def test_random_weights_differ_and_share_one_buffer() -> None:
+    weights = RandomWeights(SMALL)
+    assert list(weights) == list(SMALL.shapes())
+    gate, up = weights["layers.0.mlp.gate"], weights["layers.0.mlp.up"]
+    assert gate.shape == up.shape
+    assert not gate.equal(up)
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+
+
+WIDTHS = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 24).map(lambda n: 64 * n))
+
+
+@settings(max_examples=15, deadline=None)
+@given(widths=WIDTHS, depth=st.integers(1, 30), tokens=st.sampled_from([49152, 8192]), place=st.integers(0, 99))
+def test_the_estimators_table_adds_up_to_the_estimate(
+    widths: tuple[int, int, int], depth: int, tokens: int, place: int
+) -> None:
+    """Exactly for memory; for latencies where the same resource binds."""
+    profile = PROBED[place % len(PROBED)]
+    parts = (profile, WORKLOAD, profile.precision)
+    decoder = replace(SMOLLM2.with_widths(*widths), layers=SMOLLM2.with_widths(*widths).layers[:depth])
+    performance = estimate_performance(replace(decoder, vocab_size=tokens), *parts)
+    layers = [widths] * depth + [(0, 1, 0)] * (30 - depth)
+    memory = memory_costs(SMOLLM2, *parts).total(layers, tokens)
+    assert memory == pytest.approx(performance.memory.total, rel=1e-9)
+    latency = estimated_costs(SMOLLM2, *parts)
+    dense = estimate_performance(SMOLLM2, *parts)
+    for kind in KINDS:
+        expected = getattr(performance, kind)
+        if ("bound by" in expected.basis) == ("bound by" in getattr(dense, kind).basis):
+            assert getattr(latency, kind).total(layers, tokens) == pytest.approx(expected.value, rel=1e-6)
+
+
+def test_the_estimators_table_of_an_image_generator_adds_up() -> None:
+    """From its class on, one token at a time, both streams of the guidance: what is only read costs memory alone."""
+    layer = Layer(Attention(12, 12, 64, Rotary((1.0,) * 32, grid=Grid(1, 24))), Mlp(2048))
+    decoder = Decoder("llamagen", 768, 16384, 577, 1e-5, False, (layer,) * 12, picture=Picture(24, 1000))
+    for profile in PROBED[::4]:
+        for batch in (1, 2):
+            parts = (profile, Workload(batch, 1, 576), profile.precision)
+            estimate, latency = estimate_performance(decoder, *parts), estimated_costs(decoder, *parts)
+            memory = memory_costs(decoder, *parts).total(decoder.layer_widths, decoder.vocab_size)
+            assert memory == pytest.approx(estimate.memory.total, rel=1e-9)
+            text = estimate_performance(replace(decoder, picture=None), *parts)
+            read = 1001 * 768 * (4 if profile.precision == "fp32" else 2)
+            assert estimate.memory.total - text.memory.total == pytest.approx(read)
+            for kind in KINDS:
+                assert "bound by compute" not in getattr(estimate, kind).basis
+                total = getattr(latency, kind).total(decoder.layer_widths, decoder.vocab_size)
+                assert total == pytest.approx(getattr(estimate, kind).value, rel=1e-6)
+                assert getattr(text, kind) == getattr(estimate, kind)
+            assert estimate.prefill.value < estimate.decode.value  # no cache is read yet
+
+
+GONE = (0, 1, 0)
+HEADS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+LAYER = st.tuples(st.booleans(), st.integers(0, 24).map(lambda n: 64 * n))  # whether attention stays, MLP channels
+
+
+@settings(max_examples=15, deadline=None)
+@given(heads=HEADS, layers=st.lists(LAYER, min_size=30, max_size=30), place=st.integers(0, 99))
+def test_the_estimators_table_adds_up_for_free_widths(
+    heads: tuple[int, int], layers: list[tuple[bool, int]], place: int
+) -> None:
+    """Of one number of heads, as the search chooses them: memory exactly with its peak, latencies as above."""
+    profile = PROBED[place % len(PROBED)]
+    parts = (profile, WORKLOAD, profile.precision)
+    widths = [(*(heads if stays else GONE[:2]), channels) for stays, channels in layers]
+    decoder = SMOLLM2.with_layer_widths(widths)
+    expected, dense = (estimate_performance(of, *parts) for of in (decoder, SMOLLM2))
+    tokens = SMOLLM2.vocab_size
+    memory = memory_costs(SMOLLM2, *parts).total(widths, tokens)
+    assert memory == pytest.approx(expected.memory.total, rel=1e-9)
+    latency = estimated_costs(SMOLLM2, *parts)
+    for kind in KINDS:
+        found, basis = getattr(latency, kind).total(widths, tokens), getattr(expected, kind).basis
+        if ("bound by" in basis) == ("bound by" in getattr(dense, kind).basis):
+            assert found == pytest.approx(getattr(expected, kind).value, rel=1e-6)
+        else:
+            assert found < getattr(expected, kind).value  # another resource binds, which the table does not see
+
+
+def test_memory_of_free_widths_is_exact() -> None:
+    layers = [(2, 3, 512)] * 10 + [(0, 1, 1024)] * 5 + [(2, 3, 0)] * 5 + [(0, 1, 0)] * 10
+    parts = (ORIN, WORKLOAD, "fp16")
+    expected = estimate_performance(SMOLLM2.with_layer_widths(layers), *parts).memory.total
+    assert memory_costs(SMOLLM2, *parts).total(layers, SMOLLM2.vocab_size) == pytest.approx(expected, rel=1e-9)

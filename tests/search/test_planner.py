@@ -1,0 +1,103 @@
+"""What a run chooses from, with costs and losses that are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgeprune.search.latency_table import LatencyCosts
+from edgeprune.search.module_costs import additive
+from edgeprune.search.planner import STEP, Planner
+from edgeprune.search.widths import Sensitivities, Widths
+from edgeprune.search.solve import Problem
+from edgeprune.search.search import corrected
+
+DENSE = Widths(2, 2, 64)
+LAYERS = 4
+
+
+def planner(layout: str = "uniform", vocabularies: dict[int, float] | None = None) -> Planner:
+    """Four layers; memory and decode grow with every width, prefill hardly; loss with what is removed."""
+    groups, heads = np.arange(3)[:, None], np.arange(1, 3)
+    attention = 1.0 - groups * heads / 4
+    mlp = (1 - np.arange(65) / 64) ** 2
+    depths = np.array([1.0, 0.6, 0.7, 1.2])
+    sensitivities = Sensitivities(depths[:, None, None] * attention, depths[:, None] * mlp)
+    costs = {
+        name: additive(scale * groups * heads * 1.0, scale * np.arange(65) / 8.0, 2.0, 0.01)
+        for name, scale in (("memory", 3.0), ("prefill", 0.01), ("decode", 1.0))
+    }
+    problem = Problem(DENSE, sensitivities, costs, 8, vocabularies or {100: 0.0})
+    dense = {name: 10 * cost for name, cost in problem.estimate(problem.everything).items()}  # another scale
+    latency = LatencyCosts(costs["prefill"], costs["decode"], {}, "test")
+    return Planner(problem, layout, latency, corrected(problem.estimate, problem.everything, dense))
+
+
+def dense_cost(plan: Planner) -> dict[str, float]:
+    return plan.estimator.predict(plan.problem.everything)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_only_the_limit_that_binds_has_a_gain(layout: str) -> None:
+    plan = planner(layout)
+    cost = dense_cost(plan)
+    limits = {"memory": 0.95 * cost["memory"], "decode": 0.6 * cost["decode"], "prefill": cost["prefill"]}
+    chosen = plan.within(limits)
+    assert all(plan.estimator.predict(chosen)[name] <= limit for name, limit in limits.items())
+    gains = plan.gains(limits, chosen)
+    assert gains["memory"] == gains["prefill"] == 0.0
+    more = plan.within({**limits, "decode": limits["decode"] * (1 + STEP)})
+    assert gains["decode"] == pytest.approx(chosen.loss - more.loss)
+    assert gains["decode"] > 0
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_further_rungs_take_less_each_and_keep_the_vocabulary(layout: str) -> None:
+    plan = planner(layout, {100: 0.0, 40: 0.01, 20: 0.5})
+    limits = {"decode": 0.8 * dense_cost(plan)["decode"]}
+    chosen = plan.within(limits)
+    found = plan.smaller(chosen, limits, 3)
+    costs = [plan.estimator.predict(rung)["decode"] for rung in [chosen, *found]]
+    assert len(found) == 3
+    assert costs == sorted(costs, reverse=True)
+    assert len(set(costs)) == 4
+    assert {rung.vocab_size for rung in found} == {chosen.vocab_size}
+
+
+def test_there_is_no_rung_below_the_smallest() -> None:
+    plan = planner()
+    assert plan.smaller(plan.problem.smallest, {"decode": 1.0}, 3) == []
+
+
+def test_the_vocabulary_is_a_width_like_any_other() -> None:
+    """A smaller one that costs little is taken before a layer is cut, one that costs much is not."""
+    limits = {"decode": 0.985 * dense_cost(planner())["decode"]}
+    cheap, dear = (planner(vocabularies={100: 0.0, 10: loss}).within(limits) for loss in (0.001, 9.0))
+    assert cheap.vocab_size == 10
+    assert dear.vocab_size == 100
+    assert cheap.loss < dear.loss
+
+
+def test_shares_of_a_frontier_descend_in_equal_steps_to_the_worst_loss() -> None:
+    plan = planner("per-layer")
+    shares = plan.shares("decode", 4, most_loss=1.0)
+    assert shares == sorted(shares, reverse=True)
+    assert np.allclose(np.diff(shares), shares[0] - 1)
+    cost = dense_cost(plan)["decode"]
+    assert plan.within({"decode": shares[-1] * cost}).loss <= 1.0
+    lower = plan.within({"decode": (shares[-1] - 0.05) * cost})
+    assert lower is None or lower.loss > 1.0
+
+
+def test_corrections_move_what_fits() -> None:
+    plan = planner()
+    limits = {"decode": 0.7 * dense_cost(plan)["decode"]}
+    before = plan.within(limits)
+    slower = {name: 1.2 * value for name, value in plan.estimator.predict(before).items()}
+    plan.estimator.correct(before, slower)
+    after = plan.within(limits)
+    assert after.loss > before.loss
+    assert plan.estimator.predict(before)["decode"] == pytest.approx(slower["decode"])
+    assert replace(plan, layout="per-layer").within(limits).loss <= after.loss + 1e-9

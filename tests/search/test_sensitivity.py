@@ -1,0 +1,92 @@
+import numpy as np
+import torch
+
+from edgeprune.model.backward import token_gradients
+from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs, token_losses, weight_stream
+from edgeprune.search.widths import Widths
+from edgeprune.pruning.compensate import MOMENT_DAMPING
+from edgeprune.pruning.methods import METHODS
+from edgeprune.pruning.prune import prune
+from edgeprune.pruning.score import Projection, flap, numerical
+from edgeprune.pruning.select import features_of, select_heads
+from edgeprune.search.sensitivity import LEAST_RISE, measure_response, measure_scores, measure_sensitivities
+from tests.tiny import as_model, llama
+
+
+def test_errors_are_least_squares_errors_weighted_by_the_gradient():
+    model = as_model(llama())
+    ids = torch.randint(0, 101, (6, 20), generator=torch.Generator().manual_seed(0))
+    found = measure_sensitivities(model, ids, numerical, 0)
+    assert found.attention.shape == (2, 3, 3)
+    assert found.mlp.shape == (2, 65)
+    energy = token_gradients(model, ids, 0)[0]["attention"]
+    weights = layer_weights(model, 0)
+    inputs = module_inputs(model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8)
+    rows = (inputs * energy.sqrt()[..., None]).flatten(0, 1).double() / (2 * 48 * ids.numel()) ** 0.5
+    weight = weights[OUTPUT["attention"]]
+    projection = Projection(weight, rows.T @ rows, rows[None].float(), torch.Generator())
+    _, heads = select_heads(
+        lambda unit, keep: numerical(projection, unit, keep), model.decoder.layers[0].attention, 2, 2
+    )
+    kept = features_of(heads, 8)
+    target = rows @ weight.double().T
+    assert np.isclose(found.attention[0, 0, 0], float(target.square().sum()), rtol=0.02)  # nothing is left
+    moments = rows.T @ rows
+    ridge = torch.eye(48, dtype=torch.float64) * (MOMENT_DAMPING * moments.diagonal().mean()).sqrt()
+    rows = torch.cat([rows, ridge])  # the damping as extra samples
+    target = rows @ weight.double().T
+    residual = target - rows[:, kept] @ torch.linalg.lstsq(rows[:, kept], target).solution
+    assert np.isclose(found.attention[0, 2, 1], float(residual.square().sum()), rtol=1e-4)
+
+
+def test_errors_fall_with_the_width_and_end_at_zero():
+    model = as_model(llama())
+    ids = torch.randint(0, 101, (6, 20), generator=torch.Generator().manual_seed(0))
+    found = measure_sensitivities(model, ids, numerical, 0)
+    assert (np.diff(found.mlp, axis=1) <= 1e-12).all()
+    assert (found.mlp[:, -1] == 0).all()
+    assert (found.attention[:, -1, -1] == 0).all()
+    assert (found.attention[:, :-1] > 0).all()
+
+
+def test_the_response_is_the_measured_rise_of_the_loss_per_error():
+    model = as_model(llama())
+    ids = torch.randint(0, 101, (8, 20), generator=torch.Generator().manual_seed(0))
+    raw = measure_sensitivities(model, ids, numerical, 0)
+    found = measure_response(model, ids, raw, METHODS["default"], 0)
+    widths = Widths(2, 3, 48)
+    target = model.decoder.with_widths(*widths)
+    small = dict(prune(model, target, ids[:4], METHODS["default"], 0))
+    dense_loss, small_loss = (
+        float(token_losses(decoder, weights, ids[4:]).mean())
+        for decoder, weights in ((model.decoder, weight_stream(model)), (target, small.items()))
+    )
+    expected = max(small_loss - dense_loss, LEAST_RISE)
+    assert np.isclose(found.loss([widths] * len(model.decoder.layers)), expected, rtol=1e-3)
+    assert (found.response > 0).all()
+
+
+def test_scores_of_all_layers_are_those_of_the_score_on_the_dense_stream():
+    model = as_model(llama())
+    ids = torch.randint(0, 101, (6, 20), generator=torch.Generator().manual_seed(0))
+    groups, channels = measure_scores(model, ids, flap, 0)
+    assert [len(row) for row in groups] == [2, 2]
+    assert [len(row) for row in channels] == [64, 64]
+    weights = layer_weights(model, 0)
+    inputs = module_inputs(model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8)
+    rows = inputs.flatten(0, 1).double()
+    projection = Projection(weights[OUTPUT["attention"]], rows.T @ rows, inputs, torch.Generator())
+    assert np.allclose(groups[0], flap(projection, 24, 1), rtol=1e-4)
+
+
+def test_a_padding_token_of_zeros_at_the_start_changes_nothing_else():
+    """It stays zero in all layers; norms would make its gradient infinite and its weight in least squares too."""
+    model = as_model(llama(num_hidden_layers=6))
+    model.weights["embedding"][0] = 0.0
+    given = torch.randint(1, 101, (8, 24), generator=torch.Generator().manual_seed(3))
+    given[:, 0] = 0
+    sensitivities = measure_sensitivities(model, given, METHODS["default"].score, 0)
+    assert np.isfinite(sensitivities.attention).all()
+    assert np.isfinite(sensitivities.mlp).all()
+    target = model.decoder.with_widths(1, 3, 40)
+    assert all(weight.isfinite().all() for _, weight in prune(model, target, given, METHODS["default"], 0))
