@@ -203,5 +203,5 @@ def profile_toml(profile: DeviceProfile) -> str:
 
 
 def _toml(value: str | float | bool | tuple[str, ...]) -> str:
-    """JSON's spelling is TOML's for these types; only DEL must be escaped in addition."""
+    """JSON's variant is TOML's for these types; only DEL must be escaped in addition."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

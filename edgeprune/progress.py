@@ -46,9 +46,7 @@ def rich_progress() -> Iterator[Progress]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.progress import (
-        Progress as Bars,
-    )
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     bars = Bars(

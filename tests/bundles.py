@@ -32,8 +32,12 @@ def command(*words: str | Path, path: str | None = None, **options) -> subproces
     """The real command line. path: where it finds ssh."""
     return subprocess.run(
         [sys.executable, "-c", SHORT, *map(str, words)],
-        capture_output=True, text=True, timeout=300, env=environment(path), **options,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(path),
+        **options,
+    )
 
 
 def environment(path: str | None = None) -> dict[str, str]:
@@ -50,17 +54,41 @@ def fitted(factory: pytest.TempPathFactory) -> Path:
 def _fit(factory: pytest.TempPathFactory) -> Path:
     home = factory.mktemp("fitted")
     save_llama(
-        home / "model", num_hidden_layers=2, hidden_size=768, num_attention_heads=12, head_dim=64,
-        intermediate_size=768, initializer_range=0.05,
-    )  # fmt: skip
+        home / "model",
+        num_hidden_layers=2,
+        hidden_size=768,
+        num_attention_heads=12,
+        head_dim=64,
+        intermediate_size=768,
+        initializer_range=0.05,
+    )
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from"]
     paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(40)]
     (home / "text.txt").write_text("\n\n".join(paragraphs))
     result = command(
-        "fit", home / "model", "--device", "cpu", "--memory", "90%", "--rungs", "2", "--output", home / "bundle",
-        "--calibration", home / "text.txt", "--samples", "4", "--length", "32", "--prompt", "16", "--context", "64",
-        "--method", "magnitude",
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "cpu",
+        "--memory",
+        "90%",
+        "--rungs",
+        "2",
+        "--output",
+        home / "bundle",
+        "--calibration",
+        home / "text.txt",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--prompt",
+        "16",
+        "--context",
+        "64",
+        "--method",
+        "magnitude",
+    )
     assert result.returncode in (0, 3), result.stderr
     assert len(deployment(home / "bundle")["rungs"]) == 2
     return home / "bundle"

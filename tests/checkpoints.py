@@ -28,9 +28,14 @@ def save_tokenizer(folder: Path) -> None:
 def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: object):
     """A random Llama of 257 tokens and head_dim 16 with its tokenizer; returns the model."""
     settings = {
-        "vocab_size": 257, "hidden_size": 96, "head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "initializer_range": 0.1,
-    }  # fmt: skip
+        "vocab_size": 257,
+        "hidden_size": 96,
+        "head_dim": 16,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+    }
     shard = changes.pop("max_shard_size", "5GB")
     model = llama(**(settings | changes)).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)

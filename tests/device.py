@@ -133,8 +133,17 @@ def _with_requirements(packages: tuple[str, ...]) -> set[str]:
         found.add(name)
         for text in importlib.metadata.requires(name) or ():
             if "extra ==" not in text:
-                todo.append(text.split(";")[0].split("[")[0].strip().split(" ")[0].split(">")[0].split("=")[0]
-                            .split("<")[0].split("!")[0].split("~")[0])  # fmt: skip
+                todo.append(
+                    text.split(";")[0]
+                    .split("[")[0]
+                    .strip()
+                    .split(" ")[0]
+                    .split(">")[0]
+                    .split("=")[0]
+                    .split("<")[0]
+                    .split("!")[0]
+                    .split("~")[0]
+                )
     return found
 
 

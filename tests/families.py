@@ -13,21 +13,37 @@ from tests import llamagen
 from tests.checkpoints import save_tokenizer
 
 BASE = {
-    "vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.2,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
 FIXED = {"num_attention_heads": 4, "num_key_value_heads": None, "head_dim": None}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
 EVEN = {"num_attention_heads": 4}
 LONGROPE = {
-    "rope_type": "longrope", "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
-    "long_factor": [2.0 + pair for pair in range(8)], "original_max_position_embeddings": 64,
-    "partial_rotary_factor": 0.5, "rope_theta": 10000.0,
-}  # fmt: skip
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+    "long_factor": [2.0 + pair for pair in range(8)],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+}
 
 
 def _rope(**parameters: object) -> dict[str, object]:
@@ -36,29 +52,46 @@ def _rope(**parameters: object) -> dict[str, object]:
 
 CASES: dict[str, dict[str, object]] = {
     "llama": EVEN,
-    "llama, llama3 rope, biases, untied": EVEN | {
-        "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "llama, llama3 rope, biases, untied": EVEN
+    | {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "llama, linear rope": EVEN | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
     "llama, multi-query": EVEN | {"num_key_value_heads": 1},
     "llama, multi-head": EVEN | {"num_key_value_heads": 4},
     "mistral, sliding window": {"sliding_window": 7},
     "qwen2": {"tie_word_embeddings": True},
     "qwen2, yarn, late windows": {
-        "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
-                            "rope_theta": 10000.0},
-        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        },
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
     "qwen3": {},
-    "gemma2": EVEN | {"sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
-                      "final_logit_softcapping": 4.0},
+    "gemma2": EVEN
+    | {"sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     "gemma3_text": EVEN | {"sliding_window": 6, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
     "phi3": {"pad_token_id": 0},
     "phi3, longrope, partial rotary, sliding window": {
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": LONGROPE,
-        "original_max_position_embeddings": 64, "sliding_window": 6, "pad_token_id": 0},
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "rope_parameters": LONGROPE,
+        "original_max_position_embeddings": 64,
+        "sliding_window": 6,
+        "pad_token_id": 0,
+    },
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},
     "olmo2": {},
-    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22,
-                "logits_scaling": 4.0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 4.0,
+    },
     "gpt2": FIXED,
     "opt": FIXED | {"ffn_dim": 96, "pad_token_id": 1},
     "gpt_neox": FIXED | {"num_attention_heads": 2, "rope_parameters": _rope(partial_rotary_factor=0.5)},
@@ -69,7 +102,7 @@ CASES: dict[str, dict[str, object]] = {
     "imagegpt": FIXED | {"vocab_size": 258, "max_position_embeddings": 64},
     "llamagen": {},
     "llamagen, grouped, head_dim 20": {"dim": 80, "groups": 2},
-}  # fmt: skip
+}
 
 PICTURES = ("imagegpt", "llamagen")
 TEXTS = [case for case in CASES if case.partition(",")[0] not in PICTURES]

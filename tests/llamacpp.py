@@ -45,9 +45,14 @@ class LlamaCpp:
         """For every new token its `id`, and the `top_logprobs` of the best ones; those that end within a character
         come with the next one."""
         request = {
-            "prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": top, "ignore_eos": True,
-            "cache_prompt": False, **more,
-        }  # fmt: skip
+            "prompt": prompt,
+            "n_predict": count,
+            "temperature": 0,
+            "n_probs": top,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            **more,
+        }
         reply = self.server.handle_completions(request)
         return (json.loads(reply) if isinstance(reply, str | bytes) else reply)["choices"][0]["logprobs"]["content"]
 

@@ -114,9 +114,12 @@ class LlamaGen(nn.Module):
         return torch.cat([torch.zeros(1, 2 * quarter), torch.polar(torch.ones_like(both), both)])
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None, use_cache: bool = False,
-    ) -> Output:  # fmt: skip
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool = False,
+    ) -> Output:
         b, t = input_ids.shape
         code = input_ids.clamp(max=self.sizes.vocabulary - 1)
         label = (input_ids - self.sizes.vocabulary).clamp(min=0)
@@ -133,9 +136,16 @@ class LlamaGen(nn.Module):
 
 
 def random_llamagen(
-    dim: int = 64, heads: int = 4, groups: int | None = None, channels: int = 96, layers: int = 3,
-    vocabulary: int = 257, classes: int = 11, side: int = 8, seed: int = 0,
-) -> LlamaGen:  # fmt: skip
+    dim: int = 64,
+    heads: int = 4,
+    groups: int | None = None,
+    channels: int = 96,
+    layers: int = 3,
+    vocabulary: int = 257,
+    classes: int = 11,
+    side: int = 8,
+    seed: int = 0,
+) -> LlamaGen:
     """Norms are random too, so that none may be forgotten."""
     widths = ((heads, groups or heads, channels),) * layers
     torch.manual_seed(seed)
@@ -149,12 +159,21 @@ def random_llamagen(
 def configuration(sizes: Sizes, has_null: bool = True) -> dict[str, object]:
     heads, groups, channels = sizes.layers[0]
     return {
-        "model_type": "llamagen", "architectures": ["LlamaGenForCausalImage"], "hidden_size": sizes.dim,
-        "num_hidden_layers": len(sizes.layers), "num_attention_heads": heads, "num_key_value_heads": groups,
-        "head_dim": sizes.head_dim, "intermediate_size": channels, "vocab_size": sizes.vocabulary,
-        "num_classes": sizes.classes - has_null, "has_null_class": has_null, "image_side": sizes.side,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    }  # fmt: skip
+        "model_type": "llamagen",
+        "architectures": ["LlamaGenForCausalImage"],
+        "hidden_size": sizes.dim,
+        "num_hidden_layers": len(sizes.layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": sizes.head_dim,
+        "intermediate_size": channels,
+        "vocab_size": sizes.vocabulary,
+        "num_classes": sizes.classes - has_null,
+        "has_null_class": has_null,
+        "image_side": sizes.side,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
 
 
 def save_directory(model: LlamaGen, folder: Path) -> None:
@@ -168,8 +187,15 @@ def load_directory(folder: Path, layers: Sequence[tuple[int, int, int]]) -> Llam
     """Of a saved one with these heads, groups and channels of its layers; raises where a name or shape is off."""
     config = json.loads((folder / "config.json").read_text())
     classes = config["num_classes"] + config["has_null_class"]
-    model = LlamaGen(Sizes(
-        config["hidden_size"], config["head_dim"], tuple(layers), config["vocab_size"], classes, config["image_side"],
-    ))  # fmt: skip
+    model = LlamaGen(
+        Sizes(
+            config["hidden_size"],
+            config["head_dim"],
+            tuple(layers),
+            config["vocab_size"],
+            classes,
+            config["image_side"],
+        )
+    )
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()

@@ -1,7 +1,7 @@
 """Logits of a family's graphs against transformers', dense and pruned; `python -m tests.parity` writes the docs' table.
 
 Errors are max|a - b| / max|b| over all real positions of a batch of two, the second padded on the left, over a
-prefill and 16 decode steps and all spellings.
+prefill and 16 decode steps and all variants.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.model.decoder import Decoder
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.checkpoint.families import FAMILIES
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import token_logits
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
-from tests.engine.graph_models import SPELLINGS, Sample, reference_logits, run_steps, sample
+from tests.engine.graph_models import VARIANTS, Sample, reference_logits, run_steps, sample
 from tests.families import BASE, CASES, save_family
 from tests.llamagen import LlamaGen, load_directory
 
@@ -97,16 +97,16 @@ def batch() -> Sample:
     return sample(sum(WALK), BASE["vocab_size"])
 
 
-def graph_errors(wanted: np.ndarray, decoder: Decoder, weights: Weights, folder: Path) -> dict[Spelling, float]:
+def graph_errors(wanted: np.ndarray, decoder: Decoder, weights: Weights, folder: Path) -> dict[GraphVariant, float]:
     given, errors = batch(), {}
-    files = write_graphs(decoder, weights, folder, "fp32", SPELLINGS)
-    for spelling, path in files.graphs.items():
-        for capacity in (None, 64) if spelling.dialect == "onnxruntime" else (None,):
+    files = write_graphs(decoder, weights, folder, "fp32", VARIANTS)
+    for variant, path in files.graphs.items():
+        for capacity in (None, 64) if variant.dialect == "onnxruntime" else (None,):
             found = np.concatenate(run_steps(path, given, WALK, capacity), axis=1)
-            first = 0 if spelling.logits == "all" else WALK[0] - 1
+            first = 0 if variant.logits == "all" else WALK[0] - 1
             real, theirs = given.mask[:, first:] > 0, wanted[:, first:]
             error = np.abs(found - theirs)[real].max() / np.abs(theirs[real]).max()
-            errors[spelling] = max(errors.get(spelling, 0.0), float(error))
+            errors[variant] = max(errors.get(variant, 0.0), float(error))
     return errors
 
 
@@ -138,8 +138,8 @@ def row(case: str, folder: Path) -> tuple[float, float, float]:
 def uneven_error(model: Model, folder: Path) -> float:
     """Of the opset 23 graph of a per-layer candidate against our own walk over its weights."""
     decoder, weights = pruned(model, uneven_target(model.decoder))
-    spelling, ids = Spelling("opset23", "all"), calibration()[:2, :37]
-    path = write_graphs(decoder, weights, folder, "fp32", [spelling]).graphs[spelling]
+    variant, ids = GraphVariant("opset23", "all"), calibration()[:2, :37]
+    path = write_graphs(decoder, weights, folder, "fp32", [variant]).graphs[variant]
     whole = Sample(ids.numpy(), np.ones_like(ids.numpy()), np.arange(37)[None].repeat(2, 0))
     return distance(run_steps(path, whole, [37])[0][:, :-1], torch_logits(decoder, weights, ids))
 

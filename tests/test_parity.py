@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.ondevice.figures import Workload
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.model.decoder import Decoder
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.checkpoint.families import FAMILIES
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.save import save_checkpoint
+from edgeprune.ondevice.figures import Workload
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
 from tests import parity
@@ -62,8 +62,8 @@ def test_compiled_in_fp16(case: str, tmp_path: Path) -> None:
 
     model = parity.dense(tmp_path / "model", case).model
     decoder, weights = parity.pruned(model, parity.target_of(model.decoder))
-    spelling = Spelling("opset23", "last")
-    graph = write_graphs(decoder, weights, tmp_path / "graphs", "fp16", [spelling]).graphs[spelling]
+    variant = GraphVariant("opset23", "last")
+    graph = write_graphs(decoder, weights, tmp_path / "graphs", "fp16", [variant]).graphs[variant]
     result = compile_plan(graph, tmp_path / "plan", Workload(1, 16, 64), 86, "tensorrt-rtx")
     assert result.weights_bytes > 0
 

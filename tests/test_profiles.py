@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.ondevice.budget import parse_budget
-from edgeprune.ondevice import machine as facts, probe_tasks as probing
 from edgeprune.engine import probe
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import EngineError, InputError
+from edgeprune.ondevice import machine as facts
+from edgeprune.ondevice import probe_tasks
+from edgeprune.ondevice.budget import parse_budget
 from edgeprune.profiles import (
     UNITS,
     DeviceProfile,
@@ -222,7 +223,7 @@ def test_without_a_writable_cache_it_is_measured_all_the_same(
 def test_a_system_that_hides_its_memory_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(probe.os, "sysconf")
     with pytest.raises(EngineError, match="total memory"):
-        probing.total_memory()
+        probe_tasks.total_memory()
 
 
 def test_the_read_is_larger_than_the_caches() -> None:

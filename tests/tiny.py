@@ -15,10 +15,17 @@ from tests.reference import decoder_of, weights_of
 def config(**changes: object) -> LlamaConfig:
     """2 layers, hidden 48, 6 query heads in 2 groups of head_dim 8, 64 channels, vocabulary 101."""
     settings = {
-        "vocab_size": 101, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-        "tie_word_embeddings": True, "initializer_range": 0.3,
-    }  # fmt: skip
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+    }
     return LlamaConfig(**(settings | changes))
 
 
@@ -35,9 +42,11 @@ def rebuilt(target: Decoder, weights: dict[str, torch.Tensor], base: LlamaForCau
     """transformers' own model with the pruned widths and weights; raises if a name or shape is off."""
     layer = target.layers[0]
     settings = base.config.to_dict() | {
-        "num_attention_heads": layer.attention.num_attention_heads, "head_dim": layer.attention.head_dim,
-        "num_key_value_heads": layer.attention.num_key_value_heads, "intermediate_size": layer.mlp.intermediate_size,
-    }  # fmt: skip
+        "num_attention_heads": layer.attention.num_attention_heads,
+        "head_dim": layer.attention.head_dim,
+        "num_key_value_heads": layer.attention.num_key_value_heads,
+        "intermediate_size": layer.mlp.intermediate_size,
+    }
     settings.pop("model_type")
     from transformers import MistralConfig, MistralForCausalLM
 

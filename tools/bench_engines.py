@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
+from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import quiet
-from edgeprune.engine.onnx.graph import Spelling, graph_weight_bytes, write_graphs
 from edgeprune.ondevice.measure import Here, build
 from edgeprune.ondevice.tensorrt import WEIGHTS_TOLERANCE, offered_sms
-from edgeprune.model.checkpoint.configuration import decoder_of
+from edgeprune.ondevice.worker import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +31,24 @@ WORKLOAD = Workload(batch=1, prompt=512, context=2048)
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
 SHAPES = {
     "smollm2": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
     },
     "1.1b": {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 
 
 class Random(Mapping):
@@ -76,9 +86,9 @@ def main() -> int:
         decoder = decoder_of(LLAMA | SHAPES[shape])
         for dialect in given.dialects.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                spelling = Spelling(dialect, "last")
-                files = write_graphs(decoder, Random(decoder.shapes()), Path(folder), "fp16", [spelling])
-                graph = files.graphs[spelling]
+                variant = GraphVariant(dialect, "last")
+                files = write_graphs(decoder, Random(decoder.shapes()), Path(folder), "fp16", [variant])
+                graph = files.graphs[variant]
                 held = graph_weight_bytes(decoder, "fp16", dialect, WORKLOAD.context)
                 for sm in map(int, given.sms.split(",")):
                     plan = Path(folder) / "model.engine"

@@ -71,17 +71,17 @@ def bench_help(repeats: int) -> None:
 
 
 def bench_writing(repeats: int) -> None:
+    from edgeprune.commands.fit import VARIANTS
     from edgeprune.engine.onnx.graph import write_graphs
-    from edgeprune.commands.fit import SPELLINGS
     from edgeprune.model.load import load_model
 
     model = load_model("demo")
     times = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (model.decoder, model.weights, Path(folder), "fp32", SPELLINGS, 2048)
+            arguments = (model.decoder, model.weights, Path(folder), "fp32", VARIANTS, 2048)
             times.append(seconds(lambda: write_graphs(*arguments)))  # noqa: B023
-    row("write the ONNX, fp32, six spellings", times, "s", "5 s")
+    row("write the ONNX, fp32, six variants", times, "s", "5 s")
 
 
 LIMITS = {"numerical+ls": "4 x", "obs+ls": "8 x"}
@@ -141,14 +141,14 @@ def bench_pruning(repeats: int) -> None:
 
 
 def bench_fit() -> None:
-    from edgeprune.ondevice import measure as perform
-    from edgeprune.ondevice.figures import Workload
-    from edgeprune.ondevice.worker import quiet
-    from edgeprune.engine.onnx.graph import write_graphs
-    from edgeprune.generate.text import RUN_SPELLING
-    from edgeprune.commands.fit import SPELLINGS
-    from edgeprune.model.load import load_model
     from edgeprune.bundle.read import read_report
+    from edgeprune.commands.fit import VARIANTS
+    from edgeprune.engine.onnx.graph import write_graphs
+    from edgeprune.model.load import load_model
+    from edgeprune.ondevice import measure
+    from edgeprune.ondevice.figures import Workload
+    from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+    from edgeprune.ondevice.worker import quiet
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "fitted"
@@ -160,10 +160,10 @@ def bench_fit() -> None:
         )
         model = load_model("demo")
         context = report.workload.context
-        write_graphs(model.decoder, model.weights, Path(folder) / "dense", "fp32", SPELLINGS, context)
+        write_graphs(model.decoder, model.weights, Path(folder) / "dense", "fp32", VARIANTS, context)
         workload = Workload(report.workload.batch, report.workload.prompt, context)
-        graphs = (Path(folder) / "dense" / RUN_SPELLING.filename, output / "onnx" / RUN_SPELLING.filename)
-        ratio = perform.ratios_on_onnxruntime(perform.Here(), *graphs, workload, perform.SECONDS, quiet)["decode_ratio"]
+        graphs = (Path(folder) / "dense" / GRAPH_FILE, output / "onnx" / GRAPH_FILE)
+        ratio = measure.ratios_on_onnxruntime(measure.Here(), *graphs, workload, measure.SECONDS, quiet)["decode_ratio"]
         print(
             f"decode fitted / dense, measured again: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  limit 0.73"
         )

@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 import typer
 
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.load import load_model
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -86,20 +86,20 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 def main(model: str, genai: Path, rounds: int = 15, length: int = 8, capacity: int = 2048) -> None:
     """Write MODEL's graphs, then compare their decode p50 with the graph in the folder GENAI."""
     loaded = load_model(model)
-    spellings = [Spelling("onnxruntime", "all"), Spelling("opset23", "all"), Spelling("primitive", "all")]
+    variants = [GraphVariant("onnxruntime", "all"), GraphVariant("opset23", "all"), GraphVariant("primitive", "all")]
     head_dim = next(layer.attention.head_dim for layer in loaded.decoder.layers if layer.attention)
     with tempfile.TemporaryDirectory() as folder:
         for attempt in range(3):
             start = time.perf_counter()
-            files = write_graphs(loaded.decoder, loaded.weights, Path(folder), "fp32", spellings)
+            files = write_graphs(loaded.decoder, loaded.weights, Path(folder), "fp32", variants)
             seconds, megabytes = time.perf_counter() - start, sum(files.data.values()) / 1e6
-            typer.echo(f"write {attempt}: {seconds:.2f} s for {megabytes:.0f} MB and {len(spellings)} graphs")
+            typer.echo(f"write {attempt}: {seconds:.2f} s for {megabytes:.0f} MB and {len(variants)} graphs")
         for threads in (1, 2):
             for past in (128, 1024):
                 steps = {"genai": decode_step(genai / "model.onnx", head_dim, threads, past, capacity)}
-                for spelling, path in files.graphs.items():
-                    shared = capacity if spelling.dialect == "onnxruntime" else None
-                    steps[spelling.dialect] = decode_step(path, head_dim, threads, past, shared)
+                for variant, path in files.graphs.items():
+                    shared = capacity if variant.dialect == "onnxruntime" else None
+                    steps[variant.dialect] = decode_step(path, head_dim, threads, past, shared)
                 wanted = steps["genai"]()
                 for name, medians in (measured := blocks(steps, rounds, length)).items():
                     ratio, low, high = interval(medians / measured["genai"])

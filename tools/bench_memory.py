@@ -22,10 +22,18 @@ from pathlib import Path
 from edgeprune.ondevice.machine import peak_bytes
 
 SHAPE = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 5632,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 WIDTHS = (4, 6, 3968)
 LENGTH = 512
 SHARD_BYTES = 100 * 10**6
@@ -71,13 +79,13 @@ def _as_pickles(folder: Path) -> None:
 
 def convert_in_this_process(folder: Path) -> None:
     """The child: writes the graphs of every dialect over one data file, and says its peak and its seconds."""
-    from edgeprune.engine.onnx.graph import Spelling, write_graphs
+    from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
     from edgeprune.model.load import load_model
 
     start = time.monotonic()
     model = load_model(str(folder / "dense"))
-    spellings = [Spelling("onnxruntime", "all"), Spelling("opset23", "all"), Spelling("primitive", "all")]
-    write_graphs(model.decoder, model.weights, folder / "onnx", "fp16", spellings)
+    variants = [GraphVariant("onnxruntime", "all"), GraphVariant("opset23", "all"), GraphVariant("primitive", "all")]
+    write_graphs(model.decoder, model.weights, folder / "onnx", "fp16", variants)
     print(json.dumps({"peak": peak_bytes(), "seconds": time.monotonic() - start}))
 
 

@@ -31,24 +31,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from quality import LENGTH, Texts, read_texts
 
-from edgeprune.commands.compare import Allocation as Way
-from edgeprune.commands.compare import Comparison, Layout, generate_samples
-from edgeprune.ondevice.figures import Workload
-from edgeprune.engine.choose import RUNTIME_GRAPH, OnnxRuntime
-from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.ondevice.onnxruntime import measure_latency
+from edgeprune.engine.engines import OnnxRuntime
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
-from edgeprune.search.planner import Planner
-from edgeprune.progress import Silent
-from edgeprune.search.widths import Widths, dense_widths, uniform_options
+from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, measure_latency
+from edgeprune.pipeline.comparison import Allocation as Way
+from edgeprune.pipeline.comparison import Comparison, Layout, generate_samples
 from edgeprune.pipeline.documents import GENERATED
-from edgeprune.search.solve import Allocation, Problem
+from edgeprune.progress import Silent
+from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
+from edgeprune.search.planner import Planner
 from edgeprune.search.search import Costs, corrected, search
-from edgeprune.search.sensitivities import sensitivities_of
+from edgeprune.search.sensitivity import sensitivities_of
+from edgeprune.search.solve import Allocation, Problem
+from edgeprune.search.widths import Widths, dense_widths, uniform_options
 
 WORKLOADS = (Workload(1, 128, 512), Workload(1, 512, 1024))
 BUDGETS = ({"decode": 0.85}, {"decode": 0.75}, {"decode": 0.65}, {"decode": 0.8, "prefill": 0.7, "memory": 0.8})
@@ -87,9 +88,9 @@ def measure(dense: Decoder, decoders: Sequence[Decoder], workload: Workload) -> 
                 folder = Path(name) / str(place)
                 folder.mkdir()
                 compact = decoder.compact()
-                spelling = Spelling("onnxruntime", "last")
-                write_graphs(compact, RandomWeights(compact), folder, "fp32", [spelling], workload.context)
-                graphs[str(place)] = folder / RUNTIME_GRAPH
+                variant = GraphVariant("onnxruntime", "last")
+                write_graphs(compact, RandomWeights(compact), folder, "fp32", [variant], workload.context)
+                graphs[str(place)] = folder / GRAPH_FILE
             found = measure_latency(graphs, workload, SECONDS * len(graphs))
         for place in range(1, len(graphs)):
             yield {kind: found[kind][str(place)]["ratio"] for kind in ("prefill", "decode")}
@@ -156,9 +157,13 @@ class Bench:
             limits = {name: share * (whole if name == "memory" else 1.0) for name, share in budget.items()}
 
             def obtain(
-                index: int, allocation: Allocation, predicted: dict[str, float],
-                planner: Planner = planner, limits: dict[str, float] = limits, workload: Workload = workload,
-            ) -> Costs:  # fmt: skip
+                index: int,
+                allocation: Allocation,
+                predicted: dict[str, float],
+                planner: Planner = planner,
+                limits: dict[str, float] = limits,
+                workload: Workload = workload,
+            ) -> Costs:
                 decoder = dense.with_layer_widths(allocation.layers)
                 (found,) = measure(dense, [decoder], workload)
                 memory = planner.problem.estimate(allocation)["memory"]
@@ -218,7 +223,7 @@ class Bench:
                     + ", ".join(f"{t} {value:.2f} (rise {row.rise[t][0]:.3f})" for t, value in row.perplexity.items())
                     + ("" if name == "even" else self._less(comparison, row, even)),
                     flush=True,
-                )  # fmt: skip
+                )
 
     def _less(self, comparison: Comparison, row: object, even: object) -> str:
         from edgeprune.evaluate.perplexity import log_rise

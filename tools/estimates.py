@@ -130,9 +130,12 @@ def fill_profile(text: str, figures: dict[str, HardwareFigure]) -> str:
     """A profile's file with these figures; all else, comments too, stays as it is."""
     for name, figure in figures.items():
         lines = (
-            f"[{name}]", f"value = {figure.value:g}", f"unit = {json.dumps(figure.unit)}",
-            f"source = {json.dumps(figure.source)}", f"confidence = {json.dumps(figure.confidence)}",
-        )  # fmt: skip
+            f"[{name}]",
+            f"value = {figure.value:g}",
+            f"unit = {json.dumps(figure.unit)}",
+            f"source = {json.dumps(figure.source)}",
+            f"confidence = {json.dumps(figure.confidence)}",
+        )
         block = "\n".join(lines) + "\n"
         text, count = re.subn(rf"^\[{name}\]\n(?:\w+ = .*\n)+", lambda _, block=block: block, text, flags=re.MULTILINE)
         if count != 1:
@@ -150,10 +153,15 @@ def write_fits() -> str:
     for label, origin in ORIGINS.items():
         decode, prefill = fit_of(label)
         shared = f" (of {origin.shared})" if origin.shared else ""
-        rows.append([
-            label, ", ".join((origin.profile, *origin.others)), f"{decode.efficiency:.3f}",
-            f"{decode.overhead_ms:.2f} ms{shared}", f"{prefill:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                label,
+                ", ".join((origin.profile, *origin.others)),
+                f"{decode.efficiency:.3f}",
+                f"{decode.overhead_ms:.2f} ms{shared}",
+                f"{prefill:.2f}",
+            ]
+        )
     decode, prefill = default_fit()
     rows.append(["default", "all others", f"{decode.efficiency:.3f}", f"{decode.overhead_ms:.2f} ms", f"{prefill:.2f}"])
     return _table(["points of", "profiles", "decode efficiency", "decode overhead", "prefill efficiency"], rows)
@@ -161,15 +169,23 @@ def write_fits() -> str:
 
 def write_decode() -> str:
     header = ["device", "model", "GB per step", "published tokens/s", "published", "fit", "error", "error, left out"]
-    return _table(header, [
+    return _table(
+        header,
         [
-            label, point.model, f"{point.decode_bytes / 1e9:.3f}", f"{1e3 / point.decode_ms:.1f}",
-            f"{point.decode_ms:.2f} ms", f"{fit_of(label)[0].decode_ms(point, _bandwidth(origin)):.2f} ms",
-            percent(error, "+"), percent(out, "+"),
-        ]
-        for label, origin in ORIGINS.items()
-        for point, error, out in zip(origin.points, fit_errors(origin), left_out_errors(origin), strict=True)
-    ])  # fmt: skip
+            [
+                label,
+                point.model,
+                f"{point.decode_bytes / 1e9:.3f}",
+                f"{1e3 / point.decode_ms:.1f}",
+                f"{point.decode_ms:.2f} ms",
+                f"{fit_of(label)[0].decode_ms(point, _bandwidth(origin)):.2f} ms",
+                percent(error, "+"),
+                percent(out, "+"),
+            ]
+            for label, origin in ORIGINS.items()
+            for point, error, out in zip(origin.points, fit_errors(origin), left_out_errors(origin), strict=True)
+        ],
+    )
 
 
 def write_default() -> str:
@@ -190,17 +206,26 @@ def write_prefill() -> str:
         (decode, fitted), peak = fit_of(label), load_profile(origin.peak).fp16_compute
         for point, share in zip(origin.points, shares_of(origin), strict=True):
             predicted = 1e3 * point.prefill_flops / (fitted * peak.si) + decode.overhead_ms
-            rows.append([
-                label, point.model, f"{point.prefill_flops / 1e12:.2f} TFLOP", f"{point.prefill_ms:g} ms",
-                f"{share:.2f} of {peak.value:g} {peak.unit}", f"{predicted:.0f} ms",
-                percent(predicted / point.prefill_ms - 1, "+"),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    label,
+                    point.model,
+                    f"{point.prefill_flops / 1e12:.2f} TFLOP",
+                    f"{point.prefill_ms:g} ms",
+                    f"{share:.2f} of {peak.value:g} {peak.unit}",
+                    f"{predicted:.0f} ms",
+                    percent(predicted / point.prefill_ms - 1, "+"),
+                ]
+            )
     return _table(["device", "model", "work", "published", "reached", "fit", "error"], rows)
 
 
 WRITERS: dict[str, Callable[[], str]] = {
-    "fits": write_fits, "decode": write_decode, "default": write_default, "prefill": write_prefill,
-}  # fmt: skip
+    "fits": write_fits,
+    "decode": write_decode,
+    "default": write_default,
+    "prefill": write_prefill,
+}
 
 
 def fill(page: str) -> str:

@@ -26,23 +26,22 @@ import numpy as np
 import torch
 
 from edgeprune.cache import cache_folder
-from edgeprune.commands.compare import DENSE_KEY, Allocation, Comparison, Layout, generate_samples
-from edgeprune.generate.images import draw_codes, steps_of
 from edgeprune.engine.onnx.codec import write_codec
-from edgeprune.ondevice.guided_sampling import Sampling
-from edgeprune.engine.onnx.graph import write_graphs
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.evaluate.agreement import wilson
 from edgeprune.evaluate.distances import distances, kernel_difference, kernel_distance
 from edgeprune.evaluate.features import features, load_network
 from edgeprune.evaluate.perplexity import Losses, log_rise, text_losses
-from edgeprune.generate.text import RUN_SPELLING
-from edgeprune.pipeline.imaging import class_labels, documents_of
+from edgeprune.generate.guidance import class_labels, documents_of
+from edgeprune.generate.images import draw_codes, steps_of
+from edgeprune.generate.pixels import CodecRunner, grid, to_images, to_pixels, write_picture
+from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.codec.codec import check_codec, load_codec
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.model.checkpoint.llamagen import Hints
-from edgeprune.generate.pixels import CodecRunner, grid, to_images, to_pixels, write_picture
+from edgeprune.ondevice.guided_sampling import Sampling
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
+from edgeprune.pipeline.comparison import DENSE_KEY, Allocation, Comparison, Layout, generate_samples
 from edgeprune.pipeline.setup import load_dense
 from edgeprune.progress import Progress, rich_progress
 from edgeprune.pruning.methods import method_named
@@ -103,9 +102,13 @@ class Studio:
     def fingerprint(self) -> dict[str, Any]:
         """What every row of one table shares."""
         return {
-            "model": self.model.fingerprint, "codec": self.codec.fingerprint, "features": self.network.name,
-            "pictures": self.pictures, "samples": self.samples, "seed": self.seed,
-        }  # fmt: skip
+            "model": self.model.fingerprint,
+            "codec": self.codec.fingerprint,
+            "features": self.network.name,
+            "pictures": self.pictures,
+            "samples": self.samples,
+            "seed": self.seed,
+        }
 
     @functools.cached_property
     def codec_runner(self) -> CodecRunner:
@@ -136,9 +139,11 @@ class Studio:
         reference = self.features_of("held-out", lambda: to_pixels(held_out.pixels[: self.pictures].numpy()))
         model, count = self.model, min(SCALE_PICTURES, self.pictures)
         return self._judged(
-            f"guidance-{scale:g}", lambda: self.drawn(model.decoder, model.weights, Sampling(scale), count),
-            self.labels[:count], reference,
-        )  # fmt: skip
+            f"guidance-{scale:g}",
+            lambda: self.drawn(model.decoder, model.weights, Sampling(scale), count),
+            self.labels[:count],
+            reference,
+        )
 
     def begin(self, scale: float) -> None:
         """Samples to calibrate on, drawn as in deployment: at this scale."""
@@ -166,11 +171,14 @@ class Studio:
             theirs = self.features_of(cell.default.name, lambda: self._drawn(self.pruned(cell.default)))
             found["over_default"] = kernel_difference(self._reference, theirs, self._features(cell), self.seed)
         return found | {
-            "perplexity": losses.perplexity, "rise": log_rise(dense, losses, self.seed),
-            "realised": ratio(pruned.decoder, model.decoder), "parameters": pruned.decoder.parameters,
-            "seconds": pruned.seconds, "fell_back": pruned.fell_back,
+            "perplexity": losses.perplexity,
+            "rise": log_rise(dense, losses, self.seed),
+            "realised": ratio(pruned.decoder, model.decoder),
+            "parameters": pruned.decoder.parameters,
+            "seconds": pruned.seconds,
+            "fell_back": pruned.fell_back,
             "widths": [*pruned.decoder.layer_widths],
-        }  # fmt: skip
+        }
 
     def judge_generator(self, cell: Cell) -> dict[str, Any]:
         """Against test images through the codec, which took from these what it takes from every picture; of a cell
@@ -190,10 +198,14 @@ class Studio:
         start = time.monotonic()
         weights = dict(
             prune(
-                self.model, target, self.comparison.ids, method, self.seed,
+                self.model,
+                target,
+                self.comparison.ids,
+                method,
+                self.seed,
                 lambda record: (fell_back.append(record.fell_back), advance()),
             )
-        )  # fmt: skip
+        )
         return Pruned(result_of(target, method), weights, time.monotonic() - start, sum(fell_back))
 
     def drawn(self, decoder: Decoder, weights: Weights, sampling: Sampling, count: int) -> np.ndarray:
@@ -202,8 +214,8 @@ class Studio:
         picture = decoder.picture
         advance = self.progress.stage("draw", steps_of(picture, count, AT_ONCE))
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
-            write_graphs(decoder, weights, Path(name), "fp32", [RUN_SPELLING], picture.tokens)
-            runner = Runner(Path(name) / RUN_SPELLING.filename, AT_ONCE * sampling.streams, picture.tokens)
+            write_graphs(decoder, weights, Path(name), "fp32", [ONNXRUNTIME_GRAPH], picture.tokens)
+            runner = Runner(Path(name) / GRAPH_FILE, AT_ONCE * sampling.streams, picture.tokens)
             codes = draw_codes(runner, picture, decoder.vocab_size, self.labels[:count], sampling, self.seed, advance)
         return self.codec_runner.pixels(codes)
 

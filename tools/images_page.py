@@ -150,26 +150,47 @@ def everything_table(rows: Rows) -> str:
         cells += [Cell(method, share) for method in METHODS]
     for cell in cells:
         if row := rows.get(cell.name):
-            lines.append([
-                f"{100 * row['realised']:.1f} %" if cell.ratio else "", cell.label,
-                f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else "", thousandths(row["kernel"]),
-                f"{row['frechet'][0]:.1f} ({row['frechet'][1]:.1f})", percent(row["precision"]),
-                percent(row["recall"]), percent(row["recognised"]),
-                f"{row['perplexity']:.2f}" if "perplexity" in row else "",
-                f"{row['seconds']:.0f}" if "seconds" in row else "",
-            ])  # fmt: skip
-    columns = ["removed", "pictures", "million parameters", "kernel distance", "Frechet (floor)",
-               "precision", "recall", "recognised", "perplexity", "seconds"]  # fmt: skip
+            lines.append(
+                [
+                    f"{100 * row['realised']:.1f} %" if cell.ratio else "",
+                    cell.label,
+                    f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else "",
+                    thousandths(row["kernel"]),
+                    f"{row['frechet'][0]:.1f} ({row['frechet'][1]:.1f})",
+                    percent(row["precision"]),
+                    percent(row["recall"]),
+                    percent(row["recognised"]),
+                    f"{row['perplexity']:.2f}" if "perplexity" in row else "",
+                    f"{row['seconds']:.0f}" if "seconds" in row else "",
+                ]
+            )
+    columns = [
+        "removed",
+        "pictures",
+        "million parameters",
+        "kernel distance",
+        "Frechet (floor)",
+        "precision",
+        "recall",
+        "recognised",
+        "perplexity",
+        "seconds",
+    ]
     return table(columns, lines)
 
 
 def guidance_table(rows: Rows) -> str:
     lines = [
-        [f"{scale:g}", thousandths(row["kernel"]), percent(row["precision"]), percent(row["recall"]),
-         percent(row["recognised"])]
+        [
+            f"{scale:g}",
+            thousandths(row["kernel"]),
+            percent(row["precision"]),
+            percent(row["recall"]),
+            percent(row["recognised"]),
+        ]
         for scale in SCALES
         if (row := rows.get(f"guidance {scale:g}"))
-    ]  # fmt: skip
+    ]
     return table(["scale", "kernel distance", "precision", "recall", "recognised"], lines)
 
 

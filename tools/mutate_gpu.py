@@ -250,8 +250,11 @@ def failed(folder: Path, names: Iterable[str]) -> str:
     tests = [str(folder / "tests" / "engine" / name) for name in names]
     result = subprocess.run(
         [sys.executable, "-B", "-m", "pytest", "-x", "-q", *OPTIONS, *tests],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
     if result.returncode == 0:
         return ""
     found = re.search(r"^(?:FAILED|ERROR) \S*/(test_\w+\.py::[^\s\[]+)", result.stdout, re.MULTILINE)

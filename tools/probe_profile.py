@@ -24,14 +24,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from edgeprune.ondevice import measure as perform
-from edgeprune.ondevice.worker import Tell
 from edgeprune.engine.choose import NAMES
-from edgeprune.ondevice.measure import Here, Session
 from edgeprune.engine.probe import Probed, probe_gpu, probe_processor
 from edgeprune.engine.remote import Device, Target
-from edgeprune.ondevice.tensorrt import MODULES
 from edgeprune.errors import EdgepruneError, EngineError, InputError
+from edgeprune.ondevice import measure
+from edgeprune.ondevice.measure import Here, Session
+from edgeprune.ondevice.tensorrt import MODULES
+from edgeprune.ondevice.worker import Tell
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, profile_toml
 
 TAKEN = "budget, workload, precision, dialect and channel_multiple"
@@ -68,9 +68,10 @@ def choose(asked: str, found: dict[str, Any], where: str) -> Found:
         raise EngineError(f"{where} has no Python module {MODULES[asked]}", f"Install it there: {how}.")
     if gpu is None:
         raise EngineError(
-            f"{where}: {found['no_gpu']}", "Install cuda-python or pycuda there, and check the driver; or probe the "
+            f"{where}: {found['no_gpu']}",
+            "Install cuda-python or pycuda there, and check the driver; or probe the "
             "processor with --engine onnxruntime.",
-        )  # fmt: skip
+        )
     flavour = flavours[0] if asked == "auto" else asked
     board = found["machine"] != found["processor"]  # a Jetson names its board
     reason = "asked for" if asked != "auto" else f"it has a {gpu['name']} and {flavour}"
@@ -175,7 +176,7 @@ def run(options: argparse.Namespace, tell: Tell) -> DeviceProfile:
         load_profile(options.like)  # a bad name is told before anything is measured
     session: Session = Here() if options.target is None else Device(Target.parse(options.target))
     where = options.target or "this machine"
-    found = choose(options.engine, perform.describe(session, tell), where)
+    found = choose(options.engine, measure.describe(session, tell), where)
     tell(f"engine {found.flavour} on {found.device}: {found.reason}", 0, 0)
     base, why = like(options.like, found)
     tell(f"{TAKEN} of {base.name}: {why}", 0, 0)

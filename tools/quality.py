@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.commands.compare import Allocation, Comparison, Layout, generate_samples
-from edgeprune.model.load import load_model, load_tokenizer
-from edgeprune.progress import Silent
+from edgeprune.model.load import load_model
+from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.pipeline.comparison import Allocation, Comparison, Layout, generate_samples
 from edgeprune.pipeline.documents import GENERATED
+from edgeprune.progress import Silent
 from edgeprune.pruning.methods import method_named
 from tools.pages import filled, table
 
@@ -110,8 +111,9 @@ def read_texts(sotu: Path, handbook: Path, tokenizer: Any) -> Texts:
     speeches = [(int(path.name[:4]), path.read_text(encoding="utf-8")) for path in sorted(sotu.glob("*.txt"))]
     sources = {
         "speeches": [text for year, text in speeches if year >= YEAR],
-        "handbook": pages(handbook / "en-US"), "handbook, Japanese": pages(handbook / "ja-JP"),
-    }  # fmt: skip
+        "handbook": pages(handbook / "en-US"),
+        "handbook, Japanese": pages(handbook / "ja-JP"),
+    }
     evaluation = {}
     for name, texts in sources.items():
         generator = np.random.default_rng(0)
@@ -172,15 +174,21 @@ def sample_cells() -> Iterator[Cell]:
 
 def ablation_cells() -> Iterator[Cell]:
     for layout, allocation in (
-        (Layout.UNIFORM, Allocation.SENSITIVITY), (Layout.UNIFORM, Allocation.EVEN),
+        (Layout.UNIFORM, Allocation.SENSITIVITY),
+        (Layout.UNIFORM, Allocation.EVEN),
         (Layout.PER_LAYER, Allocation.SENSITIVITY),
-    ):  # fmt: skip
+    ):
         for method in ("obs", "default", "wanda", "wanda+ls", "flap", "flap+ls"):
             yield Cell(method, 0.3, layout, allocation)
 
 
-TABLES = {"main": main_cells, "samples": sample_cells, "allocation": allocation_cells, "ablation": ablation_cells,
-          "others": other_cells}  # fmt: skip
+TABLES = {
+    "main": main_cells,
+    "samples": sample_cells,
+    "allocation": allocation_cells,
+    "ablation": ablation_cells,
+    "others": other_cells,
+}
 
 
 class Bench:
@@ -249,8 +257,17 @@ def headline_table(cells: Cells) -> str:
                 own, theirs = default["rise"][text][0], flap["rise"][text][0]
                 best = min(others, key=lambda m: others[m]["rise"][text][0], default=None)  # noqa: B023
                 over = f"{best}: {difference(others[best], default, text)}" if best else ""
-                rows.append([f"{100 * ratio:.0f} %", layout, text, f"{own:.3f}", f"{theirs:.3f}",
-                             f"{100 * (1 - own / theirs):.0f} %", over])  # fmt: skip
+                rows.append(
+                    [
+                        f"{100 * ratio:.0f} %",
+                        layout,
+                        text,
+                        f"{own:.3f}",
+                        f"{theirs:.3f}",
+                        f"{100 * (1 - own / theirs):.0f} %",
+                        over,
+                    ]
+                )
     return table(
         ["ratio", "layout", "text", "default", "flap", "smaller by", "best other score + ls, over default"], rows
     )
@@ -263,8 +280,16 @@ def main_table(cells: Cells) -> str:
         if found := cells.get(cell.key):
             default = cells.get(Cell("default", cell.ratio, cell.layout).key, found)
             over = [difference(found, default, text) if found is not default else "" for text in texts[:2]]
-            rows.append([f"{100 * cell.ratio:.0f} %", cell.method, cell.layout, *rise_columns(found), *over,
-                         f"{found['seconds']:.0f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{100 * cell.ratio:.0f} %",
+                    cell.method,
+                    cell.layout,
+                    *rise_columns(found),
+                    *over,
+                    f"{found['seconds']:.0f}",
+                ]
+            )
     return table(["ratio", "method", "layout", *texts, *(f"{t}, over default" for t in texts[:2]), "seconds"], rows)
 
 
@@ -297,7 +322,7 @@ def ablation_table(cells: Cells) -> str:
         [method.score.__name__, method.recovery.value, f"{cell.layout}, {cell.allocation}", *rise_columns(found)]
         for cell in ablation_cells()
         if (found := cells.get(cell.key)) and (method := method_named(cell.method))
-    ]  # fmt: skip
+    ]
     return table(["score", "recovery", "allocation", *EXCERPTS], rows)
 
 

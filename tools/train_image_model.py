@@ -77,15 +77,19 @@ def fast(work: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
 
 
 def train(
-    name: str, model: nn.Module, settings: Settings, count: int, loss_of: Callable[[Tensor, int], Tensor],
-    progress: Progress, decay: float = 0.0,
-) -> None:  # fmt: skip
+    name: str,
+    model: nn.Module,
+    settings: Settings,
+    count: int,
+    loss_of: Callable[[Tensor, int], Tensor],
+    progress: Progress,
+    decay: float = 0.0,
+) -> None:
     """loss_of: rows and the step's number to the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=decay)
     warm = max(1, settings.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / settings.steps)) + 0.01),
+        optimizer, lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / settings.steps)) + 0.01)
     )
     advance, shown, start = progress.stage(name, settings.steps), [], time.monotonic()
     model.train()
@@ -286,10 +290,16 @@ def arguments_of(network: nn.Module) -> dict[str, Any]:
         return {"codebook_size": shape.vocab_size, "codebook_embed_dim": shape.code_size}
     downsample = SIDE // shape.side
     return {
-        "num_classes": shape.num_classes, "image_size": SIDE, "downsample_size": downsample,
-        "vocab_size": shape.vocab_size, "cls_token_num": 1, "gpt_type": "c2i",
-        "dim": shape.dim, "n_layer": shape.n_layer, "n_head": shape.n_head,
-    }  # fmt: skip
+        "num_classes": shape.num_classes,
+        "image_size": SIDE,
+        "downsample_size": downsample,
+        "vocab_size": shape.vocab_size,
+        "cls_token_num": 1,
+        "gpt_type": "c2i",
+        "dim": shape.dim,
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+    }
 
 
 def load_codec(path: Path, shape: CodecShape) -> Codec:
@@ -329,15 +339,24 @@ def train_all(images: Images, output: Path, recipe: Recipe, progress: Progress, 
     def codes_work() -> Part:
         codec, more = load_codec(output / "codec.pt", recipe.codec_shape), mirrored(seen)
         data = Codes(
-            encode(codec, more.pixels, progress), more.classes, encode(codec, watched.pixels, progress),
-            watched.classes,
-        )  # fmt: skip
+            encode(codec, more.pixels, progress), more.classes, encode(codec, watched.pixels, progress), watched.classes
+        )
         return train_gpt(data, recipe.gpt_shape, recipe.gpt, progress)
 
-    make("classifier", "classifier.safetensors", None, recipe.classifier,
-         lambda: train_classifier(seen, watched, recipe.classifier, progress))  # fmt: skip
-    make("codec", "codec.pt", recipe.codec_shape, recipe.codec,
-         lambda: train_codec(mirrored(seen), watched, recipe.codec_shape, recipe.codec, progress))  # fmt: skip
+    make(
+        "classifier",
+        "classifier.safetensors",
+        None,
+        recipe.classifier,
+        lambda: train_classifier(seen, watched, recipe.classifier, progress),
+    )
+    make(
+        "codec",
+        "codec.pt",
+        recipe.codec_shape,
+        recipe.codec,
+        lambda: train_codec(mirrored(seen), watched, recipe.codec_shape, recipe.codec, progress),
+    )
     make("gpt", "gpt.pt", recipe.gpt_shape, recipe.gpt, codes_work)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
+from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.ondevice.budget import Limit, format_bytes, format_ms
-from edgeprune.engine.choose import counted, workspace_bytes
-from edgeprune.engine.estimate import estimate_performance
-from edgeprune.engine.onnx.graph import Spelling
-from edgeprune.ondevice.wire import figure_to_json
+from edgeprune.ondevice.figures import figure_to_json
 from edgeprune.pipeline.results import Fitted
 
 
@@ -20,8 +19,11 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
     parts = (setup.profile, setup.workload, setup.precision)
     absolute = setup.budget.absolute(first.dense).limits
     return {
-        "device": setup.profile.name, "engine": setup.profile.engine, "sm": setup.profile.sm,
-        "precision": setup.precision, "graph": Spelling(setup.profile.dialect, "last").filename,
+        "device": setup.profile.name,
+        "engine": setup.profile.engine,
+        "sm": setup.profile.sm,
+        "precision": setup.precision,
+        "graph": GraphVariant(setup.profile.dialect, "last").filename,
         "workload": dict(setup.workload.__dict__),
         "limits": {
             name: {"value": absolute[name], "asked": _asked(name, limit, first)}
@@ -35,7 +37,7 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
             }
             for rung in rungs
         ],
-    }  # fmt: skip
+    }
 
 
 def _asked(name: str, limit: Limit, fitted: Fitted) -> str:

@@ -6,63 +6,23 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.ondevice.budget import CONSTRAINTS
-from edgeprune.ondevice.bundle import (
-    CODEC,
-    FRONTIER,
-    REPORT,
-    TOKENIZER,
-    check_output,
-    check_space,
-    open_bundle,
-    rungs_of,
-    sha256,
-    tokenizer_of,
-    write_bundle,
-)
-from edgeprune.bundle.deployment import deployment
+from edgeprune.bundle.read import read_report
+from edgeprune.bundle.readme import readme
+from edgeprune.bundle.store import write_bundle
+from edgeprune.bundle.write import _json_text, as_json, rendered
 from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
+from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER, open_bundle, rungs_of, sha256, tokenizer_of
 from edgeprune.ondevice.finish import DEPLOYMENT, MEASUREMENT
-from edgeprune.profiles import profile_toml
+from edgeprune.pipeline.output import check_output, check_space
+from edgeprune.pipeline.provenance import now
 from edgeprune.progress import Progress, Silent
-from edgeprune.pipeline.provenance import command_line, manifest_of, now
-from edgeprune.bundle.read import FRONTIER_FILE, FRONTIER_PAGE, read_report
-from edgeprune.bundle.readme import FINISH, deploy_steps, frontier_readme, readme
-from edgeprune.report.frontier import frontier_of, pick_command
-from edgeprune.report.frontier_page import render_frontier
-from edgeprune.report.schema import Choice, Report, Step
-from edgeprune.pipeline.results import Fitted
-from edgeprune.bundle.write import as_json, build_report, rendered, rung_folder, shared_files
-
-
-def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
-    """Write the finished bundle to the setup's output, the largest rung first. All before happens in `work`.
-
-    Each rung has all that a bundle of its own needs: see `pick`.
-    """
-    setup = rungs[0].setup
-    command = command_line(setup.request, "frontier", left_out=CONSTRAINTS)
-    reports, folders = [], []
-    for index, rung in enumerate(rungs):
-        step = Step(title="Pick this rung: a bundle of its own", command=pick_command(setup.output.name, index))
-        reports.append(build_report(rung, {}, command).model_copy(update={"deploy": [step]}))
-        folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index), setup.model.directory))
-        (folders[-1] / DEPLOYMENT).write_text(_json_text(deployment([rung])), encoding="utf-8")
-    frontier = frontier_of(reports)
-    texts = {"profile.toml": profile_toml(setup.profile), "README.md": frontier_readme(frontier, setup.output.name)}
-
-    def render(files: dict[str, int]) -> dict[str, str]:
-        return {FRONTIER_FILE: as_json(frontier), FRONTIER_PAGE: render_frontier(frontier, setup.output.name)}
-
-    manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
-    shared = shared_files(setup, work, setup.model.directory)
-    write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest, render, chosen=None)
+from edgeprune.report.deploy import FINISH, deploy_steps
+from edgeprune.report.schema import Choice, Report
 
 
 def pick(
@@ -90,19 +50,25 @@ def pick(
     folder = Path("rungs") / str(index)
     report = report.model_copy(
         update={
-            "command": command, "files": {},
+            "command": command,
+            "files": {},
             "choices": [*report.choices, Choice(name="rung", value=str(index), reason=f"picked from {bundle.name}")],
             "deploy": deploy_steps(
-                report, output.name, plan["engine"],
+                report,
+                output.name,
+                plan["engine"],
                 sorted(name.rsplit("/", 1)[1] for name in names if name.endswith(".engine")),
-                any(name.startswith(f"{folder}/model/") for name in names), again,
+                any(name.startswith(f"{folder}/model/") for name in names),
+                again,
             ),
         }
-    )  # fmt: skip
+    )
     texts = {
-        "profile.toml": (bundle / "profile.toml").read_bytes(), "README.md": readme(report),
-        DEPLOYMENT: _json_text(plan), FINISH: program(),
-    }  # fmt: skip
+        "profile.toml": (bundle / "profile.toml").read_bytes(),
+        "README.md": readme(report),
+        DEPLOYMENT: _json_text(plan),
+        FINISH: program(),
+    }
 
     def render(files: dict[str, int]) -> dict[str, str]:
         return rendered(report.model_copy(update={"files": files}))
@@ -118,8 +84,9 @@ def pick(
             advance()
         (work / str(index) / REPORT).write_text(as_json(report), encoding="utf-8")
         progress.stage("write the bundle")
-        shared = {f"{folder.name}/{path.name}": path for folder in _shared(bundle, index)
-                  for path in sorted(folder.iterdir())}  # fmt: skip
+        shared = {
+            f"{folder.name}/{path.name}": path for folder in _shared(bundle, index) for path in sorted(folder.iterdir())
+        }
         write_bundle(work / "bundle", output, [work / str(index)], shared, texts, kept, render)
     except OSError as error:
         raise InputError(
@@ -197,7 +164,3 @@ def _copy(source: Path, target: Path, digest: str) -> None:
             shutil.copyfileobj(old, new, 2**20)
     if sha256(target) != digest:
         raise InputError(f"{source} is not the file that manifest.json tells of", "Copy the whole bundle again.")
-
-
-def _json_text(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"

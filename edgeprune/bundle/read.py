@@ -7,8 +7,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from edgeprune.ondevice.bundle import FRONTIER, REPORT, open_bundle, write_again
+from edgeprune.bundle.store import write_again
 from edgeprune.errors import InputError
+from edgeprune.ondevice.bundle import FRONTIER, REPORT, open_bundle
 from edgeprune.report.frontier import Frontier
 from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html

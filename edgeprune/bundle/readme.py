@@ -2,105 +2,83 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-
 from edgeprune.ondevice.finish import DEPLOYMENT
+from edgeprune.report.deploy import FINISH
 from edgeprune.report.figures import number_text
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.frontier_page import rise_of
-from edgeprune.report.schema import Report, Step
-
-FINISH = "finish.pyz"
-
-
-def deploy_steps(
-    report: Report, bundle: str, engine: str, plans: Sequence[str], checkpoint: bool, again: str
-) -> list[Step]:
-    """What to do with the bundle of that name, in order.
-
-    engine: that the device's profile names; plans: names of the files of the built engine, none where none could
-    be built; again: the command that makes the bundle once more, over this one.
-    """
-    name = shlex.quote(bundle)
-    steps = []
-    if engine == "tensorrt":
-        steps.append(
-            Step(
-                title=f"Build and measure the engine on the {report.device.description}, over ssh or by a copy",
-                command=f"edgeprune measure {name} --target ssh://USER@DEVICE\n"
-                f"tar -cf - {name} | ssh USER@DEVICE 'tar -xf - && python3 {name}/{FINISH}'",
-            )
-        )
-    elif report.engine.name == "tensorrt-rtx" and plans:
-        steps.append(
-            Step(
-                title="Load the engine with TensorRT for RTX of the version in manifest.json",
-                command="\n".join(f"engine/{plan}" for plan in plans),
-            )
-        )
-    elif report.engine.name == "tensorrt-rtx":
-        steps.append(
-            Step(
-                title="Build the engine: install TensorRT for RTX and fit again",
-                command=f'pip install "edgeprune[rtx]"\n{again}',
-            )
-        )
-    what = f"--prompt {shlex.quote(report.quality.prompt)}" if report.quality.prompt else "--count 16 --output grid.png"
-    steps.append(Step(title="Try it on this machine", command=f"edgeprune run {name} {what}"))
-    loader = LOADERS.get(report.model.family, "AutoModelForCausalLM")
-    if checkpoint and loader is not None:
-        command = f'transformers.{loader}.from_pretrained("{bundle}/model")'
-        steps.append(Step(title="Load the checkpoint in Python", command=command))
-    return steps
+from edgeprune.report.schema import Report
 
 
 def readme(report: Report) -> str:
     """README.md of a bundle whose model was chosen."""
     lines = [
-        f"# {report.model.name} for {report.device.description}", "", report.headline, "",
-        "`report.html` is the whole report, `report.json` the same for programs.", "",
-    ]  # fmt: skip
+        f"# {report.model.name} for {report.device.description}",
+        "",
+        report.headline,
+        "",
+        "`report.html` is the whole report, `report.json` the same for programs.",
+        "",
+    ]
     for step in report.deploy:
         lines += [f"## {step.title}", "", "```", step.command, "```", ""]
     lines += [
-        "## Files", "",
-        "| file | what it is |", "|---|---|",
-        *GRAPHS, *(PICTURES if report.quality.pictures else TEXTS),
+        "## Files",
+        "",
+        "| file | what it is |",
+        "|---|---|",
+        *GRAPHS,
+        *(PICTURES if report.quality.pictures else TEXTS),
         "| `engine/` | the built engine, where one could be built |",
         "| `gguf/` | the model for llama.cpp, where `--export gguf` asked for it |",
         "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
         f"| `{FINISH}` | `python3 {FINISH}` on the device builds the engine, checks, measures and judges it |",
         f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",
-        *RECORDS, "",
+        *RECORDS,
+        "",
         f"Inputs and outputs are those of Optimum and onnxruntime-genai; context {report.workload.context} at most.",
-        "", *(HOW_TO_DRAW if report.quality.pictures else ()),
-    ]  # fmt: skip
+        "",
+        *(HOW_TO_DRAW if report.quality.pictures else ()),
+    ]
     return "\n".join(lines)
 
 
 def frontier_readme(frontier: Frontier, bundle: str) -> str:
     """README.md of a bundle whose rungs wait to be picked from."""
     lines = [
-        f"# {frontier.model.name} for {frontier.device.description}: rungs to pick from", "",
+        f"# {frontier.model.name} for {frontier.device.description}: rungs to pick from",
+        "",
         f"{len(frontier.rungs)} sizes of one model, the largest first. `frontier.html` shows what each needs, "
-        "reaches and costs; `frontier.json` is the same for programs.", "",
+        "reaches and costs; `frontier.json` is the same for programs.",
+        "",
         "| rung | decode | prefill | memory | pruned | rise of perplexity, measured | quality |",
-        "|---|---|---|---|---|---|---|", f"| dense |{_cells(frontier.dense)} | | |",
-    ]  # fmt: skip
+        "|---|---|---|---|---|---|---|",
+        f"| dense |{_cells(frontier.dense)} | | |",
+    ]
     lines += [
         f"| {rung.index} |{_cells(rung)} {100 * rung.ratio:.1f} % | {rise_of(rung)} | {rung.grade} |"
         for rung in frontier.rungs
     ]
     lines += [
-        "", "## Pick one", "", "```", pick_command(bundle, "K"), "```", "",
+        "",
+        "## Pick one",
+        "",
+        "```",
+        pick_command(bundle, "K"),
+        "```",
+        "",
         "K is the rung. That writes a bundle of its own, which can be deployed, measured and run; this one cannot.",
-        "It needs nothing but the files in this folder.", "",
-        "## Files", "", "| file | what it is |", "|---|---|",
+        "It needs nothing but the files in this folder.",
+        "",
+        "## Files",
+        "",
+        "| file | what it is |",
+        "|---|---|",
         "| `rungs/K/onnx/`, `rungs/K/model/`, `rungs/K/engine/` | the graphs, a standard checkpoint, the engine |",
         "| `rungs/K/report.json` | the whole report of the rung |",
-        *RECORDS, "",
-    ]  # fmt: skip
+        *RECORDS,
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -130,7 +108,6 @@ HOW_TO_DRAW = (
     "the same codes, and draw from u + (c - u) * cfg of both logits.",
     "",
 )
-LOADERS = {"imagegpt": "ImageGPTForCausalImageModeling", "llamagen": None}  # of transformers; others: Auto...
 RECORDS = (
     "| `profile.toml` | the device profile that was used |",
     "| `manifest.json` | versions, seed, the command that reproduces it, sha256 of every file |",

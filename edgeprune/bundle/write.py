@@ -5,40 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from edgeprune import __version__
-from edgeprune.ondevice.budget import STATUS_TEXT, format_ms, judge, memory_total
-from edgeprune.ondevice.bundle import CODEC, REPORT, TOKENIZER, write_bundle
 from edgeprune.bundle.deployment import deployment
-from edgeprune.generate.images import write_codec_folder
-from edgeprune.ondevice.figures import Performance
-from edgeprune.engine.estimate import bytes_per_token, latency_shares
+from edgeprune.bundle.read import FRONTIER_FILE, FRONTIER_PAGE, PAGE
+from edgeprune.bundle.readme import frontier_readme, readme
+from edgeprune.bundle.store import write_bundle
 from edgeprune.engine.remote import program
-from edgeprune.engine.capacity import experience
 from edgeprune.model.export import write_exports
-from edgeprune.ondevice.finish import DEPLOYMENT, NOT_MEASURED
-from edgeprune.model.checkpoint.configuration import loadable
-from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.model.load import read_config
 from edgeprune.model.tokens.vocabulary import read_vocabulary
+from edgeprune.ondevice.budget import CONSTRAINTS
+from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER
+from edgeprune.ondevice.finish import DEPLOYMENT
+from edgeprune.pipeline.codec_folder import write_codec_folder
+from edgeprune.pipeline.provenance import command_line, manifest_of
+from edgeprune.pipeline.results import Fitted, has_checkpoint
 from edgeprune.pipeline.setup import Setup
 from edgeprune.profiles import profile_toml
-from edgeprune.pipeline.provenance import command_line, manifest_of, now, versions
-from edgeprune.bundle.read import PAGE
-from edgeprune.bundle.readme import FINISH, deploy_steps, readme
 from edgeprune.report import schema
-from edgeprune.report.experience import Experience, experience_part
-from edgeprune.report.figures import OUTCOME_TEXT
+from edgeprune.report.build import build_report
+from edgeprune.report.deploy import FINISH
+from edgeprune.report.frontier import frontier_of, pick_command
+from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html
-from edgeprune.report.quality import quality_part
-from edgeprune.pipeline.results import Fitted
-
-LARGE_TABLES = 0.1  # share of the weights in embedding and head from which a smaller vocabulary is worth a word
+from edgeprune.report.schema import Step
 
 
 def ship(rungs: Sequence[Fitted], work: Path) -> None:
@@ -50,9 +43,11 @@ def ship(rungs: Sequence[Fitted], work: Path) -> None:
         for index, rung in enumerate(rungs)
     ]
     texts = {
-        "profile.toml": profile_toml(setup.profile), "README.md": readme(build_report(fitted, {}, command)),
-        DEPLOYMENT: json.dumps(deployment(rungs), indent=2) + "\n", FINISH: program(),
-    }  # fmt: skip
+        "profile.toml": profile_toml(setup.profile),
+        "README.md": readme(build_report(fitted, {}, command)),
+        DEPLOYMENT: json.dumps(deployment(rungs), indent=2) + "\n",
+        FINISH: program(),
+    }
 
     def render(files: dict[str, int]) -> dict[str, str]:
         return rendered(build_report(fitted, files, command))
@@ -82,11 +77,6 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
             shutil.copyfile(path, folder / TOKENIZER / name)  # no link: it may be the user's own file
     (folder / REPORT).write_text(as_json(report), encoding="utf-8")
     return folder
-
-
-def has_checkpoint(fitted: Fitted) -> bool:
-    """Layers of different widths fit into no standard configuration: graph and engine alone carry them."""
-    return fitted.setup.request.checkpoint and fitted.chosen.model.decoder.is_uniform
 
 
 def rendered(report: schema.Report) -> dict[str, str]:
@@ -121,233 +111,29 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
     }
 
 
-def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.Report:
-    """The report of a finished run, which the command line `command` makes again."""
-    setup, verdict = fitted.setup, fitted.verdict
-    dense, small = setup.model.decoder, fitted.chosen.model.decoder
-    moved = [bytes_per_token(d, setup.precision, setup.workload, _in_place(fitted)).total for d in (dense, small)]
-    shares = [latency_shares(d, setup.profile, setup.workload, setup.precision) for d in (dense, small)]
-    label = "agreement with the dense model" if fitted.samples.self_generated else "perplexity"
-    sides = [
-        schema.Side(
-            performance=_performance(performance), parameters=decoder.parameters,
-            layer_parameters=decoder.layer_parameters, decode_bytes=bytes_moved, latency_shares=share,
-            widths=_widths(target),
-        )
-        for performance, decoder, target, bytes_moved, share in zip(
-            (fitted.dense, fitted.chosen.performance), (dense, small), (dense, fitted.chosen.target), moved, shares,
-            strict=True,
-        )
-    ]  # fmt: skip
-    report = schema.Report(
-        edgeprune=__version__, created=now(), command=command, headline=_headline(fitted),
-        status=verdict.status, rests_on=verdict.source, quality_status=fitted.quality_status,
-        model={
-            "name": setup.model.name, "family": dense.family, "hidden_size": dense.hidden_size,
-            "layers": len(dense.layers), "vocab_size": dense.vocab_size, "fingerprint": setup.model.fingerprint,
-        },
-        device={
-            "name": setup.profile.name, "description": setup.profile.description,
-            "figures": {name: figure.model_dump() for name, figure in setup.profile.hardware.items()},
-        },
-        workload={"batch": setup.workload.batch, "prompt": setup.workload.prompt, "context": setup.workload.context},
-        precision=setup.precision, engine={"name": setup.engine.name, "reason": setup.engine.reason},
-        choices=[schema.Choice(**choice.__dict__) for choice in setup.choices], versions=versions(),
-        seed=setup.request.seed, budget=_constraints(fitted), ratio=ratio(small, dense),
-        total_ratio=1 - small.parameters / dense.parameters, decode_bytes_ratio=1 - moved[1] / moved[0],
-        dense=sides[0], fitted=sides[1], unprunable=_unprunable(fitted, shares[0]), floor=setup.floor.values,
-        search=_search(fitted), quality_stop=_quality_stop(fitted),
-        quality=quality_part(label, **fitted.quality.__dict__), experience=_experience(fitted),
-        modules=[schema.Module(**{key: _finite(value) for key, value in r.items()}) for r in fitted.chosen.records],
-        cross_check=fitted.cross_check and {k: schema.figure_of(f) for k, f in fitted.cross_check.items()},
-        deploy=[], stages=fitted.seconds, files=files, warnings=_warnings(fitted),
-    )  # fmt: skip
-    return report.model_copy(update={"deploy": _deploy(fitted, report, command)})
+def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
+    """Write the finished bundle to the setup's output, the largest rung first. All before happens in `work`.
+
+    Each rung has all that a bundle of its own needs: see `pick`.
+    """
+    setup = rungs[0].setup
+    command = command_line(setup.request, "frontier", left_out=CONSTRAINTS)
+    reports, folders = [], []
+    for index, rung in enumerate(rungs):
+        step = Step(title="Pick this rung: a bundle of its own", command=pick_command(setup.output.name, index))
+        reports.append(build_report(rung, {}, command).model_copy(update={"deploy": [step]}))
+        folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index), setup.model.directory))
+        (folders[-1] / DEPLOYMENT).write_text(_json_text(deployment([rung])), encoding="utf-8")
+    frontier = frontier_of(reports)
+    texts = {"profile.toml": profile_toml(setup.profile), "README.md": frontier_readme(frontier, setup.output.name)}
+
+    def render(files: dict[str, int]) -> dict[str, str]:
+        return {FRONTIER_FILE: as_json(frontier), FRONTIER_PAGE: render_frontier(frontier, setup.output.name)}
+
+    manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
+    shared = shared_files(setup, work, setup.model.directory)
+    write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest, render, chosen=None)
 
 
-def _experience(fitted: Fitted) -> dict[str, Experience]:
-    setup, chosen = fitted.setup, fitted.chosen
-    given = (setup.profile, setup.workload, setup.precision)
-    sides = {"dense": (setup.model.decoder, fitted.dense), "fitted": (chosen.model.decoder, chosen.performance)}
-    budget = setup.budget.absolute(fitted.dense)
-    images = setup.imaging and setup.imaging.at_once(setup.workload.batch)
-    return {
-        name: experience_part(experience(decoder, *given, performance, budget, images))
-        for name, (decoder, performance) in sides.items()
-    }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and isnan(value) else value
-
-
-def _performance(performance: Performance) -> schema.Performance:
-    optional = {
-        name: None if (figure := getattr(performance, name)) is None else schema.figure_of(figure)
-        for name in ("prefill_ratio", "decode_ratio")
-    }
-    return schema.Performance(
-        memory={name: schema.figure_of(part) for name, part in performance.memory.parts.items()},
-        memory_total=schema.figure_of(memory_total(performance)),
-        prefill=schema.figure_of(performance.prefill), decode=schema.figure_of(performance.decode),
-        percentiles=performance.percentiles, conditions=performance.conditions, **optional,
-    )  # fmt: skip
-
-
-def _widths(decoder: Decoder) -> list[dict[str, int]]:
-    return [
-        {
-            "query heads": layer.attention.num_attention_heads if layer.attention else 0,
-            "key/value heads": layer.attention.num_key_value_heads if layer.attention else 0,
-            "MLP channels": layer.mlp.intermediate_size if layer.mlp else 0,
-        }
-        for layer in decoder.layers
-    ]
-
-
-def _in_place(fitted: Fitted) -> bool:
-    return fitted.setup.profile.dialect == "onnxruntime"
-
-
-def _constraints(fitted: Fitted) -> list[schema.Constraint]:
-    rows = []
-    for check in fitted.verdict.checks:
-        dense = memory_total(fitted.dense) if check.name == "memory" else getattr(fitted.dense, check.name)
-        rows.append(
-            schema.Constraint(
-                name=check.name, asked=check.asked, limit=check.limit, unit=check.figure.unit,
-                dense=schema.figure_of(dense), fitted=schema.figure_of(check.figure), status=check.status,
-                gain=fitted.gains.get(check.name),
-            )
-        )  # fmt: skip
-    limit = fitted.setup.budget.max_quality_loss
-    if limit is not None:
-        worst = max(fitted.quality.texts.values(), key=lambda text: _deciding(text, limit))
-        figure = schema.Figure(
-            value=worst["percent"], unit="%", source="measured", device="held-out text", low=worst["low"],
-            high=worst["high"],
-        )  # fmt: skip
-        rows.append(
-            schema.Constraint(
-                name="quality", asked=f"{limit:g}%", limit=limit, unit="%", dense=None, fitted=figure,
-                status=fitted.quality_status,
-            )
-        )  # fmt: skip
-    return rows
-
-
-def _deciding(text: dict[str, float], limit: float) -> tuple[bool, bool, float]:
-    """Orders texts by how far they fail the quality limit: beyond it, perhaps beyond it, within."""
-    return not text["low"] <= limit, not text["high"] <= limit, text["percent"]
-
-
-def _search(fitted: Fitted) -> schema.Search:
-    outcome = fitted.outcome
-    if outcome is None:
-        return schema.Search(ending="dense", reason="the dense model already meets the budget", candidates=[])
-    return schema.Search(
-        ending=outcome.ending, reason=outcome.reason,
-        candidates=[
-            schema.Candidate(
-                widths=trial.allocation.summary, predicted_loss=trial.allocation.loss, predicted=trial.predicted,
-                obtained={name: trial.obtained.values[name] for name in trial.predicted},
-                status=trial.obtained.status, chosen=number == outcome.chosen and fitted.stop is None,
-            )
-            for number, trial in enumerate(outcome.trials)
-        ],
-        costs=fitted.costs.source, cost_error={kind: worst for kind, (_, worst) in fitted.costs.error.items()},
-    )  # fmt: skip
-
-
-def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
-    if (stop := fitted.stop) is None:
-        return None
-    return schema.QualityStop(
-        widths=_widths(stop.beyond.target), performance=_performance(stop.beyond.performance),
-        status=judge(fitted.setup.budget, fitted.dense, stop.beyond.performance).status,
-        rise_percent=stop.quality.worst_percent, tried=stop.tried,
-    )  # fmt: skip
-
-
-def _headline(fitted: Fitted) -> str:
-    setup, verdict = fitted.setup, fitted.verdict
-    asked = ", ".join(f"{check.name} {check.asked}" for check in verdict.checks)
-    rise = fitted.quality.worst_percent
-    if fitted.outcome is None:
-        return f"{setup.model.name} meets {asked} on {setup.profile.name} as it is: nothing was pruned."
-    where = " on its own text" if fitted.samples.self_generated else ""
-    removed = ratio(fitted.chosen.model.decoder, setup.model.decoder)
-    cost = f"at {rise:+.1f} % perplexity{where}, {100 * removed:.0f} % pruned"
-    if fitted.stop is not None:
-        return (
-            f"{setup.model.name} does not reach {asked} on {setup.profile.name} within "
-            f"{setup.budget.max_quality_loss:g} % of perplexity: the smallest model within is kept ({cost}); "
-            f"the candidate nearest to the budget would cost {fitted.stop.quality.worst_percent:+.1f} %."
-        )
-    if verdict.status == "missed":
-        return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."
-    if verdict.status == "noisy":
-        return f"{setup.model.name}, {asked} on {setup.profile.name}: {STATUS_TEXT['noisy']} ({cost})."
-    if fitted.quality_status == "noisy":
-        return f"{setup.model.name} meets {asked} on {setup.profile.name}, {OUTCOME_TEXT['uncertain']} ({cost})."
-    if fitted.quality_status == "missed":
-        beyond = f"only beyond the quality limit of {setup.budget.max_quality_loss:g} %"
-        return f"{setup.model.name} meets {asked} on {setup.profile.name} {beyond}: {cost}."
-    how = "" if verdict.source == "measured" else f" ({verdict.source})"
-    return f"{setup.model.name} meets {asked} on {setup.profile.name}{how}, {cost}."
-
-
-def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
-    dense = fitted.setup.model.decoder
-    total = sum(shares.values())
-    fixed = shares["overhead"] + shares["head_and_embedding"]
-    tables = dense.table_parameters
-    text = (
-        f"{100 * fixed / total:.0f} % of the dense model's time per token ({format_ms(fixed)} of {format_ms(total)}, "
-        f"estimated) is overhead, embedding and head; so are {100 * tables / dense.parameters:.0f} % of its weights: "
-        "no pruning of layers removes them."
-    )
-    if (
-        fitted.setup.imaging is None
-        and fitted.setup.request.vocabulary == "full"
-        and tables >= LARGE_TABLES * dense.parameters
-    ):
-        text += " A smaller vocabulary does: --vocabulary samples."
-    return text
-
-
-def _warnings(fitted: Fitted) -> list[str]:
-    warnings: list[str] = []
-    if fitted.chosen.performance.decode.source != "measured":
-        warnings.append(NOT_MEASURED)
-    if fitted.samples.self_generated:
-        what = "text that the dense model generated" if fitted.setup.imaging is None else "pictures that it drew"
-        warnings.append(f"Quality was measured on {what}: agreement with the dense model, not quality.")
-    if not fitted.chosen.model.decoder.is_uniform:
-        warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
-    elif has_checkpoint(fitted):
-        model = fitted.chosen.model
-        if loadable(model.decoder, read_config(model.directory)) != model.decoder:
-            warnings.append(
-                "The checkpoint holds removed heads as zeros, since no configuration of this family says their number: "
-                "graphs and engine are smaller than it."
-            )
-    warnings += fitted.chosen.performance.notes
-    fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
-    if fell_back:
-        warnings.append(f"Compensation did not help and was left out in: {', '.join(fell_back)}.")
-    for record in fitted.chosen.records:
-        if few := record["few"]:
-            warnings.append(
-                f"Layer {record['layer']}: experts {', '.join(map(str, few))} saw fewer calibration tokens than they "
-                "keep channels and were not compensated; give more or other samples."
-            )
-    return warnings
-
-
-def _deploy(fitted: Fitted, report: schema.Report, command: str) -> list[schema.Step]:
-    setup = fitted.setup
-    plans = sorted(path.name for path in fitted.chosen.exported.engine.glob("*.engine"))
-    return deploy_steps(
-        report, setup.output.name, setup.profile.engine, plans, has_checkpoint(fitted), f"{command} --force"
-    )
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"

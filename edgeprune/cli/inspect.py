@@ -17,8 +17,8 @@ def devices(
     json_: options.Json = False,
 ) -> None:
     """List the device profiles, or show one with the source and confidence of each figure."""
+    from edgeprune.cli.tables import print_profile, print_profiles
     from edgeprune.profiles import list_profiles, load_profile, profile_toml
-    from edgeprune.report.terminal import print_profile, print_profiles
 
     if name is None:
         profiles = list_profiles()
@@ -49,10 +49,10 @@ def plan(
     json_: options.Json = False,
 ) -> None:
     """Estimate what a model of this shape needs and reaches: memory by part, prefill, decode; all estimated."""
-    from edgeprune.model.checkpoint.llamagen import Hints
+    from edgeprune.cli.tables import print_plan, print_plans
     from edgeprune.commands.plan import Question, plan_all
     from edgeprune.commands.plan import plan as plan_one
-    from edgeprune.report.terminal import print_plan, print_plans
+    from edgeprune.model.checkpoint.llamagen import Hints
 
     question = Question(model, device, profile, precision, prompt, past, batch, Hints(image_size, num_heads))
     if device is None and profile is None:
@@ -77,11 +77,18 @@ def plan(
 
 def doctor(json_: options.Json = False) -> None:
     """Say which engines can build and run here, and what to install for the others."""
+    from edgeprune.cli.tables import print_doctor
     from edgeprune.commands.doctor import examine
-    from edgeprune.report.terminal import print_doctor
 
     findings = examine()
     if json_:
         typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
     else:
         print_doctor(findings, console())
+
+
+def report(bundle: options.Bundle) -> None:
+    """Render a bundle's report.html again from its report.json, and say where it is."""
+    from edgeprune.bundle.read import render_again
+
+    typer.echo(str(render_again(bundle)))

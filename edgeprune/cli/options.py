@@ -76,3 +76,8 @@ def given(context: typer.Context) -> list[str]:
             is_option = parameter.param_type_name == "option"
             found.append(parameter.opts[0] if is_option else parameter.name.upper())
     return found
+
+
+def note(text: str) -> None:
+    """Prints a line to standard error, apart from what a command returns."""
+    typer.echo(text, err=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from edgeprune.errors import EngineError
 from edgeprune.ondevice import tensorrt
 from edgeprune.ondevice.cuda import find_gpu
-from edgeprune.errors import EngineError
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 
@@ -57,9 +57,11 @@ def _gpu() -> Finding:
         gpu = find_gpu()
     except EngineError as error:
         return Finding(
-            "NVIDIA GPU", False, error.message,
+            "NVIDIA GPU",
+            False,
+            error.message,
             "Pruning needs none. Engines are measured where the GPU is: --target ssh://USER@DEVICE, or finish.pyz.",
-        )  # fmt: skip
+        )
     return Finding("NVIDIA GPU", True, f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 2**30:.0f} GiB, {gpu.layer}")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.ondevice.measure import Here
-from edgeprune.ondevice.finish import finish
-from edgeprune.pipeline.setup import target_of
-from edgeprune.progress import Progress, Silent
 from edgeprune.bundle.read import read_report, render_again
+from edgeprune.engine.remote import target_of
+from edgeprune.ondevice.finish import finish
+from edgeprune.ondevice.measure import Here
+from edgeprune.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from edgeprune.report.schema import Report

@@ -11,7 +11,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.engine.estimate import (
     Precision,
     bytes_per_token,
@@ -24,9 +23,10 @@ from edgeprune.engine.estimate import (
 )
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Decoder
 from edgeprune.model.checkpoint.llamagen import Hints
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_shape
+from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, load_profile_file
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
@@ -104,10 +104,7 @@ class Plan:
             "decode_ms": performance.decode.value,
             "decode_in_place_ms": self.decode_in_place_ms,
             "work": self.work,
-            "parts": {
-                "memory_bytes": memory_bytes,
-                "decode_ms": self.decode_parts,
-            },
+            "parts": {"memory_bytes": memory_bytes, "decode_ms": self.decode_parts},
             "basis": {f"memory.{name}": part.basis for name, part in memory.items()}
             | {"prefill": performance.prefill.basis, "decode": performance.decode.basis},
             "notes": [*self.notes, *performance.notes],
@@ -150,12 +147,16 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
     held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
     performance = estimate_performance(decoder, profile, asked, precision)
     return Plan(
-        model, decoder, profile, precision, asked,
+        model,
+        decoder,
+        profile,
+        precision,
+        asked,
         replace(performance, memory=estimate_memory(decoder, profile, held, precision)),
         decode_parts(decoder, profile, asked, precision),
         sum(decode_parts(decoder, profile, asked, precision, in_place=True).values()),
         tuple(_notes(decoder, held, precision)),
-    )  # fmt: skip
+    )
 
 
 def _workload(question: Question, profile: DeviceProfile, decoder: Decoder) -> Workload:

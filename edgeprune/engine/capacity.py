@@ -9,20 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from edgeprune.ondevice.budget import AbsoluteBudget
-from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.engine.estimate import Precision, estimate_memory
-from edgeprune.ondevice.experience import Experience, Room, experience_of
 from edgeprune.model.decoder import Decoder
+from edgeprune.ondevice.budget import AbsoluteBudget
+from edgeprune.ondevice.experience import Experience, Room, experience_of
+from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.profiles import DeviceProfile
 
 MOST_SEQUENCES = 2**20
 
 
 def experience(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision, performance: Performance,
-    budget: AbsoluteBudget, images: int | None = None,
-) -> Experience:  # fmt: skip
+    decoder: Decoder,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: Precision,
+    performance: Performance,
+    budget: AbsoluteBudget,
+    images: int | None = None,
+) -> Experience:
     """performance: what was obtained for the workload; images: at once, of an image generator. Room is what the memory
     budget leaves, or else the device.
 
@@ -46,9 +51,12 @@ def experience(
     context = _largest(with_context, limit, 2, most)
     sequences = _largest(with_sequences, limit, 1, MOST_SEQUENCES)
     room = Room(
-        limit, reason, most, _growth(with_context, workload.context, context or 2),
+        limit,
+        reason,
+        most,
+        _growth(with_context, workload.context, context or 2),
         _growth(with_sequences, workload.batch, sequences or 1),
-    )  # fmt: skip
+    )
     return experience_of(performance, workload, room, context, sequences, images)
 
 

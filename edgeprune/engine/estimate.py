@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from edgeprune.ondevice.figures import Estimate, Memory, Performance, Workload
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.onnx.nodes import HEAD_MULTIPLE, head_width
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
+from edgeprune.ondevice.figures import Estimate, Memory, Performance, Workload
+from edgeprune.ondevice.measure import Counted
 from edgeprune.profiles import DeviceProfile
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -332,3 +333,18 @@ def _require_figures(profile: DeviceProfile) -> None:
             f"the profile {profile.name} has no hardware figures to estimate from",
             "Measure them first (--device cpu does so on first use), or add them to the profile.",
         )
+
+
+def counted(decoder: Decoder, precision: str, workload: Workload) -> Counted:
+    """The bytes that ONNX Runtime's graph holds, its cache updated in place."""
+    return Counted(
+        weights=graph_weight_bytes(decoder, precision, "onnxruntime", workload.context),
+        cache=cache_bytes(decoder, precision, workload, in_place=True),
+        buffers=buffer_bytes(decoder, precision, workload, "onnxruntime"),
+    )
+
+
+def workspace_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> int:
+    """Scratch memory that the profile leaves for one kernel: what is usable less weights and cache."""
+    memory = estimate_performance(decoder, profile, workload, precision).memory
+    return max(64 * 2**20, int(profile.usable_bytes - memory.weights.value - memory.cache.value))

@@ -18,11 +18,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.errors import InputError
 from edgeprune.ondevice.machine import processor
 from edgeprune.ondevice.measure import Here, Session
 from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
-from edgeprune.errors import InputError
+from edgeprune.ondevice.worker import Tell, quiet
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 
 VERSION = 2  # of this way of probing; figures of another version are measured again
@@ -135,7 +135,7 @@ def _processor_figures(
         "build_memory": _figure(memory, "B", whole, "low"),
         "runtime_memory": _figure(runtime, "B", f"{source}: resident bytes of a process with the runtime alone"),
         **_rates(source, stacks, answer["took"], answer["load"]),
-    }  # fmt: skip
+    }
 
 
 def _gpu_figures(source: str, stacks: dict[str, Stack], answer: dict[str, Any], like: DeviceProfile) -> Figures:
@@ -211,10 +211,14 @@ def _time(session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, s
         for role, stack in stacks.items():
             write_graph(stack, graphs[role])
         request = {
-            "task": "the probe", "do": "probe", "step": "time", "engine": engine, "shared": shared,
+            "task": "the probe",
+            "do": "probe",
+            "step": "time",
+            "engine": engine,
+            "shared": shared,
             "files": {role: str(path) for role, path in graphs.items()},
             "stacks": {role: asdict(stack) for role, stack in stacks.items()},
-        }  # fmt: skip
+        }
         answer = session.run(request, PROBE_SECONDS, tell)
     return {**answer, "took": {role: Took(**values) for role, values in answer["took"].items()}}
 

@@ -16,10 +16,10 @@ from functools import cache
 
 import numpy as np
 
-from edgeprune.ondevice.figures import Workload
 from edgeprune.engine.estimate import Precision, bytes_per_token, prefill_flops
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
+from edgeprune.ondevice.figures import Workload
 from edgeprune.profiles import load_profile
 
 RUNTIME = "NVIDIA TensorRT-Edge-LLM 0.10 llm_bench, TensorRT 10.16, cache in place"
@@ -150,24 +150,31 @@ ORIGINS = {
     origin.label: origin
     for origin in (
         Origin(
-            "AGX Orin 64 GB", "jetson-agx-orin-64gb", "jetson-agx-orin-64gb",
+            "AGX Orin 64 GB",
+            "jetson-agx-orin-64gb",
+            "jetson-agx-orin-64gb",
             _points([(162.5, 118.5), (89.5, 308.3), (50.7, 761.9), (30.6, 1384.0)]),
             ("jetson-orin", "jetson-agx-orin-32gb"),
         ),
         Origin(
-            "Orin NX 16 GB", "jetson-orin-nx-16gb", "jetson-orin-nx-16gb-super",
+            "Orin NX 16 GB",
+            "jetson-orin-nx-16gb",
+            "jetson-orin-nx-16gb-super",
             _points([(98.9, 268.8), (52.2, 674.0), (29.2, 1880.0), (17.5, 2944.0)]),
             ("jetson-orin-nx-16gb-super", "jetson-orin-nx-8gb", "jetson-orin-nx-8gb-super"),
             "power mode not stated",
         ),
         Origin(
-            "Orin Nano 8 GB", "jetson-orin-nano-8gb", "jetson-orin-nano-8gb",
+            "Orin Nano 8 GB",
+            "jetson-orin-nano-8gb",
+            "jetson-orin-nano-8gb",
             _points([(61.0, 445.0), (32.3, 1021.0)]),
             ("jetson-orin-nano-8gb-super", "jetson-orin-nano-4gb", "jetson-orin-nano-4gb-super"),
-            "power mode not stated, 68 GB/s fits", "Orin NX 16 GB",
+            "power mode not stated, 68 GB/s fits",
+            "Orin NX 16 GB",
         ),
     )
-}  # fmt: skip
+}
 
 
 @cache

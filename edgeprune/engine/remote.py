@@ -18,18 +18,40 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
+from edgeprune.engine.ssh import Talk, Target, talking
+from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
 from edgeprune.ondevice.worker import Tell
-from edgeprune.engine.ssh import Talk, Target, talking
-from edgeprune.errors import EngineError
 
 DEVICE_FILES = (
-    "__init__.py", "errors.py", "cache.py", "budget.py", "bundle.py", "finish.py", "engine/__init__.py",
-    *(f"engine/{name}.py" for name in (
-        "base", "wire", "child", "facts", "latency", "check", "onnxruntime", "tensorrt", "cuda", "gpu", "tasks",
-        "perform", "agent", "probing", "serving",
-    )),
-)  # fmt: skip
+    "__init__.py",
+    "errors.py",
+    "cache.py",
+    "budget.py",
+    "bundle.py",
+    "finish.py",
+    "engine/__init__.py",
+    *(
+        f"engine/{name}.py"
+        for name in (
+            "base",
+            "wire",
+            "child",
+            "facts",
+            "latency",
+            "check",
+            "onnxruntime",
+            "tensorrt",
+            "cuda",
+            "gpu",
+            "tasks",
+            "perform",
+            "agent",
+            "probing",
+            "serving",
+        )
+    ),
+)
 BOOT = """
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]  # a user's own json.py must not stand for the library
@@ -119,10 +141,17 @@ class Device:
             try:
                 hashes = _send_files(talk, names, tell)
                 roles = {role: _relative(role, Path(path)) for role, path in request.get("files", {}).items()}
-                talk.say({
-                    "do": "run", "request": request, "files": roles, "hashes": hashes, "timeout": timeout_seconds,
-                    "outputs": {role: f"out/{path.name}" for role, path in outputs.items()}, "keep": self.keep,
-                })  # fmt: skip
+                talk.say(
+                    {
+                        "do": "run",
+                        "request": request,
+                        "files": roles,
+                        "hashes": hashes,
+                        "timeout": timeout_seconds,
+                        "outputs": {role: f"out/{path.name}" for role, path in outputs.items()},
+                        "keep": self.keep,
+                    }
+                )
                 while "progress" in (answer := talk.hear()):
                     tell(*answer["progress"])
                 for role, path in outputs.items():
@@ -212,3 +241,10 @@ def _fetch(talk: Talk, sha256: str, path: Path, tell: Tell) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def target_of(text: str | None, keep: bool) -> Device | None:
+    """The device behind `ssh://...`, None for this machine. Raises InputError."""
+    if text is None and keep:
+        raise InputError("--keep-remote is given without --target", "Give --target ssh://USER@DEVICE, or leave it out.")
+    return None if text is None else Device(Target.parse(text), keep)

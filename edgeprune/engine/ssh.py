@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.ondevice.agent import CHUNK, PROTOCOL
 from edgeprune.errors import EngineError, InputError, Unreachable
+from edgeprune.ondevice.agent import CHUNK, PROTOCOL
 
 ALIVE_SECONDS = 15.0
 CONNECT_SECONDS = 20
@@ -24,20 +24,32 @@ _LAST_OPTION = "ServerAliveCountMax=4"
 # Reads a program of the length that the first line says and runs it: the same words in every shell.
 COMMAND = "python3 -c 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'"
 _COMPLAINTS = (
-    ("remote host identification has changed", "its host key is not the known one",
-     "If the device was set up anew, remove the old key with ssh-keygen -R and connect once by hand: {ssh}"),
-    ("host key verification failed", "its host key is not known yet",
-     "Connect once by hand and compare the key: {ssh}"),
-    ("permission denied", "it does not let this user in",
-     "Install your key there (ssh-copy-id), or load it into ssh-agent; check with: {ssh}"),
-    ("too many authentication failures", "it does not let this user in",
-     "Name the key for it in ~/.ssh/config (IdentityFile, IdentitiesOnly yes); check with: {ssh}"),
+    (
+        "remote host identification has changed",
+        "its host key is not the known one",
+        "If the device was set up anew, remove the old key with ssh-keygen -R and connect once by hand: {ssh}",
+    ),
+    (
+        "host key verification failed",
+        "its host key is not known yet",
+        "Connect once by hand and compare the key: {ssh}",
+    ),
+    (
+        "permission denied",
+        "it does not let this user in",
+        "Install your key there (ssh-copy-id), or load it into ssh-agent; check with: {ssh}",
+    ),
+    (
+        "too many authentication failures",
+        "it does not let this user in",
+        "Name the key for it in ~/.ssh/config (IdentityFile, IdentitiesOnly yes); check with: {ssh}",
+    ),
     ("could not resolve", "its name is not known", "Check the name, or give its address."),
     ("connection refused", "it refuses the connection", "Check the port, and that sshd runs there."),
     ("timed out", "it does not answer", "Check that the device is on, and the network."),
     ("no route to host", "it cannot be reached", "Check that the device is on, and the network."),
     ("network is unreachable", "it cannot be reached", "Check the network."),
-)  # fmt: skip
+)
 BANNER_LINES = 1000  # that a login shell may print before the agent speaks
 _USER = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"
 _HOST = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"

@@ -47,9 +47,13 @@ class Identical:
 
 
 def agreement(
-    dense: Losses, fitted: Losses, seed: int, common: Sequence[Sequence[int]] | None = None,
-    kept: np.ndarray | None = None, draws: int = 2000,
-) -> Agreement | None:  # fmt: skip
+    dense: Losses,
+    fitted: Losses,
+    seed: int,
+    common: Sequence[Sequence[int]] | None = None,
+    kept: np.ndarray | None = None,
+    draws: int = 2000,
+) -> Agreement | None:
     """At how many places of the same documents the likeliest next token is the same; None where none can be compared.
 
     For a fitted model with a vocabulary of its own: common, by document and window, counts the tokens at its

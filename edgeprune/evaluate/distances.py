@@ -44,11 +44,14 @@ def distances(reference: np.ndarray, generated: np.ndarray, network: str, seed: 
     """All of them, of features (images, d). Raises InputError where there are fewer than FEWEST_IMAGES."""
     precision, recall = precision_recall(reference, generated)
     return Distances(
-        images=len(generated), reference_images=len(reference), network=network,
+        images=len(generated),
+        reference_images=len(reference),
+        network=network,
         kernel=kernel_distance(reference, generated, seed),
         frechet=(frechet_distance(reference, generated), frechet_floor(reference, len(generated), seed)),
-        precision=precision, recall=recall,
-    )  # fmt: skip
+        precision=precision,
+        recall=recall,
+    )
 
 
 def kernel_distance(reference: np.ndarray, generated: np.ndarray, seed: int, draws: int = DRAWS) -> Interval:

@@ -66,9 +66,12 @@ def window_losses(model: Model, windows: Windows, on_layer: Callable[[], None] =
 
 
 def text_losses(
-    decoder: Decoder, weights: WeightStream, texts: Mapping[str, Sequence[np.ndarray]], length: int,
+    decoder: Decoder,
+    weights: WeightStream,
+    texts: Mapping[str, Sequence[np.ndarray]],
+    length: int,
     on_layer: Callable[[], None] = lambda: None,
-) -> dict[str, Losses]:  # fmt: skip
+) -> dict[str, Losses]:
     """Losses of several texts, each of documents of token ids, in one pass over a stream of weights.
 
     So a model is evaluated while it is pruned, and is nowhere held whole.

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from edgeprune.errors import InputError
+from edgeprune.generate.guidance import checked_guidance, class_labels, documents_of, sample_labels
+from edgeprune.generate.pixels import CodecRunner, grid, write_picture
+from edgeprune.generate.runner import runner_of
+from edgeprune.generate.text import generate_documents
+from edgeprune.model.decoder import Picture
+from edgeprune.model.model import Model
 from edgeprune.ondevice.bundle import CODEC, REPORT, open_chosen
-from edgeprune.ondevice.reference import Runner as StepRunner
 from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
 from edgeprune.ondevice.onnxruntime import Runner
-from edgeprune.errors import InputError
-from edgeprune.generate.text import generate_documents, runner_of
-from edgeprune.pipeline.imaging import Imaging, checked_guidance, class_labels, documents_of, sample_labels
-from edgeprune.model.decoder import Decoder, Picture
-from edgeprune.model.model import Model
-from edgeprune.generate.pixels import CodecRunner, grid, write_picture
+from edgeprune.ondevice.reference import Runner as StepRunner
 from edgeprune.progress import Progress
 
 AT_ONCE = 8  # pictures: the processor gains nothing from more
@@ -44,9 +44,14 @@ class Drawn:
 
 
 def draw_codes(
-    runner: StepRunner, picture: Picture, vocab_size: int, labels: Sequence[int | None], sampling: Sampling,
-    seed: int, advance: Callable[[], None],
-) -> np.ndarray:  # fmt: skip
+    runner: StepRunner,
+    picture: Picture,
+    vocab_size: int,
+    labels: Sequence[int | None],
+    sampling: Sampling,
+    seed: int,
+    advance: Callable[[], None],
+) -> np.ndarray:
     """Codes (pictures, tokens) int64, as many at once as the runner holds; advance: called `steps_of` times."""
     at_once = runner.batch // sampling.streams
     null = picture.opening(vocab_size, None)
@@ -70,9 +75,14 @@ def steps_of(picture: Picture, count: int, at_once: int = AT_ONCE) -> int:
 
 
 def codes_from(
-    graph: Path, picture: Picture, vocab_size: int, labels: Sequence[int | None], sampling: Sampling, seed: int,
+    graph: Path,
+    picture: Picture,
+    vocab_size: int,
+    labels: Sequence[int | None],
+    sampling: Sampling,
+    seed: int,
     advance: Callable[[], None],
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """The same from a graph for ONNX Runtime, AT_ONCE pictures at once."""
     runner = Runner(graph, AT_ONCE * sampling.streams, picture.tokens)
     return draw_codes(runner, picture, vocab_size, labels, sampling, seed, advance)
@@ -90,18 +100,6 @@ def own_samples(
     advance = progress.stage("draw samples", steps_of(picture, count))
     codes = codes_from(graph, picture, decoder.vocab_size, labels, sampling, seed, advance)
     return documents_of(decoder, labels, codes)
-
-
-def write_codec_folder(folder: Path, decoder: Decoder, imaging: Imaging) -> Path:
-    """A bundle's folder with the codec's graph and what draws the codes; returns it."""
-    from edgeprune.engine.onnx.codec import write_codec
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_codec(imaging.codec, decoder.picture.side, folder / CODEC_GRAPH)
-    drawn = Drawn(**asdict(decoder.picture), vocab_size=decoder.vocab_size, cfg=imaging.sampling.cfg)
-    (folder / DESCRIPTION).write_text(json.dumps(asdict(drawn), indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
 def read_description(bundle: Path) -> Drawn:
@@ -150,9 +148,15 @@ def draw_grid(
 
 
 def painter_of(
-    bundle: Path, classes: Sequence[int], count: int, cfg: float | None, temperature: float, top_k: int, top_p: float,
+    bundle: Path,
+    classes: Sequence[int],
+    count: int,
+    cfg: float | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
     note: Callable[[str], None],
-) -> Painter:  # fmt: skip
+) -> Painter:
     """cfg: None for the bundle's own guidance. note: told what draws, where it is not the engine.
 
     Raises InputError for a language model, an unknown class, or guidance that the model has not.

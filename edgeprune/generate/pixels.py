@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune.ondevice.onnxruntime import open_session
 from edgeprune.errors import EngineError, InputError
+from edgeprune.ondevice.onnxruntime import open_session
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -215,8 +215,9 @@ class Decoder:
     @property
     def rotaries(self) -> tuple[Rotary, ...]:
         """The rotary embeddings of the layers, each once."""
-        return tuple(dict.fromkeys(layer.attention.rotary for layer in self.layers
-                                   if layer.attention and layer.attention.rotary))  # fmt: skip
+        return tuple(
+            dict.fromkeys(layer.attention.rotary for layer in self.layers if layer.attention and layer.attention.rotary)
+        )
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -70,8 +70,13 @@ def _rotary_table(rotary: Rotary, length: int) -> tuple[torch.Tensor, torch.Tens
     else:
         places = (positions - grid.prefix).clamp_min(0)
         by_row, by_column = frequencies.chunk(2)
-        angles = torch.cat([torch.outer(places.div(grid.side, rounding_mode="floor"), by_row),
-                            torch.outer(places % grid.side, by_column)], dim=-1)  # fmt: skip
+        angles = torch.cat(
+            [
+                torch.outer(places.div(grid.side, rounding_mode="floor"), by_row),
+                torch.outer(places % grid.side, by_column),
+            ],
+            dim=-1,
+        )
     angles = torch.cat([angles, angles], dim=-1)
     cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
     if grid is not None:
@@ -230,9 +235,14 @@ def module_output(decoder: Decoder, kind: str, weights: LayerWeights, raw: torch
 
 
 def module_inputs(
-    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables,
+    decoder: Decoder,
+    index: int,
+    kind: str,
+    weights: LayerWeights,
+    hidden: torch.Tensor,
+    tables: Tables,
     chunk: int = CHUNK_TOKENS,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Inputs of one module's output projection on all samples, computed about `chunk` tokens at a time.
 
     kind: `attention` (input of o) or `mlp` (input of down). Returns (b, t, features).
@@ -272,9 +282,15 @@ def modules_of(decoder: Decoder, index: int) -> list[str]:
 
 
 def add_module(
-    decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables,
-    chunk: int = CHUNK_TOKENS, source: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    decoder: Decoder,
+    index: int,
+    kind: str,
+    weights: LayerWeights,
+    hidden: torch.Tensor,
+    tables: Tables,
+    chunk: int = CHUNK_TOKENS,
+    source: torch.Tensor | None = None,
+) -> None:
     """hidden (b, t, c) += the module's output, about `chunk` tokens at a time. Raises NumericalError.
 
     source: the states that the module reads, where they are others than those it is added to (see `entering`).
@@ -293,9 +309,8 @@ def entering(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def add_layer(
-    decoder: Decoder, index: int, weights: LayerWeights, hidden: torch.Tensor, tables: Tables,
-    chunk: int = CHUNK_TOKENS,
-) -> None:  # fmt: skip
+    decoder: Decoder, index: int, weights: LayerWeights, hidden: torch.Tensor, tables: Tables, chunk: int = CHUNK_TOKENS
+) -> None:
     """hidden (b, t, c) += all that the layer adds. Raises NumericalError."""
     for part in row_chunks(hidden, chunk):
         source = entering(decoder, part)
@@ -320,9 +335,12 @@ def weight_stream(model: Model) -> WeightStream:
 
 @torch.inference_mode()
 def token_losses(
-    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int = CHUNK_TOKENS,
+    decoder: Decoder,
+    weights: WeightStream,
+    ids: torch.Tensor,
+    chunk: int = CHUNK_TOKENS,
     on_layer: Callable[[], None] = lambda: None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Negative log-likelihood in nats (b, t - 1) fp64 of every token of ids (b, t) but the first.
 
     weights: in the order of decoder.shapes(), consumed as they come, so that a model is evaluated
@@ -336,9 +354,12 @@ def token_losses(
 
 @torch.inference_mode()
 def token_predictions(
-    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int = CHUNK_TOKENS,
+    decoder: Decoder,
+    weights: WeightStream,
+    ids: torch.Tensor,
+    chunk: int = CHUNK_TOKENS,
     on_layer: Callable[[], None] = lambda: None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """token_losses, and the likeliest token (b, t - 1) int64 in the place of each, from the same pass."""
     labels = ids[:, 1:].flatten().split(LOGIT_ROWS)
     losses, likeliest = [], []

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors, decoder_of, stored_decoder
-from edgeprune.model.decoder import Decoder
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.checkpoint.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
-from edgeprune.model.model import Model
 from edgeprune.model.checkpoint.packaged import packaged_file
 from edgeprune.model.checkpoint.padding import without_padding
 from edgeprune.model.checkpoint.places import StoredTensor
 from edgeprune.model.checkpoint.torch_file import TorchFiles, archive_members, torch_header, training_arguments
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.model import Model
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ DTYPES = ("F32", "F16", "BF16")
 Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
 Stands = dict[str, list[tuple[Path, str, StoredTensor]]]  # by name of the weight: where its rows are, in order
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
-PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 SAFETENSORS = ".safetensors"
 WEIGHT_FILES = (".pt", ".pth", ".bin", SAFETENSORS)
 FILES = "a .gguf file, or LlamaGen's c2i_*.pt"
@@ -180,10 +179,6 @@ def load_directory(path: Path, name: str) -> Model:
     return Model(name, path, decoder, weights, _fingerprint(config_file, {place[0] for place in stored.values()}))
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
-
-
 def _stored(path: Path) -> Stored:
     return {name: (file, *entry) for file in _weight_files(path) for name, entry in _header(file).items()}
 
@@ -288,26 +283,3 @@ def _fingerprint(config: Path, files: set[Path]) -> str:
                 stream.seek(size * block // SAMPLED_BLOCKS)
                 digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def _names_plain_tokenizer(directory: Path) -> bool:
-    """AutoTokenizer would choose the class that the directory names, after importing all of transformers."""
-    path = directory / "tokenizer_config.json"
-    if not path.is_file() or not (directory / "tokenizer.json").is_file():
-        return False
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return config.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in config
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer, from local files. Raises InputError where transformers cannot read it."""
-    try:
-        if _names_plain_tokenizer(directory):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizer's own reader raises
-        raise InputError(f"cannot load the tokenizer in {directory}: {error}", "Restore its files.") from None

@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgeprune.cache import cache_folder
-from edgeprune.ondevice.worker import DISK_FULL, ask
 from edgeprune.errors import EdgepruneError, EngineError
+from edgeprune.ondevice.worker import DISK_FULL, ask
 
 PROTOCOL = 1
 SILENCE_SECONDS = 90.0  # the workstation says that it is there every 15
@@ -312,10 +312,15 @@ def main() -> int:
         return 1
     except OSError as error:
         with contextlib.suppress(OSError):
-            sink.write(json.dumps({
-                "error": f"the device's folder {cache_folder()} cannot be used: {error}",
-                "remedy": "Free some space there, or make it writable for this user.",
-            }).encode() + b"\n")  # fmt: skip
+            sink.write(
+                json.dumps(
+                    {
+                        "error": f"the device's folder {cache_folder()} cannot be used: {error}",
+                        "remedy": "Free some space there, or make it writable for this user.",
+                    }
+                ).encode()
+                + b"\n"
+            )
             sink.flush()
         return EngineError.exit_code
     finally:

@@ -13,8 +13,8 @@ from fractions import Fraction
 from math import isfinite
 from typing import Literal
 
-from edgeprune.ondevice.figures import Figure, Measured, Performance
 from edgeprune.errors import InputError
+from edgeprune.ondevice.figures import Figure, Measured, Performance
 
 Status = Literal["met", "missed", "noisy"]
 Source = Literal["measured", "built", "estimated"]
@@ -30,9 +30,16 @@ LATENCY_FORMS = "25ms, 0.5s or a share of the dense model such as 70%"
 PERCENT_FORMS = "a percentage such as 70%"
 
 _SIZE_UNITS = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 _LATENCY_UNITS = {"US": Fraction(1, 1000), "MS": Fraction(1), "S": Fraction(1000)}
 _SOURCES: tuple[Source, ...] = ("estimated", "built", "measured")  # weakest first
 _FORM = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]*)")

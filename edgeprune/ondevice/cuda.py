@@ -207,9 +207,12 @@ class _PyCuda:
     def gpu(self) -> Gpu:
         major, minor = self._device.compute_capability()
         return Gpu(
-            self._device.name(), 10 * major + minor, self._device.total_memory(), self._cuda.get_driver_version(),
+            self._device.name(),
+            10 * major + minor,
+            self._device.total_memory(),
+            self._cuda.get_driver_version(),
             self.layer,
-        )  # fmt: skip
+        )
 
     def free_bytes(self) -> int:
         return int(self._cuda.mem_get_info()[0])
@@ -290,10 +293,11 @@ class _CudaPython:
     def gpu(self) -> Gpu:
         kinds = self._cuda.CUdevice_attribute
         major, minor = (
-            self._call("cuDeviceGetAttribute", getattr(kinds, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"),
-                       self._device)
+            self._call(
+                "cuDeviceGetAttribute", getattr(kinds, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"), self._device
+            )
             for part in ("MAJOR", "MINOR")
-        )  # fmt: skip
+        )
         name = self._call("cuDeviceGetName", 256, self._device).split(b"\0")[0].decode()
         memory = int(self._call("cuMemGetInfo")[1])
         return Gpu(name, 10 * major + minor, memory, self._call("cuDriverGetVersion"), self.layer)

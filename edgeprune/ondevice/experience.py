@@ -49,9 +49,13 @@ class Experience:
 
 
 def experience_of(
-    performance: Performance, workload: Workload, room: Room, longest_context: int, sequences: int,
+    performance: Performance,
+    workload: Workload,
+    room: Room,
+    longest_context: int,
+    sequences: int,
     images: int | None = None,
-) -> Experience:  # fmt: skip
+) -> Experience:
     """images: at once, of an image generator, which fills the workload's context; None for texts."""
     rate = _turned(performance.decode, 1e3, "tokens/s")
     base = f"{performance.memory.total / 2**20:.1f} MiB at batch {workload.batch}, context {workload.context}"
@@ -61,20 +65,21 @@ def experience_of(
         return Estimate(float(value), unit, performance.memory.weights.device, basis)
 
     return Experience(
-        first_token=performance.prefill, tokens_per_second=rate,
+        first_token=performance.prefill,
+        tokens_per_second=rate,
         reading_speed=None if images else _scaled(rate, 1 / READING_RATE, "1"),
         seconds_per_image=_seconds_per_image(performance, workload, images) if images else None,
         longest_context=estimate(
-            longest_context, "tokens",
+            longest_context,
+            "tokens",
             "all positions that the model has" if longest_context == room.most_context else limited,
         ),
-        sequences=estimate(sequences, "sequences", limited), room=room,
-    )  # fmt: skip
+        sequences=estimate(sequences, "sequences", limited),
+        room=room,
+    )
 
 
-def experience_again(
-    performance: Performance, workload: Workload, room: Room, images: int | None = None
-) -> Experience:  # fmt: skip
+def experience_again(performance: Performance, workload: Workload, room: Room, images: int | None = None) -> Experience:
     """The same for other figures of the same model, such as those of its device: room as it was found before."""
     spare = room.limit - performance.memory.total
     context = workload.context + spare // room.context_bytes

@@ -6,8 +6,8 @@ An estimate and a measurement are different types, so that one can never pass fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,48 @@ class Performance:
     def values(self) -> dict[str, float]:
         """What a budget can limit: memory in bytes, prefill and decode in ms."""
         return {"memory": self.memory.total, "prefill": self.prefill.value, "decode": self.decode.value}
+
+
+_KINDS = {kind.source: kind for kind in (Measured, Built, Estimate)}
+
+
+def figure_to_json(figure: Figure) -> dict[str, Any]:
+    return {"source": figure.source, **asdict(figure)}
+
+
+def figure_from_json(value: dict[str, Any]) -> Figure:
+    arguments = dict(value)
+    return _KINDS[arguments.pop("source")](**arguments)
+
+
+def performance_to_json(performance: Performance) -> dict[str, Any]:
+    """Every figure keeps its source; absent ratios are None."""
+    ratios = {
+        name: None if (figure := getattr(performance, name)) is None else figure_to_json(figure)
+        for name in ("prefill_ratio", "decode_ratio")
+    }
+    return {
+        "memory": {name: figure_to_json(figure) for name, figure in performance.memory.parts.items()},
+        "prefill": figure_to_json(performance.prefill),
+        "decode": figure_to_json(performance.decode),
+        **ratios,
+        "percentiles": performance.percentiles,
+        "notes": list(performance.notes),
+        "conditions": performance.conditions,
+    }
+
+
+def performance_from_json(value: dict[str, Any]) -> Performance:
+    ratios = {
+        name: None if value[name] is None else figure_from_json(value[name])
+        for name in ("prefill_ratio", "decode_ratio")
+    }
+    return Performance(
+        memory=Memory(**{name: figure_from_json(part) for name, part in value["memory"].items()}),
+        prefill=figure_from_json(value["prefill"]),
+        decode=figure_from_json(value["decode"]),
+        **ratios,
+        percentiles=value["percentiles"],
+        notes=tuple(value["notes"]),
+        conditions=value["conditions"],
+    )

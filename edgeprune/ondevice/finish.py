@@ -10,44 +10,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import html
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, Verdict, format_bytes, format_ms, judge, memory_total
-from edgeprune.ondevice.bundle import LINKS, MANIFEST, REPORT, open_bundle, open_chosen, point_to_rung, sha256
-from edgeprune.ondevice import measure as perform
-from edgeprune.ondevice.figures import Figure, Measured, Performance, Workload
-from edgeprune.ondevice.worker import Tell
-from edgeprune.ondevice.measure import Counted, Here, Session
-from edgeprune.ondevice.experience import Room, experience_again
-from edgeprune.ondevice.wire import figure_from_json, performance_to_json
 from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
+from edgeprune.ondevice import measure
+from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
+from edgeprune.ondevice.bundle import LINKS, MANIFEST, REPORT, open_bundle, open_chosen, point_to_rung, sha256
+from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
+from edgeprune.ondevice.finish_report import BANNER, Rung, _banner, _text, merged
+from edgeprune.ondevice.measure import Counted, Here, Session
+from edgeprune.ondevice.worker import Tell
 
 DEPLOYMENT = "deployment.json"
 MEASUREMENT = "measurement.json"
-NOT_MEASURED = "Latency was not measured on the device: build and measure there before you decide."
-BANNER = ("<!-- measured -->", "<!-- /measured -->")
 STAGED, READY = ".finish", ".finished"  # folders in the bundle: what is being made, what is complete
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine: the module that it needs
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A rung as it was found on the device. error: why it could not be built, empty where it could."""
-
-    index: int
-    status: str
-    performance: Performance | None
-    verdict: Verdict | None
-    error: str = ""
 
 
 def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, Any]:
@@ -70,8 +54,7 @@ def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, 
             _settle(bundle)
         except OSError as error:
             raise EngineError(
-                f"the bundle {bundle} cannot be written: {error.strerror}",
-                "Free some space there and run it again.",
+                f"the bundle {bundle} cannot be written: {error.strerror}", "Free some space there and run it again."
             ) from None
     return measurement
 
@@ -119,7 +102,7 @@ def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session
 
 def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> tuple[str, dict[str, Any]]:
     """The engine that the device has for this bundle, and what the device is. Raises EngineError."""
-    facts = perform.describe(session, tell)
+    facts = measure.describe(session, tell)
     modules = facts["modules"]
     if plan["engine"] == "onnxruntime":
         if missing := [name for name in ("numpy", "onnxruntime") if modules[name] is None]:
@@ -161,37 +144,45 @@ def _perform(bundle: Path, index: int, plan: dict[str, Any], engine: str, sessio
 
     if engine == "onnxruntime":
         counted = Counted(**rung["counted"])
-        return perform.on_onnxruntime(session, None, graph, workload, counted, told, reference, plan["precision"])
+        return measure.on_onnxruntime(session, None, graph, workload, counted, told, reference, plan["precision"])
     path = staged / "engine" / f"model.sm{plan['sm']}.engine"
     path.parent.mkdir(parents=True, exist_ok=True)
-    built = perform.build(session, engine, graph, path, workload, told, workspace_bytes=rung["workspace_bytes"])
+    built = measure.build(session, engine, graph, path, workload, told, workspace_bytes=rung["workspace_bytes"])
     runtime = figure_from_json(plan["runtime"])
-    return perform.on_tensorrt(session, engine, path, built, workload, runtime, reference, plan["precision"], told)
+    return measure.on_tensorrt(session, engine, path, built, workload, runtime, reference, plan["precision"], told)
 
 
 def _measurement(tried: list[Rung], chosen: Rung, engine: str, facts: dict[str, Any], where: str) -> dict[str, Any]:
     return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "where": where,
-        "machine": facts["machine"], "gpu": (facts["gpu"] or {}).get("name"), "engine": engine,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "where": where,
+        "machine": facts["machine"],
+        "gpu": (facts["gpu"] or {}).get("name"),
+        "engine": engine,
         "version": facts["modules"]["onnxruntime" if engine == "onnxruntime" else FLAVOURS[engine]],
-        "rung": chosen.index, "status": chosen.status, "rests_on": chosen.verdict.source,
+        "rung": chosen.index,
+        "status": chosen.status,
+        "rests_on": chosen.verdict.source,
         "rungs": [
             {
-                "index": rung.index, "status": rung.status, "error": rung.error,
+                "index": rung.index,
+                "status": rung.status,
+                "error": rung.error,
                 "figures": {} if rung.performance is None else rung.performance.values,
                 "sources": {} if rung.performance is None else _sources(rung.performance),
             }
             for rung in tried
         ],
         "performance": performance_to_json(chosen.performance),
-    }  # fmt: skip
+    }
 
 
 def _sources(performance: Performance) -> dict[str, str]:
     return {
-        "memory": memory_total(performance).source, "prefill": performance.prefill.source,
+        "memory": memory_total(performance).source,
+        "prefill": performance.prefill.source,
         "decode": performance.decode.source,
-    }  # fmt: skip
+    }
 
 
 def _stage(bundle: Path, measurement: dict[str, Any], chosen: Rung) -> None:
@@ -250,87 +241,6 @@ def _other_copies(bundle: Path, index: int) -> list[str]:
         and not (bundle / name).is_symlink()
         and held(bundle / name) != held(bundle / "rungs" / str(index) / name)
     ]
-
-
-def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> dict[str, Any]:
-    """A rung's report with what was measured in the place of what was estimated."""
-    performance = chosen.performance
-    shown = {
-        "memory": {name: _figure(part) for name, part in performance.memory.parts.items()},
-        "memory_total": _figure(memory_total(performance)), "prefill": _figure(performance.prefill),
-        "decode": _figure(performance.decode), "prefill_ratio": None, "decode_ratio": None,
-        "percentiles": performance.percentiles, "conditions": performance.conditions,
-    }  # fmt: skip
-    checks = {check.name: check for check in chosen.verdict.checks}
-    budget = []
-    for row in report["budget"]:
-        if check := checks.get(row["name"]):
-            row = {**row, "limit": check.limit, "status": check.status, "fitted": _figure(check.figure),
-                   "headroom_percent": 100 * (1 - check.figure.value / check.limit)}  # fmt: skip
-        budget.append(row)
-    batch, decode = report["workload"]["batch"], shown["decode"]
-    rate = {**decode, "value": 1e3 * batch / decode["value"], "unit": "tokens/s", "basis": f"{batch} / decode",
-            "low": 1e3 * batch / decode["high"], "high": 1e3 * batch / decode["low"]}  # fmt: skip
-    room = report["experience"]["fitted"]["room"]
-    images = (report["quality"]["pictures"] or {}).get("at_once")
-    again = experience_again(performance, Workload(**report["workload"]), Room(**room), images)
-    noticed = {name: figure and _figure(figure) for name, figure in again.figures.items()}
-    return {
-        **report, "headline": _headline(report, measurement, chosen), "status": chosen.status,
-        "rests_on": measurement["rests_on"], "budget": budget, "measurement": measurement,
-        "fitted": {**report["fitted"], "performance": shown},
-        "tokens_per_second": {**report["tokens_per_second"], "fitted": rate},
-        "experience": {**report["experience"], "fitted": {**noticed, "room": room}},
-        "warnings": [text for text in report["warnings"] if text != NOT_MEASURED] + list(performance.notes),
-    }  # fmt: skip
-
-
-def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> str:
-    name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
-    asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
-    rise = float(report["quality"]["rise_percent"])  # a broken model's is the text `Infinity`
-    cost = f"at {rise:+.1f} % perplexity{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}"
-    if chosen.status == "noisy":
-        return f"{name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
-    if chosen.status == "missed":
-        return f"{name} does not meet {asked} on {place}, {cost}."
-    if report["quality_status"] == "missed":
-        return f"{name} meets {asked} on {place} only beyond the quality limit: {cost}."
-    if report["quality_status"] == "noisy":
-        return f"{name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
-    return f"{name} meets {asked} on {place}, {cost}."
-
-
-def _figure(figure: Figure) -> dict[str, Any]:
-    """A figure as the report holds it."""
-    measured = isinstance(figure, Measured)
-    return {
-        "value": figure.value, "unit": figure.unit, "source": figure.source, "device": figure.device,
-        "low": figure.low if measured else None, "high": figure.high if measured else None,
-        "basis": None if measured else figure.basis,
-    }  # fmt: skip
-
-
-def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(row['name'])}</td><td class='{row['status']} n'><b>{html.escape(row['status'])}</b></td>"
-        f"<td class='n'>{_text(row['name'], row['fitted']['value'])} "
-        f"<span class='badge {row['fitted']['source']}'>{row['fitted']['source']}</span></td>"
-        f"<td class='n'>{_text(row['name'], row['limit'])}</td></tr>"
-        for row in report["budget"]
-        if row["name"] != "quality"
-    )
-    version = f"{measurement['engine']} {measurement['version']}"
-    return (
-        f"<section class='card'><h2>{html.escape(report['headline'])}</h2><p class='soft'>Measured "
-        f"{html.escape(measurement['created'])} with {html.escape(version)}, rung {measurement['rung']}. The page "
-        "below is from before; <code>edgeprune report BUNDLE</code> on the workstation draws it anew.</p>"
-        f"<table><tr><th>constraint</th><th>verdict</th><th>there</th><th>limit</th></tr>{rows}</table></section>"
-    )
-
-
-def _text(name: str, value: float) -> str:
-    return format_bytes(value) if name == "memory" else format_ms(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

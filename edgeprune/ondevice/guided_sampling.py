@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeprune.errors import EngineError, NumericalError
 from edgeprune.ondevice.reference import Runner
 from edgeprune.ondevice.sampling import choose
-from edgeprune.errors import EngineError, NumericalError
 
 
 @dataclass(frozen=True)

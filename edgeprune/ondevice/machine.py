@@ -114,18 +114,24 @@ def describe() -> dict[str, Any]:
             modules[name], missing[name] = None, f"{type(error).__name__}: {error}"
     gpu, why = None, ""
     if modules["numpy"]:
-        from edgeprune.ondevice.cuda import find_gpu
         from edgeprune.errors import EngineError
+        from edgeprune.ondevice.cuda import find_gpu
 
         try:
             gpu = dict(find_gpu().__dict__)
         except EngineError as error:
             why = error.message
     return {
-        "machine": machine(), "processor": processor(), "python": platform.python_version(),
-        "modules": modules, "missing": missing,
-        "gpu": gpu, "no_gpu": why, "memory": memory_state(), "platform": sys.platform,
-    }  # fmt: skip
+        "machine": machine(),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "modules": modules,
+        "missing": missing,
+        "gpu": gpu,
+        "no_gpu": why,
+        "memory": memory_state(),
+        "platform": sys.platform,
+    }
 
 
 def _said(*command: str) -> str:

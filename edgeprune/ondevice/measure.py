@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from edgeprune.ondevice.figures import Built, Figure, Measured, Memory, Performance, Workload
 from edgeprune.ondevice.reference import judge_logits
-from edgeprune.ondevice.worker import Tell, ask
 from edgeprune.ondevice.tensorrt import BuildResult
+from edgeprune.ondevice.worker import Tell, ask
 
 TASKS = "edgeprune.ondevice.tasks"
 SECONDS = 40.0  # at most, for prefill and decode together
@@ -48,9 +48,16 @@ def describe(session: Session, tell: Tell) -> dict[str, Any]:
 
 
 def on_onnxruntime(
-    session: Session, dense: Path | None, candidate: Path, workload: Workload, counted: Counted, tell: Tell,
-    reference: Path | None = None, precision: str = "fp32", seconds: float | None = None,
-) -> Performance:  # fmt: skip
+    session: Session,
+    dense: Path | None,
+    candidate: Path,
+    workload: Workload,
+    counted: Counted,
+    tell: Tell,
+    reference: Path | None = None,
+    precision: str = "fp32",
+    seconds: float | None = None,
+) -> Performance:
     """Memory and latency of a candidate; with `dense` interleaved with it and as ratios to it.
 
     dense, candidate: graphs of the onnxruntime dialect with `last` logits. Weights, cache and buffers
@@ -114,23 +121,42 @@ def engine_latencies(
 
 
 def build(
-    session: Session, flavour: str, graph: Path, plan: Path, workload: Workload, tell: Tell,
-    sm: int | None = None, workspace_bytes: int | None = None,
-) -> BuildResult:  # fmt: skip
+    session: Session,
+    flavour: str,
+    graph: Path,
+    plan: Path,
+    workload: Workload,
+    tell: Tell,
+    sm: int | None = None,
+    workspace_bytes: int | None = None,
+) -> BuildResult:
     """An engine from a graph. sm: for a GPU that is not there (TensorRT for RTX). Raises EngineError."""
     request = {
-        "task": f"the build of {graph.name}", "do": "build", "engine": flavour, "workload": asdict(workload),
-        "files": {"graph": str(graph)}, "outputs": {"plan": str(plan)}, "sm": sm,
+        "task": f"the build of {graph.name}",
+        "do": "build",
+        "engine": flavour,
+        "workload": asdict(workload),
+        "files": {"graph": str(graph)},
+        "outputs": {"plan": str(plan)},
+        "sm": sm,
         "workspace_bytes": workspace_bytes,
-    }  # fmt: skip
+    }
     result = session.run(request, BUILD_SECONDS, tell)
     return BuildResult(**{**result, "warnings": tuple(result["warnings"])})
 
 
 def on_tensorrt(
-    session: Session, flavour: str, plan: Path, built: BuildResult, workload: Workload, runtime: Figure,
-    reference: Path, precision: str, tell: Tell, seconds: float | None = None,
-) -> Performance:  # fmt: skip
+    session: Session,
+    flavour: str,
+    plan: Path,
+    built: BuildResult,
+    workload: Workload,
+    runtime: Figure,
+    reference: Path,
+    precision: str,
+    tell: Tell,
+    seconds: float | None = None,
+) -> Performance:
     """Check and measure an engine on the GPU that it was built for.
 
     Weights are the builder's figure, activations and scratch what the engine asks for; the cache, both
@@ -169,9 +195,13 @@ def _timed(
     session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, tell: Tell
 ) -> dict[str, Any]:
     request = {
-        "task": f"the measurement of {plan.name}", "do": "measure", "engine": flavour, "workload": asdict(workload),
-        "files": {"plan": str(plan)}, "seconds": seconds,
-    }  # fmt: skip
+        "task": f"the measurement of {plan.name}",
+        "do": "measure",
+        "engine": flavour,
+        "workload": asdict(workload),
+        "files": {"plan": str(plan)},
+        "seconds": seconds,
+    }
     return session.run(request, MEASURE_SECONDS, tell)
 
 
@@ -187,9 +217,13 @@ def _latency(
     session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, tell: Tell
 ) -> dict[str, Any]:
     request = {
-        "task": "the measurement", "do": "measure", "engine": "onnxruntime", "workload": asdict(workload),
-        "files": {name: str(path) for name, path in graphs.items()}, "seconds": seconds or SECONDS,
-    }  # fmt: skip
+        "task": "the measurement",
+        "do": "measure",
+        "engine": "onnxruntime",
+        "workload": asdict(workload),
+        "files": {name: str(path) for name, path in graphs.items()},
+        "seconds": seconds or SECONDS,
+    }
     return session.run(request, MEASURE_SECONDS, tell)
 
 
@@ -197,9 +231,12 @@ def _process_memory(
     session: Session, graph: Path, workload: Workload, counted: Counted, device: str, tell: Tell
 ) -> Memory:
     request = {
-        "task": "the measurement of memory", "do": "memory", "engine": "onnxruntime", "workload": asdict(workload),
+        "task": "the measurement of memory",
+        "do": "memory",
+        "engine": "onnxruntime",
+        "workload": asdict(workload),
         "files": {"candidate": str(graph)},
-    }  # fmt: skip
+    }
     found = session.run(request, MEASURE_SECONDS, tell)
     known = counted.weights + counted.cache + counted.buffers
     rest = max(0, found["peak"] - found["baseline"] - known)

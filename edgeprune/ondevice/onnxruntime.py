@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes
 from edgeprune.ondevice.timing import described, interleave, stopwatch
-from edgeprune.errors import EngineError
 
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+GRAPH_FILE = "model.onnxruntime.last.onnx"  # of a graph in the dialect that is run here
 DECODE_STEPS = 8  # steps whose peak memory is looked at
 
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.ondevice import machine as facts
-from edgeprune.ondevice.worker import Tell, ask
+from edgeprune.errors import EngineError
+from edgeprune.ondevice import machine
 from edgeprune.ondevice.cuda import Cuda
-from edgeprune.ondevice.tensorrt_runner import mapped
-from edgeprune.ondevice.timing import WARM_UP_SECONDS
 from edgeprune.ondevice.measure import BUILD_SECONDS, TASKS
 from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
-from edgeprune.errors import EngineError
+from edgeprune.ondevice.tensorrt_runner import mapped
+from edgeprune.ondevice.timing import WARM_UP_SECONDS
+from edgeprune.ondevice.worker import Tell, ask
 
 MIN_RUNS = 5
 RUNS, RUNS_SECONDS = 100, 1.5  # on a processor, whichever ends first
@@ -67,11 +67,15 @@ def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 def _look(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """What the graphs are sized by, and what a process with the runtime and nothing else holds at its peak."""
     version = _onnxruntime().__version__
-    runtime = facts.peak_bytes()
+    runtime = machine.peak_bytes()
     return {
-        "version": version, "runtime": runtime, "processor": facts.processor(), "memory": total_memory(),
-        "cache": largest_cache(), "available": facts.memory_state().get("available"),
-    }  # fmt: skip
+        "version": version,
+        "runtime": runtime,
+        "processor": machine.processor(),
+        "memory": total_memory(),
+        "cache": largest_cache(),
+        "available": machine.memory_state().get("available"),
+    }
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def _time(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         found: dict[str, Any] = {"took": took, "load": load}
     else:
         found = _on_gpu(request, paths, stacks, tell)
-    return {**found, "conditions": facts.conditions()}
+    return {**found, "conditions": machine.conditions()}
 
 
 def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def largest_cache() -> int:
 def _load() -> float:
     """Processes that ran or waited over the last minute, for each thread that there is; 0 where nobody says."""
     try:
-        return os.getloadavg()[0] / facts.threads()
+        return os.getloadavg()[0] / machine.threads()
     except (AttributeError, OSError):
         return 0.0
 
@@ -165,7 +169,7 @@ def in_precision(values: np.ndarray, precision: str) -> np.ndarray:
 def _check_room(paths: dict[str, Path], stacks: dict[str, Stack], copies: int) -> None:
     """Memory for the weights and what the runtime packs or builds of them, disk for them and the engines."""
     largest = max(stack.weight_bytes for stack in stacks.values())
-    available = facts.memory_state().get("available", 0)
+    available = machine.memory_state().get("available", 0)
     if 0 < available < 4 * largest:
         raise EngineError(
             f"probing needs {4 * largest / 2**20:.0f} MiB of memory, {available / 2**20:.0f} MiB are available",
@@ -247,10 +251,20 @@ def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, S
     flavour = request["engine"]
     for done, (role, stack) in enumerate(stacks.items()):
         tell("build engines to probe with", done, len(stacks))
-        ask(TASKS, {
-            "task": f"the build of {paths[role].name}", "do": "probe", "step": "build", "engine": flavour,
-            "files": {"graph": str(paths[role])}, "outputs": {"plan": str(_plan(paths[role]))}, "stack": asdict(stack),
-        }, BUILD_SECONDS, tell)  # fmt: skip
+        ask(
+            TASKS,
+            {
+                "task": f"the build of {paths[role].name}",
+                "do": "probe",
+                "step": "build",
+                "engine": flavour,
+                "files": {"graph": str(paths[role])},
+                "outputs": {"plan": str(_plan(paths[role]))},
+                "stack": asdict(stack),
+            },
+            BUILD_SECONDS,
+            tell,
+        )
     before = _free_bytes(request["shared"])
     took, taken = {}, None
     with Cuda() as cuda:
@@ -273,7 +287,7 @@ def _plan(graph: Path) -> Path:
 def _free_bytes(shared: bool) -> int | None:
     """Memory that the GPU has free for all, without a context of our own; None where nobody says."""
     if shared:
-        return facts.memory_state().get("available")
+        return machine.memory_state().get("available")
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgeprune.ondevice.worker import Tell
 from edgeprune.errors import EngineError, WrongEngine
+from edgeprune.ondevice.worker import Tell
 
 PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after it, at most
 # Least cosine and largest max|a - b| / max|b| at any position. fp32 leaves room for TensorRT's TF32 products.
@@ -79,9 +79,11 @@ def compare_logits(runner: Runner, ids: np.ndarray, expected: np.ndarray, tell: 
         tell("check the engine's logits", index + 1, len(expected))
     # JSON has no infinity: what is not finite is told as the largest number.
     return {
-        "cosine": min(cosines), "error": min(max(errors), 1e300), "equal": equal / len(expected),
+        "cosine": min(cosines),
+        "error": min(max(errors), 1e300),
+        "equal": equal / len(expected),
         "positions": len(expected),
-    }  # fmt: skip
+    }
 
 
 def judge_logits(found: dict[str, Any], precision: str, what: str) -> str:

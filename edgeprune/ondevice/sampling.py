@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.ondevice.reference import Runner
 from edgeprune.errors import InputError, NumericalError
+from edgeprune.ondevice.reference import Runner
 
 CANDIDATES = 512
 
@@ -73,9 +73,7 @@ def generate(
         mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
 
 
-def choose(
-    logits: np.ndarray, temperature: float, top_p: float, points: np.ndarray, top_k: int = 0
-) -> np.ndarray:  # fmt: skip
+def choose(logits: np.ndarray, temperature: float, top_p: float, points: np.ndarray, top_k: int = 0) -> np.ndarray:
     """One token id (batch,) from logits (batch, vocabulary) fp64, drawn at points (batch,) in [0, 1).
 
     top_k, unless 0, drops logits below the k-th; top_p then keeps the likeliest tokens up to that share of the

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgeprune.ondevice import machine as facts
+from edgeprune.ondevice import machine
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.worker import Tell, serve
 
@@ -26,7 +26,7 @@ def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _describe(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    return facts.describe()
+    return machine.describe()
 
 
 def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
@@ -38,10 +38,15 @@ def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     plan = Path(request["outputs"]["plan"])
     return asdict(
         compile_plan(
-            Path(request["files"]["graph"]), plan, Workload(**request["workload"]), request["sm"], request["engine"],
-            limits, tell,
+            Path(request["files"]["graph"]),
+            plan,
+            Workload(**request["workload"]),
+            request["sm"],
+            request["engine"],
+            limits,
+            tell,
         )
-    )  # fmt: skip
+    )
 
 
 def _check(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def _measure(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
     graphs = {name: Path(path) for name, path in request["files"].items()}
     found = measure_latency(graphs, workload, request["seconds"])
-    return {**found, "device": facts.processor(), "conditions": facts.conditions()}
+    return {**found, "device": machine.processor(), "conditions": machine.conditions()}
 
 
 def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
@@ -78,13 +83,11 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
     from edgeprune.ondevice.timing import described, interleave
 
     notes = []
-    before = facts.used_memory()
+    before = machine.used_memory()
     with Runner(Path(request["files"]["plan"]), workload.batch, workload.context, request["engine"]) as runner:
         timed = Timed(runner, workload)
         found: dict[str, Any] = {}
-        for kind, prepare, least in (
-            ("decode", timed.prepare_decode, MIN_RUNS), ("prefill", timed.prepare_prefill, 0),
-        ):  # fmt: skip
+        for kind, prepare, least in (("decode", timed.prepare_decode, MIN_RUNS), ("prefill", timed.prepare_prefill, 0)):
             prepare()
             for _ in range(2):
                 timings = interleave({"candidate": getattr(timed, kind)}, request["seconds"] / 2, min_runs=least)
@@ -93,15 +96,19 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
             else:
                 notes.append(f"{kind} did not settle in two measurements: inconclusive, look at clocks and load")
             found[kind] = described(timings, ["candidate"])
-        memory = {
-            "activations": runner.memory_bytes, "cache": runner.cache_bytes, "buffers": runner.buffer_bytes,
-        }  # fmt: skip
+        memory = {"activations": runner.memory_bytes, "cache": runner.cache_bytes, "buffers": runner.buffer_bytes}
         gpu = asdict(runner.cuda.gpu)
-        after = facts.used_memory()
+        after = machine.used_memory()
     memory["used"] = None if before is None or after is None else after - before
     notes += [timed.note] if timed.note else []
-    return {**found, "memory": memory, "gpu": gpu, "device": gpu["name"], "notes": notes,
-            "conditions": facts.conditions()}  # fmt: skip
+    return {
+        **found,
+        "memory": memory,
+        "gpu": gpu,
+        "device": gpu["name"],
+        "notes": notes,
+        "conditions": machine.conditions(),
+    }
 
 
 def _memory(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
@@ -112,14 +119,19 @@ def _memory(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _probe(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    from edgeprune.ondevice import probe_tasks as probing
+    from edgeprune.ondevice import probe_tasks
 
-    return probing.answer(request, tell)
+    return probe_tasks.answer(request, tell)
 
 
 _WORK = {
-    "describe": _describe, "build": _build, "check": _check, "measure": _measure, "memory": _memory, "probe": _probe,
-}  # fmt: skip
+    "describe": _describe,
+    "build": _build,
+    "check": _check,
+    "measure": _measure,
+    "memory": _memory,
+    "probe": _probe,
+}
 
 
 if __name__ == "__main__":

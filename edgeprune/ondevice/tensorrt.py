@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import Tell, quiet
-from edgeprune.ondevice.machine import peak_bytes
 from edgeprune.errors import EngineError
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.machine import peak_bytes
+from edgeprune.ondevice.worker import Tell, quiet
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
@@ -89,9 +89,14 @@ class Limits:
 
 
 def compile_plan(
-    graph: Path, plan: Path, workload: Workload, sm: int | None, flavour: str,
-    limits: Limits = Limits(), tell: Tell = quiet,
-) -> BuildResult:  # fmt: skip
+    graph: Path,
+    plan: Path,
+    workload: Workload,
+    sm: int | None,
+    flavour: str,
+    limits: Limits = Limits(),
+    tell: Tell = quiet,
+) -> BuildResult:
     """Build in this process; where that stores weights twice, again with room for a batch of two.
 
     With a batch of exactly one TensorRT for RTX 1.7 keeps a transposed second copy of a tied embedding;

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.cuda import Cuda
-from edgeprune.ondevice.timing import WARM_UP_SECONDS
-from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
 from edgeprune.errors import EngineError
+from edgeprune.ondevice.cuda import Cuda
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
+from edgeprune.ondevice.timing import WARM_UP_SECONDS
 
 IDS = ("input_ids", "position_ids", "attention_mask")
 LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --context."
@@ -74,9 +74,11 @@ class Runner:
     def _describe(self, trt: Any) -> None:
         """Names, shapes and types of the engine's tensors, and what its profile allows."""
         elements = {
-            trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16, trt.DataType.INT64: np.int64,
+            trt.DataType.FLOAT: np.float32,
+            trt.DataType.HALF: np.float16,
+            trt.DataType.INT64: np.int64,
             trt.DataType.BF16: np.uint16,  # numpy has no such type: a cache of it is moved as bits
-        }  # fmt: skip
+        }
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._types = {name: np.dtype(elements[self._engine.get_tensor_dtype(name)]) for name in names}
         self._caches = [name for name in names if name.startswith("past_key_values.")]

@@ -51,9 +51,14 @@ def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell
     """
     start = _START.format(path=sys.path, module=module, parent=os.getpid())
     process = subprocess.Popen(
-        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        encoding="utf-8", errors="replace", start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", start],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
     late = threading.Event()
 
     def end_late() -> None:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.engine.choose import RUNTIME_GRAPH
-from edgeprune.pipeline.journal import Journal
 from edgeprune.model.model import Model
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.pipeline.journal import Journal
+from edgeprune.pipeline.results import Candidate, Quality, Samples
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Progress
-from edgeprune.pipeline.results import Candidate, Quality, Samples
 
 if TYPE_CHECKING:
     from edgeprune.evaluate.perplexity import Losses
@@ -56,12 +56,14 @@ class Evaluator:
             texts = self._texts(losses, chosen.model, vocabulary)
             if answers is None:
                 return {"texts": texts, **dict.fromkeys(("answers", "prompt", "dense_sample", "fitted_sample"))}
-            graph = chosen.exported.graphs.parent / "onnx-fp32" / RUNTIME_GRAPH
+            graph = chosen.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
             return {
-                "texts": texts, "prompt": SAMPLE_PROMPT, "dense_sample": answers["sample"],
+                "texts": texts,
+                "prompt": SAMPLE_PROMPT,
+                "dense_sample": answers["sample"],
                 "answers": self._identical(answers, chosen.model, graph, vocabulary),
                 "fitted_sample": self._sample(chosen.model, graph),
-            }  # fmt: skip
+            }
 
         return Quality(**self.journal.stage(f"evaluation {name}", compute))
 
@@ -122,10 +124,12 @@ class Evaluator:
         for name, fitted in self._losses(model, windows).items():
             agreed = agreement(dense[name], fitted, seed, common.get(name), kept)
             texts[name] = {
-                "dense": dense[name].perplexity, "fitted": fitted.perplexity_per(dense[name]),
-                "tokens": int(dense[name].tokens.sum()), **asdict(rise(dense[name], fitted, seed)),
+                "dense": dense[name].perplexity,
+                "fitted": fitted.perplexity_per(dense[name]),
+                "tokens": int(dense[name].tokens.sum()),
+                **asdict(rise(dense[name], fitted, seed)),
                 "agreement": agreed and asdict(agreed),
-            }  # fmt: skip
+            }
         return texts
 
     def _spelled(self, documents: Sequence[Sequence[np.ndarray]], model: Model) -> list[list[np.ndarray]]:
@@ -145,12 +149,13 @@ class Evaluator:
 
     def _dense_answers(self) -> dict[str, Any]:
         """The sample, the prompts and the tokens that the dense model answers to them."""
-        model, graph = self.setup.model, self.plain / RUNTIME_GRAPH
+        model, graph = self.setup.model, self.plain / GRAPH_FILE
         prompts = self._prompts()
         return {
-            "sample": self._sample(model, graph), "prompts": [prompt.tolist() for prompt in prompts],
+            "sample": self._sample(model, graph),
+            "prompts": [prompt.tolist() for prompt in prompts],
             "answers": self._answers(model, graph, prompts).tolist(),
-        }  # fmt: skip
+        }
 
     def _prompts(self) -> list[np.ndarray]:
         """Beginnings of the held-out documents, of one length, which at least half of them have; of their windows
@@ -171,9 +176,9 @@ class Evaluator:
 
     def _answers(self, model: Model, graph: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """Greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
-        from edgeprune.ondevice.sampling import end_ids, generate
+        from edgeprune.model.tokens.tokenizer import load_tokenizer
         from edgeprune.ondevice.onnxruntime import Runner
-        from edgeprune.model.load import load_tokenizer
+        from edgeprune.ondevice.sampling import end_ids, generate
 
         self.progress.stage(f"answer {len(prompts)} prompts")
         tokens = self._answer_tokens
@@ -186,9 +191,9 @@ class Evaluator:
         self, dense: dict[str, Any], model: Model, graph: Path, vocabulary: Vocabulary | None
     ) -> dict[str, Any] | None:
         """How long answers stay the same; None where the vocabulary leaves no prompt that fits into the context."""
-        from edgeprune.ondevice.machine import processor
         from edgeprune.evaluate.agreement import identical_answers
         from edgeprune.model.tokens.vocabulary import retokenized
+        from edgeprune.ondevice.machine import processor
 
         prompts, expected = [np.array(prompt) for prompt in dense["prompts"]], np.array(dense["answers"])
         length = len(prompts[0])
@@ -203,6 +208,7 @@ class Evaluator:
         if vocabulary is not None:
             answers = vocabulary.restore(answers)
         return {
-            "device": f"{processor()}, fp32", "prompt_tokens": length,
+            "device": f"{processor()}, fp32",
+            "prompt_tokens": length,
             "identical": [asdict(of) for of in identical_answers(expected, answers)],
-        }  # fmt: skip
+        }

@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.generate.images import codes_from, steps_of
-from edgeprune.engine.choose import RUNTIME_GRAPH
 from edgeprune.errors import InputError
 from edgeprune.evaluate.distances import FEWEST_IMAGES, distances, kernel_difference
 from edgeprune.evaluate.features import Network, features, load_network
 from edgeprune.evaluate.grids import data_uri
-from edgeprune.pipeline.imaging import Imaging, class_labels
-from edgeprune.pipeline.journal import Journal
+from edgeprune.generate.guidance import class_labels
+from edgeprune.generate.images import codes_from, steps_of
 from edgeprune.generate.pixels import CodecRunner, grid, read_pixels
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.pipeline.imaging import Imaging
+from edgeprune.pipeline.journal import Journal
+from edgeprune.pipeline.results import Candidate
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Progress
-from edgeprune.pipeline.results import Candidate
 
 SHOWN = 16  # pictures of the grids
 OTHERS = "the dense model's other samples"
@@ -42,8 +43,8 @@ class Gallery:
 
     def compare(self, name: str, chosen: Candidate) -> dict[str, Any]:
         """What results.Quality.pictures holds: the stage `pictures {name}`."""
-        dense = self._folder("dense-pictures", self.plain / RUNTIME_GRAPH, self._seed)
-        graph = chosen.exported.graphs.parent / "onnx-fp32" / RUNTIME_GRAPH
+        dense = self._folder("dense-pictures", self.plain / GRAPH_FILE, self._seed)
+        graph = chosen.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
         fitted = self._folder(f"pictures-{name}", graph, self._seed)
 
         def compute() -> dict[str, Any]:
@@ -51,19 +52,29 @@ class Gallery:
             shown = [np.load(folder / "images.npy", mmap_mode="r")[:SHOWN] for folder in (dense, fitted)]
             uris = [data_uri(grid(images)) for images in shown]
             found: dict[str, Any] = {
-                "images": imaging.count, "at_once": imaging.at_once(self.setup.workload.batch),
-                "cfg": imaging.sampling.cfg, "temperature": imaging.sampling.temperature,
-                "reference": self._reference_name, "dense": None, "fitted": None, "difference": None,
-                "missing": self._missing, "dense_grid": uris[0], "fitted_grid": uris[1],
-                "classes": [label for label in labels if label is not None], "side": shown[0].shape[1],
-            }  # fmt: skip
+                "images": imaging.count,
+                "at_once": imaging.at_once(self.setup.workload.batch),
+                "cfg": imaging.sampling.cfg,
+                "temperature": imaging.sampling.temperature,
+                "reference": self._reference_name,
+                "dense": None,
+                "fitted": None,
+                "difference": None,
+                "missing": self._missing,
+                "dense_grid": uris[0],
+                "fitted_grid": uris[1],
+                "classes": [label for label in labels if label is not None],
+                "side": shown[0].shape[1],
+            }
             if self._network is None:
                 return found
             reference = self._features(self._reference)
             sides = {"dense": self._features(dense), "fitted": self._features(fitted)}
             if len(reference) < FEWEST_IMAGES:
-                return found | {"missing": f"{self._reference_name} holds {len(reference)} pictures, fewer than "
-                                f"{FEWEST_IMAGES}. Give more by --evaluate."}  # fmt: skip
+                return found | {
+                    "missing": f"{self._reference_name} holds {len(reference)} pictures, fewer than "
+                    f"{FEWEST_IMAGES}. Give more by --evaluate."
+                }
             self.progress.stage("compare the pictures")
             for side, of in sides.items():
                 found[side] = asdict(distances(reference, of, self._network.name, self._seed))
@@ -86,7 +97,8 @@ class Gallery:
 
     @cached_property
     def _codec(self) -> CodecRunner:
-        from edgeprune.generate.images import CODEC_GRAPH, write_codec_folder
+        from edgeprune.generate.images import CODEC_GRAPH
+        from edgeprune.pipeline.codec_folder import write_codec_folder
 
         decoder = self.setup.model.decoder
         folder = self.journal.folder_stage("codec", lambda folder: write_codec_folder(folder, decoder, self._imaging))
@@ -133,7 +145,7 @@ class Gallery:
     def _reference(self) -> Path:
         """The folder of the pictures that both models are compared with: the user's, or of another seed."""
         if not self._evaluated:
-            return self._folder("reference-pictures", self.plain / RUNTIME_GRAPH, self._seed + 1)
+            return self._folder("reference-pictures", self.plain / GRAPH_FILE, self._seed + 1)
         size = self._imaging.size(self.setup.model.decoder.picture)
 
         def fill(folder: Path) -> None:

@@ -10,18 +10,23 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.pipeline.setup import Setup
 from edgeprune.pipeline.request import Request
+from edgeprune.pipeline.setup import Setup
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
 
 
 def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
     return {
-        "edgeprune": __version__, "created": now(), "command": command, "device": setup.profile.name,
-        "engine": setup.engine.name, "seed": setup.request.seed, "versions": versions(),
+        "edgeprune": __version__,
+        "created": now(),
+        "command": command,
+        "device": setup.profile.name,
+        "engine": setup.engine.name,
+        "seed": setup.request.seed,
+        "versions": versions(),
         "fingerprint": setup.fingerprint,
-    }  # fmt: skip
+    }
 
 
 def command_line(request: Request, command: str = "fit", left_out: Collection[str] = ()) -> str:

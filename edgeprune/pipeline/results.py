@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.ondevice.budget import Status, Verdict, judge, judge_quality
-from edgeprune.ondevice.figures import Measured, Performance
-from edgeprune.engine.choose import Exported
-from edgeprune.search.latency_table import LatencyCosts
+from edgeprune.engine.engines import Exported
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
+from edgeprune.ondevice.budget import Status, Verdict, judge, judge_quality
+from edgeprune.ondevice.figures import Measured, Performance
 from edgeprune.pipeline.setup import Setup
+from edgeprune.search.latency_table import LatencyCosts
 from edgeprune.search.search import Outcome
 
 
@@ -95,3 +95,8 @@ class Fitted:
     @property
     def quality_status(self) -> Status:
         return judge_quality(self.setup.budget, self.quality.rises)
+
+
+def has_checkpoint(fitted: Fitted) -> bool:
+    """Layers of different widths fit into no standard configuration: graph and engine alone carry them."""
+    return fitted.setup.request.checkpoint and fitted.chosen.model.decoder.is_uniform

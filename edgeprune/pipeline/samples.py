@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.imaging import Imaging, picture_samples
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.load import load_tokenizer
 from edgeprune.model.model import Model
+from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.pipeline.imaging import Imaging, picture_samples
 from edgeprune.pipeline.request import SELF, Request
 
 if TYPE_CHECKING:
@@ -67,9 +67,11 @@ def read_documents_of(request: Request) -> tuple[list[Document], dict[str, list[
 
 
 def read_samples(
-    request: Request, model: Model, documents: tuple[list[Document], dict[str, list[Document]]] | None,
+    request: Request,
+    model: Model,
+    documents: tuple[list[Document], dict[str, list[Document]]] | None,
     imaging: Imaging | None,
-) -> Texts:  # fmt: skip
+) -> Texts:
     """documents: of a language model, as from read_documents_of; imaging: of an image generator, which has none.
 
     Raises InputError.

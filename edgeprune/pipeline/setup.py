@@ -7,24 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
-from edgeprune.ondevice.bundle import check_output, check_space
-from edgeprune.ondevice.figures import Performance, Workload
-from edgeprune.engine.choose import Engine, choose_engine
+from edgeprune.engine.choose import choose_engine
+from edgeprune.engine.engines import Engine
 from edgeprune.engine.estimate import ELEMENT_BYTES, check_precision, estimate_floor, estimate_performance
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import resolve_profile
-from edgeprune.engine.remote import Device, Target
+from edgeprune.engine.remote import target_of
 from edgeprune.errors import BudgetError, InputError
-from edgeprune.model.export import check_exports
-from edgeprune.pipeline.imaging import Imaging, check_kind, imaging_of, sampling_of
-from edgeprune.model.decoder import Decoder
+from edgeprune.generate.guidance import sampling_of
 from edgeprune.model.checkpoint.llamagen import Hints
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.export import check_exports
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
-from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
+from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
+from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.pipeline.imaging import Imaging, check_kind, imaging_of
+from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import Texts, length_of, read_documents_of, read_samples, samples_hash
+from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 DEMO_MEMORY = "90%"
@@ -113,10 +115,11 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     choices += [
         Choice("engine", engine.name, engine.reason),
         Choice(
-            "precision", precision,
+            "precision",
+            precision,
             "asked for" if request.precision else f"the profile {profile.name} runs {profile.precision}",
         ),
-    ]  # fmt: skip
+    ]
     budget, budget_choice = (Budget(), None) if ladder else _budget(request, profile)
     choices += [budget_choice] if budget_choice else []
     name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
@@ -165,13 +168,6 @@ def load_dense(spec: str, hints: Hints) -> Model:
             f"the layers of {spec} differ in width: it was pruned before", "Give the model that it was pruned from."
         )
     return model
-
-
-def target_of(text: str | None, keep: bool) -> Device | None:
-    """The device behind `ssh://...`, None for this machine. Raises InputError."""
-    if text is None and keep:
-        raise InputError("--keep-remote is given without --target", "Give --target ssh://USER@DEVICE, or leave it out.")
-    return None if text is None else Device(Target.parse(text), keep)
 
 
 def _profile(request: Request) -> DeviceProfile:
@@ -248,9 +244,14 @@ def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | 
 
 
 def _check_floor(
-    model: Model, profile: DeviceProfile, workload: Workload, precision: str, budget: Budget, measures: bool,
+    model: Model,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: str,
+    budget: Budget,
+    measures: bool,
     reduced: bool,
-) -> Performance:  # fmt: skip
+) -> Performance:
     """Refuse a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
     tokens = min(LEAST_TOKENS, model.decoder.vocab_size) if reduced else model.decoder.vocab_size

@@ -9,29 +9,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.ondevice import measure as perform
-from edgeprune.ondevice.figures import Measured
-from edgeprune.engine.choose import RUNTIME_GRAPH, Exported
+from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import has_bf16
 from edgeprune.engine.onnx.genai import write_genai
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.ondevice.wire import figure_from_json, figure_to_json, performance_from_json, performance_to_json
-from edgeprune.pipeline.journal import Journal
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
-from edgeprune.model.save import save_checkpoint
 from edgeprune.model.overflow import CLOSE, LIMIT, activation_peaks, check_fp16
+from edgeprune.model.save import save_checkpoint
+from edgeprune.ondevice import measure
+from edgeprune.ondevice.figures import (
+    Measured,
+    figure_from_json,
+    figure_to_json,
+    performance_from_json,
+    performance_to_json,
+)
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.pipeline.journal import Journal
+from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Progress
-from edgeprune.pipeline.results import Candidate, Samples
-from edgeprune.search.sensitivities import sensitivities_of
+from edgeprune.search.sensitivity import sensitivities_of
 
 if TYPE_CHECKING:
     from edgeprune.model.tokens.vocabulary import Vocabulary
-    from edgeprune.search.widths import Sensitivities
     from edgeprune.search.solve import Allocation
+    from edgeprune.search.widths import Sensitivities
 
-SPELLINGS = tuple(Spelling(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
+VARIANTS = tuple(GraphVariant(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
 REFERENCE = "reference.npz"
 CROSS_CHECK_SECONDS = 10.0
 WALKED = 8  # samples, at most, on which a fitted model is looked at for overflow: its dense model was on all
@@ -49,8 +55,8 @@ class Run:
         """The folder of a model's graphs in a precision, written by the stage that fills `folder`."""
         target = folder / f"onnx-{precision}"
         context = max(self.setup.workload.context, length)
-        write_graphs(model.decoder, model.weights, target, precision, SPELLINGS, context)
-        write_genai(model.decoder, SPELLINGS, target, model.directory, context)
+        write_graphs(model.decoder, model.weights, target, precision, VARIANTS, context)
+        write_genai(model.decoder, VARIANTS, target, model.directory, context)
         return target
 
     def export_dense(self) -> Path:
@@ -70,7 +76,7 @@ class Run:
         held_out = 0 if own or texts.evaluation else max(1, count // 4)
 
         def draw(folder: Path) -> None:
-            np.save(folder / "ids.npy", self._own_samples(plain / RUNTIME_GRAPH, count + held_out))
+            np.save(folder / "ids.npy", self._own_samples(plain / GRAPH_FILE, count + held_out))
 
         ids = np.load(self.journal.folder_stage("samples", draw) / "ids.npy")
         most = setup.model.decoder.most_fed  # the last code of a picture is never fed
@@ -103,14 +109,12 @@ class Run:
         if largest.value > CLOSE * LIMIT:
             self.progress.note(f"close to overflow: {largest}")
 
-    def _reference(
-        self, plain: Path, samples: Samples, path: Path, vocabulary: Vocabulary | None = None
-    ) -> None:  # fmt: skip
+    def _reference(self, plain: Path, samples: Samples, path: Path, vocabulary: Vocabulary | None = None) -> None:
         """What an engine's logits are checked against: those of a graph in fp32 on a calibration sample."""
-        from edgeprune.ondevice.reference import write_reference
         from edgeprune.ondevice.onnxruntime import Runner
+        from edgeprune.ondevice.reference import write_reference
 
-        runner = Runner(plain / RUNTIME_GRAPH, 1, self.setup.workload.context)
+        runner = Runner(plain / GRAPH_FILE, 1, self.setup.workload.context)
         ids = samples.calibration[0]
         write_reference(runner, ids if vocabulary is None else vocabulary.reduce(ids), path)
 
@@ -155,7 +159,9 @@ class Run:
             return whole
         from edgeprune.search.vocabularies import vocabularies_of
 
-        return whole | {found.size: found for found in vocabularies_of(self.setup.model, samples)}
+        return whole | {
+            found.size: found for found in vocabularies_of(self.setup.model, samples.calibration, samples.generated)
+        }
 
     def vocabulary_losses(self, samples: Samples) -> dict[int, float]:
         """Predicted loss in nats per token of every vocabulary, by size."""
@@ -165,7 +171,7 @@ class Run:
         from edgeprune.search.vocabularies import measure_losses
 
         def compute() -> dict[str, float]:
-            return measure_losses(self.setup.model, samples, self.progress)
+            return measure_losses(self.setup.model, samples.calibration, samples.generated, self.progress)
 
         return whole | {int(size): loss for size, loss in self.journal.stage("vocabularies", compute).items()}
 
@@ -206,7 +212,7 @@ class Run:
             reference = None if allocation is None else (dense.exported, dense.performance)
             return performance_to_json(setup.engine.performance(exported, reference, self.progress.track))
 
-        performance = performance_from_json(self.journal.stage(f"{name} performance", perform))
+        performance = performance_from_json(self.journal.stage(f"{name} performance", measure))
         kept = tuple(json.loads((folder / "records.json").read_text()))
         return Candidate(model, target, exported, performance, kept)
 
@@ -222,9 +228,14 @@ class Run:
             advance()
 
         return prune(
-            setup.model, decoder, _tensor(samples.calibration), method_named(setup.request.method),
-            setup.request.seed, on_module, None if samples.generated is None else _tensor(samples.generated),
-        )  # fmt: skip
+            setup.model,
+            decoder,
+            _tensor(samples.calibration),
+            method_named(setup.request.method),
+            setup.request.seed,
+            on_module,
+            None if samples.generated is None else _tensor(samples.generated),
+        )
 
     def cross_check(self, plain: Path, chosen: Candidate) -> dict[str, Measured] | None:
         """Where the device was not measured: fitted against dense on this machine's processor."""
@@ -233,11 +244,15 @@ class Run:
 
         def compute() -> dict[str, Any]:
             self.progress.stage("cross-check on this machine")
-            candidate = chosen.exported.graphs.parent / "onnx-fp32" / RUNTIME_GRAPH
-            ratios = perform.ratios_on_onnxruntime(
-                perform.Here(), plain / RUNTIME_GRAPH, candidate, self.setup.workload, CROSS_CHECK_SECONDS,
+            candidate = chosen.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
+            ratios = measure.ratios_on_onnxruntime(
+                measure.Here(),
+                plain / GRAPH_FILE,
+                candidate,
+                self.setup.workload,
+                CROSS_CHECK_SECONDS,
                 self.progress.track,
-            )  # fmt: skip
+            )
             return {name: figure_to_json(figure) for name, figure in ratios.items()}
 
         return {name: figure_from_json(figure) for name, figure in self.journal.stage("cross-check", compute).items()}

@@ -59,9 +59,15 @@ def expert_projection(found: ExpertInputs, weights: LayerWeights, generator: tor
 
 
 def cut_experts(
-    states: torch.Tensor, weights: LayerWeights, mlp: Mlp, size: int, score: Score, compensates: bool,
-    scale: torch.Tensor, generator: torch.Generator,
-) -> ExpertsCut:  # fmt: skip
+    states: torch.Tensor,
+    weights: LayerWeights,
+    mlp: Mlp,
+    size: int,
+    score: Score,
+    compensates: bool,
+    scale: torch.Tensor,
+    generator: torch.Generator,
+) -> ExpertsCut:
     """Every expert cut to `size` channels by its own scores; an expert that no token takes by its weights alone.
 
     states: (b, t, c) as the module sees them; scale: (b, t, 1). The update's target is the expert's own dense output

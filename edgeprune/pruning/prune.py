@@ -169,9 +169,14 @@ class Walk:
         self.pruned += module_output(self.dense, "mlp", norms, cut.output)
         errors = [sum(part) / len(cut.errors) for part in zip(*cut.errors, strict=True)] or [math.nan] * 2
         record = ModuleRecord(
-            index, "mlp", size, before.intermediate_size, error_before=errors[0], error_after=errors[1],
+            index,
+            "mlp",
+            size,
+            before.intermediate_size,
+            error_before=errors[0],
+            error_after=errors[1],
             few=tuple(cut.few),
-        )  # fmt: skip
+        )
         return norms | cut.weights, record
 
     def _cut(
@@ -216,9 +221,13 @@ class Walk:
             solved = compensate(new[OUTPUT[kind]], moments, inputs, lost, teacher.mul_(scale))
             new[OUTPUT[kind]] = solved.weight
             record = replace(
-                record, damping=solved.damping, blend=solved.blend, error_before=solved.error_before,
-                error_after=solved.error_after, fell_back=solved.damping is None and solved.error_before > 0,
-            )  # fmt: skip
+                record,
+                damping=solved.damping,
+                blend=solved.blend,
+                error_before=solved.error_before,
+                error_after=solved.error_after,
+                fell_back=solved.damping is None and solved.error_before > 0,
+            )
         output = F.linear(inputs, new[OUTPUT[kind]]).div_(scale)
         if BIAS[kind] in new:
             output += new[BIAS[kind]]
@@ -227,9 +236,13 @@ class Walk:
 
 
 def keep_norms(
-    dense: Decoder, weights: LayerWeights, new: LayerWeights, rows: dict[str, torch.Tensor], states: torch.Tensor,
+    dense: Decoder,
+    weights: LayerWeights,
+    new: LayerWeights,
+    rows: dict[str, torch.Tensor],
+    states: torch.Tensor,
     chunk: int,
-) -> None:  # fmt: skip
+) -> None:
     """Where a norm spans all heads, those that are left are divided by their own length: its weights in `new` take
     the mean ratio of both lengths, on the states (b, t, c), so that queries and keys stay as long as they were."""
     for part in ("q", "k"):
@@ -277,9 +290,16 @@ def prune(
     ids = torch.cat([ids, generated])
     hidden = embed(model, ids)
     walk = Walk(
-        dense, target, method, torch.Generator().manual_seed(seed), Tables(dense, ids.shape[1]), chunk,
-        pruned=hidden, whole=hidden.clone() if compensates else hidden, importance=importance,
-    )  # fmt: skip
+        dense,
+        target,
+        method,
+        torch.Generator().manual_seed(seed),
+        Tables(dense, ids.shape[1]),
+        chunk,
+        pruned=hidden,
+        whole=hidden.clone() if compensates else hidden,
+        importance=importance,
+    )
     del hidden
     position = 0
     yield "embedding", model.weights["embedding"]

@@ -7,15 +7,15 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.ondevice.budget import format_bytes
 from edgeprune.errors import InputError
+from edgeprune.ondevice.budget import format_bytes
 from edgeprune.report.figures import perplexity_text, rise_text
 from edgeprune.report.plots import PALETTE, plot_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from edgeprune.commands.compare import Row
+    from edgeprune.pipeline.comparison import Row
 
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
 
@@ -40,9 +40,12 @@ def render_page(rows: Sequence[Row]) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=StrictUndefined,
-    )  # fmt: skip
+    )
     dense, *pruned = rows
     layouts = list(dict.fromkeys(row.layout for row in pruned))
     methods = list(dict.fromkeys(row.method for row in pruned))  # each looks alike in all plots
@@ -55,9 +58,14 @@ def render_page(rows: Sequence[Row]) -> str:
         for place, text in enumerate(dense.perplexity)
     ]
     return environment.get_template("comparison.html.jinja").render(
-        dense=dense, rows=pruned, plots=plots, plotly=get_plotlyjs(), rise_text=rise_text,
-        perplexity_text=perplexity_text, format_bytes=format_bytes,
-    )  # fmt: skip
+        dense=dense,
+        rows=pruned,
+        plots=plots,
+        plotly=get_plotlyjs(),
+        rise_text=rise_text,
+        perplexity_text=perplexity_text,
+        format_bytes=format_bytes,
+    )
 
 
 def _curves(rows: Sequence[Row], text: str, methods: Sequence[str]) -> go.Figure:
@@ -70,15 +78,22 @@ def _curves(rows: Sequence[Row], text: str, methods: Sequence[str]) -> go.Figure
             continue
         rises = [row.rise[text] for row in own]
         figure.add_scatter(
-            x=[100 * row.ratio for row in own], y=[value for value, _, _ in rises], name=escape(method),
-            mode="lines+markers", line_color=PALETTE[number % len(PALETTE)], line_dash="solid" if number < 5 else "dot",
+            x=[100 * row.ratio for row in own],
+            y=[value for value, _, _ in rises],
+            name=escape(method),
+            mode="lines+markers",
+            line_color=PALETTE[number % len(PALETTE)],
+            line_dash="solid" if number < 5 else "dot",
             marker_symbol=SYMBOLS[number % len(SYMBOLS)],
             error_y={
-                "type": "data", "array": [high - value for value, _, high in rises],
-                "arrayminus": [value - low for value, low, _ in rises], "thickness": 1, "width": 3,
+                "type": "data",
+                "array": [high - value for value, _, high in rises],
+                "arrayminus": [value - low for value, low, _ in rises],
+                "thickness": 1,
+                "width": 3,
             },
             hovertemplate="%{y:.3f} nats at %{x:.1f} %<extra>" + escape(method) + "</extra>",
-        )  # fmt: skip
+        )
     figure.update_layout(height=380)
     figure.update_xaxes(title_text="% of attention and MLP parameters removed")
     # A bad method is a hundred times worse than a good one; but a logarithm drops what is not above zero.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from edgeprune.ondevice import experience as serving
+from edgeprune.ondevice import experience
 from edgeprune.ondevice.experience import TOKENS_PER_WORD, WORDS_PER_MINUTE
 from edgeprune.report.base import Figure, Strict, figure_of
 
@@ -40,7 +40,7 @@ class Experience(Strict):
     room: Room
 
 
-def experience_part(found: serving.Experience) -> Experience:
+def experience_part(found: experience.Experience) -> Experience:
     """What was found, as it stands in the report."""
     figures = {name: figure and figure_of(figure) for name, figure in found.figures.items()}
     return Experience(room=Room(**found.room.__dict__), **figures)

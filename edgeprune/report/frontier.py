@@ -107,32 +107,47 @@ def frontier_of(reports: Sequence[Report]) -> Frontier:
     quality, rate = first.quality, first.tokens_per_second.get("dense")
     grid = quality.pictures and quality.pictures.dense_grid
     return Frontier(
-        **{name: getattr(first, name) for name in same}, label=quality.label, prompt=quality.prompt,
+        **{name: getattr(first, name) for name in same},
+        label=quality.label,
+        prompt=quality.prompt,
         dense=Dense(**_reached(first.dense, rate), sample=quality.dense_sample, grid=grid),
         rungs=[_rung(index, report) for index, report in enumerate(reports)],
         warnings=list(dict.fromkeys(warning for report in reports for warning in report.warnings)),
-    )  # fmt: skip
+    )
 
 
 def _reached(side: Side, rate: Figure | None) -> dict[str, Any]:
     performance = side.performance
     return {
-        "memory": performance.memory_total, "prefill": performance.prefill, "decode": performance.decode,
-        "tokens_per_second": rate, "parameters": side.parameters,
-    }  # fmt: skip
+        "memory": performance.memory_total,
+        "prefill": performance.prefill,
+        "decode": performance.decode,
+        "tokens_per_second": rate,
+        "parameters": side.parameters,
+    }
 
 
 def _rung(index: int, report: Report) -> Rung:
     worst = max(report.quality.texts, key=lambda text: (text.rise_percent != text.rise_percent, text.rise_percent))
     return Rung(
-        index=index, asked=", ".join(f"{row.name} {row.asked}" for row in report.budget), status=report.outcome,
-        rests_on=report.rests_on, **_reached(report.fitted, report.tokens_per_second.get("fitted")),
-        prefill_ratio=_ratio(report, "prefill"), decode_ratio=_ratio(report, "decode"), ratio=report.ratio,
-        total_ratio=report.total_ratio, decode_bytes_ratio=report.decode_bytes_ratio, texts=report.quality.texts,
-        rise_percent=worst.rise_percent, low_percent=worst.low_percent, high_percent=worst.high_percent,
-        grade=grade_of(worst.rise_percent), sample=report.quality.fitted_sample,
+        index=index,
+        asked=", ".join(f"{row.name} {row.asked}" for row in report.budget),
+        status=report.outcome,
+        rests_on=report.rests_on,
+        **_reached(report.fitted, report.tokens_per_second.get("fitted")),
+        prefill_ratio=_ratio(report, "prefill"),
+        decode_ratio=_ratio(report, "decode"),
+        ratio=report.ratio,
+        total_ratio=report.total_ratio,
+        decode_bytes_ratio=report.decode_bytes_ratio,
+        texts=report.quality.texts,
+        rise_percent=worst.rise_percent,
+        low_percent=worst.low_percent,
+        high_percent=worst.high_percent,
+        grade=grade_of(worst.rise_percent),
+        sample=report.quality.fitted_sample,
         grid=report.quality.pictures and report.quality.pictures.fitted_grid,
-    )  # fmt: skip
+    )
 
 
 def _ratio(report: Report, name: str) -> Figure | None:
@@ -144,6 +159,9 @@ def _ratio(report: Report, name: str) -> Figure | None:
     if dense.source != fitted.source or not dense.value:
         return None
     return Figure(
-        value=fitted.value / dense.value, unit="1", source=fitted.source, device=fitted.device,
+        value=fitted.value / dense.value,
+        unit="1",
+        source=fitted.source,
+        device=fitted.device,
         basis=f"{name} over the dense model's, not interleaved",
-    )  # fmt: skip
+    )

@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 
 # Colour and shape both say the grade; distinguishable with any colour vision, on a light and a dark page.
 MARKERS = {
-    "dense": (DENSE, "square"), "intact": ("#3b78e7", "circle"), "degraded": ("#e5a000", "diamond"),
+    "dense": (DENSE, "square"),
+    "intact": ("#3b78e7", "circle"),
+    "degraded": ("#e5a000", "diamond"),
     "broken": (LIMIT, "x"),
-}  # fmt: skip
+}
 PATH = "path"
 MIB = 2**20
 COLUMNS = {  # field: what its column in the table says
-    "decode": "per token", "decode_ratio": "of dense", "tokens_per_second": "tokens/s", "prefill": "first token",
+    "decode": "per token",
+    "decode_ratio": "of dense",
+    "tokens_per_second": "tokens/s",
+    "prefill": "first token",
     "memory": "memory",
-}  # fmt: skip
+}
 AXES = {  # field: what the button says, what the axis says, what a unit of the axis is
     "decode": ("per token", "ms per token", 1),
     "tokens_per_second": ("tokens/s", "tokens/s", 1),
@@ -42,19 +47,33 @@ def render_frontier(frontier: Frontier, bundle: str) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=StrictUndefined,
-    )  # fmt: skip
+    )
     drawn = [rung for rung in frontier.rungs if _is_drawn(rung)]
     return environment.get_template("frontier.html.jinja").render(
-        f=frontier, bundle=bundle, plotly=get_plotlyjs(), plot=plot_html("frontier", frontier_plot(frontier)),
+        f=frontier,
+        bundle=bundle,
+        plotly=get_plotlyjs(),
+        plot=plot_html("frontier", frontier_plot(frontier)),
         axes=frontier_axes(frontier),
-        undrawn=[rung.index for rung in frontier.rungs if rung not in drawn], pick_command=pick_command,
-        number_text=number_text, split=split, interval_of=interval_of, rise_of=rise_of, columns=COLUMNS,
-        agreement_of=agreement_of, agreements=any(agreement_of(rung) for rung in frontier.rungs),
-        degraded_percent=DEGRADED_PERCENT, broken_percent=BROKEN_PERCENT,
-        intact=frontier.fastest(("intact",)), usable=frontier.fastest(("intact", "degraded")),
-    )  # fmt: skip
+        undrawn=[rung.index for rung in frontier.rungs if rung not in drawn],
+        pick_command=pick_command,
+        number_text=number_text,
+        split=split,
+        interval_of=interval_of,
+        rise_of=rise_of,
+        columns=COLUMNS,
+        agreement_of=agreement_of,
+        agreements=any(agreement_of(rung) for rung in frontier.rungs),
+        degraded_percent=DEGRADED_PERCENT,
+        broken_percent=BROKEN_PERCENT,
+        intact=frontier.fastest(("intact",)),
+        usable=frontier.fastest(("intact", "degraded")),
+    )
 
 
 def split(figure: Figure) -> tuple[str, str]:
@@ -99,13 +118,17 @@ def frontier_plot(frontier: Frontier) -> go.Figure:
             continue
         color, symbol = MARKERS[name]
         figure.add_scatter(
-            **across, **_bars(points), mode="markers+text", name=name,
+            **across,
+            **_bars(points),
+            mode="markers+text",
+            name=name,
             marker={"color": color, "symbol": symbol, "size": [13] * len(points), "opacity": 1},
             text=[str(point.index) if isinstance(point, Rung) else "dense" for point in points],
             textposition="bottom center" if name == "dense" else "top right",
             customdata=[point.index for point in points if isinstance(point, Rung)] or None,
-            hovertext=[_hover(point) for point in points], hovertemplate="%{hovertext}<extra></extra>",
-        )  # fmt: skip
+            hovertext=[_hover(point) for point in points],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
     _grade_lines(figure, [rung for rung in frontier.rungs if _is_drawn(rung)])
     figure.update_xaxes(title_text=_title(frontier, "decode"))
     figure.update_layout(height=430, hoverlabel={"align": "left"}, showlegend=False)
@@ -120,8 +143,9 @@ def frontier_axes(frontier: Frontier) -> dict[str, tuple[str, dict[str, Any], di
         reaches = [_reach(points, field) for points in traces]
         data = {
             "x": [_across(points, field) for points in traces],
-            "error_x.array": [up for up, _ in reaches], "error_x.arrayminus": [down for _, down in reaches],
-        }  # fmt: skip
+            "error_x.array": [up for up, _ in reaches],
+            "error_x.arrayminus": [down for _, down in reaches],
+        }
         axes[field] = (label, data, {"xaxis.title.text": _title(frontier, field)})
     return axes
 
@@ -131,9 +155,10 @@ def _traces(frontier: Frontier) -> list[tuple[str, list[Dense | Rung]]]:
     rungs = [rung for rung in frontier.rungs if _is_drawn(rung)]
     graded = {grade: [rung for rung in rungs if rung.grade == grade] for grade in ("intact", "degraded", "broken")}
     return [
-        (PATH, [frontier.dense, *rungs]), ("dense", [frontier.dense]),
+        (PATH, [frontier.dense, *rungs]),
+        ("dense", [frontier.dense]),
         *((grade, own) for grade, own in graded.items() if own),
-    ]  # fmt: skip
+    ]
 
 
 def _is_drawn(rung: Rung) -> bool:
@@ -174,10 +199,11 @@ def _bars(points: Sequence[Dense | Rung]) -> dict[str, Any]:
     return {
         "error_x": {**style, "array": up, "arrayminus": down},
         "error_y": {
-            **style, "array": [high - value for _, value, high in rises],
+            **style,
+            "array": [high - value for _, value, high in rises],
             "arrayminus": [value - low for low, value, _ in rises],
         },
-    }  # fmt: skip
+    }
 
 
 def _hover(point: Dense | Rung) -> str:
@@ -209,16 +235,23 @@ def _grade_lines(figure: go.Figure, rungs: Sequence[Rung]) -> None:
     top = max(_height(highest), _height(BROKEN_PERCENT)) + 0.5
     for grade, start, dash in (("degraded", DEGRADED_PERCENT, "dot"), ("broken", BROKEN_PERCENT, "dash")):
         figure.add_hline(
-            y=_height(start), line={"color": MARKERS[grade][0], "dash": dash, "width": 2}, layer="below",
+            y=_height(start),
+            line={"color": MARKERS[grade][0], "dash": dash, "width": 2},
+            layer="below",
             annotation={
-                "text": f"{grade} from {start:g} %", "x": 0, "xanchor": "left", "yanchor": "bottom", "showarrow": False,
+                "text": f"{grade} from {start:g} %",
+                "x": 0,
+                "xanchor": "left",
+                "yanchor": "bottom",
+                "showarrow": False,
             },
-        )  # fmt: skip
+        )
     figure.add_hrect(y0=_height(BROKEN_PERCENT), y1=top, fillcolor=LIMIT, opacity=0.09, line_width=0, layer="below")
     steps = TICKS if highest < 2 * TICKS[-1] else COARSE_TICKS
     ticks = [value for step in (0, *steps) for value in {-step, step} if bottom <= _height(value) <= top]
     figure.update_yaxes(
-        title={"text": "rise of perplexity, measured", "standoff": 14}, range=[bottom, top],
+        title={"text": "rise of perplexity, measured", "standoff": 14},
+        range=[bottom, top],
         tickvals=[_height(value) for value in ticks],
         ticktext=[f"{value:+g} %" if value else "0" for value in ticks],
-    )  # fmt: skip
+    )

@@ -21,10 +21,13 @@ FIGURES = ("decode", "prefill", "memory")
 def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
     """A line for each rung, where quality ends, the sources of all figures, and how to pick."""
     workload = frontier.workload
-    console.print(styled(
-        f"{frontier.model.name} on {frontier.device.name}: batch {workload.batch}, prompt {workload.prompt}, "
-        f"context {workload.context}, {frontier.precision}", "bold",
-    ))  # fmt: skip
+    console.print(
+        styled(
+            f"{frontier.model.name} on {frontier.device.name}: batch {workload.batch}, prompt {workload.prompt}, "
+            f"context {workload.context}, {frontier.precision}",
+            "bold",
+        )
+    )
     console.print()
     columns = ("rung", *FIGURES, "pruned", "rise", "interval", "quality")
     rows = [_row(frontier, point) for point in (frontier.dense, *frontier.rungs)]
@@ -47,9 +50,13 @@ def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
         return ("dense", *figures, "", "", "", "")
     mark = "?" if len(point.grades) > 1 else ""
     return (
-        str(point.index), *figures, f"{100 * point.ratio:.0f} %", number_text(point.rise_percent, "%"),
-        interval_of(point).removesuffix(" %"), styled(f"{point.grade}{mark}", STYLES[point.grade]),
-    )  # fmt: skip
+        str(point.index),
+        *figures,
+        f"{100 * point.ratio:.0f} %",
+        number_text(point.rise_percent, "%"),
+        interval_of(point).removesuffix(" %"),
+        styled(f"{point.grade}{mark}", STYLES[point.grade]),
+    )
 
 
 def _ends(frontier: Frontier) -> str:
@@ -58,10 +65,14 @@ def _ends(frontier: Frontier) -> str:
         (words, frontier.fastest(grades))
         for words, grades in (("intact", ("intact",)), ("not broken", ("intact", "degraded")))
     )
-    return "Fastest " + "; fastest ".join(
-        f"{words}: " + ("no rung" if rung is None else f"rung {rung.index}, {number_text(rung.decode.value, 'ms')}")
-        for words, rung in found
-    ) + "."  # fmt: skip
+    return (
+        "Fastest "
+        + "; fastest ".join(
+            f"{words}: " + ("no rung" if rung is None else f"rung {rung.index}, {number_text(rung.decode.value, 'ms')}")
+            for words, rung in found
+        )
+        + "."
+    )
 
 
 def _sources(frontier: Frontier) -> str:

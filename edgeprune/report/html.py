@@ -36,20 +36,36 @@ def render_html(report: Report) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=StrictUndefined,
-    )  # fmt: skip
+    )
     environment.globals |= {
-        "figure_text": figure_text, "number_text": number_text, "format_bytes": format_bytes,
-        "by_source": by_source, "rise_interval": rise_interval,
-        "reading_text": reading_text, "room_text": room_text, "share_text": share_text,
-        "interval_text": interval_text, "difference_text": difference_text, "few_pictures_text": few_pictures_text,
-        "pictures_text": pictures_text, "picture_room_text": picture_room_text, "workload_text": workload_text,
-        "worst_agreement": worst_agreement, "deciding_text": deciding_text, "costs_text": costs_text,
+        "figure_text": figure_text,
+        "number_text": number_text,
+        "format_bytes": format_bytes,
+        "by_source": by_source,
+        "rise_interval": rise_interval,
+        "reading_text": reading_text,
+        "room_text": room_text,
+        "share_text": share_text,
+        "interval_text": interval_text,
+        "difference_text": difference_text,
+        "few_pictures_text": few_pictures_text,
+        "pictures_text": pictures_text,
+        "picture_room_text": picture_room_text,
+        "workload_text": workload_text,
+        "worst_agreement": worst_agreement,
+        "deciding_text": deciding_text,
+        "costs_text": costs_text,
         "reading": {"rate": READING_RATE, "words": WORDS_PER_MINUTE, "tokens": TOKENS_PER_WORD},
-        "outcome_text": OUTCOME_TEXT, "outcome_label": OUTCOME_LABEL,
-        "degraded_percent": DEGRADED_PERCENT, "broken_percent": BROKEN_PERCENT,
-    }  # fmt: skip
+        "outcome_text": OUTCOME_TEXT,
+        "outcome_label": OUTCOME_LABEL,
+        "degraded_percent": DEGRADED_PERCENT,
+        "broken_percent": BROKEN_PERCENT,
+    }
     template = environment.get_template("template.html.jinja")
     return template.render(
         r=report, plots=all_plots(report), plotly=get_plotlyjs(), uniform=is_uniform(report.fitted.widths)

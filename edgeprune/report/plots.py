@@ -48,18 +48,26 @@ def plot_html(name: str, figure: go.Figure) -> str:
     import plotly.io
 
     figure.update_layout(
-        template="none", margin={"l": 8, "r": 20, "t": 34, "b": 14}, dragmode=False,
+        template="none",
+        margin={"l": 8, "r": 20, "t": 34, "b": 14},
+        dragmode=False,
         legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
         font={"family": 'system-ui, -apple-system, "Segoe UI", sans-serif', "size": 13, "color": "#5b6678"},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", bargap=0.3, bargroupgap=0.08,
-    )  # fmt: skip
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        bargap=0.3,
+        bargroupgap=0.08,
+    )
     axis = {"automargin": True, "zeroline": False, "gridcolor": "#e3e7ee", "fixedrange": True, "title_font_size": 12}
     figure.update_xaxes(**axis)
     figure.update_yaxes(ticksuffix=" ", **axis)
     return plotly.io.to_html(
-        figure, full_html=False, include_plotlyjs=False, div_id=f"plot-{name}",
+        figure,
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"plot-{name}",
         config={"displayModeBar": False, "responsive": True},
-    )  # fmt: skip
+    )
 
 
 def _share(figure: Figure | None, limit: float) -> float | None:
@@ -82,10 +90,19 @@ def _budget(constraints: Sequence[Constraint]) -> go.Figure | None:
         labels = ["" if f is None else number_text(f.value, f.unit) for f in figures]
         hover = ["" if f is None else f"{figure_text(f)}, {f.source}" for f in figures]
         figure.add_bar(
-            y=names, x=shares, name=side, orientation="h", marker_color=color, text=labels, textposition="auto",
-            insidetextanchor="start", textangle=0, error_x=_interval(figures, rows),
-            hovertext=hover, hovertemplate="%{hovertext}: %{x:.1f} % of the limit<extra>" + side + "</extra>",
-        )  # fmt: skip
+            y=names,
+            x=shares,
+            name=side,
+            orientation="h",
+            marker_color=color,
+            text=labels,
+            textposition="auto",
+            insidetextanchor="start",
+            textangle=0,
+            error_x=_interval(figures, rows),
+            hovertext=hover,
+            hovertemplate="%{hovertext}: %{x:.1f} % of the limit<extra>" + side + "</extra>",
+        )
     figure.add_vline(x=100, line=LIMIT_LINE, name="limit", showlegend=True)
     figure.update_layout(height=110 + 76 * len(rows), barmode="group", legend_traceorder="reversed")
     figure.update_xaxes(title_text="% of the limit", rangemode="tozero")
@@ -112,9 +129,13 @@ def _stacked(dense: Mapping[str, float], fitted: Mapping[str, float], unit: str)
     figure = go.Figure()
     for part, color in zip(dense, PALETTE, strict=False):
         figure.add_bar(
-            y=["fitted", "dense"], x=[fitted[part], dense[part]], name=part.replace("_", " "), orientation="h",
-            marker_color=color, hovertemplate="%{x:.2f} " + unit,
-        )  # fmt: skip
+            y=["fitted", "dense"],
+            x=[fitted[part], dense[part]],
+            name=part.replace("_", " "),
+            orientation="h",
+            marker_color=color,
+            hovertemplate="%{x:.2f} " + unit,
+        )
     figure.update_layout(barmode="stack", height=250, margin_t=56, legend_traceorder="normal")
     figure.update_xaxes(title_text=unit)
     return figure
@@ -142,15 +163,22 @@ def _quality(report: Report) -> go.Figure | None:
     figure = go.Figure()
     figure.add_scatter(
         # The position keeps texts of the same shortened name apart; labels are set on the axis.
-        x=[text.rise_percent for text in texts], y=list(range(len(texts))), mode="markers",
+        x=[text.rise_percent for text in texts],
+        y=list(range(len(texts))),
+        mode="markers",
         marker={"size": 12, "color": FITTED},
-        name="fitted", showlegend=False,
+        name="fitted",
+        showlegend=False,
         error_x={
-            "type": "data", "array": [text.high_percent - text.rise_percent for text in texts],
-            "arrayminus": [text.rise_percent - text.low_percent for text in texts], "color": FITTED, "width": 6,
+            "type": "data",
+            "array": [text.high_percent - text.rise_percent for text in texts],
+            "arrayminus": [text.rise_percent - text.low_percent for text in texts],
+            "color": FITTED,
+            "width": 6,
         },
-        text=[f"{text.rise_percent:+.1f} %" for text in texts], hovertemplate="%{text}<extra></extra>",
-    )  # fmt: skip
+        text=[f"{text.rise_percent:+.1f} %" for text in texts],
+        hovertemplate="%{text}<extra></extra>",
+    )
     right = 1.12 * max(DEGRADED_PERCENT, *(text.high_percent for text in texts))
     left = min(0.0, *(1.12 * text.low_percent for text in texts))
     for grade, start, dash in (("degraded", DEGRADED_PERCENT, "dot"), ("broken", BROKEN_PERCENT, "dash")):
@@ -160,9 +188,11 @@ def _quality(report: Report) -> go.Figure | None:
     figure.update_layout(height=120 + 40 * len(texts), showlegend=True)
     figure.update_xaxes(title_text="rise of perplexity, %", range=[left, right])
     figure.update_yaxes(
-        tickvals=list(range(len(texts))), ticktext=[escape(shorten(text.name, 22)) for text in texts],
-        range=[-0.7, len(texts) - 0.3], showgrid=False,
-    )  # fmt: skip
+        tickvals=list(range(len(texts))),
+        ticktext=[escape(shorten(text.name, 22)) for text in texts],
+        range=[-0.7, len(texts) - 0.3],
+        showgrid=False,
+    )
     return figure
 
 
@@ -175,15 +205,22 @@ def _answers(answers: Answers | None) -> go.Figure | None:
     steps = answers.identical
     figure = go.Figure()
     figure.add_scatter(
-        x=[str(step.tokens) for step in steps], y=[step.percent for step in steps], mode="lines+markers",
-        marker={"size": 11, "color": FITTED}, line={"color": FITTED, "width": 1}, showlegend=False,
+        x=[str(step.tokens) for step in steps],
+        y=[step.percent for step in steps],
+        mode="lines+markers",
+        marker={"size": 11, "color": FITTED},
+        line={"color": FITTED, "width": 1},
+        showlegend=False,
         error_y={
-            "type": "data", "array": [step.high_percent - step.percent for step in steps],
-            "arrayminus": [step.percent - step.low_percent for step in steps], "color": FITTED, "width": 5,
+            "type": "data",
+            "array": [step.high_percent - step.percent for step in steps],
+            "arrayminus": [step.percent - step.low_percent for step in steps],
+            "color": FITTED,
+            "width": 5,
         },
         text=[f"{step.same} of {step.answers}" for step in steps],
         hovertemplate="%{text} identical for %{x} tokens<extra></extra>",
-    )  # fmt: skip
+    )
     figure.update_layout(height=220)
     figure.update_xaxes(title_text="first tokens of the answer", type="category", showgrid=False)
     figure.update_yaxes(title_text="identical, %", range=[-5, 105])
@@ -197,11 +234,14 @@ def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, in
     for key, color in zip(dense[0], PALETTE, strict=False):
         kept = [100 * new[key] / old[key] if old[key] else 0.0 for old, new in zip(dense, fitted, strict=True)]
         figure.add_scatter(
-            x=list(range(len(kept))), y=kept, name=escape(key), mode="lines+markers",
+            x=list(range(len(kept))),
+            y=kept,
+            name=escape(key),
+            mode="lines+markers",
             line={"shape": "hvh", "color": color},
             text=[f"{new[key]} of {old[key]}" for old, new in zip(dense, fitted, strict=True)],
             hovertemplate="layer %{x}: %{text}",
-        )  # fmt: skip
+        )
     figure.update_layout(height=300, margin_t=56)
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(title_text="% kept", range=[0, 106])
@@ -219,9 +259,13 @@ def _errors(modules: Sequence[Module]) -> go.Figure | None:
             continue
         for name, label, dash in (("error_before", "without update", "dot"), ("error_after", "with", "solid")):
             figure.add_scatter(
-                x=[m.layer for m in pruned], y=[getattr(m, name) for m in pruned], name=f"{kind}, {label}",
-                mode="lines+markers", line={"color": color, "dash": dash}, hovertemplate="layer %{x}: %{y:.3g}",
-            )  # fmt: skip
+                x=[m.layer for m in pruned],
+                y=[getattr(m, name) for m in pruned],
+                name=f"{kind}, {label}",
+                mode="lines+markers",
+                line={"color": color, "dash": dash},
+                hovertemplate="layer %{x}: %{y:.3g}",
+            )
     if not figure.data:
         return None
     figure.update_layout(height=300, margin_t=56)
@@ -247,17 +291,26 @@ def _path(report: Report) -> go.Figure | None:
                 values.insert(0, row.dense.value)
             label = kind if kind == "predicted" else row.fitted.source
             figure.add_scatter(
-                x=names[-len(values) :], y=[100 * value / row.limit for value in values], name=f"{row.name}, {label}",
-                mode="lines+markers", line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 11},
-                text=[number_text(value, row.unit) for value in values], hovertemplate="%{text} (%{y:.1f} %)",
-            )  # fmt: skip
+                x=names[-len(values) :],
+                y=[100 * value / row.limit for value in values],
+                name=f"{row.name}, {label}",
+                mode="lines+markers",
+                line={"color": color, "dash": dash},
+                marker={"symbol": symbol, "size": 11},
+                text=[number_text(value, row.unit) for value in values],
+                hovertemplate="%{text} (%{y:.1f} %)",
+            )
     figure.add_hline(y=100, line=LIMIT_LINE, name="limit", showlegend=True)
     for index, candidate in enumerate(candidates):
         if candidate.chosen:
             figure.add_annotation(
-                x=names[1 + index], y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100,
-                text="chosen", yanchor="top", yshift=-8, showarrow=False,
-            )  # fmt: skip
+                x=names[1 + index],
+                y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100,
+                text="chosen",
+                yanchor="top",
+                yshift=-8,
+                showarrow=False,
+            )
     figure.update_layout(height=300, margin_t=56)
     figure.update_xaxes(
         title_text="candidate", type="category", categoryorder="array", categoryarray=names, showgrid=False

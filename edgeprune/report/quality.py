@@ -96,18 +96,26 @@ def grade_of(rise_percent: float) -> Grade:
 
 
 def quality_part(
-    label: str, texts: Mapping[str, Any], answers: Mapping[str, Any] | None, pictures: Mapping[str, Any] | None = None,
+    label: str,
+    texts: Mapping[str, Any],
+    answers: Mapping[str, Any] | None,
+    pictures: Mapping[str, Any] | None = None,
     **samples: str | None,
-) -> Quality:  # fmt: skip
+) -> Quality:
     """What an evaluation found, as it stands in the report; see results.Quality for the shapes."""
     rows = [
         Text(
-            name=name, tokens=text["tokens"], dense=text["dense"], fitted=text["fitted"],
-            rise_percent=text["percent"], low_percent=text["low"], high_percent=text["high"],
+            name=name,
+            tokens=text["tokens"],
+            dense=text["dense"],
+            fitted=text["fitted"],
+            rise_percent=text["percent"],
+            low_percent=text["low"],
+            high_percent=text["high"],
             agreement=text["agreement"] and Agreement(**_percent(text["agreement"])),
         )
         for name, text in texts.items()
-    ]  # fmt: skip
+    ]
     rise = max(row.rise_percent for row in rows)
     if answers is not None:
         identical = [
@@ -115,9 +123,14 @@ def quality_part(
         ]
         answers = Answers(**{**answers, "identical": identical})
     return Quality(
-        label=label, texts=rows, rise_percent=rise, grade=grade_of(rise), answers=answers,
-        pictures=pictures and pictures_part(pictures), **samples,
-    )  # fmt: skip
+        label=label,
+        texts=rows,
+        rise_percent=rise,
+        grade=grade_of(rise),
+        answers=answers,
+        pictures=pictures and pictures_part(pictures),
+        **samples,
+    )
 
 
 def _percent(given: Mapping[str, Any]) -> dict[str, Any]:

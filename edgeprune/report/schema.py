@@ -15,9 +15,18 @@ from edgeprune.report.experience import Experience
 from edgeprune.report.quality import BROKEN_PERCENT, DEGRADED_PERCENT, Grade, Quality, Text, grade_of
 
 __all__ = [
-    "BROKEN_PERCENT", "DEGRADED_PERCENT", "Figure", "Grade", "Quality", "Report", "Source", "Text", "figure_of",
-    "grade_of", "schema_markdown",
-]  # fmt: skip
+    "BROKEN_PERCENT",
+    "DEGRADED_PERCENT",
+    "Figure",
+    "Grade",
+    "Quality",
+    "Report",
+    "Source",
+    "Text",
+    "figure_of",
+    "grade_of",
+    "schema_markdown",
+]
 
 SCHEMA_VERSION = 1
 
@@ -213,10 +222,13 @@ def _rate(decode: Figure, batch: int) -> Figure:
 
     return decode.model_copy(
         update={
-            "value": rate(decode.value), "unit": "tokens/s", "low": rate(decode.high), "high": rate(decode.low),
+            "value": rate(decode.value),
+            "unit": "tokens/s",
+            "low": rate(decode.high),
+            "high": rate(decode.low),
             "basis": f"{batch} / decode",
         }
-    )  # fmt: skip
+    )
 
 
 class TriedRung(Strict):

@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from edgeprune.commands.compare import Row
-    from edgeprune.commands.doctor import Finding
-    from edgeprune.commands.plan import Plan
-    from edgeprune.profiles import DeviceProfile
+    from edgeprune.pipeline.comparison import Row
     from edgeprune.report.images import Pictures
 
 STYLES = {"met": "green", "missed": "red", "out_of_reach": "red", "noisy": "yellow", "uncertain": "yellow"}
@@ -90,12 +87,14 @@ def _constraints(report: Report) -> Table:
     """What was limited with its verdict, then the rest of memory, prefill and decode."""
     rows: list[tuple[str | Text, ...]] = [
         (
-            row.name, number_text(row.limit, row.unit), *_figures(row.dense, row.fitted),
+            row.name,
+            number_text(row.limit, row.unit),
+            *_figures(row.dense, row.fitted),
             "" if row.headroom_percent is None else number_text(row.headroom_percent, "%"),
             styled(OUTCOME_LABEL[row.status], STYLES[row.status]),
         )
         for row in report.budget
-    ]  # fmt: skip
+    ]
     limited = {row.name for row in report.budget}
     for name, field in (("memory", "memory_total"), ("prefill", "prefill"), ("decode", "decode")):
         if name not in limited:
@@ -145,16 +144,22 @@ def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
     """The nearest points where both cannot be had."""
     if (stop := report.quality_stop) is None:
         return []
-    sides = {"within": (report.fitted.performance, report.quality.rise_percent),
-             "beyond": (stop.performance, stop.rise_percent)}  # fmt: skip
+    sides = {
+        "within": (report.fitted.performance, report.quality.rise_percent),
+        "beyond": (stop.performance, stop.rise_percent),
+    }
     words = {"within": "the quality limit, smallest", "beyond": f"it; the budget: {OUTCOME_TEXT[stop.status]}"}
     return [
-        (name, f"{words[name]}: perplexity {number_text(rise, '%')}, " + ", ".join(
-            f"{what} {number_text(figure.value, figure.unit)} ({figure.source})"
-            for what, figure in (("memory", side.memory_total), ("prefill", side.prefill), ("decode", side.decode))
-        ))
+        (
+            name,
+            f"{words[name]}: perplexity {number_text(rise, '%')}, "
+            + ", ".join(
+                f"{what} {number_text(figure.value, figure.unit)} ({figure.source})"
+                for what, figure in (("memory", side.memory_total), ("prefill", side.prefill), ("decode", side.decode))
+            ),
+        )
         for name, (side, rise) in sides.items()
-    ]  # fmt: skip
+    ]
 
 
 def _noticed(report: Report) -> list[tuple[str, str]]:
@@ -230,122 +235,6 @@ def _quality(quality: Quality) -> str:
     return f"{quality.grade}: perplexity {number_text(quality.rise_percent, '%')}{where}, measured ({certainty}){label}"
 
 
-def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
-    """One line or two for each device."""
-    columns = ("device", "memory", "bandwidth", "SM", "engine", "description")
-    rows = [
-        (
-            profile.name, _hardware(profile, "memory"), _hardware(profile, "bandwidth"), str(profile.sm or ""),
-            profile.engine, profile.description,
-        )
-        for profile in profiles
-    ]  # fmt: skip
-    console.print(table(columns, rows, whole=columns[:-1]))
-
-
-def _hardware(profile: DeviceProfile, name: str) -> str:
-    figure = getattr(profile, name)
-    return "probed" if figure is None else f"{figure.value:g}{'' if figure.unit == '1' else f' {figure.unit}'}"
-
-
-def print_profile(profile: DeviceProfile, console: Console) -> None:
-    """One profile, with the source and confidence of each figure."""
-    workload, budget = profile.workload, profile.budget
-    console.print(styled(f"{profile.name}: {profile.description}", "bold"))
-    facts = (
-        ("engine", f"{profile.engine}, SM {profile.sm or '–'}, {profile.precision}"),
-        ("widths", f"in multiples of {profile.channel_multiple}"),
-        ("power modes", ", ".join(profile.power_modes) or "–"),
-        ("workload", f"batch {workload.batch}, prompt {workload.prompt}, context {workload.context} by default"),
-        ("budget", f"memory {budget.memory}, prefill {budget.prefill}, decode {budget.decode} by default"),
-    )
-    console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in facts)))
-    console.print()
-    if not profile.hardware:
-        console.print("No hardware figures are shipped: they are probed on first use and cached.")
-        return
-    rows = [
-        (name.replace("_", " "), _hardware(profile, name), figure.confidence, figure.source)
-        for name, figure in profile.hardware.items()
-    ]
-    columns = ("figure", "value", "confidence", "source")
-    console.print(table(columns, rows, whole=columns[:-1]))
-
-
-def print_doctor(findings: Sequence[Finding], console: Console) -> None:
-    """What is there and what is missing, with how to get it."""
-    rows = [
-        (styled("yes", "green") if f.usable else styled("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
-    ]
-    console.print(table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    """Whether it fits, memory and latencies by part, and what they rest on; every figure is an estimate."""
-    performance, decode = plan.performance, plan.performance.decode.value
-    console.print(styled(f"{plan.model} on {plan.profile.name}: {_shape(plan)}"))
-    have, need = format_bytes(plan.profile.available_bytes), format_bytes(performance.memory.total)
-    fits = f"It fits: {need} of the {have}" if plan.fits else f"It does not fit: {need}, but {have}"
-    console.print(styled(f"{fits} that the system leaves. All figures are estimated.", STYLES[_fit(plan)]))
-    console.print()
-    rows: list[tuple[str | Text, str, str]] = [("memory", need, "")]
-    rows += [(f"  {name}", format_bytes(part.value), part.basis) for name, part in performance.memory.parts.items()]
-    rows += [
-        (styled("prefill"), number_text(performance.prefill.value, "ms"), f"of {plan.workload.prompt} tokens"),
-        (styled("decode"), number_text(decode, "ms"), f"per step, {_tokens_per_second(plan, decode)}"),
-    ]
-    rows += [(f"  {name.replace('_', ' ')}", number_text(ms, "ms"), "") for name, ms in plan.decode_parts.items() if ms]
-    if plan.decode_parts["cache_copies"]:
-        in_place = plan.decode_in_place_ms
-        detail = f"without copies of the cache, {_tokens_per_second(plan, in_place)}"
-        rows.append(("decode in place", number_text(in_place, "ms"), detail))
-    console.print(table(("estimated", "", ""), rows, whole=("estimated",)))
-    console.print()
-    rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
-    rests += [("mind", note) for note in plan.notes]
-    if weak := [name for name, figure in plan.profile.hardware.items() if figure.confidence == "low"]:
-        rests.append(("mind", f"of low confidence in the profile, which says why: {', '.join(weak)}"))
-    console.print(table(("", ""), ((styled(name, "dim"), text) for name, text in rests)))
-
-
-def print_plans(plans: Sequence[Plan], console: Console) -> None:
-    """A line for each device: what the model needs and whether that is there; latencies where it is."""
-    console.print(styled(f"{plans[0].model}: {_shape(plans[0])}. All figures are estimated."))
-    console.print()
-    rows = []
-    for plan in plans:
-        performance = plan.performance
-        latencies = (number_text(figure.value, "ms") for figure in (performance.prefill, performance.decode))
-        rows.append((
-            plan.profile.name, format_bytes(performance.memory.total), format_bytes(plan.profile.available_bytes),
-            styled("yes" if plan.fits else "no", STYLES[_fit(plan)]), *(latencies if plan.fits else ("–", "–")),
-        ))  # fmt: skip
-    columns = ("device", "needs", "has", "fits", "prefill", "decode")
-    console.print(table(columns, rows, whole=columns))
-    console.print()
-    held = [plan for plan in plans if plan.fits]
-    guessed = sum(plan.profile.decode_efficiency.confidence == "low" for plan in held)
-    few = f", {guessed} of them with no or few published points" if guessed else ""
-    console.print(styled(f"{len(held)} of {len(plans)} devices hold it{few}."))
-    console.print("--device NAME gives all parts, and the points that they rest on.", markup=False)
-
-
-def _fit(plan: Plan) -> str:
-    return "met" if plan.fits else "missed"
-
-
-def _shape(plan: Plan) -> str:
-    workload = plan.workload
-    return (
-        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}, batch {workload.batch}, "
-        f"prompt {workload.prompt}, past {plan.past}"
-    )
-
-
-def _tokens_per_second(plan: Plan, decode_ms: float) -> str:
-    return number_text(1e3 * plan.workload.batch / decode_ms, "tokens/s")
-
-
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
     """A table for each layout: methods by line, perplexity on each text and its logarithm's rise with the interval."""
     dense = rows[0]
@@ -360,19 +249,28 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
         "rise: log perplexity over the dense model in nats per token, measured here [95 % interval]", markup=False
     )
     columns = (
-        "method", "ratio", "of total", *(f"{text}: perplexity, rise" for text in texts), "per token", "seconds",
+        "method",
+        "ratio",
+        "of total",
+        *(f"{text}: perplexity, rise" for text in texts),
+        "per token",
+        "seconds",
         "peak memory",
-    )  # fmt: skip
+    )
     for layout in dict.fromkeys(row.layout for row in rows[1:]):
         cells = [
             (
-                row.method, f"{100 * row.ratio:.1f} %", f"{100 * row.total_ratio:.1f} %",
+                row.method,
+                f"{100 * row.ratio:.1f} %",
+                f"{100 * row.total_ratio:.1f} %",
                 *(f"{perplexity_text(row.perplexity[text])}  {rise_text(row.rise[text])}" for text in texts),
-                format_bytes(row.decode_bytes), f"{row.seconds:.1f}", format_bytes(row.peak_bytes),
+                format_bytes(row.decode_bytes),
+                f"{row.seconds:.1f}",
+                format_bytes(row.peak_bytes),
             )
             for row in rows
             if row.layout == layout
-        ]  # fmt: skip
+        ]
         console.print(f"\nlayout {layout}")
         console.print(table(columns, cells, whole=[column for column in columns if not column.endswith("rise")]))
     for row in rows:

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.cache import cache_folder
+from edgeprune.engine.engines import Exported, Measuring
+from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
+from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
+from edgeprune.errors import EngineError
+from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.worker import Tell
-from edgeprune.engine.choose import Exported, Measuring
-from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
-from edgeprune.engine.onnx.graph import Spelling, graph_weight_bytes, write_graphs
-from edgeprune.errors import EngineError
-from edgeprune.search.module_costs import LayerWidths, ModuleCosts, additive, channel_options
-from edgeprune.model.decoder import Decoder
 from edgeprune.profiles import DeviceProfile
+from edgeprune.search.module_costs import LayerWidths, ModuleCosts, additive, channel_options
 
 if TYPE_CHECKING:
     import torch
@@ -114,9 +114,7 @@ def _head_points(groups: int, heads: int) -> list[tuple[int, int]]:
     return [(g, heads) for g in fewer_groups] + [(groups, r) for r in fewer_heads] + both
 
 
-def _mixed(
-    full: LayerWidths, depth: int, multiple: int, generator: np.random.Generator
-) -> tuple[LayerWidths, ...]:  # fmt: skip
+def _mixed(full: LayerWidths, depth: int, multiple: int, generator: np.random.Generator) -> tuple[LayerWidths, ...]:
     """One number of heads, and free channels, in most of the layers."""
     groups, heads, channels = full
     g, r = int(generator.integers(1, groups + 1)), int(generator.integers(1, heads + 1))
@@ -153,9 +151,14 @@ class RandomWeights(Mapping[str, "torch.Tensor"]):
 
 
 def measured_times(
-    engine: Measuring, dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str, folder: Path,
+    engine: Measuring,
+    dense: Decoder,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: str,
+    folder: Path,
     tell: Tell,
-) -> Times:  # fmt: skip
+) -> Times:
     """What `fit` makes a table of, from an engine that measures, or from the cache where it is known.
 
     It is kept by device, engine and version, precision, shape and workload, so that models of the same shapes
@@ -163,9 +166,13 @@ def measured_times(
     """
     points = design(dense, precision, profile.channel_multiple)
     shape = {
-        "version": VERSION, "engine": engine.identity(tell), "precision": precision, "workload": asdict(workload),
-        "decoder": _shape_of(dense), "points": {name: asdict(point) for name, point in points.items()},
-    }  # fmt: skip
+        "version": VERSION,
+        "engine": engine.identity(tell),
+        "precision": precision,
+        "workload": asdict(workload),
+        "decoder": _shape_of(dense),
+        "points": {name: asdict(point) for name, point in points.items()},
+    }
     key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "costs" / f"{key}.json"
     if not path.is_file():
@@ -190,11 +197,17 @@ def _shape_of(dense: Decoder) -> dict[str, object]:
 
 
 def _measure(
-    engine: Measuring, dense: Decoder, points: Mapping[str, Point], profile: DeviceProfile, workload: Workload,
-    precision: str, folder: Path, tell: Tell,
-) -> Times:  # fmt: skip
+    engine: Measuring,
+    dense: Decoder,
+    points: Mapping[str, Point],
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: str,
+    folder: Path,
+    tell: Tell,
+) -> Times:
     """Latency over the base model's by kind and name: some models at a time, the base model among them."""
-    spelling = Spelling(profile.dialect, "last")
+    variant = GraphVariant(profile.dialect, "last")
     times: Times = {kind: {BASE: 1.0} for kind in KINDS}
     for chunk in _chunks(dense, points, precision):
         with tempfile.TemporaryDirectory(dir=folder, prefix="costs-") as name:
@@ -202,7 +215,7 @@ def _measure(
             for place, point in enumerate(chunk):
                 decoder, graphs = points[point].decoder(dense), Path(name) / str(place)
                 graphs.mkdir()
-                write_graphs(decoder, RandomWeights(decoder), graphs, precision, [spelling], workload.context)
+                write_graphs(decoder, RandomWeights(decoder), graphs, precision, [variant], workload.context)
                 exported[point] = Exported(decoder, graphs, graphs / "engine", graphs / "none")
             for kind, found in engine.latencies(exported, tell).items():
                 times[kind] |= {point: value / found[BASE] for point, value in found.items()}
@@ -326,8 +339,9 @@ def _by_difference(
     )
     attention = np.concatenate([np.zeros_like(attention[:1]), attention])
     sizes = [0, *channel_options(channels, multiple)]
-    added = np.array([(of(dense.with_widths(groups, heads, k)) - without_mlp) / layers if k else 0 * without_mlp
-                      for k in sizes])  # fmt: skip
+    added = np.array(
+        [(of(dense.with_widths(groups, heads, k)) - without_mlp) / layers if k else 0 * without_mlp for k in sizes]
+    )
     mlp = np.stack([np.interp(np.arange(channels + 1), sizes, column) for column in added.T], axis=1)
     half = dense.vocab_size // 2
     token = (of(dense) - of(replace(dense, vocab_size=half))) / (dense.vocab_size - half)

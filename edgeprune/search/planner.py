@@ -6,15 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from edgeprune.ondevice.figures import Performance
-from edgeprune.search.latency_table import LatencyCosts, estimated_costs, fit, measured_times, memory_costs
-from edgeprune.pipeline.journal import Journal
-from edgeprune.pipeline.setup import Setup
-from edgeprune.progress import Progress
-from edgeprune.search.search import Corrected, corrected
+from edgeprune.search.latency_table import LatencyCosts
+from edgeprune.search.search import Corrected
 
 if TYPE_CHECKING:
-    from edgeprune.search.widths import Sensitivities
     from edgeprune.search.solve import Allocation, Problem
 
 STEP = 0.05  # of a limit: what one more unit of it would buy
@@ -34,9 +29,9 @@ class Planner:
 
     def solve(self, room: Mapping[str, float]) -> Allocation | None:
         """The least predicted loss within limits on the estimates; None where nothing fits."""
-        from edgeprune.search import solve as optimize
+        from edgeprune.search.solve import per_layer, uniform
 
-        return (optimize.uniform if self.layout == "uniform" else optimize.per_layer)(self.problem, room)
+        return (uniform if self.layout == "uniform" else per_layer)(self.problem, room)
 
     def within(self, limits: Mapping[str, float]) -> Allocation | None:
         """The same for limits on what is obtained, as far as the estimates are corrected by now."""
@@ -79,28 +74,3 @@ class Planner:
             found = self.within({name: middle * dense})
             low, high = (low, middle) if found is not None and found.loss <= most_loss else (middle, high)
         return [1 - (1 - high) * (step + 1) / count for step in range(count)]
-
-
-def planner_of(
-    setup: Setup, dense: Performance, sensitivities: Sensitivities, vocabularies: Mapping[int, float],
-    journal: Journal, progress: Progress,
-) -> Planner:  # fmt: skip
-    """dense: what the dense model needs and reaches; vocabularies: predicted loss by size, the full one at 0.
-
-    Measures the cost of widths where the engine measures at all and the cache does not know it. Raises EngineError.
-    """
-    from edgeprune.search.widths import dense_widths
-    from edgeprune.search.solve import Problem
-
-    decoder, profile, multiple = setup.model.decoder, setup.profile, setup.profile.channel_multiple
-    parts = (decoder, profile, setup.workload, setup.precision)
-    if setup.engine.measures:
-        progress.stage("measure what a width costs")
-        times = journal.stage("costs", lambda: measured_times(setup.engine, *parts, journal.folder, progress.track))
-        latency = fit(decoder, profile, setup.precision, times, f"models of random weights on {setup.engine.name}")
-    else:
-        latency = estimated_costs(*parts)
-    costs = {"memory": memory_costs(*parts), "prefill": latency.prefill, "decode": latency.decode}
-    problem = Problem(dense_widths(decoder), sensitivities, costs, multiple, dict(vocabularies))
-    estimator = corrected(problem.estimate, problem.everything, dense.values)
-    return Planner(problem, setup.request.layout, latency, estimator)

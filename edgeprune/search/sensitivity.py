@@ -1,8 +1,10 @@
-"""One walk over the dense model that measures what every possible cut of each module would cost."""
+"""Measures what every possible cut of each module would cost, in one walk over the dense model; kept in the cache."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edgeprune.cache import cache_folder
 from edgeprune.model.backward import token_gradients
 from edgeprune.model.decoder import Attention, Layer
 from edgeprune.model.forward import (
@@ -29,18 +32,40 @@ from edgeprune.model.forward import (
     weight_stream,
 )
 from edgeprune.model.model import Model
-from edgeprune.search.widths import Sensitivities, Widths, dense_widths
+from edgeprune.progress import Progress
 from edgeprune.pruning.compensate import nested_errors
 from edgeprune.pruning.experts import expert_inputs, expert_projection
-from edgeprune.pruning.methods import Method
+from edgeprune.pruning.methods import Method, method_named
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import Projection, Score
 from edgeprune.pruning.select import Rank, features_of, select_heads
+from edgeprune.search.widths import Sensitivities, Widths, dense_widths
 
+VERSION = 5  # of what is kept; another number measures again
 PROBE_SAMPLES = 16  # with fewer, wide modules look worse than they are: their update is under-determined
 PROBE_HELD_OUT = 8
 LEAST_RISE = 1e-4  # nats per token; noise may make a small cut look free
+
+
+def sensitivities_of(model: Model, ids: np.ndarray, method: str, seed: int, progress: Progress) -> Sensitivities:
+    """Sensitivities with their measured response, for a method's score and samples (samples, length) int64."""
+    how = method_named(method)
+    named = f"{VERSION} {model.fingerprint} {how.score.__name__} {how.recovery.value} {seed}"
+    key = hashlib.sha256(named.encode() + ids.tobytes()).hexdigest()
+    path = cache_folder() / "sensitivities" / f"{key}.npz"
+    if not path.is_file():
+        samples = torch.from_numpy(ids)
+        advance = progress.stage("measure sensitivities", 3 * len(model.decoder.layers))
+        found = measure_sensitivities(model, samples, how.score, seed, advance)
+        advance = progress.stage("probe the loss", 4)
+        found = measure_response(model, samples, found, how, seed, advance)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{key}.{os.getpid()}.npz")
+        np.savez(temporary, attention=found.attention, mlp=found.mlp, response=found.response)
+        temporary.replace(path)
+    with np.load(path) as arrays:
+        return Sensitivities(arrays["attention"], arrays["mlp"], arrays["response"])
 
 
 def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Rank) -> np.ndarray:
@@ -60,9 +85,12 @@ def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Att
 
 @torch.inference_mode()
 def _projections(
-    model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None],
+    model: Model,
+    ids: torch.Tensor,
+    seed: int,
+    on_layer: Callable[[], None],
     scales: list[dict[str, torch.Tensor]] | None = None,
-) -> Iterator[tuple[Layer, str, list[Projection]]]:  # fmt: skip
+) -> Iterator[tuple[Layer, str, list[Projection]]]:
     """Every module's output projection, those of all its experts where it has some, on the dense stream; the inputs
     times the scales (b, t) if given.
 
@@ -97,9 +125,8 @@ def _projections(
 
 
 def measure_sensitivities(
-    model: Model, ids: torch.Tensor, score: Score, seed: int,
-    on_layer: Callable[[], None] = lambda: None,
-) -> Sensitivities:  # fmt: skip
+    model: Model, ids: torch.Tensor, score: Score, seed: int, on_layer: Callable[[], None] = lambda: None
+) -> Sensitivities:
     """Sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
 
     A change dy_t of a module's output costs about 1/2 E[(g_t . dy_t)^2] nats, with g_t the gradient of
@@ -132,9 +159,8 @@ def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
 
 
 def measure_scores(
-    model: Model, ids: torch.Tensor, score: Score, seed: int,
-    on_layer: Callable[[], None] = lambda: None,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    model: Model, ids: torch.Tensor, score: Score, seed: int, on_layer: Callable[[], None] = lambda: None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Scores of every layer's key/value groups and of its channels, on the dense stream; of experts the mean of
     their sorted ones."""
     scores: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
@@ -162,9 +188,13 @@ def probe_widths(dense: Widths) -> list[Widths | None]:
 
 @torch.inference_mode()
 def measure_response(
-    model: Model, ids: torch.Tensor, sensitivities: Sensitivities, method: Method, seed: int,
+    model: Model,
+    ids: torch.Tensor,
+    sensitivities: Sensitivities,
+    method: Method,
+    seed: int,
     on_probe: Callable[[], None] = lambda: None,
-) -> Sensitivities:  # fmt: skip
+) -> Sensitivities:
     """The sensitivities with their response measured: one small pruning for each kind of cut.
 
     ids (samples, tokens): the first half calibrates each probe, the second half gives the loss, up to a few of each.

@@ -197,13 +197,16 @@ class _Knapsack:
         some_stay[0, :depth] = 1
         some_stay[1, depth:] = np.tile(np.array(self.sizes) > 0, depth)
         result = milp(
-            losses, integrality=np.full(len(losses), 0 if relaxed else 1), bounds=Bounds(0, 1),
+            losses,
+            integrality=np.full(len(losses), 0 if relaxed else 1),
+            bounds=Bounds(0, 1),
             constraints=[
-                LinearConstraint(np.array(rows), -np.inf, most), LinearConstraint(one_size, 1, 1),
+                LinearConstraint(np.array(rows), -np.inf, most),
+                LinearConstraint(one_size, 1, 1),
                 LinearConstraint(some_stay, 1, np.inf),
             ],
             options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-        )  # fmt: skip
+        )
         if result.x is None:
             return None
         loss = float(result.fun + gone.sum()) + self.problem.vocabularies[self.tokens]

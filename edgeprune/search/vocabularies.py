@@ -12,7 +12,6 @@ import numpy as np
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.vocabulary import Vocabulary, ladder, needed, padded, retokenized, write_tokenizer_files
 from edgeprune.progress import Progress
-from edgeprune.pipeline.results import Samples
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +21,12 @@ FIRST_MULTIPLE = 64  # of the smallest size: the head's width
 TEST_SAMPLES = 8  # that losses are measured on
 
 
-def vocabularies_of(model: Model, samples: Samples) -> list[Vocabulary]:
-    """What the samples need, and larger ones, each GROWTH times the one before, below the whole vocabulary."""
-    return _ladder(model, _used(samples.calibration, samples.generated))
+def vocabularies_of(model: Model, calibration: np.ndarray, generated: np.ndarray | None) -> list[Vocabulary]:
+    """Returns the vocabulary that the samples need, and larger ones below the whole one, each GROWTH times the last.
+
+    calibration, generated: token ids (samples, tokens) of the user's samples and of the model's own.
+    """
+    return _ladder(model, _used(calibration, generated))
 
 
 def _used(*arrays: np.ndarray | None) -> np.ndarray:
@@ -41,8 +43,10 @@ def _ladder(model: Model, used: np.ndarray) -> list[Vocabulary]:
     return [vocabulary for vocabulary in found if vocabulary.size < model.decoder.vocab_size]
 
 
-def measure_losses(model: Model, samples: Samples, progress: Progress) -> dict[str, float]:
-    """Rise of the loss in nats per token of the whole vocabulary, by size of the vocabularies of vocabularies_of.
+def measure_losses(
+    model: Model, calibration: np.ndarray, generated: np.ndarray | None, progress: Progress
+) -> dict[str, float]:
+    """Returns the rise of the loss in nats per token of the whole vocabulary, by size of those of vocabularies_of.
 
     Every token of the samples is in all of them, so the samples themselves say nothing about new text: one half
     of them makes vocabularies as all of them do, the other half is spelled and predicted with these.
@@ -50,12 +54,12 @@ def measure_losses(model: Model, samples: Samples, progress: Progress) -> dict[s
     from edgeprune.evaluate.perplexity import text_losses
     from edgeprune.model.forward import weight_stream
 
-    half = len(samples.calibration) // 2
-    ladder_of_all = vocabularies_of(model, samples)
+    half = len(calibration) // 2
+    ladder_of_all = vocabularies_of(model, calibration, generated)
     if half == 0:
         return {str(found.size): 0.0 for found in ladder_of_all}
-    tests = samples.calibration[:half][:TEST_SAMPLES]
-    from_half = _ladder(model, _used(samples.calibration[half:], samples.generated))
+    tests = calibration[:half][:TEST_SAMPLES]
+    from_half = _ladder(model, _used(calibration[half:], generated))
     advance = progress.stage("measure vocabularies", (1 + len(from_half)) * len(model.decoder.layers))
     length = 2 * tests.shape[1]  # a text that is spelled in pieces stays in one window
 

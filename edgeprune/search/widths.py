@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeprune.search.module_costs import ModuleCosts, additive, channel_options
 from edgeprune.model.decoder import Decoder
+from edgeprune.search.module_costs import ModuleCosts, additive, channel_options
 
 
 class Widths(NamedTuple):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgeprune.ondevice.bundle import open_bundle, sha256
+from edgeprune.bundle.pick import pick
 from edgeprune.cli.app import app
 from edgeprune.errors import InputError
-from edgeprune.bundle.pick import pick
+from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.schema import Report
 from tests.bundles import command, contents, copy_of, deployment, fitted
@@ -33,10 +33,28 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(source / "model", home / "model")
     shutil.copyfile(source / "text.txt", home / "text.txt")
     result = command(
-        "frontier", home / "model", "--device", "cpu", "--rungs", "3", "--calibration", home / "text.txt", "--samples",
-        "4", "--length", "32", "--prompt", "16", "--context", "64", "--method", "magnitude", "--output",
-        home / "a ladder", "--json",
-    )  # fmt: skip
+        "frontier",
+        home / "model",
+        "--device",
+        "cpu",
+        "--rungs",
+        "3",
+        "--calibration",
+        home / "text.txt",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--prompt",
+        "16",
+        "--context",
+        "64",
+        "--method",
+        "magnitude",
+        "--output",
+        home / "a ladder",
+        "--json",
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((home / "a ladder" / "frontier.json").read_text())
     assert not (home / "a ladder.work").exists()
@@ -76,8 +94,14 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
     assert not {"--memory", "--decode", "--prefill"} & set(words)
     tops = {path.name for path in made.iterdir()}
     assert tops == {
-        "frontier.json", "frontier.html", "README.md", "manifest.json", "profile.toml", "rungs", "tokenizer",
-    }  # fmt: skip
+        "frontier.json",
+        "frontier.html",
+        "README.md",
+        "manifest.json",
+        "profile.toml",
+        "rungs",
+        "tokenizer",
+    }
     reports = [report_of(made / "rungs" / str(index)) for index in range(3)]
     shares = [float(report.budget[0].asked.removesuffix("%")) for report in reports]
     assert 100 > shares[0] > shares[1] > shares[2]
@@ -86,8 +110,12 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
     for index, report in enumerate(reports):
         folder = made / "rungs" / str(index)
         assert {path.name for path in folder.iterdir()} == {
-            "model", "onnx", "reference.npz", "report.json", "deployment.json",
-        }  # fmt: skip
+            "model",
+            "onnx",
+            "reference.npz",
+            "report.json",
+            "deployment.json",
+        }
         assert [step.command for step in report.deploy] == [f"edgeprune fit --from 'a ladder' --pick {index}"]
         assert report.command == manifest["command"]
         plan = deployment(folder)
@@ -169,9 +197,18 @@ def test_a_picked_bundle_is_an_ordinary_one(made, picked):
     assert "kind" not in manifest
     assert manifest["rung"] == 1
     assert {path.name for path in picked.iterdir()} == {
-        "report.json", "report.html", "README.md", "manifest.json", "profile.toml", "deployment.json", "finish.pyz",
-        "rungs", "tokenizer", "model", "onnx",
-    }  # fmt: skip
+        "report.json",
+        "report.html",
+        "README.md",
+        "manifest.json",
+        "profile.toml",
+        "deployment.json",
+        "finish.pyz",
+        "rungs",
+        "tokenizer",
+        "model",
+        "onnx",
+    }
     assert [path.name for path in (picked / "rungs").iterdir()] == ["0"]
     for name in original["sha256"]:
         if name.startswith("rungs/1/") and name.rsplit("/", 1)[1] not in ("report.json", "deployment.json"):
@@ -202,8 +239,15 @@ def test_the_command_makes_the_frontier_and_picks_from_it(made, picked):
     first, second = report_of(picked).command.split(" && ")
     assert first == open_bundle(made)["command"]
     assert shlex.split(second) == [
-        "edgeprune", "fit", "--from", str(made), "--pick", "1", "--output", str(made.parent / "picked one"),
-    ]  # fmt: skip
+        "edgeprune",
+        "fit",
+        "--from",
+        str(made),
+        "--pick",
+        "1",
+        "--output",
+        str(made.parent / "picked one"),
+    ]
     assert open_bundle(picked)["command"] == report_of(picked).command
 
 
@@ -222,9 +266,13 @@ def test_every_loader_takes_it(picked):
 def test_it_is_measured_run_and_rendered_like_any_other(picked, tmp_path):
     bundle = copy_of(picked, tmp_path / "bundle", {"memory": 2.0**40})
     result = subprocess.run(
-        [sys.executable, bundle / "finish.pyz", "--json"], capture_output=True, text=True, timeout=120, cwd=bundle,
+        [sys.executable, bundle / "finish.pyz", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=bundle,
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["rungs"][0]["status"] == "met"
     whole(bundle)

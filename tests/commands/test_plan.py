@@ -9,22 +9,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.ondevice.figures import Workload
-from edgeprune.engine.published import ORIGINS
-from edgeprune.engine.estimate import estimate_performance
-from edgeprune.errors import InputError
 from edgeprune.commands.plan import Plan, Question, plan, plan_all
+from edgeprune.engine.estimate import estimate_performance
+from edgeprune.engine.published import ORIGINS
+from edgeprune.errors import InputError
+from edgeprune.ondevice.figures import Workload
 from edgeprune.profiles import list_profiles, load_profile, profile_toml
 
 SMALL = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152,
-    "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 QWEN3_4B = SMALL | {  # the shape alone: the norms of its queries and keys are negligible
-    "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "head_dim": 128, "num_hidden_layers": 36, "vocab_size": 151936, "max_position_embeddings": 40960,
-}  # fmt: skip
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
 
 
 @pytest.fixture
@@ -46,9 +59,9 @@ def test_a_plan_is_the_estimators(config: str) -> None:
     assert found.fits
 
 
-@pytest.mark.parametrize("spelling", ["config.json", "."])
-def test_a_file_or_its_directory(config: str, spelling: str) -> None:
-    found = plan(Question(str(Path(config).parent / spelling), "l4"))
+@pytest.mark.parametrize("variant", ["config.json", "."])
+def test_a_file_or_its_directory(config: str, variant: str) -> None:
+    found = plan(Question(str(Path(config).parent / variant), "l4"))
     assert found.model == Path(config).parent.name
     assert found == plan(Question(config, "l4"))
 

@@ -191,9 +191,17 @@ RESULTS = {  # how many results a call has when it fails: they are None then
     if name.startswith("cu")
 }
 TYPES = (
-    CUresult, CUstreamCaptureMode, CUdevice_attribute, CUdeviceptr, CUstream, CUevent, CUgraph, CUgraphExec, CUdevice,
+    CUresult,
+    CUstreamCaptureMode,
+    CUdevice_attribute,
+    CUdeviceptr,
+    CUstream,
+    CUevent,
+    CUgraph,
+    CUgraphExec,
+    CUdevice,
     CUcontext,
-)  # fmt: skip
+)
 
 
 def module(device: double_device.Device) -> ModuleType:

@@ -198,13 +198,23 @@ def module(device: double_device.Device) -> tuple[ModuleType, ModuleType]:
     package, driver = ModuleType("double_pycuda"), ModuleType("double_pycuda.driver")
     package.VERSION_TEXT = VERSION_TEXT
     names = {
-        "Context": Context, "Device": Device, "DeviceAllocation": DeviceAllocation, "Error": Error, "Event": Event,
-        "LogicError": LogicError, "MemoryError": MemoryError, "RuntimeError": RuntimeError, "Stream": Stream,
-        "get_driver_version": lambda: device.driver, "init": init,
+        "Context": Context,
+        "Device": Device,
+        "DeviceAllocation": DeviceAllocation,
+        "Error": Error,
+        "Event": Event,
+        "LogicError": LogicError,
+        "MemoryError": MemoryError,
+        "RuntimeError": RuntimeError,
+        "Stream": Stream,
+        "get_driver_version": lambda: device.driver,
+        "init": init,
         "mem_alloc": lambda size: DeviceAllocation(_current(), size),
         "mem_get_info": lambda: (device.memory - device.used, device.memory),
-        "memcpy_dtoh": memcpy_dtoh, "memcpy_htod": memcpy_htod, "memset_d8": memset_d8,
-    }  # fmt: skip
+        "memcpy_dtoh": memcpy_dtoh,
+        "memcpy_htod": memcpy_htod,
+        "memset_d8": memset_d8,
+    }
     vars(driver).update(names)
     _STACK.clear()
     return package, driver

@@ -28,13 +28,10 @@ from tests.doubles.double_tensorrt_base import (
     MemoryPoolType,
     NetworkDefinitionCreationFlag,
     Strict,
-)  # fmt: skip
+)
 
 CONTEXT_BYTES = 2**20
-NUMPY = {
-    DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT64: np.int64,
-    DataType.BF16: np.uint16,
-}  # fmt: skip
+NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT64: np.int64, DataType.BF16: np.uint16}
 
 
 class Refused(Exception):
@@ -221,9 +218,13 @@ def _bytes(tensor: dict[str, Any], shape: tuple[int, ...]) -> int:
 
 
 def _compute(
-    device: Device, session: onnxruntime.InferenceSession, tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]],
-    addresses: dict[str, int], lives: tuple[Life, Life],
-) -> None:  # fmt: skip
+    device: Device,
+    session: onnxruntime.InferenceSession,
+    tensors: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    addresses: dict[str, int],
+    lives: tuple[Life, Life],
+) -> None:
     """What the GPU does when it comes to a step: read its inputs then, not when it was put on the stream."""
     if not all(life.alive for life in lives):
         raise Fault("CUDA_ERROR_ILLEGAL_ADDRESS", "the engine or the context of this step is gone")
@@ -267,8 +268,6 @@ def module(device: Device, version: str) -> ModuleType:
     made.__version__, made.device = version, device
     for kind in (DataType, Dims, ILogger, IProgressMonitor, MemoryPoolType, NetworkDefinitionCreationFlag):
         setattr(made, kind.__name__, kind)
-    for name, kind in (
-        ("Runtime", Runtime), ("Builder", building.Builder), ("OnnxParser", building.OnnxParser),
-    ):  # fmt: skip
+    for name, kind in (("Runtime", Runtime), ("Builder", building.Builder), ("OnnxParser", building.OnnxParser)):
         setattr(made, name, functools.partial(kind, made))
     return made

@@ -18,13 +18,15 @@ from tests.doubles.double_tensorrt_base import (
     MemoryPoolType,
     NetworkDefinitionCreationFlag,
     Strict,
-)  # fmt: skip
+)
 
 MAGIC = b"an engine of a double of TensorRT"
 ELEMENTS = {
-    onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.FLOAT: "FLOAT",
+    onnx.TensorProto.FLOAT16: "HALF",
+    onnx.TensorProto.BFLOAT16: "BF16",
     onnx.TensorProto.INT64: "INT64",
-}  # fmt: skip
+}
 HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 PHASES = (("Building ENGINE_0", None, 3), ("Tactic selection", "Building ENGINE_0", 5))
 
@@ -236,15 +238,17 @@ class Builder(Strict):
             for values, is_input in ((network._graph.input, True), (network._graph.output, False))
             for value in values
         }
-        weights = sum(prod(one.dims) * (2 if one.data_type in HALVES else 4)
-                      for one in network._graph.initializer)  # fmt: skip
+        weights = sum(prod(one.dims) * (2 if one.data_type in HALVES else 4) for one in network._graph.initializer)
         for label, size in (("Total Weights Memory", weights), ("Total Activation Memory", 3 * 2**19)):
             self._logger.log(ILogger.Severity.VERBOSE, f"{label}: {size} bytes")
         self._logger.log(ILogger.Severity.VERBOSE, f"Max Scratch Memory: {2**19} bytes")
         plan = {
-            "version": self._module.__version__, "sm": config._sm, "weights": weights,
-            "tensors": tensors, "profile": config._profiles[0]._shapes,
-        }  # fmt: skip
+            "version": self._module.__version__,
+            "sm": config._sm,
+            "weights": weights,
+            "tensors": tensors,
+            "profile": config._profiles[0]._shapes,
+        }
         model = whole(network._path)
         model = emulated(model) if is_bf16(model) else model
         return IHostMemory(b"\n".join((MAGIC, json.dumps(plan).encode(), model.SerializeToString())))

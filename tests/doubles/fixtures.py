@@ -39,7 +39,7 @@ def device(monkeypatch: pytest.MonkeyPatch, layer: str) -> Iterator[Device]:
 
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GraphFiles]:
-    """Both spellings that are needed, in fp32 and fp16."""
+    """Both variants that are needed, in fp32 and fp16."""
     decoder, weights = decoder_of(MODEL.config), weights_of(MODEL)
     return {
         precision: write_graphs(decoder, weights, tmp_path_factory.mktemp(precision), precision, [PRIMITIVE, RUNTIME])

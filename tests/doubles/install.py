@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant
 from edgeprune.ondevice import cuda, tasks
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import Tell
-from edgeprune.engine.onnx.graph import GraphFiles, Spelling
 from edgeprune.ondevice.onnxruntime import Runner
 from edgeprune.ondevice.tensorrt import compile_plan
+from edgeprune.ondevice.worker import Tell
 from tests.doubles import double_cuda_python, double_pycuda, double_tensorrt
 from tests.doubles.double_device import Device
 from tests.engine.graph_models import llama
@@ -25,7 +25,7 @@ CUDA_MODULES = ("pycuda", "pycuda.driver", "cuda", "cuda.cuda", "cuda.bindings",
 VERSION = "10.13.3.9"
 WORKLOAD = Workload(batch=2, prompt=8, context=48)
 MODEL = llama(True)
-PRIMITIVE, RUNTIME = Spelling("primitive", "last"), Spelling("onnxruntime", "last")
+PRIMITIVE, RUNTIME = GraphVariant("primitive", "last"), GraphVariant("onnxruntime", "last")
 
 
 def install(patch: pytest.MonkeyPatch, device: Device, layers: tuple[str, ...], version: str = VERSION) -> None:
@@ -48,7 +48,7 @@ def built(graph: Path, plan: Path, workload: Workload = WORKLOAD) -> Path:
 
 
 def on_the_processor(files: GraphFiles, batch: int) -> Runner:
-    """ONNX Runtime on another spelling of the same weights: what an engine is compared with."""
+    """ONNX Runtime on another variant of the same weights: what an engine is compared with."""
     return Runner(files.graphs[RUNTIME], batch, WORKLOAD.context, threads=1)
 
 

@@ -42,9 +42,10 @@ def test_the_tensorrt_double_has_no_name_that_a_recorded_release_misses() -> Non
         name: kind
         for module in (double_tensorrt, building, double_tensorrt_base)
         for name, kind in vars(module).items()
-        if isinstance(kind, type) and kind.__module__.startswith("tests.doubles.double_tensorrt")
+        if isinstance(kind, type)
+        and kind.__module__.startswith("tests.doubles.double_tensorrt")
         and name not in ("Strict", "Refused")
-    }  # fmt: skip
+    }
     assert len(kinds) > 15
     releases = recorded("tensorrt_names/*.json")
     assert len(releases) == 7
@@ -80,9 +81,12 @@ def current() -> Device:
 def test_memory_that_is_freed_unknown_or_too_small(current: Device) -> None:
     address = current.allocate(8, "test")
     for call in (
-        lambda: current.write(address, bytes(9)), lambda: current.read(address, 9),
-        lambda: current.read(address + 4, 1), lambda: current.free(address + 4), lambda: current.allocate(0, "test"),
-    ):  # fmt: skip
+        lambda: current.write(address, bytes(9)),
+        lambda: current.read(address, 9),
+        lambda: current.read(address + 4, 1),
+        lambda: current.free(address + 4),
+        lambda: current.allocate(0, "test"),
+    ):
         with pytest.raises(Fault, match="INVALID_VALUE"):
             call()
     with pytest.raises(Fault, match="OUT_OF_MEMORY"):
@@ -189,8 +193,17 @@ def engine(monkeypatch: pytest.MonkeyPatch, graphs: dict[str, GraphFiles], tmp_p
             assert context.set_input_shape(name, shapes[name])
     for name in names[:3]:
         device.write(address[name], np.arange(2, dtype=np.int64).tobytes())
-    return Engine(device=device, log=log, runtime=runtime, loaded=loaded, context=context, stream=stream.handle,
-                  address=address, shapes=shapes, trt=trt)  # fmt: skip
+    return Engine(
+        device=device,
+        log=log,
+        runtime=runtime,
+        loaded=loaded,
+        context=context,
+        stream=stream.handle,
+        address=address,
+        shapes=shapes,
+        trt=trt,
+    )
 
 
 def test_a_step_that_is_right(engine: Engine) -> None:
@@ -226,9 +239,14 @@ def test_a_step_that_is_refused(message: str, engine: Engine) -> None:
 def test_shapes_and_names_that_are_refused(engine: Engine) -> None:
     context = engine.context
     for name, shape in (
-        ("input_ids", (1, 9)), ("input_ids", (3, 1)), ("input_ids", (1,)), ("nobody", (1, 1)), ("logits", (1, 1, 200)),
-        ("past_key_values.0.key", (1, 2, WORKLOAD.context, 16)), ("past_key_values.0.key", (1, 3, 0, 16)),
-    ):  # fmt: skip
+        ("input_ids", (1, 9)),
+        ("input_ids", (3, 1)),
+        ("input_ids", (1,)),
+        ("nobody", (1, 1)),
+        ("logits", (1, 1, 200)),
+        ("past_key_values.0.key", (1, 2, WORKLOAD.context, 16)),
+        ("past_key_values.0.key", (1, 3, 0, 16)),
+    ):
         assert context.set_input_shape(name, shape) is False
     assert context.set_tensor_address("nobody", 4096) is False
     assert len(engine.log) == 8

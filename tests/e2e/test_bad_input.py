@@ -45,7 +45,8 @@ CASES = {
     "empty text": (["fit", "model", "--device", "jetson-orin", "--calibration", "empty.txt"], "holds no text"),
     "binary text": (["fit", "model", "--device", "jetson-orin", "--calibration", "binary.txt"], "binary"),
     "too little text": (
-        ["fit", "model", "--device", "jetson-orin", "--calibration", "short.txt", "--samples", "99"], "are missing",
+        ["fit", "model", "--device", "jetson-orin", "--calibration", "short.txt", "--samples", "99"],
+        "are missing",
     ),
     "malformed size": (["fit", "model", "--device", "jetson-orin", "--memory", "lots"], "malformed size"),
     "malformed latency": (["fit", "model", "--device", "jetson-orin", "--decode", "10"], "malformed latency"),
@@ -62,31 +63,37 @@ CASES = {
     "samples beyond the model": (["fit", "model", "--device", "jetson-orin", "--length", "9999"], "positions"),
     "unknown precision": (["fit", "model", "--device", "jetson-orin", "--precision", "int1"], "precision"),
     "a target that is no address": (
-        ["fit", "model", "--device", "jetson-orin", "--target", "orin"], "malformed target",
+        ["fit", "model", "--device", "jetson-orin", "--target", "orin"],
+        "malformed target",
     ),
     "a target with an option in it": (
-        ["fit", "model", "--device", "jetson-orin", "--target", "ssh://-oProxyCommand=touch%20x"], "malformed target",
+        ["fit", "model", "--device", "jetson-orin", "--target", "ssh://-oProxyCommand=touch%20x"],
+        "malformed target",
     ),
     "a target with a password": (
-        ["fit", "model", "--device", "jetson-orin", "--target", "ssh://me:secret@orin"], "password",
+        ["fit", "model", "--device", "jetson-orin", "--target", "ssh://me:secret@orin"],
+        "password",
     ),
     "keep what is not there": (["fit", "model", "--device", "jetson-orin", "--keep-remote"], "--target"),
     "no rungs": (["fit", "model", "--device", "jetson-orin", "--rungs", "0"], "--rungs"),
     "a processor's profile for another machine": (
-        ["fit", "model", "--device", "cpu", "--target", "ssh://me@orin"], "probe_profile.py",
+        ["fit", "model", "--device", "cpu", "--target", "ssh://me@orin"],
+        "probe_profile.py",
     ),
     "measure what is no bundle": (["measure", "full"], "no bundle"),
     "no samples": (["fit", "model", "--device", "jetson-orin", "--samples", "0"], "--samples"),
     "context beyond the model": (["fit", "model", "--device", "jetson-orin", "--context", "9999"], "positions"),
     "prompt beyond the context": (
-        ["fit", "model", "--device", "jetson-orin", "--prompt", "64", "--context", "64"], "no room",
+        ["fit", "model", "--device", "jetson-orin", "--prompt", "64", "--context", "64"],
+        "no room",
     ),
     "pick from what is no bundle": (["fit", "--from", "full", "--pick", "0"], "no bundle"),
     "pick nothing": (["fit", "--from", "full"], "--from and --pick go together"),
     "pick from nothing": (["fit", "--pick", "2"], "--from and --pick go together"),
     "pick, and a model": (["fit", "model", "--from", "full", "--pick", "0"], "MODEL with --from"),
     "pick, and a budget": (
-        ["fit", "--from", "full", "--pick", "0", "--device", "cpu", "--decode", "70%"], "--device, --decode with",
+        ["fit", "--from", "full", "--pick", "0", "--device", "cpu", "--decode", "70%"],
+        "--device, --decode with",
     ),
     "pick, and the default of an option": (["fit", "--from", "full", "--pick", "0", "--seed", "0"], "--seed with"),
     "pick by name": (["fit", "--from", "full", "--pick", "small"], "--pick"),
@@ -94,32 +101,36 @@ CASES = {
     "a frontier of one": (["frontier", "model", "--device", "jetson-orin", "--rungs", "1"], "--rungs"),
     "a frontier has no budget": (["frontier", "model", "--device", "jetson-orin", "--decode", "70%"], "--decode"),
     "a frontier into a full folder": (
-        ["frontier", "model", "--device", "jetson-orin", "--output", "full"], "not empty",
+        ["frontier", "model", "--device", "jetson-orin", "--output", "full"],
+        "not empty",
     ),
     "no bundle": (["run", "full", "--prompt", "hi"], "is no bundle"),
     "no bundle to render": (["report", "full"], "is no bundle"),
     "unknown option": (["fit", "model", "--devise", "cpu"], "--devise"),
     "malformed ratios": (["compare", "model", "--ratios", "a", "--calibration", "short.txt"], "malformed ratios"),
     "ratio out of range": (["compare", "model", "--ratios", "100", "--calibration", "short.txt"], "between 0 and 100"),
-    "unknown layout": (
-        ["compare", "model", "--calibration", "short.txt", "--layout", "diagonal"], "unknown layout",
-    ),
+    "unknown layout": (["compare", "model", "--calibration", "short.txt", "--layout", "diagonal"], "unknown layout"),
     "no samples to compare on": (["compare", "model", "--calibration", "short.txt", "--samples", "0"], "--samples"),
     "a page in no folder": (
-        ["compare", "model", "--calibration", "short.txt", "--html", "nowhere/x.html"], "no folder",
+        ["compare", "model", "--calibration", "short.txt", "--html", "nowhere/x.html"],
+        "no folder",
     ),
     "compare without text": (["compare", "model"], "--calibration"),
     "unknown device to show": (["devices", "toaster"], "unknown device"),
     "a log that cannot be written": (["--log-file", "nowhere/x.log", "doctor"], "cannot write the log"),
-}  # fmt: skip
+}
 
 
 def run(words: list[str], home: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli.app", *words], cwd=home, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "edgeprune.cli.app", *words],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=environment,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("words", "reason"), CASES.values(), ids=CASES)

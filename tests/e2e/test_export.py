@@ -23,9 +23,15 @@ WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", 
 def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     save_llama(
-        folder / "model", vocab_size=len(VOCABULARY), num_hidden_layers=2, hidden_size=512, num_attention_heads=8,
-        head_dim=64, intermediate_size=1024, initializer_range=0.05,
-    )  # fmt: skip
+        folder / "model",
+        vocab_size=len(VOCABULARY),
+        num_hidden_layers=2,
+        hidden_size=512,
+        num_attention_heads=8,
+        head_dim=64,
+        intermediate_size=1024,
+        initializer_range=0.05,
+    )
     save_merging_tokenizer(folder / "model")
     paragraphs = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}" for i in range(80)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))

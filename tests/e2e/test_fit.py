@@ -38,9 +38,14 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     # Large enough that its weights, and not the engine's workspace, are what a budget is about.
     save_llama(
-        folder / "model", num_hidden_layers=4, hidden_size=512, num_attention_heads=8, head_dim=64,
-        intermediate_size=1024, initializer_range=0.05,
-    )  # fmt: skip
+        folder / "model",
+        num_hidden_layers=4,
+        hidden_size=512,
+        num_attention_heads=8,
+        head_dim=64,
+        intermediate_size=1024,
+        initializer_range=0.05,
+    )
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it"]
     paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(80)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
@@ -51,9 +56,19 @@ def home(tmp_path_factory) -> Path:
 def fitted(home) -> Path:
     bundle = home / "fitted"
     result = command(
-        "fit", home / "model", "--device", "jetson-orin", "--memory", "90%", "--calibration", home / "text.txt",
-        "--output", bundle, "--json", *SMALL,
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "90%",
+        "--calibration",
+        home / "text.txt",
+        "--output",
+        bundle,
+        "--json",
+        *SMALL,
+    )
     assert result.returncode == 0, result.stderr
     assert Report.model_validate_json(result.stdout) == Report.model_validate_json((bundle / "report.json").read_text())
     return bundle
@@ -104,9 +119,20 @@ def test_run_streams_text_from_the_bundle(fitted):
 
 def test_a_relative_path_run_elsewhere_works(home, tmp_path):
     result = command(
-        "fit", home / "model", "--device", "jetson-orin", "--memory", "95%", "--calibration", home / "text.txt",
-        "--output", "here", *SMALL, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "95%",
+        "--calibration",
+        home / "text.txt",
+        "--output",
+        "here",
+        *SMALL,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
@@ -148,9 +174,21 @@ def test_a_budget_that_the_dense_model_meets_exports_it_unpruned(home):
 def test_an_engine_is_built_without_a_gpu(home, precision):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     result = command(
-        "fit", home / "model", "--device", "l4", "--memory", "95%", "--calibration", home / "text.txt",
-        "--output", home / precision, "--precision", precision, "--json", *SMALL,
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "l4",
+        "--memory",
+        "95%",
+        "--calibration",
+        home / "text.txt",
+        "--output",
+        home / precision,
+        "--precision",
+        precision,
+        "--json",
+        *SMALL,
+    )
     assert result.returncode in (0, 3), result.stderr
     report = Report.model_validate_json(result.stdout)
     assert report.fitted.performance.memory["weights"].source == "built"
@@ -175,9 +213,18 @@ def test_for_an_sm_that_cannot_be_built_the_nearest_one_is_a_check(fitted):
 
 def test_require_measured_makes_an_estimate_a_failure(home):
     result = command(
-        "fit", home / "model", "--device", "jetson-orin", "--memory", "8GiB", "--require-measured", "--no-checkpoint",
-        "--output", home / "strict", *SMALL,
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "8GiB",
+        "--require-measured",
+        "--no-checkpoint",
+        "--output",
+        home / "strict",
+        *SMALL,
+    )
     assert result.returncode == 4
     assert not (home / "strict" / "model").exists()
 
@@ -186,9 +233,26 @@ def test_a_quality_limit_that_only_the_dense_model_keeps_is_exit_code_3(home):
     """On the dense model's own text nothing does better than the dense model; on other text a random one may gain."""
     bundle = home / "quality"
     result = command(
-        "fit", home / "model", "--device", "jetson-orin", "--memory", "70%", "--max-quality-loss", "0",
-        "--output", bundle, "--json", "--samples", "16", "--length", "48", "--prompt", "16", "--context", "64",
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "70%",
+        "--max-quality-loss",
+        "0",
+        "--output",
+        bundle,
+        "--json",
+        "--samples",
+        "16",
+        "--length",
+        "48",
+        "--prompt",
+        "16",
+        "--context",
+        "64",
+    )
     assert result.returncode == 3, result.stderr
     report = Report.model_validate_json(result.stdout)
     assert (report.status, report.quality_status) == ("missed", "met")
@@ -212,8 +276,9 @@ def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
     cut = tmp_path / "cut"
     process = subprocess.Popen(
         [sys.executable, "-m", "edgeprune.cli.app", *map(str, words), "--output", str(cut)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     journal = tmp_path / "cut.work" / "journal.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
@@ -241,10 +306,28 @@ def test_compare_puts_methods_side_by_side(home):
     page = home / "page.html"
     (home / "other.txt").write_text("\n\n".join(f"colourless green ideas {i} sleep furiously " * 40 for i in range(3)))
     result = command(
-        "compare", home / "model", "--ratios", "20,40", "--methods", "magnitude,flap,default", "--layout", "both",
-        "--calibration", home / "text.txt", "--evaluate", home / "text.txt", "--evaluate", home / "other.txt",
-        "--samples", "4", "--length", "32", "--json", "--html", page,
-    )  # fmt: skip
+        "compare",
+        home / "model",
+        "--ratios",
+        "20,40",
+        "--methods",
+        "magnitude,flap,default",
+        "--layout",
+        "both",
+        "--calibration",
+        home / "text.txt",
+        "--evaluate",
+        home / "text.txt",
+        "--evaluate",
+        home / "other.txt",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--json",
+        "--html",
+        page,
+    )
     assert result.returncode == 0, result.stderr
     dense, *rows = json.loads(result.stdout)["rows"]
     assert [dense["method"], dense["ratio"]] == ["dense", 0]
@@ -275,9 +358,19 @@ def test_compare_puts_methods_side_by_side(home):
     assert again.returncode == 2
     assert "--force" in again.stderr
     table = command(
-        "compare", home / "model", "--ratios", "20", "--methods", "default", "--calibration", home / "text.txt",
-        "--samples", "4", "--length", "32",
-    )  # fmt: skip
+        "compare",
+        home / "model",
+        "--ratios",
+        "20",
+        "--methods",
+        "default",
+        "--calibration",
+        home / "text.txt",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+    )
     assert "layout uniform" in table.stdout
     assert "default" in table.stdout
 

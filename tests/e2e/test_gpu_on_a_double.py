@@ -56,9 +56,12 @@ def nvidia_smi(folder: Path) -> Path:
 def command(*words: str | Path, server: Server | None = None) -> subprocess.CompletedProcess:
     path = os.environ["PATH"] if server is None else f"{server.folder / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)], capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "PATH": path},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +90,23 @@ def server(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[S
 def fitted(home: Path, server: Server) -> Path:
     """A tiny model fitted in a relative decode budget: the double's clock counts the engine's bytes."""
     result = command(
-        "fit", home / "model", "--device", "jetson-orin", "--memory", "99%", "--calibration", home / "text.txt",
-        "--output", home / "bundle", "--target", server.target, "--rungs", "2", *SMALL, server=server,
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "99%",
+        "--calibration",
+        home / "text.txt",
+        "--output",
+        home / "bundle",
+        "--target",
+        server.target,
+        "--rungs",
+        "2",
+        *SMALL,
+        server=server,
+    )
     assert result.returncode == 0, result.stderr
     return home / "bundle"
 
@@ -131,9 +148,13 @@ def test_on_a_double_finish_builds_and_measures_with_nothing_installed(
     manifest = copied / "manifest.json"
     manifest.write_text("\n".join(line for line in manifest.read_text().splitlines() if ".engine" not in line))
     result = subprocess.run(
-        [python, copied / "finish.pyz"], capture_output=True, text=True, timeout=600, cwd=tmp_path,
+        [python, copied / "finish.pyz"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
         env={"PATH": f"{nvidia_smi(tmp_path / 'bin')}:/usr/bin:/bin", "EDGEPRUNE_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert "rung 0: met" in result.stdout
     report = Report.model_validate_json((copied / "report.json").read_text())

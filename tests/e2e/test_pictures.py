@@ -13,10 +13,10 @@ from PIL import Image
 
 from edgeprune.cli.app import main
 from edgeprune.generate.images import read_description
+from edgeprune.generate.pixels import grid, to_pixels
 from edgeprune.model.codec.codec import load_codec
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_directory
-from edgeprune.generate.pixels import grid, to_pixels
 from edgeprune.report.schema import Report
 from tests.bundles import command, fitted
 from tests.llamagen import random_llamagen
@@ -58,9 +58,25 @@ class Trap:
 @pytest.fixture(scope="module")
 def bundle(home: Path) -> Path:
     result = command(
-        "fit", "gpt.pt", *GIVEN, "--device", "cpu", "--memory", "85%", "--samples", "8", "--images", "12",
-        "--batch", "2", "--cfg", "1.5", "--output", "bundle", cwd=home,
-    )  # fmt: skip
+        "fit",
+        "gpt.pt",
+        *GIVEN,
+        "--device",
+        "cpu",
+        "--memory",
+        "85%",
+        "--samples",
+        "8",
+        "--images",
+        "12",
+        "--batch",
+        "2",
+        "--cfg",
+        "1.5",
+        "--output",
+        "bundle",
+        cwd=home,
+    )
     assert result.returncode in (0, 3), result.stderr
     return home / "bundle"
 
@@ -98,8 +114,23 @@ def greedy_pixels(bundle: Path, codec: Path, label: int, cfg: float) -> np.ndarr
 
 
 def test_greedy_pictures_equal_those_of_torch(bundle: Path, home: Path) -> None:
-    result = command("run", bundle, "--class", "7", "--class", "2", "--count", "3", "--cfg", "1.75",
-                     "--temperature", "0", "--output", "greedy.png", cwd=home)  # fmt: skip
+    result = command(
+        "run",
+        bundle,
+        "--class",
+        "7",
+        "--class",
+        "2",
+        "--count",
+        "3",
+        "--cfg",
+        "1.75",
+        "--temperature",
+        "0",
+        "--output",
+        "greedy.png",
+        cwd=home,
+    )
     assert result.returncode == 0, result.stderr
     assert "s a picture, measured" in result.stderr
     seven, two = (greedy_pixels(bundle, home / "vq.pt", label, 1.75) for label in (7, 2))
@@ -136,10 +167,28 @@ def test_the_bundle_says_how_to_draw(bundle: Path) -> None:
 
 def test_a_folder_of_pictures_calibrates_and_judges(home: Path) -> None:
     result = command(
-        "fit", "gpt.pt", *GIVEN, "--device", "jetson-orin", "--memory", "90%", "--calibration", "pictures", "--samples",
-        "6", "--images", "8", "--evaluate", "pictures", "--output", "ours", "--json", "--method", "magnitude+ls",
+        "fit",
+        "gpt.pt",
+        *GIVEN,
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "90%",
+        "--calibration",
+        "pictures",
+        "--samples",
+        "6",
+        "--images",
+        "8",
+        "--evaluate",
+        "pictures",
+        "--output",
+        "ours",
+        "--json",
+        "--method",
+        "magnitude+ls",
         cwd=home,
-    )  # fmt: skip
+    )
     assert result.returncode in (0, 3), result.stderr
     report = Report.model_validate_json(result.stdout)
     assert report.quality.label == "perplexity"
@@ -149,8 +198,19 @@ def test_a_folder_of_pictures_calibrates_and_judges(home: Path) -> None:
 
 
 def test_methods_are_compared_on_what_the_model_draws(home: Path) -> None:
-    result = command("compare", "gpt.pt", *GIVEN, "--ratios", "20", "--methods", "default,magnitude", "--samples", "8",
-                     "--json", cwd=home)  # fmt: skip
+    result = command(
+        "compare",
+        "gpt.pt",
+        *GIVEN,
+        "--ratios",
+        "20",
+        "--methods",
+        "default,magnitude",
+        "--samples",
+        "8",
+        "--json",
+        cwd=home,
+    )
     assert result.returncode == 0, result.stderr
     rows = {row["method"]: row for row in json.loads(result.stdout)["rows"]}
     assert rows.keys() == {"dense", "default", "magnitude"}
@@ -179,7 +239,7 @@ CASES = {
     "an unknown class": (["run", "bundle", "--class", "10", "--output", "x.png"], "unknown class 10"),
     "an older picture": (["run", "bundle", "--class", "1", "--output", "old.png"], "--force"),
     "no name of a picture": (["run", "bundle", "--class", "1", "--output", "x.jpg"], "PNG"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -40,9 +40,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(home: Path, precision: str) -> subprocess.CompletedProcess:
     return command(
-        "fit", home / "model", "--device", "l4", "--memory", "97%", "--calibration", home / "text.txt", "--output",
-        home / precision, "--precision", precision, "--json", *SMALL,
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--device",
+        "l4",
+        "--memory",
+        "97%",
+        "--calibration",
+        home / "text.txt",
+        "--output",
+        home / precision,
+        "--precision",
+        precision,
+        "--json",
+        *SMALL,
+    )
 
 
 def test_fp16_is_refused_before_an_engine_is_built(home: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.model.test_vocabulary import byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.report.schema import Report
 from tests.checkpoints import save_llama
 from tests.e2e.test_fit import SMALL, command
-from tests.model.test_vocabulary import byte_level
 
 OWN = ("--samples", "8", "--length", "64", "--prompt", "16", "--context", "128")
 
@@ -19,9 +19,14 @@ OWN = ("--samples", "8", "--length", "64", "--prompt", "16", "--context", "128")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     save_llama(
-        folder / "model", num_hidden_layers=4, hidden_size=512, num_attention_heads=8, head_dim=64,
-        intermediate_size=1024, initializer_range=0.05,
-    )  # fmt: skip
+        folder / "model",
+        num_hidden_layers=4,
+        hidden_size=512,
+        num_attention_heads=8,
+        head_dim=64,
+        intermediate_size=1024,
+        initializer_range=0.05,
+    )
     return folder
 
 
@@ -47,9 +52,17 @@ def test_a_budget_beyond_the_quality_limit_ends_with_both_points(home: Path) -> 
     """On its own text every cut of a random model costs quality."""
     bundle = home / "quality"
     code, report = fitted(
-        home / "model", "--device", "jetson-orin", "--memory", "70%", "--max-quality-loss", "60", "--output", bundle,
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "70%",
+        "--max-quality-loss",
+        "60",
+        "--output",
+        bundle,
         *OWN,
-    )  # fmt: skip
+    )
     assert code == 3
     assert (report.status, report.quality_status) == ("missed", "met")
     stop = report.quality_stop
@@ -67,18 +80,34 @@ def test_a_budget_beyond_the_quality_limit_ends_with_both_points(home: Path) -> 
 def test_a_smaller_vocabulary_is_chosen_where_it_is_cheap(home: Path) -> None:
     folder, bundle = home / "wordy", home / "wordy-small"
     save_llama(
-        folder, num_hidden_layers=4, vocab_size=602, hidden_size=512, head_dim=64, num_attention_heads=8,
-        intermediate_size=1024, initializer_range=0.05,
-    )  # fmt: skip
+        folder,
+        num_hidden_layers=4,
+        vocab_size=602,
+        hidden_size=512,
+        head_dim=64,
+        num_attention_heads=8,
+        intermediate_size=1024,
+        initializer_range=0.05,
+    )
     for path in folder.glob("*token*"):
         path.unlink()
     byte_level(folder)
     paragraphs = [" ".join(["the", "model", "and", "the", "device"] * 12) + f" {n}" for n in range(60)]
     (home / "few.txt").write_text("\n\n".join(paragraphs))
     code, report = fitted(
-        folder, "--device", "jetson-orin", "--memory", "85%", "--vocabulary", "samples", "--calibration",
-        home / "few.txt", "--output", bundle, *SMALL,
-    )  # fmt: skip
+        folder,
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "85%",
+        "--vocabulary",
+        "samples",
+        "--calibration",
+        home / "few.txt",
+        "--output",
+        bundle,
+        *SMALL,
+    )
     chosen = next(candidate for candidate in report.search.candidates if candidate.chosen)
     tokenizer = AutoTokenizer.from_pretrained(bundle / "tokenizer")
     assert len(tokenizer) == chosen.widths["tokens"] < 602

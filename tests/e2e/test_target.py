@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.engine.probe import resolve_profile
+from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.profiles import profile_toml
 from edgeprune.report.schema import Report
 from tests.bundles import SHORT, change, command, contents, copy_of, deployment, environment, fitted
@@ -73,10 +73,31 @@ def test_a_fit_that_measures_there(server: Server, path: str, tmp_path: Path, tm
     home = fitted(tmp_path_factory).parent
     (tmp_path / "device.toml").write_text(profile_toml(resolve_profile("cpu", None)))
     result = command(
-        "fit", home / "model", "--profile", tmp_path / "device.toml", "--target", server.target, "--memory", "90%",
-        "--output", tmp_path / "there", "--calibration", home / "text.txt", "--samples", "4", "--length", "32",
-        "--prompt", "16", "--context", "64", "--method", "magnitude", "--json", path=path,
-    )  # fmt: skip
+        "fit",
+        home / "model",
+        "--profile",
+        tmp_path / "device.toml",
+        "--target",
+        server.target,
+        "--memory",
+        "90%",
+        "--output",
+        tmp_path / "there",
+        "--calibration",
+        home / "text.txt",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--prompt",
+        "16",
+        "--context",
+        "64",
+        "--method",
+        "magnitude",
+        "--json",
+        path=path,
+    )
     assert result.returncode in (0, 3), result.stderr
     report = Report.model_validate_json(result.stdout)
     assert report.rests_on == "measured"
@@ -147,9 +168,13 @@ def start(bundle: Path, server: Server, path: str) -> subprocess.Popen:
     """The command line, after its measurement has begun on the device."""
     process = subprocess.Popen(
         [sys.executable, "-c", SHORT.replace("0.3", "60.0"), "measure", str(bundle), "--target", server.target],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(path), start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(path),
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
-    )  # fmt: skip
+    )
     end, seen = time.monotonic() + 60, set()
     while time.monotonic() < end and len(seen) < 3:  # describe, check, measure
         seen.add(server.task())

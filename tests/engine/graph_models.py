@@ -10,22 +10,29 @@ import onnxruntime
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgeprune.engine.onnx.graph import GraphFiles, Spelling, write_graphs
+from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, write_graphs
 from edgeprune.model.decoder import Decoder
 from tests.reference import decoder_of, weights_of
 
-SPELLINGS = tuple(
-    Spelling(dialect, logits) for dialect in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last")
+VARIANTS = tuple(
+    GraphVariant(dialect, logits) for dialect in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last")
 )
 
 
 def llama(tied: bool, **changes: object) -> LlamaForCausalLM:
     """3 layers, hidden 96, 6 query and 2 key/value heads of 16, vocabulary 200; norms are random too."""
     settings = {
-        "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "head_dim": 16, "intermediate_size": 128, "vocab_size": 200, "max_position_embeddings": 128,
-        "tie_word_embeddings": tied, "initializer_range": 0.2,
-    }  # fmt: skip
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "vocab_size": 200,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
     with torch.no_grad():
@@ -67,7 +74,7 @@ def reference_logits(model: LlamaForCausalLM, batch: Sample) -> np.ndarray:
 
 
 def write(model: LlamaForCausalLM, folder: Path, precision: str = "fp32", decoder: Decoder | None = None) -> GraphFiles:
-    return write_graphs(decoder or decoder_of(model.config), weights_of(model), folder, precision, SPELLINGS)
+    return write_graphs(decoder or decoder_of(model.config), weights_of(model), folder, precision, VARIANTS)
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

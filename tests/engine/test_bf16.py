@@ -15,33 +15,33 @@ import pytest
 from onnx import TensorProto, helper
 from transformers import LlamaForCausalLM
 
-from edgeprune.ondevice.reference import compare_logits, judge_logits, read_reference, write_reference
-from edgeprune.ondevice.worker import quiet
-from edgeprune.ondevice.tensorrt_runner import Runner
-from edgeprune.engine.onnx.graph import GraphFiles, Spelling, graph_weight_bytes, write_graphs
-from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
-from edgeprune.ondevice.tensorrt import available, compile_plan
+from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.model.load import load_model
+from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
+from edgeprune.ondevice.reference import compare_logits, judge_logits, read_reference, write_reference
+from edgeprune.ondevice.tensorrt import available, compile_plan
+from edgeprune.ondevice.tensorrt_runner import Runner
+from edgeprune.ondevice.worker import quiet
 from tests.doubles.double_bf16 import emulated
 from tests.doubles.double_device import Device
 from tests.doubles.double_tensorrt_builder import whole
 from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, WORKLOAD, built
-from tests.engine.graph_models import SPELLINGS, reference_logits, run_steps, sample
+from tests.engine.graph_models import VARIANTS, reference_logits, run_steps, sample
 from tests.families import CASES, save_family
 from tests.reference import decoder_of, weights_of
 
 pytest_plugins = ("tests.doubles.fixtures",)
 
-STANDARD = [spelling for spelling in SPELLINGS if spelling.dialect != "onnxruntime"]
-OPSET23 = Spelling("opset23", "last")
+STANDARD = [variant for variant in VARIANTS if variant.dialect != "onnxruntime"]
+OPSET23 = GraphVariant("opset23", "last")
 IDS = np.random.default_rng(2).integers(0, 200, 28)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> GraphFiles:
     folder = tmp_path_factory.mktemp("bf16")
-    return write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, "bf16", SPELLINGS)
+    return write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, "bf16", VARIANTS)
 
 
 def rounded() -> LlamaForCausalLM:
@@ -89,18 +89,18 @@ def test_onnx_runtime_computes_in_fp32_on_the_same_weights(files: GraphFiles) ->
     """The logits of transformers' own model whose weights were rounded."""
     batch = sample(20)
     expected = reference_logits(rounded(), batch)
-    (found,) = run_steps(files.graphs[Spelling("onnxruntime", "all")], batch, [20], capacity=24)
+    (found,) = run_steps(files.graphs[GraphVariant("onnxruntime", "all")], batch, [20], capacity=24)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found[batch.mask == 1], expected[batch.mask == 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("spelling", [Spelling("opset23", "all"), Spelling("primitive", "all")])
+@pytest.mark.parametrize("variant", [GraphVariant("opset23", "all"), GraphVariant("primitive", "all")])
 def test_rounded_at_every_node_it_errs_as_transformers_in_bf16_does(
-    files: GraphFiles, spelling: Spelling, tmp_path: Path
+    files: GraphFiles, variant: GraphVariant, tmp_path: Path
 ) -> None:
     """transformers' own model in bf16 rounds in other places; both err as much against fp32, within a factor."""
     batch = sample(20)
-    graph = emulated(whole(files.graphs[spelling]))
+    graph = emulated(whole(files.graphs[variant]))
     (tmp_path / "emulated.onnx").write_bytes(graph.SerializeToString())
     (found,) = run_steps(tmp_path / "emulated.onnx", batch, [20])
     half = copy.deepcopy(MODEL).bfloat16()
@@ -127,11 +127,13 @@ def test_on_a_double_a_bf16_engine_keeps_its_cache_as_bits(device: Device, files
 
 
 @pytest.mark.skipif(not available("tensorrt-rtx")[0], reason="TensorRT for RTX is not installed")
-@pytest.mark.parametrize("spelling", [OPSET23, PRIMITIVE], ids=lambda spelling: spelling.dialect)
-def test_tensorrt_builds_it_and_holds_each_weight_once(files: GraphFiles, spelling: Spelling, tmp_path: Path) -> None:
-    weights = graph_weight_bytes(decoder_of(MODEL.config), "bf16", spelling.dialect)
-    result = compile_plan(files.graphs[spelling], tmp_path / "plan", WORKLOAD, 86, "tensorrt-rtx")
+@pytest.mark.parametrize("variant", [OPSET23, PRIMITIVE], ids=lambda variant: variant.dialect)
+def test_tensorrt_builds_it_and_holds_each_weight_once(
+    files: GraphFiles, variant: GraphVariant, tmp_path: Path
+) -> None:
+    weights = graph_weight_bytes(decoder_of(MODEL.config), "bf16", variant.dialect)
+    result = compile_plan(files.graphs[variant], tmp_path / "plan", WORKLOAD, 86, "tensorrt-rtx")
     assert weights <= result.weights_bytes <= 1.01 * weights
     with pytest.raises(EngineError, match="sm75") as caught:
-        compile_plan(files.graphs[spelling], tmp_path / "plan", WORKLOAD, 75, "tensorrt-rtx")
+        compile_plan(files.graphs[variant], tmp_path / "plan", WORKLOAD, 75, "tensorrt-rtx")
     assert "GPUs before SM 80 have no bf16" in caught.value.remedy

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.ondevice.budget import AbsoluteBudget
-from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
-from edgeprune.engine.estimate import estimate_memory, estimate_performance
-from edgeprune.ondevice.experience import experience_again
 from edgeprune.engine.capacity import experience
+from edgeprune.engine.estimate import estimate_memory, estimate_performance
+from edgeprune.ondevice.budget import AbsoluteBudget
+from edgeprune.ondevice.experience import experience_again
+from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
 from edgeprune.profiles import load_profile
 from tests.engine.test_estimate import SMOLLM2
 

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.ondevice.figures import Workload
-from edgeprune.engine.choose import counted
 from edgeprune.engine.estimate import (
     activation_bytes,
     bytes_per_token,
     check_precision,
+    counted,
     decode_flops,
     decode_parts,
     estimate_floor,
@@ -24,9 +23,10 @@ from edgeprune.engine.estimate import (
     latency_shares,
     prefill_flops,
 )
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
+from edgeprune.ondevice.figures import Workload
 from edgeprune.profiles import DeviceProfile, HardwareFigure, list_profiles, load_profile
 
 
@@ -55,7 +55,7 @@ def test_weights_are_the_bytes_that_the_graph_stores(tied: bool, precision: str,
     decoder = replace(uniform(64, 2, (4, 2, 16), 96, 200), tie_word_embeddings=tied)
     weights = {name: torch.zeros(shape) for name, shape in decoder.shapes().items()}
     workload = Workload(1, 32, 64)
-    files = write_graphs(decoder, weights, tmp_path, precision, [Spelling(dialect, "last")], workload.context)
+    files = write_graphs(decoder, weights, tmp_path, precision, [GraphVariant(dialect, "last")], workload.context)
     profile = ORIN.model_copy(update={"dialect": dialect})
     estimated = estimate_performance(decoder, profile, workload, precision).memory.weights.value
     written = sum(files.data.values())
@@ -272,9 +272,9 @@ def test_activations_agree_with_what_tensorrts_compiler_reports(
 ) -> None:
     """TensorRT for RTX compiles for SM86 without a GPU; the log's figure is the compiler's own."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    spelling = Spelling(dialect, "last")
+    variant = GraphVariant(dialect, "last")
     weights = {name: torch.zeros(shape) for name, shape in decoder.shapes().items()}
-    path = write_graphs(decoder, weights, tmp_path, "fp16", [spelling]).graphs[spelling]
+    path = write_graphs(decoder, weights, tmp_path, "fp16", [variant]).graphs[variant]
     lines: list[str] = []
 
     class KeepingLogger(trt.ILogger):
@@ -294,8 +294,11 @@ def test_activations_agree_with_what_tensorrts_compiler_reports(
     profile = builder.create_optimization_profile()
     for tensor in map(network.get_input, range(network.num_inputs)):
         shapes = []
-        for batch, sequence, past in ((1, 1, 0), (1, 1, workload.context - 1),
-                                      (workload.batch, workload.prompt, workload.context - 1)):  # fmt: skip
+        for batch, sequence, past in (
+            (1, 1, 0),
+            (1, 1, workload.context - 1),
+            (workload.batch, workload.prompt, workload.context - 1),
+        ):
             total = past + sequence if tensor.name == "attention_mask" else sequence
             cache = (batch, tensor.shape[1], past, tensor.shape[-1])
             shapes.append(cache if tensor.name.startswith("past") else (batch, total))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.ondevice.figures import Workload
+from edgeprune.engine.estimate import bytes_per_token, estimate_performance
 from edgeprune.engine.published import (
     ORIGINS,
     QWEN3,
@@ -22,8 +22,8 @@ from edgeprune.engine.published import (
     leave_one_out,
     prefill_share,
 )
-from edgeprune.engine.estimate import bytes_per_token, estimate_performance
 from edgeprune.errors import InputError
+from edgeprune.ondevice.figures import Workload
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile
 
 PROFILES = [profile for profile in list_profiles() if profile.is_probed]
@@ -89,9 +89,11 @@ def test_the_published_bytes_by_hand(model: str) -> None:
     """0.5 + 2/128 byte for a linear weight, an fp16 head, the cache read once: the same sum written out."""
     decoder = QWEN3[model]
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
-    linear = len(decoder.layers) * decoder.hidden_size * (
-        2 * attention.query_size + 2 * attention.key_value_size + 3 * mlp.intermediate_size
-    )  # fmt: skip
+    linear = (
+        len(decoder.layers)
+        * decoder.hidden_size
+        * (2 * attention.query_size + 2 * attention.key_value_size + 3 * mlp.intermediate_size)
+    )
     moved = linear * (0.5 + 2 / 128) + 2 * 151936 * decoder.hidden_size + len(decoder.layers) * 4096 * 2049
     assert bytes_per_token(decoder, "int4", WORKLOAD, in_place=True).total == pytest.approx(moved, rel=1e-3)
 
@@ -139,11 +141,12 @@ def made(decode: DecodeFit, share: float, speed: float, in_place: bool = True) -
     ]
     return [
         replace(
-            point, decode_ms=decode.decode_ms(point, speed),
+            point,
+            decode_ms=decode.decode_ms(point, speed),
             prefill_ms=1e3 * point.prefill_flops / (share * 100 * speed) + decode.overhead_ms,
         )
         for point in points
-    ]  # fmt: skip
+    ]
 
 
 @given(**FIGURES, share=st.floats(0.05, 1.0), in_place=st.booleans())

@@ -18,25 +18,25 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.ondevice import measure as perform
 from edgeprune.engine import ssh
-from edgeprune.ondevice.figures import Measured, Workload
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.ondevice.measure import Counted, Here
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.remote import DEVICE_FILES, Device, Target, program
 from edgeprune.errors import EngineError
+from edgeprune.ondevice import measure
+from edgeprune.ondevice.figures import Measured, Workload
+from edgeprune.ondevice.measure import Counted, Here
 from tests.device import QUICK, Server, altered, bare_python, script, ssh_server
 from tests.engine.graph_models import llama
 from tests.reference import decoder_of, weights_of
 
-SPELLING = Spelling("onnxruntime", "last")
+VARIANT = GraphVariant("onnxruntime", "last")
 WORKLOAD = Workload(batch=1, prompt=16, context=64)
 DOUBLE = (Path(__file__).parent / "task_double.py").read_text()
 
 
 def write_model(folder: Path, **changes: object) -> Path:
     model = llama(True, **changes)
-    return write_graphs(decoder_of(model.config), weights_of(model), folder, "fp32", [SPELLING]).graphs[SPELLING]
+    return write_graphs(decoder_of(model.config), weights_of(model), folder, "fp32", [VARIANT]).graphs[VARIANT]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ def device(server: Server, keep: bool = False) -> Device:
     return Device(Target.parse(server.target), keep)
 
 
-def measured(session: perform.Session, graph: Path, tell: Watch, seconds: float = 0.2) -> perform.Performance:
-    return perform.on_onnxruntime(session, None, graph, WORKLOAD, Counted(1000, 200, 30), tell, seconds=seconds)
+def measured(session: measure.Session, graph: Path, tell: Watch, seconds: float = 0.2) -> measure.Performance:
+    return measure.on_onnxruntime(session, None, graph, WORKLOAD, Counted(1000, 200, 30), tell, seconds=seconds)
 
 
 def data_bytes(graph: Path) -> int:
-    """The `last` graph and the weights beside it; the other spellings stay here."""
+    """The `last` graph and the weights beside it; the other variants stay here."""
     return graph.stat().st_size + sum(path.stat().st_size for path in graph.parent.glob("*.data"))
 
 
@@ -95,9 +95,7 @@ def with_double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def copy(session: Device, source: Path, target: Path, tell: Watch | None = None) -> dict:
-    request = {
-        "task": "the copy", "do": "copy", "files": {"graph": str(source)}, "outputs": {"graph": str(target)},
-    }  # fmt: skip
+    request = {"task": "the copy", "do": "copy", "files": {"graph": str(source)}, "outputs": {"graph": str(target)}}
     return session.run(request, 60, tell or Watch())
 
 
@@ -109,8 +107,8 @@ def test_the_program_is_the_same_every_time_and_has_no_more_than_its_files() -> 
 
 
 def test_what_the_device_is(server: Server) -> None:
-    facts = perform.describe(device(server), Watch())
-    assert facts["modules"]["onnxruntime"] == perform.describe(Here(), Watch())["modules"]["onnxruntime"]
+    facts = measure.describe(device(server), Watch())
+    assert facts["modules"]["onnxruntime"] == measure.describe(Here(), Watch())["modules"]["onnxruntime"]
     assert facts["modules"]["tensorrt"] is None
     assert facts["gpu"] is None
     assert facts["no_gpu"]
@@ -132,7 +130,7 @@ def test_a_measurement_there_is_one_like_here_and_sends_once(server: Server, gra
     assert watch.sent == data_bytes(graph)  # for both tasks: what the first sent, the second has
     assert len([done for stage, done, total in watch.states if done == total and "send" in stage]) == 1
     assert {"measure", "measure the memory"} <= {stage for stage, *_ in watch.states}
-    perform.ratios_on_onnxruntime(device(server), graph, graph, WORKLOAD, 0.2, again)
+    measure.ratios_on_onnxruntime(device(server), graph, graph, WORKLOAD, 0.2, again)
     assert again.sent == 0
     assert not [stage for stage, *_ in again.states if "send" in stage]
     server.wait_until_quiet()
@@ -313,7 +311,7 @@ def test_a_module_that_is_missing(server: Server, graph: Path, tmp_path: Path, p
 
 def test_a_measurement_that_hangs(server: Server, graph: Path, monkeypatch) -> None:
     """The process is stopped in the middle: it cannot even hear that it is to end."""
-    monkeypatch.setattr(perform, "MEASURE_SECONDS", 3.0)
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 3.0)
     watch = Watch(measure=lambda: os.kill(server.task(), signal.SIGSTOP))
     with pytest.raises(EngineError, match=f"{server.target}: the measurement did not end within 3 s"):
         measured(device(server), graph, watch, 20)

@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgeprune.engine import ssh
-from edgeprune.ondevice.measure import describe
 from edgeprune.engine.remote import Device, program
 from edgeprune.engine.ssh import Target
 from edgeprune.errors import EngineError, InputError
+from edgeprune.ondevice.measure import describe
 from tests.device import Server, altered, bare_python, ssh_server
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_."
@@ -68,13 +68,47 @@ def test_no_text_becomes_an_option(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "h", "ssh:", "ssh://", "ssh:///", "ssh://@h", "http://h", "SSH//h", "ssh://h:22:23", "ssh://h/x", "ssh://h?x",
-        "ssh://h#x", "ssh://a b", "ssh://h ", " ssh://h", "ssh://h\n", "ssh://h\r", "ssh://h\t", "ssh://h\0", "ssh://u@v@h",
-        "ssh://'h'", 'ssh://"h"', "ssh://$(x)", "ssh://h;x", "ssh://h&", "ssh://-h", "ssh://-u@h", "ssh://[::1", "ssh://::1",
-        "ssh://[h]", "ssh://[]", "ssh://h:x", "ssh://h:0", "ssh://h:65536", "ssh://h:-1", "ssh://h:+1", "ssh://h:", "ssh://h:١",
+        "",
+        "h",
+        "ssh:",
+        "ssh://",
+        "ssh:///",
+        "ssh://@h",
+        "http://h",
+        "SSH//h",
+        "ssh://h:22:23",
+        "ssh://h/x",
+        "ssh://h?x",
+        "ssh://h#x",
+        "ssh://a b",
+        "ssh://h ",
+        " ssh://h",
+        "ssh://h\n",
+        "ssh://h\r",
+        "ssh://h\t",
+        "ssh://h\0",
+        "ssh://u@v@h",
+        "ssh://'h'",
+        'ssh://"h"',
+        "ssh://$(x)",
+        "ssh://h;x",
+        "ssh://h&",
+        "ssh://-h",
+        "ssh://-u@h",
+        "ssh://[::1",
+        "ssh://::1",
+        "ssh://[h]",
+        "ssh://[]",
+        "ssh://h:x",
+        "ssh://h:0",
+        "ssh://h:65536",
+        "ssh://h:-1",
+        "ssh://h:+1",
+        "ssh://h:",
+        "ssh://h:١",
         "ssh://ünicode",
     ],
-)  # fmt: skip
+)
 def test_malformed_addresses(text: str) -> None:
     with pytest.raises(InputError, match="malformed target") as caught:
         Target.parse(text)

@@ -21,27 +21,72 @@ DATA = Path(__file__).parents[1] / "data"
 
 # Expression -> class, as the files write it; "" is the module itself.
 TENSORRT = {
-    "trt": "", "builder": "Builder", "network": "INetworkDefinition", "network.get_layer(index)": "ILayer",
-    "output": "IAttentionOutputLayer", "output.attention": "IAttention", "trt.LayerType": "LayerType",
-    "parser": "OnnxParser", "first": "ParserError", "config": "IBuilderConfig", "profile": "IOptimizationProfile",
-    "tensor": "ITensor", "config.get_timing_cache()": "ITimingCache",
-    "trt.NetworkDefinitionCreationFlag": "NetworkDefinitionCreationFlag", "trt.MemoryPoolType": "MemoryPoolType",
-    "trt.ComputeCapability": "ComputeCapability", "trt.ILogger": "ILogger",
-    "trt.IStreamWriter": "IStreamWriter", "trt.IProgressMonitor": "IProgressMonitor",
-    "trt.DataType": "DataType", "self._runtime": "Runtime", "self._engine": "ICudaEngine",
+    "trt": "",
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "network.get_layer(index)": "ILayer",
+    "output": "IAttentionOutputLayer",
+    "output.attention": "IAttention",
+    "trt.LayerType": "LayerType",
+    "parser": "OnnxParser",
+    "first": "ParserError",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "tensor": "ITensor",
+    "config.get_timing_cache()": "ITimingCache",
+    "trt.NetworkDefinitionCreationFlag": "NetworkDefinitionCreationFlag",
+    "trt.MemoryPoolType": "MemoryPoolType",
+    "trt.ComputeCapability": "ComputeCapability",
+    "trt.ILogger": "ILogger",
+    "trt.IStreamWriter": "IStreamWriter",
+    "trt.IProgressMonitor": "IProgressMonitor",
+    "trt.DataType": "DataType",
+    "self._runtime": "Runtime",
+    "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
-}  # fmt: skip
+}
 USED = {
-    "": {"Builder", "DataType", "ILogger", "IProgressMonitor", "MemoryPoolType", "NetworkDefinitionCreationFlag",
-         "OnnxParser", "Runtime", "ComputeCapability", "IStreamWriter", "IAttentionOutputLayer", "LayerType"},
-    "Builder": {"build_serialized_network", "build_serialized_network_to_stream",
-                "create_builder_config", "create_network", "create_optimization_profile"},
+    "": {
+        "Builder",
+        "DataType",
+        "ILogger",
+        "IProgressMonitor",
+        "MemoryPoolType",
+        "NetworkDefinitionCreationFlag",
+        "OnnxParser",
+        "Runtime",
+        "ComputeCapability",
+        "IStreamWriter",
+        "IAttentionOutputLayer",
+        "LayerType",
+    },
+    "Builder": {
+        "build_serialized_network",
+        "build_serialized_network_to_stream",
+        "create_builder_config",
+        "create_network",
+        "create_optimization_profile",
+    },
     "DataType": {"BF16", "FLOAT", "HALF", "INT64"},
-    "IBuilderConfig": {"add_optimization_profile", "create_timing_cache", "get_timing_cache", "progress_monitor",
-                       "set_memory_pool_limit", "set_timing_cache", "num_compute_capabilities",
-                       "set_compute_capability"},
-    "ICudaEngine": {"create_execution_context", "device_memory_size_v2", "get_tensor_dtype", "get_tensor_name",
-                    "get_tensor_profile_shape", "get_tensor_shape", "num_io_tensors"},
+    "IBuilderConfig": {
+        "add_optimization_profile",
+        "create_timing_cache",
+        "get_timing_cache",
+        "progress_monitor",
+        "set_memory_pool_limit",
+        "set_timing_cache",
+        "num_compute_capabilities",
+        "set_compute_capability",
+    },
+    "ICudaEngine": {
+        "create_execution_context",
+        "device_memory_size_v2",
+        "get_tensor_dtype",
+        "get_tensor_name",
+        "get_tensor_profile_shape",
+        "get_tensor_shape",
+        "num_io_tensors",
+    },
     "IExecutionContext": {"execute_async_v3", "set_input_shape", "set_tensor_address"},
     "IAttention": {"decomposable"},
     "IAttentionOutputLayer": {"attention"},
@@ -59,65 +104,195 @@ USED = {
     "OnnxParser": {"get_error", "num_errors", "parse_from_file"},
     "ParserError": {"desc", "node_name", "node_operator"},
     "Runtime": {"deserialize_cuda_engine"},
-}  # fmt: skip
+}
 # Used for a GPU that is not there, which TensorRT for RTX alone builds for.
-RTX_ONLY = {("", "ComputeCapability"), ("IBuilderConfig", "num_compute_capabilities"),
-            ("IBuilderConfig", "set_compute_capability")}  # fmt: skip
+RTX_ONLY = {
+    ("", "ComputeCapability"),
+    ("IBuilderConfig", "num_compute_capabilities"),
+    ("IBuilderConfig", "set_compute_capability"),
+}
 # Used where the builder has the first of them; older releases give the whole engine at once.
 STREAMED = {("Builder", "build_serialized_network_to_stream"), ("", "IStreamWriter"), ("IStreamWriter", "write")}
 WITHOUT_STREAMS = ("tensorrt-10.3.0", "tensorrt-10.7.0")
 # Used where the module has the first of them; older parsers know no Attention.
-ATTENTION = {("", "IAttentionOutputLayer"), ("IAttentionOutputLayer", "attention"), ("IAttention", "decomposable"),
-             ("LayerType", "ATTENTION_OUTPUT")}  # fmt: skip
+ATTENTION = {
+    ("", "IAttentionOutputLayer"),
+    ("IAttentionOutputLayer", "attention"),
+    ("IAttention", "decomposable"),
+    ("LayerType", "ATTENTION_OUTPUT"),
+}
 WITHOUT_ATTENTION = (*WITHOUT_STREAMS, "tensorrt-10.13")
 OTHERS = {  # what else has attributes in these files
-    "_NO_DRIVER", "mmap", "values.view(np.uint32) >> 16", "part", "parts[0]", "plan.parent", "problems",
-    "Path('/sys/devices/system/cpu/cpu0/cache')", "_FIGURE", "_REMEDIES", "_onnxruntime()", "contextlib", "cuda",
-    "error", "facts", "facts.memory_state()", "figures", "file", "generator", "graph", "graph.parent", "half", "ids",
-    "ids[:, part]", "importlib", "kept", "layer", "limits", "mask", "messages", "messages.figures()", "name",
-    "next(iter(paths.values()))", "np", "np.dtype(DTYPES[self.precision])", "np.random", "opened", "os", "path",
-    "path.parent", "path.read_text(encoding='utf-8')", "path.read_text(encoding='utf-8').strip()", "path.stat()",
-    "paths", "paths[role]", "plan", "platform", "re", "request['files']", "request['stacks']", "result",
-    "result.stdout", "runner", "self", "self._address", "self._cuda", "self._cuda.gpu", "self._logits",
-    "self._logits[:, -1]", "self._messages", "self._runner", "self._runner.cuda", "self._runner.cuda.gpu",
-    "self._steps", "self._types[name]", "self._workload", "self.cuda", "self.cuda.gpu", "session", "shutil",
-    "shutil.disk_usage(folder)", "sizes", "stack", "stacks", "stacks[role]", "subprocess", "temporary", "time",
-    "times", "value", "values", "weights_file(graph)", "workload",
-}  # fmt: skip
+    "_NO_DRIVER",
+    "mmap",
+    "values.view(np.uint32) >> 16",
+    "part",
+    "parts[0]",
+    "plan.parent",
+    "problems",
+    "Path('/sys/devices/system/cpu/cpu0/cache')",
+    "_FIGURE",
+    "_REMEDIES",
+    "_onnxruntime()",
+    "contextlib",
+    "cuda",
+    "error",
+    "facts",
+    "facts.memory_state()",
+    "figures",
+    "file",
+    "generator",
+    "graph",
+    "graph.parent",
+    "half",
+    "ids",
+    "ids[:, part]",
+    "importlib",
+    "kept",
+    "layer",
+    "limits",
+    "mask",
+    "messages",
+    "messages.figures()",
+    "name",
+    "next(iter(paths.values()))",
+    "np",
+    "np.dtype(DTYPES[self.precision])",
+    "np.random",
+    "opened",
+    "os",
+    "path",
+    "path.parent",
+    "path.read_text(encoding='utf-8')",
+    "path.read_text(encoding='utf-8').strip()",
+    "path.stat()",
+    "paths",
+    "paths[role]",
+    "plan",
+    "platform",
+    "re",
+    "request['files']",
+    "request['stacks']",
+    "result",
+    "result.stdout",
+    "runner",
+    "self",
+    "self._address",
+    "self._cuda",
+    "self._cuda.gpu",
+    "self._logits",
+    "self._logits[:, -1]",
+    "self._messages",
+    "self._runner",
+    "self._runner.cuda",
+    "self._runner.cuda.gpu",
+    "self._steps",
+    "self._types[name]",
+    "self._workload",
+    "self.cuda",
+    "self.cuda.gpu",
+    "session",
+    "shutil",
+    "shutil.disk_usage(folder)",
+    "sizes",
+    "stack",
+    "stacks",
+    "stacks[role]",
+    "subprocess",
+    "temporary",
+    "time",
+    "times",
+    "value",
+    "values",
+    "weights_file(graph)",
+    "workload",
+}
 
 PYCUDA = {
-    "self._cuda": "", "self._cuda.Device": "Device", "self._device": "Device", "self._context": "Context",
-    "memory": "DeviceAllocation", "stream": "Stream", "event": "Event", "start": "Event",
-}  # fmt: skip
+    "self._cuda": "",
+    "self._cuda.Device": "Device",
+    "self._device": "Device",
+    "self._context": "Context",
+    "memory": "DeviceAllocation",
+    "stream": "Stream",
+    "event": "Event",
+    "start": "Event",
+}
 PYCUDA_USED = {
-    "": {"Device", "Event", "Stream", "get_driver_version", "init", "mem_alloc", "mem_get_info", "memcpy_dtoh",
-         "memcpy_htod", "memset_d8"},
+    "": {
+        "Device",
+        "Event",
+        "Stream",
+        "get_driver_version",
+        "init",
+        "mem_alloc",
+        "mem_get_info",
+        "memcpy_dtoh",
+        "memcpy_htod",
+        "memset_d8",
+    },
     "Context": {"pop", "push", "synchronize"},
     "Device": {"compute_capability", "count", "name", "retain_primary_context", "total_memory"},
     "DeviceAllocation": {"free"},
     "Event": {"record", "time_till"},
     "Stream": {"handle", "synchronize"},
-}  # fmt: skip
+}
 CUDA_PYTHON = {
-    "self._cuda": "", "self._cuda.CUresult": "CUresult", "code": "CUresult",
+    "self._cuda": "",
+    "self._cuda.CUresult": "CUresult",
+    "code": "CUresult",
     "self._cuda.CUstreamCaptureMode": "CUstreamCaptureMode",
-}  # fmt: skip
+}
 CUDA_PYTHON_USED = {
-    "": {"CUresult", "CUstreamCaptureMode", "cuCtxSetCurrent", "cuCtxSynchronize", "cuDeviceGet",
-         "cuDeviceGetAttribute",
-         "cuDeviceGetCount", "cuDeviceGetName", "cuDevicePrimaryCtxRelease", "cuDevicePrimaryCtxRetain",
-         "cuDriverGetVersion", "cuEventCreate", "cuEventDestroy", "cuEventElapsedTime", "cuEventRecord",
-         "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphInstantiate", "cuGraphLaunch", "cuInit", "cuMemAlloc",
-         "cuMemFree", "cuMemGetInfo", "cuMemcpyDtoH", "cuMemcpyHtoD", "cuMemsetD8", "cuStreamBeginCapture",
-         "cuStreamCreate", "cuStreamDestroy", "cuStreamEndCapture", "cuStreamSynchronize"},
+    "": {
+        "CUresult",
+        "CUstreamCaptureMode",
+        "cuCtxSetCurrent",
+        "cuCtxSynchronize",
+        "cuDeviceGet",
+        "cuDeviceGetAttribute",
+        "cuDeviceGetCount",
+        "cuDeviceGetName",
+        "cuDevicePrimaryCtxRelease",
+        "cuDevicePrimaryCtxRetain",
+        "cuDriverGetVersion",
+        "cuEventCreate",
+        "cuEventDestroy",
+        "cuEventElapsedTime",
+        "cuEventRecord",
+        "cuGraphDestroy",
+        "cuGraphExecDestroy",
+        "cuGraphInstantiate",
+        "cuGraphLaunch",
+        "cuInit",
+        "cuMemAlloc",
+        "cuMemFree",
+        "cuMemGetInfo",
+        "cuMemcpyDtoH",
+        "cuMemcpyHtoD",
+        "cuMemsetD8",
+        "cuStreamBeginCapture",
+        "cuStreamCreate",
+        "cuStreamDestroy",
+        "cuStreamEndCapture",
+        "cuStreamSynchronize",
+    },
     "CUresult": {"CUDA_SUCCESS", "name"},
     "CUstreamCaptureMode": {"CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"},
-}  # fmt: skip
+}
 CUDA_OTHERS = {
-    "contextlib", "np", "importlib", "importlib.import_module('pycuda')", "array", "array.ctypes", "self", "self._made",
-    "self._call('cuDeviceGetName', 256, self._device)", "self._device",
+    "contextlib",
+    "np",
+    "importlib",
+    "importlib.import_module('pycuda')",
+    "array",
+    "array.ctypes",
+    "self",
+    "self._made",
+    "self._call('cuDeviceGetName', 256, self._device)",
+    "self._device",
     "self._call('cuDeviceGetName', 256, self._device).split(b'\\x00')[0]",
-}  # fmt: skip
+}
 
 
 def tree(name: str, kind: str | None = None) -> ast.AST:
@@ -200,11 +375,15 @@ def test_names_of_rtx_alone_are_used_for_a_named_sm_alone() -> None:
     """Or to say which it offers; another flavour is refused before, with a named SM."""
     everywhere = [pair for name in users() for pair in accesses(tree(name))]
     inside = [
-        pair for name in users() for node in ast.walk(tree(name))
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "sm is not None"
-        or isinstance(node, ast.FunctionDef) and node.name == "offered_sms"
+        pair
+        for name in users()
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test) == "sm is not None"
+        or isinstance(node, ast.FunctionDef)
+        and node.name == "offered_sms"
         for pair in accesses(node)
-    ]  # fmt: skip
+    ]
     for _, name in RTX_ONLY:
         count = sum(attribute == name for _, attribute in everywhere)
         assert count == sum(attribute == name for _, attribute in inside) > 0

@@ -40,9 +40,10 @@ def mean_kernel(first, second, same=False):
 
 def by_brute_force(reference, generated):
     return (
-        mean_kernel(reference, reference, True) + mean_kernel(generated, generated, True)
+        mean_kernel(reference, reference, True)
+        + mean_kernel(generated, generated, True)
         - 2 * mean_kernel(reference, generated)
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("counts", [(12, 12), (9, 31), (31, 9)])
@@ -188,9 +189,13 @@ def test_all_distances_at_once():
     reference, generated = drawn(0, 40), drawn(1, 30, shift=0.5)
     found = distances(reference, generated.astype(np.float32), "net 1234", seed=5)
     assert asdict(found) | {"kernel": None, "frechet": None} == {
-        "images": 30, "reference_images": 40, "network": "net 1234", "kernel": None, "frechet": None,
+        "images": 30,
+        "reference_images": 40,
+        "network": "net 1234",
+        "kernel": None,
+        "frechet": None,
         **dict(zip(("precision", "recall"), precision_recall(reference, generated), strict=True)),
-    }  # fmt: skip
+    }
     assert found.kernel == pytest.approx(kernel_distance(reference, generated, seed=5), rel=1e-4)
     assert found.frechet[1] == frechet_floor(reference, 30, seed=5)
     assert found == distances(reference, generated.astype(np.float32), "net 1234", seed=5)

@@ -33,9 +33,12 @@ POOLED = [node("ReduceMean", target="means", axes=[2, 3], keepdims=0), node("Sqr
 def written(path, nodes=POOLED, shape=("n", 3, "h", "w"), kind=TensorProto.FLOAT, weights=(), external=False):
     """An ONNX file whose first output is `out`."""
     graph = helper.make_graph(
-        nodes, "network", [helper.make_tensor_value_info("pixels", kind, shape)],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)], weights,
-    )  # fmt: skip
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("pixels", kind, shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        weights,
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, path, save_as_external_data=external, location="weights.data", size_threshold=0)
     return path
@@ -117,7 +120,7 @@ def test_other_weights_are_another_network(tmp_path):
         ({"shape": ("n", 3, 32, "w")}, "not \\(n, 3, height, width\\)"),
         ({"nodes": [node("NoSuchOperator")]}, "is no network that can be loaded"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_such_network_is_refused_before_any_image(tmp_path, content, message):
     path = tmp_path / "net.onnx"
     if isinstance(content, bytes):

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgeprune.generate import pixels as pictures
 from edgeprune.engine.onnx.codec import write_codec
 from edgeprune.errors import EngineError, InputError
-from edgeprune.model.codec.codec import load_codec
+from edgeprune.generate import pixels as pictures
 from edgeprune.generate.pixels import CodecRunner, grid, png, read_images, read_pixels, to_images, to_pixels
+from edgeprune.model.codec.codec import load_codec
 from tests.vq import small_vq
 
 
@@ -59,8 +59,9 @@ def test_every_value_of_a_pixel_returns_and_values_beyond_are_cut():
 
 
 @settings(deadline=None, max_examples=40)
-@given(count=st.integers(1, 12), height=st.integers(1, 4), width=st.integers(1, 4),
-       columns=st.none() | st.integers(1, 15))  # fmt: skip
+@given(
+    count=st.integers(1, 12), height=st.integers(1, 4), width=st.integers(1, 4), columns=st.none() | st.integers(1, 15)
+)
 def test_a_grid_holds_every_image_row_by_row(count, height, width, columns):
     pixels = noise(count, height, width, 3) // 2
     sheet = np.asarray(grid(pixels, columns))

@@ -11,11 +11,15 @@ VARIANTS = {
     "untied": {"tie_word_embeddings": False},
     "llama3 scaling": {
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
         }
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)

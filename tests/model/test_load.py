@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from edgeprune.errors import InputError
-from edgeprune.model.load import load_model, load_shape, load_tokenizer
+from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.checkpoints import save_llama
 from tests.reference import decoder_of, weights_of
 
@@ -56,10 +57,13 @@ def test_a_shape_that_cannot_be_read_is_said(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("hello")
     for spec, reason in (
-        (tmp_path, "has no config.json"), (tmp_path / "model.safetensors", "no safetensors file"),
-        (tmp_path / "notes.txt", "is no configuration"), (tmp_path / "none.pt", "no such model"),
-        (tmp_path / "none.json", "no such file"), (tmp_path / "none", "no such model"),
-    ):  # fmt: skip
+        (tmp_path, "has no config.json"),
+        (tmp_path / "model.safetensors", "no safetensors file"),
+        (tmp_path / "notes.txt", "is no configuration"),
+        (tmp_path / "none.pt", "no such model"),
+        (tmp_path / "none.json", "no such file"),
+        (tmp_path / "none", "no such model"),
+    ):
         with pytest.raises(InputError, match=reason):
             load_shape(str(spec))
 

@@ -11,16 +11,16 @@ import onnxruntime
 import pytest
 import torch
 
-from edgeprune.model import overflow
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import NumericalError
+from edgeprune.model import overflow
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.overflow import LIMIT, Peak, activation_peaks, check_fp16
 from tests.families import CASES, save_family
 from tests.tiny import as_model, llama
 
-SPELLING = Spelling("primitive", "all")
+VARIANT = GraphVariant("primitive", "all")
 INTERNAL = re.compile(r"norm\.(square|mean|shifted|rms|scaled)|\.(square|cube|bent|bend|bent_scaled)$|masked|\.shares")
 
 
@@ -33,7 +33,7 @@ def peaks_of(model: Model, ids: torch.Tensor) -> dict[str, dict[str, float]]:
 
 def graph_peaks(model: Model, ids: torch.Tensor, folder: Path) -> dict[str, dict[str, float]]:
     """Largest absolute value of every node's output in the fp32 graph, by place and node."""
-    path = write_graphs(model.decoder, model.weights, folder, "fp32", [SPELLING]).graphs[SPELLING]
+    path = write_graphs(model.decoder, model.weights, folder, "fp32", [VARIANT]).graphs[VARIANT]
     graph = onnx.load(path)
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(graph).graph.value_info}
     names = [name for name, kind in types.items() if kind == onnx.TensorProto.FLOAT and not INTERNAL.search(name)]
@@ -43,9 +43,10 @@ def graph_peaks(model: Model, ids: torch.Tensor, folder: Path) -> dict[str, dict
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(folder / "all.onnx", options, providers=["CPUExecutionProvider"])
     feeds = {
-        "input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64),
+        "input_ids": ids.numpy(),
+        "attention_mask": np.ones(ids.shape, np.int64),
         "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy(),
-    }  # fmt: skip
+    }
     for value in session.get_inputs():
         if value.name.startswith("past"):
             feeds[value.name] = np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)

@@ -4,23 +4,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.model.test_tokenizer import sentencepiece
+from tests.model.test_vocabulary import CORPUS, ids_of, ignore_merges
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from edgeprune.errors import NumericalError
 from edgeprune.model import save
-from edgeprune.model.decoder import Rotary
 from edgeprune.model.checkpoint.families import changed
+from edgeprune.model.decoder import Rotary
 from edgeprune.model.forward import token_losses, weight_stream
-from edgeprune.model.load import load_model, load_tokenizer
-from edgeprune.model.save import save_checkpoint
 from edgeprune.model.gguf.tokenizer_read import write_tokenizer
+from edgeprune.model.load import load_model
+from edgeprune.model.save import save_checkpoint
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.model.tokens.vocabulary import Vocabulary, needed, padded, read_vocabulary
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.checkpoints import save_llama
 from tests.families import save_family
-from tests.model.test_tokenizer import sentencepiece
-from tests.model.test_vocabulary import CORPUS, ids_of, ignore_merges
 from tests.reference import weights_of
 
 
@@ -90,8 +91,14 @@ def test_a_weight_beyond_the_dtype_is_refused(tmp_path):
 
 def test_scaled_rope_and_fewer_layers_give_the_same_logits(tmp_path):
     """The swap to mistral keeps the rope scaling; half the layers may go."""
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     save_llama(tmp_path / "dense", num_key_value_heads=1, rope_parameters=rope)
     dense = load_model(str(tmp_path / "dense"))
     target = dense.decoder.with_widths(1, 5, 32)

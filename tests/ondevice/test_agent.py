@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from edgeprune.ondevice import agent
 from edgeprune.engine import remote
-from edgeprune.ondevice.agent import Store
 from edgeprune.engine.ssh import COMMAND
 from edgeprune.errors import EngineError
+from edgeprune.ondevice import agent
+from edgeprune.ondevice.agent import Store
 from tests.device import altered, script
 
 DOUBLE = (Path(__file__).parent / "task_double.py").read_text()
@@ -41,9 +41,13 @@ class Far:
         script(folder / "python3", f'exec {sys.executable} "$@"')
         environment = {"PATH": f"{folder}:/usr/bin:/bin", "EDGEPRUNE_CACHE": str(self.cache), "HOME": str(self.home)}
         self.process = subprocess.Popen(
-            ["/bin/sh", "-c", f"exec {COMMAND}"], cwd=self.home, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            ["/bin/sh", "-c", f"exec {COMMAND}"],
+            cwd=self.home,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         boot = remote.BOOT.encode()
         self.write(f"{len(boot)}\n".encode() + boot + f"{len(packed)} agent.pyz\n".encode() + packed[:cut])
 
@@ -77,10 +81,18 @@ class Far:
         given = files or {}
         names = {role: name for role, (name, _) in given.items()}
         request = {"task": "the test", "do": do, **more.pop("request", {})}
-        return self.ask(**{
-            "do": "run", "request": request, "files": names, "hashes": dict(given.values()), "outputs": {},
-            "timeout": 30, "keep": False, **more,
-        })  # fmt: skip
+        return self.ask(
+            **{
+                "do": "run",
+                "request": request,
+                "files": names,
+                "hashes": dict(given.values()),
+                "outputs": {},
+                "timeout": 30,
+                "keep": False,
+                **more,
+            }
+        )
 
     def works(self) -> list[Path]:
         return list((self.cache / "work").iterdir())
@@ -224,8 +236,15 @@ def test_a_task_that_fails_is_one_message(start: Callable[..., Far], do: str, me
 
 def test_a_task_that_hangs_is_ended(start: Callable[..., Far]) -> None:
     far = start()
-    far.say(do="run", request={"task": "the test", "do": "sleep", "seconds": 60}, files={}, hashes={}, outputs={},
-            timeout=1.5, keep=False)  # fmt: skip
+    far.say(
+        do="run",
+        request={"task": "the test", "do": "sleep", "seconds": 60},
+        files={},
+        hashes={},
+        outputs={},
+        timeout=1.5,
+        keep=False,
+    )
     assert far.hear() == {"progress": ["sleep", 0, 0]}
     (child,) = children(far.process.pid)
     os.kill(child, signal.SIGSTOP)
@@ -244,8 +263,15 @@ def test_modules_in_the_home_folder_are_not_imported(start: Callable[..., Far], 
 
 
 def running_task(far: Far) -> int:
-    far.say(do="run", request={"task": "the test", "do": "sleep", "seconds": 60}, files={}, hashes={}, outputs={},
-            timeout=50, keep=False)  # fmt: skip
+    far.say(
+        do="run",
+        request={"task": "the test", "do": "sleep", "seconds": 60},
+        files={},
+        hashes={},
+        outputs={},
+        timeout=50,
+        keep=False,
+    )
     assert far.hear() == {"progress": ["sleep", 0, 0]}
     return children(far.process.pid)[0]
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeprune.errors import InputError
 from edgeprune.ondevice.budget import (
     AbsoluteBudget,
     Budget,
@@ -27,7 +28,6 @@ from edgeprune.ondevice.budget import (
     parse_size,
 )
 from edgeprune.ondevice.figures import Built, Estimate, Figure, Measured, Memory, Performance
-from edgeprune.errors import InputError
 
 
 def measured(value: float, spread: float = 0.0, unit: str = "ms") -> Measured:
@@ -243,5 +243,9 @@ def test_figures_are_written_short() -> None:
         "12 B",
     ]
     assert [format_ms(x) for x in (6.154, 9.999, 52.63, 99.96, 1384.2)] == [
-        "6.15 ms", "10.0 ms", "52.6 ms", "100 ms", "1384 ms",
-    ]  # fmt: skip
+        "6.15 ms",
+        "10.0 ms",
+        "52.6 ms",
+        "100 ms",
+        "1384 ms",
+    ]

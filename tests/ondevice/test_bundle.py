@@ -3,16 +3,10 @@ import shutil
 
 import pytest
 
-from edgeprune.ondevice.bundle import (
-    check_output,
-    check_space,
-    open_bundle,
-    point_to_rung,
-    sha256,
-    write_again,
-    write_bundle,
-)
+from edgeprune.bundle.store import write_again, write_bundle
 from edgeprune.errors import InputError
+from edgeprune.ondevice.bundle import open_bundle, point_to_rung, sha256
+from edgeprune.pipeline.output import check_output, check_space
 
 
 def write(tmp_path, output, text="one", render=lambda files: {"report.json": json.dumps(files)}):
@@ -22,9 +16,14 @@ def write(tmp_path, output, text="one", render=lambda files: {"report.json": jso
     (rung / "onnx" / "model.onnx").write_text(text)
     (tmp_path / "tokenizer.json").write_text("{}")
     write_bundle(
-        tmp_path / "staging", output, [rung], {"tokenizer.json": tmp_path / "tokenizer.json"}, {"README.md": "read"},
-        {"seed": 0}, render,
-    )  # fmt: skip
+        tmp_path / "staging",
+        output,
+        [rung],
+        {"tokenizer.json": tmp_path / "tokenizer.json"},
+        {"README.md": "read"},
+        {"seed": 0},
+        render,
+    )
 
 
 def test_a_bundle_lists_and_hashes_every_file(tmp_path):

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from edgeprune.ondevice import machine as facts
-from edgeprune.ondevice.cuda import INSTALL, Cuda, Gpu, find_gpu
 from edgeprune.errors import EngineError
+from edgeprune.ondevice import machine
+from edgeprune.ondevice.cuda import INSTALL, Cuda, Gpu, find_gpu
 from tests.doubles import double_cuda_python, double_pycuda
 from tests.doubles.double_device import Device, Fault, Work
 from tests.doubles.install import VERSION, install
@@ -27,7 +27,7 @@ def put(cuda: Cuda, device: Device, *works: Work) -> None:
 
 def test_on_a_double_the_gpu_is_told(device: Device, layer: str) -> None:
     assert find_gpu() == Gpu("Double of a GPU", 87, 2**28, 12060, f"{layer} {VERSIONS[layer]}")
-    found = facts.describe()
+    found = machine.describe()
     assert found["gpu"]["sm"] == 87
     assert (found["no_gpu"], found["modules"]["tensorrt"]) == ("", VERSION)
 
@@ -180,7 +180,7 @@ def test_no_module_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(EngineError, match=r"no CUDA module works here \(pycuda: .*; cuda-python: .*\)") as caught:
         find_gpu()
     assert caught.value.remedy == INSTALL
-    assert facts.describe()["no_gpu"] == caught.value.message
+    assert machine.describe()["no_gpu"] == caught.value.message
 
 
 def test_on_a_double_without_a_gpu_nothing_is_to_be_installed(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from edgeprune.errors import EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.ondevice import finish as finishing
 from edgeprune.ondevice.bundle import open_bundle, sha256
-from edgeprune.ondevice.worker import quiet
-from edgeprune.errors import EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.ondevice.finish import finish
+from edgeprune.ondevice.worker import quiet
 from edgeprune.report.schema import Report
 from tests.bundles import change, contents, copy_of, fitted, rewrite
 from tests.device import bare_python
@@ -38,9 +38,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pyz(python: Path, bundle: Path, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [python, bundle / "finish.pyz", *words], capture_output=True, text=True, timeout=120, cwd=cwd or bundle,
+        [python, bundle / "finish.pyz", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd or bundle,
         env={"PATH": "/usr/bin:/bin", "HOME": str(bundle.parent)},
-    )  # fmt: skip
+    )
 
 
 def checked(bundle: Path) -> Report:
@@ -165,7 +169,7 @@ def test_killed_in_the_middle_it_leaves_the_bundle_as_it_was(made: Path, python:
     before = contents(bundle)
     process = subprocess.Popen(
         [python, bundle / "finish.pyz"], stderr=subprocess.PIPE, text=True, env={"EDGEPRUNE_CACHE": str(tmp_path)}
-    )  # fmt: skip
+    )
     assert any("measure" in line for line in process.stderr)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert children
@@ -199,18 +203,37 @@ class Double:
         match do:
             case "build":
                 Path(request["outputs"]["plan"]).write_bytes(f"engine {rung}".encode())
-                return {"version": "10.3", "weights_bytes": 1000, "activation_bytes": 1, "scratch_bytes": 1,
-                        "seconds": 1.0, "peak_build_bytes": 5, "warnings": ["slow kernels"]}  # fmt: skip
+                return {
+                    "version": "10.3",
+                    "weights_bytes": 1000,
+                    "activation_bytes": 1,
+                    "scratch_bytes": 1,
+                    "seconds": 1.0,
+                    "peak_build_bytes": 5,
+                    "warnings": ["slow kernels"],
+                }
             case "check":
                 return {"cosine": 1.0, "error": 0.0, "equal": 1.0, "positions": 9}
             case "memory":
                 return {"baseline": 100, "peak": found["peak"]}
-        times = {kind: {"candidate": {"median": found.get(kind, {"value": 2.0, "low": 1.9, "high": 2.1}),
-                                      "percentiles": {"p50": 2.0, "p90": 2.1, "p99": 2.2, "mad": 0.1}}}
-                 for kind in ("prefill", "decode")}  # fmt: skip
+        times = {
+            kind: {
+                "candidate": {
+                    "median": found.get(kind, {"value": 2.0, "low": 1.9, "high": 2.1}),
+                    "percentiles": {"p50": 2.0, "p90": 2.1, "p99": 2.2, "mad": 0.1},
+                }
+            }
+            for kind in ("prefill", "decode")
+        }
         memory = {"activations": found["peak"], "cache": 10, "buffers": 1, "used": None}
-        return {**times, "device": "a board", "conditions": {"power mode": "MAXN"}, "memory": memory, "notes": [],
-                "gpu": {"layer": "pycuda", "driver": "12.6"}}  # fmt: skip
+        return {
+            **times,
+            "device": "a board",
+            "conditions": {"power mode": "MAXN"},
+            "memory": memory,
+            "notes": [],
+            "gpu": {"layer": "pycuda", "driver": "12.6"},
+        }
 
     def _facts(self) -> dict[str, Any]:
         modules = {
@@ -219,9 +242,13 @@ class Double:
             "tensorrt": "10.3" if self.gpu else None,
             "tensorrt_rtx": None,
         }
-        return {"machine": "a board", "modules": modules, "gpu": {"sm": 87, "name": "Orin"} if self.gpu else None,
-                "missing": {name: "ModuleNotFoundError: no" for name, found in modules.items() if not found},
-                "no_gpu": "no CUDA module works here"}  # fmt: skip
+        return {
+            "machine": "a board",
+            "modules": modules,
+            "gpu": {"sm": 87, "name": "Orin"} if self.gpu else None,
+            "missing": {name: "ModuleNotFoundError: no" for name, found in modules.items() if not found},
+            "no_gpu": "no CUDA module works here",
+        }
 
 
 LARGE, SMALL = {"peak": 10**9}, {"peak": 10**8}

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.model.load import load_directory
 from edgeprune.model.model import Model
+from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
+from edgeprune.ondevice.onnxruntime import Runner
 from tests.llamagen import LlamaGen, random_llamagen, save_directory
 
-SPELLING = Spelling("onnxruntime", "last")
+VARIANT = GraphVariant("onnxruntime", "last")
 REFERENCE = random_llamagen(side=4)
 CLASSES = (0, 7, 3)
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def graph(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graph")
-    return write_graphs(model.decoder, model.weights, folder, "fp32", [SPELLING]).graphs[SPELLING]
+    return write_graphs(model.decoder, model.weights, folder, "fp32", [VARIANT]).graphs[VARIANT]
 
 
 def drawn(

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
+from edgeprune.errors import EngineError
 from edgeprune.ondevice import measure as perform
 from edgeprune.ondevice.figures import Measured, Performance, Workload
 from edgeprune.ondevice.worker import Tell, quiet
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.errors import EngineError
 from tests.engine.graph_models import llama
 from tests.reference import decoder_of, weights_of
 
-SPELLING = Spelling("onnxruntime", "last")
+VARIANT = GraphVariant("onnxruntime", "last")
 WORKLOAD = Workload(batch=2, prompt=16, context=64)
 
 
@@ -25,8 +25,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, intermediate_size in (("wide", 8192), ("narrow", 1024)):
         model = llama(True, hidden_size=192, intermediate_size=intermediate_size)
         folder = tmp_path_factory.mktemp(name)
-        files = write_graphs(decoder_of(model.config), weights_of(model), folder, "fp32", [SPELLING])
-        found[name] = files.graphs[SPELLING]
+        files = write_graphs(decoder_of(model.config), weights_of(model), folder, "fp32", [VARIANT])
+        found[name] = files.graphs[VARIANT]
     return found
 
 
@@ -65,8 +65,11 @@ def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path]) -> None:
     weights = sum(path.stat().st_size for path in models["wide"].parent.glob("*.data"))
     memory = measure(None, models["wide"], (weights, 5000, 300), Spy()).memory
     assert {name: part.value for name, part in memory.parts.items() if name != "activations"} == {
-        "weights": weights, "cache": 5000, "buffers": 300, "runtime": peaks[0]["baseline"],
-    }  # fmt: skip
+        "weights": weights,
+        "cache": 5000,
+        "buffers": 300,
+        "runtime": peaks[0]["baseline"],
+    }
     assert memory.total == peaks[0]["peak"]
     assert memory.activations.value > 0
     assert all(part.unit == "bytes" and part.source == "measured" for part in memory.parts.values())

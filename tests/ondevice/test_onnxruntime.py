@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import ask
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.ondevice.onnxruntime import Runner, measure_latency
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import EngineError
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.onnxruntime import Runner, measure_latency
+from edgeprune.ondevice.worker import ask
 from tests.engine.graph_models import llama, reference_logits, sample
 from tests.reference import decoder_of, weights_of
 
 MODEL = llama(True)
-SPELLING = Spelling("onnxruntime", "last")
+VARIANT = GraphVariant("onnxruntime", "last")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for precision in ("fp32", "fp16"):
         folder = tmp_path_factory.mktemp(precision)
-        files = write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, precision, [SPELLING])
-        found[precision] = files.graphs[SPELLING]
+        files = write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, precision, [VARIANT])
+        found[precision] = files.graphs[VARIANT]
     return found
 
 
@@ -118,9 +118,12 @@ def test_one_graph_has_no_ratio(graphs: dict[str, Path]) -> None:
 
 def memory_task(graph: Path, workload: Workload) -> dict:
     request = {
-        "task": "the test", "do": "memory", "engine": "onnxruntime", "workload": asdict(workload),
+        "task": "the test",
+        "do": "memory",
+        "engine": "onnxruntime",
+        "workload": asdict(workload),
         "files": {"candidate": str(graph)},
-    }  # fmt: skip
+    }
     return ask("edgeprune.ondevice.tasks", request, 120)
 
 
@@ -133,7 +136,7 @@ def test_the_whole_cache_counts_as_memory(tmp_path: Path) -> None:
     """96 MiB of cache that no step writes but at its ends: pages that nobody wrote would be no memory, and no work."""
     context, bytes_a_token = 2**17, 3 * 2 * 2 * 16 * 4
     model = llama(True, max_position_embeddings=context)
-    graph = write_graphs(decoder_of(model.config), weights_of(model), tmp_path, "fp32", [SPELLING]).graphs[SPELLING]
+    graph = write_graphs(decoder_of(model.config), weights_of(model), tmp_path, "fp32", [VARIANT]).graphs[VARIANT]
     memory = memory_task(graph, Workload(1, 1, context))
     assert memory["peak"] - memory["baseline"] > context * bytes_a_token
 

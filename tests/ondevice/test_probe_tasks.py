@@ -13,13 +13,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgeprune.ondevice import machine as facts, probe_tasks as probing, tasks
 from edgeprune.engine import probe
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.errors import EngineError
+from edgeprune.ondevice import machine, probe_tasks, tasks
 from edgeprune.ondevice.measure import Here
 from edgeprune.ondevice.probe_tasks import Stack, Took, compile_stack, write_weights
 from edgeprune.ondevice.tensorrt import available
-from edgeprune.errors import EngineError
+from edgeprune.ondevice.worker import Tell, quiet
 from edgeprune.profiles import load_profile
 from tests.doubles import double_tensorrt
 from tests.doubles.double_device import Device, Fault, Work
@@ -39,7 +39,7 @@ def written(stack: Stack, folder: Path) -> Path:
 def test_a_stack_is_a_chain_of_unequal_products_of_numbers_that_stay_finite(precision: str, tmp_path: Path) -> None:
     stack = Stack(3, 64, 16, precision)
     graph = written(stack, tmp_path)
-    weights = np.fromfile(probing.weights_file(graph), probing.DTYPES[precision]).reshape(16, 64, 64)
+    weights = np.fromfile(probe_tasks.weights_file(graph), probe_tasks.DTYPES[precision]).reshape(16, 64, 64)
     assert weights.nbytes == stack.weight_bytes
     assert len({weight.tobytes() for weight in weights}) == 16
     values = np.random.default_rng(0).normal(size=(3, 64)).astype(weights.dtype)
@@ -52,11 +52,11 @@ def test_a_stack_is_a_chain_of_unequal_products_of_numbers_that_stay_finite(prec
 
 def test_bf16_weights_are_the_upper_halves_of_fp32_ones() -> None:
     values = np.random.default_rng(0).standard_normal(100).astype(np.float32)
-    bits = probing.in_precision(values, "bf16")
+    bits = probe_tasks.in_precision(values, "bf16")
     assert (bits.dtype, bits.nbytes) == (np.uint16, 200)
     held = (bits.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_allclose(held, values, rtol=2**-7)
-    assert probing.in_precision(np.ones(1, np.float32), "bf16")[0] == 0x3F80
+    assert probe_tasks.in_precision(np.ones(1, np.float32), "bf16")[0] == 0x3F80
 
 
 def test_bytes_and_operations_of_a_stack() -> None:
@@ -99,8 +99,8 @@ def test_the_processor_is_timed_in_a_process_of_its_own(monkeypatch: pytest.Monk
 
 def test_the_best_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = iter(np.cumsum([0, 0.4, 0, 0.3, 0, 0.1, 0, 0.2, 0, 0.6]).tolist())
-    monkeypatch.setattr(probing, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
-    took = probing.best(lambda: None)
+    monkeypatch.setattr(probe_tasks, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
+    took = probe_tasks.best(lambda: None)
     assert (took.seconds, took.spread) == (pytest.approx(0.1), pytest.approx(2))
 
 
@@ -110,9 +110,11 @@ def test_what_does_not_settle_is_of_low_confidence() -> None:
     took = {"call": Took(1e-5, 3), "read": Took(0.01, 0.85), "product": Took(0.1, 0.1)}
     figures = probe._rates("measured with x on y", stacks, took)
     assert figures["bandwidth"] == {
-        "value": 26.844, "unit": "GB/s", "confidence": "low",
+        "value": 26.844,
+        "unit": "GB/s",
+        "confidence": "low",
         "source": "measured with x on y: 256 MiB of weights times one row; other runs took 85 % longer",
-    }  # fmt: skip
+    }
     assert (figures["fp32_compute"]["value"], figures["fp32_compute"]["confidence"]) == (85.899, "medium")
     busy = probe._rates("measured with x on y", stacks, took, load=1.6)["fp32_compute"]
     assert busy["confidence"] == "low"
@@ -123,20 +125,20 @@ def test_a_device_without_room_is_told_what_is_missing(tmp_path: Path, monkeypat
     paths, stacks = {"read": tmp_path / "read.onnx"}, {"read": Stack(1, 4096, 8, "fp16")}
     with monkeypatch.context() as full, pytest.raises(EngineError, match="probing writes 768 MiB, 5 MiB are free"):
         usage = namedtuple("usage", "total used free")
-        full.setattr(probing.shutil, "disk_usage", lambda folder: usage(0, 0, 5 * 2**20))
-        probing._check_room(paths, stacks, copies=3)
+        full.setattr(probe_tasks.shutil, "disk_usage", lambda folder: usage(0, 0, 5 * 2**20))
+        probe_tasks._check_room(paths, stacks, copies=3)
     with monkeypatch.context() as busy, pytest.raises(EngineError, match="needs 1024 MiB of memory, 900 MiB are"):
-        busy.setattr(facts, "memory_state", lambda: {"available": 900 * 2**20})
-        probing._check_room(paths, stacks, copies=3)
-    probing._check_room(paths, stacks, copies=1)
+        busy.setattr(machine, "memory_state", lambda: {"available": 900 * 2**20})
+        probe_tasks._check_room(paths, stacks, copies=3)
+    probe_tasks._check_room(paths, stacks, copies=1)
 
 
 @pytest.mark.parametrize(("said", "free"), [("7000\n24000\n", 7000 * 2**20), ("[N/A]\n", None), ("", None)])
 def test_free_memory_is_the_drivers_word(said: str, free: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
-    assert probing._free_bytes(shared=False) == free
-    monkeypatch.setattr(facts, "memory_state", lambda: {"available": 5, "swapped": 0})
-    assert probing._free_bytes(shared=True) == 5
+    assert probe_tasks._free_bytes(shared=False) == free
+    monkeypatch.setattr(machine, "memory_state", lambda: {"available": 5, "swapped": 0})
+    assert probe_tasks._free_bytes(shared=True) == 5
 
 
 # The GPU, a double of it. Nothing below ran on one.
@@ -164,7 +166,7 @@ def ask(module: str, request: dict, timeout_seconds: float, tell: Tell = quiet) 
 @pytest.fixture
 def gpu(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     """Small stacks; what nvidia-smi and /proc/meminfo would say."""
-    monkeypatch.setattr(probing, "ask", ask)
+    monkeypatch.setattr(probe_tasks, "ask", ask)
     monkeypatch.setattr(double_tensorrt.IExecutionContext, "execute_async_v3", execute)
     monkeypatch.setattr(probe, "WIDTH", 256)
     monkeypatch.setattr(probe, "GPU_READ", 8 * 2 * 256**2)
@@ -172,7 +174,7 @@ def gpu(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(probe, "GPU_MATRICES", 8)
     device.matrices = {256: 8, 8: 1}
     left = iter([2**27, 2**27 - 2**25])
-    monkeypatch.setattr(probing, "_free_bytes", lambda shared: next(left))
+    monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: next(left))
     return device
 
 
@@ -206,7 +208,7 @@ def test_on_a_double_that_shares_its_memory_the_systems_part_is_measured(
 def test_on_a_double_that_does_not_tell_the_likes_figures_keep_their_source(
     gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probing, "_free_bytes", lambda shared: None)
+    monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: None)
     like = load_profile("l4")
     assert probed().figures["runtime_memory"] == like.runtime_memory.model_dump()
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.ondevice import machine as facts, measure as perform, tasks
+from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
+from edgeprune.errors import EngineError
+from edgeprune.ondevice import machine, measure, tasks
 from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
+from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
 from edgeprune.ondevice.reference import (
     PROMPT,
     STEPS,
@@ -20,11 +23,8 @@ from edgeprune.ondevice.reference import (
     read_reference,
     write_reference,
 )
-from edgeprune.ondevice.worker import quiet
 from edgeprune.ondevice.tensorrt_runner import Runner
-from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
-from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
-from edgeprune.errors import EngineError
+from edgeprune.ondevice.worker import quiet
 from tests.doubles.double_device import Device
 from tests.doubles.double_tensorrt import CONTEXT_BYTES
 from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, VERSION, WORKLOAD, InProcess, built, on_the_processor
@@ -96,22 +96,26 @@ def test_on_a_double_a_performance_is_checked_built_and_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each figure with its source: the builder's weights, what the GPU held, what its clock said."""
-    monkeypatch.setattr(facts, "used_memory", lambda: device.used + 10**6 * device.retained)
+    monkeypatch.setattr(machine, "used_memory", lambda: device.used + 10**6 * device.retained)
     session, told = InProcess(), []
     graph, plan = graphs["fp16"].graphs[PRIMITIVE], tmp_path / "model.engine"
-    result = perform.build(
+    result = measure.build(
         session, "tensorrt", graph, plan, WORKLOAD, lambda *progress: told.append(progress), workspace_bytes=2**20
     )
     assert ("Building ENGINE_0", 3, 3) in told
-    found = perform.on_tensorrt(
+    found = measure.on_tensorrt(
         session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, "fp16", quiet, seconds=0.4
     )
     assert session.done == ["build", "check", "measure"]
     assert result.version == VERSION
     sources = {name: type(part) for name, part in found.memory.parts.items()}
     assert sources == {
-        "weights": Built, "cache": Measured, "activations": Built, "buffers": Measured, "runtime": Measured,
-    }  # fmt: skip
+        "weights": Built,
+        "cache": Measured,
+        "activations": Built,
+        "buffers": Measured,
+        "runtime": Measured,
+    }
     assert found.memory.weights.value == result.weights_bytes
     assert found.memory.runtime.value == 10**6  # what the device lost beyond what is known
     assert found.memory.activations.value == CONTEXT_BYTES
@@ -131,19 +135,18 @@ def test_on_a_double_a_performance_is_checked_built_and_measured(
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_on_a_double_an_engine_of_other_weights_is_refused_before_it_is_timed(
-    device: Device, graphs: dict[str, GraphFiles], reference: Path, tmp_path: Path, scale: float,
-    precision: str,
-) -> None:  # fmt: skip
+    device: Device, graphs: dict[str, GraphFiles], reference: Path, tmp_path: Path, scale: float, precision: str
+) -> None:
     """One matrix of one layer is enough, in half precision too."""
     weights = weights_of(MODEL)
     altered = weights | {"layers.1.mlp.down": scale * weights["layers.1.mlp.down"]}
     files = write_graphs(decoder_of(MODEL.config), altered, tmp_path / "altered", precision, [PRIMITIVE])
     session = InProcess()
     plan = tmp_path / "model.engine"
-    result = perform.build(session, "tensorrt", files.graphs[PRIMITIVE], plan, WORKLOAD, quiet)
+    result = measure.build(session, "tensorrt", files.graphs[PRIMITIVE], plan, WORKLOAD, quiet)
     device.launches.clear()
     with pytest.raises(EngineError, match=r"model\.engine computes something else than its graph") as caught:
-        perform.on_tensorrt(session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, precision, quiet)
+        measure.on_tensorrt(session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, precision, quiet)
     assert caught.value.exit_code == 4
     assert "Do not deploy it" in caught.value.remedy
     assert session.done == ["build", "check"]
@@ -244,11 +247,11 @@ def test_a_reference_that_cannot_be_read_says_so(reference: Path, tmp_path: Path
 def test_on_a_double_weights_stored_twice_are_a_note(
     device: Device, graphs: dict[str, GraphFiles], plan: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(facts, "used_memory", lambda: None)
+    monkeypatch.setattr(machine, "used_memory", lambda: None)
     session = InProcess()
-    result = perform.build(session, "tensorrt", graphs["fp32"].graphs[PRIMITIVE], plan, WORKLOAD, quiet)
+    result = measure.build(session, "tensorrt", graphs["fp32"].graphs[PRIMITIVE], plan, WORKLOAD, quiet)
     result = replace(result, warnings=("something is stored twice",))
-    found = perform.on_tensorrt(
+    found = measure.on_tensorrt(
         session, "tensorrt", plan, result, WORKLOAD, RUNTIME_FIGURE, reference, "fp32", quiet, seconds=0.4
     )
     assert found.memory.runtime == RUNTIME_FIGURE  # where the device does not say
@@ -257,9 +260,9 @@ def test_on_a_double_weights_stored_twice_are_a_note(
 
 def test_on_a_double_an_engine_of_pictures_is_checked_beyond_their_first_row(device: Device, tmp_path: Path) -> None:
     """It reads one token at a time; positions as if all were one row are found out."""
-    decoder, spellings = llamagen(), [RUNTIME, PRIMITIVE]
+    decoder, variants = llamagen(), [RUNTIME, PRIMITIVE]
     weights, ids = random_weights(decoder), drawn(decoder).ids[0]
-    files = write_graphs(decoder, weights, tmp_path / "graphs", "fp32", spellings)
+    files = write_graphs(decoder, weights, tmp_path / "graphs", "fp32", variants)
     path = tmp_path / "reference.npz"
     write_reference(ProcessorRunner(files.graphs[RUNTIME], 1, SIDE**2, threads=1), ids, path)
     turned = replace(decoder.rotaries[0], grid=replace(decoder.rotaries[0].grid, side=SIDE**2))

@@ -10,22 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.ondevice.sampling import choose, generate
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError, NumericalError
+from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.ondevice.sampling import choose, generate
 from tests.engine.graph_models import llama
 from tests.reference import decoder_of, weights_of
 
 MODEL = llama(True)
-SPELLING = Spelling("onnxruntime", "last")
+VARIANT = GraphVariant("onnxruntime", "last")
 PROMPTS = [[5, 17, 42, 9, 133, 60, 2], [88, 3, 150]]
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graph")
-    return write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, "fp32", [SPELLING]).graphs[SPELLING]
+    return write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, "fp32", [VARIANT]).graphs[VARIANT]
 
 
 def drawn(graph: Path, prompts: list[list[int]], count: int, capacity: int = 64, **options: object) -> np.ndarray:
@@ -40,9 +40,13 @@ def reference(prompts: list[list[int]], count: int, end_id: int | None = None) -
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     found = MODEL.generate(
-        ids, attention_mask=mask, max_new_tokens=count, do_sample=False,
-        eos_token_id=end_id, pad_token_id=0 if end_id is None else end_id,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=end_id,
+        pad_token_id=0 if end_id is None else end_id,
+    )
     return found[:, longest:].numpy()
 
 

@@ -14,20 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.ondevice import measure as perform, tensorrt
-from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import Tell, quiet
-from edgeprune.engine.onnx.graph import GraphFiles, Spelling, graph_weight_bytes, write_graphs
-from edgeprune.ondevice.tensorrt import BuildResult, Limits, Messages, available, compile_plan, import_tensorrt, shapes
+from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.model.decoder import Attention, Layer, Mlp
+from edgeprune.ondevice import measure, tensorrt
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.tensorrt import BuildResult, Limits, Messages, available, compile_plan, import_tensorrt, shapes
+from edgeprune.ondevice.worker import Tell, quiet
 from tests.doubles.double_device import Device
 from tests.doubles.install import install
 from tests.engine.graph_models import llama
 from tests.reference import decoder_of, weights_of
 
 WORKLOAD = Workload(batch=2, prompt=16, context=64)
-PRIMITIVE, RUNTIME = Spelling("primitive", "last"), Spelling("onnxruntime", "last")
+PRIMITIVE, RUNTIME = GraphVariant("primitive", "last"), GraphVariant("onnxruntime", "last")
 MODEL = llama(True)
 
 needs_rtx = pytest.mark.skipif(not available("tensorrt-rtx")[0], reason="TensorRT for RTX is not installed")
@@ -49,10 +49,16 @@ def test_a_build_in_a_child_process(files: GraphFiles, tmp_path: Path, monkeypat
     monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
     told: list[tuple[str, int, int]] = []
     plan = tmp_path / "engine" / "model.engine"
-    result = perform.build(
-        perform.Here(), "tensorrt-rtx", files.graphs[PRIMITIVE], plan, WORKLOAD,
-        lambda *progress: told.append(progress), 86, 2**26,
-    )  # fmt: skip
+    result = measure.build(
+        measure.Here(),
+        "tensorrt-rtx",
+        files.graphs[PRIMITIVE],
+        plan,
+        WORKLOAD,
+        lambda *progress: told.append(progress),
+        86,
+        2**26,
+    )
     weights = graph_weight_bytes(decoder_of(MODEL.config), "fp16", "primitive")
     assert weights <= result.weights_bytes <= 1.05 * weights
     assert result.version == import_tensorrt("tensorrt-rtx").__version__
@@ -115,16 +121,16 @@ def test_every_spelling_and_precision_that_the_builder_knows(tmp_path: Path) -> 
     model = llama(True)
     layers = (Layer(Attention(6, 2, 16), None), Layer(None, Mlp(128)), Layer(Attention(6, 2, 16), Mlp(128)))
     decoder = dataclasses.replace(decoder_of(model.config), layers=layers)
-    spellings = [PRIMITIVE, Spelling("opset23", "last")]
+    variants = [PRIMITIVE, GraphVariant("opset23", "last")]
     for precision in ("fp16", "fp32"):
-        files = write_graphs(decoder, weights_of(model), tmp_path / precision, precision, spellings)
-        for spelling in spellings:
+        files = write_graphs(decoder, weights_of(model), tmp_path / precision, precision, variants)
+        for variant in variants:
             if precision == "fp32":
                 with pytest.raises(EngineError, match=r"at node layers\.\d\.\S+: .*Turing") as caught:
-                    compiled(files.graphs[spelling], tmp_path / "plan", sm=75)
+                    compiled(files.graphs[variant], tmp_path / "plan", sm=75)
                 assert "fp16" in caught.value.remedy
             weights = graph_weight_bytes(decoder, precision)
-            assert weights <= compiled(files.graphs[spelling], tmp_path / "plan").weights_bytes <= 1.05 * weights
+            assert weights <= compiled(files.graphs[variant], tmp_path / "plan").weights_bytes <= 1.05 * weights
 
 
 @needs_rtx
@@ -132,10 +138,10 @@ def test_a_release_that_decomposes_no_attention_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt, "_let_attention_decompose", lambda *_: None)
-    model, spelling = llama(True), Spelling("opset23", "last")
-    files = write_graphs(decoder_of(model.config), weights_of(model), tmp_path / "fp32", "fp32", [spelling])
+    model, variant = llama(True), GraphVariant("opset23", "last")
+    files = write_graphs(decoder_of(model.config), weights_of(model), tmp_path / "fp32", "fp32", [variant])
     with pytest.raises(EngineError, match="Attention operation was not supported") as caught:
-        compiled(files.graphs[spelling], tmp_path / "plan")
+        compiled(files.graphs[variant], tmp_path / "plan")
     assert "primitive" in caught.value.remedy
     assert "at node head" not in caught.value.message  # it speaks of multi-head attention
 

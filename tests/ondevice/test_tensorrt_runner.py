@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.ondevice import machine as facts, tasks
-from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import quiet
-from edgeprune.ondevice.cuda import Cuda
-from edgeprune.ondevice.sampling import generate
-from edgeprune.ondevice.tensorrt_runner import Runner, Timed
 from edgeprune.engine.onnx.graph import GraphFiles
 from edgeprune.errors import EngineError, NumericalError
+from edgeprune.ondevice import machine, tasks
+from edgeprune.ondevice.cuda import Cuda
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.sampling import generate
+from edgeprune.ondevice.tensorrt_runner import Runner, Timed
+from edgeprune.ondevice.worker import quiet
 from tests.doubles.double_device import Device
 from tests.doubles.double_tensorrt import CONTEXT_BYTES
 from tests.doubles.install import MODEL, PRIMITIVE, WORKLOAD, built, install, on_the_processor
@@ -308,11 +308,14 @@ def test_on_a_double_an_engine_that_cannot_be_captured_is_timed_without(
 def test_on_a_double_the_task_measures_latency_and_memory(
     device: Device, layer: str, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(facts, "used_memory", lambda: 10**9 + device.used)
+    monkeypatch.setattr(machine, "used_memory", lambda: 10**9 + device.used)
     request = {
-        "do": "measure", "engine": "tensorrt", "workload": {"batch": 2, "prompt": 8, "context": 48},
-        "files": {"plan": str(plan)}, "seconds": 0.4,
-    }  # fmt: skip
+        "do": "measure",
+        "engine": "tensorrt",
+        "workload": {"batch": 2, "prompt": 8, "context": 48},
+        "files": {"plan": str(plan)},
+        "seconds": 0.4,
+    }
     found = tasks.answer(request, quiet)
     assert found["decode"]["candidate"]["median"]["value"] == pytest.approx(20.97, rel=0.02)
     assert found["prefill"]["candidate"]["median"]["value"] == pytest.approx(24, rel=0.02)

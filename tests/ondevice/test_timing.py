@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.ondevice import timing as latency
+from edgeprune.ondevice import timing
 from edgeprune.ondevice.timing import MIN_BLOCKS, Timings, interleave, stopwatch
 
 
@@ -77,8 +77,8 @@ def test_the_tail_is_students() -> None:
     stats = pytest.importorskip("scipy.stats")
     for blocks in (6, 12, 40):
         exact = stats.norm.cdf(-np.sqrt(blocks / (blocks - 1)) * stats.t.ppf(0.975, blocks - 1))
-        assert latency._tail(blocks) == pytest.approx(exact, rel=0.1)
-    assert latency._tail(10**6) == pytest.approx(0.025, rel=1e-3)
+        assert timing._tail(blocks) == pytest.approx(exact, rel=0.1)
+    assert timing._tail(10**6) == pytest.approx(0.025, rel=1e-3)
 
 
 def test_intervals_are_equal_for_equal_seeds() -> None:

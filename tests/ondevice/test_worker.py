@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.ondevice.worker import ask
 from edgeprune.errors import EngineError
+from edgeprune.ondevice.worker import ask
 
 DOUBLE = "tests.engine.child_double"
 

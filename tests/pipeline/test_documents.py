@@ -45,13 +45,7 @@ def test_chats_are_read_and_need_a_template(tmp_path):
         list(tokenize(documents, WordTokenizerDouble()))
 
 
-BAD = {
-    "missing": None,
-    "empty": b"",
-    "blank": b"\n \n\n",
-    "binary": b"abc\0def",
-    "not utf-8": b"\xff\xfe\x00a",
-}
+BAD = {"missing": None, "empty": b"", "blank": b"\n \n\n", "binary": b"abc\0def", "not utf-8": b"\xff\xfe\x00a"}
 
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)

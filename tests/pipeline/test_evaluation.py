@@ -10,22 +10,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tests.model.test_vocabulary import TEXT, byte_level
 from transformers import AutoTokenizer
 
-from edgeprune.ondevice.figures import Workload
-from edgeprune.engine.onnx.graph import write_graphs
+from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.evaluate.perplexity import document_losses, rise
-from edgeprune.pipeline.evaluation import Evaluator
-from edgeprune.generate.text import RUN_SPELLING
-from edgeprune.pipeline.journal import open_journal
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokens.vocabulary import Vocabulary, needed, retokenized
-from edgeprune.progress import Silent
+from edgeprune.ondevice.figures import Workload
+from edgeprune.pipeline.evaluation import Evaluator
+from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.results import Samples
+from edgeprune.progress import Silent
 from tests.checkpoints import save_llama
-from tests.model.test_vocabulary import TEXT, byte_level
 
 CONTEXT = 40
 TEXTS = {"manual": TEXT[1200:3600].splitlines(), "notes": TEXT[3600:4400].splitlines()}
@@ -40,9 +39,12 @@ class Home:
 
     def evaluator(self, folder: Path, resume: bool = False, tokens: dict | None = None) -> Evaluator:
         setup = SimpleNamespace(
-            model=self.model, workload=Workload(1, 16, CONTEXT), request=SimpleNamespace(seed=0), length=32,
+            model=self.model,
+            workload=Workload(1, 16, CONTEXT),
+            request=SimpleNamespace(seed=0),
+            length=32,
             imaging=None,
-        )  # fmt: skip
+        )
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
         return Evaluator(setup, open_journal(folder, {}, resume, False), Silent(), samples, self.plain)
 
@@ -55,7 +57,7 @@ class Home:
 
 
 def write(model: Model, folder: Path) -> Path:
-    write_graphs(model.decoder, model.weights, folder, "fp32", [RUN_SPELLING], CONTEXT)
+    write_graphs(model.decoder, model.weights, folder, "fp32", [ONNXRUNTIME_GRAPH], CONTEXT)
     return folder
 
 
@@ -159,8 +161,11 @@ def test_the_dense_part_is_computed_once_and_survives_a_kill(home, tmp_path, mon
     assert second.dense_sample == first.dense_sample
     lines = (tmp_path / "journal" / "journal.jsonl").read_text().splitlines()[1:]
     assert [json.loads(line)["stage"] for line in lines] == [
-        "dense-evaluation", "dense answers", "evaluation 0", "evaluation 1",
-    ]  # fmt: skip
+        "dense-evaluation",
+        "dense answers",
+        "evaluation 0",
+        "evaluation 1",
+    ]
 
 
 def test_a_vocabulary_of_its_own_changes_the_spelling_and_not_the_text(home, tmp_path):

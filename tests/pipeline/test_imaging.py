@@ -11,17 +11,10 @@ import torch
 from PIL import Image
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.imaging import (
-    Imaging,
-    checked_guidance,
-    class_labels,
-    picture_samples,
-    read_codes,
-    sample_labels,
-    sampling_of,
-)
+from edgeprune.generate.guidance import checked_guidance, class_labels, sample_labels, sampling_of
 from edgeprune.model.codec.codec import load_codec
 from edgeprune.model.decoder import Decoder, Picture
+from edgeprune.pipeline.imaging import Imaging, picture_samples, read_codes
 from tests.vq import small_vq
 
 CODES, SIDE = 64, 4

@@ -108,8 +108,11 @@ def test_records_tell_what_was_done_to_each_module():
     model = as_model(llama())
     pruned(model, model.decoder.with_widths(2, 2, 40), records=records)
     assert [(r.layer, r.kind, r.kept, r.of) for r in records] == [
-        (0, "attention", 32, 48), (0, "mlp", 40, 64), (1, "attention", 32, 48), (1, "mlp", 40, 64),
-    ]  # fmt: skip
+        (0, "attention", 32, 48),
+        (0, "mlp", 40, 64),
+        (1, "attention", 32, 48),
+        (1, "mlp", 40, 64),
+    ]
     assert all(record.error_after <= record.error_before for record in records)
 
 

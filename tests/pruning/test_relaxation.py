@@ -24,9 +24,11 @@ def scaled(a: torch.Tensor, penalty: float) -> tuple[np.ndarray, float]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), tokens=st.integers(2, 40), total=st.floats(0, 12),
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(2, 40),
+    total=st.floats(0, 12),
     penalty=st.sampled_from([0.1, 1.0, 100.0, 1e4]),
-)  # fmt: skip
+)
 def test_the_optimum_meets_the_kkt_conditions(seed, tokens, total, penalty):
     a = matrix(seed, tokens=tokens)
     z, gradient = box_constrained(a, total, penalty)
@@ -51,8 +53,14 @@ def test_the_optimum_is_that_of_a_generic_bounded_minimiser():
     def gradient(x: np.ndarray) -> np.ndarray:
         return h @ (x - 1) + weight * (x.sum() - 5.0)
 
-    found = minimize(objective, np.full(12, 0.5), jac=gradient, method="L-BFGS-B", bounds=[(0, 1)] * 12,
-                     options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10000})  # fmt: skip
+    found = minimize(
+        objective,
+        np.full(12, 0.5),
+        jac=gradient,
+        method="L-BFGS-B",
+        bounds=[(0, 1)] * 12,
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10000},
+    )
     assert objective(z.numpy()) <= found.fun + 1e-9
     assert np.allclose(z.numpy(), found.x, atol=1e-4)
 

@@ -25,18 +25,31 @@ def _rung(content: dict[str, Any], index: int, rise: float, texts: Sequence[str]
     interleaved = content["fitted"]["performance"]["decode_ratio"] is not None
     figure = measured if interleaved else estimated
     performance = content["fitted"]["performance"] | {
-        "decode": figure(share * dense["decode"].value), "prefill": figure(share * dense["prefill"].value),
+        "decode": figure(share * dense["decode"].value),
+        "prefill": figure(share * dense["prefill"].value),
         "memory_total": dense["memory_total"].model_copy(update={"value": share * dense["memory_total"].value}),
-        "prefill_ratio": None, "decode_ratio": measured(share, "1", 0.01) if interleaved else None,
-    }  # fmt: skip
+        "prefill_ratio": None,
+        "decode_ratio": measured(share, "1", 0.01) if interleaved else None,
+    }
     rises = [rise, *(rise / 2 for _ in texts[1:])]
-    limit = {"name": "decode", "asked": f"{100 * share:.0f}%", "limit": share * dense["decode"].value, "unit": "ms",
-             "status": "met", "dense": dense["decode"], "fitted": performance["decode"]}  # fmt: skip
+    limit = {
+        "name": "decode",
+        "asked": f"{100 * share:.0f}%",
+        "limit": share * dense["decode"].value,
+        "unit": "ms",
+        "status": "met",
+        "dense": dense["decode"],
+        "fitted": performance["decode"],
+    }
     return content | {
-        "fitted": content["fitted"] | {"performance": performance}, "budget": [limit], "ratio": 0.1 * (index + 1),
-        "total_ratio": 0.08 * (index + 1), "warnings": ["the same for all", f"of rung {index}"],
+        "fitted": content["fitted"] | {"performance": performance},
+        "budget": [limit],
+        "ratio": 0.1 * (index + 1),
+        "total_ratio": 0.08 * (index + 1),
+        "warnings": ["the same for all", f"of rung {index}"],
         "quality": quality(
             [text(name, 10.0, r, max(0.5, abs(r) / 10)) for name, r in zip(texts, rises, strict=True)],
-            f"answer {index}", content["quality"]["label"],
+            f"answer {index}",
+            content["quality"]["label"],
         ),
-    }  # fmt: skip
+    }

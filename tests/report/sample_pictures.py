@@ -21,20 +21,34 @@ def noise(height: int = 56, width: int = 112, seed: int = 0) -> Image.Image:
 def distances(kernel: float, frechet: float, precision: float, recall: float) -> dict[str, Any]:
     """As asdict of evaluate.distances.Distances comes back from a journal."""
     return {
-        "images": 500, "reference_images": 600, "network": "EfficientNet-lite0 57934424",
-        "kernel": [kernel, kernel - 0.002, kernel + 0.003], "frechet": [frechet, 11.234],
-        "precision": [precision, precision - 0.04, precision + 0.03], "recall": [recall, recall - 0.05, recall + 0.05],
-    }  # fmt: skip
+        "images": 500,
+        "reference_images": 600,
+        "network": "EfficientNet-lite0 57934424",
+        "kernel": [kernel, kernel - 0.002, kernel + 0.003],
+        "frechet": [frechet, 11.234],
+        "precision": [precision, precision - 0.04, precision + 0.03],
+        "recall": [recall, recall - 0.05, recall + 0.05],
+    }
 
 
 def found(**changes: Any) -> dict[str, Any]:
     """What results.Quality.pictures holds; the fitted model's pictures are somewhat farther off."""
     return {
-        "images": 500, "at_once": 4, "cfg": 1.75, "temperature": 1.0, "reference": REFERENCE,
-        "dense": distances(0.0001, 11.5, 0.81, 0.79), "fitted": distances(0.0123, 14.75, 0.74, 0.66), "missing": "",
-        "difference": [0.0122, 0.0101, 0.0151], "dense_grid": data_uri(noise()), "fitted_grid": data_uri(noise(seed=1)),
-        "classes": [207, 360, 387, 974, 88, 979, 417, 279], "side": 28, **changes,
-    }  # fmt: skip
+        "images": 500,
+        "at_once": 4,
+        "cfg": 1.75,
+        "temperature": 1.0,
+        "reference": REFERENCE,
+        "dense": distances(0.0001, 11.5, 0.81, 0.79),
+        "fitted": distances(0.0123, 14.75, 0.74, 0.66),
+        "missing": "",
+        "difference": [0.0122, 0.0101, 0.0151],
+        "dense_grid": data_uri(noise()),
+        "fitted_grid": data_uri(noise(seed=1)),
+        "classes": [207, 360, 387, 974, 88, 979, 417, 279],
+        "side": 28,
+        **changes,
+    }
 
 
 def pictures_content(**changes: Any) -> dict[str, Any]:
@@ -42,9 +56,10 @@ def pictures_content(**changes: Any) -> dict[str, Any]:
     content = measured_content()
     for seconds, noticed in zip((0.6432, 0.4321), content["experience"].values(), strict=True):
         noticed |= {
-            "reading_speed": None, "sequences": estimated(21, "sequences"),
+            "reading_speed": None,
+            "sequences": estimated(21, "sequences"),
             "seconds_per_image": estimated(seconds, "s"),
-        }  # fmt: skip
+        }
     none = dict.fromkeys(("answers", "prompt", "dense_sample", "fitted_sample"))
     return content | {
         "deploy": [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeprune.ondevice.figures import Built, Estimate, Measured
 from edgeprune.evaluate.agreement import wilson
+from edgeprune.ondevice.figures import Built, Estimate, Measured
 from edgeprune.report.schema import Figure, Report, figure_of, grade_of
 
 PROMPT = "Explain in a few sentences why the sky is blue."
@@ -40,38 +40,54 @@ def side(name: str, of: dict[str, Any], shares: tuple[float, ...], layers: int =
     heads, groups, channels = SHAPE[name]
     parameters = layers * 576 * (2 * 64 * (heads + groups) + 3 * channels)
     return {
-        "performance": of, "layer_parameters": parameters,
+        "performance": of,
+        "layer_parameters": parameters,
         "parameters": parameters + 576 * 49152 + 576 * (2 * layers + 1),
-        "decode_bytes": 2.0 * parameters, "widths": [
-            {"query heads": heads, "key/value heads": groups, "MLP channels": channels} for _ in range(layers)
-        ],
+        "decode_bytes": 2.0 * parameters,
+        "widths": [{"query heads": heads, "key/value heads": groups, "MLP channels": channels} for _ in range(layers)],
         "latency_shares": dict(zip(("layers", "head_and_embedding", "cache", "overhead"), shares, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def text(name: str, dense: float, rise: float, width: float = 1.5) -> dict[str, Any]:
     """The more perplexity rises, the fewer places agree."""
     agree = 95 / (1 + max(rise, 0) / 60)
     return {
-        "name": name, "tokens": 4096, "dense": dense, "fitted": dense * (1 + rise / 100), "rise_percent": rise,
-        "low_percent": rise - width, "high_percent": rise + width, "agreement": {
-            "percent": agree, "low_percent": 0.97 * agree, "high_percent": 1.02 * agree, "places": 4096,
-            "documents": 24, "of": 24,
+        "name": name,
+        "tokens": 4096,
+        "dense": dense,
+        "fitted": dense * (1 + rise / 100),
+        "rise_percent": rise,
+        "low_percent": rise - width,
+        "high_percent": rise + width,
+        "agreement": {
+            "percent": agree,
+            "low_percent": 0.97 * agree,
+            "high_percent": 1.02 * agree,
+            "places": 4096,
+            "documents": 24,
+            "of": 24,
         },
-    }  # fmt: skip
+    }
 
 
 def answers(same: tuple[int, ...]) -> dict[str, Any]:
     """Of sixteen answers, those whose first 1, 2, 4, ... tokens are the dense model's."""
     return {
-        "device": "AMD EPYC, 2 threads, fp32", "prompt_tokens": 32, "identical": [
+        "device": "AMD EPYC, 2 threads, fp32",
+        "prompt_tokens": 32,
+        "identical": [
             {
-                "tokens": 2**step, "percent": 100 * count / 16, "low_percent": 100 * wilson(count, 16)[0],
-                "high_percent": 100 * wilson(count, 16)[1], "same": count, "answers": 16,
+                "tokens": 2**step,
+                "percent": 100 * count / 16,
+                "low_percent": 100 * wilson(count, 16)[0],
+                "high_percent": 100 * wilson(count, 16)[1],
+                "same": count,
+                "answers": 16,
             }
             for step, count in enumerate(same)
         ],
-    }  # fmt: skip
+    }
 
 
 def quality(
@@ -79,9 +95,15 @@ def quality(
 ) -> dict[str, Any]:
     worst = max(entry["rise_percent"] for entry in texts)
     return {
-        "label": label, "texts": texts, "rise_percent": worst, "grade": grade_of(worst), "answers": answers(same),
-        "prompt": PROMPT, "dense_sample": DENSE_TEXT, "fitted_sample": fitted,
-    }  # fmt: skip
+        "label": label,
+        "texts": texts,
+        "rise_percent": worst,
+        "grade": grade_of(worst),
+        "answers": answers(same),
+        "prompt": PROMPT,
+        "dense_sample": DENSE_TEXT,
+        "fitted_sample": fitted,
+    }
 
 
 def experience(
@@ -93,32 +115,45 @@ def experience(
         decode = of["performance"]["decode"]
         rate = decode.model_copy(
             update={
-                "value": 1000 / decode.value, "unit": "tokens/s",
-                "low": decode.high and 1000 / decode.high, "high": decode.low and 1000 / decode.low,
+                "value": 1000 / decode.value,
+                "unit": "tokens/s",
+                "low": decode.high and 1000 / decode.high,
+                "high": decode.low and 1000 / decode.low,
             }
-        )  # fmt: skip
+        )
         factor = {key: getattr(rate, key) and getattr(rate, key) / 5.2757 for key in ("value", "low", "high")}
         found[name] = {
-            "first_token": of["performance"]["prefill"], "tokens_per_second": rate,
+            "first_token": of["performance"]["prefill"],
+            "tokens_per_second": rate,
             "reading_speed": rate.model_copy(update={**factor, "unit": "1"}),
-            "longest_context": estimated(context, "tokens"), "sequences": estimated(count, "sequences"),
+            "longest_context": estimated(context, "tokens"),
+            "sequences": estimated(count, "sequences"),
             "room": {
-                "limit": limit, "reason": reason, "most_context": 8192, "context_bytes": 47112.0,
+                "limit": limit,
+                "reason": reason,
+                "most_context": 8192,
+                "context_bytes": 47112.0,
                 "sequence_bytes": 98e6,
             },
-        }  # fmt: skip
+        }
     return found
 
 
 def modules(layers: int = 30) -> list[dict[str, Any]]:
     return [
         {
-            "layer": layer, "kind": kind, "kept": kept, "of": of, "damping": None if layer == 7 else 0.01,
-            "error_before": 0.08 + layer / 400, "error_after": 0.05 + layer / 500, "fell_back": layer == 7,
+            "layer": layer,
+            "kind": kind,
+            "kept": kept,
+            "of": of,
+            "damping": None if layer == 7 else 0.01,
+            "error_before": 0.08 + layer / 400,
+            "error_after": 0.05 + layer / 500,
+            "fell_back": layer == 7,
         }
         for layer in range(layers)
         for kind, kept, of in (("attention", 2, 3), ("mlp", 1472, 1536))
-    ]  # fmt: skip
+    ]
 
 
 def candidate(
@@ -126,11 +161,13 @@ def candidate(
 ) -> dict[str, Any]:
     names = ("num_key_value_heads", "heads_per_group", "intermediate_size")
     return {
-        "widths": dict(zip(names, widths, strict=True)), "status": status, "chosen": chosen,
+        "widths": dict(zip(names, widths, strict=True)),
+        "status": status,
+        "chosen": chosen,
         "predicted_loss": 0.1 * (3 * 1536 - widths[0] * widths[2]) / 1536,
         "predicted": {name: value[0] for name, value in values.items()},
         "obtained": {name: value[1] for name, value in values.items()},
-    }  # fmt: skip
+    }
 
 
 def estimated_content() -> dict[str, Any]:
@@ -149,20 +186,33 @@ def estimated_content() -> dict[str, Any]:
     }
     limit = 0.9 * 416462072 + 450000000
     return {
-        "edgeprune": "0.1.0", "created": "2026-05-04T12:00:00+00:00", "seed": 0, "precision": "fp16",
+        "edgeprune": "0.1.0",
+        "created": "2026-05-04T12:00:00+00:00",
+        "seed": 0,
+        "precision": "fp16",
         "command": "edgeprune fit demo --device jetson-orin --memory 90% --output smollm2-orin",
         "headline": "SmolLM2-135M-Instruct meets memory 90% on jetson-orin (estimated), at +11.4 % perplexity, "
         "11 % pruned.",
-        "status": "met", "rests_on": "estimated", "quality_status": "met",
+        "status": "met",
+        "rests_on": "estimated",
+        "quality_status": "met",
         "model": {
-            "name": "SmolLM2-135M-Instruct", "family": "llama", "hidden_size": 576, "layers": 30, "vocab_size": 49152,
+            "name": "SmolLM2-135M-Instruct",
+            "family": "llama",
+            "hidden_size": 576,
+            "layers": 30,
+            "vocab_size": 49152,
             "fingerprint": "02ef3b1d523ff080f661a25c22031326ac793c4e3155f3ae0bbfda1764cc01d2",
         },
         "device": {
-            "name": "jetson-orin", "description": "NVIDIA Jetson AGX Orin 64 GB developer kit", "figures": {
+            "name": "jetson-orin",
+            "description": "NVIDIA Jetson AGX Orin 64 GB developer kit",
+            "figures": {
                 "memory": {"value": 64, "unit": "GB", "source": "vendor page", "confidence": "high"},
                 "decode_efficiency": {
-                    "value": 0.8, "unit": "1", "confidence": "high",
+                    "value": 0.8,
+                    "unit": "1",
+                    "confidence": "high",
                     "source": "fit of published decode figures, INT4, past 2048, four models; worst error 2.3 %",
                 },
                 "system_reserve": {"value": 2, "unit": "GB", "source": "assumed, headless", "confidence": "low"},
@@ -172,7 +222,8 @@ def estimated_content() -> dict[str, Any]:
         "engine": {"name": "tensorrt", "reason": "engines for SM 87 are built on the device itself"},
         "choices": [
             {
-                "name": "engine", "value": "tensorrt",
+                "name": "engine",
+                "value": "tensorrt",
                 "reason": "engines for SM 87 are built on the device itself, which is not reachable from here: "
                 "latency and memory are estimates",
             },
@@ -180,24 +231,36 @@ def estimated_content() -> dict[str, Any]:
             {"name": "calibration", "value": "self", "reason": "no text was given: the model generates its own"},
         ],
         "versions": {"python": "3.12.4", "torch": "2.13.0", "onnx": "1.23.2"},
-        "budget": [{
-            "name": "memory", "asked": "90%", "limit": limit, "unit": "bytes", "status": "met",
-            **{name: of["performance"]["memory_total"] for name, of in sides.items()},
-        }],
-        "ratio": 0.115, "total_ratio": 0.091, "decode_bytes_ratio": 0.174, **sides,
+        "budget": [
+            {
+                "name": "memory",
+                "asked": "90%",
+                "limit": limit,
+                "unit": "bytes",
+                "status": "met",
+                **{name: of["performance"]["memory_total"] for name, of in sides.items()},
+            }
+        ],
+        "ratio": 0.115,
+        "total_ratio": 0.091,
+        "decode_bytes_ratio": 0.174,
+        **sides,
         "experience": experience(sides, limit, "the memory budget", (1187, 2510), (0, 1)),
         "unprunable": "46 % of the dense model's time per token (1.88 ms of 4.04 ms, estimated) is overhead, embedding "
         "and head: no pruning of layers removes it.",
         "floor": {"memory": 566145784.0, "prefill": 1.976, "decode": 2.2585},
         "search": {
-            "ending": "neighbour", "reason": "every better candidate on the width grid exceeds the budget",
+            "ending": "neighbour",
+            "reason": "every better candidate on the width grid exceeds the budget",
             "candidates": [
                 candidate((3, 3, 1216), {"memory": (822.1e6, 828.4e6)}, "missed", False),
                 candidate((2, 3, 1472), {"memory": (794.3e6, 794.3e6)}, "met", True),
             ],
         },
-        "quality_stop": None, "quality": quality(
-            [text("generated by the dense model", 3.1, 11.4)], DENSE_TEXT.replace("Rayleigh scattering", "scattering"),
+        "quality_stop": None,
+        "quality": quality(
+            [text("generated by the dense model", 3.1, 11.4)],
+            DENSE_TEXT.replace("Rayleigh scattering", "scattering"),
             "agreement with the dense model",
         ),
         "modules": modules(),
@@ -217,7 +280,7 @@ def estimated_content() -> dict[str, Any]:
             "Latency was not measured on the device: build and measure there before you decide.",
             "Quality was measured on text that the dense model generated: agreement, not quality.",
         ],
-    }  # fmt: skip
+    }
 
 
 def measured_content() -> dict[str, Any]:
@@ -250,25 +313,47 @@ def measured_content() -> dict[str, Any]:
         "command": "edgeprune fit demo --device cpu --decode 70% --memory 600MB --max-quality-loss 30% "
         "--calibration notes/ --evaluate manual.txt",
         "headline": "SmolLM2-135M-Instruct meets decode 70% on cpu, at +24.6 % perplexity, 38 % pruned.",
-        "deploy": content["deploy"][1:], "rests_on": "measured", "precision": "fp32", "warnings": [],
+        "deploy": content["deploy"][1:],
+        "rests_on": "measured",
+        "precision": "fp32",
+        "warnings": [],
         "cross_check": None,
         "device": {"name": "cpu", "description": "This machine's processor", "figures": {}},
         "engine": {"name": "onnxruntime", "reason": "the device is this machine's processor", "version": "1.32.0"},
         "budget": [
             {
-                "name": "decode", "asked": "70%", "limit": 35.07, "unit": "ms", "status": "met",
-                "dense": measured(50.1), "fitted": measured(34.1),
+                "name": "decode",
+                "asked": "70%",
+                "limit": 35.07,
+                "unit": "ms",
+                "status": "met",
+                "dense": measured(50.1),
+                "fitted": measured(34.1),
             },
             {
-                "name": "memory", "asked": "600MB", "limit": 600e6, "unit": "bytes", "status": "met",
+                "name": "memory",
+                "asked": "600MB",
+                "limit": 600e6,
+                "unit": "bytes",
+                "status": "met",
                 **{name: of["performance"]["memory_total"] for name, of in sides.items()},
             },
-            {"name": "quality", "asked": "30%", "limit": 30.0, "unit": "%", "status": "met", "dense": None,
-             "fitted": rise},
+            {
+                "name": "quality",
+                "asked": "30%",
+                "limit": 30.0,
+                "unit": "%",
+                "status": "met",
+                "dense": None,
+                "fitted": rise,
+            },
         ],
-        **sides, "experience": experience(sides, 600e6, "the memory budget", (0, 3350), (0, 1)),
+        **sides,
+        "experience": experience(sides, 600e6, "the memory budget", (0, 3350), (0, 1)),
         "search": {
-            "ending": "close", "reason": "2.8 % of a limit is left", "candidates": [
+            "ending": "close",
+            "reason": "2.8 % of a limit is left",
+            "candidates": [
                 candidate((2, 3, 1088), {"decode": (34.2, 37.9), "memory": (540e6, 566e6)}, "missed", False),
                 candidate((2, 3, 896), {"decode": (34.9, 35.3), "memory": (531e6, 545e6)}, "noisy", False),
                 candidate((2, 3, 832), {"decode": (34.4, 34.1), "memory": (536e6, 537e6)}, "met", True),
@@ -277,7 +362,7 @@ def measured_content() -> dict[str, Any]:
         "quality": quality(
             [text("manual.txt", 12.8, 24.6, 2.7), text("notes, one fifth held out", 9.9, 17.3, 4.4)], DENSE_TEXT[:120]
         ),
-    }  # fmt: skip
+    }
 
 
 def broken_content() -> dict[str, Any]:
@@ -304,17 +389,20 @@ def broken_content() -> dict[str, Any]:
     return content | {
         "headline": "SmolLM2-135M-Instruct does not reach memory 560MB, decode 2.5ms on jetson-orin: the best "
         "candidate is kept.",
-        "status": "missed", "budget": [row, decode], "fitted": content["fitted"] | {"widths": widths},
+        "status": "missed",
+        "budget": [row, decode],
+        "fitted": content["fitted"] | {"widths": widths},
         "search": {
-            "ending": "out_of_reach", "reason": "the smallest candidate exceeds the budget", "candidates": [
-                candidate((1, 3, 64), {"memory": (794e6, 794e6), "decode": (3.1, 3.6)}, "missed", True),
-            ],
+            "ending": "out_of_reach",
+            "reason": "the smallest candidate exceeds the budget",
+            "candidates": [candidate((1, 3, 64), {"memory": (794e6, 794e6), "decode": (3.1, 3.6)}, "missed", True)],
         },
         "quality": quality(
-            [text("generated by the dense model", 3.1, 4127.0, 380.0)], "the the the of of , , , the\n" * 6,
+            [text("generated by the dense model", 3.1, 4127.0, 380.0)],
+            "the the the of of , , , the\n" * 6,
             same=(2, 0, 0, 0, 0, 0),
         ),
-    }  # fmt: skip
+    }
 
 
 def report_of(content: dict[str, Any]) -> Report:

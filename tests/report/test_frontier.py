@@ -43,8 +43,10 @@ def test_it_holds_the_reports_figures():
     for rung, report in zip(frontier.rungs, reports, strict=True):
         performance = report.fitted.performance
         assert (rung.memory, rung.prefill, rung.decode) == (
-            performance.memory_total, performance.prefill, performance.decode,
-        )  # fmt: skip
+            performance.memory_total,
+            performance.prefill,
+            performance.decode,
+        )
         assert (rung.ratio, rung.texts, rung.grade) == (report.ratio, report.quality.texts, report.quality.grade)
         assert (rung.rise_percent, rung.sample) == (report.quality.rise_percent, report.quality.fitted_sample)
         assert rung.tokens_per_second.value == pytest.approx(1000 / rung.decode.value)
@@ -85,9 +87,7 @@ def test_a_ratio_of_two_sources_is_none():
 
 def test_where_quality_ends():
     frontier = estimated_ladder()
-    assert [rung.grade for rung in frontier.rungs] == [
-        "intact", "intact", "degraded", "degraded", "broken", "broken",
-    ]  # fmt: skip
+    assert [rung.grade for rung in frontier.rungs] == ["intact", "intact", "degraded", "degraded", "broken", "broken"]
     assert frontier.fastest(("intact",)).index == 1
     assert frontier.fastest(("intact", "degraded")).index == 3
     assert estimated_ladder(rises=(50.0,)).fastest(("intact",)) is None
@@ -113,17 +113,36 @@ def headings(page: str) -> list[str]:
 def test_the_table_has_every_figure_under_its_source():
     page = render_frontier(measured_ladder(texts=("a.txt", "b.txt")), BUNDLE)
     assert headings(page) == [
-        "", "rung", "quality", "perplexity, a.txt measured", "perplexity, b.txt measured", "same next token measured",
-        "per token measured", "of dense measured", "tokens/s measured", "first token measured", "memory measured",
-        "pruned", "of all",
-    ]  # fmt: skip
+        "",
+        "rung",
+        "quality",
+        "perplexity, a.txt measured",
+        "perplexity, b.txt measured",
+        "same next token measured",
+        "per token measured",
+        "of dense measured",
+        "tokens/s measured",
+        "first token measured",
+        "memory measured",
+        "pruned",
+        "of all",
+    ]
     dense, first, *_ = rows(page)
     assert dense[1:8] == ["dense", "", "10.00", "10.00", "", "50.1 ms 49.1 to 51.1 ms", ""]
     assert first[1:] == [
-        "0", "intact", "+1.4 % +0.9 to +1.9 %", "+0.7 % +0.2 to +1.2 %", "92.8 % 90.0 to 94.7 %",
+        "0",
+        "intact",
+        "+1.4 % +0.9 to +1.9 %",
+        "+0.7 % +0.2 to +1.2 %",
+        "92.8 % 90.0 to 94.7 %",
         "45.1 ms 44.2 to 46.0 ms",
-        "0.900 0.891 to 0.909", "22.2", "820 ms 804 to 836 ms", "639.8 MiB", "10.0 %", "8.0 %",
-    ]  # fmt: skip
+        "0.900 0.891 to 0.909",
+        "22.2",
+        "820 ms 804 to 836 ms",
+        "639.8 MiB",
+        "10.0 %",
+        "8.0 %",
+    ]
 
 
 def test_a_vocabulary_that_leaves_nothing_to_compare_has_no_agreement():
@@ -162,8 +181,13 @@ def test_broken_rungs_are_marked_and_a_grade_in_doubt_says_so():
         (str(index), ' class="is-broken"' if index > 3 else "") for index in range(6)
     ]
     assert [row[2] for row in rows(page)[1:]] == [
-        "intact", "intact interval: intact to degraded", "degraded", "degraded", "broken", "broken",
-    ]  # fmt: skip
+        "intact",
+        "intact interval: intact to degraded",
+        "degraded",
+        "degraded",
+        "broken",
+        "broken",
+    ]
     tiles = " ".join(" ".join(Parsed(page).texts).split())
     assert "Fastest intact rung 1 3.23 ms per token estimated" in tiles
     assert "Fastest not broken rung 3 2.42 ms per token estimated" in tiles
@@ -253,10 +277,15 @@ def test_other_quantities_can_stand_across():
 def test_pointing_at_a_rung_shows_all_of_it_with_sources():
     (trace,) = [trace for trace in frontier_plot(estimated_ladder()).data if trace.name == "intact"]
     assert trace.hovertext[0].split("<br>") == [
-        "<b>rung 0</b>", "per token 3.64 ms, estimated", "tokens/s 275 tokens/s, estimated",
-        "memory 743.7 MiB, estimated", "first token 6.63 ms, estimated", "10.0 % of attention and MLP pruned",
-        "perplexity +1.4 % (+0.9 to +1.9 %), measured: intact", "the dense model's next token at 92.8 %, measured",
-    ]  # fmt: skip
+        "<b>rung 0</b>",
+        "per token 3.64 ms, estimated",
+        "tokens/s 275 tokens/s, estimated",
+        "memory 743.7 MiB, estimated",
+        "first token 6.63 ms, estimated",
+        "10.0 % of attention and MLP pruned",
+        "perplexity +1.4 % (+0.9 to +1.9 %), measured: intact",
+        "the dense model's next token at 92.8 %, measured",
+    ]
 
 
 def test_self_generated_text_is_not_called_quality():
@@ -267,18 +296,27 @@ def test_self_generated_text_is_not_called_quality():
 def hostile(frontier: Frontier, text: str) -> Frontier:
     """The text wherever a user, a file or a model has a say."""
     rungs = [
-        rung.model_copy(update={
-            "asked": text, "sample": text, "texts": [one.model_copy(update={"name": text}) for one in rung.texts],
-            "decode": rung.decode.model_copy(update={"device": text, "basis": text}),
-        })
+        rung.model_copy(
+            update={
+                "asked": text,
+                "sample": text,
+                "texts": [one.model_copy(update={"name": text}) for one in rung.texts],
+                "decode": rung.decode.model_copy(update={"device": text, "basis": text}),
+            }
+        )
         for rung in frontier.rungs
-    ]  # fmt: skip
-    return frontier.model_copy(update={
-        "rungs": rungs, "command": text, "prompt": text, "warnings": [text] * 7,
-        "model": frontier.model.model_copy(update={"name": text, "family": text, "fingerprint": text}),
-        "device": frontier.device.model_copy(update={"name": text, "description": text}),
-        "dense": frontier.dense.model_copy(update={"sample": text}),
-    })  # fmt: skip
+    ]
+    return frontier.model_copy(
+        update={
+            "rungs": rungs,
+            "command": text,
+            "prompt": text,
+            "warnings": [text] * 7,
+            "model": frontier.model.model_copy(update={"name": text, "family": text, "fingerprint": text}),
+            "device": frontier.device.model_copy(update={"name": text, "description": text}),
+            "dense": frontier.dense.model_copy(update={"sample": text}),
+        }
+    )
 
 
 @pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])

@@ -179,8 +179,9 @@ def test_the_search_and_its_end_are_told():
 def test_a_dense_model_that_fits_has_no_search():
     content = estimated_content() | {
         "search": {"ending": "dense", "reason": "the dense model already meets the budget", "candidates": []},
-        "modules": [], "cross_check": None,
-    }  # fmt: skip
+        "modules": [],
+        "cross_check": None,
+    }
     content["fitted"] = content["dense"]
     assert "after 0 candidates: the dense model already meets the budget" in sections(content)["How the search went"]
 
@@ -302,11 +303,18 @@ def hostile(content: dict, text: str) -> dict:
     for layer in (*content["dense"]["widths"], *content["fitted"]["widths"]):
         layer[text] = 1 + len(layer)
     return content | {
-        "headline": text, "command": text, "warnings": [text], "unprunable": text, "files": {text: 1},
-        "model": content["model"] | {"name": text}, "versions": {text: text}, "stages": {text: 1.0},
+        "headline": text,
+        "command": text,
+        "warnings": [text],
+        "unprunable": text,
+        "files": {text: 1},
+        "model": content["model"] | {"name": text},
+        "versions": {text: text},
+        "stages": {text: 1.0},
         "device": content["device"] | {"name": text, "description": text},
-        "deploy": [{"title": text, "command": text}], "search": content["search"] | {"reason": text},
-    }  # fmt: skip
+        "deploy": [{"title": text, "command": text}],
+        "search": content["search"] | {"reason": text},
+    }
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -92,8 +92,9 @@ def test_both_grids_stand_side_by_side_with_seeds_and_classes():
     page, card = parsed(pictures_content()), sections(pictures_content())["How much quality did it cost?"]
     shown = [attributes for tag, attributes in page.elements if tag == "img"]
     assert [(of["src"], of["alt"]) for of in shown] == [
-        (found()["dense_grid"], "pictures of the dense model"), (found()["fitted_grid"], "pictures of the fitted model")
-    ]  # fmt: skip
+        (found()["dense_grid"], "pictures of the dense model"),
+        (found()["fitted_grid"], "pictures of the fitted model"),
+    ]
     assert "The same seeds and classes in both, of 28 pixels each, temperature 1, guidance 1.75." in card
     assert "Classes, row by row: 207, 360, 387, 974, 88, 979, 417, 279." in card
     assert "One answer of each" not in card

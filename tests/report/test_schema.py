@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
 from edgeprune.ondevice.experience import Room, experience_of
+from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
 from edgeprune.report.experience import experience_part
 from edgeprune.report.quality import quality_part
 from edgeprune.report.schema import Report, figure_of, grade_of, schema_markdown
@@ -66,12 +66,21 @@ def test_a_destroyed_models_perplexity_survives(value):
 
 def test_an_estimate_has_no_interval_and_a_measurement_no_basis():
     assert figure_of(Measured(2.0, "ms", "cpu", 1.5, 2.5)).model_dump(exclude_none=True) == {
-        "value": 2.0, "unit": "ms", "source": "measured", "device": "cpu", "low": 1.5, "high": 2.5,
-    }  # fmt: skip
+        "value": 2.0,
+        "unit": "ms",
+        "source": "measured",
+        "device": "cpu",
+        "low": 1.5,
+        "high": 2.5,
+    }
     for kind, source in ((Built, "built"), (Estimate, "estimated")):
         assert figure_of(kind(2.0, "ms", "a2", "why")).model_dump(exclude_none=True) == {
-            "value": 2.0, "unit": "ms", "source": source, "device": "a2", "basis": "why",
-        }  # fmt: skip
+            "value": 2.0,
+            "unit": "ms",
+            "source": source,
+            "device": "a2",
+            "basis": "why",
+        }
 
 
 def test_an_evaluation_as_it_stands_in_the_report():
@@ -81,9 +90,11 @@ def test_an_evaluation_as_it_stands_in_the_report():
     samples = {"prompt": "p", "dense_sample": "d", "fitted_sample": "f"}
     step = {"tokens": 4, "same": 3, "answers": 4, "low": 0.3, "high": 0.95}
     found = quality_part(
-        "perplexity", {"a": {**losses, "agreement": share}, "b": {**losses, "percent": 2.0, "agreement": None}},
-        {"device": "cpu, fp32", "prompt_tokens": 32, "identical": [step]}, **samples,
-    )  # fmt: skip
+        "perplexity",
+        {"a": {**losses, "agreement": share}, "b": {**losses, "percent": 2.0, "agreement": None}},
+        {"device": "cpu, fp32", "prompt_tokens": 32, "identical": [step]},
+        **samples,
+    )
     assert found.texts[0].agreement.model_dump() == shown
     assert found.texts[1].agreement is None
     assert (found.rise_percent, found.grade, found.prompt) == (10.0, "degraded", "p")

@@ -12,23 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from edgeprune.commands.compare import Row
+from edgeprune.cli.tables import print_doctor, print_plan, print_plans, print_profile, print_profiles
 from edgeprune.commands.doctor import Finding
-from edgeprune.errors import InputError
 from edgeprune.commands.plan import Question, plan, plan_all
+from edgeprune.errors import InputError
+from edgeprune.pipeline.comparison import Row
 from edgeprune.profiles import list_profiles, load_profile
 from edgeprune.report.comparison import check_page, render_page, write_page
 from edgeprune.report.figures import figure_text, number_text, perplexity_text
 from edgeprune.report.html import render_html
-from edgeprune.report.terminal import (
-    print_comparison,
-    print_doctor,
-    print_plan,
-    print_plans,
-    print_profile,
-    print_profiles,
-    print_report,
-)
+from edgeprune.report.terminal import print_comparison, print_report
 from tests.report.sample_reports import (
     CONTENTS,
     broken_content,
@@ -232,10 +225,17 @@ def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
     shown = words(lines)
     assert shown.startswith("[bold]small on jetson-orin-nano-4gb: 0.163 B parameters, int4, batch 1, prompt 512, past")
     for text in (
-        "It fits: ", "2.79 GiB that the system leaves", "All figures are estimated.", "weights", "cache copies",
-        "decode in place", "Orin Nano 8 GB", "TensorRT-Edge-LLM 0.10", "mind int4 is weight-only",
+        "It fits: ",
+        "2.79 GiB that the system leaves",
+        "All figures are estimated.",
+        "weights",
+        "cache copies",
+        "decode in place",
+        "Orin Nano 8 GB",
+        "TensorRT-Edge-LLM 0.10",
+        "mind int4 is weight-only",
         "low confidence in the profile, which says why: ",
-    ):  # fmt: skip
+    ):
         assert text in shown
     shown = words(printed(print_plan, plan(Question(shape, "jetson-orin-nano-4gb", batch=64))))
     assert re.search(r"It does not fit: [\d.]+ GiB, but 2.79 GiB that the system leaves", shown)
@@ -267,19 +267,30 @@ def row(method: str, layout: str, ratio: float, value: float, **changes) -> Row:
     text = "[b]a.txt"
     rise = (value, value - 0.01, value + 0.01)
     settings = {
-        "method": method, "layout": layout, "allocation": "sensitivity" if layout else "", "asked": ratio,
-        "ratio": ratio, "total_ratio": 0.8 * ratio, "perplexity": {text: 12.3 * 2.718281828**value},
-        "rise": {text: rise}, "over_default": {}, "parameters": 134_515_008, "decode_bytes": 2**28, "seconds": 31.04,
-        "peak_bytes": 2**31, "fell_back": 0,
-    }  # fmt: skip
+        "method": method,
+        "layout": layout,
+        "allocation": "sensitivity" if layout else "",
+        "asked": ratio,
+        "ratio": ratio,
+        "total_ratio": 0.8 * ratio,
+        "perplexity": {text: 12.3 * 2.718281828**value},
+        "rise": {text: rise},
+        "over_default": {},
+        "parameters": 134_515_008,
+        "decode_bytes": 2**28,
+        "seconds": 31.04,
+        "peak_bytes": 2**31,
+        "fell_back": 0,
+    }
     return Row(**(settings | changes))
 
 
 def test_comparison_by_layout_method_and_text():
     rows = [
-        row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.215),
+        row("dense", "", 0.0, 0.0),
+        row("default", "uniform", 0.2, 0.215),
         row("flap", "per-layer", 0.2, 0.3, fell_back=2),
-    ]  # fmt: skip
+    ]
     lines = printed(print_comparison, rows, width=200)
     assert "[b]a.txt 12.30" in lines[0]
     assert "[95 % interval]" in lines[1]
@@ -288,18 +299,33 @@ def test_comparison_by_layout_method_and_text():
     )
     assert "[b]a.txt: perplexity, rise" in lines[uniform + 1]
     assert next(line for line in lines if line.startswith("default")).split() == [
-        "default", "20.0", "%", "16.0", "%", "15.25", "0.215", "[0.205,", "0.225]", "256.0", "MiB", "31.0", "2.00",
+        "default",
+        "20.0",
+        "%",
+        "16.0",
+        "%",
+        "15.25",
+        "0.215",
+        "[0.205,",
+        "0.225]",
+        "256.0",
+        "MiB",
+        "31.0",
+        "2.00",
         "GiB",
-    ]  # fmt: skip
+    ]
     assert uniform < free < next(n for n, line in enumerate(lines) if line.startswith("flap"))
     assert "no update helped in 2 modules" in lines[-1]
 
 
 def test_a_method_looks_alike_in_all_plots():
     rows = [
-        row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.2), row("flap", "uniform", 0.2, 0.3),
-        row("flap", "per-layer", 0.2, 0.3), row("default", "per-layer", 0.2, 0.2),
-    ]  # fmt: skip
+        row("dense", "", 0.0, 0.0),
+        row("default", "uniform", 0.2, 0.2),
+        row("flap", "uniform", 0.2, 0.3),
+        row("flap", "per-layer", 0.2, 0.3),
+        row("default", "per-layer", 0.2, 0.2),
+    ]
     page = render_page(rows)
     colours: dict[str, set[str]] = {}
     for colour, name in re.findall(r'"line":{"color":"(#\w+)","dash":"\w+"}.*?"name":"(\w+)"', page):
@@ -337,11 +363,18 @@ def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (3 * 2**30, "bytes", "3.00 GiB"), (6.149, "ms", "6.15 ms"), (4.96, "%", "+5.0 %"), (-3.0, "%", "-3.0 %"),
-        (4127.4, "%", "+4127 %"), (2.34, "tokens/s", "2.34 tokens/s"), (277.8, "tokens/s", "278 tokens/s"),
-        (0.7128, "1", "0.713"), (8192.0, "tokens", "8,192 tokens"), (1.0, "sequences", "1 sequence"),
+        (3 * 2**30, "bytes", "3.00 GiB"),
+        (6.149, "ms", "6.15 ms"),
+        (4.96, "%", "+5.0 %"),
+        (-3.0, "%", "-3.0 %"),
+        (4127.4, "%", "+4127 %"),
+        (2.34, "tokens/s", "2.34 tokens/s"),
+        (277.8, "tokens/s", "278 tokens/s"),
+        (0.7128, "1", "0.713"),
+        (8192.0, "tokens", "8,192 tokens"),
+        (1.0, "sequences", "1 sequence"),
     ],
-)  # fmt: skip
+)
 def test_numbers_in_their_units(value, unit, text):
     assert number_text(value, unit) == text
 

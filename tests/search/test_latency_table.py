@@ -11,10 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.search import latency_table as costs
+from edgeprune.engine.engines import Exported, OnnxRuntime
+from edgeprune.engine.estimate import estimate_performance
+from edgeprune.engine.onnx.graph import graph_weight_bytes
+from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
 from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
 from edgeprune.ondevice.worker import quiet
-from edgeprune.engine.choose import RUNTIME_GRAPH, Exported, OnnxRuntime
+from edgeprune.profiles import list_profiles, load_profile
+from edgeprune.search import latency_table
 from edgeprune.search.latency_table import (
     BASE,
     KINDS,
@@ -25,11 +30,6 @@ from edgeprune.search.latency_table import (
     measured_times,
     memory_costs,
 )
-from edgeprune.engine.estimate import estimate_performance
-from edgeprune.engine.onnx.graph import graph_weight_bytes
-from edgeprune.ondevice.onnxruntime import Runner
-from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
-from edgeprune.profiles import list_profiles, load_profile
 from tests.engine.graph_pictures import SIDE, imagegpt, llamagen
 from tests.engine.test_estimate import SMOLLM2, uniform
 
@@ -52,7 +52,7 @@ def true_time(decoder: Decoder, scale: float) -> float:
     return scale * total
 
 
-def times_of(dense: Decoder, noise: float = 0.0) -> costs.Times:
+def times_of(dense: Decoder, noise: float = 0.0) -> latency_table.Times:
     generator = np.random.default_rng(0)
     return {
         kind: {
@@ -69,7 +69,7 @@ def test_the_design_changes_one_width_at_a_time_and_holds_the_volume() -> None:
     base = points[BASE]
     layers = [replace(SMOLLM2, layers=SMOLLM2.layers[: len(base.layers) - n]) for n in (0, len(base.layers))]
     full, none = (graph_weight_bytes(decoder, "fp32") for decoder in layers)
-    assert full - none >= costs.VOLUME_BYTES
+    assert full - none >= latency_table.VOLUME_BYTES
     assert points["mlp 0"].decoder(SMOLLM2).layers[0].mlp is None
     assert [layer.attention is not None for layer in points["attention 1"].decoder(SMOLLM2).layers[:3]] == [1, 0, 0]
     for point in points.values():  # a graph without a cache is none that an engine is built for
@@ -77,7 +77,7 @@ def test_the_design_changes_one_width_at_a_time_and_holds_the_volume() -> None:
     assert len(points["depth"].layers) < len(base.layers)
     assert points["vocabulary"].vocab_size < base.vocab_size
     assert all(k % 32 == 0 for point in points.values() for *_, k in point.layers)
-    assert sum(point.mixed for point in points.values()) == costs.MIXES
+    assert sum(point.mixed for point in points.values()) == latency_table.MIXES
 
 
 @pytest.mark.parametrize("dense", [SMOLLM2, SMALL, uniform(64, 3, (8, 1, 16), 256, 500)], ids=["gqa", "small", "mqa"])
@@ -126,7 +126,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def measured(
     folder: Path, dense: Decoder = SMALL, version: str = "1", workload: Workload = WORKLOAD, precision: str = "fp32"
-) -> tuple[list[list[str]], costs.Times]:
+) -> tuple[list[list[str]], latency_table.Times]:
     """The names of the models that were measured, by call of the engine; and the times."""
     engine = DoubleEngine(version)
     times = measured_times(engine, dense, PROFILE, workload, precision, folder, quiet)
@@ -135,7 +135,7 @@ def measured(
 
 
 def test_some_models_at_a_time_each_time_with_the_base(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "CHUNK_BYTES", 300_000)
+    monkeypatch.setattr(latency_table, "CHUNK_BYTES", 300_000)
     calls, times = measured(cache)
     assert len(calls) > 1
     assert all(names[0] == BASE for names in calls)
@@ -150,17 +150,22 @@ def test_what_was_measured_is_kept_by_engine_shape_and_workload(cache: Path) -> 
     _, times = measured(cache)
     assert measured(cache) == ([], times)
     for change in (
-        {"version": "2"}, {"workload": Workload(1, 64, 512)}, {"workload": Workload(2, 128, 512)},
-        {"precision": "fp16"}, {"dense": replace(SMALL, vocab_size=300)}, {"dense": SMALL.with_widths(2, 2, 64)},
-        {"dense": uniform(48, 4, (4, 2, 16), 96, 200)}, {"dense": uniform(32, 4, (4, 2, 32), 96, 200)},
-    ):  # fmt: skip
+        {"version": "2"},
+        {"workload": Workload(1, 64, 512)},
+        {"workload": Workload(2, 128, 512)},
+        {"precision": "fp16"},
+        {"dense": replace(SMALL, vocab_size=300)},
+        {"dense": SMALL.with_widths(2, 2, 64)},
+        {"dense": uniform(48, 4, (4, 2, 16), 96, 200)},
+        {"dense": uniform(32, 4, (4, 2, 32), 96, 200)},
+    ):
         assert measured(cache, **change)[0], change
         assert not measured(cache, **change)[0], change
 
 
 def test_models_of_one_shape_share_what_was_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their values do not count, nor does depth beyond that of the base model."""
-    monkeypatch.setattr(costs, "VOLUME_BYTES", 1)
+    monkeypatch.setattr(latency_table, "VOLUME_BYTES", 1)
     _, times = measured(cache)
     for other in (replace(SMALL, norm_eps=1e-3), replace(SMALL, layers=SMALL.layers * 3)):
         assert measured(cache, other) == ([], times)
@@ -171,7 +176,7 @@ class RunningEngine(DoubleEngine):
 
     def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
         for model in models.values():
-            runner = Runner(model.graphs / RUNTIME_GRAPH, DRAWN.batch, DRAWN.context, threads=1)
+            runner = Runner(model.graphs / GRAPH_FILE, DRAWN.batch, DRAWN.context, threads=1)
             runner.run(np.zeros((DRAWN.batch, DRAWN.prompt), np.int64))
             runner.reset(DRAWN.context - 1)
             runner.run(np.zeros((DRAWN.batch, 1), np.int64))
@@ -190,8 +195,8 @@ def test_every_model_of_an_image_generator_s_design_draws(dense: Decoder, cache:
 
 def test_a_small_table_from_onnx_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.engine.choose.SURVEY_SECONDS", 0.05)
-    monkeypatch.setattr(costs, "SHARES", ())
-    monkeypatch.setattr(costs, "MIXES", 0)
+    monkeypatch.setattr(latency_table, "SHARES", ())
+    monkeypatch.setattr(latency_table, "MIXES", 0)
     dense, workload = uniform(64, 2, (2, 1, 16), 128, 300), Workload(1, 8, 24)
     engine = OnnxRuntime(PROFILE, workload, "fp32", "test")
     times = measured_times(engine, dense, PROFILE, workload, "fp32", cache, quiet)

@@ -10,9 +10,9 @@ import pytest
 from edgeprune.search.latency_table import LatencyCosts
 from edgeprune.search.module_costs import additive
 from edgeprune.search.planner import STEP, Planner
-from edgeprune.search.widths import Sensitivities, Widths
-from edgeprune.search.solve import Problem
 from edgeprune.search.search import corrected
+from edgeprune.search.solve import Problem
+from edgeprune.search.widths import Sensitivities, Widths
 
 DENSE = Widths(2, 2, 64)
 LAYERS = 4

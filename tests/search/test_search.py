@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.search.widths import Widths, uniform_options
-from edgeprune.search.solve import Allocation
 from edgeprune.search.search import (
     MAX_CANDIDATES,
     MAX_QUALITY_CANDIDATES,
@@ -22,6 +20,8 @@ from edgeprune.search.search import (
     search,
     search_quality,
 )
+from edgeprune.search.solve import Allocation
+from edgeprune.search.widths import Widths, uniform_options
 
 DENSE = Widths(3, 3, 1536)
 
@@ -187,8 +187,7 @@ def test_the_cost_model_does_not_follow_noise_downhill() -> None:
 
 
 @given(
-    points=st.lists(st.tuples(st.floats(1, 100), st.floats(0.5, 2.0)), min_size=1, max_size=4),
-    limit=st.floats(1, 150),
+    points=st.lists(st.tuples(st.floats(1, 100), st.floats(0.5, 2.0)), min_size=1, max_size=4), limit=st.floats(1, 150)
 )
 def test_the_room_is_the_largest_estimate_within_a_limit(points: list[tuple[float, float]], limit: float) -> None:
     """Where what was obtained rises with the estimate, as costs do."""

@@ -2,7 +2,7 @@ import torch
 
 from edgeprune.progress import Silent
 from edgeprune.pruning.methods import METHODS
-from edgeprune.search.sensitivities import sensitivities_of
+from edgeprune.search.sensitivity import sensitivities_of
 from tests.tiny import as_model, llama
 
 

@@ -3,13 +3,13 @@ import torch
 
 from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs, token_losses, weight_stream
-from edgeprune.search.widths import Widths
 from edgeprune.pruning.compensate import MOMENT_DAMPING
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import Projection, flap, numerical
 from edgeprune.pruning.select import features_of, select_heads
 from edgeprune.search.sensitivity import LEAST_RISE, measure_response, measure_scores, measure_sensitivities
+from edgeprune.search.widths import Widths
 from tests.tiny import as_model, llama
 
 

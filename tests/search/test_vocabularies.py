@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeprune.search import vocabularies
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.progress import Silent
-from edgeprune.pipeline.results import Samples
+from edgeprune.search import vocabularies
 from edgeprune.search.vocabularies import FIRST_MULTIPLE, GROWTH, measure_losses, vocabularies_of
 
 
@@ -17,24 +17,24 @@ def demo():  # noqa: ANN201
     return load_model("demo")
 
 
-def samples_of(model, texts: list[str], length: int) -> Samples:  # noqa: ANN001
+def samples_of(model, texts: list[str], length: int) -> np.ndarray:  # noqa: ANN001
     tokenizer = load_tokenizer(model.directory)
     ids = np.concatenate([np.array(tokenizer(text)["input_ids"]) for text in texts])
     rows = len(ids) // length
-    return Samples(ids[: rows * length].reshape(rows, length), None, {}, self_generated=False)
+    return ids[: rows * length].reshape(rows, length)
 
 
 @pytest.mark.demo
 def test_vocabularies_hold_the_samples_and_grow(demo) -> None:  # noqa: ANN001
     samples = samples_of(demo, ["The quick brown fox jumps over the lazy dog. " * 8], 16)
-    found = vocabularies_of(demo, samples)
+    found = vocabularies_of(demo, samples, None)
     sizes = [vocabulary.size for vocabulary in found]
     assert sizes == [sizes[0] * GROWTH**step for step in range(len(sizes))]
     assert sizes[0] % FIRST_MULTIPLE == 0
     assert sizes[-1] < demo.decoder.vocab_size
     for vocabulary, larger in zip(found, found[1:], strict=False):
         assert set(vocabulary.kept) <= set(larger.kept)
-    assert found[0].keeps(samples.calibration.ravel()).all()
+    assert found[0].keeps(samples.ravel()).all()
 
 
 @pytest.mark.demo
@@ -44,8 +44,8 @@ def test_losses_are_of_text_that_the_vocabulary_was_not_made_for(demo, monkeypat
     cooking = "Melt the butter, whisk in the flour and simmer the sauce with nutmeg until it thickens. "
     sailing = "Hoist the spinnaker, ease the mainsheet and steer to leeward of the buoy at the headland. "
     samples = samples_of(demo, [cooking * 6, sailing * 6], 32)
-    losses = measure_losses(demo, samples, Silent())
-    sizes = [str(vocabulary.size) for vocabulary in vocabularies_of(demo, samples)]
+    losses = measure_losses(demo, samples, None, Silent())
+    sizes = [str(vocabulary.size) for vocabulary in vocabularies_of(demo, samples, None)]
     assert list(losses) == sizes
     assert losses[sizes[0]] > 0.05
     assert losses[sizes[-1]] < losses[sizes[0]]

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.search.widths import Sensitivities, Widths, even, standardised_cut, uniform_options
 from edgeprune.pruning.compensate import MOMENT_DAMPING, nested_errors
 from edgeprune.pruning.moments import gram
+from edgeprune.search.widths import Sensitivities, Widths, even, standardised_cut, uniform_options
 
 
 @settings(max_examples=20, deadline=None)

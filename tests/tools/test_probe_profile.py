@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.engine.test_probing import gpu  # noqa: F401  a fixture
 
 import edgeprune.cli
 from edgeprune.engine import probe
-from edgeprune.ondevice import probe_tasks as probing
 from edgeprune.engine.remote import Device
 from edgeprune.errors import EngineError, InputError
+from edgeprune.ondevice import probe_tasks
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 from edgeprune.report.schema import Report
 from tests.checkpoints import save_llama
 from tests.device import SSHD, Server, bare_python, ssh_server
 from tests.doubles.double_device import Device as Double
 from tests.doubles.install import InProcess
-from tests.engine.test_probing import gpu  # noqa: F401  a fixture
 from tools import probe_profile
 from tools.probe_profile import Found, choose, like, main, nearest
 
@@ -127,10 +127,12 @@ def test_an_interrupt_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 GPU = {"name": "Orin", "sm": 87, "memory": 65_000_000_000}
 FOUND = {
-    "machine": "NVIDIA Jetson AGX Orin Developer Kit", "processor": "ARMv8 Processor rev 1 (v8l), 12 threads",
+    "machine": "NVIDIA Jetson AGX Orin Developer Kit",
+    "processor": "ARMv8 Processor rev 1 (v8l), 12 threads",
     "modules": {"numpy": "1.26.4", "onnxruntime": None, "tensorrt": "10.3.0", "tensorrt_rtx": None},
-    "gpu": GPU, "no_gpu": "",
-}  # fmt: skip
+    "gpu": GPU,
+    "no_gpu": "",
+}
 
 
 def test_the_engine_is_the_one_that_the_device_has() -> None:
@@ -194,8 +196,10 @@ def test_a_like_of_another_kind_is_refused() -> None:
 
 def test_on_a_double_of_a_gpu(
     gpu: Double,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     """SM 89 with the full TensorRT: the nearest profile's is for RTX, whose dialect an old parser may not take."""
     gpu.sm, gpu.name = 89, "NVIDIA L4"
     monkeypatch.setattr(probe_profile, "Here", InProcess)
@@ -210,10 +214,11 @@ def test_on_a_double_of_a_gpu(
 
 def test_on_a_double_that_tells_no_free_memory_the_file_names_what_is_not_measured(
     gpu: Double,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     gpu.memory = 2**30  # more than l4's runtime_memory
-    monkeypatch.setattr(probing, "_free_bytes", lambda shared: None)
+    monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: None)
     monkeypatch.setattr(probe_profile, "Here", InProcess)
     output = tmp_path / "device.toml"
     assert main(["--output", str(output), "--like", "l4", "--engine", "tensorrt"]) == 0
@@ -223,9 +228,11 @@ def test_on_a_double_that_tells_no_free_memory_the_file_names_what_is_not_measur
 
 def test_on_a_double_whose_figures_contradict_each_other(
     gpu: Double,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(probing, "_free_bytes", lambda shared: None)  # l4's runtime takes more than the double has
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: None)  # l4's runtime takes more than the double has
     monkeypatch.setattr(probe_profile, "Here", InProcess)
     assert main(["--output", str(tmp_path / "device.toml"), "--like", "l4", "--engine", "tensorrt"]) == 4
     assert "leave nothing of memory" in capsys.readouterr().err
@@ -282,16 +289,39 @@ def test_fit_takes_the_profile_for_its_device(
     monkeypatch.setattr(Device, "run", lambda self, request, *rest: run(self, request | short, *rest))
     monkeypatch.setenv("PATH", f"{server.folder / 'bin'}:{os.environ['PATH']}")
     save_llama(
-        tmp_path / "model", num_hidden_layers=2, hidden_size=256, num_attention_heads=8, head_dim=32,
+        tmp_path / "model",
+        num_hidden_layers=2,
+        hidden_size=256,
+        num_attention_heads=8,
+        head_dim=32,
         intermediate_size=512,
-    )  # fmt: skip
+    )
     lines = (f"{i} quick brown foxes jump over {i} lazy dogs, {i} times" for i in range(60))
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
     words = (
-        "edgeprune", "fit", tmp_path / "model", "--profile", probed, "--target", server.target, "--memory", "95%",
-        "--calibration", tmp_path / "text.txt", "--samples", "4", "--length", "32", "--prompt", "16",
-        "--context", "64", "--output", tmp_path / "bundle", "--json",
-    )  # fmt: skip
+        "edgeprune",
+        "fit",
+        tmp_path / "model",
+        "--profile",
+        probed,
+        "--target",
+        server.target,
+        "--memory",
+        "95%",
+        "--calibration",
+        tmp_path / "text.txt",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--prompt",
+        "16",
+        "--context",
+        "64",
+        "--output",
+        tmp_path / "bundle",
+        "--json",
+    )
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit) as ended:
         edgeprune.cli.app.main()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from edgeprune.errors import InputError
+from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.codec.codec import check_codec, load_codec
 from edgeprune.model.forward import token_logits, weight_stream
-from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.load import load_model
 from edgeprune.progress import Silent
 from tests.tools.image_model import CODEC, FEW, GPT, RECIPE, idx, some_images

@@ -170,9 +170,8 @@ def _rotated(
 
 
 def attention_opset23(
-    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
-    shared: Shared,
-) -> str:  # fmt: skip
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...], shared: Shared
+) -> str:
     """In operators of opset 17 where Attention does not serve: its softcap comes after its mask in this opset, which
     would let masked pairs be seen; and TensorRT for RTX has no kernel for a single head."""
     query_key, value = _split_heads(nodes, name, packed, attention)
@@ -188,9 +187,8 @@ def attention_opset23(
 
 
 def attention_primitive(
-    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
-    shared: Shared,
-) -> str:  # fmt: skip
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...], shared: Shared
+) -> str:
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
     query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
@@ -226,9 +224,8 @@ def _attend(nodes: Nodes, name: str, query: str, key: str, value: str, attention
 
 
 def attention_onnxruntime(
-    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...],
-    shared: Shared,
-) -> str:  # fmt: skip
+    nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...], shared: Shared
+) -> str:
     """What the operator does not turn itself is turned before; heads of other sizes than it takes get zeros behind."""
     past_key, past_value, present_key, present_value = cache
     positions: Sequence[str] = ("", "", "")
@@ -238,9 +235,22 @@ def attention_onnxruntime(
     if rotates_by_tables(attention):
         positions = (*rotary_tables(decoder.rotaries.index(attention.rotary)), "position_ids")
     inputs = (
-        packed, "", "", past_key, past_value, shared["seqlens_k"], shared["total"], *positions,
-        shared["bias"], "", "", "", "", "", shared["query_seqlens"],
-    )  # fmt: skip
+        packed,
+        "",
+        "",
+        past_key,
+        past_value,
+        shared["seqlens_k"],
+        shared["total"],
+        *positions,
+        shared["bias"],
+        "",
+        "",
+        "",
+        "",
+        "",
+        shared["query_seqlens"],
+    )
     attributes = {
         "num_heads": attention.num_attention_heads,
         "kv_num_heads": attention.num_key_value_heads,

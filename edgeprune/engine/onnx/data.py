@@ -1,7 +1,7 @@
 """The data files of a graph: which initializers there are, where they stand, and their bytes.
 
 The layout follows from the Decoder alone, so offsets are known before any weight is read and
-every spelling of a model can reference the same two files. It knows nothing about operators.
+every variant of a model can reference the same two files. It knows nothing about operators.
 
     embedding.data      embedding and head (one initializer where they are tied)
     model.onnx.data     everything else, in the order of use; the rotary tables last
@@ -73,8 +73,14 @@ def layout(decoder: Decoder, precision: Precision, max_positions: int | None) ->
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
     found: list[Initializer] = []
 
-    def add(name: str, shape: tuple[int, ...], sources: tuple[str, ...], file: str = LAYERS_FILE, blocks: int = 1,
-            transposed: bool = True) -> None:  # fmt: skip
+    def add(
+        name: str,
+        shape: tuple[int, ...],
+        sources: tuple[str, ...],
+        file: str = LAYERS_FILE,
+        blocks: int = 1,
+        transposed: bool = True,
+    ) -> None:
         offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
         own: Precision = "fp32" if precision == "bf16" and not sources else precision
         length, turned = prod(shape) * ELEMENT_BYTES[own], transposed and len(shape) > 1
@@ -150,10 +156,7 @@ def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
 
 
 def write_data(
-    decoder: Decoder,
-    weights: Mapping[str, torch.Tensor],
-    folder: Path,
-    initializers: tuple[Initializer, ...],
+    decoder: Decoder, weights: Mapping[str, torch.Tensor], folder: Path, initializers: tuple[Initializer, ...]
 ) -> None:
     """Write both data files. Raises InputError for a weight that is missing or has another shape,
     NumericalError for one that is not finite or overflows; both name the weight."""
@@ -176,9 +179,12 @@ def write_data(
 
 
 def _parts(
-    decoder: Decoder, weights: Mapping[str, torch.Tensor], initializer: Initializer, sources: tuple[str, ...],
+    decoder: Decoder,
+    weights: Mapping[str, torch.Tensor],
+    initializer: Initializer,
+    sources: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     if not sources:
         return {initializer.name: _rotary_table(decoder, initializer)}
     return {name: _read(weights, name, shapes[name]) for name in sources}
@@ -239,8 +245,11 @@ def _rotary_table(decoder: Decoder, initializer: Initializer) -> torch.Tensor:
     """(positions, turned / 2) fp32: cos or sin of the angles of decoder.py's Rotary, times its scaling."""
     import torch
 
-    tables = {name: (rotary, place) for number, rotary in enumerate(decoder.rotaries)
-              for place, name in enumerate(rotary_tables(number))}  # fmt: skip
+    tables = {
+        name: (rotary, place)
+        for number, rotary in enumerate(decoder.rotaries)
+        for place, name in enumerate(rotary_tables(number))
+    }
     rotary, place = tables[initializer.name]
     positions, prefix = torch.arange(initializer.shape[0]), 0
     frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32)

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.ondevice.sampling import end_ids
-from edgeprune.engine.onnx.graph import Spelling
+from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.engine.onnx.nodes import head_width
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.load import load_tokenizer
-from edgeprune.model.save import TOKENIZER_FILES
+from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer
+from edgeprune.ondevice.sampling import end_ids
 
 CONFIG = "genai_config.json"
-SPELLINGS = (Spelling("onnxruntime", "all"), Spelling("opset23", "all"), Spelling("primitive", "all"))
+VARIANTS = (GraphVariant("onnxruntime", "all"), GraphVariant("opset23", "all"), GraphVariant("primitive", "all"))
 """The graphs it can run, the best first. With the logits of the last position alone it reads those of padding:
 it pads the shorter prompts of a batch on their right."""
 
@@ -39,22 +38,26 @@ class TokenIds:
 
 
 def write_genai(
-    decoder: Decoder, spellings: Collection[Spelling], folder: Path, tokenizer: Path, max_positions: int | None = None
+    decoder: Decoder,
+    variants: Collection[GraphVariant],
+    folder: Path,
+    tokenizer: Path,
+    max_positions: int | None = None,
 ) -> None:
-    """Let onnxruntime-genai load the graphs of `spellings` in `folder`, as write_graphs left it.
+    """Let onnxruntime-genai load the graphs of `variants` in `folder`, as write_graphs left it.
 
     tokenizer: a checkpoint's folder; max_positions: as given to write_graphs, the longest sequence. Raises
-    InputError where no spelling has all logits, and for a tokenizer that cannot be read. An image generator has no
+    InputError where no variant has all logits, and for a tokenizer that cannot be read. An image generator has no
     tokenizer, and nothing that onnxruntime-genai could run: nothing is written.
     """
     if decoder.picture is not None:
         return
-    spelling = next((spelling for spelling in SPELLINGS if spelling in spellings), None)
-    if spelling is None:
+    variant = next((variant for variant in VARIANTS if variant in variants), None)
+    if variant is None:
         raise InputError("onnxruntime-genai needs a graph with the logits of all positions", "Export model.onnx too.")
     loaded = load_tokenizer(tokenizer)
     limit = decoder.max_position_embeddings
-    config = genai_config(decoder, spelling, _token_ids(loaded, tokenizer), min(limit, max_positions or limit))
+    config = genai_config(decoder, variant, _token_ids(loaded, tokenizer), min(limit, max_positions or limit))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
@@ -70,7 +73,7 @@ def _token_ids(tokenizer: Any, directory: Path) -> TokenIds:
     return TokenIds(tokenizer.bos_token_id, ends, known[0] if known else 0)
 
 
-def genai_config(decoder: Decoder, spelling: Spelling, tokens: TokenIds, context: int) -> dict[str, Any]:
+def genai_config(decoder: Decoder, variant: GraphVariant, tokens: TokenIds, context: int) -> dict[str, Any]:
     """The content of genai_config.json for one graph; context: tokens of prompt and output together."""
     attention = next((layer.attention for layer in decoder.layers if layer.attention), None)
     heads = attention and attention.num_attention_heads
@@ -82,13 +85,13 @@ def genai_config(decoder: Decoder, spelling: Spelling, tokens: TokenIds, context
         "eos_token_id": list(tokens.ends),
         "pad_token_id": tokens.pad,
         "decoder": {
-            "filename": spelling.filename,
+            "filename": variant.filename,
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "hidden_size": decoder.hidden_size,
             "num_hidden_layers": len(decoder.layers),
             "num_attention_heads": heads or 0,
             "num_key_value_heads": attention.num_key_value_heads if attention else 0,
-            "head_size": head_width(attention.head_dim, spelling.dialect) if attention else 0,
+            "head_size": head_width(attention.head_dim, variant.dialect) if attention else 0,
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",
@@ -104,9 +107,5 @@ def genai_config(decoder: Decoder, spelling: Spelling, tokens: TokenIds, context
         },
     }
     model = {name: value for name, value in model.items() if value is not None}
-    search = {
-        "do_sample": False,
-        "max_length": context,
-        "past_present_share_buffer": spelling.dialect == "onnxruntime",
-    }
+    search = {"do_sample": False, "max_length": context, "past_present_share_buffer": variant.dialect == "onnxruntime"}
     return {"model": model, "search": search}

@@ -6,12 +6,12 @@ padding; past_key_values.{i}.key|value (batch, num_key_value_heads, past, head_d
 total = past + sequence. `i` is the layer's index: a layer without attention has no cache, and its
 number is left out. Per-layer widths are plain data here. It knows nothing about pruning or engines.
 
-Spellings are one model in several sets of operators, all on the same data files:
+Variants are one model in several sets of operators, all on the same data files:
     opset23      RMSNormalization, RotaryEmbedding, Attention with one output, the cache outside
     primitive    operators of opset 17 only, for parsers that know no newer ones
     onnxruntime  com.microsoft.GroupQueryAttention. Bind one buffer of any capacity as past and present
                  of a layer and it is updated in place; `past` and `total` of the cache are then that
-                 capacity and the true total comes from attention_mask's width, which every spelling reads.
+                 capacity and the true total comes from attention_mask's width, which every variant reads.
                  Needs ONNX Runtime 1.32 or newer, and has zeros behind each head in the cache where head_dim
                  is no multiple of 8.
 With logits `last` the last position is gathered before the final norm: logits (batch, 1, vocabulary).
@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edgeprune.engine.onnx import data as graph_data
-from edgeprune.engine.onnx.data import Initializer, Precision
+from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, Precision, layout, write_data
 from edgeprune.engine.onnx.nodes import Dialect, Nodes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.errors import InputError
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Spelling:
+class GraphVariant:
     dialect: Dialect
     logits: Literal["all", "last"]
 
@@ -49,11 +48,14 @@ class Spelling:
         return f"model{dialect}{'.last' if self.logits == 'last' else ''}.onnx"
 
 
+ONNXRUNTIME_GRAPH = GraphVariant("onnxruntime", "last")
+
+
 @dataclass(frozen=True)
 class GraphFiles:
-    """What was written: the graph of each spelling, and the bytes of each data file."""
+    """What was written: the graph of each variant, and the bytes of each data file."""
 
-    graphs: dict[Spelling, Path]
+    graphs: dict[GraphVariant, Path]
     data: dict[Path, int]
 
 
@@ -62,10 +64,10 @@ def write_graphs(
     weights: Mapping[str, torch.Tensor],
     folder: Path,
     precision: Precision,
-    spellings: Sequence[Spelling],
+    variants: Sequence[GraphVariant],
     max_positions: int | None = None,
 ) -> GraphFiles:
-    """Write the spellings and their data files into `folder`; equal input gives equal bytes.
+    """Write the variants and their data files into `folder`; equal input gives equal bytes.
 
     weights: by the names of decoder.py, any floating type; each is read once. precision is that of
     weights, activations, cache and logits, as above for bf16 (sums of squares stay fp32). max_positions: rows of the
@@ -74,15 +76,15 @@ def write_graphs(
     Raises InputError for a missing weight or a wrong shape, and NumericalError for a weight that is not finite in
     this precision; files begun are then incomplete.
     """
-    tables = any(spelling.dialect == "onnxruntime" for spelling in spellings)
-    initializers = graph_data.layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
+    tables = any(variant.dialect == "onnxruntime" for variant in variants)
+    initializers = layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
     folder.mkdir(parents=True, exist_ok=True)
-    graph_data.write_data(decoder, weights, folder, initializers)
-    graphs = {spelling: folder / spelling.filename for spelling in spellings}
-    for spelling, path in graphs.items():
-        model = _model(decoder, precision, spelling, initializers)
+    write_data(decoder, weights, folder, initializers)
+    graphs = {variant: folder / variant.filename for variant in variants}
+    for variant, path in graphs.items():
+        model = _model(decoder, precision, variant, initializers)
         path.write_bytes(model.SerializeToString(deterministic=True))
-    names = (graph_data.EMBEDDING_FILE, graph_data.LAYERS_FILE)
+    names = (EMBEDDING_FILE, LAYERS_FILE)
     return GraphFiles(graphs, {folder / name: (folder / name).stat().st_size for name in names})
 
 
@@ -94,7 +96,7 @@ def graph_weight_bytes(
     The onnxruntime dialect may add rotary tables; padding between initializers is not counted.
     """
     rows = _table_rows(decoder, max_positions) if dialect == "onnxruntime" else None
-    return sum(initializer.length for initializer in graph_data.layout(decoder, precision, rows))
+    return sum(initializer.length for initializer in layout(decoder, precision, rows))
 
 
 def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
@@ -106,13 +108,13 @@ def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
 
 
 def _model(
-    decoder: Decoder, precision: Precision, spelling: Spelling, initializers: Sequence[Initializer]
+    decoder: Decoder, precision: Precision, variant: GraphVariant, initializers: Sequence[Initializer]
 ) -> ModelProto:
     from onnx import helper
 
-    operators = OPERATORS[spelling.dialect]
+    operators = OPERATORS[variant.dialect]
     return helper.make_model(
-        _graph(decoder, precision, spelling, initializers),
+        _graph(decoder, precision, variant, initializers),
         opset_imports=[helper.make_opsetid(domain, version) for domain, version in operators.opsets.items()],
         ir_version=operators.ir_version,
         producer_name="edgeprune",
@@ -120,18 +122,18 @@ def _model(
 
 
 def _graph(
-    decoder: Decoder, precision: Precision, spelling: Spelling, initializers: Sequence[Initializer]
+    decoder: Decoder, precision: Precision, variant: GraphVariant, initializers: Sequence[Initializer]
 ) -> GraphProto:
     from onnx import TensorProto, helper
 
-    nodes = Nodes("fp32" if (precision, spelling.dialect) == ("bf16", "onnxruntime") else precision)
+    nodes = Nodes("fp32" if (precision, variant.dialect) == ("bf16", "onnxruntime") else precision)
     element = element_type(nodes.precision)
-    logits = _forward(nodes, decoder, spelling)
+    logits = _forward(nodes, decoder, variant)
     used = {name for node in nodes.nodes for name in node.input}
     external = [_external(initializer) for initializer in initializers if initializer.name in used]
     widened = [_widened(tensor, element) for tensor in external if tensor.data_type != element]
-    rows = "sequence" if spelling.logits == "all" else 1
-    inputs, outputs = _caches(decoder, element, spelling.dialect)
+    rows = "sequence" if variant.logits == "all" else 1
+    inputs, outputs = _caches(decoder, element, variant.dialect)
     return helper.make_graph(
         [*widened, *nodes.nodes],
         decoder.family or "decoder",
@@ -146,9 +148,7 @@ def _graph(
     )
 
 
-def _caches(
-    decoder: Decoder, element: int, dialect: Dialect
-) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:  # fmt: skip
+def _caches(decoder: Decoder, element: int, dialect: Dialect) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
     from onnx import helper
 
     inputs, outputs = [], []
@@ -235,9 +235,9 @@ class _Stream:
         self.update = update
 
 
-def _forward(nodes: Nodes, decoder: Decoder, spelling: Spelling) -> str:
+def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
     """All layers, from input_ids to the name of the logits."""
-    operators = OPERATORS[spelling.dialect]
+    operators = OPERATORS[variant.dialect]
     attends = any(layer.attention is not None for layer in decoder.layers)
     shared = operators.prepare(nodes, decoder) if attends else {}
     stream = _Stream(nodes, decoder, operators, _embed(nodes, decoder))
@@ -255,7 +255,7 @@ def _forward(nodes: Nodes, decoder: Decoder, spelling: Spelling) -> str:
                 stream.add(updates.pop())
         for update in updates:
             stream.add(update)
-    if spelling.logits == "last":
+    if variant.logits == "last":
         position = nodes.constant("last.position", [-1])
         stream.hidden = nodes.add("Gather", "last.hidden", stream.hidden, position, axis=1)  # (b, 1, c)
         if stream.update is not None:

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.engine.onnx import attention as graph_attention
+from edgeprune.engine.onnx.attention import (
+    attention_onnxruntime,
+    attention_opset23,
+    attention_primitive,
+    prepare_onnxruntime,
+    prepare_opset23,
+    prepare_primitive,
+)
 from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, Shared
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 
@@ -136,18 +143,21 @@ class Operators:
 
 OPERATORS: dict[Dialect, Operators] = {
     "opset23": Operators(
-        {"": 23}, 11, graph_attention.prepare_opset23, _norm_opset23, _layer_norm, _activate_opset23,
-        graph_attention.attention_opset23,
+        {"": 23}, 11, prepare_opset23, _norm_opset23, _layer_norm, _activate_opset23, attention_opset23
     ),
     "primitive": Operators(
-        {"": 17}, 8, graph_attention.prepare_primitive, _norm_primitive, _layer_norm, _activate,
-        graph_attention.attention_primitive,
+        {"": 17}, 8, prepare_primitive, _norm_primitive, _layer_norm, _activate, attention_primitive
     ),
     "onnxruntime": Operators(
-        {"": 17, MICROSOFT: 1}, 8, graph_attention.prepare_onnxruntime, _norm_onnxruntime, _layer_norm_onnxruntime,
-        _activate_onnxruntime, graph_attention.attention_onnxruntime,
+        {"": 17, MICROSOFT: 1},
+        8,
+        prepare_onnxruntime,
+        _norm_onnxruntime,
+        _layer_norm_onnxruntime,
+        _activate_onnxruntime,
+        attention_onnxruntime,
     ),
-}  # fmt: skip
+}
 
 
 def linear(nodes: Nodes, name: str, x: str, weight: str, has_bias: bool) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
 from edgeprune.model.checkpoint.families import FAMILIES, LAYER_TYPES, Family
 from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
+from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
 
 Config = dict[str, Any]
@@ -19,9 +21,15 @@ MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must no
 HEADS = "edgeprune_heads"  # key/value heads, query heads per group, of a checkpoint that holds more, which are zeros
 LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "gelu_quick", "relu": "relu",
-}  # fmt: skip
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+}
 
 
 def family_of(config: Config) -> Family:
@@ -228,13 +236,19 @@ def config_for(decoder: Decoder, source: Config) -> Config:
     }
     if family.heads == "fixed":
         del widths["num_key_value_heads"], widths["head_dim"]
-    config.setdefault(family.fields.get("max_position_embeddings", "max_position_embeddings"),
-                      decoder.max_position_embeddings)  # fmt: skip
-    return config | depth | {family.fields.get(name, name): value for name, value in widths.items()} | {
-        "model_type": family.model_type,
-        "architectures": [family.architecture],
-        "tie_word_embeddings": decoder.tie_word_embeddings,
-    }  # fmt: skip
+    config.setdefault(
+        family.fields.get("max_position_embeddings", "max_position_embeddings"), decoder.max_position_embeddings
+    )
+    return (
+        config
+        | depth
+        | {family.fields.get(name, name): value for name, value in widths.items()}
+        | {
+            "model_type": family.model_type,
+            "architectures": [family.architecture],
+            "tie_word_embeddings": decoder.tie_word_embeddings,
+        }
+    )
 
 
 def _layer_kinds(decoder: Decoder, source: Config) -> Config:
@@ -247,3 +261,7 @@ def _layer_kinds(decoder: Decoder, source: Config) -> Config:
     if "no_rope_layers" in said:
         kinds["no_rope_layers"] = [int(bool(attention and attention.rotary)) for attention in attentions]
     return kinds
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from edgeprune.model.checkpoint import names
-from edgeprune.model.decoder import Decoder, Experts, Grid, Layer, Picture, Rotary
 from edgeprune.model.checkpoint.places import Places
+from edgeprune.model.decoder import Decoder, Experts, Grid, Layer, Picture, Rotary
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
 
 Config = Mapping[str, Any]
@@ -124,9 +124,11 @@ def _gemma(decoder: Decoder, config: Config) -> Decoder:
     scale = float(config["query_pre_attn_scalar"]) ** -0.5
     attention = {"scale": scale, "softcap": _cap(config, "attn_logit_softcapping")}
     return replace(
-        changed(_biases(decoder, config), attention), norms="both", embedding_scale=math.sqrt(decoder.hidden_size),
+        changed(_biases(decoder, config), attention),
+        norms="both",
+        embedding_scale=math.sqrt(decoder.hidden_size),
         logits_softcap=_cap(config, "final_logit_softcapping"),
-    )  # fmt: skip
+    )
 
 
 def _cap(config: Config, name: str) -> float | None:
@@ -141,9 +143,11 @@ def _gemma3(decoder: Decoder, config: Config) -> Decoder:
     """Layers with a window turn by an own, local theta, however long the window is."""
     every = int(config.get("sliding_window_pattern") or 6)
     types = _by_layer(config, "layer_types", decoder, LAYER_TYPES)
-    local = [kind == "sliding_attention" for kind in types] if types else [
-        (index + 1) % every != 0 for index in range(len(decoder.layers))
-    ]  # fmt: skip
+    local = (
+        [kind == "sliding_attention" for kind in types]
+        if types
+        else [(index + 1) % every != 0 for index in range(len(decoder.layers))]
+    )
     rotaries = _gemma3_rotaries(config, decoder.layers[0].attention.head_dim)
     window = int(config["sliding_window"])
     decoder = changed(decoder, lambda i: {"rotary": rotaries[local[i]], "window": window if local[i] else None})
@@ -185,9 +189,10 @@ def _olmo2(decoder: Decoder, config: Config) -> Decoder:
 def _granite(decoder: Decoder, config: Config) -> Decoder:
     return replace(
         changed(_biases(decoder, config), {"scale": float(config["attention_multiplier"])}),
-        embedding_scale=float(config["embedding_multiplier"]), residual_scale=float(config["residual_multiplier"]),
+        embedding_scale=float(config["embedding_multiplier"]),
+        residual_scale=float(config["residual_multiplier"]),
         logits_scale=1.0 / float(config["logits_scaling"]),
-    )  # fmt: skip
+    )
 
 
 def _layer_norms(decoder: Decoder, has_bias: bool = True) -> Decoder:
@@ -285,102 +290,223 @@ GRANITE_SCALES = ("attention_multiplier", "embedding_multiplier", "residual_mult
 CONTEXT = {"max_position_embeddings": 2048}
 LLAMAGEN_PREFIX = 1  # the class
 GPT2_FIELDS = {
-    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer", "intermediate_size": "n_inner",
-}  # fmt: skip
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "intermediate_size": "n_inner",
+}
 GPT2_DEFAULTS = {
-    "n_positions": 1024, "activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
     "layer_norm_epsilon": 1e-5,
-}  # fmt: skip
+}
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", names.LLAMA, _biases, CONTEXT, heads="divide"),
         Family(
-            "mistral", "MistralForCausalLM", names.LLAMA, _all_slide,
+            "mistral",
+            "MistralForCausalLM",
+            names.LLAMA,
+            _all_slide,
             {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         ),
         Family(
-            "qwen2", "Qwen2ForCausalLM", names.LLAMA, _qwen2,
-            {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096,
-             "max_window_layers": 28},
+            "qwen2",
+            "Qwen2ForCausalLM",
+            names.LLAMA,
+            _qwen2,
+            {
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 32,
+                "sliding_window": 4096,
+                "max_window_layers": 28,
+            },
         ),
         Family(
-            "qwen3", "Qwen3ForCausalLM", names.QWEN3, _qwen3,
-            {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096,
-             "max_window_layers": 28},
+            "qwen3",
+            "Qwen3ForCausalLM",
+            names.QWEN3,
+            _qwen3,
+            {
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 32,
+                "head_dim": 128,
+                "sliding_window": 4096,
+                "max_window_layers": 28,
+            },
         ),
         Family(
-            "gemma2", "Gemma2ForCausalLM", names.GEMMA2, _gemma2,
-            {"max_position_embeddings": 8192, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
-             "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-             "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
-            activation="hidden_activation", heads="divide", refuse=_refuse_bidirectional,
+            "gemma2",
+            "Gemma2ForCausalLM",
+            names.GEMMA2,
+            _gemma2,
+            {
+                "max_position_embeddings": 8192,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "sliding_window": 4096,
+                "query_pre_attn_scalar": 256,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+                "tie_word_embeddings": True,
+                "hidden_activation": "gelu_pytorch_tanh",
+            },
+            activation="hidden_activation",
+            heads="divide",
+            refuse=_refuse_bidirectional,
         ),
         Family(
-            "gemma3_text", "Gemma3ForCausalLM", names.GEMMA3, _gemma3,
-            {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
-             "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
-            activation="hidden_activation", heads="divide", by_layer=("layer_types",),
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            names.GEMMA3,
+            _gemma3,
+            {
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "sliding_window": 4096,
+                "query_pre_attn_scalar": 256,
+                "tie_word_embeddings": True,
+                "hidden_activation": "gelu_pytorch_tanh",
+            },
+            activation="hidden_activation",
+            heads="divide",
+            by_layer=("layer_types",),
             refuse=_refuse_bidirectional,
         ),
         Family("phi3", "Phi3ForCausalLM", names.PHI3, _phi3, {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
         Family(
-            "smollm3", "SmolLM3ForCausalLM", names.LLAMA, _smollm3,
-            {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000.0,
-             "tie_word_embeddings": True},
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            names.LLAMA,
+            _smollm3,
+            {
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 4,
+                "rope_theta": 2000000.0,
+                "tie_word_embeddings": True,
+            },
             by_layer=("no_rope_layers",),
         ),
         Family("olmo2", "Olmo2ForCausalLM", names.OLMO2, _olmo2, CONTEXT | {"rms_norm_eps": 1e-5}),
+        Family("granite", "GraniteForCausalLM", names.LLAMA, _granite, CONTEXT | dict.fromkeys(GRANITE_SCALES, 1.0)),
         Family(
-            "granite", "GraniteForCausalLM", names.LLAMA, _granite,
-            CONTEXT | dict.fromkeys(GRANITE_SCALES, 1.0),
-        ),
-        Family(
-            "gpt2", "GPT2LMHeadModel", names.GPT2, _gpt2, GPT2_DEFAULTS, GPT2_FIELDS,
-            activation="activation_function", norm_eps="layer_norm_epsilon", heads="fixed", plain=_plain_gpt2,
+            "gpt2",
+            "GPT2LMHeadModel",
+            names.GPT2,
+            _gpt2,
+            GPT2_DEFAULTS,
+            GPT2_FIELDS,
+            activation="activation_function",
+            norm_eps="layer_norm_epsilon",
+            heads="fixed",
+            plain=_plain_gpt2,
             refuse=_refuse_gpt2,
         ),
         Family(
-            "opt", "OPTForCausalLM", names.OPT, lambda decoder, config: _learned(decoder),
-            {"max_position_embeddings": 2048, "activation_function": "relu", "tie_word_embeddings": True,
-             "layer_norm_eps": 1e-5},
-            {"intermediate_size": "ffn_dim"}, activation="activation_function", norm_eps="layer_norm_eps",
-            heads="fixed", refuse=_refuse_opt,
+            "opt",
+            "OPTForCausalLM",
+            names.OPT,
+            lambda decoder, config: _learned(decoder),
+            {
+                "max_position_embeddings": 2048,
+                "activation_function": "relu",
+                "tie_word_embeddings": True,
+                "layer_norm_eps": 1e-5,
+            },
+            {"intermediate_size": "ffn_dim"},
+            activation="activation_function",
+            norm_eps="layer_norm_eps",
+            heads="fixed",
+            refuse=_refuse_opt,
         ),
         Family(
-            "gpt_neox", "GPTNeoXForCausalLM", names.GPT_NEOX, _gpt_neox,
-            {"max_position_embeddings": 2048, "attention_bias": True, "use_parallel_residual": True,
-             "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": 0.25},
-            norm_eps="layer_norm_eps", heads="fixed", plain=_plain_gpt_neox,
+            "gpt_neox",
+            "GPTNeoXForCausalLM",
+            names.GPT_NEOX,
+            _gpt_neox,
+            {
+                "max_position_embeddings": 2048,
+                "attention_bias": True,
+                "use_parallel_residual": True,
+                "hidden_act": "gelu",
+                "layer_norm_eps": 1e-5,
+                "rotary_pct": 0.25,
+            },
+            norm_eps="layer_norm_eps",
+            heads="fixed",
+            plain=_plain_gpt_neox,
         ),
         Family(
-            "starcoder2", "Starcoder2ForCausalLM", names.STARCODER2, _starcoder2,
-            {"max_position_embeddings": 4096, "num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh",
-             "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True},
+            "starcoder2",
+            "Starcoder2ForCausalLM",
+            names.STARCODER2,
+            _starcoder2,
+            {
+                "max_position_embeddings": 4096,
+                "num_key_value_heads": 2,
+                "hidden_act": "gelu_pytorch_tanh",
+                "norm_epsilon": 1e-5,
+                "use_bias": True,
+                "tie_word_embeddings": True,
+            },
             norm_eps="norm_epsilon",
         ),
         Family(
-            "mixtral", "MixtralForCausalLM", names.MIXTRAL, _mixtral,
-            {"max_position_embeddings": 131072, "num_key_value_heads": 8, "num_local_experts": 8,
-             "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
+            "mixtral",
+            "MixtralForCausalLM",
+            names.MIXTRAL,
+            _mixtral,
+            {
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "rms_norm_eps": 1e-5,
+            },
         ),
         Family(
-            "qwen3_moe", "Qwen3MoeForCausalLM", names.QWEN3_MOE, _qwen3_moe,
-            {"max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
-             "norm_topk_prob": False, "sliding_window": 4096, "max_window_layers": 28},
-            {"intermediate_size": "moe_intermediate_size"}, refuse=_refuse_mixed,
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            names.QWEN3_MOE,
+            _qwen3_moe,
+            {
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 4,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": False,
+                "sliding_window": 4096,
+                "max_window_layers": 28,
+            },
+            {"intermediate_size": "moe_intermediate_size"},
+            refuse=_refuse_mixed,
         ),
         Family(
-            "imagegpt", "ImageGPTForCausalImageModeling", names.GPT2, _imagegpt,
+            "imagegpt",
+            "ImageGPTForCausalImageModeling",
+            names.GPT2,
+            _imagegpt,
             GPT2_DEFAULTS | {"activation_function": "quick_gelu", "tie_word_embeddings": False, "vocab_size": 513},
-            GPT2_FIELDS, activation="activation_function", norm_eps="layer_norm_epsilon", heads="fixed",
-            plain=_plain_imagegpt, refuse=_refuse_imagegpt,
+            GPT2_FIELDS,
+            activation="activation_function",
+            norm_eps="layer_norm_epsilon",
+            heads="fixed",
+            plain=_plain_imagegpt,
+            refuse=_refuse_imagegpt,
         ),
         Family(
-            "llamagen", "LlamaGenForCausalImage", names.LLAMAGEN, _llamagen, {"rms_norm_eps": 1e-5},
+            "llamagen",
+            "LlamaGenForCausalImage",
+            names.LLAMAGEN,
+            _llamagen,
+            {"rms_norm_eps": 1e-5},
             plain=_plain_llamagen,
         ),
     )
-}  # fmt: skip
+}

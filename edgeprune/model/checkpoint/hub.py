@@ -102,13 +102,11 @@ def _said(spec: str, error: Exception, what: str) -> InputError:
         )
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
-            f"the hub has no model {spec}, or it is private",
-            f"Check its name; for a private one {LOG_IN}; or {LOCAL}.",
+            f"the hub has no model {spec}, or it is private", f"Check its name; for a private one {LOG_IN}; or {LOCAL}."
         )
     if isinstance(error, OfflineModeIsEnabled):
         return InputError(
-            f"cannot get {spec}: {what} not in the hub's cache, and HF_HUB_OFFLINE is set",
-            f"Unset it, or {LOCAL}.",
+            f"cannot get {spec}: {what} not in the hub's cache, and HF_HUB_OFFLINE is set", f"Unset it, or {LOCAL}."
         )
     if isinstance(error, HfHubHTTPError):
         refused = error.response.status_code in (401, 403)

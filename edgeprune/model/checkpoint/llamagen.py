@@ -56,10 +56,15 @@ class Published:
 
 
 PUBLISHED = {  # by layers and hidden_size
-    (12, 768): Published("B", 12), (24, 1024): Published("L", 16), (36, 1280): Published("XL", 20, True),
-    (48, 1536): Published("XXL", 24, True), (24, 3200): Published("3B", 32, True), (22, 2048): Published("1B", 32),
-    (48, 2560): Published("XXXL", 40), (32, 4096): Published("7B", 32),
-}  # fmt: skip
+    (12, 768): Published("B", 12),
+    (24, 1024): Published("L", 16),
+    (36, 1280): Published("XL", 20, True),
+    (48, 1536): Published("XXL", 24, True),
+    (24, 3200): Published("3B", 32, True),
+    (22, 2048): Published("1B", 32),
+    (48, 2560): Published("XXXL", 40),
+    (32, 4096): Published("7B", 32),
+}
 
 
 def check_hints(hints: Hints, decoder: Decoder, spec: str) -> None:
@@ -105,12 +110,21 @@ def config_of(path: Path, stored: Mapping[str, Shape], arguments: Mapping[str, A
     classes, has_null = _classes(path, rows, arguments)
     _check_arguments(path, arguments, vocabulary)
     config = {
-        "model_type": "llamagen", "architectures": ["LlamaGenForCausalImage"], "hidden_size": dim,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim,
-        "intermediate_size": _matrix(path, shapes, "layers.0.feed_forward.w1.weight")[0], "vocab_size": vocabulary,
-        "num_classes": classes, "has_null_class": has_null,
-        "image_side": _side(path, arguments, published, turns, hints), "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    }  # fmt: skip
+        "model_type": "llamagen",
+        "architectures": ["LlamaGenForCausalImage"],
+        "hidden_size": dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+        "intermediate_size": _matrix(path, shapes, "layers.0.feed_forward.w1.weight")[0],
+        "vocab_size": vocabulary,
+        "num_classes": classes,
+        "has_null_class": has_null,
+        "image_side": _side(path, arguments, published, turns, hints),
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
     if turns is None or "downsample_size" in arguments:  # else the tokens were counted, not derived from pixels
         config["downsample_size"] = _number(path, arguments, "downsample_size") or DOWNSAMPLE
     try:

@@ -10,8 +10,12 @@ from edgeprune.model.checkpoint.places import Place, Places
 def _under(outer: str, layer: str, table: dict[str, Place], **others: Place) -> Places:
     """A table with every key of a layer below its prefix; the others stand outside."""
     inside = {name: replace(place, key=f"{layer}.{place.key}") for name, place in table.items()}
-    plain = {"embedding": Place(f"{outer}.embed_tokens.weight"), "norm": Place(f"{outer}.norm.weight"),
-             "norm_bias": Place(f"{outer}.norm.bias"), "head": Place("lm_head.weight")}  # fmt: skip
+    plain = {
+        "embedding": Place(f"{outer}.embed_tokens.weight"),
+        "norm": Place(f"{outer}.norm.weight"),
+        "norm_bias": Place(f"{outer}.norm.bias"),
+        "head": Place("lm_head.weight"),
+    }
     return plain | inside | others
 
 
@@ -41,73 +45,125 @@ QK_NORMS = {f"attention.{part}_norm": Place(f"self_attn.{part}_norm.weight") for
 LLAMA_LAYER = TWO_NORMS | ATTENTION | MLP
 LLAMA = _under("model", "model.layers.{i}", LLAMA_LAYER)
 QWEN3 = _under("model", "model.layers.{i}", LLAMA_LAYER | QK_NORMS)
-QWEN3_MOE = _under("model", "model.layers.{i}", TWO_NORMS | ATTENTION | QK_NORMS | {
-    "mlp.router": Place("mlp.gate.weight"),
-    **{f"mlp.experts.{part}": Place(f"mlp.experts.{{e}}.{part}_proj.weight") for part in ("gate", "up", "down")},
-})  # fmt: skip
-MIXTRAL = _under("model", "model.layers.{i}", TWO_NORMS | ATTENTION | {
-    "mlp.router": Place("block_sparse_moe.gate.weight"),
-    **{f"mlp.experts.{part}": Place(f"block_sparse_moe.experts.{{e}}.{name}.weight")
-       for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
-})  # fmt: skip
+QWEN3_MOE = _under(
+    "model",
+    "model.layers.{i}",
+    TWO_NORMS
+    | ATTENTION
+    | QK_NORMS
+    | {
+        "mlp.router": Place("mlp.gate.weight"),
+        **{f"mlp.experts.{part}": Place(f"mlp.experts.{{e}}.{part}_proj.weight") for part in ("gate", "up", "down")},
+    },
+)
+MIXTRAL = _under(
+    "model",
+    "model.layers.{i}",
+    TWO_NORMS
+    | ATTENTION
+    | {
+        "mlp.router": Place("block_sparse_moe.gate.weight"),
+        **{
+            f"mlp.experts.{part}": Place(f"block_sparse_moe.experts.{{e}}.{name}.weight")
+            for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+        },
+    },
+)
 GEMMA2 = _under(
-    "model", "model.layers.{i}", ATTENTION | MLP | _norms(
-        1.0, attention_norm="input_layernorm", attention_post_norm="post_attention_layernorm",
-        mlp_norm="pre_feedforward_layernorm", mlp_post_norm="post_feedforward_layernorm",
-    ), norm=Place("model.norm.weight", shift=1.0),
-)  # fmt: skip
+    "model",
+    "model.layers.{i}",
+    ATTENTION
+    | MLP
+    | _norms(
+        1.0,
+        attention_norm="input_layernorm",
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+    ),
+    norm=Place("model.norm.weight", shift=1.0),
+)
 GEMMA3 = dict(GEMMA2) | {
     f"attention.{part}_norm": Place(f"model.layers.{{i}}.self_attn.{part}_norm.weight", shift=1.0)
     for part in ("q", "k")
 }
-OLMO2 = _under("model", "model.layers.{i}", ATTENTION | MLP | QK_NORMS | _norms(
-    attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm",
-))  # fmt: skip
+OLMO2 = _under(
+    "model",
+    "model.layers.{i}",
+    ATTENTION
+    | MLP
+    | QK_NORMS
+    | _norms(attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"),
+)
 FUSED_QKV = ("attention.q", "attention.k", "attention.v")
 FUSED_QKV_BIAS = tuple(f"{name}_bias" for name in FUSED_QKV)
-PHI3 = _under("model", "model.layers.{i}", LLAMA_LAYER | {
-    **{name: Place("self_attn.qkv_proj.weight", FUSED_QKV) for name in FUSED_QKV},
-    **{name: Place("mlp.gate_up_proj.weight", ("mlp.gate", "mlp.up")) for name in ("mlp.gate", "mlp.up")},
-})  # fmt: skip
+PHI3 = _under(
+    "model",
+    "model.layers.{i}",
+    LLAMA_LAYER
+    | {
+        **{name: Place("self_attn.qkv_proj.weight", FUSED_QKV) for name in FUSED_QKV},
+        **{name: Place("mlp.gate_up_proj.weight", ("mlp.gate", "mlp.up")) for name in ("mlp.gate", "mlp.up")},
+    },
+)
 STARCODER2 = _under(
     "model", "model.layers.{i}", TWO_NORMS | ATTENTION | _projections("mlp", "mlp", up="c_fc", down="c_proj")
 )
 OPT = _under(
-    "model.decoder", "model.decoder.layers.{i}",
+    "model.decoder",
+    "model.decoder.layers.{i}",
     _norms(attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm")
     | _projections("attention", "self_attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj")
-    | {f"mlp.{part}{end}": Place(f"{name}.{kind}") for part, name in (("up", "fc1"), ("down", "fc2"))
-       for end, kind in (("", "weight"), ("_bias", "bias"))},
+    | {
+        f"mlp.{part}{end}": Place(f"{name}.{kind}")
+        for part, name in (("up", "fc1"), ("down", "fc2"))
+        for end, kind in (("", "weight"), ("_bias", "bias"))
+    },
     positions=Place("model.decoder.embed_positions.weight", skip=2),
-    norm=Place("model.decoder.final_layer_norm.weight"), norm_bias=Place("model.decoder.final_layer_norm.bias"),
-)  # fmt: skip
+    norm=Place("model.decoder.final_layer_norm.weight"),
+    norm_bias=Place("model.decoder.final_layer_norm.bias"),
+)
 GPT_NEOX = _under(
-    "gpt_neox", "gpt_neox.layers.{i}",
-    TWO_NORMS | _projections("attention", "attention", o="dense")
+    "gpt_neox",
+    "gpt_neox.layers.{i}",
+    TWO_NORMS
+    | _projections("attention", "attention", o="dense")
     | _projections("mlp", "mlp", up="dense_h_to_4h", down="dense_4h_to_h")
     | {name: Place("attention.query_key_value.weight", FUSED_QKV, by_head=True) for name in FUSED_QKV}
     | {name: Place("attention.query_key_value.bias", FUSED_QKV_BIAS, by_head=True) for name in FUSED_QKV_BIAS},
-    embedding=Place("gpt_neox.embed_in.weight"), head=Place("embed_out.weight"),
-    norm=Place("gpt_neox.final_layer_norm.weight"), norm_bias=Place("gpt_neox.final_layer_norm.bias"),
-)  # fmt: skip
+    embedding=Place("gpt_neox.embed_in.weight"),
+    head=Place("embed_out.weight"),
+    norm=Place("gpt_neox.final_layer_norm.weight"),
+    norm_bias=Place("gpt_neox.final_layer_norm.bias"),
+)
 GPT2 = _under(
-    "transformer", "transformer.h.{i}",
+    "transformer",
+    "transformer.h.{i}",
     _norms(attention_norm="ln_1", mlp_norm="ln_2")
     | {name: Place("attn.c_attn.weight", FUSED_QKV, transposed=True) for name in FUSED_QKV}
     | {name: Place("attn.c_attn.bias", FUSED_QKV_BIAS) for name in FUSED_QKV_BIAS}
-    | {f"{part}{end}": Place(f"{name}.{kind}", transposed=not end)
-       for part, name in (("attention.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj"))
-       for end, kind in (("", "weight"), ("_bias", "bias"))},
-    embedding=Place("transformer.wte.weight"), positions=Place("transformer.wpe.weight"),
-    norm=Place("transformer.ln_f.weight"), norm_bias=Place("transformer.ln_f.bias"),
-)  # fmt: skip
+    | {
+        f"{part}{end}": Place(f"{name}.{kind}", transposed=not end)
+        for part, name in (("attention.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj"))
+        for end, kind in (("", "weight"), ("_bias", "bias"))
+    },
+    embedding=Place("transformer.wte.weight"),
+    positions=Place("transformer.wpe.weight"),
+    norm=Place("transformer.ln_f.weight"),
+    norm_bias=Place("transformer.ln_f.bias"),
+)
 LLAMAGEN = {
     "embedding": Place("tok_embeddings.weight", inputs="cls_embedding.embedding_table.weight"),
-    "norm": Place("norm.weight"), "head": Place("output.weight"),
-    **{f"{kind}.norm": Place(f"layers.{{i}}.{name}_norm.weight") for kind, name in
-       (("attention", "attention"), ("mlp", "ffn"))},
+    "norm": Place("norm.weight"),
+    "head": Place("output.weight"),
+    **{
+        f"{kind}.norm": Place(f"layers.{{i}}.{name}_norm.weight")
+        for kind, name in (("attention", "attention"), ("mlp", "ffn"))
+    },
     **{name: Place("layers.{i}.attention.wqkv.weight", FUSED_QKV, neighbours=True) for name in FUSED_QKV},
     "attention.o": Place("layers.{i}.attention.wo.weight"),
-    **{f"mlp.{part}": Place(f"layers.{{i}}.feed_forward.{name}.weight") for part, name in
-       (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
-}  # fmt: skip
+    **{
+        f"mlp.{part}": Place(f"layers.{{i}}.feed_forward.{name}.weight")
+        for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    },
+}

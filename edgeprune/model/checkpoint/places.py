@@ -122,9 +122,13 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
             continue
         attention = decoder.layers[numbers["i"]].attention if "i" in numbers else None
         found[key] = StoredTensor(
-            key, place, names, tuple(shapes[each] for each in names), attention.head_dim if attention else 0,
+            key,
+            place,
+            names,
+            tuple(shapes[each] for each in names),
+            attention.head_dim if attention else 0,
             decoder.residual_scale if _is_output(part) else 1.0,
-        )  # fmt: skip
+        )
     return found
 
 

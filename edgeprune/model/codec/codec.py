@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgeprune.errors import InputError, NumericalError
+from edgeprune.model.checkpoint.torch_file import tensors_of
 from edgeprune.model.codec.layers import CODEBOOK, COLOURS, GROUPS, Shape, VqLayout
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.checkpoint.torch_file import tensors_of
 
 if TYPE_CHECKING:
     import torch

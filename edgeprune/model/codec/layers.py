@@ -86,8 +86,11 @@ class VqLayout:
     def decoding(self) -> list[Step]:
         """From codebook rows (b, code_size, h, w) to images (b, 3, downsample * h, downsample * w)."""
         last = self.widths[-1]
-        steps = [Step("point", "post_quant_conv", self.code_size, self.latent),
-                 Step("conv", "decoder.conv_in", self.latent, last), *_middle("decoder", last)]  # fmt: skip
+        steps = [
+            Step("point", "post_quant_conv", self.code_size, self.latent),
+            Step("conv", "decoder.conv_in", self.latent, last),
+            *_middle("decoder", last),
+        ]
         for block, width in enumerate(reversed(self.widths)):
             name = f"decoder.conv_blocks.{block}"
             steps += _level(name, steps[-1].outputs, width, self.residual_blocks + 1, attends=block == 0)

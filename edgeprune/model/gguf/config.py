@@ -5,52 +5,18 @@ Defaults, and what no field says, are those of llama.cpp's src/models/*.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.families import FAMILIES
-from edgeprune.model.gguf.file import RESTORE
-from edgeprune.model.gguf.names import ARCHITECTURES, Architecture
+from edgeprune.model.gguf.file import RESTORE, Metadata
 from edgeprune.model.gguf.rope import rope_of, shortest
 
 Config = dict[str, Any]
 OUTPUT_BIASES = ("blk.0.attn_output.bias", "blk.0.ffn_down.bias")
 GELU = "gelu_pytorch_tanh"
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores have another scale
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """fields: the file's key/value pairs; names: of its tensors; factors: its tensors of rope factors by name."""
-
-    fields: Mapping[str, Any]
-    names: Collection[str]
-    factors: Mapping[str, np.ndarray]
-
-    @property
-    def architecture(self) -> Architecture:
-        """Raises InputError that names an architecture that is not supported, and those that are."""
-        name = self.fields.get("general.architecture")
-        if name not in ARCHITECTURES:
-            raise InputError(f"unsupported GGUF architecture {name!r}", f"Supported are: {', '.join(ARCHITECTURES)}.")
-        return ARCHITECTURES[name]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """A field of the architecture's own."""
-        return self.fields.get(f"{self.architecture.name}.{key}", default)
-
-    def number(self, key: str) -> int:
-        """An integer, of one that is given for each layer the one of all. Raises KeyError, TypeError, ValueError."""
-        value = self.fields[f"{self.architecture.name}.{key}"]
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise ValueError(f"{key} {value} differs between layers")
-            value = value[0]
-        return int(value)
 
 
 def config_of(metadata: Metadata, where: object) -> Config:
@@ -69,10 +35,7 @@ def config_of(metadata: Metadata, where: object) -> Config:
         config["rope_parameters"] = rope_of(metadata, plain["head_dim"], where)
         if architecture.name == "gemma3":
             local = {"rope_type": "default", "rope_theta": shortest(metadata.get("rope.freq_base_swa", 10000.0))}
-            config["rope_parameters"] = {
-                "full_attention": config["rope_parameters"],
-                "sliding_attention": local,
-            }
+            config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
         if architecture.name == "gpt2":
             del config["rope_parameters"]
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -97,14 +60,18 @@ def _plain(metadata: Metadata) -> Config:
     rms = metadata.get("attention.layer_norm_rms_epsilon")
     eps = metadata.get("attention.layer_norm_epsilon", 1e-5) if rms is None else rms
     config = {
-        "activation": "silu", "eps": shortest(eps),
-        "hidden_size": hidden, "num_hidden_layers": metadata.number("block_count"), "num_attention_heads": heads,
+        "activation": "silu",
+        "eps": shortest(eps),
+        "hidden_size": hidden,
+        "num_hidden_layers": metadata.number("block_count"),
+        "num_attention_heads": heads,
         "num_key_value_heads": heads if key_value_heads is None else metadata.number("attention.head_count_kv"),
-        "head_dim": head_dim, "intermediate_size": metadata.number("feed_forward_length"),
+        "head_dim": head_dim,
+        "intermediate_size": metadata.number("feed_forward_length"),
         "max_position_embeddings": metadata.number("context_length"),
         "vocab_size": len(metadata.fields["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": "output.weight" not in metadata.names,
-    }  # fmt: skip
+    }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := metadata.fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = int(token)
@@ -146,10 +113,16 @@ def _qwen3moe(metadata: Metadata, plain: Config) -> Config:
     count, used = metadata.number("expert_count"), metadata.number("expert_used_count")
     width = metadata.get("expert_feed_forward_length") or plain["intermediate_size"] // used
     return {
-        "model_type": "qwen3_moe", "use_sliding_window": False, "attention_bias": _has_biases(metadata),
-        "num_experts": count, "num_experts_per_tok": used, "norm_topk_prob": True, "intermediate_size": int(width),
-        "decoder_sparse_step": 1, "mlp_only_layers": [],
-    }  # fmt: skip
+        "model_type": "qwen3_moe",
+        "use_sliding_window": False,
+        "attention_bias": _has_biases(metadata),
+        "num_experts": count,
+        "num_experts_per_tok": used,
+        "norm_topk_prob": True,
+        "intermediate_size": int(width),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def _gemma(metadata: Metadata, plain: Config, window: int | None, every: int) -> Config:
@@ -163,28 +136,32 @@ def _gemma(metadata: Metadata, plain: Config, window: int | None, every: int) ->
         slides = [(index + 1) % every != 0 for index in range(depth)]
     largest = depth == LARGEST_GEMMA[metadata.architecture.name]
     return {
-        "activation": GELU, "sliding_window": window or plain["max_position_embeddings"],
+        "activation": GELU,
+        "sliding_window": window or plain["max_position_embeddings"],
         "layer_types": ["sliding_attention" if window and each else "full_attention" for each in slides],
         "query_pre_attn_scalar": plain["hidden_size"] // plain["num_attention_heads"] if largest else plain["head_dim"],
         "attention_bias": _has_biases(metadata),
-    }  # fmt: skip
+    }
 
 
 def _gemma2(metadata: Metadata, plain: Config) -> Config:
     return {
-        "model_type": "gemma2", **_gemma(metadata, plain, int(metadata.get("attention.sliding_window", 4096)), 2),
+        "model_type": "gemma2",
+        **_gemma(metadata, plain, int(metadata.get("attention.sliding_window", 4096)), 2),
         "attn_logit_softcapping": shortest(metadata.get("attn_logit_softcapping", 50.0)),
         "final_logit_softcapping": shortest(metadata.get("final_logit_softcapping", 30.0)),
         "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
 
 
 def _gemma3(metadata: Metadata, plain: Config) -> Config:
     cap = metadata.get("final_logit_softcapping")
     return {
-        "model_type": "gemma3_text", **_gemma(metadata, plain, metadata.get("attention.sliding_window"), 6),
-        "final_logit_softcapping": shortest(cap) if cap else None, "attn_logit_softcapping": None,
-    }  # fmt: skip
+        "model_type": "gemma3_text",
+        **_gemma(metadata, plain, metadata.get("attention.sliding_window"), 6),
+        "final_logit_softcapping": shortest(cap) if cap else None,
+        "attn_logit_softcapping": None,
+    }
 
 
 def _phi3(metadata: Metadata, plain: Config) -> Config:
@@ -199,9 +176,13 @@ def _smollm3(metadata: Metadata, plain: Config) -> Config:
     """Every fourth layer does not turn."""
     turns = [int((index + 1) % 4 != 0) for index in range(plain["num_hidden_layers"])]
     return {
-        "model_type": "smollm3", "no_rope_layers": turns, "no_rope_layer_interval": 4, "use_sliding_window": False,
-        "attention_bias": _has_biases(metadata), "mlp_bias": False,
-    }  # fmt: skip
+        "model_type": "smollm3",
+        "no_rope_layers": turns,
+        "no_rope_layer_interval": 4,
+        "use_sliding_window": False,
+        "attention_bias": _has_biases(metadata),
+        "mlp_bias": False,
+    }
 
 
 def _olmo2(metadata: Metadata, plain: Config) -> Config:
@@ -214,9 +195,11 @@ def _granite(metadata: Metadata, plain: Config) -> Config:
     if metadata.get("expert_count"):
         raise InputError("unsupported GGUF architecture 'granite' with experts", "Give another model.")
     scales = {
-        "attention_multiplier": ("attention.scale", plain["head_dim"] ** -0.5), "logits_scaling": ("logit_scale", 1.0),
-        "embedding_multiplier": ("embedding_scale", 1.0), "residual_multiplier": ("residual_scale", 1.0),
-    }  # fmt: skip
+        "attention_multiplier": ("attention.scale", plain["head_dim"] ** -0.5),
+        "logits_scaling": ("logit_scale", 1.0),
+        "embedding_multiplier": ("embedding_scale", 1.0),
+        "residual_multiplier": ("residual_scale", 1.0),
+    }
     values = {name: metadata.get(key) for name, (key, _) in scales.items()}
     given = {name: shortest(value) if value else scales[name][1] for name, value in values.items()}
     return {"model_type": "granite", **given, **_biases(metadata)}
@@ -229,9 +212,12 @@ def _gpt2(metadata: Metadata, plain: Config) -> Config:
 def _gptneox(metadata: Metadata, plain: Config) -> Config:
     turned = int(metadata.get("rope.dimension_count", plain["head_dim"])) / plain["head_dim"]
     return {
-        "model_type": "gpt_neox", "activation": "gelu", "rotary_pct": turned, "attention_bias": True,
+        "model_type": "gpt_neox",
+        "activation": "gelu",
+        "rotary_pct": turned,
+        "attention_bias": True,
         "use_parallel_residual": bool(metadata.fields["gptneox.use_parallel_residual"]),
-    }  # fmt: skip
+    }
 
 
 def _starcoder2(metadata: Metadata, plain: Config) -> Config:
@@ -239,7 +225,17 @@ def _starcoder2(metadata: Metadata, plain: Config) -> Config:
 
 
 _SPECIAL: dict[str, Callable[[Metadata, Config], Config]] = {
-    "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "qwen3moe": _qwen3moe, "gemma2": _gemma2, "gemma3": _gemma3,
-    "phi3": _phi3, "smollm3": _smollm3, "olmo2": _olmo2, "granite": _granite, "gpt2": _gpt2, "gptneox": _gptneox,
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3moe,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "smollm3": _smollm3,
+    "olmo2": _olmo2,
+    "granite": _granite,
+    "gpt2": _gpt2,
+    "gptneox": _gptneox,
     "starcoder2": _starcoder2,
-}  # fmt: skip
+}

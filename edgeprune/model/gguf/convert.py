@@ -18,13 +18,13 @@ import numpy as np
 from edgeprune.cache import cache_folder
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import decoder_of
-from edgeprune.model.decoder import Decoder
-from edgeprune.model.gguf.config import Metadata, config_of
-from edgeprune.model.gguf.file import RESTORE, GgufFile, StoredTensor, read_gguf
-from edgeprune.model.gguf.names import ROPE_TENSORS, Architecture, has_fused_qkv, is_always_fp32, places_of
 from edgeprune.model.checkpoint.places import StoredTensor as Place
 from edgeprune.model.checkpoint.places import stored_tensors
-from edgeprune.model.save import write_weights
+from edgeprune.model.checkpoint.safetensors_file import write_weights
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.config import config_of
+from edgeprune.model.gguf.file import RESTORE, GgufFile, Metadata, StoredTensor, read_gguf
+from edgeprune.model.gguf.names import ROPE_TENSORS, Architecture, has_fused_qkv, is_always_fp32, places_of
 from edgeprune.model.gguf.tokenizer_read import write_tokenizer
 
 if TYPE_CHECKING:

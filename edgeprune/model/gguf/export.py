@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.model.checkpoint.configuration import read_config
+from edgeprune.model.checkpoint.places import stored_stream
+from edgeprune.model.checkpoint.safetensors_file import as_stored
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.convert import reordered
 from edgeprune.model.gguf.metadata import Held, held
 from edgeprune.model.gguf.names import is_always_fp32
 from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
-from edgeprune.model.load import read_config
 from edgeprune.model.model import Model
-from edgeprune.model.checkpoint.places import stored_stream
-from edgeprune.model.save import as_stored
 
 if TYPE_CHECKING:
     import torch
@@ -63,14 +63,19 @@ def _write(model: Model, found: Held, tokenizer: Mapping[str, Any], path: Path, 
     from gguf import GGMLQuantizationType, GGUFWriter
 
     dtype = model.weights["embedding"].dtype
-    types = {torch.float32: GGMLQuantizationType.F32, torch.float16: GGMLQuantizationType.F16,
-             torch.bfloat16: GGMLQuantizationType.BF16}  # fmt: skip
+    types = {
+        torch.float32: GGMLQuantizationType.F32,
+        torch.float16: GGMLQuantizationType.F16,
+        torch.bfloat16: GGMLQuantizationType.BF16,
+    }
     writer = GGUFWriter(path, found.architecture.name)
     try:
         general = {
-            "general.name": name, "general.type": "model", "general.quantization_version": QUANTISATION_VERSION,
+            "general.name": name,
+            "general.type": "model",
+            "general.quantization_version": QUANTISATION_VERSION,
             "general.file_type": FILE_TYPES[str(dtype).removeprefix("torch.")],
-        }  # fmt: skip
+        }
         for key, value in {**general, **found.fields, **tokenizer}.items():
             if key != "general.architecture":  # the writer says it
                 _add(writer, key, value)

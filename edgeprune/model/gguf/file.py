@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,14 +18,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.model.gguf.names import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 RESTORE = "Download the file again, or give the original Hugging Face directory."
 SCALARS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 STRING, ARRAY = 8, 9
 MAX_NESTING = 4  # of arrays in arrays; no known writer nests at all
 VERSIONS = (2, 3)
@@ -153,3 +165,33 @@ def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind
         raise ValueError(f"tensor {name} ends at byte {end}, the file has {len(data)}")
     values = np.frombuffer(data, np.uint8, prod(stored), start + offset).reshape(stored)
     return StoredTensor(name, shape, dtype, values)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """fields: the file's key/value pairs; names: of its tensors; factors: its tensors of rope factors by name."""
+
+    fields: Mapping[str, Any]
+    names: Collection[str]
+    factors: Mapping[str, np.ndarray]
+
+    @property
+    def architecture(self) -> Architecture:
+        """Raises InputError that names an architecture that is not supported, and those that are."""
+        name = self.fields.get("general.architecture")
+        if name not in ARCHITECTURES:
+            raise InputError(f"unsupported GGUF architecture {name!r}", f"Supported are: {', '.join(ARCHITECTURES)}.")
+        return ARCHITECTURES[name]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field of the architecture's own."""
+        return self.fields.get(f"{self.architecture.name}.{key}", default)
+
+    def number(self, key: str) -> int:
+        """An integer, of one that is given for each layer the one of all. Raises KeyError, TypeError, ValueError."""
+        value = self.fields[f"{self.architecture.name}.{key}"]
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise ValueError(f"{key} {value} differs between layers")
+            value = value[0]
+        return int(value)

@@ -14,19 +14,31 @@ import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import decoder_of
-from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
 from edgeprune.model.checkpoint.families import FAMILIES
-from edgeprune.model.gguf.config import Metadata, config_of
-from edgeprune.model.gguf.names import ARCHITECTURES, FREQUENCIES, LONG, SHORT, Architecture, places_of
 from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
+from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
+from edgeprune.model.gguf.config import config_of
+from edgeprune.model.gguf.file import Metadata
+from edgeprune.model.gguf.names import ARCHITECTURES, FREQUENCIES, LONG, SHORT, Architecture, places_of
 from edgeprune.model.rope import longrope_context, rope_parameters
 
 BY_FAMILY = {
-    "llama": ("llama",), "mistral": ("llama",), "mixtral": ("llama",), "qwen2": ("qwen2", "llama"), "qwen3": ("qwen3",),
-    "qwen3_moe": ("qwen3moe",), "gemma2": ("gemma2",), "gemma3_text": ("gemma3",), "phi3": ("phi3", "llama"),
-    "smollm3": ("smollm3",), "olmo2": ("olmo2",), "granite": ("granite",), "gpt2": ("gpt2",), "gpt_neox": ("gptneox",),
+    "llama": ("llama",),
+    "mistral": ("llama",),
+    "mixtral": ("llama",),
+    "qwen2": ("qwen2", "llama"),
+    "qwen3": ("qwen3",),
+    "qwen3_moe": ("qwen3moe",),
+    "gemma2": ("gemma2",),
+    "gemma3_text": ("gemma3",),
+    "phi3": ("phi3", "llama"),
+    "smollm3": ("smollm3",),
+    "olmo2": ("olmo2",),
+    "granite": ("granite",),
+    "gpt2": ("gpt2",),
+    "gpt_neox": ("gptneox",),
     "starcoder2": ("starcoder2",),
-}  # fmt: skip
+}
 """The architectures that compute a family; those after the first where that one wants more heads than are left."""
 REMEDY = "Deploy the checkpoint or the ONNX graph; a GGUF file cannot hold this model."
 PRECISION = 1e-4  # relative, of frequencies and scales, which llama.cpp computes in fp32
@@ -67,10 +79,15 @@ def held(decoder: Decoder, config: Mapping[str, Any]) -> Held:
             return _held(architecture, target, config)
         except InputError as error:
             refusals.append(error)
-    raise refusals[0] if refusals else InputError(
-        f"llama.cpp's {wanted[0].name} wants heads that fill the hidden size of {decoder.hidden_size}, "
-        f"{attention.num_attention_heads} of {attention.head_dim} do not", REMEDY,
-    )  # fmt: skip
+    raise (
+        refusals[0]
+        if refusals
+        else InputError(
+            f"llama.cpp's {wanted[0].name} wants heads that fill the hidden size of {decoder.hidden_size}, "
+            f"{attention.num_attention_heads} of {attention.head_dim} do not",
+            REMEDY,
+        )
+    )
 
 
 def _filled(decoder: Decoder) -> Decoder | None:
@@ -117,12 +134,17 @@ def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str,
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
     kind = "rms_" if decoder.norm == "rms" else ""
     own: dict[str, Any] = {
-        "block_count": len(decoder.layers), "context_length": decoder.max_position_embeddings,
-        "embedding_length": decoder.hidden_size, "feed_forward_length": mlp.intermediate_size,
-        "attention.head_count": attention.num_attention_heads, "attention.head_count_kv": attention.num_key_value_heads,
-        "attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim,
-        f"attention.layer_norm_{kind}epsilon": decoder.norm_eps, "vocab_size": decoder.vocab_size,
-    }  # fmt: skip
+        "block_count": len(decoder.layers),
+        "context_length": decoder.max_position_embeddings,
+        "embedding_length": decoder.hidden_size,
+        "feed_forward_length": mlp.intermediate_size,
+        "attention.head_count": attention.num_attention_heads,
+        "attention.head_count_kv": attention.num_key_value_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        f"attention.layer_norm_{kind}epsilon": decoder.norm_eps,
+        "vocab_size": decoder.vocab_size,
+    }
     if mlp.experts is not None:
         own |= {"expert_count": mlp.experts.num_experts, "expert_used_count": mlp.experts.num_experts_per_tok}
         if architecture.name == "qwen3moe":
@@ -134,9 +156,11 @@ def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str,
         own["final_logit_softcapping"] = decoder.logits_softcap
     if architecture.name == "granite":
         own |= {
-            "attention.scale": attention.score_scale, "embedding_scale": decoder.embedding_scale,
-            "residual_scale": decoder.residual_scale, "logit_scale": 1.0 / decoder.logits_scale,
-        }  # fmt: skip
+            "attention.scale": attention.score_scale,
+            "embedding_scale": decoder.embedding_scale,
+            "residual_scale": decoder.residual_scale,
+            "logit_scale": 1.0 / decoder.logits_scale,
+        }
     if architecture.name == "gptneox":
         own["use_parallel_residual"] = decoder.parallel
     factors: dict[str, np.ndarray] = {}
@@ -193,9 +217,10 @@ def _rope(
         original = given.get("original_max_position_embeddings") or config["max_position_embeddings"]
         usual = 0.1 * float(np.log(float(given["factor"]))) + 1.0
         own |= {
-            "rope.scaling.type": "yarn", "rope.scaling.factor": float(given["factor"]),
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(given["factor"]),
             "rope.scaling.original_context_length": int(original),
-        }  # fmt: skip
+        }
         if abs(rotaries[0].scaling / usual - 1) > PRECISION:
             own["rope.scaling.attn_factor"] = rotaries[0].scaling / usual
     elif kind not in ("default", "dynamic"):
@@ -209,9 +234,10 @@ def _rope(
             return own, {FREQUENCIES: short}
         long = np.array(given.get("long_factor") or short, np.float32)
         own |= {
-            "rope.scaling.type": "longrope", "rope.scaling.attn_factor": rotary.scaling,
+            "rope.scaling.type": "longrope",
+            "rope.scaling.attn_factor": rotary.scaling,
             "rope.scaling.original_context_length": longrope_context(given, config) or decoder.max_position_embeddings,
-        }  # fmt: skip
+        }
         factors = {LONG: long, SHORT: short}
     return own, factors
 
@@ -249,9 +275,11 @@ def _part_difference(part: Attention | Mlp, seen: Attention | Mlp) -> str | None
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Rotary) and isinstance(other, Rotary):
         pairs = (one.inverse_frequencies, other.inverse_frequencies)
-        return len(pairs[0]) == len(pairs[1]) and np.allclose(*pairs, rtol=PRECISION, atol=0) and _same(
-            one.scaling, other.scaling
-        )  # fmt: skip
+        return (
+            len(pairs[0]) == len(pairs[1])
+            and np.allclose(*pairs, rtol=PRECISION, atol=0)
+            and _same(one.scaling, other.scaling)
+        )
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= PRECISION * abs(one)
     return one == other

@@ -9,20 +9,33 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from edgeprune.model.decoder import Decoder
 from edgeprune.model.checkpoint.names import FUSED_QKV, FUSED_QKV_BIAS
 from edgeprune.model.checkpoint.places import Place, Places
+from edgeprune.model.decoder import Decoder
 
 OUTER = {
-    "embedding": "token_embd.weight", "positions": "position_embd.weight", "norm": "output_norm.weight",
-    "norm_bias": "output_norm.bias", "head": "output.weight",
-}  # fmt: skip
+    "embedding": "token_embd.weight",
+    "positions": "position_embd.weight",
+    "norm": "output_norm.weight",
+    "norm_bias": "output_norm.bias",
+    "head": "output.weight",
+}
 LAYER = {
-    "attention.norm": "attn_norm", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
-    "attention.o": "attn_output", "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm",
-    "attention.post_norm": "post_attention_norm", "mlp.norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up",
-    "mlp.down": "ffn_down", "mlp.post_norm": "post_ffw_norm", "mlp.router": "ffn_gate_inp",
-}  # fmt: skip
+    "attention.norm": "attn_norm",
+    "attention.q": "attn_q",
+    "attention.k": "attn_k",
+    "attention.v": "attn_v",
+    "attention.o": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "attention.post_norm": "post_attention_norm",
+    "mlp.norm": "ffn_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+    "mlp.post_norm": "post_ffw_norm",
+    "mlp.router": "ffn_gate_inp",
+}
 EXPERTS = {f"mlp.experts.{part}": f"blk.{{i}}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")}
 QKV, FUSED_UP = "attn_qkv", ("mlp.gate", "mlp.up")
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
@@ -63,7 +76,12 @@ ARCHITECTURES = {
         Architecture("gemma2", windows=True),
         Architecture("gemma3", windows=True),
         Architecture(
-            "phi3", fused_qkv=True, fused_up=True, biases=frozenset(), whole=True, partial=True,
+            "phi3",
+            fused_qkv=True,
+            fused_up=True,
+            biases=frozenset(),
+            whole=True,
+            partial=True,
             frequencies=(LONG, SHORT),
         ),
         Architecture("smollm3", interleaved=True),
@@ -73,7 +91,7 @@ ARCHITECTURES = {
         Architecture("gptneox", fused_qkv=True, biases=LAYER_BIASES, whole=True, partial=True, head=True),
         Architecture("starcoder2", biases=LAYER_BIASES, whole=True),
     )
-}  # fmt: skip
+}
 ALWAYS_FP32 = ("norm", "bias", "ffn_gate_inp", "position_embd", "rope_f")  # parts of names, as the converter decides
 
 

@@ -46,15 +46,40 @@ class Words:
 GPT2, NEOX, DIGITS, QWEN2 = Words(), Words(composed=True), Words(digits=True), Words(QWEN2_SPLIT, composed=True)
 LLAMA3, TEKKEN = Words(LLAMA3_SPLIT, whole=True, bos=True), Words(TEKKEN_SPLIT, whole=True, bos=True)
 PRE_TOKENIZERS = {
-    "gpt-2": GPT2, "default": GPT2, "phi-2": GPT2, "a.x-4.0": GPT2, "gigachat": GPT2, "mellum": GPT2, "trillion": GPT2,
-    "granite-docling": GPT2, "olmo": NEOX, "mpt": NEOX, "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS,
-    "codeshell": DIGITS, "exaone": DIGITS, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3,
-    "falcon3": LLAMA3, "midm-2.0": LLAMA3, "lfm2": LLAMA3,
-    "smaug-bpe": Words(LLAMA3_SPLIT), "dbrx": Words(LLAMA3_SPLIT),
-    "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "kormo": QWEN2, "megrez": QWEN2, "stablelm2": Words(QWEN2_SPLIT),
-    "hunyuan": Words(QWEN2_SPLIT), "qwen35": Words(QWEN35_SPLIT), "tekken": TEKKEN,
-    "gpt-4o": Words(GPT4O_SPLIT), "llama4": Words(GPT4O_SPLIT),
-}  # fmt: skip
+    "gpt-2": GPT2,
+    "default": GPT2,
+    "phi-2": GPT2,
+    "a.x-4.0": GPT2,
+    "gigachat": GPT2,
+    "mellum": GPT2,
+    "trillion": GPT2,
+    "granite-docling": GPT2,
+    "olmo": NEOX,
+    "mpt": NEOX,
+    "smollm": DIGITS,
+    "starcoder": DIGITS,
+    "refact": DIGITS,
+    "codeshell": DIGITS,
+    "exaone": DIGITS,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "falcon3": LLAMA3,
+    "midm-2.0": LLAMA3,
+    "lfm2": LLAMA3,
+    "smaug-bpe": Words(LLAMA3_SPLIT),
+    "dbrx": Words(LLAMA3_SPLIT),
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "kormo": QWEN2,
+    "megrez": QWEN2,
+    "stablelm2": Words(QWEN2_SPLIT),
+    "hunyuan": Words(QWEN2_SPLIT),
+    "qwen35": Words(QWEN35_SPLIT),
+    "tekken": TEKKEN,
+    "gpt-4o": Words(GPT4O_SPLIT),
+    "llama4": Words(GPT4O_SPLIT),
+}
 
 
 def words_of(name: str) -> Words:
@@ -123,11 +148,11 @@ def _essence(description: dict[str, Any]) -> tuple[str, bool]:
 
 
 TEXT = (
-    '\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅'
-    ' 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ --'
-    '----======= нещо на Български \'\'\'\'\'\'```````""""......!!!!!!?????? I\'ve been \'told he\'s there,'
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅"
+    " 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ --"
+    "----======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there,"
     " 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)  # fmt: skip
+)
 HASHES = {
     "7e57df22b1fe23a7b1e1c7f3dc4e3f96d43a4eb0836d0c6bdc3436d7b2f1c664": "hunyuan",
     "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",

@@ -10,7 +10,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.gguf.names import FREQUENCIES, LONG, SHORT
 
 if TYPE_CHECKING:
-    from edgeprune.model.gguf.config import Metadata
+    from edgeprune.model.gguf.file import Metadata
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SCALINGS = ("linear", "llama3", "yarn", "longrope")
@@ -64,9 +64,11 @@ def _longrope(metadata: Metadata) -> dict[str, Any]:
     context = metadata.number("context_length")
     original = min(context, int(metadata.get("rope.scaling.original_context_length", context)))
     scaling = {
-        "rope_type": "longrope", "short_factor": _numbers(short),
-        "long_factor": _numbers(metadata.factors.get(LONG, short)), "original_max_position_embeddings": original,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "short_factor": _numbers(short),
+        "long_factor": _numbers(metadata.factors.get(LONG, short)),
+        "original_max_position_embeddings": original,
+    }
     return scaling | {"attention_factor": shortest(metadata.get("rope.scaling.attn_factor", 1.0))}
 
 
@@ -88,9 +90,12 @@ def _from_frequencies(metadata: Metadata, theta: float, head_dim: int, factors: 
     each = _numbers(factors)
     context = metadata.number("context_length")
     return {
-        "rope_type": "longrope", "short_factor": each, "long_factor": each, "attention_factor": 1.0,
+        "rope_type": "longrope",
+        "short_factor": each,
+        "long_factor": each,
+        "attention_factor": 1.0,
         "original_max_position_embeddings": context,
-    }  # fmt: skip
+    }
 
 
 def _numbers(factors: np.ndarray) -> list[float]:

@@ -58,9 +58,10 @@ def _built(fields: dict[str, Any], kind: str) -> tuple[Tokenizer, dict[str, str]
     if around:
         first, last = ([special[name]] if name in around else [] for name in ends)
         tokenizer.post_processor = TemplateProcessing(
-            single=[*first, "$A", *last], pair=[*first, "$A", *last, *first, "$B", *last],
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, *first, "$B", *last],
             special_tokens=list({special[name]: ids[name] for name in around}.items()),
-        )  # fmt: skip
+        )
     return tokenizer, special
 
 

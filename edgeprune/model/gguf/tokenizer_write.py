@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.tokens.bpe import BYTE_TOKENS
 from edgeprune.model.gguf.pretokenizers import TEXT, pre_tokenizer_name
-from edgeprune.model.load import load_tokenizer
 from edgeprune.model.gguf.tokenizer_read import (
     BYTE,
     BYTE_LEVEL,
@@ -24,6 +22,8 @@ from edgeprune.model.gguf.tokenizer_read import (
     USER_DEFINED,
     write_tokenizer,
 )
+from edgeprune.model.tokens.bpe import BYTE_TOKENS
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 REFUSED = "Deploy the checkpoint or the ONNX graph."
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>")
@@ -53,9 +53,10 @@ def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[
         raise InputError(f"the tokenizer in {directory} has no merges, without which llama.cpp loads none", REFUSED)
     else:
         fields |= {
-            "tokenizer.ggml.model": BYTE_LEVEL, "tokenizer.ggml.pre": pre_tokenizer_name(loaded, description, reduced),
+            "tokenizer.ggml.model": BYTE_LEVEL,
+            "tokenizer.ggml.pre": pre_tokenizer_name(loaded, description, reduced),
             "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
-        }  # fmt: skip
+        }
     fields |= _special(loaded, directory, rows)
     _verify(loaded, fields)
     return fields
@@ -86,10 +87,12 @@ def _sentencepiece(backend: Any, model: dict[str, Any], fields: dict[str, Any]) 
             types[index] = UNKNOWN
     start = backend.encode("a", add_special_tokens=False).tokens[0]
     return {
-        "tokenizer.ggml.model": SENTENCEPIECE, "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.model": SENTENCEPIECE,
+        "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": [-float(ranks.get(token, len(model["merges"]))) for token in tokens],
-        "tokenizer.ggml.token_type": types, "tokenizer.ggml.add_space_prefix": start.startswith("▁"),
-    }  # fmt: skip
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.add_space_prefix": start.startswith("▁"),
+    }
 
 
 def _ranks(pieces: list[str], added: set[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.load import load_tokenizer
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))  # of byte_fallback
 REFUSED = "Keep the whole vocabulary. Byte-level BPE and BPE with byte_fallback can be reduced."

@@ -29,7 +29,7 @@ from edgeprune.model.tokens.bpe import (
     read_bpe,
     read_object,
 )
-from edgeprune.model.load import load_tokenizer
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 FILE = "vocabulary.json"
 COPIED = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
@@ -170,8 +170,11 @@ def _new_ids(source: Bpe, vocabulary: Vocabulary) -> dict[int, int]:
     kept = set(vocabulary.kept.tolist())
     if not kept <= set(source.ids.values()):
         raise ValueError("the vocabulary keeps an id that no token has")
-    if lost := [token for token in source.description["added_tokens"] if token["content"] in source.ids
-                and token["id"] not in kept]:  # fmt: skip
+    if lost := [
+        token
+        for token in source.description["added_tokens"]
+        if token["content"] in source.ids and token["id"] not in kept
+    ]:
         raise ValueError(f"the vocabulary does not keep the added token {lost[0]['content']}")
     return {old: new for new, old in enumerate([*sorted(kept), *sorted(source.beyond.values())])}
 

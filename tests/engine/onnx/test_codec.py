@@ -12,8 +12,8 @@ import torch
 
 from edgeprune.engine.onnx.codec import INSIDE_BYTES, write_codec
 from edgeprune.errors import NumericalError
-from edgeprune.model.codec.codec import ClusterCodec, VqCodec, load_codec
 from edgeprune.generate.pixels import to_pixels
+from edgeprune.model.codec.codec import ClusterCodec, VqCodec, load_codec
 from tests.vq import small_vq
 
 
@@ -26,9 +26,10 @@ def decoded(path: Path, codes: torch.Tensor) -> np.ndarray:
     return onnxruntime.InferenceSession(str(path)).run(["image"], {"codes": codes.numpy()})[0]
 
 
-@pytest.mark.parametrize(("sizes", "side"), [
-    ({}, 5), ({"multipliers": (1,), "latent": 8, "blocks": 1}, 3), ({"multipliers": (2, 3), "size": 4}, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "side"),
+    [({}, 5), ({"multipliers": (1,), "latent": 8, "blocks": 1}, 3), ({"multipliers": (2, 3), "size": 4}, 2)],
+)
 def test_the_graph_decodes_as_torch_does_in_any_batch(tmp_path, sizes, side):
     codec, path = small_codec(tmp_path, **sizes), tmp_path / "codec.onnx"
     write_codec(codec, side, path)

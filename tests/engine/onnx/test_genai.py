@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from edgeprune.engine.onnx.genai import CONFIG, write_genai
-from edgeprune.ondevice.sampling import end_ids, generate
-from edgeprune.engine.onnx.graph import Spelling, write_graphs
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, GraphVariant, write_graphs
 from edgeprune.errors import InputError
-from edgeprune.generate.text import RUN_SPELLING, prompt_ids, stream_text
+from edgeprune.generate.text import prompt_ids, stream_text
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
+from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
+from edgeprune.ondevice.sampling import end_ids, generate
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.bundles import fitted
@@ -26,19 +27,22 @@ from tests.families import TEXTS, random_model, save_family
 
 og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai")
 
-OURS, OPSET = Spelling("onnxruntime", "all"), Spelling("opset23", "all")
+OURS, OPSET = GraphVariant("onnxruntime", "all"), GraphVariant("opset23", "all")
 IDS = [5, 17, 42, 9, 133, 60, 2, 88, 201]
 CORPUS = Path(__file__).parent.parent / "data" / "corpus.txt"
 NEAR = 0.05  # of the two best logits: nearer than this, either may come first
 QUESTIONS = (
-    "What is the capital of France?", "Write a haiku about rain.", "Count from one to ten.",
-    "Why is the sky blue?", "Give me a recipe with eggs.",
-)  # fmt: skip
+    "What is the capital of France?",
+    "Write a haiku about rain.",
+    "Count from one to ten.",
+    "Why is the sky blue?",
+    "Give me a recipe with eggs.",
+)
 
 
-def written(model: Model, decoder: Decoder, folder: Path, *spellings: Spelling, context: int | None = None) -> Path:
-    write_graphs(decoder, model.weights, folder, "fp32", spellings, context)
-    write_genai(decoder, spellings, folder, model.directory, context)
+def written(model: Model, decoder: Decoder, folder: Path, *variants: GraphVariant, context: int | None = None) -> Path:
+    write_graphs(decoder, model.weights, folder, "fp32", variants, context)
+    write_genai(decoder, variants, folder, model.directory, context)
     return folder
 
 
@@ -73,32 +77,32 @@ def transformers_own(reference: torch.nn.Module, prompt: list[int], count: int) 
 CONTINUED = [case for case in TEXTS if "," not in case or case.startswith("mistral")]
 
 
-@pytest.mark.parametrize("spelling", [OURS, OPSET], ids=["shared buffer", "concatenated"])
+@pytest.mark.parametrize("variant", [OURS, OPSET], ids=["shared buffer", "concatenated"])
 @pytest.mark.parametrize("case", CONTINUED)
-def test_families_continue_as_in_transformers(tmp_path: Path, case: str, spelling: Spelling) -> None:
+def test_families_continue_as_in_transformers(tmp_path: Path, case: str, variant: GraphVariant) -> None:
     reference = save_family(tmp_path / "model", case)
     model = load_model(str(tmp_path / "model"))
-    folder = written(model, model.decoder, tmp_path / "onnx", spelling)
+    folder = written(model, model.decoder, tmp_path / "onnx", variant)
     found = continued(folder, [IDS], 32)[0]
     assert found == transformers_own(reference, IDS, len(found))
     assert len(found) == 32 or found[-1] == 0  # the end
     config = json.loads((folder / CONFIG).read_text())
-    assert config["search"]["past_present_share_buffer"] == (spelling == OURS)
+    assert config["search"]["past_present_share_buffer"] == (variant == OURS)
     assert config["model"]["eos_token_id"] == [0]
     assert config["model"]["context_length"] == model.decoder.max_position_embeddings
 
 
-@pytest.mark.parametrize("spelling", [OURS, OPSET], ids=["shared buffer", "concatenated"])
-def test_heads_that_onnx_runtime_fills_up(tmp_path: Path, spelling: Spelling) -> None:
+@pytest.mark.parametrize("variant", [OURS, OPSET], ids=["shared buffer", "concatenated"])
+def test_heads_that_onnx_runtime_fills_up(tmp_path: Path, variant: GraphVariant) -> None:
     save_family(tmp_path / "model", "qwen3")
     reference = random_model("qwen3", head_dim=20)
     reference.save_pretrained(tmp_path / "model")
     model = load_model(str(tmp_path / "model"))
-    folder = written(model, model.decoder, tmp_path / "onnx", spelling)
+    folder = written(model, model.decoder, tmp_path / "onnx", variant)
     found = continued(folder, [IDS], 32)[0]
     assert found == transformers_own(reference, IDS, len(found))
     size = json.loads((folder / CONFIG).read_text())["model"]["decoder"]["head_size"]
-    assert size == (24 if spelling == OURS else 20)
+    assert size == (24 if variant == OURS else 20)
 
 
 def test_image_generators_are_left_to_others(tmp_path: Path) -> None:
@@ -106,27 +110,29 @@ def test_image_generators_are_left_to_others(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("spelling", [OURS, OPSET], ids=["shared buffer", "concatenated"])
+@pytest.mark.parametrize("variant", [OURS, OPSET], ids=["shared buffer", "concatenated"])
 @pytest.mark.parametrize(
     "widths", [[(0, 1, 96), (2, 3, 96), (1, 2, 0)], [(2, 1, 32), (0, 1, 64), (1, 3, 96)]], ids=["first", "middle"]
 )
-def test_layers_may_lack_attention_and_differ_in_their_heads(tmp_path: Path, widths: list, spelling: Spelling) -> None:
+def test_layers_may_lack_attention_and_differ_in_their_heads(
+    tmp_path: Path, widths: list, variant: GraphVariant
+) -> None:
     save_family(tmp_path / "model", "qwen3")
     model = load_model(str(tmp_path / "model"))
     target = model.decoder.with_layer_widths(widths)
     weights = dict(prune(model, target, torch.tensor([IDS]), METHODS["magnitude"], 0))
     small = Model("small", model.directory, target, weights, "small")
-    folder = written(small, target, tmp_path / "onnx", spelling, RUN_SPELLING)
+    folder = written(small, target, tmp_path / "onnx", variant, ONNXRUNTIME_GRAPH)
     found = continued(folder, [IDS], 32)[0]
-    assert found == ours(folder / RUN_SPELLING.filename, IDS, len(found))
+    assert found == ours(folder / GRAPH_FILE, IDS, len(found))
 
 
-@pytest.mark.parametrize("spelling", [OURS, OPSET], ids=["shared buffer", "concatenated"])
-def test_a_batch_of_different_lengths_continues_as_each_alone(tmp_path: Path, spelling: Spelling) -> None:
+@pytest.mark.parametrize("variant", [OURS, OPSET], ids=["shared buffer", "concatenated"])
+def test_a_batch_of_different_lengths_continues_as_each_alone(tmp_path: Path, variant: GraphVariant) -> None:
     """Prompts without the end token, which also stands for padding."""
     save_family(tmp_path / "model", "qwen3")
     model = load_model(str(tmp_path / "model"))
-    folder = written(model, model.decoder, tmp_path / "onnx", spelling)
+    folder = written(model, model.decoder, tmp_path / "onnx", variant)
     prompts = [IDS, IDS[4:7]]
     assert continued(folder, prompts, 8) == [continued(folder, [prompt], 8)[0] for prompt in prompts]
 
@@ -134,13 +140,13 @@ def test_a_batch_of_different_lengths_continues_as_each_alone(tmp_path: Path, sp
 def test_the_shared_buffer_comes_first_and_the_context_ends_with_the_tables(tmp_path: Path) -> None:
     save_family(tmp_path / "model", "qwen3")
     model = load_model(str(tmp_path / "model"))
-    folder = written(model, model.decoder, tmp_path / "onnx", OPSET, OURS, RUN_SPELLING, context=40)
+    folder = written(model, model.decoder, tmp_path / "onnx", OPSET, OURS, ONNXRUNTIME_GRAPH, context=40)
     config = json.loads((folder / CONFIG).read_text())
     assert config["model"]["decoder"]["filename"] == OURS.filename
     assert config["search"]["max_length"] == config["model"]["context_length"] == 40
     assert len(continued(folder, [IDS], 99, 40)[0]) == 40 - len(IDS)
     with pytest.raises(InputError, match="logits of all positions"):
-        write_genai(model.decoder, [RUN_SPELLING], folder, model.directory)
+        write_genai(model.decoder, [ONNXRUNTIME_GRAPH], folder, model.directory)
 
 
 def test_a_bundle_is_loaded_as_it_is_and_says_what_edgeprune_run_says(tmp_path_factory) -> None:
@@ -161,7 +167,7 @@ def test_the_pruned_demo_answers_as_edgeprune_run(tmp_path: Path) -> None:
     sample = torch.tensor([tokenizer(CORPUS.read_text(encoding="utf-8")[:1200])["input_ids"]])
     weights = dict(prune(model, target, sample, METHODS["wanda"], 0))
     small = Model("small", model.directory, target, weights, "small")
-    folder = written(small, target, tmp_path, OURS, RUN_SPELLING, context=256)
+    folder = written(small, target, tmp_path, OURS, ONNXRUNTIME_GRAPH, context=256)
     ends = end_ids(tokenizer, model.directory)
     loaded = og.Tokenizer(og.Model(str(folder)))
     for question in QUESTIONS:
@@ -169,9 +175,9 @@ def test_the_pruned_demo_answers_as_edgeprune_run(tmp_path: Path) -> None:
         ids = prompt_ids(tokenizer, question)
         assert loaded.encode(loaded.apply_chat_template(chat, add_generation_prompt=True)).tolist() == ids
         found = continued(folder, [ids], 32, 256)[0]
-        expected = ours(folder / RUN_SPELLING.filename, ids, 32, 256, ends)
+        expected = ours(folder / GRAPH_FILE, ids, 32, 256, ends)
         if found != expected:
             place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
-            logits = Runner(folder / RUN_SPELLING.filename, 1, 256).run(np.array([ids + expected[:place]]))[0]
+            logits = Runner(folder / GRAPH_FILE, 1, 256).run(np.array([ids + expected[:place]]))[0]
             assert np.ptp(np.sort(logits)[-2:]) < NEAR
         assert loaded.decode(np.array(found, np.int32)) == tokenizer.decode(found, skip_special_tokens=True)

@@ -14,30 +14,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from edgeprune.engine.onnx import data as graph_data
-from edgeprune.engine.onnx.graph import Spelling, graph_weight_bytes, write_graphs
+from edgeprune.engine.onnx import data as data_module
+from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Attention, Decoder, Experts, Grid, Layer, Mlp, Picture, Rotary
-from tests.engine.graph_models import SPELLINGS, Sample, llama, reference_logits, run_steps, sample, session, write
+from tests.engine.graph_models import VARIANTS, Sample, llama, reference_logits, run_steps, sample, session, write
 from tests.reference import decoder_of, weights_of
 
 PREFILL = 20
 WALKS = {"decode": [PREFILL, *[1] * 32], "chunks": [PREFILL, 7, 2, 23]}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def assert_same(
-    logits: list[np.ndarray], walk: list[int], spelling: Spelling, reference: np.ndarray, batch: Sample,
+    logits: list[np.ndarray],
+    walk: list[int],
+    variant: GraphVariant,
+    reference: np.ndarray,
+    batch: Sample,
     tolerance: float,
-) -> None:  # fmt: skip
+) -> None:
     """max|a - b| / max|b| over all real positions, and the same argmax but for near ties."""
     wanted, real, start = [], [], 0
     for length in walk:
-        first = start if spelling.logits == "all" else start + length - 1
+        first = start if variant.logits == "all" else start + length - 1
         wanted.append(reference[:, first : start + length])
         real.append(batch.mask[:, first : start + length] > 0)
         start += length
@@ -55,11 +63,11 @@ def check(model: LlamaForCausalLM, folder: Path, decoder: Decoder | None = None)
     files = write(model, folder, "fp32", decoder)
     batch = sample(sum(WALKS["decode"]))
     reference = reference_logits(model, batch)
-    for spelling, path in files.graphs.items():
+    for variant, path in files.graphs.items():
         for walk in WALKS.values():
-            for capacity in (None, 64) if spelling.dialect == "onnxruntime" else (None,):
+            for capacity in (None, 64) if variant.dialect == "onnxruntime" else (None,):
                 logits = run_steps(path, batch, walk, capacity)
-                assert_same(logits, walk, spelling, reference, batch, 1e-5)
+                assert_same(logits, walk, variant, reference, batch, 1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -94,9 +102,11 @@ def widths_differ() -> tuple[LlamaForCausalLM, Decoder]:
     model = llama(False, num_hidden_layers=4)
     (angles,) = decoder_of(model.config).rotaries
     layers = (
-        Layer(Attention(4, 4, 16, angles), Mlp(80)), Layer(None, Mlp(128)), Layer(Attention(2, 1, 16, angles), Mlp(48)),
+        Layer(Attention(4, 4, 16, angles), Mlp(80)),
+        Layer(None, Mlp(128)),
+        Layer(Attention(2, 1, 16, angles), Mlp(48)),
         Layer(Attention(6, 2, 16, angles), None),
-    )  # fmt: skip
+    )
 
     def linear(inputs: int, outputs: int) -> torch.nn.Linear:
         layer = torch.nn.Linear(inputs, outputs, bias=False)
@@ -134,15 +144,15 @@ def test_fp16_is_near_the_fp32_reference(tmp_path: Path) -> None:
     model = llama(True)
     batch = sample(sum(WALKS["chunks"]))
     reference = reference_logits(model, batch)
-    for spelling, path in write(model, tmp_path, "fp16").graphs.items():
+    for variant, path in write(model, tmp_path, "fp16").graphs.items():
         logits = run_steps(path, batch, WALKS["chunks"])
         assert logits[0].dtype == np.float16
-        assert_same(logits, WALKS["chunks"], spelling, reference, batch, 1e-2)
+        assert_same(logits, WALKS["chunks"], variant, reference, batch, 1e-2)
 
 
 def test_names_and_dimensions_of_the_contract(tmp_path: Path) -> None:
-    for spelling, path in write(llama(True), tmp_path).graphs.items():
-        assert path.name == spelling.filename
+    for variant, path in write(llama(True), tmp_path).graphs.items():
+        assert path.name == variant.filename
         runner = session(path)
         inputs = {value.name: value.shape for value in runner.get_inputs()}
         outputs = {value.name: value.shape for value in runner.get_outputs()}
@@ -150,25 +160,25 @@ def test_names_and_dimensions_of_the_contract(tmp_path: Path) -> None:
         wanted["attention_mask"] = ["batch", "total"]
         parts = [f"{index}.{part}" for index in range(3) for part in ("key", "value")]
         assert inputs == wanted | {f"past_key_values.{part}": ["batch", 2, "past", 16] for part in parts}
-        rows = "sequence" if spelling.logits == "all" else 1
+        rows = "sequence" if variant.logits == "all" else 1
         assert outputs == {"logits": ["batch", rows, 200]} | {
             f"present.{part}": ["batch", 2, "total", 16] for part in parts
         }
 
 
 def test_graphs_are_valid_small_and_named_by_layer(tmp_path: Path) -> None:
-    for spelling, path in write(llama(True), tmp_path).graphs.items():
+    for variant, path in write(llama(True), tmp_path).graphs.items():
         assert path.stat().st_size < 64 * 1024
         model = onnx.load(path, load_external_data=False)
         assert model.producer_name == "edgeprune"
         names = [node.name for node in model.graph.node]
         assert len(set(names)) == len(names)
         assert {f"layers.{i}.{part}" for i in range(3) for part in ("attention.o", "mlp.down")} <= set(names)
-        if spelling.dialect != "onnxruntime":
+        if variant.dialect != "onnxruntime":
             onnx.checker.check_model(path, full_check=True)
             assert {node.domain for node in model.graph.node} == {""}
             assert all(len(node.output) == 1 for node in model.graph.node if node.op_type != "Split")
-        assert {"opset23": 23, "primitive": 17, "onnxruntime": 17}[spelling.dialect] == next(
+        assert {"opset23": 23, "primitive": 17, "onnxruntime": 17}[variant.dialect] == next(
             opset.version for opset in model.opset_import if not opset.domain
         )
 
@@ -179,13 +189,16 @@ def test_weight_bytes_without_writing(tied: bool, precision: str, tmp_path: Path
     decoder = decoder_of(llama(tied).config)
     files = write(llama(tied), tmp_path, precision)
     element = {"fp32": 4, "fp16": 2}[precision]
-    for spelling, path in files.graphs.items():
-        external = [tensor for tensor in onnx.load(path, load_external_data=False).graph.initializer
-                    if tensor.data_location == onnx.TensorProto.EXTERNAL]  # fmt: skip
+    for variant, path in files.graphs.items():
+        external = [
+            tensor
+            for tensor in onnx.load(path, load_external_data=False).graph.initializer
+            if tensor.data_location == onnx.TensorProto.EXTERNAL
+        ]
         entries = [{entry.key: entry.value for entry in tensor.external_data} for tensor in external]
         assert {entry["location"] for entry in entries} == {path.name for path in files.data}
         length = sum(int(entry["length"]) for entry in entries)
-        assert length == graph_weight_bytes(decoder, precision, spelling.dialect)
+        assert length == graph_weight_bytes(decoder, precision, variant.dialect)
     assert graph_weight_bytes(decoder, precision) == decoder.parameters * element  # the tied matrix counts once
     tables = 2 * 40 * 8 * element
     assert graph_weight_bytes(decoder, precision, "onnxruntime", max_positions=40) == (
@@ -197,20 +210,20 @@ def test_weight_bytes_without_writing(tied: bool, precision: str, tmp_path: Path
 
 def test_max_positions_caps_the_tables(tmp_path: Path) -> None:
     model, batch = llama(True), sample(40)
-    spelling = Spelling("onnxruntime", "all")
+    variant = GraphVariant("onnxruntime", "all")
     decoder = dataclasses.replace(decoder_of(model.config), max_position_embeddings=1 << 17)
-    files = write_graphs(decoder, weights_of(model), tmp_path, "fp32", [spelling], max_positions=64)
+    files = write_graphs(decoder, weights_of(model), tmp_path, "fp32", [variant], max_positions=64)
     assert sum(files.data.values()) < 4 * decoder.parameters + 4 * 2 * 64 * 8 + 64 * 64
-    logits = run_steps(files.graphs[spelling], batch, [40])
-    assert_same(logits, [40], spelling, reference_logits(model, batch), batch, 1e-5)
+    logits = run_steps(files.graphs[variant], batch, [40])
+    assert_same(logits, [40], variant, reference_logits(model, batch), batch, 1e-5)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     model = llama(False)
-    for name, spellings in (("a", SPELLINGS), ("b", tuple(reversed(SPELLINGS)))):
-        write_graphs(decoder_of(model.config), weights_of(model), tmp_path / name, "fp16", spellings)
+    for name, variants in (("a", VARIANTS), ("b", tuple(reversed(VARIANTS)))):
+        write_graphs(decoder_of(model.config), weights_of(model), tmp_path / name, "fp16", variants)
     written = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert written == sorted(["embedding.data", "model.onnx.data", *(spelling.filename for spelling in SPELLINGS)])
+    assert written == sorted(["embedding.data", "model.onnx.data", *(variant.filename for variant in VARIANTS)])
     for name in written:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -244,7 +257,7 @@ def test_each_weight_is_read_once_and_let_go(tmp_path: Path) -> None:
     weights = CountingWeights(weights_of(model))
     gc.disable()  # letting go must not wait for the collector
     try:
-        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", SPELLINGS)
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", VARIANTS)
     finally:
         gc.enable()
     assert set(weights.reads.values()) == {1}
@@ -260,22 +273,36 @@ layers = st.builds(
         lambda k, g, rotary, norm, bias: Attention(
             k * g, k, 16, rotary, qk_norm=norm, input_bias=bias, output_bias=not bias
         ),
-        st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, *ROTARIES, Rotary((1.0,))]),
-        st.sampled_from([None, "head", "all"]), st.booleans(),
+        st.integers(1, 3),
+        st.integers(1, 3),
+        st.sampled_from([None, *ROTARIES, Rotary((1.0,))]),
+        st.sampled_from([None, "head", "all"]),
+        st.booleans(),
     ),
     st.none()
     | st.builds(
-        Mlp, st.integers(1, 9), gated=st.booleans(), input_bias=st.booleans(), output_bias=st.booleans(),
+        Mlp,
+        st.integers(1, 9),
+        gated=st.booleans(),
+        input_bias=st.booleans(),
+        output_bias=st.booleans(),
         experts=st.none(),
     )
     | st.builds(Mlp, st.integers(1, 9), experts=st.just(Experts(3, 2))),
-)  # fmt: skip
+)
 decoders = st.builds(
     Decoder,
-    st.just("llama"), st.integers(1, 7), st.integers(1, 11), st.integers(1, 5), st.just(1e-5), st.booleans(),
-    st.lists(layers, max_size=3).map(tuple), norm=st.sampled_from(["rms", "layer"]),
-    norms=st.sampled_from(["before", "after", "both"]), learned_positions=st.booleans(),
-)  # fmt: skip
+    st.just("llama"),
+    st.integers(1, 7),
+    st.integers(1, 11),
+    st.integers(1, 5),
+    st.just(1e-5),
+    st.booleans(),
+    st.lists(layers, max_size=3).map(tuple),
+    norm=st.sampled_from(["rms", "layer"]),
+    norms=st.sampled_from(["before", "after", "both"]),
+    learned_positions=st.booleans(),
+)
 pictures = st.builds(Picture, st.just(2), st.integers(0, 3))
 decoders |= st.builds(dataclasses.replace, decoders, tie_word_embeddings=st.just(False), picture=pictures)
 
@@ -295,14 +322,14 @@ def test_data_files_hold_the_weights_whatever_the_piece(
 ) -> None:
     folder = tmp_path_factory.mktemp("data")
     weights = {name: torch.randn(shape) for name, shape in decoder.shapes().items()}
-    initializers = graph_data.layout(decoder, precision, 3)
+    initializers = data_module.layout(decoder, precision, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_data, "PIECE_BYTES", piece_bytes)
-        graph_data.write_data(decoder, weights, folder, initializers)
-    ends = dict.fromkeys((graph_data.EMBEDDING_FILE, graph_data.LAYERS_FILE), 0)
+        patch.setattr(data_module, "PIECE_BYTES", piece_bytes)
+        data_module.write_data(decoder, weights, folder, initializers)
+    ends = dict.fromkeys((data_module.EMBEDDING_FILE, data_module.LAYERS_FILE), 0)
     for initializer in initializers:
-        assert initializer.offset % graph_data.ALIGNMENT == 0
-        assert 0 <= initializer.offset - ends[initializer.file] < graph_data.ALIGNMENT
+        assert initializer.offset % data_module.ALIGNMENT == 0
+        assert 0 <= initializer.offset - ends[initializer.file] < data_module.ALIGNMENT
         ends[initializer.file] = initializer.offset + initializer.length
         if initializer.sources:
             blocks = [np.concatenate([weights[source].numpy() for source in part]) for part in initializer.parts]
@@ -326,13 +353,13 @@ def test_a_weight_that_fp16_cannot_hold_is_named(value: float, tmp_path: Path) -
     weights["layers.1.mlp.up"] = weights["layers.1.mlp.up"].clone()
     weights["layers.1.mlp.up"][3, 5] = value
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up") as caught:
-        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", SPELLINGS)
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", VARIANTS)
     assert caught.value.remedy
     if np.isfinite(value):
         assert "65504" in caught.value.message
-        write_graphs(decoder_of(model.config), weights, tmp_path, "fp32", SPELLINGS)
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp32", VARIANTS)
         weights["layers.1.mlp.up"][3, 5] = 65504.0
-        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", SPELLINGS)
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", VARIANTS)
 
 
 def test_weights_that_do_not_fit_the_decoder_are_named(tmp_path: Path) -> None:
@@ -340,10 +367,10 @@ def test_weights_that_do_not_fit_the_decoder_are_named(tmp_path: Path) -> None:
     decoder, weights = decoder_of(model.config), weights_of(model)
     with pytest.raises(InputError, match=r"layers\.2\.attention\.k is missing"):
         missing = {name: weight for name, weight in weights.items() if name != "layers.2.attention.k"}
-        write_graphs(decoder, missing, tmp_path, "fp32", SPELLINGS)
+        write_graphs(decoder, missing, tmp_path, "fp32", VARIANTS)
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.down .*\(96, 120\).*\(96, 128\)"):
         short = weights | {"layers.0.mlp.down": weights["layers.0.mlp.down"][:, :120]}
-        write_graphs(decoder, short, tmp_path, "fp32", SPELLINGS)
+        write_graphs(decoder, short, tmp_path, "fp32", VARIANTS)
 
 
 @pytest.mark.parametrize("head_dim", [24, 20, 6])
@@ -351,18 +378,18 @@ def test_heads_of_any_size(head_dim: int, tmp_path: Path) -> None:
     """ONNX Runtime's operator takes multiples of 8 and turns multiples of 16: others turn before, without tables."""
     model, batch = llama(True, head_dim=head_dim), sample(30)
     decoder, reference = decoder_of(model.config), reference_logits(model, batch)
-    files = write_graphs(decoder, weights_of(model), tmp_path, "fp32", SPELLINGS)
+    files = write_graphs(decoder, weights_of(model), tmp_path, "fp32", VARIANTS)
     assert graph_weight_bytes(decoder, "fp32", "onnxruntime") == graph_weight_bytes(decoder, "fp32")
-    for spelling, path in files.graphs.items():
-        width = -(-head_dim // 8) * 8 if spelling.dialect == "onnxruntime" else head_dim
+    for variant, path in files.graphs.items():
+        width = -(-head_dim // 8) * 8 if variant.dialect == "onnxruntime" else head_dim
         (past,) = {tuple(value.shape) for value in session(path).get_inputs() if "past" in value.name}
         assert past == ("batch", 2, "past", width)
         for walk in ([30], [20, 3, *[1] * 7]):
-            logits = run_steps(path, batch, walk, 40 if spelling.dialect == "onnxruntime" else None)
-            assert_same(logits, walk, spelling, reference, batch, 1e-5)
+            logits = run_steps(path, batch, walk, 40 if variant.dialect == "onnxruntime" else None)
+            assert_same(logits, walk, variant, reference, batch, 1e-5)
 
 
 def test_no_positions_to_serve_are_refused(tmp_path: Path) -> None:
     model = llama(True)
     with pytest.raises(InputError, match="max_positions is 0"):
-        write_graphs(decoder_of(model.config), weights_of(model), tmp_path, "fp32", SPELLINGS, max_positions=0)
+        write_graphs(decoder_of(model.config), weights_of(model), tmp_path, "fp32", VARIANTS, max_positions=0)

@@ -16,10 +16,14 @@ ROPES = {
     "default": {"rope_type": "default", "rope_theta": 50000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
@@ -38,23 +42,36 @@ def test_a_decoder_says_what_transformers_builds(rope, tied):
 
 def test_older_configurations_are_read_too():
     plain = {
-        "model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2,
-        "intermediate_size": 64, "vocab_size": 101, "rope_theta": 50000.0, "rope_scaling": None,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "vocab_size": 101,
+        "rope_theta": 50000.0,
+        "rope_scaling": None,
+    }
     assert decoder_of(plain).rotaries[0].inverse_frequencies[1] == pytest.approx(50000.0 ** (-2 / 8))
     scaled = decoder_of(plain | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert scaled.rotaries[0].inverse_frequencies[0] == 0.5
 
 
 @given(
-    theta=st.floats(100.0, 1e6), factor=st.floats(1.0, 64.0), low=st.floats(0.5, 2.0), width=st.floats(0.5, 8.0),
+    theta=st.floats(100.0, 1e6),
+    factor=st.floats(1.0, 64.0),
+    low=st.floats(0.5, 2.0),
+    width=st.floats(0.5, 8.0),
     context=st.integers(16, 8192),
-)  # fmt: skip
+)
 def test_llama3_scaling_is_that_of_transformers(theta, factor, low, width, context):
     rope = {
-        "rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
-        "high_freq_factor": low + width, "original_max_position_embeddings": context,
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": low + width,
+        "original_max_position_embeddings": context,
+    }
     reference = config(rope_parameters=rope)
     ours = decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}).rotaries[0]
     # transformers computes in fp32, where the blend's difference loses some digits
@@ -63,10 +80,15 @@ def test_llama3_scaling_is_that_of_transformers(theta, factor, low, width, conte
 
 
 THETA = st.sampled_from([{}, {"rope_theta": 5e5}])
-SCALING = st.sampled_from([
-    {}, {"rope_type": "default"}, {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0},
-    {k: v for k, v in ROPES["llama3"].items() if k != "rope_theta"},
-])  # fmt: skip
+SCALING = st.sampled_from(
+    [
+        {},
+        {"rope_type": "default"},
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "linear", "factor": 4.0},
+        {k: v for k, v in ROPES["llama3"].items() if k != "rope_theta"},
+    ]
+)
 
 
 @given(
@@ -89,9 +111,13 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(outer, inner, s
 def test_fields_left_out_mean_what_transformers_takes(kind):
     """Mistral's defaults are 8 key/value heads and a window of 4096, not those of Llama."""
     given_ = {
-        "model_type": kind.model_type, "hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1,
-        "intermediate_size": 32, "vocab_size": 50,
-    }  # fmt: skip
+        "model_type": kind.model_type,
+        "hidden_size": 64,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+    }
     full = kind(**given_)
     ours = decoder_of(given_)
     assert ours.windows == (full.to_dict().get("sliding_window"),)
@@ -204,8 +230,10 @@ def test_a_pruned_llama_whose_heads_do_not_divide_becomes_a_mistral():
 
 def test_all_else_of_the_source_is_kept():
     source = config(rope_parameters=ROPES["llama3"]).to_dict() | {
-        "architectures": ["LlamaForCausalLM"], "bos_token_id": 7, "auto_map": {"AutoModel": "code.Model"},
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 7,
+        "auto_map": {"AutoModel": "code.Model"},
+    }
     dense = decoder_of(source)
     half = replace(dense.with_widths(2, 2, 40), layers=dense.with_widths(2, 2, 40).layers[:1])
     result = config_for(half, source)
@@ -233,8 +261,10 @@ def test_layers_that_differ_are_described_by_a_field_of_our_own():
     dense = decoder_of(source)
     first, second = dense.layers
     for layers in (
-        (first, replace(second, mlp=Mlp(8))), (replace(first, attention=None),) * 2, (replace(second, mlp=None),),
-    ):  # fmt: skip
+        (first, replace(second, mlp=Mlp(8))),
+        (replace(first, attention=None),) * 2,
+        (replace(second, mlp=None),),
+    ):
         target = replace(dense, layers=layers)
         written = json.loads(json.dumps(config_for(target, source)))
         assert decoder_of(written) == target

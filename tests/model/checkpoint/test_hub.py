@@ -21,11 +21,19 @@ from tests.checkpoints import save_llama
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 OTHER = {
-    "README.md": b"", "consolidated.safetensors": b"x", "consolidated.00.pth": b"x", "original/params.json": b"{}",
-    "model.bin": b"x", "training_args.bin": b"x", "adapter_model.safetensors": b"x",
-    "onnx/config.json": b"{}", "onnx/model.safetensors": b"x",
-    "code.py": b"raise SystemExit", "tf_model.h5": b"x", "flax_model.msgpack": b"x",
-}  # fmt: skip
+    "README.md": b"",
+    "consolidated.safetensors": b"x",
+    "consolidated.00.pth": b"x",
+    "original/params.json": b"{}",
+    "model.bin": b"x",
+    "training_args.bin": b"x",
+    "adapter_model.safetensors": b"x",
+    "onnx/config.json": b"{}",
+    "onnx/model.safetensors": b"x",
+    "code.py": b"raise SystemExit",
+    "tf_model.h5": b"x",
+    "flax_model.msgpack": b"x",
+}
 
 
 class Hub:
@@ -243,13 +251,21 @@ def test_without_network_the_command_line_says_so_soon(tmp_path, offline):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environment = os.environ | {
-            "HF_HOME": str(tmp_path), "HF_ENDPOINT": address, "PYTHONPATH": str(Path(__file__).parents[2]),
-            "COLUMNS": "300", "NO_PROXY": "*", "HF_HUB_OFFLINE": str(int(offline)),
-        }  # fmt: skip
+            "HF_HOME": str(tmp_path),
+            "HF_ENDPOINT": address,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "COLUMNS": "300",
+            "NO_PROXY": "*",
+            "HF_HUB_OFFLINE": str(int(offline)),
+        }
         result = subprocess.run(
-            [sys.executable, "-m", "edgeprune.cli.app", "fit", "nobody/nothing", "--device", "jetson-orin"], cwd=tmp_path,
-            capture_output=True, text=True, timeout=60, env=environment,
-        )  # fmt: skip
+            [sys.executable, "-m", "edgeprune.cli.app", "fit", "nobody/nothing", "--device", "jetson-orin"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=environment,
+        )
     assert result.returncode == 2, result.stderr
     assert "cannot get nobody/nothing: it is not in the hub's cache" in result.stderr
     assert ("HF_HUB_OFFLINE is set" if offline else "cannot be reached: timed out") in result.stderr

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors, decoder_of
-from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.checkpoint.llamagen import Hints, config_of
+from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.save import save_checkpoint
 from tests.llamagen import LlamaGen, Sizes, configuration, random_llamagen
@@ -23,10 +23,12 @@ from tests.published import PUBLISHED
 
 HINTS = Hints(image_size=128, num_heads=4)
 SIZES = {  # layers, heads, dim, channels, parameters
-    "B": (12, 12, 768, 2048, 110_888_448), "L": (24, 16, 1024, 2816, 342_910_976),
-    "XL": (36, 20, 1280, 3584, 774_699_520), "XXL": (48, 24, 1536, 4096, 1_410_972_672),
+    "B": (12, 12, 768, 2048, 110_888_448),
+    "L": (24, 16, 1024, 2816, 342_910_976),
+    "XL": (36, 20, 1280, 3584, 774_699_520),
+    "XXL": (48, 24, 1536, 4096, 1_410_972_672),
     "3B": (24, 32, 3200, 8704, 3_096_659_200),
-}  # fmt: skip
+}
 
 
 class Touch:
@@ -63,9 +65,10 @@ def test_a_published_size(name: str) -> None:
     assert {key: tensor.shape for key, tensor in stored.items()} == shapes_of(original)
 
 
-@pytest.mark.parametrize(("layers", "dim", "heads", "parameters"), [
-    (24, 512, 8, 76_682_240), (36, 1024, 8, 455_489_536), (48, 1536, 16, 1_362_914_304),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "dim", "heads", "parameters"),
+    [(24, 512, 8, 76_682_240), (36, 1024, 8, 455_489_536), (48, 1536, 16, 1_362_914_304)],
+)
 def test_a_published_imagegpt(layers: int, dim: int, heads: int, parameters: int) -> None:
     config = PUBLISHED["imagegpt-small"][0] | {"n_layer": layers, "n_embd": dim, "n_head": heads}
     with torch.device("meta"):
@@ -85,7 +88,9 @@ def _save(content: object, folder: Path, name: str = "weights.pt") -> Path:
 CONTAINERS = {
     "bare": lambda weights: weights,
     "a training script's": lambda weights: {
-        "model": weights, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "steps": 7,
+        "model": weights,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+        "steps": 7,
         "ema": {name: torch.zeros_like(weight) for name, weight in weights.items()},
         "args": argparse.Namespace(image_size=128, num_classes=10, vocab_size=257, cls_token_num=1, lr=1e-4, note=None),
     },
@@ -93,7 +98,7 @@ CONTAINERS = {
     "a state_dict": lambda weights: {"state_dict": weights},
     "compiled": lambda weights: {"model": {f"_orig_mod.{name}": weight for name, weight in weights.items()}},
     "with its angles": lambda weights: weights | {"freqs_cis": torch.zeros(65, 8, 2)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
@@ -117,8 +122,9 @@ def test_nothing_of_the_file_is_copied(tmp_path: Path) -> None:
     assert first.directory == again.directory
     assert first.fingerprint == again.fingerprint
     assert {file.name: file.is_symlink() for file in first.directory.iterdir()} == {
-        "config.json": False, "pytorch_model.bin": True,
-    }  # fmt: skip
+        "config.json": False,
+        "pytorch_model.bin": True,
+    }
     other = load_model(str(path), Hints(256, 4))
     assert other.fingerprint != first.fingerprint
     assert load_model(str(first.directory)).decoder == first.decoder  # and as any directory
@@ -168,10 +174,16 @@ def test_heads_by_the_angles_and_grouped() -> None:
     assert [config[name] for name in names] == [4, 2, 16, 8]
 
 
-@pytest.mark.parametrize(("arguments", "classes", "has_null"), [
-    ({}, 10, True), ({"num_classes": 10}, 10, True), ({"num_classes": 11}, 11, False),
-    ({"class_dropout_prob": 0.0}, 11, False), ({"class_dropout_prob": 0.1, "num_classes": 10}, 10, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "classes", "has_null"),
+    [
+        ({}, 10, True),
+        ({"num_classes": 10}, 10, True),
+        ({"num_classes": 11}, 11, False),
+        ({"class_dropout_prob": 0.0}, 11, False),
+        ({"class_dropout_prob": 0.1, "num_classes": 10}, 10, True),
+    ],
+)
 def test_the_null_class(arguments: dict[str, object], classes: int, has_null: bool) -> None:
     config = config_of(Path("weights.pt"), shapes_of(random_llamagen()), arguments, HINTS)
     assert (config["num_classes"], config["has_null_class"]) == (classes, has_null)
@@ -197,7 +209,11 @@ BAD = {
     "a long prefix": ({}, {"cls_token_num": 120}, HINTS, "cls_token_num of weights.pt is 120", ""),
     "other classes": ({}, {"num_classes": 1000}, HINTS, "has 11 rows, its training arguments say num_classes 1000", ""),
     "dropout without its row": (
-        {}, {"num_classes": 11, "class_dropout_prob": 0.1}, HINTS, "num_classes 11, class_dropout_prob 0.1", "",
+        {},
+        {"num_classes": 11, "class_dropout_prob": 0.1},
+        HINTS,
+        "num_classes 11, class_dropout_prob 0.1",
+        "",
     ),
     "an argument in words": ({}, {"image_size": "big"}, HINTS, "image_size of weights.pt is 'big'", ""),
     "a missing tensor": ({WQKV: None}, {}, HINTS, f"has no tensor {WQKV}", "again"),
@@ -205,18 +221,30 @@ BAD = {
     "another shape": ({WQKV: (190, 64)}, {}, HINTS, f"tensor {WQKV} of weights.pt has shape (190, 64), its others", ""),
     "no matrix": ({TABLE: (64,)}, {}, HINTS, f"tensor {TABLE} of weights.pt has shape (64,)", ""),
     "a first layer of no heads": (
-        {"layers.0.attention.wqkv.weight": (64, 64)}, {}, HINTS, "does not hold queries, keys and values of 4", "",
+        {"layers.0.attention.wqkv.weight": (64, 64)},
+        {},
+        HINTS,
+        "does not hold queries, keys and values of 4",
+        "",
     ),
     "a tensor too many": ({"layers.0.attention.bias": (64,)}, {}, HINTS, "has the tensor layers.0.attention.bias", ""),
     "a layer apart": ({"layers.7.ffn_norm.weight": (64,)}, {}, HINTS, "has no tensor layers.3.", ""),
     "a text's": (
-        {TABLE: None, "cls_embedding.cap_proj.fc1.weight": (64, 2048)}, {}, HINTS, "(t2i), which is not", "c2i",
+        {TABLE: None, "cls_embedding.cap_proj.fc1.weight": (64, 2048)},
+        {},
+        HINTS,
+        "(t2i), which is not",
+        "c2i",
     ),
     "a codec": (
-        {"tok_embeddings.weight": None, "quantize.embedding.weight": (257, 8)}, {}, HINTS, "is a codec", "--codec",
+        {"tok_embeddings.weight": None, "quantize.embedding.weight": (257, 8)},
+        {},
+        HINTS,
+        "is a codec",
+        "--codec",
     ),
     "something else": ({"tok_embeddings.weight": None}, {}, HINTS, "none of LlamaGen's", "directory"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("changes", "arguments", "hints", "reason", "remedy"), BAD.values(), ids=BAD)
@@ -244,8 +272,9 @@ def _cut(path: Path, done: Path) -> None:
 
 HARMFUL = {
     "among its arguments": (
-        lambda path, done: torch.save({"model": random_llamagen().state_dict(),
-                                       "args": argparse.Namespace(hook=Touch(done))}, path),
+        lambda path, done: torch.save(
+            {"model": random_llamagen().state_dict(), "args": argparse.Namespace(hook=Touch(done))}, path
+        ),
         r"asks for \w+.system, and nothing of it was executed",
     ),
     "among its tensors": (
@@ -253,7 +282,7 @@ HARMFUL = {
         r"asks for \w+.system, and nothing of it was executed",
     ),
     "truncated": (_cut, "truncated"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("write", "reason"), HARMFUL.values(), ids=HARMFUL)
@@ -276,23 +305,35 @@ def test_a_hint_for_what_says_all_itself_is_checked(tmp_path: Path) -> None:
         load_shape(str(tmp_path / "text.json"), Hints(num_heads=2))
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"image_side": 0}, "a picture of 0 x 0 tokens"), ({"image_side": -8}, "a picture of -8 x -8 tokens"),
-    ({"num_classes": 0, "has_null_class": False}, "0 classes and no other"), ({"num_classes": -1}, "-1 classes"),
-    ({"num_classes": 1 << 40}, "1099511627776 classes"), ({"image_side": None}, "senseless"),
-    ({"has_null_class": None, "num_classes": "ten"}, "senseless"), ({"head_dim": 18}, "head_dim 18"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"image_side": 0}, "a picture of 0 x 0 tokens"),
+        ({"image_side": -8}, "a picture of -8 x -8 tokens"),
+        ({"num_classes": 0, "has_null_class": False}, "0 classes and no other"),
+        ({"num_classes": -1}, "-1 classes"),
+        ({"num_classes": 1 << 40}, "1099511627776 classes"),
+        ({"image_side": None}, "senseless"),
+        ({"has_null_class": None, "num_classes": "ten"}, "senseless"),
+        ({"head_dim": 18}, "head_dim 18"),
+    ],
+)
 def test_a_picture_that_makes_no_sense_is_one_message(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError) as caught:
         decoder_of(configuration(random_llamagen().sizes) | changes)
     assert reason in caught.value.message
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"n_positions": 1000}, "1000 positions are no square"), ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"), ({"vocab_size": 1}, "vocab_size 0"),
-    ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn true"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n_positions": 1000}, "1000 positions are no square"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
+        ({"vocab_size": 1}, "vocab_size 0"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn true"),
+    ],
+)
 def test_an_imagegpt_that_cannot_be_handled_is_said(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError) as caught:
         decoder_of(PUBLISHED["imagegpt-small"][0] | changes)

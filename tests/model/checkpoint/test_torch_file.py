@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint import torch_file
-from edgeprune.model.load import load_model
 from edgeprune.model.checkpoint.torch_file import KEPT_BYTES, TorchFiles, tensors_of, torch_header
+from edgeprune.model.load import load_model
 from tests.checkpoints import save_llama
 from tests.families import CASES, save_family
 
@@ -89,15 +89,24 @@ def test_old_checkpoints_of_a_base_model_load(tmp_path, case):
 
 def test_names_types_and_shapes(tmp_path):
     content = {
-        "half": torch.ones(2, 3, dtype=torch.float16), "brain": torch.ones(4, dtype=torch.bfloat16),
-        "single": torch.ones(()), "mask": torch.ones(2, dtype=torch.bool), "sparse": torch.eye(2).to_sparse(),
-        "transposed": torch.arange(6.0).reshape(2, 3).t(), "step": 3, "names": ["a"],
-    }  # fmt: skip
+        "half": torch.ones(2, 3, dtype=torch.float16),
+        "brain": torch.ones(4, dtype=torch.bfloat16),
+        "single": torch.ones(()),
+        "mask": torch.ones(2, dtype=torch.bool),
+        "sparse": torch.eye(2).to_sparse(),
+        "transposed": torch.arange(6.0).reshape(2, 3).t(),
+        "step": 3,
+        "names": ["a"],
+    }
     torch.save(content, tmp_path / "x.bin")
     assert torch_header(tmp_path / "x.bin") == {
-        "half": ("F16", (2, 3)), "brain": ("BF16", (4,)), "single": ("F32", ()), "mask": ("bool", (2,)),
-        "sparse": ("sparse_coo", (2, 2)), "transposed": ("F32", (3, 2)),
-    }  # fmt: skip
+        "half": ("F16", (2, 3)),
+        "brain": ("BF16", (4,)),
+        "single": ("F32", ()),
+        "mask": ("bool", (2,)),
+        "sparse": ("sparse_coo", (2, 2)),
+        "transposed": ("F32", (3, 2)),
+    }
     assert torch.equal(TorchFiles().read(tmp_path / "x.bin", "transposed"), content["transposed"])
 
 
@@ -197,10 +206,13 @@ def test_the_command_line_refuses_a_harmful_checkpoint(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     _harmful(tmp_path / "model" / BIN, tmp_path / "done")
     result = subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli.app", "fit", "model", "--device", "jetson-orin"], cwd=tmp_path,
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "edgeprune.cli.app", "fit", "model", "--device", "jetson-orin"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"},
-    )  # fmt: skip
+    )
     assert result.returncode == 2, result.stderr
     assert "nothing of it was executed" in result.stderr
     assert "Traceback" not in result.stderr
@@ -211,9 +223,15 @@ def test_the_command_line_refuses_a_harmful_checkpoint(tmp_path):
 def test_reading_holds_a_layer_not_the_file(tmp_path, suffix):
     """Eight fused layers of 46 MB, each weight read by itself, in a process whose peak is its own."""
     config = {
-        "model_type": "phi3", "hidden_size": 1024, "intermediate_size": 6144, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "vocab_size": 64, "num_hidden_layers": 8, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "model_type": "phi3",
+        "hidden_size": 1024,
+        "intermediate_size": 6144,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 64,
+        "num_hidden_layers": 8,
+        "max_position_embeddings": 64,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.json").write_text("{}")
     code = (
@@ -237,7 +255,12 @@ def test_reading_holds_a_layer_not_the_file(tmp_path, suffix):
     else:
         save_file(weights, tmp_path / "model.safetensors")
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     assert int(result.stdout) < 2 * 46e6 + (KEPT_BYTES if suffix == "bin" else 0)

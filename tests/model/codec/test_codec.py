@@ -22,10 +22,10 @@ from tests.vq import VqModel, small_vq
 VQ8 = VqLayout(widths=(128, 256, 256, 512))
 
 
-@pytest.mark.parametrize(("layout", "multipliers", "total", "decoding", "tensors"), [
-    (VqLayout(), (1, 1, 2, 2, 4), 71_883_403, 42_449_795, 194),
-    (VQ8, (1, 2, 2, 4), 70_109_835, 41_415_171, 168),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "multipliers", "total", "decoding", "tensors"),
+    [(VqLayout(), (1, 1, 2, 2, 4), 71_883_403, 42_449_795, 194), (VQ8, (1, 2, 2, 4), 70_109_835, 41_415_171, 168)],
+)
 def test_the_published_codecs_have_their_parameters_and_names(layout, multipliers, total, decoding, tensors):
     shapes = layout.shapes()
     decoder = {name: shape for name, shape in shapes.items() if name.startswith("decoder.")}
@@ -45,11 +45,16 @@ def stored(model, kind, path):
     weights = model.state_dict()
     args = Namespace(codebook_size=64, vq_model="VQ-16", data_path="/data")
     forms = {
-        "model": {"model": weights, "ema": {name: tensor + 1 for name, tensor in weights.items()},
-                  "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "steps": 7, "args": args},
+        "model": {
+            "model": weights,
+            "ema": {name: tensor + 1 for name, tensor in weights.items()},
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+            "steps": 7,
+            "args": args,
+        },
         "state_dict": {"state_dict": weights},
         "bare": weights,
-    }  # fmt: skip
+    }
     if kind == "safetensors":
         save_file(weights, path / "vq.safetensors")
         return path / "vq.safetensors"
@@ -57,12 +62,15 @@ def stored(model, kind, path):
     return path / "vq.pt"
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [
-    ("model", {}),
-    ("state_dict", {"base": 64, "multipliers": (1, 2), "blocks": 1}),
-    ("bare", {"multipliers": (2, 3, 3), "size": 4, "latent": 96, "codes": 100}),
-    ("safetensors", {"multipliers": (1, 2, 2, 1)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("model", {}),
+        ("state_dict", {"base": 64, "multipliers": (1, 2), "blocks": 1}),
+        ("bare", {"multipliers": (2, 3, 3), "size": 4, "latent": 96, "codes": 100}),
+        ("safetensors", {"multipliers": (1, 2, 2, 1)}),
+    ],
+)
 def test_every_form_and_size_decodes_and_encodes_as_the_modules_do(tmp_path, kind, sizes):
     model = small_vq(**sizes)
     codec = load_codec(stored(model, kind, tmp_path))
@@ -116,18 +124,21 @@ def test_the_fingerprint_tells_files_apart(tmp_path):
 CUT, ODD = "decoder.mid.1.k.bias", "decoder.conv_blocks.1.res.0.nin_shortcut.weight"
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({CUT: None}, f"no tensor {CUT}"),
-    ({ODD: torch.zeros(32, 64, 3, 3)}, rf"tensor {ODD} .* \(32, 64, 3, 3\), LlamaGen's codec \(32, 64, 1, 1\)"),
-    ({"decoder.mid.3.norm.weight": torch.zeros(64)}, "a tensor decoder.mid.3.norm.weight"),
-    ({CODEBOOK: None}, f"no tensor {CODEBOOK}"),
-    ({CODEBOOK: torch.zeros(64)}, rf"{CODEBOOK} .* \(64,\)"),
-    ({CODEBOOK: torch.full((64, 8), torch.nan)}, "not finite"),
-    ({CODEBOOK: torch.zeros(64, 8, dtype=torch.int32)}, "of type torch.int32"),
-    ({"encoder.conv_in.weight": None}, "no tensor encoder.conv_in.weight"),
-    ({"encoder.conv_in.weight": torch.zeros(16, 3, 3, 3)}, "16 channels, which 32 groups do not divide"),
-    ({"decoder.conv_blocks.7.res.0.conv1.weight": torch.zeros(32, 32, 3, 3)}, r"no tensor decoder.conv_blocks.3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({CUT: None}, f"no tensor {CUT}"),
+        ({ODD: torch.zeros(32, 64, 3, 3)}, rf"tensor {ODD} .* \(32, 64, 3, 3\), LlamaGen's codec \(32, 64, 1, 1\)"),
+        ({"decoder.mid.3.norm.weight": torch.zeros(64)}, "a tensor decoder.mid.3.norm.weight"),
+        ({CODEBOOK: None}, f"no tensor {CODEBOOK}"),
+        ({CODEBOOK: torch.zeros(64)}, rf"{CODEBOOK} .* \(64,\)"),
+        ({CODEBOOK: torch.full((64, 8), torch.nan)}, "not finite"),
+        ({CODEBOOK: torch.zeros(64, 8, dtype=torch.int32)}, "of type torch.int32"),
+        ({"encoder.conv_in.weight": None}, "no tensor encoder.conv_in.weight"),
+        ({"encoder.conv_in.weight": torch.zeros(16, 3, 3, 3)}, "16 channels, which 32 groups do not divide"),
+        ({"decoder.conv_blocks.7.res.0.conv1.weight": torch.zeros(32, 32, 3, 3)}, r"no tensor decoder.conv_blocks.3"),
+    ],
+)
 def test_a_codec_with_other_tensors_is_refused_by_name(tmp_path, change, named):
     weights = small_vq().state_dict() | change
     torch.save({name: tensor for name, tensor in weights.items() if tensor is not None}, tmp_path / "vq.pt")
@@ -195,16 +206,21 @@ def test_clusters_encode_as_transformers_does_and_decode_to_colours(tmp_path):
     assert clusters_of(tmp_path).fingerprint != codec.fingerprint
 
 
-@pytest.mark.parametrize(("text", "what"), [
-    (None, "cannot read"), ("{", "is not JSON"), ("[]", "no table of colours"),
-    ('{"clusters": [[0, 0, 0], [1]], "size": 32}', "no table of colours"),
-    ('{"clusters": [[0, 0]], "size": 32}', r"\(colours, 3\)"),
-    ('{"clusters": [[0, 0, 255]], "size": 32}', r"in \[-1, 1\]"),
-    ('{"clusters": [[0, 0, NaN]], "size": 32}', r"in \[-1, 1\]"),
-    ('{"clusters": [[0, 0, 1]]}', "`size` .* is None"),
-    ('{"clusters": [[0, 0, 1]], "size": {"height": 32, "width": [1]}}', "not that of a square image"),
-    ('{"clusters": [[0, 0, 1]], "size": true}', "not that of a square image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[]", "no table of colours"),
+        ('{"clusters": [[0, 0, 0], [1]], "size": 32}', "no table of colours"),
+        ('{"clusters": [[0, 0]], "size": 32}', r"\(colours, 3\)"),
+        ('{"clusters": [[0, 0, 255]], "size": 32}', r"in \[-1, 1\]"),
+        ('{"clusters": [[0, 0, NaN]], "size": 32}', r"in \[-1, 1\]"),
+        ('{"clusters": [[0, 0, 1]]}', "`size` .* is None"),
+        ('{"clusters": [[0, 0, 1]], "size": {"height": 32, "width": [1]}}', "not that of a square image"),
+        ('{"clusters": [[0, 0, 1]], "size": true}', "not that of a square image"),
+    ],
+)
 def test_broken_clusters_are_one_message(tmp_path, text, what):
     if text is not None:
         (tmp_path / "preprocessor_config.json").write_text(text)

@@ -8,10 +8,11 @@ from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import quantize
 
 from edgeprune.errors import InputError
-from edgeprune.model.gguf import convert as gguf
+from edgeprune.model.gguf import convert
 from edgeprune.model.gguf.convert import converted
 from edgeprune.model.gguf.names import LAYER, OUTER
-from edgeprune.model.load import load_model, load_shape, load_tokenizer
+from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.checkpoints import LETTERS, SPECIAL
 from tests.reference import decoder_of, weights_of
 from tests.tiny import llama
@@ -117,9 +118,13 @@ def test_matrices_of_several_types_become_fp32(tmp_path):
 
 
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}], ids=str)
@@ -182,13 +187,13 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
 
 def test_another_process_may_be_faster(tmp_path, monkeypatch):
     write(tmp_path / "m.gguf", llama(**SETTINGS))
-    first = gguf._convert
+    first = convert._convert
 
     def overtaken(source, path, folder):
         first(source, path, folder)
         shutil.copytree(folder, folder.with_name(folder.name.split(".")[0]))
 
-    monkeypatch.setattr(gguf, "_convert", overtaken)
+    monkeypatch.setattr(convert, "_convert", overtaken)
     folder = converted(tmp_path / "m.gguf")
     assert load_model(str(folder)).decoder.hidden_size == 96
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

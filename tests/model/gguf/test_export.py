@@ -8,41 +8,48 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edgeprune.ondevice.sampling import generate
-from edgeprune.engine.onnx.graph import write_graphs
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.errors import InputError
-from edgeprune.model.export import check_exports
-from edgeprune.generate.text import RUN_SPELLING
 from edgeprune.model.decoder import Layer
+from edgeprune.model.export import check_exports
 from edgeprune.model.gguf.export import check_exportable, export_gguf
 from edgeprune.model.gguf.file import read_gguf
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model
 from edgeprune.model.save import save_checkpoint
+from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
+from edgeprune.ondevice.sampling import generate
 from tests.checkpoints import save_llama
 from tests.families import CASES, PICTURES, TEXTS, random_model, save_family
 from tests.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
 LONGROPE = "phi3, longrope, partial rotary, sliding window"
 CHANGES = {
-    "qwen2": {"num_attention_heads": 4}, "olmo2": {"num_attention_heads": 4}, "starcoder2": {"num_attention_heads": 4},
+    "qwen2": {"num_attention_heads": 4},
+    "olmo2": {"num_attention_heads": 4},
+    "starcoder2": {"num_attention_heads": 4},
     "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
     # llama.cpp gives a context 256 places at least, and takes the long factors beyond the original context
     LONGROPE: {
-        "original_max_position_embeddings": 256, "max_position_embeddings": 512,
+        "original_max_position_embeddings": 256,
+        "max_position_embeddings": 512,
         "rope_parameters": CASES[LONGROPE]["rope_parameters"] | {"original_max_position_embeddings": 256},
     },
-    "llama, linear rope": {"dtype": torch.float16}, "gemma3_text": {"dtype": torch.bfloat16},
-}  # fmt: skip
+    "llama, linear rope": {"dtype": torch.float16},
+    "gemma3_text": {"dtype": torch.bfloat16},
+}
 EXPORTED = [case for case in TEXTS if case != "opt"]
 PROMPT = [3, 5, 7, 11, 200, 100, 50, 25, 12, 6, 9, 8, 4]
 TABLE = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "starcoder2")  # llama.cpp has their GELU in a table of fp16
 ROUNDED = {torch.float32: 0.0, torch.float16: 0.03, torch.bfloat16: 0.1}  # it rounds what such a matrix multiplies
 NARROWER = {
-    "gpt2": (3, 1, 80), "gpt_neox": (1, 1, 80), "gpt_neox, serial residual": (3, 1, 80),
-    "llama, multi-query": (1, 2, 80), "llama, multi-head": (3, 1, 80),
+    "gpt2": (3, 1, 80),
+    "gpt_neox": (1, 1, 80),
+    "gpt_neox, serial residual": (3, 1, 80),
+    "llama, multi-query": (1, 2, 80),
+    "llama, multi-head": (3, 1, 80),
     LONGROPE: (1, 1, 80),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +166,7 @@ REFUSED = {
     "no biases": ("starcoder2", {"use_bias": False, "num_attention_heads": 4}, "starcoder2 cannot compute this model"),
     "heads beyond": ("olmo2", {"num_attention_heads": 6}, "6 of 16 do not"),
     "half turned": ("qwen3", rope(partial_rotary_factor=0.5), "rotates 8 of 16"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("case", "changes", "reason"), REFUSED.values(), ids=REFUSED)
@@ -247,8 +254,13 @@ class Cut(dict):
         return weight[:, kept] if name.endswith("down") else weight[kept]
 
 
-QUESTIONS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time there was a", "Water boils at",
-             "The three laws of thermodynamics say that")  # fmt: skip
+QUESTIONS = (
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time there was a",
+    "Water boils at",
+    "The three laws of thermodynamics say that",
+)
 
 
 @pytest.mark.demo
@@ -259,8 +271,8 @@ def test_a_pruned_demo_says_in_llama_cpp_what_our_engine_says(tmp_path):
     held = export_gguf(model, tmp_path / "demo.gguf")
     assert read_gguf(held).fields["tokenizer.ggml.pre"] == "smollm"
     graphs = tmp_path / "graphs"
-    write_graphs(decoder, model.weights, graphs, "fp32", [RUN_SPELLING], 64)
-    other, runner = LlamaCpp(held), Runner(graphs / RUN_SPELLING.filename, 1, 64)
+    write_graphs(decoder, model.weights, graphs, "fp32", [ONNXRUNTIME_GRAPH], 64)
+    other, runner = LlamaCpp(held), Runner(graphs / GRAPH_FILE, 1, 64)
     tokenizer = load_tokenizer(dense.directory)
     for question in QUESTIONS:
         ids = tokenizer(question)["input_ids"]

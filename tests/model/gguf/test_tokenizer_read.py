@@ -11,8 +11,8 @@ from transformers.models.qwen2 import tokenization_qwen2
 
 from edgeprune.errors import InputError
 from edgeprune.model.gguf.pretokenizers import LLAMA3_SPLIT, PRE_TOKENIZERS, QWEN2_SPLIT, TEKKEN_SPLIT
-from edgeprune.model.load import load_tokenizer
 from edgeprune.model.gguf.tokenizer_read import NORMAL, write_tokenizer
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.checkpoints import LETTERS, SPECIAL
 
 CONTROL, BYTE = 3, 6
@@ -30,9 +30,12 @@ def loaded(fields, folder):
 
 def byte_level(pre, **changes):
     fields = {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": SPECIAL + LETTERS,
-        "tokenizer.ggml.token_type": [CONTROL] + [NORMAL] * 256, "tokenizer.ggml.bos_token_id": 0,
-    }  # fmt: skip
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": SPECIAL + LETTERS,
+        "tokenizer.ggml.token_type": [CONTROL] + [NORMAL] * 256,
+        "tokenizer.ggml.bos_token_id": 0,
+    }
     return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
 
 
@@ -40,10 +43,14 @@ def sentencepiece(**changes):
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES, *CHARACTERS]
     ranks = [0.0] * (3 + 256) + [-float(rank) for rank in range(len(PIECES) + len(CHARACTERS))]
     fields = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": ranks,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": ranks,
         "tokenizer.ggml.token_type": [2, 3, 3] + [BYTE] * 256 + [NORMAL] * (len(PIECES) + len(CHARACTERS)),
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-    }  # fmt: skip
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
     return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
 
 

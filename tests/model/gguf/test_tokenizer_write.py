@@ -5,17 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from tests.model.test_tokenizer import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from edgeprune.errors import InputError
 from edgeprune.model.gguf.export import export_gguf
 from edgeprune.model.gguf.pretokenizers import HASHES, PRE_TOKENIZERS, pre_tokenizer, pre_tokenizer_name
-from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
-from edgeprune.model.load import load_model, load_tokenizer
 from edgeprune.model.gguf.tokenizer_read import CONTROL, NORMAL, UNUSED, USER_DEFINED, write_tokenizer
+from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
+from edgeprune.model.load import load_model
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.llamacpp import MERGES, VOCABULARY, LlamaCpp, save_merging_tokenizer
-from tests.model.test_tokenizer import sentencepiece
 from tests.tiny import llama
 
 TEXTS = ("the end", "a  the\n\nthe 123", "été the 日本 🙂", "abc ab. éa  b", "<|end|>the")
@@ -23,8 +24,15 @@ TEXTS = ("the end", "a  the\n\nthe 123", "été the 日本 🙂", "abc ab. éa  
 
 def saved(folder, tokens):
     """A random Llama of so many tokens; the tokenizer is the caller's."""
-    llama(vocab_size=tokens, hidden_size=64, head_dim=16, num_attention_heads=4, num_key_value_heads=2,
-          max_position_embeddings=256, initializer_range=0.2).save_pretrained(folder)  # fmt: skip
+    llama(
+        vocab_size=tokens,
+        hidden_size=64,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    ).save_pretrained(folder)
 
 
 def check_texts(folder, path):
@@ -103,9 +111,12 @@ def test_an_end_behind_every_text_is_kept(tmp_path):
 @pytest.mark.parametrize("name", {words: name for name, words in reversed(PRE_TOKENIZERS.items())}.values())
 def test_a_tokenizer_of_unknown_tokens_is_known_by_its_making(tmp_path, name):
     fields = {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.tokens": VOCABULARY,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in MERGES], "tokenizer.ggml.bos_token_id": 0,
-    }  # fmt: skip
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.tokens": VOCABULARY,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in MERGES],
+        "tokenizer.ggml.bos_token_id": 0,
+    }
     write_tokenizer(fields, 256, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert tokenizer_fields(tmp_path, len(VOCABULARY), reduced=True)["tokenizer.ggml.pre"] == name

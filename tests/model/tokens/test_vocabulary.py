@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from edgeprune.errors import InputError
 from edgeprune.model.gguf.pretokenizers import LLAMA3_SPLIT
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.model.tokens.vocabulary import (
     Vocabulary,
     ladder,
@@ -371,22 +372,37 @@ def test_configured_ids_are_kept_and_renamed(tmp_path):
     full = load_tokenizer(tmp_path / "full")
     stop, ends = len(full) - 1, [0, len(full) - 2]
     edited(tmp_path / "full", "config.json", lambda c: c.update(vocab_size=640, eos_token_id=stop, pad_token_id=-1))
-    edited(tmp_path / "full", "generation_config.json", lambda c: c.update(
-        eos_token_id=ends, suppress_tokens=[stop, 400], bad_words_ids=[[stop, 0], [0, 400]], pad_token_id=None,
-        temperature=0.6, bos_token_id=639,
-    ))  # fmt: skip
+    edited(
+        tmp_path / "full",
+        "generation_config.json",
+        lambda c: c.update(
+            eos_token_id=ends,
+            suppress_tokens=[stop, 400],
+            bad_words_ids=[[stop, 0], [0, 400]],
+            pad_token_id=None,
+            temperature=0.6,
+            bos_token_id=639,
+        ),
+    )
     vocabulary = needed(tmp_path / "full", np.array([], dtype=np.int64))
     assert not vocabulary.keeps(np.array(400))
     write_tokenizer_files(tmp_path / "full", tmp_path / "reduced", vocabulary)
     new_stop, *new_ends = vocabulary.reduce(np.array([stop, *ends])).tolist()
     assert json.loads((tmp_path / "reduced" / "generation_config.json").read_text()) == {
-        "eos_token_id": new_ends, "suppress_tokens": [new_stop], "bad_words_ids": [[new_stop, 0]],
-        "pad_token_id": None, "temperature": 0.6, "bos_token_id": None,
-    }  # fmt: skip
+        "eos_token_id": new_ends,
+        "suppress_tokens": [new_stop],
+        "bad_words_ids": [[new_stop, 0]],
+        "pad_token_id": None,
+        "temperature": 0.6,
+        "bos_token_id": None,
+    }
     config = json.loads((tmp_path / "full" / "config.json").read_text()) | {"model_type": "llama"}
     assert reduced_config(config, vocabulary) == {
-        "model_type": "llama", "vocab_size": vocabulary.size, "eos_token_id": new_stop, "pad_token_id": -1
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": vocabulary.size,
+        "eos_token_id": new_stop,
+        "pad_token_id": -1,
+    }
 
 
 def test_files_that_name_ids_are_renamed_or_left_out(tmp_path):
@@ -394,23 +410,46 @@ def test_files_that_name_ids_are_renamed_or_left_out(tmp_path):
     ignore_merges(tmp_path / "full")
     full = load_tokenizer(tmp_path / "full")
     end = full.eos_token_id
-    special = {"content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-               "special": True}  # fmt: skip
-    edited(tmp_path / "full", "tokenizer_config.json",
-           lambda c: c.update(added_tokens_decoder={str(end): special}, add_bos_token=True))  # fmt: skip
+    special = {
+        "content": "<|end|>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+    edited(
+        tmp_path / "full",
+        "tokenizer_config.json",
+        lambda c: c.update(added_tokens_decoder={str(end): special}, add_bos_token=True),
+    )
     (tmp_path / "full" / "added_tokens.json").write_text(json.dumps({"<|end|>": end}))
     (tmp_path / "full" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|end|>"}))
     (tmp_path / "full" / "tokenizer.model").write_bytes(b"")
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "full" / name).write_text("{}")
-    edited(tmp_path / "full", "tokenizer.json", lambda c: c.update(padding={
-        "strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None, "pad_id": end, "pad_type_id": 0,
-        "pad_token": "<|end|>",
-    }))  # fmt: skip
+    edited(
+        tmp_path / "full",
+        "tokenizer.json",
+        lambda c: c.update(
+            padding={
+                "strategy": "BatchLongest",
+                "direction": "Left",
+                "pad_to_multiple_of": None,
+                "pad_id": end,
+                "pad_type_id": 0,
+                "pad_token": "<|end|>",
+            }
+        ),
+    )
     case = made(tmp_path / "full", tmp_path / "reduced", CORPUS)
     assert {path.name for path in case.target.iterdir()} == {
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocabulary.json"
-    }  # fmt: skip
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "vocabulary.json",
+    }
     new_end = case.reduced.eos_token_id
     config = json.loads((case.target / "tokenizer_config.json").read_text())
     assert list(config["added_tokens_decoder"]) == [str(new_end)]
@@ -423,10 +462,19 @@ def test_files_that_name_ids_are_renamed_or_left_out(tmp_path):
 
 def test_the_ids_in_pairs_of_a_post_processor_are_renamed(tmp_path):
     byte_level(tmp_path / "full")
-    edited(tmp_path / "full", "tokenizer.json", lambda c: c.update(post_processor={
-        "type": "RobertaProcessing", "sep": ["<|end|>", 0], "cls": ["zebra", c["model"]["vocab"]["zebra"]],
-        "trim_offsets": False, "add_prefix_space": False,
-    }))  # fmt: skip
+    edited(
+        tmp_path / "full",
+        "tokenizer.json",
+        lambda c: c.update(
+            post_processor={
+                "type": "RobertaProcessing",
+                "sep": ["<|end|>", 0],
+                "cls": ["zebra", c["model"]["vocab"]["zebra"]],
+                "trim_offsets": False,
+                "add_prefix_space": False,
+            }
+        ),
+    )
     edited(tmp_path / "full", "tokenizer_config.json", lambda c: c.pop("chat_template", None))
     (tmp_path / "full" / "chat_template.jinja").unlink(missing_ok=True)
     case = made(tmp_path / "full", tmp_path / "reduced", CORPUS[:1])

@@ -1,0 +1,73 @@
+"""The command that generates text or pictures from a bundle."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options
+from edgeprune.errors import InputError
+
+
+def run(
+    context_: typer.Context,
+    bundle: options.Bundle,
+    prompt: Annotated[str | None, typer.Option(help="What to say to a language model.")] = None,
+    class_: Annotated[
+        list[int] | None, typer.Option("--class", help="What to draw; may be given again. Default: all in turn.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1,
+    cfg: options.Cfg = None,
+    output: Annotated[Path, typer.Option(help="The grid of the pictures.")] = Path("pictures.png"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a text.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0: always the likeliest. Default: 0 for texts, 1 for pictures.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the likeliest so many; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold so much.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older --output.")] = False,
+    seed: options.Seed = 0,
+) -> None:
+    """Generate text or pictures from a bundle's engine, or from its graph where the engine's GPU is not here."""
+    if prompt is None:
+        if "--max-new-tokens" in options.given(context_):
+            raise InputError("--max-new-tokens without --prompt: a picture has its own number", "Leave it out.")
+        _draw(bundle, class_ or [], count, cfg, output, temperature, top_k, top_p, force, seed)
+        return
+    if others := [name for name in options.given(context_) if name in options.PICTURES]:
+        raise InputError(f"{', '.join(others)} with --prompt", f"{others[0]} is for pictures: leave one of them out.")
+    from edgeprune.generate.text import stream_text
+
+    for piece in stream_text(bundle, prompt, max_new_tokens, temperature or 0.0, top_k, top_p, seed, options.note):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _draw(
+    bundle: Path,
+    classes: list[int],
+    count: int,
+    cfg: float | None,
+    output: Path,
+    temperature: float | None,
+    top_k: int,
+    top_p: float,
+    force: bool,
+    seed: int,
+) -> None:
+    from edgeprune.generate.images import draw_grid, painter_of
+    from edgeprune.generate.pixels import check_picture
+    from edgeprune.progress import rich_progress
+
+    check_picture(output, force)
+    painter = painter_of(
+        bundle, classes, count, cfg, 1.0 if temperature is None else temperature, top_k, top_p, options.note
+    )
+    with rich_progress() as progress:
+        seconds = draw_grid(painter, classes, count, seed, output, progress)
+    typer.echo(str(output))
+    options.note(f"{seconds / count:.2f} s a picture, measured here, {min(count, painter.at_once)} at once")

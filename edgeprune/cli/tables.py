@@ -1,0 +1,144 @@
+"""Tables of devices, findings of the doctor and plans for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgeprune.ondevice.budget import format_bytes
+from edgeprune.report.figures import number_text
+from edgeprune.report.terminal import STYLES, styled, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from edgeprune.commands.doctor import Finding
+    from edgeprune.commands.plan import Plan
+    from edgeprune.profiles import DeviceProfile
+
+
+def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
+    """One line or two for each device."""
+    columns = ("device", "memory", "bandwidth", "SM", "engine", "description")
+    rows = [
+        (
+            profile.name,
+            _hardware(profile, "memory"),
+            _hardware(profile, "bandwidth"),
+            str(profile.sm or ""),
+            profile.engine,
+            profile.description,
+        )
+        for profile in profiles
+    ]
+    console.print(table(columns, rows, whole=columns[:-1]))
+
+
+def _hardware(profile: DeviceProfile, name: str) -> str:
+    figure = getattr(profile, name)
+    return "probed" if figure is None else f"{figure.value:g}{'' if figure.unit == '1' else f' {figure.unit}'}"
+
+
+def print_profile(profile: DeviceProfile, console: Console) -> None:
+    """One profile, with the source and confidence of each figure."""
+    workload, budget = profile.workload, profile.budget
+    console.print(styled(f"{profile.name}: {profile.description}", "bold"))
+    facts = (
+        ("engine", f"{profile.engine}, SM {profile.sm or '–'}, {profile.precision}"),
+        ("widths", f"in multiples of {profile.channel_multiple}"),
+        ("power modes", ", ".join(profile.power_modes) or "–"),
+        ("workload", f"batch {workload.batch}, prompt {workload.prompt}, context {workload.context} by default"),
+        ("budget", f"memory {budget.memory}, prefill {budget.prefill}, decode {budget.decode} by default"),
+    )
+    console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in facts)))
+    console.print()
+    if not profile.hardware:
+        console.print("No hardware figures are shipped: they are probed on first use and cached.")
+        return
+    rows = [
+        (name.replace("_", " "), _hardware(profile, name), figure.confidence, figure.source)
+        for name, figure in profile.hardware.items()
+    ]
+    columns = ("figure", "value", "confidence", "source")
+    console.print(table(columns, rows, whole=columns[:-1]))
+
+
+def print_doctor(findings: Sequence[Finding], console: Console) -> None:
+    """What is there and what is missing, with how to get it."""
+    rows = [
+        (styled("yes", "green") if f.usable else styled("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
+    ]
+    console.print(table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Whether it fits, memory and latencies by part, and what they rest on; every figure is an estimate."""
+    performance, decode = plan.performance, plan.performance.decode.value
+    console.print(styled(f"{plan.model} on {plan.profile.name}: {_shape(plan)}"))
+    have, need = format_bytes(plan.profile.available_bytes), format_bytes(performance.memory.total)
+    fits = f"It fits: {need} of the {have}" if plan.fits else f"It does not fit: {need}, but {have}"
+    console.print(styled(f"{fits} that the system leaves. All figures are estimated.", STYLES[_fit(plan)]))
+    console.print()
+    rows: list[tuple[str | Text, str, str]] = [("memory", need, "")]
+    rows += [(f"  {name}", format_bytes(part.value), part.basis) for name, part in performance.memory.parts.items()]
+    rows += [
+        (styled("prefill"), number_text(performance.prefill.value, "ms"), f"of {plan.workload.prompt} tokens"),
+        (styled("decode"), number_text(decode, "ms"), f"per step, {_tokens_per_second(plan, decode)}"),
+    ]
+    rows += [(f"  {name.replace('_', ' ')}", number_text(ms, "ms"), "") for name, ms in plan.decode_parts.items() if ms]
+    if plan.decode_parts["cache_copies"]:
+        in_place = plan.decode_in_place_ms
+        detail = f"without copies of the cache, {_tokens_per_second(plan, in_place)}"
+        rows.append(("decode in place", number_text(in_place, "ms"), detail))
+    console.print(table(("estimated", "", ""), rows, whole=("estimated",)))
+    console.print()
+    rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
+    rests += [("mind", note) for note in plan.notes]
+    if weak := [name for name, figure in plan.profile.hardware.items() if figure.confidence == "low"]:
+        rests.append(("mind", f"of low confidence in the profile, which says why: {', '.join(weak)}"))
+    console.print(table(("", ""), ((styled(name, "dim"), text) for name, text in rests)))
+
+
+def print_plans(plans: Sequence[Plan], console: Console) -> None:
+    """A line for each device: what the model needs and whether that is there; latencies where it is."""
+    console.print(styled(f"{plans[0].model}: {_shape(plans[0])}. All figures are estimated."))
+    console.print()
+    rows = []
+    for plan in plans:
+        performance = plan.performance
+        latencies = (number_text(figure.value, "ms") for figure in (performance.prefill, performance.decode))
+        rows.append(
+            (
+                plan.profile.name,
+                format_bytes(performance.memory.total),
+                format_bytes(plan.profile.available_bytes),
+                styled("yes" if plan.fits else "no", STYLES[_fit(plan)]),
+                *(latencies if plan.fits else ("–", "–")),
+            )
+        )
+    columns = ("device", "needs", "has", "fits", "prefill", "decode")
+    console.print(table(columns, rows, whole=columns))
+    console.print()
+    held = [plan for plan in plans if plan.fits]
+    guessed = sum(plan.profile.decode_efficiency.confidence == "low" for plan in held)
+    few = f", {guessed} of them with no or few published points" if guessed else ""
+    console.print(styled(f"{len(held)} of {len(plans)} devices hold it{few}."))
+    console.print("--device NAME gives all parts, and the points that they rest on.", markup=False)
+
+
+def _fit(plan: Plan) -> str:
+    return "met" if plan.fits else "missed"
+
+
+def _shape(plan: Plan) -> str:
+    workload = plan.workload
+    return (
+        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}, batch {workload.batch}, "
+        f"prompt {workload.prompt}, past {plan.past}"
+    )
+
+
+def _tokens_per_second(plan: Plan, decode_ms: float) -> str:
+    return number_text(1e3 * plan.workload.batch / decode_ms, "tokens/s")

@@ -1,0 +1,46 @@
+"""Loads the tokenizer that lies in a model's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def _names_plain_tokenizer(directory: Path) -> bool:
+    """AutoTokenizer would choose the class that the directory names, after importing all of transformers."""
+    path = directory / "tokenizer_config.json"
+    if not path.is_file() or not (directory / "tokenizer.json").is_file():
+        return False
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in config
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer, from local files. Raises InputError where transformers cannot read it."""
+    try:
+        if _names_plain_tokenizer(directory):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizer's own reader raises
+        raise InputError(f"cannot load the tokenizer in {directory}: {error}", "Restore its files.") from None

@@ -1,0 +1,129 @@
+"""A report with what was measured on the device in place of what was estimated. Python 3.10, standard library only."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.ondevice.budget import STATUS_TEXT, Verdict, format_bytes, format_ms, memory_total
+from edgeprune.ondevice.experience import Room, experience_again
+from edgeprune.ondevice.figures import Figure, Measured, Performance, Workload
+
+NOT_MEASURED = "Latency was not measured on the device: build and measure there before you decide."
+BANNER = ("<!-- measured -->", "<!-- /measured -->")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A rung as it was found on the device. error: why it could not be built, empty where it could."""
+
+    index: int
+    status: str
+    performance: Performance | None
+    verdict: Verdict | None
+    error: str = ""
+
+
+def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> dict[str, Any]:
+    """A rung's report with what was measured in the place of what was estimated."""
+    performance = chosen.performance
+    shown = {
+        "memory": {name: _figure(part) for name, part in performance.memory.parts.items()},
+        "memory_total": _figure(memory_total(performance)),
+        "prefill": _figure(performance.prefill),
+        "decode": _figure(performance.decode),
+        "prefill_ratio": None,
+        "decode_ratio": None,
+        "percentiles": performance.percentiles,
+        "conditions": performance.conditions,
+    }
+    checks = {check.name: check for check in chosen.verdict.checks}
+    budget = []
+    for row in report["budget"]:
+        if check := checks.get(row["name"]):
+            row = {
+                **row,
+                "limit": check.limit,
+                "status": check.status,
+                "fitted": _figure(check.figure),
+                "headroom_percent": 100 * (1 - check.figure.value / check.limit),
+            }
+        budget.append(row)
+    batch, decode = report["workload"]["batch"], shown["decode"]
+    rate = {
+        **decode,
+        "value": 1e3 * batch / decode["value"],
+        "unit": "tokens/s",
+        "basis": f"{batch} / decode",
+        "low": 1e3 * batch / decode["high"],
+        "high": 1e3 * batch / decode["low"],
+    }
+    room = report["experience"]["fitted"]["room"]
+    images = (report["quality"]["pictures"] or {}).get("at_once")
+    again = experience_again(performance, Workload(**report["workload"]), Room(**room), images)
+    noticed = {name: figure and _figure(figure) for name, figure in again.figures.items()}
+    return {
+        **report,
+        "headline": _headline(report, measurement, chosen),
+        "status": chosen.status,
+        "rests_on": measurement["rests_on"],
+        "budget": budget,
+        "measurement": measurement,
+        "fitted": {**report["fitted"], "performance": shown},
+        "tokens_per_second": {**report["tokens_per_second"], "fitted": rate},
+        "experience": {**report["experience"], "fitted": {**noticed, "room": room}},
+        "warnings": [text for text in report["warnings"] if text != NOT_MEASURED] + list(performance.notes),
+    }
+
+
+def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> str:
+    name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
+    asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
+    rise = float(report["quality"]["rise_percent"])  # a broken model's is the text `Infinity`
+    cost = f"at {rise:+.1f} % perplexity{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}"
+    if chosen.status == "noisy":
+        return f"{name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
+    if chosen.status == "missed":
+        return f"{name} does not meet {asked} on {place}, {cost}."
+    if report["quality_status"] == "missed":
+        return f"{name} meets {asked} on {place} only beyond the quality limit: {cost}."
+    if report["quality_status"] == "noisy":
+        return f"{name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
+    return f"{name} meets {asked} on {place}, {cost}."
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    """A figure as the report holds it."""
+    measured = isinstance(figure, Measured)
+    return {
+        "value": figure.value,
+        "unit": figure.unit,
+        "source": figure.source,
+        "device": figure.device,
+        "low": figure.low if measured else None,
+        "high": figure.high if measured else None,
+        "basis": None if measured else figure.basis,
+    }
+
+
+def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(row['name'])}</td><td class='{row['status']} n'><b>{html.escape(row['status'])}</b></td>"
+        f"<td class='n'>{_text(row['name'], row['fitted']['value'])} "
+        f"<span class='badge {row['fitted']['source']}'>{row['fitted']['source']}</span></td>"
+        f"<td class='n'>{_text(row['name'], row['limit'])}</td></tr>"
+        for row in report["budget"]
+        if row["name"] != "quality"
+    )
+    version = f"{measurement['engine']} {measurement['version']}"
+    return (
+        f"<section class='card'><h2>{html.escape(report['headline'])}</h2><p class='soft'>Measured "
+        f"{html.escape(measurement['created'])} with {html.escape(version)}, rung {measurement['rung']}. The page "
+        "below is from before; <code>edgeprune report BUNDLE</code> on the workstation draws it anew.</p>"
+        f"<table><tr><th>constraint</th><th>verdict</th><th>there</th><th>limit</th></tr>{rows}</table></section>"
+    )
+
+
+def _text(name: str, value: float) -> str:
+    return format_bytes(value) if name == "memory" else format_ms(value)

@@ -1,0 +1,284 @@
+"""Pruning methods side by side on one model, the same samples and the same texts."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune.engine.estimate import bytes_per_token
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.model.model import Model
+from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
+from edgeprune.progress import Progress
+from edgeprune.search.module_costs import additive
+from edgeprune.search.sensitivity import sensitivities_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeprune.evaluate.perplexity import Losses
+    from edgeprune.ondevice.guided_sampling import Sampling
+    from edgeprune.search.widths import Sensitivities, Widths
+
+CHANNEL_MULTIPLE = 8  # fine enough to realise a ratio within half a point
+RATIO_TOLERANCE = 0.005
+DENSE = "dense"
+DENSE_KEY = (DENSE, "", "0")  # of its row
+DECODE_WORKLOAD = Workload(batch=1, prompt=512, context=1024)  # that decode bytes are stated for, in fp16
+
+
+class Layout(StrEnum):
+    UNIFORM = "uniform"
+    PER_LAYER = "per-layer"
+
+
+class Allocation(StrEnum):
+    """How the widths are found: equal shares, FLAP's one cut over standardised scores, or least predicted loss."""
+
+    EVEN = "even"
+    SCORE = "score"
+    SENSITIVITY = "sensitivity"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one ratio: asked for, and realised.
+
+    perplexity: by text, None beyond floating point; rise: nats per token over the dense model, [value, low,
+    high] by text; over_default: the same over the default method at this ratio, where that ran too.
+    parameters: all; total_ratio: their removed share; decode_bytes: of one fp16 step at past 1023. seconds:
+    pruning alone; peak_bytes: resident, while it pruned and was evaluated. fell_back: modules where no
+    update helped.
+    """
+
+    method: str
+    layout: str
+    allocation: str
+    asked: float
+    ratio: float
+    total_ratio: float
+    perplexity: dict[str, float | None]
+    rise: dict[str, tuple[float, float, float]]
+    over_default: dict[str, tuple[float, float, float]]
+    parameters: int
+    decode_bytes: int
+    seconds: float
+    peak_bytes: int
+    fell_back: int
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Method, layout and the ratio that was asked for."""
+        return self.method, self.layout, f"{self.asked:g}"
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+@dataclass
+class Timed:
+    """A stream that adds up the seconds its consumer waits for it."""
+
+    stream: Iterator[Any]
+    seconds: float = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            start = time.monotonic()
+            try:
+                item = next(self.stream)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.monotonic() - start
+            yield item
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model, the samples to calibrate on (samples, length) int64 and texts of token documents to judge by.
+
+    generated: samples of the model's own, for the methods that compensate. losses: of what was evaluated, by
+    the row's key; another comparison on the same texts may share them.
+    """
+
+    model: Model
+    ids: torch.Tensor
+    generated: torch.Tensor | None
+    texts: Mapping[str, Sequence[np.ndarray]]
+    window: int
+    seed: int
+    progress: Progress
+    losses: dict[tuple[str, str, str], dict[str, Losses]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def sensitivities(self) -> Sensitivities:
+        from edgeprune.pruning.methods import DEFAULT
+
+        return sensitivities_of(self.model, self.ids.numpy(), DEFAULT, self.seed, self.progress)
+
+    @functools.cached_property
+    def dense(self) -> Row:
+        from edgeprune.evaluate.perplexity import text_losses
+        from edgeprune.model.forward import weight_stream
+
+        decoder = self.model.decoder
+        reset_peak_bytes()
+        if DENSE_KEY not in self.losses:
+            advance = self.progress.stage(DENSE, len(decoder.layers))
+            stream = weight_stream(self.model)
+            self.losses[DENSE_KEY] = text_losses(decoder, stream, self.texts, self.window, advance)
+        return self._row(DENSE, "", "", 0.0, decoder, self.losses[DENSE_KEY], 0.0, 0)
+
+    def run(self, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
+        """Prune with a method to a ratio (0 to 1) and evaluate in one walk. Raises InputError."""
+        return self.run_to(self.target(wanted, layout, allocation), name, wanted, layout, allocation)
+
+    def run_to(self, target: Decoder, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
+        """The same for widths that are known."""
+        from edgeprune.evaluate.perplexity import text_losses
+        from edgeprune.pruning.methods import method_named
+        from edgeprune.pruning.prune import prune, result_of
+
+        method = method_named(name)
+        layers = len(self.model.decoder.layers)
+        advance = self.progress.stage(f"{name} at {100 * wanted:g} %, {layout}", 2 * layers)
+        fell_back: list[bool] = []
+        _ = self.dense  # what the rise refers to
+        reset_peak_bytes()
+        stream = Timed(
+            prune(
+                self.model,
+                target,
+                self.ids,
+                method,
+                self.seed,
+                lambda record: (fell_back.append(record.fell_back), advance()),
+                self.generated,
+            )
+        )
+        decoder = result_of(target, method)
+        losses = text_losses(decoder, stream, self.texts, self.window)
+        row = self._row(name, layout, allocation, wanted, decoder, losses, stream.seconds, sum(fell_back))
+        self.losses[row.key] = losses
+        return row
+
+    def target(self, wanted: float, layout: Layout, allocation: Allocation) -> Decoder:
+        """The Decoder to reach: at most 1 - wanted of the parameters, within half a point. Raises InputError."""
+        from edgeprune.pruning import score
+        from edgeprune.search.sensitivity import measure_scores
+        from edgeprune.search.widths import dense_widths, even, layer_parameters, standardised_cut
+
+        dense = self.model.decoder
+        full, cost = dense_widths(dense), functools.partial(layer_parameters, dense)
+        layers, capacity = len(dense.layers), int(dense.layer_parameters * (1 - wanted))
+        least = math.ceil(dense.layer_parameters * (1 - wanted - RATIO_TOLERANCE))
+        widths: list[Widths] | None
+        if allocation is Allocation.EVEN:
+            widths = even(full, layers, cost, capacity, CHANNEL_MULTIPLE, least)
+        elif allocation is Allocation.SCORE:
+            advance = self.progress.stage("scores of every layer", layers)
+            scores = measure_scores(self.model, self.ids, score.flap, self.seed, advance)
+            widths = standardised_cut(*scores, full, cost, capacity)
+        else:
+            widths = self._least_loss(capacity, least, layout)
+        target = dense.with_layer_widths(widths) if widths else None
+        if target is None or abs(ratio(target, dense) - wanted) > RATIO_TOLERANCE:
+            raise InputError(
+                f"no {layout} widths of this model remove {100 * wanted:g} % within {100 * RATIO_TOLERANCE:g} points",
+                "Try another ratio: widths come in steps, and at least one layer stays.",
+            )
+        return target
+
+    def _least_loss(self, capacity: int, least: int, layout: Layout) -> list[Widths] | None:
+        from edgeprune.search.solve import Problem, per_layer, uniform
+        from edgeprune.search.widths import dense_widths, parameter_costs
+
+        parameters = parameter_costs(self.model.decoder)
+        removed = additive(-parameters.attention, -parameters.mlp)  # not more than was asked for either
+        problem = Problem(
+            dense_widths(self.model.decoder),
+            self.sensitivities,
+            {"parameters": parameters, "removed": removed},
+            CHANNEL_MULTIPLE,
+        )
+        solve = uniform if layout is Layout.UNIFORM else per_layer
+        found = solve(problem, {"parameters": capacity, "removed": -least})
+        return found and list(found.layers)
+
+    def over_default(self, row: Row) -> Row:
+        """The row with its rise over the default method's, where that ran at the same ratio and layout."""
+        from edgeprune.evaluate.perplexity import log_rise
+        from edgeprune.pruning.methods import DEFAULT
+
+        default = self.losses.get((DEFAULT, *row.key[1:]))
+        if default is None or row.method == DEFAULT:
+            return row
+        own = self.losses[row.key]
+        return replace(row, over_default={text: log_rise(default[text], own[text], self.seed) for text in own})
+
+    def _row(
+        self,
+        name: str,
+        layout: str,
+        allocation: str,
+        wanted: float,
+        decoder: Decoder,
+        losses: dict[str, Losses],
+        seconds: float,
+        fell_back: int,
+    ) -> Row:
+        from edgeprune.evaluate.perplexity import log_rise
+
+        dense, reference = self.model.decoder, self.losses[DENSE_KEY]
+        return Row(
+            method=name,
+            layout=layout,
+            allocation=allocation,
+            asked=wanted,
+            ratio=ratio(decoder, dense),
+            total_ratio=1 - decoder.parameters / dense.parameters,
+            perplexity={text: _finite(found.perplexity) for text, found in losses.items()},
+            rise={text: log_rise(reference[text], found, self.seed) for text, found in losses.items()},
+            over_default={},
+            parameters=decoder.parameters,
+            decode_bytes=int(bytes_per_token(decoder, "fp16", DECODE_WORKLOAD, in_place=True).total),
+            seconds=seconds,
+            peak_bytes=peak_bytes(),
+            fell_back=fell_back,
+        )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def generate_samples(
+    model: Model, count: int, length: int, seed: int, progress: Progress, sampling: Sampling | None = None
+) -> torch.Tensor:
+    """(count, length) int64 that the dense model draws, from a graph of its own in a temporary folder.
+
+    sampling: of an image generator, whose samples have a length of their own.
+    """
+    import torch
+
+    from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
+    from edgeprune.generate.images import own_samples
+    from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
+        folder = Path(name)
+        write_graphs(model.decoder, model.weights, folder, "fp32", [ONNXRUNTIME_GRAPH], length)
+        graph = folder / GRAPH_FILE
+        return torch.from_numpy(own_samples(graph, model, sampling, count, length, seed, progress))

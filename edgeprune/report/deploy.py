@@ -1,0 +1,52 @@
+"""The deployment steps that a report lists for a device, an engine and a bundle."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from edgeprune.report.schema import Report, Step
+
+FINISH = "finish.pyz"
+LOADERS = {"imagegpt": "ImageGPTForCausalImageModeling", "llamagen": None}  # of transformers; others: Auto...
+
+
+def deploy_steps(
+    report: Report, bundle: str, engine: str, plans: Sequence[str], checkpoint: bool, again: str
+) -> list[Step]:
+    """What to do with the bundle of that name, in order.
+
+    engine: that the device's profile names; plans: names of the files of the built engine, none where none could
+    be built; again: the command that makes the bundle once more, over this one.
+    """
+    name = shlex.quote(bundle)
+    steps = []
+    if engine == "tensorrt":
+        steps.append(
+            Step(
+                title=f"Build and measure the engine on the {report.device.description}, over ssh or by a copy",
+                command=f"edgeprune measure {name} --target ssh://USER@DEVICE\n"
+                f"tar -cf - {name} | ssh USER@DEVICE 'tar -xf - && python3 {name}/{FINISH}'",
+            )
+        )
+    elif report.engine.name == "tensorrt-rtx" and plans:
+        steps.append(
+            Step(
+                title="Load the engine with TensorRT for RTX of the version in manifest.json",
+                command="\n".join(f"engine/{plan}" for plan in plans),
+            )
+        )
+    elif report.engine.name == "tensorrt-rtx":
+        steps.append(
+            Step(
+                title="Build the engine: install TensorRT for RTX and fit again",
+                command=f'pip install "edgeprune[rtx]"\n{again}',
+            )
+        )
+    what = f"--prompt {shlex.quote(report.quality.prompt)}" if report.quality.prompt else "--count 16 --output grid.png"
+    steps.append(Step(title="Try it on this machine", command=f"edgeprune run {name} {what}"))
+    loader = LOADERS.get(report.model.family, "AutoModelForCausalLM")
+    if checkpoint and loader is not None:
+        command = f'transformers.{loader}.from_pretrained("{bundle}/model")'
+        steps.append(Step(title="Load the checkpoint in Python", command=command))
+    return steps
