@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgeprune.errors import InputError
+from edgeprune.precision import GraphPrecision
 
 Confidence = Literal["high", "medium", "low"]
 
@@ -82,7 +83,7 @@ class DeviceProfile(_Strict):
     description: str
     engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
     sm: int | None = Field(default=None, ge=50, le=200)  # CUDA compute capability x 10
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: GraphPrecision
     dialect: Literal["opset23", "primitive", "onnxruntime"]  # the operators that the engine's parser takes
     channel_multiple: int = Field(ge=1)  # of the MLP width; head structure needs none
     memory_shared_with_system: bool

@@ -1,206 +1,130 @@
 """The rules that the house keeps: who imports whom, what starts fast, how large a file may be."""
 
 import ast
+import contextlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from edgeprune import errors
-from edgeprune.engine.remote import DEVICE_FILES
+from edgeprune.engine import remote as device_remote
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "edgeprune").rglob("*.py"))
-ROOMS = {
-    # what a room may import from edgeprune, besides itself and the ground floor
-    "cli": {
-        "measuring",
-        "loop",
-        "shipping",
-        "compare",
-        "generation",
-        "drawing",
-        "pictures",
-        "progress",
-        "log",
-        "report",
-        "picking",
-        "options",
-        "looking",
-        "request",
-        "reading",
-    },
-    "looking": {"doctor", "model", "options", "plan", "profiles", "report"},
-    "request": {"model"},
-    "samples": {"imaging", "model", "pruning", "request"},
-    "imaging": {"engine", "evaluate", "model", "pictures", "pruning", "request"},
-    "drawing": {"bundle", "engine", "generation", "imaging", "model", "pictures", "progress"},
-    "gallery": {"drawing", "engine", "evaluate", "imaging", "journal", "pictures", "prepare", "progress", "results"},
-    "provenance": {"prepare", "request"},
-    "options": set(),
-    "loop": {
-        "results",
-        "prepare",
-        "shipping",
-        "journal",
-        "progress",
-        "search",
-        "evaluation",
-        "engine",
-        "pruning",
-        "budget",
-        "picking",
-        "planning",
-        "request",
-        "stations",
-    },
-    "stations": {
-        "results",
-        "prepare",
-        "journal",
-        "progress",
-        "engine",
-        "pruning",
-        "model",
-        "generation",
-        "drawing",
-        "overflow",
-        "sensitivities",
-        "vocabularies",
-    },
-    "planning": {"journal", "prepare", "progress", "search", "engine", "pruning"},
-    "vocabularies": {"results", "progress", "evaluate", "model"},
-    "results": {"budget", "engine", "model", "prepare", "search"},
-    "deployment": {"budget", "engine", "results"},
-    "finish": {"budget", "bundle", "engine"},
-    "measuring": {"report", "engine", "finish", "prepare", "progress", "reading"},
-    "shipping": {
-        "results",
-        "deployment",
-        "drawing",
-        "experience",
-        "finish",
-        "bundle",
-        "report",
-        "engine",
-        "budget",
-        "model",
-        "profiles",
-        "prepare",
-        "provenance",
-        "readme",
-        "reading",
-        "request",
-        "exports",
-    },
-    "reading": {"bundle", "report"},
-    "readme": {"finish", "report"},
-    "picking": {
-        "results",
-        "deployment",
-        "finish",
-        "bundle",
-        "report",
-        "engine",
-        "budget",
-        "profiles",
-        "progress",
-        "provenance",
-        "reading",
-        "readme",
-        "shipping",
-    },
-    "compare": {
-        "prepare",
-        "progress",
-        "evaluate",
-        "pruning",
-        "model",
-        "engine",
-        "generation",
-        "drawing",
-        "imaging",
-        "request",
-        "samples",
-        "sensitivities",
-    },
-    "overflow": {"model"},
-    "exports": {"model"},
-    "sensitivities": {"pruning", "model", "cache", "progress"},
-    "prepare": {
-        "engine",
-        "pruning",
-        "model",
-        "profiles",
-        "budget",
-        "bundle",
-        "search",
-        "exports",
-        "imaging",
-        "request",
-        "samples",
-    },
-    "generation": {"bundle", "engine", "model", "progress"},
-    "doctor": {"engine"},
-    "pictures": {"engine"},
-    "search": {"pruning"},
-    "plan": {"engine", "model", "profiles"},
-    "report": {"budget", "engine", "compare", "doctor", "profiles", "plan"},
-    "evaluate": {"model"},
-    "experience": {"budget", "engine", "model", "profiles"},
-    "evaluation": {"evaluate", "engine", "gallery", "generation", "journal", "model", "prepare", "progress", "results"},
-    "engine": {"model", "profiles", "cache"},
-    "pruning": {"model"},
-    "model": {"cache"},
-    "budget": {"engine"},
-    "profiles": set(),
-    "bundle": set(),
-    "journal": set(),
-    "progress": set(),
-    "log": set(),
-    "cache": set(),
-    "errors": set(),
-}
-DEVICE_SIDE = {name.removesuffix(".py").replace("/", ".") for name in DEVICE_FILES}
+# A package imports from further right only; those in one tuple never import each other.
+ORDER = (
+    ("cli",),
+    ("commands",),
+    ("bundle",),
+    ("report",),
+    ("pipeline",),
+    ("search",),
+    ("generate", "evaluate", "pruning", "engine"),
+    ("model", "ondevice"),
+    ("errors", "cache", "precision", "progress", "log", "profiles"),
+)
+GROUND = ORDER[-1]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+ON_DEVICE = {name.removesuffix(".py") for name in device_remote.GROUND}  # all that ondevice/ finds beside itself
 NEWER_THAN_3_10 = ("file_digest", "UTC", "tomllib", "ExceptionGroup", "Self", "StrEnum", "TaskGroup", "chdir")
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(ROOT / "edgeprune").parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """edgeprune/model/load.py -> model.load, relative to the package."""
+    return ".".join(path.relative_to(ROOT / "edgeprune").with_suffix("").parts)
 
 
-def imports(tree: ast.AST) -> list[str]:
-    """Modules of edgeprune that a file imports, as dotted paths below the package."""
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(tree: ast.AST) -> list[tuple[str, str]]:
+    """Modules of edgeprune that a file imports from, relative to the package, each with the imported name."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("edgeprune"):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "edgeprune":
             below = node.module.removeprefix("edgeprune").removeprefix(".")
-            package = (ROOT / "edgeprune" / below.replace(".", "/")).is_dir()
-            names = [alias.name for alias in node.names]
-            found += [f"{below}.{name}".removeprefix(".") for name in names] if package else [below]
+            found += [(below, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
-            found += [a.name.removeprefix("edgeprune.") for a in node.names if a.name.startswith("edgeprune.")]
+            names = [alias.name for alias in node.names if alias.name.startswith("edgeprune.")]
+            found += [(name.removeprefix("edgeprune."), "") for name in names]
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_flow_one_way(path):
-    room = room_of(path)
-    if room == "__init__":
+def imported_modules(tree: ast.AST) -> set[str]:
+    """The same as modules: of `from package import module` the module."""
+    return {
+        submodule if (submodule := f"{below}.{name}".strip(".")) in MODULES else below for below, name in imports(tree)
+    } - {"", "__version__"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_flow_one_way(module):
+    package = module.split(".")[0]
+    if package == "__init__":
         return
-    for name in imports(ast.parse(path.read_text())):
-        target = name.split(".")[0]
-        if target not in (room, "errors", "__version__"):
-            assert target in ROOMS[room], f"{room} imports {target}"
-        if str(path.relative_to(ROOT / "edgeprune")) in DEVICE_FILES:
-            assert name in {*DEVICE_SIDE, "__version__"}, f"the device side imports {name}"
+    assert package in RANK, f"{package} stands at the top of the house, and the order does not know it"
+    for imported in imported_modules(ast.parse(MODULES[module].read_text())):
+        target = imported.split(".")[0]
+        if target != package:
+            both_ground = package in GROUND and target in GROUND
+            assert RANK[target] > RANK[package] or both_ground, f"{package} imports {imported}"
+            assert package != "ondevice" or target in ON_DEVICE, f"{imported} does not travel to the device"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: imported_modules(ast.parse(path.read_text())) - {module} for module, path in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+def texts_of_code():
+    """Every file of ours that names our modules, and the strings in them that are programs."""
+    for folder in ("edgeprune", "tools", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            yield path, tree
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and "import edgeprune" in node.value:
+                    with contextlib.suppress(SyntaxError):
+                        yield path, ast.parse(node.value)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "from edgeprune" in node.value:
+                    with contextlib.suppress(SyntaxError):
+                        yield path, ast.parse(node.value)
+
+
+def names_of(module: str) -> set[str]:
+    """What can be imported from a module: its own names, and the modules of a package."""
+    is_package = module == "" or (ROOT / "edgeprune" / module.replace(".", "/")).is_dir()
+    path = ROOT / "edgeprune" / module.replace(".", "/") / "__init__.py" if is_package else MODULES[module]
+    found = {other.rsplit(".", 1)[-1] for other in MODULES if is_package and other.rpartition(".")[0] == module}
+    found |= {p.name for p in path.parent.iterdir() if is_package and (p / "__init__.py").is_file()}
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    exported = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    return found.union(*(ast.literal_eval(node.value) for node in exported))
+
+
+def test_every_imported_name_exists():
+    packages = {module.rpartition(".")[0] for module in MODULES} | {""}
+    for path, tree in texts_of_code():
+        for module, name in imports(tree):
+            assert module in MODULES or module in packages, f"{path}: no module {module}"
+            if name:
+                assert name in names_of(module), f"{path}: {module} has no {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_small_and_keep_the_manners(path):
     text = path.read_text()
-    assert text.count("\n") <= 400
+    assert text.count("\n") <= 520
     tree = ast.parse(text)
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: an assert stands for an error"
@@ -230,7 +154,7 @@ def test_it_starts_without_torch(command):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", DEVICE_FILES)
+@pytest.mark.parametrize("name", device_remote.device_files())
 def test_the_device_side_is_python_3_10_and_little_else(name):
     tree = ast.parse((ROOT / "edgeprune" / name).read_text(), feature_version=(3, 10))
     for node in ast.walk(tree):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.engine.estimate import (
-    Precision,
     bytes_per_token,
     check_precision,
     decode_flops,
@@ -27,6 +26,7 @@ from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_shape
 from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.precision import PRECISIONS, PrecisionName
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, load_profile_file
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
@@ -55,7 +55,7 @@ class Plan:
     model: str
     decoder: Decoder
     profile: DeviceProfile
-    precision: Precision
+    precision: PrecisionName
     workload: Workload
     performance: Performance
     decode_parts: dict[str, float]
@@ -175,9 +175,9 @@ def _workload(question: Question, profile: DeviceProfile, decoder: Decoder) -> W
     return Workload(question.batch or default.batch, prompt, past + 1)
 
 
-def _notes(decoder: Decoder, held: Workload, precision: Precision) -> Sequence[str]:
+def _notes(decoder: Decoder, held: Workload, precision: PrecisionName) -> Sequence[str]:
     notes = []
-    if precision in ("int8", "int4"):
+    if PRECISIONS[precision].is_quantised:
         notes.append(f"{precision} is {QUANTISED}")
     if held.context > decoder.max_position_embeddings:
         notes.append(f"{held.context} tokens are more than the model's {decoder.max_position_embeddings} positions")

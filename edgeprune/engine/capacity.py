@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from edgeprune.engine.estimate import Precision, estimate_memory
+from edgeprune.engine.estimate import estimate_memory
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.budget import AbsoluteBudget
 from edgeprune.ondevice.experience import Experience, Room, experience_of
 from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.precision import PrecisionName
 from edgeprune.profiles import DeviceProfile
 
 MOST_SEQUENCES = 2**20
@@ -23,7 +24,7 @@ def experience(
     decoder: Decoder,
     profile: DeviceProfile,
     workload: Workload,
-    precision: Precision,
+    precision: PrecisionName,
     performance: Performance,
     budget: AbsoluteBudget,
     images: int | None = None,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
 
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.onnx.nodes import HEAD_MULTIPLE, head_width
@@ -22,17 +21,10 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Estimate, Memory, Performance, Workload
 from edgeprune.ondevice.measure import Counted
+from edgeprune.precision import PRECISIONS, PrecisionName
 from edgeprune.profiles import DeviceProfile
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-
-# Of activations, cache, norms, embedding and head.
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2, "int4": 2}
-LOGIT_BYTES = ELEMENT_BYTES | {"bf16": 4}  # see graph.py
-SCALE_BYTES = 2 / 128  # one fp16 scale for a block of 128 weights
-MATRIX_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + SCALE_BYTES, "int4": 0.5 + SCALE_BYTES}
 ID_BYTES = 8
-FIRST_BF16_SM = 80  # GPUs before Ampere have none
 TENSORRT_WORKSPACE = 8 * 2**20  # for matrix products, as TensorRT for RTX's compiler reports it
 
 
@@ -50,9 +42,11 @@ class TokenBytes:
         return self.layers + self.head + self.cache + self.cache_copies
 
 
-def bytes_per_token(decoder: Decoder, precision: Precision, workload: Workload, in_place: bool = False) -> TokenBytes:
+def bytes_per_token(
+    decoder: Decoder, precision: PrecisionName, workload: Workload, in_place: bool = False
+) -> TokenBytes:
     """in_place: the engine appends to one cache buffer, so that nothing is copied (our graphs for TensorRT copy)."""
-    size = ELEMENT_BYTES[precision]
+    size = PRECISIONS[precision].element_bytes
     norms = sum(
         prod(shape)
         for index in range(len(decoder.layers))
@@ -61,17 +55,17 @@ def bytes_per_token(decoder: Decoder, precision: Precision, workload: Workload, 
     )
     cache = cache_bytes(decoder, precision, workload, in_place)
     return TokenBytes(
-        layers=MATRIX_BYTES[precision] * decoder.layer_parameters + size * norms,
+        layers=PRECISIONS[precision].matrix_bytes * decoder.layer_parameters + size * norms,
         head=size * (decoder.vocab_size + 1) * decoder.hidden_size,
         cache=cache,
         cache_copies=0 if in_place else 2 * cache,
     )
 
 
-def cache_bytes(decoder: Decoder, precision: Precision, workload: Workload, in_place: bool) -> int:
+def cache_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, in_place: bool) -> int:
     """One buffer of keys and values at full context. in_place: as ONNX Runtime holds it, zeros behind odd heads."""
     multiple = HEAD_MULTIPLE if in_place else 1
-    return ELEMENT_BYTES[precision] * decoder.cache_elements(workload.batch, workload.context, multiple)
+    return PRECISIONS[precision].element_bytes * decoder.cache_elements(workload.batch, workload.context, multiple)
 
 
 def prefill_flops(decoder: Decoder, workload: Workload) -> float:
@@ -90,7 +84,7 @@ def decode_flops(decoder: Decoder, workload: Workload) -> float:
     return 2.0 * workload.batch * (matrices + 2 * workload.context * query_size)
 
 
-def activation_bytes(decoder: Decoder, precision: Precision, workload: Workload, dialect: str) -> int:
+def activation_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, dialect: str) -> int:
     """The largest set of tensors alive at once in a prefill of `prompt` tokens.
 
     With T = batch x prompt and `total` keys: the residual stream and its normed copy (2 T hidden), for
@@ -110,7 +104,7 @@ def activation_bytes(decoder: Decoder, precision: Precision, workload: Workload,
     """
     tokens = workload.batch * workload.prompt
     total = _total_tokens(workload, dialect)
-    size, in_place = ELEMENT_BYTES[precision], dialect == "onnxruntime"
+    size, in_place = PRECISIONS[precision].element_bytes, dialect == "onnxruntime"
     workspace = 0 if in_place else TENSORRT_WORKSPACE
     largest = 0
     for layer in decoder.layers:
@@ -129,10 +123,10 @@ def activation_bytes(decoder: Decoder, precision: Precision, workload: Workload,
     return size * tokens * (2 * decoder.hidden_size + (0 if in_place else total)) + largest
 
 
-def buffer_bytes(decoder: Decoder, precision: Precision, workload: Workload, dialect: str) -> int:
+def buffer_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, dialect: str) -> int:
     """Inputs and outputs other than the cache: ids, positions, mask, logits of the last position."""
     ids = ID_BYTES * workload.batch * (2 * workload.prompt + _total_tokens(workload, dialect))
-    return ids + LOGIT_BYTES[precision] * workload.batch * decoder.vocab_size
+    return ids + PRECISIONS[precision].logit_bytes * workload.batch * decoder.vocab_size
 
 
 def _total_tokens(workload: Workload, dialect: str) -> int:
@@ -140,7 +134,11 @@ def _total_tokens(workload: Workload, dialect: str) -> int:
 
 
 def estimate_memory(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision, weight_bytes: int | None = None
+    decoder: Decoder,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: PrecisionName,
+    weight_bytes: int | None = None,
 ) -> Memory:
     """The five parts in bytes; weights, cache and buffers are exact for our graph, activations a formula.
 
@@ -170,14 +168,18 @@ def estimate_memory(
     )
 
 
-def _weight_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision) -> float:
-    stored = precision if precision in ("fp32", "bf16") else "fp16"
-    written = graph_weight_bytes(decoder, stored, profile.dialect, workload.context)
-    return written + (MATRIX_BYTES[precision] - MATRIX_BYTES[stored]) * decoder.layer_parameters
+def _weight_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName) -> float:
+    stored = PRECISIONS[precision]
+    written = graph_weight_bytes(decoder, stored.unquantised, profile.dialect, workload.context)
+    return written + (stored.matrix_bytes - stored.element_bytes) * decoder.layer_parameters
 
 
 def estimate_performance(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision, weight_bytes: int | None = None
+    decoder: Decoder,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: PrecisionName,
+    weight_bytes: int | None = None,
 ) -> Performance:
     """Memory by part, prefill and decode in ms of a model on the profile's device; `notes` names weak points.
 
@@ -216,7 +218,7 @@ def estimate_performance(
 
 
 def resource_times(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName
 ) -> dict[str, dict[str, float]]:
     """ms of prefill and decode that each resource alone would take, without the overhead; the slower one binds.
 
@@ -241,7 +243,7 @@ def resource_times(
 
 
 def latency_shares(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName
 ) -> dict[str, float]:
     """Estimated decode ms by part; no pruning of layers removes `head_and_embedding` and `overhead`."""
     parts = decode_parts(decoder, profile, workload, precision)
@@ -254,7 +256,7 @@ def latency_shares(
 
 
 def decode_parts(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision, in_place: bool | None = None
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName, in_place: bool | None = None
 ) -> dict[str, float]:
     """Estimated decode ms by the parts of TokenBytes, what compute takes longer than them, and the overhead.
 
@@ -273,7 +275,7 @@ def floor_decoder(dense: Decoder, channel_multiple: int) -> Decoder:
     return replace(dense, layers=dense.layers[:1]).with_widths(1, 1, min(channel_multiple, narrowest))
 
 
-def estimate_floor(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: Precision) -> Performance:
+def estimate_floor(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName) -> Performance:
     """What the floor needs and reaches: embeddings, head and overhead dominate it, and no pruning goes below."""
     return estimate_performance(floor_decoder(dense, profile.channel_multiple), profile, workload, precision)
 
@@ -286,10 +288,10 @@ def _bytes_per_second(profile: DeviceProfile) -> float:
     return profile.bandwidth.si * profile.decode_efficiency.si
 
 
-def _flops_per_second(profile: DeviceProfile, precision: Precision) -> tuple[float, str]:
+def _flops_per_second(profile: DeviceProfile, precision: PrecisionName) -> tuple[float, str]:
     """The rate that prefill reaches, and how it came about."""
     efficiency = profile.prefill_efficiency.value
-    figure = profile.fp32_compute if precision == "fp32" else profile.fp16_compute
+    figure = getattr(profile, PRECISIONS[precision].compute)
     if figure is not None:
         of_fp16 = " of fp16, which is bf16's too," if precision == "bf16" else ""
         return figure.si * efficiency, f"({figure.value:g} {figure.unit}{of_fp16} x {efficiency:g})"
@@ -300,24 +302,25 @@ def _flops_per_second(profile: DeviceProfile, precision: Precision) -> tuple[flo
     raise _no_rate(profile, precision)
 
 
-def check_precision(profile: DeviceProfile, precision: str) -> Precision:
+def check_precision(profile: DeviceProfile, precision: str) -> PrecisionName:
     """Raises InputError for an unknown precision, or one that the device lacks or has no rate for, probed or not."""
-    if precision not in MATRIX_BYTES:
-        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(MATRIX_BYTES)}.")
-    if precision == "bf16" and not has_bf16(profile):
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
+    if not computes_in(profile, precision):
         lacking = f"SM {profile.sm}" if profile.sm else "ONNX Runtime on a processor"
         other = "fp32" if profile.sm is None else "fp16"
         raise InputError(
-            f"{profile.name} has no bf16: {lacking} computes no product in it", f"Use --precision {other}."
+            f"{profile.name} has no {precision}: {lacking} computes no product in it", f"Use --precision {other}."
         )
-    if precision != "fp32" and profile.fp16_compute is None:
+    if PRECISIONS[precision].compute == "fp16_compute" and profile.fp16_compute is None:
         raise _no_rate(profile, precision)
     return precision
 
 
-def has_bf16(profile: DeviceProfile) -> bool:
-    """Whether the device's engine computes in bf16."""
-    return profile.engine != "onnxruntime" and profile.sm is not None and profile.sm >= FIRST_BF16_SM
+def computes_in(profile: DeviceProfile, precision: str) -> bool:
+    """Returns whether the device's engine has products in a precision."""
+    least = PRECISIONS[precision].least_sm
+    return least is None or (profile.engine != "onnxruntime" and profile.sm is not None and profile.sm >= least)
 
 
 def _no_rate(profile: DeviceProfile, precision: str) -> InputError:

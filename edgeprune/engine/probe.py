@@ -23,6 +23,7 @@ from edgeprune.ondevice.machine import processor
 from edgeprune.ondevice.measure import Here, Session
 from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
 from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 
 VERSION = 2  # of this way of probing; figures of another version are measured again
@@ -171,7 +172,7 @@ def _rates(source: str, stacks: dict[str, Stack], took: dict[str, Took], load: f
     reading = f"{read.weight_bytes / 2**20:.0f} MiB of weights times one row"
     product_of = f"product of {product.rows} x {product.width} and {product.width} x {product.width}"
     overhead = f"{source}: a call of a graph of one small node, of which a model has many"
-    rate = "fp32_compute" if product.precision == "fp32" else "fp16_compute"  # every GPU has one rate for both halves
+    rate = PRECISIONS[product.precision].compute
     return {
         "bandwidth": timed(read.weight_bytes / took["read"].seconds / 1e9, "GB/s", reading, "read"),
         rate: timed(product.flops / took["product"].seconds / 1e9, "GFLOP/s", product_of, "product"),
@@ -227,8 +228,7 @@ def write_graph(stack: Stack, path: Path) -> None:
     """The graph of a stack; its weights are to stand in `weights_file`, one matrix after the other."""
     from onnx import TensorProto, helper, save_model
 
-    types = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-    element = types[stack.precision]
+    element = getattr(TensorProto, PRECISIONS[stack.precision].onnx_type)
     size = stack.matrix_bytes
     weights = []
     for index in range(stack.matrices):

@@ -16,10 +16,11 @@ from functools import cache
 
 import numpy as np
 
-from edgeprune.engine.estimate import Precision, bytes_per_token, prefill_flops
+from edgeprune.engine.estimate import bytes_per_token, prefill_flops
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
 from edgeprune.ondevice.figures import Workload
+from edgeprune.precision import PrecisionName
 from edgeprune.profiles import load_profile
 
 RUNTIME = "NVIDIA TensorRT-Edge-LLM 0.10 llm_bench, TensorRT 10.16, cache in place"
@@ -33,7 +34,7 @@ class Point:
 
     model: str
     decoder: Decoder
-    precision: Precision
+    precision: PrecisionName
     workload: Workload
     decode_ms: float
     prefill_ms: float

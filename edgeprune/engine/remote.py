@@ -23,35 +23,7 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
 from edgeprune.ondevice.worker import Tell
 
-DEVICE_FILES = (
-    "__init__.py",
-    "errors.py",
-    "cache.py",
-    "budget.py",
-    "bundle.py",
-    "finish.py",
-    "engine/__init__.py",
-    *(
-        f"engine/{name}.py"
-        for name in (
-            "base",
-            "wire",
-            "child",
-            "facts",
-            "latency",
-            "check",
-            "onnxruntime",
-            "tensorrt",
-            "cuda",
-            "gpu",
-            "tasks",
-            "perform",
-            "agent",
-            "probing",
-            "serving",
-        )
-    ),
-)
+GROUND = ("__init__.py", "errors.py", "cache.py", "precision.py")  # what travels beside the folder ondevice/
 BOOT = """
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]  # a user's own json.py must not stand for the library
@@ -96,10 +68,16 @@ if sys.version_info < (3, 10):
 if find_spec("numpy") is None:
     sys.stderr.write("error: this machine has no Python module numpy\\npip install numpy\\n")
     sys.exit(4)
-from edgeprune.finish import main
+from edgeprune.ondevice.finish import main
 
 sys.exit(main())
 """
+
+
+def device_files() -> list[str]:
+    """Returns the paths below the package of all files that travel to a device."""
+    folder = package_files("edgeprune").joinpath("ondevice")
+    return [*GROUND, *sorted(f"ondevice/{file.name}" for file in folder.iterdir() if file.name.endswith(".py"))]
 
 
 def program() -> bytes:
@@ -111,7 +89,7 @@ def program() -> bytes:
         def add(name: str, text: str) -> None:  # the same bytes at every time and place
             archive.writestr(zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
 
-        for name in DEVICE_FILES:
+        for name in device_files():
             add(f"edgeprune/{name}", root.joinpath(name).read_text(encoding="utf-8"))
         metadata = f"Metadata-Version: 2.1\nName: edgeprune\nVersion: {__version__}\n"
         add(f"edgeprune-{__version__}.dist-info/METADATA", metadata)

@@ -28,11 +28,11 @@ from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
 from edgeprune.ondevice.tensorrt_runner import mapped
 from edgeprune.ondevice.timing import WARM_UP_SECONDS
 from edgeprune.ondevice.worker import Tell, ask
+from edgeprune.precision import PRECISIONS
 
 MIN_RUNS = 5
 RUNS, RUNS_SECONDS = 100, 1.5  # on a processor, whichever ends first
 GPU_RUNS, GPU_SECONDS = 100, 2.0
-DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bf16: its bits
 INPUT, OUTPUT = "x", "y"
 
 
@@ -47,7 +47,7 @@ class Stack:
 
     @property
     def matrix_bytes(self) -> int:
-        return self.width * self.width * np.dtype(DTYPES[self.precision]).itemsize
+        return self.width * self.width * PRECISIONS[self.precision].element_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -163,7 +163,7 @@ def in_precision(values: np.ndarray, precision: str) -> np.ndarray:
     """fp32 values in a precision's type; bf16 is their upper half, not rounded: what is timed does not depend on it."""
     if precision == "bf16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype(DTYPES[precision], copy=False)
+    return values.astype(PRECISIONS[precision].numpy_dtype, copy=False)
 
 
 def _check_room(paths: dict[str, Path], stacks: dict[str, Stack], copies: int) -> None:

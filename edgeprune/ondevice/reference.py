@@ -14,10 +14,9 @@ import numpy as np
 
 from edgeprune.errors import EngineError, WrongEngine
 from edgeprune.ondevice.worker import Tell
+from edgeprune.precision import PRECISIONS
 
 PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after it, at most
-# Least cosine and largest max|a - b| / max|b| at any position. fp32 leaves room for TensorRT's TF32 products.
-TOLERANCE = {"fp32": (0.9999, 0.01), "fp16": (0.9995, 0.03), "bf16": (0.99, 0.1)}
 # What numpy raises for a file that is cut short, empty, no archive, or one array alone.
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile)
 
@@ -88,7 +87,7 @@ def compare_logits(runner: Runner, ids: np.ndarray, expected: np.ndarray, tell: 
 
 def judge_logits(found: dict[str, Any], precision: str, what: str) -> str:
     """What was found in words. Raises EngineError where the engine's logits are beyond the tolerance."""
-    cosine, error = TOLERANCE[precision]
+    cosine, error = PRECISIONS[precision].tolerance
     words = (
         f"cosine {found['cosine']:.6f}, largest error {found['error']:.2g} of the largest logit, the likeliest token "
         f"equal at {100 * found['equal']:.0f} % of {found['positions']} positions"

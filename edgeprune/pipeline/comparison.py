@@ -22,7 +22,6 @@ from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
 from edgeprune.progress import Progress
 from edgeprune.search.module_costs import additive
-from edgeprune.search.sensitivity import sensitivities_of
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +124,7 @@ class Comparison:
     @functools.cached_property
     def sensitivities(self) -> Sensitivities:
         from edgeprune.pruning.methods import DEFAULT
+        from edgeprune.search.sensitivity import sensitivities_of
 
         return sensitivities_of(self.model, self.ids.numpy(), DEFAULT, self.seed, self.progress)
 

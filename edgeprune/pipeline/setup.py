@@ -9,7 +9,7 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
-from edgeprune.engine.estimate import ELEMENT_BYTES, check_precision, estimate_floor, estimate_performance
+from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import resolve_profile
 from edgeprune.engine.remote import target_of
@@ -26,11 +26,11 @@ from edgeprune.pipeline.imaging import Imaging, check_kind, imaging_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import Texts, length_of, read_documents_of, read_samples, samples_hash
+from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 DEMO_MEMORY = "90%"
-PRECISIONS = ("fp32", "fp16", "bf16")  # that graphs are written in
 LAYOUTS = ("uniform", "per-layer")
 VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
@@ -181,8 +181,8 @@ def _profile(request: Request) -> DeviceProfile:
         )
     named = load_profile(request.device) if request.profile is None else load_profile_file(request.profile)
     precision = request.precision or named.precision
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
+    if precision not in GRAPH_PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(GRAPH_PRECISIONS)}.")
     check_precision(named, precision)
     return resolve_profile(request.device, request.profile)
 
@@ -276,7 +276,7 @@ def _check_floor(
 def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:
     if name != "memory":
         return "one layer of one head and the fewest channels, the head, the cache and the overhead"
-    embedding = ELEMENT_BYTES[precision] * decoder.table_parameters
+    embedding = PRECISIONS[precision].element_bytes * decoder.table_parameters
     parts = [f"{part} {format_bytes(figure.value)}" for part, figure in floor.memory.parts.items()]
     return f"{', '.join(parts)} (of the weights, embedding and head are {format_bytes(embedding)})"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.engine.engines import Exported
-from edgeprune.engine.estimate import has_bf16
+from edgeprune.engine.estimate import computes_in
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.load import load_model
@@ -30,7 +30,6 @@ from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Progress
-from edgeprune.search.sensitivity import sensitivities_of
 
 if TYPE_CHECKING:
     from edgeprune.model.tokens.vocabulary import Vocabulary
@@ -103,7 +102,7 @@ class Run:
         """Before a graph in fp16 is written: raises NumericalError where it would overflow on samples (any, tokens)."""
         if self.setup.precision != "fp16":
             return
-        others = "bf16 or fp32" if has_bf16(self.setup.profile) else "fp32"
+        others = "bf16 or fp32" if computes_in(self.setup.profile, "bf16") else "fp32"
         advance = self.progress.stage("look for fp16 overflow", len(model.decoder.layers))
         largest = check_fp16(activation_peaks(model, _tensor(ids), advance), f"Use --precision {others}.")
         if largest.value > CLOSE * LIMIT:
@@ -148,6 +147,8 @@ class Run:
 
     def measure_sensitivities(self, samples: Samples) -> Sensitivities:
         """What every possible cut would cost; reused by other budgets for the same model and samples."""
+        from edgeprune.search.sensitivity import sensitivities_of
+
         setup = self.setup
         request = setup.request
         return sensitivities_of(setup.model, samples.calibration, request.method, request.seed, self.progress)

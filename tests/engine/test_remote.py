@@ -20,7 +20,7 @@ import pytest
 
 from edgeprune.engine import ssh
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
-from edgeprune.engine.remote import DEVICE_FILES, Device, Target, program
+from edgeprune.engine.remote import Device, Target, device_files, program
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.figures import Measured, Workload
@@ -103,7 +103,7 @@ def test_the_program_is_the_same_every_time_and_has_no_more_than_its_files() -> 
     assert program() == program()
     with zipfile.ZipFile(BytesIO(program())) as archive:
         names = {name.removeprefix("edgeprune/") for name in archive.namelist() if name.endswith(".py")}
-    assert names == {*DEVICE_FILES, "__main__.py"}
+    assert names == {*device_files(), "__main__.py"}
 
 
 def test_what_the_device_is(server: Server) -> None:

@@ -157,7 +157,6 @@ OTHERS = {  # what else has attributes in these files
     "name",
     "next(iter(paths.values()))",
     "np",
-    "np.dtype(DTYPES[self.precision])",
     "np.random",
     "opened",
     "os",

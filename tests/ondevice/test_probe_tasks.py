@@ -20,6 +20,7 @@ from edgeprune.ondevice.measure import Here
 from edgeprune.ondevice.probe_tasks import Stack, Took, compile_stack, write_weights
 from edgeprune.ondevice.tensorrt import available
 from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import load_profile
 from tests.doubles import double_tensorrt
 from tests.doubles.double_device import Device, Fault, Work
@@ -39,7 +40,7 @@ def written(stack: Stack, folder: Path) -> Path:
 def test_a_stack_is_a_chain_of_unequal_products_of_numbers_that_stay_finite(precision: str, tmp_path: Path) -> None:
     stack = Stack(3, 64, 16, precision)
     graph = written(stack, tmp_path)
-    weights = np.fromfile(probe_tasks.weights_file(graph), probe_tasks.DTYPES[precision]).reshape(16, 64, 64)
+    weights = np.fromfile(probe_tasks.weights_file(graph), PRECISIONS[precision].numpy_dtype).reshape(16, 64, 64)
     assert weights.nbytes == stack.weight_bytes
     assert len({weight.tobytes() for weight in weights}) == 16
     values = np.random.default_rng(0).normal(size=(3, 64)).astype(weights.dtype)

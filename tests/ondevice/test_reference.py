@@ -14,17 +14,10 @@ from edgeprune.errors import EngineError
 from edgeprune.ondevice import machine, measure, tasks
 from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
 from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
-from edgeprune.ondevice.reference import (
-    PROMPT,
-    STEPS,
-    TOLERANCE,
-    compare_logits,
-    judge_logits,
-    read_reference,
-    write_reference,
-)
+from edgeprune.ondevice.reference import PROMPT, STEPS, compare_logits, judge_logits, read_reference, write_reference
 from edgeprune.ondevice.tensorrt_runner import Runner
 from edgeprune.ondevice.worker import quiet
+from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
 from tests.doubles.double_device import Device
 from tests.doubles.double_tensorrt import CONTEXT_BYTES
 from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, VERSION, WORKLOAD, InProcess, built, on_the_processor
@@ -180,9 +173,9 @@ def test_on_a_double_an_engine_of_another_vocabulary_is_of_another_model(
     assert "another model" in caught.value.remedy
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("precision", GRAPH_PRECISIONS)
 def test_the_tolerance_is_for_cosine_and_error_each(precision: str) -> None:
-    cosine, error = TOLERANCE[precision]
+    cosine, error = PRECISIONS[precision].tolerance
     found = {"cosine": cosine, "error": error, "equal": 0.5, "positions": 4}
     assert "equal at 50 % of 4 positions" in judge_logits(found, precision, "it")
     for worse in (

@@ -16,16 +16,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Attention, Decoder, Mlp
+from edgeprune.precision import PRECISIONS, GraphPrecision
 
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["fp32", "fp16", "bf16"]
-ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 EMBEDDING_FILE = "embedding.data"
 LAYERS_FILE = "model.onnx.data"
 ALIGNMENT = 64  # bytes: a cache line, and more than any element
@@ -46,7 +45,7 @@ class Initializer:
     transposed: bool
     offset: int
     length: int  # bytes
-    precision: Precision
+    precision: GraphPrecision
     blocks: int = 1
 
     @property
@@ -68,7 +67,7 @@ def rotary_tables(number: int) -> tuple[str, str]:
     return f"{name}.cos_table", f"{name}.sin_table"
 
 
-def layout(decoder: Decoder, precision: Precision, max_positions: int | None) -> tuple[Initializer, ...]:
+def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | None) -> tuple[Initializer, ...]:
     """Every initializer in the order of the files; `max_positions` rows of rotary tables, None for no tables."""
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
     found: list[Initializer] = []
@@ -82,8 +81,8 @@ def layout(decoder: Decoder, precision: Precision, max_positions: int | None) ->
         transposed: bool = True,
     ) -> None:
         offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
-        own: Precision = "fp32" if precision == "bf16" and not sources else precision
-        length, turned = prod(shape) * ELEMENT_BYTES[own], transposed and len(shape) > 1
+        own: GraphPrecision = "fp32" if precision == "bf16" and not sources else precision
+        length, turned = prod(shape) * PRECISIONS[own].element_bytes, transposed and len(shape) > 1
         found.append(Initializer(name, file, shape, sources, turned, offset, length, own, blocks))
         ends[file] = offset + length
 
@@ -190,28 +189,27 @@ def _parts(
     return {name: _read(weights, name, shapes[name]) for name in sources}
 
 
-def _pieces(parts: dict[str, torch.Tensor], transposed: bool, precision: Precision) -> Iterator[torch.Tensor]:
+def _pieces(parts: dict[str, torch.Tensor], transposed: bool, precision: GraphPrecision) -> Iterator[torch.Tensor]:
     """Contiguous pieces of the stacked (and transposed) parts, in the order of the file."""
     import torch
 
     if not transposed:  # one part after the other
         for name, part in parts.items():
-            rows = max(1, PIECE_BYTES // (prod(part.shape[1:]) * ELEMENT_BYTES[precision]))
+            rows = max(1, PIECE_BYTES // (prod(part.shape[1:]) * PRECISIONS[precision].element_bytes))
             for piece in part.split(rows):
                 yield _convert(name, piece, precision)
         return
     across = sum(part.shape[0] for part in parts.values())
-    columns = max(1, PIECE_BYTES // (across * ELEMENT_BYTES[precision]))
+    columns = max(1, PIECE_BYTES // (across * PRECISIONS[precision].element_bytes))
     for pieces in zip(*(part.split(columns, dim=1) for part in parts.values()), strict=True):
         converted = [_convert(name, piece, precision) for name, piece in zip(parts, pieces, strict=True)]
         yield torch.cat(converted).t().contiguous()
 
 
-def _convert(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Tensor:
+def _convert(name: str, tensor: torch.Tensor, precision: GraphPrecision) -> torch.Tensor:
     import torch
 
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    converted = tensor.to(dtypes[precision]).contiguous()
+    converted = tensor.to(getattr(torch, PRECISIONS[precision].torch_dtype)).contiguous()
     if torch.isfinite(converted).all():
         return converted
     if torch.isfinite(tensor).all():

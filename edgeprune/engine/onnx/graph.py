@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, Precision, layout, write_data
+from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, layout, write_data
 from edgeprune.engine.onnx.nodes import Dialect, Nodes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, Layer
+from edgeprune.precision import GraphPrecision
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def write_graphs(
     decoder: Decoder,
     weights: Mapping[str, torch.Tensor],
     folder: Path,
-    precision: Precision,
+    precision: GraphPrecision,
     variants: Sequence[GraphVariant],
     max_positions: int | None = None,
 ) -> GraphFiles:
@@ -89,7 +90,7 @@ def write_graphs(
 
 
 def graph_weight_bytes(
-    decoder: Decoder, precision: Precision, dialect: Dialect = "opset23", max_positions: int | None = None
+    decoder: Decoder, precision: GraphPrecision, dialect: Dialect = "opset23", max_positions: int | None = None
 ) -> int:
     """Bytes of all initializers that a graph of this dialect references, without writing it.
 
@@ -108,7 +109,7 @@ def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
 
 
 def _model(
-    decoder: Decoder, precision: Precision, variant: GraphVariant, initializers: Sequence[Initializer]
+    decoder: Decoder, precision: GraphPrecision, variant: GraphVariant, initializers: Sequence[Initializer]
 ) -> ModelProto:
     from onnx import helper
 
@@ -122,7 +123,7 @@ def _model(
 
 
 def _graph(
-    decoder: Decoder, precision: Precision, variant: GraphVariant, initializers: Sequence[Initializer]
+    decoder: Decoder, precision: GraphPrecision, variant: GraphVariant, initializers: Sequence[Initializer]
 ) -> GraphProto:
     from onnx import TensorProto, helper
 

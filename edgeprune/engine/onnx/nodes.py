@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgeprune.engine.onnx.data import Precision
+from edgeprune.precision import PRECISIONS, GraphPrecision
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
@@ -24,18 +24,18 @@ def head_width(head_dim: int, dialect: Dialect) -> int:
     return -(-head_dim // multiple) * multiple
 
 
-def element_type(precision: Precision) -> int:
+def element_type(precision: GraphPrecision) -> int:
     """ONNX's number of the type of weights, activations and cache."""
     from onnx import TensorProto
 
-    return {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
+    return getattr(TensorProto, PRECISIONS[precision].onnx_type)
 
 
 @dataclass
 class Nodes:
     """The nodes and small constants of one graph while it grows, in execution order."""
 
-    precision: Precision  # of weights, activations and cache
+    precision: GraphPrecision  # of weights, activations and cache
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
 
