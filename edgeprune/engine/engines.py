@@ -12,14 +12,13 @@ from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.errors import EngineError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice import measure
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Estimate, Figure, Performance, Workload
 from edgeprune.ondevice.measure import Here, Session
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import Tell
 from edgeprune.profiles import DeviceProfile
-
-SURVEY_SECONDS = 3.0  # at most, for each of many models, prefill and decode together
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ class OnnxRuntime:
 
     def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
         graphs = {name: model.graphs / GRAPH_FILE for name, model in models.items()}
-        return measure.relative_latencies(self.session, graphs, self.workload, SURVEY_SECONDS * len(models), tell)
+        seconds = timing().survey_seconds * len(models)
+        return measure.relative_latencies(self.session, graphs, self.workload, seconds, tell)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TensorRT:
             graph, plan = model.graphs / GraphVariant(self.profile.dialect, "last").filename, _plan(model, self.profile)
             workspace = workspace_bytes(model.decoder, self.profile, self.workload, self.precision)
             measure.build(self.session, self.name, graph, plan, self.workload, tell, workspace_bytes=workspace)
-            seconds = 2 * SURVEY_SECONDS
+            seconds = 2 * timing().survey_seconds
             times = measure.engine_latencies(self.session, self.name, plan, self.workload, seconds, tell)
             for kind, milliseconds in times.items():
                 found.setdefault(kind, {})[name] = milliseconds

@@ -17,8 +17,8 @@ from typing import Any
 
 from edgeprune.errors import EngineError, InputError, Unreachable
 from edgeprune.ondevice.agent import CHUNK, PROTOCOL
+from edgeprune.ondevice.durations import timing
 
-ALIVE_SECONDS = 15.0
 CONNECT_SECONDS = 20
 _LAST_OPTION = "ServerAliveCountMax=4"
 # Reads a program of the length that the first line says and runs it: the same words in every shell.
@@ -263,6 +263,6 @@ class _Ssh(subprocess.Popen):
 
 
 def _keep_alive(talk: Talk, over: threading.Event) -> None:
-    while not over.wait(ALIVE_SECONDS):
+    while not over.wait(timing().alive_seconds):
         with contextlib.suppress(OSError, ValueError):  # who waits for an answer hears of it
             talk.write(iter([b'{"do": "alive"}\n']))

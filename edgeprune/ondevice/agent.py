@@ -39,11 +39,10 @@ from typing import Any, BinaryIO
 
 from edgeprune.cache import cache_folder
 from edgeprune.errors import EdgepruneError, EngineError
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.worker import DISK_FULL, ask
 
 PROTOCOL = 1
-SILENCE_SECONDS = 90.0  # the workstation says that it is there every 15
-FRESH_SECONDS = 60.0
 CHUNK = 1 << 20
 TASKS = "edgeprune.ondevice.tasks"
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -92,7 +91,7 @@ class Store:
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another run makes room too
                 used, fresh = path.stat().st_mtime, path.name.startswith(PART)
-                if path.name not in self._used and not (fresh and time.time() - used < FRESH_SECONDS):
+                if path.name not in self._used and not (fresh and time.time() - used < timing().fresh_seconds):
                     found.append((used, path))
         return [path for _, path in sorted(found)]
 
@@ -203,7 +202,7 @@ class Agent:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
-        while self._heard.wait(SILENCE_SECONDS):
+        while self._heard.wait(timing().silence_seconds):
             self._heard.clear()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -277,7 +276,7 @@ def _working_folder(folder: Path) -> Path:
     works.mkdir(parents=True, exist_ok=True)
     for old in works.iterdir():
         with contextlib.suppress(OSError):  # in use, or another run removes it too
-            if time.time() - old.stat().st_mtime < FRESH_SECONDS or (old / KEEP).exists():
+            if time.time() - old.stat().st_mtime < timing().fresh_seconds or (old / KEEP).exists():
                 continue  # perhaps made just now, and not locked yet
             with (old / LOCK).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

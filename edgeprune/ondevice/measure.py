@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Figure, Measured, Memory, Performance, Workload
 from edgeprune.ondevice.reference import judge_logits
 from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import Tell, ask
 
 TASKS = "edgeprune.ondevice.tasks"
-SECONDS = 40.0  # at most, for prefill and decode together
 BUILD_SECONDS, MEASURE_SECONDS, CHECK_SECONDS, DESCRIBE_SECONDS = 3600.0, 1800.0, 600.0, 120.0
 
 
@@ -166,7 +166,7 @@ def on_tensorrt(
     """
     files = {"plan": str(plan), "reference": str(reference)}
     checked = _check(session, flavour, files, precision, plan.name, tell)
-    found = _timed(session, flavour, plan, workload, seconds or SECONDS, tell)
+    found = _timed(session, flavour, plan, workload, seconds or timing().measure_seconds, tell)
     device, memory = found["device"], found["memory"]
     basis = f"{flavour} {built.version}, {built.effort}"
     weights = Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}")
@@ -222,7 +222,7 @@ def _latency(
         "engine": "onnxruntime",
         "workload": asdict(workload),
         "files": {name: str(path) for name, path in graphs.items()},
-        "seconds": seconds or SECONDS,
+        "seconds": seconds or timing().measure_seconds,
     }
     return session.run(request, MEASURE_SECONDS, tell)
 

@@ -23,10 +23,10 @@ import numpy as np
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import machine
 from edgeprune.ondevice.cuda import Cuda
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.measure import BUILD_SECONDS, TASKS
 from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
 from edgeprune.ondevice.tensorrt_runner import mapped
-from edgeprune.ondevice.timing import WARM_UP_SECONDS
 from edgeprune.ondevice.worker import Tell, ask
 from edgeprune.precision import PRECISIONS
 
@@ -299,7 +299,7 @@ def _free_bytes(shared: bool) -> int | None:
 def _typical(cuda: Cuda, step: Callable[[], None]) -> Took:
     """The median by the GPU's own clock counts, after a warm-up. The spread is that of nine runs in ten."""
     spent, count = 0.0, 0
-    while spent < 1e3 * WARM_UP_SECONDS and count < 10_000 or count < 3:
+    while spent < 1e3 * timing().warm_up_seconds and count < 10_000 or count < 3:
         spent += max(cuda.time_ms(step))
         count += 1
     times: list[float] = []

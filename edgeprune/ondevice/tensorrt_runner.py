@@ -18,9 +18,9 @@ import numpy as np
 
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.cuda import Cuda
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
-from edgeprune.ondevice.timing import WARM_UP_SECONDS
 
 IDS = ("input_ids", "position_ids", "attention_mask")
 LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --context."
@@ -227,7 +227,7 @@ class Timed:
         self._stage(self._prompt[:, :1], self._workload.context - 1)
         times = []
         spent = 0.0
-        while spent < 1e3 * WARM_UP_SECONDS or len(times) < 3:
+        while spent < 1e3 * timing().warm_up_seconds or len(times) < 3:
             times.append(self._runner.cuda.time_ms(self._runner.step))
             spent += max(times[-1])
         gpu_ms, enqueue_ms = np.median(times, axis=0)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-WARM_UP_SECONDS = 0.2
+from edgeprune.ondevice.durations import timing
+
 MIN_BLOCKS = 6
 GROWTH = 1.5  # of the rounds from one look at the precision to the next: stopping at any lucky round covers less
 CONFIDENCE = 0.95
@@ -83,7 +84,7 @@ def interleave(
     runs: Mapping[str, Callable[[], float]],
     seconds: float,
     precision: float = 0.01,
-    block_ms: float = 150.0,
+    block_ms: float | None = None,
     min_runs: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
@@ -97,6 +98,7 @@ def interleave(
     half width below `precision`, looked at after MIN_BLOCKS rounds and at growing distances from then
     on, or after `seconds` and MIN_BLOCKS rounds; never before `min_runs` runs of each.
     """
+    block_ms = timing().block_ms if block_ms is None else block_ms
     counts = {name: _warm_up(run, block_ms) for name, run in runs.items()}
     blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
     names = list(runs)
@@ -125,9 +127,9 @@ def _is_precise(timings: Timings, names: list[str], precision: float) -> bool:
 
 
 def _warm_up(run: Callable[[], float], block_ms: float) -> int:
-    """Run for WARM_UP_SECONDS at least; how many runs make a block."""
+    """Run for the time of a warm-up at least; how many runs make a block."""
     times: list[float] = []
-    while sum(times) < 1e3 * WARM_UP_SECONDS or len(times) < 2:
+    while sum(times) < 1e3 * timing().warm_up_seconds or len(times) < 2:
         times.append(run())
     return max(1, round(block_ms / float(np.median(times))))
 

@@ -18,6 +18,7 @@ from edgeprune.model.model import Model
 from edgeprune.model.overflow import CLOSE, LIMIT, activation_peaks, check_fp16
 from edgeprune.model.save import save_checkpoint
 from edgeprune.ondevice import measure
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import (
     Measured,
     figure_from_json,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 VARIANTS = tuple(GraphVariant(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
 REFERENCE = "reference.npz"
-CROSS_CHECK_SECONDS = 10.0
 WALKED = 8  # samples, at most, on which a fitted model is looked at for overflow: its dense model was on all
 
 
@@ -251,7 +251,7 @@ class Run:
                 plain / GRAPH_FILE,
                 candidate,
                 self.setup.workload,
-                CROSS_CHECK_SECONDS,
+                timing().cross_check_seconds,
                 self.progress.track,
             )
             return {name: figure_to_json(figure) for name, figure in ratios.items()}
