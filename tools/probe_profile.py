@@ -30,7 +30,7 @@ from edgeprune.engine.remote import Device, Target
 from edgeprune.errors import EdgepruneError, EngineError, InputError
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.measure import Here, Session
-from edgeprune.ondevice.tensorrt import MODULES
+from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES
 from edgeprune.ondevice.worker import Tell
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, profile_toml
 
@@ -53,7 +53,7 @@ def choose(asked: str, found: dict[str, Any], where: str) -> Found:
     gpu, modules = found["gpu"], found["modules"]
     if modules["numpy"] is None:
         raise EngineError(f"{where} has no numpy", "Install it there: python3 -m pip install numpy")
-    flavours = [flavour for flavour, module in MODULES.items() if modules[module]]
+    flavours = [name for name in GPU_RUNTIMES if modules[RUNTIMES[name].module]]
     if asked == "onnxruntime" or (asked == "auto" and (gpu is None or not flavours)):
         if modules["onnxruntime"] is None:
             raise EngineError(
@@ -64,8 +64,10 @@ def choose(asked: str, found: dict[str, Any], where: str) -> Found:
             reason = f"no GPU can be used: {found['no_gpu']}" if gpu is None else "there is a GPU, but no TensorRT"
         return Found("onnxruntime", found["processor"], None, reason)
     if asked != "auto" and asked not in flavours:
-        how = f"python3 -m pip install {asked}" if asked == "tensorrt-rtx" else "it comes with JetPack, or from NVIDIA"
-        raise EngineError(f"{where} has no Python module {MODULES[asked]}", f"Install it there: {how}.")
+        runtime = RUNTIMES[asked]
+        raise EngineError(
+            f"{where} has no Python module {runtime.module}", f"Install it there: {runtime.install_there}."
+        )
     if gpu is None:
         raise EngineError(
             f"{where}: {found['no_gpu']}",

@@ -10,6 +10,7 @@ from typing import Any
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import tensorrt
 from edgeprune.ondevice.cuda import find_gpu
+from edgeprune.ondevice.runtimes import RUNTIMES, preferred
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 
@@ -30,12 +31,11 @@ class Finding:
 def examine() -> list[Finding]:
     findings = [_package(name) for name in PACKAGES]
     findings.append(Finding("engine onnxruntime", True, "builds, runs and measures on this machine's processor"))
-    for flavour, extra in (("tensorrt-rtx", "rtx"), ("tensorrt", "tensorrt")):
-        usable, why = tensorrt.available(flavour)
-        detail = f"{why}; builds engines for SM {_offered()}, no GPU needed" if usable and extra == "rtx" else why
-        findings.append(
-            Finding(f"engine {flavour}", usable, detail, "" if usable else f'pip install "edgeprune[{extra}]"')
-        )
+    for name in preferred("tensorrt-rtx"):
+        usable, detail = tensorrt.available(name)
+        if usable and RUNTIMES[name].builds_ahead:
+            detail += f"; builds engines for SM {_offered()}, no GPU needed"
+        findings.append(Finding(f"engine {name}", usable, detail, "" if usable else RUNTIMES[name].install_here))
     findings += [_gpu(), _ssh()]
     findings.append(_demo())
     return findings

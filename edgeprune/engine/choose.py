@@ -9,10 +9,11 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import Here, Session
+from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES, preferred
 from edgeprune.ondevice.worker import quiet
 from edgeprune.profiles import DeviceProfile
 
-NAMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
+NAMES = ("auto", *RUNTIMES)
 
 
 def choose_engine(
@@ -26,8 +27,7 @@ def choose_engine(
     """
     if asked not in NAMES:
         raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(NAMES)}.")
-    gpus = ("tensorrt", "tensorrt-rtx")
-    if asked not in ("auto", profile.engine) and not (target and {asked, profile.engine} <= set(gpus)):
+    if asked not in ("auto", profile.engine) and not (target and {asked, profile.engine} <= set(GPU_RUNTIMES)):
         raise InputError(
             f"{profile.name} runs {profile.engine}, not {asked}",
             f"Leave --engine out, or choose a device of {asked} (`edgeprune devices`).",
@@ -39,10 +39,9 @@ def choose_engine(
         return OnnxRuntime(*parts, reason="the device is this machine's processor")
     available, why = tensorrt.available(profile.engine)
     if asked != "auto" and not available:
-        extra = "rtx" if asked == "tensorrt-rtx" else "tensorrt"
         raise InputError(
             f"the engine {asked} is not usable here: {why}",
-            f'Install it with `pip install "edgeprune[{extra}]"`, or leave --engine out to estimate.',
+            f"Install it with `{RUNTIMES[asked].install_here}`, or leave --engine out to estimate.",
         )
     if available and (gpu := measure.describe(Here(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
         return TensorRT(*parts, reason=f"this machine has a {gpu['name']} and {why}", name=profile.engine)
@@ -77,11 +76,10 @@ def _on_target(asked: str, parts: tuple[DeviceProfile, Workload, str], target: S
         _require(target, found, "onnxruntime")
         reason = f"{target} is a {found['processor']} with onnxruntime {found['modules']['onnxruntime']}"
         return OnnxRuntime(*parts, reason=reason, session=target)
-    modules = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-    wanted = [asked] if asked != "auto" else [profile.engine, *(m for m in modules if m != profile.engine)]
-    flavour = next((name for name in wanted if found["modules"][modules[name]]), None)
+    wanted = [asked] if asked != "auto" else preferred(profile.engine)
+    flavour = next((name for name in wanted if found["modules"][RUNTIMES[name].module]), None)
     if flavour is None:
-        _require(target, found, modules[wanted[0]])
+        _require(target, found, wanted[0])
     gpu = found["gpu"]
     if gpu is None:
         raise EngineError(f"{target}: {found['no_gpu']}", "Install cuda-python or pycuda there, and check the driver.")
@@ -91,15 +89,15 @@ def _on_target(asked: str, parts: tuple[DeviceProfile, Workload, str], target: S
             f"Give the profile of that device, or write one: python tools/probe_profile.py --target {target} "
             "--output device.toml",
         )
-    version = found["modules"][modules[flavour]]
+    version = found["modules"][RUNTIMES[flavour].module]
     reason = f"{target} is a {found['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
     return TensorRT(*parts, reason=reason, name=flavour, session=target)
 
 
-def _require(target: Session, found: dict[str, Any], module: str) -> None:
-    if found["modules"][module] is None:
-        how = "it comes with JetPack (sudo apt install tensorrt python3-libnvinfer)" if module == "tensorrt" else ""
+def _require(target: Session, found: dict[str, Any], engine: str) -> None:
+    """Raises EngineError where the target lacks the module of an engine."""
+    runtime = RUNTIMES[engine]
+    if found["modules"][runtime.module] is None:
         raise EngineError(
-            f"{target} has no Python module {module}",
-            f"Install it there: {how or 'python3 -m pip install ' + module.replace('_', '-')}.",
+            f"{target} has no Python module {runtime.module}", f"Install it there: {runtime.install_there}."
         )

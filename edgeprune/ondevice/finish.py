@@ -26,12 +26,12 @@ from edgeprune.ondevice.bundle import LINKS, MANIFEST, REPORT, open_bundle, open
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
 from edgeprune.ondevice.finish_report import BANNER, Rung, _banner, _text, merged
 from edgeprune.ondevice.measure import Counted, Here, Session
+from edgeprune.ondevice.runtimes import RUNTIMES, preferred
 from edgeprune.ondevice.worker import Tell
 
 DEPLOYMENT = "deployment.json"
 MEASUREMENT = "measurement.json"
 STAGED, READY = ".finish", ".finished"  # folders in the bundle: what is being made, what is complete
-FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine: the module that it needs
 
 
 def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> t
         if missing := [name for name in ("numpy", "onnxruntime") if modules[name] is None]:
             raise EngineError(_lacks(where, missing, facts), f"pip install {' '.join(missing)}")
         return "onnxruntime", facts
-    order = sorted(FLAVOURS, key=lambda name: name != plan["engine"])
-    engine = next((name for name in order if modules[FLAVOURS[name]]), None)
+    order = preferred(plan["engine"])
+    engine = next((name for name in order if modules[RUNTIMES[name].module]), None)
     if engine is None or modules["numpy"] is None:
-        missing = "numpy" if modules["numpy"] is None else FLAVOURS[order[0]]
+        missing = "numpy" if modules["numpy"] is None else RUNTIMES[order[0]].module
         raise EngineError(
             _lacks(where, [missing], facts),
             "JetPack brings tensorrt and numpy (sudo apt install python3-libnvinfer python3-numpy); elsewhere: "
@@ -159,7 +159,7 @@ def _measurement(tried: list[Rung], chosen: Rung, engine: str, facts: dict[str, 
         "machine": facts["machine"],
         "gpu": (facts["gpu"] or {}).get("name"),
         "engine": engine,
-        "version": facts["modules"]["onnxruntime" if engine == "onnxruntime" else FLAVOURS[engine]],
+        "version": facts["modules"][RUNTIMES[engine].module],
         "rung": chosen.index,
         "status": chosen.status,
         "rests_on": chosen.verdict.source,

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgeprune.ondevice.runtimes import RUNTIMES
+
 _QUERY = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.limit,persistence_mode"
 
 
@@ -107,7 +109,7 @@ def conditions() -> dict[str, str]:
 def describe() -> dict[str, Any]:
     """What can build and run here: the machine, the modules' versions (None: missing) and the GPU, or why none."""
     modules, missing = {}, {}
-    for name in ("numpy", "onnxruntime", "tensorrt", "tensorrt_rtx"):
+    for name in ("numpy", *(runtime.module for runtime in RUNTIMES.values())):
         try:
             modules[name] = str(importlib.import_module(name).__version__)
         except Exception as error:  # a missing library is no ImportError in every release

@@ -17,10 +17,9 @@ from typing import Any
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.worker import Tell, quiet
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 WEIGHTS_TOLERANCE = 1.05  # more than that over the graph's bytes, and something is stored twice
 _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, and all of fp32 on SM 75
     "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
@@ -57,10 +56,10 @@ class BuildResult:
 def import_tensorrt(flavour: str) -> Any:
     """The module of a flavour. Raises EngineError with the command that installs it."""
     try:
-        return importlib.import_module(MODULES[flavour])
+        return importlib.import_module(RUNTIMES[flavour].module)
     except Exception as error:  # a missing library is no ImportError in every release
         raise EngineError(
-            f"{flavour} cannot be imported: {error}", f'Install it with: pip install "edgeprune[{EXTRAS[flavour]}]"'
+            f"{flavour} cannot be imported: {error}", f"Install it with: {RUNTIMES[flavour].install_here}"
         ) from None
 
 
@@ -70,7 +69,7 @@ def available(flavour: str) -> tuple[bool, str]:
         trt = import_tensorrt(flavour)
     except EngineError as error:
         return False, error.message
-    return True, f"{MODULES[flavour]} {trt.__version__}"
+    return True, f"{RUNTIMES[flavour].module} {trt.__version__}"
 
 
 def offered_sms() -> list[int]:

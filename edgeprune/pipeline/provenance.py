@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edgeprune import __version__
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.request import Request
 from edgeprune.pipeline.setup import Setup
 
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tensorrt-rtx", "tensorrt")
+PACKAGES = ("torch", "transformers", "onnx", "numpy", *(runtime.package for runtime in RUNTIMES.values()))
 
 
 def manifest_of(setup: Setup, command: str) -> dict[str, Any]:

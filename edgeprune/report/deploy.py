@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.report.schema import Report, Step
 
 FINISH = "finish.pyz"
@@ -40,7 +41,7 @@ def deploy_steps(
         steps.append(
             Step(
                 title="Build the engine: install TensorRT for RTX and fit again",
-                command=f'pip install "edgeprune[rtx]"\n{again}',
+                command=f"{RUNTIMES[report.engine.name].install_here}\n{again}",
             )
         )
     what = f"--prompt {shlex.quote(report.quality.prompt)}" if report.quality.prompt else "--count 16 --output grid.png"

@@ -19,6 +19,7 @@ from edgeprune.errors import EngineError
 from edgeprune.model.decoder import Attention, Layer, Mlp
 from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.tensorrt import BuildResult, Limits, Messages, available, compile_plan, import_tensorrt, shapes
 from edgeprune.ondevice.worker import Tell, quiet
 from tests.doubles.double_device import Device
@@ -256,7 +257,7 @@ def test_what_is_offered() -> None:
 
 @pytest.mark.parametrize(("flavour", "extra"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "rtx")])
 def test_a_missing_module_says_what_to_install(flavour: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, tensorrt.MODULES[flavour], None)
+    monkeypatch.setitem(sys.modules, RUNTIMES[flavour].module, None)
     found, reason = available(flavour)
     assert not found
     assert flavour in reason
