@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from edgeprune.errors import InputError
 from edgeprune.precision import GraphPrecision
 
+PROCESSOR = "cpu"  # the profile of this machine's processor
 Confidence = Literal["high", "medium", "low"]
 
 _BYTES = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -153,6 +154,16 @@ def profiles_folder() -> Path:
 def list_profiles() -> list[DeviceProfile]:
     """Every shipped profile, by name."""
     return [load_profile_file(path) for path in sorted(profiles_folder().glob("*.toml"))]
+
+
+def profile_of(name: str | None, file: Path | None) -> DeviceProfile:
+    """Returns the named or the given profile, by default that of this machine's processor.
+
+    Raises InputError for a bad name or file, or both at once.
+    """
+    if name is not None and file is not None:
+        raise InputError(f"both the device {name!r} and the profile {file} are given", "Give one of them.")
+    return load_profile_file(file) if file is not None else load_profile(name or PROCESSOR)
 
 
 def load_profile(name: str) -> DeviceProfile:

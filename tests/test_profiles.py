@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.engine import probe
-from edgeprune.engine.probe import resolve_profile
+from edgeprune.engine.probe import with_figures
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice import machine as facts
 from edgeprune.ondevice import probe_tasks
@@ -30,6 +30,7 @@ from edgeprune.profiles import (
     list_profiles,
     load_profile,
     load_profile_file,
+    profile_of,
     profile_toml,
     profiles_folder,
 )
@@ -164,8 +165,8 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 def test_a_device_and_a_file_at_once_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="both"):
-        resolve_profile("l4", tmp_path / "mine.toml")
-    assert resolve_profile("l4", None) == PROFILES["l4"]
+        with_figures(profile_of("l4", tmp_path / "mine.toml"))
+    assert with_figures(profile_of("l4", None)) == PROFILES["l4"]
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def small_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_cpu_ships_no_figures_and_is_measured(small_probe: ModuleType) -> None:
     assert PROFILES["cpu"].hardware == {}
-    profile = resolve_profile(None, None)
+    profile = with_figures(profile_of(None, None))
     assert profile.is_probed
     assert profile.model_copy(update=dict.fromkeys(profile.hardware)) == PROFILES["cpu"]
     assert 1e7 < profile.bandwidth.si < 1e13
@@ -190,24 +191,24 @@ def test_the_cpu_ships_no_figures_and_is_measured(small_probe: ModuleType) -> No
 
 
 def test_it_is_measured_once(small_probe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = resolve_profile("cpu", None)
+    first = with_figures(profile_of("cpu", None))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["probe.json"]
     monkeypatch.setattr(small_probe, "measure", lambda source: pytest.fail("measured again"))
-    assert resolve_profile("cpu", None) == first
+    assert with_figures(profile_of("cpu", None)) == first
     for name, changed in (("processor", "another processor"), ("total_memory", 2.0**40)):
         with monkeypatch.context() as machine, pytest.raises(pytest.fail.Exception, match="measured again"):
             machine.setattr(small_probe, name, lambda changed=changed: changed)
-            resolve_profile("cpu", None)
+            with_figures(profile_of("cpu", None))
 
 
 @pytest.mark.parametrize(
     "spoil", [lambda text: text[:40], lambda text: "[]", lambda text: text.replace('"GB/s"', '"kg"')]
 )
 def test_a_spoilt_cache_is_made_again(small_probe: ModuleType, tmp_path: Path, spoil: object) -> None:
-    resolve_profile("cpu", None)
+    with_figures(profile_of("cpu", None))
     path = tmp_path / "cache" / "probe.json"
     path.write_text(spoil(path.read_text()))
-    assert resolve_profile("cpu", None).is_probed
+    assert with_figures(profile_of("cpu", None)).is_probed
     (figures,) = json.loads(path.read_text()).values()
     assert figures["bandwidth"]["unit"] == "GB/s"
 
@@ -217,7 +218,7 @@ def test_without_a_writable_cache_it_is_measured_all_the_same(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "file" / "below"))
-    assert resolve_profile("cpu", None).is_probed
+    assert with_figures(profile_of("cpu", None)).is_probed
 
 
 def test_a_system_that_hides_its_memory_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from quality import LENGTH, Texts, read_texts
 
 from edgeprune.engine.engines import OnnxRuntime
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
-from edgeprune.engine.probe import resolve_profile
+from edgeprune.engine.probe import with_figures
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
@@ -43,6 +43,7 @@ from edgeprune.ondevice.onnxruntime import GRAPH_FILE, measure_latency
 from edgeprune.pipeline.comparison import Allocation as Way
 from edgeprune.pipeline.comparison import Comparison, Layout, generate_samples
 from edgeprune.pipeline.documents import GENERATED
+from edgeprune.profiles import profile_of
 from edgeprune.progress import Silent
 from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
 from edgeprune.search.planner import Planner
@@ -105,7 +106,7 @@ class Bench:
     model: Model
 
     def costs(self, workload: Workload) -> LatencyCosts:
-        profile = resolve_profile("cpu", None)
+        profile = with_figures(profile_of("cpu", None))
         engine = OnnxRuntime(profile, workload, "fp32", "bench")
         with tempfile.TemporaryDirectory() as folder:
             times = measured_times(
@@ -115,7 +116,7 @@ class Bench:
 
     def planner(self, workload: Workload, layout: str, ids: np.ndarray) -> Planner:
         """As in a run, the dense model at 1 for latencies."""
-        profile, decoder = resolve_profile("cpu", None), self.model.decoder
+        profile, decoder = with_figures(profile_of("cpu", None)), self.model.decoder
         latency = self.costs(workload)
         memory = memory_costs(decoder, profile, workload, "fp32")
         costs = {"memory": memory, "prefill": latency.prefill, "decode": latency.decode}

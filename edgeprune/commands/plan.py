@@ -20,14 +20,14 @@ from edgeprune.engine.estimate import (
     estimate_performance,
     prefill_flops,
 )
-from edgeprune.engine.probe import resolve_profile
+from edgeprune.engine.probe import with_figures
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_shape
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.precision import PRECISIONS, PrecisionName
-from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, load_profile_file
+from edgeprune.profiles import DeviceProfile, list_profiles, profile_of
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
 QUANTISED = "weight-only: the layers' matrices, a scale for each block of 128; all else fp16"
@@ -114,12 +114,10 @@ class Plan:
 def plan(question: Question) -> Plan:
     """The model's shape on the one device that was named. Raises InputError."""
     _check(question)
-    if question.device is None or question.profile is None:  # both at once are refused below
-        file, name = question.profile, question.device or "cpu"
-        unprobed = load_profile(name) if file is None else load_profile_file(file)
-        check_precision(unprobed, question.precision or unprobed.precision)  # before a probe takes its time
+    profile = profile_of(question.device, question.profile)
+    check_precision(profile, question.precision or profile.precision)  # before a probe takes its time
     model, decoder = load_shape(question.model, question.hints)
-    return _on(question, resolve_profile(question.device, question.profile), model, decoder)
+    return _on(question, with_figures(profile), model, decoder)
 
 
 def plan_all(question: Question) -> list[Plan]:

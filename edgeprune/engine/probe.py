@@ -18,13 +18,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder
-from edgeprune.errors import InputError
 from edgeprune.ondevice.machine import processor
 from edgeprune.ondevice.measure import Here, Session
 from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
 from edgeprune.ondevice.worker import Tell, quiet
 from edgeprune.precision import PRECISIONS
-from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
+from edgeprune.profiles import DeviceProfile
 
 VERSION = 2  # of this way of probing; figures of another version are measured again
 WIDTH = 4096  # a matrix is WIDTH x WIDTH: 64 MiB in fp32, 32 MiB in fp16
@@ -49,14 +48,8 @@ class Probed:
     conditions: dict[str, str]
 
 
-def resolve_profile(name: str | None, file: Path | None) -> DeviceProfile:
-    """The named or the given profile (`cpu` by default), measured where it has no hardware figures.
-
-    Raises InputError for a bad name or file, or both at once.
-    """
-    if name is not None and file is not None:
-        raise InputError(f"both the device {name!r} and the profile {file} are given", "Give one of them.")
-    profile = load_profile_file(file) if file is not None else load_profile(name or "cpu")
+def with_figures(profile: DeviceProfile) -> DeviceProfile:
+    """Returns the profile as it is where it has hardware figures, else with those of this machine."""
     return profile if profile.is_probed else probe(profile)
 
 

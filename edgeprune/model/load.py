@@ -72,18 +72,19 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def load_model(spec: str, hints: Hints = NO_HINTS) -> Model:
-    """The model of a specification: `demo`, a local directory, a .gguf file, one of LlamaGen's files or a hub id.
+def load_model(spec: str, hints: Hints = NO_HINTS, is_checked: bool = False) -> Model:
+    """Returns the model of `demo`, a local directory, a .gguf file, one of LlamaGen's files or a hub id.
 
-    Names and shapes of all weights are checked against the configuration, none is read.
+    Names and shapes of all weights are checked against the configuration, none is read. is_checked: load_shape took
+    the same specification before, so that a hub id's configuration is not asked for once more.
     Raises InputError for everything that is missing, broken or unsupported.
     """
-    model = _load(spec, hints)
+    model = _load(spec, hints, is_checked)
     check_hints(hints, model.decoder, spec)
     return model
 
 
-def _load(spec: str, hints: Hints) -> Model:
+def _load(spec: str, hints: Hints, is_checked: bool) -> Model:
     if spec == "demo":
         return load_gguf(demo_file(), "SmolLM2-135M-Instruct")
     path = Path(os.path.expanduser(spec))  # noqa: PTH111 (Path's own raises for an unknown user)
@@ -95,7 +96,8 @@ def _load(spec: str, hints: Hints) -> Model:
         return load_directory(prepared(path, _config_of_file(path, hints)), path.stem)
     if path.is_dir():
         return load_directory(path, path.resolve().name)
-    load_shape(spec)  # what is not supported is refused before its weights are fetched
+    if not is_checked:
+        load_shape(spec)  # what is not supported is refused before its weights are fetched
     return load_directory(fetch_checkpoint(spec), path.name)
 
 

@@ -11,7 +11,7 @@ from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
 from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance
 from edgeprune.engine.onnx.graph import graph_weight_bytes
-from edgeprune.engine.probe import resolve_profile
+from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.generate.guidance import sampling_of
@@ -27,7 +27,7 @@ from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import Texts, length_of, read_documents_of, read_samples, samples_hash
 from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
-from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
+from edgeprune.profiles import DeviceProfile, profile_of
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 DEMO_MEMORY = "90%"
@@ -160,8 +160,11 @@ def _calibration_choice(texts: Texts, imaging: Imaging | None) -> Choice:
 
 
 def load_dense(spec: str, hints: Hints) -> Model:
-    """The model to prune. Raises InputError, also for layers of different widths, which the search does not know."""
-    model = load_model(spec, hints)
+    """Returns the model to prune, whose shape was loaded before.
+
+    Raises InputError, also for layers of different widths, which the search does not know.
+    """
+    model = load_model(spec, hints, is_checked=True)
     groups, _, channels = model.decoder.layer_widths[0]
     if not (model.decoder.is_uniform and groups and channels):
         raise InputError(
@@ -173,18 +176,18 @@ def load_dense(spec: str, hints: Hints) -> Model:
 def _profile(request: Request) -> DeviceProfile:
     """The profile, with this machine's figures where it has none of its own; refuses a precision before they are
     measured."""
-    if request.target is not None and request.device is not None and not load_profile(request.device).is_probed:
+    named = profile_of(request.device, request.profile)
+    if request.target is not None and request.device is not None and not named.is_probed:
         raise InputError(
             f"the profile {request.device} has no figures of {request.target}",
             "Measure them: python tools/probe_profile.py --target "
             f"{request.target} --output device.toml, then give --profile device.toml.",
         )
-    named = load_profile(request.device) if request.profile is None else load_profile_file(request.profile)
     precision = request.precision or named.precision
     if precision not in GRAPH_PRECISIONS:
         raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(GRAPH_PRECISIONS)}.")
     check_precision(named, precision)
-    return resolve_profile(request.device, request.profile)
+    return with_figures(named)
 
 
 def _check_method(name: str) -> None:

@@ -181,7 +181,7 @@ def test_a_cache_in_place_is_not_copied(tmp_path: Path, monkeypatch: pytest.Monk
     odd = SMALL | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
     figures = load_profile("l4").hardware
     probed = load_profile("cpu").model_copy(update={**figures, "fp32_compute": figures["fp16_compute"]})
-    monkeypatch.setattr("edgeprune.commands.plan.resolve_profile", lambda name, file: probed)
+    monkeypatch.setattr("edgeprune.commands.plan.with_figures", lambda profile: probed)
     found: Plan = plan(Question(written(tmp_path, odd), "cpu"))
     assert found.decode_in_place_ms == found.performance.decode.value  # one buffer
     assert found.work["decode_bytes"] == found.work["decode_bytes_in_place"]

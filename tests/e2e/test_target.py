@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.engine.probe import resolve_profile
+from edgeprune.engine.probe import with_figures
 from edgeprune.ondevice.bundle import open_bundle, sha256
-from edgeprune.profiles import profile_toml
+from edgeprune.profiles import profile_of, profile_toml
 from edgeprune.report.schema import Report
 from tests.bundles import SHORT, change, command, contents, copy_of, deployment, environment, fitted
 from tests.device import Server, bare_python, script, ssh_server
@@ -71,7 +71,7 @@ def test_measured_there_and_here_and_drawn_again(bundle: Path, server: Server, p
 def test_a_fit_that_measures_there(server: Server, path: str, tmp_path: Path, tmp_path_factory) -> None:
     """The dense model and the candidate: all that the verdict rests on is the device's."""
     home = fitted(tmp_path_factory).parent
-    (tmp_path / "device.toml").write_text(profile_toml(resolve_profile("cpu", None)))
+    (tmp_path / "device.toml").write_text(profile_toml(with_figures(profile_of("cpu", None))))
     result = command(
         "fit",
         home / "model",
