@@ -17,11 +17,10 @@ from edgeprune.model.save import save_checkpoint
 from edgeprune.ondevice.figures import Workload
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
-from tests import parity
-from tests.families import CASES
+from tests.support import parity
+from tests.support.families import CASES, COMPILED
 
 LIMIT = 1e-5
-COMPILED = [case for case in CASES if "," not in case or case.startswith("mistral") or "rotary" in case]
 
 
 def test_every_family_has_a_case_and_a_row_in_the_docs() -> None:

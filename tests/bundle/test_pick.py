@@ -22,7 +22,7 @@ from edgeprune.errors import InputError
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.schema import Report
-from tests.bundles import command, contents, copy_of, deployment, fitted
+from tests.support.bundles import command, contents, copy_of, deployment, fitted
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.commands.plan import Plan, Question, plan, plan_all
+from edgeprune.commands.plan import Plan, Question, plan_all, plan_one
 from edgeprune.engine.estimate import estimate_performance
 from edgeprune.engine.published import ORIGINS
 from edgeprune.errors import InputError
@@ -51,7 +51,7 @@ def written(folder: Path, config: object) -> str:
 
 
 def test_a_plan_is_the_estimators(config: str) -> None:
-    found = plan(Question(config, "jetson-orin"))
+    found = plan_one(Question(config, "jetson-orin"))
     profile, workload = load_profile("jetson-orin"), Workload(1, 512, 2048)
     assert found.performance == estimate_performance(found.decoder, profile, workload, "fp16")
     assert (found.workload, found.past, found.precision) == (workload, 2047, "fp16")
@@ -61,13 +61,13 @@ def test_a_plan_is_the_estimators(config: str) -> None:
 
 @pytest.mark.parametrize("variant", ["config.json", "."])
 def test_a_file_or_its_directory(config: str, variant: str) -> None:
-    found = plan(Question(str(Path(config).parent / variant), "l4"))
+    found = plan_one(Question(str(Path(config).parent / variant), "l4"))
     assert found.model == Path(config).parent.name
-    assert found == plan(Question(config, "l4"))
+    assert found == plan_one(Question(config, "l4"))
 
 
 def test_json_has_parts_basis_and_notes(config: str) -> None:
-    found = plan(Question(config, "jetson-orin-nano-8gb", precision="int4", prompt=100, past=300, batch=2))
+    found = plan_one(Question(config, "jetson-orin-nano-8gb", precision="int4", prompt=100, past=300, batch=2))
     shown = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert (shown["batch"], shown["prompt"], shown["past"], shown["precision"]) == (2, 100, 300, "int4")
     assert shown["source"] == "estimated"
@@ -91,7 +91,7 @@ def test_json_has_parts_basis_and_notes(config: str) -> None:
 @pytest.mark.parametrize("label", ["AGX Orin 64 GB", "Orin NX 16 GB"])
 def test_in_place_it_agrees_with_the_published_decode(tmp_path: Path, label: str) -> None:
     origin = ORIGINS[label]
-    found = plan(Question(written(tmp_path, QWEN3_4B), origin.profile, precision="int4", prompt=2048, past=2048))
+    found = plan_one(Question(written(tmp_path, QWEN3_4B), origin.profile, precision="int4", prompt=2048, past=2048))
     assert found.decode_in_place_ms == pytest.approx(origin.points[2].decode_ms, rel=0.04)
     assert found.performance.decode.value > found.decode_in_place_ms
 
@@ -100,17 +100,17 @@ def test_every_device_but_the_processor_is_in_the_table(config: str) -> None:
     plans = plan_all(Question(config))
     assert [found.profile.name for found in plans] == [p.name for p in list_profiles() if p.name != "cpu"]
     for found in plans:
-        assert found == plan(Question(config, found.profile.name))
+        assert found == plan_one(Question(config, found.profile.name))
         assert found.fits == (found.performance.memory.total <= found.profile.available_bytes)
 
 
 def test_a_profile_of_ones_own(config: str, tmp_path: Path) -> None:
     profile = load_profile("l4").model_copy(update={"name": "mine"})
     (tmp_path / "mine.toml").write_text(profile_toml(profile))
-    found = plan(Question(config, profile=tmp_path / "mine.toml"))
+    found = plan_one(Question(config, profile=tmp_path / "mine.toml"))
     assert found.profile == profile
     with pytest.raises(InputError, match="both"):
-        plan(Question(config, "l4", tmp_path / "mine.toml"))
+        plan_one(Question(config, "l4", tmp_path / "mine.toml"))
 
 
 COUNTS = st.none() | st.integers(1, 3000)
@@ -120,7 +120,7 @@ COUNTS = st.none() | st.integers(1, 3000)
 @given(prompt=COUNTS, past=COUNTS, batch=st.none() | st.integers(1, 64))
 def test_any_prompt_past_and_batch(tmp_path_factory, prompt: int | None, past: int | None, batch: int | None) -> None:
     config = written(tmp_path_factory.mktemp("model"), SMALL | {"max_position_embeddings": 1024})
-    found = plan(Question(config, "jetson-orin", prompt=prompt, past=past, batch=batch))
+    found = plan_one(Question(config, "jetson-orin", prompt=prompt, past=past, batch=batch))
     workload = found.workload
     assert workload.prompt == (prompt or min(512, past or 512))
     assert found.past == (past or max(workload.prompt, 1023))
@@ -142,12 +142,12 @@ def test_the_processor_refuses_a_precision_before_it_is_probed(config: str, monk
     monkeypatch.setattr("edgeprune.engine.probe.probe", lambda profile: pytest.fail("probed"))
     for precision in ("int4", "int8", "fp16"):
         with pytest.raises(InputError, match="the profile cpu has no fp16 compute rate"):
-            plan(Question(config, "cpu", precision=precision))
+            plan_one(Question(config, "cpu", precision=precision))
 
 
 def refused(question: Question) -> str:
     with pytest.raises(InputError) as one:
-        plan(question)
+        plan_one(question)
     with pytest.raises(InputError) as every:
         plan_all(question)
     assert one.value.message == every.value.message
@@ -174,7 +174,7 @@ def test_what_cannot_be_planned_is_said(config: str, tmp_path: Path) -> None:
     for family in ("mamba", None):
         assert "unsupported architecture" in refused(Question(written(tmp_path, {"model_type": family}), "l4"))
     with pytest.raises(InputError, match="unknown device 'l5'"):
-        plan(Question(config, "l5"))
+        plan_one(Question(config, "l5"))
 
 
 def test_a_cache_in_place_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +182,6 @@ def test_a_cache_in_place_is_not_copied(tmp_path: Path, monkeypatch: pytest.Monk
     figures = load_profile("l4").hardware
     probed = load_profile("cpu").model_copy(update={**figures, "fp32_compute": figures["fp16_compute"]})
     monkeypatch.setattr("edgeprune.commands.plan.with_figures", lambda profile: probed)
-    found: Plan = plan(Question(written(tmp_path, odd), "cpu"))
+    found: Plan = plan_one(Question(written(tmp_path, odd), "cpu"))
     assert found.decode_in_place_ms == found.performance.decode.value  # one buffer
     assert found.work["decode_bytes"] == found.work["decode_bytes_in_place"]

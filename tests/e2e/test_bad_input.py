@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS
-from tests.checkpoints import save_llama
+from tests.support import ROOT
+from tests.support.checkpoints import save_llama
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ CASES = {
 
 
 def run(words: list[str], home: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-m", "edgeprune.cli.app", *words],
         cwd=home,

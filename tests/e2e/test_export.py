@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.schema import Report
-from tests.checkpoints import save_llama
 from tests.e2e.test_fit import SMALL, command
-from tests.families import save_family
-from tests.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
+from tests.support.checkpoints import save_llama
+from tests.support.families import save_family
+from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it")
 

@@ -16,8 +16,9 @@ import torch
 
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.schema import Report
-from tests.bundles import command as quick
-from tests.checkpoints import save_llama
+from tests.support import ROOT
+from tests.support.bundles import command as quick
+from tests.support.checkpoints import save_llama
 
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
 
@@ -131,7 +132,7 @@ def test_a_relative_path_run_elsewhere_works(home, tmp_path):
         "here",
         *SMALL,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

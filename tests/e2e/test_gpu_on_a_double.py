@@ -13,19 +13,20 @@ from pathlib import Path
 import pytest
 
 from edgeprune.report.schema import Report
-from tests.checkpoints import save_llama
-from tests.device import Server, bare_python, ssh_server
+from tests.support import ROOT
+from tests.support.checkpoints import save_llama
+from tests.support.device import Server, bare_python, ssh_server
 
-TESTS = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
 MODULES = {
-    "shared_double.py": "from tests.doubles.double_device import Device\n\nDEVICE = Device(2**28, sm={sm})\n",
+    "shared_double.py": "from tests.support.doubles.double_device import Device\n\nDEVICE = Device(2**28, sm={sm})\n",
     "tensorrt.py": (
-        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.doubles import double_tensorrt\n\n"
+        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.support.doubles import double_tensorrt\n\n"
         'sys.modules[__name__] = double_tensorrt.module(DEVICE, "10.3.0")\n'
     ),
     "cuda/bindings/driver.py": (
-        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.doubles import double_cuda_python\n\n"
+        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.support.doubles import double_cuda_python\n\n"
         "sys.modules[__name__] = double_cuda_python.module(DEVICE)\n"
     ),
 }
@@ -38,9 +39,8 @@ def python_with_doubles(folder: Path, sm: int = 87) -> Path:
     for name, text in MODULES.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_text(text.replace("{sm}", str(sm)))
-    (site / "tests").mkdir()
-    (site / "tests" / "__init__.py").write_text("")
-    for name in ("doubles", "data"):
+    (site / "tests" / "support").mkdir(parents=True)
+    for name in ("__init__.py", "support/__init__.py", "support/doubles", "data"):
         (site / "tests" / name).symlink_to(TESTS / name)
     return python
 
@@ -175,7 +175,7 @@ def test_on_a_double_run_generates_from_the_engine(fitted: Path, python: Path, m
     for name in ("shared_double.py", "tensorrt.py", "cuda"):
         if not (only / name).exists():
             (only / name).symlink_to(site / name)
-    monkeypatch.setenv("PYTHONPATH", f"{only}:{TESTS.parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{only}:{ROOT}")
     on_engine = command(*words)
     assert on_engine.returncode == 0, on_engine.stderr
     assert "not by the engine" not in on_engine.stderr

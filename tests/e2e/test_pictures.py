@@ -18,9 +18,9 @@ from edgeprune.model.codec.codec import load_codec
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_directory
 from edgeprune.report.schema import Report
-from tests.bundles import command, fitted
-from tests.llamagen import random_llamagen
-from tests.vq import small_vq
+from tests.support.bundles import command, fitted
+from tests.support.llamagen import random_llamagen
+from tests.support.vq import small_vq
 
 SIDE, PIXELS, CLASSES = 4, 16, 10
 GIVEN = ("--codec", "vq.pt", "--num-heads", "8")

@@ -13,7 +13,7 @@ import pytest
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.profiles import list_profiles
 from tests.e2e.test_bad_input import run
-from tests.published import PUBLISHED
+from tests.support.published import PUBLISHED
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgeprune.report.schema import Report
-from tests.checkpoints import save_llama
+from tests.support.checkpoints import save_llama
 
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.model.test_vocabulary import byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.report.schema import Report
-from tests.checkpoints import save_llama
 from tests.e2e.test_fit import SMALL, command
+from tests.support.checkpoints import save_llama
+from tests.support.vocabularies import byte_level
 
 OWN = ("--samples", "8", "--length", "64", "--prompt", "16", "--context", "128")
 

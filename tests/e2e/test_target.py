@@ -18,8 +18,8 @@ from edgeprune.engine.probe import with_figures
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.profiles import profile_of, profile_toml
 from edgeprune.report.schema import Report
-from tests.bundles import SHORT, change, command, contents, copy_of, deployment, environment, fitted
-from tests.device import Server, bare_python, script, ssh_server
+from tests.support.bundles import SMALL_TABLE, change, command, contents, copy_of, deployment, environment, fitted
+from tests.support.device import Server, bare_python, script, ssh_server
 
 GENEROUS = {"memory": 2.0**40}
 
@@ -167,11 +167,11 @@ def test_working_folders_are_kept_where_asked(bundle: Path, server: Server, path
 def start(bundle: Path, server: Server, path: str) -> subprocess.Popen:
     """The command line, after its measurement has begun on the device."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SHORT.replace("0.3", "60.0"), "measure", str(bundle), "--target", server.target],
+        [sys.executable, "-c", SMALL_TABLE, "measure", str(bundle), "--target", server.target],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(path),
+        env=environment(path, measure_seconds=60.0),
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     )

@@ -15,7 +15,7 @@ from edgeprune.ondevice.budget import AbsoluteBudget
 from edgeprune.ondevice.experience import experience_again
 from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
 from edgeprune.profiles import load_profile
-from tests.engine.test_estimate import SMOLLM2
+from tests.support.shapes import SMOLLM2
 
 ORIN = load_profile("jetson-orin")
 PROFILES = {

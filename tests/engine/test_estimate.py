@@ -25,18 +25,11 @@ from edgeprune.engine.estimate import (
 )
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
+from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from edgeprune.ondevice.figures import Workload
 from edgeprune.profiles import DeviceProfile, HardwareFigure, list_profiles, load_profile
+from tests.support.shapes import SMOLLM2, uniform
 
-
-def uniform(hidden: int, layers: int, heads: tuple[int, int, int], intermediate: int, vocabulary: int) -> Decoder:
-    """heads: query heads, key/value heads, head_dim. Tied."""
-    layer = Layer(Attention(*heads, Rotary((1.0,) * (heads[2] // 2))), Mlp(intermediate))
-    return Decoder("llama", hidden, vocabulary, 8192, 1e-5, True, (layer,) * layers)
-
-
-SMOLLM2 = uniform(576, 30, (9, 3, 64), 1536, 49152)
 ORIN = load_profile("jetson-orin")
 WORKLOAD = Workload(1, 512, 2048)
 READING = ORIN.decode_efficiency.value * 204.8e9  # bytes/s

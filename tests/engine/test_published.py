@@ -14,7 +14,7 @@ from edgeprune.engine.published import (
     QWEN3,
     WORKLOAD,
     DecodeFit,
-    Point,
+    PublishedPoint,
     default_fit,
     fit_decode,
     fit_of,
@@ -36,7 +36,7 @@ def bandwidth(label: str) -> float:
     return load_profile(ORIGINS[label].profile).bandwidth.si
 
 
-def estimated(point: Point, profile: DeviceProfile, fit: DecodeFit) -> float:
+def estimated(point: PublishedPoint, profile: DeviceProfile, fit: DecodeFit) -> float:
     """Decode in ms by the product's own way, with these figures and a cache in place, as the runtime of the points."""
     figures = {
         "decode_efficiency": profile.decode_efficiency.model_copy(update={"value": fit.efficiency}),
@@ -133,10 +133,10 @@ def test_the_default_is_the_mean_of_the_devices_with_both_figures() -> None:
 FIGURES = {"efficiency": st.floats(0.05, 1.0), "overhead": st.floats(0.0, 20.0), "speed": st.floats(1e10, 4e12)}
 
 
-def made(decode: DecodeFit, share: float, speed: float, in_place: bool = True) -> list[Point]:
+def made(decode: DecodeFit, share: float, speed: float, in_place: bool = True) -> list[PublishedPoint]:
     """Points that a device of these figures would have; its peak rate is 100 FLOP for each byte of bandwidth."""
     points = [
-        Point(model, decoder, precision, Workload(1, 512, 1024), 1.0, 1.0, in_place)
+        PublishedPoint(model, decoder, precision, Workload(1, 512, 1024), 1.0, 1.0, in_place)
         for (model, decoder), precision in zip(QWEN3.items(), ("fp16", "int4", "int8", "fp16"), strict=True)
     ]
     return [

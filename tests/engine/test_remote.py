@@ -18,20 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.engine import ssh
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.remote import Device, Target, device_files, program
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.figures import Measured, Workload
 from edgeprune.ondevice.measure import Counted, Here
-from tests.device import QUICK, Server, altered, bare_python, script, ssh_server
-from tests.engine.graph_models import llama
-from tests.reference import decoder_of, weights_of
+from tests.support.device import TASKS_DOUBLE, Server, altered, bare_python, script, ssh_server
+from tests.support.durations import durations, durations_there
+from tests.support.graph_models import llama
+from tests.support.reference import decoder_of, weights_of
 
 VARIANT = GraphVariant("onnxruntime", "last")
 WORKLOAD = Workload(batch=1, prompt=16, context=64)
-DOUBLE = (Path(__file__).parent / "task_double.py").read_text()
 
 
 def write_model(folder: Path, **changes: object) -> Path:
@@ -91,7 +90,9 @@ def data_bytes(graph: Path) -> int:
 
 
 def with_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.engine.remote.program", lambda: altered(program(), {"engine/tasks.py": DOUBLE}))
+    monkeypatch.setattr(
+        "edgeprune.engine.remote.program", lambda: altered(program(), {"ondevice/tasks.py": TASKS_DOUBLE})
+    )
 
 
 def copy(session: Device, source: Path, target: Path, tell: Watch | None = None) -> dict:
@@ -115,10 +116,9 @@ def test_what_the_device_is(server: Server) -> None:
 
 
 def test_a_measurement_there_is_one_like_here_and_sends_once(server: Server, graph: Path, monkeypatch) -> None:
-    packed = altered(program(), words={"engine/latency.py": QUICK})
-    monkeypatch.setattr("edgeprune.engine.remote.program", lambda: packed)
     watch, again = Watch(), Watch()
-    found = measured(device(server), graph, watch)
+    with server.login(durations_there(block_ms=10)):
+        found = measured(device(server), graph, watch)
     here = measured(Here(), graph, Watch())
     for name in ("prefill", "decode"):
         there, other = getattr(found, name), getattr(here, name)
@@ -201,7 +201,7 @@ def test_a_working_folder_is_kept_where_asked(
 def test_signs_of_life_and_a_long_upload(server: Server, tmp_path: Path, monkeypatch) -> None:
     """Hundreds of them while many files are sent: they get between files, never into one."""
     with_double(monkeypatch)
-    monkeypatch.setattr(ssh, "ALIVE_SECONDS", 0.002)
+    monkeypatch.setenv(*durations(alive_seconds=0.002).popitem())
     graph = tmp_path / "in" / "model.onnx"
     graph.parent.mkdir()
     graph.write_bytes(b"graph")
@@ -268,8 +268,8 @@ def test_a_full_disk_is_told_before_anything_is_sent(server: Server, graph: Path
 def test_a_disk_that_others_fill_meanwhile(server: Server, graph: Path, tmp_path: Path, monkeypatch) -> None:
     """There seemed to be room: the write fails in the middle of a file, and the message is the same."""
     with_double(monkeypatch)
-    words = {"engine/agent.py": ("shutil.disk_usage(self.folder).free", "2**40")}
-    packed = altered(program(), {"engine/tasks.py": DOUBLE}, words)
+    words = {"ondevice/agent.py": ("shutil.disk_usage(self.folder).free", "2**40")}
+    packed = altered(program(), {"ondevice/tasks.py": TASKS_DOUBLE}, words)
     monkeypatch.setattr("edgeprune.engine.remote.program", lambda: packed)
     (tmp_path / "large").write_bytes(os.urandom(6 * 2**20))
     with (

@@ -19,14 +19,14 @@ from edgeprune.engine.remote import Device, program
 from edgeprune.engine.ssh import Target
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.measure import describe
-from tests.device import Server, altered, bare_python, ssh_server
+from tests.support.device import TASKS_DOUBLE, Server, altered, bare_python, ssh_server
+from tests.support.durations import durations, durations_there
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_."
 WORDS = st.builds(str.__add__, st.sampled_from(LETTERS), st.text(LETTERS + "-", max_size=20))
 ADDRESSES = st.one_of(
     st.ip_addresses(v=6).map(str), st.builds("{}%{}".format, st.ip_addresses(v=6, network="fe80::/10"), WORDS)
 )
-DOUBLE = (Path(__file__).parent / "task_double.py").read_text()
 
 
 @given(st.none() | WORDS, WORDS | ADDRESSES, st.none() | st.integers(1, 2**16 - 1))
@@ -139,7 +139,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         return
     server: Server = request.getfixturevalue("server")
     monkeypatch.setenv("PATH", f"{server.folder}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr("edgeprune.engine.remote.program", lambda: altered(program(), {"engine/tasks.py": DOUBLE}))
+    monkeypatch.setattr(
+        "edgeprune.engine.remote.program", lambda: altered(program(), {"ondevice/tasks.py": TASKS_DOUBLE})
+    )
     yield
     server.wait_until_quiet()
 
@@ -239,7 +241,7 @@ def test_a_cache_that_cannot_be_written(server: Server) -> None:
 
 
 def test_another_protocol(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = altered(program(), words={"engine/agent.py": ("PROTOCOL = 1", "PROTOCOL = 7")})
+    packed = altered(program(), words={"ondevice/agent.py": ("PROTOCOL = 1", "PROTOCOL = 7")})
     monkeypatch.setattr("edgeprune.engine.remote.program", lambda: packed)
     fails(server, "speaks protocol 7")
 
@@ -285,18 +287,13 @@ def test_a_connection_that_is_killed(server: Server, end: str) -> None:
 
 def test_signs_of_life_while_a_task_runs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is told that silence of a second is too long."""
-    words = {"engine/agent.py": ("SILENCE_SECONDS = 90.0", "SILENCE_SECONDS = 1.0")}
-    packed = altered(program(), {"engine/tasks.py": DOUBLE}, words)
-    monkeypatch.setattr("edgeprune.engine.remote.program", lambda: packed)
-    monkeypatch.setattr(ssh, "ALIVE_SECONDS", 0.2)
-    assert run(server, seconds=3)["folder"]
+    monkeypatch.setenv(*durations(alive_seconds=0.2).popitem())
+    with server.login(durations_there(silence_seconds=1.0)):
+        assert run(server, seconds=3)["folder"]
 
 
-def test_a_workstation_that_stops(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workstation_that_stops(server: Server) -> None:
     """Its ssh is alive and says nothing any longer: the device ends by itself."""
-    words = {"engine/agent.py": ("SILENCE_SECONDS = 90.0", "SILENCE_SECONDS = 1.0")}
-    packed = altered(program(), {"engine/tasks.py": DOUBLE}, words)
-    monkeypatch.setattr("edgeprune.engine.remote.program", lambda: packed)
 
     def tell(stage: str, done: int, total: int) -> None:
         pid = our_ssh()
@@ -304,7 +301,8 @@ def test_a_workstation_that_stops(server: Server, monkeypatch: pytest.MonkeyPatc
         server.wait_until_quiet()
         os.kill(pid, signal.SIGCONT)
 
-    fails(server, "was lost", seconds=50, tell=tell)
+    with server.login(durations_there(silence_seconds=1.0)):
+        fails(server, "was lost", seconds=50, tell=tell)
 
 
 def test_no_word_of_the_users_is_in_a_shell(server: Server) -> None:

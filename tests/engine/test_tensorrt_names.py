@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import edgeprune
+from tests.support import DATA
 
-ENGINE = Path(edgeprune.__file__).parent / "engine"
-DATA = Path(__file__).parents[1] / "data"
+ON_DEVICE = Path(edgeprune.__file__).parent / "ondevice"
 
 # Expression -> class, as the files write it; "" is the module itself.
 TENSORRT = {
@@ -296,7 +296,7 @@ CUDA_OTHERS = {
 
 def tree(name: str, kind: str | None = None) -> ast.AST:
     """Of a file, or of a class in it."""
-    module = ast.parse((ENGINE / name).read_text(encoding="utf-8"))
+    module = ast.parse((ON_DEVICE / name).read_text(encoding="utf-8"))
     if kind is None:
         return module
     return next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == kind)
@@ -336,16 +336,16 @@ def recorded(pattern: str) -> dict[str, dict[str, list[str]]]:
 def users() -> list[str]:
     """Files that have the module in hand."""
     names = []
-    for path in sorted(ENGINE.parent.rglob("*.py")):
+    for path in sorted(ON_DEVICE.parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Name | ast.arg) and getattr(node, "id", getattr(node, "arg", "")) == "trt":
-                names.append(str(path.relative_to(ENGINE)))
+                names.append(str(path.relative_to(ON_DEVICE)))
                 break
     return names
 
 
 def test_the_table_is_what_the_code_uses() -> None:
-    assert {"tensorrt.py", "gpu.py"} <= set(users())
+    assert {"tensorrt.py", "tensorrt_runner.py"} <= set(users())
     pairs = [pair for name in users() for pair in accesses(tree(name))]
     used, unknown = found(pairs, TENSORRT)
     used.pop("ComputeCapability", None)

@@ -4,7 +4,7 @@ import torch
 
 from edgeprune.evaluate.perplexity import Losses, cut, document_losses, rise, text_losses, window_losses
 from edgeprune.model.forward import weight_stream
-from tests.tiny import as_model, llama
+from tests.support.tiny import as_model, llama
 
 LENGTH = 16
 

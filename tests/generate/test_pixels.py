@@ -18,7 +18,7 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.generate import pixels as pictures
 from edgeprune.generate.pixels import CodecRunner, grid, png, read_images, read_pixels, to_images, to_pixels
 from edgeprune.model.codec.codec import load_codec
-from tests.vq import small_vq
+from tests.support.vq import small_vq
 
 
 def noise(*shape, seed=0):

@@ -3,8 +3,8 @@ import torch.nn.functional as F
 
 from edgeprune.model.backward import token_gradients
 from edgeprune.model.load import load_model
-from tests.families import save_family
-from tests.tiny import as_model, llama
+from tests.support.families import save_family
+from tests.support.tiny import as_model, llama
 
 
 def reference_gradients(reference, ids, seed):

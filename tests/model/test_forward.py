@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from edgeprune.model.forward import token_losses, weight_stream
-from tests.tiny import as_model, llama
+from tests.support.tiny import as_model, llama
 
 VARIANTS = {
     "grouped": {},

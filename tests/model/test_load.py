@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from tests.checkpoints import save_llama
-from tests.reference import decoder_of, weights_of
+from tests.support.checkpoints import save_llama
+from tests.support.reference import decoder_of, weights_of
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False}, {"max_shard_size": "100KB"}], ids=str)

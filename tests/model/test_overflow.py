@@ -17,8 +17,8 @@ from edgeprune.model import overflow
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.overflow import LIMIT, Peak, activation_peaks, check_fp16
-from tests.families import CASES, save_family
-from tests.tiny import as_model, llama
+from tests.support.families import CASES, save_family
+from tests.support.tiny import as_model, llama
 
 VARIANT = GraphVariant("primitive", "all")
 INTERNAL = re.compile(r"norm\.(square|mean|shifted|rms|scaled)|\.(square|cube|bent|bend|bent_scaled)$|masked|\.shares")

@@ -4,8 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.model.test_tokenizer import sentencepiece
-from tests.model.test_vocabulary import CORPUS, ids_of, ignore_merges
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from edgeprune.errors import NumericalError
@@ -20,9 +18,11 @@ from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.model.tokens.vocabulary import Vocabulary, needed, padded, read_vocabulary
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
-from tests.checkpoints import save_llama
-from tests.families import save_family
-from tests.reference import weights_of
+from tests.support.checkpoints import save_llama
+from tests.support.families import save_family
+from tests.support.reference import weights_of
+from tests.support.sentencepiece import sentencepiece
+from tests.support.vocabularies import CORPUS, ids_of, ignore_merges
 
 
 def ids() -> torch.Tensor:

@@ -22,9 +22,9 @@ from edgeprune.engine.ssh import COMMAND
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import agent
 from edgeprune.ondevice.agent import Store
-from tests.device import altered, script
+from tests.support.device import TASKS_DOUBLE, altered, script
+from tests.support.durations import durations
 
-DOUBLE = (Path(__file__).parent / "task_double.py").read_text()
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -35,11 +35,12 @@ def sha256(data: bytes) -> str:
 class Far:
     """An agent that runs, and what is said to it. home: its current folder; cache: where it keeps its files."""
 
-    def __init__(self, folder: Path, packed: bytes, cut: int | None = None) -> None:
+    def __init__(self, folder: Path, packed: bytes, cut: int | None = None, **seconds: float) -> None:
         self.home, self.cache = folder / "home", folder / "cache"
         self.home.mkdir(exist_ok=True)
         script(folder / "python3", f'exec {sys.executable} "$@"')
         environment = {"PATH": f"{folder}:/usr/bin:/bin", "EDGEPRUNE_CACHE": str(self.cache), "HOME": str(self.home)}
+        environment |= durations(**seconds)
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", f"exec {COMMAND}"],
             cwd=self.home,
@@ -103,12 +104,12 @@ class Far:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Far]]:
-    """Agents with tasks that are doubles; words: changes of the agent's own file."""
+    """Agents with tasks that are doubles, and other durations than usual."""
     running: list[Far] = []
 
-    def begin(before: str = "", after: str = "") -> Far:
-        words = {"engine/agent.py": (before, after)} if before else {}
-        running.append(Far(tmp_path, altered(remote.program(), {"engine/tasks.py": DOUBLE}, words)))
+    def begin(**seconds: float) -> Far:
+        packed = altered(remote.program(), {"ondevice/tasks.py": TASKS_DOUBLE})
+        running.append(Far(tmp_path, packed, **seconds))
         hello = running[-1].hear()
         assert hello["protocol"] == agent.PROTOCOL
         running[-1].work = Path(hello["work"])
@@ -328,7 +329,7 @@ def test_a_program_that_arrives_in_part_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_silence_ends_it(start: Callable[..., Far]) -> None:
-    far = start("SILENCE_SECONDS = 90.0", "SILENCE_SECONDS = 1.0")
+    far = start(silence_seconds=1.0)
     child = running_task(far)
     assert far.ended() == 128 + signal.SIGTERM
     wait_for(lambda: not is_running(child))
@@ -336,7 +337,7 @@ def test_silence_ends_it(start: Callable[..., Far]) -> None:
 
 
 def test_signs_of_life_and_a_long_upload_keep_it(start: Callable[..., Far]) -> None:
-    far = start("SILENCE_SECONDS = 90.0", "SILENCE_SECONDS = 0.8")
+    far = start(silence_seconds=0.8)
     data = os.urandom(1000)
     assert far.ask(do="put", sha256=sha256(data), size=len(data)) == {"go": True}
     for begin in range(0, len(data), 100):  # two seconds

@@ -10,11 +10,11 @@ import pytest
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import machine
 from edgeprune.ondevice.cuda import INSTALL, Cuda, Gpu, find_gpu
-from tests.doubles import double_cuda_python, double_pycuda
-from tests.doubles.double_device import Device, Fault, Work
-from tests.doubles.install import VERSION, install
+from tests.support.doubles import double_cuda_python, double_pycuda
+from tests.support.doubles.double_device import Device, Fault, Work
+from tests.support.doubles.install import VERSION, install
 
-pytest_plugins = ("tests.doubles.fixtures",)
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
 VERSIONS = {"pycuda": double_pycuda.VERSION_TEXT, "cuda-python": double_cuda_python.VERSION}
 

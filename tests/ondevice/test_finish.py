@@ -20,9 +20,11 @@ from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.ondevice.finish import finish
 from edgeprune.ondevice.worker import quiet
 from edgeprune.report.schema import Report
-from tests.bundles import change, contents, copy_of, fitted, rewrite
-from tests.device import bare_python
+from tests.support.bundles import change, contents, copy_of, fitted, rewrite
+from tests.support.device import bare_python
+from tests.support.durations import durations
 
+SHORT = durations(measure_seconds=0.3, block_ms=10)
 GENEROUS, TINY = {"memory": 2.0**40}, {"memory": 1.0}
 
 
@@ -43,7 +45,7 @@ def pyz(python: Path, bundle: Path, *words: str, cwd: Path | None = None) -> sub
         text=True,
         timeout=120,
         cwd=cwd or bundle,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(bundle.parent)},
+        env={"PATH": "/usr/bin:/bin", "HOME": str(bundle.parent)} | SHORT,
     )
 
 
@@ -168,7 +170,10 @@ def test_killed_in_the_middle_it_leaves_the_bundle_as_it_was(made: Path, python:
     bundle = copy_of(made, tmp_path / "bundle", GENEROUS)
     before = contents(bundle)
     process = subprocess.Popen(
-        [python, bundle / "finish.pyz"], stderr=subprocess.PIPE, text=True, env={"EDGEPRUNE_CACHE": str(tmp_path)}
+        [python, bundle / "finish.pyz"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"EDGEPRUNE_CACHE": str(tmp_path)} | SHORT,
     )
     assert any("measure" in line for line in process.stderr)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

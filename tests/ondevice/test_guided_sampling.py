@@ -13,8 +13,8 @@ from edgeprune.errors import EngineError
 from edgeprune.model.load import load_directory
 from edgeprune.model.model import Model
 from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
-from edgeprune.ondevice.onnxruntime import Runner
-from tests.llamagen import LlamaGen, random_llamagen, save_directory
+from edgeprune.ondevice.onnxruntime import GraphRunner
+from tests.support.llamagen import LlamaGen, random_llamagen, save_directory
 
 VARIANT = GraphVariant("onnxruntime", "last")
 REFERENCE = random_llamagen(side=4)
@@ -40,7 +40,7 @@ def drawn(
     """(pictures, tokens)."""
     picture, size = model.decoder.picture, model.decoder.vocab_size
     openings = [picture.opening(size, label) for label in labels]
-    runner = Runner(graph, len(labels) * sampling.streams, picture.tokens)
+    runner = GraphRunner(graph, len(labels) * sampling.streams, picture.tokens)
     points = random_points(seed, first, len(labels), picture.tokens)
     steps = draw_pictures(runner, openings, picture.opening(size, None), sampling, points)
     return np.stack(list(steps), axis=1)
@@ -89,7 +89,7 @@ def test_first_codes_follow_the_guided_distribution(model: Model, graph: Path) -
     logits = (without + (with_class - without) * cfg) / temperature
     values, kept = logits.topk(top_k)
     count = 2000
-    runner = Runner(graph, 2 * count, model.decoder.picture.tokens)
+    runner = GraphRunner(graph, 2 * count, model.decoder.picture.tokens)
     points = random_points(0, 0, count, model.decoder.picture.tokens)
     first = next(draw_pictures(runner, [size + 2] * count, size + null, Sampling(cfg, temperature, top_k), points))
     counts = np.array([(first == code).sum() for code in kept.numpy()])
@@ -99,4 +99,4 @@ def test_first_codes_follow_the_guided_distribution(model: Model, graph: Path) -
 
 def test_a_cache_that_is_too_short_is_one_message(model: Model, graph: Path) -> None:
     with pytest.raises(EngineError, match="16 tokens, the cache holds 8"):
-        list(draw_pictures(Runner(graph, 1, 8), [257], 267, Sampling(), random_points(0, 0, 1, 16)))
+        list(draw_pictures(GraphRunner(graph, 1, 8), [257], 267, Sampling(), random_points(0, 0, 1, 16)))

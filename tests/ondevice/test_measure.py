@@ -11,8 +11,8 @@ from edgeprune.errors import EngineError
 from edgeprune.ondevice import measure as perform
 from edgeprune.ondevice.figures import Measured, Performance, Workload
 from edgeprune.ondevice.worker import Tell, quiet
-from tests.engine.graph_models import llama
-from tests.reference import decoder_of, weights_of
+from tests.support.graph_models import llama
+from tests.support.reference import decoder_of, weights_of
 
 VARIANT = GraphVariant("onnxruntime", "last")
 WORKLOAD = Workload(batch=2, prompt=16, context=64)

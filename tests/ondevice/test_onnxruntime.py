@@ -11,10 +11,10 @@ import pytest
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.onnxruntime import Runner, measure_latency
+from edgeprune.ondevice.onnxruntime import GraphRunner, measure_latency
 from edgeprune.ondevice.worker import ask
-from tests.engine.graph_models import llama, reference_logits, sample
-from tests.reference import decoder_of, weights_of
+from tests.support.graph_models import llama, reference_logits, sample
+from tests.support.reference import decoder_of, weights_of
 
 MODEL = llama(True)
 VARIANT = GraphVariant("onnxruntime", "last")
@@ -43,7 +43,7 @@ def test_steps_give_transformers_logits(graphs: dict[str, Path], precision: str,
     """A prefill, a step of several tokens, then one by one up to the last place in the cache."""
     batch = padded(24)
     expected = reference_logits(MODEL, batch)
-    runner = Runner(graphs[precision], 2, batch.tokens)
+    runner = GraphRunner(graphs[precision], 2, batch.tokens)
     start = 0
     for end in (12, 16, *range(17, 25)):
         logits = runner.run(batch.ids[:, start:end], batch.mask[:, :end])
@@ -55,8 +55,8 @@ def test_steps_give_transformers_logits(graphs: dict[str, Path], precision: str,
 
 def test_a_reset_forgets_what_the_cache_held(graphs: dict[str, Path]) -> None:
     batch, other = padded(12), sample(20)
-    fresh = Runner(graphs["fp32"], 2, 32).run(batch.ids, batch.mask)
-    runner = Runner(graphs["fp32"], 2, 32)
+    fresh = GraphRunner(graphs["fp32"], 2, 32).run(batch.ids, batch.mask)
+    runner = GraphRunner(graphs["fp32"], 2, 32)
     runner.run(other.ids)
     runner.reset()
     np.testing.assert_array_equal(runner.run(batch.ids, batch.mask), fresh)
@@ -64,12 +64,12 @@ def test_a_reset_forgets_what_the_cache_held(graphs: dict[str, Path]) -> None:
 
 def test_without_a_mask_every_token_counts(graphs: dict[str, Path]) -> None:
     batch = sample(12)
-    masked = Runner(graphs["fp32"], 2, 12).run(batch.ids, np.ones_like(batch.ids))
-    np.testing.assert_array_equal(Runner(graphs["fp32"], 2, 12).run(batch.ids), masked)
+    masked = GraphRunner(graphs["fp32"], 2, 12).run(batch.ids, np.ones_like(batch.ids))
+    np.testing.assert_array_equal(GraphRunner(graphs["fp32"], 2, 12).run(batch.ids), masked)
 
 
 def test_a_full_cache_is_refused(graphs: dict[str, Path]) -> None:
-    runner = Runner(graphs["fp32"], 1, 8)
+    runner = GraphRunner(graphs["fp32"], 1, 8)
     runner.run(np.zeros((1, 7), np.int64))
     with pytest.raises(EngineError, match="9 tokens do not fit into the cache of 8"):
         runner.run(np.zeros((1, 2), np.int64))
@@ -78,26 +78,26 @@ def test_a_full_cache_is_refused(graphs: dict[str, Path]) -> None:
 
 def test_a_failing_step_is_an_engine_error(graphs: dict[str, Path]) -> None:
     with pytest.raises(EngineError, match="failed at a step of 1 x 1 tokens") as caught:
-        Runner(graphs["fp32"], 1, 8).run(np.array([[10_000]]))
+        GraphRunner(graphs["fp32"], 1, 8).run(np.array([[10_000]]))
     assert caught.value.remedy
 
 
 def test_a_broken_graph_is_an_engine_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"this is no graph")
     with pytest.raises(EngineError, match="cannot load"):
-        Runner(tmp_path / "model.onnx", 1, 8)
+        GraphRunner(tmp_path / "model.onnx", 1, 8)
 
 
 def test_latency_is_measured_at_the_workload_s_shapes(graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill runs the prompt from an empty cache, decode one token at past = context - 1; of both graphs."""
     seen: dict[int, set[tuple[int, tuple[int, ...]]]] = {}
-    run = Runner.run
+    run = GraphRunner.run
 
-    def spy(runner: Runner, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    def spy(runner: GraphRunner, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         seen.setdefault(id(runner), set()).add((runner.past, ids.shape))
         return run(runner, ids, mask)
 
-    monkeypatch.setattr(Runner, "run", spy)
+    monkeypatch.setattr(GraphRunner, "run", spy)
     found = measure_latency({"dense": graphs["fp32"], "candidate": graphs["fp16"]}, Workload(3, 10, 40), 0.1)
     assert list(seen.values()) == [{(0, (3, 10)), (39, (3, 1))}] * 2
     for kind in ("prefill", "decode"):

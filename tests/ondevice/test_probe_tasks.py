@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -15,18 +14,18 @@ import pytest
 
 from edgeprune.engine import probe
 from edgeprune.errors import EngineError
-from edgeprune.ondevice import machine, probe_tasks, tasks
+from edgeprune.ondevice import machine, probe_tasks
 from edgeprune.ondevice.measure import Here
 from edgeprune.ondevice.probe_tasks import Stack, Took, compile_stack, write_weights
 from edgeprune.ondevice.tensorrt import available
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.worker import quiet
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import load_profile
-from tests.doubles import double_tensorrt
-from tests.doubles.double_device import Device, Fault, Work
-from tests.doubles.install import InProcess
+from tests.support.doubles import double_tensorrt
+from tests.support.doubles.double_device import Device, Fault
+from tests.support.doubles.install import InProcess
 
-pytest_plugins = ("tests.doubles.fixtures",)
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
 
 def written(stack: Stack, folder: Path) -> Path:
@@ -143,40 +142,6 @@ def test_free_memory_is_the_drivers_word(said: str, free: int | None, monkeypatc
 
 
 # The GPU, a double of it. Nothing below ran on one.
-
-
-def execute(context: double_tensorrt.IExecutionContext, handle: int) -> bool:
-    """A step of any one-input graph: 100 MB/s of weights or 10 GFLOP/s, whichever binds, and 20 ms."""
-    device = context._device
-    stream = device.stream_at(int(handle))
-    (rows, width), engine = context._shapes["x"], context._engine_life
-    context._check_memory(dict.fromkeys(("x", "y"), (rows, width)))
-    matrices = device.matrices[width]
-    seconds = max(matrices * 2 * width**2 / 100e6, 2 * rows * matrices * width**2 / 10e9) + 0.02
-    parts = (dict.fromkeys(("x", "y"), (rows, width)), dict(context._addresses), (engine, context._life))
-    step = functools.partial(double_tensorrt._compute, device, context._session, context._tensors, *parts)
-    device.put(stream, Work(step, 1e3 * seconds, context._life))
-    return True
-
-
-def ask(module: str, request: dict, timeout_seconds: float, tell: Tell = quiet) -> dict:
-    """A build in this process, where the doubles are."""
-    return tasks.answer(json.loads(json.dumps(request)), tell)
-
-
-@pytest.fixture
-def gpu(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Small stacks; what nvidia-smi and /proc/meminfo would say."""
-    monkeypatch.setattr(probe_tasks, "ask", ask)
-    monkeypatch.setattr(double_tensorrt.IExecutionContext, "execute_async_v3", execute)
-    monkeypatch.setattr(probe, "WIDTH", 256)
-    monkeypatch.setattr(probe, "GPU_READ", 8 * 2 * 256**2)
-    monkeypatch.setattr(probe, "GPU_ROWS", 512)
-    monkeypatch.setattr(probe, "GPU_MATRICES", 8)
-    device.matrices = {256: 8, 8: 1}
-    left = iter([2**27, 2**27 - 2**25])
-    monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: next(left))
-    return device
 
 
 def probed(name: str = "l4") -> probe.Probed:

@@ -13,18 +13,27 @@ from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import machine, measure, tasks
 from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
-from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
+from edgeprune.ondevice.onnxruntime import GraphRunner as ProcessorRunner
 from edgeprune.ondevice.reference import PROMPT, STEPS, compare_logits, judge_logits, read_reference, write_reference
-from edgeprune.ondevice.tensorrt_runner import Runner
+from edgeprune.ondevice.tensorrt_runner import EngineRunner
 from edgeprune.ondevice.worker import quiet
 from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
-from tests.doubles.double_device import Device
-from tests.doubles.double_tensorrt import CONTEXT_BYTES
-from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, VERSION, WORKLOAD, InProcess, built, on_the_processor
-from tests.engine.graph_pictures import SIDE, drawn, llamagen, random_weights
-from tests.reference import decoder_of, weights_of
+from tests.support.doubles.double_device import Device
+from tests.support.doubles.double_tensorrt import CONTEXT_BYTES
+from tests.support.doubles.install import (
+    MODEL,
+    PRIMITIVE,
+    RUNTIME,
+    VERSION,
+    WORKLOAD,
+    InProcess,
+    built,
+    on_the_processor,
+)
+from tests.support.graph_pictures import SIDE, drawn, llamagen, random_weights
+from tests.support.reference import decoder_of, weights_of
 
-pytest_plugins = ("tests.doubles.fixtures",)
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
 IDS = np.random.default_rng(2).integers(0, 200, 100)
 RUNTIME_FIGURE = Estimate(1e6, "bytes", "a device", "by hand")
@@ -60,7 +69,7 @@ def test_on_a_double_an_engine_has_its_graph_s_logits(
     told: list[tuple[int, int]] = []
     ids, expected = read_reference(reference)
     assert (ids.shape, expected.shape) == ((1, 28), (9, 200))
-    with Runner(built(graphs[precision].graphs[PRIMITIVE], tmp_path / "plan"), 1, 28, "tensorrt") as runner:
+    with EngineRunner(built(graphs[precision].graphs[PRIMITIVE], tmp_path / "plan"), 1, 28, "tensorrt") as runner:
         found = compare_logits(runner, ids, expected, lambda _, done, total: told.append((done, total)))
     assert told == [(step, 9) for step in range(1, 10)]
     assert found["positions"] == 9
@@ -166,7 +175,7 @@ def test_on_a_double_an_engine_of_another_vocabulary_is_of_another_model(
 ) -> None:
     ids = IDS[None, :4]
     with (
-        Runner(plan, 1, 4, "tensorrt") as runner,
+        EngineRunner(plan, 1, 4, "tensorrt") as runner,
         pytest.raises(EngineError, match="a vocabulary of 200, its reference one of 300") as caught,
     ):
         compare_logits(runner, ids, np.ones((2, 300)), quiet)
@@ -263,7 +272,7 @@ def test_on_a_double_an_engine_of_pictures_is_checked_beyond_their_first_row(dev
     other = write_graphs(replace(decoder, layers=layers), weights, tmp_path / "other", "fp32", [PRIMITIVE])
     for graphs, right in ((files, True), (other, False)):
         plan = built(graphs.graphs[PRIMITIVE], tmp_path / f"{right}.plan", Workload(2, 1, SIDE**2))
-        with Runner(plan, 1, SIDE**2, "tensorrt") as runner:
+        with EngineRunner(plan, 1, SIDE**2, "tensorrt") as runner:
             assert runner.most_tokens == 1
             found = compare_logits(runner, *read_reference(path), quiet)
         assert (found["cosine"] > 0.99999) == right

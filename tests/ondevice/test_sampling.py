@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError, NumericalError
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import choose, generate
-from tests.engine.graph_models import llama
-from tests.reference import decoder_of, weights_of
+from tests.support.graph_models import llama
+from tests.support.reference import decoder_of, weights_of
 
 MODEL = llama(True)
 VARIANT = GraphVariant("onnxruntime", "last")
@@ -30,7 +30,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawn(graph: Path, prompts: list[list[int]], count: int, capacity: int = 64, **options: object) -> np.ndarray:
     """New tokens (prompts, steps)."""
-    return np.stack(list(generate(Runner(graph, len(prompts), capacity), prompts, count, **options)), axis=1)
+    return np.stack(list(generate(GraphRunner(graph, len(prompts), capacity), prompts, count, **options)), axis=1)
 
 
 @torch.inference_mode()
@@ -72,7 +72,7 @@ def test_an_ended_row_repeats_its_end_until_all_have(graph: Path) -> None:
 
 
 def test_tokens_come_one_step_at_a_time(graph: Path) -> None:
-    runner = Runner(graph, 1, 64)
+    runner = GraphRunner(graph, 1, 64)
     steps = generate(runner, [[1, 2, 3]], 5)
     next(steps)
     assert runner.past == 3
@@ -87,7 +87,7 @@ def test_equal_seeds_draw_equal_tokens(graph: Path) -> None:
 
 
 def test_a_runner_starts_anew(graph: Path) -> None:
-    runner = Runner(graph, 1, 64)
+    runner = GraphRunner(graph, 1, 64)
     first, second = (np.stack(list(generate(runner, [PROMPTS[0]], 10))) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
@@ -109,7 +109,7 @@ def test_an_empty_prompt_is_refused(graph: Path) -> None:
 
 
 def test_logits_that_are_no_numbers_are_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "run", lambda *_: np.array([[0.0, np.nan]]))
+    monkeypatch.setattr(GraphRunner, "run", lambda *_: np.array([[0.0, np.nan]]))
     with pytest.raises(NumericalError, match="step 1"):
         drawn(graph, [[1]], 1)
 

@@ -22,10 +22,10 @@ from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.tensorrt import BuildResult, Limits, Messages, available, compile_plan, import_tensorrt, shapes
 from edgeprune.ondevice.worker import Tell, quiet
-from tests.doubles.double_device import Device
-from tests.doubles.install import install
-from tests.engine.graph_models import llama
-from tests.reference import decoder_of, weights_of
+from tests.support.doubles.double_device import Device
+from tests.support.doubles.install import install
+from tests.support.graph_models import llama
+from tests.support.reference import decoder_of, weights_of
 
 WORKLOAD = Workload(batch=2, prompt=16, context=64)
 PRIMITIVE, RUNTIME = GraphVariant("primitive", "last"), GraphVariant("onnxruntime", "last")

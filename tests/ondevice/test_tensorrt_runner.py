@@ -18,13 +18,13 @@ from edgeprune.ondevice import machine, tasks
 from edgeprune.ondevice.cuda import Cuda
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.sampling import generate
-from edgeprune.ondevice.tensorrt_runner import Runner, Timed
+from edgeprune.ondevice.tensorrt_runner import EngineRunner, Timed
 from edgeprune.ondevice.worker import quiet
-from tests.doubles.double_device import Device
-from tests.doubles.double_tensorrt import CONTEXT_BYTES
-from tests.doubles.install import MODEL, PRIMITIVE, WORKLOAD, built, install, on_the_processor
+from tests.support.doubles.double_device import Device
+from tests.support.doubles.double_tensorrt import CONTEXT_BYTES
+from tests.support.doubles.install import MODEL, PRIMITIVE, WORKLOAD, built, install, on_the_processor
 
-pytest_plugins = ("tests.doubles.fixtures",)
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
 PROMPTS = [[5, 17, 42, 9, 133, 60, 2, 71, 8, 150, 99, 31, 12, 64, 77, 180, 3, 28, 111], [88, 3, 150]]
 KINDS = ("input_ids", "position_ids", "attention_mask")
@@ -34,8 +34,8 @@ def tokens(runner: object, prompts: list[list[int]], count: int) -> np.ndarray:
     return np.stack(list(generate(runner, prompts, count)), axis=1)
 
 
-def opened(plan: Path, batch: int = 2, capacity: int = WORKLOAD.context) -> Runner:
-    return Runner(plan, batch, capacity, "tensorrt")
+def opened(plan: Path, batch: int = 2, capacity: int = WORKLOAD.context) -> EngineRunner:
+    return EngineRunner(plan, batch, capacity, "tensorrt")
 
 
 def test_on_a_double_greedy_text_is_that_of_onnx_runtime(
@@ -228,7 +228,7 @@ def test_on_a_double_work_is_awaited_before_the_engine_goes(device: Device, plan
 
 
 def test_on_a_double_logits_that_are_no_numbers_end_the_text(device: Device, layer: str, tmp_path: Path) -> None:
-    from tests.engine.graph_models import write
+    from tests.support.graph_models import write
 
     files = write(MODEL, tmp_path)
     for path in files.data:

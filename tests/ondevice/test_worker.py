@@ -14,7 +14,7 @@ import pytest
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.worker import ask
 
-DOUBLE = "tests.engine.child_double"
+DOUBLE = "tests.support.doubles.child_double"
 
 
 def end(how: str, timeout_seconds: float = 30) -> dict:
@@ -74,7 +74,7 @@ def test_a_child_that_hangs_is_ended() -> None:
 )
 def test_what_a_machine_lacks_is_said_plainly(do: str, message: str, remedy: str) -> None:
     with pytest.raises(EngineError) as caught:
-        ask("tests.engine.task_double", {"task": "the test", "do": do, "files": {}, "outputs": {}}, 30)
+        ask("tests.support.doubles.task_double", {"task": "the test", "do": do, "files": {}, "outputs": {}}, 30)
     assert caught.value.message == message
     assert remedy in caught.value.remedy
 
@@ -82,7 +82,7 @@ def test_what_a_machine_lacks_is_said_plainly(do: str, message: str, remedy: str
 def test_progress_is_told_in_order_and_none_of_it_lost() -> None:
     states: list[tuple[str, int, int]] = []
     request = {"task": "the test", "do": "flood", "times": 5000, "files": {}, "outputs": {}}
-    ask("tests.engine.task_double", request, 60, lambda *state: states.append(state))
+    ask("tests.support.doubles.task_double", request, 60, lambda *state: states.append(state))
     assert states == [("flood", 0, 0), *(("flood", index, 5000) for index in range(5000))]
 
 
@@ -90,7 +90,7 @@ def test_a_child_does_not_outlive_its_parent() -> None:
     """Even where the parent has no time to say so."""
     code = (
         "from edgeprune.ondevice.worker import ask\n"
-        "ask('tests.engine.task_double', {'task': 'the test', 'do': 'sleep', 'seconds': 60, 'files': {}, "
+        "ask('tests.support.doubles.task_double', {'task': 'the test', 'do': 'sleep', 'seconds': 60, 'files': {}, "
         "'outputs': {}}, 90, lambda *state: print(*state, flush=True))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.model.test_vocabulary import TEXT, byte_level
 from transformers import AutoTokenizer
 
 from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
@@ -24,7 +23,8 @@ from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.results import Samples
 from edgeprune.progress import Silent
-from tests.checkpoints import save_llama
+from tests.support.checkpoints import save_llama
+from tests.support.vocabularies import TEXT, byte_level
 
 CONTEXT = 40
 TEXTS = {"manual": TEXT[1200:3600].splitlines(), "notes": TEXT[3600:4400].splitlines()}

@@ -15,7 +15,7 @@ from edgeprune.generate.guidance import checked_guidance, class_labels, sample_l
 from edgeprune.model.codec.codec import load_codec
 from edgeprune.model.decoder import Decoder, Picture
 from edgeprune.pipeline.imaging import Imaging, picture_samples, read_codes
-from tests.vq import small_vq
+from tests.support.vq import small_vq
 
 CODES, SIDE = 64, 4
 

@@ -13,7 +13,7 @@ from edgeprune.pruning.methods import METHODS, Method, Recovery, method_named
 from edgeprune.pruning.prune import prune, result_of, sample_weights
 from edgeprune.pruning.score import Projection, magnitude
 from edgeprune.pruning.select import select_heads, top_units
-from tests.tiny import as_model, llama, rebuilt
+from tests.support.tiny import as_model, llama, rebuilt
 
 DEFAULT = METHODS["default"]
 

@@ -16,17 +16,11 @@ from rich.console import Console
 from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.frontier_page import frontier_axes, frontier_plot, render_frontier
 from edgeprune.report.frontier_terminal import print_frontier
-from tests.report.sample_ladders import RISES, ladder
-from tests.report.sample_reports import built, estimated_content, measured_content
-from tests.report.test_html import ATTACK, Parsed
+from tests.support.pages import ATTACK, Parsed
+from tests.support.sample_ladders import RISES, ladder
+from tests.support.sample_reports import built, estimated_content, measured_content
 
 BUNDLE = "smol ladder"
-
-
-@pytest.fixture(autouse=True)
-def small_library(monkeypatch):
-    """Without the 4 MB of plotly.js; one test brings it back."""
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
 
 
 def estimated_ladder(**changes) -> Frontier:

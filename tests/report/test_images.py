@@ -20,10 +20,9 @@ from edgeprune.report.images import Interval, pictures_part
 from edgeprune.report.quality import quality_part
 from edgeprune.report.schema import Report
 from edgeprune.report.terminal import print_report
-from tests.report.sample_pictures import REFERENCE, distances, found, noise, pictures_content
-from tests.report.sample_reports import estimated_content, report_of
-from tests.report.test_html import ATTACK, parsed, sections, small_library  # noqa: F401 (a fixture)
-from tests.report.test_terminal import printed, words
+from tests.support.pages import ATTACK, parsed, printed, sections, words
+from tests.support.sample_pictures import REFERENCE, distances, found, noise, pictures_content
+from tests.support.sample_reports import estimated_content, report_of
 
 FEW = (
     "500 pictures of each model against 600 of the dense model's other samples, seen by EfficientNet-lite0 57934424: "

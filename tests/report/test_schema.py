@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -17,9 +16,10 @@ from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Perfor
 from edgeprune.report.experience import experience_part
 from edgeprune.report.quality import quality_part
 from edgeprune.report.schema import Report, figure_of, grade_of, schema_markdown
-from tests.report.sample_reports import CONTENTS, broken_content, estimated_content, measured_content, report_of
+from tests.support import DOCS
+from tests.support.sample_reports import CONTENTS, broken_content, estimated_content, measured_content, report_of
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
+DOCUMENT = DOCS / "report.md"
 REMEDY = """docs/report.md is out of date; write it again:
 python -c "from edgeprune.report.schema import schema_markdown as s; open('docs/report.md', 'w').write(s())" """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import replace
@@ -10,7 +9,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from edgeprune.cli.tables import print_doctor, print_plan, print_plans, print_profile, print_profiles
 from edgeprune.commands.doctor import Finding
@@ -22,7 +20,8 @@ from edgeprune.report.comparison import check_page, render_page, write_page
 from edgeprune.report.figures import figure_text, number_text, perplexity_text
 from edgeprune.report.html import render_html
 from edgeprune.report.terminal import print_comparison, print_report
-from tests.report.sample_reports import (
+from tests.support.pages import printed, words
+from tests.support.sample_reports import (
     CONTENTS,
     broken_content,
     estimated,
@@ -31,16 +30,6 @@ from tests.report.sample_reports import (
     measured_content,
     report_of,
 )
-
-
-def printed(show, subject, width: int = 80) -> list[str]:
-    file = io.StringIO()
-    show(subject, Console(file=file, width=width, color_system=None))
-    return [line.rstrip() for line in file.getvalue().splitlines()]
-
-
-def words(lines: list[str]) -> str:
-    return " ".join(" ".join(lines).split())
 
 
 @pytest.mark.parametrize("content", CONTENTS)

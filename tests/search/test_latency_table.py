@@ -16,7 +16,7 @@ from edgeprune.engine.estimate import estimate_performance
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.worker import quiet
 from edgeprune.profiles import list_profiles, load_profile
 from edgeprune.search import latency_table
@@ -30,8 +30,9 @@ from edgeprune.search.latency_table import (
     measured_times,
     memory_costs,
 )
-from tests.engine.graph_pictures import SIDE, imagegpt, llamagen
-from tests.engine.test_estimate import SMOLLM2, uniform
+from tests.support.durations import durations
+from tests.support.graph_pictures import SIDE, imagegpt, llamagen
+from tests.support.shapes import SMOLLM2, uniform
 
 PROFILE = load_profile("cpu")
 ORIN = load_profile("jetson-orin")
@@ -176,7 +177,7 @@ class RunningEngine(DoubleEngine):
 
     def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
         for model in models.values():
-            runner = Runner(model.graphs / GRAPH_FILE, DRAWN.batch, DRAWN.context, threads=1)
+            runner = GraphRunner(model.graphs / GRAPH_FILE, DRAWN.batch, DRAWN.context, threads=1)
             runner.run(np.zeros((DRAWN.batch, DRAWN.prompt), np.int64))
             runner.reset(DRAWN.context - 1)
             runner.run(np.zeros((DRAWN.batch, 1), np.int64))
@@ -194,7 +195,7 @@ def test_every_model_of_an_image_generator_s_design_draws(dense: Decoder, cache:
 
 
 def test_a_small_table_from_onnx_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.engine.choose.SURVEY_SECONDS", 0.05)
+    monkeypatch.setenv(*durations(survey_seconds=0.05).popitem())
     monkeypatch.setattr(latency_table, "SHARES", ())
     monkeypatch.setattr(latency_table, "MIXES", 0)
     dense, workload = uniform(64, 2, (2, 1, 16), 128, 300), Workload(1, 8, 24)

@@ -15,7 +15,7 @@ from edgeprune.search.search import (
     CostModel,
     Costs,
     Outcome,
-    Rise,
+    TrialRise,
     corrected,
     search,
     search_quality,
@@ -210,13 +210,13 @@ def quality(true_rise: Callable[[float], float], limit: float):
     def at(share: float) -> Allocation:
         return Allocation((Widths(1, 1, round(1000 * share)),), 0, round(1000 * share) / 1000)
 
-    def obtain(index: int, allocation: Allocation) -> Rise:
+    def obtain(index: int, allocation: Allocation) -> TrialRise:
         proposed.append(allocation)
         rise = true_rise(allocation.loss)
-        return Rise(rise, "met" if rise <= limit else "missed")
+        return TrialRise(rise, "met" if rise <= limit else "missed")
 
     beyond = at(1.0)
-    trials = search_quality(at, limit, (beyond, Rise(true_rise(1.0), "missed")), obtain)
+    trials = search_quality(at, limit, (beyond, TrialRise(true_rise(1.0), "missed")), obtain)
     assert beyond not in proposed
     assert len(trials) == len(proposed) == len(set(proposed)) <= MAX_QUALITY_CANDIDATES
     return trials

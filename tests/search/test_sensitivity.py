@@ -3,14 +3,21 @@ import torch
 
 from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs, token_losses, weight_stream
+from edgeprune.progress import Silent
 from edgeprune.pruning.compensate import MOMENT_DAMPING
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import Projection, flap, numerical
 from edgeprune.pruning.select import features_of, select_heads
-from edgeprune.search.sensitivity import LEAST_RISE, measure_response, measure_scores, measure_sensitivities
+from edgeprune.search.sensitivity import (
+    LEAST_RISE,
+    measure_response,
+    measure_scores,
+    measure_sensitivities,
+    sensitivities_of,
+)
 from edgeprune.search.widths import Widths
-from tests.tiny import as_model, llama
+from tests.support.tiny import as_model, llama
 
 
 def test_errors_are_least_squares_errors_weighted_by_the_gradient():
@@ -90,3 +97,19 @@ def test_a_padding_token_of_zeros_at_the_start_changes_nothing_else():
     assert np.isfinite(sensitivities.mlp).all()
     target = model.decoder.with_widths(1, 3, 40)
     assert all(weight.isfinite().all() for _, weight in prune(model, target, given, METHODS["default"], 0))
+
+
+def test_what_is_kept_is_read_again_but_not_for_another_score(tmp_path, monkeypatch):
+    """`default` may stand for another score in another version."""
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path))
+    model = as_model(llama())
+    ids = torch.randint(0, 101, (4, 16), generator=torch.Generator().manual_seed(0)).numpy()
+    first = sensitivities_of(model, ids, "default", 0, Silent())
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+    again = sensitivities_of(model, ids, "default", 0, Silent())
+    assert again.mlp.tolist() == first.mlp.tolist()
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+    monkeypatch.setitem(METHODS, "default", METHODS["magnitude+ls"])
+    other = sensitivities_of(model, ids, "default", 0, Silent())
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    assert other.mlp.tolist() != first.mlp.tolist()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.pruning.test_allocate import sensitivities
 
 from edgeprune.search.module_costs import ModuleCosts
 from edgeprune.search.solve import GONE, Problem, per_layer, uniform
 from edgeprune.search.widths import Widths, uniform_options
+from tests.support.losses import sensitivities
 
 FULL = Widths(2, 3, 20)
 VOCABULARIES = {100: 0.0, 40: 0.1}

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from edgeprune.pruning.compensate import MOMENT_DAMPING, nested_errors
 from edgeprune.pruning.moments import gram
-from edgeprune.search.widths import Sensitivities, Widths, even, standardised_cut, uniform_options
+from edgeprune.search.widths import Widths, even, standardised_cut, uniform_options
+from tests.support.losses import sensitivities
 
 
 @settings(max_examples=20, deadline=None)
@@ -31,18 +32,6 @@ def test_options_are_all_widths_at_the_multiple_and_the_dense_one():
     assert len(options) == len(set(options)) == 2 * 3 * 4
     assert {widths.intermediate_size for widths in options} == {32, 64, 96, 100}
     assert Widths(2, 3, 100) in options
-
-
-def sensitivities(seed: int, layers: int = 3) -> Sensitivities:
-    """Losses that fall with the width, of layers with 2 groups of 3 heads and 20 channels."""
-    generator = np.random.default_rng(seed)
-    attention = np.zeros((layers, 3, 3))
-    for layer in attention:
-        layer[1:] = np.sort(generator.random(6))[::-1].reshape(2, 3)
-        layer[0], layer[2, 2] = 1 + generator.random(), 0.0
-    mlp = -np.sort(-generator.random((layers, 21)), axis=1)
-    mlp[:, -1] = 0.0
-    return Sensitivities(attention, mlp, generator.random(3) + 0.5)
 
 
 def cost(widths: Widths) -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from edgeprune.progress import Silent
-from tests.tools.image_model import RECIPE, some_images
+from tests.support.image_model import RECIPE, some_images
 from tools.train_image_model import train_all
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +10,11 @@ from edgeprune.errors import InputError
 from edgeprune.evaluate.features import Network
 from edgeprune.generate.pixels import to_images
 from edgeprune.progress import Silent
-from tests.tools.image_model import idx
+from tests.support import DOCS
+from tests.support.image_model import idx
 from tools import images as tool
 from tools.images_page import DENSE, REAL, TABLES, THROUGH_CODEC, Cell, Ledger, fill
 
-DOCS = Path(__file__).parents[2] / "docs"
 PICTURES = 20
 SHARE = 0.214  # of the parameters: what whole steps of the tiny widths can remove
 CELLS = [REAL, THROUGH_CODEC, DENSE, Cell("default", SHARE), Cell("wanda", SHARE)]

@@ -8,25 +8,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.engine.test_probing import gpu  # noqa: F401  a fixture
 
-import edgeprune.cli
+import edgeprune.cli.app
 from edgeprune.engine import probe
 from edgeprune.engine.remote import Device
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice import probe_tasks
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 from edgeprune.report.schema import Report
-from tests.checkpoints import save_llama
-from tests.device import SSHD, Server, bare_python, ssh_server
-from tests.doubles.double_device import Device as Double
-from tests.doubles.install import InProcess
+from tests.support import ROOT
+from tests.support.checkpoints import save_llama
+from tests.support.device import SSHD, Server, bare_python, ssh_server
+from tests.support.doubles.double_device import Device as Double
+from tests.support.doubles.install import InProcess
 from tools import probe_profile
 from tools.probe_profile import Found, choose, like, main, nearest
 
-pytest_plugins = ("tests.doubles.fixtures",)
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
-TOOL = Path(__file__).parents[2] / "tools" / "probe_profile.py"
+TOOL = ROOT / "tools" / "probe_profile.py"
 TAKEN = ("precision", "dialect", "channel_multiple", "memory_shared_with_system", "workload", "budget")
 
 

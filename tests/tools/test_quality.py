@@ -1,10 +1,7 @@
 """The page of methods says what was measured."""
 
-from pathlib import Path
-
+from tests.support import DOCS
 from tools.quality import WRITERS, fill, read_cells
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_tables_are_those_of_the_figures_beside_them():

@@ -9,7 +9,7 @@ from edgeprune.model.codec.codec import check_codec, load_codec
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_model
 from edgeprune.progress import Silent
-from tests.tools.image_model import CODEC, FEW, GPT, RECIPE, idx, some_images
+from tests.support.image_model import CODEC, FEW, GPT, RECIPE, idx, some_images
 from tools import train_image_model as tool
 from tools.fashion_images import MIRRORED, mirrored, read_images
 from tools.image_networks import Gpt

@@ -14,7 +14,7 @@ from edgeprune.engine.onnx.codec import INSIDE_BYTES, write_codec
 from edgeprune.errors import NumericalError
 from edgeprune.generate.pixels import to_pixels
 from edgeprune.model.codec.codec import ClusterCodec, VqCodec, load_codec
-from tests.vq import small_vq
+from tests.support.vq import small_vq
 
 
 def small_codec(folder: Path, **sizes) -> VqCodec:
@@ -77,7 +77,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
 @pytest.mark.parametrize("kind", ["vq", "clusters"])
 def test_tensorrt_for_rtx_builds_it(tmp_path, kind):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    from tests.engine.test_graph_tensorrt import build, trt
+    from tests.support.rtx import build, trt
 
     codec = small_codec(tmp_path) if kind == "vq" else ClusterCodec(torch.rand(512, 3), 4, "")
     write_codec(codec, 4, tmp_path / "codec.onnx")

@@ -17,19 +17,20 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.sampling import end_ids, generate
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
-from tests.bundles import fitted
-from tests.engine.graph_pictures import imagegpt
-from tests.families import TEXTS, random_model, save_family
+from tests.support import DATA
+from tests.support.bundles import fitted
+from tests.support.families import CONTINUED, random_model, save_family
+from tests.support.graph_pictures import imagegpt
 
 og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai")
 
 OURS, OPSET = GraphVariant("onnxruntime", "all"), GraphVariant("opset23", "all")
 IDS = [5, 17, 42, 9, 133, 60, 2, 88, 201]
-CORPUS = Path(__file__).parent.parent / "data" / "corpus.txt"
+CORPUS = DATA / "corpus.txt"
 NEAR = 0.05  # of the two best logits: nearer than this, either may come first
 QUESTIONS = (
     "What is the capital of France?",
@@ -63,7 +64,7 @@ def continued(folder: Path, prompts: list[list[int]], count: int, length: int = 
 
 
 def ours(graph: Path, prompt: list[int], count: int, length: int = 64, ends: set[int] = frozenset()) -> list[int]:
-    return [int(tokens[0]) for tokens in generate(Runner(graph, 1, length), [prompt], count, end_ids=ends)]
+    return [int(tokens[0]) for tokens in generate(GraphRunner(graph, 1, length), [prompt], count, end_ids=ends)]
 
 
 @torch.inference_mode()
@@ -72,9 +73,6 @@ def transformers_own(reference: torch.nn.Module, prompt: list[int], count: int) 
     for _ in range(count):
         ids = torch.cat([ids, reference(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids[0, len(prompt) :].tolist()
-
-
-CONTINUED = [case for case in TEXTS if "," not in case or case.startswith("mistral")]
 
 
 @pytest.mark.parametrize("variant", [OURS, OPSET], ids=["shared buffer", "concatenated"])
@@ -178,6 +176,6 @@ def test_the_pruned_demo_answers_as_edgeprune_run(tmp_path: Path) -> None:
         expected = ours(folder / GRAPH_FILE, ids, 32, 256, ends)
         if found != expected:
             place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
-            logits = Runner(folder / GRAPH_FILE, 1, 256).run(np.array([ids + expected[:place]]))[0]
+            logits = GraphRunner(folder / GRAPH_FILE, 1, 256).run(np.array([ids + expected[:place]]))[0]
             assert np.ptp(np.sort(logits)[-2:]) < NEAR
         assert loaded.decode(np.array(found, np.int32)) == tokenizer.decode(found, skip_special_tokens=True)

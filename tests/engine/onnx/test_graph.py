@@ -18,8 +18,8 @@ from edgeprune.engine.onnx import data as data_module
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Attention, Decoder, Experts, Grid, Layer, Mlp, Picture, Rotary
-from tests.engine.graph_models import VARIANTS, Sample, llama, reference_logits, run_steps, sample, session, write
-from tests.reference import decoder_of, weights_of
+from tests.support.graph_models import VARIANTS, Sample, llama, reference_logits, run_steps, sample, session, write
+from tests.support.reference import decoder_of, weights_of
 
 PREFILL = 20
 WALKS = {"decode": [PREFILL, *[1] * 32], "chunks": [PREFILL, 7, 2, 23]}

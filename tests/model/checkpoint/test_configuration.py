@@ -9,8 +9,8 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import HEADS, LAYER_WIDTHS, config_for, decoder_of
 from edgeprune.model.decoder import Mlp
-from tests.reference import decoder_of as reference_decoder
-from tests.tiny import config
+from tests.support.reference import decoder_of as reference_decoder
+from tests.support.tiny import config
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 50000.0},

@@ -9,7 +9,6 @@ import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from safetensors.torch import load_file
 
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_model, load_shape
-from tests.checkpoints import save_llama
+from tests.support import ROOT
+from tests.support.checkpoints import save_llama
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 OTHER = {
@@ -253,7 +253,7 @@ def test_without_network_the_command_line_says_so_soon(tmp_path, offline):
         environment = os.environ | {
             "HF_HOME": str(tmp_path),
             "HF_ENDPOINT": address,
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": str(ROOT),
             "COLUMNS": "300",
             "NO_PROXY": "*",
             "HF_HUB_OFFLINE": str(int(offline)),

@@ -18,8 +18,8 @@ from edgeprune.model.checkpoint.llamagen import Hints, config_of
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.save import save_checkpoint
-from tests.llamagen import LlamaGen, Sizes, configuration, random_llamagen
-from tests.published import PUBLISHED
+from tests.support.llamagen import LlamaGen, Sizes, configuration, random_llamagen
+from tests.support.published import PUBLISHED
 
 HINTS = Hints(image_size=128, num_heads=4)
 SIZES = {  # layers, heads, dim, channels, parameters

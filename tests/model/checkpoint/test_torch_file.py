@@ -4,7 +4,6 @@ import pickle
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from edgeprune.errors import InputError
 from edgeprune.model.checkpoint import torch_file
 from edgeprune.model.checkpoint.torch_file import KEPT_BYTES, TorchFiles, tensors_of, torch_header
 from edgeprune.model.load import load_model
-from tests.checkpoints import save_llama
-from tests.families import CASES, save_family
+from tests.support import ROOT
+from tests.support.checkpoints import save_llama
+from tests.support.families import CASES, save_family
 
 BIN = "pytorch_model.bin"
 
@@ -211,7 +211,7 @@ def test_the_command_line_refuses_a_harmful_checkpoint(tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
     )
     assert result.returncode == 2, result.stderr
     assert "nothing of it was executed" in result.stderr
@@ -261,6 +261,6 @@ def test_reading_holds_a_layer_not_the_file(tmp_path, suffix):
         text=True,
         check=True,
         timeout=300,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert int(result.stdout) < 2 * 46e6 + (KEPT_BYTES if suffix == "bin" else 0)

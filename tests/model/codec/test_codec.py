@@ -17,7 +17,7 @@ from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.codec.codec import check_codec, clusters_of, load_codec
 from edgeprune.model.codec.layers import CODEBOOK, VqLayout
 from edgeprune.model.decoder import Decoder, Picture
-from tests.vq import VqModel, small_vq
+from tests.support.vq import VqModel, small_vq
 
 VQ8 = VqLayout(widths=(128, 256, 256, 512))
 

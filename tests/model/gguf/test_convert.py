@@ -13,9 +13,9 @@ from edgeprune.model.gguf.convert import converted
 from edgeprune.model.gguf.names import LAYER, OUTER
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from tests.checkpoints import LETTERS, SPECIAL
-from tests.reference import decoder_of, weights_of
-from tests.tiny import llama
+from tests.support.checkpoints import LETTERS, SPECIAL
+from tests.support.reference import decoder_of, weights_of
+from tests.support.tiny import llama
 
 SETTINGS = {"vocab_size": 257, "hidden_size": 96, "head_dim": 16, "max_position_embeddings": 256}
 

@@ -17,11 +17,11 @@ from edgeprune.model.gguf.file import read_gguf
 from edgeprune.model.load import load_model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.sampling import generate
-from tests.checkpoints import save_llama
-from tests.families import CASES, PICTURES, TEXTS, random_model, save_family
-from tests.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
+from tests.support.checkpoints import save_llama
+from tests.support.families import CASES, EXPORTED, PICTURES, random_model, save_family
+from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
 LONGROPE = "phi3, longrope, partial rotary, sliding window"
 CHANGES = {
@@ -38,7 +38,6 @@ CHANGES = {
     "llama, linear rope": {"dtype": torch.float16},
     "gemma3_text": {"dtype": torch.bfloat16},
 }
-EXPORTED = [case for case in TEXTS if case != "opt"]
 PROMPT = [3, 5, 7, 11, 200, 100, 50, 25, 12, 6, 9, 8, 4]
 TABLE = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "starcoder2")  # llama.cpp has their GELU in a table of fp16
 ROUNDED = {torch.float32: 0.0, torch.float16: 0.03, torch.bfloat16: 0.1}  # it rounds what such a matrix multiplies
@@ -272,7 +271,7 @@ def test_a_pruned_demo_says_in_llama_cpp_what_our_engine_says(tmp_path):
     assert read_gguf(held).fields["tokenizer.ggml.pre"] == "smollm"
     graphs = tmp_path / "graphs"
     write_graphs(decoder, model.weights, graphs, "fp32", [ONNXRUNTIME_GRAPH], 64)
-    other, runner = LlamaCpp(held), Runner(graphs / GRAPH_FILE, 1, 64)
+    other, runner = LlamaCpp(held), GraphRunner(graphs / GRAPH_FILE, 1, 64)
     tokenizer = load_tokenizer(dense.directory)
     for question in QUESTIONS:
         ids = tokenizer(question)["input_ids"]

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.model.test_tokenizer import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,8 +15,9 @@ from edgeprune.model.gguf.tokenizer_read import CONTROL, NORMAL, UNUSED, USER_DE
 from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from tests.llamacpp import MERGES, VOCABULARY, LlamaCpp, save_merging_tokenizer
-from tests.tiny import llama
+from tests.support.llamacpp import MERGES, VOCABULARY, LlamaCpp, save_merging_tokenizer
+from tests.support.sentencepiece import sentencepiece
+from tests.support.tiny import llama
 
 TEXTS = ("the end", "a  the\n\nthe 123", "été the 日本 🙂", "abc ab. éa  b", "<|end|>the")
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer
 
 from edgeprune.errors import InputError
-from edgeprune.model.gguf.pretokenizers import LLAMA3_SPLIT
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.model.tokens.vocabulary import (
@@ -24,85 +23,24 @@ from edgeprune.model.tokens.vocabulary import (
     retokenized,
     write_tokenizer_files,
 )
-from tests.checkpoints import LETTERS
-
-TEXT = (Path(__file__).parents[1] / "data" / "corpus.txt").read_text(encoding="utf-8")
-CORPUS = TEXT[:1200].splitlines()  # what the user needs of it
-WORDS = [word for line in CORPUS for word in line.split()]
-SPECIAL = ["<|end|>", "<|user|>"]
-NEEDED = [*CORPUS, *(before + word for word in WORDS for before in ("", " ", *SPECIAL))]
-TEMPLATE = (
-    "{% for m in messages %}<|user|>zebra {{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|user|>quagga\n{% endif %}"
+from tests.support.checkpoints import LETTERS
+from tests.support.vocabularies import (
+    CORPUS,
+    KINDS,
+    SPECIAL,
+    TEMPLATE,
+    TEXT,
+    all_splits,
+    byte_level,
+    ids_of,
+    ignore_merges,
+    save,
 )
+
+WORDS = [word for line in CORPUS for word in line.split()]
+NEEDED = [*CORPUS, *(before + word for word in WORDS for before in ("", " ", *SPECIAL))]
 CHAT = [{"role": "system", "content": CORPUS[0]}, {"role": "user", "content": CORPUS[2]}]
-BYTES = [f"<0x{value:02X}>" for value in range(256)]
 unicode_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=24)
-
-
-def trained(splitter, alphabet, size):
-    """Vocabulary in order of creation, and merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = splitter
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT, "zebra quagga " * 9], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return list(model["vocab"]), [tuple(pair) for pair in model["merges"]]
-
-
-def all_splits(tokens):
-    """Every pair that makes a token, as in files converted from tiktoken or SentencePiece: by the result's rank."""
-    place = {token: i for i, token in enumerate(tokens)}
-    return [(t[:cut], t[cut:]) for t in tokens for cut in range(1, len(t)) if t[:cut] in place and t[cut:] in place]
-
-
-def save(folder, tokenizer, eos="<|end|>", **settings):
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, **settings).save_pretrained(folder)
-
-
-def byte_level(folder):
-    tokens, merges = trained(pre_tokenizers.ByteLevel(add_prefix_space=False), LETTERS, 600)
-    names = {token: i for i, token in enumerate(SPECIAL + tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=names, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens(SPECIAL)
-    save(folder, tokenizer, pad_token="<|end|>", chat_template=TEMPLATE)
-
-
-def ignore_merges(folder):
-    """As Llama 3: whole words first, merges in all ways, special tokens behind the others, bos put in front."""
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
-    splitter = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokens, _ = trained(splitter, LETTERS, 600)
-    names = {token: i for i, token in enumerate([*tokens, "quagga", "Ġwholeword"])}
-    tokenizer = Tokenizer(models.BPE(vocab=names, merges=all_splits(tokens), ignore_merges=True))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    bos = processors.TemplateProcessing(
-        single="<|user|> $A", pair="<|user|> $A <|user|> $B", special_tokens=[("<|user|>", len(names) + 1)]
-    )
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos])
-    save(folder, tokenizer, bos_token="<|user|>", chat_template=TEMPLATE)
-
-
-def byte_fallback(folder):
-    """As Llama 2: `▁` for a space, one in front, bytes for unknown characters, merges in all ways."""
-    tokens, _ = trained(pre_tokenizers.Metaspace(), [], 500)
-    names = {token: i for i, token in enumerate(["<unk>", *SPECIAL, *BYTES, *tokens])}
-    merges = all_splits(tokens)
-    model = models.BPE(vocab=names, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens(["<unk>", *SPECIAL])
-    save(folder, tokenizer, unk_token="<unk>", chat_template=TEMPLATE)
-
-
-KINDS = {"byte level": byte_level, "ignore merges": ignore_merges, "byte fallback": byte_fallback}
 
 
 class Case(NamedTuple):
@@ -111,10 +49,6 @@ class Case(NamedTuple):
     full: Any
     reduced: Any
     vocabulary: Vocabulary
-
-
-def ids_of(tokenizer, texts, **settings):
-    return np.array([number for text in texts for number in tokenizer(text, **settings)["input_ids"]])
 
 
 def made(source, target, texts):

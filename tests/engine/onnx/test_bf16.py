@@ -18,20 +18,20 @@ from transformers import LlamaForCausalLM
 from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.model.load import load_model
-from edgeprune.ondevice.onnxruntime import Runner as ProcessorRunner
+from edgeprune.ondevice.onnxruntime import GraphRunner as ProcessorRunner
 from edgeprune.ondevice.reference import compare_logits, judge_logits, read_reference, write_reference
 from edgeprune.ondevice.tensorrt import available, compile_plan
-from edgeprune.ondevice.tensorrt_runner import Runner
+from edgeprune.ondevice.tensorrt_runner import EngineRunner
 from edgeprune.ondevice.worker import quiet
-from tests.doubles.double_bf16 import emulated
-from tests.doubles.double_device import Device
-from tests.doubles.double_tensorrt_builder import whole
-from tests.doubles.install import MODEL, PRIMITIVE, RUNTIME, WORKLOAD, built
-from tests.engine.graph_models import VARIANTS, reference_logits, run_steps, sample
-from tests.families import CASES, save_family
-from tests.reference import decoder_of, weights_of
+from tests.support.doubles.double_bf16 import emulated
+from tests.support.doubles.double_device import Device
+from tests.support.doubles.double_tensorrt_builder import whole
+from tests.support.doubles.install import MODEL, PRIMITIVE, RUNTIME, WORKLOAD, built
+from tests.support.families import CASES, save_family
+from tests.support.graph_models import VARIANTS, reference_logits, run_steps, sample
+from tests.support.reference import decoder_of, weights_of
 
-pytest_plugins = ("tests.doubles.fixtures",)
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
 STANDARD = [variant for variant in VARIANTS if variant.dialect != "onnxruntime"]
 OPSET23 = GraphVariant("opset23", "last")
@@ -115,7 +115,7 @@ def test_on_a_double_a_bf16_engine_keeps_its_cache_as_bits(device: Device, files
     reference = tmp_path / "reference.npz"
     write_reference(ProcessorRunner(files.graphs[RUNTIME], 1, 48, threads=1), IDS, reference)
     ids, expected = read_reference(reference)
-    with Runner(built(files.graphs[PRIMITIVE], tmp_path / "plan"), 1, 28, "tensorrt") as runner:
+    with EngineRunner(built(files.graphs[PRIMITIVE], tmp_path / "plan"), 1, 28, "tensorrt") as runner:
         logits = runner.run(ids[:, :5])
         assert logits.dtype == np.float32
         assert not (logits.view(np.uint32) & 0xFFFF).any()  # cast from bf16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,48 +11,10 @@ from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.tensorrt import compile_plan
-from tests.engine.graph_models import llama
-from tests.engine.graph_pictures import imagegpt, llamagen, random_weights
-from tests.reference import decoder_of, weights_of
-
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-
-
-class KeepingLogger(trt.ILogger):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[trt.ILogger.Severity, str]] = []
-
-    def log(self, severity: trt.ILogger.Severity, line: str) -> None:
-        self.lines.append((severity, line))
-
-    def figure(self, label: str) -> int:
-        (line,) = (line for _, line in self.lines if line.startswith(label))
-        return int(line.removeprefix(label).split()[1])
-
-
-def decoder_shape(tensor: trt.ITensor, batch: int, sequence: int, past: int) -> tuple[int, ...]:
-    if tensor.name.startswith("past"):
-        return batch, tensor.shape[1], past, tensor.shape[3]
-    return batch, past + sequence if tensor.name == "attention_mask" else sequence
-
-
-def build(path: Path, shape: Callable[..., tuple[int, ...]] = decoder_shape) -> KeepingLogger:
-    """Compile for SM86 with one profile: batch 1..2, sequence 1..32, past 0..64. Returns the log."""
-    logger = KeepingLogger()
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse_from_file(str(path)), [str(parser.get_error(i)) for i in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    profile = builder.create_optimization_profile()
-    for tensor in map(network.get_input, range(network.num_inputs)):
-        profile.set_shape(tensor.name, *(shape(tensor, *sizes) for sizes in ((1, 1, 0), (1, 1, 16), (2, 32, 64))))
-    config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None
-    return logger
+from tests.support.graph_models import llama
+from tests.support.graph_pictures import imagegpt, llamagen, random_weights
+from tests.support.reference import decoder_of, weights_of
+from tests.support.rtx import build, trt
 
 
 @pytest.mark.parametrize("dialect", ["opset23", "primitive"])

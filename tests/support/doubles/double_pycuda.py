@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.doubles import double_device
+from tests.support.doubles import double_device
 
 VERSION_TEXT = "2026.1"
 

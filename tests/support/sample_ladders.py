@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgeprune.report.schema import Report
-from tests.report.sample_reports import estimated, measured, quality, report_of, text
+from tests.support.sample_reports import estimated, measured, quality, report_of, text
 
 RISES = (1.4, 4.6, 9.8, 19.7, 48.0, 4127.0)
 

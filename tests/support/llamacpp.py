@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.checkpoints import LETTERS, SPECIAL
+from tests.support.checkpoints import LETTERS, SPECIAL
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]
 VOCABULARY = [*SPECIAL, *LETTERS, *("".join(pair) for pair in MERGES)]  # 260 tokens

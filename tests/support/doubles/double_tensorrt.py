@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from tests.doubles import double_tensorrt_builder as building
-from tests.doubles.double_bf16 import narrowed, widened
-from tests.doubles.double_device import Allocation, Device, Fault, Life, Work
-from tests.doubles.double_tensorrt_base import (
+from tests.support.doubles import double_tensorrt_builder as building
+from tests.support.doubles.double_bf16 import narrowed, widened
+from tests.support.doubles.double_device import Allocation, Device, Fault, Life, Work
+from tests.support.doubles.double_tensorrt_base import (
     DataType,
     Dims,
     ILogger,

@@ -9,8 +9,8 @@ import pytest
 
 from edgeprune.engine.onnx.graph import write_graphs
 from edgeprune.model.decoder import Decoder
-from tests.engine.graph_models import VARIANTS, Sample, run_steps
-from tests.engine.graph_pictures import closed_form, drawn, imagegpt, llamagen, random_weights
+from tests.support.graph_models import VARIANTS, Sample, run_steps
+from tests.support.graph_pictures import closed_form, drawn, imagegpt, llamagen, random_weights
 
 WALKS = ([1] * 16, [16], [1, 5, 1, 1, 8])
 

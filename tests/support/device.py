@@ -22,9 +22,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.durations import durations_there
+
 REAL_SSH = shutil.which("ssh")
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
 ON_DEVICE = ("numpy", "onnxruntime")
+TASKS_DOUBLE = (Path(__file__).parent / "doubles" / "task_double.py").read_text()
 
 
 MARK = "EDGEPRUNE_TEST_DEVICE"
@@ -172,7 +175,7 @@ def ssh_server(folder: Path, python: Path) -> Iterator[Server]:
     script(
         folder / "shell",
         f'export PATH="{device_bin}:/usr/bin:/bin" EDGEPRUNE_CACHE="{folder}/cache" {MARK}="{folder}"\n'
-        f'export HOME="{folder}/home"\ncd "$HOME"\nexec /bin/sh -c "$SSH_ORIGINAL_COMMAND"',
+        f'{durations_there()}\nexport HOME="{folder}/home"\ncd "$HOME"\nexec /bin/sh -c "$SSH_ORIGINAL_COMMAND"',
     )
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     _client(folder, folder / "known_hosts", folder / "user")
@@ -207,9 +210,6 @@ def _client(folder: Path, known: Path, identity: Path) -> str:
 def script(path: Path, text: str) -> None:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
-
-
-QUICK = ("block_ms: float = 150.0", "block_ms: float = 10.0")  # in engine/latency.py: noisy, and soon over
 
 
 def altered(packed: bytes, texts: Mapping[str, str] = {}, words: Mapping[str, tuple[str, str]] = {}) -> bytes:  # noqa: B006

@@ -13,12 +13,12 @@ import pytest
 from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant
 from edgeprune.ondevice import cuda, tasks
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.tensorrt import compile_plan
 from edgeprune.ondevice.worker import Tell
-from tests.doubles import double_cuda_python, double_pycuda, double_tensorrt
-from tests.doubles.double_device import Device
-from tests.engine.graph_models import llama
+from tests.support.doubles import double_cuda_python, double_pycuda, double_tensorrt
+from tests.support.doubles.double_device import Device
+from tests.support.graph_models import llama
 
 LAYERS = ("pycuda", "cuda-python")
 CUDA_MODULES = ("pycuda", "pycuda.driver", "cuda", "cuda.cuda", "cuda.bindings", "cuda.bindings.driver")
@@ -47,9 +47,9 @@ def built(graph: Path, plan: Path, workload: Workload = WORKLOAD) -> Path:
     return plan
 
 
-def on_the_processor(files: GraphFiles, batch: int) -> Runner:
+def on_the_processor(files: GraphFiles, batch: int) -> GraphRunner:
     """ONNX Runtime on another variant of the same weights: what an engine is compared with."""
-    return Runner(files.graphs[RUNTIME], batch, WORKLOAD.context, threads=1)
+    return GraphRunner(files.graphs[RUNTIME], batch, WORKLOAD.context, threads=1)
 
 
 class InProcess:

@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from edgeprune.model.checkpoint.families import FAMILIES
-from tests import llamagen
-from tests.checkpoints import save_tokenizer
+from tests.support import llamagen
+from tests.support.checkpoints import save_tokenizer
 
 BASE = {
     "vocab_size": 257,
@@ -106,6 +106,10 @@ CASES: dict[str, dict[str, object]] = {
 
 PICTURES = ("imagegpt", "llamagen")
 TEXTS = [case for case in CASES if case.partition(",")[0] not in PICTURES]
+# What other runtimes are tried with; docs/families.md names them.
+COMPILED = [case for case in CASES if "," not in case or case.startswith("mistral") or "rotary" in case]
+CONTINUED = [case for case in TEXTS if "," not in case or case.startswith("mistral")]
+EXPORTED = [case for case in TEXTS if case != "opt"]
 
 
 def random_model(case: str, **changes: object) -> PreTrainedModel | llamagen.LlamaGen:

@@ -12,18 +12,16 @@ from pathlib import Path
 import pytest
 
 from edgeprune.ondevice.bundle import open_bundle, sha256
-from tests.checkpoints import save_llama
-from tests.device import QUICK, altered
+from tests.support import ROOT
+from tests.support.checkpoints import save_llama
+from tests.support.durations import durations
 
-ROOT = Path(__file__).parents[1]
-SECONDS = 0.3
+QUICK = {"measure_seconds": 0.3, "survey_seconds": 0.3}
 _made: list[Path] = []  # one for all test files of a run
-SHORT = f"""
-import sys
-from edgeprune.engine import choose, costs, perform
-perform.SECONDS = choose.SURVEY_SECONDS = {SECONDS}
-costs.SHARES, costs.MIXES = (0.5,), 0
-from edgeprune.cli import main
+SMALL_TABLE = """
+from edgeprune.search import latency_table
+latency_table.SHARES, latency_table.MIXES = (0.5,), 0
+from edgeprune.cli.app import main
 main()
 """
 
@@ -31,7 +29,7 @@ main()
 def command(*words: str | Path, path: str | None = None, **options) -> subprocess.CompletedProcess:
     """The real command line. path: where it finds ssh."""
     return subprocess.run(
-        [sys.executable, "-c", SHORT, *map(str, words)],
+        [sys.executable, "-c", SMALL_TABLE, *map(str, words)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -40,8 +38,10 @@ def command(*words: str | Path, path: str | None = None, **options) -> subproces
     )
 
 
-def environment(path: str | None = None) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "PATH": path or os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+def environment(path: str | None = None, **seconds: float) -> dict[str, str]:
+    """path: where ssh is. seconds: other durations than the short ones."""
+    names = {"PYTHONPATH": str(ROOT), "PATH": path or os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    return os.environ | names | durations(**QUICK | seconds)
 
 
 def fitted(factory: pytest.TempPathFactory) -> Path:
@@ -95,10 +95,8 @@ def _fit(factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(bundle: Path, target: Path, limits: dict[str, float] | None = None) -> Path:
-    """A copy to change, with other limits, whose finish.pyz measures as short."""
+    """A copy to change, with other limits."""
     shutil.copytree(bundle, target, symlinks=True)
-    words = {"engine/perform.py": ("SECONDS = 40.0", f"SECONDS = {SECONDS}"), "engine/latency.py": QUICK}
-    rewrite(target, "finish.pyz", altered((target / "finish.pyz").read_bytes(), words=words))
     if limits is not None:
         change(target, limits={name: {"value": value, "asked": str(value)} for name, value in limits.items()})
     return target

@@ -9,7 +9,7 @@ from PIL import Image
 
 from edgeprune.evaluate.grids import data_uri
 from edgeprune.report.images import pictures_part
-from tests.report.sample_reports import estimated, measured_content
+from tests.support.sample_reports import estimated, measured_content
 
 REFERENCE = "the dense model's other samples"
 

@@ -1,4 +1,6 @@
-"""Logits of a family's graphs against transformers', dense and pruned; `python -m tests.parity` writes the docs' table.
+"""Logits of a family's graphs against transformers', dense and pruned.
+
+`python -m tests.support.parity` writes the table in docs/families.md.
 
 Errors are max|a - b| / max|b| over all real positions of a batch of two, the second padded on the left, over a
 prefill and 16 decode steps and all variants.
@@ -29,13 +31,14 @@ from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
-from tests.engine.graph_models import VARIANTS, Sample, reference_logits, run_steps, sample
-from tests.families import BASE, CASES, save_family
-from tests.llamagen import LlamaGen, load_directory
+from tests.support import DOCS
+from tests.support.families import BASE, CASES, COMPILED, CONTINUED, EXPORTED, save_family
+from tests.support.graph_models import VARIANTS, Sample, reference_logits, run_steps, sample
+from tests.support.llamagen import LlamaGen, load_directory
 
 WALK = [20, *[1] * 16]
 METHOD = METHODS["default"]
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = DOCS / "families.md"
 MARKS = "<!-- parity: begin -->", "<!-- parity: end -->"
 Weights = Mapping[str, torch.Tensor]
 
@@ -161,10 +164,6 @@ def table() -> str:
 
 def runtimes_tried(case: str) -> list[str]:
     """Those whose tests have the case."""
-    from tests.engine.test_genai import CONTINUED
-    from tests.model.test_gguf_export import EXPORTED
-    from tests.test_parity import COMPILED
-
     tried = {"llama.cpp": EXPORTED, "genai": CONTINUED, "RTX": COMPILED}
     return [name for name, cases in tried.items() if case in cases]
 

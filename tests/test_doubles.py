@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from edgeprune.engine.onnx.graph import GraphFiles
-from tests.doubles import double_cuda_python, double_pycuda, double_tensorrt, double_tensorrt_base
-from tests.doubles import double_tensorrt_builder as building
-from tests.doubles.double_device import Device, Fault, Work
-from tests.doubles.install import PRIMITIVE, VERSION, WORKLOAD, built, install
+from tests.support import DATA
+from tests.support.doubles import double_cuda_python, double_pycuda, double_tensorrt, double_tensorrt_base
+from tests.support.doubles import double_tensorrt_builder as building
+from tests.support.doubles.double_device import Device, Fault, Work
+from tests.support.doubles.install import PRIMITIVE, VERSION, WORKLOAD, built, install
 
-pytest_plugins = ("tests.doubles.fixtures",)
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
-DATA = Path(__file__).parents[1] / "data"
 # Bytes come with a buffer, and the members of an enum with int.
 PLAIN = {name for kind in (bytes, int) for name in dir(kind)}
 
@@ -43,7 +43,7 @@ def test_the_tensorrt_double_has_no_name_that_a_recorded_release_misses() -> Non
         for module in (double_tensorrt, building, double_tensorrt_base)
         for name, kind in vars(module).items()
         if isinstance(kind, type)
-        and kind.__module__.startswith("tests.doubles.double_tensorrt")
+        and kind.__module__.startswith("tests.support.doubles.double_tensorrt")
         and name not in ("Strict", "Refused")
     }
     assert len(kinds) > 15

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
-from tests.engine.graph_models import Sample
+from tests.support.graph_models import Sample
 
 SIDE, CODES, CLASSES = 4, 50, 7
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
-from tests.reference import decoder_of, weights_of
+from tests.support.reference import decoder_of, weights_of
 
 
 def config(**changes: object) -> LlamaConfig:

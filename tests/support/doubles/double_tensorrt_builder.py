@@ -10,8 +10,8 @@ from typing import Any
 
 import onnx
 
-from tests.doubles.double_bf16 import emulated, is_bf16
-from tests.doubles.double_tensorrt_base import (
+from tests.support.doubles.double_bf16 import emulated, is_bf16
+from tests.support.doubles.double_tensorrt_base import (
     DataType,
     ILogger,
     IProgressMonitor,

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, write_graphs
 from edgeprune.model.decoder import Decoder
-from tests.reference import decoder_of, weights_of
+from tests.support.reference import decoder_of, weights_of
 
 VARIANTS = tuple(
     GraphVariant(dialect, logits) for dialect in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last")

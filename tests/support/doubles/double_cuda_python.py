@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from tests.doubles import double_device
+from tests.support.doubles import double_device
 
 VERSION = "12.9.10"
 

@@ -1,0 +1,96 @@
+"""Fixtures of the tests that run on doubles.
+
+A module asks with `pytest_plugins = ("tests.support.doubles.fixtures",)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgeprune.engine import probe
+from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
+from edgeprune.ondevice import probe_tasks, tasks
+from edgeprune.ondevice.worker import Tell, quiet
+from tests.support.doubles import double_tensorrt
+from tests.support.doubles.double_device import Device, Work
+from tests.support.doubles.install import LAYERS, MODEL, PRIMITIVE, RUNTIME, built, install
+from tests.support.reference import decoder_of, weights_of
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["fp32", "fp16"])
+def precision(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, layer: str) -> Iterator[Device]:
+    """A double of a GPU behind one of the two modules; at the test's end nothing may be left on it."""
+    made = Device()
+    install(monkeypatch, made, (layer,))
+    yield made
+    if made.retained:
+        gc.collect()  # an error's traceback may hold what pycuda frees with its last reference
+    assert made.faults == []
+    assert made.left() == []
+    assert made.retained == 0
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GraphFiles]:
+    """Both variants that are needed, in fp32 and fp16."""
+    decoder, weights = decoder_of(MODEL.config), weights_of(MODEL)
+    return {
+        precision: write_graphs(decoder, weights, tmp_path_factory.mktemp(precision), precision, [PRIMITIVE, RUNTIME])
+        for precision in ("fp32", "fp16")
+    }
+
+
+@pytest.fixture
+def plan(device: Device, graphs: dict[str, GraphFiles], tmp_path: Path) -> Path:
+    """An fp32 engine of the double."""
+    return built(graphs["fp32"].graphs[PRIMITIVE], tmp_path / "model.engine")
+
+
+def execute(context: double_tensorrt.IExecutionContext, handle: int) -> bool:
+    """A step of any one-input graph: 100 MB/s of weights or 10 GFLOP/s, whichever binds, and 20 ms."""
+    device = context._device
+    stream = device.stream_at(int(handle))
+    (rows, width), engine = context._shapes["x"], context._engine_life
+    context._check_memory(dict.fromkeys(("x", "y"), (rows, width)))
+    matrices = device.matrices[width]
+    seconds = max(matrices * 2 * width**2 / 100e6, 2 * rows * matrices * width**2 / 10e9) + 0.02
+    parts = (dict.fromkeys(("x", "y"), (rows, width)), dict(context._addresses), (engine, context._life))
+    step = functools.partial(double_tensorrt._compute, device, context._session, context._tensors, *parts)
+    device.put(stream, Work(step, 1e3 * seconds, context._life))
+    return True
+
+
+def ask(module: str, request: dict, timeout_seconds: float, tell: Tell = quiet) -> dict:
+    """A build in this process, where the doubles are."""
+    return tasks.answer(json.loads(json.dumps(request)), tell)
+
+
+@pytest.fixture
+def gpu(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Small stacks; what nvidia-smi and /proc/meminfo would say."""
+    monkeypatch.setattr(probe_tasks, "ask", ask)
+    monkeypatch.setattr(double_tensorrt.IExecutionContext, "execute_async_v3", execute)
+    monkeypatch.setattr(probe, "WIDTH", 256)
+    monkeypatch.setattr(probe, "GPU_READ", 8 * 2 * 256**2)
+    monkeypatch.setattr(probe, "GPU_ROWS", 512)
+    monkeypatch.setattr(probe, "GPU_MATRICES", 8)
+    device.matrices = {256: 8, 8: 1}
+    left = iter([2**27, 2**27 - 2**25])
+    monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: next(left))
+    return device
