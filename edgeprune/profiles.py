@@ -207,13 +207,13 @@ def profile_toml(profile: DeviceProfile) -> str:
     """The profile as TOML that `load_profile_file` reads back equal, measured figures included."""
     data = profile.model_dump(exclude_none=True)
     plain = {key: value for key, value in data.items() if not isinstance(value, dict)}
-    lines = [f"{key} = {_toml(value)}" for key, value in plain.items()]
+    lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
     for name, table in data.items():
         if isinstance(table, dict):
-            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+            lines += ["", f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: str | float | bool | tuple[str, ...]) -> str:
-    """JSON's variant is TOML's for these types; only DEL must be escaped in addition."""
+def toml_value(value: str | float | bool | tuple[str, ...]) -> str:
+    """JSON's spelling is TOML's for these types; only DEL must be escaped in addition."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

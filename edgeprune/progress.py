@@ -1,10 +1,14 @@
-"""How long work tells how far it is; where nobody watches, nothing is told."""
+"""Progress of long work: bars on a terminal, calls of a function, or nothing."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+Tell = Callable[[str, int, int], None]
+"""tell(stage, done, total): how far a stage is; total 0 where that is unknown."""
 
 
 class Progress(Protocol):
@@ -29,6 +33,37 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
+
+
+class Told:
+    """Calls a function with each stage and its steps; notes go to the log."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+
+    def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            self._tell(name, done, total or 0)
+
+        self._tell(name, 0, total or 0)
+        return advance
+
+    def track(self, name: str, done: int, total: int) -> None:
+        self._tell(name, done, total)
+
+    def note(self, text: str) -> None:
+        logging.getLogger("edgeprune").info("%s", text)
+
+
+def progress_of(given: Progress | Tell | None) -> Progress:
+    """Returns a Progress of what a caller gave: one already, a function to call, or nothing."""
+    if given is None:
+        return Silent()
+    return given if hasattr(given, "stage") else Told(given)
 
 
 @contextmanager

@@ -40,9 +40,10 @@ from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, measure_latency
-from edgeprune.pipeline.comparison import Allocation as Way
 from edgeprune.pipeline.comparison import Comparison, Layout, generate_samples
+from edgeprune.pipeline.comparison import WidthRule as Way
 from edgeprune.pipeline.documents import GENERATED
+from edgeprune.pipeline.kind import Language
 from edgeprune.profiles import profile_of
 from edgeprune.progress import Silent
 from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
@@ -202,7 +203,7 @@ class Bench:
     def quality(self, texts: Texts, workload: Workload) -> None:
         """Even widths and the search's under one limit on predicted decode; then what both really take and lose."""
         ids = torch.from_numpy(texts.rows(16, 0))
-        generated = generate_samples(self.model, GENERATED, LENGTH, 0, Silent())
+        generated = generate_samples(self.model, Language(), GENERATED, LENGTH, 0, Silent())
         comparison = Comparison(self.model, ids, generated, texts.evaluation, LENGTH, 0, Silent())
         dense = self.model.decoder
         for share in SHARES:

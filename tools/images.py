@@ -40,8 +40,10 @@ from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.codec.codec import check_codec, load_codec
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.ondevice.guided_sampling import Sampling
-from edgeprune.ondevice.onnxruntime import GRAPH_FILE, Runner
-from edgeprune.pipeline.comparison import DENSE_KEY, Allocation, Comparison, Layout, generate_samples
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
+from edgeprune.pipeline.comparison import DENSE_KEY, Comparison, Layout, WidthRule, generate_samples
+from edgeprune.pipeline.imaging import Imaging
+from edgeprune.pipeline.kind import Images as ImageKind
 from edgeprune.pipeline.setup import load_dense
 from edgeprune.progress import Progress, rich_progress
 from edgeprune.pruning.methods import method_named
@@ -148,7 +150,8 @@ class Studio:
     def begin(self, scale: float) -> None:
         """Samples to calibrate on, drawn as in deployment: at this scale."""
         self.sampling, picture = Sampling(scale), self.model.decoder.picture
-        drawn = generate_samples(self.model, self.samples, picture.tokens + 1, self.seed, self.progress, self.sampling)
+        kind = ImageKind(Imaging(self.codec, self.sampling, self.pictures, None))
+        drawn = generate_samples(self.model, kind, self.samples, picture.tokens + 1, self.seed, self.progress)
         fed = drawn[:, : self.model.decoder.most_fed]
         self.comparison = Comparison(
             self.model, fed, None, {"": self.held_out}, picture.tokens + 1, self.seed, self.progress
@@ -191,7 +194,7 @@ class Studio:
         return found
 
     def pruned(self, cell: Cell) -> Pruned:
-        target = self.comparison.target(cell.ratio, Layout.UNIFORM, Allocation.SENSITIVITY)
+        target = self.comparison.target(cell.ratio, Layout.UNIFORM, WidthRule.SENSITIVITY)
         method = method_named(cell.method)
         advance = self.progress.stage(f"prune: {cell.name}", 2 * len(target.layers))
         fell_back: list[bool] = []
@@ -215,7 +218,7 @@ class Studio:
         advance = self.progress.stage("draw", steps_of(picture, count, AT_ONCE))
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
             write_graphs(decoder, weights, Path(name), "fp32", [ONNXRUNTIME_GRAPH], picture.tokens)
-            runner = Runner(Path(name) / GRAPH_FILE, AT_ONCE * sampling.streams, picture.tokens)
+            runner = GraphRunner(Path(name) / GRAPH_FILE, AT_ONCE * sampling.streams, picture.tokens)
             codes = draw_codes(runner, picture, decoder.vocab_size, self.labels[:count], sampling, self.seed, advance)
         return self.codec_runner.pixels(codes)
 

@@ -28,8 +28,9 @@ import numpy as np
 
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.pipeline.comparison import Allocation, Comparison, Layout, generate_samples
+from edgeprune.pipeline.comparison import Comparison, Layout, WidthRule, generate_samples
 from edgeprune.pipeline.documents import GENERATED
+from edgeprune.pipeline.kind import Language
 from edgeprune.progress import Silent
 from edgeprune.pruning.methods import method_named
 from tools.pages import filled, table
@@ -131,7 +132,7 @@ class Cell:
     method: str
     ratio: float
     layout: Layout = Layout.UNIFORM
-    allocation: Allocation = Allocation.SENSITIVITY
+    allocation: WidthRule = WidthRule.SENSITIVITY
     samples: int = CALIBRATION
     seed: int = 0
 
@@ -144,7 +145,7 @@ def main_cells() -> Iterator[Cell]:
     """Most telling first: a run that is cut short still shows the order of the methods."""
     for ratio in (0.3, 0.5, 0.2):
         yield Cell("default", ratio)
-        yield Cell("flap", ratio, Layout.PER_LAYER, Allocation.SCORE)
+        yield Cell("flap", ratio, Layout.PER_LAYER, WidthRule.SCORE)
         yield Cell("default", ratio, Layout.PER_LAYER)
         for method in MAIN:
             yield Cell(method, ratio)
@@ -158,8 +159,8 @@ def other_cells() -> Iterator[Cell]:
 
 def allocation_cells() -> Iterator[Cell]:
     for ratio in RATIOS:
-        yield Cell("default", ratio, Layout.UNIFORM, Allocation.EVEN)
-        yield Cell("default", ratio, Layout.PER_LAYER, Allocation.SCORE)
+        yield Cell("default", ratio, Layout.UNIFORM, WidthRule.EVEN)
+        yield Cell("default", ratio, Layout.PER_LAYER, WidthRule.SCORE)
         yield Cell("default", ratio)
         yield Cell("default", ratio, Layout.PER_LAYER)
 
@@ -174,9 +175,9 @@ def sample_cells() -> Iterator[Cell]:
 
 def ablation_cells() -> Iterator[Cell]:
     for layout, allocation in (
-        (Layout.UNIFORM, Allocation.SENSITIVITY),
-        (Layout.UNIFORM, Allocation.EVEN),
-        (Layout.PER_LAYER, Allocation.SENSITIVITY),
+        (Layout.UNIFORM, WidthRule.SENSITIVITY),
+        (Layout.UNIFORM, WidthRule.EVEN),
+        (Layout.PER_LAYER, WidthRule.SENSITIVITY),
     ):
         for method in ("obs", "default", "wanda", "wanda+ls", "flap", "flap+ls"):
             yield Cell(method, 0.3, layout, allocation)
@@ -208,7 +209,7 @@ class Bench:
 
     @functools.cache  # noqa: B019
     def _generated(self, seed: int) -> Any:
-        return generate_samples(self.model, GENERATED, LENGTH, seed, Silent())
+        return generate_samples(self.model, Language(), GENERATED, LENGTH, seed, Silent())
 
     def dense(self) -> dict[str, Any]:
         return self._planner.dense.as_json()
@@ -246,7 +247,7 @@ def headline_table(cells: Cells) -> str:
     """The default against FLAP in the same layout, and against the best other score with our recovery."""
     rows = []
     for ratio in RATIOS:
-        for layout, cut in ((Layout.UNIFORM, Allocation.SENSITIVITY), (Layout.PER_LAYER, Allocation.SCORE)):
+        for layout, cut in ((Layout.UNIFORM, WidthRule.SENSITIVITY), (Layout.PER_LAYER, WidthRule.SCORE)):
             default, flap = (
                 cells.get(Cell(*c).key) for c in (("default", ratio, layout), ("flap", ratio, layout, cut))
             )

@@ -13,7 +13,7 @@ from edgeprune import __version__
 from edgeprune.bundle.read import read_report
 from edgeprune.bundle.readme import readme
 from edgeprune.bundle.store import write_bundle
-from edgeprune.bundle.write import _json_text, as_json, rendered
+from edgeprune.bundle.write import as_json, json_text, rendered
 from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
 from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER, open_bundle, rungs_of, sha256, tokenizer_of
@@ -66,7 +66,7 @@ def pick(
     texts = {
         "profile.toml": (bundle / "profile.toml").read_bytes(),
         "README.md": readme(report),
-        DEPLOYMENT: _json_text(plan),
+        DEPLOYMENT: json_text(plan),
         FINISH: program(),
     }
 

@@ -16,14 +16,14 @@ from edgeprune.bundle.readme import frontier_readme, readme
 from edgeprune.bundle.store import write_bundle
 from edgeprune.engine.remote import program
 from edgeprune.model.export import write_exports
+from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.model.tokens.vocabulary import read_vocabulary
 from edgeprune.ondevice.budget import CONSTRAINTS
-from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER
+from edgeprune.ondevice.bundle import FRONTIER, REPORT, TOKENIZER
 from edgeprune.ondevice.finish import DEPLOYMENT
-from edgeprune.pipeline.codec_folder import write_codec_folder
 from edgeprune.pipeline.provenance import command_line, manifest_of
 from edgeprune.pipeline.results import Fitted, has_checkpoint
-from edgeprune.pipeline.setup import Setup
+from edgeprune.pipeline.run_file import RUN_FILE, run_file
 from edgeprune.profiles import profile_toml
 from edgeprune.report import schema
 from edgeprune.report.build import build_report
@@ -34,7 +34,7 @@ from edgeprune.report.html import render_html
 from edgeprune.report.schema import Step
 
 
-def ship(rungs: Sequence[Fitted], work: Path) -> None:
+def write_fitted(rungs: Sequence[Fitted], work: Path) -> None:
     """Write the finished bundle to the setup's output, the chosen rung first. All before happens in `work`."""
     fitted, setup = rungs[0], rungs[0].setup
     command = command_line(setup.request)
@@ -47,12 +47,13 @@ def ship(rungs: Sequence[Fitted], work: Path) -> None:
         "README.md": readme(build_report(fitted, {}, command)),
         DEPLOYMENT: json.dumps(deployment(rungs), indent=2) + "\n",
         FINISH: program(),
+        RUN_FILE: run_file(setup),
     }
 
     def render(files: dict[str, int]) -> dict[str, str]:
         return rendered(build_report(fitted, files, command))
 
-    shared = shared_files(setup, work, tokenizer_folder(fitted))
+    shared = setup.kind.shared_files(setup.model, tokenizer_folder(fitted), work)
     write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest_of(setup, command), render)
 
 
@@ -94,24 +95,7 @@ def tokenizer_folder(fitted: Fitted) -> Path:
     return fitted.setup.model.directory if read_vocabulary(own) is None else own
 
 
-def shared_files(setup: Setup, work: Path, tokenizer: Path) -> dict[str, Path]:
-    """What all rungs need, by its path in the bundle: the tokenizer, or the codec of an image generator."""
-    if setup.imaging is None:
-        return {f"{TOKENIZER}/{name}": path for name, path in tokenizer_files(tokenizer).items()}
-    folder = write_codec_folder(work / CODEC, setup.model.decoder, setup.imaging)
-    return {f"{CODEC}/{path.name}": path for path in sorted(folder.iterdir())}
-
-
-def tokenizer_files(directory: Path) -> dict[str, Path]:
-    """What a model's folder holds beside its weights, by name."""
-    return {
-        path.name: path
-        for path in sorted(directory.iterdir())
-        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name
-    }
-
-
-def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
+def write_frontier(rungs: Sequence[Fitted], work: Path) -> None:
     """Write the finished bundle to the setup's output, the largest rung first. All before happens in `work`.
 
     Each rung has all that a bundle of its own needs: see `pick`.
@@ -123,17 +107,21 @@ def ship_frontier(rungs: Sequence[Fitted], work: Path) -> None:
         step = Step(title="Pick this rung: a bundle of its own", command=pick_command(setup.output.name, index))
         reports.append(build_report(rung, {}, command).model_copy(update={"deploy": [step]}))
         folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index), setup.model.directory))
-        (folders[-1] / DEPLOYMENT).write_text(_json_text(deployment([rung])), encoding="utf-8")
+        (folders[-1] / DEPLOYMENT).write_text(json_text(deployment([rung])), encoding="utf-8")
     frontier = frontier_of(reports)
-    texts = {"profile.toml": profile_toml(setup.profile), "README.md": frontier_readme(frontier, setup.output.name)}
+    texts = {
+        "profile.toml": profile_toml(setup.profile),
+        "README.md": frontier_readme(frontier, setup.output.name),
+        RUN_FILE: run_file(setup),
+    }
 
     def render(files: dict[str, int]) -> dict[str, str]:
         return {FRONTIER_FILE: as_json(frontier), FRONTIER_PAGE: render_frontier(frontier, setup.output.name)}
 
     manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
-    shared = shared_files(setup, work, setup.model.directory)
+    shared = setup.kind.shared_files(setup.model, setup.model.directory, work)
     write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest, render, chosen=None)
 
 
-def _json_text(value: Any) -> str:
+def json_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"

@@ -37,7 +37,7 @@ def run(
             raise InputError("--max-new-tokens without --prompt: a picture has its own number", "Leave it out.")
         _draw(bundle, class_ or [], count, cfg, output, temperature, top_k, top_p, force, seed)
         return
-    if others := [name for name in options.given(context_) if name in options.PICTURES]:
+    if others := [name for name in options.given(context_) if name in options.IMAGES_OF_RUN]:
         raise InputError(f"{', '.join(others)} with --prompt", f"{others[0]} is for pictures: leave one of them out.")
     from edgeprune.generate.text import stream_text
 

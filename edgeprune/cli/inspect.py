@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from edgeprune.cli import options
-from edgeprune.cli.options import console
+from edgeprune.cli.options import DEVICE, console, takes
 
 
 def devices(
@@ -34,45 +34,31 @@ def devices(
         print_profile(load_profile(name), console())
 
 
+@takes("device", "profile", "prompt", "batch", "image_size", "num_heads")
 def plan(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A config.json, or a model as for fit; no weights.")],
-    device: Annotated[str | None, typer.Option(help="Device profile. Default: a table of all.")] = None,
-    profile: options.Profile = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="fp16|bf16|int8|int4|fp32", help="Default: the profile's.")
+    precision: options.PLAN_PRECISION = None,
+    past: Annotated[
+        int | None,
+        typer.Option(help="Tokens in the cache before a step. Default: the profile's.", rich_help_panel=DEVICE),
     ] = None,
-    prompt: options.Prompt = None,
-    past: Annotated[int | None, typer.Option(help="Tokens in the cache before a step. Default: the profile's.")] = None,
-    batch: options.Batch = None,
-    image_size: options.ImageSize = None,
-    num_heads: options.NumHeads = None,
     json_: options.Json = False,
+    **shape: Any,
 ) -> None:
     """Estimate what a model of this shape needs and reaches: memory by part, prefill, decode; all estimated."""
     from edgeprune.cli.tables import print_plan, print_plans
-    from edgeprune.commands.plan import Question, plan_all
-    from edgeprune.commands.plan import plan as plan_one
-    from edgeprune.model.checkpoint.llamagen import Hints
+    from edgeprune.commands.plan import plan as run
 
-    question = Question(model, device, profile, precision, prompt, past, batch, Hints(image_size, num_heads))
-    if device is None and profile is None:
-        plans = plan_all(question)
-        if json_:
-            typer.echo(
-                json.dumps(
-                    {"model": plans[0].model, "devices": [planned.as_json() for planned in plans]},
-                    indent=2,
-                    allow_nan=False,
-                )
-            )
-        else:
-            print_plans(plans, console())
-        return
-    planned = plan_one(question)
+    plans = run(model, precision=precision, past=past, **shape).report
+    is_one = shape["device"] is not None or shape["profile"] is not None
     if json_:
-        typer.echo(json.dumps(planned.as_json(), indent=2, allow_nan=False))
+        devices = [planned.as_json() for planned in plans]
+        document = devices[0] if is_one else {"model": plans[0].model, "devices": devices}
+        typer.echo(json.dumps(document, indent=2, allow_nan=False))
+    elif is_one:
+        print_plan(plans[0], console())
     else:
-        print_plan(planned, console())
+        print_plans(plans, console())
 
 
 def doctor(json_: options.Json = False) -> None:

@@ -1,64 +1,194 @@
-"""Options and arguments that several commands of the command line share, each with one help text."""
+"""The options of the command line, each with one help text, and how a command takes those of a request."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output and nothing else.")]
+from edgeprune.errors import InputError
+from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.pipeline.request import DEFAULTS, unknown_option
+from edgeprune.pipeline.run_file import read_run_file
+from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
+
+MODEL, BUDGET, SEARCH = "Model and data", "Budget", "Search"
+IMAGES, DEVICE, OUTPUT = "Image generators", "Device", "Output"
+
+
+def _option(panel: str, help_: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help_, rich_help_panel=panel, **settings)
+
+
+Json = Annotated[bool, _option(OUTPUT, "Print one JSON document to standard output and nothing else.", "--json")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The output directory of `edgeprune fit`.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
-Model = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, .gguf file, LlamaGen's .pt, or `demo`.")
-]
-Device = Annotated[str | None, typer.Option(help="Device profile; `edgeprune devices` lists them.")]
-Profile = Annotated[Path | None, typer.Option(help="Your own profile, a TOML file.")]
-Calibration = Annotated[
-    str, typer.Option(metavar="PATH|self", help="Text, jsonl, folder, or one of pictures; `self`: the model's own.")
-]
-Evaluate = Annotated[
-    list[Path] | None, typer.Option(help="Held-out text, or a folder of pictures; may be given again.")
-]
-Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-Length = Annotated[int | None, typer.Option(help="Tokens of a sample. Default: 256; a picture has its own.")]
-Method = Annotated[str, typer.Option(help="default, or a baseline: wanda+ls, magnitude, random, ...")]
-Layout = Annotated[
-    str,
-    typer.Option(
-        metavar="uniform|per-layer", help="The same widths in every layer, or free ones (ONNX and engine only)."
+Seed = Annotated[int, _option(SEARCH, "Seed of everything drawn.")]
+KeepRemote = Annotated[bool, _option(DEVICE, "Leave the working folder on the device.", "--keep-remote")]
+Cfg = Annotated[float | None, _option(IMAGES, "Guidance of images in deployment; 1: none. Default: the model's.")]
+Config = Annotated[
+    Path | None,
+    _option(
+        OUTPUT,
+        "Take options from this TOML file, such as a bundle's run.toml; the command line wins.",
+        is_eager=True,
+        callback=lambda context, path: _take_config(context, path),
     ),
 ]
-Export = Annotated[
-    list[str] | None, typer.Option(metavar="gguf", help="Also write the model in this format; may be given again.")
-]
-Vocabulary = Annotated[
-    str,
-    typer.Option(metavar="full|samples", help="samples: tokens that no sample needs may go; all text stays spelled."),
-]
-Precision = Annotated[str | None, typer.Option(metavar="fp32|fp16|bf16", help="Default: the profile's.")]
-Batch = Annotated[int | None, typer.Option(help="Sequences, or pictures, at once. Default: the profile's.")]
-Prompt = Annotated[int | None, typer.Option(help="Tokens of the prompt. Default: the profile's.")]
-Context = Annotated[int | None, typer.Option(help="Prompt and generated tokens. Default: the profile's.")]
-EngineName = Annotated[
-    str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx|onnxruntime", help="Engine to build with.")
-]
-Target = Annotated[str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Build and measure on this device.")]
-KeepRemote = Annotated[bool, typer.Option("--keep-remote", help="Leave the working folder on the device.")]
-Codec = Annotated[Path | None, typer.Option(help="Of an image generator: LlamaGen's VQ file.")]
-ImageSize = Annotated[
-    int | None, typer.Option(metavar="PIXELS", help="Of LlamaGen's pictures, where the file does not say.")
-]
-NumHeads = Annotated[int | None, typer.Option(help="Of a LlamaGen whose size was not published.")]
-Cfg = Annotated[float | None, typer.Option(help="Guidance of pictures in deployment; 1: none. Default: the model's.")]
-Images = Annotated[int | None, typer.Option(help="Pictures drawn to judge quality by. Default: 128.")]
-Features = Annotated[
-    Path | None, typer.Option(help="Network that pictures are compared through, ONNX. Default: EfficientNet-lite0.")
-]
-PICTURES = ("--class", "--count", "--cfg", "--output", "--force")  # of run: what draws
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an older bundle or unfinished run.")]
+
+# By the names of a request's fields. `plan` and `run` take some of them too.
+OPTIONS: dict[str, Any] = {
+    "model": Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", rich_help_panel=MODEL, help="Directory, hub id, .gguf file, LlamaGen's .pt, or `demo`."
+        ),
+    ],
+    "calibration": Annotated[
+        str,
+        _option(
+            MODEL,
+            "Calibration data: text, jsonl, a folder of them or of images; `self`: the model's own.",
+            metavar="PATH|self",
+        ),
+    ],
+    "evaluate": Annotated[
+        list[Path] | None, _option(MODEL, "Held-out text, or a folder of images; may be given again.")
+    ],
+    "samples": Annotated[int, _option(MODEL, "Calibration samples.")],
+    "length": Annotated[int | None, _option(MODEL, "Tokens of a sample. Default: 256; an image has its own.")],
+    "memory": Annotated[str | None, _option(BUDGET, "Peak device memory: 1.5GiB, 900MB or 90%.", metavar="SIZE|%")],
+    "decode": Annotated[str | None, _option(BUDGET, "Time per token: 25ms or 70%.", metavar="MS|%")],
+    "prefill": Annotated[str | None, _option(BUDGET, "Time to first token: 0.5s or 70%.", metavar="MS|%")],
+    "max_quality_loss": Annotated[
+        float | None, _option(BUDGET, "Acceptable rise of held-out perplexity.", metavar="%")
+    ],
+    "method": Annotated[str, _option(SEARCH, "default, or a baseline: wanda+ls, magnitude, random, ...")],
+    "layout": Annotated[
+        str,
+        _option(
+            SEARCH, "The same widths in every layer, or free ones (ONNX and engine only).", metavar="uniform|per-layer"
+        ),
+    ],
+    "vocabulary": Annotated[
+        str,
+        _option(
+            SEARCH,
+            "samples: tokens that no sample needs may go; all text can still be encoded.",
+            metavar="full|samples",
+        ),
+    ],
+    "rungs": Annotated[
+        int, _option(SEARCH, "Models in the bundle; each further one is smaller, in case the device is slower.")
+    ],
+    "seed": Seed,
+    "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file.")],
+    "image_size": Annotated[
+        int | None, _option(IMAGES, "Side of LlamaGen's images, where the file does not say it.", metavar="PIXELS")
+    ],
+    "num_heads": Annotated[int | None, _option(IMAGES, "Of a LlamaGen whose size was not published.")],
+    "cfg": Cfg,
+    "images": Annotated[int | None, _option(IMAGES, "Images drawn to judge quality by. Default: 128.")],
+    "features": Annotated[
+        Path | None, _option(IMAGES, "Network that images are compared through, ONNX. Default: EfficientNet-lite0.")
+    ],
+    "device": Annotated[str | None, _option(DEVICE, "Device profile; `edgeprune devices` lists them.")],
+    "profile": Annotated[Path | None, _option(DEVICE, "Your own profile, a TOML file.")],
+    "precision": Annotated[str | None, _option(DEVICE, "Default: the profile's.", metavar="|".join(GRAPH_PRECISIONS))],
+    "batch": Annotated[int | None, _option(DEVICE, "Sequences, or images, at once. Default: the profile's.")],
+    "prompt": Annotated[int | None, _option(DEVICE, "Tokens of the prompt. Default: the profile's.")],
+    "context": Annotated[int | None, _option(DEVICE, "Prompt and generated tokens. Default: the profile's.")],
+    "engine": Annotated[str, _option(DEVICE, "Engine to build with.", metavar="|".join(("auto", *RUNTIMES)))],
+    "target": Annotated[
+        str | None, _option(DEVICE, "Build and measure on this device.", metavar="ssh://USER@HOST[:PORT]")
+    ],
+    "keep_remote": KeepRemote,
+    "require_measured": Annotated[
+        bool, _option(DEVICE, "A verdict that rests on an estimate is a failure.", "--require-measured")
+    ],
+    "output": Annotated[
+        Path | None, _option(OUTPUT, "The bundle. Default: MODEL-DEVICE, of a frontier MODEL-DEVICE-frontier.")
+    ],
+    "export": Annotated[
+        list[str] | None, _option(OUTPUT, "Also write the model in this format; may be given again.", metavar="gguf")
+    ],
+    "checkpoint": Annotated[
+        bool, _option(OUTPUT, "Write model/, a standard checkpoint, into the bundle.", "--checkpoint/--no-checkpoint")
+    ],
+    "resume": Annotated[bool, _option(OUTPUT, "Go on with an unfinished run.", "--resume")],
+    "force": Annotated[bool, _option(OUTPUT, "Replace an older bundle or unfinished run.", "--force")],
+}
+PLAN_PRECISION = Annotated[str | None, _option(DEVICE, "Default: the profile's.", metavar="|".join(PRECISIONS))]
+IMAGES_OF_RUN = ("--class", "--count", "--cfg", "--output", "--force")
+
+
+def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Lets a command take the named options of a request; it gets them as keyword arguments.
+
+    defaults: those that differ from the request's.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name, DEFAULTS[name]) or None
+                if name in ("evaluate", "export")
+                else defaults.get(name, DEFAULTS[name]),
+                annotation=OPTIONS[name],
+            )
+            for name in names
+        ]
+
+        @functools.wraps(command)
+        def wrapped(*words: Any, **options: Any) -> None:
+            command(*words, **options)
+
+        # In the order of the panels; the argument first.
+        parameters = [*added, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+        wrapped.__signature__ = inspect.Signature(parameters)
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapped
+
+    return decorate
+
+
+def _take_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes a file's options the defaults of this call, before any other option is read."""
+    if path is None or context.resilient_parsing:
+        return path
+    known = {parameter.name.rstrip("_"): parameter for parameter in context.command.params}
+    options: dict[str, Any] = {}
+    for name, value in read_run_file(path).items():
+        if name.startswith("no_") and name.removeprefix("no_") in known and isinstance(value, bool):
+            name, value = name.removeprefix("no_"), not value
+        if name not in known or name == "config":
+            raise unknown_option(name.replace("_", "-"), sorted(known))
+        options[known[name].name] = _checked(path, name, value, known[name])
+    context.default_map = options
+    return path
+
+
+def _checked(path: Path, name: str, value: Any, parameter: Any) -> Any:
+    """Refuses a value of a kind that the option cannot have, which the parser itself would take for true."""
+    is_flag = getattr(parameter, "is_flag", False)
+    if is_flag != isinstance(value, bool):
+        form = "true or false" if is_flag else "a number or a text"
+        raise InputError(f"{path}: {name} = {value!r} is not {form}", "Write it as `edgeprune fit --help` says.")
+    if parameter.multiple and not isinstance(value, list):
+        return [value]
+    if isinstance(value, list) and not parameter.multiple:
+        raise InputError(f"{path}: {name} can be given once", "Write one value.")
+    return value
 
 
 def console() -> Any:
@@ -68,14 +198,14 @@ def console() -> Any:
 
 
 def given(context: typer.Context) -> list[str]:
-    """What the command line gives, as it is written there: `--device`, or `MODEL` for an argument."""
-    found = []
+    """Returns what the command line or its --config gives, as it is written there: `--device`, or `MODEL`."""
+    names = []
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
-        if source is not None and source.name == "COMMANDLINE":
+        if source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP") and parameter.name != "config":
             is_option = parameter.param_type_name == "option"
-            found.append(parameter.opts[0] if is_option else parameter.name.upper())
-    return found
+            names.append(parameter.opts[0] if is_option else parameter.name.upper())
+    return names
 
 
 def note(text: str) -> None:

@@ -1,77 +1,71 @@
-"""fit() and frontier(): the ways through the house. Read this file first.
+"""fit(): the way through the house. Read this file first.
 
     samples -> dense -> sensitivities -> costs -> search (plan, prune, export, build, measure) -> evaluation
     -> cross-check -> bundle and report
 
-Every station is a stage of the journal: a killed run goes on after the last one that finished.
+Every step is a stage of the journal: a killed run goes on after the last one that finished.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from edgeprune.commands.result import Result
 from edgeprune.ondevice.budget import judge
-from edgeprune.pipeline.flow import _begin, _flow
-from edgeprune.pipeline.request import Request
+from edgeprune.pipeline.flow import begin, planner_of, quality_status, search_budget, smaller_candidates, within_quality
+from edgeprune.pipeline.request import DEMO, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
-from edgeprune.progress import Progress, Silent
-
-if TYPE_CHECKING:
-    pass
+from edgeprune.progress import Progress, Tell, progress_of
+from edgeprune.report.schema import Report
 
 
-def fit(request: Request, progress: Progress | None = None) -> Path:
-    """Fit the model into the budget; returns the finished bundle's folder.
+def fit(model: str | Path = DEMO, *, progress: Progress | Tell | None = None, **options: Any) -> Result[Report]:
+    """Fits a model into a device's budget and writes a bundle.
 
-    Raises InputError, BudgetError or EngineError; a budget that turns out to be out of reach is no
-    error here: the best candidate is kept and the report says so.
+    options: those of `edgeprune fit`, with underscores, as pipeline.request.Request lists them; progress: called with
+    a stage, steps done and steps in all (0: unknown). Raises InputError, BudgetError or EngineError; a budget that
+    turns out to be out of reach is no error here: the best candidate is kept and the report says so.
     """
-    from edgeprune.bundle.write import ship
+    from edgeprune.bundle.read import read_report
+    from edgeprune.bundle.write import write_fitted
 
-    progress = progress or Silent()
-    setup = prepare(request)
-    journal, work = _begin(setup, progress)
-    flow = _flow(setup, journal, progress)
+    # Resolve the request; nothing long or written before this.
+    setup = prepare(request_of(model=model, **options))
+    run = begin(setup, progress_of(progress))
+    dense = run.dense.performance
     stop, outcome, gains, costs = None, None, {}, None
-    if judge(setup.budget, flow.dense.performance, flow.dense.performance).met:
-        progress.note("the dense model already meets the budget: it is exported as it is")
-        rungs = [flow.run.keep_dense(flow.dense, flow.samples)]
+    if judge(setup.budget, dense, dense).met:
+        run.progress.note("the dense model already meets the budget: it is exported as it is")
+        rungs = [run.dense_candidate]
         if setup.request.rungs > 1:
-            planner = flow.planner()
-            rungs += flow.smaller(planner, planner.problem.everything)
-        qualities = flow.qualities(rungs)
+            planner = planner_of(run)
+            rungs += smaller_candidates(run, planner, planner.problem.everything)
+        qualities = run.evaluator.qualities(rungs)
     else:
-        planner = flow.planner()
+        # Search the budget, then judge the quality of what was found.
+        planner = planner_of(run)
         costs = planner.latency
-        outcome, chosen, allocation = flow.search(planner, setup.budget)
-        gains = planner.gains(setup.budget.absolute(flow.dense.performance).limits, allocation)
-        rungs, qualities = [chosen], [flow.evaluator.quality("0", chosen)]
-        if flow.quality_status(qualities[0]) == "missed":
-            stop, rungs, qualities = flow.within_quality(planner, chosen, allocation, qualities[0])
-        elif judge(setup.budget, flow.dense.performance, chosen.performance).met:
-            rungs += flow.smaller(planner, allocation)
-            qualities = flow.qualities(rungs)
-    qualities = flow.with_pictures(rungs, qualities)
-    cross_check = None if outcome is None else flow.run.cross_check(flow.plain, rungs[0])
+        outcome, chosen, allocation = search_budget(run, planner, setup.budget)
+        gains = planner.gains(setup.budget.absolute(dense).limits, allocation)
+        rungs, qualities = [chosen], [run.evaluator.quality("0", chosen)]
+        if quality_status(run, qualities[0]) == "missed":
+            stop, chosen, quality = within_quality(run, planner, chosen, allocation, qualities[0])
+            rungs, qualities = [chosen], [quality]
+        elif judge(setup.budget, dense, chosen.performance).met:
+            rungs += smaller_candidates(run, planner, allocation)
+            qualities = run.evaluator.qualities(rungs)
+    # Images are drawn of what the bundle will hold, not of all that was tried.
+    pairs = zip(rungs, qualities, strict=True)
+    qualities = [run.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
+    cross_check = None if outcome is None else run.cross_check(rungs[0])
+    seconds = run.journal.seconds
     fitted = [
-        Fitted(
-            setup,
-            flow.samples,
-            flow.dense.performance,
-            rung,
-            outcome,
-            quality,
-            cross_check,
-            journal.seconds,
-            gains,
-            costs,
-            stop,
-        )
+        Fitted(setup, run.samples, dense, rung, outcome, quality, cross_check, seconds, gains, costs, stop)
         for rung, quality in zip(rungs, qualities, strict=True)
     ]
-    ship(fitted, work)
-    shutil.rmtree(work)
-    return setup.output
+    write_fitted(fitted, run.journal.folder)
+    shutil.rmtree(run.journal.folder)
+    return Result(setup.output, read_report(setup.output))

@@ -5,60 +5,54 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from edgeprune.commands.result import Result
 from edgeprune.ondevice.budget import Budget, Limit
-from edgeprune.pipeline.flow import _begin, _flow
-from edgeprune.pipeline.request import Request
+from edgeprune.pipeline.flow import begin, planner_of, search_budget
+from edgeprune.pipeline.request import DEMO, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
-from edgeprune.progress import Progress, Silent
+from edgeprune.progress import Progress, Tell, progress_of
+from edgeprune.report.frontier import Frontier
 from edgeprune.search.search import RUNG_CANDIDATES
 
 if TYPE_CHECKING:
     from edgeprune.search.solve import Allocation
 
 WORST_FRONTIER_NATS = 0.7  # predicted loss at the end of a frontier: perplexity about doubled
+RUNGS = 6
 
 
-def frontier(request: Request, progress: Progress | None = None) -> Path:
-    """A ladder of `request.rungs` sizes, each pruned, built, measured and evaluated; returns the bundle's folder.
+def frontier(
+    model: str | Path = DEMO, *, rungs: int = RUNGS, progress: Progress | Tell | None = None, **options: Any
+) -> Result[Frontier]:
+    """Fits a ladder of `rungs` sizes and writes them as one bundle to pick from.
 
-    The rungs divide the way in decode time from the dense model to where perplexity is predicted to double.
-    Raises as fit does.
+    The rungs divide the way in decode time from the dense model to where perplexity is predicted to double. options,
+    progress and errors as of fit; there is no budget.
     """
-    from edgeprune.bundle.write import ship_frontier
+    from edgeprune.bundle.read import read_frontier
+    from edgeprune.bundle.write import write_frontier
 
-    progress = progress or Silent()
-    setup = prepare(request, ladder=True)
-    journal, work = _begin(setup, progress)
-    flow = _flow(setup, journal, progress)
-    planner = flow.planner()
+    setup = prepare(request_of(model=model, rungs=rungs, **options), ladder=True)
+    run = begin(setup, progress_of(progress))
+    dense, planner = run.dense.performance, planner_of(run)
     fitted: list[Fitted] = []
     last: Allocation | None = None
-    for index, share in enumerate(planner.shares("decode", request.rungs, WORST_FRONTIER_NATS)):
+    for index, share in enumerate(planner.shares("decode", setup.request.rungs, WORST_FRONTIER_NATS)):
         budget = Budget(decode=Limit(share, relative=True, asked=f"{100 * share:.3g}%"))
-        outcome, chosen, allocation = flow.search(planner, budget, f"rung-{index}", RUNG_CANDIDATES, last)
+        outcome, chosen, allocation = search_budget(run, planner, budget, f"rung-{index}", RUNG_CANDIDATES, last)
         if allocation == last:
-            progress.note(f"the ladder ends after {index} rungs: the width grid holds nothing smaller")
+            run.progress.note(f"the ladder ends after {index} rungs: the width grid holds nothing smaller")
             break
         last = allocation
-        gains = planner.gains(budget.absolute(flow.dense.performance).limits, allocation)
-        quality = flow.evaluator.quality(f"of rung {index}", chosen)
-        fitted.append(
-            Fitted(
-                replace(setup, budget=budget),
-                flow.samples,
-                flow.dense.performance,
-                chosen,
-                outcome,
-                flow.evaluator.with_pictures(f"of rung {index}", chosen, quality),
-                None,
-                journal.seconds,
-                gains,
-                planner.latency,
-            )
-        )
-    ship_frontier(fitted, work)
-    shutil.rmtree(work)
-    return setup.output
+        gains = planner.gains(budget.absolute(dense).limits, allocation)
+        quality = run.evaluator.quality(f"of rung {index}", chosen)
+        quality = run.evaluator.with_pictures(f"of rung {index}", chosen, quality)
+        rung = replace(setup, budget=budget)
+        seconds = run.journal.seconds
+        fitted.append(Fitted(rung, run.samples, dense, chosen, outcome, quality, None, seconds, gains, planner.latency))
+    write_frontier(fitted, run.journal.folder)
+    shutil.rmtree(run.journal.folder)
+    return Result(setup.output, read_frontier(setup.output))

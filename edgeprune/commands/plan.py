@@ -11,6 +11,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from edgeprune.commands.result import Result
 from edgeprune.engine.estimate import (
     bytes_per_token,
     check_precision,
@@ -111,7 +112,30 @@ class Plan:
         }
 
 
-def plan(question: Question) -> Plan:
+def plan(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    profile: str | Path | None = None,
+    precision: str | None = None,
+    prompt: int | None = None,
+    past: int | None = None,
+    batch: int | None = None,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+) -> Result[list[Plan]]:
+    """Estimates what a model's shape needs and reaches: on the one device that is named, or on all of them.
+
+    model: a config.json, or a model as of fit, of which no weight is read. past: tokens in the cache before a step.
+    Raises InputError.
+    """
+    file = None if profile is None else Path(profile)
+    question = Question(str(model), device, file, precision, prompt, past, batch, Hints(image_size, num_heads))
+    is_one = device is not None or profile is not None
+    return Result(None, [plan_one(question)] if is_one else plan_all(question))
+
+
+def plan_one(question: Question) -> Plan:
     """The model's shape on the one device that was named. Raises InputError."""
     _check(question)
     profile = profile_of(question.device, question.profile)

@@ -29,7 +29,7 @@ WORKLOAD = Workload(batch=1, prompt=2048, context=2049)  # published at past 204
 
 
 @dataclass(frozen=True)
-class Point:
+class PublishedPoint:
     """One model's latencies on one device in ms. in_place: the runtime appends to one cache buffer."""
 
     model: str
@@ -56,16 +56,16 @@ class DecodeFit:
     efficiency: float
     overhead_ms: float
 
-    def decode_ms(self, point: Point, bandwidth: float) -> float:
+    def decode_ms(self, point: PublishedPoint, bandwidth: float) -> float:
         """bandwidth in bytes/s."""
         return 1e3 * point.decode_bytes / (self.efficiency * bandwidth) + self.overhead_ms
 
-    def error(self, point: Point, bandwidth: float) -> float:
+    def error(self, point: PublishedPoint, bandwidth: float) -> float:
         """Predicted over published, less one."""
         return self.decode_ms(point, bandwidth) / point.decode_ms - 1
 
 
-def fit_decode(points: Sequence[Point], bandwidth: float, overhead_ms: float | None = None) -> DecodeFit:
+def fit_decode(points: Sequence[PublishedPoint], bandwidth: float, overhead_ms: float | None = None) -> DecodeFit:
     """Efficiency and overhead that fit decode best, or the efficiency alone at a given overhead.
 
     bandwidth in bytes/s. Raises InputError for points that do not determine them, or that no efficiency
@@ -91,7 +91,7 @@ def fit_decode(points: Sequence[Point], bandwidth: float, overhead_ms: float | N
     return DecodeFit(min(1.0, 1 / float(inverse)), max(0.0, float(overhead)))
 
 
-def leave_one_out(points: Sequence[Point], bandwidth: float, overhead_ms: float | None = None) -> list[float]:
+def leave_one_out(points: Sequence[PublishedPoint], bandwidth: float, overhead_ms: float | None = None) -> list[float]:
     """The error of every point by the fit of the others, in their order: predicted over published, less one."""
     return [
         fit_decode([other for other in points if other is not point], bandwidth, overhead_ms).error(point, bandwidth)
@@ -99,12 +99,12 @@ def leave_one_out(points: Sequence[Point], bandwidth: float, overhead_ms: float 
     ]
 
 
-def prefill_share(point: Point, peak: float, overhead_ms: float) -> float:
+def prefill_share(point: PublishedPoint, peak: float, overhead_ms: float) -> float:
     """The share of the dense peak rate (FLOP/s) that a point's prefill reached."""
     return point.prefill_flops / peak / ((point.prefill_ms - overhead_ms) / 1e3)
 
 
-def fit_prefill(points: Sequence[Point], peak: float, overhead_ms: float) -> float:
+def fit_prefill(points: Sequence[PublishedPoint], peak: float, overhead_ms: float) -> float:
     """The share of the dense peak rate (FLOP/s) that fits prefill best."""
     published = np.array([point.prefill_ms for point in points])
     relative = np.array([1e3 * point.prefill_flops / peak for point in points]) / published
@@ -125,10 +125,10 @@ QWEN3 = {
 }
 
 
-def _points(figures: Sequence[tuple[float, float]]) -> tuple[Point, ...]:
+def _points(figures: Sequence[tuple[float, float]]) -> tuple[PublishedPoint, ...]:
     """figures: tokens/s of decode and ms of prefill for the models of QWEN3, in their order."""
     return tuple(
-        Point(model, decoder, "int4", WORKLOAD, 1e3 / tokens_per_second, prefill_ms)
+        PublishedPoint(model, decoder, "int4", WORKLOAD, 1e3 / tokens_per_second, prefill_ms)
         for (model, decoder), (tokens_per_second, prefill_ms) in zip(QWEN3.items(), figures, strict=False)
     )
 
@@ -141,7 +141,7 @@ class Origin:
     label: str
     profile: str
     peak: str
-    points: tuple[Point, ...]
+    points: tuple[PublishedPoint, ...]
     others: tuple[str, ...]
     remark: str = ""
     shared: str | None = None

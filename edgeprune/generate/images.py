@@ -14,13 +14,11 @@ from edgeprune.errors import InputError
 from edgeprune.generate.guidance import checked_guidance, class_labels, documents_of, sample_labels
 from edgeprune.generate.pixels import CodecRunner, grid, write_picture
 from edgeprune.generate.runner import runner_of
-from edgeprune.generate.text import generate_documents
-from edgeprune.model.decoder import Picture
-from edgeprune.model.model import Model
+from edgeprune.model.decoder import Decoder, Picture
 from edgeprune.ondevice.bundle import CODEC, REPORT, open_chosen
 from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
-from edgeprune.ondevice.onnxruntime import Runner
-from edgeprune.ondevice.reference import Runner as StepRunner
+from edgeprune.ondevice.onnxruntime import GraphRunner
+from edgeprune.ondevice.reference import StepRunner
 from edgeprune.progress import Progress
 
 AT_ONCE = 8  # pictures: the processor gains nothing from more
@@ -84,18 +82,15 @@ def codes_from(
     advance: Callable[[], None],
 ) -> np.ndarray:
     """The same from a graph for ONNX Runtime, AT_ONCE pictures at once."""
-    runner = Runner(graph, AT_ONCE * sampling.streams, picture.tokens)
+    runner = GraphRunner(graph, AT_ONCE * sampling.streams, picture.tokens)
     return draw_codes(runner, picture, vocab_size, labels, sampling, seed, advance)
 
 
-def own_samples(
-    graph: Path, model: Model, sampling: Sampling | None, count: int, length: int, seed: int, progress: Progress
+def draw_documents(
+    graph: Path, decoder: Decoder, sampling: Sampling, count: int, seed: int, progress: Progress
 ) -> np.ndarray:
-    """Token ids (count, length) int64 that a model writes, or draws where a sampling is given: of every class in turn,
-    and some of none."""
-    if sampling is None:
-        return generate_documents(graph, model.directory, count, length, seed, progress)
-    decoder, picture = model.decoder, model.decoder.picture
+    """Returns token ids (count, 1 + tokens) int64 that a model draws: of every class in turn, and some of none."""
+    picture = decoder.picture
     labels = sample_labels(picture, class_labels(picture, count, seed))
     advance = progress.stage("draw samples", steps_of(picture, count))
     codes = codes_from(graph, picture, decoder.vocab_size, labels, sampling, seed, advance)

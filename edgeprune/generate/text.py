@@ -13,7 +13,7 @@ from edgeprune.errors import InputError
 from edgeprune.generate.runner import runner_of
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.bundle import CODEC, REPORT, open_chosen, tokenizer_of
-from edgeprune.ondevice.onnxruntime import Runner
+from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import end_ids, generate
 from edgeprune.progress import Progress
 
@@ -39,7 +39,7 @@ def generate_documents(
     rows = []
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)
-        runner = Runner(graph, size, length)
+        runner = GraphRunner(graph, size, length)
         drawn = []
         new = length - len(start)
         for tokens in generate(runner, [start] * size, new, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first):
@@ -78,7 +78,7 @@ def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new
     """An answer to a prompt within the context, drawn as a chat would: greedily a small model repeats itself."""
     tokenizer = load_tokenizer(directory)
     ids = prompt_ids(tokenizer, prompt)[-(context // 2) :]
-    runner = Runner(graph, 1, context)
+    runner = GraphRunner(graph, 1, context)
     steps = generate(
         runner, [ids], min(max_new_tokens, context - len(ids)), *CHAT_SAMPLING, seed, end_ids(tokenizer, directory)
     )

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from edgeprune.errors import InputError
-from edgeprune.ondevice.figures import Figure, Measured, Performance
+from edgeprune.ondevice.figures import Figure, Measured, Performance, figure_to_json, performance_to_json
 
 Status = Literal["met", "missed", "noisy"]
 Source = Literal["measured", "built", "estimated"]
@@ -291,6 +291,13 @@ def _scaled(dense: Figure, ratio: Measured) -> Figure:
         low, high = dense.low * ratio.low, dense.high * ratio.high
         return replace(dense, value=dense.value * ratio.value, low=low, high=high)
     return replace(dense, value=dense.value * ratio.value)
+
+
+def reported(performance: Performance) -> dict[str, Any]:
+    """Returns a performance as reports hold it: its figures as JSON, with the total of the memory."""
+    shown = performance_to_json(performance)
+    del shown["notes"]  # they are among the warnings
+    return {**shown, "memory_total": figure_to_json(memory_total(performance))}
 
 
 def memory_total(performance: Performance) -> Figure:

@@ -6,7 +6,7 @@ An estimate and a measurement are different types, so that one can never pass fo
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 
@@ -107,12 +107,13 @@ _KINDS = {kind.source: kind for kind in (Measured, Built, Estimate)}
 
 
 def figure_to_json(figure: Figure) -> dict[str, Any]:
-    return {"source": figure.source, **asdict(figure)}
+    """Returns a figure as journals, devices and reports hold it: what its kind has not is None."""
+    return {"source": figure.source, "low": None, "high": None, "basis": None, **asdict(figure)}
 
 
 def figure_from_json(value: dict[str, Any]) -> Figure:
-    arguments = dict(value)
-    return _KINDS[arguments.pop("source")](**arguments)
+    kind = _KINDS[value["source"]]
+    return kind(**{field.name: value[field.name] for field in fields(kind)})
 
 
 def performance_to_json(performance: Performance) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
 from edgeprune.ondevice.bundle import LINKS, MANIFEST, REPORT, open_bundle, open_chosen, point_to_rung, sha256
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
-from edgeprune.ondevice.finish_report import BANNER, Rung, _banner, _text, merged
+from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, _banner, _text, merged
 from edgeprune.ondevice.measure import Counted, Here, Session
 from edgeprune.ondevice.runtimes import RUNTIMES, preferred
 from edgeprune.ondevice.worker import Tell
@@ -79,22 +79,22 @@ def _alone(bundle: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> list[Rung]:
+def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> list[MeasuredRung]:
     """The rungs, the largest first, up to the first that meets the budget; one of them at least was measured."""
     budget = Budget(**{name: Limit(limit["value"], False, limit["asked"]) for name, limit in plan["limits"].items()})
-    tried: list[Rung] = []
+    tried: list[MeasuredRung] = []
     for index in range(len(plan["rungs"])):
         try:
             performance = _perform(bundle, index, plan, engine, session, tell)
         except (WrongEngine, Unreachable):
             raise
         except EngineError as error:
-            tried.append(Rung(index, "failed", None, None, error.message))  # a smaller one may fit
+            tried.append(MeasuredRung(index, "failed", None, None, error.message))  # a smaller one may fit
             if index == len(plan["rungs"]) - 1 and not any(rung.performance for rung in tried):
                 raise
             continue
         verdict = judge(budget, performance, performance)
-        tried.append(Rung(index, verdict.status, performance, verdict))
+        tried.append(MeasuredRung(index, verdict.status, performance, verdict))
         if verdict.met:
             break
     return tried
@@ -152,7 +152,9 @@ def _perform(bundle: Path, index: int, plan: dict[str, Any], engine: str, sessio
     return measure.on_tensorrt(session, engine, path, built, workload, runtime, reference, plan["precision"], told)
 
 
-def _measurement(tried: list[Rung], chosen: Rung, engine: str, facts: dict[str, Any], where: str) -> dict[str, Any]:
+def _measurement(
+    tried: list[MeasuredRung], chosen: MeasuredRung, engine: str, facts: dict[str, Any], where: str
+) -> dict[str, Any]:
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "where": where,
@@ -185,7 +187,7 @@ def _sources(performance: Performance) -> dict[str, str]:
     }
 
 
-def _stage(bundle: Path, measurement: dict[str, Any], chosen: Rung) -> None:
+def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> None:
     """All new files beside the old ones: measurement.json, the report with it, a banner in the page, the manifest."""
     report = merged(_read(bundle / "rungs" / str(chosen.index) / REPORT), measurement, chosen)
     if copies := _other_copies(bundle, chosen.index):

@@ -6,16 +6,16 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.ondevice.budget import STATUS_TEXT, Verdict, format_bytes, format_ms, memory_total
+from edgeprune.ondevice.budget import STATUS_TEXT, Verdict, format_bytes, format_ms, reported
 from edgeprune.ondevice.experience import Room, experience_again
-from edgeprune.ondevice.figures import Figure, Measured, Performance, Workload
+from edgeprune.ondevice.figures import Performance, Workload, figure_to_json
 
 NOT_MEASURED = "Latency was not measured on the device: build and measure there before you decide."
 BANNER = ("<!-- measured -->", "<!-- /measured -->")
 
 
 @dataclass(frozen=True)
-class Rung:
+class MeasuredRung:
     """A rung as it was found on the device. error: why it could not be built, empty where it could."""
 
     index: int
@@ -25,19 +25,11 @@ class Rung:
     error: str = ""
 
 
-def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> dict[str, Any]:
+def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: MeasuredRung) -> dict[str, Any]:
     """A rung's report with what was measured in the place of what was estimated."""
     performance = chosen.performance
-    shown = {
-        "memory": {name: _figure(part) for name, part in performance.memory.parts.items()},
-        "memory_total": _figure(memory_total(performance)),
-        "prefill": _figure(performance.prefill),
-        "decode": _figure(performance.decode),
-        "prefill_ratio": None,
-        "decode_ratio": None,
-        "percentiles": performance.percentiles,
-        "conditions": performance.conditions,
-    }
+    # Ratios to the dense model are of the workstation: it was not measured there.
+    shown = {**reported(performance), "prefill_ratio": None, "decode_ratio": None}
     checks = {check.name: check for check in chosen.verdict.checks}
     budget = []
     for row in report["budget"]:
@@ -46,7 +38,7 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) ->
                 **row,
                 "limit": check.limit,
                 "status": check.status,
-                "fitted": _figure(check.figure),
+                "fitted": figure_to_json(check.figure),
                 "headroom_percent": 100 * (1 - check.figure.value / check.limit),
             }
         budget.append(row)
@@ -62,7 +54,7 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) ->
     room = report["experience"]["fitted"]["room"]
     images = (report["quality"]["pictures"] or {}).get("at_once")
     again = experience_again(performance, Workload(**report["workload"]), Room(**room), images)
-    noticed = {name: figure and _figure(figure) for name, figure in again.figures.items()}
+    noticed = {name: figure and figure_to_json(figure) for name, figure in again.figures.items()}
     return {
         **report,
         "headline": _headline(report, measurement, chosen),
@@ -77,7 +69,7 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) ->
     }
 
 
-def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung) -> str:
+def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: MeasuredRung) -> str:
     name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
     asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
     rise = float(report["quality"]["rise_percent"])  # a broken model's is the text `Infinity`
@@ -91,20 +83,6 @@ def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Rung)
     if report["quality_status"] == "noisy":
         return f"{name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
     return f"{name} meets {asked} on {place}, {cost}."
-
-
-def _figure(figure: Figure) -> dict[str, Any]:
-    """A figure as the report holds it."""
-    measured = isinstance(figure, Measured)
-    return {
-        "value": figure.value,
-        "unit": figure.unit,
-        "source": figure.source,
-        "device": figure.device,
-        "low": figure.low if measured else None,
-        "high": figure.high if measured else None,
-        "basis": None if measured else figure.basis,
-    }
 
 
 def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:

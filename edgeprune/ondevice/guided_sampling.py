@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeprune.errors import EngineError, NumericalError
-from edgeprune.ondevice.reference import Runner
+from edgeprune.ondevice.reference import StepRunner
 from edgeprune.ondevice.sampling import choose
 
 
@@ -37,7 +37,7 @@ def random_points(seed: int, first: int, count: int, tokens: int) -> np.ndarray:
 
 
 def draw_pictures(
-    runner: Runner, openings: Sequence[int], null: int, sampling: Sampling, points: np.ndarray
+    runner: StepRunner, openings: Sequence[int], null: int, sampling: Sampling, points: np.ndarray
 ) -> Iterator[np.ndarray]:
     """Codes (pictures,) int64 of every step, in the order of points (pictures, tokens) in [0, 1).
 

@@ -21,7 +21,7 @@ GRAPH_FILE = "model.onnxruntime.last.onnx"  # of a graph in the dialect that is 
 DECODE_STEPS = 8  # steps whose peak memory is looked at
 
 
-class Runner:
+class GraphRunner:
     """A session on a graph of the onnxruntime dialect with `last` logits, with its cache of `capacity`."""
 
     def __init__(self, graph: Path, batch: int, capacity: int, threads: int | None = None) -> None:
@@ -97,7 +97,7 @@ class _Timed:
     """The two things that are timed of one graph."""
 
     def __init__(self, graph: Path, workload: Workload, threads: int | None, seed: int) -> None:
-        self.runner = Runner(graph, workload.batch, workload.context, threads)
+        self.runner = GraphRunner(graph, workload.batch, workload.context, threads)
         vocabulary = self.runner.session.get_outputs()[0].shape[-1]
         generator = np.random.default_rng(seed)
         self._prompt = generator.integers(0, vocabulary, (workload.batch, workload.prompt))

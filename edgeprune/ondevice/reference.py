@@ -21,7 +21,7 @@ PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile)
 
 
-class Runner(Protocol):
+class StepRunner(Protocol):
     """What runs a model step by step, on whichever engine."""
 
     batch: int
@@ -31,7 +31,7 @@ class Runner(Protocol):
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
 
 
-def write_reference(runner: Runner, ids: np.ndarray, path: Path) -> None:
+def write_reference(runner: StepRunner, ids: np.ndarray, path: Path) -> None:
     """The logits of a runner of one sequence, after a prompt of the ids (tokens,) and after each of the last STEPS.
 
     An engine that takes fewer tokens at once, as of pictures, reads the prompt in parts.
@@ -59,7 +59,7 @@ def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return ids, logits
 
 
-def compare_logits(runner: Runner, ids: np.ndarray, expected: np.ndarray, tell: Tell) -> dict[str, Any]:
+def compare_logits(runner: StepRunner, ids: np.ndarray, expected: np.ndarray, tell: Tell) -> dict[str, Any]:
     """Least cosine, largest relative error and share of equal likeliest tokens over the reference's positions."""
     cosines, errors, equal = [], [], 0
     prompt = ids.shape[1] - len(expected) + 1
@@ -101,7 +101,7 @@ def judge_logits(found: dict[str, Any], precision: str, what: str) -> str:
     return words
 
 
-def _logits(runner: Runner, ids: np.ndarray, prompt: int) -> Any:
+def _logits(runner: StepRunner, ids: np.ndarray, prompt: int) -> Any:
     runner.reset()
     yield runner.run(ids[:, :prompt])
     for index in range(prompt, ids.shape[1]):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.errors import InputError, NumericalError
-from edgeprune.ondevice.reference import Runner
+from edgeprune.ondevice.reference import StepRunner
 
 CANDIDATES = 512
 
@@ -24,7 +24,7 @@ def end_ids(tokenizer: Any, directory: Path) -> set[int]:
 
 
 def generate(
-    runner: Runner,
+    runner: StepRunner,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,

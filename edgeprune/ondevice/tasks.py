@@ -56,12 +56,12 @@ def _check(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     ids, logits = read_reference(Path(request["files"]["reference"]))
     tell("check the engine's logits", 0, len(logits))
     if request["engine"] == "onnxruntime":
-        from edgeprune.ondevice.onnxruntime import Runner
+        from edgeprune.ondevice.onnxruntime import GraphRunner
 
-        return compare_logits(Runner(Path(request["files"]["graph"]), 1, ids.shape[1]), ids, logits, tell)
-    from edgeprune.ondevice.tensorrt_runner import Runner as GpuRunner
+        return compare_logits(GraphRunner(Path(request["files"]["graph"]), 1, ids.shape[1]), ids, logits, tell)
+    from edgeprune.ondevice.tensorrt_runner import EngineRunner
 
-    with GpuRunner(Path(request["files"]["plan"]), 1, ids.shape[1], request["engine"]) as runner:
+    with EngineRunner(Path(request["files"]["plan"]), 1, ids.shape[1], request["engine"]) as runner:
         return compare_logits(runner, ids, logits, tell)
 
 
@@ -79,12 +79,12 @@ def _measure(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
-    from edgeprune.ondevice.tensorrt_runner import Runner, Timed
+    from edgeprune.ondevice.tensorrt_runner import EngineRunner, Timed
     from edgeprune.ondevice.timing import described, interleave
 
     notes = []
     before = machine.used_memory()
-    with Runner(Path(request["files"]["plan"]), workload.batch, workload.context, request["engine"]) as runner:
+    with EngineRunner(Path(request["files"]["plan"]), workload.batch, workload.context, request["engine"]) as runner:
         timed = Timed(runner, workload)
         found: dict[str, Any] = {}
         for kind, prepare, least in (("decode", timed.prepare_decode, MIN_RUNS), ("prefill", timed.prepare_prefill, 0)):

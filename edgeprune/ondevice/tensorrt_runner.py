@@ -27,7 +27,7 @@ LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --cont
 LAUNCH_BOUND = 0.8  # share of the GPU's time that putting the work there takes: above it a replay is tried
 
 
-class Runner:
+class EngineRunner:
     """An engine of our graph's contract (logits of the last position) with room for `capacity` tokens.
 
     It has the interface of the ONNX Runtime's Runner. `with` or `close` frees all that is on the GPU.
@@ -106,7 +106,7 @@ class Runner:
             self._bind(name, self._address[name])
         self._exchange()
 
-    def __enter__(self) -> Runner:
+    def __enter__(self) -> EngineRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -215,7 +215,7 @@ class Timed:
     once and replayed; `note` says so, or why it could not be.
     """
 
-    def __init__(self, runner: Runner, workload: Workload, seed: int = 0) -> None:
+    def __init__(self, runner: EngineRunner, workload: Workload, seed: int = 0) -> None:
         self._runner, self._workload = runner, workload
         generator = np.random.default_rng(seed)
         self._prompt = generator.integers(0, runner.vocab_size, (workload.batch, workload.prompt))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgeprune.evaluate.perplexity import Losses
-    from edgeprune.ondevice.guided_sampling import Sampling
+    from edgeprune.pipeline.kind import Kind
     from edgeprune.search.widths import Sensitivities, Widths
 
 CHANNEL_MULTIPLE = 8  # fine enough to realise a ratio within half a point
@@ -42,7 +42,7 @@ class Layout(StrEnum):
     PER_LAYER = "per-layer"
 
 
-class Allocation(StrEnum):
+class WidthRule(StrEnum):
     """How the widths are found: equal shares, FLAP's one cut over standardised scores, or least predicted loss."""
 
     EVEN = "even"
@@ -86,7 +86,7 @@ class Row:
 
 
 @dataclass
-class Timed:
+class TimedStream:
     """A stream that adds up the seconds its consumer waits for it."""
 
     stream: Iterator[Any]
@@ -141,11 +141,11 @@ class Comparison:
             self.losses[DENSE_KEY] = text_losses(decoder, stream, self.texts, self.window, advance)
         return self._row(DENSE, "", "", 0.0, decoder, self.losses[DENSE_KEY], 0.0, 0)
 
-    def run(self, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
+    def run(self, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
         """Prune with a method to a ratio (0 to 1) and evaluate in one walk. Raises InputError."""
         return self.run_to(self.target(wanted, layout, allocation), name, wanted, layout, allocation)
 
-    def run_to(self, target: Decoder, name: str, wanted: float, layout: Layout, allocation: Allocation) -> Row:
+    def run_to(self, target: Decoder, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
         """The same for widths that are known."""
         from edgeprune.evaluate.perplexity import text_losses
         from edgeprune.pruning.methods import method_named
@@ -157,7 +157,7 @@ class Comparison:
         fell_back: list[bool] = []
         _ = self.dense  # what the rise refers to
         reset_peak_bytes()
-        stream = Timed(
+        stream = TimedStream(
             prune(
                 self.model,
                 target,
@@ -174,7 +174,7 @@ class Comparison:
         self.losses[row.key] = losses
         return row
 
-    def target(self, wanted: float, layout: Layout, allocation: Allocation) -> Decoder:
+    def target(self, wanted: float, layout: Layout, allocation: WidthRule) -> Decoder:
         """The Decoder to reach: at most 1 - wanted of the parameters, within half a point. Raises InputError."""
         from edgeprune.pruning import score
         from edgeprune.search.sensitivity import measure_scores
@@ -185,9 +185,9 @@ class Comparison:
         layers, capacity = len(dense.layers), int(dense.layer_parameters * (1 - wanted))
         least = math.ceil(dense.layer_parameters * (1 - wanted - RATIO_TOLERANCE))
         widths: list[Widths] | None
-        if allocation is Allocation.EVEN:
+        if allocation is WidthRule.EVEN:
             widths = even(full, layers, cost, capacity, CHANNEL_MULTIPLE, least)
-        elif allocation is Allocation.SCORE:
+        elif allocation is WidthRule.SCORE:
             advance = self.progress.stage("scores of every layer", layers)
             scores = measure_scores(self.model, self.ids, score.flap, self.seed, advance)
             widths = standardised_cut(*scores, full, cost, capacity)
@@ -264,21 +264,17 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def generate_samples(
-    model: Model, count: int, length: int, seed: int, progress: Progress, sampling: Sampling | None = None
-) -> torch.Tensor:
-    """(count, length) int64 that the dense model draws, from a graph of its own in a temporary folder.
+def generate_samples(model: Model, kind: Kind, count: int, length: int, seed: int, progress: Progress) -> torch.Tensor:
+    """Returns (count, length) int64 that the dense model draws, from a graph of its own in a temporary folder.
 
-    sampling: of an image generator, whose samples have a length of their own.
+    kind: with its model; length: of an image generator that of its pictures.
     """
     import torch
 
     from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
-    from edgeprune.generate.images import own_samples
     from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
         folder = Path(name)
         write_graphs(model.decoder, model.weights, folder, "fp32", [ONNXRUNTIME_GRAPH], length)
-        graph = folder / GRAPH_FILE
-        return torch.from_numpy(own_samples(graph, model, sampling, count, length, seed, progress))
+        return torch.from_numpy(kind.draw_samples(folder / GRAPH_FILE, model, count, length, seed, progress))

@@ -46,8 +46,8 @@ class Evaluator:
         """Perplexity and agreement on the held-out texts or pictures' codes, and answers of both models to texts: the
         stage `evaluation {name}`."""
         losses = self._dense_losses()
-        writes = self.setup.imaging is None
-        answers = self.journal.stage("dense answers", self._dense_answers) if writes else None
+        kind = self.setup.kind
+        answers = self.journal.stage("dense answers", self._dense_answers) if kind.writes_text else None
 
         def compute() -> dict[str, Any]:
             from edgeprune.model.tokens.vocabulary import read_vocabulary
@@ -56,7 +56,7 @@ class Evaluator:
             texts = self._texts(losses, chosen.model, vocabulary)
             if answers is None:
                 return {"texts": texts, **dict.fromkeys(("answers", "prompt", "dense_sample", "fitted_sample"))}
-            graph = chosen.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
+            graph = chosen.runnable_graph
             return {
                 "texts": texts,
                 "prompt": SAMPLE_PROMPT,
@@ -67,9 +67,13 @@ class Evaluator:
 
         return Quality(**self.journal.stage(f"evaluation {name}", compute))
 
+    def qualities(self, rungs: Sequence[Candidate]) -> list[Quality]:
+        """Returns the quality of every rung of a bundle."""
+        return [self.quality(str(index), rung) for index, rung in enumerate(rungs)]
+
     def with_pictures(self, name: str, chosen: Candidate, quality: Quality) -> Quality:
         """Of an image generator: with pictures of both models, the stage `pictures {name}`."""
-        if self.setup.imaging is None:
+        if self.setup.kind.imaging is None:
             return quality
         from edgeprune.pipeline.gallery import Gallery
 
@@ -177,12 +181,12 @@ class Evaluator:
     def _answers(self, model: Model, graph: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """Greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
         from edgeprune.model.tokens.tokenizer import load_tokenizer
-        from edgeprune.ondevice.onnxruntime import Runner
+        from edgeprune.ondevice.onnxruntime import GraphRunner
         from edgeprune.ondevice.sampling import end_ids, generate
 
         self.progress.stage(f"answer {len(prompts)} prompts")
         tokens = self._answer_tokens
-        runner = Runner(graph, len(prompts), max(map(len, prompts)) + tokens)
+        runner = GraphRunner(graph, len(prompts), max(map(len, prompts)) + tokens)
         ends = end_ids(load_tokenizer(model.directory), model.directory)
         found = np.stack(list(generate(runner, prompts, tokens, end_ids=ends)), axis=1)
         return np.pad(found, ((0, 0), (0, tokens - found.shape[1])), mode="edge")

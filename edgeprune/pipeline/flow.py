@@ -1,18 +1,18 @@
-"""The steps that fit and frontier share: dense model, planner, search, rungs, quality."""
+"""The search of a run, step by step: planner, candidates within a budget, smaller ones, the quality limit.
+
+fit and frontier are made of these. What a stage does is in stages.py, what is best is decided in search/.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import log1p
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.ondevice.budget import Budget, judge, judge_quality
-from edgeprune.ondevice.figures import Measured, Performance
-from edgeprune.pipeline.evaluation import Evaluator
-from edgeprune.pipeline.journal import Journal, open_journal
-from edgeprune.pipeline.results import Candidate, Quality, QualityStop, Samples
+from edgeprune.ondevice.figures import Measured
+from edgeprune.pipeline.journal import open_journal
+from edgeprune.pipeline.results import Candidate, Quality, QualityStop
 from edgeprune.pipeline.setup import Setup
 from edgeprune.pipeline.stages import Run
 from edgeprune.progress import Progress
@@ -24,7 +24,7 @@ from edgeprune.search.search import (
     Costs,
     Outcome,
     QualityTrial,
-    Rise,
+    TrialRise,
     corrected,
     search,
     search_quality,
@@ -32,157 +32,127 @@ from edgeprune.search.search import (
 
 if TYPE_CHECKING:
     from edgeprune.search.solve import Allocation
-    from edgeprune.search.widths import Sensitivities
 
 MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
 
 
-def planner_of(
-    setup: Setup,
-    dense: Performance,
-    sensitivities: Sensitivities,
-    vocabularies: Mapping[int, float],
-    journal: Journal,
-    progress: Progress,
-) -> Planner:
-    """dense: what the dense model needs and reaches; vocabularies: predicted loss by size, the full one at 0.
+def begin(setup: Setup, progress: Progress) -> Run:
+    """Opens the journal beside the output and says what was chosen. Raises InputError as open_journal does."""
+    for choice in setup.choices:
+        progress.note(f"{choice.name}: {choice.value} ({choice.reason})")
+    work = setup.output.with_name(setup.output.name + ".work")
+    return Run(setup, open_journal(work, setup.fingerprint, setup.request.resume, setup.request.force), progress)
+
+
+def planner_of(run: Run) -> Planner:
+    """Returns the problem of a run: what cuts lose, what widths cost, which vocabularies there are.
 
     Measures the cost of widths where the engine measures at all and the cache does not know it. Raises EngineError.
     """
     from edgeprune.search.solve import Problem
     from edgeprune.search.widths import dense_widths
 
-    decoder, profile, multiple = setup.model.decoder, setup.profile, setup.profile.channel_multiple
+    setup, dense = run.setup, run.dense.performance
+    sensitivities, losses = run.sensitivities, run.vocabulary_losses
+    decoder, profile = setup.model.decoder, setup.profile
     parts = (decoder, profile, setup.workload, setup.precision)
     if setup.engine.measures:
-        progress.stage("measure what a width costs")
-        times = journal.stage("costs", lambda: measured_times(setup.engine, *parts, journal.folder, progress.track))
+        run.progress.stage("measure what a width costs")
+        times = run.journal.stage(
+            "costs", lambda: measured_times(setup.engine, *parts, run.journal.folder, run.progress.track)
+        )
         latency = fit(decoder, profile, setup.precision, times, f"models of random weights on {setup.engine.name}")
     else:
         latency = estimated_costs(*parts)
     costs = {"memory": memory_costs(*parts), "prefill": latency.prefill, "decode": latency.decode}
-    problem = Problem(dense_widths(decoder), sensitivities, costs, multiple, dict(vocabularies))
+    problem = Problem(dense_widths(decoder), sensitivities, costs, profile.channel_multiple, dict(losses))
     estimator = corrected(problem.estimate, problem.everything, dense.values)
     return Planner(problem, setup.request.layout, latency, estimator)
 
 
-def _begin(setup: Setup, progress: Progress) -> tuple[Journal, Path]:
-    for choice in setup.choices:
-        progress.note(f"{choice.name}: {choice.value} ({choice.reason})")
-    work = setup.output.with_name(setup.output.name + ".work")
-    return open_journal(work, setup.fingerprint, setup.request.resume, setup.request.force), work
+def search_budget(
+    run: Run,
+    planner: Planner,
+    budget: Budget,
+    name: str = "candidate",
+    most: int = MAX_CANDIDATES,
+    above: Allocation | None = None,
+) -> tuple[Outcome, Candidate, Allocation]:
+    """Proposes, prunes, builds, measures and corrects until the budget is met or proved out of reach.
+
+    above: what every candidate must cost less than. Returns the outcome and the chosen candidate.
+    """
+    dense = run.dense.performance
+    limits = budget.absolute(dense).limits
+    ceilings = {} if above is None else planner.problem.estimate(above)
+    candidates: list[Candidate] = []
+
+    def obtain(index: int, allocation: Allocation, predicted: dict[str, float]) -> Costs:
+        candidates.append(run.candidate(f"{name}-{index + 1}", allocation))
+        obtained = candidates[-1].performance
+        return Costs(obtained.values, judge(budget, dense, obtained).status)
+
+    def solve(room: Mapping[str, float]) -> Allocation | None:
+        lower = {name: limit * (1 - NUDGE) for name, limit in ceilings.items() if name in room}
+        return planner.solve({name: min(limit, lower.get(name, limit)) for name, limit in room.items()})
+
+    outcome = search(solve, planner.problem.smallest, planner.estimator, limits, _margins(run), obtain, most)
+    return outcome, candidates[outcome.chosen], outcome.trials[outcome.chosen].allocation
 
 
-def _flow(setup: Setup, journal: Journal, progress: Progress) -> Flow:
-    run = Run(setup, journal, progress)
-    plain = run.export_dense()
-    samples = run.draw_samples(plain)
-    dense = run.measure_dense(plain, samples)
-    return Flow(run, plain, samples, dense, Evaluator(setup, journal, progress, samples, plain))
+def _margins(run: Run) -> dict[str, float]:
+    """Returns the share of each limit to stay below: figures that are measured carry noise."""
+    dense = run.dense.performance
+    measured = {name for name in ("prefill", "decode") if isinstance(getattr(dense, name), Measured)}
+    if isinstance(dense.memory.activations, Measured):
+        measured.add("memory")
+    return {name: MEASUREMENT_MARGIN if name in measured else 0.0 for name in ("memory", "prefill", "decode")}
 
 
-@dataclass(frozen=True)
-class Flow:
-    """A run with what every search in it starts from."""
+def smaller_candidates(run: Run, planner: Planner, chosen: Allocation) -> list[Candidate]:
+    """Returns smaller candidates for the bundle, in case the device's own figures are worse than what is known here."""
+    limits = run.setup.budget.absolute(run.dense.performance).limits
+    allocations = planner.smaller(chosen, limits, run.setup.request.rungs - 1)
+    return [run.candidate(f"rung-{index}", allocation) for index, allocation in enumerate(allocations, 1)]
 
-    run: Run
-    plain: Path
-    samples: Samples
-    dense: Candidate
-    evaluator: Evaluator
 
-    def planner(self) -> Planner:
-        run = self.run
-        sensitivities = run.measure_sensitivities(self.samples)
-        losses = run.vocabulary_losses(self.samples)
-        return planner_of(run.setup, self.dense.performance, sensitivities, losses, run.journal, run.progress)
+def quality_status(run: Run, quality: Quality) -> str:
+    """Returns whether the quality limit is met, missed, or the interval too wide to tell."""
+    return judge_quality(run.setup.budget, quality.rises)
 
-    def search(
-        self,
-        planner: Planner,
-        budget: Budget,
-        name: str = "candidate",
-        most: int = MAX_CANDIDATES,
-        above: Allocation | None = None,
-    ) -> tuple[Outcome, Candidate, Allocation]:
-        """Propose, prune, build, measure, correct; the chosen candidate. above: what it must cost less than."""
-        limits = budget.absolute(self.dense.performance).limits
-        candidates: list[Candidate] = []
 
-        def obtain(index: int, allocation: Allocation, predicted: dict[str, float]) -> Costs:
-            candidates.append(self._candidate(f"{name}-{index + 1}", allocation))
-            obtained = candidates[-1].performance
-            return Costs(obtained.values, judge(budget, self.dense.performance, obtained).status)
+def within_quality(
+    run: Run, planner: Planner, candidate: Candidate, allocation: Allocation, quality: Quality
+) -> tuple[QualityStop, Candidate, Quality]:
+    """Searches the smallest model within the quality limit, which the budget's candidate exceeds; the dense one at
+    worst."""
+    dense = run.dense.performance
+    limits = run.setup.budget.absolute(dense).limits
+    evaluated: dict[int, tuple[Candidate, Quality]] = {}
 
-        most_estimated = {} if above is None else planner.problem.estimate(above)
+    def at(share: float) -> Allocation | None:
+        """The best allocation on the way from the dense model, at 0, to the budget, at 1."""
+        return planner.within(
+            {name: dense.values[name] + share * (limit - dense.values[name]) for name, limit in limits.items()}
+        )
 
-        def solve(room: Mapping[str, float]) -> Allocation | None:
-            lower = {name: limit * (1 - NUDGE) for name, limit in most_estimated.items() if name in room}
-            return planner.solve({name: min(limit, lower.get(name, limit)) for name, limit in room.items()})
+    def rise_of(quality: Quality) -> TrialRise:
+        worst = max(high for _, high in quality.rises)
+        return TrialRise(log1p(worst / 100), quality_status(run, quality))
 
-        outcome = search(solve, planner.problem.smallest, planner.estimator, limits, self._margins(), obtain, most)
-        return outcome, candidates[outcome.chosen], outcome.trials[outcome.chosen].allocation
+    def obtain(index: int, allocation: Allocation) -> TrialRise:
+        smaller = run.candidate(f"quality-{index + 1}", allocation)
+        planner.estimator.correct(allocation, smaller.performance.values)
+        evaluated[index] = smaller, run.evaluator.quality(f"quality-{index + 1}", smaller)
+        return rise_of(evaluated[index][1])
 
-    def _candidate(self, name: str, allocation: Allocation) -> Candidate:
-        self.run.progress.note(f"{name}: {allocation}")
-        return self.run.candidate(name, allocation, self.samples, self.dense)
-
-    def _margins(self) -> dict[str, float]:
-        dense = self.dense.performance
-        measured = {name for name in ("prefill", "decode") if isinstance(getattr(dense, name), Measured)}
-        if isinstance(dense.memory.activations, Measured):
-            measured.add("memory")
-        return {name: MEASUREMENT_MARGIN if name in measured else 0.0 for name in ("memory", "prefill", "decode")}
-
-    def smaller(self, planner: Planner, chosen: Allocation) -> list[Candidate]:
-        """Smaller candidates for the bundle, in case the device's own figures are worse than what is known here."""
-        setup = self.run.setup
-        limits = setup.budget.absolute(self.dense.performance).limits
-        found = planner.smaller(chosen, limits, setup.request.rungs - 1)
-        return [self._candidate(f"rung-{index}", allocation) for index, allocation in enumerate(found, 1)]
-
-    def qualities(self, rungs: list[Candidate]) -> list[Quality]:
-        return [self.evaluator.quality(str(index), rung) for index, rung in enumerate(rungs)]
-
-    def with_pictures(self, rungs: list[Candidate], qualities: list[Quality]) -> list[Quality]:
-        """Of an image generator: drawn for what is shipped, not for all that was tried."""
-        pairs = zip(rungs, qualities, strict=True)
-        return [self.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
-
-    def quality_status(self, quality: Quality) -> str:
-        return judge_quality(self.run.setup.budget, quality.rises)
-
-    def within_quality(
-        self, planner: Planner, candidate: Candidate, allocation: Allocation, quality: Quality
-    ) -> tuple[QualityStop, list[Candidate], list[Quality]]:
-        """The smallest model within the quality limit, which the budget's candidate exceeds: the dense one at worst."""
-        setup, dense = self.run.setup, self.dense.performance
-        limits = setup.budget.absolute(dense).limits
-        found: dict[int, tuple[Candidate, Quality]] = {}
-
-        def at(share: float) -> Allocation | None:
-            return planner.within(
-                {name: dense.values[name] + share * (limit - dense.values[name]) for name, limit in limits.items()}
-            )
-
-        def rise_of(quality: Quality) -> Rise:
-            worst = max(high for _, high in quality.rises)
-            return Rise(log1p(worst / 100), self.quality_status(quality))
-
-        def obtain(index: int, allocation: Allocation) -> Rise:
-            candidate = self._candidate(f"quality-{index + 1}", allocation)
-            planner.estimator.correct(allocation, candidate.performance.values)
-            found[index] = candidate, self.evaluator.quality(f"quality-{index + 1}", candidate)
-            return rise_of(found[index][1])
-
-        limit = log1p(setup.budget.max_quality_loss / 100)
-        trials = search_quality(at, limit, (allocation, rise_of(quality)), obtain)
-        chosen = _furthest_met(trials)
-        if chosen is None:
-            kept = self.run.keep_dense(self.dense, self.samples)
-            found[-1], chosen = (kept, self.evaluator.quality("of the dense model", kept)), -1
-        kept, kept_quality = found[chosen]
-        return QualityStop(candidate, quality, len(trials)), [kept], [kept_quality]
+    limit = log1p(run.setup.budget.max_quality_loss / 100)
+    trials = search_quality(at, limit, (allocation, rise_of(quality)), obtain)
+    chosen = _furthest_met(trials)
+    if chosen is None:
+        kept = run.dense_candidate
+        evaluated[-1], chosen = (kept, run.evaluator.quality("of the dense model", kept)), -1
+    return QualityStop(candidate, quality, len(trials)), *evaluated[chosen]
 
 
 def _furthest_met(trials: tuple[QualityTrial, ...]) -> int | None:

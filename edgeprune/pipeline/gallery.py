@@ -44,8 +44,7 @@ class Gallery:
     def compare(self, name: str, chosen: Candidate) -> dict[str, Any]:
         """What results.Quality.pictures holds: the stage `pictures {name}`."""
         dense = self._folder("dense-pictures", self.plain / GRAPH_FILE, self._seed)
-        graph = chosen.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
-        fitted = self._folder(f"pictures-{name}", graph, self._seed)
+        fitted = self._folder(f"pictures-{name}", chosen.runnable_graph, self._seed)
 
         def compute() -> dict[str, Any]:
             imaging, labels = self._imaging, self._labels[:SHOWN]
@@ -85,7 +84,7 @@ class Gallery:
 
     @property
     def _imaging(self) -> Imaging:
-        return self.setup.imaging
+        return self.setup.kind.imaging
 
     @property
     def _seed(self) -> int:

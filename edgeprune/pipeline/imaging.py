@@ -55,25 +55,6 @@ class Imaging:
         return picture.side * self.codec.downsample
 
 
-def check_kind(request: Request, decoder: Decoder) -> None:
-    """Raises InputError for an option that a model of this kind has no use for."""
-    pictures = {"codec": request.codec, "cfg": request.cfg, "images": request.images, "features": request.features}
-    texts = {"prompt": request.prompt, "context": request.context, "length": request.length}
-    if decoder.picture is None:
-        if given := [name for name, value in pictures.items() if value is not None]:
-            raise InputError(
-                f"--{given[0]} is for image generators, {request.model} is a language model", f"Leave --{given[0]} out."
-            )
-        return
-    if given := [name for name, value in texts.items() if value is not None]:
-        raise InputError(
-            f"--{given[0]} is for texts: {request.model} draws pictures, each of {decoder.picture.tokens} tokens",
-            f"Leave --{given[0]} out.",
-        )
-    if request.vocabulary != "full":
-        raise InputError("--vocabulary samples is for texts: every code may be drawn", "Leave --vocabulary out.")
-
-
 def imaging_of(request: Request, model: Model) -> Imaging:
     """Raises InputError for a codec that is missing or is not the model's."""
     from edgeprune.model.codec.codec import check_codec, clusters_of, load_codec

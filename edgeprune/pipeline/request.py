@@ -1,35 +1,49 @@
-"""What the user asked for, in the words of the command line."""
+"""What the user asked for, in the words of the command line: the one list of a run's options and their defaults."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.llamagen import Hints
 
 SELF = "self"
 DEMO = "demo"
+SEVERAL = ("evaluate", "export")  # options that may be given again
+UNITS = {"memory": "B", "prefill": "ms", "decode": "ms"}  # of a limit that is given as a number
 
 
 @dataclass(frozen=True)
 class Request:
-    """None: left out."""
+    """None: left out. A new option is a new field here and its help in cli/options.py."""
 
     model: str = DEMO
-    device: str | None = None
-    profile: Path | None = None
-    memory: str | None = None
-    prefill: str | None = None
-    decode: str | None = None
-    max_quality_loss: float | None = None
     calibration: str = SELF
     evaluate: tuple[Path, ...] = ()
     samples: int = 32
     length: int | None = None
+    memory: str | None = None
+    decode: str | None = None
+    prefill: str | None = None
+    max_quality_loss: float | None = None
     method: str = "default"
     layout: str = "uniform"
     vocabulary: str = "full"
+    rungs: int = 1
+    seed: int = 0
+    codec: Path | None = None
+    image_size: int | None = None
+    num_heads: int | None = None
+    cfg: float | None = None
+    images: int | None = None
+    features: Path | None = None
+    device: str | None = None
+    profile: Path | None = None
     precision: str | None = None
     batch: int | None = None
     prompt: int | None = None
@@ -37,24 +51,69 @@ class Request:
     engine: str = "auto"
     target: str | None = None
     keep_remote: bool = False
-    rungs: int = 1
     require_measured: bool = False
-    checkpoint: bool = True
-    export: tuple[str, ...] = ()
-    codec: Path | None = None
-    image_size: int | None = None
-    num_heads: int | None = None
-    cfg: float | None = None
-    images: int | None = None
-    features: Path | None = None
     output: Path | None = None
+    export: tuple[str, ...] = ()
+    checkpoint: bool = True
     resume: bool = False
     force: bool = False
-    seed: int = 0
 
     @property
     def hints(self) -> Hints:
         return Hints(self.image_size, self.num_heads)
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
+
+
+def request_of(**options: Any) -> Request:
+    """Returns the request of options as people write them; what is None is left out.
+
+    Paths may be texts, a limit a number (bytes of memory, ms of latency), and what can be given several times one
+    value alone. Raises InputError for an option that does not exist, or a value of another type.
+    """
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in DEFAULTS:
+            raise unknown_option(name, list(DEFAULTS))
+        if value is None:
+            continue
+        if name in UNITS and isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value:.12g}{UNITS[name]}"
+        elif name in SEVERAL and isinstance(value, str | Path):
+            value = (value,)
+        elif name in ("model", "calibration") and isinstance(value, Path):
+            value = str(value)
+        given[name] = value
+    return _validated(given)
+
+
+def unknown_option(name: str, known: list[str]) -> InputError:
+    """Returns the error for an option that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(name, known, 1)
+    return InputError(
+        f"there is no option {name!r}", f"Did you mean {near[0]}?" if near else f"Options are: {', '.join(known)}."
+    )
+
+
+def _validated(given: dict[str, Any]) -> Request:
+    from pydantic import ValidationError
+
+    try:
+        return _adapter().validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{place} {first['input']!r}: {first['msg'].lower()}", "See `edgeprune fit --help` for its form."
+        ) from None
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Request)
 
 
 def check_samples(request: Request) -> None:

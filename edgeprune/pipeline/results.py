@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 from edgeprune.ondevice.budget import Status, Verdict, judge, judge_quality
 from edgeprune.ondevice.figures import Measured, Performance
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.pipeline.setup import Setup
 from edgeprune.search.latency_table import LatencyCosts
 from edgeprune.search.search import Outcome
@@ -37,6 +39,11 @@ class Candidate:
     exported: Exported
     performance: Performance
     records: tuple[dict[str, Any], ...]
+
+    @property
+    def runnable_graph(self) -> Path:
+        """The fp32 graph that ONNX Runtime runs on this machine, whatever the device's precision."""
+        return self.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
 
 
 @dataclass(frozen=True)

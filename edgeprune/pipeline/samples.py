@@ -1,4 +1,4 @@
-"""The user's samples as token ids: texts of a language model, pictures of an image generator."""
+"""The user's samples as token ids, and texts among them read, held out and packed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.pipeline.imaging import Imaging, picture_samples
 from edgeprune.pipeline.request import SELF, Request
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ EVALUATION_TOKENS = 64  # fewer say nothing about quality
 
 
 @dataclass(frozen=True)
-class Texts:
+class UserSamples:
     """Samples from the user's files, as token ids: of texts, or of pictures. calibration: (samples, length), None
     where the model is to generate them itself; evaluation: documents by name, empty where generated ones are held
     out."""
@@ -34,7 +32,7 @@ class Texts:
     origin: str
 
 
-def samples_hash(texts: Texts) -> str:
+def samples_hash(texts: UserSamples) -> str:
     digest = hashlib.sha256(SELF.encode() if texts.calibration is None else texts.calibration.tobytes())
     for name, documents in texts.evaluation.items():
         digest.update(name.encode())
@@ -43,12 +41,7 @@ def samples_hash(texts: Texts) -> str:
     return digest.hexdigest()
 
 
-def length_of(request: Request, decoder: Decoder) -> int:
-    """Tokens of a sample; of a picture all, with the one that begins it."""
-    return decoder.picture.tokens + 1 if decoder.picture else request.length or LENGTH
-
-
-def read_documents_of(request: Request) -> tuple[list[Document], dict[str, list[Document]]]:
+def read_texts(request: Request) -> tuple[list[Document], dict[str, list[Document]]]:
     """The calibration documents (none where the model generates them) and those to evaluate on, by name."""
     from edgeprune.pipeline.documents import read_documents
 
@@ -66,27 +59,14 @@ def read_documents_of(request: Request) -> tuple[list[Document], dict[str, list[
     return calibration, evaluation
 
 
-def read_samples(
-    request: Request,
-    model: Model,
-    documents: tuple[list[Document], dict[str, list[Document]]] | None,
-    imaging: Imaging | None,
-) -> Texts:
-    """documents: of a language model, as from read_documents_of; imaging: of an image generator, which has none.
+def pack_texts(
+    request: Request, model: Model, calibration: list[Document], evaluation: dict[str, list[Document]], length: int
+) -> UserSamples:
+    """Returns the documents as token ids: packed to calibrate on, whole to evaluate on.
 
-    Raises InputError.
+    length: tokens of a sample. Raises InputError for texts that are too short, or too long for the model.
     """
-    if imaging is None:
-        return _pack_texts(request, model, *documents)
-    calibration = None if request.calibration == SELF else Path(request.calibration)
-    return Texts(*picture_samples(model.decoder, imaging, calibration, request.evaluate, request.samples, request.seed))
-
-
-def _pack_texts(
-    request: Request, model: Model, calibration: list[Document], evaluation: dict[str, list[Document]]
-) -> Texts:
-    """The documents as token ids: packed to calibrate on, whole to evaluate on."""
-    limit, length = model.decoder.max_position_embeddings, length_of(request, model.decoder)
+    limit = model.decoder.max_position_embeddings
     if length > limit:
         raise InputError(f"samples of {length} tokens exceed the model's {limit} positions", f"Try --length {limit}.")
     from edgeprune.pipeline.documents import hold_out, pack, shuffled, tokenize
@@ -105,7 +85,7 @@ def _pack_texts(
     tokens = {name: list(tokenize(documents, tokenizer)) for name, documents in evaluation.items()}
     for name, texts in tokens.items():
         _check_tokens(name, texts)
-    return Texts(packed, tokens, origin)
+    return UserSamples(packed, tokens, origin)
 
 
 def _check_tokens(name: str, documents: list[Any]) -> None:

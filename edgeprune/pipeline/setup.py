@@ -14,7 +14,6 @@ from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
 from edgeprune.errors import BudgetError, InputError
-from edgeprune.generate.guidance import sampling_of
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.export import check_exports
@@ -22,10 +21,10 @@ from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
-from edgeprune.pipeline.imaging import Imaging, check_kind, imaging_of
+from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
-from edgeprune.pipeline.samples import Texts, length_of, read_documents_of, read_samples, samples_hash
+from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
 from edgeprune.profiles import DeviceProfile, profile_of
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
@@ -48,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything resolved. imaging: of an image generator, None for a language model."""
+    """A request with everything resolved."""
 
     request: Request
     profile: DeviceProfile
@@ -57,16 +56,16 @@ class Setup:
     engine: Engine
     budget: Budget
     model: Model
-    texts: Texts
+    kind: Kind
+    samples: UserSamples
     output: Path
     floor: Performance
-    imaging: Imaging | None = None
     choices: tuple[Choice, ...] = field(default=())
 
     @property
     def length(self) -> int:
         """Tokens of a sample."""
-        return length_of(self.request, self.model.decoder)
+        return self.kind.sample_length(self.request, self.model.decoder)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -83,10 +82,10 @@ class Setup:
             "rungs": request.rungs,
             "budget": {name: limit.asked for name, limit in self.budget.limits.items()},
             "max_quality_loss": self.budget.max_quality_loss,
-            "samples": samples_hash(self.texts),
+            "samples": samples_hash(self.samples),
             "sample_count": request.samples,
             "length": self.length,
-            "imaging": self.imaging and self.imaging.fingerprint,
+            "imaging": self.kind.fingerprint,
             "method": request.method,
             "layout": request.layout,
             "vocabulary": request.vocabulary,
@@ -104,8 +103,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     target = target_of(request.target, request.keep_remote)
     profile = _profile(request)
     shape = load_shape(request.model, request.hints)[1]
-    check_kind(request, shape)
-    workload = _workload(request, profile, shape)
+    kind = kind_of(shape)
+    kind.check_options(request, shape)
+    _check_numbers(request)
+    workload = kind.workload(request, profile.workload, shape)
     precision = request.precision or profile.precision
     choices = []
     if precision == "fp32" and profile.dialect == "opset23":
@@ -125,12 +126,12 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
     output = (request.output or Path(name)).absolute()
     check_output(output, request.force or request.resume)
-    documents = None if shape.picture else read_documents_of(request)
+    documents = kind.read_documents(request)
     _check_method(request.method)
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     model = load_dense(request.model, request.hints)
-    imaging = imaging_of(request, model) if shape.picture else None
+    kind = kind.with_model(request, model)
     if workload.context > model.decoder.max_position_embeddings:
         raise InputError(
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
@@ -139,24 +140,22 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced)
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
-    texts = read_samples(request, model, documents, imaging)
-    choices.append(_calibration_choice(texts, imaging))
+    samples = kind.read_samples(request, model, documents)
+    choices.append(_calibration_choice(samples, kind))
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
     exports = len(request.export) * request.rungs * graph_weight_bytes(model.decoder, "fp32")
     check_space(output, _bytes_written(model, precision, engine, candidates) + exports)
     return Setup(
-        request, profile, workload, precision, engine, budget, model, texts, output, floor, imaging, tuple(choices)
+        request, profile, workload, precision, engine, budget, model, kind, samples, output, floor, tuple(choices)
     )
 
 
-def _calibration_choice(texts: Texts, imaging: Imaging | None) -> Choice:
-    what = "text" if imaging is None else "pictures"
-    if texts.calibration is None:
-        how = "" if imaging is None else f", of every class, guided by {imaging.sampling.cfg:g} as in deployment"
-        return Choice("calibration", SELF, f"no {what} was given: the model generates its own samples{how}")
-    reason = f"{what} of the model's own, at the same weight, hold in place what yours say nothing about"
-    return Choice("calibration", f"{texts.origin}, and generated {what}", reason)
+def _calibration_choice(samples: UserSamples, kind: Kind) -> Choice:
+    if samples.calibration is None:
+        return Choice("calibration", SELF, kind.own_samples_reason)
+    reason = f"{kind.noun} of the model's own, at the same weight, hold in place what yours say nothing about"
+    return Choice("calibration", f"{samples.origin}, and generated {kind.noun}", reason)
 
 
 def load_dense(spec: str, hints: Hints) -> Model:
@@ -209,26 +208,15 @@ def _stem(model: str) -> str:
     return Path(model).name.removesuffix(".gguf") or "model"
 
 
-def _workload(request: Request, profile: DeviceProfile, shape: Decoder) -> Workload:
+def _check_numbers(request: Request) -> None:
+    """Raises InputError for numbers that no run can have."""
     check_samples(request)
     if not 1 <= request.rungs <= MAX_RUNGS:
         raise InputError(f"--rungs {request.rungs} is not 1 to {MAX_RUNGS}", "A bundle of 3 covers most surprises.")
-    default = profile.workload
-    given = {name: getattr(request, name) for name in ("batch", "prompt", "context")}
-    for name, value in given.items():
+    for name in ("batch", "prompt", "context"):
+        value = getattr(request, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} is less than 1", "Give a positive number.")
-    if (picture := shape.picture) is not None:  # one token begins it, the last one is never fed
-        streams = sampling_of(shape, request.cfg).streams
-        return Workload((given["batch"] or default.batch) * streams, 1, picture.tokens)
-    context = given["context"] or default.context
-    prompt = given["prompt"] or min(default.prompt, max(1, context // 2))
-    if prompt >= context:
-        raise InputError(
-            f"prompt {prompt} leaves no room for generated tokens in context {context}",
-            f"Try --context {2 * prompt}: the context is prompt plus generated tokens.",
-        )
-    return Workload(given["batch"] or default.batch, prompt, context)
 
 
 def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | None]:

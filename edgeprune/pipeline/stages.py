@@ -1,9 +1,11 @@
-"""The stations of a run, each a stage of its journal: a killed run goes on after the last one that finished."""
+"""The stages of a run, each recorded in its journal: a killed run goes on after the last one that finished."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import computes_in
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.overflow import CLOSE, LIMIT, activation_peaks, check_fp16
@@ -27,108 +30,78 @@ from edgeprune.ondevice.figures import (
     performance_to_json,
 )
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from edgeprune.model.tokens.vocabulary import Vocabulary
     from edgeprune.search.solve import Allocation
     from edgeprune.search.widths import Sensitivities
 
 VARIANTS = tuple(GraphVariant(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
 REFERENCE = "reference.npz"
-WALKED = 8  # samples, at most, on which a fitted model is looked at for overflow: its dense model was on all
+WALKED = 8  # samples, at most, on which a fitted model is checked for overflow: its dense model was on all
 
 
 @dataclass(frozen=True)
 class Run:
-    """The stations of one run."""
+    """One run on its way: what each stage gives is there when it is first asked for, from the journal or made now."""
 
     setup: Setup
     journal: Journal
     progress: Progress
 
-    def _graphs(self, model: Model, folder: Path, precision: str, length: int = 0) -> Path:
-        """The folder of a model's graphs in a precision, written by the stage that fills `folder`."""
-        target = folder / f"onnx-{precision}"
-        context = max(self.setup.workload.context, length)
-        write_graphs(model.decoder, model.weights, target, precision, VARIANTS, context)
-        write_genai(model.decoder, VARIANTS, target, model.directory, context)
-        return target
-
-    def export_dense(self) -> Path:
-        """The dense model's fp32 graphs, which this machine runs: for samples and comparisons."""
+    @cached_property
+    def plain(self) -> Path:
+        """The folder of the dense model's fp32 graphs, which this machine runs: for samples and comparisons."""
         self.progress.stage("export the dense model")
         length = self.setup.length  # of the samples that this graph is to generate
-        fill = lambda folder: self._graphs(self.setup.model, folder, "fp32", length)  # noqa: E731
+
+        def fill(folder: Path) -> None:
+            self._write_graphs(self.setup.model, folder, "fp32", length)
+
         return self.journal.folder_stage("dense", fill) / "onnx-fp32"
 
-    def draw_samples(self, plain: Path) -> Samples:
+    @cached_property
+    def samples(self) -> Samples:
         """The user's samples and some of the model's own; or those alone, of which one in five is held out."""
         from edgeprune.pipeline.documents import GENERATED
 
-        setup, texts = self.setup, self.setup.texts
-        own = texts.calibration is not None
-        count = GENERATED if own else setup.request.samples
-        held_out = 0 if own or texts.evaluation else max(1, count // 4)
+        setup, given = self.setup, self.setup.samples
+        has_given = given.calibration is not None
+        count = GENERATED if has_given else setup.request.samples
+        held_out = 0 if has_given or given.evaluation else max(1, count // 4)
 
         def draw(folder: Path) -> None:
-            np.save(folder / "ids.npy", self._own_samples(plain / GRAPH_FILE, count + held_out))
+            graph, total, seed = self.plain / GRAPH_FILE, count + held_out, setup.request.seed
+            ids = setup.kind.draw_samples(graph, setup.model, total, setup.length, seed, self.progress)
+            np.save(folder / "ids.npy", ids)
 
-        ids = np.load(self.journal.folder_stage("samples", draw) / "ids.npy")
+        ids = np.load(self.journal.folder_stage("samples", draw) / "ids.npy")  # (count + held_out, length)
         most = setup.model.decoder.most_fed  # the last code of a picture is never fed
-        if own:
-            return Samples(texts.calibration, ids[:, :most], texts.evaluation, self_generated=False)
-        evaluation = texts.evaluation or {"generated by the dense model": list(ids[count:])}
-        return Samples(ids[:count, :most], None, evaluation, self_generated=not texts.evaluation)
+        if has_given:
+            return Samples(given.calibration, ids[:, :most], given.evaluation, self_generated=False)
+        evaluation = given.evaluation or {setup.kind.own_evaluation: list(ids[count:])}
+        return Samples(ids[:count, :most], None, evaluation, self_generated=not given.evaluation)
 
-    def _own_samples(self, graph: Path, count: int) -> np.ndarray:
-        from edgeprune.generate.images import own_samples
-
-        setup = self.setup
-        sampling = setup.imaging and setup.imaging.sampling
-        return own_samples(graph, setup.model, sampling, count, setup.length, setup.request.seed, self.progress)
-
-    @property
-    def _checkpoint_dtype(self) -> Any:
-        """bf16 for an engine in it, so that quality is measured of the weights that it has; None: as the source has."""
-        import torch
-
-        return torch.bfloat16 if self.setup.precision == "bf16" else None
-
-    def _check_fp16(self, model: Model, ids: np.ndarray) -> None:
-        """Before a graph in fp16 is written: raises NumericalError where it would overflow on samples (any, tokens)."""
-        if self.setup.precision != "fp16":
-            return
-        others = "bf16 or fp32" if computes_in(self.setup.profile, "bf16") else "fp32"
-        advance = self.progress.stage("look for fp16 overflow", len(model.decoder.layers))
-        largest = check_fp16(activation_peaks(model, _tensor(ids), advance), f"Use --precision {others}.")
-        if largest.value > CLOSE * LIMIT:
-            self.progress.note(f"close to overflow: {largest}")
-
-    def _reference(self, plain: Path, samples: Samples, path: Path, vocabulary: Vocabulary | None = None) -> None:
-        """What an engine's logits are checked against: those of a graph in fp32 on a calibration sample."""
-        from edgeprune.ondevice.onnxruntime import Runner
-        from edgeprune.ondevice.reference import write_reference
-
-        runner = Runner(plain / GRAPH_FILE, 1, self.setup.workload.context)
-        ids = samples.calibration[0]
-        write_reference(runner, ids if vocabulary is None else vocabulary.reduce(ids), path)
-
-    def measure_dense(self, plain: Path, samples: Samples) -> Candidate:
+    @cached_property
+    def dense(self) -> Candidate:
         """The dense model on the engine: what relative budgets refer to."""
-        setup = self.setup
+        setup, samples, plain = self.setup, self.samples, self.plain
         self.progress.stage("measure the dense model")
 
         def build(folder: Path) -> None:
             self._check_fp16(setup.model, samples.calibration)
             if setup.engine.builds and setup.precision != "fp32":
-                self._graphs(setup.model, folder, setup.precision)
+                self._write_graphs(setup.model, folder, setup.precision)
             # The same bf16 weights: how much rounding them costs is for the evaluation to say.
-            own = setup.engine.builds and setup.precision == "bf16"
-            self._reference(folder / "onnx-bf16" if own else plain, samples, folder / REFERENCE)
+            is_own_graph = setup.engine.builds and setup.precision == "bf16"
+            self._write_reference(folder / "onnx-bf16" if is_own_graph else plain, folder / REFERENCE)
 
         folder = self.journal.folder_stage("dense-engine", build)
         graphs = folder if setup.precision != "fp32" else self.journal.folder / "dense"
@@ -141,30 +114,33 @@ class Run:
         )
         return Candidate(setup.model, setup.model.decoder, exported, performance_from_json(performance), ())
 
-    def keep_dense(self, dense: Candidate, samples: Samples) -> Candidate:
-        """The dense model as a candidate of its own: checkpoint and graphs in the device's precision."""
-        return self.candidate("dense-candidate", None, samples, dense)
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """What judges candidates against the dense model."""
+        return Evaluator(self.setup, self.journal, self.progress, self.samples, self.plain)
 
-    def measure_sensitivities(self, samples: Samples) -> Sensitivities:
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
         """What every possible cut would cost; reused by other budgets for the same model and samples."""
         from edgeprune.search.sensitivity import sensitivities_of
 
-        setup = self.setup
-        request = setup.request
-        return sensitivities_of(setup.model, samples.calibration, request.method, request.seed, self.progress)
+        request = self.setup.request
+        ids = self.samples.calibration
+        return sensitivities_of(self.setup.model, ids, request.method, request.seed, self.progress)
 
-    def vocabularies(self, samples: Samples) -> dict[int, Vocabulary | None]:
+    @cached_property
+    def vocabularies(self) -> dict[int, Vocabulary | None]:
         """Vocabularies to choose from, by size; None: the whole one."""
         whole: dict[int, Vocabulary | None] = {self.setup.model.decoder.vocab_size: None}
         if self.setup.request.vocabulary == "full":
             return whole
         from edgeprune.search.vocabularies import vocabularies_of
 
-        return whole | {
-            found.size: found for found in vocabularies_of(self.setup.model, samples.calibration, samples.generated)
-        }
+        smaller = vocabularies_of(self.setup.model, self.samples.calibration, self.samples.generated)
+        return whole | {vocabulary.size: vocabulary for vocabulary in smaller}
 
-    def vocabulary_losses(self, samples: Samples) -> dict[int, float]:
+    @cached_property
+    def vocabulary_losses(self) -> dict[int, float]:
         """Predicted loss in nats per token of every vocabulary, by size."""
         whole = {self.setup.model.decoder.vocab_size: 0.0}
         if self.setup.request.vocabulary == "full":
@@ -172,84 +148,95 @@ class Run:
         from edgeprune.search.vocabularies import measure_losses
 
         def compute() -> dict[str, float]:
-            return measure_losses(self.setup.model, samples.calibration, samples.generated, self.progress)
+            return measure_losses(self.setup.model, self.samples.calibration, self.samples.generated, self.progress)
 
         return whole | {int(size): loss for size, loss in self.journal.stage("vocabularies", compute).items()}
 
-    def candidate(self, name: str, allocation: Allocation | None, samples: Samples, dense: Candidate) -> Candidate:
-        """Prune to an allocation, write checkpoint and graphs, build and measure; None: the dense model as it is."""
+    @cached_property
+    def dense_candidate(self) -> Candidate:
+        """The dense model as a candidate of its own: checkpoint and graphs in the device's precision."""
+        return self._built("dense-candidate", None)
+
+    def candidate(self, name: str, allocation: Allocation) -> Candidate:
+        """Prunes to an allocation, writes checkpoint and graphs, builds and measures."""
+        self.progress.note(f"{name}: {allocation}")
+        return self._built(name, allocation)
+
+    def _built(self, name: str, allocation: Allocation | None) -> Candidate:
+        """Returns the candidate of an allocation; None: the dense model as it is."""
         setup, source = self.setup, self.setup.model
-        records: list[dict[str, Any]] = []
         target = source.decoder if allocation is None else source.decoder.with_layer_widths(allocation.layers)
-
-        def fill(folder: Path) -> None:
-            decoder = target.compact()
-            if allocation is None:
-                tensors: Any = ((name, source.weights[name]) for name in decoder.shapes())
-            else:
-                tensors = self._pruned(target, samples, records)
-            vocabulary = None if allocation is None else self.vocabularies(samples)[allocation.vocab_size]
-            if vocabulary is not None:
-                decoder = decoder.with_vocabulary(vocabulary.size)
-            save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype)
-            model = load_model(str(folder / "model"))
-            if allocation is not None:
-                ids = samples.calibration[:WALKED]
-                self._check_fp16(model, ids if vocabulary is None else vocabulary.reduce(ids))
-            self._graphs(model, folder, setup.precision)
-            if setup.precision != "fp32":
-                self._graphs(model, folder, "fp32")
-            self._reference(folder / "onnx-fp32", samples, folder / REFERENCE, vocabulary)
-            (folder / "records.json").write_text(json.dumps(records))
-
-        folder = self.journal.folder_stage(name, fill)
+        folder = self.journal.folder_stage(name, lambda folder: self._write_candidate(folder, target, allocation))
         model = load_model(str(folder / "model"))
         exported = Exported(model.decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE)
 
         def perform() -> dict[str, Any]:
+            dense = self.dense
             self.progress.stage(f"{name}: build and measure")
             if allocation is None and not setup.engine.builds:
                 return performance_to_json(dense.performance)
             reference = None if allocation is None else (dense.exported, dense.performance)
             return performance_to_json(setup.engine.performance(exported, reference, self.progress.track))
 
-        performance = performance_from_json(self.journal.stage(f"{name} performance", measure))
-        kept = tuple(json.loads((folder / "records.json").read_text()))
-        return Candidate(model, target, exported, performance, kept)
+        performance = performance_from_json(self.journal.stage(f"{name} performance", perform))
+        records = tuple(json.loads((folder / "records.json").read_text()))
+        return Candidate(model, target, exported, performance, records)
 
-    def _pruned(self, decoder: Any, samples: Samples, records: list[dict[str, Any]]) -> Any:
+    def _write_candidate(self, folder: Path, target: Decoder, allocation: Allocation | None) -> None:
+        """Fills the folder of a candidate: checkpoint, graphs, reference, and what was done to each module."""
+        setup, source, samples = self.setup, self.setup.model, self.samples
+        records: list[dict[str, Any]] = []
+        # The checkpoint is written while the weights are pruned, layer by layer.
+        decoder = target.compact()
+        if allocation is None:
+            vocabulary = None
+            tensors: Any = ((name, source.weights[name]) for name in decoder.shapes())
+        else:
+            vocabulary = self.vocabularies[allocation.vocab_size]
+            tensors = self._pruned(target, records)
+        if vocabulary is not None:
+            decoder = decoder.with_vocabulary(vocabulary.size)
+        save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype)
+        # The graphs are written of the checkpoint as it stands on the disk.
+        model = load_model(str(folder / "model"))
+        if allocation is not None:
+            ids = samples.calibration[:WALKED]
+            self._check_fp16(model, ids if vocabulary is None else vocabulary.reduce(ids))
+        self._write_graphs(model, folder, setup.precision)
+        if setup.precision != "fp32":
+            self._write_graphs(model, folder, "fp32")
+        self._write_reference(folder / "onnx-fp32", folder / REFERENCE, vocabulary)
+        (folder / "records.json").write_text(json.dumps(records))
+
+    def _pruned(self, target: Decoder, records: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Returns the pruned weights by name as they are made, and records what was done to each module."""
         from edgeprune.pruning.methods import method_named
         from edgeprune.pruning.prune import prune
 
-        setup = self.setup
-        advance = self.progress.stage("prune and compensate", 2 * len(decoder.layers))
+        setup, samples = self.setup, self.samples
+        advance = self.progress.stage("prune and compensate", 2 * len(target.layers))
 
         def on_module(record: Any) -> None:
             records.append(asdict(record))
             advance()
 
+        generated = None if samples.generated is None else _tensor(samples.generated)
+        method = method_named(setup.request.method)
         return prune(
-            setup.model,
-            decoder,
-            _tensor(samples.calibration),
-            method_named(setup.request.method),
-            setup.request.seed,
-            on_module,
-            None if samples.generated is None else _tensor(samples.generated),
+            setup.model, target, _tensor(samples.calibration), method, setup.request.seed, on_module, generated
         )
 
-    def cross_check(self, plain: Path, chosen: Candidate) -> dict[str, Measured] | None:
-        """Where the device was not measured: fitted against dense on this machine's processor."""
+    def cross_check(self, chosen: Candidate) -> dict[str, Measured] | None:
+        """Compares fitted and dense on this machine's processor; None where the device itself was measured."""
         if isinstance(chosen.performance.decode, Measured):
             return None
 
         def compute() -> dict[str, Any]:
             self.progress.stage("cross-check on this machine")
-            candidate = chosen.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
             ratios = measure.ratios_on_onnxruntime(
                 measure.Here(),
-                plain / GRAPH_FILE,
-                candidate,
+                self.plain / GRAPH_FILE,
+                chosen.runnable_graph,
                 self.setup.workload,
                 timing().cross_check_seconds,
                 self.progress.track,
@@ -257,6 +244,40 @@ class Run:
             return {name: figure_to_json(figure) for name, figure in ratios.items()}
 
         return {name: figure_from_json(figure) for name, figure in self.journal.stage("cross-check", compute).items()}
+
+    def _write_graphs(self, model: Model, folder: Path, precision: str, length: int = 0) -> None:
+        """Writes a model's graphs in a precision into a stage's folder; length: of sequences, where it is more than
+        the context."""
+        target = folder / f"onnx-{precision}"
+        context = max(self.setup.workload.context, length)
+        write_graphs(model.decoder, model.weights, target, precision, VARIANTS, context)
+        write_genai(model.decoder, VARIANTS, target, model.directory, context)
+
+    def _write_reference(self, graphs: Path, path: Path, vocabulary: Vocabulary | None = None) -> None:
+        """Writes the logits that an engine is checked against: of a graph in fp32 on a calibration sample."""
+        from edgeprune.ondevice.onnxruntime import GraphRunner
+        from edgeprune.ondevice.reference import write_reference
+
+        runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context)
+        ids = self.samples.calibration[0]
+        write_reference(runner, ids if vocabulary is None else vocabulary.reduce(ids), path)
+
+    @property
+    def _checkpoint_dtype(self) -> Any:
+        """bf16 for an engine in it, so that quality is measured of the weights that it has; None: as the source has."""
+        import torch
+
+        return torch.bfloat16 if self.setup.precision == "bf16" else None
+
+    def _check_fp16(self, model: Model, ids: np.ndarray) -> None:
+        """Raises NumericalError where an fp16 graph would overflow on samples (any, tokens), before it is written."""
+        if self.setup.precision != "fp16":
+            return
+        others = "bf16 or fp32" if computes_in(self.setup.profile, "bf16") else "fp32"
+        advance = self.progress.stage("look for fp16 overflow", len(model.decoder.layers))
+        largest = check_fp16(activation_peaks(model, _tensor(ids), advance), f"Use --precision {others}.")
+        if largest.value > CLOSE * LIMIT:
+            self.progress.note(f"close to overflow: {largest}")
 
 
 def _tensor(ids: np.ndarray) -> Any:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgeprune.ondevice.figures import Figure as EngineFigure
-from edgeprune.ondevice.figures import Measured
+from edgeprune.ondevice.figures import figure_to_json
 
 Source = Literal["measured", "built", "estimated"]
 
@@ -35,5 +35,4 @@ class Figure(Strict):
 
 def figure_of(figure: EngineFigure) -> Figure:
     """A figure of an engine as it stands in the report."""
-    bounds = {"low": figure.low, "high": figure.high} if isinstance(figure, Measured) else {"basis": figure.basis}
-    return Figure(value=figure.value, unit=figure.unit, source=figure.source, device=figure.device, **bounds)
+    return Figure(**figure_to_json(figure))

@@ -10,7 +10,7 @@ from edgeprune.engine.capacity import experience
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.ondevice.budget import STATUS_TEXT, format_ms, judge, memory_total
+from edgeprune.ondevice.budget import STATUS_TEXT, format_ms, judge, memory_total, reported
 from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.provenance import now, versions
@@ -103,7 +103,7 @@ def _experience(fitted: Fitted) -> dict[str, Experience]:
     given = (setup.profile, setup.workload, setup.precision)
     sides = {"dense": (setup.model.decoder, fitted.dense), "fitted": (chosen.model.decoder, chosen.performance)}
     budget = setup.budget.absolute(fitted.dense)
-    images = setup.imaging and setup.imaging.at_once(setup.workload.batch)
+    images = setup.kind.images_at_once(setup.workload.batch)
     return {
         name: experience_part(experience(decoder, *given, performance, budget, images))
         for name, (decoder, performance) in sides.items()
@@ -115,19 +115,7 @@ def _finite(value: Any) -> Any:
 
 
 def _performance(performance: Performance) -> schema.Performance:
-    optional = {
-        name: None if (figure := getattr(performance, name)) is None else schema.figure_of(figure)
-        for name in ("prefill_ratio", "decode_ratio")
-    }
-    return schema.Performance(
-        memory={name: schema.figure_of(part) for name, part in performance.memory.parts.items()},
-        memory_total=schema.figure_of(memory_total(performance)),
-        prefill=schema.figure_of(performance.prefill),
-        decode=schema.figure_of(performance.decode),
-        percentiles=performance.percentiles,
-        conditions=performance.conditions,
-        **optional,
-    )
+    return schema.Performance(**reported(performance))
 
 
 def _widths(decoder: Decoder) -> list[dict[str, int]]:
@@ -265,7 +253,7 @@ def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
         "no pruning of layers removes them."
     )
     if (
-        fitted.setup.imaging is None
+        fitted.setup.kind.writes_text
         and fitted.setup.request.vocabulary == "full"
         and tables >= LARGE_TABLES * dense.parameters
     ):
@@ -278,8 +266,10 @@ def _warnings(fitted: Fitted) -> list[str]:
     if fitted.chosen.performance.decode.source != "measured":
         warnings.append(NOT_MEASURED)
     if fitted.samples.self_generated:
-        what = "text that the dense model generated" if fitted.setup.imaging is None else "pictures that it drew"
-        warnings.append(f"Quality was measured on {what}: agreement with the dense model, not quality.")
+        own = fitted.setup.kind.own_evaluation
+        warnings.append(
+            f"Quality was measured on {fitted.setup.kind.noun} {own}: agreement with the dense model, not quality."
+        )
     if not fitted.chosen.model.decoder.is_uniform:
         warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
     elif has_checkpoint(fitted):

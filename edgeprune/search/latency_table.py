@@ -33,7 +33,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.worker import Tell
 from edgeprune.profiles import DeviceProfile
-from edgeprune.search.module_costs import LayerWidths, ModuleCosts, additive, channel_options
+from edgeprune.search.module_costs import ModuleCosts, Widths, additive, channel_options
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +62,10 @@ class LatencyCosts:
 
 
 @dataclass(frozen=True)
-class Point:
+class TimedModel:
     """A model to measure: widths of its layers, and its vocabulary. mixed: its widths differ in several ways."""
 
-    layers: tuple[LayerWidths, ...]
+    layers: tuple[Widths, ...]
     vocab_size: int
     mixed: bool = False
 
@@ -74,16 +74,16 @@ class Point:
         return replace(dense, layers=layers, vocab_size=self.vocab_size).with_layer_widths(self.layers).compact()
 
 
-def design(dense: Decoder, precision: str, multiple: int) -> dict[str, Point]:
+def design(dense: Decoder, precision: str, multiple: int) -> dict[str, TimedModel]:
     """The models to measure, by name, `base` first: as many dense layers as make VOLUME_BYTES, then one change each."""
-    full, vocabulary = dense.layer_widths[0], dense.vocab_size
+    full, vocabulary = Widths(*dense.layer_widths[0]), dense.vocab_size
     one, none = (graph_weight_bytes(replace(dense, layers=dense.layers[:n]), precision) for n in (1, 0))
     depth = min(len(dense.layers), max(2, -(-VOLUME_BYTES // (one - none))))
-    points = {BASE: Point((full,) * depth, vocabulary)}
+    points = {BASE: TimedModel((full,) * depth, vocabulary)}
 
-    def add(name: str, widths: LayerWidths, layers: int = depth, tokens: int = vocabulary) -> None:
+    def add(name: str, widths: Widths, layers: int = depth, tokens: int = vocabulary) -> None:
         if name not in points:
-            points[name] = Point((widths,) * layers, tokens)
+            points[name] = TimedModel((widths,) * layers, tokens)
 
     groups, heads, channels = full
     for share in SHARES:
@@ -93,12 +93,12 @@ def design(dense: Decoder, precision: str, multiple: int) -> dict[str, Point]:
     for g, r in _head_points(groups, heads):
         add(f"attention {g}x{r}", (g, r, channels))
     if depth > 1:  # one attention stays: a graph without any has no cache, which no engine is built for
-        points["attention 1"] = Point((full, *((0, 1, channels),) * (depth - 1)), vocabulary)
+        points["attention 1"] = TimedModel((full, *(Widths(0, 1, channels),) * (depth - 1)), vocabulary)
     add("depth", full, layers=max(1, depth // 2))
     add("vocabulary", full, tokens=max(64, vocabulary // 4))
     generator = np.random.default_rng(0)
     for number in range(MIXES):
-        points[f"mix {number}"] = Point(_mixed(full, depth, multiple, generator), vocabulary, mixed=True)
+        points[f"mix {number}"] = TimedModel(_mixed(full, depth, multiple, generator), vocabulary, mixed=True)
     return points
 
 
@@ -114,7 +114,7 @@ def _head_points(groups: int, heads: int) -> list[tuple[int, int]]:
     return [(g, heads) for g in fewer_groups] + [(groups, r) for r in fewer_heads] + both
 
 
-def _mixed(full: LayerWidths, depth: int, multiple: int, generator: np.random.Generator) -> tuple[LayerWidths, ...]:
+def _mixed(full: Widths, depth: int, multiple: int, generator: np.random.Generator) -> tuple[Widths, ...]:
     """One number of heads, and free channels, in most of the layers."""
     groups, heads, channels = full
     g, r = int(generator.integers(1, groups + 1)), int(generator.integers(1, heads + 1))
@@ -199,7 +199,7 @@ def _shape_of(dense: Decoder) -> dict[str, object]:
 def _measure(
     engine: Measuring,
     dense: Decoder,
-    points: Mapping[str, Point],
+    points: Mapping[str, TimedModel],
     profile: DeviceProfile,
     workload: Workload,
     precision: str,
@@ -222,7 +222,7 @@ def _measure(
     return times
 
 
-def _chunks(dense: Decoder, points: Mapping[str, Point], precision: str) -> list[list[str]]:
+def _chunks(dense: Decoder, points: Mapping[str, TimedModel], precision: str) -> list[list[str]]:
     sizes = {name: graph_weight_bytes(point.decoder(dense), precision) for name, point in points.items()}
     chunks: list[list[str]] = []
     used = CHUNK_BYTES
@@ -264,7 +264,7 @@ def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, so
     return LatencyCosts(tables["prefill"], tables["decode"], errors, source)
 
 
-def _columns(point: Point, knots: Sequence[int]) -> np.ndarray:
+def _columns(point: TimedModel, knots: Sequence[int]) -> np.ndarray:
     """How often each coefficient counts in a model: fixed, token, a, b, c, and the steps between MLP knots."""
     groups, heads, channels = np.array(point.layers).T
     knots_ = np.asarray(knots, dtype=float)
@@ -309,7 +309,7 @@ def memory_costs(dense: Decoder, profile: DeviceProfile, workload: Workload, pre
         memory = estimate_performance(decoder, profile, workload, precision).memory
         return np.array([memory.total - memory.activations.value])
 
-    def peak(widths: LayerWidths) -> float:
+    def peak(widths: Widths) -> float:
         one = replace(dense, layers=dense.layers[:1]).with_layer_widths([widths])
         return activation_bytes(one, precision, workload, profile.dialect) - floor
 

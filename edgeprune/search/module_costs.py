@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-LayerWidths = tuple[int, int, int]  # key/value heads, query heads in each group, MLP channels
+
+class Widths(NamedTuple):
+    """The widths of one layer. No key/value heads: no attention; no intermediate size: no MLP."""
+
+    num_key_value_heads: int
+    heads_per_group: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class ModuleCosts:
         """What is there without any layer."""
         return self.fixed + self.token * vocab_size
 
-    def total(self, layers: Sequence[LayerWidths], vocab_size: int) -> float:
+    def total(self, layers: Sequence[Widths], vocab_size: int) -> float:
         """Of a model with these widths, one for each layer; 0 heads or channels: the module is gone."""
         groups, heads, channels = np.array(layers).T
         attention, mlp = self.attention[groups, heads - 1], self.mlp[channels]

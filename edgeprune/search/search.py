@@ -174,7 +174,7 @@ def _key(allocation: Allocation) -> tuple:
 
 
 @dataclass(frozen=True)
-class Rise:
+class TrialRise:
     """A candidate's rise of log perplexity on the worst text in nats per token, by its upper bound, and whether
     the quality limit holds."""
 
@@ -188,14 +188,14 @@ class QualityTrial:
 
     allocation: Allocation
     share: float
-    rise: Rise
+    rise: TrialRise
 
 
 def search_quality(
     at: Callable[[float], Allocation | None],
     limit: float,
-    beyond: tuple[Allocation, Rise],
-    obtain: Callable[[int, Allocation], Rise],
+    beyond: tuple[Allocation, TrialRise],
+    obtain: Callable[[int, Allocation], TrialRise],
 ) -> tuple[QualityTrial, ...]:
     """The smallest model whose quality is within a limit that the budget's own candidate exceeds.
 

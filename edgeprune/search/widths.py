@@ -7,20 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from edgeprune.model.decoder import Decoder
-from edgeprune.search.module_costs import ModuleCosts, additive, channel_options
-
-
-class Widths(NamedTuple):
-    """The widths of one layer. No key/value heads: no attention; no intermediate size: no MLP."""
-
-    num_key_value_heads: int
-    heads_per_group: int
-    intermediate_size: int
+from edgeprune.search.module_costs import ModuleCosts, Widths, additive, channel_options
 
 
 @dataclass(frozen=True)

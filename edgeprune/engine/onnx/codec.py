@@ -16,7 +16,7 @@ from edgeprune.engine.onnx.data import ALIGNMENT
 from edgeprune.engine.onnx.nodes import Nodes
 from edgeprune.errors import NumericalError
 from edgeprune.model.codec.codec import Codec, VqCodec
-from edgeprune.model.codec.layers import COLOURS, GROUPS, NORM_EPS, Step
+from edgeprune.model.codec.layers import COLOURS, GROUPS, NORM_EPS, CodecStep
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def _decode(nodes: Nodes, codec: VqCodec, side: int) -> dict[str, torch.Tensor]:
     return {name: tensor[:, None, None] if "norm" in name else tensor for name, tensor in weights.items()}
 
 
-def _taken(nodes: Nodes, step: Step, x: str, side: int) -> str:
+def _taken(nodes: Nodes, step: CodecStep, x: str, side: int) -> str:
     name = step.name
     match step.kind:
         case "point" | "conv":
@@ -116,7 +116,7 @@ def _activation(nodes: Nodes, name: str, x: str, channels: int, side: int) -> st
     return nodes.add("Mul", f"{name}.swish", x, nodes.add("Sigmoid", f"{name}.sigmoid", x))
 
 
-def _attention(nodes: Nodes, step: Step, x: str, side: int) -> str:
+def _attention(nodes: Nodes, step: CodecStep, x: str, side: int) -> str:
     name, channels = step.name, step.inputs
     x = _norm(nodes, f"{name}.norm", x, channels, side)
     parts = (_conv(nodes, f"{name}.{part}", x, step.shapes()) for part in "qkv")

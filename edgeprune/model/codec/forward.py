@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.codec.layers import GROUPS, NORM_EPS, Step
+from edgeprune.model.codec.layers import GROUPS, NORM_EPS, CodecStep
 
 Weights = Mapping[str, torch.Tensor]
 
 
 @torch.no_grad()
-def walk(steps: Iterable[Step], weights: Weights, x: torch.Tensor) -> torch.Tensor:
+def walk(steps: Iterable[CodecStep], weights: Weights, x: torch.Tensor) -> torch.Tensor:
     """x (b, inputs of the first step, h, w) fp32 -> (b, outputs of the last, ...) fp32."""
     for step in steps:
         x = _taken(step, weights, x)
@@ -26,7 +26,7 @@ def nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return (table.square().sum(1) - 2 * rows @ table.T).argmin(1)
 
 
-def _taken(step: Step, weights: Weights, x: torch.Tensor) -> torch.Tensor:
+def _taken(step: CodecStep, weights: Weights, x: torch.Tensor) -> torch.Tensor:
     name = step.name
     match step.kind:
         case "point" | "conv":

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 Kind = Literal["point", "conv", "residual", "attention", "upsample", "downsample", "activation"]
 
 
-class Step(NamedTuple):
+class CodecStep(NamedTuple):
     """What happens to a feature map (b, inputs, h, w), which has then `outputs` channels.
 
     point       1x1 convolution
@@ -83,31 +83,31 @@ class VqLayout:
         """Pixels of a token, in each direction."""
         return 2 ** (len(self.widths) - 1)
 
-    def decoding(self) -> list[Step]:
+    def decoding(self) -> list[CodecStep]:
         """From codebook rows (b, code_size, h, w) to images (b, 3, downsample * h, downsample * w)."""
         last = self.widths[-1]
         steps = [
-            Step("point", "post_quant_conv", self.code_size, self.latent),
-            Step("conv", "decoder.conv_in", self.latent, last),
+            CodecStep("point", "post_quant_conv", self.code_size, self.latent),
+            CodecStep("conv", "decoder.conv_in", self.latent, last),
             *_middle("decoder", last),
         ]
         for block, width in enumerate(reversed(self.widths)):
             name = f"decoder.conv_blocks.{block}"
             steps += _level(name, steps[-1].outputs, width, self.residual_blocks + 1, attends=block == 0)
             if block + 1 < len(self.widths):
-                steps.append(Step("upsample", f"{name}.upsample", width, width))
+                steps.append(CodecStep("upsample", f"{name}.upsample", width, width))
         return [*steps, *_end("decoder", self.widths[0], COLOURS)]
 
-    def encoding(self) -> list[Step]:
+    def encoding(self) -> list[CodecStep]:
         """From images (b, 3, h, w) to what the nearest codebook rows are of, (b, code_size, ...)."""
-        steps = [Step("conv", "encoder.conv_in", COLOURS, self.stem)]
+        steps = [CodecStep("conv", "encoder.conv_in", COLOURS, self.stem)]
         for block, width in enumerate(self.widths):
             name, is_last = f"encoder.conv_blocks.{block}", block + 1 == len(self.widths)
             steps += _level(name, steps[-1].outputs, width, self.residual_blocks, attends=is_last)
             if not is_last:
-                steps.append(Step("downsample", f"{name}.downsample", width, width))
+                steps.append(CodecStep("downsample", f"{name}.downsample", width, width))
         last = self.widths[-1]
-        quantising = Step("point", "quant_conv", self.latent, self.code_size)
+        quantising = CodecStep("point", "quant_conv", self.latent, self.code_size)
         return [*steps, *_middle("encoder", last), *_end("encoder", last, self.latent), quantising]
 
     def shapes(self, encoder: bool = True) -> dict[str, Shape]:
@@ -118,17 +118,20 @@ class VqLayout:
         return shapes
 
 
-def _level(name: str, inputs: int, width: int, blocks: int, attends: bool) -> Iterator[Step]:
+def _level(name: str, inputs: int, width: int, blocks: int, attends: bool) -> Iterator[CodecStep]:
     for index in range(blocks):
-        yield Step("residual", f"{name}.res.{index}", width if index else inputs, width)
+        yield CodecStep("residual", f"{name}.res.{index}", width if index else inputs, width)
         if attends:
-            yield Step("attention", f"{name}.attn.{index}", width, width)
+            yield CodecStep("attention", f"{name}.attn.{index}", width, width)
 
 
-def _middle(part: str, width: int) -> list[Step]:
+def _middle(part: str, width: int) -> list[CodecStep]:
     kinds: tuple[Kind, ...] = ("residual", "attention", "residual")
-    return [Step(kind, f"{part}.mid.{index}", width, width) for index, kind in enumerate(kinds)]
+    return [CodecStep(kind, f"{part}.mid.{index}", width, width) for index, kind in enumerate(kinds)]
 
 
-def _end(part: str, inputs: int, outputs: int) -> list[Step]:
-    return [Step("activation", f"{part}.norm_out", inputs, inputs), Step("conv", f"{part}.conv_out", inputs, outputs)]
+def _end(part: str, inputs: int, outputs: int) -> list[CodecStep]:
+    return [
+        CodecStep("activation", f"{part}.norm_out", inputs, inputs),
+        CodecStep("conv", f"{part}.conv_out", inputs, outputs),
+    ]

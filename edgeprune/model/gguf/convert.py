@@ -23,7 +23,7 @@ from edgeprune.model.checkpoint.places import stored_tensors
 from edgeprune.model.checkpoint.safetensors_file import write_weights
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.config import config_of
-from edgeprune.model.gguf.file import RESTORE, GgufFile, Metadata, StoredTensor, read_gguf
+from edgeprune.model.gguf.file import RESTORE, GgufFile, GgufTensor, Metadata, read_gguf
 from edgeprune.model.gguf.names import ROPE_TENSORS, Architecture, has_fused_qkv, is_always_fp32, places_of
 from edgeprune.model.gguf.tokenizer_read import write_tokenizer
 
@@ -122,7 +122,7 @@ def _generation(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any
     return ids
 
 
-def _dtype(tensors: list[StoredTensor]) -> torch.dtype:
+def _dtype(tensors: list[GgufTensor]) -> torch.dtype:
     """The type of the matrices where all have the same plain one, else fp32; norms are fp32 in every file."""
     import torch
 

@@ -43,7 +43,7 @@ VERSIONS = (2, 3)
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class GgufTensor:
     """shape: as torch says it, (out_features, in_features). data: the rows' bytes as stored, a view of the file."""
 
     name: str
@@ -76,7 +76,7 @@ class StoredTensor:
 @dataclass(frozen=True)
 class GgufFile:
     fields: dict[str, Any]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, GgufTensor]
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _place(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape[::-1], cursor.number("<I"), cursor.number("<Q")
 
 
-def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
@@ -164,7 +164,7 @@ def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind
     if end > len(data):
         raise ValueError(f"tensor {name} ends at byte {end}, the file has {len(data)}")
     values = np.frombuffer(data, np.uint8, prod(stored), start + offset).reshape(stored)
-    return StoredTensor(name, shape, dtype, values)
+    return GgufTensor(name, shape, dtype, values)
 
 
 @dataclass(frozen=True)

@@ -44,3 +44,12 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's own reader raises
         raise InputError(f"cannot load the tokenizer in {directory}: {error}", "Restore its files.") from None
+
+
+def tokenizer_files(directory: Path) -> dict[str, Path]:
+    """Returns the files of a model's folder beside its weights, by name."""
+    return {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name
+    }
