@@ -12,7 +12,7 @@ import typer
 
 from edgeprune.errors import InputError
 from edgeprune.ondevice.runtimes import RUNTIMES
-from edgeprune.pipeline.request import DEFAULTS, unknown_option
+from edgeprune.pipeline.request import DEFAULTS, SEVERAL, unknown_option
 from edgeprune.pipeline.run_file import read_run_file
 from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
 
@@ -42,10 +42,7 @@ Config = Annotated[
 # By the names of a request's fields. `plan` and `run` take some of them too.
 OPTIONS: dict[str, Any] = {
     "model": Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", rich_help_panel=MODEL, help="Directory, hub id, .gguf file, LlamaGen's .pt, or `demo`."
-        ),
+        str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, LlamaGen's .pt, or `demo`.")
     ],
     "calibration": Annotated[
         str,
@@ -141,9 +138,7 @@ def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Calla
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name, DEFAULTS[name]) or None
-                if name in ("evaluate", "export")
-                else defaults.get(name, DEFAULTS[name]),
+                default=defaults.get(name, None if name in SEVERAL else DEFAULTS[name]),
                 annotation=OPTIONS[name],
             )
             for name in names
