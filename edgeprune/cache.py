@@ -1,6 +1,6 @@
-"""Where edgeprune keeps what it can make again: converted models, probed figures, statistics, kernel timings.
+"""The folder of what edgeprune can make again: converted models, probed figures, statistics, kernel timings.
 
-This file also runs on the device, where EDGEPRUNE_CACHE is always set.
+This file also runs on the device, where EDGEPRUNE_CACHE is always set. It does not know what is kept there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The user's cache folder; the environment variable EDGEPRUNE_CACHE overrides it."""
-    if given := os.environ.get("EDGEPRUNE_CACHE"):
-        return Path(given)
+    """Returns the user's cache folder, which the environment variable EDGEPRUNE_CACHE overrides."""
+    if folder := os.environ.get("EDGEPRUNE_CACHE"):
+        return Path(folder)
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("edgeprune"))

@@ -1,6 +1,6 @@
-"""What can go wrong, as one small tree; the exit code is an attribute of the class.
+"""The errors of edgeprune, as one small tree. The exit code is an attribute of the class.
 
-    EdgepruneError      1   base; never raised itself
+    EdgepruneError      1   the base, which is never raised itself
     ├── InputError      2   a bad argument, file, model, profile or sample
     │   └── NumericalError  the model's weights or activations are not usable numbers
     ├── BudgetError     3   the budget, or budget and quality together, is out of reach
@@ -8,14 +8,14 @@
         ├── WrongEngine     an engine that computes something else than its graph
         └── Unreachable     the device went away, or never answered
 
-Every error says what is wrong, and what to do about it.
+Every error names what is wrong and what to do about it. This file knows none of the places that raise them.
 """
 
 from __future__ import annotations
 
 
 class EdgepruneError(Exception):
-    """An error that a user can act on: `message` says what is wrong, `remedy` what to do next."""
+    """An error that a user can act on: `message` names what is wrong, `remedy` what to do next."""
 
     exit_code = 1
 
@@ -48,8 +48,8 @@ class EngineError(EdgepruneError):
 
 
 class WrongEngine(EngineError):
-    """An engine that computes something else than its graph: nothing of it is timed or shipped."""
+    """An engine that computes something else than its graph. It is neither timed nor written into a bundle."""
 
 
 class Unreachable(EngineError):
-    """The place where tasks run is not, or no longer, there: any other task would end in the same way."""
+    """A place to run tasks that cannot be reached, or no longer: every other task would fail there as well."""

@@ -1,4 +1,7 @@
-"""One place for what libraries and edgeprune say: the log. Libraries' bars and warnings stay out of the way."""
+"""The log of edgeprune and of the libraries that it uses, whose progress bars and warnings are silenced.
+
+It knows nothing of the progress that edgeprune itself shows.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,16 @@ from edgeprune.errors import InputError
 
 
 def set_up(verbose: bool, log_file: Path | None) -> None:
-    """Log edgeprune to standard error (with verbose) and everything to log_file. Raises InputError."""
+    """Sets up the log of edgeprune on standard error, with `verbose`, and of everything in `log_file`.
+
+    Raises InputError where the file cannot be written.
+    """
+    # Silence the libraries.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # Send the messages where the user asked for them.
     logger = logging.getLogger("edgeprune")
     logger.setLevel(logging.DEBUG)
     logger.propagate = log_file is not None

@@ -1,20 +1,20 @@
-"""Runs on the device at the far end of an ssh connection: keeps files by their hash, runs tasks, cleans up.
+"""The agent on the device, at the far end of an ssh connection: it keeps files by hash, runs tasks and cleans up.
 
-Python 3.10 and the standard library alone; the tasks that it starts need more. It speaks lines of JSON over
-standard input and output, some followed by a file's bytes:
+It needs Python 3.10 and the standard library alone; the tasks that it starts need more. It does not know what they
+do. It exchanges lines of JSON over standard input and output, some of which are followed by a file's bytes:
 
                                                         <- {"protocol": 1, "work": PATH, ...}, before anything else
-    -> {"do": "have", "sizes": {H: N}}                  <- {"missing": [H, ...]}, there is room for them
+    -> {"do": "have", "sizes": {H: N}}                  <- {"missing": [H, ...]}, which have room on the disk
     -> {"do": "put", "sha256": H, "size": N}            <- {"go": true}, then -> N bytes, <- {"done": true}
     -> {"do": "run", "request": {...}, "files": {ROLE: [NAME, ...]}, "hashes": {NAME: H}, "outputs": {ROLE: NAME},
         "timeout": SECONDS, "keep": false}              <- {"progress": [...]} ..., {"answer": {...}, "made": {ROLE: H}}
     -> {"do": "get", "sha256": H}                       <- {"size": N}, then N bytes
-    -> {"do": "alive"}                                  <- nothing: the workstation is still there
+    -> {"do": "alive"}                                  <- nothing: it shows that the workstation is there
     -> {"do": "bye"}                                    <- {"left": PATH or null}, the end
-    any of them may be answered by {"error": MESSAGE, "remedy": REMEDY}
+    each of them may be answered by {"error": MESSAGE, "remedy": REMEDY}
 
-When the connection ends, or the workstation says nothing for some time, the running task is killed and the
-working folder removed, unless it is to be kept. Files stay in the store until the disk is needed.
+When the connection ends, or the workstation sends nothing for some time, the running task is killed and the
+working folder is removed, unless it is to be kept. Files stay in the store until their room on the disk is needed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PART, LOCK, KEEP = "part-", "lock", "keep"
 
 
 class Store:
-    """Files by their sha256; the least recently used go where the disk is full."""
+    """The files kept by their sha256, of which the least recently used are removed when the disk is full."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,12 +58,13 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
+        """Returns the path of a file that is or will be kept. Raises EngineError where the hash is malformed."""
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-            raise EngineError(f"{sha256!r} is no sha256", "This is a bug: please report it.")
+            raise EngineError(f"{sha256!r} is not a sha256", "This is a bug: please report it.")
         return self.folder / sha256
 
     def missing(self, sizes: dict[str, int]) -> list[str]:
-        """Those of the files, by hash, that are not here in their full size."""
+        """Returns the hashes of the files that are not kept in their full size; removes incomplete ones."""
         self._used |= set(sizes)
         missing = []
         for sha256, size in sizes.items():
@@ -76,7 +77,10 @@ class Store:
         return missing
 
     def make_room(self, size: int) -> None:
-        """Raises EngineError where the disk has no room even without the files that nobody needs now."""
+        """Removes unused files until `size` bytes fit on the disk.
+
+        Raises EngineError where they do not fit even without those files.
+        """
         for path in self._unused():
             if shutil.disk_usage(self.folder).free > size:
                 break
@@ -86,17 +90,24 @@ class Store:
             raise full(self.folder, size, free)
 
     def _unused(self) -> list[Path]:
-        """What may go, the oldest first: not what this run needs, nor what another one is receiving."""
-        found = []
+        """Returns the files that may be removed, oldest first.
+
+        Those that this run needs, and those that another run is receiving, are not among them.
+        """
+        unused = []
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another run makes room too
                 used, fresh = path.stat().st_mtime, path.name.startswith(PART)
                 if path.name not in self._used and not (fresh and time.time() - used < timing().fresh_seconds):
-                    found.append((used, path))
-        return [path for _, path in sorted(found)]
+                    unused.append((used, path))
+        return [path for _, path in sorted(unused)]
 
-    def take(self, stream: _Heard, sha256: str, size: int) -> None:
-        """A file of `size` bytes from a stream, kept if it is what its hash says."""
+    def take(self, stream: _WatchedStream, sha256: str, size: int) -> None:
+        """Reads a file of `size` bytes from a stream and keeps it if it has the hash.
+
+        Raises EOFError where the stream ends early, OSError where the file cannot be written, EngineError where its
+        hash is another.
+        """
         digest, left, problem = hashlib.sha256(), size, None
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=PART, buffering=0) as file:
             while left:
@@ -108,7 +119,7 @@ class Store:
                 try:
                     if problem is None and file.write(chunk) < len(chunk):
                         problem = OSError(errno.ENOSPC, "the disk is full")
-                except OSError as error:  # the rest is read all the same: the next line begins after it
+                except OSError as error:  # the rest is read nevertheless: the next line begins after it
                     problem = error
             if problem is not None:
                 raise problem
@@ -117,7 +128,7 @@ class Store:
             self._keep(Path(file.name), sha256)
 
     def add(self, path: Path) -> str:
-        """Keep a file that a task made; its hash."""
+        """Keeps a file that a task made and returns its hash."""
         with path.open("rb") as file:
             digest = hashlib.sha256()
             while chunk := file.read(CHUNK):
@@ -128,7 +139,7 @@ class Store:
         return sha256
 
     def give(self, sha256: str, path: Path) -> None:
-        """Let a kept file stand at a path too. Raises EngineError where it is not here."""
+        """Links a kept file to a path as well. Raises EngineError where it is not kept."""
         try:
             os.link(self.path(sha256), path)
         except FileNotFoundError:
@@ -138,7 +149,7 @@ class Store:
             ) from None
 
     def _keep(self, path: Path, sha256: str) -> None:
-        """Only what is safely on the disk gets its name: after a loss of power the name must not lie."""
+        """Gives a file its hash as a name, once its bytes are on the disk: the name holds after a loss of power."""
         with path.open("rb") as file:
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):  # another run received it at the same time
@@ -146,6 +157,7 @@ class Store:
 
 
 def full(folder: Path, size: int, free: int) -> EngineError:
+    """Returns the error for a full disk, in bytes: `size` that are needed (0: unknown) and `free` ones."""
     need = f"needs {size / 2**20:.1f} MiB and " if size else ""
     return EngineError(
         f"the device's disk is full: {folder} {need}has {free / 2**20:.1f} MiB free",
@@ -154,7 +166,7 @@ def full(folder: Path, size: int, free: int) -> EngineError:
 
 
 class Agent:
-    """One conversation."""
+    """One conversation with a workstation, with its store and its working folder."""
 
     def __init__(self, source: BufferedReader, sink: BinaryIO, folder: Path) -> None:
         self._source, self._sink = source, sink
@@ -165,6 +177,7 @@ class Agent:
         self.work = _working_folder(folder)
 
     def serve(self) -> None:
+        """Answers the workstation's messages until it ends the conversation; errors are answers too."""
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
         while True:
@@ -184,11 +197,12 @@ class Agent:
                 self.send({"error": problem.message, "remedy": problem.remedy})
 
     def send(self, document: dict[str, Any]) -> None:
+        """Writes one line of JSON to the workstation."""
         self._sink.write(json.dumps(document).encode() + b"\n")
         self._sink.flush()
 
     def _read(self) -> None:
-        """Lines from the workstation; its end is the end of everything here."""
+        """Reads lines from the workstation into the queue; their end ends this process."""
         try:
             while line := self._source.readline():
                 self._heard.set()
@@ -202,36 +216,43 @@ class Agent:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
+        """Ends this process when nothing came from the workstation for some time."""
         while self._heard.wait(timing().silence_seconds):
             self._heard.clear()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _have(self, message: dict[str, Any]) -> None:
+        """Answers which files are missing, and makes room for them."""
         missing = self.store.missing(message["sizes"])
         self.store.make_room(sum(message["sizes"][sha256] for sha256 in missing))
         self.send({"missing": missing})
 
     def _put(self, message: dict[str, Any]) -> None:
+        """Receives a file."""
         try:
             self.store.make_room(message["size"])
             self.send({"go": True})
-            self.store.take(_Heard(self._source, self._heard), message["sha256"], message["size"])
+            self.store.take(_WatchedStream(self._source, self._heard), message["sha256"], message["size"])
         finally:
             self._body.release()
         self.send({"done": True})
 
     def _run(self, message: dict[str, Any]) -> None:
+        """Runs a task on kept files, and keeps the files that it makes."""
         if message["keep"]:
             (self.work / KEEP).touch()
+        # Give the task its input files under the names that it expects.
         for name, sha256 in message["hashes"].items():
             path = self._inside(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             self.store.give(sha256, path)
+        # Remove what an earlier task wrote under the names of the outputs.
         outputs = {role: self._inside(name) for role, name in message["outputs"].items()}
         for path in outputs.values():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
+        # Run it with paths inside the working folder.
         request = {
             **message["request"],
             "files": {role: str(self._inside(name)) for role, name in message["files"].items()},
@@ -241,43 +262,46 @@ class Agent:
         self.send({"answer": answer, "made": {role: self.store.add(path) for role, path in outputs.items()}})
 
     def _inside(self, name: str) -> Path:
+        """Returns the path of a name in the working folder. Raises EngineError where it would be outside."""
         path = (self.work / name).resolve()
         if not path.is_relative_to(self.work.resolve()):
             raise EngineError(f"{name!r} is outside of the working folder", "This is a bug: please report it.")
         return path
 
     def _get(self, message: dict[str, Any]) -> None:
+        """Sends a kept file."""
         with self.store.path(message["sha256"]).open("rb") as file:
             self.send({"size": os.fstat(file.fileno()).st_size})
             shutil.copyfileobj(file, self._sink, CHUNK)
         self._sink.flush()
 
     def clean(self) -> None:
+        """Removes the working folder, unless it is to be kept."""
         if not (self.work / KEEP).exists():
             shutil.rmtree(self.work, ignore_errors=True)
 
 
-class _Heard:
-    """A stream that tells of all that comes: a long file over a slow network is a sign of life too."""
+class _WatchedStream:
+    """A stream that sets an event at every read: a long file over a slow network is a sign of life too."""
 
     def __init__(self, stream: BufferedReader, heard: threading.Event) -> None:
         self._stream, self._event = stream, heard
 
     def read(self, size: int) -> bytes:
-        """What is there, `size` at most; nothing at the end."""
+        """Returns the bytes that have come, `size` at most; none at the end of the stream."""
         data = self._stream.read1(size)
         self._event.set()
         return data
 
 
 def _working_folder(folder: Path) -> Path:
-    """A new folder, locked as long as this process lives; those whose process is gone are removed."""
+    """Makes a folder that is locked as long as this process lives; removes those whose process is gone."""
     works = folder / "work"
     works.mkdir(parents=True, exist_ok=True)
     for old in works.iterdir():
         with contextlib.suppress(OSError):  # in use, or another run removes it too
             if time.time() - old.stat().st_mtime < timing().fresh_seconds or (old / KEEP).exists():
-                continue  # perhaps made just now, and not locked yet
+                continue  # perhaps made a moment ago, and not locked yet
             with (old / LOCK).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(old, ignore_errors=True)
@@ -287,8 +311,11 @@ def _working_folder(folder: Path) -> Path:
     return new
 
 
-def _deaf(number: int = 0, frame: object = None) -> None:
-    """From here on nothing interrupts the cleaning up: a connection ends in several ways at once."""
+def _ignore_signals(number: int = 0, frame: object = None) -> None:
+    """Ignores further signals, so that nothing interrupts the cleaning up; a signal's number ends the process.
+
+    The end of a connection may send several signals at once.
+    """
     for end in ENDS:
         signal.signal(end, signal.SIG_IGN)
     if number:
@@ -296,13 +323,18 @@ def _deaf(number: int = 0, frame: object = None) -> None:
 
 
 def main() -> int:
-    """Serve until the workstation leaves; whatever ends it, nothing stays running and no work folder is left."""
+    """Serves until the workstation leaves, and returns the exit code.
+
+    Whatever ends it, no task stays running, and no working folder is left that is not to be kept.
+    """
+    # Take the signals and the real standard output.
     for number in ENDS:
-        signal.signal(number, _deaf)
-    signal.alarm(0)  # the boot code's
+        signal.signal(number, _ignore_signals)
+    signal.alarm(0)  # which the boot code set
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not enter the conversation
     agent = None
+    # Serve; what cannot be an answer of the conversation is its last line.
     try:
         agent = Agent(sys.stdin.buffer, sink, cache_folder())
         agent.send({"protocol": PROTOCOL, "python": sys.version.split()[0], "work": str(agent.work)})
@@ -322,9 +354,10 @@ def main() -> int:
             )
             sink.flush()
         return EngineError.exit_code
+    # Clean up, whichever way it ended.
     finally:
         try:
-            _deaf()
+            _ignore_signals()
         finally:
             if agent is not None:
                 agent.clean()
@@ -337,7 +370,7 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as end:
         code = end.code
-    except Exception:  # a bug of ours
+    except Exception:  # a bug of edgeprune
         traceback.print_exc()
-    # A thread that still reads would make the interpreter's own end a crash.
+    # A thread that still reads would crash the interpreter at its ordinary end.
     os._exit(code)

@@ -1,7 +1,7 @@
-"""A task in a process of its own: one JSON request in, progress and one JSON answer out, every end of it told.
+"""Tasks in processes of their own: one JSON request in, progress and one JSON answer out, every failure reported.
 
-This file also runs on the device: Python 3.10, standard library only. A child never outlives its parent:
-what kills the one, ends the other.
+This file also runs on the device: Python 3.10, standard library only. It does not know what the tasks do. A child
+never outlives its parent: what kills the parent ends the child.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import IO, Any
 from edgeprune.errors import EdgepruneError, EngineError
 
 Tell = Callable[[str, int, int], None]
-"""tell(stage, done, total): how far a task is; total 0 where nobody knows."""
+"""A progress callback, called with a stage, the steps done and the steps in all; 0 in all: unknown."""
 
-# Linux sends SIGKILL to the child when its parent is gone; a parent that went before that is looked for once.
+# Linux sends SIGKILL to the child when its parent is gone. Whether it went before that was set up is checked once.
 _START = """
 import sys
 sys.path[:] = {path!r}
@@ -40,15 +40,17 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def quiet(stage: str, done: int, total: int) -> None:
-    """Tells nobody."""
+    """Ignores the progress."""
 
 
 def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell = quiet) -> dict[str, Any]:
-    """Run a module as a program on a request; it imports what this process would, not the current folder.
+    """Runs a module as a program on a request and returns its answer.
 
-    request["task"] names the work in messages. Raises EngineError where the child reports one, dies (naming
-    the signal and its last words) or does not end in time; the child and its children are gone then.
+    The program imports from where this process does, not from the current folder. request["task"] names the work in
+    messages. Raises EngineError where the child reports one, dies (with the signal and the last it wrote) or does
+    not end in time; the child and its children are gone then.
     """
+    # Start the child in a process group of its own, so that its children can be killed with it.
     start = _START.format(path=sys.path, module=module, parent=os.getpid())
     process = subprocess.Popen(
         [sys.executable, "-c", start],
@@ -59,6 +61,7 @@ def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell
         errors="replace",
         start_new_session=True,
     )
+    # Limit its time, and keep the end of its standard error.
     late = threading.Event()
 
     def end_late() -> None:
@@ -66,12 +69,13 @@ def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell
         end(process)
 
     timer = threading.Timer(timeout_seconds, end_late)
-    words: deque[str] = deque(maxlen=_LAST_WORDS)
-    listener = threading.Thread(target=_collect, args=(process.stderr, words), daemon=True)
+    last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+    listener = threading.Thread(target=_collect, args=(process.stderr, last_words), daemon=True)
+    # Send the request, then pass the progress on until the child closes its output.
     try:
         timer.start()
         listener.start()
-        with contextlib.suppress(BrokenPipeError):  # it died early: its end says why
+        with contextlib.suppress(BrokenPipeError):  # it died early: its exit code and standard error name the reason
             process.stdin.write(json.dumps(request))
             process.stdin.close()
         last = _listen(process.stdout, tell)
@@ -83,26 +87,28 @@ def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         process.stdout.close()
+    # Turn the way in which it ended into an answer or an error.
     if late.is_set():
         raise EngineError(
             f"{request['task']} did not end within {timeout_seconds:.0f} s",
             "Try a shorter context, or an idle machine.",
         )
-    return _answer(request["task"], process.returncode, last, " ".join("".join(words).split())[-_LAST_WORDS:])
+    return _answer(request["task"], process.returncode, last, " ".join("".join(last_words).split())[-_LAST_WORDS:])
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a process that leads its own group, and all of the group."""
+    """Kills a process that leads its own group, and the whole group with it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
-    """The child's side: read the request, tell the progress, write the answer or the error; the exit code.
+    """Serves one request as the child: reads it, reports progress, writes the answer or the error.
 
-    Libraries that write to standard output write to standard error meanwhile.
+    Returns the exit code. What libraries write to standard output goes to standard error meanwhile.
     """
+    # Keep the real standard output for the answers alone.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -113,6 +119,7 @@ def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
     def tell(stage: str, done: int, total: int) -> None:
         send({"progress": [stage, done, total]})
 
+    # Answer; errors that a user can act on become documents with a remedy.
     try:
         send(answer(json.load(sys.stdin), tell))
     except EdgepruneError as error:
@@ -132,7 +139,7 @@ def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
 
 
 def _listen(stream: IO[str], tell: Tell) -> str:
-    """Pass the progress on; returns the last line that is none."""
+    """Passes the progress on and returns the last line that is not progress."""
     last = ""
     for line in stream:
         if line.startswith('{"progress":'):
@@ -143,23 +150,25 @@ def _listen(stream: IO[str], tell: Tell) -> str:
     return last
 
 
-def _collect(stream: IO[str], words: deque[str]) -> None:
+def _collect(stream: IO[str], characters: deque[str]) -> None:
+    """Reads a stream to its end, of which the deque keeps the last characters."""
     for line in stream:
-        words.extend(line)
+        characters.extend(line)
     stream.close()
 
 
-def _answer(task: str, code: int, last: str, said: str) -> dict[str, Any]:
-    said = said or "it said nothing"
+def _answer(task: str, code: int, last: str, stderr: str) -> dict[str, Any]:
+    """Returns the answer in the child's last line; raises EngineError where the child failed."""
+    stderr = stderr or "it printed no reason"
     if code < 0:
         name = _signal_name(-code)
         hint = "The system may have run out of memory: try a smaller --batch or --context." if name == "SIGKILL" else ""
-        raise EngineError(f"{task} was ended by {name}: {said}", hint or "Run `edgeprune doctor`.")
+        raise EngineError(f"{task} was ended by {name}: {stderr}", hint or "Run `edgeprune doctor`.")
     try:
         answer = json.loads(last)
         failed = "remedy" in answer
     except (ValueError, TypeError):
-        raise EngineError(f"{task} failed: {said}", "Run `edgeprune doctor`.") from None
+        raise EngineError(f"{task} failed: {stderr}", "Run `edgeprune doctor`.") from None
     if failed:
         raise EngineError(answer["error"], answer["remedy"])
     return answer

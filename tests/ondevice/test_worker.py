@@ -44,7 +44,7 @@ def test_an_error_of_the_child_is_raised_here() -> None:
     [
         ("crash", "the test failed: .*a bug of ours"),
         ("noise", "the test failed: a library's .* message"),
-        ("silence", "the test failed: it said nothing"),
+        ("silence", "the test failed: it printed no reason"),
         ("half a document", "the test failed"),
         ("SIGKILL", "the test was ended by SIGKILL: these are my last words"),
         ("SIGSEGV", "the test was ended by SIGSEGV: these are my last words"),
