@@ -1,4 +1,8 @@
-"""One width for all experts of a layer: each expert's own channels, and its own update, on the tokens that take it."""
+"""The cut of a layer's experts to one width: each expert's own channels and own update, on the tokens routed to it.
+
+It does not know the residual streams of the walk, nor the layers before.
+Shapes: b samples, t tokens, c hidden_size, i intermediate_size of an expert, n tokens that are routed to it.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,12 @@ from edgeprune.pruning.select import top_units
 
 @dataclass
 class ExpertsCut:
-    """output: (b, t, c), what the cut experts give; weights: their new ones, by name; few: the experts that saw fewer
-    tokens than they keep channels, and were left without an update; errors: (before, after) of the others, relative
-    to their own dense output, on held-out tokens."""
+    """The experts of a layer after their cut.
+
+    output: (b, t, c), the output of all cut experts together; weights: the new weights by name; few: the experts to
+    which fewer tokens are routed than they keep channels, and which have no update for that; errors: (before, after)
+    of the others, relative to their own dense output, on held-out tokens.
+    """
 
     output: torch.Tensor
     weights: LayerWeights
@@ -30,8 +37,11 @@ class ExpertsCut:
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """Of one expert: the tokens that take it (n,) int64, their shares (n,), and the inputs of its down projection
-    (1, n, i), times scale and share."""
+    """The tokens of one expert.
+
+    tokens: (n,) int64, the indices of the tokens that are routed to it, among b * t; shares: (n,), the expert's share
+    in the output of each; inputs: (1, n, i), the inputs of its down projection, times scale and share.
+    """
 
     expert: int
     tokens: torch.Tensor
@@ -40,22 +50,28 @@ class ExpertInputs:
 
     @property
     def prefix(self) -> str:
+        """Returns the beginning of the names of the expert's weights."""
         return f"mlp.experts.{self.expert}."
 
 
 def expert_inputs(states: torch.Tensor, weights: LayerWeights, mlp: Mlp, scale: torch.Tensor) -> Iterator[ExpertInputs]:
-    """Every expert's inputs on normed states (b, t, c); scale: (b, t, 1), square roots of the tokens' weights."""
-    flat, scales = states.flatten(0, 1), scale.expand(*states.shape[:2], 1).flatten()
-    chosen, shares = routed(flat, weights, mlp.experts)
+    """Yields the inputs of every expert.
+
+    states: (b, t, c), normed; scale: (b, t, 1), square roots of the tokens' weights.
+    """
+    flat, scales = states.flatten(0, 1), scale.expand(*states.shape[:2], 1).flatten()  # (b * t, c), (b * t,)
+    chosen, shares = routed(flat, weights, mlp.experts)  # (b * t, experts of a token) each
     for expert in range(mlp.experts.num_experts):
         tokens, places = expert_tokens(chosen, expert)
         own = shares[tokens, places]
+        # (n, i)
         inner = mlp_activation(flat[tokens], weights, mlp, f"mlp.experts.{expert}.")
         yield ExpertInputs(expert, tokens, own, (inner * (own * scales[tokens])[:, None])[None])
 
 
-def expert_projection(found: ExpertInputs, weights: LayerWeights, generator: torch.Generator) -> Projection:
-    return Projection(weights[found.prefix + "down"], gram(found.inputs[0]), found.inputs, generator)
+def expert_projection(expert: ExpertInputs, weights: LayerWeights, generator: torch.Generator) -> Projection:
+    """Returns the down projection of an expert with its inputs, as scores and compensation take it."""
+    return Projection(weights[expert.prefix + "down"], gram(expert.inputs[0]), expert.inputs, generator)
 
 
 def cut_experts(
@@ -68,29 +84,34 @@ def cut_experts(
     scale: torch.Tensor,
     generator: torch.Generator,
 ) -> ExpertsCut:
-    """Every expert cut to `size` channels by its own scores; an expert that no token takes by its weights alone.
+    """Cuts every expert to `size` channels by its own scores; one to which no token is routed, by its weights alone.
 
-    states: (b, t, c) as the module sees them; scale: (b, t, 1). The update's target is the expert's own dense output
-    on the tokens that take it: what the layers before have lost is left to the attentions behind.
+    states: (b, t, c), the states that the module reads, normed; scale: (b, t, 1), square roots of the tokens'
+    weights. The target of an update is the expert's own dense output on its tokens: the attentions behind make up for
+    what the layers before have lost.
     """
     cut = ExpertsCut(torch.zeros_like(states), {"mlp.router": weights["mlp.router"]})
+    # (b * t, c), (b * t,)
     flat, scales = cut.output.view(-1, states.shape[-1]), scale.expand(*states.shape[:2], 1).flatten()
-    for found in expert_inputs(states, weights, mlp, scale):
-        projection = expert_projection(found, weights, generator)
-        scores = (score if len(found.tokens) else magnitude)(projection, 1, size)
+    for expert in expert_inputs(states, weights, mlp, scale):
+        # Select the channels, and cut the rows and columns of the weights.
+        projection = expert_projection(expert, weights, generator)
+        scores = (score if len(expert.tokens) else magnitude)(projection, 1, size)
         kept = top_units(scores, size)
         for name in mlp.inputs:
-            cut.weights[found.prefix + name] = weights[found.prefix + name][kept]
-        down, inputs = projection.weight[:, kept], found.inputs[..., kept]
+            cut.weights[expert.prefix + name] = weights[expert.prefix + name][kept]
+        down, inputs = projection.weight[:, kept], expert.inputs[..., kept]  # (c, size), (1, n, size)
+        # Update the down projection, where the expert has tokens enough.
         if compensates and size < mlp.intermediate_size:
-            if len(found.tokens) < size:
-                cut.few.append(found.expert)
+            if len(expert.tokens) < size:
+                cut.few.append(expert.expert)
             else:
-                whole = F.linear(found.inputs, projection.weight)
+                whole = F.linear(expert.inputs, projection.weight)  # (1, n, c)
                 lost, moments = whole - F.linear(inputs, down), projection.gram[kept[:, None], kept]
                 solved = compensate(down, moments, inputs, lost, whole)
                 down = solved.weight
                 cut.errors.append((solved.error_before, solved.error_after))
-        cut.weights[found.prefix + "down"] = down
-        flat.index_add_(0, found.tokens, F.linear(inputs[0], down) / scales[found.tokens, None])
+        cut.weights[expert.prefix + "down"] = down
+        # Add the expert's output to that of its tokens.
+        flat.index_add_(0, expert.tokens, F.linear(inputs[0], down) / scales[expert.tokens, None])
     return cut

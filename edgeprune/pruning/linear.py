@@ -1,4 +1,7 @@
-"""Factorisations of second moments that never fail on finite input, however few the samples."""
+"""Factorisations of second moments that never fail on finite input, however few the samples.
+
+Pure: arrays in, arrays out; it does not know which equations are solved with a factor.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from edgeprune.errors import NumericalError
 
 
 def cholesky(matrix: torch.Tensor, damping: float) -> torch.Tensor:
-    """Lower Cholesky factor of a symmetric fp64 matrix with damping * mean(diagonal) added.
+    """Returns the lower Cholesky factor of a symmetric matrix (n, n) fp64 with damping * mean(diagonal) added.
 
     The damping grows tenfold until the factorisation succeeds, so that rank-deficient moments
-    (fewer tokens than features, dead channels) are solved too. Raises NumericalError if the
+    (fewer tokens than features, dead channels) are factorised too. Raises NumericalError if the
     matrix is not finite.
     """
     diagonal = matrix.diagonal()

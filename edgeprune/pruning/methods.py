@@ -1,4 +1,7 @@
-"""The methods by name: a score, how the kept weights make up for what went, and how widths are chosen."""
+"""The pruning methods by name: the score, and how the kept weights make up for the removed ones.
+
+It does not know the model, nor the widths that it is cut to.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,19 @@ from edgeprune.pruning.score import Score
 
 
 class Recovery(Enum):
+    """The ways in which the kept weights make up for the removed ones."""
+
     NONE = "none"
-    BIAS = "bias"  # the mean of what went, as a bias of the output projection (FLAP)
+    BIAS = "bias"  # the mean output of the removed features, as a bias of the output projection (FLAP)
     LEAST_SQUARES = "least squares"
 
 
 @dataclass(frozen=True)
 class Method:
-    """standardised: its scores compare between modules, so that one cut over all of them allocates."""
+    """A score and a recovery.
+
+    standardised: the scores of different modules compare, so that one cut over all modules allocates the widths.
+    """
 
     score: Score
     recovery: Recovery
@@ -46,7 +54,7 @@ METHODS = {
 
 
 def method_named(name: str) -> Method:
-    """Raises InputError with the known names."""
+    """Returns the method of a name; raises InputError with the known names."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}", f"Methods are: {', '.join(METHODS)}.")
+        raise InputError(f"unknown method {name!r}", f"The methods are: {', '.join(METHODS)}.")
     return METHODS[name]

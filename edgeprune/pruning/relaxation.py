@@ -2,7 +2,8 @@
 
     min_z  1/2 (z - 1)^T A (z - 1) + lambda/2 (<1, z> - r)^2,    A = (W W^T) o G summed over each unit
 
-Pure: arrays in, arrays out. A is scaled to a mean diagonal of 1; RIDGE keeps it definite.
+Pure: arrays in, arrays out; it does not know which module the units belong to. A is scaled to a mean diagonal of 1,
+and RIDGE keeps it positive definite.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ MAX_STEPS = 200
 
 
 def interaction(weight: torch.Tensor, gram: torch.Tensor, unit: int) -> torch.Tensor:
-    """A (units, units) fp64 from weight (out_features, in_features) and gram (in_features, in_features)."""
+    """Returns A (units, units) fp64 from weight (out_features, in_features) and gram (in_features, in_features)."""
+    # One block of columns at a time, so that W W^T is never held as a whole.
     matrix = gram.clone()
     for start in range(0, len(gram), BLOCK):
         matrix[:, start : start + BLOCK] *= weight.T @ weight[:, start : start + BLOCK]
@@ -29,7 +31,10 @@ def interaction(weight: torch.Tensor, gram: torch.Tensor, unit: int) -> torch.Te
 
 
 def unconstrained(matrix: torch.Tensor) -> torch.Tensor:
-    """u = A^-1 1 (units,): without the box the optimum is z = 1 - c u with one c > 0 for all units."""
+    """Returns u = A^-1 1 (units,): without the bounds the optimum is z = 1 - c u with the same c > 0 for all units.
+
+    matrix: A (units, units) fp64. Raises NumericalError if it is not finite.
+    """
     ones = torch.ones(len(matrix), 1, dtype=torch.float64)
     factor = cholesky(matrix, RIDGE)
     del matrix  # as large as the moments, and the solve copies the factor
@@ -37,13 +42,15 @@ def unconstrained(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The optimum z (units,) under 0 <= z <= 1 and the objective's gradient there.
+    """Returns the optimum z (units,) under 0 <= z <= 1 and the objective's gradient (units,) at it.
 
-    By projected Newton steps (Bertsekas 1982): units at a bound that the gradient pushes against stay,
-    the others take the Newton step of their own block, projected, with a backtracking line search.
-    total: r, the units to keep; penalty: lambda in units of 1 / (1^T A^-1 1). At the end
-    max |z - clip(z - gradient)| is below 1e-10 of the mean diagonal of A.
+    It takes projected Newton steps (Bertsekas 1982): units that the gradient pushes against a bound stay there, the
+    others take the Newton step of their own block, projected to the bounds, with a backtracking line search.
+    matrix: A (units, units) fp64; total: r, the units to keep; penalty: lambda in units of 1 / (1^T A^-1 1). At the
+    end max |z - clip(z - gradient)| is below 1e-10 of the mean diagonal of A. Raises NumericalError if the matrix is
+    not finite.
     """
+    # Scale the problem, so that the tolerances do not depend on the size of weights and inputs.
     scale = float(matrix.diagonal().mean()) or 1.0
     hessian = matrix / scale
     hessian.diagonal().add_(RIDGE)
@@ -57,6 +64,7 @@ def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple
     def objective(z: torch.Tensor) -> float:
         return float((z - 1) @ hessian @ (z - 1) + weight * (z.sum() - total) ** 2) / 2
 
+    # Start at the optimum without bounds, clipped to them.
     z = (1 - inverse_ones * ((units - total) * weight / (1 + penalty))).clamp(0, 1)
     full = hessian + weight
     for _ in range(MAX_STEPS):
@@ -64,6 +72,7 @@ def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple
         residual = float((z - (z - gradient).clamp(0, 1)).abs().max())
         if residual < TOLERANCE:
             break
+        # Hold the units at a bound, and take the Newton step of the others.
         near = min(residual, 1e-3)
         held = ((z <= near) & (gradient > 0)) | ((z >= 1 - near) & (gradient < 0))
         free = (~held).nonzero().squeeze(1)
@@ -71,6 +80,7 @@ def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple
         if len(free):
             factor = torch.linalg.cholesky(full[free][:, free])
             step[free] = -torch.cholesky_solve(gradient[free, None], factor).squeeze(1)
+        # Halve the step until the objective falls enough (Armijo's rule).
         length, before = 1.0, objective(z)
         while True:
             trial = (z + length * step).clamp(0, 1)
