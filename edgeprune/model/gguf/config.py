@@ -1,6 +1,6 @@
-"""The metadata of a GGUF file -> config.json of the family: what llama.cpp computes for it, in transformers' words.
+"""The config.json of the model that llama.cpp computes from the metadata of a GGUF file. It knows no weights.
 
-Defaults, and what no field says, are those of llama.cpp's src/models/*.cpp.
+It is written in transformers' terms. Defaults, and what no field states, are those of llama.cpp's src/models/*.cpp.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose 
 
 
 def config_of(metadata: Metadata, where: object) -> Config:
-    """The configuration of a checkpoint that is the same model. where: the file's name, for messages.
+    """Returns the configuration of a checkpoint that is the same model. where: the file's name, for messages.
 
     Raises InputError for an architecture or a feature that is not supported, and for metadata that is missing.
     """
     architecture = metadata.architecture
-    if (parts := metadata.fields.get("split.count", 1)) > 1:
-        raise InputError(f"{where} is one of {parts} parts of a model", "Join them: llama-gguf-split --merge.")
+    if (split_count := metadata.fields.get("split.count", 1)) > 1:
+        raise InputError(f"{where} is one of {split_count} parts of a model", "Join them: llama-gguf-split --merge.")
     try:
+        # The fields that all architectures share, then those of this one.
         plain = _plain(metadata)
         config = plain | _SPECIAL[architecture.name](metadata, plain)
         family = FAMILIES[config["model_type"]]
         config["architectures"] = [family.architecture]
+        # Rotary positions; Gemma 3 has others in its sliding layers, GPT-2 has none.
         config["rope_parameters"] = rope_of(metadata, plain["head_dim"], where)
         if architecture.name == "gemma3":
             local = {"rope_type": "default", "rope_theta": shortest(metadata.get("rope.freq_base_swa", 10000.0))}
@@ -39,7 +41,8 @@ def config_of(metadata: Metadata, where: object) -> Config:
         if architecture.name == "gpt2":
             del config["rope_parameters"]
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{where} lacks metadata: {error!r}", RESTORE) from None
+        raise InputError(f"{where} has missing or unusable metadata: {error!r}", RESTORE) from None
+    # Rename the fields as the family does, and drop those that it does not have.
     eps = config.pop("eps")
     activation = config.pop("activation")
     config[family.norm_eps], config[family.activation] = eps, activation
@@ -51,11 +54,13 @@ def config_of(metadata: Metadata, where: object) -> Config:
 
 
 def _plain(metadata: Metadata) -> Config:
-    """What every architecture says, by Llama's names; `eps` and `activation` get their names by family."""
+    """Returns the fields that every architecture has, by Llama's names; `eps` and `activation` are renamed later."""
+    # Widths of the attention; without a field of their own, heads share the hidden size.
     heads, hidden = metadata.number("attention.head_count"), metadata.number("embedding_length")
     head_dim = int(metadata.get("attention.key_length", hidden // heads))
     if (values := int(metadata.get("attention.value_length", head_dim))) != head_dim:
         raise ValueError(f"attention.value_length {values} differs from attention.key_length {head_dim}")
+    # Older files have no number of key/value heads, and one of two fields for epsilon.
     key_value_heads = metadata.get("attention.head_count_kv")
     rms = metadata.get("attention.layer_norm_rms_epsilon")
     eps = metadata.get("attention.layer_norm_epsilon", 1e-5) if rms is None else rms
@@ -72,10 +77,11 @@ def _plain(metadata: Metadata) -> Config:
         "vocab_size": len(metadata.fields["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": "output.weight" not in metadata.names,
     }
+    # Special tokens.
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := metadata.fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = int(token)
-    config.setdefault("pad_token_id", None)  # some families take one by default, beyond a small vocabulary
+    config.setdefault("pad_token_id", None)  # some families default to one beyond a small vocabulary
     return config
 
 
@@ -88,7 +94,10 @@ def _biases(metadata: Metadata) -> Config:
 
 
 def _llama(metadata: Metadata, plain: Config) -> Config:
-    """Also mixtral, mistral, and whatever has the q, k and v biases of qwen2 alone."""
+    """Returns the fields of `llama`, under which llama.cpp also runs mixtral, mistral and others.
+
+    A model that has the biases of q, k and v alone is described as qwen2.
+    """
     if count := int(metadata.get("expert_count", 0)):
         experts = {"num_local_experts": count, "num_experts_per_tok": metadata.number("expert_used_count")}
         return {"model_type": "mixtral", "sliding_window": None, **experts}
@@ -109,7 +118,7 @@ def _qwen3(metadata: Metadata, plain: Config) -> Config:
 
 
 def _qwen3moe(metadata: Metadata, plain: Config) -> Config:
-    """llama.cpp always makes the weights of the chosen experts sum to 1."""
+    """Returns the fields of qwen3moe; llama.cpp always normalises the weights of the chosen experts to a sum of 1."""
     count, used = metadata.number("expert_count"), metadata.number("expert_used_count")
     width = metadata.get("expert_feed_forward_length") or plain["intermediate_size"] // used
     return {
@@ -126,7 +135,11 @@ def _qwen3moe(metadata: Metadata, plain: Config) -> Config:
 
 
 def _gemma(metadata: Metadata, plain: Config, window: int | None, every: int) -> Config:
-    """every: one layer in so many sees all. The scale of the scores follows from the sizes."""
+    """Returns the fields that both Gemma architectures share. every: one layer in this many sees all positions.
+
+    The scale of the scores follows from the sizes.
+    """
+    # The file may list the sliding layers, state their period, or leave it to the architecture.
     depth = plain["num_hidden_layers"]
     pattern = metadata.get("attention.sliding_window_pattern")
     if isinstance(pattern, list):
@@ -138,7 +151,7 @@ def _gemma(metadata: Metadata, plain: Config, window: int | None, every: int) ->
     return {
         "activation": GELU,
         "sliding_window": window or plain["max_position_embeddings"],
-        "layer_types": ["sliding_attention" if window and each else "full_attention" for each in slides],
+        "layer_types": ["sliding_attention" if window and is_sliding else "full_attention" for is_sliding in slides],
         "query_pre_attn_scalar": plain["hidden_size"] // plain["num_attention_heads"] if largest else plain["head_dim"],
         "attention_bias": _has_biases(metadata),
     }
@@ -165,7 +178,10 @@ def _gemma3(metadata: Metadata, plain: Config) -> Config:
 
 
 def _phi3(metadata: Metadata, plain: Config) -> Config:
-    """A window of 0 says that there is none; other ones are the model's, though llama.cpp ignores them."""
+    """Returns the fields of phi3.
+
+    A window of 0 means that there is none; any other is the model's own, although llama.cpp ignores it.
+    """
     config = {"model_type": "phi3", "sliding_window": int(metadata.get("attention.sliding_window") or 0) or None}
     if (original := metadata.get("rope.scaling.original_context_length")) is not None:
         config["original_max_position_embeddings"] = min(int(original), plain["max_position_embeddings"])
@@ -173,11 +189,11 @@ def _phi3(metadata: Metadata, plain: Config) -> Config:
 
 
 def _smollm3(metadata: Metadata, plain: Config) -> Config:
-    """Every fourth layer does not turn."""
-    turns = [int((index + 1) % 4 != 0) for index in range(plain["num_hidden_layers"])]
+    """Returns the fields of smollm3, in which every fourth layer has no rotary positions."""
+    rotates = [int((index + 1) % 4 != 0) for index in range(plain["num_hidden_layers"])]
     return {
         "model_type": "smollm3",
-        "no_rope_layers": turns,
+        "no_rope_layers": rotates,
         "no_rope_layer_interval": 4,
         "use_sliding_window": False,
         "attention_bias": _has_biases(metadata),
@@ -201,8 +217,8 @@ def _granite(metadata: Metadata, plain: Config) -> Config:
         "residual_multiplier": ("residual_scale", 1.0),
     }
     values = {name: metadata.get(key) for name, (key, _) in scales.items()}
-    given = {name: shortest(value) if value else scales[name][1] for name, value in values.items()}
-    return {"model_type": "granite", **given, **_biases(metadata)}
+    multipliers = {name: shortest(value) if value else scales[name][1] for name, value in values.items()}
+    return {"model_type": "granite", **multipliers, **_biases(metadata)}
 
 
 def _gpt2(metadata: Metadata, plain: Config) -> Config:
@@ -210,11 +226,11 @@ def _gpt2(metadata: Metadata, plain: Config) -> Config:
 
 
 def _gptneox(metadata: Metadata, plain: Config) -> Config:
-    turned = int(metadata.get("rope.dimension_count", plain["head_dim"])) / plain["head_dim"]
+    rotary_share = int(metadata.get("rope.dimension_count", plain["head_dim"])) / plain["head_dim"]
     return {
         "model_type": "gpt_neox",
         "activation": "gelu",
-        "rotary_pct": turned,
+        "rotary_pct": rotary_share,
         "attention_bias": True,
         "use_parallel_residual": bool(metadata.fields["gptneox.use_parallel_residual"]),
     }

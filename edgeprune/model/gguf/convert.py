@@ -1,4 +1,4 @@
-"""GGUF file -> standard checkpoint directory, converted once and cached by the file's sha256.
+"""A standard checkpoint directory from a GGUF file, converted once and cached under the file's sha256.
 
 Tensors are dequantised one at a time; the tokenizer is built from the file's own metadata.
 """
@@ -35,15 +35,17 @@ PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def converted(path: Path) -> Path:
-    """The directory with the file's checkpoint, tokenizer and configuration.
+    """Returns the directory with the checkpoint, tokenizer and configuration of a GGUF file, converted on first use.
 
-    Raises InputError for a file that is broken or not supported, or a cache that cannot be written.
+    Raises InputError for a file that is broken or not supported, and for a cache that cannot be written.
     """
+    # The folder is named by the file's content.
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{digest[:32]}-{FORMAT}"
     if folder.is_dir():
         return folder
+    # Convert beside it, so that a folder is complete or absent.
     source = read_gguf(path)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
@@ -62,29 +64,34 @@ def converted(path: Path) -> Path:
 
 
 def decoder_of_gguf(path: Path) -> Decoder:
-    """The architecture that a file's metadata describes; nothing is converted. Raises InputError."""
+    """Returns the architecture that a file's metadata describes, without converting anything. Raises InputError."""
     return decoder_of(config_of(metadata_of(read_gguf(path)), path))
 
 
 def metadata_of(source: GgufFile) -> Metadata:
+    """Returns the metadata of a file that was read, with its rope factors dequantised."""
     factors = {name: source.tensors[name].values() for name in ROPE_TENSORS if name in source.tensors}
     return Metadata(source.fields, source.tensors.keys(), factors)
 
 
 def _publish(part: Path, folder: Path) -> None:
+    """Renames the finished folder; another process may have been faster."""
     try:
         part.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process was faster
+        if not folder.is_dir():
             raise
 
 
 def _convert(source: GgufFile, path: Path, folder: Path) -> None:
+    """Writes tokenizer, weights, config.json and generation_config.json into a folder. Raises InputError."""
+    # Check that the file holds exactly the tensors of its architecture.
     metadata = metadata_of(source)
     config = config_of(metadata, path)
     decoder, architecture = decoder_of(config), metadata.architecture
     places = stored_tensors(decoder, places_of(architecture, decoder, has_fused_qkv(source.tensors)))
     _check(source, places, config["model_type"], path)
+    # Then write everything.
     dtype = _dtype([source.tensors[name] for name in places if not is_always_fp32(name)])
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_tokenizer(source.fields, decoder.max_position_embeddings, folder)
@@ -95,27 +102,28 @@ def _convert(source: GgufFile, path: Path, folder: Path) -> None:
 
 
 def _check(source: GgufFile, places: dict[str, Place], family: str, path: Path) -> None:
-    """Raises InputError for a tensor that is missing, superfluous or of a type that cannot be dequantised."""
+    """Raises InputError for a tensor that is missing, unexpected or of a type that cannot be dequantised."""
     for name, place in places.items():
-        found = source.tensors.get(name)
-        if found is None or _flat(found.shape) != place.shape:
+        tensor = source.tensors.get(name)
+        if tensor is None or _flat(tensor.shape) != place.shape:
             raise InputError(f"{path} has no tensor {name} of shape {place.shape}", RESTORE)
-        found.rows(0, 1)
+        tensor.rows(0, 1)
     if unknown := source.tensors.keys() - places.keys() - set(ROPE_TENSORS):
         raise InputError(
-            f"{path} has the tensor {min(unknown)}, which a model of the family {family} has not",
+            f"{path} has the tensor {min(unknown)}, which a model of the family {family} does not have",
             "Give the original Hugging Face directory.",
         )
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Stacked experts, one after the other."""
+    """Returns the shape of stacked experts as one matrix, (experts * out_features, in_features)."""
     return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
 
 
 def _generation(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens; a chat model may end its turn with another token than its text."""
-    ids = {n: config[n] for n in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(n) is not None}
+    """Returns the special tokens for generation; a chat model may end its turn with another token than its text."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: config[name] for name in names if config.get(name) is not None}
     turn = fields.get("tokenizer.ggml.eot_token_id")
     if turn is not None and turn != ids.get("eos_token_id"):
         ids["eos_token_id"] = [*([ids["eos_token_id"]] if "eos_token_id" in ids else []), int(turn)]
@@ -123,7 +131,7 @@ def _generation(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any
 
 
 def _dtype(tensors: list[GgufTensor]) -> torch.dtype:
-    """The type of the matrices where all have the same plain one, else fp32; norms are fp32 in every file."""
+    """Returns the dtype of the matrices where all have the same plain one, else fp32; norms are fp32 in every file."""
     import torch
 
     types = {tensor.type.name for tensor in tensors}
@@ -133,14 +141,16 @@ def _dtype(tensors: list[GgufTensor]) -> torch.dtype:
 def _weights(
     decoder: Decoder, architecture: Architecture, places: dict[str, Place], source: GgufFile
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Returns the weights of the decoder by name, each dequantised when its turn comes."""
     import torch
 
-    stands = {name: place for place in places.values() for name in place.names}
+    place_of = {name: place for place in places.values() for name in place.names}
     for name in decoder.shapes():
-        place = stands[name]
-        which = place.names.index(name)
-        start = sum(shape[0] for shape in place.shapes[:which])
-        values = source.tensors[place.key].rows(start, start + place.shapes[which][0])
+        place = place_of[name]
+        # The rows of this weight among those that share its tensor.
+        index = place.names.index(name)
+        start = sum(shape[0] for shape in place.shapes[:index])
+        values = source.tensors[place.key].rows(start, start + place.shapes[index][0])  # (out_features, in_features)
         weight = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
         if place.factor != 1.0:
             weight *= place.factor
@@ -148,10 +158,14 @@ def _weights(
 
 
 def reordered(decoder: Decoder, name: str, weight: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-    """q and k, or their biases, with the halves of every rotary pair side by side, as llama.cpp's converter does."""
+    """Returns q and k, or their biases, with the halves of every rotary pair side by side; other weights unchanged.
+
+    This is the order of llama.cpp's converter. inverse: from that order back to the one of decoder.py.
+    """
     part = name.rsplit(".", 1)[-1].removesuffix("_bias")
     if ".attention." not in name or part not in ("q", "k") or name.endswith("_norm"):
         return weight
     head_dim = decoder.layers[int(name.split(".")[1])].attention.head_dim
+    # (heads * head_dim, ...) -> (heads, 2, head_dim / 2, ...), or (heads, head_dim / 2, 2, ...) for the inverse
     heads = weight.unflatten(0, (-1, head_dim // 2, 2) if inverse else (-1, 2, head_dim // 2))
-    return heads.transpose(1, 2).flatten(0, 2)
+    return heads.transpose(1, 2).flatten(0, 2)  # (heads * head_dim, ...)

@@ -1,4 +1,7 @@
-"""A checkpoint -> one GGUF file that llama.cpp runs: fields, tokenizer, and tensors one after the other."""
+"""The GGUF file of a checkpoint, as llama.cpp runs it: fields, tokenizer, and tensors one after the other.
+
+Whether and how a file can hold the model is decided in metadata.py.
+"""
 
 from __future__ import annotations
 
@@ -29,27 +32,30 @@ QUANTISATION_VERSION = 2
 
 
 def check_exportable(model: Model, reduced: bool = False) -> Held:
-    """How the file will hold the model. Raises InputError, before any work, where llama.cpp cannot compute it or
-    has no pre-tokenizer for its texts. reduced: its vocabulary will be cut down."""
+    """Returns the form in which a GGUF file will hold the model. reduced: its vocabulary will be cut down.
+
+    Raises InputError, before any work, where llama.cpp cannot compute the model or has no pre-tokenizer for its texts.
+    """
     return _checked(model, reduced)[0]
 
 
 def _checked(model: Model, reduced: bool = False) -> tuple[Held, dict[str, Any]]:
-    found = held(model.decoder, read_config(model.directory))
-    return found, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced)
+    """Returns the form of the model in the file, and the fields of its tokenizer. Raises InputError."""
+    form = held(model.decoder, read_config(model.directory))
+    return form, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced)
 
 
 def export_gguf(model: Model, path: Path) -> Path:
-    """Write a model of uniform layers as GGUF, in the dtype of its checkpoint; norms, biases and routers are fp32.
+    """Writes a model of uniform layers as GGUF and returns the path.
 
-    At most one layer's tensors are held at a time. The file is complete or absent. Returns path. Raises InputError
-    for a model that llama.cpp cannot compute and for a file that cannot be written, NumericalError for a weight
-    that the dtype cannot hold.
+    Tensors have the dtype of the checkpoint; norms, biases and routers are fp32. At most one layer's tensors are in
+    memory at a time. The file is complete or absent. Raises InputError for a model that llama.cpp cannot compute and
+    for a file that cannot be written, NumericalError for a weight that the dtype cannot hold.
     """
-    found, tokenizer = _checked(model)
+    form, tokenizer = _checked(model)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        _write(model, found, tokenizer, part, path.stem)
+        _write(model, form, tokenizer, part, path.stem)
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}", "Free some space there.") from None
@@ -58,7 +64,8 @@ def export_gguf(model: Model, path: Path) -> Path:
     return path
 
 
-def _write(model: Model, found: Held, tokenizer: Mapping[str, Any], path: Path, name: str) -> None:
+def _write(model: Model, form: Held, tokenizer: Mapping[str, Any], path: Path, name: str) -> None:
+    """Writes the whole file: header, fields, descriptions of the tensors, then their data in the same order."""
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -68,32 +75,35 @@ def _write(model: Model, found: Held, tokenizer: Mapping[str, Any], path: Path, 
         torch.float16: GGMLQuantizationType.F16,
         torch.bfloat16: GGMLQuantizationType.BF16,
     }
-    writer = GGUFWriter(path, found.architecture.name)
+    writer = GGUFWriter(path, form.architecture.name)
     try:
+        # Fields: of the file, of the model, of the tokenizer.
         general = {
             "general.name": name,
             "general.type": "model",
             "general.quantization_version": QUANTISATION_VERSION,
             "general.file_type": FILE_TYPES[str(dtype).removeprefix("torch.")],
         }
-        for key, value in {**general, **found.fields, **tokenizer}.items():
-            if key != "general.architecture":  # the writer says it
+        for key, value in {**general, **form.fields, **tokenizer}.items():
+            if key != "general.architecture":  # which the writer adds itself
                 _add(writer, key, value)
-        for key, values in found.factors.items():
+        # Descriptions of all tensors, rope factors first.
+        for key, values in form.factors.items():
             writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
-        tensors = found.tensors
+        tensors = form.tensors
         for key, stored in tensors.items():
             as_dtype = torch.float32 if is_always_fp32(key) else dtype
             shape = _stacked(stored.shape, len(stored.names)) if _is_experts(key) else stored.shape
             writer.add_tensor_info(
                 key, shape, np.dtype(np.float32), as_dtype.itemsize * int(np.prod(shape)), types[as_dtype]
             )
+        # The data, tensor by tensor; weights are read when their turn comes.
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for values in found.factors.values():
+        for values in form.factors.values():
             writer.write_tensor_data(values)
-        for key, tensor in stored_stream(tensors, _weights(model, found)):
+        for key, tensor in stored_stream(tensors, _weights(model, form)):
             stored = as_stored(key, tensor, torch.float32 if is_always_fp32(key) else dtype)
             writer.write_tensor_data(stored.contiguous().view(torch.uint8).numpy())
     finally:
@@ -105,11 +115,12 @@ def _is_experts(key: str) -> bool:
 
 
 def _stacked(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Returns the shape (experts, out_features, in_features) of experts whose rows stand in one matrix."""
     return (count, shape[0] // count, shape[1])
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """bool before int, whose kind it is; arrays of the kind of their values."""
+    """Adds a field, with its type from the value; a bool comes first because it is an int too."""
     match value:
         case bool():
             writer.add_bool(key, value)
@@ -123,44 +134,51 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(key, list(value))
 
 
-def _weights(model: Model, found: Held) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that the file holds, by their places, in the order of the decoder."""
-    for name in found.decoder.shapes():
+def _weights(model: Model, form: Held) -> Iterator[tuple[str, torch.Tensor]]:
+    """Returns the weights that the file holds, by name, in the order of the decoder's shapes."""
+    for name in form.decoder.shapes():
+        # A tied head is written from the embedding where the architecture needs one of its own.
         weight = model.weights["embedding" if name == "head" and name not in model.weights else name]
-        weight = filled(model.decoder, found.decoder, name, weight)
-        if found.factor != 1.0 and name.endswith(_scaled(found.decoder)):
-            weight = weight.float() * found.factor
-        yield name, reordered(found.decoder, name, weight) if found.architecture.interleaved else weight
+        # Heads of zeros, the scale of the scores, and the order of rotary pairs.
+        weight = filled(model.decoder, form.decoder, name, weight)
+        if form.factor != 1.0 and name.endswith(_scaled(form.decoder)):
+            weight = weight.float() * form.factor
+        yield name, reordered(form.decoder, name, weight) if form.architecture.interleaved else weight
 
 
 def _scaled(decoder: Decoder) -> tuple[str, ...]:
-    """The weights that make the queries: their norm's, where they have one."""
+    """Returns the ends of the names of the weights that scale the queries: their norm where they have one."""
     attention = decoder.layers[0].attention
     return (".attention.q_norm",) if attention.qk_norm is not None else (".attention.q", ".attention.q_bias")
 
 
 def filled(decoder: Decoder, target: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A weight with the target's heads, zeros where the decoder has none; of queries each group's own come first.
+    """Returns a weight with the heads of the target; those that the decoder does not have are zeros.
 
-    A norm over all heads divides by their number: the projection grows and the norm's weight shrinks by as much.
+    In each group the decoder's own query heads come first, and its own groups come before the new ones. A norm over all
+    heads divides by their number, so the projection grows and the norm's weight shrinks by as much.
     """
+    # Only the attention has heads; output biases and norms of single heads stay as they are.
     if ".attention." not in name:
         return weight
     index = int(name.split(".")[1])
     own, wanted = decoder.layers[index].attention, target.layers[index].attention
     part = name.rsplit(".", 1)[-1]
-    what, is_norm = part.removesuffix("_bias").removesuffix("_norm"), part.endswith("_norm")
-    if own == wanted or what not in ("q", "k", "v", "o") or part == "o_bias" or (is_norm and own.qk_norm != "all"):
+    matrix, is_norm = part.removesuffix("_bias").removesuffix("_norm"), part.endswith("_norm")
+    if own == wanted or matrix not in ("q", "k", "v", "o") or part == "o_bias" or (is_norm and own.qk_norm != "all"):
         return weight
-    queries = what in ("q", "o")
-    heads, more = (attention.heads_per_group if queries else 1 for attention in (own, wanted))
-    groups, total = own.num_key_value_heads, wanted.num_key_value_heads
-    rows = weight.t() if what == "o" else weight
-    shaped = rows.reshape(groups, heads, own.head_dim, *rows.shape[1:])
-    padded = shaped.new_zeros(total, more, *shaped.shape[2:])
+    # Query heads of a group, or its one key/value head; groups are along the first axis.
+    queries = matrix in ("q", "o")
+    heads, target_heads = (attention.heads_per_group if queries else 1 for attention in (own, wanted))
+    groups, target_groups = own.num_key_value_heads, wanted.num_key_value_heads
+    rows = weight.t() if matrix == "o" else weight  # (groups * heads * head_dim, ...)
+    shaped = rows.reshape(groups, heads, own.head_dim, *rows.shape[1:])  # (groups, heads, head_dim, ...)
+    # (target_groups, target_heads, head_dim, ...)
+    padded = shaped.new_zeros(target_groups, target_heads, *shaped.shape[2:])
     padded[:groups, :heads] = shaped
-    result = padded.flatten(0, 2)
-    if own.qk_norm == "all" and what in ("q", "k"):
-        growth = ((total * more) / (groups * heads)) ** 0.5
+    result = padded.flatten(0, 2)  # (target_groups * target_heads * head_dim, ...)
+    # Keep the norm over all heads as it was before.
+    if own.qk_norm == "all" and matrix in ("q", "k"):
+        growth = ((target_groups * target_heads) / (groups * heads)) ** 0.5
         result = result.float() / growth if is_norm else result.float() * growth
-    return (result.t() if what == "o" else result).contiguous()
+    return (result.t() if matrix == "o" else result).contiguous()

@@ -1,8 +1,8 @@
-"""What stands in a GGUF file: its metadata and where its tensors lie. It knows no architecture.
+"""The content of a GGUF file: its metadata and where its tensors lie. It knows no weights of a decoder.
 
-Layout (the GGUF specification of ggml, versions 2 and 3, little-endian): magic, version, counts,
-key/value pairs, tensor descriptions, padding, data. Read here because the `gguf` package's reader
-makes a numpy view of every string: seconds for a vocabulary that takes a tenth of one.
+Layout (the GGUF specification of ggml, versions 2 and 3, little-endian): magic, version, counts, key/value pairs,
+tensor descriptions, padding, data. The file is parsed in this module because the reader of the `gguf` package makes a
+numpy view of every string, which takes seconds for a vocabulary that needs a tenth of a second.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ VERSIONS = (2, 3)
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """shape: as torch says it, (out_features, in_features). data: the rows' bytes as stored, a view of the file."""
+    """A tensor of a GGUF file.
+
+    shape: as in torch, (out_features, in_features). data: the stored bytes of its rows, a view of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -52,17 +55,20 @@ class GgufTensor:
     data: np.ndarray
 
     def values(self) -> np.ndarray:
-        """Dequantised, `shape`, fp32; a view of the file where it stores fp32.
+        """Returns the dequantised tensor, of `shape`, fp32; a view of the file where the file stores fp32.
 
         Raises InputError for a type that the gguf package cannot dequantise.
         """
         return self._dequantised(self.data).reshape(self.shape)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Some rows of a vector or matrix, those of stacked matrices numbered through; else as `values`."""
+        """Returns the dequantised rows `start` to `stop` of a vector or matrix, fp32.
+
+        The rows of stacked matrices are numbered consecutively. Raises InputError as `values` does.
+        """
         if len(self.shape) == 1:
             return self.values()[start:stop]
-        return self._dequantised(self.data.reshape(-1, self.data.shape[-1])[start:stop])
+        return self._dequantised(self.data.reshape(-1, self.data.shape[-1])[start:stop])  # (stop - start, in_features)
 
     def _dequantised(self, data: np.ndarray) -> np.ndarray:
         from gguf.quants import dequantize
@@ -75,13 +81,15 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
+    """A GGUF file as read: its metadata by key and its tensors by name."""
+
     fields: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
 @dataclass
 class _Cursor:
-    """A place in the file's bytes that moves on as values are read."""
+    """A position in the file's bytes, which advances as values are read."""
 
     data: mmap.mmap
     position: int = 0
@@ -90,9 +98,9 @@ class _Cursor:
         end = self.position + count
         if end > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data)}, {end} were expected")
-        part = self.data[self.position : end]
+        content = self.data[self.position : end]
         self.position = end
-        return part
+        return content
 
     def number(self, layout: str) -> int:
         (value,) = struct.unpack(layout, self.bytes(struct.calcsize(layout)))
@@ -119,10 +127,13 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Metadata and tensors of a GGUF file; the data stays in the file. Raises InputError."""
+    """Reads the metadata of a GGUF file and finds its tensors; their data stays in the file.
+
+    Raises InputError for a file that is not GGUF, is damaged or is truncated.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise InputError(f"{path} is no GGUF file", RESTORE)
+            raise InputError(f"{path} is not a GGUF file", RESTORE)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return _read(data)
@@ -131,14 +142,18 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _read(data: mmap.mmap) -> GgufFile:
+    """Parses the bytes of a file. Raises ValueError where they break the format."""
+    # Header: version and counts.
     cursor = _Cursor(data, len(b"GGUF"))
     if (version := cursor.number("<I")) not in VERSIONS:
         raise ValueError(f"GGUF version {version} (2 and 3 are supported, little-endian)")
     tensor_count, field_count = cursor.number("<Q"), cursor.number("<Q")
+    # Key/value pairs.
     fields = {}
     for _ in range(field_count):
         name = cursor.string()
         fields[name] = cursor.value(cursor.number("<I"))
+    # Tensor descriptions; the data begins behind them, at a multiple of the alignment.
     places = [_place(cursor) for _ in range(tensor_count)]
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
@@ -148,28 +163,33 @@ def _read(data: mmap.mmap) -> GgufFile:
 
 
 def _place(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape, type and offset of one tensor; GGUF stores the innermost size first."""
+    """Reads the name, shape, type and offset of one tensor; GGUF stores the innermost size first."""
     name, dimensions = cursor.string(), cursor.number("<I")
     shape = tuple(cursor.number("<Q") for _ in range(dimensions))
     return name, shape[::-1], cursor.number("<I"), cursor.number("<Q")
 
 
 def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+    """Returns a tensor as a view of the file. Raises ValueError where the file ends before the tensor does."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
     dtype = GGMLQuantizationType(kind)
-    stored = quant_shape_to_byte_shape(shape or (1,), dtype)
-    end = start + offset + prod(stored)
+    byte_shape = quant_shape_to_byte_shape(shape or (1,), dtype)  # (rows, bytes of a row)
+    end = start + offset + prod(byte_shape)
     if end > len(data):
         raise ValueError(f"tensor {name} ends at byte {end}, the file has {len(data)}")
-    values = np.frombuffer(data, np.uint8, prod(stored), start + offset).reshape(stored)
+    values = np.frombuffer(data, np.uint8, prod(byte_shape), start + offset).reshape(byte_shape)
     return GgufTensor(name, shape, dtype, values)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """fields: the file's key/value pairs; names: of its tensors; factors: its tensors of rope factors by name."""
+    """Metadata of a GGUF file: all that it states of a model apart from the values of the weights.
+
+    fields: the key/value pairs of the file. names: the names of its tensors. factors: its tensors of rope factors by
+    name, each (pairs,).
+    """
 
     fields: Mapping[str, Any]
     names: Collection[str]
@@ -177,18 +197,21 @@ class Metadata:
 
     @property
     def architecture(self) -> Architecture:
-        """Raises InputError that names an architecture that is not supported, and those that are."""
+        """Returns the architecture. Raises InputError, which lists the supported ones, for any other."""
         name = self.fields.get("general.architecture")
         if name not in ARCHITECTURES:
             raise InputError(f"unsupported GGUF architecture {name!r}", f"Supported are: {', '.join(ARCHITECTURES)}.")
         return ARCHITECTURES[name]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A field of the architecture's own."""
+        """Returns one of the architecture's own fields, such as `llama.block_count` for `block_count`."""
         return self.fields.get(f"{self.architecture.name}.{key}", default)
 
     def number(self, key: str) -> int:
-        """An integer, of one that is given for each layer the one of all. Raises KeyError, TypeError, ValueError."""
+        """Returns an integer field; of one that is given for each layer, the number that all layers share.
+
+        Raises KeyError, TypeError or ValueError.
+        """
         value = self.fields[f"{self.architecture.name}.{key}"]
         if isinstance(value, list):
             if len(set(value)) != 1:

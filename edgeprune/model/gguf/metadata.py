@@ -1,7 +1,8 @@
-"""Can a GGUF file hold a model, and what are its fields? A model is held where its fields, read back, describe it.
+"""The decoder and the fields with which a GGUF file holds a model. It knows no values of weights and writes no file.
 
-llama.cpp computes what an architecture's name and its few fields say. Whatever a Decoder has beyond that (a window, a
-scale, a bias, rope factors) would be lost without a word, so it is refused here, before any work.
+A file can hold a model where its fields, read back, describe the same one. llama.cpp computes what an architecture's
+name and its few fields describe; anything else that a Decoder has (a window, a scale, a bias, rope factors) would be
+lost silently. This module therefore refuses such a model before any work.
 """
 
 from __future__ import annotations
@@ -39,15 +40,22 @@ BY_FAMILY = {
     "gpt_neox": ("gptneox",),
     "starcoder2": ("starcoder2",),
 }
-"""The architectures that compute a family; those after the first where that one wants more heads than are left."""
+"""The architectures that compute a family, the preferred one first.
+
+The others hold, among others, a model whose remaining heads do not fill the hidden size.
+"""
 REMEDY = "Deploy the checkpoint or the ONNX graph; a GGUF file cannot hold this model."
 PRECISION = 1e-4  # relative, of frequencies and scales, which llama.cpp computes in fp32
 
 
 @dataclass(frozen=True)
 class Held:
-    """decoder: as the file holds it, heads of zeros included. factor: by which the queries are multiplied, since
-    the architecture has a scale of its own. factors: tensors of rope factors. fields: without the tokenizer's."""
+    """The form in which a GGUF file holds a decoder.
+
+    decoder: as the file holds it, with heads of zeros where they are needed. factor: by which the queries are
+    multiplied, since the architecture has a score scale of its own. fields: the file's fields, without those of the
+    tokenizer. factors: tensors of rope factors by name.
+    """
 
     architecture: Architecture
     decoder: Decoder
@@ -57,22 +65,29 @@ class Held:
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
+        """Returns the tensors of the file by key, in the order of the decoder's weights."""
         places = places_of(self.architecture, self.decoder, self.architecture.fused_qkv)
         return stored_tensors(self.decoder, places)
 
 
 def held(decoder: Decoder, config: Mapping[str, Any]) -> Held:
-    """How a GGUF file holds the decoder of a checkpoint's configuration. Raises InputError where none can."""
+    """Returns the form in which a GGUF file holds the decoder of a checkpoint's configuration.
+
+    Raises InputError where no architecture of llama.cpp can compute the model.
+    """
+    # Every architecture has one width for all layers.
     if decoder.family not in BY_FAMILY:
         raise InputError(f"llama.cpp has no architecture for the family {decoder.family}", REMEDY)
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
     if not decoder.is_uniform or attention is None or mlp is None:
         raise InputError("layers differ in width: a GGUF file has one width for all", REMEDY)
+    # Architectures that compute the decoder as it is; as a last resort the preferred one, filled with heads of zeros.
     wanted = [ARCHITECTURES[name] for name in BY_FAMILY[decoder.family]]
     whole = attention.query_size == decoder.hidden_size
-    tries = [(each, decoder) for each in wanted if whole or not each.whole]
+    tries = [(architecture, decoder) for architecture in wanted if whole or not architecture.whole]
     if not whole and wanted[0].whole and (full := _filled(decoder)) is not None:
         tries.append((wanted[0], full))
+    # The first that can hold it is taken; else the first refusal is reported.
     refusals = []
     for architecture, target in tries:
         try:
@@ -83,16 +98,19 @@ def held(decoder: Decoder, config: Mapping[str, Any]) -> Held:
         refusals[0]
         if refusals
         else InputError(
-            f"llama.cpp's {wanted[0].name} wants heads that fill the hidden size of {decoder.hidden_size}, "
-            f"{attention.num_attention_heads} of {attention.head_dim} do not",
+            f"llama.cpp's {wanted[0].name} requires heads that fill the hidden size of {decoder.hidden_size}, "
+            f"but {attention.num_attention_heads} of {attention.head_dim} do not",
             REMEDY,
         )
     )
 
 
 def _filled(decoder: Decoder) -> Decoder | None:
-    """With heads of zeros, as few key/value heads as may be, until the query heads fill the hidden size; every one
-    with keys and values of its own where the family has no other."""
+    """Returns the decoder with heads of zeros that fill the hidden size; None where heads of this width cannot.
+
+    The key/value heads are as few as possible. In a family in which every query head has keys and values of its own,
+    there are as many of them as query heads.
+    """
     attention, fixed = decoder.layers[0].attention, FAMILIES[decoder.family].heads == "fixed"
     heads, rest = divmod(decoder.hidden_size, attention.head_dim)
     for groups in range(heads if fixed else attention.num_key_value_heads, heads + 1):
@@ -102,35 +120,40 @@ def _filled(decoder: Decoder) -> Decoder | None:
 
 
 def _held(architecture: Architecture, decoder: Decoder, config: Mapping[str, Any]) -> Held:
+    """Returns the form for one architecture. Raises InputError where its fields, read back, describe another model."""
     if not architecture.windows and (windows := [window for window in decoder.windows if window is not None]):
-        # all is seen: the same as long as nothing is beyond the window
+        # Without windows every query sees all positions: the same within a context as short as the window.
         context = min(decoder.max_position_embeddings, *windows)
-        layers = tuple(Layer(replace(each.attention, window=None), each.mlp) for each in decoder.layers)
+        layers = tuple(Layer(replace(layer.attention, window=None), layer.mlp) for layer in decoder.layers)
         decoder = replace(decoder, layers=layers, max_position_embeddings=context)
     if architecture.head and decoder.tie_word_embeddings:
         decoder = replace(decoder, tie_word_embeddings=False)
+    # Read the fields back, as any reader of the file will.
     metadata = _metadata(architecture, decoder, config)
     understood = decoder_of(config_of(metadata, "the file"))
+    # The queries make up for another scale of the scores.
     scale = understood.layers[0].attention.score_scale
     factor = decoder.layers[0].attention.score_scale / scale
     if abs(factor - 1) > 1e-7:
-        layers = tuple(Layer(replace(each.attention, scale=scale), each.mlp) for each in decoder.layers)
+        layers = tuple(Layer(replace(layer.attention, scale=scale), layer.mlp) for layer in decoder.layers)
         decoder = replace(decoder, layers=layers)
     else:
         factor = 1.0
+    # What still differs cannot be held, nor can biases that llama.cpp does not load.
     if (difference := _difference(decoder, understood)) is not None:
         raise InputError(f"llama.cpp's {architecture.name} cannot compute this model: {difference}", REMEDY)
-    found = Held(architecture, decoder, factor, dict(metadata.fields), dict(metadata.factors))
+    form = Held(architecture, decoder, factor, dict(metadata.fields), dict(metadata.factors))
     allowed = architecture.biases | {"norm_bias", "attention.norm_bias", "mlp.norm_bias"}
     for name in decoder.shapes():
-        part = name.split(".", 2)[-1] if name.startswith("layers.") else name
-        if part.endswith("_bias") and part not in allowed:
-            raise InputError(f"llama.cpp's {architecture.name} reads no {part.replace('_', ' ')}", REMEDY)
-    return found
+        weight = name.split(".", 2)[-1] if name.startswith("layers.") else name
+        if weight.endswith("_bias") and weight not in allowed:
+            raise InputError(f"llama.cpp's {architecture.name} does not load {weight.replace('_', ' ')}", REMEDY)
+    return form
 
 
 def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str, Any]) -> Metadata:
-    """What the file will say of the decoder, with tokens only counted."""
+    """Returns the metadata that the file will have for the decoder; of the tokens only the number."""
+    # Sizes that every architecture states.
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
     kind = "rms_" if decoder.norm == "rms" else ""
     own: dict[str, Any] = {
@@ -145,6 +168,7 @@ def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str,
         f"attention.layer_norm_{kind}epsilon": decoder.norm_eps,
         "vocab_size": decoder.vocab_size,
     }
+    # Experts, windows, caps and scales, where the architecture has them.
     if mlp.experts is not None:
         own |= {"expert_count": mlp.experts.num_experts, "expert_used_count": mlp.experts.num_experts_per_tok}
         if architecture.name == "qwen3moe":
@@ -163,11 +187,13 @@ def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str,
         }
     if architecture.name == "gptneox":
         own["use_parallel_residual"] = decoder.parallel
+    # Rotary positions.
     factors: dict[str, np.ndarray] = {}
     rotary = next((layer.attention.rotary for layer in reversed(decoder.layers) if layer.attention.rotary), None)
     if rotary is not None:
-        given, factors = _rope(architecture, decoder, config)
-        own |= {"rope.dimension_count": 2 * len(rotary.inverse_frequencies), **given}
+        rope_fields, factors = _rope(architecture, decoder, config)
+        own |= {"rope.dimension_count": 2 * len(rotary.inverse_frequencies), **rope_fields}
+    # Under the names and in the fp32 of the file.
     names = set(stored_tensors(decoder, places_of(architecture, decoder, False))) | factors.keys()
     fields = {f"{architecture.name}.{key}": _as_stored(value) for key, value in own.items()}
     fields |= {"general.architecture": architecture.name, "tokenizer.ggml.tokens": range(decoder.vocab_size)}
@@ -179,110 +205,123 @@ def _as_stored(value: Any) -> Any:
 
 
 def _windows(architecture: Architecture, decoder: Decoder) -> dict[str, Any]:
+    """Returns the fields of sliding windows; none where the architecture or the decoder has none."""
     if not architecture.windows:
         return {"attention.sliding_window": 0} if architecture.name == "phi3" else {}
-    slides = [layer.attention.window is not None for layer in decoder.layers]
-    if not any(slides):
+    # Without any sliding layer: no field, or a window as long as the context.
+    is_sliding = [layer.attention.window is not None for layer in decoder.layers]
+    if not any(is_sliding):
         if architecture.name == "gemma3":
             return {}
         return {"attention.sliding_window": decoder.max_position_embeddings}
+    # The period is implied where the layers follow it.
     window = max(window for window in decoder.windows if window is not None)
-    every = {"gemma2": 2, "gemma3": 6}[architecture.name]
-    usual = [(index + 1) % every != 0 for index in range(len(slides))]
-    pattern = {} if slides == usual else {"attention.sliding_window_pattern": slides}
+    period = {"gemma2": 2, "gemma3": 6}[architecture.name]
+    default = [(index + 1) % period != 0 for index in range(len(is_sliding))]
+    pattern = {} if is_sliding == default else {"attention.sliding_window_pattern": is_sliding}
     return {"attention.sliding_window": window, **pattern}
 
 
 def _rope(
     architecture: Architecture, decoder: Decoder, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Fields and tensors that say the rope parameters of a configuration."""
+    """Returns the fields and the tensors, each (rotary_dim / 2,), that hold the rope parameters of a configuration."""
+    # Base frequency; Gemma 3's sliding layers have one of their own.
     config = {**FAMILIES[decoder.family].defaults, **config}
-    given = rope_parameters(config)
+    parameters = rope_parameters(config)
     own, factors = {}, {}
     rotaries = [layer.attention.rotary for layer in decoder.layers]
     if decoder.family == "gemma3_text":
-        given = given.get("full_attention", given)
+        parameters = parameters.get("full_attention", parameters)
         local = next((layer.attention.rotary for layer in decoder.layers if layer.attention.window), None)
         if local is not None:
             own["rope.freq_base_swa"] = _theta(local)
-    theta = given.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base")
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base")
     if theta is None:
         theta = 1_000_000.0 if decoder.family == "gemma3_text" else 10000.0
     own["rope.freq_base"] = float(theta)
-    kind = given.get("rope_type") or given.get("type") or "default"
+    # Kinds of scaling that have fields of their own.
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "linear":
-        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(given["factor"])}
+        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}
     elif kind == "yarn":
-        original = given.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        usual = 0.1 * float(np.log(float(given["factor"]))) + 1.0
+        original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        default = 0.1 * float(np.log(float(parameters["factor"]))) + 1.0
         own |= {
             "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(given["factor"]),
+            "rope.scaling.factor": float(parameters["factor"]),
             "rope.scaling.original_context_length": int(original),
         }
-        if abs(rotaries[0].scaling / usual - 1) > PRECISION:
-            own["rope.scaling.attn_factor"] = rotaries[0].scaling / usual
+        if abs(rotaries[0].scaling / default - 1) > PRECISION:
+            own["rope.scaling.attn_factor"] = rotaries[0].scaling / default
     elif kind not in ("default", "dynamic"):
         if not architecture.frequencies:
             raise InputError(f"llama.cpp's {architecture.name} has no rope scaling {kind}", REMEDY)
+        # Any other kind as factors of the frequencies, in fp32.
         rotary = next(rotary for rotary in rotaries if rotary)
-        turned = 2 * len(rotary.inverse_frequencies)
-        plain = float(theta) ** (-np.arange(0, turned, 2) / turned)
+        rotary_dim = 2 * len(rotary.inverse_frequencies)
+        plain = float(theta) ** (-np.arange(0, rotary_dim, 2) / rotary_dim)  # (rotary_dim / 2,)
         short = (plain / np.array(rotary.inverse_frequencies)).astype(np.float32)
         if kind == "llama3" and FREQUENCIES in architecture.frequencies:
             return own, {FREQUENCIES: short}
-        long = np.array(given.get("long_factor") or short, np.float32)
+        long = np.array(parameters.get("long_factor") or short, np.float32)
         own |= {
             "rope.scaling.type": "longrope",
             "rope.scaling.attn_factor": rotary.scaling,
-            "rope.scaling.original_context_length": longrope_context(given, config) or decoder.max_position_embeddings,
+            "rope.scaling.original_context_length": longrope_context(parameters, config)
+            or decoder.max_position_embeddings,
         }
         factors = {LONG: long, SHORT: short}
     return own, factors
 
 
 def _theta(rotary: Rotary) -> float:
-    """The base of frequencies that nothing scales: the last of n pairs turns by theta ** (-(n - 1) / n)."""
+    """Returns the base of frequencies without scaling: the last of n pairs turns by theta ** (-(n - 1) / n)."""
     pairs = len(rotary.inverse_frequencies)
     return float(np.float32(rotary.inverse_frequencies[-1] ** (-pairs / (pairs - 1)))) if pairs > 1 else 10000.0
 
 
 def _difference(meant: Decoder, understood: Decoder) -> str | None:
-    """The first thing in which two decoders compute differently; None where they are the same."""
+    """Returns the first field in which two decoders compute differently, with its value; None where there is none."""
+    # Fields of the decoder, then those of the modules of its layers.
     for field in fields(Decoder):
         if field.name not in ("family", "layers") and not _same(*(getattr(d, field.name) for d in (meant, understood))):
             return f"{field.name.replace('_', ' ')} {getattr(meant, field.name)}"
-    for index, (one, other) in enumerate(zip(meant.layers, understood.layers, strict=True)):
-        for kind, part, seen in (("attention", one.attention, other.attention), ("MLP", one.mlp, other.mlp)):
-            if (name := _part_difference(part, seen)) is not None:
-                return f"{kind} of layer {index}: {name.replace('_', ' ')} {_short(getattr(part, name))}"
+    for index, (layer, understood_layer) in enumerate(zip(meant.layers, understood.layers, strict=True)):
+        for kind, module, understood_module in (
+            ("attention", layer.attention, understood_layer.attention),
+            ("MLP", layer.mlp, understood_layer.mlp),
+        ):
+            if (name := _part_difference(module, understood_module)) is not None:
+                return f"{kind} of layer {index}: {name.replace('_', ' ')} {_short(getattr(module, name))}"
     return None
 
 
-def _part_difference(part: Attention | Mlp, seen: Attention | Mlp) -> str | None:
-    for field in fields(part):
-        values = [getattr(each, field.name) for each in (part, seen)]
+def _part_difference(module: Attention | Mlp, understood: Attention | Mlp) -> str | None:
+    """Returns the name of the first field in which two modules compute differently; None where there is none."""
+    for field in fields(module):
+        values = [getattr(side, field.name) for side in (module, understood)]
         if field.name == "scale":
-            values = [part.score_scale, seen.score_scale]
+            values = [module.score_scale, understood.score_scale]
         if field.name == "activation" and set(values) <= {"gelu", "gelu_tanh"}:
-            continue  # llama.cpp has one of them, from a table of fp16
+            continue  # llama.cpp has one of them only, from a table of fp16
         if not _same(*values):
             return field.name
     return None
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Rotary) and isinstance(other, Rotary):
-        pairs = (one.inverse_frequencies, other.inverse_frequencies)
+def _same(value: Any, other: Any) -> bool:
+    """Returns whether two values of a field are equal, numbers up to PRECISION."""
+    if isinstance(value, Rotary) and isinstance(other, Rotary):
+        pairs = (value.inverse_frequencies, other.inverse_frequencies)
         return (
             len(pairs[0]) == len(pairs[1])
             and np.allclose(*pairs, rtol=PRECISION, atol=0)
-            and _same(one.scaling, other.scaling)
+            and _same(value.scaling, other.scaling)
         )
-    if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) <= PRECISION * abs(one)
-    return one == other
+    if isinstance(value, float) and isinstance(other, float):
+        return abs(value - other) <= PRECISION * abs(value)
+    return value == other
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,8 @@
-"""Where the weights of decoder.py stand in a GGUF file: llama.cpp's names, one entry for each of its architectures.
+"""The places of the weights of decoder.py in a GGUF file: llama.cpp's names, with an entry for each architecture.
 
-Matrices are (out_features, in_features) there as here. Norms are stored as they multiply, experts stacked in one
-tensor of three dimensions. Facts of llama.cpp: src/models/*.cpp says which tensors it loads and what it computes.
+Matrices are (out_features, in_features), as in decoder.py. Norms are stored as the factors that they multiply by;
+experts are stacked in one tensor of three dimensions. The facts are those of llama.cpp: src/models/*.cpp shows which
+tensors it loads and what it computes. It knows no values.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ LAYER_BIASES = INPUT_BIASES | {"attention.o_bias", "mlp.gate_bias", "mlp.up_bias
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp takes for one `general.architecture`.
+    """An architecture of llama.cpp, by its `general.architecture`, and what it supports.
 
-    interleaved: q and k have the two halves of every rotary pair side by side. fused_qkv: its converter stores them
-    in one tensor; either way is read. fused_up: gate and up in one tensor. biases: those of matrices that it loads.
-    whole: query heads must fill hidden_size. partial: it may turn a part of a head. windows: it reads them; else all
-    is seen. head: it needs one of its own. frequencies: the tensors of rope factors that it applies.
+    interleaved: q and k store the two halves of every rotary pair side by side. fused_qkv: llama.cpp's converter stores
+    q, k and v in one tensor; it loads either form. fused_up: gate and up are one tensor. biases: the biases of matrices
+    that it loads. whole: the query heads must fill hidden_size. partial: it may rotate a part of a head only. windows:
+    it applies sliding windows; otherwise every query sees all positions before it. head: it needs an output matrix that
+    is not tied to the embedding. frequencies: the tensors of rope factors that it applies.
     """
 
     name: str
@@ -92,15 +94,18 @@ ARCHITECTURES = {
         Architecture("starcoder2", biases=LAYER_BIASES, whole=True),
     )
 }
-ALWAYS_FP32 = ("norm", "bias", "ffn_gate_inp", "position_embd", "rope_f")  # parts of names, as the converter decides
+# Parts of names, as llama.cpp's converter decides.
+ALWAYS_FP32 = ("norm", "bias", "ffn_gate_inp", "position_embd", "rope_f")
 
 
 def places_of(architecture: Architecture, decoder: Decoder, fused_qkv: bool) -> Places:
-    """The place in the file of every weight that a decoder may have, by its name without the layer."""
+    """Returns the place in the file of every weight that a decoder may have, by the weight's name without its layer."""
+    # One tensor for each weight.
     places = {name: Place(key) for name, key in OUTER.items()}
     for name, key in LAYER.items():
         places[name] = Place(f"blk.{{i}}.{key}.weight")
         places[f"{name}_bias"] = Place(f"blk.{{i}}.{key}.bias")
+    # Tensors that hold several weights: q, k and v; gate and up; the experts of a layer.
     if fused_qkv:
         places |= {name: Place(f"blk.{{i}}.{QKV}.weight", FUSED_QKV) for name in FUSED_QKV}
         places |= {name: Place(f"blk.{{i}}.{QKV}.bias", FUSED_QKV_BIAS) for name in FUSED_QKV_BIAS}

@@ -1,6 +1,7 @@
-"""The ways in which byte-level tokenizers cut a text into words, by their names in GGUF files (`tokenizer.ggml.pre`).
+"""The pre-tokenizers that cut a text into words for byte-level BPE, by their names in GGUF files.
 
-llama.cpp's converter tells a tokenizer by the sha256 of the tokens that it makes of one text; so is it done here.
+The names are those of the field `tokenizer.ggml.pre`. llama.cpp's converter recognises a tokenizer by the sha256 of the
+tokens that it makes of one text, and so does this module. It knows no model.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ GPT4O_SPLIT = (
 
 @dataclass(frozen=True)
 class Words:
-    """split: the pattern, None for GPT-2's. digits: each is a word. whole: takes words of the vocabulary before any
-    merge (`ignore_merges`). bos: starts with it unless the file says otherwise. composed: the text becomes NFC."""
+    """Rules by which a text is cut into words.
+
+    split: the pattern, None for GPT-2's. digits: every digit is a word of its own. whole: words that are in the
+    vocabulary are taken before any merge (`ignore_merges`). bos: a text starts with the begin token unless the file
+    states otherwise. composed: the text is normalised to NFC first.
+    """
 
     split: str | None = None
     digits: bool = False
@@ -83,7 +88,7 @@ PRE_TOKENIZERS = {
 
 
 def words_of(name: str) -> Words:
-    """Raises InputError for a name that is not known."""
+    """Returns the rules of a name. Raises InputError for a name that is not known."""
     if name not in PRE_TOKENIZERS:
         raise InputError(
             f"unsupported GGUF pre-tokenizer {name!r}", f"Supported are: {', '.join(PRE_TOKENIZERS)}. {HUB}"
@@ -92,6 +97,7 @@ def words_of(name: str) -> Words:
 
 
 def pre_tokenizer(words: Words) -> pre_tokenizers.PreTokenizer:
+    """Returns the rules as a pre-tokenizer of the tokenizers library."""
     from tokenizers import Regex, pre_tokenizers
 
     if words.split is None:
@@ -104,17 +110,19 @@ def pre_tokenizer(words: Words) -> pre_tokenizers.PreTokenizer:
 
 
 def normalizer(words: Words) -> normalizers.Normalizer | None:
+    """Returns the normalizer that the rules need; None where they need none."""
     from tokenizers import normalizers
 
     return normalizers.NFC() if words.composed else None
 
 
 def pre_tokenizer_name(tokenizer: Any, description: dict[str, Any], reduced: bool = False) -> str:
-    """The name of a tokenizer of transformers, with the content of its tokenizer.json.
+    """Returns the name in GGUF files of the pre-tokenizer of a tokenizer of transformers.
 
-    One whose tokens are no known ones, as of a vocabulary that was cut down, is known where it is built like one
-    of the table. reduced: only so, since the tokens will be other ones. Raises InputError for any other: a guess
-    would spoil every text.
+    description: the content of its tokenizer.json. A tokenizer whose tokens of the text have no known sha256, such as
+    one whose vocabulary was cut down, is recognised where it is built like one of the table. reduced: recognise it in
+    that way only, since its tokens will be others. Raises InputError for any other tokenizer: a guess would spoil every
+    text.
     """
     digest = hashlib.sha256(str(tokenizer.encode(TEXT)).encode()).hexdigest()
     if digest in HASHES and not reduced:
@@ -124,12 +132,13 @@ def pre_tokenizer_name(tokenizer: Any, description: dict[str, Any], reduced: boo
         if built == _essence(_as_description(words)):
             return name
     raise InputError(
-        f"the tokenizer's pre-tokenizer is none of those that GGUF files name here (sha256 {digest[:12]}...)",
+        f"the tokenizer's pre-tokenizer is not one of those that GGUF files can name (sha256 {digest[:12]}...)",
         f"Known are: {', '.join(PRE_TOKENIZERS)}. Deploy the checkpoint or the ONNX graph.",
     )
 
 
 def _as_description(words: Words) -> dict[str, Any]:
+    """Returns the content of the tokenizer.json that a tokenizer with these rules has."""
     from tokenizers import Tokenizer, models
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=words.whole))
@@ -140,9 +149,13 @@ def _as_description(words: Words) -> dict[str, Any]:
 
 
 def _essence(description: dict[str, Any]) -> tuple[str, bool]:
-    """What decides on the words: all of the pre-tokenizer but the flag that only offsets see, and the merges' use."""
-    parts = [description["normalizer"], description["pre_tokenizer"]]
-    text = json.dumps(parts, sort_keys=True)
+    """Returns what decides on the words, for comparison.
+
+    It is the normalizer and the pre-tokenizer, without the flag that changes only offsets, and whether merges are
+    ignored.
+    """
+    steps = [description["normalizer"], description["pre_tokenizer"]]
+    text = json.dumps(steps, sort_keys=True)
     text = text.replace(', "trim_offsets": true', "").replace(', "trim_offsets": false', "")
     return text, bool(description["model"].get("ignore_merges"))
 

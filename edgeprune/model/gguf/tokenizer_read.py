@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer metadata -> tokenizer.json and tokenizer_config.json."""
+"""The tokenizer.json and tokenizer_config.json of the tokenizer that a GGUF file describes. It knows no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 
 
 def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> None:
-    """Write the files that transformers loads. fields: the GGUF metadata. Raises InputError."""
+    """Writes the files that transformers loads. fields: the metadata of the GGUF file.
+
+    Raises InputError for a kind of tokenizer that is not supported, and for fields that do not make one.
+    """
+    # Build the tokenizer, and save it with its special tokens, limit and chat template.
     kind = fields.get("tokenizer.ggml.model")
     if kind not in KINDS:
         raise InputError(
@@ -44,28 +48,31 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
 
 
 def _built(fields: dict[str, Any], kind: str) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer, and its special tokens by role."""
+    """Builds the tokenizer, and returns it with its special tokens by role."""
     from tokenizers.processors import TemplateProcessing
 
     tokens = fields["tokenizer.ggml.tokens"]
     tokenizer = KINDS[kind](fields, tokens)
+    # Special tokens by role, then all that are not to be split.
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in ROLES.items()}
     special = {name: tokens[token] for name, token in ids.items() if token is not None}
     _add_special(tokenizer, fields, tokens)
+    # Tokens that begin and end every text: where no field decides, those of the kind.
     bos_first = kind == SENTENCEPIECE or words_of(fields.get("tokenizer.ggml.pre", "default")).bos
-    ends = {"bos": bos_first, "eos": False}
-    around = [n for n, usual in ends.items() if fields.get(f"tokenizer.ggml.add_{n}_token", usual) and n in special]
-    if around:
-        first, last = ([special[name]] if name in around else [] for name in ends)
+    defaults = {"bos": bos_first, "eos": False}
+    added = [n for n, usual in defaults.items() if fields.get(f"tokenizer.ggml.add_{n}_token", usual) and n in special]
+    if added:
+        first, last = ([special[name]] if name in added else [] for name in defaults)
         tokenizer.post_processor = TemplateProcessing(
             single=[*first, "$A", *last],
             pair=[*first, "$A", *last, *first, "$B", *last],
-            special_tokens=list({special[name]: ids[name] for name in around}.items()),
+            special_tokens=list({special[name]: ids[name] for name in added}.items()),
         )
     return tokenizer, special
 
 
 def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    """Builds a byte-level BPE from the file's merges and the rules of its pre-tokenizer."""
     from tokenizers import Tokenizer, decoders, models
 
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges") or []]
@@ -80,21 +87,24 @@ def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
 
 
 def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """BPE of SentencePiece with byte fallback; merges follow from the scores, as in transformers."""
+    """Builds SentencePiece's BPE with byte fallback. Merges follow from the scores, as in transformers."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
+    # Every way to cut a piece into two others is a merge, ranked by the score of the piece.
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = []
     for piece, score in zip(tokens, fields["tokenizer.ggml.scores"], strict=True):
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(left, right, score) for left, right in pairs if left in vocabulary and right in vocabulary]
-        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        mergeable = [(left, right, score) for left, right in pairs if left in vocabulary and right in vocabulary]
+        merges += sorted(mergeable, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     merges.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
+    # What the pieces do not cover is spelled in bytes.
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
     model = models.BPE(
         vocab=vocabulary, merges=[pair[:2] for pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = Tokenizer(model)
+    # Spaces are `▁`, one of which may be put in front of a text.
     prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
     steps = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])

@@ -1,4 +1,7 @@
-"""A checkpoint's tokenizer -> the fields that a GGUF file says it with: what tokenizer.py reads."""
+"""The fields of a GGUF file that describe a checkpoint's tokenizer, as tokenizer_read.py reads them.
+
+It knows no weights.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,17 @@ from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 REFUSED = "Deploy the checkpoint or the ONNX graph."
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>")
-"""Added tokens that llama.cpp's converter takes for special ones although their files do not say so."""
+"""Added tokens that llama.cpp's converter treats as special although their files do not mark them so."""
 
 
 def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[str, Any]:
-    """The fields `tokenizer.*` of the tokenizer in a checkpoint's directory. rows: of the embedding. reduced: they must
-    be known of a smaller vocabulary of it too.
+    """Returns the fields `tokenizer.*` of the tokenizer in a checkpoint's directory.
 
-    What the fields say is read back and must make the same tokens of a text with much in it. Raises InputError for a
-    tokenizer that llama.cpp has no kind or no pre-tokenizer for.
+    rows: of the embedding. reduced: the vocabulary will be cut down, and the fields must suit the smaller one too. The
+    fields are read back and must make the same tokens of a text of many scripts. Raises InputError for a tokenizer for
+    which llama.cpp has no kind or no pre-tokenizer.
     """
+    # Only a plain BPE has a form in GGUF.
     loaded = load_tokenizer(directory)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
@@ -46,24 +50,26 @@ def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[
     if model.get("type") != "BPE" or model.get("dropout") or model.get("end_of_word_suffix"):
         kind = model.get("type")
         raise InputError(f"the tokenizer in {directory} is of kind {kind}, GGUF export needs a plain BPE", REFUSED)
+    # Tokens, then the order of the merges: by score for SentencePiece, as pairs for byte-level BPE.
     fields = _tokens(loaded, description, rows)
     if model.get("byte_fallback"):
         fields |= _sentencepiece(backend, model, fields)
     elif not model["merges"]:
-        raise InputError(f"the tokenizer in {directory} has no merges, without which llama.cpp loads none", REFUSED)
+        raise InputError(f"the tokenizer in {directory} has no merges, and llama.cpp loads none without them", REFUSED)
     else:
         fields |= {
             "tokenizer.ggml.model": BYTE_LEVEL,
             "tokenizer.ggml.pre": pre_tokenizer_name(loaded, description, reduced),
             "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
         }
+    # Special tokens; then the check that nothing was lost.
     fields |= _special(loaded, directory, rows)
     _verify(loaded, fields)
     return fields
 
 
 def _tokens(loaded: Any, description: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Every token by its id, and its kind; ids without a token get a name that no text makes."""
+    """Returns every token by its id, with its type; an id without a token gets a name that no text makes."""
     vocabulary = loaded.backend_tokenizer.get_vocab(with_added_tokens=True)
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [UNUSED] * rows
     for token, index in vocabulary.items():
@@ -77,14 +83,18 @@ def _tokens(loaded: Any, description: dict[str, Any], rows: int) -> dict[str, An
 
 
 def _sentencepiece(backend: Any, model: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a BPE with byte fallback; the score of a piece is its rank, negated."""
+    # Added tokens have no merges of their own.
     tokens, types = fields["tokenizer.ggml.tokens"], list(fields["tokenizer.ggml.token_type"])
     added = {token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)}
     ranks = _ranks([m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in model["merges"]], added)
+    # Bytes and the unknown token have types of their own.
     for index, token in enumerate(tokens):
         if token in BYTE_TOKENS:
             types[index] = BYTE
         if token == model.get("unk_token"):
             types[index] = UNKNOWN
+    # Whether a space is put in front of a text shows in the tokens of one.
     start = backend.encode("a", add_special_tokens=False).tokens[0]
     return {
         "tokenizer.ggml.model": SENTENCEPIECE,
@@ -96,36 +106,42 @@ def _sentencepiece(backend: Any, model: dict[str, Any], fields: dict[str, Any]) 
 
 
 def _ranks(pieces: list[str], added: set[str]) -> dict[str, int]:
-    """The order of the pieces, from what each merge makes: llama.cpp knows no other order of merges.
+    """Returns the rank of every piece, given the piece that each merge makes, in the order of the merges.
 
-    All merges that make a piece stand together where the merges come from such an order; pieces of the same rank, as
-    runs of spaces, stand mixed. Raises InputError for merges that come from another one.
+    llama.cpp knows no other order of merges than one of pieces. Where the merges come from such an order, all merges
+    that make a piece stand together; pieces of equal rank, such as runs of spaces, may be mixed. Raises InputError for
+    merges in another order.
     """
+    # Where the merges of each piece begin and end.
     first = {piece: index for index, piece in reversed(list(enumerate(pieces)))}
     last = {piece: index for index, piece in enumerate(pieces)}
     ranks: dict[str, int] = {}
+    # A group: pieces whose merges overlap. All of a group have the rank of its first merge.
     start, end, group = 0, -1, []
     for piece in sorted(first, key=first.__getitem__):
         if first[piece] > end:
             start, group = first[piece], []
         group.append(piece)
         end = max(end, last[piece])
-        if len(group) > 1 and not all(len(set(each)) == 1 or each in added for each in group):
-            raise InputError("the tokenizer's merges are in no order of pieces, as SentencePiece's are", REFUSED)
+        if len(group) > 1 and not all(len(set(member)) == 1 or member in added for member in group):
+            raise InputError("the tokenizer's merges are not in an order of pieces, as SentencePiece's are", REFUSED)
         ranks[piece] = start
     return ranks
 
 
 def _special(loaded: Any, directory: Path, rows: int) -> dict[str, Any]:
-    """Special tokens by their roles, whether a text starts or ends with them, and the chat template."""
+    """Returns special tokens by role, whether a text starts or ends with them, and the chat template."""
     fields: dict[str, Any] = {}
+    # Tokens by role; those beyond the embedding are not part of the model.
     ids = {name: getattr(loaded, f"{name}_token_id", None) for name in ROLES}
     for name, index in ids.items():
         if index is not None and index < rows:
             fields[f"tokenizer.ggml.{ROLES[name]}_token_id"] = index
+    # What an encoded text begins and ends with.
     encoded = loaded("a")["input_ids"]
     fields["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and encoded[0] == ids["bos"]
     fields["tokenizer.ggml.add_eos_token"] = ids["eos"] is not None and encoded[-1] == ids["eos"]
+    # A chat may end its turns with another token than its texts.
     ends = _ends(directory)
     if turn := [index for index in ends if index != ids["eos"] and index < rows]:
         fields["tokenizer.ggml.eot_token_id"] = turn[0]
@@ -138,7 +154,7 @@ def _special(loaded: Any, directory: Path, rows: int) -> dict[str, Any]:
 
 
 def _ends(directory: Path) -> list[int]:
-    """Tokens that end a generation, of generation_config.json."""
+    """Returns the tokens that end a generation, where generation_config.json lists several."""
     path = directory / "generation_config.json"
     if not path.is_file():
         return []
@@ -147,8 +163,11 @@ def _ends(directory: Path) -> list[int]:
 
 
 def _verify(loaded: Any, fields: dict[str, Any]) -> None:
+    """Raises InputError where the tokenizer that the fields describe makes other tokens of TEXT."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(fields, 0, Path(folder))
-        again = load_tokenizer(Path(folder))
-        if again(TEXT)["input_ids"] != loaded(TEXT)["input_ids"]:
-            raise InputError("a GGUF file cannot say what the tokenizer does: other tokens come back", REFUSED)
+        restored = load_tokenizer(Path(folder))
+        if restored(TEXT)["input_ids"] != loaded(TEXT)["input_ids"]:
+            raise InputError(
+                "a GGUF file cannot describe this tokenizer: read back, it makes other tokens of a text", REFUSED
+            )

@@ -160,7 +160,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 REFUSED = {
     "opt": ("opt", {}, "no architecture for the family opt"),
     "unnormalised experts": ("qwen3_moe", {"norm_topk_prob": False}, "qwen3moe cannot compute this model: MLP of"),
-    "biases": ("qwen3", {"attention_bias": True}, "qwen3 reads no attention.o bias"),
+    "biases": ("qwen3", {"attention_bias": True}, "qwen3 does not load attention.o bias"),
     "llama3 rope": ("qwen3", rope(original_max_position_embeddings=64, **LLAMA3), "qwen3 has no rope scaling llama3"),
     "no biases": ("starcoder2", {"use_bias": False, "num_attention_heads": 4}, "starcoder2 cannot compute this model"),
     "heads beyond": ("olmo2", {"num_attention_heads": 6}, "6 of 16 do not"),
