@@ -71,9 +71,9 @@ def bench_help(repeats: int) -> None:
 
 
 def bench_writing(repeats: int) -> None:
-    from edgeprune.commands.fit import VARIANTS
     from edgeprune.engine.onnx.graph import write_graphs
     from edgeprune.model.load import load_model
+    from edgeprune.pipeline.stages import VARIANTS
 
     model = load_model("demo")
     times = []
@@ -142,7 +142,6 @@ def bench_pruning(repeats: int) -> None:
 
 def bench_fit() -> None:
     from edgeprune.bundle.read import read_report
-    from edgeprune.commands.fit import VARIANTS
     from edgeprune.engine.onnx.graph import write_graphs
     from edgeprune.model.load import load_model
     from edgeprune.ondevice import measure
@@ -150,6 +149,7 @@ def bench_fit() -> None:
     from edgeprune.ondevice.figures import Workload
     from edgeprune.ondevice.onnxruntime import GRAPH_FILE
     from edgeprune.ondevice.worker import quiet
+    from edgeprune.pipeline.stages import VARIANTS
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "fitted"

@@ -16,6 +16,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from edgeprune.commands.load_bundle import load_bundle
+from edgeprune.pipeline.request import request_of
 from edgeprune.bundle.pick import pick
 from edgeprune.cli.app import app
 from edgeprune.errors import InputError
@@ -99,6 +101,7 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
         "README.md",
         "manifest.json",
         "profile.toml",
+        "run.toml",
         "rungs",
         "tokenizer",
     }
@@ -133,11 +136,11 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
 def test_the_command_prints_the_table_or_the_document(made, monkeypatch):
     asked = []
 
-    def frontier(request, progress):
-        asked.append(request)
-        return made
+    def frontier(progress, **options):
+        asked.append(request_of(**options))
+        return load_bundle(made)
 
-    monkeypatch.setattr("edgeprune.commands.fit.frontier", frontier, raising=False)
+    monkeypatch.setattr("edgeprune.commands.frontier.frontier", frontier)
     words = [
         "frontier",
         "model",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgeprune.cli.tables import print_doctor, print_plan, print_plans, print_profile, print_profiles
 from edgeprune.commands.doctor import Finding
-from edgeprune.commands.plan import Question, plan, plan_all
+from edgeprune.commands.plan import Question, plan_all, plan_one
 from edgeprune.errors import InputError
 from edgeprune.pipeline.comparison import Row
 from edgeprune.profiles import list_profiles, load_profile
@@ -209,7 +209,7 @@ def shape(tmp_path) -> str:
 
 
 def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
-    lines = printed(print_plan, plan(Question(shape, "jetson-orin-nano-4gb", precision="int4")))
+    lines = printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", precision="int4")))
     assert max(map(len, lines)) <= 80
     shown = words(lines)
     assert shown.startswith("[bold]small on jetson-orin-nano-4gb: 0.163 B parameters, int4, batch 1, prompt 512, past")
@@ -226,7 +226,7 @@ def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
         "low confidence in the profile, which says why: ",
     ):
         assert text in shown
-    shown = words(printed(print_plan, plan(Question(shape, "jetson-orin-nano-4gb", batch=64))))
+    shown = words(printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", batch=64))))
     assert re.search(r"It does not fit: [\d.]+ GiB, but 2.79 GiB that the system leaves", shown)
 
 

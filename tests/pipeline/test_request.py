@@ -1,0 +1,56 @@
+"""A request is made of options as people write them; what cannot be one is refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from edgeprune.errors import InputError
+from edgeprune.pipeline.request import Request, request_of
+
+
+def test_options_are_taken_as_people_write_them():
+    request = request_of(
+        model=Path("my-model"),
+        device="jetson-orin",
+        memory=1.5 * 2**30,
+        decode=25,
+        prefill="0.5s",
+        evaluate="held-out.txt",
+        export="gguf",
+        output="out",
+        samples="64",
+        max_quality_loss=10,
+        precision=None,
+    )
+    assert request == Request(
+        model="my-model",
+        device="jetson-orin",
+        memory="1610612736B",
+        decode="25ms",
+        prefill="0.5s",
+        evaluate=(Path("held-out.txt"),),
+        export=("gguf",),
+        output=Path("out"),
+        samples=64,
+        max_quality_loss=10.0,
+    )
+    assert request_of(evaluate=["a", Path("b")]).evaluate == (Path("a"), Path("b"))
+    assert request_of() == Request()
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "remedy"),
+    [
+        ({"memroy": "90%"}, "there is no option 'memroy'", "Did you mean memory?"),
+        ({"nothing_like_it": 1}, "there is no option 'nothing_like_it'", "Options are: model, "),
+        ({"samples": "many"}, "samples 'many'", "edgeprune fit --help"),
+        ({"samples": 2.5}, "samples 2.5", "edgeprune fit --help"),
+        ({"force": "perhaps"}, "force 'perhaps'", "edgeprune fit --help"),
+        ({"memory": ["90%"]}, "memory ['90%']", "edgeprune fit --help"),
+    ],
+)
+def test_what_cannot_be_an_option_is_refused_by_name(options, message, remedy):
+    with pytest.raises(InputError) as caught:
+        request_of(**options)
+    assert message in caught.value.message
+    assert remedy in caught.value.remedy
