@@ -1,4 +1,7 @@
-"""What every document is made of: strict parts, and numbers with their unit and source."""
+"""The parts that every document is made of: strict models, and numbers with their unit and source.
+
+It does not know which documents there are.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Source = Literal["measured", "built", "estimated"]
 
 
 class Strict(BaseModel):
-    """Every part of a document: frozen, and an unknown field is an error."""
+    """A part of a document: it is frozen, and an unknown field is an error."""
 
     # A broken model's perplexity can be infinite; as null the report could not be read back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
@@ -34,5 +37,5 @@ class Figure(Strict):
 
 
 def figure_of(figure: EngineFigure) -> Figure:
-    """A figure of an engine as it stands in the report."""
+    """Returns the report's form of a figure of an engine."""
     return Figure(**figure_to_json(figure))

@@ -25,11 +25,16 @@ LARGE_TABLES = 0.1  # share of the weights in embedding and head from which a sm
 
 
 def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.Report:
-    """The report of a finished run, which the command line `command` makes again."""
+    """Returns the report of a finished run.
+
+    files: bytes of the bundle's files, by path; command: the command line that makes the bundle again.
+    """
     setup, verdict = fitted.setup, fitted.verdict
     dense, small = setup.model.decoder, fitted.chosen.model.decoder
+    # Estimate both models' decode step: bytes moved, and how its time divides.
     moved = [bytes_per_token(d, setup.precision, setup.workload, _in_place(fitted)).total for d in (dense, small)]
     shares = [latency_shares(d, setup.profile, setup.workload, setup.precision) for d in (dense, small)]
+    # Describe the dense and the fitted model side by side.
     label = "agreement with the dense model" if fitted.samples.self_generated else "perplexity"
     sides = [
         schema.Side(
@@ -49,6 +54,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
             strict=True,
         )
     ]
+    # Fill in the document; the deployment steps are derived from it and come last.
     report = schema.Report(
         edgeprune=__version__,
         created=now(),
@@ -99,18 +105,20 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
 
 
 def _experience(fitted: Fitted) -> dict[str, Experience]:
+    """Returns what a user notices of the dense and of the fitted model, by side."""
     setup, chosen = fitted.setup, fitted.chosen
-    given = (setup.profile, setup.workload, setup.precision)
+    deployed = (setup.profile, setup.workload, setup.precision)
     sides = {"dense": (setup.model.decoder, fitted.dense), "fitted": (chosen.model.decoder, chosen.performance)}
     budget = setup.budget.absolute(fitted.dense)
     images = setup.kind.images_at_once(setup.workload.batch)
     return {
-        name: experience_part(experience(decoder, *given, performance, budget, images))
+        name: experience_part(experience(decoder, *deployed, performance, budget, images))
         for name, (decoder, performance) in sides.items()
     }
 
 
 def _finite(value: Any) -> Any:
+    """Returns None for NaN, and any other value as it is."""
     return None if isinstance(value, float) and isnan(value) else value
 
 
@@ -119,6 +127,7 @@ def _performance(performance: Performance) -> schema.Performance:
 
 
 def _widths(decoder: Decoder) -> list[dict[str, int]]:
+    """Returns the heads and channels of each layer; 0 for a module that was removed."""
     return [
         {
             "query heads": layer.attention.num_attention_heads if layer.attention else 0,
@@ -130,10 +139,13 @@ def _widths(decoder: Decoder) -> list[dict[str, int]]:
 
 
 def _in_place(fitted: Fitted) -> bool:
+    """Returns whether the device's graphs update the KV cache in place."""
     return fitted.setup.profile.dialect == "onnxruntime"
 
 
 def _constraints(fitted: Fitted) -> list[schema.Constraint]:
+    """Returns the limits of the budget and of the quality, each with what was obtained."""
+    # Memory and latencies come from the engine's performance.
     rows = []
     for check in fitted.verdict.checks:
         dense = memory_total(fitted.dense) if check.name == "memory" else getattr(fitted.dense, check.name)
@@ -149,6 +161,7 @@ def _constraints(fitted: Fitted) -> list[schema.Constraint]:
                 gain=fitted.gains.get(check.name),
             )
         )
+    # The quality limit is judged on the text that fails it most.
     limit = fitted.setup.budget.max_quality_loss
     if limit is not None:
         worst = max(fitted.quality.texts.values(), key=lambda text: _deciding(text, limit))
@@ -175,11 +188,12 @@ def _constraints(fitted: Fitted) -> list[schema.Constraint]:
 
 
 def _deciding(text: dict[str, float], limit: float) -> tuple[bool, bool, float]:
-    """Orders texts by how far they fail the quality limit: beyond it, perhaps beyond it, within."""
+    """Returns a sort key by how far a text fails the quality limit: beyond it, perhaps beyond it, within."""
     return not text["low"] <= limit, not text["high"] <= limit, text["percent"]
 
 
 def _search(fitted: Fitted) -> schema.Search:
+    """Returns how the search ended and the candidates that it tried."""
     outcome = fitted.outcome
     if outcome is None:
         return schema.Search(ending="dense", reason="the dense model already meets the budget", candidates=[])
@@ -203,6 +217,7 @@ def _search(fitted: Fitted) -> schema.Search:
 
 
 def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
+    """Returns the candidate nearest to the budget where it lies beyond the quality limit."""
     if (stop := fitted.stop) is None:
         return None
     return schema.QualityStop(
@@ -215,6 +230,7 @@ def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
 
 
 def _headline(fitted: Fitted) -> str:
+    """Returns the verdict in one sentence, with its cost in perplexity and the share that was pruned."""
     setup, verdict = fitted.setup, fitted.verdict
     asked = ", ".join(f"{check.name} {check.asked}" for check in verdict.checks)
     rise = fitted.quality.worst_percent
@@ -223,6 +239,7 @@ def _headline(fitted: Fitted) -> str:
     where = " on its own text" if fitted.samples.self_generated else ""
     removed = ratio(fitted.chosen.model.decoder, setup.model.decoder)
     cost = f"at {rise:+.1f} % perplexity{where}, {100 * removed:.0f} % pruned"
+    # Budget and quality exclude each other, or the budget is out of reach or in doubt.
     if fitted.stop is not None:
         return (
             f"{setup.model.name} does not reach {asked} on {setup.profile.name} within "
@@ -233,6 +250,7 @@ def _headline(fitted: Fitted) -> str:
         return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."
     if verdict.status == "noisy":
         return f"{setup.model.name}, {asked} on {setup.profile.name}: {STATUS_TEXT['noisy']} ({cost})."
+    # The budget is met; the quality may be in doubt or beyond its limit.
     if fitted.quality_status == "noisy":
         return f"{setup.model.name} meets {asked} on {setup.profile.name}, {OUTCOME_TEXT['uncertain']} ({cost})."
     if fitted.quality_status == "missed":
@@ -243,6 +261,10 @@ def _headline(fitted: Fitted) -> str:
 
 
 def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
+    """Returns how much of the dense model's time and weights no pruning of layers removes.
+
+    shares: estimated decode ms of the dense model by part, as latency_shares returns them.
+    """
     dense = fitted.setup.model.decoder
     total = sum(shares.values())
     fixed = shares["overhead"] + shares["head_and_embedding"]
@@ -262,6 +284,8 @@ def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
 
 
 def _warnings(fitted: Fitted) -> list[str]:
+    """Returns what a reader of the report has to mind, the weightiest first."""
+    # Whether the figures are those of the device and of real text.
     warnings: list[str] = []
     if fitted.chosen.performance.decode.source != "measured":
         warnings.append(NOT_MEASURED)
@@ -270,15 +294,17 @@ def _warnings(fitted: Fitted) -> list[str]:
         warnings.append(
             f"Quality was measured on {fitted.setup.kind.noun} {own}: agreement with the dense model, not quality."
         )
+    # Which files hold the fitted model's widths and which cannot.
     if not fitted.chosen.model.decoder.is_uniform:
         warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
     elif has_checkpoint(fitted):
         model = fitted.chosen.model
         if loadable(model.decoder, read_config(model.directory)) != model.decoder:
             warnings.append(
-                "The checkpoint holds removed heads as zeros, since no configuration of this family says their number: "
-                "graphs and engine are smaller than it."
+                "The checkpoint holds removed heads as zeros, since no configuration of this family can give their "
+                "number: graphs and engine are smaller than it."
             )
+    # What went wrong in measuring and in compensating.
     warnings += fitted.chosen.performance.notes
     fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
     if fell_back:
@@ -293,6 +319,7 @@ def _warnings(fitted: Fitted) -> list[str]:
 
 
 def _deploy(fitted: Fitted, report: schema.Report, command: str) -> list[schema.Step]:
+    """Returns the deployment steps for the device, given the engine files that were built."""
     setup = fitted.setup
     plans = sorted(path.name for path in fitted.chosen.exported.engine.glob("*.engine"))
     return deploy_steps(

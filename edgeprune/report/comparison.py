@@ -1,4 +1,7 @@
-"""The page of a comparison of methods: one plot for each layout and text, and the table."""
+"""The page of a comparison of methods: one plot for each layout and text, and the table.
+
+It does not know how the rows were obtained.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
 
 
 def check_page(path: Path, force: bool) -> None:
-    """Raises InputError where the page cannot be written, before any long work."""
+    """Raises InputError where the page cannot be written; called before any long work."""
     if path.exists() and not (force and path.is_file()):
         raise InputError(f"{path} exists", "Give another --html, or --force to replace a file.")
     if not path.absolute().parent.is_dir():
@@ -29,13 +32,14 @@ def check_page(path: Path, force: bool) -> None:
 
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
+    """Writes the page at once: a reader finds the old one or the new one, never half of it."""
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_text(render_page(rows), encoding="utf-8")
     temporary.replace(path)
 
 
 def render_page(rows: Sequence[Row]) -> str:
-    """One self-contained page that opens offline. User text is escaped."""
+    """Returns one self-contained page that opens offline. The dense model is the first row. User text is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -46,9 +50,10 @@ def render_page(rows: Sequence[Row]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    # Draw a plot for each layout and text.
     dense, *pruned = rows
     layouts = list(dict.fromkeys(row.layout for row in pruned))
-    methods = list(dict.fromkeys(row.method for row in pruned))  # each looks alike in all plots
+    methods = list(dict.fromkeys(row.method for row in pruned))  # a method has the same colour and symbol in all plots
     plots = [
         (
             f"{layout}: {text}",
@@ -57,6 +62,7 @@ def render_page(rows: Sequence[Row]) -> str:
         for number, layout in enumerate(layouts)
         for place, text in enumerate(dense.perplexity)
     ]
+    # Fill in the template.
     return environment.get_template("comparison.html.jinja").render(
         dense=dense,
         rows=pruned,
@@ -69,8 +75,10 @@ def render_page(rows: Sequence[Row]) -> str:
 
 
 def _curves(rows: Sequence[Row], text: str, methods: Sequence[str]) -> go.Figure:
+    """Returns the plot of one layout and text: a curve for each method, rise in nats over the share removed."""
     import plotly.graph_objects as go
 
+    # Draw each method's points by growing ratio, with their intervals.
     figure = go.Figure()
     for number, method in enumerate(methods):
         own = sorted((row for row in rows if row.method == method), key=lambda row: row.ratio)
@@ -94,6 +102,7 @@ def _curves(rows: Sequence[Row], text: str, methods: Sequence[str]) -> go.Figure
             },
             hovertemplate="%{y:.3f} nats at %{x:.1f} %<extra>" + escape(method) + "</extra>",
         )
+    # Label the axes.
     figure.update_layout(height=380)
     figure.update_xaxes(title_text="% of attention and MLP parameters removed")
     # A bad method is a hundred times worse than a good one; but a logarithm drops what is not above zero.

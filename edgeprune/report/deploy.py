@@ -1,4 +1,4 @@
-"""The deployment steps that a report lists for a device, an engine and a bundle."""
+"""The deployment steps that a report lists for a device, an engine and a bundle. It carries none of them out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ LOADERS = {"imagegpt": "ImageGPTForCausalImageModeling", "llamagen": None}  # of
 def deploy_steps(
     report: Report, bundle: str, engine: str, plans: Sequence[str], checkpoint: bool, again: str
 ) -> list[Step]:
-    """What to do with the bundle of that name, in order.
+    """Returns what to do with the bundle of that name, in order.
 
-    engine: that the device's profile names; plans: names of the files of the built engine, none where none could
-    be built; again: the command that makes the bundle once more, over this one.
+    engine: the one that the device's profile names; plans: file names of the built engine, empty where none could
+    be built; checkpoint: whether the bundle holds one; again: the command that makes the bundle once more, over
+    this one.
     """
+    # Build, load or install the engine, whichever the device still lacks.
     name = shlex.quote(bundle)
     steps = []
     if engine == "tensorrt":
@@ -44,8 +46,11 @@ def deploy_steps(
                 command=f"{RUNTIMES[report.engine.name].install_here}\n{again}",
             )
         )
-    what = f"--prompt {shlex.quote(report.quality.prompt)}" if report.quality.prompt else "--count 16 --output grid.png"
-    steps.append(Step(title="Try it on this machine", command=f"edgeprune run {name} {what}"))
+    # Try the model on this machine, from the command line and from Python.
+    subject = (
+        f"--prompt {shlex.quote(report.quality.prompt)}" if report.quality.prompt else "--count 16 --output grid.png"
+    )
+    steps.append(Step(title="Try it on this machine", command=f"edgeprune run {name} {subject}"))
     loader = LOADERS.get(report.model.family, "AutoModelForCausalLM")
     if checkpoint and loader is not None:
         command = f'transformers.{loader}.from_pretrained("{bundle}/model")'

@@ -1,4 +1,4 @@
-"""The part of report.json about what a user of the model will notice."""
+"""The part of report.json about what a user of the model will notice. It does not know how that is computed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Experience(Strict):
     room: Room
 
 
-def experience_part(found: experience.Experience) -> Experience:
-    """What was found, as it stands in the report."""
-    figures = {name: figure and figure_of(figure) for name, figure in found.figures.items()}
-    return Experience(room=Room(**found.room.__dict__), **figures)
+def experience_part(noticed: experience.Experience) -> Experience:
+    """Returns the report's form of what a user notices."""
+    figures = {name: figure and figure_of(figure) for name, figure in noticed.figures.items()}
+    return Experience(room=Room(**noticed.room.__dict__), **figures)

@@ -1,4 +1,7 @@
-"""Numbers and statuses of a report as a person reads them; page and terminal share these words."""
+"""Numbers and statuses of a report as a person reads them; page and terminal share these words.
+
+It knows neither HTML nor the terminal.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ OUTCOME_LABEL = {outcome: text.split(":")[0] for outcome, text in OUTCOME_TEXT.i
 
 
 def number_text(value: float, unit: str) -> str:
-    """`1.50 GiB`, `6.15 ms`, `+3.2 %`, `212 tokens/s`, `8,192 tokens`, or a plain ratio as `0.713`."""
+    """Returns `1.50 GiB`, `6.15 ms`, `+3.2 %`, `212 tokens/s`, `8,192 tokens`, or a plain ratio as `0.713`."""
     match unit:
         case "bytes":
             return format_bytes(value)
@@ -39,7 +42,7 @@ def number_text(value: float, unit: str) -> str:
 
 
 def figure_text(figure: Figure | None) -> str:
-    """A figure in its unit, with its interval where it was measured."""
+    """Returns a figure in its unit, with its interval where it was measured; a dash where there is none."""
     if figure is None:
         return "–"
     text = number_text(figure.value, figure.unit)
@@ -51,13 +54,13 @@ def figure_text(figure: Figure | None) -> str:
 
 
 def reading_text(noticed: Experience) -> str:
-    """`53 x reading speed`."""
+    """Returns `53 x reading speed`."""
     factor = noticed.reading_speed.value
     return f"{factor:.0f} x reading speed" if round(factor, 1) >= 10 else f"{factor:.1f} x reading speed"
 
 
 def workload_text(report: Report) -> str:
-    """`batch 1, prompt 512, context 2048`, or in a picture's terms."""
+    """Returns `batch 1, prompt 512, context 2048`; the same in pictures and codes for an image generator."""
     workload, pictures = report.workload, report.quality.pictures
     if pictures is None:
         return f"batch {workload.batch}, prompt {workload.prompt}, context {workload.context}"
@@ -70,13 +73,13 @@ def pictures_text(count: int) -> str:
 
 
 def picture_room_text(noticed: Experience, report: Report) -> str:
-    """How many pictures at once memory has room for; a guided one takes two sequences."""
+    """Returns how many pictures at once memory has room for; a guided one takes two sequences."""
     count = int(noticed.sequences.value * report.quality.pictures.at_once / report.workload.batch)
     return pictures_text(count) if count else "no room"
 
 
 def interval_text(interval: Interval) -> str:
-    """`0.0123 (0.0101 to 0.0150)`: to two digits of the interval's width."""
+    """Returns `0.0123 (0.0101 to 0.0150)`: to two digits of the interval's width."""
     width = interval.high - interval.low
     digits = min(8, max(0, 1 - floor(log10(width)))) if width > 0 else 3
     value, low, high = (f"{bound:.{digits}f}" for bound in (interval.value, interval.low, interval.high))
@@ -84,28 +87,28 @@ def interval_text(interval: Interval) -> str:
 
 
 def difference_text(interval: Interval) -> str:
-    """What the paired difference of both kernel distances says."""
+    """Returns the meaning of the paired difference of both kernel distances, in words."""
     if interval.low > 0:
         return "the fitted model's pictures are farther off than the dense model's"
     if interval.high < 0:
         return "the fitted model's pictures are nearer than the dense model's"
-    return "no difference of the models can be told from so many pictures"
+    return "so many pictures show no difference between the models"
 
 
 def few_pictures_text(pictures: Pictures) -> str:
-    """What the distances' count means for them: it stands wherever they do."""
-    of = pictures.fitted
-    part = min(of.images, of.reference_images // 2)
+    """Returns how the number of pictures affects the distances; it stands wherever they do."""
+    fitted = pictures.fitted
+    part = min(fitted.images, fitted.reference_images // 2)
     return (
-        f"{of.images:,} pictures of each model against {of.reference_images:,} of {pictures.reference}, seen by "
-        f"{of.network}: figures of other networks or other counts do not compare. The Frechet distance has a bias that "
-        f"grows as pictures get fewer: {part:,} of the reference and {part:,} others of it are {of.frechet.floor:.3g} "
-        "apart. The kernel distance has none."
+        f"{fitted.images:,} pictures of each model against {fitted.reference_images:,} of {pictures.reference}, seen "
+        f"by {fitted.network}: figures of other networks or other counts do not compare. The Frechet distance has a "
+        f"bias that grows as pictures get fewer: {part:,} of the reference and {part:,} others of it are "
+        f"{fitted.frechet.floor:.3g} apart. The kernel distance has none."
     )
 
 
 def room_text(figure: Figure, noticed: Experience) -> str:
-    """How many tokens or sequences memory has room for."""
+    """Returns how many tokens or sequences memory has room for."""
     if not figure.value:
         return "no room"
     text = number_text(figure.value, figure.unit)
@@ -113,7 +116,7 @@ def room_text(figure: Figure, noticed: Experience) -> str:
 
 
 def share_text(share: Agreement | Identical | None) -> str:
-    """`81.2 % (78.8 to 82.8 %)`; one document gives no interval."""
+    """Returns `81.2 % (78.8 to 82.8 %)`; one document gives no interval."""
     if share is None:
         return "–"
     interval = f" ({share.low_percent:.1f} to {share.high_percent:.1f} %)"
@@ -121,17 +124,22 @@ def share_text(share: Agreement | Identical | None) -> str:
 
 
 def worst_agreement(texts: Sequence[Text]) -> Agreement | None:
-    """Of the text on which the models agree least, of those that could be compared."""
-    return min((text.agreement for text in texts if text.agreement), key=lambda of: of.percent, default=None)
+    """Returns the agreement on the text where the models agree least; None where no text could be compared."""
+    agreements = (text.agreement for text in texts if text.agreement)
+    return min(agreements, key=lambda agreement: agreement.percent, default=None)
 
 
 def half_identical(answers: Answers) -> Identical:
-    """The longest beginning that at least half of the answers share, else the shortest that was looked at."""
+    """Returns the longest beginning that at least half of the answers share, else the shortest that was compared."""
     return next((step for step in reversed(answers.identical) if step.percent >= 50), answers.identical[0])
 
 
 def deciding_text(budget: Sequence[Constraint]) -> str | None:
-    """Which limits decide on the model, and what a little more of each would buy; None where nothing was searched."""
+    """Returns which limits decide on the model, and what a little more of each would buy.
+
+    None where nothing was searched. A gain in nats per token is shown as a fall of perplexity in percent,
+    100 * (1 - exp(-gain)).
+    """
     gains = {row.name: row.gain for row in budget if row.gain is not None}
     if not gains:
         return None
@@ -146,36 +154,40 @@ def deciding_text(budget: Sequence[Constraint]) -> str | None:
 
 
 def costs_text(search: Search) -> str:
-    """Where the costs of widths came from, and how far they were off."""
+    """Returns where the costs of widths came from, and how far they were off."""
     errors = ", ".join(f"{kind} {100 * worst:.1f} %" for kind, worst in search.cost_error.items())
     return f"Costs of widths come from {search.costs}" + (f"; at most off by {errors}, as tested." if errors else ".")
 
 
 def rise_interval(text: Text) -> str | None:
-    """The interval of a rise; one document gives a bootstrap no spread, which must not pass for certainty."""
+    """Returns the interval of a rise of perplexity.
+
+    None for one document: it gives a bootstrap no spread, which must not pass for certainty.
+    """
     if text.low_percent == text.high_percent:
         return None
     return f"{number_text(text.low_percent, '%')} to {number_text(text.high_percent, '%')}"
 
 
 def rise_text(rise: tuple[float, float, float]) -> str:
-    """A rise of log perplexity in nats with its interval: `0.553 [0.541, 0.566]`."""
+    """Returns a rise of log perplexity in nats with its interval: `0.553 [0.541, 0.566]`."""
     value, low, high = rise
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def perplexity_text(value: float | None) -> str:
-    """A perplexity; a dash where it is beyond floating point."""
+    """Returns a perplexity; a dash where it is beyond floating point."""
     return "–" if value is None else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def by_source(figures: Mapping[str, Figure]) -> dict[Source, str]:
-    """The figures' names, joined, by their source: each label once."""
+    """Returns the figures' names, joined, by their source: each label once."""
     names: dict[Source, list[str]] = {}
     for name, figure in figures.items():
         names.setdefault(figure.source, []).append(name)
-    return {source: ", ".join(of) for source, of in names.items()}
+    return {source: ", ".join(own) for source, own in names.items()}
 
 
 def shorten(text: str, length: int) -> str:
+    """Returns the text, cut to a length in characters with an ellipsis at its end."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -21,7 +21,7 @@ KIND: Literal["frontier"] = "frontier"
 
 
 class Dense(Strict):
-    """The dense model: what the rungs are compared with."""
+    """The dense model, which the rungs are compared with."""
 
     memory: Figure = Field(description="peak device bytes at full context")
     prefill: Figure = Field(description="ms to the first token")
@@ -51,7 +51,7 @@ class Rung(Strict):
     decode_bytes_ratio: float = Field(description="share of decode bytes removed")
     texts: list[schema.Text] = Field(description="perplexity of every held-out text, measured")
     rise_percent: float = Field(description="of perplexity on the worst text, measured")
-    low_percent: float = Field(description="of its 95 % interval; equal to `high_percent`: no interval")
+    low_percent: float = Field(description="lower bound of its 95 % interval; equal to `high_percent`: no interval")
     high_percent: float
     grade: Grade
     sample: str | None = Field(description="its answer to `prompt`; none: an image generator")
@@ -59,7 +59,7 @@ class Rung(Strict):
 
     @property
     def grades(self) -> tuple[Grade, ...]:
-        """The grades that the interval of the rise reaches into, the best first."""
+        """Returns the grades that the interval of the rise reaches into, the best first."""
         return tuple(dict.fromkeys(map(grade_of, (self.low_percent, self.rise_percent, self.high_percent))))
 
 
@@ -86,28 +86,31 @@ class Frontier(Strict):
     warnings: list[str] = Field(description="of the rungs' reports, each once")
 
     def fastest(self, grades: Sequence[Grade]) -> Rung | None:
-        """The rung of the shortest decode among those of these grades."""
+        """Returns the rung of the shortest decode among those of these grades; None where there is none."""
         return min((rung for rung in self.rungs if rung.grade in grades), key=lambda r: r.decode.value, default=None)
 
     def sources(self, field: str) -> list[Source]:
-        """Where the figures of that name come from, of the dense model and all rungs: each source once."""
+        """Returns the sources of the figures of that name, of the dense model and all rungs, each once."""
         figures = [getattr(point, field, None) for point in (self.dense, *self.rungs)]
         return list(dict.fromkeys(figure.source for figure in figures if figure is not None))
 
 
 def pick_command(bundle: str | Path, index: int | str) -> str:
-    """The command that exports one rung as a bundle of its own."""
+    """Returns the command that exports one rung as a bundle of its own."""
     return f"edgeprune fit --from {shlex.quote(str(bundle))} --pick {index}"
 
 
 def frontier_of(reports: Sequence[Report]) -> Frontier:
-    """The document of a ladder from its rungs' reports, the largest rung first; one model, device and dense run."""
+    """Returns the document of a ladder of rungs.
+
+    reports: those of the rungs, the largest first, all of one model, device and dense run.
+    """
     first = reports[0]
-    same = ("edgeprune", "created", "command", "model", "device", "workload", "precision", "engine", "seed")
+    shared = ("edgeprune", "created", "command", "model", "device", "workload", "precision", "engine", "seed")
     quality, rate = first.quality, first.tokens_per_second.get("dense")
     grid = quality.pictures and quality.pictures.dense_grid
     return Frontier(
-        **{name: getattr(first, name) for name in same},
+        **{name: getattr(first, name) for name in shared},
         label=quality.label,
         prompt=quality.prompt,
         dense=Dense(**_reached(first.dense, rate), sample=quality.dense_sample, grid=grid),
@@ -117,6 +120,7 @@ def frontier_of(reports: Sequence[Report]) -> Frontier:
 
 
 def _reached(side: Side, rate: Figure | None) -> dict[str, Any]:
+    """Returns the fields that the dense model and a rung have in common. rate: its tokens/s."""
     performance = side.performance
     return {
         "memory": performance.memory_total,
@@ -128,6 +132,7 @@ def _reached(side: Side, rate: Figure | None) -> dict[str, Any]:
 
 
 def _rung(index: int, report: Report) -> Rung:
+    """Returns a rung by its report; the rise of perplexity is that of its worst text, NaN before any number."""
     worst = max(report.quality.texts, key=lambda text: (text.rise_percent != text.rise_percent, text.rise_percent))
     return Rung(
         index=index,
@@ -151,7 +156,11 @@ def _rung(index: int, report: Report) -> Rung:
 
 
 def _ratio(report: Report, name: str) -> Figure | None:
-    """To the dense model: interleaved in the same run where it was, else of two figures of one source."""
+    """Returns the ratio of a latency to the dense model's.
+
+    Interleaved in the same run where it was measured so, else of two figures of one source; None where the two have
+    different sources.
+    """
     performance = report.fitted.performance
     if (ratio := getattr(performance, f"{name}_ratio")) is not None:
         return ratio

@@ -1,4 +1,7 @@
-"""frontier.html: the ladder as a plot and a table to pick from; one self-contained file that opens offline."""
+"""frontier.html: the ladder as a plot and a table to pick from; one self-contained file that opens offline.
+
+It adds no figure to the document of the frontier.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Figure, Te
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Colour and shape both say the grade; distinguishable with any colour vision, on a light and a dark page.
+# Colour and shape both stand for the grade; distinguishable with any colour vision, on a light and a dark page.
 MARKERS = {
     "dense": (DENSE, "square"),
     "intact": ("#3b78e7", "circle"),
@@ -24,14 +27,14 @@ MARKERS = {
 }
 PATH = "path"
 MIB = 2**20
-COLUMNS = {  # field: what its column in the table says
+COLUMNS = {  # field: head of its column in the table
     "decode": "per token",
     "decode_ratio": "of dense",
     "tokens_per_second": "tokens/s",
     "prefill": "first token",
     "memory": "memory",
 }
-AXES = {  # field: what the button says, what the axis says, what a unit of the axis is
+AXES = {  # field: text of the button, title of the axis, the figure's value at 1 on the axis
     "decode": ("per token", "ms per token", 1),
     "tokens_per_second": ("tokens/s", "tokens/s", 1),
     "memory": ("memory", "peak memory, MiB", MIB),
@@ -42,7 +45,7 @@ COARSE_TICKS = tuple(10**power for power in range(1, 300, 2))  # where a rise is
 
 
 def render_frontier(frontier: Frontier, bundle: str) -> str:
-    """The whole page. bundle: the folder's name, for the commands. User text is escaped."""
+    """Returns the whole page. bundle: the folder's name, for the commands. User text is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -53,6 +56,7 @@ def render_frontier(frontier: Frontier, bundle: str) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    # Fill in the template; rungs whose rise is beyond floating point are named instead of drawn.
     drawn = [rung for rung in frontier.rungs if _is_drawn(rung)]
     return environment.get_template("frontier.html.jinja").render(
         f=frontier,
@@ -77,13 +81,13 @@ def render_frontier(frontier: Frontier, bundle: str) -> str:
 
 
 def split(figure: Figure) -> tuple[str, str]:
-    """A figure and its interval, for two lines; the interval is empty where there is none."""
+    """Returns a figure and its interval, for two lines; the interval is empty where there is none."""
     value, _, interval = figure_text(figure).partition(" (")
     return value, interval.removesuffix(")")
 
 
 def agreement_of(rung: Rung) -> tuple[str, str] | None:
-    """How often the likeliest next token is the dense model's, on the text where it is least, and its interval."""
+    """Returns how often the likeliest next token is the dense model's, on the worst text, and the interval."""
     if (agreement := worst_agreement(rung.texts)) is None:
         return None
     share, _, interval = share_text(agreement).partition(" (")
@@ -91,24 +95,26 @@ def agreement_of(rung: Rung) -> tuple[str, str] | None:
 
 
 def interval_of(rise: Rung | Text) -> str:
-    """The interval of a rise of perplexity; empty where there is none."""
+    """Returns the interval of a rise of perplexity; empty where there is none."""
     return (rise_interval(rise) or "").replace(" % to", " to")
 
 
 def rise_of(rise: Rung | Text) -> str:
-    """A rise of perplexity with its interval, where there is one."""
+    """Returns a rise of perplexity with its interval, where there is one."""
     interval = interval_of(rise)
     return number_text(rise.rise_percent, "%") + (f" ({interval})" if interval else "")
 
 
 def frontier_plot(frontier: Frontier) -> go.Figure:
-    """Rise of perplexity over the time per token; `frontier_axes` puts other quantities across.
+    """Returns the plot of the rise of perplexity over the time per token; `frontier_axes` puts other quantities
+    across.
 
     The vertical axis is asinh(rise / 5 %): linear where quality is intact, logarithmic beyond, so that a destroyed
     model does not flatten the ones to pick from. Rungs of a rise beyond floating point are left out.
     """
     import plotly.graph_objects as go
 
+    # Draw the way down from the dense model as a line, and the points by grade.
     figure = go.Figure()
     for name, points in _traces(frontier):
         across = {"x": _across(points, "decode"), "y": [_height(_rise(point)[1]) for point in points]}
@@ -129,6 +135,7 @@ def frontier_plot(frontier: Frontier) -> go.Figure:
             hovertext=[_hover(point) for point in points],
             hovertemplate="%{hovertext}<extra></extra>",
         )
+    # Draw the grades' thresholds and label the axes.
     _grade_lines(figure, [rung for rung in frontier.rungs if _is_drawn(rung)])
     figure.update_xaxes(title_text=_title(frontier, "decode"))
     figure.update_layout(height=430, hoverlabel={"align": "left"}, showlegend=False)
@@ -136,7 +143,7 @@ def frontier_plot(frontier: Frontier) -> go.Figure:
 
 
 def frontier_axes(frontier: Frontier) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """What may stand across, by field: the button's words, and the data and layout for Plotly.update."""
+    """Returns what may stand across, by field: the button's words, and the data and layout for Plotly.update."""
     axes = {}
     for field, (label, *_) in AXES.items():
         traces = [points for _, points in _traces(frontier)]
@@ -151,7 +158,7 @@ def frontier_axes(frontier: Frontier) -> dict[str, tuple[str, dict[str, Any], di
 
 
 def _traces(frontier: Frontier) -> list[tuple[str, list[Dense | Rung]]]:
-    """The plot's traces by name: the way from the dense model down, the dense model, the rungs of each grade."""
+    """Returns the plot's traces by name: the way down, the dense model, the rungs of each grade."""
     rungs = [rung for rung in frontier.rungs if _is_drawn(rung)]
     graded = {grade: [rung for rung in rungs if rung.grade == grade] for grade in ("intact", "degraded", "broken")}
     return [
@@ -166,21 +173,23 @@ def _is_drawn(rung: Rung) -> bool:
 
 
 def _rise(point: Dense | Rung) -> tuple[float, float, float]:
-    """Low, value, high in percent; the dense model is at none by definition."""
+    """Returns low, value and high of the rise in percent; the dense model's rise is 0 by definition."""
     return (point.low_percent, point.rise_percent, point.high_percent) if isinstance(point, Rung) else (0.0, 0.0, 0.0)
 
 
 def _height(percent: float) -> float:
+    """Returns where a rise in percent stands on the vertical axis."""
     return asinh(percent / DEGRADED_PERCENT)
 
 
 def _across(points: Sequence[Dense | Rung], field: str) -> list[float | None]:
+    """Returns the figure of each point in the axis's units; None where it has none."""
     figures: list[Figure | None] = [getattr(point, field) for point in points]
     return [None if figure is None else figure.value / AXES[field][2] for figure in figures]
 
 
 def _reach(points: Sequence[Dense | Rung], field: str) -> tuple[list[float], list[float]]:
-    """How far the interval of each figure reaches above and below it, in the axis's units."""
+    """Returns how far the interval of each figure reaches above and below it, in the axis's units."""
     figures: list[Figure | None] = [getattr(point, field) for point in points]
     up, down = (
         [
@@ -193,6 +202,7 @@ def _reach(points: Sequence[Dense | Rung], field: str) -> tuple[list[float], lis
 
 
 def _bars(points: Sequence[Dense | Rung]) -> dict[str, Any]:
+    """Returns the error bars of a trace: across for the time per token, upright for the rise."""
     style = {"type": "data", "color": "#5b6678", "thickness": 1.2, "width": 4}
     rises = [tuple(map(_height, _rise(point))) for point in points]
     up, down = _reach(points, "decode")
@@ -207,6 +217,7 @@ def _bars(points: Sequence[Dense | Rung]) -> dict[str, Any]:
 
 
 def _hover(point: Dense | Rung) -> str:
+    """Returns the text that appears over a point: its figures, each with its source."""
     named = {label: getattr(point, field) for field, (label, *_) in AXES.items()}
     lines = [f"{label} {figure_text(figure)}, {figure.source}" for label, figure in named.items() if figure is not None]
     if isinstance(point, Rung):
@@ -221,18 +232,20 @@ def _hover(point: Dense | Rung) -> str:
 
 
 def _title(frontier: Frontier, field: str) -> str:
-    """What is on the axis, with the sources of what is drawn: never a figure without."""
+    """Returns the title of the axis with the sources of the figures drawn: no figure stands without one."""
     sources = frontier.sources(field)
     mixed = "; point at one to see its own" if len(sources) > 1 else ""
     return f"{AXES[field][1]}, {' and '.join(sources)}{mixed}"
 
 
 def _grade_lines(figure: go.Figure, rungs: Sequence[Rung]) -> None:
-    """Where a model stops being intact, and where it is broken; both lines are always in sight."""
+    """Draws the thresholds where a model stops being intact and where it is broken; both are always in sight."""
+    # Choose the range of the axis so that it holds all rungs and both thresholds.
     lowest = min((rung.low_percent for rung in rungs), default=0.0)
     highest = max((rung.high_percent for rung in rungs), default=0.0)
     bottom = min(_height(lowest), 0.0) - 0.5
     top = max(_height(highest), _height(BROKEN_PERCENT)) + 0.5
+    # Draw a line for each threshold and shade what lies beyond the second.
     for grade, start, dash in (("degraded", DEGRADED_PERCENT, "dot"), ("broken", BROKEN_PERCENT, "dash")):
         figure.add_hline(
             y=_height(start),
@@ -247,6 +260,7 @@ def _grade_lines(figure: go.Figure, rungs: Sequence[Rung]) -> None:
             },
         )
     figure.add_hrect(y0=_height(BROKEN_PERCENT), y1=top, fillcolor=LIMIT, opacity=0.09, line_width=0, layer="below")
+    # Mark round percentages at their places on the asinh axis.
     steps = TICKS if highest < 2 * TICKS[-1] else COARSE_TICKS
     ticks = [value for step in (0, *steps) for value in {-step, step} if bottom <= _height(value) <= top]
     figure.update_yaxes(

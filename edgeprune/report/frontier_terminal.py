@@ -1,4 +1,4 @@
-"""The ladder as the command line shows it; 80 columns are enough."""
+"""The ladder as the command line shows it; 80 columns are enough. It adds no figure to the document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ FIGURES = ("decode", "prefill", "memory")
 
 
 def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
-    """A line for each rung, where quality ends, the sources of all figures, and how to pick."""
+    """Prints a line for each rung, where quality ends, the sources of all figures, and how to pick."""
+    # The heading: the model, the device and the workload.
     workload = frontier.workload
     console.print(
         styled(
@@ -29,6 +30,7 @@ def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
         )
     )
     console.print()
+    # The table, the dense model first, and the notes on it.
     columns = ("rung", *FIGURES, "pruned", "rise", "interval", "quality")
     rows = [_row(frontier, point) for point in (frontier.dense, *frontier.rungs)]
     console.print(table(columns, rows, whole=("rung", "pruned", "rise", "quality")))
@@ -36,11 +38,13 @@ def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
     for line in (_ends(frontier), _sources(frontier), *_notes(frontier)):
         console.print(styled(line))
     console.print()
-    # Not wrapped, so that it can be copied.
+    # The command; not wrapped, so that it can be copied.
     console.print(styled(f"Pick rung K:  {pick_command(bundle, 'K')}"), soft_wrap=True)
 
 
 def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
+    """Returns the cells of the dense model or of a rung; `?` marks a grade that its interval does not settle."""
+    # A figure names its source where its column holds several.
     figures = []
     for field in FIGURES:
         figure = getattr(point, field)
@@ -60,8 +64,8 @@ def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
 
 
 def _ends(frontier: Frontier) -> str:
-    """Where quality ends, in words."""
-    found = (
+    """Returns where quality ends, in words."""
+    fastest = (
         (words, frontier.fastest(grades))
         for words, grades in (("intact", ("intact",)), ("not broken", ("intact", "degraded")))
     )
@@ -69,14 +73,14 @@ def _ends(frontier: Frontier) -> str:
         "Fastest "
         + "; fastest ".join(
             f"{words}: " + ("no rung" if rung is None else f"rung {rung.index}, {number_text(rung.decode.value, 'ms')}")
-            for words, rung in found
+            for words, rung in fastest
         )
         + "."
     )
 
 
 def _sources(frontier: Frontier) -> str:
-    """The columns by source; where a column has several, its cells name their own."""
+    """Returns the columns by source; where a column has several, its cells name their own."""
     by_source: dict[str, list[str]] = {}
     for field in FIGURES:
         if len(sources := frontier.sources(field)) == 1:
@@ -86,6 +90,7 @@ def _sources(frontier: Frontier) -> str:
 
 
 def _notes(frontier: Frontier) -> list[str]:
+    """Returns how the columns of the rise and of the quality are to be read."""
     several = bool(frontier.rungs) and len(frontier.rungs[0].texts) > 1
     notes = [f"rise: of perplexity{' on the worst text' if several else ''}, with its 95 % interval."]
     if frontier.label != "perplexity":

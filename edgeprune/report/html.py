@@ -31,7 +31,7 @@ from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Report
 
 
 def render_html(report: Report) -> str:
-    """The whole page. User text is escaped by the template, and by plotly in the plots' data."""
+    """Returns the whole page. User text is escaped by the template, and by plotly in the plots' data."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -42,6 +42,7 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    # The template formats with the words that the terminal uses too.
     environment.globals |= {
         "figure_text": figure_text,
         "number_text": number_text,

@@ -1,6 +1,6 @@
 """The part of report.json about an image generator: pictures of both models side by side, and how far they are off.
 
-results.Quality.pictures, which `pictures_part` takes, is what a journal can hold:
+It draws and compares nothing itself. `pictures_part` takes results.Quality.pictures, in the form that a journal holds:
 
     images      int: drawn from each model
     at_once     int: pictures in a batch of the workload, half of the batch where they are guided
@@ -38,6 +38,8 @@ class Interval(Strict):
 
 
 class Frechet(Strict):
+    """A Frechet distance with the value that sampling alone gives."""
+
     value: float
     floor: float = Field(description="of two random parts of the reference: what sampling alone gives")
 
@@ -57,11 +59,11 @@ class Distances(Strict):
 class Pictures(Strict):
     """Pictures of the dense and the fitted model from the same seeds and classes."""
 
-    images: int = Field(description="drawn from each model")
+    images: int = Field(description="number of images drawn from each model")
     at_once: int = Field(description="pictures in a batch of the workload; a guided one takes two sequences")
     cfg: float = Field(description="guidance with which they were drawn; 1: none")
     temperature: float
-    reference: str = Field(description="what the distances are to")
+    reference: str = Field(description="pictures that the distances are to")
     dense: Distances | None
     fitted: Distances | None
     missing: str = Field(description="why there are no distances, and how to get them")
@@ -74,16 +76,17 @@ class Pictures(Strict):
     side: int = Field(description="pixels of one picture, each side")
 
 
-def pictures_part(found: Mapping[str, Any]) -> Pictures:
-    """What an evaluation found, as it stands in the report; see the module for its shape."""
-    sides = {name: found[name] and _distances(found[name]) for name in ("dense", "fitted")}
-    return Pictures(**{**found, **sides, "difference": found["difference"] and _interval(found["difference"])})
+def pictures_part(pictures: Mapping[str, Any]) -> Pictures:
+    """Returns the report's form of an evaluation's pictures; see the module for their shape."""
+    sides = {name: pictures[name] and _distances(pictures[name]) for name in ("dense", "fitted")}
+    return Pictures(**{**pictures, **sides, "difference": pictures["difference"] and _interval(pictures["difference"])})
 
 
-def _distances(found: Mapping[str, Any]) -> Distances:
-    intervals = {name: _interval(found[name]) for name in ("kernel", "precision", "recall")}
-    value, floor = found["frechet"]
-    return Distances(**{**found, **intervals, "frechet": Frechet(value=value, floor=floor)})
+def _distances(distances: Mapping[str, Any]) -> Distances:
+    """Returns the report's form of evaluate.distances.Distances as a dict."""
+    intervals = {name: _interval(distances[name]) for name in ("kernel", "precision", "recall")}
+    value, floor = distances["frechet"]
+    return Distances(**{**distances, **intervals, "frechet": Frechet(value=value, floor=floor)})
 
 
 def _interval(bounds: Sequence[float]) -> Interval:

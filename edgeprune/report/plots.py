@@ -1,6 +1,7 @@
 """The report's plots, as HTML that needs plotly.js on the page: each answers what a table answers less well.
 
-Units differ between constraints, so they are drawn as shares of their limits and labelled in their units.
+They add no figure to the report. Units differ between constraints, so they are drawn as shares of their limits and
+labelled in their units.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ MIB = 2**20
 
 
 def all_plots(report: Report) -> dict[str, str]:
-    """By name; without those that have nothing to show: a limit, a candidate, a pruned module."""
+    """Returns the plots as HTML by name, without those that have nothing to show: a limit, a candidate, a pruned
+    module."""
     plots = {
         "budget": _budget(report.budget),
         "quality": _quality(report),
@@ -40,13 +42,18 @@ def all_plots(report: Report) -> dict[str, str]:
 
 
 def is_uniform(widths: Sequence[Mapping[str, int]]) -> bool:
+    """Returns whether all layers have the same widths."""
     return all(layer == widths[0] for layer in widths)
 
 
 def plot_html(name: str, figure: go.Figure) -> str:
-    """plotly escapes what could end the script that holds the data."""
+    """Returns a figure as HTML in the pages' style; plotly escapes what could end the script that holds the data.
+
+    name: unique on the page; the element's id is `plot-NAME`.
+    """
     import plotly.io
 
+    # All plots share their margins, fonts and colours, and none can be zoomed or dragged.
     figure.update_layout(
         template="none",
         margin={"l": 8, "r": 20, "t": 34, "b": 14},
@@ -61,6 +68,7 @@ def plot_html(name: str, figure: go.Figure) -> str:
     axis = {"automargin": True, "zeroline": False, "gridcolor": "#e3e7ee", "fixedrange": True, "title_font_size": 12}
     figure.update_xaxes(**axis)
     figure.update_yaxes(ticksuffix=" ", **axis)
+    # plotly.js stands once on the page, not in each plot.
     return plotly.io.to_html(
         figure,
         full_html=False,
@@ -71,18 +79,22 @@ def plot_html(name: str, figure: go.Figure) -> str:
 
 
 def _share(figure: Figure | None, limit: float) -> float | None:
+    """Returns a figure in % of its limit; None where either is missing or the figure is not finite."""
     return None if figure is None or not limit or not isfinite(figure.value) else 100 * figure.value / limit
 
 
 def _budget(constraints: Sequence[Constraint]) -> go.Figure | None:
+    """Returns the bars of both models in % of each limit; None where there is no limit above 0."""
     import plotly.graph_objects as go
 
+    # Bars are drawn from the bottom up, so the first constraint comes last.
     rows = [row for row in reversed(constraints) if row.limit]
     if not rows:
         return None
     names = [
         f"{escape(f'{row.name} {shorten(row.asked, 12)}')}\N{NO-BREAK SPACE}<br>{row.fitted.source}" for row in rows
     ]
+    # Draw a bar of each model for each constraint, labelled in the constraint's own unit.
     figure = go.Figure()
     for side, color in (("fitted", FITTED), ("dense", DENSE)):
         figures: list[Figure | None] = [getattr(row, side) for row in rows]
@@ -103,6 +115,7 @@ def _budget(constraints: Sequence[Constraint]) -> go.Figure | None:
             hovertext=hover,
             hovertemplate="%{hovertext}: %{x:.1f} % of the limit<extra>" + side + "</extra>",
         )
+    # Mark the limit.
     figure.add_vline(x=100, line=LIMIT_LINE, name="limit", showlegend=True)
     figure.update_layout(height=110 + 76 * len(rows), barmode="group", legend_traceorder="reversed")
     figure.update_xaxes(title_text="% of the limit", rangemode="tozero")
@@ -110,7 +123,7 @@ def _budget(constraints: Sequence[Constraint]) -> go.Figure | None:
 
 
 def _interval(figures: Sequence[Figure | None], rows: Sequence[Constraint]) -> dict[str, Any] | None:
-    """Error bars in % of the limit; plotly takes them as distances from the value."""
+    """Returns error bars in % of the limit; plotly takes them as distances from the value. None without intervals."""
     up, down = (
         [
             0.0 if f is None or (bound := getattr(f, name)) is None else 100 * abs(bound - f.value) / row.limit
@@ -124,6 +137,7 @@ def _interval(figures: Sequence[Figure | None], rows: Sequence[Constraint]) -> d
 
 
 def _stacked(dense: Mapping[str, float], fitted: Mapping[str, float], unit: str) -> go.Figure:
+    """Returns a stacked bar of each model. dense, fitted: values in the unit, by the parts of the bar."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -154,12 +168,16 @@ def _latency(report: Report) -> go.Figure:
 
 
 def _quality(report: Report) -> go.Figure | None:
-    """The rise of perplexity on each text with its interval, against the grades' thresholds."""
+    """Returns the rise of perplexity on each text with its interval, against the grades' thresholds.
+
+    None where every rise is beyond floating point.
+    """
     import plotly.graph_objects as go
 
     texts = [text for text in reversed(report.quality.texts) if isfinite(text.rise_percent + text.high_percent)]
     if not texts:
         return None
+    # Draw a point for each text with its interval.
     figure = go.Figure()
     figure.add_scatter(
         # The position keeps texts of the same shortened name apart; labels are set on the axis.
@@ -179,12 +197,14 @@ def _quality(report: Report) -> go.Figure | None:
         text=[f"{text.rise_percent:+.1f} %" for text in texts],
         hovertemplate="%{text}<extra></extra>",
     )
+    # Mark the thresholds that lie within the range of the axis.
     right = 1.12 * max(DEGRADED_PERCENT, *(text.high_percent for text in texts))
     left = min(0.0, *(1.12 * text.low_percent for text in texts))
     for grade, start, dash in (("degraded", DEGRADED_PERCENT, "dot"), ("broken", BROKEN_PERCENT, "dash")):
         if start < right:
             line = {"color": LIMIT, "dash": dash, "width": 2}
             figure.add_vline(x=start, line=line, name=f"{grade} from {start:g} %", showlegend=True)
+    # Label the axes.
     figure.update_layout(height=120 + 40 * len(texts), showlegend=True)
     figure.update_xaxes(title_text="rise of perplexity, %", range=[left, right])
     figure.update_yaxes(
@@ -197,11 +217,12 @@ def _quality(report: Report) -> go.Figure | None:
 
 
 def _answers(answers: Answers | None) -> go.Figure | None:
-    """How many answers are the dense model's still after so many tokens."""
+    """Returns how many answers are still the dense model's, by the number of tokens from the first."""
     import plotly.graph_objects as go
 
     if answers is None:
         return None
+    # Draw the share of identical answers for each number of tokens, with its interval.
     steps = answers.identical
     figure = go.Figure()
     figure.add_scatter(
@@ -221,6 +242,7 @@ def _answers(answers: Answers | None) -> go.Figure | None:
         text=[f"{step.same} of {step.answers}" for step in steps],
         hovertemplate="%{text} identical for %{x} tokens<extra></extra>",
     )
+    # Label the axes.
     figure.update_layout(height=220)
     figure.update_xaxes(title_text="first tokens of the answer", type="category", showgrid=False)
     figure.update_yaxes(title_text="identical, %", range=[-5, 105])
@@ -228,14 +250,15 @@ def _answers(answers: Answers | None) -> go.Figure | None:
 
 
 def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, int]]) -> go.Figure:
+    """Returns the share of heads and channels kept in each layer. dense, fitted: widths by layer and name."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
     for key, color in zip(dense[0], PALETTE, strict=False):
-        kept = [100 * new[key] / old[key] if old[key] else 0.0 for old, new in zip(dense, fitted, strict=True)]
+        kept_percent = [100 * new[key] / old[key] if old[key] else 0.0 for old, new in zip(dense, fitted, strict=True)]
         figure.add_scatter(
-            x=list(range(len(kept))),
-            y=kept,
+            x=list(range(len(kept_percent))),
+            y=kept_percent,
             name=escape(key),
             mode="lines+markers",
             line={"shape": "hvh", "color": color},
@@ -249,9 +272,10 @@ def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, in
 
 
 def _errors(modules: Sequence[Module]) -> go.Figure | None:
-    """Where pruning hurts: distance from the dense stream behind every pruned module, by layer."""
+    """Returns the distance from the dense stream behind every pruned module, by layer; None where none was pruned."""
     import plotly.graph_objects as go
 
+    # Draw two curves for each kind of module: the error without the update and with it.
     figure = go.Figure()
     for kind, color in zip(("attention", "mlp"), PALETTE, strict=False):
         pruned = [m for m in modules if m.kind == kind and m.kept < m.of and m.error_before is not None]
@@ -268,6 +292,7 @@ def _errors(modules: Sequence[Module]) -> go.Figure | None:
             )
     if not figure.data:
         return None
+    # Label the axes.
     figure.update_layout(height=300, margin_t=56)
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(title_text="distance from the dense stream", rangemode="tozero")
@@ -275,13 +300,17 @@ def _errors(modules: Sequence[Module]) -> go.Figure | None:
 
 
 def _path(report: Report) -> go.Figure | None:
-    """From the dense model over the candidates in the order in which they were tried."""
+    """Returns the way from the dense model over the candidates, in the order in which they were tried.
+
+    None where nothing was searched.
+    """
     import plotly.graph_objects as go
 
     candidates = report.search.candidates
     limits = [row for row in report.budget if row.name != "quality"]
     if not limits or not candidates:
         return None
+    # Draw two curves for each limit: what was predicted of the candidates and what was obtained.
     figure = go.Figure()
     names = ["dense", *(str(number) for number in range(1, len(candidates) + 1))]
     for row, color in zip(limits, PALETTE, strict=False):
@@ -300,6 +329,7 @@ def _path(report: Report) -> go.Figure | None:
                 text=[number_text(value, row.unit) for value in values],
                 hovertemplate="%{text} (%{y:.1f} %)",
             )
+    # Mark the limit and the chosen candidate.
     figure.add_hline(y=100, line=LIMIT_LINE, name="limit", showlegend=True)
     for index, candidate in enumerate(candidates):
         if candidate.chosen:
@@ -311,6 +341,7 @@ def _path(report: Report) -> go.Figure | None:
                 yshift=-8,
                 showarrow=False,
             )
+    # Label the axes.
     figure.update_layout(height=300, margin_t=56)
     figure.update_xaxes(
         title_text="candidate", type="category", categoryorder="array", categoryarray=names, showgrid=False

@@ -1,4 +1,4 @@
-"""report.json: what a person decides from, as one document. Every figure carries its source.
+"""The schema of report.json, the document that a person decides from. Every figure carries its source.
 
 It knows nothing about how a figure came about, and nothing about how it is shown.
 """
@@ -47,6 +47,8 @@ class ModelCard(Strict):
 
 
 class HardwareFigure(Strict):
+    """A figure of the device profile, with how far it can be trusted."""
+
     value: float
     unit: str = Field(description="1 for a share")
     source: str = Field(description="where the figure comes from")
@@ -62,9 +64,9 @@ class Device(Strict):
 
 
 class Workload(Strict):
-    """What is measured: the prefill of `prompt` tokens; decode at past = context - 1.
+    """The work that is measured: the prefill of `prompt` tokens, and decode at past = context - 1.
 
-    A picture's context is all its codes, its prompt the class or what else begins it.
+    A picture's context is all its codes; its prompt is the class, or what else begins it.
     """
 
     batch: int
@@ -73,9 +75,11 @@ class Workload(Strict):
 
 
 class Engine(Strict):
+    """The engine that was chosen for the device."""
+
     name: str
     reason: str = Field(description="why it was chosen")
-    version: str | None = Field(None, description="where it is not among `versions`")
+    version: str | None = Field(None, description="set where it is not among `versions`")
 
 
 class Choice(Strict):
@@ -86,8 +90,9 @@ class Choice(Strict):
     reason: str
 
 
-def _headroom(given: Mapping[str, Any]) -> float | None:
-    fitted, limit = given.get("fitted"), given.get("limit")
+def _headroom(fields: Mapping[str, Any]) -> float | None:
+    """Returns the share of a constraint's limit that is left, in percent; None for a limit of 0."""
+    fitted, limit = fields.get("fitted"), fields.get("limit")
     return 100 * (1 - fitted.value / limit) if fitted is not None and limit else None
 
 
@@ -112,6 +117,8 @@ class Constraint(Strict):
 
 
 class Performance(Strict):
+    """Memory and latencies of one model on the engine."""
+
     memory: dict[str, Figure] = Field(
         description="peak device bytes at full context: weights, cache, activations, buffers, runtime"
     )
@@ -150,11 +157,16 @@ class Candidate(Strict):
     predicted: dict[str, float] = Field(description="by constraint, before it was built")
     obtained: dict[str, float] = Field(description="by constraint, of the pruned candidate")
     status: Status
-    chosen: bool = Field(description="none is where the quality limit ended the run: see `quality_stop`")
-    seconds: float | None = Field(None, description="to prune, build and measure it")
+    chosen: bool = Field(
+        description="whether it became the fitted model; false for all where the quality limit ended the run: see "
+        "`quality_stop`"
+    )
+    seconds: float | None = Field(None, description="time to prune, build and measure it")
 
 
 class Search(Strict):
+    """The search for a model within the budget."""
+
     ending: Literal["close", "neighbour", "out_of_reach", "candidates", "dense"] = Field(
         description="close: little of a limit is left; neighbour: every better candidate on the width grid exceeds the "
         "budget; out_of_reach: the smallest candidate does; candidates: as many as allowed were tried; "
@@ -179,8 +191,11 @@ class QualityStop(Strict):
 
 
 class Module(Strict):
-    """What happened to one module. Errors are how far the residual stream behind it is from the dense
-    model's on held-out calibration samples, relative to what the module had to add."""
+    """The pruning and compensation of one module.
+
+    Errors are how far the residual stream behind it is from the dense model's on held-out calibration samples,
+    relative to what the module had to add.
+    """
 
     layer: int
     kind: Literal["attention", "mlp"]
@@ -204,18 +219,19 @@ class Step(Strict):
     command: str
 
 
-def _tokens_per_second(given: Mapping[str, Any]) -> dict[str, Figure]:
-    if "workload" not in given:
+def _tokens_per_second(fields: Mapping[str, Any]) -> dict[str, Figure]:
+    """Returns tokens/s of the dense and the fitted model, from the fields of a report that were given."""
+    if "workload" not in fields:
         return {}
     return {
-        name: _rate(given[name].performance.decode, given["workload"].batch)
+        name: _rate(fields[name].performance.decode, fields["workload"].batch)
         for name in ("dense", "fitted")
-        if name in given and given[name].performance.decode.value > 0
+        if name in fields and fields[name].performance.decode.value > 0
     }
 
 
 def _rate(decode: Figure, batch: int) -> Figure:
-    """tokens/s of a decode step in ms; the interval's bounds change places."""
+    """Returns tokens/s from a decode step in ms; the interval's bounds change places."""
 
     def rate(milliseconds: float | None) -> float | None:
         return 1000 * batch / milliseconds if milliseconds else None
@@ -232,7 +248,7 @@ def _rate(decode: Figure, batch: int) -> Figure:
 
 
 class TriedRung(Strict):
-    """One rung on the device; `figures` by constraint, in bytes and ms."""
+    """One rung that was tried on the device; `figures` by constraint, in bytes and ms."""
 
     index: int
     status: Status | Literal["failed"] = Field(description="failed: no engine could be built or run")
@@ -242,7 +258,7 @@ class TriedRung(Strict):
 
 
 class Measurement(Strict):
-    """What `edgeprune measure` or `finish.pyz` found on the device, after the fit."""
+    """The results of `edgeprune measure` or `finish.pyz` on the device, after the fit."""
 
     created: str = Field(description="UTC, ISO 8601")
     where: str
@@ -250,7 +266,7 @@ class Measurement(Strict):
     gpu: str | None
     engine: str
     version: str
-    rung: int = Field(description="the one that was taken: the largest that meets the budget, else the last tried")
+    rung: int = Field(description="the rung that was taken: the largest that meets the budget, else the last tried")
     status: Status
     rests_on: Source
     rungs: list[TriedRung]
@@ -305,13 +321,14 @@ class Report(Strict):
 
     @property
     def outcome(self) -> Outcome:
-        """The budget and the quality limit together: what the report says first."""
+        """Returns the verdict on the budget and the quality limit together, which stands first in the report."""
         if self.status != "met":
             return "out_of_reach" if (self.status, self.search.ending) == ("missed", "out_of_reach") else self.status
         return "uncertain" if self.quality_status == "noisy" else self.quality_status
 
     def exit_code(self, require_measured: bool = False) -> int:
-        """0 budget met; 3 budget, or budget and quality together, out of reach; 4 estimates not accepted."""
+        """Returns 0 where the budget is met, 3 where budget, or budget and quality together, are not shown to be met,
+        and 4 where they are but rest on estimates and require_measured is set."""
         if self.outcome != "met":
             return 3
         return 4 if require_measured and self.rests_on == "estimated" else 0
@@ -324,10 +341,10 @@ is an error. Every figure is an object that carries its source, so that an estim
 A number beyond floating point, such as the perplexity of a destroyed model, is the text `Infinity` or `NaN`.
 
 **Verdict.** The budget is met where `status` and `quality_status` are `met`: exit code 0. It is missed where
-either is, and out of reach where `search.ending` says so as well: exit code 3, the best candidate is kept. `noisy`
-means that the interval of a measurement contains the limit (exit code 3): run again on an idle machine, or, where it
-is `quality_status`, evaluate on more text. With `--require-measured` a met budget whose `rests_on` is `estimated`
-ends with exit code 4.
+either is, and out of reach where `search.ending` is `out_of_reach` as well: exit code 3, the best candidate is kept.
+`noisy` means that the interval of a measurement contains the limit (exit code 3): run again on an idle machine, or,
+where it is `quality_status`, evaluate on more text. With `--require-measured` a met budget whose `rests_on` is
+`estimated` ends with exit code 4.
 
 **Grade.** `intact`: perplexity on the worst held-out text rises by less than {DEGRADED_PERCENT:g} %; `degraded`: by
 less than {BROKEN_PERCENT:g} %; `broken`: by more. `broken` is the first line of the report, whatever the budget says.
@@ -335,7 +352,7 @@ less than {BROKEN_PERCENT:g} %; `broken`: by more. `broken` is the first line of
 
 
 def schema_markdown() -> str:
-    """docs/report.md: every field of report.json, by the model that holds it."""
+    """Returns docs/report.md: every field of report.json, by the model that holds it."""
     schema = Report.model_json_schema()
     lines = [_INTRODUCTION]
     for name, model in {"Report": schema, **schema["$defs"]}.items():
@@ -352,7 +369,7 @@ def schema_markdown() -> str:
 
 
 def _type(entry: Mapping[str, Any]) -> str:
-    """A property of a JSON schema in words."""
+    """Returns the type of a property of a JSON schema in words."""
     if "$ref" in entry:
         name = entry["$ref"].rsplit("/", 1)[1]
         return f"[{name}](#{name.lower()})"

@@ -1,4 +1,4 @@
-"""What the command line shows of a report, of profiles and of comparisons; 80 columns are enough.
+"""Reports and comparisons as the command line shows them; 80 columns are enough. It adds no figure to them.
 
 Texts of users and models are shown as they are: no markup, no control characters.
 """
@@ -46,26 +46,27 @@ WARNINGS = 3
 
 
 def styled(value: str, style: str = "") -> Text:
-    """Text as it is: nothing in it moves the cursor or recolours the terminal."""
+    """Returns a text that is printed as it is: nothing in it moves the cursor or recolours the terminal."""
     from rich.text import Text
 
     return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value), style=style)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], whole: Sequence[str] = ()) -> Table:
-    """A table without rules; the columns in `whole` are never broken."""
+    """Returns a table without rules; the columns in `whole` are never broken."""
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
+    grid = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
     for column in columns:
-        made.add_column(styled(column), overflow="fold", no_wrap=column in whole)
+        grid.add_column(styled(column), overflow="fold", no_wrap=column in whole)
     for row in rows:
-        made.add_row(*(styled(cell) if isinstance(cell, str) else cell for cell in row))
-    return made
+        grid.add_row(*(styled(cell) if isinstance(cell, str) else cell for cell in row))
+    return grid
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The verdict, each constraint with the source of its figure, the quality, both samples, the next step."""
+    """Prints the verdict, each constraint with the source of its figure, the quality, both samples, the next step."""
+    # The verdict; a broken model comes before all else.
     style = STYLES[report.outcome]
     if report.quality.grade == "broken":
         rise, style = number_text(report.quality.rise_percent, "%"), STYLES["missed"]
@@ -73,9 +74,11 @@ def print_report(report: Report, console: Console) -> None:
     console.print(styled(report.headline, f"bold {style}"))
     console.print(styled(f"Verdict: {OUTCOME_TEXT[report.outcome]}, from {report.rests_on} figures.", style))
     console.print()
+    # The constraints, and what the model is like.
     console.print(_constraints(report))
     console.print()
     console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in _summary(report))))
+    # The next step.
     for step in report.deploy[:1]:
         console.print()
         console.print(styled(f"{step.title}:"))
@@ -84,7 +87,8 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _constraints(report: Report) -> Table:
-    """What was limited with its verdict, then the rest of memory, prefill and decode."""
+    """Returns the table of the limits with their verdicts, then the rest of memory, prefill and decode."""
+    # What was limited.
     rows: list[tuple[str | Text, ...]] = [
         (
             row.name,
@@ -95,6 +99,7 @@ def _constraints(report: Report) -> Table:
         )
         for row in report.budget
     ]
+    # What was not: it has neither limit nor verdict.
     limited = {row.name for row in report.budget}
     for name, field in (("memory", "memory_total"), ("prefill", "prefill"), ("decode", "decode")):
         if name not in limited:
@@ -105,7 +110,7 @@ def _constraints(report: Report) -> Table:
 
 
 def _figures(dense: Figure | None, fitted: Figure) -> tuple[str, str, str]:
-    """Both figures and their source; a dense figure of another source names its own."""
+    """Returns both figures and their source; a dense figure of another source names its own."""
     shown = "" if dense is None else number_text(dense.value, dense.unit)
     if dense is not None and dense.source != fitted.source:
         shown += f" ({dense.source})"
@@ -113,11 +118,14 @@ def _figures(dense: Figure | None, fitted: Figure) -> tuple[str, str, str]:
 
 
 def _summary(report: Report) -> list[tuple[str, str]]:
+    """Returns the lines below the table, each with its heading; only the first few warnings are shown."""
+    # The samples and the warnings come last.
     quality = report.quality
     samples = {"prompt": quality.prompt, "dense": quality.dense_sample, "fitted": quality.fitted_sample}
     warnings = [("mind", warning) for warning in report.warnings[:WARNINGS]]
     if (more := len(report.warnings) - WARNINGS) > 0:
         warnings.append(("", f"and {more} more in the report"))
+    # Speed and quality first, then what was removed and what decided.
     return [
         *_noticed(report),
         ("quality", _quality(quality)),
@@ -141,7 +149,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
 
 
 def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
-    """The nearest points where both cannot be had."""
+    """Returns the nearest points where budget and quality cannot both be had; nothing elsewhere."""
     if (stop := report.quality_stop) is None:
         return []
     sides = {
@@ -149,13 +157,14 @@ def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
         "beyond": (stop.performance, stop.rise_percent),
     }
     words = {"within": "the quality limit, smallest", "beyond": f"it; the budget: {OUTCOME_TEXT[stop.status]}"}
+    # One line for each, with its perplexity and all figures.
     return [
         (
             name,
             f"{words[name]}: perplexity {number_text(rise, '%')}, "
             + ", ".join(
-                f"{what} {number_text(figure.value, figure.unit)} ({figure.source})"
-                for what, figure in (("memory", side.memory_total), ("prefill", side.prefill), ("decode", side.decode))
+                f"{label} {number_text(figure.value, figure.unit)} ({figure.source})"
+                for label, figure in (("memory", side.memory_total), ("prefill", side.prefill), ("decode", side.decode))
             ),
         )
         for name, (side, rise) in sides.items()
@@ -163,7 +172,7 @@ def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
 
 
 def _noticed(report: Report) -> list[tuple[str, str]]:
-    """What a user will notice, with the dense model's in brackets."""
+    """Returns what a user will notice, with the dense model's in brackets."""
     dense, fitted = (report.experience[name] for name in ("dense", "fitted"))
     if report.quality.pictures:
         return _noticed_of_pictures(report)
@@ -181,18 +190,19 @@ def _noticed(report: Report) -> list[tuple[str, str]]:
 
 
 def _noticed_of_pictures(report: Report) -> list[tuple[str, str]]:
+    """Returns what a user will notice of an image generator, with the dense model's in brackets."""
     dense, fitted = (report.experience[name] for name in ("dense", "fitted"))
     rows = []
-    if (each := fitted.seconds_per_image) and (before := dense.seconds_per_image):
-        times = f"{number_text(each.value, each.unit)} (dense {number_text(before.value, before.unit)})"
+    if (time := fitted.seconds_per_image) and (before := dense.seconds_per_image):
+        times = f"{number_text(time.value, time.unit)} (dense {number_text(before.value, before.unit)})"
         at_once = pictures_text(report.quality.pictures.at_once)
-        rows.append(("speed", f"a picture takes {times}, with {at_once} at once and without the codec, {each.source}"))
+        rows.append(("speed", f"a picture takes {times}, with {at_once} at once and without the codec, {time.source}"))
     room = f"{picture_room_text(fitted, report)} at once (dense {picture_room_text(dense, report)})"
     return [*rows, ("room", f"{room}; estimated, for memory alone")]
 
 
 def _pictures(pictures: Pictures) -> list[tuple[str, str]]:
-    """How far both models' pictures are from the reference."""
+    """Returns how far both models' pictures are from the reference."""
     dense, fitted = pictures.dense, pictures.fitted
     if dense is None or fitted is None:
         return [("pictures", f"no distances: {pictures.missing}")]
@@ -213,7 +223,7 @@ def _pictures(pictures: Pictures) -> list[tuple[str, str]]:
 
 
 def _same(quality: Quality) -> list[tuple[str, str]]:
-    """How often both models say the same."""
+    """Returns how often both models answer the same."""
     rows = []
     if agreement := worst_agreement(quality.texts):
         worst = "" if len(quality.texts) == 1 else " on the worst text"
@@ -226,6 +236,7 @@ def _same(quality: Quality) -> list[tuple[str, str]]:
 
 
 def _quality(quality: Quality) -> str:
+    """Returns the grade and the rise of perplexity with its interval, on the worst text."""
     worst = max(quality.texts, key=lambda text: text.rise_percent)
     texts, document, text = ("sets", "picture", "pictures") if quality.pictures else ("texts", "document", "text")
     where = "" if len(quality.texts) == 1 else f" on the worst of {len(quality.texts)} {texts}"
@@ -236,7 +247,9 @@ def _quality(quality: Quality) -> str:
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
-    """A table for each layout: methods by line, perplexity on each text and its logarithm's rise with the interval."""
+    """Prints a table for each layout: a line for each method, with perplexity on each text and the rise of its
+    logarithm in nats per token with its interval."""
+    # The dense model, which comes first in the rows.
     dense = rows[0]
     texts = list(dense.perplexity)
     perplexities = ", ".join(f"{text} {dense.perplexity[text]:.2f}" for text in texts)
@@ -248,6 +261,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     console.print(
         "rise: log perplexity over the dense model in nats per token, measured here [95 % interval]", markup=False
     )
+    # The methods, by layout.
     columns = (
         "method",
         "ratio",
@@ -273,6 +287,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
         ]
         console.print(f"\nlayout {layout}")
         console.print(table(columns, cells, whole=[column for column in columns if not column.endswith("rise")]))
+    # Where the update of the kept weights did not help.
     for row in rows:
         if row.fell_back:
             console.print(f"{row.method} at {100 * row.ratio:.1f} %: no update helped in {row.fell_back} modules")

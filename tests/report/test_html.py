@@ -37,9 +37,9 @@ def test_a_noisy_verdict_says_what_to_do():
 
 
 @pytest.mark.parametrize("content", [estimated_content, broken_content])
-def test_a_model_not_to_ship_is_not_offered_for_shipping(content):
-    note = "what follows is for looking at it, not for shipping it"
-    assert (note in sections(content())["How do I ship it?"]) == (content is broken_content)
+def test_a_model_not_to_deploy_is_not_offered_for_deployment(content):
+    note = "what follows is for trying it, not for deploying it"
+    assert (note in sections(content())["How do I deploy it?"]) == (content is broken_content)
 
 
 def test_every_constraint_stands_with_figures_sources_and_headroom():
