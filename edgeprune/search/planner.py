@@ -1,4 +1,7 @@
-"""What a run chooses from: losses, costs of the engine or the estimator, vocabularies; and the best choice in it."""
+"""The allocation problem of a run, made of loss and cost tables, and its solutions.
+
+It does not know how the tables were measured, nor what a chosen candidate turns out to cost.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from edgeprune.search.search import Corrected
 if TYPE_CHECKING:
     from edgeprune.search.solve import Allocation, Problem
 
-STEP = 0.05  # of a limit: what one more unit of it would buy
-RUNG_STEP = 0.15  # of what pruning can still take from the chosen candidate, from one rung to the next
-SHARE_STEPS = 6  # of the bisection for the end of a frontier
+STEP = 0.05  # share by which a limit is raised to see what more of it would gain
+RUNG_STEP = 0.15  # share of what pruning can still take from the chosen candidate, for each rung
+SHARE_STEPS = 6  # steps of the bisection for the end of a frontier
 LEAST_GAIN = 1e-4  # nats per token
 
 
 @dataclass(frozen=True)
 class Planner:
-    """The problem of a run in its layout, and where its costs come from."""
+    """The problem of a run in its layout, the table of latencies in it, and the correction of its estimates."""
 
     problem: Problem
     layout: str
@@ -28,49 +31,55 @@ class Planner:
     estimator: Corrected
 
     def solve(self, room: Mapping[str, float]) -> Allocation | None:
-        """The least predicted loss within limits on the estimates; None where nothing fits."""
+        """Returns the allocation of the least predicted loss within limits on the estimates; None where none fits."""
         from edgeprune.search.solve import per_layer, uniform
 
         return (uniform if self.layout == "uniform" else per_layer)(self.problem, room)
 
     def within(self, limits: Mapping[str, float]) -> Allocation | None:
-        """The same for limits on what is obtained, as far as the estimates are corrected by now."""
+        """Returns the best allocation within limits on the obtained costs, as the estimates are corrected so far."""
         return self.solve(self.estimator.room(limits))
 
     def gains(self, limits: Mapping[str, float], chosen: Allocation) -> dict[str, float]:
-        """Nats per token that STEP more of each limit would save over what is chosen within them.
+        """Returns the nats per token that raising each limit by STEP would save over the chosen allocation.
 
-        A constraint that buys nothing is not active: another one decides.
+        A constraint whose raising saves nothing is not active: another one decides.
         """
-        loss = min(chosen.loss, found.loss) if (found := self.within(limits)) else chosen.loss
+        loss = min(chosen.loss, best.loss) if (best := self.within(limits)) else chosen.loss
         gains = {}
         for name, limit in limits.items():
-            found = self.within({**limits, name: limit * (1 + STEP)})
-            gain = 0.0 if found is None else loss - found.loss
+            raised = self.within({**limits, name: limit * (1 + STEP)})
+            gain = 0.0 if raised is None else loss - raised.loss
             gains[name] = gain if gain > LEAST_GAIN else 0.0
         return gains
 
     def smaller(self, chosen: Allocation, limits: Mapping[str, float], count: int) -> list[Allocation]:
-        """Up to `count` allocations below the chosen one, each with RUNG_STEP less of what is prunable than the one
-        before; fewer where the width grid ends or holds nothing new."""
+        """Returns up to `count` allocations below the chosen one, each RUNG_STEP smaller than the one before.
+
+        The steps are shares of what pruning can still take from the chosen one. There are fewer allocations where the
+        width grid ends or holds no new one. All of them have the chosen vocabulary: a bundle has one tokenizer.
+        """
         estimated = self.problem.estimate(chosen)
-        tokens = {chosen.vocab_size: self.problem.vocabularies[chosen.vocab_size]}  # the bundle has one tokenizer
-        planner = replace(self, problem=replace(self.problem, vocabularies=tokens))
+        vocabulary = {chosen.vocab_size: self.problem.vocabularies[chosen.vocab_size]}
+        planner = replace(self, problem=replace(self.problem, vocabularies=vocabulary))
         floor = self.problem.estimate(planner.problem.smallest)
-        found: list[Allocation] = []
+        rungs: list[Allocation] = []
         for step in range(1, count + 1):
             left = 1 - RUNG_STEP * step
             best = planner.solve({name: floor[name] + left * (estimated[name] - floor[name]) for name in limits})
-            if best is not None and best.layers not in [chosen.layers, *(rung.layers for rung in found)]:
-                found.append(best)
-        return found
+            if best is not None and best.layers not in [chosen.layers, *(rung.layers for rung in rungs)]:
+                rungs.append(best)
+        return rungs
 
     def shares(self, name: str, count: int, most_loss: float) -> list[float]:
-        """Of what the dense model costs, in equal steps down to where the predicted loss reaches `most_loss` nats."""
+        """Returns `count` shares of the dense model's cost, in equal steps down to the last one of a frontier.
+
+        At the last share the predicted loss reaches `most_loss` nats per token. name: of the cost that is limited.
+        """
         dense = self.estimator.predict(self.problem.everything)[name]
         low, high = 0.0, 1.0
         for _ in range(SHARE_STEPS):
             middle = (low + high) / 2
-            found = self.within({name: middle * dense})
-            low, high = (low, middle) if found is not None and found.loss <= most_loss else (middle, high)
+            best = self.within({name: middle * dense})
+            low, high = (low, middle) if best is not None and best.loss <= most_loss else (middle, high)
         return [1 - (1 - high) * (step + 1) / count for step in range(count)]

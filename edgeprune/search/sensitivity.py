@@ -1,4 +1,7 @@
-"""Measures what every possible cut of each module would cost, in one walk over the dense model; kept in the cache."""
+"""The measurement of the loss that every possible cut would cost, in one walk over the dense model.
+
+It does not know the budget, nor what a cut saves. The results are kept in the cache.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +45,19 @@ from edgeprune.pruning.score import Projection, Score
 from edgeprune.pruning.select import Rank, features_of, select_heads
 from edgeprune.search.widths import Sensitivities, Widths, dense_widths
 
-VERSION = 5  # of what is kept; another number measures again
-PROBE_SAMPLES = 16  # with fewer, wide modules look worse than they are: their update is under-determined
+VERSION = 5  # of the kept results; another number measures again
+PROBE_SAMPLES = 16  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
 PROBE_HELD_OUT = 8
-LEAST_RISE = 1e-4  # nats per token; noise may make a small cut look free
+LEAST_RISE = 1e-4  # nats per token; noise may make a small cut seem free
 
 
 def sensitivities_of(model: Model, ids: np.ndarray, method: str, seed: int, progress: Progress) -> Sensitivities:
-    """Sensitivities with their measured response, for a method's score and samples (samples, length) int64."""
+    """Returns the sensitivities with their measured response, from the cache or measured now.
+
+    ids: calibration samples (samples, tokens) int64; method: the name of the pruning method whose score and recovery
+    are used. Raises InputError for an unknown method, and NumericalError where activations are not finite.
+    """
+    # The key holds all that the result depends on.
     how = method_named(method)
     named = f"{VERSION} {model.fingerprint} {how.score.__name__} {how.recovery.value} {seed}"
     key = hashlib.sha256(named.encode() + ids.tobytes()).hexdigest()
@@ -57,23 +65,29 @@ def sensitivities_of(model: Model, ids: np.ndarray, method: str, seed: int, prog
     if not path.is_file():
         samples = torch.from_numpy(ids)
         advance = progress.stage("measure sensitivities", 3 * len(model.decoder.layers))
-        found = measure_sensitivities(model, samples, how.score, seed, advance)
+        sensitivities = measure_sensitivities(model, samples, how.score, seed, advance)
         advance = progress.stage("probe the loss", 4)
-        found = measure_response(model, samples, found, how, seed, advance)
+        sensitivities = measure_response(model, samples, sensitivities, how, seed, advance)
+        # Replace the file at once, so that another run never reads half of it.
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{key}.{os.getpid()}.npz")
-        np.savez(temporary, attention=found.attention, mlp=found.mlp, response=found.response)
+        np.savez(temporary, attention=sensitivities.attention, mlp=sensitivities.mlp, response=sensitivities.response)
         temporary.replace(path)
     with np.load(path) as arrays:
         return Sensitivities(arrays["attention"], arrays["mlp"], arrays["response"])
 
 
 def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Rank) -> np.ndarray:
-    """Errors (num_key_value_heads + 1, heads_per_group) of keeping that many groups of that many heads."""
+    """Returns the errors (num_key_value_heads + 1, heads_per_group) fp64, at [g, r - 1] for g kept groups of r heads.
+
+    weight: (out_features, query_size), of the output projection; moments: (query_size, query_size) fp64, of its
+    inputs; rank: scores of the units of a size.
+    """
     errors = np.zeros((attention.num_key_value_heads + 1, attention.heads_per_group))
     errors[0] = nested_errors(weight, moments, torch.arange(attention.query_size))[0]
     for groups in range(1, attention.num_key_value_heads + 1):
         for heads_per_group in range(1, attention.heads_per_group + 1):
+            # Order the features as this cut would: the kept ones first.
             _, heads = select_heads(rank, attention, groups, heads_per_group)
             kept = features_of(heads, attention.head_dim)
             is_removed = torch.ones(attention.query_size, dtype=torch.bool)
@@ -91,29 +105,31 @@ def _projections(
     on_layer: Callable[[], None],
     scales: list[dict[str, torch.Tensor]] | None = None,
 ) -> Iterator[tuple[Layer, str, list[Projection]]]:
-    """Every module's output projection, those of all its experts where it has some, on the dense stream; the inputs
-    times the scales (b, t) if given.
+    """Yields every module's layer, kind and output projections, one or those of all its experts, on the dense stream.
 
-    With scales, a norm of the output is taken as the division by its length, which it is but for that length's change.
+    ids: (b, t) int64; scales: factors (b, t) of the inputs, by layer and kind. With scales, a norm behind the output
+    projection is taken as a division by the output's length, as if a cut did not change that length.
     """
     decoder = model.decoder
     generator = torch.Generator().manual_seed(seed)
     tables = Tables(decoder, ids.shape[1])
-    hidden = embed(model, ids)
+    hidden = embed(model, ids)  # (b, t, c)
     for index, layer in enumerate(decoder.layers):
         weights = layer_weights(model, index)
         source = entering(decoder, hidden)
         for kind in modules_of(decoder, index):
+            # Of a module with experts, every expert's projection on its own tokens.
             if has_experts(decoder, index, kind):
                 scale = torch.ones(1, 1, 1) if scales is None else scales[index][kind][..., None]
                 states = module_states(decoder, kind, weights, source)
-                every = expert_inputs(states, weights, layer.mlp, scale)
-                yield layer, kind, [expert_projection(found, weights, generator) for found in every]
+                experts = expert_inputs(states, weights, layer.mlp, scale)
+                yield layer, kind, [expert_projection(expert, weights, generator) for expert in experts]
                 hidden += module_output(decoder, kind, weights, experts_output(states, weights, layer.mlp))
                 continue
-            weight = weights[OUTPUT[kind]]
-            inputs = module_inputs(decoder, index, kind, weights, source, tables)
-            raw = F.linear(inputs, weight, weights.get(BIAS[kind]))
+            # Of any other module its one projection, while the stream moves on through the module.
+            weight = weights[OUTPUT[kind]]  # (c, in_features)
+            inputs = module_inputs(decoder, index, kind, weights, source, tables)  # (b, t, in_features)
+            raw = F.linear(inputs, weight, weights.get(BIAS[kind]))  # (b, t, c)
             hidden += module_output(decoder, kind, weights, raw)
             if scales is not None:
                 inputs *= scales[index][kind][..., None]
@@ -127,18 +143,20 @@ def _projections(
 def measure_sensitivities(
     model: Model, ids: torch.Tensor, score: Score, seed: int, on_layer: Callable[[], None] = lambda: None
 ) -> Sensitivities:
-    """Sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
+    """Returns the sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
 
-    A change dy_t of a module's output costs about 1/2 E[(g_t . dy_t)^2] nats, with g_t the gradient of
-    the sampled loss behind the module. Its direction is taken as independent of that of dy_t:
-    1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens, the least squares error of moments that are
-    weighted by ||g_t||^2. on_layer is called three times for each layer.
+    A change dy_t of a module's output costs about 1/2 E[(g_t . dy_t)^2] nats, with g_t the gradient of the sampled
+    loss behind the module. The direction of g_t is taken as independent of that of dy_t, which gives
+    1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens: the least squares error of moments that are weighted by
+    ||g_t||^2. on_layer is called three times for each layer.
     """
+    # Scale every token's inputs by the square root of its weight.
     share = 1 / (2 * model.decoder.hidden_size * ids.numel())
     scales = [
         {kind: (energy * share).sqrt() for kind, energy in layer.items()}
         for layer in token_gradients(model, ids, seed, on_layer)
     ]
+    # Compute the errors of all cuts of a module from the moments of these inputs.
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
     for layer, kind, projections in _projections(model, ids, seed, on_layer, scales):
         if kind == "attention":
@@ -146,12 +164,12 @@ def measure_sensitivities(
             rank = functools.cache(functools.partial(score, projection))
             errors[kind].append(attention_errors(projection.weight, projection.gram, layer.attention, rank))
         else:
-            errors[kind].append(np.sum([_channel_errors(each, score) for each in projections], axis=0))
+            errors[kind].append(np.sum([_channel_errors(projection, score) for projection in projections], axis=0))
     return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]))
 
 
 def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
-    """Errors (intermediate_size + 1,) of keeping that many channels; none where no token came by."""
+    """Returns the errors (intermediate_size + 1,) fp64, at [k] for k kept channels; zeros where no tokens came."""
     if not projection.inputs.numel():
         return np.zeros(projection.weight.shape[1] + 1)
     order = torch.sort(score(projection, 1, 1), descending=True, stable=True).indices
@@ -161,19 +179,24 @@ def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
 def measure_scores(
     model: Model, ids: torch.Tensor, score: Score, seed: int, on_layer: Callable[[], None] = lambda: None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Scores of every layer's key/value groups and of its channels, on the dense stream; of experts the mean of
-    their sorted ones."""
+    """Returns the scores of every layer's key/value groups and of its channels, on the dense stream.
+
+    They are (num_key_value_heads,) and (intermediate_size,) fp64 for each layer; of a layer with experts, the mean of
+    the sorted scores of its experts. ids: calibration samples (samples, tokens) int64.
+    """
     scores: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
     for layer, kind, projections in _projections(model, ids, seed, on_layer):
         unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
-        seen = [each for each in projections if each.inputs.numel()]
-        found = [score(each, unit, 1).numpy() for each in seen]
-        scores[kind].append(found[0] if len(projections) == 1 else np.mean([np.sort(each) for each in found], axis=0))
+        with_tokens = [projection for projection in projections if projection.inputs.numel()]
+        unit_scores = [score(projection, unit, 1).numpy() for projection in with_tokens]
+        scores[kind].append(
+            unit_scores[0] if len(projections) == 1 else np.mean([np.sort(row) for row in unit_scores], axis=0)
+        )
     return scores["attention"], scores["mlp"]
 
 
 def probe_widths(dense: Widths) -> list[Widths | None]:
-    """One cut of a quarter of each kind: groups, query heads, channels; None where nothing can go."""
+    """Returns the widths with a quarter of the groups, query heads or channels removed; None where none can be."""
 
     def cut(size: int) -> int:
         return size - max(1, size // 4)
@@ -195,15 +218,19 @@ def measure_response(
     seed: int,
     on_probe: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
-    """The sensitivities with their response measured: one small pruning for each kind of cut.
+    """Returns the sensitivities with their response, which is measured by one small pruning for each kind of cut.
 
-    ids (samples, tokens): the first half calibrates each probe, the second half gives the loss, up to a few of each.
+    ids: calibration samples (samples, tokens) int64. Each probe is pruned with the first PROBE_SAMPLES of the first
+    half; its loss is measured on the last PROBE_HELD_OUT of the second half. on_probe is called once for the dense
+    model and once for each kind.
     """
     half = max(1, len(ids) // 2)
     fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
+    # The loss of the dense model, which rises are measured from.
     dense = dense_widths(model.decoder)
     base = float(token_losses(model.decoder, weight_stream(model), held_out).mean())
     on_probe()
+    # The ratio of the measured rise to the predicted one, for each kind of cut.
     response = np.zeros(3)
     for kind, widths in enumerate(probe_widths(dense)):
         if widths is not None:

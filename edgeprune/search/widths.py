@@ -1,6 +1,7 @@
-"""Widths and what every cut of them costs; the baselines' ways to choose them. The best choice is optimize.py's.
+"""Widths, the predicted loss of every cut, and the ways in which baselines choose widths.
 
-Pure: numbers in, numbers out; of the model it sees the description.
+Pure: numbers in, numbers out; it knows the description of a model and not its weights. The best widths are chosen in
+solve.py.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from edgeprune.search.module_costs import ModuleCosts, Widths, additive, channel
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Loss in nats per token that each cut of one module is predicted to cost after compensation.
+    """The loss in nats per token that each cut of one module is predicted to cost after compensation.
 
-    attention: (layers, num_key_value_heads + 1, heads_per_group) fp64, at [l, g, r - 1] for g kept
-    groups of r query heads; mlp: (layers, intermediate_size + 1) fp64, at [l, k] for k kept channels.
-    response: measured over predicted loss, for removed groups, removed query heads and removed channels.
+    attention: (layers, num_key_value_heads + 1, heads_per_group) fp64, at [l, g, r - 1] for g kept groups of r query
+    heads; mlp: (layers, intermediate_size + 1) fp64, at [l, k] for k kept channels; response: (3,), the ratio of
+    measured to predicted loss, for removed groups, removed query heads and removed channels.
     """
 
     attention: np.ndarray
@@ -28,26 +29,27 @@ class Sensitivities:
     response: np.ndarray = field(default_factory=lambda: np.ones(3))
 
     def errors(self, layer: int, widths: Widths) -> np.ndarray:
-        """Predicted losses (3,) of the removed groups, query heads and channels of a layer, before the response."""
+        """Returns the predicted losses (3,) of a layer's removed groups, query heads and channels, without response."""
         groups = self.attention[layer, widths.num_key_value_heads, -1]
-        both = self.attention[layer, widths.num_key_value_heads, widths.heads_per_group - 1]
-        return np.array([groups, both - groups, self.mlp[layer, widths.intermediate_size]])
+        groups_and_heads = self.attention[layer, widths.num_key_value_heads, widths.heads_per_group - 1]
+        return np.array([groups, groups_and_heads - groups, self.mlp[layer, widths.intermediate_size]])
 
     def loss(self, widths: Sequence[Widths]) -> float:
-        """Predicted rise of the loss in nats per token with these widths, one for each layer."""
+        """Returns the predicted rise of the loss in nats per token with these widths, one for each layer."""
         return float(sum(self.response @ self.errors(layer, width) for layer, width in enumerate(widths)))
 
     def uniform_errors(self, widths: Widths) -> np.ndarray:
+        """Returns the sums (3,) of `errors` over all layers with the same widths."""
         return np.sum([self.errors(layer, widths) for layer in range(len(self.mlp))], axis=0)
 
 
 def dense_widths(decoder: Decoder) -> Widths:
-    """The widths of a model whose layers are all alike."""
+    """Returns the widths of a model whose layers are all alike."""
     return Widths(*decoder.layer_widths[0])
 
 
 def parameter_costs(decoder: Decoder) -> ModuleCosts:
-    """Parameters in the matrices of every attention and MLP."""
+    """Returns the number of parameters in the matrices of an attention and of an MLP, by their widths."""
     full = dense_widths(decoder)
     attention = [
         [layer_parameters(decoder, Widths(g, r, 0)) for r in range(1, full.heads_per_group + 1)]
@@ -58,7 +60,7 @@ def parameter_costs(decoder: Decoder) -> ModuleCosts:
 
 
 def layer_parameters(decoder: Decoder, widths: Widths) -> int:
-    """Parameters in the matrices of one layer of the decoder with these widths."""
+    """Returns the number of parameters in the matrices of one layer of the decoder with these widths."""
     groups, heads, channels = widths
     layer = decoder.layers[0]
     attention = 2 * groups * (heads + 1) * layer.attention.head_dim
@@ -73,7 +75,7 @@ Cost = Callable[[Widths], int]  # of one layer, additive over its attention and 
 
 
 def uniform_options(dense: Widths, multiple: int) -> list[Widths]:
-    """All widths of the uniform layout, the dense one included: `multiple` is that of the MLP channels."""
+    """Returns all widths of the uniform layout, the dense ones included; multiple: of the MLP channels."""
     return [
         Widths(groups, heads, size)
         for groups in range(1, dense.num_key_value_heads + 1)
@@ -83,9 +85,10 @@ def uniform_options(dense: Widths, multiple: int) -> list[Widths]:
 
 
 def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int, least: int) -> list[Widths] | None:
-    """No allocation at all: the uniform widths that take the most equal shares from heads and channels.
+    """Returns the uniform widths that keep the most equal shares of heads and channels: the baseline of no allocation.
 
-    None where nothing fits between `least` and capacity.
+    cost: of one layer; capacity, least: the limits of the summed cost. Returns None where no widths cost between
+    `least` and `capacity`.
     """
     options = [w for w in uniform_options(dense, multiple) if least <= layers * cost(w) <= capacity]
 
@@ -102,15 +105,17 @@ def even(dense: Widths, layers: int, cost: Cost, capacity: int, multiple: int, l
 def standardised_cut(
     groups: Sequence[np.ndarray], channels: Sequence[np.ndarray], dense: Widths, cost: Cost, capacity: int
 ) -> list[Widths]:
-    """FLAP's allocation: one cut over the standardised scores of all groups and channels, by summed cost.
+    """Returns FLAP's allocation: one cut over the standardised scores of all groups and channels of a model.
 
-    groups[l] and channels[l] are the scores of a layer's key/value groups and channels. One of each
-    stays in every layer.
+    groups, channels: the scores (num_key_value_heads,) and (intermediate_size,) of each layer; cost: of one layer;
+    capacity: the limit of the summed cost. One group and one channel stay in every layer.
     """
+    # List every unit but the best of each module: score, cost, layer, and 0 for a group or 1 for a channel.
     group_cost = cost(Widths(1, dense.heads_per_group, 0))
     channel_cost = cost(Widths(0, 1, 1))
     units = [(value, group_cost, layer, 0) for layer, row in enumerate(groups) for value in np.sort(row)[:-1]]
     units += [(value, channel_cost, layer, 1) for layer, row in enumerate(channels) for value in np.sort(row)[:-1]]
+    # Take the units by falling score, until one does not fit any more.
     kept = [[1, 1] for _ in groups]
     used = len(groups) * (group_cost + channel_cost)
     for _, price, layer, kind in sorted(units, key=lambda unit: -unit[0]):
