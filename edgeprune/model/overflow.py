@@ -1,8 +1,8 @@
-"""Whether fp16 holds what a model computes: the largest values on given samples, found before an engine is built.
+"""The check that fp16 holds what a model computes: the largest values on given samples, before an engine is built.
 
-The walk is in fp32, so that it goes on where fp16 would not. It looks at every tensor that the fp16 graph writes
-(engine/graph_ops.py, engine/graph_attention.py), but for those that another one bounds, and for those within gelu,
-whose infinity tanh or sigmoid takes to the right 1 or 0.
+It walks the model in fp32, so that it goes on where fp16 would not. It covers every tensor that the fp16 graph writes
+(engine/onnx/ops.py, engine/onnx/attention.py), except for those that another one bounds, and for those within gelu,
+whose infinity tanh or sigmoid turns into the right 1 or 0. It does not know which GPU or engine will run the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgeprune.model.model import Model
 
 LIMIT = 65504.0  # the largest number of fp16
-CLOSE = 0.5  # share of it from which a model is said to be near
+CLOSE = 0.5  # share of LIMIT from which the user is warned
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class Peak:
 
 
 def check_fp16(peaks: Iterator[Peak], remedy: str) -> Peak:
-    """The largest of the peaks. Raises NumericalError at the first that fp16 does not hold."""
+    """Returns the largest of the peaks. Raises NumericalError, with the remedy, at the first beyond fp16."""
     largest = Peak("", "", 0.0)
     for peak in peaks:
         if not peak.value <= LIMIT:
             raise NumericalError(str(peak), remedy)
-        largest = max(largest, peak, key=lambda one: one.value)
+        largest = max(largest, peak, key=lambda peak: peak.value)
     return largest
 
 
 def activation_peaks(model: Model, ids: torch.Tensor, on_layer: Callable[[], None] = lambda: None) -> Iterator[Peak]:
-    """Peaks of a model on ids (samples, tokens) int64 as the walk comes to them: it ends where its reader does.
+    """Yields the peaks of a model on ids (samples, tokens) int64, layer by layer, so that its reader can stop the walk.
 
-    One layer's weights and the samples' hidden states are held. Raises NumericalError naming the layer where values
-    are not finite in fp32 either.
+    One layer's weights and the hidden states of all samples are in memory. Raises NumericalError naming the layer where
+    values are not finite in fp32 either.
     """
     import torch
 
@@ -58,145 +58,176 @@ def activation_peaks(model: Model, ids: torch.Tensor, on_layer: Callable[[], Non
 
     decoder = model.decoder
     tables = Tables(decoder, ids.shape[1])
-    hidden = embed(model, ids)
+    hidden = embed(model, ids)  # (b, t, c)
     yield Peak("embedding", "its output", _largest(hidden))
+    # Walk the layers; the hidden states are replaced in place.
     for index in range(len(decoder.layers)):
-        weights, seen = layer_weights(model, index), _Seen()
+        weights, record = layer_weights(model, index), _Recorder()
         with torch.inference_mode():
-            for part in row_chunks(hidden, CHUNK_TOKENS):
-                part.copy_(_behind_layer(model, index, weights, part, tables, seen))
-        yield from (Peak(f"layer {index} {kind}", tensor, value) for (kind, tensor), value in seen.values.items())
+            for hidden_part in row_chunks(hidden, CHUNK_TOKENS):
+                hidden_part.copy_(_behind_layer(model, index, weights, hidden_part, tables, record))
+        yield from (Peak(f"layer {index} {kind}", tensor, value) for (kind, tensor), value in record.values.items())
         on_layer()
+    # The head, on the states behind the last layer.
     with torch.inference_mode():
-        seen = _Seen()
-        _look_at_head(model, hidden.flatten(0, 1), seen)
-    yield from (Peak(kind, tensor, value) for (kind, tensor), value in seen.values.items())
+        record = _Recorder()
+        _record_head(model, hidden.flatten(0, 1), record)
+    yield from (Peak(kind, tensor, value) for (kind, tensor), value in record.values.items())
 
 
 def _largest(tensor: torch.Tensor) -> float:
+    """Returns the largest absolute value of a tensor."""
     low, high = tensor.aminmax()
     return max(-float(low), float(high))
 
 
 @dataclass
-class _Seen:
-    """The largest absolute value of every tensor, by the module and its own name, over all chunks."""
+class _Recorder:
+    """The largest absolute value of every tensor that it was called with, over all chunks.
+
+    values: by the kind of module and the tensor's name.
+    """
 
     values: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __call__(self, kind: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Records a tensor and returns it."""
         self.values[kind, name] = max(_largest(tensor), self.values.get((kind, name), 0.0))
         return tensor
 
 
 def _behind_layer(
-    model: Model, index: int, weights: LayerWeights, hidden: torch.Tensor, tables: Tables, seen: _Seen
+    model: Model, index: int, weights: LayerWeights, hidden: torch.Tensor, tables: Tables, record: _Recorder
 ) -> torch.Tensor:
-    """The residual stream (b, t, c) before a layer -> behind it."""
+    """Returns the residual stream behind a layer for hidden (b, t, c) before it, and records the layer's tensors."""
     import torch
 
     from edgeprune.model.forward import check_finite, module_output, module_states, modules_of
 
     decoder = model.decoder
-    added = torch.zeros_like(hidden)  # and not yet in the stream, where the modules run in parallel
+    # Modules that run in parallel all read the stream as it enters; their sum is added at the end.
+    added = torch.zeros_like(hidden)  # (b, t, c)
     for kind in modules_of(decoder, index):
         x = module_states(decoder, kind, weights, hidden)
         if decoder.norms != "after":
-            seen(kind, "norm", x)
+            record(kind, "norm", x)
         if kind == "attention":
-            raw = _attention(x, weights, decoder.layers[index].attention, tables, decoder.norm_eps, seen)
+            raw = _attention(x, weights, decoder.layers[index].attention, tables, decoder.norm_eps, record)
         else:
-            raw = _mlp(x, weights, decoder.layers[index].mlp, seen)
+            raw = _mlp(x, weights, decoder.layers[index].mlp, record)
         check_finite(raw, index, kind)
         output = module_output(decoder, kind, weights, raw)
         if decoder.norms != "before":
-            seen(kind, "norm of the output", output)
+            record(kind, "norm of the output", output)
         if decoder.parallel:
-            added = seen(kind, "the sum of attention and mlp", added + output)
+            added = record(kind, "the sum of attention and mlp", added + output)
         else:
-            hidden = seen(kind, "the residual stream", hidden + output)
-    return seen(kind, "the residual stream", hidden + added) if decoder.parallel else hidden
+            hidden = record(kind, "the residual stream", hidden + output)
+    return record(kind, "the residual stream", hidden + added) if decoder.parallel else hidden
 
 
 def _attention(
-    x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float, seen: _Seen
+    x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float, record: _Recorder
 ) -> torch.Tensor:
-    """The context is a mean of values, and a query that is not yet turned is as long as the turned one, but before a
-    picture's first token, where turning ends in zeros."""
+    """Returns the attention's output (b, t, c), before any norm, for its input x (b, t, c), and records its tensors.
+
+    The context needs no record: it is a mean of values. A query before its rotation is as long as after it, except at a
+    picture's first token, where the rotation gives zeros: it is recorded for grids, for norms of queries and keys, and
+    where the rotated one is longer than LIMIT.
+    """
     import torch.nn.functional as F
 
     from edgeprune.model.forward import attend, attention_heads
 
+    # Queries, keys and values, and the projections that norm or rotation may have made smaller.
     query, key, value = attention_heads(x, weights, attention, tables, eps)
-    changes = attention.qk_norm is not None or (attention.rotary is not None and attention.rotary.grid is not None)
-    for name, heads in (("q", query), ("k", key), ("v", value)):
-        seen("attention", name, heads)
-        if name != "v" and (changes or float(heads.norm(dim=-1).max()) > LIMIT):
-            raw = F.linear(x, weights[f"attention.{name}"], weights.get(f"attention.{name}_bias"))
-            seen("attention", f"{name} before norm and turn", raw)
-    _look_at_scores(query, key, attention, seen)
-    context = attend(query, key, value, attention, tables.masks[attention.window])
-    return seen("attention", "o", F.linear(context, weights["attention.o"], weights.get("attention.o_bias")))
+    changes_length = attention.qk_norm is not None or (
+        attention.rotary is not None and attention.rotary.grid is not None
+    )
+    for name, states in (("q", query), ("k", key), ("v", value)):
+        record("attention", name, states)
+        if name != "v" and (changes_length or float(states.norm(dim=-1).max()) > LIMIT):
+            projected = F.linear(x, weights[f"attention.{name}"], weights.get(f"attention.{name}_bias"))
+            record("attention", f"{name} before norm and rotation", projected)
+    # Scores, context and output.
+    _record_scores(query, key, attention, record)
+    context = attend(query, key, value, attention, tables.masks[attention.window])  # (b, t, h * d)
+    return record("attention", "o", F.linear(context, weights["attention.o"], weights.get("attention.o_bias")))
 
 
-def _look_at_scores(query: torch.Tensor, key: torch.Tensor, attention: Attention, seen: _Seen) -> None:
-    """All pairs: masked ones are computed too. Only where the lengths of queries and keys do not exclude it."""
+def _record_scores(query: torch.Tensor, key: torch.Tensor, attention: Attention, record: _Recorder) -> None:
+    """Records the scores of all pairs, masked ones too, as the graph computes them.
+
+    query: (b, h, t, d); key: (b, k, t, d). Where the lengths of queries and keys exclude a score beyond LIMIT, nothing
+    is computed or recorded.
+    """
     scale = attention.score_scale / (attention.softcap or 1.0)
     queries = query.unflatten(1, (attention.num_key_value_heads, -1))  # (b, k, g, t, d)
-    lengths = queries.norm(dim=-1).amax(dim=(0, 2, 3)) * key.norm(dim=-1).amax(dim=(0, 2))
+    lengths = queries.norm(dim=-1).amax(dim=(0, 2, 3)) * key.norm(dim=-1).amax(dim=(0, 2))  # (k,)
     if float(lengths.max()) * scale <= LIMIT:
         return
-    for own, keys in zip(queries.flatten(0, 1), key.flatten(0, 1), strict=True):
-        seen("attention", "the product of q and k", own * scale @ keys.mT)
+    # One key/value head of one sample at a time: (g, t, d) by (d, t).
+    for group_queries, group_keys in zip(queries.flatten(0, 1), key.flatten(0, 1), strict=True):
+        record("attention", "the product of q and k", group_queries * scale @ group_keys.mT)
 
 
-def _mlp(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, seen: _Seen) -> torch.Tensor:
+def _mlp(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, record: _Recorder) -> torch.Tensor:
+    """Returns the MLP's output (b, t, c), before any norm, for its input x (b, t, c), and records its tensors."""
     import torch.nn.functional as F
 
     if mlp.experts is None:
-        return seen(
+        return record(
             "mlp",
             "down",
-            F.linear(_inner(x, weights, mlp, "mlp.", seen), weights["mlp.down"], weights.get("mlp.down_bias")),
+            F.linear(_inner(x, weights, mlp, "mlp.", record), weights["mlp.down"], weights.get("mlp.down_bias")),
         )
-    return _experts(x, weights, mlp, seen)
+    return _experts(x, weights, mlp, record)
 
 
-def _inner(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str, seen: _Seen) -> torch.Tensor:
-    """The input of the down projection."""
+def _inner(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str, record: _Recorder) -> torch.Tensor:
+    """Returns the input (..., i) of the down projection for the MLP's input x (..., c), and records its tensors.
+
+    prefix: of the weights' names; an expert's is `mlp.experts.{e}.`.
+    """
     import torch.nn.functional as F
 
     from edgeprune.model.forward import ACTIVATIONS
 
-    parts = [
-        seen("mlp", name, F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")))
+    projected = [
+        record("mlp", name, F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")))
         for name in mlp.inputs
     ]
-    activated = ACTIVATIONS[mlp.activation](parts[0])
-    return seen("mlp", "gate times up", activated * parts[1]) if mlp.gated else activated
+    activated = ACTIVATIONS[mlp.activation](projected[0])
+    return record("mlp", "gate times up", activated * projected[1]) if mlp.gated else activated
 
 
-def _experts(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, seen: _Seen) -> torch.Tensor:
-    """Every expert on every token, as in the graph: infinity times a share of 0 would be no number."""
+def _experts(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, record: _Recorder) -> torch.Tensor:
+    """Returns the sum (b, t, c) of the experts for their input x (b, t, c), and records its tensors.
+
+    Every expert runs on every token, as in the graph: infinity times a share of 0 would not be a number.
+    """
     import torch
     import torch.nn.functional as F
 
     from edgeprune.model.forward import routed
 
-    flat = x.flatten(0, 1)
-    seen("mlp", "router", F.linear(flat, weights["mlp.router"]))
-    chosen, taken = routed(flat, weights, mlp.experts)
-    shares = torch.zeros(len(flat), mlp.experts.num_experts).scatter_(1, chosen, taken)
+    flat = x.flatten(0, 1)  # (n, c)
+    record("mlp", "router", F.linear(flat, weights["mlp.router"]))
+    chosen, chosen_shares = routed(flat, weights, mlp.experts)
+    shares = torch.zeros(len(flat), mlp.experts.num_experts).scatter_(1, chosen, chosen_shares)  # (n, num_experts)
     total = torch.zeros_like(flat)
     for expert in range(mlp.experts.num_experts):
         prefix = f"mlp.experts.{expert}."
-        each = F.linear(_inner(flat, weights, mlp, prefix, seen), weights[prefix + "down"])
-        total += seen("mlp", "down", each) * shares[:, expert, None]
-    return seen("mlp", "the sum of experts", total).view_as(x)
+        output = F.linear(_inner(flat, weights, mlp, prefix, record), weights[prefix + "down"])  # (n, c)
+        total += record("mlp", "down", output) * shares[:, expert, None]
+    return record("mlp", "the sum of experts", total).view_as(x)
 
 
-def _look_at_head(model: Model, hidden: torch.Tensor, seen: _Seen) -> None:
-    """hidden: (n, c). The logits only where the lengths of states and of the head's rows do not exclude it."""
+def _record_head(model: Model, hidden: torch.Tensor, record: _Recorder) -> None:
+    """Records the final norm of hidden (n, c) and the logits.
+
+    Where the lengths of states and of the head's rows exclude a logit beyond LIMIT, logits are not computed.
+    """
     import torch.nn.functional as F
 
     from edgeprune.model.forward import LOGIT_ROWS, normed
@@ -204,8 +235,8 @@ def _look_at_head(model: Model, hidden: torch.Tensor, seen: _Seen) -> None:
     decoder = model.decoder
     norm = {name: model.weights[name].float() for name in decoder.norm_shapes("norm")}
     head = model.weights["embedding" if decoder.tie_word_embeddings else "head"].float()
-    states = seen("head", "norm", normed(decoder, hidden, norm, "norm"))
+    states = record("head", "norm", normed(decoder, hidden, norm, "norm"))
     if float(states.norm(dim=-1).max() * head.norm(dim=-1).max()) <= LIMIT:
         return
-    for part in states.split(LOGIT_ROWS):
-        seen("head", "logits", F.linear(part, head))
+    for chunk_states in states.split(LOGIT_ROWS):
+        record("head", "logits", F.linear(chunk_states, head))

@@ -1,4 +1,7 @@
-"""Rotary frequencies from a configuration, as transformers computes them; no framework is needed."""
+"""Rotary frequencies of a model's configuration, computed as transformers does.
+
+It needs no framework and does not know which layers use the frequencies.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,15 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 class SenselessError(ValueError):
-    """A parameter that no model has; its text names it."""
+    """A parameter that makes no sense for any model; the message names it."""
 
 
 def rope_parameters(config: Parameters) -> dict[str, Any]:
-    """Newer files say rope_parameters, older rope_scaling; transformers prefers the latter where both are there."""
+    """Returns the rope parameters of a configuration; empty where it has none.
+
+    Newer files have `rope_parameters`, older ones `rope_scaling`; transformers prefers the latter where both are there.
+    Raises SenselessError for anything but a mapping.
+    """
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise SenselessError(f"rope parameters {parameters!r}")
@@ -26,19 +33,22 @@ def rope_parameters(config: Parameters) -> dict[str, Any]:
 
 
 def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: float = 10000.0) -> Rotary:
-    """The angles of one set of rope parameters; theta: where they and the configuration name none.
+    """Returns the rotary embedding of one set of rope parameters.
 
-    config: for what stands beside them in a configuration. Raises SenselessError, KeyError or ArithmeticError
-    for parameters that make no sense, and InputError for a kind of scaling that is not known.
+    config: the configuration that may have some of them beside the set; theta: the base where neither names one.
+    Raises SenselessError, KeyError or ArithmeticError for parameters that make no sense, and InputError for an unknown
+    kind of scaling.
     """
+    # The frequencies without scaling, of the part of a head that is rotated.
     base = float(parameters.get("rope_theta") or config.get("rope_theta") or theta)
     if not 0 < base < math.inf:
         raise SenselessError(f"rope_theta {base}")
     partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    turned = int(head_dim * float(partial))
-    if turned % 2 or not 0 < turned <= head_dim:
+    rotary_dim = int(head_dim * float(partial))
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise SenselessError(f"partial_rotary_factor {partial} of head_dim {head_dim}")
-    frequencies = tuple(base ** (-2.0 * pair / turned) for pair in range(turned // 2))
+    frequencies = tuple(base ** (-2.0 * pair / rotary_dim) for pair in range(rotary_dim // 2))
+    # Scale them as the parameters' kind asks for.
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "su":  # Phi-3's name of 2024
         kind = "longrope"
@@ -58,9 +68,10 @@ def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: 
 
 
 def longrope_context(parameters: Parameters, config: Parameters) -> int | None:
-    """Positions for which longrope's short factors hold, None for other kinds of scaling.
+    """Returns the number of positions for which longrope's short factors hold; None for other kinds of scaling.
 
-    Beyond them transformers takes other factors for all positions, which no cache of rotated keys allows.
+    Beyond them transformers takes other factors for all positions, which would change keys that are already rotated and
+    in the KV cache.
     """
     if (parameters.get("rope_type") or parameters.get("type")) not in ("longrope", "su"):
         return None
@@ -68,13 +79,17 @@ def longrope_context(parameters: Parameters, config: Parameters) -> int | None:
 
 
 def _original(parameters: Parameters, config: Parameters) -> int:
+    """Returns the context that the model was trained with before its rope was scaled."""
     name = "original_max_position_embeddings"
     return int(parameters.get(name) or config.get(name) or config["max_position_embeddings"])
 
 
 def _llama3(frequency: float, parameters: Parameters) -> float:
-    """Llama 3.1's scaling: a pair that turns `high` times or more within the original context keeps its
-    frequency, one that turns `low` times or fewer has it divided by `factor`, between them it is blended."""
+    """Returns a frequency after Llama 3.1's scaling.
+
+    A pair that turns `high` times or more within the original context keeps its frequency, one that turns `low` times
+    or fewer has it divided by `factor`; between them the two are blended.
+    """
     factor, low, high, context = (
         float(parameters[name])
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -87,35 +102,49 @@ def _llama3(frequency: float, parameters: Parameters) -> float:
 
 
 def _yarn(frequencies: tuple[float, ...], base: float, parameters: Parameters, config: Parameters) -> Rotary:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs keep their frequency, slow ones are interpolated."""
-    factor, context, turned = float(parameters["factor"]), _original(parameters, config), 2 * len(frequencies)
+    """Returns the rotary embedding of YaRN (Peng et al. 2023, arXiv 2309.00071).
+
+    Pairs that turn fast keep their frequency, slow ones are interpolated.
+    """
+    factor, context, rotary_dim = float(parameters["factor"]), _original(parameters, config), 2 * len(frequencies)
 
     def pair(rotations: float) -> float:
-        """The pair that turns this often within the original context."""
-        return turned * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        """Returns the pair, as a fraction, that turns this often within the original context."""
+        return rotary_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
+    # The range of pairs between the fast and the slow ones.
     low, high = pair(float(parameters.get("beta_fast") or 32)), pair(float(parameters.get("beta_slow") or 1))
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, turned - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     span = high - low if high != low else 0.001
+    # Divide the slow pairs by the factor, and blend within the range.
     scaled = []
     for index, frequency in enumerate(frequencies):
         interpolated = min(1.0, max(0.0, (index - low) / span))
         scaled.append(frequency / factor * interpolated + frequency * (1 - interpolated))
+    # The factor of cos and sin, where the parameters do not give it.
     scaling = parameters.get("attention_factor")
     if scaling is None:
-        one, every = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        scaling = _mscale(factor, one) / _mscale(factor, every) if one and every else _mscale(factor, 1.0)
+        mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        scaling = (
+            _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+            if mscale and mscale_all_dim
+            else _mscale(factor, 1.0)
+        )
     return Rotary(tuple(scaled), float(scaling))
 
 
 def _mscale(factor: float, weight: float) -> float:
+    """Returns YaRN's factor of cos and sin for a scaling factor: 0.1 * weight * ln(factor) + 1, or 1 up to factor 1."""
     return 1.0 if factor <= 1 else 0.1 * float(weight) * math.log(factor) + 1.0
 
 
 def _longrope(frequencies: tuple[float, ...], parameters: Parameters, config: Parameters) -> Rotary:
-    """LongRoPE (Ding et al. 2024, arXiv 2402.13753) within the original context: the short factors."""
+    """Returns the rotary embedding of LongRoPE (Ding et al. 2024, arXiv 2402.13753) with its short factors.
+
+    They hold within the original context.
+    """
     short = [float(value) for value in parameters["short_factor"]]
     if len(short) != len(frequencies):
         raise SenselessError(f"{len(short)} short_factor values for {len(frequencies)} pairs")

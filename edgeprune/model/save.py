@@ -1,4 +1,7 @@
-"""A standard checkpoint, written as its tensors arrive: nothing but the current one is held."""
+"""A standard checkpoint, written as its tensors arrive: only the current one is in memory.
+
+It does not know how the tensors were made.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from edgeprune.model.tokens.vocabulary import Vocabulary, reduced_config, write_
 if TYPE_CHECKING:
     import torch
 
-PICTURE_FILES = ("preprocessor_config.json",)  # how pictures become tokens
+PICTURE_FILES = ("preprocessor_config.json",)  # how images become tokens
 
 
 def save_checkpoint(
@@ -30,21 +33,22 @@ def save_checkpoint(
     vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write config, weights, tokenizer and generation config so that `from_pretrained` loads them; an image generator
-    has no tokenizer, and LlamaGen's is by its own names.
+    """Writes config, weights, tokenizer and generation config so that `from_pretrained` loads them.
 
-    tensors: by the names of decoder.py, in the order of decoder.shapes(); stored in dtype, by default that
-    of the source's embedding. A wrong name or shape is a bug of the caller: ValueError. Raises NumericalError
-    for a weight that this dtype cannot hold.
+    An image generator has no tokenizer, and LlamaGen's checkpoints keep their own names. tensors: by the names of
+    decoder.py, in the order of decoder.shapes(); stored in dtype, by default that of the source's embedding. Raises
+    ValueError for a wrong name or shape, which is a bug of the caller, and NumericalError for a weight that the dtype
+    cannot hold.
 
-    vocabulary: the tokens to keep of the source's, as many as decoder.vocab_size. Embedding and head still
-    come with a row for every token of the source; those kept are stored, tokenizer and configuration get
-    the new ids. Raises InputError for a tokenizer that cannot be reduced.
+    vocabulary: the tokens to keep of the source's, as many as decoder.vocab_size. Embedding and head still come with a
+    row for every token of the source; the rows of the kept tokens are stored, and tokenizer and configuration get the
+    new ids. Raises InputError for a tokenizer that cannot be reduced.
     """
     if vocabulary is not None and (
         decoder.vocab_size != vocabulary.size or vocabulary.kept[-1] >= source.decoder.vocab_size
     ):
         raise ValueError(f"the vocabulary of {vocabulary.size} tokens is not that of the decoder, or not of the source")
+    # The configuration of the decoder as it is stored, which may have more heads than the decoder itself.
     directory.mkdir(parents=True)
     dtype = dtype or source.weights["embedding"].dtype
     config = read_config(source.directory)
@@ -52,9 +56,11 @@ def save_checkpoint(
     config = config_for(decoder, config)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    # New ids and rows where the vocabulary is reduced.
     if vocabulary is not None:
         config = reduced_config(config, vocabulary)
         tensors = _kept_rows(tensors, vocabulary, source.decoder.vocab_size)
+    # Configuration and tokenizer first, then the weights as they come.
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if vocabulary is None:
         _write_whole_tokenizer(source, directory, config["model_type"])
@@ -66,6 +72,7 @@ def save_checkpoint(
 def _kept_rows(
     tensors: Iterable[tuple[str, torch.Tensor]], vocabulary: Vocabulary, rows: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors, embedding and head (rows, c) reduced to the rows of the kept tokens."""
     import torch
 
     kept = torch.from_numpy(vocabulary.kept)
@@ -74,6 +81,7 @@ def _kept_rows(
 
 
 def _write_whole_tokenizer(source: Model, directory: Path, model_type: str) -> None:
+    """Copies the source's tokenizer files, and adapts them where the checkpoint's family is another."""
     for name in TOKENIZER_FILES + PICTURE_FILES:
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
@@ -82,10 +90,10 @@ def _write_whole_tokenizer(source: Model, directory: Path, model_type: str) -> N
 
 
 def _write_loaded_tokenizer(source: Model, directory: Path) -> None:
-    """Write the source's tokenizer as transformers loads it, under a class that no model_type changes.
+    """Writes the source's tokenizer as transformers loads it, under a class that does not depend on model_type.
 
-    A `llama` directory may name LlamaTokenizer, which overrides parts of tokenizer.json; a `mistral`
-    directory takes the file as it is, and would encode some texts differently.
+    A `llama` directory may name LlamaTokenizer, which overrides parts of tokenizer.json; a `mistral` directory uses the
+    file as it is, and would encode some texts differently.
     """
     backend = getattr(load_tokenizer(source.directory), "backend_tokenizer", None)
     if backend is None:

@@ -167,7 +167,7 @@ def test_what_cannot_be_planned_is_said(config: str, tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\0")
     assert "is no PyTorch checkpoint" in refused(Question(str(tmp_path / "weights.bin"), "l4"))
     (tmp_path / "weights.npz").write_bytes(b"\0")
-    assert "is no configuration" in refused(Question(str(tmp_path / "weights.npz"), "l4"))
+    assert "is not a configuration" in refused(Question(str(tmp_path / "weights.npz"), "l4"))
     for text, reason in (("{", "is not JSON"), ("[]", "is not a JSON object")):
         (tmp_path / "bad.json").write_text(text)
         assert reason in refused(Question(str(tmp_path / "bad.json"), "l4"))

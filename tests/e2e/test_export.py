@@ -62,7 +62,7 @@ def test_llama_cpp_runs_the_file_in_the_bundle(home):
 
 
 REFUSED = {
-    "layers of different widths": ("model", ("--layout", "per-layer"), "holds no layers of different widths"),
+    "layers of different widths": ("model", ("--layout", "per-layer"), "cannot hold layers of different widths"),
     "a family that llama.cpp lacks": ("opt", (), "no architecture for the family opt"),
     "a format that is none": ("model", ("--export", "pickle"), "unknown export 'pickle'"),
 }

@@ -58,8 +58,8 @@ def test_a_shape_that_cannot_be_read_is_said(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for spec, reason in (
         (tmp_path, "has no config.json"),
-        (tmp_path / "model.safetensors", "no safetensors file"),
-        (tmp_path / "notes.txt", "is no configuration"),
+        (tmp_path / "model.safetensors", "not a safetensors file"),
+        (tmp_path / "notes.txt", "is not a configuration"),
         (tmp_path / "none.pt", "no such model"),
         (tmp_path / "none.json", "no such file"),
         (tmp_path / "none", "no such model"),
@@ -139,9 +139,9 @@ BAD = {
     "a .bin file of another kind": (_renamed, "is no PyTorch checkpoint"),
     "missing shard": (_missing_shard, "shard model-00001"),
     "truncated": (_cut, "truncated"),
-    "no safetensors": (lambda f: (f / "model.safetensors").write_text("hello, this is text"), "no safetensors file"),
-    "a header that lies": (_lying_header, "no safetensors file"),
-    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "no safetensors file"),
+    "no safetensors": (lambda f: (f / "model.safetensors").write_text("hello, this is text"), "not a safetensors file"),
+    "a header that lies": (_lying_header, "not a safetensors file"),
+    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a safetensors file"),
     "an index of text": (_index("hello"), "is not a shard index"),
     "an index without map": (_index("{}"), "is not a shard index"),
     "an index of numbers": (_index('{"weight_map": {"model.norm.weight": 3}}'), "is not a shard index"),

@@ -68,7 +68,7 @@ def test_no_tensor_of_the_graph_is_larger_than_what_was_seen(
     save_family(tmp_path / "model", case)
     model = load_model(str(tmp_path / "model"))
     ids = torch.randint(0, model.decoder.vocab_size, (3, 14), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(overflow, "LIMIT", 0.0)  # what their lengths would exclude is looked at too
+    monkeypatch.setattr(overflow, "LIMIT", 0.0)  # tensors that their lengths would exclude are recorded too
     seen, graph = peaks_of(model, ids), graph_peaks(model, ids, tmp_path / "graph")
     assert set(graph) == set(seen)
     for place, tensors in graph.items():
@@ -86,7 +86,7 @@ def test_lengths_exclude_only_what_is_within(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(overflow, "LIMIT", 0.99 * value)
         assert value in [peak.value for peak in activation_peaks(model, ids) if peak.tensor == tensor]
     monkeypatch.setattr(overflow, "LIMIT", 1e6)
-    assert not {"the product of q and k", "q before norm and turn"} & set(peaks_of(model, ids)["layer 0 attention"])
+    assert not {"the product of q and k", "q before norm and rotation"} & set(peaks_of(model, ids)["layer 0 attention"])
     assert "logits" not in peaks_of(model, ids)["head"]
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from edgeprune.errors import NumericalError
-from edgeprune.model import save
+from edgeprune.model.checkpoint import safetensors_file
 from edgeprune.model.checkpoint.families import changed
 from edgeprune.model.decoder import Rotary
 from edgeprune.model.forward import token_losses, weight_stream
@@ -55,7 +55,7 @@ def test_a_pruned_checkpoint_loads_with_equal_weights_and_logits(tmp_path, tied,
 def test_shards_are_written_above_the_limit_and_the_bytes_are_equal(tmp_path, monkeypatch):
     save_llama(tmp_path / "dense")
     dense = load_model(str(tmp_path / "dense"))
-    monkeypatch.setattr(save, "SHARD_BYTES", 150_000)
+    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 150_000)
     for name in ("one", "two"):
         save_checkpoint(dense.decoder, ((n, dense.weights[n]) for n in dense.decoder.shapes()), dense, tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
