@@ -53,7 +53,7 @@ class HardwareFigure(_Strict):
 
     @property
     def si(self) -> float:
-        """The value in bytes, bytes/s, FLOP/s, operations/s, seconds, or as a plain number."""
+        """Returns the value in bytes, bytes/s, FLOP/s, operations/s, seconds, or as a plain number."""
         return next(units[self.unit] for units in UNITS.values() if self.unit in units) * self.value
 
 
@@ -125,34 +125,34 @@ class DeviceProfile(_Strict):
 
     @property
     def hardware(self) -> dict[str, HardwareFigure]:
-        """The hardware figures that are there, by name."""
+        """Returns the hardware figures that are there, by name."""
         return {name: figure for name in UNITS if (figure := getattr(self, name)) is not None}
 
     @property
     def is_probed(self) -> bool:
-        """Whether the hardware figures are there."""
+        """Returns whether the hardware figures are there."""
         return bool(self.hardware)
 
     @property
     def available_bytes(self) -> float:
-        """Memory less the system's reserve: what a memory budget, which counts the runtime's part, may ask for."""
+        """Returns the memory less the system's reserve: the most that a budget may be, the runtime's part included."""
         return self.memory.si - (self.system_reserve.si if self.system_reserve else 0.0)
 
     @property
     def usable_bytes(self) -> float:
-        """What is left for the model: memory less the system's reserve and the runtime's fixed part."""
+        """Returns what is left for the model: memory less the system's reserve and the runtime's fixed part."""
         return self.available_bytes - self.runtime_memory.si
 
 
 def profiles_folder() -> Path:
-    """`_profiles` inside an installed wheel, `profiles` at the root of a checkout."""
+    """Returns `_profiles` inside an installed wheel, `profiles` at the root of a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "_profiles"
     return installed if installed.is_dir() else package.parent / "profiles"
 
 
 def list_profiles() -> list[DeviceProfile]:
-    """Every shipped profile, by name."""
+    """Returns every shipped profile, ordered by name."""
     return [load_profile_file(path) for path in sorted(profiles_folder().glob("*.toml"))]
 
 
@@ -167,7 +167,7 @@ def profile_of(name: str | None, file: Path | None) -> DeviceProfile:
 
 
 def load_profile(name: str) -> DeviceProfile:
-    """A shipped profile. Raises InputError that names the nearest ones and all."""
+    """Returns a shipped profile. Raises InputError that names the nearest ones and all."""
     known = {path.stem: path for path in sorted(profiles_folder().glob("*.toml"))}
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
@@ -179,7 +179,7 @@ def load_profile(name: str) -> DeviceProfile:
 
 
 def load_profile_file(path: Path) -> DeviceProfile:
-    """A profile from a TOML file. Raises InputError that names the line, or the field and the reason."""
+    """Returns a profile from a TOML file. Raises InputError that names the line, or the field and the reason."""
     remedy = "`edgeprune devices jetson-orin --toml` prints a complete profile to compare with."
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -197,14 +197,14 @@ def load_profile_file(path: Path) -> DeviceProfile:
 
 
 def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:
-    """pydantic's error as `bandwidth.value: must be greater than 0`."""
+    """Returns pydantic's error as `bandwidth.value: must be greater than 0`."""
     reason = {"missing": "is missing", "extra_forbidden": "is not a field of a profile"}.get(kind)
     reason = reason or message.removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{'.'.join(map(str, place))}: {reason}" if place else reason
 
 
 def profile_toml(profile: DeviceProfile) -> str:
-    """The profile as TOML that `load_profile_file` reads back equal, measured figures included."""
+    """Returns the profile as TOML that `load_profile_file` reads back equal, measured figures included."""
     data = profile.model_dump(exclude_none=True)
     plain = {key: value for key, value in data.items() if not isinstance(value, dict)}
     lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
@@ -215,5 +215,5 @@ def profile_toml(profile: DeviceProfile) -> str:
 
 
 def toml_value(value: str | float | bool | tuple[str, ...]) -> str:
-    """JSON's spelling is TOML's for these types; only DEL must be escaped in addition."""
+    """Returns a value as TOML: for these types as in JSON, but that DEL must be escaped too."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

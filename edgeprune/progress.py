@@ -13,17 +13,17 @@ Tell = Callable[[str, int, int], None]
 
 class Progress(Protocol):
     def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
-        """Begin a stage of `total` steps (None: unknown); the result is called after each step."""
+        """Begins a stage of `total` steps (None: unknown); returns a function to call after each step."""
 
     def track(self, name: str, done: int, total: int) -> None:
-        """Show how far a stage is that tells so itself; total 0: nobody knows."""
+        """Shows how far a stage is that counts its own steps; total 0: unknown."""
 
     def note(self, text: str) -> None:
-        """Say one thing that the user should know now."""
+        """Shows one line that the user should read now."""
 
 
 class Silent:
-    """Tells nobody."""
+    """Progress that nobody watches."""
 
     def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
         return lambda: None
@@ -35,8 +35,8 @@ class Silent:
         pass
 
 
-class Told:
-    """Calls a function with each stage and its steps; notes go to the log."""
+class Forwarded:
+    """Progress that calls a function with each stage and its steps; notes go to the log."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
@@ -63,7 +63,7 @@ def progress_of(given: Progress | Tell | None) -> Progress:
     """Returns a Progress of what a caller gave: one already, a function to call, or nothing."""
     if given is None:
         return Silent()
-    return given if hasattr(given, "stage") else Told(given)
+    return given if hasattr(given, "stage") else Forwarded(given)
 
 
 @contextmanager
@@ -97,6 +97,7 @@ def rich_progress() -> Iterator[Progress]:
         disable=not console.is_terminal,
     )
 
+    # One bar for each stage; a stage is complete when the next one begins.
     class Shown:
         task: int | None = None
         name: str = ""

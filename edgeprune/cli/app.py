@@ -31,7 +31,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on standard error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Write details to standard error.")] = False,
     log_file: Annotated[Path | None, typer.Option(help="Write a detailed log there.")] = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
@@ -55,7 +55,7 @@ for command in (
 
 
 def main() -> None:
-    """The entry point: every error of ours is one message with a remedy, and its own exit code."""
+    """Runs the command line: every error of ours is one message with a remedy, and its own exit code."""
     try:
         code = app(standalone_mode=False)
     except EdgepruneError as error:

@@ -58,7 +58,7 @@ def fit(
 
 
 def _picked(context: typer.Context, bundle: Path | None, rung: int | None, output: Path | None, force: bool) -> Path:
-    """fit --from: returns the new bundle. Raises InputError for an option that says how to fit."""
+    """Returns the new bundle of fit --from. Raises InputError for an option of fitting."""
     from edgeprune.bundle.pick import pick
     from edgeprune.progress import rich_progress
 

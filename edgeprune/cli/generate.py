@@ -1,4 +1,4 @@
-"""The command that generates text or pictures from a bundle."""
+"""The command that generates text or pictures from a bundle. It parses, calls one function and prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgeprune.errors import InputError
 def run(
     context_: typer.Context,
     bundle: options.Bundle,
-    prompt: Annotated[str | None, typer.Option(help="What to say to a language model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt of a language model.")] = None,
     class_: Annotated[
         list[int] | None, typer.Option("--class", help="What to draw; may be given again. Default: all in turn.")
     ] = None,
@@ -31,7 +31,8 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace an older --output.")] = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Generate text or pictures from a bundle's engine, or from its graph where the engine's GPU is not here."""
+    """Generate text or pictures from a bundle's engine, or from its graph where this machine lacks the engine's GPU."""
+    # Without a prompt the bundle is an image generator's.
     if prompt is None:
         if "--max-new-tokens" in options.given(context_):
             raise InputError("--max-new-tokens without --prompt: a picture has its own number", "Leave it out.")
@@ -39,6 +40,7 @@ def run(
         return
     if others := [name for name in options.given(context_) if name in options.IMAGES_OF_RUN]:
         raise InputError(f"{', '.join(others)} with --prompt", f"{others[0]} is for pictures: leave one of them out.")
+    # Print the text as it is generated.
     from edgeprune.generate.text import stream_text
 
     for piece in stream_text(bundle, prompt, max_new_tokens, temperature or 0.0, top_k, top_p, seed, options.note):
@@ -59,10 +61,15 @@ def _draw(
     force: bool,
     seed: int,
 ) -> None:
+    """Writes the grid of the pictures to output, prints its path, and the time of a picture to standard error.
+
+    Raises InputError where the output cannot be written or an option is not for this bundle.
+    """
     from edgeprune.generate.images import draw_grid, painter_of
     from edgeprune.generate.pixels import check_picture
     from edgeprune.progress import rich_progress
 
+    # Check the output before the bundle is opened.
     check_picture(output, force)
     painter = painter_of(
         bundle, classes, count, cfg, 1.0 if temperature is None else temperature, top_k, top_p, options.note

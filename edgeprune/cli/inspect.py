@@ -1,4 +1,4 @@
-"""The commands that only look: devices, plan, doctor. Like cli.py they parse, call one function and print."""
+"""The commands that inspect: devices, plan, doctor, report. Each parses, calls one function and prints."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plan(
 
 
 def doctor(json_: options.Json = False) -> None:
-    """Say which engines can build and run here, and what to install for the others."""
+    """Show which engines can build and run on this machine, and what to install for the others."""
     from edgeprune.cli.tables import print_doctor
     from edgeprune.commands.doctor import examine
 
@@ -74,7 +74,7 @@ def doctor(json_: options.Json = False) -> None:
 
 
 def report(bundle: options.Bundle) -> None:
-    """Render a bundle's report.html again from its report.json, and say where it is."""
+    """Render a bundle's report.html again from its report.json, and print its path."""
     from edgeprune.bundle.read import render_again
 
     typer.echo(str(render_again(bundle)))

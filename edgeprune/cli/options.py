@@ -84,7 +84,7 @@ OPTIONS: dict[str, Any] = {
     "seed": Seed,
     "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file.")],
     "image_size": Annotated[
-        int | None, _option(IMAGES, "Side of LlamaGen's images, where the file does not say it.", metavar="PIXELS")
+        int | None, _option(IMAGES, "Side of LlamaGen's images, where the file does not hold it.", metavar="PIXELS")
     ],
     "num_heads": Annotated[int | None, _option(IMAGES, "Of a LlamaGen whose size was not published.")],
     "cfg": Cfg,
@@ -178,7 +178,7 @@ def _checked(path: Path, name: str, value: Any, parameter: Any) -> Any:
     is_flag = getattr(parameter, "is_flag", False)
     if is_flag != isinstance(value, bool):
         form = "true or false" if is_flag else "a number or a text"
-        raise InputError(f"{path}: {name} = {value!r} is not {form}", "Write it as `edgeprune fit --help` says.")
+        raise InputError(f"{path}: {name} = {value!r} is not {form}", "`edgeprune fit --help` shows its form.")
     if parameter.multiple and not isinstance(value, list):
         return [value]
     if isinstance(value, list) and not parameter.multiple:

@@ -1,4 +1,4 @@
-"""Tables of devices, findings of the doctor and plans for the terminal."""
+"""Tables of devices, of the doctor's findings and of plans for the terminal. They add no figure to these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
-    """One line or two for each device."""
+    """Prints one line or two for each device."""
     columns = ("device", "memory", "bandwidth", "SM", "engine", "description")
     rows = [
         (
@@ -37,12 +37,14 @@ def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
 
 
 def _hardware(profile: DeviceProfile, name: str) -> str:
+    """Returns a figure of the profile in its unit; `probed` where the profile leaves it to the machine."""
     figure = getattr(profile, name)
     return "probed" if figure is None else f"{figure.value:g}{'' if figure.unit == '1' else f' {figure.unit}'}"
 
 
 def print_profile(profile: DeviceProfile, console: Console) -> None:
-    """One profile, with the source and confidence of each figure."""
+    """Prints one profile, with the source and confidence of each figure."""
+    # What the profile sets by default.
     workload, budget = profile.workload, profile.budget
     console.print(styled(f"{profile.name}: {profile.description}", "bold"))
     facts = (
@@ -54,8 +56,9 @@ def print_profile(profile: DeviceProfile, console: Console) -> None:
     )
     console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in facts)))
     console.print()
+    # What estimates rest on.
     if not profile.hardware:
-        console.print("No hardware figures are shipped: they are probed on first use and cached.")
+        console.print("The profile holds no hardware figures: they are probed on first use and cached.")
         return
     rows = [
         (name.replace("_", " "), _hardware(profile, name), figure.confidence, figure.source)
@@ -66,7 +69,7 @@ def print_profile(profile: DeviceProfile, console: Console) -> None:
 
 
 def print_doctor(findings: Sequence[Finding], console: Console) -> None:
-    """What is there and what is missing, with how to get it."""
+    """Prints what is installed and what is missing, with how to get it."""
     rows = [
         (styled("yes", "green") if f.usable else styled("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
     ]
@@ -74,13 +77,15 @@ def print_doctor(findings: Sequence[Finding], console: Console) -> None:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Whether it fits, memory and latencies by part, and what they rest on; every figure is an estimate."""
+    """Prints whether it fits, memory and latencies by part, and what they rest on; every figure is an estimate."""
+    # The verdict.
     performance, decode = plan.performance, plan.performance.decode.value
     console.print(styled(f"{plan.model} on {plan.profile.name}: {_shape(plan)}"))
     have, need = format_bytes(plan.profile.available_bytes), format_bytes(performance.memory.total)
     fits = f"It fits: {need} of the {have}" if plan.fits else f"It does not fit: {need}, but {have}"
     console.print(styled(f"{fits} that the system leaves. All figures are estimated.", STYLES[_fit(plan)]))
     console.print()
+    # The table of memory, prefill and decode by part.
     rows: list[tuple[str | Text, str, str]] = [("memory", need, "")]
     rows += [(f"  {name}", format_bytes(part.value), part.basis) for name, part in performance.memory.parts.items()]
     rows += [
@@ -94,17 +99,19 @@ def print_plan(plan: Plan, console: Console) -> None:
         rows.append(("decode in place", number_text(in_place, "ms"), detail))
     console.print(table(("estimated", "", ""), rows, whole=("estimated",)))
     console.print()
+    # What the latencies rest on, and what to mind.
     rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
     rests += [("mind", note) for note in plan.notes]
     if weak := [name for name, figure in plan.profile.hardware.items() if figure.confidence == "low"]:
-        rests.append(("mind", f"of low confidence in the profile, which says why: {', '.join(weak)}"))
+        rests.append(("mind", f"of low confidence in the profile, which gives the reasons: {', '.join(weak)}"))
     console.print(table(("", ""), ((styled(name, "dim"), text) for name, text in rests)))
 
 
 def print_plans(plans: Sequence[Plan], console: Console) -> None:
-    """A line for each device: what the model needs and whether that is there; latencies where it is."""
+    """Prints a line for each device: what the model needs and whether that is there; latencies where it is."""
     console.print(styled(f"{plans[0].model}: {_shape(plans[0])}. All figures are estimated."))
     console.print()
+    # The table; a model that does not fit has no latencies.
     rows = []
     for plan in plans:
         performance = plan.performance
@@ -121,6 +128,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
     columns = ("device", "needs", "has", "fits", "prefill", "decode")
     console.print(table(columns, rows, whole=columns))
     console.print()
+    # How many devices hold the model, and how many of these rest on few published measurements.
     held = [plan for plan in plans if plan.fits]
     guessed = sum(plan.profile.decode_efficiency.confidence == "low" for plan in held)
     few = f", {guessed} of them with no or few published points" if guessed else ""
@@ -133,6 +141,7 @@ def _fit(plan: Plan) -> str:
 
 
 def _shape(plan: Plan) -> str:
+    """Returns the parameters, the precision and the workload in one line."""
     workload = plan.workload
     return (
         f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}, batch {workload.batch}, "

@@ -39,6 +39,7 @@ def compare(
     """
     from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
 
+    # What is asked for, checked before any long work.
     request = request_of(model=model, **options)
     asked, ratios = _names(methods), _numbers(ratios)
     names = [name for name in dict.fromkeys(METHODS if asked == ["all"] else asked) if name != DENSE]
@@ -48,6 +49,7 @@ def compare(
             raise InputError(f"the ratio {value:g} is not between 0 and 100 percent", "Try --ratios 20,30,50.")
     if layout not in (*Layout, BOTH):
         raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
+    # The dense model first: every rise refers to it.
     comparison = _comparison(request, progress_of(progress))
     rows = [comparison.dense]
     for each in Layout if layout == BOTH else [Layout(layout)]:
@@ -60,7 +62,7 @@ def compare(
 
 
 def _comparison(request: Request, progress: Progress) -> Comparison:
-    """Model and samples as asked for: the user's, beside some that the model makes; of pictures those alone do."""
+    """Loads model and samples: the user's, beside some that the model makes; of pictures those alone suffice."""
     import torch
 
     from edgeprune.pipeline.documents import GENERATED
@@ -74,6 +76,7 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
     check_samples(request)
     length = kind.sample_length(request, shape)
     documents = kind.read_documents(request)
+    # Samples of the user's, or drawn by the model, some of them held out.
     model = load_dense(request.model, request.hints)
     kind = kind.with_model(request, model)
     texts = kind.read_samples(request, model, documents)

@@ -27,7 +27,7 @@ def fit(model: str | Path = DEMO, *, progress: Progress | Tell | None = None, **
 
     options: those of `edgeprune fit`, with underscores, as pipeline.request.Request lists them; progress: called with
     a stage, steps done and steps in all (0: unknown). Raises InputError, BudgetError or EngineError; a budget that
-    turns out to be out of reach is no error here: the best candidate is kept and the report says so.
+    turns out to be out of reach is no error here: the best candidate is kept, and the report states it.
     """
     from edgeprune.bundle.read import read_report
     from edgeprune.bundle.write import write_fitted

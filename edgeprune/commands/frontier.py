@@ -38,6 +38,7 @@ def frontier(
     setup = prepare(request_of(model=model, rungs=rungs, **options), ladder=True)
     run = begin(setup, progress_of(progress))
     dense, planner = run.dense.performance, planner_of(run)
+    # Each rung is a search of its own below the last one; all share what was measured before.
     fitted: list[Fitted] = []
     last: Allocation | None = None
     for index, share in enumerate(planner.shares("decode", setup.request.rungs, WORST_FRONTIER_NATS)):

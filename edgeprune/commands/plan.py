@@ -1,4 +1,4 @@
-"""plan: what a model of a given shape needs and reaches on a device, or on all of them, without its weights.
+"""plan(): estimates of what a model's shape needs and reaches on a device, or on all of them, without its weights.
 
 Everything here is estimated; the figures name the points that they rest on.
 """
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def work(self) -> dict[str, float]:
-        """Bytes and FLOPs of one decode step, as our graph moves them and in place, and of the prefill."""
+        """Returns bytes and FLOPs of one decode step, as our graph moves them and in place, and of the prefill."""
         ours, in_place = (bytes_per_token(self.decoder, self.precision, self.workload, flag) for flag in (False, True))
         moved = in_place if self.profile.dialect == "onnxruntime" else ours
         return {
@@ -85,7 +85,8 @@ class Plan:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes and ms, total and by part, and what each figure rests on."""
+        """Returns bytes and ms, total and by part, and what each figure rests on."""
+        # Whole bytes by part, so that the total is their sum.
         performance = self.performance
         memory = performance.memory.parts
         memory_bytes = {name: ceil(part.value) for name, part in memory.items()}
@@ -136,7 +137,7 @@ def plan(
 
 
 def plan_one(question: Question) -> Plan:
-    """The model's shape on the one device that was named. Raises InputError."""
+    """Returns the plan for the one device that was named. Raises InputError."""
     _check(question)
     profile = profile_of(question.device, question.profile)
     check_precision(profile, question.precision or profile.precision)  # before a probe takes its time
@@ -145,7 +146,7 @@ def plan_one(question: Question) -> Plan:
 
 
 def plan_all(question: Question) -> list[Plan]:
-    """The model's shape on every shipped device with hardware figures: all but this machine's processor."""
+    """Returns a plan for every shipped device with hardware figures: all but this machine's processor."""
     _check(question)
     profiles = [profile for profile in list_profiles() if profile.is_probed]
     for profile in profiles:
@@ -182,8 +183,8 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
 
 
 def _workload(question: Question, profile: DeviceProfile, decoder: Decoder) -> Workload:
-    """Where left out, the profile's batch, prompt and context, as far as the model has positions for them; of an image
-    generator a whole picture, and with it the stream that guides it."""
+    """Returns the workload: where left out, the profile's batch, prompt and context, as far as the model has positions
+    for them; of an image generator a whole picture, and with it the stream that guides it."""
     default, positions = profile.workload, decoder.max_position_embeddings
     if (picture := decoder.picture) is not None:
         if question.prompt or question.past:

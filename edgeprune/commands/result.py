@@ -19,7 +19,7 @@ class Result(Generic[Document]):
 
     @property
     def met(self) -> bool:
-        """Whether budget and quality limit are met, a plan fits its device; True where nothing was asked for."""
+        """Returns whether budget and quality limit are met, or plans fit; True where nothing was asked for."""
         documents: Any = self.report if isinstance(self.report, list) else [self.report]
         return all(
             getattr(document, "outcome", "met") == "met" and getattr(document, "fits", True) for document in documents

@@ -13,12 +13,12 @@ from edgeprune.pipeline.imaging import Imaging
 
 
 def write_codec_folder(folder: Path, decoder: Decoder, imaging: Imaging) -> Path:
-    """A bundle's folder with the codec's graph and what draws the codes; returns it."""
+    """Writes a bundle's folder with the codec's graph and how codes are description; returns the folder."""
     from edgeprune.engine.onnx.codec import write_codec
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_codec(imaging.codec, decoder.picture.side, folder / CODEC_GRAPH)
-    drawn = Drawn(**asdict(decoder.picture), vocab_size=decoder.vocab_size, cfg=imaging.sampling.cfg)
-    (folder / DESCRIPTION).write_text(json.dumps(asdict(drawn), indent=2) + "\n", encoding="utf-8")
+    description = Drawn(**asdict(decoder.picture), vocab_size=decoder.vocab_size, cfg=imaging.sampling.cfg)
+    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2) + "\n", encoding="utf-8")
     return folder

@@ -78,7 +78,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Method, layout and the ratio that was asked for."""
+        """Returns method, layout and the ratio that was asked for."""
         return self.method, self.layout, f"{self.asked:g}"
 
     def as_json(self) -> dict[str, Any]:
@@ -142,11 +142,11 @@ class Comparison:
         return self._row(DENSE, "", "", 0.0, decoder, self.losses[DENSE_KEY], 0.0, 0)
 
     def run(self, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
-        """Prune with a method to a ratio (0 to 1) and evaluate in one walk. Raises InputError."""
+        """Prunes with a method to a ratio (0 to 1) and evaluates in one walk. Raises InputError."""
         return self.run_to(self.target(wanted, layout, allocation), name, wanted, layout, allocation)
 
     def run_to(self, target: Decoder, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
-        """The same for widths that are known."""
+        """Prunes with a method to the widths of a Decoder and evaluates in one walk."""
         from edgeprune.evaluate.perplexity import text_losses
         from edgeprune.pruning.methods import method_named
         from edgeprune.pruning.prune import prune, result_of
@@ -154,9 +154,10 @@ class Comparison:
         method = method_named(name)
         layers = len(self.model.decoder.layers)
         advance = self.progress.stage(f"{name} at {100 * wanted:g} %, {layout}", 2 * layers)
-        fell_back: list[bool] = []
+        fell_back: list[bool] = []  # of each module, as it is pruned
         _ = self.dense  # what the rise refers to
         reset_peak_bytes()
+        # The weights are evaluated as they are pruned, so that the model is never held twice.
         stream = TimedStream(
             prune(
                 self.model,
@@ -175,7 +176,7 @@ class Comparison:
         return row
 
     def target(self, wanted: float, layout: Layout, allocation: WidthRule) -> Decoder:
-        """The Decoder to reach: at most 1 - wanted of the parameters, within half a point. Raises InputError."""
+        """Returns the Decoder to reach: at most 1 - wanted of the parameters, to half a point. Raises InputError."""
         from edgeprune.pruning import score
         from edgeprune.search.sensitivity import measure_scores
         from edgeprune.search.widths import dense_widths, even, layer_parameters, standardised_cut
@@ -184,6 +185,7 @@ class Comparison:
         full, cost = dense_widths(dense), functools.partial(layer_parameters, dense)
         layers, capacity = len(dense.layers), int(dense.layer_parameters * (1 - wanted))
         least = math.ceil(dense.layer_parameters * (1 - wanted - RATIO_TOLERANCE))
+        # The widths, by the rule that was asked for.
         widths: list[Widths] | None
         if allocation is WidthRule.EVEN:
             widths = even(full, layers, cost, capacity, CHANNEL_MULTIPLE, least)
@@ -193,6 +195,7 @@ class Comparison:
             widths = standardised_cut(*scores, full, cost, capacity)
         else:
             widths = self._least_loss(capacity, least, layout)
+        # What they really remove must be within the tolerance.
         target = dense.with_layer_widths(widths) if widths else None
         if target is None or abs(ratio(target, dense) - wanted) > RATIO_TOLERANCE:
             raise InputError(
@@ -214,11 +217,11 @@ class Comparison:
             CHANNEL_MULTIPLE,
         )
         solve = uniform if layout is Layout.UNIFORM else per_layer
-        found = solve(problem, {"parameters": capacity, "removed": -least})
-        return found and list(found.layers)
+        allocation = solve(problem, {"parameters": capacity, "removed": -least})
+        return allocation and list(allocation.layers)
 
     def over_default(self, row: Row) -> Row:
-        """The row with its rise over the default method's, where that ran at the same ratio and layout."""
+        """Returns the row with its rise over the default method's, where that ran at the same ratio and layout."""
         from edgeprune.evaluate.perplexity import log_rise
         from edgeprune.pruning.methods import DEFAULT
 
@@ -249,8 +252,8 @@ class Comparison:
             asked=wanted,
             ratio=ratio(decoder, dense),
             total_ratio=1 - decoder.parameters / dense.parameters,
-            perplexity={text: _finite(found.perplexity) for text, found in losses.items()},
-            rise={text: log_rise(reference[text], found, self.seed) for text, found in losses.items()},
+            perplexity={text: _finite(fitted.perplexity) for text, fitted in losses.items()},
+            rise={text: log_rise(reference[text], fitted, self.seed) for text, fitted in losses.items()},
             over_default={},
             parameters=decoder.parameters,
             decode_bytes=int(bytes_per_token(decoder, "fp16", DECODE_WORKLOAD, in_place=True).total),

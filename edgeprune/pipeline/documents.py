@@ -1,4 +1,4 @@
-"""Few-shot samples: documents from text, jsonl or a folder; packed into rows of equal length.
+"""Calibration data: documents from text, jsonl or a folder; packed into rows of equal length.
 
 It reads and splits text. It knows nothing about models but their tokenizer; texts that the model
 generates itself come in as documents of token ids.
@@ -25,7 +25,7 @@ Document = str | list[dict[str, str]]  # plain text, or the messages of a chat
 
 
 def read_documents(path: Path) -> list[Document]:
-    """Documents of a text file, a jsonl file or a folder, duplicates removed, in a fixed order.
+    """Returns the documents of a text file, a jsonl file or a folder, duplicates removed, in a fixed order.
 
     Raises InputError for what is missing, empty, binary or malformed.
     """
@@ -93,7 +93,7 @@ def _document(record: Any) -> Document:
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
-    """Token ids (tokens,) int64 of each document, as they are asked for; chats go through the chat template.
+    """Yields the token ids (tokens,) int64 of each document; chats go through the chat template.
 
     Raises InputError where a chat meets a tokenizer without template.
     """
@@ -112,21 +112,21 @@ def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarr
 
 
 def shuffled(documents: Sequence[Any], seed: int) -> list[Any]:
-    """Samples from all over the text say more than its first pages."""
+    """Returns the documents in a drawn order: samples from all over a text stand for it better than its first pages."""
     return [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
 
 
 def hold_out(documents: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
-    """Documents for calibration and, one in five, for evaluation; shuffled, at least one each."""
+    """Returns the documents for calibration and, one in five, for evaluation; shuffled, at least one each."""
     count = max(1, len(documents) // HELD_OUT_EVERY)
     mixed = shuffled(documents, seed)
     return mixed[count:], mixed[:count]
 
 
 def pack(documents: Iterable[np.ndarray], samples: int, length: int, separator: int | None) -> np.ndarray:
-    """Documents joined (with the separator token between) and cut into rows: (samples, length) int64.
+    """Joins documents, the separator token between, and cuts them into rows: (samples, length) int64.
 
-    Documents are taken until there are enough tokens. Raises InputError that says how many are missing.
+    Documents are taken until there are enough tokens. Raises InputError with the number that is missing.
     """
     pieces: list[np.ndarray] = []
     needed, available = samples * length, 0

@@ -1,7 +1,7 @@
-"""What pruning cost: the dense and a fitted model on the held-out texts, their answers, and one of them in full.
+"""Quality: the dense and a fitted model on the held-out texts, their answers, and one of them in full.
 
 What belongs to the dense model is computed once for all candidates of a run. Texts are cut into windows of the
-dense model's tokens; a fitted model with a vocabulary of its own gets the same windows, spelled in its tokens.
+dense model's tokens; a fitted model with a vocabulary of its own gets the same windows, in its own tokens.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Evaluator:
     plain: Path
 
     def quality(self, name: str, chosen: Candidate) -> Quality:
-        """Perplexity and agreement on the held-out texts or pictures' codes, and answers of both models to texts: the
-        stage `evaluation {name}`."""
+        """Returns perplexity and agreement on the held-out texts or pictures' codes, and answers of both models to
+        texts: the stage `evaluation {name}`."""
         losses = self._dense_losses()
         kind = self.setup.kind
         answers = self.journal.stage("dense answers", self._dense_answers) if kind.writes_text else None
@@ -52,10 +52,12 @@ class Evaluator:
         def compute() -> dict[str, Any]:
             from edgeprune.model.tokens.vocabulary import read_vocabulary
 
+            # Perplexity and agreement, by text.
             vocabulary = read_vocabulary(chosen.model.directory)
             texts = self._texts(losses, chosen.model, vocabulary)
             if answers is None:
                 return {"texts": texts, **dict.fromkeys(("answers", "prompt", "dense_sample", "fitted_sample"))}
+            # Answers, which only a language model gives.
             graph = chosen.runnable_graph
             return {
                 "texts": texts,
@@ -72,7 +74,7 @@ class Evaluator:
         return [self.quality(str(index), rung) for index, rung in enumerate(rungs)]
 
     def with_pictures(self, name: str, chosen: Candidate, quality: Quality) -> Quality:
-        """Of an image generator: with pictures of both models, the stage `pictures {name}`."""
+        """Returns the quality of an image generator with pictures of both models: the stage `pictures {name}`."""
         if self.setup.kind.imaging is None:
             return quality
         from edgeprune.pipeline.gallery import Gallery
@@ -94,7 +96,7 @@ class Evaluator:
         return {name: window_losses(model, of, advance) for name, of in windows.items()}
 
     def _dense_losses(self) -> dict[str, Losses]:
-        """Of every text: the folder stage `dense-evaluation`."""
+        """Returns the dense model's losses on every text: the folder stage `dense-evaluation`."""
         from edgeprune.evaluate.perplexity import Losses
 
         def fill(folder: Path) -> None:
@@ -103,26 +105,26 @@ class Evaluator:
                 np.savez(folder / f"{index}.npz", nats=losses.nats, tokens=losses.tokens, likeliest=likeliest)
 
         folder = self.journal.folder_stage("dense-evaluation", fill)
-        found = {}
+        losses = {}
         for index, (name, documents) in enumerate(self._windows.items()):
             with np.load(folder / f"{index}.npz") as stored:
                 ends = np.cumsum([len(window) - 1 for windows in documents for window in windows])
                 pieces = iter(np.split(stored["likeliest"], ends[:-1]))
                 likeliest = [list(islice(pieces, len(windows))) for windows in documents]
-                found[name] = Losses(stored["nats"], stored["tokens"], likeliest)
-        return found
+                losses[name] = Losses(stored["nats"], stored["tokens"], likeliest)
+        return losses
 
     def _texts(
         self, dense: dict[str, Losses], model: Model, vocabulary: Vocabulary | None
     ) -> dict[str, dict[str, Any]]:
-        """What results.Quality holds of every text."""
+        """Returns what results.Quality holds of every text."""
         from edgeprune.evaluate.agreement import agreement, common_tokens
         from edgeprune.evaluate.perplexity import rise
 
         windows, common, kept, seed = self._windows, {}, None, self.setup.request.seed
         if vocabulary is not None:
             kept = vocabulary.kept
-            windows = {name: self._spelled(of, model) for name, of in self._windows.items()}
+            windows = {name: self._retokenized(of, model) for name, of in self._windows.items()}
             common = {name: common_tokens(self._windows[name], of, kept) for name, of in windows.items()}
         texts = {}
         for name, fitted in self._losses(model, windows).items():
@@ -136,13 +138,13 @@ class Evaluator:
             }
         return texts
 
-    def _spelled(self, documents: Sequence[Sequence[np.ndarray]], model: Model) -> list[list[np.ndarray]]:
-        """Windows of the dense model's tokens in those of a model with a vocabulary of its own."""
+    def _retokenized(self, documents: Sequence[Sequence[np.ndarray]], model: Model) -> list[list[np.ndarray]]:
+        """Returns windows of the dense model's tokens in those of a model with a vocabulary of its own."""
         from edgeprune.model.tokens.vocabulary import retokenized
 
         flat = [window for windows in documents for window in windows]
-        spelled = iter(retokenized(flat, self.setup.model.directory, model.directory))
-        return [list(islice(spelled, len(windows))) for windows in documents]
+        windows_of_fitted = iter(retokenized(flat, self.setup.model.directory, model.directory))
+        return [list(islice(windows_of_fitted, len(windows))) for windows in documents]
 
     def _sample(self, model: Model, graph: Path) -> str:
         from edgeprune.generate.text import sample_text
@@ -152,7 +154,7 @@ class Evaluator:
         return sample_text(graph, model.directory, SAMPLE_PROMPT, context, SAMPLE_TOKENS, seed)
 
     def _dense_answers(self) -> dict[str, Any]:
-        """The sample, the prompts and the tokens that the dense model answers to them."""
+        """Returns a sample, the prompts and the tokens that the dense model answers to them."""
         model, graph = self.setup.model, self.plain / GRAPH_FILE
         prompts = self._prompts()
         return {
@@ -162,11 +164,11 @@ class Evaluator:
         }
 
     def _prompts(self) -> list[np.ndarray]:
-        """Beginnings of the held-out documents, of one length, which at least half of them have; of their windows
+        """Returns beginnings of the held-out documents, of one length that at least half of them have; of their windows
         where documents are few."""
-        texts = [document for of in self.samples.evaluation.values() for document in of if len(document)]
+        texts = [document for held_out in self.samples.evaluation.values() for document in held_out if len(document)]
         if len(texts) < PROMPTS:
-            texts = [window for of in self._windows.values() for windows in of for window in windows]
+            texts = [w for documents in self._windows.values() for windows in documents for w in windows]
         room = self.setup.workload.context - self._answer_tokens
         length = min(PROMPT_TOKENS, room, int(np.median([len(text) for text in texts])))
         long_enough = [text[:length] for text in texts if len(text) >= length]
@@ -175,11 +177,11 @@ class Evaluator:
 
     @property
     def _answer_tokens(self) -> int:
-        """The graphs are written for so many positions as the workload's context has."""
+        """Returns the tokens of an answer: the graphs are written for as many positions as the context has."""
         return min(ANSWER_TOKENS, self.setup.workload.context // 2)
 
     def _answers(self, model: Model, graph: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:
-        """Greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
+        """Returns greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
         from edgeprune.model.tokens.tokenizer import load_tokenizer
         from edgeprune.ondevice.onnxruntime import GraphRunner
         from edgeprune.ondevice.sampling import end_ids, generate
@@ -188,17 +190,18 @@ class Evaluator:
         tokens = self._answer_tokens
         runner = GraphRunner(graph, len(prompts), max(map(len, prompts)) + tokens)
         ends = end_ids(load_tokenizer(model.directory), model.directory)
-        found = np.stack(list(generate(runner, prompts, tokens, end_ids=ends)), axis=1)
-        return np.pad(found, ((0, 0), (0, tokens - found.shape[1])), mode="edge")
+        answers = np.stack(list(generate(runner, prompts, tokens, end_ids=ends)), axis=1)  # (prompts, until all ended)
+        return np.pad(answers, ((0, 0), (0, tokens - answers.shape[1])), mode="edge")
 
     def _identical(
         self, dense: dict[str, Any], model: Model, graph: Path, vocabulary: Vocabulary | None
     ) -> dict[str, Any] | None:
-        """How long answers stay the same; None where the vocabulary leaves no prompt that fits into the context."""
+        """Returns how long answers stay the same; None where no prompt fits into the context in the new vocabulary."""
         from edgeprune.evaluate.agreement import identical_answers
         from edgeprune.model.tokens.vocabulary import retokenized
         from edgeprune.ondevice.machine import processor
 
+        # The dense model's prompts and answers, in the tokens of the fitted one.
         prompts, expected = [np.array(prompt) for prompt in dense["prompts"]], np.array(dense["answers"])
         length = len(prompts[0])
         if vocabulary is not None:

@@ -37,7 +37,7 @@ MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure ca
 
 
 def begin(setup: Setup, progress: Progress) -> Run:
-    """Opens the journal beside the output and says what was chosen. Raises InputError as open_journal does."""
+    """Opens the journal beside the output and notes what was chosen. Raises InputError as open_journal does."""
     for choice in setup.choices:
         progress.note(f"{choice.name}: {choice.value} ({choice.reason})")
     work = setup.output.with_name(setup.output.name + ".work")
@@ -52,10 +52,12 @@ def planner_of(run: Run) -> Planner:
     from edgeprune.search.solve import Problem
     from edgeprune.search.widths import dense_widths
 
+    # What cutting loses, by module and by vocabulary.
     setup, dense = run.setup, run.dense.performance
     sensitivities, losses = run.sensitivities, run.vocabulary_losses
     decoder, profile = setup.model.decoder, setup.profile
     parts = (decoder, profile, setup.workload, setup.precision)
+    # What widths cost, measured on the engine where there is one.
     if setup.engine.measures:
         run.progress.stage("measure what a width costs")
         times = run.journal.stage(
@@ -131,7 +133,7 @@ def within_quality(
     evaluated: dict[int, tuple[Candidate, Quality]] = {}
 
     def at(share: float) -> Allocation | None:
-        """The best allocation on the way from the dense model, at 0, to the budget, at 1."""
+        """Returns the best allocation on the way from the dense model, at 0, to the budget, at 1."""
         return planner.within(
             {name: dense.values[name] + share * (limit - dense.values[name]) for name, limit in limits.items()}
         )
@@ -146,6 +148,7 @@ def within_quality(
         evaluated[index] = smaller, run.evaluator.quality(f"quality-{index + 1}", smaller)
         return rise_of(evaluated[index][1])
 
+    # Try sizes between the dense model and the budget's candidate; keep the smallest that meets the quality limit.
     limit = log1p(run.setup.budget.max_quality_loss / 100)
     trials = search_quality(at, limit, (allocation, rise_of(quality)), obtain)
     chosen = _furthest_met(trials)

@@ -42,15 +42,16 @@ class Gallery:
     plain: Path
 
     def compare(self, name: str, chosen: Candidate) -> dict[str, Any]:
-        """What results.Quality.pictures holds: the stage `pictures {name}`."""
+        """Returns what results.Quality.pictures holds: the stage `pictures {name}`."""
         dense = self._folder("dense-pictures", self.plain / GRAPH_FILE, self._seed)
         fitted = self._folder(f"pictures-{name}", chosen.runnable_graph, self._seed)
 
         def compute() -> dict[str, Any]:
+            # Grids of both models from the same seeds.
             imaging, labels = self._imaging, self._labels[:SHOWN]
             shown = [np.load(folder / "images.npy", mmap_mode="r")[:SHOWN] for folder in (dense, fitted)]
             uris = [data_uri(grid(images)) for images in shown]
-            found: dict[str, Any] = {
+            comparison: dict[str, Any] = {
                 "images": imaging.count,
                 "at_once": imaging.at_once(self.setup.workload.batch),
                 "cfg": imaging.sampling.cfg,
@@ -66,19 +67,20 @@ class Gallery:
                 "side": shown[0].shape[1],
             }
             if self._network is None:
-                return found
+                return comparison
+            # Distances, where there is a network to see the pictures through.
             reference = self._features(self._reference)
             sides = {"dense": self._features(dense), "fitted": self._features(fitted)}
             if len(reference) < FEWEST_IMAGES:
-                return found | {
+                return comparison | {
                     "missing": f"{self._reference_name} holds {len(reference)} pictures, fewer than "
                     f"{FEWEST_IMAGES}. Give more by --evaluate."
                 }
             self.progress.stage("compare the pictures")
-            for side, of in sides.items():
-                found[side] = asdict(distances(reference, of, self._network.name, self._seed))
-            found["difference"] = kernel_difference(reference, *sides.values(), self._seed)
-            return found
+            for side, seen in sides.items():
+                comparison[side] = asdict(distances(reference, seen, self._network.name, self._seed))
+            comparison["difference"] = kernel_difference(reference, *sides.values(), self._seed)
+            return comparison
 
         return self.journal.stage(f"pictures {name}", compute)
 
@@ -121,7 +123,7 @@ class Gallery:
         return self._network_or_reason[1]
 
     def _folder(self, name: str, graph: Path, seed: int) -> Path:
-        """A folder with pictures (count, height, width, 3) uint8 of a model, drawn in fp32 on this machine."""
+        """Returns a folder with pictures (count, height, width, 3) uint8 of a model, drawn in fp32 on this machine."""
 
         def fill(folder: Path) -> None:
             decoder, sampling = self.setup.model.decoder, self._imaging.sampling
@@ -142,7 +144,7 @@ class Gallery:
 
     @cached_property
     def _reference(self) -> Path:
-        """The folder of the pictures that both models are compared with: the user's, or of another seed."""
+        """Returns the folder of the pictures that both models are compared with: the user's, or of another seed."""
         if not self._evaluated:
             return self._folder("reference-pictures", self.plain / GRAPH_FILE, self._seed + 1)
         size = self._imaging.size(self.setup.model.decoder.picture)
@@ -164,8 +166,8 @@ class Gallery:
                 done += count
                 self.progress.track(f"features of {folder.name}", done, len(images))
 
-            found = features(images, self._network, advance)
+            seen = features(images, self._network, advance)
             with path.with_suffix(".part").open("wb") as file:
-                np.save(file, found)
+                np.save(file, seen)
             path.with_suffix(".part").replace(path)
         return np.load(path)

@@ -1,4 +1,4 @@
-"""What a request says of pictures: the codec, how they are drawn, and folders of them as codes."""
+"""Pictures in a request: the codec, how they are drawn, and folders of them as codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from edgeprune.pipeline.request import Request
 if TYPE_CHECKING:
     from edgeprune.model.codec.codec import Codec
 
-DRAWN = 128  # pictures that quality is judged by: few, so that it says the interval and the bias with them
+DRAWN = 128  # pictures that quality is judged by: few, so their interval and bias stand beside them
 MOST_DOCUMENTS = 128  # pictures of a folder whose codes are evaluated
 ENCODED = 8  # at once
 
@@ -42,50 +42,53 @@ class Imaging:
 
     @property
     def fingerprint(self) -> list[Any]:
-        """What makes two runs the same run."""
+        """Returns what makes two runs the same run."""
         features = self.features and hashlib.sha256(self.features.read_bytes()).hexdigest()
         return [self.codec.fingerprint, self.sampling.cfg, self.count, features]
 
     def at_once(self, batch: int) -> int:
-        """Pictures in a batch of so many sequences."""
+        """Returns the pictures in a batch of so many sequences."""
         return batch // self.sampling.streams
 
     def size(self, picture: Picture) -> int:
-        """Pixels of a side."""
+        """Returns the pixels of a side."""
         return picture.side * self.codec.downsample
 
 
 def imaging_of(request: Request, model: Model) -> Imaging:
-    """Raises InputError for a codec that is missing or is not the model's."""
+    """Returns the codec and how pictures are drawn. Raises InputError for a codec that is not the model's."""
     from edgeprune.model.codec.codec import check_codec, clusters_of, load_codec
 
     codec, count, features = request.codec, request.images, request.features
     decoder = model.decoder
     if count is not None and count < FEWEST_IMAGES:
         raise InputError(
-            f"--images {count} is less than {FEWEST_IMAGES}", f"Give {FEWEST_IMAGES} or more; hundreds say something."
+            f"--images {count} is less than {FEWEST_IMAGES}",
+            f"Give {FEWEST_IMAGES} or more; hundreds give a figure worth reading.",
         )
     if features is not None:
         load_network(features)  # before any long work
+    # The codec: LlamaGen's is a file of its own, ImageGPT's are the colours in its folder.
     if decoder.family == "imagegpt":
         if codec is not None:
             raise InputError("--codec with an ImageGPT, whose colours are its codec", "Leave --codec out.")
-        found = clusters_of(model.directory)
+        loaded = clusters_of(model.directory)
     elif codec is None:
         raise InputError(
             f"{model.name} draws codes, and no codec is given to make pixels of them",
             "Give LlamaGen's: --codec vq_ds16_c2i.pt.",
         )
     else:
-        found = load_codec(codec)
-    check_codec(found, decoder)
-    downsample = read_config(model.directory).get("downsample_size", found.downsample)
-    if downsample != found.downsample:
+        loaded = load_codec(codec)
+    # It must make the pixels that the model was trained for.
+    check_codec(loaded, decoder)
+    downsample = read_config(model.directory).get("downsample_size", loaded.downsample)
+    if downsample != loaded.downsample:
         raise InputError(
-            f"the codec makes {found.downsample} pixels a side of a code, {model.name} was trained on {downsample}",
+            f"the codec makes {loaded.downsample} pixels a side of a code, {model.name} was trained on {downsample}",
             "Give the codec that the model was trained with.",
         )
-    imaging = Imaging(found, sampling_of(decoder, request.cfg), count or DRAWN, features)
+    imaging = Imaging(loaded, sampling_of(decoder, request.cfg), count or DRAWN, features)
     size = imaging.size(decoder.picture)
     if request.image_size not in (None, size):
         raise InputError(
@@ -96,7 +99,7 @@ def imaging_of(request: Request, model: Model) -> Imaging:
 
 
 def read_codes(folder: Path, decoder: Decoder, imaging: Imaging, most: int, seed: int) -> np.ndarray:
-    """Up to so many pictures of a folder, drawn by seed -> documents (pictures, 1 + tokens) int64.
+    """Returns up to so many pictures of a folder, drawn by seed, as documents (pictures, 1 + tokens) int64.
 
     A picture in a subfolder named by a number is of that class, but for every tenth. Raises InputError.
     """
@@ -122,8 +125,8 @@ def read_codes(folder: Path, decoder: Decoder, imaging: Imaging, most: int, seed
 def picture_samples(
     decoder: Decoder, imaging: Imaging, calibration: Path | None, evaluate: Sequence[Path], samples: int, seed: int
 ) -> tuple[np.ndarray | None, dict[str, list[np.ndarray]], str]:
-    """Ids to calibrate on (samples, tokens), None where the model is to draw them; documents to evaluate on, by
-    name; and where they are from. Raises InputError."""
+    """Returns ids to calibrate on (samples, tokens), None where the model is to draw them; documents to evaluate on,
+    by name; and where they are from. Raises InputError."""
     evaluation = {path.stem: list(read_codes(path, decoder, imaging, MOST_DOCUMENTS, seed)) for path in evaluate}
     if calibration is None:
         return None, evaluation, "drawn by the model itself"

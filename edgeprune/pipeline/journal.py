@@ -28,14 +28,14 @@ class Journal:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of each finished stage, in the order in which they ended."""
+        """Returns the wall time of each finished stage, in the order in which they ended."""
         return {name: line["seconds"] for name, line in self._finished.items()}
 
     def has(self, name: str) -> bool:
         return name in self._finished
 
     def stage(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The recorded result of a stage, or compute() with its result recorded.
+        """Returns the recorded result of a stage, or computes and records it.
 
         Results pass through JSON either way, so that an unbroken and a resumed run see the same.
         """
@@ -48,7 +48,7 @@ class Journal:
         return self._finished[name]["result"]
 
     def folder_stage(self, name: str, fill: Callable[[Path], Any]) -> Path:
-        """A stage whose result is a folder of that name: filled aside, renamed when complete."""
+        """Returns the folder that a stage of that name fills: filled aside, renamed when complete."""
         target = self.folder / name
 
         def compute() -> None:
@@ -64,7 +64,7 @@ class Journal:
 
 
 def open_journal(folder: Path, run: dict[str, Any], resume: bool, force: bool) -> Journal:
-    """The journal of `run` in `folder`.
+    """Opens the journal of `run` in `folder`.
 
     Raises InputError where the folder holds an unfinished run and neither resume nor force is given,
     or, with resume, where its run differs: the message names the field.
@@ -72,6 +72,7 @@ def open_journal(folder: Path, run: dict[str, Any], resume: bool, force: bool) -
     path = folder / FILE
     run = json.loads(json.dumps(run))
     lines = _read(path)
+    # An unfinished run goes on where it is the same in every field.
     if resume and lines:
         for field in sorted({*run, *lines[0]}):
             if run.get(field) != lines[0].get(field):
@@ -86,6 +87,7 @@ def open_journal(folder: Path, run: dict[str, Any], resume: bool, force: bool) -
             f"{folder} holds an unfinished run ({len(lines) - 1} stages done)",
             "Go on with --resume, or start afresh with --force.",
         )
+    # A new run begins with an empty folder.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _append(path, run)
@@ -93,7 +95,7 @@ def open_journal(folder: Path, run: dict[str, Any], resume: bool, force: bool) -
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; the last one may be cut off by a kill and is then taken away."""
+    """Reads all complete lines; the last one may be cut off by a kill and is then taken away."""
     if not path.exists():
         return []
     data = path.read_bytes()

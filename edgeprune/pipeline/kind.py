@@ -70,11 +70,11 @@ class Kind(Protocol):
 
     @property
     def own_samples_reason(self) -> str:
-        """Why the model's own samples are taken where the user gave none."""
+        """Returns why the model's own samples are taken where the user gave none."""
 
     @property
     def fingerprint(self) -> list[Any] | None:
-        """What else makes two runs the same run."""
+        """Returns what else makes two runs the same run."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,14 @@ class Images:
             raise InputError("--vocabulary samples is for texts: every code may be drawn", "Leave --vocabulary out.")
 
     def workload(self, request: Request, default: DefaultWorkload, decoder: Decoder) -> Workload:
-        """One token begins a picture, the last one is never fed."""
+        """Returns whole pictures: one token begins each, the last one is never fed."""
         from edgeprune.generate.guidance import sampling_of
 
         streams = sampling_of(decoder, request.cfg).streams
         return Workload((request.batch or default.batch) * streams, 1, decoder.picture.tokens)
 
     def sample_length(self, request: Request, decoder: Decoder) -> int:
-        """A whole picture, with the token that begins it."""
+        """Returns the tokens of a whole picture, with the one that begins it."""
         return decoder.picture.tokens + 1
 
     def read_documents(self, request: Request) -> Documents:

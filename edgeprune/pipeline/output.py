@@ -11,7 +11,7 @@ from edgeprune.ondevice.bundle import MANIFEST
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuse an output directory that cannot be written, or that holds something already.
+    """Refuses an output directory that cannot be written, or that holds something already.
 
     With force a bundle of ours, or an empty folder, may be replaced; nothing else ever is.
     """
@@ -24,7 +24,7 @@ def check_output(output: Path, force: bool) -> None:
             )
         if not (output / MANIFEST).is_file():
             raise InputError(
-                f"the output directory {output} is not empty and no bundle: --force replaces bundles only",
+                f"the output directory {output} is not empty and is not a bundle: --force replaces bundles only",
                 "Name another directory with --output.",
             )
     parent = existing_parent(output)
@@ -33,12 +33,12 @@ def check_output(output: Path, force: bool) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
+    """Returns the nearest folder above `path` that exists."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def check_space(output: Path, needed_bytes: int) -> None:
-    """Refuse to begin where the sum of what will be written does not fit on the disk."""
+    """Refuses to begin where the sum of what will be written does not fit on the disk."""
     parent = existing_parent(output)
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:

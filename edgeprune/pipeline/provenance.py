@@ -1,4 +1,4 @@
-"""What a bundle says of its making: the command line that makes it again, versions, seed, fingerprint."""
+"""How a bundle was made: the command line that makes it again, versions, seed, fingerprint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
 
 
 def command_line(request: Request, command: str = "fit", left_out: Collection[str] = ()) -> str:
-    """The command line that makes this bundle again: every argument that was given, but for those left out."""
+    """Returns the command line that makes a bundle again: every argument that was given, but for those left out."""
     words = ["edgeprune", command, request.model]
     defaults = type(request)()
     for name, value in request.__dict__.items():
@@ -52,13 +52,13 @@ def command_line(request: Request, command: str = "fit", left_out: Collection[st
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def now() -> str:

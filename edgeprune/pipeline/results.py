@@ -1,4 +1,4 @@
-"""What a run finds: samples, candidates, quality, and all of it together, from which the report is made."""
+"""The results of a run: samples, candidates, quality, and all of it together, from which the report is made."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Candidate:
 
     @property
     def runnable_graph(self) -> Path:
-        """The fp32 graph that ONNX Runtime runs on this machine, whatever the device's precision."""
+        """Returns the fp32 graph that ONNX Runtime runs on this machine, whatever the device's precision."""
         return self.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
 
 
@@ -105,5 +105,5 @@ class Fitted:
 
 
 def has_checkpoint(fitted: Fitted) -> bool:
-    """Layers of different widths fit into no standard configuration: graph and engine alone carry them."""
+    """Returns whether a bundle has a standard checkpoint: layers of different widths fit into no configuration."""
     return fitted.setup.request.checkpoint and fitted.chosen.model.decoder.is_uniform

@@ -13,7 +13,7 @@ from edgeprune.pipeline.setup import Setup
 from edgeprune.profiles import toml_value
 
 RUN_FILE = "run.toml"
-NOT_WRITTEN = ("output", "resume", "force")  # where, and over what, is for the next run to say
+NOT_WRITTEN = ("output", "resume", "force")  # where, and over what, belongs to the next run
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run_file(setup: Setup) -> str:
 
 
 def toml_of(values: dict[str, Any]) -> str:
-    """Returns options as TOML; what is left out, and what the next run is to say, is not written."""
+    """Returns options as TOML; what is left out, and what belongs to the next run alone, is not written."""
     lines = [
         f"{name.replace('_', '-')} = {toml_value(_written(name, value))}"
         for name, value in values.items()

@@ -64,13 +64,14 @@ class Setup:
 
     @property
     def length(self) -> int:
-        """Tokens of a sample."""
+        """Returns the tokens of a sample."""
         return self.kind.sample_length(self.request, self.model.decoder)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What makes two runs the same run: the first line of the journal."""
+        """Returns what makes two runs the same run: the first line of the journal."""
         request = self.request
+        # A value that changes what a stage gives stands here; where the bundle goes does not.
         return {
             "edgeprune": __version__,
             "model": self.model.fingerprint,
@@ -94,12 +95,13 @@ class Setup:
 
 
 def prepare(request: Request, ladder: bool = False) -> Setup:
-    """Raises InputError for bad input and BudgetError for a budget below the floor; writes nothing.
+    """Resolves a request; writes nothing. Raises InputError for bad input, BudgetError for a budget below the floor.
 
     ladder: for a frontier, whose rungs have each a budget of their own: none is resolved here.
     """
     if (request.device is None) == (request.profile is None):
         raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
+    # The device, and what is to be measured there.
     target = target_of(request.target, request.keep_remote)
     profile = _profile(request)
     shape = load_shape(request.model, request.hints)[1]
@@ -121,11 +123,13 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
             "asked for" if request.precision else f"the profile {profile.name} runs {profile.precision}",
         ),
     ]
+    # The budget and the output.
     budget, budget_choice = (Budget(), None) if ladder else _budget(request, profile)
     choices += [budget_choice] if budget_choice else []
     name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
     output = (request.output or Path(name)).absolute()
     check_output(output, request.force or request.resume)
+    # The model, after the samples' files were found readable.
     documents = kind.read_documents(request)
     _check_method(request.method)
     _check_choice("layout", request.layout, LAYOUTS)
@@ -139,6 +143,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         )
     reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced)
+    # What the smallest candidate needs, and room on the disk for all that will be written.
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
     samples = kind.read_samples(request, model, documents)
     choices.append(_calibration_choice(samples, kind))
@@ -154,7 +159,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
 def _calibration_choice(samples: UserSamples, kind: Kind) -> Choice:
     if samples.calibration is None:
         return Choice("calibration", SELF, kind.own_samples_reason)
-    reason = f"{kind.noun} of the model's own, at the same weight, hold in place what yours say nothing about"
+    reason = f"{kind.noun} of the model's own, at the same weight, hold in place what yours do not cover"
     return Choice("calibration", f"{samples.origin}, and generated {kind.noun}", reason)
 
 
@@ -173,7 +178,7 @@ def load_dense(spec: str, hints: Hints) -> Model:
 
 
 def _profile(request: Request) -> DeviceProfile:
-    """The profile, with this machine's figures where it has none of its own; refuses a precision before they are
+    """Returns the profile, with this machine's figures where it has none; refuses a precision before they are
     measured."""
     named = profile_of(request.device, request.profile)
     if request.target is not None and request.device is not None and not named.is_probed:
@@ -243,7 +248,7 @@ def _check_floor(
     measures: bool,
     reduced: bool,
 ) -> Performance:
-    """Refuse a budget that the smallest candidate exceeds; returns that candidate's estimate."""
+    """Refuses a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
     tokens = min(LEAST_TOKENS, model.decoder.vocab_size) if reduced else model.decoder.vocab_size
     smallest = model.decoder.with_vocabulary(tokens)
@@ -277,7 +282,7 @@ def _rounded_up(name: str, value: float) -> str:
 
 
 def _bytes_written(model: Model, precision: str, engine: Engine, candidates: int) -> int:
-    """An upper bound: dense and candidate graphs and checkpoints, and the engines."""
+    """Returns an upper bound of the bytes of dense and candidate graphs, checkpoints and engines."""
     graphs = graph_weight_bytes(model.decoder, precision)
     plain = graph_weight_bytes(model.decoder, "fp32")
     engines = graphs * (candidates + 1) if engine.builds else 0

@@ -58,7 +58,7 @@ class Run:
 
     @cached_property
     def plain(self) -> Path:
-        """The folder of the dense model's fp32 graphs, which this machine runs: for samples and comparisons."""
+        """Returns the folder of the dense model's fp32 graphs, which this machine runs: for samples and comparisons."""
         self.progress.stage("export the dense model")
         length = self.setup.length  # of the samples that this graph is to generate
 
@@ -69,7 +69,7 @@ class Run:
 
     @cached_property
     def samples(self) -> Samples:
-        """The user's samples and some of the model's own; or those alone, of which one in five is held out."""
+        """Returns the user's samples and some of the model's own; or those alone, of which one in five is held out."""
         from edgeprune.pipeline.documents import GENERATED
 
         setup, given = self.setup, self.setup.samples
@@ -91,7 +91,7 @@ class Run:
 
     @cached_property
     def dense(self) -> Candidate:
-        """The dense model on the engine: what relative budgets refer to."""
+        """Returns the dense model on the engine: what relative budgets refer to."""
         setup, samples, plain = self.setup, self.samples, self.plain
         self.progress.stage("measure the dense model")
 
@@ -99,7 +99,7 @@ class Run:
             self._check_fp16(setup.model, samples.calibration)
             if setup.engine.builds and setup.precision != "fp32":
                 self._write_graphs(setup.model, folder, setup.precision)
-            # The same bf16 weights: how much rounding them costs is for the evaluation to say.
+            # The same bf16 weights: what rounding them costs, the evaluation measures.
             is_own_graph = setup.engine.builds and setup.precision == "bf16"
             self._write_reference(folder / "onnx-bf16" if is_own_graph else plain, folder / REFERENCE)
 
@@ -116,12 +116,12 @@ class Run:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """What judges candidates against the dense model."""
+        """Returns what judges candidates against the dense model."""
         return Evaluator(self.setup, self.journal, self.progress, self.samples, self.plain)
 
     @cached_property
     def sensitivities(self) -> Sensitivities:
-        """What every possible cut would cost; reused by other budgets for the same model and samples."""
+        """Returns what every possible cut would cost; reused by other budgets for the same model and samples."""
         from edgeprune.search.sensitivity import sensitivities_of
 
         request = self.setup.request
@@ -130,7 +130,7 @@ class Run:
 
     @cached_property
     def vocabularies(self) -> dict[int, Vocabulary | None]:
-        """Vocabularies to choose from, by size; None: the whole one."""
+        """Returns the vocabularies to choose from, by size; None: the whole one."""
         whole: dict[int, Vocabulary | None] = {self.setup.model.decoder.vocab_size: None}
         if self.setup.request.vocabulary == "full":
             return whole
@@ -141,7 +141,7 @@ class Run:
 
     @cached_property
     def vocabulary_losses(self) -> dict[int, float]:
-        """Predicted loss in nats per token of every vocabulary, by size."""
+        """Returns the predicted loss in nats per token of every vocabulary, by size."""
         whole = {self.setup.model.decoder.vocab_size: 0.0}
         if self.setup.request.vocabulary == "full":
             return whole
@@ -154,7 +154,7 @@ class Run:
 
     @cached_property
     def dense_candidate(self) -> Candidate:
-        """The dense model as a candidate of its own: checkpoint and graphs in the device's precision."""
+        """Returns the dense model as a candidate of its own: checkpoint and graphs in the device's precision."""
         return self._built("dense-candidate", None)
 
     def candidate(self, name: str, allocation: Allocation) -> Candidate:
@@ -264,7 +264,7 @@ class Run:
 
     @property
     def _checkpoint_dtype(self) -> Any:
-        """bf16 for an engine in it, so that quality is measured of the weights that it has; None: as the source has."""
+        """Returns bf16 for an engine in it, so that quality is measured of its weights; else None, the source's."""
         import torch
 
         return torch.bfloat16 if self.setup.precision == "bf16" else None
@@ -274,7 +274,7 @@ class Run:
         if self.setup.precision != "fp16":
             return
         others = "bf16 or fp32" if computes_in(self.setup.profile, "bf16") else "fp32"
-        advance = self.progress.stage("look for fp16 overflow", len(model.decoder.layers))
+        advance = self.progress.stage("check for fp16 overflow", len(model.decoder.layers))
         largest = check_fp16(activation_peaks(model, _tensor(ids), advance), f"Use --precision {others}.")
         if largest.value > CLOSE * LIMIT:
             self.progress.note(f"close to overflow: {largest}")
