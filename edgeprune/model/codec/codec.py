@@ -1,6 +1,7 @@
-"""Codes to images and back: LlamaGen's VQ model from its file, ImageGPT's colours from its preprocessor's.
+"""The codecs between codes and images: LlamaGen's VQ model from its file, ImageGPT's colours from its preprocessor's.
 
-Images are (b, 3, h, w) fp32, nominally in [-1, 1]; codes are (b, n) int64, n = side * side row by row.
+Images are (b, 3, h, w) fp32, nominally in [-1, 1]; codes are (b, n) int64, n = side * side, row by row. A codec knows
+no model that draws its codes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from edgeprune.model.decoder import Decoder
 if TYPE_CHECKING:
     import torch
 
-UNUSED = "quantize.codebook_used"  # which codes training took last
-PIXELS_AT_ONCE = 1 << 18  # of the images that pass through the VQ model together: 4 of 256 x 256
+UNUSED = "quantize.codebook_used"  # the codes that training used last
+PIXELS_AT_ONCE = 1 << 18  # of the images that pass through the VQ model together: 4 images of 256 x 256
 PREPROCESSOR = "preprocessor_config.json"
 GIVE = "Give LlamaGen's codec, such as vq_ds16_c2i.pt; the generator's own checkpoint is the model, not the codec."
 RESTORE = f"Restore the checkpoint's own {PREPROCESSOR}: it holds the colours (`clusters`) and the `size`."
@@ -30,8 +31,11 @@ RESTORE = f"Restore the checkpoint's own {PREPROCESSOR}: it holds the colours (`
 
 @dataclass(frozen=True)
 class VqCodec:
-    """LlamaGen's VQ model. weights: by LlamaGen's names, fp32, but for the codebook (vocab_size, code_size), whose
-    rows have length 1; without an encoder in the file only codes are decoded."""
+    """LlamaGen's VQ model.
+
+    weights: by LlamaGen's names, fp32, without the codebook. codebook: (vocab_size, code_size) fp32, rows of length 1.
+    has_encoder: whether the file holds the encoder; without it codes can only be decoded.
+    """
 
     layout: VqLayout
     weights: Mapping[str, torch.Tensor]
@@ -39,7 +43,7 @@ class VqCodec:
     has_encoder: bool
     fingerprint: str  # sha256 of the file
 
-    side: ClassVar[None] = None  # any number of tokens a side
+    side: ClassVar[None] = None  # tokens a side: any number
 
     @property
     def vocab_size(self) -> int:
@@ -47,11 +51,11 @@ class VqCodec:
 
     @property
     def downsample(self) -> int:
-        """Pixels of a token, in each direction."""
+        """Returns the pixels of a token in each direction."""
         return self.layout.downsample
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes (b, side * side) int64 -> images (b, 3, h, w) fp32, h = w = side * downsample."""
+        """Returns images (b, 3, h, w) fp32 of codes (b, side * side) int64, where h = w = side * downsample."""
         from edgeprune.model.codec.forward import walk
 
         side = side_of(codes, self.vocab_size)
@@ -59,18 +63,20 @@ class VqCodec:
 
         def decoded(piece: torch.Tensor) -> torch.Tensor:
             rows = self.codebook[piece].transpose(1, 2)  # (b, code_size, n)
-            return walk(steps, self.weights, rows.unflatten(2, (side, side)).contiguous())
+            return walk(steps, self.weights, rows.unflatten(2, (side, side)).contiguous())  # (b, 3, h, w)
 
         return _in_pieces(decoded, codes, (side * self.downsample) ** 2)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """images (b, 3, h, w) fp32, h and w multiples of downsample -> codes (b, n) int64, the codebook's rows of
-        the largest cosine. Raises InputError where the file has no encoder."""
+        """Returns the codes (b, n) int64 of images (b, 3, h, w) fp32: the codebook rows of the largest cosine.
+
+        h and w are multiples of downsample. Raises InputError for other images, and where the file has no encoder.
+        """
         from edgeprune.model.codec.forward import nearest, walk
 
         if not self.has_encoder:
             raise InputError(
-                "the codec's file holds no encoder, which turns images into codes",
+                "the codec's file has no encoder, which turns images into codes",
                 "Give the whole codec, such as vq_ds16_c2i.pt, or leave out the images.",
             )
         _check_images(images, self.downsample)
@@ -78,8 +84,9 @@ class VqCodec:
 
         def encoded(piece: torch.Tensor) -> torch.Tensor:
             rows = walk(steps, self.weights, piece).flatten(2).transpose(1, 2)  # (b, n, code_size)
+            # Of rows of length 1 the nearest is the one of the largest cosine.
             rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12)
-            return nearest(rows.flatten(0, 1), self.codebook).view(len(piece), -1)
+            return nearest(rows.flatten(0, 1), self.codebook).view(len(piece), -1)  # (b, n)
 
         return _in_pieces(encoded, images, images.shape[2] * images.shape[3])
 
@@ -100,12 +107,13 @@ class ClusterCodec:
         return self.clusters.shape[0]
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes (b, side * side) int64 -> images (b, 3, side, side) fp32."""
+        """Returns images (b, 3, side, side) fp32 of codes (b, side * side) int64."""
         side = side_of(codes, self.vocab_size)
+        # (b, n, 3) -> (b, 3, side, side)
         return self.clusters[codes].transpose(1, 2).unflatten(2, (side, side)).contiguous()
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """images (b, 3, h, w) fp32 -> codes (b, h * w) int64: the nearest colours."""
+        """Returns the codes (b, h * w) int64 of images (b, 3, h, w) fp32: the nearest colours."""
         from edgeprune.model.codec.forward import nearest
 
         _check_images(images, 1)
@@ -117,16 +125,17 @@ Codec = VqCodec | ClusterCodec
 
 
 def load_codec(path: Path) -> VqCodec:
-    """LlamaGen's VQ model from its .pt or from safetensors; every size is read from the shapes.
+    """Reads LlamaGen's VQ model from its .pt or from safetensors; every size follows from the shapes.
 
-    The file is mapped: what is not fp32 is converted, the rest is read where it is used.
-    Raises InputError for a file that is no such model, names the first tensor that is missing, has another shape or
-    has no place in it; NumericalError for a codebook that is not finite.
+    The file is mapped: what is not fp32 is converted, the rest is read where it is used. Raises InputError for a file
+    that is not such a model, naming the first tensor that is missing, has another shape or does not belong to it;
+    NumericalError for a codebook that is not finite.
     """
     import torch
 
     if not path.is_file():
         raise InputError(f"{path} is not a file", GIVE)
+    # Sizes from the shapes, then the types.
     stored = _safetensors(path) if path.suffix == ".safetensors" else tensors_of(path)
     stored.pop(UNUSED, None)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
@@ -134,10 +143,11 @@ def load_codec(path: Path) -> VqCodec:
     for name, tensor in stored.items():
         if not tensor.is_floating_point():
             raise InputError(f"tensor {name} of {path} is of type {tensor.dtype}", "Give the codec's own fp32 file.")
+    # Rows of length 1, as training used them.
     codebook = stored.pop(CODEBOOK).float()
     if not torch.isfinite(codebook).all():
         raise NumericalError(f"{CODEBOOK} of {path} holds values that are not finite", "Download the codec again.")
-    codebook = codebook / codebook.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    codebook = codebook / codebook.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (codebook_size, code_size)
     weights = {name: tensor.float() for name, tensor in stored.items()}
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
@@ -145,9 +155,10 @@ def load_codec(path: Path) -> VqCodec:
 
 
 def clusters_of(directory: Path) -> ClusterCodec:
-    """ImageGPT's colours and size from preprocessor_config.json. Raises InputError where they are not there."""
+    """Reads ImageGPT's colours and size from preprocessor_config.json. Raises InputError where they are missing."""
     import torch
 
+    # The file, then each of the two fields in it.
     path = directory / PREPROCESSOR
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +182,7 @@ def clusters_of(directory: Path) -> ClusterCodec:
 
 
 def check_codec(codec: Codec, decoder: Decoder) -> None:
-    """Raises InputError where the decoder draws other codes, or as many of them as make another size."""
+    """Raises InputError where the decoder draws other codes than the codec has, or images of another size."""
     if codec.vocab_size != decoder.vocab_size:
         raise InputError(
             f"the model draws {decoder.vocab_size} codes, the codec knows {codec.vocab_size}",
@@ -180,13 +191,13 @@ def check_codec(codec: Codec, decoder: Decoder) -> None:
     if codec.side is not None and decoder.picture is not None and codec.side != decoder.picture.side:
         raise InputError(
             f"the model draws {decoder.picture.side} x {decoder.picture.side} codes, "
-            f"`size` of {PREPROCESSOR} says {codec.side} x {codec.side}",
+            f"`size` of {PREPROCESSOR} is {codec.side} x {codec.side}",
             RESTORE,
         )
 
 
 def side_of(codes: torch.Tensor, vocab_size: int) -> int:
-    """Tokens a side of codes (b, side * side). Raises InputError where they are not a square, or no codes."""
+    """Returns the tokens a side of codes (b, side * side). Raises InputError where they are not a square of codes."""
     side = isqrt(codes.shape[1])
     if side * side != codes.shape[1] or side == 0:
         raise InputError(f"{codes.shape[1]} codes do not make a square image", "Give side * side codes of each image.")
@@ -208,7 +219,10 @@ def _check_images(images: torch.Tensor, downsample: int) -> None:
 
 
 def _in_pieces(convert: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, pixels: int) -> torch.Tensor:
-    """`convert` of a few images at a time: the first and last levels hold 128 channels of every pixel."""
+    """Returns `convert` of all values (b, ...), computed a few images at a time.
+
+    The first and the last levels hold 128 channels of every pixel.
+    """
     import torch
 
     return torch.cat([convert(piece) for piece in values.split(max(1, PIXELS_AT_ONCE // pixels))])
@@ -222,11 +236,11 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         again = "Download the codec again."
-        raise InputError(f"{path} is no safetensors file or is truncated: {error}", again) from None
+        raise InputError(f"{path} is not a safetensors file or is truncated: {error}", again) from None
 
 
 def _checked(path: Path, shapes: Mapping[str, Shape]) -> tuple[VqLayout, bool]:
-    """The sizes that the shapes tell, and whether there is an encoder. Raises InputError naming a tensor."""
+    """Returns the sizes and whether there is an encoder, both from the shapes. Raises InputError naming a tensor."""
     has_encoder = any(name.startswith(("encoder.", "quant_conv.")) for name in shapes)
     layout = _layout(path, shapes, has_encoder)
     expected = layout.shapes(has_encoder)
@@ -241,6 +255,8 @@ def _checked(path: Path, shapes: Mapping[str, Shape]) -> tuple[VqLayout, bool]:
 
 
 def _layout(path: Path, shapes: Mapping[str, Shape], has_encoder: bool) -> VqLayout:
+    """Returns the sizes of the VQ model whose tensors have these shapes. Raises InputError."""
+
     def size(name: str, axis: int) -> int:
         if name not in shapes:
             raise InputError(f"{path} has no tensor {name}, which LlamaGen's codec has", GIVE)
@@ -252,6 +268,7 @@ def _layout(path: Path, shapes: Mapping[str, Shape], has_encoder: bool) -> VqLay
     def count(prefix: str) -> int:
         return len({name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)})
 
+    # Codebook, levels from the decoder, and what is left of the encoder.
     codebook_size, code_size = size(CODEBOOK, 0), size(CODEBOOK, 1)
     blocks = "decoder.conv_blocks."
     widths = [size(f"{blocks}{block}.res.0.conv1.weight", 0) for block in range(max(1, count(blocks)))]
@@ -264,6 +281,9 @@ def _layout(path: Path, shapes: Mapping[str, Shape], has_encoder: bool) -> VqLay
 
 
 def _side(size: Any) -> int | None:
-    """transformers writes {"height": 32, "width": 32}, older files 32."""
+    """Returns the side of a square image, else None.
+
+    transformers writes {"height": 32, "width": 32}, older files have 32.
+    """
     height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
     return height if type(height) is int and height > 0 and height == width else None

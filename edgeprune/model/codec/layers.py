@@ -1,6 +1,6 @@
-"""LlamaGen's VQ model as a list of steps, and the shape of every tensor that they read.
+"""LlamaGen's VQ model as a list of steps, and the shape of every tensor that the steps read.
 
-One list serves the shapes, torch and the graph. It knows nothing about files, torch or operators.
+The shapes, torch and the graph are all derived from this one list. It knows nothing about files, torch or operators.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Kind = Literal["point", "conv", "residual", "attention", "upsample", "downsample
 
 
 class CodecStep(NamedTuple):
-    """What happens to a feature map (b, inputs, h, w), which has then `outputs` channels.
+    """One step on a feature map (b, inputs, h, w), which then has `outputs` channels.
 
     point       1x1 convolution
     conv        3x3 convolution, padding 1
-    residual    x + conv2(swish(norm2(conv1(swish(norm1(x)))))), x by `nin_shortcut` where the channels change
+    residual    x + conv2(swish(norm2(conv1(swish(norm1(x)))))), x through `nin_shortcut` where the channels change
     attention   x + proj_out(attention of one head over all h * w positions of norm(x))
-    upsample    nearest, twice as high and wide, then `conv`
-    downsample  a row and a column of zeros below and on the right, then `conv` with stride 2
+    upsample    nearest neighbour to twice the height and width, then `conv`
+    downsample  a row of zeros below and a column of zeros on the right, then `conv` with stride 2
     activation  swish of the group norm; swish(x) = x * sigmoid(x)
     """
 
@@ -35,7 +35,7 @@ class CodecStep(NamedTuple):
     outputs: int
 
     def shapes(self) -> dict[str, Shape]:
-        """Shape of every tensor of this step, by LlamaGen's names."""
+        """Returns the shape of every tensor of this step, by LlamaGen's names."""
         name, inputs, outputs = self.name, self.inputs, self.outputs
         match self.kind:
             case "point":
@@ -49,6 +49,7 @@ class CodecStep(NamedTuple):
             case "attention":
                 points = (_conv(f"{name}.{part}", inputs, outputs, 1) for part in ("q", "k", "v", "proj_out"))
                 return _norm(f"{name}.norm", inputs) | {key: shape for point in points for key, shape in point.items()}
+        # The remaining kind is a residual step.
         shapes = _norm(f"{name}.norm1", inputs) | _conv(f"{name}.conv1", inputs, outputs, 3)
         shapes |= _norm(f"{name}.norm2", outputs) | _conv(f"{name}.conv2", outputs, outputs, 3)
         return shapes | (_conv(f"{name}.nin_shortcut", inputs, outputs, 1) if inputs != outputs else {})
@@ -66,9 +67,9 @@ def _norm(name: str, channels: int) -> dict[str, Shape]:
 class VqLayout:
     """The sizes of a VQ model; by default those of VQ-16.
 
-    widths: channels of every level, the one of most pixels first; each further level halves height and width, and
-    the last one attends. stem: channels behind the encoder's first convolution. residual_blocks: of a level of the
-    encoder; the decoder has one more. latent: channels between codes and decoder.
+    widths: channels of every level, that of most pixels first; each further level has half the height and width, and
+    the last one has attention. stem: channels after the encoder's first convolution. residual_blocks: in each level of
+    the encoder; the decoder has one more. latent: channels between codes and decoder.
     """
 
     stem: int = 128
@@ -80,17 +81,19 @@ class VqLayout:
 
     @property
     def downsample(self) -> int:
-        """Pixels of a token, in each direction."""
+        """Returns the pixels of a token in each direction."""
         return 2 ** (len(self.widths) - 1)
 
     def decoding(self) -> list[CodecStep]:
-        """From codebook rows (b, code_size, h, w) to images (b, 3, downsample * h, downsample * w)."""
+        """Returns steps from codebook rows (b, code_size, h, w) to images (b, 3, h * downsample, w * downsample)."""
+        # From codes to the level of fewest pixels.
         last = self.widths[-1]
         steps = [
             CodecStep("point", "post_quant_conv", self.code_size, self.latent),
             CodecStep("conv", "decoder.conv_in", self.latent, last),
             *_middle("decoder", last),
         ]
+        # Levels, each followed by twice the height and width except the last.
         for block, width in enumerate(reversed(self.widths)):
             name = f"decoder.conv_blocks.{block}"
             steps += _level(name, steps[-1].outputs, width, self.residual_blocks + 1, attends=block == 0)
@@ -99,7 +102,10 @@ class VqLayout:
         return [*steps, *_end("decoder", self.widths[0], COLOURS)]
 
     def encoding(self) -> list[CodecStep]:
-        """From images (b, 3, h, w) to what the nearest codebook rows are of, (b, code_size, ...)."""
+        """Returns the steps from images (b, 3, h, w) to (b, code_size, h / downsample, w / downsample).
+
+        The code of a position is the codebook row that is nearest to its values there.
+        """
         steps = [CodecStep("conv", "encoder.conv_in", COLOURS, self.stem)]
         for block, width in enumerate(self.widths):
             name, is_last = f"encoder.conv_blocks.{block}", block + 1 == len(self.widths)
@@ -111,7 +117,7 @@ class VqLayout:
         return [*steps, *_middle("encoder", last), *_end("encoder", last, self.latent), quantising]
 
     def shapes(self, encoder: bool = True) -> dict[str, Shape]:
-        """Shape of every tensor by LlamaGen's names, with or without those that only turn images into codes."""
+        """Returns the shape of every tensor by LlamaGen's names, with or without those that only the encoder reads."""
         shapes: dict[str, Shape] = {CODEBOOK: (self.codebook_size, self.code_size)}
         for step in self.decoding() + (self.encoding() if encoder else []):
             shapes |= step.shapes()

@@ -1,4 +1,7 @@
-"""A BPE tokenizer as transformers loads it: whether few tokens can spell every text, and what its merges need."""
+"""A BPE tokenizer as transformers loads it: what its merges need, and whether few tokens can spell every text.
+
+It knows no corpus and no weights.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ REFUSED = "Keep the whole vocabulary. Byte-level BPE and BPE with byte_fallback 
 
 @dataclass(frozen=True)
 class Bpe:
-    """loaded: the tokenizer of transformers; description: the content of its tokenizer.json.
+    """A BPE tokenizer with its description.
 
-    ids: of every token that has a row in the model; beyond: of added tokens that have none, as a padding
-    token that only a tokenizer_config.json names.
+    loaded: the tokenizer of transformers. description: the content of its tokenizer.json. ids: of every token that has
+    a row in the model. beyond: of added tokens that have none, such as a padding token that only a
+    tokenizer_config.json names.
     """
 
     loaded: Any
@@ -35,7 +39,8 @@ class Bpe:
 
 
 def read_bpe(directory: Path) -> Bpe:
-    """A directory's tokenizer. Raises InputError for a tokenizer that cannot be reduced."""
+    """Reads the tokenizer of a directory. Raises InputError for one that cannot be reduced."""
+    # Load the tokenizer, and refuse one that cannot be reduced.
     loaded = load_tokenizer(directory)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
@@ -43,6 +48,7 @@ def read_bpe(directory: Path) -> Bpe:
     description = json.loads(backend.to_str())
     if (reason := _unfit(description)) is not None:
         raise InputError(f"the vocabulary of the tokenizer in {directory} cannot be reduced: {reason}", REFUSED)
+    # Separate the tokens that have no row in the model; only added ones may have none.
     rows = read_object(directory / "config.json").get("vocab_size")
     ids = backend.get_vocab(with_added_tokens=True)
     beyond = {token: number for token, number in ids.items() if rows is not None and number >= rows}
@@ -55,7 +61,7 @@ def read_bpe(directory: Path) -> Bpe:
 
 
 def _unfit(description: dict[str, Any]) -> str | None:
-    """Why a smaller vocabulary of this tokenizer would not spell every text, or spell it by chance."""
+    """Returns why a smaller vocabulary would not spell every text, or only by chance; None where it would."""
     model = description["model"]
     if model.get("type") != "BPE":
         return f"it is of kind {model.get('type')}"
@@ -71,7 +77,7 @@ def _unfit(description: dict[str, Any]) -> str | None:
 
 
 def _nodes(part: Any) -> Iterable[dict[str, Any]]:
-    """Every object of a JSON document."""
+    """Yields every object of a JSON document."""
     if isinstance(part, dict):
         yield part
         part = list(part.values())
@@ -86,28 +92,32 @@ def _is_byte_level(description: dict[str, Any]) -> bool:
 
 
 def fixed_tokens(bpe: Bpe) -> set[str]:
-    """Tokens that every vocabulary of this tokenizer keeps; some may not exist."""
+    """Returns the tokens that every vocabulary of this tokenizer keeps; some of them may not exist."""
     from tokenizers.pre_tokenizers import ByteLevel
 
+    # Added and unknown tokens, and all that bytes are spelled with.
     model, description = bpe.model, bpe.description
     tokens = {token["content"] for token in description["added_tokens"]} | {model.get("unk_token")}
     if _is_byte_level(description):
         alphabet = set(ByteLevel.alphabet())
         tokens |= alphabet
-        if model.get("ignore_merges"):  # whole words may hold a byte that is no token of its own
+        if model.get("ignore_merges"):  # whole words may hold a byte that is not a token of its own
             unknown = alphabet - model["vocab"].keys()
             tokens |= {token for token in model["vocab"] if not unknown.isdisjoint(token)}
     if model.get("byte_fallback"):
         tokens |= BYTE_TOKENS
     for node in _nodes([description.get("normalizer"), description.get("pre_tokenizer")]):
-        # what stands for a space is turned back only where it is a token, not where it is bytes
+        # What stands for a space becomes a space again only where it is a token, not where it is bytes.
         for key in ("replacement", "content", "prepend"):
             tokens |= set(text) if isinstance(text := node.get(key), str) else set()
     return tokens
 
 
 def parts_of(model: dict[str, Any]) -> Callable[[str], tuple[str, ...]]:
-    """The two tokens that a token is merged from when it stands alone, none for one that no merge makes."""
+    """Returns a function that gives the two tokens that a token is merged from when it stands alone.
+
+    It gives none for a token that no merge makes.
+    """
     ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
     pairs: dict[str, list[tuple[str, str]]] = {}
     for left, right in ranks:
@@ -122,24 +132,27 @@ def parts_of(model: dict[str, Any]) -> Callable[[str], tuple[str, ...]]:
 
 
 def _last_merge(token: str, ranks: dict[tuple[str, ...], int]) -> tuple[str, ...]:
-    """BPE by its definition: merge the neighbours of the first merge, the leftmost of them first."""
+    """Returns the two halves that BPE merges last, by its definition, or none where it does not reach the token.
+
+    The pair of neighbours with the first merge is merged first, the leftmost of equal pairs before the others.
+    """
     symbols = list(token)
     while len(symbols) > 1:
-        found = [(ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False)) if pair in ranks]
-        if not found:
+        ranked = [(ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False)) if pair in ranks]
+        if not ranked:
             return ()
-        _, place = min(found)
-        pair = tuple(symbols[place : place + 2])
+        _, position = min(ranked)
+        pair = tuple(symbols[position : position + 2])
         if len(symbols) == 2:
             return pair
-        symbols[place : place + 2] = ["".join(pair)]
+        symbols[position : position + 2] = ["".join(pair)]
     return ()
 
 
 def add_with_parts(
     kept: dict[str, None], tokens: Iterable[str], parts: Callable[[str], tuple[str, ...]]
 ) -> dict[str, None]:
-    """Put tokens into kept, each after its parts; returns kept."""
+    """Adds tokens to `kept`, each after the parts that it is merged from, and returns `kept`."""
     for token in tokens:
         waiting = [token]
         while waiting:
@@ -151,14 +164,17 @@ def add_with_parts(
 
 
 def by_merge(bpe: Bpe) -> list[int]:
-    """Ids of all tokens, each after its parts, in the order of the merges that first make them; the rest by id."""
+    """Returns the ids of all tokens in the order of the merges that first make them, each after its parts.
+
+    Tokens that no merge makes come last, by id.
+    """
     merged = dict.fromkeys(left + right for left, right in bpe.model["merges"])
     order = add_with_parts({}, merged, parts_of(bpe.model))
     return [bpe.ids[token] for token in [*order, *sorted(bpe.ids.keys() - order.keys(), key=bpe.ids.get)]]
 
 
 def map_processor(processor: Any, change: Callable[[int], int]) -> Any:
-    """The post-processor with `change` applied to each token id in it."""
+    """Returns the post-processor with `change` applied to each of its token ids."""
     match processor:
         case {"type": "Sequence", "processors": steps}:
             return processor | {"processors": [map_processor(step, change) for step in steps]}
@@ -171,13 +187,13 @@ def map_processor(processor: Any, change: Callable[[int], int]) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a file; none where there is no file. Raises InputError."""
+    """Returns the JSON object in a file, an empty one where there is no file. Raises InputError otherwise."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}", "Restore the checkpoint's own file.") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object", "Restore the checkpoint's own file.")
-    return found
+    return content

@@ -1,4 +1,4 @@
-"""Loads the tokenizer that lies in a model's folder."""
+"""The tokenizer of a model's folder: its files, and how it is loaded. It knows no vocabulary of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ TOKENIZER_FILES = (
 
 
 def _names_plain_tokenizer(directory: Path) -> bool:
-    """AutoTokenizer would choose the class that the directory names, after importing all of transformers."""
+    """Returns whether the folder names the plain class, which AutoTokenizer would choose too.
+
+    AutoTokenizer does so only after it has imported all of transformers.
+    """
     path = directory / "tokenizer_config.json"
     if not path.is_file() or not (directory / "tokenizer.json").is_file():
         return False
@@ -33,7 +36,7 @@ def _names_plain_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer, from local files. Raises InputError where transformers cannot read it."""
+    """Returns the checkpoint's tokenizer, from local files. Raises InputError where transformers cannot read it."""
     try:
         if _names_plain_tokenizer(directory):
             from transformers import PreTrainedTokenizerFast

@@ -176,7 +176,7 @@ def test_files_that_are_no_codec_are_one_message_each(tmp_path):
     refused(f"no tensor {CODEBOOK}")
     file = tmp_path / "vq.safetensors"
     file.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    refused("no safetensors file")
+    refused("not a safetensors file")
 
 
 def processor(side=32, colours=512):

@@ -483,5 +483,5 @@ def test_tokens_beyond_the_rows_are_refused(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kept": [2, 1]}', '{"kept": "a"}', '{"kept": [1e99]}'])
 def test_a_damaged_mapping_is_refused(tmp_path, content):
     (tmp_path / "vocabulary.json").write_text(content)
-    with pytest.raises(InputError, match=r"vocabulary\.json is no"):
+    with pytest.raises(InputError, match=r"vocabulary\.json is not"):
         read_vocabulary(tmp_path)
