@@ -1,4 +1,7 @@
-"""Attention in three dialects: positions, masks and the cache. Notation as in graph_ops.py."""
+"""Attention in the operators of three dialects: rotary embedding, masks and the KV cache.
+
+It knows the names of weights and not their values. Notation as in ops.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from edgeprune.model.decoder import Attention, Decoder, Rotary
 
 
 def _angles(nodes: Nodes, rotary: Rotary, name: str) -> tuple[str, str]:
-    """cos and sin (b, s, turned / 2) fp32 of the given positions, times the rotary scaling."""
+    """Returns cos and sin (b, s, turned / 2) fp32 of the angles at position_ids (b, s), times the rotary scaling."""
     scaling = None
     if rotary.scaling != 1.0 or rotary.grid is not None:
         scaling = nodes.constant(f"{name}.scaling", rotary.scaling, np.float32)
@@ -28,35 +31,39 @@ def _angles(nodes: Nodes, rotary: Rotary, name: str) -> tuple[str, str]:
 
 
 def _grid_angles(nodes: Nodes, rotary: Rotary, name: str, scaling: str) -> tuple[str, str]:
-    """Angles (b, s, turned / 2) by row and column, and what multiplies cos and sin (b, s, 1): 0 in the prefix."""
+    """Returns angles (b, s, turned / 2) by row and column, and the factor (b, s, 1) of cos and sin: 0 in the prefix."""
     prefix = nodes.constant(f"{name}.prefix", rotary.grid.prefix)
     side = nodes.constant(f"{name}.side", rotary.grid.side)
+    # The first half of the pairs turns by the row in the grid, the second half by the column.
     places = nodes.add("Sub", f"{name}.places", "position_ids", prefix)
-    half, parts = len(rotary.inverse_frequencies) // 2, []
-    for part, operator, chosen in (("row", "Div", slice(half)), ("column", "Mod", slice(half, None))):
-        numbers = nodes.add(operator, f"{name}.{part}", places, side)
-        parts.append(_turns(nodes, f"{name}.by_{part}", numbers, rotary.inverse_frequencies[chosen]))
+    half, angles = len(rotary.inverse_frequencies) // 2, []
+    for axis, operator, pairs in (("row", "Div", slice(half)), ("column", "Mod", slice(half, None))):
+        numbers = nodes.add(operator, f"{name}.{axis}", places, side)
+        angles.append(_turns(nodes, f"{name}.by_{axis}", numbers, rotary.inverse_frequencies[pairs]))
+    # cos and sin are 0 in the prefix.
     outside = nodes.add("Less", f"{name}.in_prefix", "position_ids", prefix)
     outside = nodes.add("Unsqueeze", f"{name}.in_prefix_of_pairs", outside, nodes.sizes(2))
-    seen = nodes.add("Where", f"{name}.seen", outside, nodes.constant("zero.fp32", 0.0, np.float32), scaling)
-    return nodes.add("Concat", f"{name}.angles", *parts, axis=-1), seen
+    factor = nodes.add("Where", f"{name}.seen", outside, nodes.constant("zero.fp32", 0.0, np.float32), scaling)
+    return nodes.add("Concat", f"{name}.angles", *angles, axis=-1), factor
 
 
 def _turns(nodes: Nodes, name: str, numbers: str, frequencies: Sequence[float]) -> str:
-    """(b, s) int64 -> angles (b, s, frequencies) fp32."""
+    """Returns the angles (b, s, frequencies) fp32 of numbers (b, s) int64."""
     from onnx import TensorProto
 
     numbers = nodes.add("Cast", f"{name}.numbers", numbers, to=TensorProto.FLOAT)
-    numbers = nodes.add("Unsqueeze", f"{name}.numbers_of_pairs", numbers, nodes.sizes(2))
+    numbers = nodes.add("Unsqueeze", f"{name}.numbers_of_pairs", numbers, nodes.sizes(2))  # (b, s, 1)
     return nodes.add("Mul", name, numbers, nodes.constant(f"{name}.frequencies", frequencies, np.float32))
 
 
 def _rotary_name(decoder: Decoder, rotary: Rotary) -> str:
+    """Returns the name of the values that belong to one of a decoder's rotary embeddings."""
     number = decoder.rotaries.index(rotary)
     return f"rotary.{number}" if number else "rotary"
 
 
 def prepare_opset23(nodes: Nodes, decoder: Decoder) -> Shared:
+    """Adds the masks (b, 1, s, t), and cos and sin (b, s, turned / 2) of every rotary embedding, for all layers."""
     shared = additive_masks(nodes, decoder.windows)
     for rotary in decoder.rotaries:
         name = _rotary_name(decoder, rotary)
@@ -69,6 +76,7 @@ def prepare_opset23(nodes: Nodes, decoder: Decoder) -> Shared:
 
 
 def prepare_primitive(nodes: Nodes, decoder: Decoder) -> Shared:
+    """Adds the masks (b, 1, s, t), and cos and sin (b, 1, s, turned) of every rotary embedding, for all layers."""
     shared = additive_masks(nodes, decoder.windows)
     for rotary in decoder.rotaries:
         shared |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=1)
@@ -76,10 +84,12 @@ def prepare_primitive(nodes: Nodes, decoder: Decoder) -> Shared:
 
 
 def _primitive_angles(nodes: Nodes, rotary: Rotary, name: str, heads: int) -> Shared:
-    """cos as (b, s, turned) = [cos, cos]; sin as [-sin, sin], so that rotating needs no negation; with an axis of 1
-    for the heads."""
+    """Adds cos as [cos, cos] and sin as [-sin, sin], so that a rotation needs no negation.
+
+    heads: the axis of size 1 for the heads, so that they are (b, 1, s, turned) for 1 and (b, s, 1, turned) for 2.
+    """
     cos, sin = _angles(nodes, rotary, name)
-    cos = nodes.add("Concat", f"{name}.cos_head", cos, cos, axis=-1)
+    cos = nodes.add("Concat", f"{name}.cos_head", cos, cos, axis=-1)  # (b, s, turned)
     sin = nodes.add("Concat", f"{name}.sin_head", nodes.add("Neg", f"{name}.sin_negative", sin), sin, axis=-1)
     cos = nodes.add("Unsqueeze", f"{name}.cos_heads", cos, nodes.sizes(heads))
     sin = nodes.add("Unsqueeze", f"{name}.sin_heads", sin, nodes.sizes(heads))
@@ -90,39 +100,46 @@ def _primitive_angles(nodes: Nodes, rotary: Rotary, name: str, heads: int) -> Sh
 
 
 def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
-    """The lengths that GroupQueryAttention asks for, and the padding as a bias (b, 1, s, t).
+    """Adds the lengths that GroupQueryAttention needs, and the padding as a bias (b, 1, s, t), for all layers.
 
-    Every row of the batch is `total` long: left padding is hidden by the bias, not by a length.
-    query_seqlens says that all new tokens are real; with it the operator takes several tokens on a
-    filled cache in a batch, and reads every element of position_ids.
+    Every row of the batch is `total` long: left padding is hidden by the bias, not by a length. query_seqlens marks
+    all new tokens as real. With it the operator takes several tokens at a time on a filled KV cache in a batch, and
+    reads every element of position_ids.
     """
     from onnx import TensorProto
 
-    found = lengths(nodes)
-    total = nodes.add("Cast", "lengths.total", found["total"], to=TensorProto.INT32)
-    sequence = nodes.add("Cast", "lengths.sequence", found["sequence"], to=TensorProto.INT32)
+    # Lengths as int32: the whole, the new tokens, and the last slot of the cache.
+    sizes = lengths(nodes)
+    total = nodes.add("Cast", "lengths.total", sizes["total"], to=TensorProto.INT32)
+    sequence = nodes.add("Cast", "lengths.sequence", sizes["sequence"], to=TensorProto.INT32)
     last = nodes.add("Sub", "lengths.last_slot", total, nodes.constant("lengths.one", [1], np.int32))
+    # The bias of padding tokens.
     padding = nodes.add("Equal", "bias.padding_tokens", "attention_mask", nodes.constant("zero", 0))
-    padding = nodes.add("Unsqueeze", "bias.padding", padding, nodes.sizes(1, 2))
+    padding = nodes.add("Unsqueeze", "bias.padding", padding, nodes.sizes(1, 2))  # (b, 1, 1, t)
     keys = nodes.add("Where", "bias.keys", padding, masked(nodes), nodes.number("mask.zero", 0.0))
-    queries = nodes.add("Concat", "bias.queries", nodes.sizes(1, 1), found["sequence"], nodes.sizes(1), axis=0)
+    # The shape (1, 1, s, 1) that the bias is expanded to.
+    queries = nodes.add("Concat", "bias.queries", nodes.sizes(1, 1), sizes["sequence"], nodes.sizes(1), axis=0)
+    # The angles of the rotary embeddings that the operator does not support.
     attentions = [layer.attention for layer in decoder.layers if layer.attention]
     angles: Shared = {}
     for rotary in dict.fromkeys(attention.rotary for attention in attentions if _turns_before(attention)):
         angles |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=2)
     return angles | {
         "total": total,
-        "seqlens_k": nodes.add("Expand", "lengths.seqlens_k", last, found["batch"]),
-        "query_seqlens": nodes.add("Expand", "lengths.query_seqlens", sequence, found["batch"]),
+        "seqlens_k": nodes.add("Expand", "lengths.seqlens_k", last, sizes["batch"]),
+        "query_seqlens": nodes.add("Expand", "lengths.query_seqlens", sequence, sizes["batch"]),
         "bias": nodes.add("Expand", "bias", keys, queries),
     }
 
 
 def _split_heads(nodes: Nodes, name: str, packed: str, attention: Attention) -> tuple[str, str]:
-    """(b, s, (h + 2k) * d) -> query and key heads together (b, h + k, s, d), value heads (b, k, s, d)."""
+    """Splits packed (b, s, (h + 2k) * d).
+
+    Returns query and key heads together (b, h + k, s, d), and value heads (b, k, s, d).
+    """
     h, k, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
     heads = nodes.add("Reshape", f"{name}.split_heads", packed, nodes.sizes(0, 0, h + 2 * k, d))
-    heads = nodes.add("Transpose", f"{name}.heads", heads, perm=[0, 2, 1, 3])
+    heads = nodes.add("Transpose", f"{name}.heads", heads, perm=[0, 2, 1, 3])  # (b, h + 2k, s, d)
     inputs = (heads, nodes.sizes(h + k, k))
     query_key, value = nodes.add_many("Split", f"{name}.split", inputs, (f"{name}.qk", f"{name}.value"), axis=1)
     return query_key, value
@@ -131,7 +148,11 @@ def _split_heads(nodes: Nodes, name: str, packed: str, attention: Attention) -> 
 def _with_cache(
     nodes: Nodes, name: str, rotated: str, value: str, attention: Attention, cache: tuple[str, ...]
 ) -> tuple[str, str, str]:
-    """Rotated query and key heads and new values -> query (b, h, s, d), all keys and values (b, k, t, d)."""
+    """Appends the new keys and values to the KV cache.
+
+    rotated: query and key heads (b, h + k, s, d); value: (b, k, s, d); cache: names as of _cache_names. Returns the
+    query (b, h, s, d), and all keys and values (b, k, t, d).
+    """
     past_key, past_value, present_key, present_value = cache
     inputs = (rotated, nodes.sizes(attention.num_attention_heads, attention.num_key_value_heads))
     query, key = nodes.add_many("Split", f"{name}.split_qk", inputs, (f"{name}.query", f"{name}.key"), axis=1)
@@ -141,23 +162,30 @@ def _with_cache(
 
 
 def _join_heads(nodes: Nodes, name: str, context: str, attention: Attention) -> str:
-    context = nodes.add("Transpose", f"{name}.tokens", context, perm=[0, 2, 1, 3])
+    """Joins the heads of a context (b, h, s, d) to (b, s, h * d)."""
+    context = nodes.add("Transpose", f"{name}.tokens", context, perm=[0, 2, 1, 3])  # (b, s, h, d)
     return nodes.add("Reshape", f"{name}.context", context, nodes.sizes(0, 0, attention.query_size))
 
 
 def _rotated(
     nodes: Nodes, name: str, heads: str, attention: Attention, decoder: Decoder, shared: Shared, is_primitive: bool
 ) -> str:
-    """Query and key heads (b, h + k, s, d), turned by their positions in the dimensions that turn."""
+    """Rotates heads by their positions, in the first `turned` dimensions of each.
+
+    heads: (b, h + k, s, d), or (b, s, h + k, d) where the shared angles have their axis of heads there. Returns the
+    same shape.
+    """
     if (rotary := attention.rotary) is None:
         return heads
     base, turned = _rotary_name(decoder, rotary), 2 * len(rotary.inverse_frequencies)
     cos, sin = shared[f"{base}.cos"], shared[f"{base}.sin"]
+    # Leave out the dimensions that are not rotated.
     rest = None
     if turned < attention.head_dim:
         inputs = (heads, nodes.sizes(turned, attention.head_dim - turned))
         outputs = (f"{name}.turned", f"{name}.unturned")
         heads, rest = nodes.add_many("Split", f"{name}.split_turned", inputs, outputs, axis=-1)
+    # Rotate the others: x * [cos, cos] + swapped halves * [-sin, sin] in primitive operators.
     if is_primitive:
         inputs = (heads, nodes.sizes(turned // 2, turned // 2))
         first, second = nodes.add_many("Split", f"{name}.halves", inputs, (f"{name}.first", f"{name}.second"), axis=-1)
@@ -172,8 +200,11 @@ def _rotated(
 def attention_opset23(
     nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...], shared: Shared
 ) -> str:
-    """In operators of opset 17 where Attention does not serve: its softcap comes after its mask in this opset, which
-    would let masked pairs be seen; and TensorRT for RTX has no kernel for a single head."""
+    """Adds an attention in the operator Attention of opset 23, from packed (b, s, (h + 2k) * d) to (b, s, h * d).
+
+    It is written in operators of opset 17 in two cases. With a softcap, because Attention applies it after the mask in
+    this opset, which would make masked pairs visible; and with a single head, for which TensorRT for RTX has no kernel.
+    """
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=False)
     query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
@@ -189,6 +220,7 @@ def attention_opset23(
 def attention_primitive(
     nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...], shared: Shared
 ) -> str:
+    """Adds an attention in operators of opset 17, from packed (b, s, (h + 2k) * d) to (b, s, h * d)."""
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
     query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
@@ -197,27 +229,33 @@ def attention_primitive(
 
 
 def _attend(nodes: Nodes, name: str, query: str, key: str, value: str, attention: Attention, mask: str) -> str:
-    """Query (b, h, s, d), keys and values (b, k, t, d) -> (b, h, s, d). Grouped queries share a key head as rows of
-    one product: (b, k, g * s, d) x (b, k, d, t)."""
+    """Adds scores, softmax and weighted sum, from query (b, h, s, d), key and value (b, k, t, d) to (b, h, s, d).
+
+    The query heads of a group are rows of one product with their key head: (b, k, g * s, d) x (b, k, d, t).
+    mask: (b, 1, s, t), added to the scores.
+    """
     h, k, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
     scale, cap = attention.score_scale, attention.softcap
     if cap is not None:
         scale /= cap
+    # The scores, with the scale in the queries.
     query = nodes.add("Mul", f"{name}.scaled", query, nodes.number(f"scale.{scale}", scale))
-    keys = nodes.add("Transpose", f"{name}.keys_transposed", key, perm=[0, 1, 3, 2])
+    keys = nodes.add("Transpose", f"{name}.keys_transposed", key, perm=[0, 1, 3, 2])  # (b, k, d, t)
     if h != k:
-        query = nodes.add("Reshape", f"{name}.groups", query, nodes.sizes(0, k, -1, d))
-    scores = nodes.add("MatMul", f"{name}.scores", query, keys)
+        query = nodes.add("Reshape", f"{name}.groups", query, nodes.sizes(0, k, -1, d))  # (b, k, g * s, d)
+    scores = nodes.add("MatMul", f"{name}.scores", query, keys)  # (b, k, g * s, t)
     if h != k:
         scores = nodes.add("Reshape", f"{name}.scores_heads", scores, nodes.sizes(0, h, -1, 0))  # (b, h, s, t)
+    # Softcap before mask, and softmax over the keys.
     if cap is not None:
         scores = nodes.add("Tanh", f"{name}.squashed", scores)
         scores = nodes.add("Mul", f"{name}.capped", scores, nodes.number(f"softcap.{cap}", cap))
     scores = nodes.add("Add", f"{name}.masked", scores, mask)
     shares = nodes.add("Softmax", f"{name}.softmax", scores, axis=-1)
+    # The weighted sum of the values.
     if h != k:
-        shares = nodes.add("Reshape", f"{name}.softmax_groups", shares, nodes.sizes(0, k, -1, 0))
-    context = nodes.add("MatMul", f"{name}.attend", shares, value)
+        shares = nodes.add("Reshape", f"{name}.softmax_groups", shares, nodes.sizes(0, k, -1, 0))  # (b, k, g * s, t)
+    context = nodes.add("MatMul", f"{name}.attend", shares, value)  # (b, k, g * s, d)
     if h != k:
         context = nodes.add("Reshape", f"{name}.context_heads", context, nodes.sizes(0, h, -1, d))
     return context
@@ -226,7 +264,12 @@ def _attend(nodes: Nodes, name: str, query: str, key: str, value: str, attention
 def attention_onnxruntime(
     nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...], shared: Shared
 ) -> str:
-    """What the operator does not turn itself is turned before; heads of other sizes than it takes get zeros behind."""
+    """Adds an attention in GroupQueryAttention, from packed (b, s, (h + 2k) * d) to (b, s, h * d).
+
+    It applies the rotary embeddings that the fused operator does not support, and fills up heads of sizes that the
+    operator does not take with zeros.
+    """
+    # Prepare the heads.
     past_key, past_value, present_key, present_value = cache
     positions: Sequence[str] = ("", "", "")
     width = head_width(attention.head_dim, "onnxruntime")
@@ -234,6 +277,7 @@ def attention_onnxruntime(
         packed = _prepared_heads(nodes, name, packed, attention, decoder, width, shared)
     if rotates_by_tables(attention):
         positions = (*rotary_tables(decoder.rotaries.index(attention.rotary)), "position_ids")
+    # Add the operator. Empty names stand for optional inputs that are not given.
     inputs = (
         packed,
         "",
@@ -263,26 +307,33 @@ def attention_onnxruntime(
         attributes["softcap"] = attention.softcap
     outputs = (f"{name}.context", present_key, present_value)
     context = nodes.add_many("GroupQueryAttention", f"{name}.attend", inputs, outputs, MICROSOFT, **attributes)[0]
+    # Cut the zeros off again.
     if width == attention.head_dim:
         return context
-    context = nodes.add("Reshape", f"{name}.wide_heads", context, nodes.sizes(0, 0, -1, width))
+    context = nodes.add("Reshape", f"{name}.wide_heads", context, nodes.sizes(0, 0, -1, width))  # (b, s, h, width)
     bounds = (nodes.sizes(0), nodes.sizes(attention.head_dim), nodes.sizes(3))
-    context = nodes.add("Slice", f"{name}.own_heads", context, *bounds)
+    context = nodes.add("Slice", f"{name}.own_heads", context, *bounds)  # (b, s, h, d)
     return nodes.add("Reshape", f"{name}.joined", context, nodes.sizes(0, 0, attention.query_size))
 
 
 def _turns_before(attention: Attention) -> bool:
+    """Returns whether queries and keys are rotated before GroupQueryAttention, which cannot do it in these sizes."""
     return attention.rotary is not None and not rotates_by_tables(attention)
 
 
 def _prepared_heads(
     nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, width: int, shared: Shared
 ) -> str:
-    """(b, s, (h + 2k) * d) -> turned where GroupQueryAttention does not, each head with zeros up to `width`."""
+    """Prepares the heads of packed (b, s, (h + 2k) * d) for GroupQueryAttention.
+
+    Rotates queries and keys where the operator does not, and fills up each head with zeros to `width`. Returns
+    (b, s, (h + 2k) * width).
+    """
     h, k, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
-    heads = nodes.add("Reshape", f"{name}.split_heads", packed, nodes.sizes(0, 0, h + 2 * k, d))
+    heads = nodes.add("Reshape", f"{name}.split_heads", packed, nodes.sizes(0, 0, h + 2 * k, d))  # (b, s, h + 2k, d)
     if _turns_before(attention):
         inputs, outputs = (heads, nodes.sizes(h + k, k)), (f"{name}.qk", f"{name}.value")
+        # (b, s, h + k, d), (b, s, k, d)
         query_key, value = nodes.add_many("Split", f"{name}.split", inputs, outputs, axis=2)
         rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
         heads = nodes.add("Concat", f"{name}.heads", rotated, value, axis=2)

@@ -1,7 +1,9 @@
-"""A codec's decoder -> ONNX, written directly, in fp32 and operators of opset 17.
+"""The ONNX graph of a codec's decoder, written directly, in fp32 and operators of opset 17.
 
+It does not know the image generator whose codes are decoded.
 Input: codes (batch, side * side) int64. Output: image (batch, 3, height, width) fp32, nominally in [-1, 1]. The side
-is fixed, the batch is not. Weights that are larger than INSIDE_BYTES stand in a data file beside the graph.
+is fixed, the batch is not. Weights of more than INSIDE_BYTES in all are stored in a data file beside the graph.
+Notation: b batch, c channels, n = side * side positions.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ TABLE = "codes.table"
 
 
 def write_codec(codec: Codec, side: int, path: Path) -> None:
-    """Write the graph that decodes side * side codes, and, where they are large, its weights as `path` + `.data`.
+    """Writes the graph that decodes side * side codes to `path`, and large weights to `path` + `.data`.
 
     Equal input gives equal bytes. Raises NumericalError for a weight that is not finite.
     """
     from onnx import TensorProto, helper
 
+    # The nodes: a convolutional decoder, or a table of colours.
     nodes = Nodes("fp32")
     pixels = side * codec.downsample
     if isinstance(codec, VqCodec):
@@ -41,6 +44,7 @@ def write_codec(codec: Codec, side: int, path: Path) -> None:
     else:
         weights = {TABLE: codec.clusters}
         _place(nodes, "image", COLOURS, side)
+    # Inputs, outputs and weights.
     codes = helper.make_tensor_value_info("codes", TensorProto.INT64, ["batch", side * side])
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", COLOURS, pixels, pixels])
     initializers = [*_write_weights(weights, path), *nodes.constants.values()]
@@ -54,14 +58,14 @@ def write_codec(codec: Codec, side: int, path: Path) -> None:
 
 
 def _place(nodes: Nodes, name: str, width: int, side: int) -> str:
-    """Each code's row of the table at its place: (b, width, side, side)."""
+    """Adds the table's row of every code in its position of the image: (b, width, side, side)."""
     rows = nodes.add("Gather", "codes.rows", TABLE, "codes", axis=0)  # (b, n, width)
-    rows = nodes.add("Transpose", "codes.columns", rows, perm=[0, 2, 1])
+    rows = nodes.add("Transpose", "codes.columns", rows, perm=[0, 2, 1])  # (b, width, n)
     return nodes.add("Reshape", name, rows, nodes.sizes(0, width, side, side))
 
 
 def _decode(nodes: Nodes, codec: VqCodec, side: int) -> dict[str, torch.Tensor]:
-    """The nodes up to `image`; returns the weights that they read."""
+    """Adds the nodes from `codes` to `image`; returns the weights that they read, by name."""
     x = _place(nodes, "codes.placed", codec.layout.code_size, side)
     weights = {TABLE: codec.codebook}
     for step in codec.layout.decoding():
@@ -74,6 +78,7 @@ def _decode(nodes: Nodes, codec: VqCodec, side: int) -> dict[str, torch.Tensor]:
 
 
 def _taken(nodes: Nodes, step: CodecStep, x: str, side: int) -> str:
+    """Adds a step of the decoder, from x (b, inputs, side, side) to its output's name."""
     name = step.name
     match step.kind:
         case "point" | "conv":
@@ -86,6 +91,7 @@ def _taken(nodes: Nodes, step: CodecStep, x: str, side: int) -> str:
             return _activation(nodes, name, x, step.inputs, side)
         case "attention":
             return nodes.add("Add", name, x, _attention(nodes, step, x, side))
+    # Any other step is a residual block of two convolutions.
     inner = _activation(nodes, f"{name}.norm1", x, step.inputs, side)
     inner = _conv(nodes, f"{name}.conv1", inner, step.shapes())
     inner = _activation(nodes, f"{name}.norm2", inner, step.outputs, side)
@@ -96,14 +102,18 @@ def _taken(nodes: Nodes, step: CodecStep, x: str, side: int) -> str:
 
 
 def _conv(nodes: Nodes, name: str, x: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Adds a convolution that keeps the size of the image."""
     kernel = shapes[f"{name}.weight"][2]
     attributes = {"kernel_shape": [kernel, kernel], "pads": [kernel // 2] * 4}
     return nodes.add("Conv", name, x, f"{name}.weight", f"{name}.bias", **attributes)
 
 
 def _norm(nodes: Nodes, name: str, x: str, channels: int, side: int) -> str:
-    """The group norm, by an instance norm of the groups: the operator GroupNormalization has a weight of each channel
-    from opset 21 on only, and is no faster."""
+    """Adds the group norm of x (b, c, side, side), by an instance norm of the groups.
+
+    The operator GroupNormalization has a weight of each channel only from opset 21 on, and it is not faster.
+    """
+    # (b, groups, c / groups * n)
     groups = nodes.add("Reshape", f"{name}.groups", x, nodes.sizes(0, GROUPS, -1))
     one, zero = (nodes.constant(f"norm.{fill}", [fill] * GROUPS, np.float32) for fill in (1, 0))
     groups = nodes.add("InstanceNormalization", f"{name}.normed", groups, one, zero, epsilon=NORM_EPS)
@@ -112,26 +122,34 @@ def _norm(nodes: Nodes, name: str, x: str, channels: int, side: int) -> str:
 
 
 def _activation(nodes: Nodes, name: str, x: str, channels: int, side: int) -> str:
+    """Adds a norm and swish, x * sigmoid(x), of x (b, c, side, side)."""
     x = _norm(nodes, name, x, channels, side)
     return nodes.add("Mul", f"{name}.swish", x, nodes.add("Sigmoid", f"{name}.sigmoid", x))
 
 
 def _attention(nodes: Nodes, step: CodecStep, x: str, side: int) -> str:
+    """Adds the attention of all positions to each other, of x (b, c, side, side), without its residual."""
     name, channels = step.name, step.inputs
+    # Queries, keys and values by convolutions of 1 x 1.
     x = _norm(nodes, f"{name}.norm", x, channels, side)
-    parts = (_conv(nodes, f"{name}.{part}", x, step.shapes()) for part in "qkv")
-    q, k, v = (nodes.add("Reshape", f"{part}.flat", part, nodes.sizes(0, channels, -1)) for part in parts)  # (b, c, n)
+    images = (_conv(nodes, f"{name}.{part}", x, step.shapes()) for part in "qkv")
+    # (b, c, n) each
+    q, k, v = (nodes.add("Reshape", f"{image}.flat", image, nodes.sizes(0, channels, -1)) for image in images)
+    # Scores, softmax over the keys, and the weighted sum of the values.
     q = nodes.add("Mul", f"{name}.q.scaled", q, nodes.number(f"number.{channels**-0.5}", channels**-0.5))
     scores = nodes.add("MatMul", f"{name}.scores", nodes.add("Transpose", f"{name}.q.rows", q, perm=[0, 2, 1]), k)
     shares = nodes.add("Softmax", f"{name}.shares", scores, axis=-1)  # (b, n of queries, n of keys)
     shares = nodes.add("Transpose", f"{name}.shares.columns", shares, perm=[0, 2, 1])
-    context = nodes.add("MatMul", f"{name}.context.flat", v, shares)
+    context = nodes.add("MatMul", f"{name}.context.flat", v, shares)  # (b, c, n)
     context = nodes.add("Reshape", f"{name}.context", context, nodes.sizes(0, channels, side, side))
     return _conv(nodes, f"{name}.proj_out", context, step.shapes())
 
 
 def _write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> list[TensorProto]:
-    """The initializers; their bytes inside, or in the data file, which is written."""
+    """Returns the initializers, with small weights inside; writes large ones to the data file.
+
+    Raises NumericalError for a weight that is not finite.
+    """
     from onnx import TensorProto, numpy_helper
 
     for name, tensor in weights.items():
@@ -139,7 +157,8 @@ def _write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> list[Tens
             raise NumericalError(f"the codec's {name} holds values that are not finite", "Download the codec again.")
     if sum(tensor.nbytes for tensor in weights.values()) <= INSIDE_BYTES:
         return [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights.items()]
-    found, data = [], path.with_name(f"{path.name}.data")
+    # A data file, with every weight at an aligned offset.
+    initializers, data = [], path.with_name(f"{path.name}.data")
     with data.open("wb") as file:
         for name, tensor in weights.items():
             file.write(bytes(-file.tell() % ALIGNMENT))
@@ -148,6 +167,6 @@ def _write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> list[Tens
             initializer.data_location = TensorProto.EXTERNAL
             for key, value in entries.items():
                 initializer.external_data.add(key=key, value=str(value))
-            found.append(initializer)
+            initializers.append(initializer)
             file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
-    return found
+    return initializers

@@ -1,13 +1,13 @@
-"""The data files of a graph: which initializers there are, where they stand, and their bytes.
+"""The data files of a graph: its initializers, their offsets and their bytes.
 
-The layout follows from the Decoder alone, so offsets are known before any weight is read and
-every variant of a model can reference the same two files. It knows nothing about operators.
+It does not know operators. The layout follows from the Decoder alone, so that offsets are known before any weight is
+read, and all variants of a model's graph refer to the same two files.
 
     embedding.data      embedding and head (one initializer where they are tied)
     model.onnx.data     everything else, in the order of use; the rotary tables last
 
-Weights are read one initializer at a time, each once, and written in pieces: memory holds the
-tensors of one fused initializer and one piece.
+Weights are read one initializer at a time, each once, and written in pieces: the memory holds the tensors of one
+fused initializer and one piece.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ if TYPE_CHECKING:
 EMBEDDING_FILE = "embedding.data"
 LAYERS_FILE = "model.onnx.data"
 ALIGNMENT = 64  # bytes: a cache line, and more than any element
-PIECE_BYTES = 1 << 25
+PIECE_BYTES = 1 << 25  # that are converted and written at a time
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """One tensor of a data file. `sources` are the weights it is made of, stacked along their
-    rows and, where `transposed`, turned from nn.Linear's (out, in) to MatMul's (in, out). They make
-    `blocks` such matrices one behind the other, one for each expert. Without sources it is a rotary table, which
-    is fp32 where the rest is bf16: the dialect that reads it computes in fp32 there."""
+    """One tensor of a data file.
+
+    sources: the names of the weights that it is made of, stacked along their rows; none for a rotary table;
+    transposed: from nn.Linear's (out, in) to MatMul's (in, out); offset: in bytes; blocks: the matrices behind each
+    other that the sources make, one for each expert. A rotary table is fp32 where the rest is bf16, because the
+    dialect that reads it computes in fp32 then.
+    """
 
     name: str
     file: str
@@ -50,27 +53,30 @@ class Initializer:
 
     @property
     def parts(self) -> list[tuple[str, ...]]:
-        """The sources of each block."""
-        each = max(1, len(self.sources) // self.blocks)
-        return [self.sources[start : start + each] for start in range(0, len(self.sources), each)]
+        """Returns the sources of each block."""
+        block_size = max(1, len(self.sources) // self.blocks)
+        return [self.sources[start : start + block_size] for start in range(0, len(self.sources), block_size)]
 
 
 def rotates_by_tables(attention: Attention) -> bool:
-    """Whether GroupQueryAttention turns queries and keys itself, which it does in sizes that are multiples of 16."""
+    """Returns whether GroupQueryAttention rotates queries and keys itself, which it does in multiples of 16."""
     rotary = attention.rotary
     return rotary is not None and attention.head_dim % 16 == 0 and len(rotary.inverse_frequencies) % 8 == 0
 
 
 def rotary_tables(number: int) -> tuple[str, str]:
-    """Names of the tables of cos and sin of a decoder's rotary embedding with this number."""
+    """Returns the names of the tables of cos and sin of a decoder's rotary embedding with this number."""
     name = f"rotary.{number}" if number else "rotary"
     return f"{name}.cos_table", f"{name}.sin_table"
 
 
 def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | None) -> tuple[Initializer, ...]:
-    """Every initializer in the order of the files; `max_positions` rows of rotary tables, None for no tables."""
+    """Returns all initializers in the order of the files.
+
+    max_positions: rows of the rotary tables; None: without tables.
+    """
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
-    found: list[Initializer] = []
+    initializers: list[Initializer] = []
 
     def add(
         name: str,
@@ -80,18 +86,21 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
         blocks: int = 1,
         transposed: bool = True,
     ) -> None:
+        """Appends an initializer at the end of its file."""
         offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
         own: GraphPrecision = "fp32" if precision == "bf16" and not sources else precision
         length, turned = prod(shape) * PRECISIONS[own].element_bytes, transposed and len(shape) > 1
-        found.append(Initializer(name, file, shape, sources, turned, offset, length, own, blocks))
+        initializers.append(Initializer(name, file, shape, sources, turned, offset, length, own, blocks))
         ends[file] = offset + length
 
     hidden, vocabulary = decoder.hidden_size, decoder.vocab_size
 
     def add_norm(name: str) -> None:
+        """Appends the weight and the bias, if any, of a norm."""
         for source, shape in decoder.norm_shapes(name).items():
             add(f"{name}.{'bias' if source.endswith('_bias') else 'weight'}", shape, (source,))
 
+    # Embedding and head, and learned positions.
     if decoder.tie_word_embeddings:
         add("head.weight", (hidden, vocabulary), ("embedding",), EMBEDDING_FILE)
     else:
@@ -99,6 +108,7 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
         add("head.weight", (hidden, vocabulary), ("head",), EMBEDDING_FILE)
     if decoder.learned_positions:
         add("positions.weight", (decoder.max_position_embeddings, hidden), ("positions",), transposed=False)
+    # The layers in the order of use.
     for index, layer in enumerate(decoder.layers):
         for kind, part, inner in (("attention", layer.attention, _attention), ("mlp", layer.mlp, _mlp)):
             if part is None:
@@ -111,19 +121,21 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
             if decoder.norms != "before":
                 add_norm(prefix + "post_norm")
     add_norm("norm")
+    # The rotary tables, of those embeddings that need them.
     if max_positions is not None:
         attentions = [layer.attention for layer in decoder.layers if layer.attention]
         tabled = {attention.rotary for attention in attentions if rotates_by_tables(attention)}
         for number, rotary in enumerate(decoder.rotaries):
             for name in rotary_tables(number) if rotary in tabled else ():
                 add(name, (max_positions, len(rotary.inverse_frequencies)), (), transposed=False)
-    return tuple(found)
+    return tuple(initializers)
 
 
 Part = tuple[str, tuple[int, ...], tuple[str, ...], int]  # name, shape, sources, blocks
 
 
 def _attention(attention: Attention, hidden: int) -> Iterator[Part]:
+    """Yields the initializers of an attention but for its norms of the stream."""
     packed = attention.query_size + 2 * attention.key_value_size
     yield "qkv.weight", (hidden, packed), ("q", "k", "v"), 1
     if attention.input_bias:
@@ -138,6 +150,7 @@ def _attention(attention: Attention, hidden: int) -> Iterator[Part]:
 
 
 def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
+    """Yields the initializers of an MLP but for its norms; those of all experts are one initializer."""
     width, inputs = mlp.intermediate_size, mlp.inputs
     if (experts := mlp.experts) is not None:
         count = experts.num_experts
@@ -157,8 +170,11 @@ def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
 def write_data(
     decoder: Decoder, weights: Mapping[str, torch.Tensor], folder: Path, initializers: tuple[Initializer, ...]
 ) -> None:
-    """Write both data files. Raises InputError for a weight that is missing or has another shape,
-    NumericalError for one that is not finite or overflows; both name the weight."""
+    """Writes both data files.
+
+    weights: by the names of decoder.py, any floating type. Raises InputError for a weight that is missing or has
+    another shape, and NumericalError for one that is not finite or overflows; both name the weight.
+    """
     import torch
 
     shapes = decoder.shapes()
@@ -167,46 +183,51 @@ def write_data(
             for initializer in initializers:
                 if initializer.file != name:
                     continue
+                # Zeros up to the offset, then the blocks, each in pieces.
                 file.write(bytes(initializer.offset - file.tell()))
                 for sources in initializer.parts or [()]:
-                    parts = _parts(decoder, weights, initializer, sources, shapes)
-                    for piece in _pieces(parts, initializer.transposed, initializer.precision):
+                    tensors = _tensors(decoder, weights, initializer, sources, shapes)
+                    for piece in _pieces(tensors, initializer.transposed, initializer.precision):
                         if initializer.precision == "bf16":  # numpy has no such type
                             piece = piece.view(torch.int16)
                         file.write(memoryview(piece.numpy()).cast("B"))
-                    parts.clear()  # before the next is read
+                    tensors.clear()  # before the next are read
 
 
-def _parts(
+def _tensors(
     decoder: Decoder,
     weights: Mapping[str, torch.Tensor],
     initializer: Initializer,
     sources: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, torch.Tensor]:
+    """Returns the tensors of one block by name: its weights, or the rotary table."""
     if not sources:
         return {initializer.name: _rotary_table(decoder, initializer)}
     return {name: _read(weights, name, shapes[name]) for name in sources}
 
 
-def _pieces(parts: dict[str, torch.Tensor], transposed: bool, precision: GraphPrecision) -> Iterator[torch.Tensor]:
-    """Contiguous pieces of the stacked (and transposed) parts, in the order of the file."""
+def _pieces(tensors: dict[str, torch.Tensor], transposed: bool, precision: GraphPrecision) -> Iterator[torch.Tensor]:
+    """Yields contiguous pieces of the stacked (and transposed) tensors, in the order of the file."""
     import torch
 
-    if not transposed:  # one part after the other
-        for name, part in parts.items():
-            rows = max(1, PIECE_BYTES // (prod(part.shape[1:]) * PRECISIONS[precision].element_bytes))
-            for piece in part.split(rows):
+    # Some rows of one tensor after the other.
+    if not transposed:
+        for name, tensor in tensors.items():
+            rows = max(1, PIECE_BYTES // (prod(tensor.shape[1:]) * PRECISIONS[precision].element_bytes))
+            for piece in tensor.split(rows):
                 yield _convert(name, piece, precision)
         return
-    across = sum(part.shape[0] for part in parts.values())
-    columns = max(1, PIECE_BYTES // (across * PRECISIONS[precision].element_bytes))
-    for pieces in zip(*(part.split(columns, dim=1) for part in parts.values()), strict=True):
-        converted = [_convert(name, piece, precision) for name, piece in zip(parts, pieces, strict=True)]
+    # Some columns (out, columns) of all tensors together, which are rows (columns, out) of the transposed ones.
+    outputs = sum(tensor.shape[0] for tensor in tensors.values())
+    columns = max(1, PIECE_BYTES // (outputs * PRECISIONS[precision].element_bytes))
+    for pieces in zip(*(tensor.split(columns, dim=1) for tensor in tensors.values()), strict=True):
+        converted = [_convert(name, piece, precision) for name, piece in zip(tensors, pieces, strict=True)]
         yield torch.cat(converted).t().contiguous()
 
 
 def _convert(name: str, tensor: torch.Tensor, precision: GraphPrecision) -> torch.Tensor:
+    """Returns a weight in a precision; raises NumericalError where it is not finite in it."""
     import torch
 
     converted = tensor.to(getattr(torch, PRECISIONS[precision].torch_dtype)).contiguous()
@@ -224,31 +245,34 @@ def _convert(name: str, tensor: torch.Tensor, precision: GraphPrecision) -> torc
 
 
 def _read(weights: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns a weight by name; raises InputError where it is missing or has another shape."""
     try:
         tensor = weights[name]
     except KeyError:
         raise InputError(
-            f"weight {name} is missing, the model's description asks for it",
+            f"weight {name} is missing, but the model's configuration requires it",
             "Load the model again: its weights and its configuration belong to different models.",
         ) from None
     if tuple(tensor.shape) != shape:
         raise InputError(
-            f"weight {name} has shape {tuple(tensor.shape)}, the model's description says {shape}",
+            f"weight {name} has shape {tuple(tensor.shape)}, but the model's configuration requires {shape}",
             "Load the model again: its weights and its configuration belong to different models.",
         )
     return tensor
 
 
 def _rotary_table(decoder: Decoder, initializer: Initializer) -> torch.Tensor:
-    """(positions, turned / 2) fp32: cos or sin of the angles of decoder.py's Rotary, times its scaling."""
+    """Returns cos or sin (positions, turned / 2) fp32 of the angles of decoder.py's Rotary, times its scaling."""
     import torch
 
+    # The rotary embedding of this table, and whether it is that of sin.
     tables = {
-        name: (rotary, place)
+        name: (rotary, is_sin)
         for number, rotary in enumerate(decoder.rotaries)
-        for place, name in enumerate(rotary_tables(number))
+        for is_sin, name in enumerate(rotary_tables(number))
     }
-    rotary, place = tables[initializer.name]
+    rotary, is_sin = tables[initializer.name]
+    # The angles of all positions, in a grid by row and column; cos and sin are 0 in its prefix.
     positions, prefix = torch.arange(initializer.shape[0]), 0
     frequencies = torch.tensor(rotary.inverse_frequencies, dtype=torch.float32)
     if rotary.grid is None:
@@ -258,6 +282,6 @@ def _rotary_table(decoder: Decoder, initializer: Initializer) -> torch.Tensor:
         rows, columns = (positions - prefix) // side, (positions - prefix) % side
         of_rows, of_columns = frequencies.chunk(2)
         angles = torch.cat([torch.outer(rows, of_rows), torch.outer(columns, of_columns)], dim=1)
-    table = (angles.sin() if place else angles.cos()) * rotary.scaling
+    table = (angles.sin() if is_sin else angles.cos()) * rotary.scaling
     table[:prefix] = 0
     return table

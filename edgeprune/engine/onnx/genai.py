@@ -1,9 +1,9 @@
-"""What onnxruntime-genai reads beside a graph: genai_config.json and the tokenizer's files.
+"""The files that onnxruntime-genai reads beside a graph: genai_config.json and the tokenizer's files.
 
-`onnxruntime_genai.Model(folder)` then runs a folder of graph.py. Its model type is `decoder`, which takes every
-family as the graph says it: windows, scales, biases and positions are nodes, not settings. Layers without attention
-and key/value heads that differ from layer to layer need onnxruntime-genai 0.18, which reads the numbers and shapes
-of the cache from the graph.
+With these, `onnxruntime_genai.Model(folder)` runs a folder of graph.py. It does not know the family of the model: the
+model type is `decoder`, for which windows, scales, biases and positions are nodes of the graph and not settings.
+Layers without attention, and key/value heads that differ from layer to layer, need onnxruntime-genai 0.18, which
+reads the numbers and shapes of the KV cache from the graph.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from edgeprune.ondevice.sampling import end_ids
 
 CONFIG = "genai_config.json"
 VARIANTS = (GraphVariant("onnxruntime", "all"), GraphVariant("opset23", "all"), GraphVariant("primitive", "all"))
-"""The graphs it can run, the best first. With the logits of the last position alone it reads those of padding:
-it pads the shorter prompts of a batch on their right."""
+"""The graphs that onnxruntime-genai can run, the best first. With the logits of the last position alone it would read
+those of padding, because it pads the shorter prompts of a batch on their right."""
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """begin: None where the tokenizer has no such token; ends: those that end a text; pad: of shorter prompts."""
+    """The special token ids of a model.
+
+    begin: of the token that begins a text, None where the tokenizer has none; ends: of those that end a text; pad: of
+    the token that fills up shorter prompts.
+    """
 
     begin: int | None
     ends: tuple[int, ...]
@@ -44,21 +48,23 @@ def write_genai(
     tokenizer: Path,
     max_positions: int | None = None,
 ) -> None:
-    """Let onnxruntime-genai load the graphs of `variants` in `folder`, as write_graphs left it.
+    """Writes the files with which onnxruntime-genai loads the best graph of `variants` in a folder of write_graphs.
 
-    tokenizer: a checkpoint's folder; max_positions: as given to write_graphs, the longest sequence. Raises
-    InputError where no variant has all logits, and for a tokenizer that cannot be read. An image generator has no
-    tokenizer, and nothing that onnxruntime-genai could run: nothing is written.
+    tokenizer: a checkpoint's folder; max_positions: the longest sequence, as given to write_graphs. Raises InputError
+    where no variant has the logits of all positions, and for a tokenizer that cannot be read. For an image generator
+    nothing is written: it has no tokenizer, and onnxruntime-genai cannot run it.
     """
     if decoder.picture is not None:
         return
     variant = next((variant for variant in VARIANTS if variant in variants), None)
     if variant is None:
         raise InputError("onnxruntime-genai needs a graph with the logits of all positions", "Export model.onnx too.")
+    # The configuration.
     loaded = load_tokenizer(tokenizer)
     limit = decoder.max_position_embeddings
     config = genai_config(decoder, variant, _token_ids(loaded, tokenizer), min(limit, max_positions or limit))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # The tokenizer's files; where it has no tokenizer.json, it is made from the others.
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
@@ -68,13 +74,14 @@ def write_genai(
 
 
 def _token_ids(tokenizer: Any, directory: Path) -> TokenIds:
+    """Returns the special token ids of a checkpoint; without a padding token, one that ends a text pads."""
     ends = tuple(sorted(end_ids(tokenizer, directory)))
     known: Sequence[int] = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None]
     return TokenIds(tokenizer.bos_token_id, ends, known[0] if known else 0)
 
 
 def genai_config(decoder: Decoder, variant: GraphVariant, tokens: TokenIds, context: int) -> dict[str, Any]:
-    """The content of genai_config.json for one graph; context: tokens of prompt and output together."""
+    """Returns the content of genai_config.json for one graph; context: tokens of prompt and output together."""
     attention = next((layer.attention for layer in decoder.layers if layer.attention), None)
     heads = attention and attention.num_attention_heads
     model = {

@@ -1,22 +1,25 @@
-"""Decoder and weights -> ONNX, written directly: small graph files beside two shared data files.
+"""The ONNX graphs of a Decoder, written directly: small graph files beside two shared data files.
+
+It does not know pruning or engines: widths that differ from layer to layer are plain data for it.
 
 Inputs: input_ids, position_ids (batch, sequence) and attention_mask (batch, total) int64, 0 for left
 padding; past_key_values.{i}.key|value (batch, num_key_value_heads, past, head_dim). Outputs: logits
 (batch, sequence, vocabulary), present.{i}.key|value (batch, num_key_value_heads, total, head_dim);
-total = past + sequence. `i` is the layer's index: a layer without attention has no cache, and its
-number is left out. Per-layer widths are plain data here. It knows nothing about pruning or engines.
+total = past + sequence. `i` is the layer's index: a layer without attention has no KV cache, and its
+number is left out.
 
-Variants are one model in several sets of operators, all on the same data files:
-    opset23      RMSNormalization, RotaryEmbedding, Attention with one output, the cache outside
-    primitive    operators of opset 17 only, for parsers that know no newer ones
-    onnxruntime  com.microsoft.GroupQueryAttention. Bind one buffer of any capacity as past and present
-                 of a layer and it is updated in place; `past` and `total` of the cache are then that
-                 capacity and the true total comes from attention_mask's width, which every variant reads.
-                 Needs ONNX Runtime 1.32 or newer, and has zeros behind each head in the cache where head_dim
-                 is no multiple of 8.
+The variants of a graph are the same model in several dialects, all on the same data files:
+    opset23      RMSNormalization, RotaryEmbedding and Attention with one output; the keys and values
+                 of past and new tokens are joined by Concat
+    primitive    only operators of opset 17, for parsers that do not know newer ones
+    onnxruntime  com.microsoft.GroupQueryAttention. Where one buffer of any capacity is bound as past and
+                 present of a layer, it is updated in place; `past` and `total` of the KV cache are then this
+                 capacity, and the true total is the width of attention_mask, which every variant reads.
+                 It needs ONNX Runtime 1.32 or newer. Where head_dim is not a multiple of 8, the KV cache
+                 has zeros behind each head.
 With logits `last` the last position is gathered before the final norm: logits (batch, 1, vocabulary).
-In bf16 the logits are cast to fp32, which every consumer has; and since ONNX Runtime has no bf16 on a
-processor, its dialect reads the same bf16 weights and computes in fp32, cache included.
+In bf16 the logits are cast to fp32, because not every consumer has bf16. ONNX Runtime has no bf16 on a
+processor: its dialect reads the same bf16 weights and computes in fp32, KV cache included.
 """
 
 from __future__ import annotations
@@ -40,11 +43,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GraphVariant:
+    """A dialect, and the positions that the graph gives logits of."""
+
     dialect: Dialect
     logits: Literal["all", "last"]
 
     @property
     def filename(self) -> str:
+        """Returns the name of the variant's graph file."""
         dialect = "" if self.dialect == "opset23" else f".{self.dialect}"
         return f"model{dialect}{'.last' if self.logits == 'last' else ''}.onnx"
 
@@ -54,7 +60,7 @@ ONNXRUNTIME_GRAPH = GraphVariant("onnxruntime", "last")
 
 @dataclass(frozen=True)
 class GraphFiles:
-    """What was written: the graph of each variant, and the bytes of each data file."""
+    """The files of a model's graphs: the graph of each variant, and the bytes of each data file."""
 
     graphs: dict[GraphVariant, Path]
     data: dict[Path, int]
@@ -68,19 +74,20 @@ def write_graphs(
     variants: Sequence[GraphVariant],
     max_positions: int | None = None,
 ) -> GraphFiles:
-    """Write the variants and their data files into `folder`; equal input gives equal bytes.
+    """Writes the variants of a graph and their data files into `folder`; equal input gives equal bytes.
 
-    weights: by the names of decoder.py, any floating type; each is read once. precision is that of
-    weights, activations, cache and logits, as above for bf16 (sums of squares stay fp32). max_positions: rows of the
-    onnxruntime dialect's rotary tables, at most and by default decoder.max_position_embeddings; longer
-    contexts need no tables in the other dialects.
+    weights: by the names of decoder.py, any floating type; each is read once. precision: of weights, activations, KV
+    cache and logits, for bf16 as above (sums of squares stay in fp32). max_positions: rows of the rotary tables, which
+    only the onnxruntime dialect has; at most and by default decoder.max_position_embeddings. Returns the files.
     Raises InputError for a missing weight or a wrong shape, and NumericalError for a weight that is not finite in
-    this precision; files begun are then incomplete.
+    this precision; the files are then incomplete.
     """
+    # The data files come first: the graphs refer to offsets in them.
     tables = any(variant.dialect == "onnxruntime" for variant in variants)
     initializers = layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
     folder.mkdir(parents=True, exist_ok=True)
     write_data(decoder, weights, folder, initializers)
+    # One graph file for each variant.
     graphs = {variant: folder / variant.filename for variant in variants}
     for variant, path in graphs.items():
         model = _model(decoder, precision, variant, initializers)
@@ -92,15 +99,16 @@ def write_graphs(
 def graph_weight_bytes(
     decoder: Decoder, precision: GraphPrecision, dialect: Dialect = "opset23", max_positions: int | None = None
 ) -> int:
-    """Bytes of all initializers that a graph of this dialect references, without writing it.
+    """Returns the bytes of all initializers that a graph of this dialect refers to, without writing it.
 
-    The onnxruntime dialect may add rotary tables; padding between initializers is not counted.
+    The onnxruntime dialect may add rotary tables. Padding between initializers is not counted.
     """
     rows = _table_rows(decoder, max_positions) if dialect == "onnxruntime" else None
     return sum(initializer.length for initializer in layout(decoder, precision, rows))
 
 
 def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
+    """Returns the rows of the rotary tables; raises InputError where max_positions is less than 1."""
     if max_positions is None:
         return decoder.max_position_embeddings
     if max_positions < 1:
@@ -111,6 +119,7 @@ def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
 def _model(
     decoder: Decoder, precision: GraphPrecision, variant: GraphVariant, initializers: Sequence[Initializer]
 ) -> ModelProto:
+    """Returns the ONNX model of a variant."""
     from onnx import helper
 
     operators = OPERATORS[variant.dialect]
@@ -125,14 +134,18 @@ def _model(
 def _graph(
     decoder: Decoder, precision: GraphPrecision, variant: GraphVariant, initializers: Sequence[Initializer]
 ) -> GraphProto:
+    """Returns the graph of a variant, with inputs, outputs, nodes and initializers."""
     from onnx import TensorProto, helper
 
+    # Build the nodes. ONNX Runtime computes bf16 weights in fp32 on a processor.
     nodes = Nodes("fp32" if (precision, variant.dialect) == ("bf16", "onnxruntime") else precision)
     element = element_type(nodes.precision)
     logits = _forward(nodes, decoder, variant)
+    # Declare the initializers that they read, and cast those that are stored in another type.
     used = {name for node in nodes.nodes for name in node.input}
     external = [_external(initializer) for initializer in initializers if initializer.name in used]
     widened = [_widened(tensor, element) for tensor in external if tensor.data_type != element]
+    # Declare inputs and outputs.
     rows = "sequence" if variant.logits == "all" else 1
     inputs, outputs = _caches(decoder, element, variant.dialect)
     return helper.make_graph(
@@ -150,6 +163,7 @@ def _graph(
 
 
 def _caches(decoder: Decoder, element: int, dialect: Dialect) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
+    """Returns the inputs and outputs of the KV cache, a key and a value of each for every layer with attention."""
     from onnx import helper
 
     inputs, outputs = [], []
@@ -166,11 +180,13 @@ def _caches(decoder: Decoder, element: int, dialect: Dialect) -> tuple[list[Valu
 
 
 def _cache_names(index: int) -> tuple[str, str, str, str]:
+    """Returns the names of a layer's past key, past value, present key and present value."""
     past, present = f"past_key_values.{index}", f"present.{index}"
     return f"{past}.key", f"{past}.value", f"{present}.key", f"{present}.value"
 
 
 def _external(initializer: Initializer) -> TensorProto:
+    """Returns the ONNX tensor that refers to an initializer's bytes in its data file."""
     from onnx import TensorProto
 
     element = element_type(initializer.precision)
@@ -183,13 +199,14 @@ def _external(initializer: Initializer) -> TensorProto:
 
 
 def _logits_type(element: int) -> int:
+    """Returns ONNX's number of the type of the logits: fp32 for bf16."""
     from onnx import TensorProto
 
     return TensorProto.FLOAT if element == TensorProto.BFLOAT16 else element
 
 
 def _widened(tensor: TensorProto, element: int) -> NodeProto:
-    """The node that casts an initializer, which takes another name, so that its own is the cast's."""
+    """Returns the node that casts an initializer, which gets another name, so that the cast bears its own."""
     from onnx import helper
 
     name, tensor.name = tensor.name, f"{tensor.name}.stored"
@@ -198,8 +215,11 @@ def _widened(tensor: TensorProto, element: int) -> NodeProto:
 
 @dataclass
 class _Stream:
-    """The residual stream while the graph grows: `update` is what a module adds to `hidden`; adding it is left to
-    the next norm, which some dialects fuse with it."""
+    """The residual stream while the graph grows.
+
+    hidden: the name of the stream (b, s, c); update: the name of what a module adds to it (b, s, c). The addition is
+    left to the next norm, because some dialects fuse the two.
+    """
 
     nodes: Nodes
     decoder: Decoder
@@ -208,22 +228,23 @@ class _Stream:
     update: str | None = None
 
     def settled(self) -> str:
-        """The stream with all that was added."""
+        """Adds the pending update, if any, and returns the name of the stream."""
         self.hidden, self.update = add_update(self.nodes, self.hidden, self.update), None
         return self.hidden
 
     def normed(self, name: str) -> str:
+        """Adds the pending update, if any, and returns the name of the normed stream."""
         norm = self.operators.norm(self.decoder)
         self.hidden, x = norm(self.nodes, name, self.hidden, self.update, f"{name}.weight", self.decoder.norm_eps)
         self.update = None
         return x
 
     def read(self, name: str) -> str:
-        """What a module sees of the stream."""
+        """Returns the name of what a module reads: the stream, normed unless norms come after the modules alone."""
         return self.settled() if self.decoder.norms == "after" else self.normed(f"{name}.norm")
 
     def output(self, name: str, raw: str) -> str:
-        """What a module adds to the stream."""
+        """Returns the name of what a module adds to the stream: its output, normed unless norms come before alone."""
         if self.decoder.norms == "before":
             return raw
         norm = self.operators.norm(self.decoder)
@@ -231,18 +252,21 @@ class _Stream:
         return norm(self.nodes, name, raw, None, f"{name}.weight", self.decoder.norm_eps)[1]
 
     def add(self, update: str) -> None:
+        """Leaves an update to the next norm, together with one that is pending already."""
         if self.update is not None:
             update = self.nodes.add("Add", f"{update}.both", self.update, update)
         self.update = update
 
 
 def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
-    """All layers, from input_ids to the name of the logits."""
+    """Adds the nodes of the whole decoder; returns the name of the logits."""
+    # Masks, angles and lengths are made once, for all layers.
     operators = OPERATORS[variant.dialect]
     attends = any(layer.attention is not None for layer in decoder.layers)
     shared = operators.prepare(nodes, decoder) if attends else {}
     stream = _Stream(nodes, decoder, operators, _embed(nodes, decoder))
     for index, layer in enumerate(decoder.layers):
+        # Parallel modules read the same stream, so that their updates are added after both.
         if decoder.parallel:
             stream.settled()
         updates = []
@@ -256,6 +280,7 @@ def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
                 stream.add(updates.pop())
         for update in updates:
             stream.add(update)
+    # The last position alone is normed and multiplied with the head.
     if variant.logits == "last":
         position = nodes.constant("last.position", [-1])
         stream.hidden = nodes.add("Gather", "last.hidden", stream.hidden, position, axis=1)  # (b, 1, c)
@@ -265,26 +290,31 @@ def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
 
 
 def _module(stream: _Stream, kind: str, name: str, x: str, layer: Layer, index: int, shared: dict[str, str]) -> str:
-    """What the module's output projection gives."""
+    """Adds the nodes of a module; returns the name of its output projection's output (b, s, c)."""
     nodes, decoder, operators = stream.nodes, stream.decoder, stream.operators
     if kind == "mlp":
         return mlp(nodes, operators, name, x, layer.mlp)
+    # (b, s, (h + 2k) * d), queries, keys and values behind each other
     attention = layer.attention
     packed = linear(nodes, f"{name}.qkv", x, f"{name}.qkv", attention.input_bias)
     if attention.qk_norm is not None:
         packed = normed_queries_and_keys(nodes, operators, name, packed, attention, decoder.norm_eps)
     context = operators.attention(nodes, name, packed, attention, decoder, _cache_names(index), shared)
+    # context: (b, s, h * d)
     return linear(nodes, f"{name}.o", context, f"{name}.o", attention.output_bias)
 
 
 def _logits(nodes: Nodes, decoder: Decoder, x: str) -> str:
+    """Adds the nodes of the head, from x (b, s, c); returns the name of the logits (b, s, vocab_size)."""
+    # Scale and softcap: cap * tanh(scale * logits / cap).
     steps = []
     if decoder.logits_scale != 1.0:
         steps.append(("Mul", decoder.logits_scale))
     if (cap := decoder.logits_softcap) is not None:
         steps += [("Mul", 1 / cap), ("Tanh", None), ("Mul", cap)]
+    # The last step bears the output's name, unless a cast follows.
     last = "logits.bf16" if nodes.precision == "bf16" else "logits"
-    names = [f"head.{place}" for place in range(len(steps))] + [last]
+    names = [f"head.{index}" for index in range(len(steps))] + [last]
     (value,) = nodes.add_many("MatMul", "head", (x, "head.weight"), (names[0],))
     for (operator, number), name in zip(steps, names[1:], strict=True):
         inputs = (value,) if number is None else (value, nodes.number(f"number.{number}", number))
@@ -293,7 +323,10 @@ def _logits(nodes: Nodes, decoder: Decoder, x: str) -> str:
 
 
 def _embed(nodes: Nodes, decoder: Decoder) -> str:
-    """(b, s) ids -> (b, s, c). A tied embedding gathers the head's columns, so that it is stored once."""
+    """Adds the nodes of the embedding, from input_ids (b, s); returns the name of the stream (b, s, c).
+
+    A tied embedding gathers columns of the head, so that it is stored only once.
+    """
     if decoder.tie_word_embeddings:
         columns = nodes.add("Gather", "embedding.columns", "head.weight", "input_ids", axis=1)  # (c, b, s)
         hidden = nodes.add("Transpose", "embedding", columns, perm=[1, 2, 0])

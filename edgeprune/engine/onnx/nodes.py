@@ -1,4 +1,7 @@
-"""The nodes of one graph while it grows, and the values that all its layers read."""
+"""The nodes of one graph while it grows, and the values that all its layers read.
+
+It does not know the modules of a decoder. Notation as in ops.py.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ if TYPE_CHECKING:
 
 Dialect = Literal["opset23", "primitive", "onnxruntime"]
 MICROSOFT = "com.microsoft"
-HEAD_MULTIPLE = 8  # of the sizes of heads that GroupQueryAttention takes
+HEAD_MULTIPLE = 8  # GroupQueryAttention takes heads whose sizes are multiples of it
 Shared = dict[str, str]  # values made once and read by every layer: masks, angles, lengths
 
 
 def head_width(head_dim: int, dialect: Dialect) -> int:
-    """Of one head in a dialect's cache: zeros fill it up."""
+    """Returns the width of one head in a dialect's KV cache, where zeros may fill it up."""
     multiple = HEAD_MULTIPLE if dialect == "onnxruntime" else 1
     return -(-head_dim // multiple) * multiple
 
 
 def element_type(precision: GraphPrecision) -> int:
-    """ONNX's number of the type of weights, activations and cache."""
+    """Returns ONNX's number of the type of weights, activations and KV cache."""
     from onnx import TensorProto
 
     return getattr(TensorProto, PRECISIONS[precision].onnx_type)
@@ -35,12 +38,12 @@ def element_type(precision: GraphPrecision) -> int:
 class Nodes:
     """The nodes and small constants of one graph while it grows, in execution order."""
 
-    precision: GraphPrecision  # of weights, activations and cache
+    precision: GraphPrecision  # of weights, activations and KV cache
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
 
     def add(self, operator: str, name: str, *inputs: str, domain: str = "", **attributes: object) -> str:
-        """One node with one output, which bears the node's name."""
+        """Adds a node with one output, and returns the output's name, which is the node's."""
         return self.add_many(operator, name, inputs, (name,), domain, **attributes)[0]
 
     def add_many(
@@ -52,14 +55,14 @@ class Nodes:
         domain: str = "",
         **attributes: object,
     ) -> tuple[str, ...]:
-        """One node; an empty output name leaves an optional output away."""
+        """Adds a node, and returns its outputs' names; an empty name leaves out an optional output."""
         from onnx import helper
 
         self.nodes.append(helper.make_node(operator, inputs, outputs, name, domain=domain or None, **attributes))
         return outputs
 
     def constant(self, name: str, value: object, dtype: type[np.generic] = np.int64) -> str:
-        """A small constant inside the graph file; equal names are one constant."""
+        """Adds a small constant inside the graph file, once for each name, and returns the name."""
         from onnx import numpy_helper
 
         if name not in self.constants:
@@ -67,7 +70,7 @@ class Nodes:
         return name
 
     def number(self, name: str, value: float) -> str:
-        """A constant of the graph's own type."""
+        """Adds a constant of the graph's own precision, once for each name, and returns the name."""
         from onnx import helper
 
         if name not in self.constants:
@@ -75,19 +78,22 @@ class Nodes:
         return name
 
     def sizes(self, *values: int) -> str:
+        """Adds sizes, or indices, as an int64 vector (values,), and returns its name."""
         return self.constant("sizes." + "_".join(map(str, values)), values)
 
     def to_fp32(self, name: str, value: str) -> str:
+        """Adds a cast to fp32, where the graph has another precision, and returns the result's name."""
         from onnx import TensorProto
 
         return value if self.precision == "fp32" else self.add("Cast", name, value, to=TensorProto.FLOAT)
 
     def from_fp32(self, name: str, value: str) -> str:
+        """Adds a cast from fp32 to the graph's precision, where it is another, and returns the result's name."""
         return value if self.precision == "fp32" else self.add("Cast", name, value, to=element_type(self.precision))
 
 
 def lengths(nodes: Nodes) -> Shared:
-    """batch, sequence and total as int64 vectors of one element."""
+    """Adds batch, sequence and total as int64 vectors of one element."""
     shape = nodes.add("Shape", "sequence.ids_shape", "input_ids")
     sequence = nodes.add("Slice", "sequence", shape, nodes.sizes(1), nodes.sizes(2))
     shape = nodes.add("Shape", "total.mask_shape", "attention_mask")
@@ -97,26 +103,35 @@ def lengths(nodes: Nodes) -> Shared:
 
 
 def masked(nodes: Nodes) -> str:
-    """The additive value of a masked pair: far below any score, and finite after adding one, so that
-    a row with nothing to attend to (left padding) gives numbers and not NaN."""
+    """Adds the value that a mask adds to the score of a masked pair, and returns its name.
+
+    It is far below any score, and stays finite when a score is added, so that a row that attends to nothing (left
+    padding) gives numbers and not NaN.
+    """
     least = np.finfo(np.float16 if nodes.precision == "fp16" else np.float32).min
     return nodes.number("mask.minimum", float(least) / 2)
 
 
 def additive_masks(nodes: Nodes, windows: tuple[int | None, ...]) -> Shared:
-    """(b, 1, s, t) by `mask.{window}`: 0 where the query may see the key: a real token, not later than the query
-    and, with a window, less than so many positions before it."""
-    found = lengths(nodes)
+    """Adds the masks (b, 1, s, t) of these windows, by `mask.{window}`: 0 where the query may see the key.
+
+    It may where the key is a real token, is not later than the query and, with a window, is less than so many
+    positions before it.
+    """
+    # The positions of keys and queries in the KV cache.
+    sizes = lengths(nodes)
     zero, one = nodes.constant("zero", 0), nodes.constant("one", 1)
-    total = nodes.add("Squeeze", "mask.total", found["total"], nodes.sizes(0))
-    sequence = nodes.add("Squeeze", "mask.sequence", found["sequence"], nodes.sizes(0))
+    total = nodes.add("Squeeze", "mask.total", sizes["total"], nodes.sizes(0))
+    sequence = nodes.add("Squeeze", "mask.sequence", sizes["sequence"], nodes.sizes(0))
     past = nodes.add("Sub", "mask.past", total, sequence)
     keys = nodes.add("Range", "mask.keys", zero, total, one)  # (t,)
     queries = nodes.add("Range", "mask.query_range", past, total, one)
     queries = nodes.add("Unsqueeze", "mask.queries", queries, nodes.sizes(1))  # (s, 1)
-    causal = nodes.add("LessOrEqual", "mask.causal", keys, queries)
+    # Keys that are not later, and keys that are real tokens.
+    causal = nodes.add("LessOrEqual", "mask.causal", keys, queries)  # (s, t)
     real = nodes.add("Greater", "mask.real_tokens", "attention_mask", zero)
     real = nodes.add("Unsqueeze", "mask.real", real, nodes.sizes(1, 2))  # (b, 1, 1, t)
+    # One mask for each window.
     masks = {}
     for window in windows:
         name, near = f"mask.{window}", causal

@@ -1,9 +1,9 @@
-"""A Decoder spelled in ONNX operators: norms, activations, MLP and experts in three dialects.
+"""The modules of a Decoder in ONNX operators: norms, activations, MLP and experts in three dialects.
 
-Weights are named, never seen: graph_data.py says where they stand.
+It knows the names of weights and not their values; data.py decides where these are stored.
 Notation: b batch, s sequence (new tokens), t total (past + new), h query heads, k key/value heads,
-g = h / k, d head_dim, c hidden_size, i intermediate_size. Values carry the name of the node that
-makes them, and that name carries the layer (`layers.3.attention.o`), so that a builder's error can be read.
+g = h / k, d head_dim, c hidden_size, i intermediate_size. A value has the name of the node that makes it, and
+this name contains the layer (`layers.3.attention.o`), so that the errors of an engine's builder are readable.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, Shared
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 
 Norm = Callable[[Nodes, str, str, "str | None", str, float], tuple[str, str]]
-"""nodes, name, hidden, update, weight, epsilon -> hidden + update, and that normed; without an update: hidden."""
+"""Called with nodes, name, hidden (b, s, c), update (b, s, c) or None, weight and epsilon; returns the names of
+hidden + update, and of its norm."""
 
 
 def add_update(nodes: Nodes, hidden: str, update: str | None) -> str:
+    """Adds an update, if any, to the stream; returns the name of the stream."""
     return hidden if update is None else nodes.add("Add", f"{update}.residual", hidden, update)
 
 
@@ -41,7 +43,7 @@ def _norm_opset23(nodes: Nodes, name: str, hidden: str, update: str | None, weig
 def _norm_primitive(
     nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float
 ) -> tuple[str, str]:
-    """weight * x / sqrt(mean(x^2) + eps), the mean in fp32 (Zhang and Sennrich 2019, eq. 4)."""
+    """Adds weight * x / sqrt(mean(x^2) + eps), with the mean in fp32 (Zhang and Sennrich 2019, eq. 4)."""
     hidden = add_update(nodes, hidden, update)
     x = nodes.to_fp32(f"{name}.fp32", hidden)
     square = nodes.add("Pow", f"{name}.square", x, nodes.constant("norm.two", 2, np.float32))
@@ -69,7 +71,7 @@ def _norm_onnxruntime(
 
 
 def _layer_norm(nodes: Nodes, name: str, hidden: str, update: str | None, weight: str, eps: float) -> tuple[str, str]:
-    """LayerNorm, its mean and variance in fp32; its bias has the weight's name with `bias`."""
+    """Adds a LayerNorm, with mean and variance in fp32; the bias has the weight's name with `bias` at its end."""
     hidden = add_update(nodes, hidden, update)
     attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
     return hidden, nodes.add("LayerNormalization", name, hidden, weight, _bias_of(weight), **attributes)
@@ -91,19 +93,25 @@ def _bias_of(weight: str) -> str:
 
 
 def _activate(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
-    """silu, relu and, in operators of opset 17, gelu: x * (1 + erf(x / sqrt(2))) / 2, or its approximations."""
+    """Adds an activation in operators of opset 17.
+
+    silu is x * sigmoid(x), gelu is x * (1 + erf(x / sqrt(2))) / 2, and gelu_quick and gelu_tanh approximate gelu.
+    """
+    # Those of one function.
     if activation in ("silu", "gelu_quick"):
         scaled = x if activation == "silu" else nodes.add("Mul", f"{name}.scaled", x, _number(nodes, 1.702))
         return nodes.add("Mul", f"{name}.{activation}", x, nodes.add("Sigmoid", f"{name}.sigmoid", scaled))
     if activation == "relu":
         return nodes.add("Relu", f"{name}.relu", x)
+    # The inner function of gelu: erf(x / sqrt(2)), or tanh(sqrt(2 / pi) * (x + 0.044715 x^3)).
     if activation == "gelu":
         inner = nodes.add("Erf", f"{name}.erf", nodes.add("Mul", f"{name}.narrowed", x, _number(nodes, 0.5**0.5)))
-    else:  # sqrt(2 / pi) * (x + 0.044715 x^3)
+    else:
         cube = nodes.add("Mul", f"{name}.cube", nodes.add("Mul", f"{name}.square", x, x), x)
         bent = nodes.add("Add", f"{name}.bent", x, nodes.add("Mul", f"{name}.bend", cube, _number(nodes, 0.044715)))
         scaled = nodes.add("Mul", f"{name}.bent_scaled", bent, _number(nodes, math.sqrt(2 / math.pi)))
         inner = nodes.add("Tanh", f"{name}.tanh", scaled)
+    # x / 2 * (1 + inner)
     gate = nodes.add("Add", f"{name}.shifted", inner, _number(nodes, 1.0))
     return nodes.add("Mul", f"{name}.gelu", nodes.add("Mul", f"{name}.half", x, _number(nodes, 0.5)), gate)
 
@@ -127,7 +135,11 @@ def _activate_onnxruntime(nodes: Nodes, name: str, x: str, activation: Activatio
 
 @dataclass(frozen=True)
 class Operators:
-    """How one dialect spells the parts that dialects differ in."""
+    """The operators of one dialect, where dialects differ.
+
+    opsets: versions by domain; prepare: adds the values that all layers share; rms_norm, layer_norm, activate,
+    attention: add the nodes of these functions.
+    """
 
     opsets: dict[str, int]
     ir_version: int
@@ -138,6 +150,7 @@ class Operators:
     attention: Callable[[Nodes, str, str, Attention, Decoder, tuple[str, ...], Shared], str]
 
     def norm(self, decoder: Decoder) -> Norm:
+        """Returns the norm that a decoder uses."""
         return self.layer_norm if decoder.norm == "layer" else self.rms_norm
 
 
@@ -161,7 +174,10 @@ OPERATORS: dict[Dialect, Operators] = {
 
 
 def linear(nodes: Nodes, name: str, x: str, weight: str, has_bias: bool) -> str:
-    """x W + b, named after the whole; weight: the initializer's name without `.weight`."""
+    """Adds x W + b, with `name` for the result.
+
+    x: (..., in); weight: the name of the initializer (in, out) without `.weight`.
+    """
     if not has_bias:
         return nodes.add("MatMul", name, x, f"{weight}.weight")
     return nodes.add("Add", name, nodes.add("MatMul", f"{name}.product", x, f"{weight}.weight"), f"{weight}.bias")
@@ -170,29 +186,38 @@ def linear(nodes: Nodes, name: str, x: str, weight: str, has_bias: bool) -> str:
 def normed_queries_and_keys(
     nodes: Nodes, operators: Operators, name: str, packed: str, attention: Attention, eps: float
 ) -> str:
-    """Packed q, k, v (b, s, (h + 2k) * d) with an RMS norm of queries and keys, of each head or of all at once."""
+    """Adds the RMS norms of queries and keys, of each head or of all heads at once.
+
+    packed: queries, keys and values (b, s, (h + 2k) * d); returns the name of the same with the norms.
+    """
+    # Split into queries (b, s, h * d), keys and values (b, s, k * d).
     sizes = {"q": attention.query_size, "k": attention.key_value_size, "v": attention.key_value_size}
     outputs = tuple(f"{name}.{part}_part" for part in sizes)
-    parts = list(nodes.add_many("Split", f"{name}.parts", (packed, nodes.sizes(*sizes.values())), outputs, axis=-1))
-    for place, part in enumerate("qk"):
-        x, norm = parts[place], f"{name}.{part}_norm"
-        if attention.qk_norm == "head":
+    tensors = list(nodes.add_many("Split", f"{name}.parts", (packed, nodes.sizes(*sizes.values())), outputs, axis=-1))
+    # Norm queries and keys.
+    for index, part in enumerate("qk"):
+        x, norm = tensors[index], f"{name}.{part}_norm"
+        if attention.qk_norm == "head":  # (b, s, heads, d)
             x = nodes.add("Reshape", f"{norm}.heads", x, nodes.sizes(0, 0, -1, attention.head_dim))
         _, x = operators.rms_norm(nodes, norm, x, None, f"{norm}.weight", eps)
         if attention.qk_norm == "head":
             x = nodes.add("Reshape", f"{norm}.joined", x, nodes.sizes(0, 0, sizes[part]))
-        parts[place] = x
-    return nodes.add("Concat", f"{name}.normed", *parts, axis=-1)
+        tensors[index] = x
+    return nodes.add("Concat", f"{name}.normed", *tensors, axis=-1)
 
 
 def mlp(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
-    """down(activation(gate(x)) * up(x)); gate and up are one product of 2 * width columns, split in halves."""
+    """Adds down(activation(gate(x)) * up(x)), from x (b, s, c) to (b, s, c).
+
+    gate and up are one product of 2 * intermediate_size columns, which is then split in halves.
+    """
     if part.experts is not None:
         return _experts(nodes, operators, name, x, part)
     return linear(nodes, f"{name}.down", _inner(nodes, operators, name, x, part), f"{name}.down", part.output_bias)
 
 
 def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
+    """Adds the inputs of the down projection, from x (..., c) to (..., i)."""
     width = part.intermediate_size
     product = linear(nodes, f"{name}.{'gate_up' if part.gated else 'up'}", x, f"{name}.gate_up", part.input_bias)
     if not part.gated:
@@ -203,27 +228,35 @@ def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> 
 
 
 def _experts(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
-    """Every expert on every token, (experts, b * s, ...), weighted with the router's shares, which are 0 for all but
-    the token's own experts: no parser for engines takes a choice of weights that depends on the token."""
+    """Adds an MLP of experts, from x (b, s, c) to (b, s, c).
+
+    Every expert computes every token, (experts, b * s, ...), and its output is weighted with the router's share, which
+    is 0 for all but the token's own experts: no engine's parser takes a choice of weights that depends on the token.
+    """
+    # The shares of the token's own experts, which have the largest ones.
     experts = part.experts
     count, chosen = experts.num_experts, experts.num_experts_per_tok
     logits = nodes.to_fp32(f"{name}.router_fp32", nodes.add("MatMul", f"{name}.router", x, f"{name}.router.weight"))
     shares = nodes.add("Softmax", f"{name}.shares", logits, axis=-1)  # (b, s, experts)
     outputs = (f"{name}.top", f"{name}.chosen")
     top, places = nodes.add_many("TopK", f"{name}.top_k", (shares, nodes.sizes(chosen)), outputs, axis=-1)
+    # top, places: (b, s, num_experts_per_tok)
     if experts.normalised:
         sums = nodes.add("ReduceSum", f"{name}.top_sum", top, nodes.sizes(-1), keepdims=1)
         top = nodes.add("Div", f"{name}.top_shares", top, sums)
+    # The same among zeros for all other experts.
     zeros = nodes.add("Mul", f"{name}.no_shares", shares, nodes.constant("zero.fp32", 0.0, np.float32))
-    taken = nodes.add("ScatterElements", f"{name}.taken", zeros, places, top, axis=-1)
-    taken = nodes.add("Reshape", f"{name}.by_token", taken, nodes.sizes(1, -1, count))
+    taken = nodes.add("ScatterElements", f"{name}.taken", zeros, places, top, axis=-1)  # (b, s, experts)
+    taken = nodes.add("Reshape", f"{name}.by_token", taken, nodes.sizes(1, -1, count))  # (1, b * s, experts)
     taken = nodes.add("Transpose", f"{name}.by_expert", taken, perm=[2, 1, 0])  # (experts, b * s, 1)
+    # All tokens of the batch behind each other.
     shape = nodes.add("Shape", f"{name}.shape", x)
     width = nodes.add("Slice", f"{name}.width", shape, nodes.sizes(2), nodes.sizes(3))
     flat_size = nodes.add("Concat", f"{name}.flat_shape", nodes.sizes(1, -1), width, axis=0)
-    flat = nodes.add("Reshape", f"{name}.flat", x, flat_size)
-    inner = _inner(nodes, operators, name, flat, part)
-    each = nodes.add("MatMul", f"{name}.each", inner, f"{name}.down.weight")  # (experts, b * s, c)
-    weighted = nodes.add("Mul", f"{name}.weighted", each, nodes.from_fp32(f"{name}.taken_cast", taken))
-    total = nodes.add("ReduceSum", f"{name}.total", weighted, nodes.sizes(0), keepdims=0)
+    flat = nodes.add("Reshape", f"{name}.flat", x, flat_size)  # (1, b * s, c)
+    # Every expert's output, weighted and summed.
+    inner = _inner(nodes, operators, name, flat, part)  # (experts, b * s, i)
+    outputs_of_all = nodes.add("MatMul", f"{name}.each", inner, f"{name}.down.weight")  # (experts, b * s, c)
+    weighted = nodes.add("Mul", f"{name}.weighted", outputs_of_all, nodes.from_fp32(f"{name}.taken_cast", taken))
+    total = nodes.add("ReduceSum", f"{name}.total", weighted, nodes.sizes(0), keepdims=0)  # (b * s, c)
     return nodes.add("Reshape", f"{name}.down", total, shape)
