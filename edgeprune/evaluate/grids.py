@@ -1,4 +1,4 @@
-"""Pictures as a text that a journal and a page can hold."""
+"""Images as text that a journal and a page can hold. It knows no models."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ LARGEST_PNG = 400_000  # bytes
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as `data:image/png;base64,...`, at most WIDEST pixels wide; a large one becomes a JPEG.
+    """Returns an image as `data:image/png;base64,...`, at most WIDEST pixels wide; a large one becomes a JPEG.
 
-    A PNG keeps every pixel, which a few small pictures need; of large ones a JPEG loses nothing that is seen.
+    A PNG keeps every pixel, which a few small images need; a JPEG of large ones loses nothing that is visible.
     """
     from PIL import Image
 
+    # Limit the width.
     image = image.convert("RGB")
     if image.width > WIDEST:
         height = max(1, round(image.height * WIDEST / image.width))
         image = image.resize((WIDEST, height), Image.Resampling.LANCZOS)
+    # A PNG where it is small enough, else a JPEG.
     data = _encoded(image, "PNG")
     if len(data) <= LARGEST_PNG:
         return f"data:image/png;base64,{base64.b64encode(data).decode()}"

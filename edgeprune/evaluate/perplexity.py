@@ -1,4 +1,7 @@
-"""Perplexity of held-out documents, and the interval of its rise from a dense to a fitted model."""
+"""The perplexity of held-out documents, and the interval of its rise from a dense to a fitted model.
+
+It knows token ids and no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,11 @@ Windows = Sequence[Sequence[np.ndarray]]  # token ids, by document
 
 @dataclass(frozen=True)
 class Losses:
-    """Of documents: summed negative log-likelihood in nats (documents,), predicted tokens (documents,), and the
-    likeliest token int64 in the place of each predicted one, by document and window."""
+    """The losses of a model on documents.
+
+    nats: (documents,) summed negative log-likelihood. tokens: (documents,) int64, how many were predicted. likeliest:
+    by document and window, the likeliest token, int64, in the place of each predicted one.
+    """
 
     nats: np.ndarray
     tokens: np.ndarray
@@ -26,16 +32,17 @@ class Losses:
 
     @property
     def perplexity(self) -> float:
+        """Returns the perplexity per token of these losses."""
         return self.perplexity_per(self)
 
     def perplexity_per(self, other: Losses) -> float:
-        """Per token of other losses of the same texts, which may be tokenised otherwise."""
+        """Returns the perplexity per token of other losses of the same texts, which may be tokenised otherwise."""
         return float(np.exp(self.nats.sum() / other.tokens.sum()))
 
 
 @dataclass(frozen=True)
 class Rise:
-    """Rise of perplexity in percent, with the 95 % interval of a paired bootstrap over documents."""
+    """The rise of perplexity in percent, with the 95 % interval of a paired bootstrap over documents."""
 
     percent: float
     low: float
@@ -43,7 +50,10 @@ class Rise:
 
 
 def cut(documents: Sequence[np.ndarray], length: int) -> list[list[np.ndarray]]:
-    """Windows of at most `length` tokens of each document; one of a single token predicts nothing and is left out."""
+    """Returns the windows of at most `length` tokens of each document, (tokens,) each.
+
+    A window of a single token predicts nothing and is left out.
+    """
     return [
         [document[start : start + length] for start in range(0, len(document), length) if len(document) - start > 1]
         for document in documents
@@ -53,15 +63,15 @@ def cut(documents: Sequence[np.ndarray], length: int) -> list[list[np.ndarray]]:
 def document_losses(
     model: Model, documents: Sequence[np.ndarray], length: int, on_layer: Callable[[], None] = lambda: None
 ) -> Losses:
-    """Losses of documents of token ids, each cut into windows of at most `length` tokens.
+    """Returns the losses of documents of token ids, each cut into windows of at most `length` tokens.
 
-    The first token of a window is not predicted. Every layer's weights are read once.
+    The first token of a window is not predicted. The weights of every layer are read once.
     """
     return window_losses(model, cut(documents, length), on_layer)
 
 
 def window_losses(model: Model, windows: Windows, on_layer: Callable[[], None] = lambda: None) -> Losses:
-    """The same of documents that are cut already."""
+    """Returns the losses of documents that are already cut into windows."""
     return _losses(model.decoder, weight_stream(model), {"": windows}, on_layer)[""]
 
 
@@ -72,9 +82,9 @@ def text_losses(
     length: int,
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, Losses]:
-    """Losses of several texts, each of documents of token ids, in one pass over a stream of weights.
+    """Returns the losses of several texts, each of documents of token ids, in one pass over a stream of weights.
 
-    So a model is evaluated while it is pruned, and is nowhere held whole.
+    A model can thus be evaluated while it is pruned, and is never in memory as a whole.
     """
     return _losses(decoder, weights, {name: cut(documents, length) for name, documents in texts.items()}, on_layer)
 
@@ -82,36 +92,43 @@ def text_losses(
 def _losses(
     decoder: Decoder, weights: WeightStream, texts: Mapping[str, Windows], on_layer: Callable[[], None]
 ) -> dict[str, Losses]:
+    """Returns the losses of several texts, each of documents cut into windows, in one pass over the weights."""
+    # All windows are rows of one batch, padded on the right: a causal model is not affected by it.
     flat = [window for documents in texts.values() for windows in documents for window in windows]
-    ids = np.zeros((len(flat), max(map(len, flat))), dtype=np.int64)  # padded right: causal
+    ids = np.zeros((len(flat), max(map(len, flat))), dtype=np.int64)  # (windows, longest)
     for row, window in zip(ids, flat, strict=True):
         row[: len(window)] = window
+    # Losses and likeliest tokens of all windows: (windows, longest - 1) each.
     predictions = token_predictions(decoder, weights, torch.from_numpy(ids), on_layer=on_layer)
-    rows = zip(*(of.numpy() for of in predictions), strict=True)
-    found = {}
+    predicted = zip(*(values.numpy() for values in predictions), strict=True)
+    # Gather the rows by text and document; the padding is left out.
+    losses_of = {}
     for name, documents in texts.items():
         nats, tokens, likeliest = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64), []
         for number, windows in enumerate(documents):
             likeliest.append([])
             for window in windows:
-                count, (losses, guesses) = max(0, len(window) - 1), next(rows)
+                count, (losses, guesses) = max(0, len(window) - 1), next(predicted)
                 nats[number] += losses[:count].sum()
                 tokens[number] += count
                 likeliest[-1].append(guesses[:count])
-        found[name] = Losses(nats, tokens, likeliest)
-    return found
+        losses_of[name] = Losses(nats, tokens, likeliest)
+    return losses_of
 
 
 def log_rise(dense: Losses, fitted: Losses, seed: int, draws: int = 2000) -> tuple[float, float, float]:
-    """Rise of log perplexity on the same documents in nats per token of the dense model's, and its 95 % interval:
-    low, high. The fitted model's tokens may be others: what it needs for the text counts, however it is spelled."""
-    difference = fitted.nats - dense.nats
-    picks = np.random.default_rng(seed).integers(len(difference), size=(draws, len(difference)))
-    tokens = np.maximum(dense.tokens[picks].sum(axis=1), 1)
-    low, high = np.quantile(difference[picks].sum(axis=1) / tokens, [0.025, 0.975])
+    """Returns the rise of log perplexity on the same documents, and its 95 % interval: (rise, low, high).
+
+    It is in nats per token of the dense model. The fitted model may have other tokens: what counts is what it needs for
+    the whole text, however that is tokenised.
+    """
+    difference = fitted.nats - dense.nats  # (documents,)
+    drawn = np.random.default_rng(seed).integers(len(difference), size=(draws, len(difference)))  # (draws, documents)
+    tokens = np.maximum(dense.tokens[drawn].sum(axis=1), 1)  # (draws,)
+    low, high = np.quantile(difference[drawn].sum(axis=1) / tokens, [0.025, 0.975])
     return float(difference.sum() / dense.tokens.sum()), float(low), float(high)
 
 
 def rise(dense: Losses, fitted: Losses, seed: int) -> Rise:
-    """Rise of perplexity from dense to fitted on the same documents."""
+    """Returns the rise of perplexity from dense to fitted on the same documents, in percent."""
     return Rise(*(100.0 * float(np.expm1(value)) for value in log_rise(dense, fitted, seed)))

@@ -1,4 +1,7 @@
-"""Pictures from a model's exported graph: samples for calibration, for the report, and `edgeprune run`."""
+"""Images from a model's exported graph: samples for calibration, for the report, and `edgeprune run`.
+
+It knows no weights.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,17 @@ from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.reference import StepRunner
 from edgeprune.progress import Progress
 
-AT_ONCE = 8  # pictures: the processor gains nothing from more
+AT_ONCE = 8  # images: the processor gains nothing from more
 DESCRIPTION, CODEC_GRAPH = "picture.json", "codec.onnx"  # in the codec's folder of a bundle
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What draws: the pictures' tokens, the vocabulary behind which their openings stand, and the guidance that the
-    bundle was fitted with."""
+    """A bundle's description of the images that it draws.
+
+    side, num_classes, has_null: as in Picture. vocab_size: the codes, after which the tokens that begin an image stand.
+    cfg: the guidance that the bundle was fitted with.
+    """
 
     side: int
     num_classes: int
@@ -50,25 +56,30 @@ def draw_codes(
     seed: int,
     advance: Callable[[], None],
 ) -> np.ndarray:
-    """Codes (pictures, tokens) int64, as many at once as the runner holds; advance: called `steps_of` times."""
+    """Returns codes (images, tokens) int64, drawn for as many images at once as the runner holds.
+
+    advance: called after every step, `steps_of` times in all.
+    """
+    # Guidance needs two sequences for each image.
     at_once = runner.batch // sampling.streams
     null = picture.opening(vocab_size, None)
     drawn = []
-    for first in range(0, len(labels), at_once):
-        part = [*labels[first : first + at_once]]
-        openings = [picture.opening(vocab_size, label) for label in part]
-        openings += openings[-1:] * (at_once - len(part))  # the runner's batch is always full
-        points = random_points(seed, first, at_once, picture.tokens)
+    # Draw batch by batch; the last one is filled up, since the runner's batch is always full.
+    for start in range(0, len(labels), at_once):
+        batch = [*labels[start : start + at_once]]
+        openings = [picture.opening(vocab_size, label) for label in batch]
+        openings += openings[-1:] * (at_once - len(batch))
+        points = random_points(seed, start, at_once, picture.tokens)  # (at_once, tokens)
         steps = []
         for codes in draw_pictures(runner, openings, null, sampling, points):
-            steps.append(codes)
+            steps.append(codes)  # (at_once,)
             advance()
-        drawn.append(np.stack(steps, axis=1)[: len(part)])
+        drawn.append(np.stack(steps, axis=1)[: len(batch)])  # (images of the batch, tokens)
     return np.concatenate(drawn)
 
 
 def steps_of(picture: Picture, count: int, at_once: int = AT_ONCE) -> int:
-    """How often draw_codes advances for so many pictures."""
+    """Returns how often draw_codes advances for so many images."""
     return picture.tokens * -(-count // at_once)
 
 
@@ -81,7 +92,7 @@ def codes_from(
     seed: int,
     advance: Callable[[], None],
 ) -> np.ndarray:
-    """The same from a graph for ONNX Runtime, AT_ONCE pictures at once."""
+    """Returns codes (images, tokens) int64 as draw_codes does, of a graph in ONNX Runtime, AT_ONCE images at once."""
     runner = GraphRunner(graph, AT_ONCE * sampling.streams, picture.tokens)
     return draw_codes(runner, picture, vocab_size, labels, sampling, seed, advance)
 
@@ -98,10 +109,12 @@ def draw_documents(
 
 
 def read_description(bundle: Path) -> Drawn:
-    """Raises InputError for the bundle of a language model, or a damaged one."""
+    """Returns a bundle's description. Raises InputError for the bundle of a language model, and for a damaged one."""
     path = bundle / CODEC / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"{bundle} holds a language model, which draws no pictures", 'Give it a text: --prompt "...".')
+        raise InputError(
+            f"{bundle} is the bundle of a language model, which draws no pictures", 'Give it a text: --prompt "...".'
+        )
     try:
         return Drawn(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -110,7 +123,7 @@ def read_description(bundle: Path) -> Drawn:
 
 @dataclass(frozen=True)
 class Painter:
-    """A bundle's engine, ready to draw."""
+    """A bundle's engine or graph and its codec, ready to draw."""
 
     drawn: Drawn
     runner: StepRunner
@@ -122,10 +135,10 @@ class Painter:
         return self.runner.batch // self.sampling.streams
 
     def pixels(self, classes: Sequence[int], count: int, seed: int, advance: Callable[[], None]) -> np.ndarray:
-        """So many pictures (count, height, width, 3) uint8 of the classes in turn, of all where none is given."""
+        """Returns `count` images (count, height, width, 3) uint8 of the classes in turn; without any, of all classes."""
         picture = self.drawn.picture
-        each: Sequence[int | None] = classes or range(picture.num_classes) or (None,)
-        labels = [each[place % len(each)] for place in range(count)]
+        in_turn: Sequence[int | None] = classes or range(picture.num_classes) or (None,)
+        labels = [in_turn[place % len(in_turn)] for place in range(count)]
         codes = draw_codes(self.runner, picture, self.drawn.vocab_size, labels, self.sampling, seed, advance)
         return self.codec.pixels(codes)
 
@@ -133,7 +146,7 @@ class Painter:
 def draw_grid(
     painter: Painter, classes: Sequence[int], count: int, seed: int, output: Path, progress: Progress
 ) -> float:
-    """Write a grid of so many pictures; returns the seconds that drawing and decoding took."""
+    """Writes a grid of so many images, and returns the seconds that drawing and decoding took."""
     advance = progress.stage("draw", steps_of(painter.drawn.picture, count, painter.at_once))
     start = time.monotonic()
     images = painter.pixels(classes, count, seed, advance)
@@ -152,19 +165,22 @@ def painter_of(
     top_p: float,
     note: Callable[[str], None],
 ) -> Painter:
-    """cfg: None for the bundle's own guidance. note: told what draws, where it is not the engine.
+    """Returns a bundle that is ready to draw.
 
-    Raises InputError for a language model, an unknown class, or guidance that the model has not.
+    cfg: None for the bundle's own guidance. note: called where the engine is not used. Raises InputError for a language
+    model, an unknown class, or guidance that the model does not support.
     """
+    # Check the classes and the guidance against the model.
     manifest = open_chosen(bundle)
     drawn = read_description(bundle)
     picture = drawn.picture
     for label in classes:
         if not 0 <= label < picture.num_classes:
             known = f"Give 0 to {picture.num_classes - 1}." if picture.num_classes else "Leave --class out."
-            raise InputError(f"unknown class {label}: the model has {picture.num_classes}", known)
-    guided = checked_guidance(picture, drawn.cfg if cfg is None else cfg)
-    sampling = Sampling(guided, temperature, top_k, top_p)
+            raise InputError(f"unknown class {label}: the model has {picture.num_classes} classes", known)
+    scale = checked_guidance(picture, drawn.cfg if cfg is None else cfg)
+    sampling = Sampling(scale, temperature, top_k, top_p)
+    # Run the engine for the batch and context that it was built for.
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
     engine = (report.get("measurement") or manifest)["engine"]
     built_for = int(report["workload"]["batch"])
@@ -173,7 +189,7 @@ def painter_of(
     )
     if runner.batch < sampling.streams:
         raise InputError(
-            f"the engine takes {runner.batch} sequence at once, guidance needs two",
+            f"the engine takes {runner.batch} sequence at once, but guidance needs two",
             "Draw with --cfg 1, or fit again with --cfg.",
         )
     return Painter(drawn, runner, sampling, CodecRunner(bundle / CODEC / CODEC_GRAPH))

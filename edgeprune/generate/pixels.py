@@ -1,7 +1,6 @@
-"""Pixels: codes through the codec's graph, grids, PNG files, and folders of images.
+"""Pixels: codes decoded by the codec's graph, grids, PNG files, and folders of images. It knows nothing about models.
 
-pixels are uint8 (n, height, width, 3), images fp32 (n, 3, height, width), nominally in [-1, 1]. It knows nothing
-about models.
+Pixels are uint8 (n, height, width, 3); images are fp32 (n, 3, height, width), nominally in [-1, 1].
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-PIXELS_AT_ONCE = 1 << 18  # that are decoded together: 4 images of 256 x 256, which take some 100 MB each
+# Decoded together: 4 images of 256 x 256, which take some 100 MB each.
+PIXELS_AT_ONCE = 1 << 18
 GIVE = "Give a folder of png, jpg or webp images; subfolders named by a number are classes."
 
 
@@ -28,13 +28,16 @@ class CodecRunner:
     """The codec's graph in ONNX Runtime on the processor."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Raises EngineError where ONNX Runtime cannot load the graph."""
+        """Loads the graph. Raises EngineError where ONNX Runtime cannot load it."""
         self._session = open_session(path, threads)
         height, width = self._session.get_outputs()[0].shape[2:]
         self._at_once = max(1, PIXELS_AT_ONCE // (height * width))
 
     def pixels(self, codes: np.ndarray) -> np.ndarray:
-        """codes (n, tokens) of an integer type, n >= 1 -> pixels (n, height, width, 3), some images at a time."""
+        """Returns pixels (n, height, width, 3) of codes (n, tokens) of an integer type, n >= 1.
+
+        They are decoded some images at a time.
+        """
         codes = np.ascontiguousarray(codes, np.int64)
         starts = range(0, len(codes), self._at_once)
         return np.concatenate([self._decoded(codes[start : start + self._at_once]) for start in starts])
@@ -51,27 +54,29 @@ class CodecRunner:
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
-    """images (n, 3, h, w) -> pixels (n, h, w, 3): 127.5 x + 128, truncated, which rounds."""
-    scaled = (127.5 * images + 128).clip(0, 255).astype(np.uint8)
+    """Returns pixels (n, h, w, 3) of images (n, 3, h, w): 127.5 x + 128, truncated, which rounds."""
+    scaled = (127.5 * images + 128).clip(0, 255).astype(np.uint8)  # (n, 3, h, w)
     return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
 
 
 def to_images(pixels: np.ndarray) -> np.ndarray:
-    """pixels (n, h, w, 3) -> images (n, 3, h, w) in [-1, 1]."""
+    """Returns images (n, 3, h, w) in [-1, 1] of pixels (n, h, w, 3)."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def grid(pixels: np.ndarray, columns: int | None = None) -> Image.Image:
-    """pixels (n, h, w, 3), n >= 1, row by row side by side; by default as many columns as rows, or one more. Places
-    that are left over are white."""
+    """Returns one image of pixels (n, h, w, 3), n >= 1, side by side in rows.
+
+    By default there are as many columns as rows, or one more. Places that are left over are white.
+    """
     from PIL import Image
 
     count, height, width, colours = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = -(-count // columns)
-    places = np.full((rows * columns, height, width, colours), 255, np.uint8)
+    places = np.full((rows * columns, height, width, colours), 255, np.uint8)  # (rows * columns, h, w, 3)
     places[:count] = pixels
-    sheet = places.reshape(rows, columns, height, width, colours).swapaxes(1, 2)
+    sheet = places.reshape(rows, columns, height, width, colours).swapaxes(1, 2)  # (rows, h, columns, w, 3)
     return Image.fromarray(sheet.reshape(rows * height, columns * width, colours))
 
 
@@ -82,17 +87,17 @@ def png(image: Image.Image) -> bytes:
 
 
 def check_picture(path: Path, force: bool) -> None:
-    """Refuse a file that cannot be written, or an older one without force. Raises InputError."""
+    """Raises InputError for a file that cannot be written, or that exists where `force` is not set."""
     if path.exists() and not (force and path.is_file()):
         raise InputError(f"{path} exists already", "Name another --output, or replace it with --force.")
     if path.suffix.lower() != ".png":
-        raise InputError(f"{path} is no name of a PNG", f"Try --output {path.with_suffix('.png')}.")
+        raise InputError(f"{path} must end in .png", f"Try --output {path.with_suffix('.png')}.")
     if not path.absolute().parent.is_dir():
         raise InputError(f"the folder {path.absolute().parent} does not exist", "Create it, or name another --output.")
 
 
 def write_picture(image: Image.Image, path: Path) -> None:
-    """A PNG, complete or absent. Raises InputError where it cannot be written."""
+    """Writes a PNG, complete or absent. Raises InputError where it cannot be written."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(png(image))
@@ -102,17 +107,17 @@ def write_picture(image: Image.Image, path: Path) -> None:
 
 
 def read_images(folder: Path, size: int, most: int | None = None, seed: int = 0) -> tuple[list[int | None], np.ndarray]:
-    """As `read_pixels`, but images (n, 3, size, size) in [-1, 1]."""
+    """Returns what `read_pixels` does, but images (n, 3, size, size) in [-1, 1] instead of pixels."""
     classes, pixels = read_pixels(folder, size, most, seed)
     return classes, to_images(pixels)
 
 
 def read_pixels(folder: Path, size: int, most: int | None = None, seed: int = 0) -> tuple[list[int | None], np.ndarray]:
-    """Classes and pixels (n, size, size, 3) of up to `most` images below a folder, in an order drawn by seed.
+    """Returns classes and pixels (n, size, size, 3) of up to `most` images below a folder, in an order drawn by seed.
 
-    The class is the number that the first subfolder is named by, None for any other. Of an image the largest square
-    in the middle is taken and resized (bicubic). Raises InputError for a folder without images, or a file that is
-    none.
+    The class is the number that names the first subfolder, None for any other name. Of each image the largest square in
+    the middle is taken and resized (bicubic). Raises InputError for a folder without images, or a file that is not an
+    image.
     """
     files = _files(folder)
     order = np.random.default_rng(seed).permutation(len(files))[:most]
@@ -144,7 +149,7 @@ def _square(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # whatever a damaged file makes of Pillow's readers
+    except Exception as error:  # Pillow's readers raise various errors for a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"cannot read the image {path}: {reason}", "Restore the file, or take it away.") from None
+        raise InputError(f"cannot read the image {path}: {reason}", "Restore the file, or remove it.") from None
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))

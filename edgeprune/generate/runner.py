@@ -1,4 +1,7 @@
-"""The runner of a bundle: its engine where the GPU is here, else its graph in ONNX Runtime."""
+"""The runner of a bundle: its engine where this machine has the GPU, else its graph in ONNX Runtime.
+
+It knows no prompts and no images.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,24 @@ from edgeprune.ondevice.tensorrt_runner import EngineRunner
 def runner_of(
     bundle: Path, engine: str, batch: int, on_processor: int, context: int, note: Callable[[str], None]
 ) -> StepRunner:
-    """The bundle's engine of that kind where this machine has its GPU, else its graph in ONNX Runtime.
+    """Returns the bundle's engine where this machine has its GPU, else its graph in ONNX Runtime.
 
-    batch, on_processor: sequences at once that either is to hold. Raises InputError.
+    engine: the kind of engine. batch, on_processor: how many sequences the engine and the graph are to hold at once.
+    note: called where the engine does not run. Raises InputError where neither runs.
     """
+    # The engine, unless the bundle has none or it fails.
     engines = sorted((bundle / "engine").glob("*.engine"))
-    reason = "the bundle holds no engine"
+    reason = "the bundle has no engine"
     if engines:
         try:
             return EngineRunner(engines[0], batch, context, engine)
         except EngineError as error:
             reason = error.message
+    # The graph on the processor.
     graph = bundle / "onnx" / GRAPH_FILE
     if not graph.is_file():
         raise InputError(
-            f"{bundle} holds no graph for ONNX Runtime, and its engine does not run here: {reason}",
+            f"{bundle} has no graph for ONNX Runtime, and its engine does not run on this machine: {reason}",
             "Run it on its device.",
         )
     if engines:

@@ -238,7 +238,7 @@ CASES = {
     "a text's length": (["run", "bundle", "--class", "1", "--max-new-tokens", "5"], "--max-new-tokens"),
     "an unknown class": (["run", "bundle", "--class", "10", "--output", "x.png"], "unknown class 10"),
     "an older picture": (["run", "bundle", "--class", "1", "--output", "old.png"], "--force"),
-    "no name of a picture": (["run", "bundle", "--class", "1", "--output", "x.jpg"], "PNG"),
+    "no name of a picture": (["run", "bundle", "--class", "1", "--output", "x.jpg"], "must end in .png"),
 }
 
 

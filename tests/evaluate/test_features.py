@@ -111,14 +111,14 @@ def test_other_weights_are_another_network(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a network", "is no network that can be loaded"),
-        (b"", "is no network that can be loaded"),
+        (b"not a network", "cannot be loaded as a network"),
+        (b"", "cannot be loaded as a network"),
         ({"shape": ("n", 3, "h"), "nodes": [node("Flatten")]}, "which is not one batch of images"),
         ({"kind": TensorProto.INT64, "nodes": [node("Cast", to=1)]}, "which is not one batch of images"),
         ({"shape": ("n", "h", "w", 3)}, "not \\(n, 3, height, width\\)"),
         ({"shape": ("n", 1, "h", "w")}, "not \\(n, 3, height, width\\)"),
         ({"shape": ("n", 3, 32, "w")}, "not \\(n, 3, height, width\\)"),
-        ({"nodes": [node("NoSuchOperator")]}, "is no network that can be loaded"),
+        ({"nodes": [node("NoSuchOperator")]}, "cannot be loaded as a network"),
     ],
 )
 def test_a_file_that_is_no_such_network_is_refused_before_any_image(tmp_path, content, message):

@@ -96,7 +96,7 @@ class ClusterCodec:
     """ImageGPT's codes: one colour each. clusters: (vocab_size, 3) fp32 in [-1, 1]."""
 
     clusters: torch.Tensor
-    side: int  # tokens, here pixels, a side
+    side: int  # tokens a side, each of which is one pixel
     fingerprint: str  # sha256 of clusters and side
 
     downsample: ClassVar[int] = 1
