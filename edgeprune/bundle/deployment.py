@@ -1,4 +1,7 @@
-"""deployment.json: all that finish.pyz needs to build, check, measure and judge a bundle without edgeprune."""
+"""deployment.json: all that finish.pyz needs to build, check, measure and judge a bundle without edgeprune.
+
+It does not know how a device reads it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,14 @@ from edgeprune.pipeline.results import Fitted
 
 
 def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
-    """Limits in bytes and ms, relative ones resolved by what is known of the dense model here."""
+    """Returns the document of a bundle's rungs, the largest first.
+
+    Limits are in bytes and ms; relative ones are resolved by the dense model's figures of this run.
+    """
+    # All rungs share the setup and the dense model of the first.
     first = rungs[0]
     setup = first.setup
-    parts = (setup.profile, setup.workload, setup.precision)
+    deployed = (setup.profile, setup.workload, setup.precision)
     absolute = setup.budget.absolute(first.dense).limits
     return {
         "device": setup.profile.name,
@@ -29,11 +36,11 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
             name: {"value": absolute[name], "asked": _asked(name, limit, first)}
             for name, limit in setup.budget.limits.items()
         },
-        "runtime": figure_to_json(estimate_performance(setup.model.decoder, *parts).memory.runtime),
+        "runtime": figure_to_json(estimate_performance(setup.model.decoder, *deployed).memory.runtime),
         "rungs": [
             {
                 "counted": dict(counted(rung.chosen.model.decoder, setup.precision, setup.workload).__dict__),
-                "workspace_bytes": workspace_bytes(rung.chosen.model.decoder, *parts),
+                "workspace_bytes": workspace_bytes(rung.chosen.model.decoder, *deployed),
             }
             for rung in rungs
         ],
@@ -41,6 +48,7 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
 
 
 def _asked(name: str, limit: Limit, fitted: Fitted) -> str:
+    """Returns a limit in the user's words; a relative one with the figure of the dense model that it refers to."""
     if not limit.relative:
         return limit.asked
     if name == "memory":

@@ -1,4 +1,7 @@
-"""A bundle of rungs to pick from; and, of the one that was picked, a bundle of its own, from those files alone."""
+"""A picked rung as a bundle of its own, made from the files of the bundle that holds the rungs.
+
+It knows neither the model nor the run that made them.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,13 @@ from edgeprune.report.schema import Choice, Report
 def pick(
     bundle: Path, index: int, output: Path | None = None, force: bool = False, progress: Progress | None = None
 ) -> Path:
-    """Write one rung as a bundle whose chosen model it is; returns that bundle's folder.
+    """Writes one rung as a bundle whose chosen model it is, and returns that bundle's folder.
 
-    bundle: a frontier's, or any of several rungs. What `edgeprune measure` found there on a device stays there.
-    Raises InputError.
+    bundle: a frontier's, or any of several rungs; what `edgeprune measure` measured with it stays there. output: by
+    default BUNDLE-pickK in the current folder. Raises InputError where the rung or the bundle cannot be read, or the
+    output cannot be written.
     """
+    # Check the bundle, the rung and the output before anything is written.
     progress = progress or Silent()
     manifest = open_bundle(bundle)
     report = _check(bundle, index, manifest)
@@ -45,6 +50,7 @@ def pick(
     check_space(output, sum((bundle / name).stat().st_size for name in names))
     if measured:
         progress.note(f"what was measured with {bundle} stays there: measure the new bundle with `edgeprune measure`")
+    # Write the texts of the new bundle: the rung's report with its own command and deployment steps, and the rest.
     command, again = _commands(manifest, bundle, index, written)
     plan = _plan(bundle, index, manifest)
     folder = Path("rungs") / str(index)
@@ -73,6 +79,7 @@ def pick(
     def render(files: dict[str, int]) -> dict[str, str]:
         return rendered(report.model_copy(update={"files": files}))
 
+    # Copy the rung's files aside and assemble the bundle from them.
     kept = {name: value for name, value in manifest.items() if name not in ("kind", "sha256")}
     kept |= {"edgeprune": __version__, "created": now(), "command": command, "rung": index}
     work = output.with_name(f"{output.name}.picking")
@@ -98,39 +105,44 @@ def pick(
 
 
 def _check(bundle: Path, index: int, manifest: dict[str, Any]) -> Report:
-    """The rung's report. Raises InputError where there is no such rung, or nothing to pick from."""
+    """Returns the rung's report. Raises InputError where there is no such rung, or nothing to pick from."""
     rungs = rungs_of(bundle)
     if len(rungs) == 1 and manifest.get("kind") != FRONTIER:
-        raise InputError(f"{bundle} holds one rung: nothing is to be picked", "It is ready as it is.")
+        raise InputError(f"{bundle} holds one rung: there is nothing to pick", "It is ready as it is.")
     if index not in rungs:
         raise InputError(f"{bundle} holds no rung {index}", f"Give --pick {rungs[0]} to {rungs[-1]}.")
     return read_report(bundle / "rungs" / str(index))
 
 
 def _shared(bundle: Path, index: int) -> list[Path]:
-    """The folders of what a rung shares with the others of the bundle."""
+    """Returns the folders that a rung shares with the others of the bundle: its tokenizer and the codec."""
     return [folder for folder in (tokenizer_of(bundle, index), bundle / CODEC) if folder.is_dir()]
 
 
 def _check_apart(bundle: Path, output: Path) -> None:
-    """--force must not replace the bundle that is read, nor write into it."""
+    """Raises InputError where the output would replace the bundle that is read or lie in it, --force or not."""
     source, target = bundle.resolve(), output.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise InputError(f"the output {output} is, holds or is in the bundle {bundle}", "Name another --output.")
 
 
 def _names(bundle: Path, index: int, manifest: dict[str, Any], measured: bool) -> list[str]:
-    """The rung's files, as the manifest names them. An engine that `measure` built is of the device there, not ours."""
+    """Returns the rung's files to copy, as the manifest names them.
+
+    Documents are written anew and tokenizers are shared. measured: whether `edgeprune measure` ran, so that the
+    engine there is that of a device and not this run's.
+    """
     folder = bundle / "rungs" / str(index)
-    found = (str(path.relative_to(bundle)) for path in sorted(folder.rglob("*")) if path.is_file())
+    names = (str(path.relative_to(bundle)) for path in sorted(folder.rglob("*")) if path.is_file())
     left_out = {folder / REPORT, folder / DEPLOYMENT, folder / TOKENIZER, *([folder / "engine"] if measured else [])}
     return [
-        name for name in found if name in manifest["sha256"] and not left_out & {bundle / name, (bundle / name).parent}
+        name for name in names if name in manifest["sha256"] and not left_out & {bundle / name, (bundle / name).parent}
     ]
 
 
 def _commands(manifest: dict[str, Any], bundle: Path, index: int, output: Path) -> tuple[str, str]:
-    """The command line that makes the picked bundle again; and the one that makes it once more, over this one."""
+    """Returns the command line that makes the picked bundle again, and the one that makes it once more, over this
+    one."""
     words = shlex.split(manifest["command"])
     if "--output" not in words:
         words += ["--output", bundle.resolve().name]
@@ -141,7 +153,7 @@ def _commands(manifest: dict[str, Any], bundle: Path, index: int, output: Path) 
 
 
 def _plan(bundle: Path, index: int, manifest: dict[str, Any]) -> dict[str, Any]:
-    """deployment.json with the one rung."""
+    """Returns deployment.json with the one rung. Raises InputError where it cannot be read."""
     own = bundle / "rungs" / str(index) / DEPLOYMENT
     path = own if manifest.get("kind") == FRONTIER else bundle / DEPLOYMENT
     try:
@@ -152,7 +164,11 @@ def _plan(bundle: Path, index: int, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy(source: Path, target: Path, digest: str) -> None:
-    """A copy and no second name: onnx refuses weights in a file that has two. Blocks are shared where they can be."""
+    """Copies a file and checks its sha256. Raises InputError where it is not the digest.
+
+    It is a copy and not a second name: onnx refuses weights in a file that has two. Blocks on the disk are shared
+    where the file system can.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as old, target.open("wb") as new:
         try:
@@ -163,4 +179,4 @@ def _copy(source: Path, target: Path, digest: str) -> None:
             new.seek(0)
             shutil.copyfileobj(old, new, 2**20)
     if sha256(target) != digest:
-        raise InputError(f"{source} is not the file that manifest.json tells of", "Copy the whole bundle again.")
+        raise InputError(f"{source} is not the file that manifest.json lists", "Copy the whole bundle again.")

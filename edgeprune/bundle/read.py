@@ -1,4 +1,4 @@
-"""What a bundle on disk says: its documents read back, and its page drawn once more from them."""
+"""A bundle on disk as its documents: they are read back, and its page is written again from them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 def read_report(folder: Path) -> Report:
-    """The report of a bundle, or of a rung. Raises InputError where it cannot be read."""
+    """Returns the report of a bundle, or of a rung. Raises InputError where it cannot be read."""
     return _read(Report, folder / REPORT)
 
 
 def read_frontier(folder: Path) -> Frontier:
-    """The document of a frontier's bundle. Raises InputError where it cannot be read."""
+    """Returns the document of a frontier's bundle. Raises InputError where it cannot be read."""
     return _read(Frontier, folder / FRONTIER_FILE)
 
 
 def render_again(folder: Path) -> Path:
-    """The page of a bundle once more, from report.json or frontier.json; where it is. Raises InputError."""
+    """Writes the page of a bundle again, from report.json or frontier.json, and returns its path.
+
+    Raises InputError where the folder is not a bundle or its document cannot be read.
+    """
     if open_bundle(folder).get("kind") == FRONTIER:
         name, page = FRONTIER_PAGE, render_frontier(read_frontier(folder), folder.resolve().name)
     else:
@@ -41,6 +44,7 @@ def render_again(folder: Path) -> Path:
 
 
 def _read(document: type[Document], path: Path) -> Document:
+    """Returns a document of this type from a file. Raises InputError where it is missing or not one."""
     try:
         return document.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The words that go with a bundle: its README.md, and the steps on the way to the device."""
+"""The README.md of a bundle: its headline, the steps on the way to the device, and its files. It adds no figure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from edgeprune.report.schema import Report
 
 
 def readme(report: Report) -> str:
-    """README.md of a bundle whose model was chosen."""
+    """Returns README.md of a bundle whose model was chosen."""
+    # The headline and the way to the device, then the files.
     lines = [
         f"# {report.model.name} for {report.device.description}",
         "",
@@ -44,7 +45,8 @@ def readme(report: Report) -> str:
 
 
 def frontier_readme(frontier: Frontier, bundle: str) -> str:
-    """README.md of a bundle whose rungs wait to be picked from."""
+    """Returns README.md of a bundle of rungs, of which one is still to be picked."""
+    # A table of the rungs, the dense model first.
     lines = [
         f"# {frontier.model.name} for {frontier.device.description}: rungs to pick from",
         "",
@@ -59,6 +61,7 @@ def frontier_readme(frontier: Frontier, bundle: str) -> str:
         f"| {rung.index} |{_cells(rung)} {100 * rung.ratio:.1f} % | {rise_of(rung)} | {rung.grade} |"
         for rung in frontier.rungs
     ]
+    # How to pick, and the files.
     lines += [
         "",
         "## Pick one",
@@ -83,6 +86,7 @@ def frontier_readme(frontier: Frontier, bundle: str) -> str:
 
 
 def _cells(point: Dense | Rung) -> str:
+    """Returns the cells of decode, prefill and memory, each figure with its source."""
     figures = (point.decode, point.prefill, point.memory)
     return "".join(f" {number_text(figure.value, figure.unit)} ({figure.source}) |" for figure in figures)
 

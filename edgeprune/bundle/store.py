@@ -1,4 +1,7 @@
-"""The bundle on disk: assembled aside, hashed, then renamed into place. Complete or absent, never half."""
+"""The bundle on disk: assembled aside, hashed, then renamed into place. It is complete or absent, never half.
+
+It does not know what the files hold.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +25,23 @@ def write_bundle(
     render: Callable[[dict[str, int]], Mapping[str, str]],
     chosen: int | None = 0,
 ) -> None:
-    """Link the rungs' folders into a bundle with what they share and texts, hash all files, put it into place.
+    """Writes a bundle: links the rungs' folders, adds shared files and texts, hashes all and renames it into place.
 
-    shared: files by their paths in the bundle, the tokenizer's or the codec's. rungs: the largest first; chosen: the
-    one that the links at the top lead to, none: there are no links. staging: where it is assembled, on the same disk
-    as output. render(files) gives the texts that list the bundle's files with their bytes (the report). An older
-    bundle at `output` is replaced at the very end, and only then removed.
+    staging: the folder where it is assembled, on the same disk as output. rungs: their folders, the largest first;
+    chosen: the index of the one that the links at the top lead to, None: there are no links. shared: files by their
+    paths in the bundle, the tokenizer's or the codec's. texts: by their names in the bundle. manifest: all of it but
+    the hashes. render(files): returns the texts that list the bundle's files with their bytes, such as the report. An
+    older bundle at `output` is replaced at the very end, and only then removed.
     """
+    # Assemble the rungs.
     shutil.rmtree(staging, ignore_errors=True)
 
     def link(source: str, target: str) -> None:
-        """Hard links: the rung stays whole in the work folder until the bundle is in place. Rungs share none with
-        each other: onnx refuses weights in a file of two names."""
-        os.link(Path(source).resolve(), target)  # of a link, what it leads to
+        """Makes a hard link, so that the rung stays whole in the work folder until the bundle is in place.
+
+        Rungs share none with each other: onnx refuses weights in a file of two names.
+        """
+        os.link(Path(source).resolve(), target)  # a link is resolved: its target is linked
 
     for index, rung in enumerate(rungs):
         folder = staging / "rungs" / str(index)
@@ -46,6 +53,7 @@ def write_bundle(
                 link(str(path), str(folder / path.name))
     if chosen is not None:
         point_to_rung(staging, chosen)
+    # Add what the rungs share and the texts; those that list the files come last.
     for name, path in shared.items():
         (staging / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, staging / name)
@@ -53,6 +61,7 @@ def write_bundle(
         (staging / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     for name, text in render(_sizes(staging)).items():
         (staging / name).write_text(text, encoding="utf-8")
+    # Hash all files, then put the bundle into place.
     hashes = {name: sha256(staging / name) for name in _sizes(staging)}
     (staging / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
     old = output.with_name(output.name + ".old")
@@ -64,7 +73,10 @@ def write_bundle(
 
 
 def write_again(folder: Path, texts: Mapping[str, str], also: Iterable[str] = ()) -> None:
-    """Write texts of a finished bundle again, each at once, and record their hashes and those of `also`."""
+    """Writes texts of a finished bundle again, each at once, and records their hashes and those of `also`.
+
+    Raises InputError where the folder is not a bundle.
+    """
     manifest = open_bundle(folder)
     for name, text in texts.items():
         _replace(folder / name, text)
@@ -74,11 +86,12 @@ def write_again(folder: Path, texts: Mapping[str, str], also: Iterable[str] = ()
 
 
 def _replace(path: Path, text: str) -> None:
+    """Writes a file at once: a reader finds the old text or the new one, never half of it."""
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file, by its path in the bundle; links to folders are not followed."""
+    """Returns the bytes of every file, by its path in the bundle; links to folders are not followed."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,7 @@
-"""From what the loop found to what the user gets: the report, the bundle's texts, the bundle."""
+"""The bundle of a finished run, written from its results: the reports, the texts, the rungs' files.
+
+It searches and measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,18 @@ from edgeprune.report.schema import Step
 
 
 def write_fitted(rungs: Sequence[Fitted], work: Path) -> None:
-    """Write the finished bundle to the setup's output, the chosen rung first. All before happens in `work`."""
+    """Writes the finished bundle of a fit to the setup's output.
+
+    rungs: the chosen one first, smaller ones after it; work: the folder of the run, where the bundle is assembled.
+    """
+    # Collect each rung's files with its own report.
     fitted, setup = rungs[0], rungs[0].setup
     command = command_line(setup.request)
     folders = [
         rung_folder(rung, build_report(rung, {}, command), work / "rungs" / str(index), tokenizer_folder(fitted))
         for index, rung in enumerate(rungs)
     ]
+    # Write the texts of the whole bundle; the report lists all files, so it is rendered last.
     texts = {
         "profile.toml": profile_toml(setup.profile),
         "README.md": readme(build_report(fitted, {}, command)),
@@ -58,10 +66,12 @@ def write_fitted(rungs: Sequence[Fitted], work: Path) -> None:
 
 
 def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: Path) -> Path:
-    """A folder with what a rung consists of: links to the work of the run, and its own report.
+    """Fills a folder with all that a rung consists of, links to the work of the run and its own report; returns it.
 
-    tokenizer: the folder of the bundle's; a rung that has another, for a vocabulary of its own, brings it along.
+    tokenizer: the folder of the bundle's tokenizer; a rung with another one, for a vocabulary of its own, brings it
+    along.
     """
+    # Link what the run wrote: checkpoint, exports, graphs, engine, reference.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     exported = fitted.chosen.exported
@@ -72,6 +82,7 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
     if exported.engine.is_dir():
         (folder / "engine").symlink_to(exported.engine)
     (folder / exported.reference.name).symlink_to(exported.reference)
+    # Add the rung's own tokenizer and report.
     if (own := tokenizer_folder(fitted)) != tokenizer:
         (folder / TOKENIZER).mkdir()
         for name, path in tokenizer_files(own).items():
@@ -81,25 +92,28 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
 
 
 def rendered(report: schema.Report) -> dict[str, str]:
-    """The bundle's two forms of a report, by the names of their files."""
+    """Returns the two forms of a bundle's report, by the names of their files."""
     return {REPORT: as_json(report), PAGE: render_html(report)}
 
 
 def as_json(document: BaseModel) -> str:
+    """Returns the text of a document's file."""
     return document.model_dump_json(indent=2) + "\n"
 
 
 def tokenizer_folder(fitted: Fitted) -> Path:
-    """The dense model's, but where the fitted model has a vocabulary of its own."""
+    """Returns the folder of the dense model's tokenizer, or of the fitted model's where its vocabulary is its own."""
     own = fitted.chosen.model.directory
     return fitted.setup.model.directory if read_vocabulary(own) is None else own
 
 
 def write_frontier(rungs: Sequence[Fitted], work: Path) -> None:
-    """Write the finished bundle to the setup's output, the largest rung first. All before happens in `work`.
+    """Writes the finished bundle of a frontier to the setup's output.
 
-    Each rung has all that a bundle of its own needs: see `pick`.
+    rungs: the largest first; work: the folder of the run, where the bundle is assembled. Each rung has all that a
+    bundle of its own needs: see `pick`.
     """
+    # Collect each rung's files with its own report and deployment.json.
     setup = rungs[0].setup
     command = command_line(setup.request, "frontier", left_out=CONSTRAINTS)
     reports, folders = [], []
@@ -108,6 +122,7 @@ def write_frontier(rungs: Sequence[Fitted], work: Path) -> None:
         reports.append(build_report(rung, {}, command).model_copy(update={"deploy": [step]}))
         folders.append(rung_folder(rung, reports[-1], work / "rungs" / str(index), setup.model.directory))
         (folders[-1] / DEPLOYMENT).write_text(json_text(deployment([rung])), encoding="utf-8")
+    # Write the document of the frontier and the texts of the whole bundle.
     frontier = frontier_of(reports)
     texts = {
         "profile.toml": profile_toml(setup.profile),
@@ -124,4 +139,5 @@ def write_frontier(rungs: Sequence[Fitted], work: Path) -> None:
 
 
 def json_text(value: Any) -> str:
+    """Returns the text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"

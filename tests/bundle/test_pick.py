@@ -79,7 +79,7 @@ def report_of(folder: Path) -> Report:
 
 
 def whole(bundle: Path) -> dict:
-    """The manifest, after it was seen that it tells of every file."""
+    """The manifest, after it was seen that it lists every file."""
     manifest = open_bundle(bundle)
     files = {name for name in contents(bundle) if not (bundle / name).is_symlink()}
     assert files == {*manifest["sha256"], "manifest.json"}

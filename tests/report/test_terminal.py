@@ -175,7 +175,7 @@ def test_any_sample_prints_without_control_characters(sample):
     assert all(c.isprintable() for line in printed(print_report, report_of(content)) for c in line)
 
 
-def test_every_shipped_device_is_listed_whole():
+def test_every_device_is_listed_whole():
     lines = printed(print_profiles, list_profiles())
     assert max(map(len, lines)) <= 80
     names = {line.split()[0] for line in lines[1:] if line[:1].strip()}
@@ -223,7 +223,7 @@ def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
         "Orin Nano 8 GB",
         "TensorRT-Edge-LLM 0.10",
         "mind int4 is weight-only",
-        "low confidence in the profile, which says why: ",
+        "low confidence in the profile, which gives the reasons: ",
     ):
         assert text in shown
     shown = words(printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", batch=64))))
