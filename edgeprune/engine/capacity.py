@@ -1,7 +1,7 @@
-"""What a user of a model will notice: its speed against a reader's, the longest context and the most sequences.
+"""The figures that a user of a model notices: its speed against a reader's, the longest context, the most sequences.
 
-Pure: it measures nothing. What more context or sequences cost is the estimator's difference to the workload, added
-to what was obtained for that.
+Pure: it measures nothing. The memory of another context or number of sequences is that obtained for the workload plus
+the difference between the estimates of the two.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ def experience(
     budget: AbsoluteBudget,
     images: int | None = None,
 ) -> Experience:
-    """performance: what was obtained for the workload; images: at once, of an image generator. Room is what the memory
-    budget leaves, or else the device.
+    """Returns speed, longest context and most sequences of a model within the memory budget, or else the device's.
 
-    Raises InputError for a profile without hardware figures.
+    performance: obtained for the workload; images: drawn at once, of an image generator. Raises InputError for a
+    profile without hardware figures.
     """
+    # The limit, and the memory of the workload: obtained and estimated.
     limit, reason = profile.available_bytes, f"what the system leaves on {profile.name}"
     if budget.memory is not None:
         limit, reason = budget.memory, "the memory budget"
-    obtained, known = performance.memory.total, estimate_memory(decoder, profile, workload, precision).total
+    obtained, estimated = performance.memory.total, estimate_memory(decoder, profile, workload, precision).total
 
     def needs(changed: Workload) -> float:
-        return obtained + estimate_memory(decoder, profile, changed, precision).total - known
+        """Returns the bytes that another workload needs."""
+        return obtained + estimate_memory(decoder, profile, changed, precision).total - estimated
 
     def with_context(context: int) -> float:
         return needs(replace(workload, context=context, prompt=min(workload.prompt, context - 1)))
@@ -48,6 +50,7 @@ def experience(
     def with_sequences(batch: int) -> float:
         return needs(replace(workload, batch=batch))
 
+    # The largest numbers within the limit, and the bytes of one more of each.
     most = decoder.max_position_embeddings
     context = _largest(with_context, limit, 2, most)
     sequences = _largest(with_sequences, limit, 1, MOST_SEQUENCES)
@@ -62,7 +65,7 @@ def experience(
 
 
 def _largest(needs: Callable[[int], float], limit: float, first: int, last: int) -> int:
-    """The largest number from first to last whose needs, which rise with it, keep to the limit; 0 if none does."""
+    """Returns the largest number from first to last whose needs, which rise with it, are within the limit; 0: none."""
     if needs(first) > limit:
         return 0
     low, high = first, first + 1
@@ -76,7 +79,7 @@ def _largest(needs: Callable[[int], float], limit: float, first: int, last: int)
 
 
 def _growth(needs: Callable[[int], float], start: int, end: int) -> float:
-    """Bytes of one more, on the way from one number to another."""
+    """Returns the bytes that one more needs, on average between two numbers."""
     if start == end:
         end += 1
     return (needs(end) - needs(start)) / (end - start)

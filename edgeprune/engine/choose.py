@@ -1,4 +1,7 @@
-"""Which engine builds and measures for a device, where, and why; each one behind the same small interface."""
+"""The choice of the engine that builds and measures for a device, of the place where it runs, and the reason.
+
+It does not know models, nor how an engine works.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,13 @@ NAMES = ("auto", *RUNTIMES)
 def choose_engine(
     asked: str, profile: DeviceProfile, workload: Workload, precision: str, target: Session | None = None
 ) -> Engine:
-    """The engine for a device, with the reason.
+    """Picks the engine for a device, with the reason.
 
-    asked: `auto` or an engine's name; target: a device to build and measure on. Raises InputError where the
-    asked one cannot serve the device or is not installed, or the target is another device than the profile's;
-    EngineError where the target does not answer or misses a module.
+    asked: `auto` or an engine's name; target: a device to build and measure on. Raises InputError where the asked
+    engine cannot serve the device or is not installed, or where the target is another device than the profile's;
+    EngineError where the target does not answer or lacks a module.
     """
+    # Refuse an engine that does not belong to the device.
     if asked not in NAMES:
         raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(NAMES)}.")
     if asked not in ("auto", profile.engine) and not (target and {asked, profile.engine} <= set(GPU_RUNTIMES)):
@@ -32,11 +36,12 @@ def choose_engine(
             f"{profile.name} runs {profile.engine}, not {asked}",
             f"Leave --engine out, or choose a device of {asked} (`edgeprune devices`).",
         )
-    parts = (profile, workload, precision)
+    # On the target, or on this machine: its processor, its GPU, or an engine without a GPU.
+    setting = (profile, workload, precision)
     if target is not None:
-        return _on_target(asked, parts, target)
+        return _on_target(asked, setting, target)
     if profile.engine == "onnxruntime":
-        return OnnxRuntime(*parts, reason="the device is this machine's processor")
+        return OnnxRuntime(*setting, reason="the device is this machine's processor")
     available, why = tensorrt.available(profile.engine)
     if asked != "auto" and not available:
         raise InputError(
@@ -44,17 +49,21 @@ def choose_engine(
             f"Install it with `{RUNTIMES[asked].install_here}`, or leave --engine out to estimate.",
         )
     if available and (gpu := measure.describe(Here(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
-        return TensorRT(*parts, reason=f"this machine has a {gpu['name']} and {why}", name=profile.engine)
-    return _without_gpu(parts, available, why)
+        return TensorRT(*setting, reason=f"this machine has a {gpu['name']} and {why}", name=profile.engine)
+    return _without_gpu(setting, available, why)
 
 
-def _without_gpu(parts: tuple[DeviceProfile, Workload, str], available: bool, why: str) -> Engine:
-    profile = parts[0]
+def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, why: str) -> Engine:
+    """Picks the engine for a GPU that is not there: a build without it where one is possible, else the estimator.
+
+    available, why: whether the profile's engine can be imported, and its version or what is missing.
+    """
+    profile = setting[0]
     if profile.engine == "tensorrt-rtx" and not available:
-        return Estimated(*parts, reason=f"nothing could be built: {why}", name="tensorrt-rtx")
+        return Estimated(*setting, reason=f"nothing could be built: {why}", name="tensorrt-rtx")
     if profile.engine == "tensorrt-rtx":
         reason = f"TensorRT for RTX builds for SM {profile.sm} without the GPU; nothing ran on it"
-        return Ahead(*parts, reason=reason, sm=profile.sm)
+        return Ahead(*setting, reason=reason, sm=profile.sm)
     reason = (
         f"engines for SM {profile.sm} are built on the device itself, which is not reachable from here "
         "(--target ssh://USER@DEVICE reaches it): latency and memory are estimates"
@@ -62,42 +71,47 @@ def _without_gpu(parts: tuple[DeviceProfile, Workload, str], available: bool, wh
     if tensorrt.available("tensorrt-rtx")[0]:
         nearest = min(tensorrt.offered_sms(), key=lambda sm: abs(sm - profile.sm))
         reason += f"; TensorRT for RTX checks that the graph compiles for SM {nearest}"
-        return Ahead(*parts, reason=reason, sm=nearest, name="tensorrt")
-    return Estimated(*parts, reason=reason)
+        return Ahead(*setting, reason=reason, sm=nearest, name="tensorrt")
+    return Estimated(*setting, reason=reason)
 
 
-def _on_target(asked: str, parts: tuple[DeviceProfile, Workload, str], target: Session) -> Engine:
-    """What the device has decides; what it misses is told with the command that installs it there."""
-    profile = parts[0]
-    found = measure.describe(target, quiet)
-    if found["modules"]["numpy"] is None:
+def _on_target(asked: str, setting: tuple[DeviceProfile, Workload, str], target: Session) -> Engine:
+    """Picks the engine that the target has installed; an error names the command that installs one."""
+    profile = setting[0]
+    # Describe the device; every engine needs numpy.
+    described = measure.describe(target, quiet)
+    if described["modules"]["numpy"] is None:
         raise EngineError(f"{target} has no numpy", "Install it there: python3 -m pip install numpy")
     if profile.engine == "onnxruntime":
-        _require(target, found, "onnxruntime")
-        reason = f"{target} is a {found['processor']} with onnxruntime {found['modules']['onnxruntime']}"
-        return OnnxRuntime(*parts, reason=reason, session=target)
+        _require(target, described, "onnxruntime")
+        reason = f"{target} is a {described['processor']} with onnxruntime {described['modules']['onnxruntime']}"
+        return OnnxRuntime(*setting, reason=reason, session=target)
+    # The first engine for GPUs that is installed.
     wanted = [asked] if asked != "auto" else preferred(profile.engine)
-    flavour = next((name for name in wanted if found["modules"][RUNTIMES[name].module]), None)
+    flavour = next((name for name in wanted if described["modules"][RUNTIMES[name].module]), None)
     if flavour is None:
-        _require(target, found, wanted[0])
-    gpu = found["gpu"]
+        _require(target, described, wanted[0])
+    # The GPU must be that of the profile.
+    gpu = described["gpu"]
     if gpu is None:
-        raise EngineError(f"{target}: {found['no_gpu']}", "Install cuda-python or pycuda there, and check the driver.")
+        raise EngineError(
+            f"{target}: {described['no_gpu']}", "Install cuda-python or pycuda there, and check the driver."
+        )
     if gpu["sm"] != profile.sm:
         raise InputError(
-            f"{target} has a {gpu['name']} of SM {gpu['sm']}, the profile {profile.name} is for SM {profile.sm}",
+            f"{target} has a {gpu['name']} of SM {gpu['sm']}, but the profile {profile.name} is for SM {profile.sm}",
             f"Give the profile of that device, or write one: python tools/probe_profile.py --target {target} "
             "--output device.toml",
         )
-    version = found["modules"][RUNTIMES[flavour].module]
-    reason = f"{target} is a {found['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
-    return TensorRT(*parts, reason=reason, name=flavour, session=target)
+    version = described["modules"][RUNTIMES[flavour].module]
+    reason = f"{target} is a {described['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
+    return TensorRT(*setting, reason=reason, name=flavour, session=target)
 
 
-def _require(target: Session, found: dict[str, Any], engine: str) -> None:
+def _require(target: Session, described: dict[str, Any], engine: str) -> None:
     """Raises EngineError where the target lacks the module of an engine."""
     runtime = RUNTIMES[engine]
-    if found["modules"][runtime.module] is None:
+    if described["modules"][runtime.module] is None:
         raise EngineError(
             f"{target} has no Python module {runtime.module}", f"Install it there: {runtime.install_there}."
         )

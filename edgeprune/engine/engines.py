@@ -1,4 +1,7 @@
-"""The engines that build and measure candidates, behind one small interface; they know nothing about budgets."""
+"""The engines that build and measure candidates, behind one small interface.
+
+They do not know the budget, nor which candidates there are.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,11 @@ from edgeprune.profiles import DeviceProfile
 
 @dataclass(frozen=True)
 class Exported:
-    """A model on disk: `graphs` holds the variants, `engine` takes what a build gives, `reference` its logits."""
+    """A model on disk.
+
+    graphs: the folder of its graph variants; engine: the folder for what is built of them; reference: the file of the
+    logits that an engine is checked against.
+    """
 
     decoder: Decoder
     graphs: Path
@@ -32,28 +39,33 @@ class Exported:
 
 
 class Engine(Protocol):
+    """Something that gives the performance of a candidate.
+
+    name: in runtimes.py; reason: why it was chosen.
+    """
+
     name: str
     reason: str
     builds: bool  # whether a performance needs the exported graphs; an estimate needs the Decoder alone
     measures: bool  # whether latencies are measured
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
-        """What the candidate needs and reaches; `dense` is None for the dense model itself."""
+        """Returns memory and latency of a candidate; dense: the dense model with its own, None for itself."""
 
 
 class Measuring(Engine, Protocol):
     """An engine that measures latencies."""
 
     def identity(self, tell: Tell) -> dict[str, Any]:
-        """The device and the engine's version: what a latency holds for."""
+        """Returns the device and the engine's version, for which a latency holds."""
 
     def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
-        """Prefill and decode of several models by kind and name, on one scale. Raises EngineError."""
+        """Returns prefill and decode of several models by kind and name, all on one scale. Raises EngineError."""
 
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """Built and measured on a processor, interleaved with the dense model."""
+    """ONNX Runtime on a processor, which measures candidates interleaved with the dense model."""
 
     profile: DeviceProfile
     workload: Workload
@@ -65,6 +77,7 @@ class OnnxRuntime:
     measures: bool = True
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+        """Returns the measured performance of a candidate; raises EngineError where its logits are wrong."""
         measured = measure.on_onnxruntime(
             self.session,
             None if dense is None else dense[0].graphs / GRAPH_FILE,
@@ -77,7 +90,7 @@ class OnnxRuntime:
         )
         if dense is None:
             return measured
-        # Normalised by the dense model's own figure, so that a busy machine does not pass for a slow candidate.
+        # Normalised by the dense model's own figure, so that a candidate does not seem slow on a busy machine.
         return replace(
             measured,
             prefill=measure.scaled(measured.prefill_ratio, dense[1].prefill),
@@ -85,10 +98,12 @@ class OnnxRuntime:
         )
 
     def identity(self, tell: Tell) -> dict[str, Any]:
-        found = measure.describe(self.session, tell)
-        return {"processor": found["processor"], "onnxruntime": found["modules"]["onnxruntime"]}
+        """Returns the processor and the version of ONNX Runtime."""
+        description = measure.describe(self.session, tell)
+        return {"processor": description["processor"], "onnxruntime": description["modules"]["onnxruntime"]}
 
     def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
+        """Returns the latencies of several models, measured in turns."""
         graphs = {name: model.graphs / GRAPH_FILE for name, model in models.items()}
         seconds = timing().survey_seconds * len(models)
         return measure.relative_latencies(self.session, graphs, self.workload, seconds, tell)
@@ -96,7 +111,7 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class TensorRT:
-    """Built, checked and measured on the GPU itself, here or behind a session."""
+    """TensorRT on the GPU itself, of this machine or behind a session, which builds, checks and measures candidates."""
 
     profile: DeviceProfile
     workload: Workload
@@ -108,6 +123,8 @@ class TensorRT:
     measures: bool = True
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+        """Returns the measured performance of a candidate; raises EngineError where it fails or is wrong."""
+        # Build the engine.
         graph = candidate.graphs / GraphVariant(self.profile.dialect, "last").filename
         plan = _plan(candidate, self.profile)
         built = measure.build(
@@ -119,22 +136,30 @@ class TensorRT:
             tell,
             workspace_bytes=workspace_bytes(candidate.decoder, self.profile, self.workload, self.precision),
         )
+        # Check and measure it.
         runtime = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision).memory.runtime
-        found = measure.on_tensorrt(
+        measured = measure.on_tensorrt(
             self.session, self.name, plan, built, self.workload, runtime, candidate.reference, self.precision, tell
         )
         if dense is None:
-            return found
-        # The runtime's part is the same for both; what other programs did meanwhile must not decide on a candidate.
-        return replace(found, memory=replace(found.memory, runtime=dense[1].memory.runtime))
+            return measured
+        # The runtime's memory is the same for both models: what other programs took meanwhile must not decide.
+        return replace(measured, memory=replace(measured.memory, runtime=dense[1].memory.runtime))
 
     def identity(self, tell: Tell) -> dict[str, Any]:
-        found = measure.describe(self.session, tell)
-        version = found["modules"][self.name.replace("-", "_")]
-        return {"machine": found["machine"], "gpu": found["gpu"]["name"], "engine": self.name, "version": version}
+        """Returns the machine, its GPU, and the engine with its version."""
+        description = measure.describe(self.session, tell)
+        version = description["modules"][self.name.replace("-", "_")]
+        return {
+            "machine": description["machine"],
+            "gpu": description["gpu"]["name"],
+            "engine": self.name,
+            "version": version,
+        }
 
     def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {}
+        """Returns the latencies of several models in ms, built and measured one after the other."""
+        latencies: dict[str, dict[str, float]] = {}
         for name, model in models.items():
             graph, plan = model.graphs / GraphVariant(self.profile.dialect, "last").filename, _plan(model, self.profile)
             workspace = workspace_bytes(model.decoder, self.profile, self.workload, self.precision)
@@ -142,16 +167,16 @@ class TensorRT:
             seconds = 2 * timing().survey_seconds
             times = measure.engine_latencies(self.session, self.name, plan, self.workload, seconds, tell)
             for kind, milliseconds in times.items():
-                found.setdefault(kind, {})[name] = milliseconds
-        return found
+                latencies.setdefault(kind, {})[name] = milliseconds
+        return latencies
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """Built without the GPU by TensorRT for RTX: the builder's memory; latency from the profile.
+    """TensorRT for RTX without the GPU: it builds engines, reports their memory, and latency is estimated.
 
-    For an SM that it does not offer the nearest one is built as a check: the graph compiles, and memory is
-    about that. That engine is not kept, and its figures stay estimates.
+    For an SM that it does not offer, the engine of the nearest SM is built as a check that the graph compiles. That
+    engine is not kept, and its memory counts as an estimate.
     """
 
     profile: DeviceProfile
@@ -164,23 +189,28 @@ class Ahead:
     measures: bool = False
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+        """Returns the estimated performance of a candidate, with the memory of its engine where that can be built."""
         estimated = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
         graph = candidate.graphs / GraphVariant(self.profile.dialect, "last").filename
         limit = workspace_bytes(candidate.decoder, self.profile, self.workload, self.precision)
+        # The engine of the device itself is kept.
         if self.sm == self.profile.sm:
             plan = _plan(candidate, self.profile)
             result = measure.build(Here(), "tensorrt-rtx", graph, plan, self.workload, tell, self.sm, limit)
             return self._with(estimated, result)
+        # The engine of the nearest SM is only a check.
         try:
             with tempfile.TemporaryDirectory(dir=candidate.graphs.parent) as folder:
                 plan = Path(folder) / "check.engine"
                 result = measure.build(Here(), "tensorrt-rtx", graph, plan, self.workload, tell, self.sm, limit)
-        except EngineError as error:  # no proof that the device's own TensorRT cannot: said, not fatal
+        except EngineError as error:  # a note only: the device's own TensorRT may compile it
             note = f"TensorRT for RTX could not compile the graph for SM {self.sm}, as a check: {error.message}"
             return replace(estimated, notes=(*estimated.notes, note))
         return self._with(estimated, result)
 
     def _with(self, estimated: Performance, result: BuildResult) -> Performance:
+        """Returns an estimate with the memory of a built engine."""
+        # Name the source of the figures.
         own = self.sm == self.profile.sm
         basis = f"TensorRT for RTX {result.version}, SM {self.sm}, {result.effort}"
         if not own:
@@ -190,6 +220,7 @@ class Ahead:
             kind = Built if own else Estimate
             return kind(float(value), "bytes", self.profile.name, f"{what}; {basis}")
 
+        # Replace weights and activations.
         memory = replace(
             estimated.memory,
             weights=figure(result.weights_bytes, "the builder's total weights memory"),
@@ -199,14 +230,14 @@ class Ahead:
         )
         conditions = {"engine": basis}
         if not own:
-            conditions = {"feasibility": f"{basis}; not shipped, the device builds its own engine"}
+            conditions = {"feasibility": f"{basis}; not in the bundle, the device builds its own engine"}
         notes = (*estimated.notes, *result.warnings)
         return replace(estimated, memory=memory, notes=notes, conditions=conditions)
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """No engine can be built here: memory and latency from the profile's figures."""
+    """The estimator, where no engine can be built: memory and latency come from the profile's figures."""
 
     profile: DeviceProfile
     workload: Workload
@@ -217,9 +248,11 @@ class Estimated:
     measures: bool = False
 
     def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+        """Returns the estimated performance of a candidate."""
         return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
 
 
 def _plan(candidate: Exported, profile: DeviceProfile) -> Path:
+    """Returns the file of a candidate's engine for the profile's SM, in a folder that then exists."""
     candidate.engine.mkdir(parents=True, exist_ok=True)
     return candidate.engine / f"model.sm{profile.sm}.engine"

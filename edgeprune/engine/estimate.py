@@ -1,12 +1,13 @@
-"""Bytes and FLOPs of a Decoder -> memory and latency on a device, from the profile's figures.
+"""The estimator: memory and latency of a Decoder on a device, from its bytes and FLOPs and the profile's figures.
 
     time = max(bytes / (decode_efficiency x bandwidth), FLOPs / (prefill_efficiency x compute)) + decode_overhead
 
-of one decode step, which bytes bind but for large batches, and of a prefill, which FLOPs bind but for short prompts.
+This is the time of one decode step, which is bound by bytes except for large batches, and that of a prefill, which is
+bound by FLOPs except for short prompts.
 
-Pure: it reads no file and measures nothing. All that it returns is an Estimate that names its points.
-Efficiency and overhead are fits of published points (calibrate.py), whose runtime keeps its cache in place;
-that our graphs copy the cache is added explicitly, and named in the basis.
+Pure: it reads no file and measures nothing. Every figure that it returns is an Estimate, whose basis names the points
+that it rests on. Efficiency and overhead are fits of published points (published.py), whose runtime updates its KV
+cache in place. The copies of the KV cache that our graphs make are added explicitly, and named in the basis.
 int8 and int4 are weight-only: the layers' matrices are quantised, all else is fp16.
 """
 
@@ -30,7 +31,7 @@ TENSORRT_WORKSPACE = 8 * 2**20  # for matrix products, as TensorRT for RTX's com
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes that one decode step moves at past = context - 1, for the whole batch."""
+    """The bytes that one decode step moves at past = context - 1, for the whole batch."""
 
     layers: float  # matrices and norms of all layers
     head: float  # final norm and head; the embedding's gathered rows are negligible
@@ -39,13 +40,17 @@ class TokenBytes:
 
     @property
     def total(self) -> float:
+        """Returns the sum of all parts."""
         return self.layers + self.head + self.cache + self.cache_copies
 
 
 def bytes_per_token(
     decoder: Decoder, precision: PrecisionName, workload: Workload, in_place: bool = False
 ) -> TokenBytes:
-    """in_place: the engine appends to one cache buffer, so that nothing is copied (our graphs for TensorRT copy)."""
+    """Returns the bytes that one decode step moves.
+
+    in_place: the engine appends to one buffer of the KV cache, so that nothing is copied; our graphs for TensorRT copy.
+    """
     size = PRECISIONS[precision].element_bytes
     norms = sum(
         prod(shape)
@@ -63,13 +68,19 @@ def bytes_per_token(
 
 
 def cache_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, in_place: bool) -> int:
-    """One buffer of keys and values at full context. in_place: as ONNX Runtime holds it, zeros behind odd heads."""
+    """Returns the bytes of one buffer of the KV cache at full context.
+
+    in_place: as ONNX Runtime holds it, with zeros behind heads of other sizes than it takes.
+    """
     multiple = HEAD_MULTIPLE if in_place else 1
     return PRECISIONS[precision].element_bytes * decoder.cache_elements(workload.batch, workload.context, multiple)
 
 
 def prefill_flops(decoder: Decoder, workload: Workload) -> float:
-    """A multiply-add is two: the layers' matrices, causal attention, and the head at the last position."""
+    """Returns the FLOPs of a prefill, a multiply-add as two.
+
+    They are those of the layers' matrices, of causal attention, and of the head at the last position.
+    """
     tokens = workload.batch * workload.prompt
     query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
     attention = 2.0 * tokens * workload.prompt * query_size  # scores and values, half of each masked
@@ -78,14 +89,17 @@ def prefill_flops(decoder: Decoder, workload: Workload) -> float:
 
 
 def decode_flops(decoder: Decoder, workload: Workload) -> float:
-    """A multiply-add is two: matrices, head, and attention over `context` keys, of one step of the whole batch."""
+    """Returns the FLOPs of one decode step of the whole batch, a multiply-add as two.
+
+    They are those of the matrices, of the head, and of attention over `context` keys.
+    """
     query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
     matrices = decoder.layer_parameters + decoder.vocab_size * decoder.hidden_size
     return 2.0 * workload.batch * (matrices + 2 * workload.context * query_size)
 
 
 def activation_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, dialect: str) -> int:
-    """The largest set of tensors alive at once in a prefill of `prompt` tokens.
+    """Returns the bytes of the largest set of tensors that is alive at once in a prefill of `prompt` tokens.
 
     With T = batch x prompt and `total` keys: the residual stream and its normed copy (2 T hidden), for
     TensorRT the mask (T total), and the largest of
@@ -95,41 +109,44 @@ def activation_bytes(decoder: Decoder, precision: PrecisionName, workload: Workl
         primitive    scores before and after the softmax,
                      q, k, v, and all keys transposed             T (2 heads total + q + 2 k) + batch total k
         onnxruntime  scores, softmax in place, q, k, v, result    T (heads total + 2 q + 2 k)
-    TensorRT reserves for the longest past that its engine admits (total = context - 1 + prompt), ONNX
-    Runtime allocates what it meets (total = prompt) and has no workspace. The logits are among the buffers.
+    TensorRT reserves memory for the longest past that its engine admits (total = context - 1 + prompt), ONNX
+    Runtime allocates what it needs (total = prompt) and has no workspace. The logits are among the buffers.
 
     Against the `Total Activation Memory` of TensorRT for RTX's compiler (SM86, fp16), on 24 random shapes
     that these formulas were not fitted to: median error 6 %, 22 within 21 %, the worst 48 % low. Where each
-    query head has its own key head that compiler fuses a primitive graph too, and this is 3 times too high.
+    query head has its own key head, that compiler fuses a primitive graph too, and the result is 3 times too high.
     """
     tokens = workload.batch * workload.prompt
     total = _total_tokens(workload, dialect)
     size, in_place = PRECISIONS[precision].element_bytes, dialect == "onnxruntime"
     workspace = 0 if in_place else TENSORRT_WORKSPACE
+    # The module that needs most.
     largest = 0
     for layer in decoder.layers:
         if (attention := layer.attention) is not None:
             heads, width = attention.num_attention_heads, head_width(attention.head_dim, dialect)
             query, key = heads * width, attention.num_key_value_heads * width
             if dialect == "opset23":
-                stage = size * 2 * tokens * (3 * query + 3 * key) + workspace
+                module_bytes = size * 2 * tokens * (3 * query + 3 * key) + workspace
             elif dialect == "primitive":
-                stage = size * (tokens * (2 * heads * total + query + 2 * key) + workload.batch * total * key)
+                module_bytes = size * (tokens * (2 * heads * total + query + 2 * key) + workload.batch * total * key)
             else:
-                stage = size * tokens * (heads * total + 2 * query + 2 * key)
-            largest = max(largest, stage)
+                module_bytes = size * tokens * (heads * total + 2 * query + 2 * key)
+            largest = max(largest, module_bytes)
         if layer.mlp is not None:
             largest = max(largest, size * 3 * tokens * layer.mlp.intermediate_size + workspace)
+    # The residual stream, its normed copy and the mask are alive beside it.
     return size * tokens * (2 * decoder.hidden_size + (0 if in_place else total)) + largest
 
 
 def buffer_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, dialect: str) -> int:
-    """Inputs and outputs other than the cache: ids, positions, mask, logits of the last position."""
+    """Returns the bytes of inputs and outputs other than the KV cache: ids, positions, mask, the last logits."""
     ids = ID_BYTES * workload.batch * (2 * workload.prompt + _total_tokens(workload, dialect))
     return ids + PRECISIONS[precision].logit_bytes * workload.batch * decoder.vocab_size
 
 
 def _total_tokens(workload: Workload, dialect: str) -> int:
+    """Returns the keys for which memory is reserved in a prefill: ONNX Runtime allocates only those of the prompt."""
     return workload.prompt + (0 if dialect == "onnxruntime" else workload.context - 1)
 
 
@@ -140,10 +157,10 @@ def estimate_memory(
     precision: PrecisionName,
     weight_bytes: int | None = None,
 ) -> Memory:
-    """The five parts in bytes; weights, cache and buffers are exact for our graph, activations a formula.
+    """Returns the five parts of the memory in bytes.
 
-    weight_bytes: the weights as an engine holds them, where known. Raises InputError for a profile
-    without hardware figures.
+    Weights, KV cache and buffers are exact for our graph; activations are those of activation_bytes. weight_bytes: the
+    weights as an engine holds them, where known. Raises InputError for a profile without hardware figures.
     """
 
     def part(value: float, basis: str) -> Estimate:
@@ -169,6 +186,7 @@ def estimate_memory(
 
 
 def _weight_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName) -> float:
+    """Returns the bytes of the graph's initializers, with the layers' matrices quantised where the precision is."""
     stored = PRECISIONS[precision]
     written = graph_weight_bytes(decoder, stored.unquantised, profile.dialect, workload.context)
     return written + (stored.matrix_bytes - stored.element_bytes) * decoder.layer_parameters
@@ -181,16 +199,19 @@ def estimate_performance(
     precision: PrecisionName,
     weight_bytes: int | None = None,
 ) -> Performance:
-    """Memory by part, prefill and decode in ms of a model on the profile's device; `notes` names weak points.
+    """Returns memory by part, and prefill and decode in ms, of a model on the profile's device.
 
+    Its notes name the figures of low confidence. weight_bytes: the weights as an engine holds them, where known.
     Raises InputError for a profile without hardware figures or without a rate for this precision.
     """
+    # The seconds of the prefill that FLOPs take, and that reading the weights takes.
     _require_figures(profile)
     moved = bytes_per_token(decoder, precision, workload, _in_place(profile))
     overhead = profile.decode_overhead.si
     rate, rate_basis = _flops_per_second(profile, precision)
     flops = prefill_flops(decoder, workload)
     compute, weights = flops / rate, (moved.layers + moved.head) / _bytes_per_second(profile)
+    # The texts of the basis, by the resource that binds.
     bandwidth, efficiency = profile.bandwidth, profile.decode_efficiency
     reading = f"({bandwidth.value:g} {bandwidth.unit} x {efficiency.value:g})"
     fixed = f"{1e3 * overhead:.3g} ms"
@@ -205,6 +226,7 @@ def estimate_performance(
     step = decode_parts(decoder, profile, workload, precision)
     if step["compute"]:
         decode_basis = f"bound by compute: {decode_flops(decoder, workload) / 1e9:.4g} {computing}"
+    # The slower resource binds.
     return Performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
         prefill=Estimate(1e3 * (max(compute, weights) + overhead), "ms", profile.name, prefill_basis),
@@ -220,9 +242,10 @@ def estimate_performance(
 def resource_times(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName
 ) -> dict[str, dict[str, float]]:
-    """ms of prefill and decode that each resource alone would take, without the overhead; the slower one binds.
+    """Returns the ms that each resource alone would take, by prefill or decode and by resource, without the overhead.
 
-    Each adds up over the modules of a model. Raises InputError as estimate_performance does.
+    The slower resource binds. The time of each adds up over the modules of a model. Raises InputError as
+    estimate_performance does.
     """
     _require_figures(profile)
     moved, rate = (
@@ -245,7 +268,7 @@ def resource_times(
 def latency_shares(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName
 ) -> dict[str, float]:
-    """Estimated decode ms by part; no pruning of layers removes `head_and_embedding` and `overhead`."""
+    """Returns the estimated decode ms by part; pruning layers removes neither `head_and_embedding` nor `overhead`."""
     parts = decode_parts(decoder, profile, workload, precision)
     return {
         "layers": parts["layers"] + parts["compute"],
@@ -258,9 +281,10 @@ def latency_shares(
 def decode_parts(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName, in_place: bool | None = None
 ) -> dict[str, float]:
-    """Estimated decode ms by the parts of TokenBytes, what compute takes longer than them, and the overhead.
+    """Returns the estimated decode ms of each part of TokenBytes, of compute beyond these, and of the overhead.
 
-    in_place: the cache is, as in the runtime of the published points; by default what our graph does.
+    in_place: the KV cache is updated in place, as in the runtime of the published points; by default as our graph does.
+    Raises InputError as estimate_performance does.
     """
     _require_figures(profile)
     moved = bytes_per_token(decoder, precision, workload, _in_place(profile) if in_place is None else in_place)
@@ -270,13 +294,16 @@ def decode_parts(
 
 
 def floor_decoder(dense: Decoder, channel_multiple: int) -> Decoder:
-    """The smallest candidate: one layer of one group of one head and one multiple of channels."""
+    """Returns the smallest candidate: one layer, with one group of one head and one multiple of channels."""
     narrowest = min((layer.mlp.intermediate_size for layer in dense.layers if layer.mlp), default=channel_multiple)
     return replace(dense, layers=dense.layers[:1]).with_widths(1, 1, min(channel_multiple, narrowest))
 
 
 def estimate_floor(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName) -> Performance:
-    """What the floor needs and reaches: embeddings, head and overhead dominate it, and no pruning goes below."""
+    """Returns the performance of the smallest candidate, which no pruning goes below.
+
+    Embeddings, head and overhead dominate it. Raises InputError as estimate_performance does.
+    """
     return estimate_performance(floor_decoder(dense, profile.channel_multiple), profile, workload, precision)
 
 
@@ -289,21 +316,24 @@ def _bytes_per_second(profile: DeviceProfile) -> float:
 
 
 def _flops_per_second(profile: DeviceProfile, precision: PrecisionName) -> tuple[float, str]:
-    """The rate that prefill reaches, and how it came about."""
+    """Returns the rate that prefill reaches, and its terms in words; raises InputError where the profile has none."""
     efficiency = profile.prefill_efficiency.value
     figure = getattr(profile, PRECISIONS[precision].compute)
     if figure is not None:
         of_fp16 = " of fp16, which is bf16's too," if precision == "bf16" else ""
         return figure.si * efficiency, f"({figure.value:g} {figure.unit}{of_fp16} x {efficiency:g})"
     if precision == "fp32" and profile.fp16_compute is not None:
-        # TensorRT computes fp32 products in TF32 unless told otherwise: half of fp16's rate on tensor cores.
+        # TensorRT computes fp32 products in TF32 by default, at half of fp16's rate on tensor cores.
         halved = f"({profile.fp16_compute.value:g} {profile.fp16_compute.unit} / 2 as TF32 x {efficiency:g})"
         return profile.fp16_compute.si * efficiency / 2, halved
     raise _no_rate(profile, precision)
 
 
 def check_precision(profile: DeviceProfile, precision: str) -> PrecisionName:
-    """Raises InputError for an unknown precision, or one that the device lacks or has no rate for, probed or not."""
+    """Returns a precision that is checked against the profile, which need not have hardware figures.
+
+    Raises InputError for an unknown precision, for one that the device lacks, and for one without a rate.
+    """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
     if not computes_in(profile, precision):
@@ -324,6 +354,7 @@ def computes_in(profile: DeviceProfile, precision: str) -> bool:
 
 
 def _no_rate(profile: DeviceProfile, precision: str) -> InputError:
+    """Returns the error for a precision without a compute rate."""
     return InputError(
         f"the profile {profile.name} has no fp16 compute rate, which {precision} needs",
         f"Use --precision {profile.precision}, or add fp16_compute to a profile of your own.",
@@ -331,6 +362,7 @@ def _no_rate(profile: DeviceProfile, precision: str) -> InputError:
 
 
 def _require_figures(profile: DeviceProfile) -> None:
+    """Raises InputError for a profile without hardware figures."""
     if not profile.is_probed:
         raise InputError(
             f"the profile {profile.name} has no hardware figures to estimate from",
@@ -339,7 +371,7 @@ def _require_figures(profile: DeviceProfile) -> None:
 
 
 def counted(decoder: Decoder, precision: str, workload: Workload) -> Counted:
-    """The bytes that ONNX Runtime's graph holds, its cache updated in place."""
+    """Returns the bytes that ONNX Runtime's graph holds, with its KV cache updated in place."""
     return Counted(
         weights=graph_weight_bytes(decoder, precision, "onnxruntime", workload.context),
         cache=cache_bytes(decoder, precision, workload, in_place=True),
@@ -348,6 +380,6 @@ def counted(decoder: Decoder, precision: str, workload: Workload) -> Counted:
 
 
 def workspace_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> int:
-    """Scratch memory that the profile leaves for one kernel: what is usable less weights and cache."""
+    """Returns the bytes of scratch memory that are left for one kernel: the usable ones less weights and KV cache."""
     memory = estimate_performance(decoder, profile, workload, precision).memory
     return max(64 * 2**20, int(profile.usable_bytes - memory.weights.value - memory.cache.value))

@@ -1,8 +1,9 @@
-"""Hardware figures, measured: of this machine's processor on first use, cached for it; of any device when asked.
+"""The measurement of hardware figures: of this machine's processor on first use, and of any device on demand.
 
-What an estimate needs is what the engine reaches: the bandwidth of reading weights that fit in no cache for
-one row (decode), and the rate of a matrix product (prefill). The graphs are written here and timed on the
-device, which may be this machine, by probing.py. It knows nothing about models.
+It does not know models. An estimate needs the figures that the engine reaches: the bandwidth of reading weights that
+do not fit into a cache for one row (decode), and the rate of a matrix product (prefill). The graphs are written on
+this machine and timed on the device, which may be this machine too, by ondevice/probe_tasks.py. The figures of this
+machine are cached.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from edgeprune.ondevice.worker import Tell, quiet
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile
 
-VERSION = 2  # of this way of probing; figures of another version are measured again
+VERSION = 2  # of the method; figures of another version are measured again
 WIDTH = 4096  # a matrix is WIDTH x WIDTH: 64 MiB in fp32, 32 MiB in fp16
 CALL_WIDTH = 8
-ROWS = 256  # of a product on a processor
+ROWS = 256  # rows of a product on a processor
 GPU_ROWS, GPU_MATRICES = 2048, 4
 SMALLEST_READ, LARGEST_READ = 256 * 2**20, 1024 * 2**20  # bytes; the device holds them twice or three times
 GPU_READ = 512 * 2**20  # bytes; GPUs with memory of their own have caches of up to 128 MiB, the others of 32
-LOOK_SECONDS, PROBE_SECONDS = 120.0, 3600.0
+INSPECT_SECONDS, PROBE_SECONDS = 120.0, 3600.0
 SETTLED = 0.15  # spread of the runs beyond which a figure is of low confidence
-BUSY = 0.5  # processes of others for each thread, beyond which figures of a processor are
-OPSET, IR_VERSION = 17, 8  # what every engine's parser knows
+BUSY = 0.5  # processes of other programs for each thread beyond which a figure is of low confidence
+OPSET, IR_VERSION = 17, 8  # that every engine's parser knows
 
 Figures = dict[str, dict[str, Any]]  # HardwareFigure fields by name
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Figures of a device, and the state that it was in."""
+    """The figures of a device, and the conditions of their measurement."""
 
     figures: Figures
     conditions: dict[str, str]
@@ -54,9 +55,9 @@ def with_figures(profile: DeviceProfile) -> DeviceProfile:
 
 
 def probe(profile: DeviceProfile) -> DeviceProfile:
-    """The profile with this machine's figures: from the cache, else measured now (some seconds) and cached.
+    """Returns the profile with this machine's figures: from the cache, else measured now (some seconds) and cached.
 
-    Raises EngineError where the system does not tell its memory or ONNX Runtime cannot start.
+    Raises EngineError where the size of the memory is unknown or ONNX Runtime cannot start.
     """
     import onnxruntime
 
@@ -66,7 +67,7 @@ def probe(profile: DeviceProfile) -> DeviceProfile:
     known = _read(path)
     try:
         return _with(profile, known[key])
-    except (KeyError, TypeError, ValidationError):  # unknown, or not what we wrote
+    except (KeyError, TypeError, ValidationError):  # not cached, or not in our format
         known[key] = measure(_source("onnxruntime", onnxruntime.__version__, processor(), {}))
     with contextlib.suppress(OSError):  # without a writable cache it is measured at each run
         _write(path, known)
@@ -74,31 +75,35 @@ def probe(profile: DeviceProfile) -> DeviceProfile:
 
 
 def measure(source: str) -> Figures:
-    """All figures that an estimate for ONNX Runtime needs; `source` says what was measured where."""
+    """Returns all figures of this machine's processor that an estimate needs.
+
+    source: a phrase for where and with what they are measured. Raises EngineError.
+    """
     stacks = _stacks("fp32", ROWS, 1, _matrices())
     answer = _time(Here(), "onnxruntime", stacks, quiet)
     return _processor_figures(source, stacks, answer, total_memory(), runtime_bytes())
 
 
 def runtime_bytes() -> float:
-    """Resident bytes, at its peak, of a fresh process that has loaded the runtime and nothing else."""
-    return float(_look(Here(), quiet)["runtime"])
+    """Returns the resident bytes, at their peak, of a fresh process that has loaded only the runtime."""
+    return float(_inspect(Here(), quiet)["runtime"])
 
 
 def probe_processor(session: Session, tell: Tell) -> Probed:
-    """What ONNX Runtime reaches on the processor of a device. Raises EngineError."""
-    seen = _look(session, tell)
-    stacks = _stacks("fp32", ROWS, 1, _matrices_for(seen["cache"]))
+    """Returns the figures that ONNX Runtime reaches on the processor of a device. Raises EngineError."""
+    description = _inspect(session, tell)
+    stacks = _stacks("fp32", ROWS, 1, _matrices_for(description["cache"]))
     answer = _time(session, "onnxruntime", stacks, tell)
-    source = _source("onnxruntime", seen["version"], seen["processor"], answer["conditions"])
-    figures = _processor_figures(source, stacks, answer, seen["memory"], seen["runtime"])
+    source = _source("onnxruntime", description["version"], description["processor"], answer["conditions"])
+    figures = _processor_figures(source, stacks, answer, description["memory"], description["runtime"])
     return Probed(figures, answer["conditions"])
 
 
 def probe_gpu(session: Session, flavour: str, device: str, like: DeviceProfile, tell: Tell) -> Probed:
-    """What TensorRT reaches on a GPU in the precision of `like`, whose figures stay where the driver tells none.
+    """Returns the figures that TensorRT reaches on a GPU.
 
-    Raises EngineError where nothing can be built, or run.
+    flavour: the engine's name; device: the GPU's; like: a profile whose precision is measured, and whose figures stay
+    where the driver gives none. Raises EngineError where nothing can be built or run.
     """
     shared = like.memory_shared_with_system
     read = SMALLEST_READ if shared else GPU_READ
@@ -110,12 +115,13 @@ def probe_gpu(session: Session, flavour: str, device: str, like: DeviceProfile, 
 
 
 def _source(engine: str, version: str, device: str, conditions: dict[str, str]) -> str:
+    """Returns the phrase for where and with what figures are measured."""
     mode = conditions.get("power mode")
     return f"measured with {engine} {version} on {device}{f', {mode}' if mode else ''}"
 
 
 def _figure(value: float, unit: str, source: str, confidence: str = "medium") -> dict[str, Any]:
-    """Bytes are exact; of what was timed five digits are more than hold."""
+    """Returns the fields of a figure; bytes are exact, times have five digits, more than are certain."""
     value = float(value) if unit == "B" else float(f"{value:.5g}")
     return {"value": value, "unit": unit, "source": source, "confidence": confidence}
 
@@ -133,6 +139,8 @@ def _processor_figures(
 
 
 def _gpu_figures(source: str, stacks: dict[str, Stack], answer: dict[str, Any], like: DeviceProfile) -> Figures:
+    """Returns the figures of a GPU from the device's answer."""
+    # The memory that is usable: the whole, or what the system leaves where the memory is shared with it.
     total, free = answer["gpu"]["memory"], answer["free"]
     figures = {"memory": _figure(total, "B", f"{source}: the driver's total", "high")}
     usable, basis = total, "all of the device's memory"
@@ -140,23 +148,25 @@ def _gpu_figures(source: str, stacks: dict[str, Stack], answer: dict[str, Any], 
         reserve, basis = like.system_reserve, "all that the system leaves, with nothing else loaded"
         usable, figures["system_reserve"] = total - reserve.si, reserve.model_dump()
         if free and free < total:
-            said = f"{source}: the driver's total less what /proc/meminfo called available"
-            usable, figures["system_reserve"] = free, _figure(total - free, "B", said)
+            basis_free = f"{source}: the driver's total less the memory that is available in /proc/meminfo"
+            usable, figures["system_reserve"] = free, _figure(total - free, "B", basis_free)
+    # The memory for building, and that of the runtime.
     figures["build_memory"] = _figure(usable, "B", f"{source}: {basis}", "low")
     figures["runtime_memory"] = like.runtime_memory.model_dump()
     if answer["runtime"]:
-        said = f"{source}: what became less free with the first context and engine"
-        figures["runtime_memory"] = _figure(answer["runtime"], "B", said)
+        basis_runtime = f"{source}: the free memory that the first context and engine took"
+        figures["runtime_memory"] = _figure(answer["runtime"], "B", basis_runtime)
     return figures | _rates(source, stacks, answer["took"])
 
 
 def _rates(source: str, stacks: dict[str, Stack], took: dict[str, Took], load: float = 0.0) -> Figures:
-    """Bandwidth, compute and overhead; both shares are 1: what was measured is what such products reach.
+    """Returns bandwidth, compute and overhead. Both efficiencies are 1: the figures are those that products reach.
 
-    load: of other programs, in processes for each thread.
+    took: the time of each stack; load: of other programs, in processes for each thread.
     """
 
     def timed(value: float, unit: str, what: str, role: str) -> dict[str, Any]:
+        """Returns a figure of what was timed, of low confidence where the times are doubtful."""
         doubts = f"; other runs took {100 * took[role].spread:.0f} % longer" if took[role].spread > SETTLED else ""
         doubts += f"; the load before was {load:.1f} processes a thread" if load > BUSY else ""
         return _figure(value, unit, f"{source}: {what}{doubts}", "low" if doubts else "medium")
@@ -176,16 +186,17 @@ def _rates(source: str, stacks: dict[str, Stack], took: dict[str, Took], load: f
 
 
 def _matrices() -> int:
-    """How many matrices this machine's processor has to read."""
+    """Returns how many matrices are read on this machine's processor."""
     return _matrices_for(largest_cache())
 
 
 def _matrices_for(cache: int) -> int:
-    """Four times the largest cache, within bounds."""
+    """Returns how many matrices make four times the largest cache (bytes), within bounds."""
     return -(-min(max(4 * cache, SMALLEST_READ), LARGEST_READ) // Stack(1, WIDTH, 1, "fp32").weight_bytes)
 
 
 def _stacks(precision: str, rows: int, factors: int, matrices: int) -> dict[str, Stack]:
+    """Returns the graphs to time: a small call, reading `matrices`, and products of `rows` with `factors`."""
     return {
         "call": Stack(1, CALL_WIDTH, 1, precision),
         "read": Stack(1, WIDTH, matrices, precision),
@@ -193,13 +204,14 @@ def _stacks(precision: str, rows: int, factors: int, matrices: int) -> dict[str,
     }
 
 
-def _look(session: Session, tell: Tell) -> dict[str, Any]:
-    request = {"task": "the look at the processor", "do": "probe", "step": "look"}
-    return session.run(request, LOOK_SECONDS, tell)
+def _inspect(session: Session, tell: Tell) -> dict[str, Any]:
+    """Returns the description of a device's processor, memory and runtime."""
+    request = {"task": "the inspection of the processor", "do": "probe", "step": "look"}
+    return session.run(request, INSPECT_SECONDS, tell)
 
 
 def _time(session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, shared: bool = False) -> dict[str, Any]:
-    """The answer of the device, with what each graph took."""
+    """Times the graphs on the device; returns its answer, with the time of each graph. Raises EngineError."""
     with tempfile.TemporaryDirectory() as folder:
         graphs = {role: Path(folder) / f"{role}.onnx" for role in stacks}
         for role, stack in stacks.items():
@@ -218,7 +230,8 @@ def _time(session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, s
 
 
 def write_graph(stack: Stack, path: Path) -> None:
-    """The graph of a stack; its weights are to stand in `weights_file`, one matrix after the other."""
+    """Writes the graph of a stack, which refers to its weights in `weights_file`, one matrix after the other."""
+    # The weights.
     from onnx import TensorProto, helper, save_model
 
     element = getattr(TensorProto, PRECISIONS[stack.precision].onnx_type)
@@ -228,10 +241,11 @@ def write_graph(stack: Stack, path: Path) -> None:
         weight = TensorProto(
             name=f"w{index}", data_type=element, dims=(stack.width, stack.width), data_location=TensorProto.EXTERNAL
         )
-        where = {"location": weights_file(path).name, "offset": index * size, "length": size}
-        for key, value in where.items():
+        entries = {"location": weights_file(path).name, "offset": index * size, "length": size}
+        for key, value in entries.items():
             weight.external_data.add(key=key, value=str(value))
         weights.append(weight)
+    # A product with each of them, in a row.
     names = [INPUT, *(f"y{index}" for index in range(1, stack.matrices)), OUTPUT]
     steps = zip(names, weights, names[1:], strict=False)
     nodes = [helper.make_node("MatMul", [left, weight.name], [right], weight.name) for left, weight, right in steps]
@@ -246,7 +260,7 @@ def _with(profile: DeviceProfile, figures: Figures) -> DeviceProfile:
 
 
 def _read(path: Path) -> dict[str, Figures]:
-    """What was cached; a cache that cannot be read is made again."""
+    """Returns the cached figures by machine; none where the cache cannot be read, and is then made again."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,11 +1,11 @@
-"""Published latencies -> the efficiency and overhead of a profile, by least squares of relative errors.
+"""The efficiency and overhead of profiles, fitted to published latencies by least squares of relative errors.
 
     decode  = bytes per token / (efficiency x bandwidth) + overhead        linear in 1 / efficiency and overhead
     prefill = FLOPs / (share x peak rate) + overhead                       linear in 1 / share
 
-The profiles hold the rounded fits; tools/estimates.py writes them there, and a test compares. The points
-are of a runtime that keeps its cache in place: what a graph of ours copies in addition is no part of them.
-Points measured elsewhere fit the same way.
+It does not know our graphs: the points are of a runtime that updates its KV cache in place, and the copies that our
+graphs make in addition are not part of them. The profiles hold the rounded fits; tools/estimates.py writes them there,
+and a test compares the two. Points that were measured elsewhere can be fitted in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORKLOAD = Workload(batch=1, prompt=2048, context=2049)  # published at past 204
 
 @dataclass(frozen=True)
 class PublishedPoint:
-    """One model's latencies on one device in ms. in_place: the runtime appends to one cache buffer."""
+    """One model's latencies in ms on one device; in_place: the runtime appends to one buffer of the KV cache."""
 
     model: str
     decoder: Decoder
@@ -42,35 +42,38 @@ class PublishedPoint:
 
     @property
     def decode_bytes(self) -> float:
+        """Returns the bytes that one decode step moves."""
         return bytes_per_token(self.decoder, self.precision, self.workload, self.in_place).total
 
     @property
     def prefill_flops(self) -> float:
+        """Returns the FLOPs of the prefill."""
         return prefill_flops(self.decoder, self.workload)
 
 
 @dataclass(frozen=True)
 class DecodeFit:
-    """efficiency: share of the bandwidth that decode reaches; overhead_ms: what does not scale with bytes."""
+    """A fit of decode; efficiency: share of the bandwidth; overhead_ms: time that does not scale with bytes."""
 
     efficiency: float
     overhead_ms: float
 
     def decode_ms(self, point: PublishedPoint, bandwidth: float) -> float:
-        """bandwidth in bytes/s."""
+        """Returns the predicted decode in ms; bandwidth: in bytes/s."""
         return 1e3 * point.decode_bytes / (self.efficiency * bandwidth) + self.overhead_ms
 
     def error(self, point: PublishedPoint, bandwidth: float) -> float:
-        """Predicted over published, less one."""
+        """Returns the relative error of the prediction: predicted over published, less one."""
         return self.decode_ms(point, bandwidth) / point.decode_ms - 1
 
 
 def fit_decode(points: Sequence[PublishedPoint], bandwidth: float, overhead_ms: float | None = None) -> DecodeFit:
-    """Efficiency and overhead that fit decode best, or the efficiency alone at a given overhead.
+    """Returns the efficiency and the overhead that fit decode best, or the efficiency alone at a given overhead.
 
-    bandwidth in bytes/s. Raises InputError for points that do not determine them, or that no efficiency
-    from 0 to 1 with an overhead from 0 up explains.
+    bandwidth: in bytes/s. Raises InputError for points that do not determine them, and for points that need an
+    efficiency outside 0 to 1 or an overhead below 0.
     """
+    # Set up the linear problem in 1 / efficiency and overhead, in relative errors.
     published = np.array([point.decode_ms for point in points])
     ideal = np.array([1e3 * point.decode_bytes / bandwidth for point in points])
     columns = [ideal / published] + ([1 / published] if overhead_ms is None else [])
@@ -79,20 +82,21 @@ def fit_decode(points: Sequence[PublishedPoint], bandwidth: float, overhead_ms: 
         raise InputError(
             f"{len(points)} points do not determine {len(columns)} figures", "Add a point of another model size."
         )
+    # Solve it, and check the bounds.
     target = 1 - (overhead_ms or 0.0) / published
     inverse, *fitted = np.linalg.lstsq(design, target, rcond=None)[0]
     overhead = fitted[0] if overhead_ms is None else overhead_ms
-    # A tenth of a permille is rounding: points that lie exactly on a bound are no contradiction.
+    # A tenth of a permille is rounding: points may lie exactly on a bound.
     if inverse < 1 - 1e-4 or overhead < -1e-4 * float(published.min()):
         raise InputError(
-            f"the points ask for an efficiency of {1 / inverse:.3g} and an overhead of {overhead:.3g} ms",
+            f"the points need an efficiency of {1 / inverse:.3g} and an overhead of {overhead:.3g} ms",
             "Check their units and the bandwidth; an efficiency is at most 1, an overhead at least 0.",
         )
     return DecodeFit(min(1.0, 1 / float(inverse)), max(0.0, float(overhead)))
 
 
 def leave_one_out(points: Sequence[PublishedPoint], bandwidth: float, overhead_ms: float | None = None) -> list[float]:
-    """The error of every point by the fit of the others, in their order: predicted over published, less one."""
+    """Returns the error of every point, in order, by the fit of the others: predicted over published, less one."""
     return [
         fit_decode([other for other in points if other is not point], bandwidth, overhead_ms).error(point, bandwidth)
         for point in points
@@ -100,19 +104,19 @@ def leave_one_out(points: Sequence[PublishedPoint], bandwidth: float, overhead_m
 
 
 def prefill_share(point: PublishedPoint, peak: float, overhead_ms: float) -> float:
-    """The share of the dense peak rate (FLOP/s) that a point's prefill reached."""
+    """Returns the share of the dense peak rate (FLOP/s) that a point's prefill reached."""
     return point.prefill_flops / peak / ((point.prefill_ms - overhead_ms) / 1e3)
 
 
 def fit_prefill(points: Sequence[PublishedPoint], peak: float, overhead_ms: float) -> float:
-    """The share of the dense peak rate (FLOP/s) that fits prefill best."""
+    """Returns the share of the dense peak rate (FLOP/s) that fits the prefill of all points best."""
     published = np.array([point.prefill_ms for point in points])
     relative = np.array([1e3 * point.prefill_flops / peak for point in points]) / published
     return float(relative @ relative / (relative @ (1 - overhead_ms / published)))
 
 
 def _qwen3(hidden: int, layers: int, heads: int, intermediate: int, tied: bool) -> Decoder:
-    """8 key/value heads of 128 and 151936 tokens; the norms of queries and keys are negligible."""
+    """Returns a Qwen3: 8 key/value heads of 128, 151936 tokens; the norms of queries and keys are negligible."""
     layer = Layer(Attention(heads, 8, 128, Rotary((1.0,) * 64)), Mlp(intermediate))
     return Decoder("qwen3", hidden, 151936, 40960, 1e-6, tied, (layer,) * layers)
 
@@ -126,7 +130,7 @@ QWEN3 = {
 
 
 def _points(figures: Sequence[tuple[float, float]]) -> tuple[PublishedPoint, ...]:
-    """figures: tokens/s of decode and ms of prefill for the models of QWEN3, in their order."""
+    """Returns the points of the models of QWEN3 in order; figures: tokens/s of decode, and ms of prefill."""
     return tuple(
         PublishedPoint(model, decoder, "int4", WORKLOAD, 1e3 / tokens_per_second, prefill_ms)
         for (model, decoder), (tokens_per_second, prefill_ms) in zip(QWEN3.items(), figures, strict=False)
@@ -135,8 +139,12 @@ def _points(figures: Sequence[tuple[float, float]]) -> tuple[PublishedPoint, ...
 
 @dataclass(frozen=True)
 class Origin:
-    """A device with points. peak: the profile whose fp16 rate its prefill is compared with; others: profiles
-    that take its figures; shared: the device that its overhead is taken from, where too few points give one."""
+    """A device with published points.
+
+    profile: that takes the fit; peak: the profile whose fp16 rate the prefill is compared with; others: further
+    profiles that take the fit; remark: on the points; shared: the label of the device whose overhead is taken, where
+    the points are too few for one.
+    """
 
     label: str
     profile: str
@@ -180,7 +188,7 @@ ORIGINS = {
 
 @cache
 def fit_of(label: str) -> tuple[DecodeFit, float]:
-    """The decode fit of a device with points, and the share of the fp16 peak that its prefill reaches."""
+    """Returns the decode fit of a device with points, and the share of the fp16 peak that its prefill reaches."""
     origin = ORIGINS[label]
     overhead = None if origin.shared is None else fit_of(origin.shared)[0].overhead_ms
     decode = fit_decode(origin.points, load_profile(origin.profile).bandwidth.si, overhead)
@@ -188,7 +196,10 @@ def fit_of(label: str) -> tuple[DecodeFit, float]:
 
 
 def default_fit(without: str | None = None) -> tuple[DecodeFit, float]:
-    """For devices without points: the mean over the devices whose points give both figures, less `without`."""
+    """Returns the fit for devices without points: the mean over the devices whose points give both figures.
+
+    without: the label of a device to leave out.
+    """
     fits = [fit_of(label) for label, origin in ORIGINS.items() if origin.shared is None and label != without]
     efficiency, overhead = (float(np.mean([getattr(fit, name) for fit, _ in fits])) for name in vars(fits[0][0]))
     return DecodeFit(efficiency, overhead), float(np.mean([share for _, share in fits]))

@@ -1,7 +1,8 @@
-"""Runs tasks on a device over the system's ssh: its config, its keys, its known_hosts; nothing is installed there.
+"""A device behind ssh that runs tasks: the program for it, and the files that go there and come back.
 
-The device needs python3 (3.10) and what the task needs (numpy, TensorRT and a CUDA module, or onnxruntime).
-The program that runs there is packed at run time from the very files that run here.
+It does not know the tasks. ssh is the system's, with the user's config, keys and known_hosts, and nothing is installed
+on the device. The device needs python3 (3.10) and what the task needs (numpy, TensorRT and a CUDA module, or
+onnxruntime). The program that runs there is packed at run time from the files that run on this machine.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
 from edgeprune.ondevice.worker import Tell
 
-GROUND = ("__init__.py", "errors.py", "cache.py", "precision.py")  # what travels beside the folder ondevice/
+GROUND = ("__init__.py", "errors.py", "cache.py", "precision.py")  # the files that travel beside the folder ondevice/
 BOOT = """
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]  # a user's own json.py must not stand for the library
@@ -57,7 +58,7 @@ except OSError as error:
 sys.path.insert(0, path)
 runpy.run_module("edgeprune.ondevice.agent", run_name="__main__", alter_sys=True)
 """
-# What finish.pyz must say before it can import the rest.
+# What finish.pyz checks before it imports the rest.
 MAIN = """
 import sys
 from importlib.util import find_spec
@@ -81,12 +82,13 @@ def device_files() -> list[str]:
 
 
 def program() -> bytes:
-    """The device's files as one zip; python3 runs it as the bundle's `finish.pyz`, the boot code as the agent."""
+    """Returns the device's files as one zip, which is the bundle's `finish.pyz`, and the agent for the boot code."""
     root = package_files("edgeprune")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
 
-        def add(name: str, text: str) -> None:  # the same bytes at every time and place
+        def add(name: str, text: str) -> None:
+            """Adds a file, with the same bytes at every time and on every machine."""
             archive.writestr(zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
 
         for name in device_files():
@@ -99,7 +101,11 @@ def program() -> bytes:
 
 @dataclass(frozen=True)
 class Device:
-    """Runs each task in a conversation of its own, so that nothing is held open while this machine prunes."""
+    """A device behind ssh, as a session that runs tasks.
+
+    Each task has a connection of its own, so that none is held open while this machine prunes. keep: leave the working
+    folder on the device.
+    """
 
     target: Target
     keep: bool = False
@@ -108,15 +114,16 @@ class Device:
         return str(self.target)
 
     def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
-        """Send what the device does not have, run, fetch what was made.
+        """Sends the files that the device does not have, runs a task, fetches its outputs, and returns its answer.
 
-        Raises EngineError where the device cannot be reached, the connection is lost, the disk is full, or the
-        task fails in one of its ways.
+        Raises EngineError where the device cannot be reached, the connection is lost, the disk is full, or the task
+        fails.
         """
         names = _names({role: Path(path) for role, path in request.get("files", {}).items()})
         outputs = {role: Path(path) for role, path in request.get("outputs", {}).items()}
         with talking(self.target, _first_words()) as talk:
             try:
+                # Send the files and the request.
                 hashes = _send_files(talk, names, tell)
                 roles = {role: _relative(role, Path(path)) for role, path in request.get("files", {}).items()}
                 talk.say(
@@ -130,10 +137,12 @@ class Device:
                         "keep": self.keep,
                     }
                 )
+                # Wait for the answer, and fetch the outputs.
                 while "progress" in (answer := talk.hear()):
                     tell(*answer["progress"])
                 for role, path in outputs.items():
                     _fetch(talk, answer["made"][role], path, tell)
+                # End the agent, which removes its working folder.
                 talk.say({"do": "bye"})
                 left = talk.hear()["left"]
             except EngineError as error:
@@ -146,20 +155,20 @@ class Device:
 
 
 def _first_words() -> Iterator[bytes]:
-    """The boot code and the program, each after its length."""
+    """Yields the boot code and the program, each after a line with its length."""
     packed, boot = program(), BOOT.encode()
     name = f"agent-{hashlib.sha256(packed).hexdigest()[:16]}.pyz"
     yield from (f"{len(boot)}\n".encode(), boot, f"{len(packed)} {name}\n".encode(), packed)
 
 
 def _names(files: dict[str, Path]) -> dict[str, Path]:
-    """Every file that must be there, by its name on the device: a graph's weights stand beside it."""
-    found = {}
+    """Returns all files that the device needs, by their names there: of a graph its data files too."""
+    names = {}
     for role, path in files.items():
-        found[_relative(role, path)] = path
+        names[_relative(role, path)] = path
         if path.suffix == ".onnx":
-            found.update({_relative(role, data): data for data in path.parent.glob("*.data")})
-    return found
+            names.update({_relative(role, data): data for data in path.parent.glob("*.data")})
+    return names
 
 
 def _relative(role: str, path: Path) -> str:
@@ -167,7 +176,11 @@ def _relative(role: str, path: Path) -> str:
 
 
 def _send_files(talk: Talk, names: dict[str, Path], tell: Tell) -> dict[str, str]:
-    """Hashes of all files by name, after the device has them all."""
+    """Sends the files that the device does not have; returns the SHA-256 of all files by name.
+
+    Raises EngineError for a file that cannot be read.
+    """
+    # Hash the files, and ask which of them are missing.
     hashes, sizes = {}, {}
     for name, path in names.items():
         try:
@@ -178,17 +191,21 @@ def _send_files(talk: Talk, names: dict[str, Path], tell: Tell) -> dict[str, str
             raise EngineError(f"{path} cannot be read: {error.strerror}", "Export the model again.") from None
     talk.say({"do": "have", "sizes": sizes})
     missing = talk.hear()["missing"]
+    # Send these, one after the other.
     sources = {sha256: names[name] for name, sha256 in hashes.items() if sha256 in missing}
     total, sent = sum(sizes[sha256] for sha256 in sources), 0
     for sha256, path in sources.items():
 
         def body(path: Path, left: int) -> Iterator[bytes]:
+            """Yields a file in chunks, and reports the progress."""
             nonlocal sent
             with path.open("rb") as file:
                 while left:
                     chunk = file.read(min(CHUNK, left))
                     if not chunk:
-                        raise EngineError(f"{path} became shorter while it was sent", "Leave it alone and try again.")
+                        raise EngineError(
+                            f"{path} became shorter while it was sent", "Do not change it, and try again."
+                        )
                     yield chunk
                     left -= len(chunk)
                     sent += len(chunk)
@@ -199,16 +216,17 @@ def _send_files(talk: Talk, names: dict[str, Path], tell: Tell) -> dict[str, str
 
 
 def _fetch(talk: Talk, sha256: str, path: Path, tell: Tell) -> None:
+    """Fetches a file; raises EngineError where it arrives damaged or cannot be written."""
     talk.say({"do": "get", "sha256": sha256})
     size = talk.hear()["size"]
-    temporary, digest, got = path.with_name(f"{path.name}.part"), hashlib.sha256(), 0
+    temporary, digest, fetched = path.with_name(f"{path.name}.part"), hashlib.sha256(), 0
     try:
         with temporary.open("wb") as file:
             for chunk in talk.take(size):
                 file.write(chunk)
                 digest.update(chunk)
-                got += len(chunk)
-                tell("fetch from the device", got, size)
+                fetched += len(chunk)
+                tell("fetch from the device", fetched, size)
         if digest.hexdigest() != sha256:
             raise EngineError(f"{path.name} arrived damaged", "Try again; if it persists, check the network.")
         temporary.replace(path)
@@ -222,7 +240,7 @@ def _fetch(talk: Talk, sha256: str, path: Path, tell: Tell) -> None:
 
 
 def target_of(text: str | None, keep: bool) -> Device | None:
-    """The device behind `ssh://...`, None for this machine. Raises InputError."""
+    """Returns the device behind `ssh://...`, None for this machine. Raises InputError for a malformed address."""
     if text is None and keep:
         raise InputError("--keep-remote is given without --target", "Give --target ssh://USER@DEVICE, or leave it out.")
     return None if text is None else Device(Target.parse(text), keep)

@@ -1,6 +1,7 @@
-"""One ssh to a device: its address, what is said over it in both directions, and what its end means.
+"""One ssh connection to a device: its address, the messages in both directions, and the meaning of its end.
 
-It is the system's ssh with the user's config, keys and known_hosts; it asks nothing, and it checks the host's key.
+It does not know the tasks that run there. It is the system's ssh with the user's config, keys and known_hosts. It
+never asks the user anything, and it checks the host's key.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from edgeprune.ondevice.durations import timing
 
 CONNECT_SECONDS = 20
 _LAST_OPTION = "ServerAliveCountMax=4"
-# Reads a program of the length that the first line says and runs it: the same words in every shell.
+# Reads a program, whose length is in the first line, and runs it; every shell understands the command alike.
 COMMAND = "python3 -c 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'"
 _COMPLAINTS = (
     (
@@ -50,7 +51,7 @@ _COMPLAINTS = (
     ("no route to host", "it cannot be reached", "Check that the device is on, and the network."),
     ("network is unreachable", "it cannot be reached", "Check the network."),
 )
-BANNER_LINES = 1000  # that a login shell may print before the agent speaks
+BANNER_LINES = 1000  # that a login shell may print before the agent begins
 _USER = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"
 _HOST = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"
 _ADDRESS = r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9_.\-]+)?"  # IPv6, perhaps with a zone
@@ -67,16 +68,19 @@ class Target:
 
     @staticmethod
     def parse(text: str) -> Target:
-        """`ssh://[user@]host[:port]`. Raises InputError; nothing that ssh could take for an option passes."""
-        remedy = "Write ssh://user@host or ssh://user@host:port; ssh asks for no password here, use a key."
+        """Returns the target of `ssh://[user@]host[:port]`.
+
+        Raises InputError for anything else, and so for all that ssh could take for an option.
+        """
+        remedy = "Write ssh://user@host or ssh://user@host:port, and use a key: ssh cannot ask for a password here."
         if re.match(r"(?s)ssh://[^@]*:.*@", text):
             raise InputError("the target holds a password, which other users of this machine could read", remedy)
-        found = _TARGET.fullmatch(text)
-        if found is None:
+        match = _TARGET.fullmatch(text)
+        if match is None:
             raise InputError(f"malformed target {text!r}", remedy)
-        user, name, address, port = found.groups()
+        user, name, address, port = match.groups()
         if port is not None and not 0 < int(port) < 2**16:
-            raise InputError(f"malformed target {text!r}: the port is no number from 1 to 65535", remedy)
+            raise InputError(f"malformed target {text!r}: the port is not a number from 1 to 65535", remedy)
         return Target(user, name or address, None if port is None else int(port))
 
     def __str__(self) -> str:
@@ -84,7 +88,7 @@ class Target:
         return f"ssh://{self.user + '@' if self.user else ''}{host}{f':{self.port}' if self.port else ''}"
 
     def words(self) -> list[str]:
-        """The ssh command line up to the host."""
+        """Returns the ssh command line up to the host."""
         words = ["ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
         words += ["-o", "ServerAliveInterval=15", "-o", _LAST_OPTION]
         words += ["-p", str(self.port)] if self.port else []
@@ -93,7 +97,7 @@ class Target:
 
 
 class Talk:
-    """The two ends of a running ssh. work: the working folder on the device."""
+    """The messages over a running ssh, JSON documents and files; work: the working folder on the device."""
 
     def __init__(self, process: _Ssh, target: Target) -> None:
         self._process, self._target = process, target
@@ -101,44 +105,52 @@ class Talk:
         self.work = ""
 
     def greet(self) -> None:
-        """Wait for the agent's first words; what a login shell prints before them is passed over."""
-        passed = b""
+        """Waits for the agent's first message, and skips what a login shell prints before it.
+
+        Raises EngineError where it does not come, or is of another protocol.
+        """
+        # Skip lines, but keep their end for an error.
+        skipped = b""
         for _ in range(BANNER_LINES):
             line = self._process.stdout.readline()
             hello = _document(line)
             if "protocol" in hello or "error" in hello:
                 break
-            passed = (passed + line)[-1000:]
+            skipped = (skipped + line)[-1000:]
             if not line:
-                raise self.lost(passed, before=True)
+                raise self.lost(skipped, before=True)
         else:
             self._process.kill()
-            raise self.lost(passed, before=True)
+            raise self.lost(skipped, before=True)
+        # The agent must be that of this version.
         self._check(hello)
         if hello["protocol"] != PROTOCOL:
             raise EngineError(
-                f"{self._target} speaks protocol {hello['protocol']}, this edgeprune {PROTOCOL}",
+                f"{self._target} speaks protocol {hello['protocol']}, but this edgeprune speaks {PROTOCOL}",
                 "This is a bug: please report it.",
             )
         self.work = hello["work"]
 
     def say(self, document: dict[str, Any]) -> None:
+        """Sends a document."""
         self.send(iter([json.dumps(document).encode() + b"\n"]))
 
     def send(self, body: Iterator[bytes], before: bool = False) -> None:
+        """Sends bytes; raises EngineError with the reason where nobody reads them. before: no agent runs yet."""
         try:
             self.write(body)
         except (BrokenPipeError, ValueError):
             raise self._last_words(before) from None
 
     def write(self, body: Iterator[bytes]) -> None:
+        """Writes bytes to ssh without anything in between; raises OSError or ValueError where nobody reads them."""
         with self._lock:
             for chunk in body:
                 self._process.stdin.write(chunk)
             self._process.stdin.flush()
 
     def put(self, sha256: str, size: int, body: Iterator[bytes]) -> None:
-        """A file; no sign of life gets in between its announcement and its bytes."""
+        """Sends a file; the lock keeps every sign of life out between its announcement and its bytes."""
         with self._lock:
             self.say({"do": "put", "sha256": sha256, "size": size})
             self.hear()
@@ -146,7 +158,7 @@ class Talk:
         self.hear()
 
     def hear(self) -> dict[str, Any]:
-        """The next document. Raises EngineError where it tells one, or the connection ended."""
+        """Returns the next document. Raises EngineError where it is an error, or the connection ended."""
         line = self._process.stdout.readline()
         document = _document(line)
         if not document:
@@ -154,11 +166,13 @@ class Talk:
         return self._check(document)
 
     def _check(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Returns a document; raises EngineError where it is an error."""
         if "error" in document:
             raise EngineError(f"{self._target}: {document['error']}", document["remedy"])
         return document
 
     def take(self, size: int) -> Iterator[bytes]:
+        """Yields the next `size` bytes in chunks; raises EngineError where the connection ends before."""
         while size:
             chunk = self._process.stdout.read(min(CHUNK, size))
             if not chunk:
@@ -167,7 +181,7 @@ class Talk:
             yield chunk
 
     def _last_words(self, before: bool) -> EngineError:
-        """Why nobody reads any longer: what the agent said to that, else what ssh did."""
+        """Returns the error for which nobody reads any longer: that of the agent, if it sent one, else that of ssh."""
         self._process.leave(10)
         for line in self._process.stdout:
             try:
@@ -177,29 +191,35 @@ class Talk:
         return self.lost(before=before)
 
     def lost(self, line: bytes = b"", before: bool = False) -> EngineError:
-        """What ssh says about its end, as one message with a remedy. before: it never came to an agent."""
+        """Returns the error that explains the end of ssh, with a remedy.
+
+        line: what was read last; before: no agent ever ran.
+        """
+        # Collect the last output, and the command with which the user can try it by hand.
         self._process.leave(10)
-        said = " ".join((line + self._process.stderr_tail()).decode(errors="replace").split())
+        output = " ".join((line + self._process.stderr_tail()).decode(errors="replace").split())
         words = self._target.words()
         by_hand = shlex.join(["ssh", *words[words.index(_LAST_OPTION) + 1 :]])
-        if before and self._process.returncode == 255:  # ssh's own
+        # ssh itself failed in a known way.
+        if before and self._process.returncode == 255:
             for needle, meaning, remedy in _COMPLAINTS:
-                if needle in said.lower():
-                    return Unreachable(f"{self._target}: {meaning} ({said[-200:]})", remedy.format(ssh=by_hand))
-        said = said[-300:] or "ssh says nothing"
+                if needle in output.lower():
+                    return Unreachable(f"{self._target}: {meaning} ({output[-200:]})", remedy.format(ssh=by_hand))
+        # Else name the stage at which it ended.
+        output = output[-300:] or "ssh printed nothing"
         if before and self._process.returncode == 127:
-            return EngineError(f"{self._target} has no python3: {said}", "Install Python 3.10 or newer there.")
+            return EngineError(f"{self._target} has no python3: {output}", "Install Python 3.10 or newer there.")
         if before:
-            return Unreachable(f"{self._target} did not begin: {said}", f"See what it says by hand: {by_hand}")
+            return Unreachable(f"{self._target} did not begin: {output}", f"Run it by hand to see why: {by_hand}")
         return Unreachable(
-            f"the connection to {self._target} was lost: {said}",
-            "What ran there ends by itself. Check the network and the device and try again; a fit goes on with "
+            f"the connection to {self._target} was lost: {output}",
+            "The task there ends by itself. Check the network and the device and try again; a fit goes on with "
             "--resume.",
         )
 
 
 def _document(line: bytes) -> dict[str, Any]:
-    """A line as what the agent says; empty where it is something else."""
+    """Returns the document in a line of the agent; empty where the line is something else."""
     with contextlib.suppress(ValueError):
         document = json.loads(line)
         return document if isinstance(document, dict) else {}
@@ -208,7 +228,10 @@ def _document(line: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def talking(target: Target, first: Iterator[bytes]) -> Iterator[Talk]:
-    """ssh with the agent at its far end, which begins with `first`; whatever happens, both end with this block."""
+    """Opens ssh to a target, and sends it `first`, which starts the agent there.
+
+    Whatever happens, both end with the block. Raises EngineError where ssh or the agent does not begin.
+    """
     try:
         process = _Ssh([*target.words(), COMMAND])
     except FileNotFoundError:
@@ -226,7 +249,7 @@ def talking(target: Target, first: Iterator[bytes]) -> Iterator[Talk]:
 
 
 class _Ssh(subprocess.Popen):
-    """ssh, with the last words of its standard error kept."""
+    """A process of ssh, of whose standard error the end is kept."""
 
     def __init__(self, words: list[str]) -> None:
         super().__init__(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -240,11 +263,12 @@ class _Ssh(subprocess.Popen):
             del self._words[:-4000]
 
     def stderr_tail(self) -> bytes:
+        """Returns the end of the standard error."""
         self._listener.join(timeout=2)
         return bytes(self._words)
 
     def leave(self, seconds: float) -> None:
-        """Wait for its end; what does not leave then is killed."""
+        """Waits for its end; kills it if it does not come in time."""
         try:
             self.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -252,7 +276,7 @@ class _Ssh(subprocess.Popen):
             self.wait()
 
     def end(self) -> None:
-        """Its standard input closes, which ends the agent."""
+        """Ends the agent by closing the standard input, and then ssh."""
         with contextlib.suppress(OSError):
             self.stdin.close()
         self.leave(5)
@@ -263,6 +287,7 @@ class _Ssh(subprocess.Popen):
 
 
 def _keep_alive(talk: Talk, over: threading.Event) -> None:
+    """Sends signs of life until `over` is set."""
     while not over.wait(timing().alive_seconds):
-        with contextlib.suppress(OSError, ValueError):  # who waits for an answer hears of it
+        with contextlib.suppress(OSError, ValueError):  # whoever waits for an answer gets the error
             talk.write(iter([b'{"do": "alive"}\n']))

@@ -56,5 +56,5 @@ METHODS = {
 def method_named(name: str) -> Method:
     """Returns the method of a name; raises InputError with the known names."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}", f"The methods are: {', '.join(METHODS)}.")
+        raise InputError(f"unknown method {name!r}", f"Methods are: {', '.join(METHODS)}.")
     return METHODS[name]

@@ -205,7 +205,7 @@ def test_for_an_sm_that_cannot_be_built_the_nearest_one_is_a_check(fitted):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     report = Report.model_validate_json((fitted / "report.json").read_text())
     assert "SM 86" in report.fitted.performance.conditions["feasibility"]
-    assert "not shipped" in report.fitted.performance.conditions["feasibility"]
+    assert "not in the bundle" in report.fitted.performance.conditions["feasibility"]
     weights = report.fitted.performance.memory["weights"]
     assert (weights.source, report.rests_on) == ("estimated", "estimated")
     assert "the nearest to SM 87 that it offers" in weights.basis
