@@ -113,7 +113,8 @@ def _efficientnet() -> Network:
         raise InputError(f"{path} is not the file of {WEIGHTS_PACKAGE} 0.1.0", "Install that package again.")
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.to(memory_format=torch.channels_last)  # faster on a processor, equal to 1e-6
+    # Channels last is faster on a processor and equal to 1e-6.
+    network.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def run(images: np.ndarray) -> np.ndarray:

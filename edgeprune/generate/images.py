@@ -135,7 +135,7 @@ class Painter:
         return self.runner.batch // self.sampling.streams
 
     def pixels(self, classes: Sequence[int], count: int, seed: int, advance: Callable[[], None]) -> np.ndarray:
-        """Returns `count` images (count, height, width, 3) uint8 of the classes in turn; without any, of all classes."""
+        """Returns images (count, height, width, 3) uint8 of the classes in turn; of all classes where none is given."""
         picture = self.drawn.picture
         in_turn: Sequence[int | None] = classes or range(picture.num_classes) or (None,)
         labels = [in_turn[place % len(in_turn)] for place in range(count)]

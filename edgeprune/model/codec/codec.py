@@ -158,7 +158,7 @@ def clusters_of(directory: Path) -> ClusterCodec:
     """Reads ImageGPT's colours and size from preprocessor_config.json. Raises InputError where they are missing."""
     import torch
 
-    # The file, then each of the two fields in it.
+    # The file is a JSON object.
     path = directory / PREPROCESSOR
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -166,6 +166,7 @@ def clusters_of(directory: Path) -> ClusterCodec:
         raise InputError(f"cannot read {path}: {error.strerror or error}", RESTORE) from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON", RESTORE) from None
+    # The colours, (colours, 3) in [-1, 1].
     config = config if isinstance(config, dict) else {}
     try:
         clusters = torch.tensor(config.get("clusters"), dtype=torch.float32)
@@ -174,6 +175,7 @@ def clusters_of(directory: Path) -> ClusterCodec:
     if clusters.ndim != 2 or clusters.shape[1] != COLOURS or not clusters.abs().le(1).all():
         shape = tuple(clusters.shape)
         raise InputError(f"`clusters` of {path} is not (colours, 3) in [-1, 1]: its shape is {shape}", RESTORE)
+    # The side of the square image.
     side = _side(config.get("size"))
     if side is None:
         raise InputError(f"`size` of {path} is {config.get('size')!r}, not that of a square image", RESTORE)
@@ -268,13 +270,15 @@ def _layout(path: Path, shapes: Mapping[str, Shape], has_encoder: bool) -> VqLay
     def count(prefix: str) -> int:
         return len({name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)})
 
-    # Codebook, levels from the decoder, and what is left of the encoder.
+    # The codebook, and the levels of the decoder, which stand there from few pixels to many.
     codebook_size, code_size = size(CODEBOOK, 0), size(CODEBOOK, 1)
     blocks = "decoder.conv_blocks."
     widths = [size(f"{blocks}{block}.res.0.conv1.weight", 0) for block in range(max(1, count(blocks)))]
+    # The encoder's first convolution; without an encoder any width that the groups divide.
     stem = size("encoder.conv_in.weight", 0) if has_encoder else widths[-1]
     if odd := [width for width in (stem, *widths) if width % GROUPS]:
         raise InputError(f"{path} has levels of {odd[0]} channels, which {GROUPS} groups do not divide", GIVE)
+    # The decoder has one residual block more in each level.
     residual_blocks = count(f"{blocks}0.res.") - 1
     latent = size("post_quant_conv.weight", 0)
     return VqLayout(stem, tuple(reversed(widths)), residual_blocks, codebook_size, code_size, latent)

@@ -110,6 +110,7 @@ class _Cursor:
         return self.bytes(self.number("<Q")).decode("utf-8")
 
     def value(self, kind: int, nesting: int = 0) -> Any:
+        """Reads a value of one of the types of the format, an array as a list. Raises ValueError for other types."""
         if kind == STRING:
             return self.string()
         if kind == ARRAY:

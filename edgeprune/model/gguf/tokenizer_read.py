@@ -21,7 +21,7 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
 
     Raises InputError for a kind of tokenizer that is not supported, and for fields that do not make one.
     """
-    # Build the tokenizer, and save it with its special tokens, limit and chat template.
+    # Build the tokenizer of a supported kind.
     kind = fields.get("tokenizer.ggml.model")
     if kind not in KINDS:
         raise InputError(
@@ -36,6 +36,7 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
         raise InputError(
             f"the GGUF file's tokenizer is damaged: {error!r}", "Give the original Hugging Face directory."
         ) from None
+    # Save it with its special tokens, limit and chat template.
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {f"{name}_token": token for name, token in special.items()} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
