@@ -166,6 +166,7 @@ def estimate_memory(
     def part(value: float, basis: str) -> Estimate:
         return Estimate(value, "bytes", profile.name, basis)
 
+    # Graphs that do not update the KV cache in place hold two buffers of it.
     _require_figures(profile)
     in_place = _in_place(profile)
     cache = cache_bytes(decoder, precision, workload, in_place)

@@ -200,7 +200,7 @@ class Talk:
         output = " ".join((line + self._process.stderr_tail()).decode(errors="replace").split())
         words = self._target.words()
         by_hand = shlex.join(["ssh", *words[words.index(_LAST_OPTION) + 1 :]])
-        # ssh itself failed in a known way.
+        # 255 is ssh's own exit status: it failed before an agent ran, perhaps in a known way.
         if before and self._process.returncode == 255:
             for needle, meaning, remedy in _COMPLAINTS:
                 if needle in output.lower():

@@ -82,8 +82,10 @@ def _token_ids(tokenizer: Any, directory: Path) -> TokenIds:
 
 def genai_config(decoder: Decoder, variant: GraphVariant, tokens: TokenIds, context: int) -> dict[str, Any]:
     """Returns the content of genai_config.json for one graph; context: tokens of prompt and output together."""
+    # The heads of the first attention stand for all: the shapes of the KV cache are read from the graph.
     attention = next((layer.attention for layer in decoder.layers if layer.attention), None)
     heads = attention and attention.num_attention_heads
+    # The model, with the names of the graph's inputs and outputs.
     model = {
         "type": "decoder",
         "vocab_size": decoder.vocab_size,
@@ -113,6 +115,7 @@ def genai_config(decoder: Decoder, variant: GraphVariant, tokens: TokenIds, cont
             },
         },
     }
+    # A token that the tokenizer does not have is left out. GroupQueryAttention updates the KV cache in place.
     model = {name: value for name, value in model.items() if value is not None}
     search = {"do_sample": False, "max_length": context, "past_present_share_buffer": variant.dialect == "onnxruntime"}
     return {"model": model, "search": search}
