@@ -62,7 +62,7 @@ def normed(decoder: Decoder, x: torch.Tensor, weights: Mapping[str, torch.Tensor
 
 
 class Tables:
-    """What depends on positions 0..t-1 alone: cos and sin of the rotary embeddings, and masks of the windows.
+    """Tables that depend on the positions 0..t-1 alone: cos and sin of rotary embeddings, and masks of windows.
 
     rotary: for each rotary embedding cos and sin, (t, rotated dimensions) fp32 each, whose two halves are alike.
     masks: for each window (t, t) bool, or None, as `_mask` returns it.
@@ -436,15 +436,15 @@ def _losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _logit_chunks(
     decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
 ) -> Iterator[torch.Tensor]:
-    """Yields logits (up to LOGIT_ROWS, vocab_size) fp32 at every position but the last of each sample, samples in
-    order.
+    """Yields logits (up to LOGIT_ROWS, vocab_size) fp32 at every position but the last of each sample, in order.
 
     The last token is never fed: that of a picture has no position in some models. Raises ValueError for a weight that
-    comes in another place than decoder.shapes() has it.
+    does not come in the order of decoder.shapes().
     """
     stream = iter(weights)
 
     def take(name: str) -> torch.Tensor:
+        """Returns the next weight. Raises ValueError where it has another name."""
         next_name, tensor = next(stream)
         if next_name != name:
             raise ValueError(f"expected {name}, got {next_name}")

@@ -69,10 +69,10 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
             return file.get_tensor(key)
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def load_model(spec: str, hints: Hints = NO_HINTS, is_checked: bool = False) -> Model:

@@ -165,7 +165,7 @@ def test_what_cannot_be_planned_is_said(config: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refused(Question(str(tmp_path / "empty"), "l4"))
     (tmp_path / "weights.bin").write_bytes(b"\0")
-    assert "is no PyTorch checkpoint" in refused(Question(str(tmp_path / "weights.bin"), "l4"))
+    assert "is not a PyTorch checkpoint" in refused(Question(str(tmp_path / "weights.bin"), "l4"))
     (tmp_path / "weights.npz").write_bytes(b"\0")
     assert "is not a configuration" in refused(Question(str(tmp_path / "weights.npz"), "l4"))
     for text, reason in (("{", "is not JSON"), ("[]", "is not a JSON object")):

@@ -136,7 +136,7 @@ BAD = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     "config of a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors or pytorch_model.bin"),
-    "a .bin file of another kind": (_renamed, "is no PyTorch checkpoint"),
+    "a .bin file of another kind": (_renamed, "is not a PyTorch checkpoint"),
     "missing shard": (_missing_shard, "shard model-00001"),
     "truncated": (_cut, "truncated"),
     "no safetensors": (lambda f: (f / "model.safetensors").write_text("hello, this is text"), "not a safetensors file"),
@@ -179,7 +179,7 @@ def test_a_missing_model_is_said(tmp_path):
 
 
 def test_a_file_that_is_no_model_is_said(tmp_path):
-    for name, reason in (("weights.pt", "is no PyTorch checkpoint"), ("weights.h5", "is a file")):
+    for name, reason in (("weights.pt", "is not a PyTorch checkpoint"), ("weights.h5", "is a file")):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(InputError, match=reason):
             load_model(str(tmp_path / name))

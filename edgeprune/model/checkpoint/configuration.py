@@ -1,4 +1,7 @@
-"""config.json -> Decoder, and the config.json of a pruned one."""
+"""The way from a config.json to a Decoder, and the config.json of a pruned Decoder.
+
+It does not know where a family keeps its weights.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +36,19 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def family_of(config: Config) -> Family:
-    """Raises InputError that names what is not supported, and what is."""
+    """Returns the family of a configuration. Raises InputError that names what is not supported, and what is."""
     model_type = config.get("model_type")
     supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only)."
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
+    # The class, where the configuration names one, must be the family's.
     family = FAMILIES[model_type]
     architectures = config.get("architectures") or [family.architecture]
     if not isinstance(architectures, list):
         raise _senseless(f"architectures {architectures!r}")
     if family.architecture not in architectures:
         raise InputError(f"unsupported architecture {', '.join(map(str, architectures))}", supported)
+    # Fields whose values this program cannot handle.
     try:
         reason = _refuse(family.defaults | config, family) or family.refuse(family.defaults | config)
     except TypeError as error:
@@ -54,6 +59,7 @@ def family_of(config: Config) -> Family:
 
 
 def _refuse(config: Config, family: Family) -> str | None:
+    """Returns why a configuration of any family, with its defaults, cannot be handled; None where it can."""
     activation = config.get(family.activation) or "silu"
     if activation not in ACTIVATIONS:
         return f"{family.activation} {activation!r} ({', '.join(ACTIVATIONS)} are supported)"
@@ -69,20 +75,22 @@ def _senseless(reason: object) -> InputError:
 
 
 def _plain(config: Config, family: Family) -> Config:
-    """With the family's defaults, and its fields by Llama's names."""
+    """Returns the configuration with the family's defaults, and with its fields also by Llama's names."""
     config = family.defaults | config
-    fields = {name: own for name, own in family.fields.items() if config.get(own) is not None}
-    return config | {name: config[own] for name, own in fields.items()} | family.plain(config)
+    fields = {name: own_name for name, own_name in family.fields.items() if config.get(own_name) is not None}
+    return config | {name: config[own_name] for name, own_name in fields.items()} | family.plain(config)
 
 
 def decoder_of(config: Config) -> Decoder:
-    """The Decoder that a configuration describes. Raises InputError naming a missing or senseless field."""
+    """Returns the Decoder that a configuration describes. Raises InputError naming a missing or senseless field."""
     family = family_of(config)
+    # Read it in Llama's words, then apply what the family does otherwise.
     try:
         plain = _plain(config, family)
         decoder = family.adapt(_llama(plain, family), plain)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise _senseless(error if isinstance(error, SenselessError) else repr(error)) from None
+    # Check what no single field shows.
     if decoder.picture is not None:
         _check_picture(decoder)
     attention = decoder.layers[0].attention
@@ -96,18 +104,22 @@ def decoder_of(config: Config) -> Decoder:
             "key/value heads",
             "Check config.json.",
         )
+    # Apply the fields of edgeprune's own.
     if HEADS in config:
         return _without_padding(decoder, config[HEADS])
     return _with_own_widths(decoder, config[LAYER_WIDTHS]) if LAYER_WIDTHS in config else decoder
 
 
 def stored_decoder(config: Config) -> Decoder:
-    """The Decoder whose tensors the checkpoint holds: that of `decoder_of`, with the heads of zeros that `loadable`
-    added. Raises InputError."""
+    """Returns the Decoder whose tensors the checkpoint holds. Raises InputError.
+
+    It is that of `decoder_of` together with the heads of zeros that `loadable` added.
+    """
     return decoder_of({name: value for name, value in config.items() if name != HEADS})
 
 
 def _without_padding(decoder: Decoder, heads: object) -> Decoder:
+    """Returns the Decoder without heads of zeros. heads: the field HEADS. Raises InputError where it makes no sense."""
     stored_groups, stored_heads, channels = decoder.layer_widths[0]
     try:
         groups, heads_per_group = map(int, heads)
@@ -119,15 +131,17 @@ def _without_padding(decoder: Decoder, heads: object) -> Decoder:
 
 
 def _llama(config: Config, family: Family) -> Decoder:
-    """What the configuration says in Llama's words."""
+    """Returns the Decoder of a configuration that is read as a plain Llama's."""
+    # Attention and its rotary embedding.
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     key_value_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads) if family.heads != "fixed" else hidden // heads
     attention = Attention(heads, key_value_heads, head_dim)
     _check_sizes(config, attention)
     parameters = rope_parameters(config)
-    if not {"full_attention", "sliding_attention"} & parameters.keys():  # else the family reads both
+    if not {"full_attention", "sliding_attention"} & parameters.keys():  # otherwise the family reads both
         attention = replace(attention, rotary=rotary_of(parameters, config, head_dim))
+    # MLP and the model around both; every layer is the same here.
     mlp = Mlp(int(config["intermediate_size"]), ACTIVATIONS[config.get(family.activation) or "silu"])
     return Decoder(
         family=family.model_type,
@@ -141,12 +155,15 @@ def _llama(config: Config, family: Family) -> Decoder:
 
 
 def _with_own_widths(decoder: Decoder, widths: object) -> Decoder:
-    """Of a model that was pruned to other widths in every layer; InputError for a field that is none of ours."""
+    """Returns the Decoder with other widths in each layer, as the field LAYER_WIDTHS has them.
+
+    Raises InputError where the field makes no sense.
+    """
     try:
-        checked = [(int(groups), int(heads), int(channels)) for groups, heads, channels in widths]
-        if min(map(min, checked)) < 0 or min(heads for _, heads, _ in checked) < 1:
+        layer_widths = [(int(groups), int(heads), int(channels)) for groups, heads, channels in widths]
+        if min(map(min, layer_widths)) < 0 or min(heads for _, heads, _ in layer_widths) < 1:
             raise ValueError("widths below zero")
-        return decoder.with_layer_widths(checked)
+        return decoder.with_layer_widths(layer_widths)
     except (TypeError, ValueError) as error:
         raise _senseless(f"{LAYER_WIDTHS}: {error}") from None
 
@@ -165,7 +182,7 @@ def _check_sizes(config: Config, attention: Attention) -> None:
 
 
 def _check_picture(decoder: Decoder) -> None:
-    """Raises InputError for a picture that no model draws."""
+    """Raises InputError for a picture that no model generates."""
     picture, positions = decoder.picture, decoder.max_position_embeddings
     if picture.side < 1 or picture.num_classes < 0 or picture.inputs < 1 or decoder.input_vocab_size >= MAX_SIZE:
         raise _senseless(
@@ -173,24 +190,29 @@ def _check_picture(decoder: Decoder) -> None:
             f"{'' if picture.has_null else ' and no other opening'}"
         )
     if positions != next((rotary.grid.positions for rotary in decoder.rotaries if rotary.grid), picture.tokens):
-        raise _senseless(f"{positions} positions are no square of picture tokens")
+        raise _senseless(f"{positions} positions are not a square of picture tokens")
 
 
 def checkpoint_tensors(decoder: Decoder) -> dict[str, StoredTensor]:
-    """The tensors of the decoder's checkpoint by name, in the order in which their last weights are used."""
+    """Returns the tensors of the decoder's checkpoint by name, in the order in which their last weights are used."""
     return stored_tensors(decoder, FAMILIES[decoder.family].places)
 
 
 def loadable(decoder: Decoder, source: Config) -> Decoder:
-    """The decoder whose widths a standard configuration like `source` can say: of a uniform one, with heads of zeros
-    added where transformers derives head_dim from their number, or wants it to divide hidden_size."""
-    attention, mlp, heads_are = decoder.layers[0].attention, decoder.layers[0].mlp, FAMILIES[decoder.family].heads
+    """Returns the decoder as a standard configuration like `source` can describe its widths.
+
+    It adds heads of zeros to a uniform decoder where transformers derives head_dim from the number of heads, or
+    requires that this number divides hidden_size.
+    """
+    attention, mlp, head_rule = decoder.layers[0].attention, decoder.layers[0].mlp, FAMILIES[decoder.family].heads
+    # Where any number of heads can be described, or the layers differ, nothing is added.
     if longrope_context(rope_parameters(source), source) is not None:
-        heads_are = "fixed"  # its validation takes hidden_size over their number for head_dim
-    if not decoder.is_uniform or None in (attention, mlp) or heads_are == "free" or _is_mistral(decoder):
+        head_rule = "fixed"  # its validation takes hidden_size over their number for head_dim
+    if not decoder.is_uniform or None in (attention, mlp) or head_rule == "free" or _is_mistral(decoder):
         return decoder
+    # Otherwise add key/value heads until the rule is met.
     groups, heads = attention.num_key_value_heads, attention.heads_per_group
-    if heads_are == "fixed":
+    if head_rule == "fixed":
         groups = decoder.hidden_size // attention.head_dim // heads
     while decoder.hidden_size % (groups * heads):
         groups += 1
@@ -198,28 +220,31 @@ def loadable(decoder: Decoder, source: Config) -> Decoder:
 
 
 def _is_mistral(decoder: Decoder) -> bool:
-    """Is it a Llama whose own configuration would be refused, but not that of a Mistral, which has no biases?"""
+    """Returns whether a Llama must be written as a Mistral, which allows its number of heads but has no biases."""
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
     biases = attention.input_bias or attention.output_bias or mlp.input_bias
     return decoder.family == "llama" and decoder.hidden_size % attention.num_attention_heads != 0 and not biases
 
 
 def config_for(decoder: Decoder, source: Config) -> Config:
-    """The configuration of a Decoder that was pruned from `source`, as `loadable` says it; all else is kept.
+    """Returns the configuration of a Decoder that was pruned from `source`, as `loadable` stores it; all else is kept.
 
-    It is a standard one where all layers are whole and alike; else it says their widths in a field of our own.
-    LlamaConfig refuses a hidden_size that its head count does not divide, even with head_dim given;
-    MistralConfig, of the same weights and names, has no such check.
+    It is a standard one where all layers are whole and alike; otherwise it has their widths in a field of edgeprune's
+    own. LlamaConfig refuses a hidden_size that the number of heads does not divide, even where head_dim is given;
+    MistralConfig, for the same weights and names, has no such check.
     """
-    own, decoder = decoder.layer_widths[0][:2], loadable(decoder, source)
+    # The heads that are left, where the checkpoint holds more.
+    own_heads, decoder = decoder.layer_widths[0][:2], loadable(decoder, source)
     source = {name: value for name, value in source.items() if name != HEADS}
-    if decoder.layer_widths[0][:2] != own:
-        source[HEADS] = list(own)
+    if decoder.layer_widths[0][:2] != own_heads:
+        source[HEADS] = list(own_heads)
+    # The layers that are left, and the fields with one value for each.
     layer, family = decoder.layers[0], FAMILIES[decoder.family]
     depth = {family.fields.get("num_hidden_layers", "num_hidden_layers"): len(decoder.layers)}
     depth |= _layer_kinds(decoder, source)
     if not decoder.is_uniform or layer.attention is None or layer.mlp is None:
         return source | depth | {LAYER_WIDTHS: decoder.layer_widths}
+    # A standard configuration: drop what described the source's code, and choose the family.
     config = {name: value for name, value in source.items() if name not in ("auto_map", "_name_or_path", "torch_dtype")}
     if _is_mistral(decoder):
         family = FAMILIES["mistral"]
@@ -228,6 +253,7 @@ def config_for(decoder: Decoder, source: Config) -> Config:
             config.pop(name, None)
         # without it transformers takes any large vocabulary of a `mistral` for an old one with a wrong pattern
         config["transformers_version"] = version("transformers")
+    # The widths, by the family's names.
     widths: Config = {
         "num_attention_heads": layer.attention.num_attention_heads,
         "num_key_value_heads": layer.attention.num_key_value_heads,
@@ -252,16 +278,19 @@ def config_for(decoder: Decoder, source: Config) -> Config:
 
 
 def _layer_kinds(decoder: Decoder, source: Config) -> Config:
-    """What a configuration says of each layer, for those that are left: what the family always says, and windows
-    where the source said which layers have them or they differ."""
-    attentions, said = [layer.attention for layer in decoder.layers], FAMILIES[decoder.family].by_layer
+    """Returns the fields with one value for each layer, for the layers that are left.
+
+    They are those that the family always has, and layer_types where the source had it or the windows differ.
+    """
+    attentions, always = [layer.attention for layer in decoder.layers], FAMILIES[decoder.family].by_layer
     kinds: Config = {}
-    if "layer_types" in said or source.get("layer_types") or len(decoder.windows) > 1:
+    if "layer_types" in always or source.get("layer_types") or len(decoder.windows) > 1:
         kinds["layer_types"] = [LAYER_TYPES[bool(attention and attention.window)] for attention in attentions]
-    if "no_rope_layers" in said:
+    if "no_rope_layers" in always:
         kinds["no_rope_layers"] = [int(bool(attention and attention.rotary)) for attention in attentions]
     return kinds
 
 
 def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the content of a directory's config.json."""
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Which checkpoints are understood: one short mapping per family onto decoder.py.
+"""The supported families of checkpoints: one short mapping per family onto decoder.py.
 
-A family says how its configuration differs from a plain Llama's, and where its weights stand (places.py);
-everything after it sees the Decoder alone. docs/families.md shows how to add one.
+A family has the differences of its configuration from a plain Llama's, and the places of its weights (places.py).
+The rest of the program knows only the Decoder. docs/families.md shows how to add a family.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class Family:
-    """adapt: the Decoder of a plain Llama with this configuration's widths and rotary -> this family's.
+    """A family: its model_type, its class in transformers, and its differences from a plain Llama.
 
-    defaults: what transformers takes for a field that config.json leaves out; fields: this family's name for
-    some of Llama's fields; activation: the field that names it. heads: may the configuration say any number of
-    heads (`free`), one that divides hidden_size (`divide`), or is head_dim always hidden_size over it (`fixed`)?
-    plain: what is said otherwise than by another name of a field, in Llama's words. by_layer: what such a configuration
-    always says of each layer. refuse: why a configuration, with its defaults, cannot be handled, or None.
+    adapt: makes this family's Decoder from that of a plain Llama with the configuration's widths and rotary embedding.
+    defaults: the values that transformers uses for fields that config.json leaves out. fields: this family's names for
+    some of Llama's fields. activation, norm_eps: the fields with these. heads: which numbers of heads a configuration
+    can have: any (`free`), one that divides hidden_size (`divide`), or only hidden_size over head_dim (`fixed`). plain:
+    further fields in Llama's words, where more than a name differs. by_layer: the fields with one value for each layer
+    that a configuration always has. refuse: returns why a configuration, with its defaults, cannot be handled, or None.
     """
 
     model_type: str
@@ -48,19 +49,20 @@ class Family:
 def changed(
     decoder: Decoder, attention: dict[str, Any] | Callable[[int], dict[str, Any]], mlp: dict[str, Any] | None = None
 ) -> Decoder:
-    """The decoder with these fields of every attention, or of that of every layer, and of every MLP."""
-    each = attention if callable(attention) else lambda index: attention
+    """Returns the decoder with these fields in every attention, or in that of each layer, and in every MLP."""
+    fields_of = attention if callable(attention) else lambda index: attention
     layers = [
-        Layer(replace(layer.attention, **each(index)), replace(layer.mlp, **(mlp or {})))
+        Layer(replace(layer.attention, **fields_of(index)), replace(layer.mlp, **(mlp or {})))
         for index, layer in enumerate(decoder.layers)
     ]
     return replace(decoder, layers=tuple(layers))
 
 
 def windowed(decoder: Decoder, config: Config, slides: Callable[[int], bool]) -> Decoder:
-    """With the configuration's sliding window in the layers that `layer_types` names, else where `slides` says so.
+    """Returns the decoder with a sliding window in the layers of `layer_types`, or else in those that `slides` is true
+    for.
 
-    A window of all positions is none.
+    A window as long as all positions counts as none. Raises SenselessError.
     """
     window = config.get("sliding_window")
     if window is None or int(window) >= decoder.max_position_embeddings:
@@ -74,6 +76,7 @@ def windowed(decoder: Decoder, config: Config, slides: Callable[[int], bool]) ->
 
 
 def _by_layer(config: Config, name: str, decoder: Decoder, known: tuple[Any, ...]) -> list[Any] | None:
+    """Returns a field with one known value for each layer; None where it is left out. Raises SenselessError."""
     values = config.get(name)
     if values is None:
         return None
@@ -89,10 +92,12 @@ def _biases(decoder: Decoder, config: Config) -> Decoder:
 
 
 def _all_slide(decoder: Decoder, config: Config) -> Decoder:
+    """Returns the decoder with a window in every layer, unless `layer_types` names others."""
     return windowed(decoder, config, lambda index: True)
 
 
 def _late_slide(decoder: Decoder, config: Config) -> Decoder:
+    """Returns the decoder with a window in the layers from max_window_layers on, where windows are used at all."""
     if not config.get("use_sliding_window"):
         return decoder
     first = int(config.get("max_window_layers") or 0)
@@ -140,13 +145,13 @@ def _gemma2(decoder: Decoder, config: Config) -> Decoder:
 
 
 def _gemma3(decoder: Decoder, config: Config) -> Decoder:
-    """Layers with a window turn by an own, local theta, however long the window is."""
-    every = int(config.get("sliding_window_pattern") or 6)
+    """Returns a Gemma 3's decoder; layers with a window have a theta of their own, however long the window is."""
+    pattern = int(config.get("sliding_window_pattern") or 6)
     types = _by_layer(config, "layer_types", decoder, LAYER_TYPES)
     local = (
         [kind == "sliding_attention" for kind in types]
         if types
-        else [(index + 1) % every != 0 for index in range(len(decoder.layers))]
+        else [(index + 1) % pattern != 0 for index in range(len(decoder.layers))]
     )
     rotaries = _gemma3_rotaries(config, decoder.layers[0].attention.head_dim)
     window = int(config["sliding_window"])
@@ -155,31 +160,33 @@ def _gemma3(decoder: Decoder, config: Config) -> Decoder:
 
 
 def _gemma3_rotaries(config: Config, head_dim: int) -> tuple[Rotary, Rotary]:
-    """Of the full and of the sliding layers; newer files say both, older the full one and rope_local_base_freq."""
-    given = rope_parameters(config)
-    if not {"full_attention", "sliding_attention"} & given.keys():
+    """Returns the rotary embeddings of the full and of the sliding layers, from newer or older fields."""
+    parameters = rope_parameters(config)
+    if not {"full_attention", "sliding_attention"} & parameters.keys():
+        # Older files have the parameters of the full layers and rope_local_base_freq.
         local = {"rope_theta": float(config.get("rope_local_base_freq") or 10000.0)}
-        given = {"full_attention": given, "sliding_attention": local}
-    full, local = (given.get(name) or {} for name in LAYER_TYPES)
+        parameters = {"full_attention": parameters, "sliding_attention": local}
+    full, local = (parameters.get(name) or {} for name in LAYER_TYPES)
     base = {name: value for name, value in config.items() if name != "rope_theta"}
     return rotary_of(full, config, head_dim, 1_000_000.0), rotary_of(local, base, head_dim)
 
 
 def _phi3(decoder: Decoder, config: Config) -> Decoder:
+    """Returns a Phi-3's decoder, with the positions for which longrope's short factors hold."""
     context = longrope_context(rope_parameters(config), config)
     decoder = _all_slide(decoder, config)
     return decoder if context is None else replace(decoder, max_position_embeddings=context)
 
 
 def _smollm3(decoder: Decoder, config: Config) -> Decoder:
-    every = int(config.get("no_rope_layer_interval") or 4)
-    turns = _by_layer(config, "no_rope_layers", decoder, (0, 1)) or [
-        int((index + 1) % every != 0) for index in range(len(decoder.layers))
+    interval = int(config.get("no_rope_layer_interval") or 4)
+    rotates = _by_layer(config, "no_rope_layers", decoder, (0, 1)) or [
+        int((index + 1) % interval != 0) for index in range(len(decoder.layers))
     ]
     if config.get("use_sliding_window"):
-        decoder = windowed(decoder, config, lambda index: not turns[index])
+        decoder = windowed(decoder, config, lambda index: not rotates[index])
     rotary = decoder.layers[0].attention.rotary
-    return changed(_biases(decoder, config), lambda index: {"rotary": rotary if turns[index] else None})
+    return changed(_biases(decoder, config), lambda index: {"rotary": rotary if rotates[index] else None})
 
 
 def _olmo2(decoder: Decoder, config: Config) -> Decoder:
@@ -196,12 +203,13 @@ def _granite(decoder: Decoder, config: Config) -> Decoder:
 
 
 def _layer_norms(decoder: Decoder, has_bias: bool = True) -> Decoder:
-    """LayerNorms and a plain MLP, with biases."""
+    """Returns the decoder with LayerNorms and a plain MLP, with biases or without."""
     biases = {"input_bias": has_bias, "output_bias": has_bias}
     return replace(changed(decoder, biases, {"gated": False, **biases}), norm="layer")
 
 
 def _learned(decoder: Decoder) -> Decoder:
+    """Returns the decoder with learned positions instead of rotary ones, LayerNorms and a plain MLP."""
     return replace(changed(_layer_norms(decoder), {"rotary": None}), learned_positions=True)
 
 
@@ -210,7 +218,7 @@ def _plain_gpt2(config: Config) -> Config:
 
 
 def _plain_gpt_neox(config: Config) -> Config:
-    """Beside the rope parameters, which come first where they say the same."""
+    """Returns rope fields by Llama's names; rope parameters with the same meaning take precedence over them."""
     names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
     return {name: config[own] for name, own in names.items() if config.get(own) is not None}
 
@@ -234,18 +242,18 @@ def _plain_llamagen(config: Config) -> Config:
 
 
 def _llamagen(decoder: Decoder, config: Config) -> Decoder:
-    """Half of a head's channels turn by the row, half by the column, both with the frequencies of half a head."""
     picture = Picture(int(config["image_side"]), int(config["num_classes"]), bool(config["has_null_class"]))
     head_dim = decoder.layers[0].attention.head_dim
     if head_dim % 4:
         raise SenselessError(f"head_dim {head_dim} (a multiple of 4 is supported)")
+    # Half of a head's dimensions are rotated by the row, half by the column, both with the frequencies of half a head.
     half = rotary_of({}, config, head_dim // 2)
     rotary = replace(half, inverse_frequencies=2 * half.inverse_frequencies, grid=Grid(LLAMAGEN_PREFIX, picture.side))
     return replace(changed(decoder, {"rotary": rotary}), picture=picture)
 
 
 def _plain_imagegpt(config: Config) -> Config:
-    """Its vocabulary counts the token that pictures begin with, which has no logit."""
+    """Returns fields by Llama's names; ImageGPT's vocabulary counts the opening token, which has no logit."""
     return _plain_gpt2(config) | {"vocab_size": int(config["vocab_size"]) - 1}
 
 

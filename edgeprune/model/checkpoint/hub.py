@@ -1,4 +1,7 @@
-"""A model on the Hugging Face hub, or in its cache: data files alone, never code."""
+"""A model on the Hugging Face hub, or in the hub's cache: its data files alone, never code.
+
+It does not know what is in the files.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,27 @@ CONFIG = ("config.json",)
 OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt")
 WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}  # the first that is there
 NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
-FILES = (".gguf", ".pt", ".pth", ".bin", ".safetensors")  # what ends so is no repository
+FILES = (".gguf", ".pt", ".pth", ".bin", ".safetensors")  # endings that no repository has
 SECONDS = 5.0  # to reach the hub; the client's own request has no limit
 LOCAL = "give a local directory, a .gguf file or `demo`"
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 
 
 def fetch_config(spec: str) -> Path:
-    """A folder with the config.json of a hub id. Raises InputError."""
+    """Returns a folder with the config.json of a hub id. Raises InputError."""
     return _fetch(spec, weights=False)
 
 
 def fetch_checkpoint(spec: str) -> Path:
-    """A folder with config, tokenizer and weights of a hub id: safetensors, .bin files only where it has none.
+    """Returns a folder with config, tokenizer and weights of a hub id: .bin files only where it has no safetensors.
 
-    Without network, or with HF_HUB_OFFLINE set, it is that of the hub's cache. Raises InputError.
+    Without network, or with HF_HUB_OFFLINE set, it is the folder in the hub's cache. Raises InputError.
     """
     return _fetch(spec, weights=True)
 
 
 def _fetch(spec: str, weights: bool) -> Path:
+    """Returns the folder of a hub id in the hub's cache, with the weights or with config.json alone."""
     if spec.count("/") != 1 or spec.startswith(("/", ".", "~")) or spec.endswith((*FILES, "/")):
         raise InputError(
             f"no such model: {spec}",
@@ -39,6 +43,7 @@ def _fetch(spec: str, weights: bool) -> Path:
         )
     from huggingface_hub import HfApi, snapshot_download
 
+    # Ask the hub which files there are, and download those that are needed.
     try:
         files = [file.rfilename for file in HfApi().model_info(spec, timeout=SECONDS).siblings or ()]
         wanted = _checkpoint_files(spec, files) if weights else CONFIG
@@ -46,14 +51,16 @@ def _fetch(spec: str, weights: bool) -> Path:
     except InputError:
         raise
     except Exception as error:  # the hub's client raises errors of many libraries
+        # Fall back on the cache.
         folder = _cached(spec)
         if folder is not None and (not weights or _weights_in([file.name for file in folder.iterdir()])):
             logging.getLogger(__name__).warning("%s from the cache, %s", spec, _first_line(error))
             return folder
-        raise _said(spec, error, "its weights are" if folder else "it is") from None
+        raise _explained(spec, error, "its weights are" if folder else "it is") from None
 
 
 def _checkpoint_files(spec: str, files: Sequence[str]) -> tuple[str, ...]:
+    """Returns the patterns of a checkpoint's files. Raises InputError where there are no weights."""
     weights = _weights_in(files)
     if weights is None:
         raise InputError(
@@ -64,27 +71,31 @@ def _checkpoint_files(spec: str, files: Sequence[str]) -> tuple[str, ...]:
 
 
 def _weights_in(files: Sequence[str]) -> str | None:
-    """The pattern of the weights that are there, in one file or with an index."""
-    found = (pattern for name, pattern in WEIGHTS.items() if {name, f"{name}.index.json"} & set(files))
-    return next(found, None)
+    """Returns the pattern of the weights among these files, in one file or with an index; None: there are none."""
+    patterns = (pattern for name, pattern in WEIGHTS.items() if {name, f"{name}.index.json"} & set(files))
+    return next(patterns, None)
 
 
 def _cached(spec: str) -> Path | None:
-    """The folder of the hub's cache with this model's main revision."""
+    """Returns the folder with this model's main revision in the hub's cache; None where it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(spec, "config.json")
+        config = try_to_load_from_cache(spec, "config.json")
     except (OSError, ValueError):
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _said(spec: str, error: Exception, what: str) -> InputError:
+def _explained(spec: str, error: Exception, what: str) -> InputError:
+    """Returns the error of the hub's client as an InputError with a remedy.
+
+    what: subject and verb for a message that it is not in the cache.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -93,17 +104,19 @@ def _said(spec: str, error: Exception, what: str) -> InputError:
         RepositoryNotFoundError,
     )
 
+    # What the user can change: the name, or access to it.
     if isinstance(error, HFValidationError):
         return InputError(f"no such model: {spec}", f"{LOCAL.capitalize()}, or a hub id as OWNER/NAME.")
     if isinstance(error, GatedRepoError):
         return InputError(
-            f"{spec} is gated: its owner grants access to it",
+            f"{spec} is gated: its owner must grant access",
             f"Ask for access at https://huggingface.co/{spec} and {LOG_IN}.",
         )
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
             f"the hub has no model {spec}, or it is private", f"Check its name; for a private one {LOG_IN}; or {LOCAL}."
         )
+    # What the network or the hub does.
     if isinstance(error, OfflineModeIsEnabled):
         return InputError(
             f"cannot get {spec}: {what} not in the hub's cache, and HF_HUB_OFFLINE is set", f"Unset it, or {LOCAL}."

@@ -1,4 +1,7 @@
-"""The names of every family's tensors: decoder.py's weights -> places in a checkpoint, one table per family."""
+"""The names of every family's tensors: one table per family from decoder.py's weights to places in a checkpoint.
+
+It does not know how the tensors are read.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,43 @@ from edgeprune.model.checkpoint.places import Place, Places
 
 
 def _under(outer: str, layer: str, table: dict[str, Place], **others: Place) -> Places:
-    """A table with every key of a layer below its prefix; the others stand outside."""
+    """Returns a family's table: the places of a layer below the layer's prefix, and those outside the layers.
+
+    outer: prefix of embedding and final norm; layer: prefix of a layer; others: places that replace or extend the rest.
+    """
     inside = {name: replace(place, key=f"{layer}.{place.key}") for name, place in table.items()}
-    plain = {
+    outside = {
         "embedding": Place(f"{outer}.embed_tokens.weight"),
         "norm": Place(f"{outer}.norm.weight"),
         "norm_bias": Place(f"{outer}.norm.bias"),
         "head": Place("lm_head.weight"),
     }
-    return plain | inside | others
+    return outside | inside | others
 
 
 def _projections(kind: str, module: str, **names: str) -> dict[str, Place]:
-    """Weights and biases of some matrices: attention.q="q_proj" and so on."""
-    found = {}
+    """Returns the places of weights and biases of some matrices. names: `q="q_proj"` and so on.
+
+    kind: `attention` or `mlp`; module: its name in the checkpoint.
+    """
+    places = {}
     for part, name in names.items():
-        found[f"{kind}.{part}"] = Place(f"{module}.{name}.weight")
-        found[f"{kind}.{part}_bias"] = Place(f"{module}.{name}.bias")
-    return found
+        places[f"{kind}.{part}"] = Place(f"{module}.{name}.weight")
+        places[f"{kind}.{part}_bias"] = Place(f"{module}.{name}.bias")
+    return places
 
 
 def _norms(shift: float = 0.0, **names: str) -> dict[str, Place]:
-    """attention_norm="input_layernorm" and so on, with the biases that a LayerNorm has."""
-    found = {}
+    """Returns the places of norms, with the biases that a LayerNorm has.
+
+    names: `attention_norm="input_layernorm"` and so on. shift: what is added to the stored weights.
+    """
+    places = {}
     for part, name in names.items():
         kind, norm = part.split("_", 1)
-        found[f"{kind}.{norm}"] = Place(f"{name}.weight", shift=shift)
-        found[f"{kind}.{norm}_bias"] = Place(f"{name}.bias")
-    return found
+        places[f"{kind}.{norm}"] = Place(f"{name}.weight", shift=shift)
+        places[f"{kind}.{norm}_bias"] = Place(f"{name}.bias")
+    return places
 
 
 ATTENTION = _projections("attention", "self_attn", q="q_proj", k="k_proj", v="v_proj", o="o_proj")

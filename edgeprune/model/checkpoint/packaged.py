@@ -1,4 +1,7 @@
-"""A file that a package installed, found by the package's own list of files; the package is never imported."""
+"""A file that a package installed, located by the package's own list of files; the package is never imported.
+
+It does not know what is in the file.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 
 def packaged_file(package: str, name: str) -> Path | None:
-    """None where the package is not installed, or has no file of that name."""
+    """Returns the path of the file; None where the package is not installed or has no file of that name."""
     try:
         files = distribution(package).files or []
     except PackageNotFoundError:

@@ -1,4 +1,7 @@
-"""Heads of zeros for checkpoints whose configuration cannot say the number of heads that are left."""
+"""Heads of zeros for checkpoints whose configuration cannot describe the number of heads that are left.
+
+It does not know how many are needed: see configuration.loadable.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def without_padding(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight of `padded_heads` as it was; the weight itself where nothing was added."""
+    """Returns a weight of `padded_heads` as it was: its first rows and columns, up to this shape."""
     if tuple(weight.shape) == shape:
         return weight
     return weight[tuple(map(slice, shape))].contiguous()
@@ -21,9 +24,9 @@ def without_padding(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tenso
 def padded_heads(
     decoder: Decoder, target: Decoder, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The decoder's weights with heads of zeros behind its own, up to the target's: the same function.
+    """Yields the decoder's weights with heads of zeros behind its own, up to the target's number of heads.
 
-    Values of zero and output columns of zero leave the output as it is.
+    The function stays the same: values of zero and output columns of zero leave the output as it is.
     """
     if decoder == target:
         yield from weights

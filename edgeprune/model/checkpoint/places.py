@@ -1,8 +1,8 @@
-"""Where the weights of decoder.py stand in a checkpoint: names, and tensors that hold several of them.
+"""The places of decoder.py's weights in a checkpoint: names, and tensors that hold several weights.
 
 A checkpoint may stack q, k and v in one tensor, keep an embedding in two, keep matrices transposed, store a norm's
-weight minus one, or turn other pairs of channels. Here that is undone on reading and done again on writing; everything
-else sees the weights of decoder.py.
+weight minus one, or rotate other pairs of channels. That is undone on reading and done again on writing; the rest of
+the program sees the weights of decoder.py alone. It knows no family: their tables are in names.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of a checkpoint, and how weights stand in it.
+    """A tensor of a checkpoint, and how weights are stored in it.
 
     key: its name; {i} is the layer's number, {e} the expert's. holds: the weights that are stacked in it along their
-    rows, by their names behind the layer, the weight itself where it is empty; by_head: head by head, not one after
-    the other. transposed: (in, out). shift: what is added to the stored values. skip: rows before the weight's own.
-    neighbours: of queries and keys channels 2m and 2m + 1 of a head turn together, not m and m + half. inputs: the
-    tensor of an embedding's rows behind the vocabulary's.
+    rows, by their names behind the layer's prefix; empty for the one weight itself. by_head: they are stacked head by
+    head, not one after the other. transposed: stored as (in, out). shift: what is added to the stored values. skip:
+    rows before the weight's own. neighbours: channels 2m and 2m + 1 of a query's or key's head are rotated together,
+    not m and m + half. inputs: the name of another tensor with the embedding's rows behind the vocabulary's.
     """
 
     key: str
@@ -40,14 +40,14 @@ class Place:
     inputs: str = ""
 
 
-Places = Mapping[str, Place]  # by the name of a weight, without `layers.{i}.`, and `experts.{e}` as it stands
+Places = Mapping[str, Place]  # by the name of a weight without `layers.{i}.` and without an expert's number
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: the weights in it by their full names, and its shape there.
+    """One tensor of a checkpoint: the weights in it, by their full names, and its shape there.
 
-    shapes: of what it holds of each weight: all of it, or so many of its rows from `first` on.
+    shapes: of the part of each weight that it holds: all of the weight, or some of its rows from `first` on.
     """
 
     key: str
@@ -60,36 +60,46 @@ class StoredTensor:
 
     @property
     def shape(self) -> Shape:
+        """Returns the tensor's shape in the checkpoint."""
         rows = sum(shape[0] for shape in self.shapes) + self.place.skip
         shape = (rows, *self.shapes[0][1:])
         return shape[::-1] if self.place.transposed else shape
 
     def read(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """What it holds of one of its weights; fp32 where its values are changed, else in the tensor's own dtype."""
-        place, which = self.place, self.names.index(name)
+        """Returns what the stored tensor holds of one of its weights, in the layout of decoder.py.
+
+        It is fp32 where values are changed, otherwise in the tensor's own dtype.
+        """
+        place, index = self.place, self.names.index(name)
+        # Take the rows of the weight.
         if place.transposed:
             tensor = tensor.t()
         if place.by_head:
-            parts = tensor.unflatten(0, (-1, len(self.names), self.head_dim))
-            tensor = parts[:, which].flatten(0, 1)
+            heads = tensor.unflatten(0, (-1, len(self.names), self.head_dim))  # (heads, weights, head_dim, ...)
+            tensor = heads[:, index].flatten(0, 1)  # (heads * head_dim, ...)
         else:
-            start = place.skip + sum(shape[0] for shape in self.shapes[:which])
-            tensor = tensor[start : start + self.shapes[which][0]]
+            start = place.skip + sum(shape[0] for shape in self.shapes[:index])
+            tensor = tensor[start : start + self.shapes[index][0]]
+        # Put the channels of each head in the order of rotate-half, and the values right.
         if place.neighbours and _turns(name):
+            # (heads, pairs, 2, ...) -> (heads, 2, pairs, ...) -> (heads * head_dim, ...)
             tensor = tensor.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         if place.shift or self.factor != 1.0:
             tensor = tensor.float() * self.factor + place.shift
         return tensor.contiguous()
 
     def write(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The tensor of its weights: what `read` takes apart."""
+        """Returns the stored tensor of its weights, from which `read` takes them again."""
         import torch
 
-        place, parts = self.place, [self._own(name, weights[name]) for name in self.names]
+        place, stored_weights = self.place, [self._own(name, weights[name]) for name in self.names]
         if place.by_head:
-            tensor = torch.stack([part.unflatten(0, (-1, self.head_dim)) for part in parts], dim=1).flatten(0, 2)
+            # (heads, weights, head_dim, ...) -> (heads * weights * head_dim, ...)
+            tensor = torch.stack(
+                [weight.unflatten(0, (-1, self.head_dim)) for weight in stored_weights], dim=1
+            ).flatten(0, 2)
         else:
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            tensor = stored_weights[0] if len(stored_weights) == 1 else torch.cat(stored_weights)
         if place.shift or self.factor != 1.0:
             tensor = (tensor.float() - place.shift) / self.factor
         if place.skip:
@@ -97,42 +107,52 @@ class StoredTensor:
         return tensor.t() if place.transposed else tensor
 
     def _own(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """What it holds of a weight, in its own order of channels."""
+        """Returns what the stored tensor holds of a weight, with the channels in its own order."""
         if self.place.inputs:
             weight = weight[self.first :] if self.first else weight[: self.shapes[0][0]]
         if self.place.neighbours and _turns(name):
+            # (heads, 2, pairs, ...) -> (heads, pairs, 2, ...) -> (heads * head_dim, ...)
             weight = weight.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         return weight
 
 
 def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
-    """The tensors of a decoder's checkpoint by key, each where the last of its weights stands in decoder.shapes()."""
-    shapes, found = decoder.shapes(), {}
+    """Returns the tensors of a decoder's checkpoint by key.
+
+    They come in the order in which the last of their weights comes in decoder.shapes().
+    """
+    shapes, tensors = decoder.shapes(), {}
     for name in shapes:
         prefix, part, numbers = _taken_apart(name)
         place = places[part]
         key = place.key.format(**numbers)
         names = tuple(prefix + held for held in place.holds) or (name,)
+        # The last of its weights stands for the tensor.
         if name != names[-1]:
             continue
+        # An embedding in two tensors.
         if place.inputs:
-            (rows, size), own = shapes[name], decoder.vocab_size
-            found[key] = StoredTensor(key, place, names, ((own, size),))
-            found[place.inputs] = StoredTensor(place.inputs, place, names, ((rows - own, size),), first=own)
+            (rows, size), vocabulary_rows = shapes[name], decoder.vocab_size
+            tensors[key] = StoredTensor(key, place, names, ((vocabulary_rows, size),))
+            tensors[place.inputs] = StoredTensor(
+                place.inputs, place, names, ((rows - vocabulary_rows, size),), first=vocabulary_rows
+            )
             continue
+        # Any other tensor; output projections may have a factor.
         attention = decoder.layers[numbers["i"]].attention if "i" in numbers else None
-        found[key] = StoredTensor(
+        tensors[key] = StoredTensor(
             key,
             place,
             names,
-            tuple(shapes[each] for each in names),
+            tuple(shapes[weight] for weight in names),
             attention.head_dim if attention else 0,
             decoder.residual_scale if _is_output(part) else 1.0,
         )
-    return found
+    return tensors
 
 
 def _turns(name: str) -> bool:
+    """Returns whether a weight is a projection to queries or keys, whose channels are rotated."""
     return name.rsplit(".", 1)[-1] in ("q", "k")
 
 
@@ -141,7 +161,10 @@ def _is_output(part: str) -> bool:
 
 
 def _taken_apart(name: str) -> tuple[str, str, dict[str, int]]:
-    """layers.3.mlp.experts.5.up -> `layers.3.`, `mlp.experts.up` and both numbers."""
+    """Returns the prefix of a weight's name, the rest without numbers, and the numbers by `i` and `e`.
+
+    `layers.3.mlp.experts.5.up` gives `layers.3.`, `mlp.experts.up` and both numbers.
+    """
     if not name.startswith("layers."):
         return "", name, {}
     _, index, part = name.split(".", 2)
@@ -155,7 +178,11 @@ def _taken_apart(name: str) -> tuple[str, str, dict[str, int]]:
 def stored_stream(
     tensors: Mapping[str, StoredTensor], weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights in the order of decoder.shapes() -> tensors of the checkpoint; what waits for others is held."""
+    """Yields the tensors of the checkpoint for weights in the order of decoder.shapes().
+
+    A weight is kept until the last of its tensor's weights has come. Raises ValueError for a weight that is not of the
+    model.
+    """
     needed: dict[str, list[StoredTensor]] = {}
     for tensor in tensors.values():
         for name in tensor.names:
@@ -163,10 +190,10 @@ def stored_stream(
     waiting: dict[str, torch.Tensor] = {}
     for name, weight in weights:
         if name not in needed:
-            raise ValueError(f"{name} is no weight of this model")
+            raise ValueError(f"{name} is not a weight of this model")
         waiting[name] = weight
         complete = [tensor for tensor in needed[name] if name == tensor.names[-1]]
         for tensor in complete:
             yield tensor.key, tensor.write(waiting)
-        for each in {each for tensor in complete for each in tensor.names}:
-            del waiting[each]
+        for held_name in {held_name for tensor in complete for held_name in tensor.names}:
+            del waiting[held_name]

@@ -1,4 +1,7 @@
-"""Writes weights as safetensors files tensor by tensor, in shards; the whole model is never in memory."""
+"""Weights written as safetensors files tensor by tensor, in shards; the whole model is never in memory.
+
+It knows the file format, not the architecture: names and shapes come from the decoder's checkpoint tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,21 @@ from edgeprune.model.decoder import Decoder
 if TYPE_CHECKING:
     import torch
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9  # of a file, at most
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def write_weights(
     decoder: Decoder, weights: Iterable[tuple[str, torch.Tensor]], directory: Path, dtype: torch.dtype
 ) -> None:
-    """Weights in the order of decoder.shapes() -> the family's tensors in safetensors files of at most SHARD_BYTES,
-    with an index where there are several."""
+    """Writes weights into safetensors files of at most SHARD_BYTES, with an index where there are several.
+
+    weights: in the order of decoder.shapes(); they are stored as the family's tensors. Raises ValueError for a wrong
+    name or shape, and NumericalError for a weight that dtype cannot hold.
+    """
     places = checkpoint_tensors(decoder)
     shapes, tensors = {key: place.shape for key, place in places.items()}, stored_stream(places, weights)
+    # Distribute the tensors over shards before any is read.
     size = dtype.itemsize
     shards: list[list[str]] = [[]]
     used = 0
@@ -36,6 +43,7 @@ def write_weights(
             used = 0
         shards[-1].append(name)
         used += size * prod(shape)
+    # Write each shard: its header, then its tensors as they come.
     stream = iter(tensors)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
@@ -44,12 +52,13 @@ def write_weights(
         with (directory / file).open("wb") as out:
             _write_header(out, {name: shapes[name] for name in shard}, dtype)
             for name in shard:
-                given, tensor = next(stream, ("nothing", None))
-                if given != name or tuple(tensor.shape) != shapes[name]:
-                    raise ValueError(f"expected {name} {shapes[name]}, got {given}")
+                next_name, tensor = next(stream, ("nothing", None))
+                if next_name != name or tuple(tensor.shape) != shapes[name]:
+                    raise ValueError(f"expected {name} {shapes[name]}, got {next_name}")
                 out.write(_bytes(as_stored(name, tensor, dtype)))
     if (extra := next(stream, None)) is not None:
-        raise ValueError(f"{extra[0]} is no weight of this model")
+        raise ValueError(f"{extra[0]} is not a weight of this model")
+    # Several shards need an index.
     if len(shards) > 1:
         total = size * sum(map(prod, shapes.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -57,7 +66,7 @@ def write_weights(
 
 
 def as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in dtype. Raises NumericalError where a finite value becomes infinite, as beyond fp16's 65504."""
+    """Returns the tensor in dtype. Raises NumericalError where a finite value overflows, as beyond fp16's 65504."""
     import torch
 
     if tensor.dtype == dtype:
@@ -72,6 +81,7 @@ def as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def _write_header(out: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Writes the header of a file: its length in 8 bytes, then JSON, padded so that the data is aligned to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -83,6 +93,7 @@ def _write_header(out: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: torc
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Returns the bytes of a tensor."""
     import torch
 
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")

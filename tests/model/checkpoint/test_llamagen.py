@@ -192,22 +192,40 @@ def test_the_null_class(arguments: dict[str, object], classes: int, has_null: bo
 
 WQKV, TABLE = "layers.1.attention.wqkv.weight", "cls_embedding.embedding_table.weight"
 BAD = {
-    "no size": ({}, {}, Hints(num_heads=4), "does not say the tokens a side", "--image-size"),
-    "no heads": ({}, {}, Hints(128), "does not say the number of heads", "--num-heads"),
+    "no size": ({}, {}, Hints(num_heads=4), "does not contain the number of tokens a side", "--image-size"),
+    "no heads": ({}, {}, Hints(128), "does not contain the number of heads", "--num-heads"),
     "heads that do not divide": ({}, {}, Hints(128, 5), "5 heads do not divide the width 64", "--num-heads"),
     "no heads at all": ({}, {}, Hints(128, 0), "0 heads do not divide", "--num-heads"),
-    "pixels between tokens": ({}, {}, Hints(130, 4), "130 pixels by --image-size 130 are no multiple of 16", "384"),
+    "pixels between tokens": ({}, {}, Hints(130, 4), "130 pixels by --image-size 130 are not a multiple of 16", "384"),
     "no pixels": ({}, {}, Hints(0, 4), "0 pixels", "384"),
-    "pixels beyond all": ({}, {}, Hints(16 << 20, 4), "makes no model: max_position_embeddings", "--image-size"),
-    "odd pairs of a head": ({}, {}, Hints(128, 32), "makes no model: head_dim 2 (a multiple of 4", "--num-heads"),
+    "pixels beyond all": (
+        {},
+        {},
+        Hints(16 << 20, 4),
+        "does not describe a model: max_position_embeddings",
+        "--image-size",
+    ),
+    "odd pairs of a head": (
+        {},
+        {},
+        Hints(128, 32),
+        "does not describe a model: head_dim 2 (a multiple of 4",
+        "--num-heads",
+    ),
     "another training": ({}, {"image_size": 256}, HINTS, "is 8 by --image-size 128, but 16 by its training", "size"),
     "other angles": ({"freqs_cis": (257, 8, 2)}, {}, HINTS, "8 by --image-size 128, but 16 by its freqs_cis", "size"),
     "angles of other heads": ({"freqs_cis": (65, 16, 2)}, {}, HINTS, "4 by --num-heads, but 2 by the head_dim 32", ""),
-    "angles of no square": ({"freqs_cis": (64, 8, 2)}, {}, HINTS, "has 63 tokens, which are no square", ""),
+    "angles that are not a square": ({"freqs_cis": (64, 8, 2)}, {}, HINTS, "has 63 tokens, which are not a square", ""),
     "angles of no shape": ({"freqs_cis": (64, 8)}, {}, HINTS, "freqs_cis of weights.pt has shape (64, 8)", ""),
-    "another vocabulary": ({}, {"vocab_size": 256}, HINTS, "vocab_size of weights.pt is 256, its weights are", ""),
+    "another vocabulary": ({}, {"vocab_size": 256}, HINTS, "vocab_size of weights.pt is 256, but its weights have", ""),
     "a long prefix": ({}, {"cls_token_num": 120}, HINTS, "cls_token_num of weights.pt is 120", ""),
-    "other classes": ({}, {"num_classes": 1000}, HINTS, "has 11 rows, its training arguments say num_classes 1000", ""),
+    "other classes": (
+        {},
+        {"num_classes": 1000},
+        HINTS,
+        "has 11 rows, but its training arguments are num_classes 1000",
+        "",
+    ),
     "dropout without its row": (
         {},
         {"num_classes": 11, "class_dropout_prob": 0.1},
@@ -218,7 +236,13 @@ BAD = {
     "an argument in words": ({}, {"image_size": "big"}, HINTS, "image_size of weights.pt is 'big'", ""),
     "a missing tensor": ({WQKV: None}, {}, HINTS, f"has no tensor {WQKV}", "again"),
     "no classes": ({TABLE: None}, {}, HINTS, f"has no tensor {TABLE}", "again"),
-    "another shape": ({WQKV: (190, 64)}, {}, HINTS, f"tensor {WQKV} of weights.pt has shape (190, 64), its others", ""),
+    "another shape": (
+        {WQKV: (190, 64)},
+        {},
+        HINTS,
+        f"tensor {WQKV} of weights.pt has shape (190, 64), but its others",
+        "",
+    ),
     "no matrix": ({TABLE: (64,)}, {}, HINTS, f"tensor {TABLE} of weights.pt has shape (64,)", ""),
     "a first layer of no heads": (
         {"layers.0.attention.wqkv.weight": (64, 64)},
@@ -243,7 +267,7 @@ BAD = {
         "is a codec",
         "--codec",
     ),
-    "something else": ({"tok_embeddings.weight": None}, {}, HINTS, "none of LlamaGen's", "directory"),
+    "something else": ({"tok_embeddings.weight": None}, {}, HINTS, "not of a LlamaGen", "directory"),
 }
 
 
@@ -297,7 +321,10 @@ def test_a_file_is_never_executed(tmp_path: Path, write, reason: str, read) -> N
 def test_a_hint_for_what_says_all_itself_is_checked(tmp_path: Path) -> None:
     directory = load_model(str(_save(random_llamagen().state_dict(), tmp_path)), HINTS).directory
     assert load_shape(str(directory), Hints(64, 4)) == load_shape(str(directory))
-    for hints, reason in ((Hints(num_heads=2), "--num-heads is 2, .* says 4"), (Hints(100), "no multiple of the 8")):
+    for hints, reason in (
+        (Hints(num_heads=2), "--num-heads is 2, but .* has 4 heads"),
+        (Hints(100), "not a multiple of the 8"),
+    ):
         with pytest.raises(InputError, match=reason):
             load_shape(str(directory), hints)
     (tmp_path / "text.json").write_text(json.dumps(PUBLISHED["qwen2.5-0.5b"][0]))
@@ -327,7 +354,7 @@ def test_a_picture_that_makes_no_sense_is_one_message(changes: dict[str, object]
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"n_positions": 1000}, "1000 positions are no square"),
+        ({"n_positions": 1000}, "1000 positions are not a square"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
         ({"vocab_size": 1}, "vocab_size 0"),

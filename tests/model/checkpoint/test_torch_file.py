@@ -121,7 +121,7 @@ def test_a_file_is_mapped_again_when_much_of_it_was_read(tmp_path, monkeypatch):
         assert files.read(tmp_path / f"{file}.bin", key).sum() == 4 * (key != "b")
     assert opened == ["x.bin", "x.bin", "y.bin", "x.bin"]
     torch.save({"d": torch.ones(4)}, tmp_path / "y.bin")
-    with pytest.raises(InputError, match="has no tensor c any more"):
+    with pytest.raises(InputError, match="no longer has the tensor c"):
         files.read(tmp_path / "y.bin", "c")
 
 
@@ -170,16 +170,16 @@ def _other_archive(path, done):
 
 BAD = {
     "a call in its pickle": (_harmful, r"asks for \w+.mkdir, and nothing of it was executed"),
-    "a plain pickle with a call": (_harmful_pickle, "is no PyTorch checkpoint"),
+    "a plain pickle with a call": (_harmful_pickle, "is not a PyTorch checkpoint"),
     "an old file with a call": (_harmful_old, "before PyTorch 1.6"),
     "an old file": (_old, "before PyTorch 1.6"),
     "truncated": (_cut, "truncated"),
     "a whole module": (_module, "asks for torch.nn.modules.linear.Linear, and nothing of it was executed"),
     "a script": (_script, "TorchScript"),
     "compressed": (_compressed, "is compressed"),
-    "another archive": (_other_archive, "is no PyTorch checkpoint"),
-    "empty": (lambda path, done: path.write_bytes(b""), "is no PyTorch checkpoint"),
-    "a pointer": (lambda path, done: path.write_text("version https://git-lfs.github.com"), "no PyTorch checkpoint"),
+    "another archive": (_other_archive, "is not a PyTorch checkpoint"),
+    "empty": (lambda path, done: path.write_bytes(b""), "is not a PyTorch checkpoint"),
+    "a pointer": (lambda path, done: path.write_text("version https://git-lfs.github.com"), "not a PyTorch checkpoint"),
     "a list": (lambda path, done: torch.save([torch.ones(2)], path), "holds no tensors by name"),
     "a folder": (lambda path, done: path.mkdir(), "cannot read"),
 }
