@@ -89,6 +89,7 @@ class Attention:
 
     @property
     def heads_per_group(self) -> int:
+        """Returns the number of query heads that share a key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property

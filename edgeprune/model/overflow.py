@@ -108,6 +108,7 @@ def _behind_layer(
     # Modules that run in parallel all read the stream as it enters; their sum is added at the end.
     added = torch.zeros_like(hidden)  # (b, t, c)
     for kind in modules_of(decoder, index):
+        # The module's input and its output projection, as in the forward pass.
         x = module_states(decoder, kind, weights, hidden)
         if decoder.norms != "after":
             record(kind, "norm", x)
@@ -116,6 +117,7 @@ def _behind_layer(
         else:
             raw = _mlp(x, weights, decoder.layers[index].mlp, record)
         check_finite(raw, index, kind)
+        # What it adds to the stream.
         output = module_output(decoder, kind, weights, raw)
         if decoder.norms != "before":
             record(kind, "norm of the output", output)
