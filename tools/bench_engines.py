@@ -74,23 +74,24 @@ class Random(Mapping):
 
 
 def main() -> int:
+    """Prints the table and returns 1 where a weight ratio is too large, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--sms", default=",".join(map(str, offered_sms())))
     parser.add_argument("--dialects", default="opset23,primitive")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     failed = False
     print("| shape | SM | dialect | seconds | peak GiB | engine MiB | weights / graph | activations MiB |")
     print("|---|---|---|---|---|---|---|---|")
-    for shape in given.shapes.split(","):
+    for shape in arguments.shapes.split(","):
         decoder = decoder_of(LLAMA | SHAPES[shape])
-        for dialect in given.dialects.split(","):
+        for dialect in arguments.dialects.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 variant = GraphVariant(dialect, "last")
                 files = write_graphs(decoder, Random(decoder.shapes()), Path(folder), "fp16", [variant])
                 graph = files.graphs[variant]
                 held = graph_weight_bytes(decoder, "fp16", dialect, WORKLOAD.context)
-                for sm in map(int, given.sms.split(",")):
+                for sm in map(int, arguments.sms.split(",")):
                     plan = Path(folder) / "model.engine"
                     result = build(Here(), "tensorrt-rtx", graph, plan, WORKLOAD, quiet, sm)
                     ratio = result.weights_bytes / held

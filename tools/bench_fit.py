@@ -1,4 +1,4 @@
-"""Speed and memory of the stations of a fit on the demo model, as a table with intervals.
+"""Speed of the stages of a fit on the demo model, as a table with intervals.
 
     python tools/bench_fit.py [--repeats 3] [--fit]
 
@@ -28,18 +28,20 @@ SAMPLES, LENGTH = 16, 256
 
 
 def seconds(run: Callable[[], object]) -> float:
+    """Returns how long a call takes, in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def row(what: str, values: list[float], unit: str, limit: str) -> None:
+def row(label: str, values: list[float], unit: str, limit: str) -> None:
+    """Prints the median of the values with the least and the largest."""
     low, high = min(values), max(values)
-    print(f"{what:58} {np.median(values):8.2f} {unit:3} [{low:.2f}, {high:.2f}]  limit {limit}", flush=True)
+    print(f"{label:58} {np.median(values):8.2f} {unit:3} [{low:.2f}, {high:.2f}]  limit {limit}", flush=True)
 
 
 def child(code: str, cache: str) -> float:
-    """Seconds that a fresh process says it took."""
+    """Returns the seconds that a fresh process printed. cache: edgeprune's cache folder in it."""
     environment = os.environ | {"EDGEPRUNE_CACHE": cache}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return float(result.stdout.split()[-1])
@@ -48,13 +50,15 @@ def child(code: str, cache: str) -> float:
 READ = """
 import time
 start = time.perf_counter()
-from edgeprune.model.load import load_model, load_tokenizer
+from edgeprune.model.load import load_model
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 load_tokenizer(load_model("demo").directory)
 print(time.perf_counter() - start)
 """
 
 
 def bench_reading(repeats: int) -> None:
+    """Times the demo model's GGUF and tokenizer, read without and with a cache."""
     first, cached = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
@@ -65,12 +69,14 @@ def bench_reading(repeats: int) -> None:
 
 
 def bench_help(repeats: int) -> None:
+    """Times the start of the command line."""
     words = [sys.executable, "-m", "edgeprune.cli.app", "--help"]
     times = [seconds(lambda: subprocess.run(words, check=True, stdout=subprocess.DEVNULL)) for _ in range(repeats)]
     row("edgeprune --help", times, "s", "0.5 s")
 
 
 def bench_writing(repeats: int) -> None:
+    """Times the writing of the graphs."""
     from edgeprune.engine.onnx.graph import write_graphs
     from edgeprune.model.load import load_model
     from edgeprune.pipeline.stages import VARIANTS
@@ -88,10 +94,10 @@ LIMITS = {"numerical+ls": "4 x", "obs+ls": "8 x"}
 
 
 def least_flops(dense: Decoder, target: Decoder) -> float:
-    """Multiplications and additions of a pruning that compensates, as a multiple of a dense forward pass.
+    """Returns the multiplications and additions of a pruning that compensates, as a multiple of a dense forward pass.
 
-    For each token: the layers on the dense stream; on the pruned stream all projections but the outputs, what
-    the kept and the removed features give, half of the symmetric moments and the right-hand sides of the
+    Counted for each token are the layers on the dense stream; on the pruned stream all projections but the outputs,
+    the products of the kept and the removed features, half of the symmetric moments and the right-hand sides of the
     least squares problems. Attention's products and all solves are left out on both sides.
     """
     hidden = dense.hidden_size
@@ -108,7 +114,7 @@ def least_flops(dense: Decoder, target: Decoder) -> float:
 
 
 def bench_pruning(repeats: int) -> None:
-    """All layers, MLP to 3/4 and one query head of every group removed."""
+    """Times pruning of all layers, with the MLP at 3/4 and one query head of every group removed."""
     import torch
 
     from edgeprune.model.forward import token_losses, weight_stream
@@ -141,6 +147,7 @@ def bench_pruning(repeats: int) -> None:
 
 
 def bench_fit() -> None:
+    """Fits the demo model to 70 % of its decode on this processor and measures the result again."""
     from edgeprune.bundle.read import read_report
     from edgeprune.engine.onnx.graph import write_graphs
     from edgeprune.model.load import load_model

@@ -27,8 +27,10 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def decode_step(path: Path, head_dim: int, threads: int, past: int, capacity: int | None) -> Callable[[], np.ndarray]:
-    """A function that decodes one token at `past` and returns its logits. With a capacity, past and
-    present are one buffer of that many tokens."""
+    """Returns a function that decodes one token at `past` and returns its logits.
+
+    capacity: tokens of the one buffer that past and present share; None: they are two.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -62,7 +64,7 @@ def decode_step(path: Path, head_dim: int, threads: int, past: int, capacity: in
 
 
 def blocks(steps: dict[str, Callable[[], np.ndarray]], rounds: int, length: int) -> dict[str, np.ndarray]:
-    """Median ms of each block, (rounds,) for each graph; graphs take turns, the order alternates."""
+    """Returns the median ms of each block, (rounds,) for each graph; graphs take turns, and the order alternates."""
     medians: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):
         for name in list(steps) if round_ % 2 else list(reversed(steps)):
@@ -76,7 +78,7 @@ def blocks(steps: dict[str, Callable[[], np.ndarray]], rounds: int, length: int)
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Median and its 95 % bootstrap interval."""
+    """Returns the median and its 95 % bootstrap interval."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])

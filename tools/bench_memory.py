@@ -41,7 +41,7 @@ LIMITS = {"convert": 1.0, "prune": 2.0}  # GB
 
 
 def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
-    """Random weights of the usual scale, in shards of about a layer, so that the writer stays small as well."""
+    """Writes random weights of the usual scale, in shards of about a layer, so that the writer stays small as well."""
     import torch
 
     from edgeprune.model import save
@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
 
 
 def _as_pickles(folder: Path) -> None:
-    """The same shards as torch.save writes them."""
+    """Replaces the shards of safetensors by those that torch.save writes."""
     import torch
     from safetensors.torch import load_file
 
@@ -78,7 +78,7 @@ def _as_pickles(folder: Path) -> None:
 
 
 def convert_in_this_process(folder: Path) -> None:
-    """The child: writes the graphs of every dialect over one data file, and says its peak and its seconds."""
+    """Writes the graphs of every dialect over one data file, and prints the peak and the seconds; run in a child."""
     from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
     from edgeprune.model.load import load_model
 
@@ -90,7 +90,7 @@ def convert_in_this_process(folder: Path) -> None:
 
 
 def prune_in_this_process(folder: Path, samples: int) -> None:
-    """The child: prunes, writes, and says its peak and its seconds."""
+    """Prunes and writes the checkpoint, and prints the peak and the seconds; run in a child."""
     import torch
 
     from edgeprune.model.load import load_model
@@ -127,6 +127,7 @@ def main() -> None:
 
 
 def _measure(folder: Path, layers: int, suffix: str, work: list[str], samples: int) -> None:
+    """Prints the peak and the seconds of each kind of work on a model of so many layers, each in a fresh process."""
     (folder / "dense").mkdir()
     write_checkpoint(folder / "dense", layers, suffix)
     files = list((folder / "dense").glob(f"*.{suffix}"))
@@ -134,10 +135,10 @@ def _measure(folder: Path, layers: int, suffix: str, work: list[str], samples: i
     for kind in work:
         words = [sys.executable, __file__, "--child", str(folder), "--work", kind, "--samples", str(samples)]
         result = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(result.stdout.splitlines()[-1])
+        used = json.loads(result.stdout.splitlines()[-1])
         print(
             f"{kind}: {layers} layers, {size / 1e9:.2f} GB in {len(files)} .{suffix} files: "
-            f"peak {found['peak'] / 1e9:.2f} GB, limit {LIMITS[kind]:.2f} GB; {found['seconds']:.0f} s",
+            f"peak {used['peak'] / 1e9:.2f} GB, limit {LIMITS[kind]:.2f} GB; {used['seconds']:.0f} s",
             flush=True,
         )
 

@@ -40,8 +40,7 @@ from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, measure_latency
-from edgeprune.pipeline.comparison import Comparison, Layout, generate_samples
-from edgeprune.pipeline.comparison import WidthRule as Way
+from edgeprune.pipeline.comparison import Comparison, Layout, WidthRule, generate_samples
 from edgeprune.pipeline.documents import GENERATED
 from edgeprune.pipeline.kind import Language
 from edgeprune.profiles import profile_of
@@ -64,7 +63,7 @@ MARGIN = 0.015
 
 
 def draw(dense: Decoder, generator: np.random.Generator) -> Decoder:
-    """Random widths: one number of heads, free channels, and some modules gone."""
+    """Returns the decoder with random widths: one number of heads, free channels, and some modules gone."""
     groups, heads, channels = dense.layer_widths[0]
     g, r = int(generator.integers(1, groups + 1)), int(generator.integers(1, heads + 1))
     least = float(generator.uniform(0.2, 1.0))
@@ -81,7 +80,7 @@ def draw(dense: Decoder, generator: np.random.Generator) -> Decoder:
 
 
 def measure(dense: Decoder, decoders: Sequence[Decoder], workload: Workload) -> Iterator[dict[str, dict[str, float]]]:
-    """Prefill and decode of each over the dense model's, with intervals, on random weights."""
+    """Returns prefill and decode of each decoder over the dense model's, with intervals, on random weights."""
     for start in range(0, len(decoders), AT_ONCE - 1):
         some = decoders[start : start + AT_ONCE - 1]
         with tempfile.TemporaryDirectory() as name:
@@ -93,41 +92,46 @@ def measure(dense: Decoder, decoders: Sequence[Decoder], workload: Workload) -> 
                 variant = GraphVariant("onnxruntime", "last")
                 write_graphs(compact, RandomWeights(compact), folder, "fp32", [variant], workload.context)
                 graphs[str(place)] = folder / GRAPH_FILE
-            found = measure_latency(graphs, workload, SECONDS * len(graphs))
+            latencies = measure_latency(graphs, workload, SECONDS * len(graphs))
         for place in range(1, len(graphs)):
-            yield {kind: found[kind][str(place)]["ratio"] for kind in ("prefill", "decode")}
+            yield {kind: latencies[kind][str(place)]["ratio"] for kind in ("prefill", "decode")}
 
 
-def interval(found: dict[str, float]) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def interval(ratio: dict[str, float]) -> str:
+    """Returns a ratio with its interval."""
+    return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
 
 
 @dataclass(frozen=True)
 class Bench:
+    """The parts of the benchmark on one model."""
+
     model: Model
 
     def costs(self, workload: Workload) -> LatencyCosts:
+        """Returns the costs of widths, measured on this machine."""
         profile = with_figures(profile_of("cpu", None))
         engine = OnnxRuntime(profile, workload, "fp32", "bench")
         with tempfile.TemporaryDirectory() as folder:
             times = measured_times(
-                engine, self.model.decoder, profile, workload, "fp32", Path(folder), lambda *told: None
+                engine, self.model.decoder, profile, workload, "fp32", Path(folder), lambda *progress: None
             )
         return fit(self.model.decoder, profile, "fp32", times, "measured")
 
     def planner(self, workload: Workload, layout: str, ids: np.ndarray) -> Planner:
-        """As in a run, the dense model at 1 for latencies."""
+        """Returns the planner of a run, with the dense model's latencies at 1."""
         profile, decoder = with_figures(profile_of("cpu", None)), self.model.decoder
         latency = self.costs(workload)
         memory = memory_costs(decoder, profile, workload, "fp32")
         costs = {"memory": memory, "prefill": latency.prefill, "decode": latency.decode}
-        found = sensitivities_of(self.model, ids, "default", 0, Silent())
+        sensitivities = sensitivities_of(self.model, ids, "default", 0, Silent())
         whole = {decoder.vocab_size: 0.0}
-        problem = Problem(dense_widths(decoder), found, costs, profile.channel_multiple, whole)
+        problem = Problem(dense_widths(decoder), sensitivities, costs, profile.channel_multiple, whole)
         dense = {"memory": problem.estimate(problem.everything)["memory"], "prefill": 1.0, "decode": 1.0}
         return Planner(problem, layout, latency, corrected(problem.estimate, problem.everything, dense))
 
     def predict(self, workload: Workload) -> None:
+        """Prints the predicted latency of random decoders against the measured one."""
         dense = self.model.decoder
         start = time.monotonic()
         latency = self.costs(workload)
@@ -136,9 +140,9 @@ class Bench:
         generator = np.random.default_rng(1)
         decoders = [draw(dense, generator) for _ in range(DECODERS)]
         errors: dict[str, list[float]] = {"prefill": [], "decode": []}
-        for decoder, found in zip(decoders, measure(dense, decoders, workload), strict=True):
+        for decoder, ratios in zip(decoders, measure(dense, decoders, workload), strict=True):
             line = []
-            for kind, ratio in found.items():
+            for kind, ratio in ratios.items():
                 table = getattr(latency, kind)
                 widths = [decoder.layer_widths, dense.layer_widths]
                 predicted, whole = (table.total(layers, dense.vocab_size) for layers in widths)
@@ -151,7 +155,10 @@ class Bench:
             )
 
     def builds(self, ids: np.ndarray) -> None:
-        """The real loop; a candidate is built of random weights, which its latency does not depend on."""
+        """Prints how many candidates the search builds over workloads, layouts and budgets.
+
+        The candidates have random weights, on which their latency does not depend.
+        """
         dense, counts = self.model.decoder, Counter()
         for workload, layout, budget in itertools.product(WORKLOADS, LAYOUTS, BUDGETS):
             planner = self.planner(workload, layout, ids)
@@ -167,12 +174,12 @@ class Bench:
                 workload: Workload = workload,
             ) -> Costs:
                 decoder = dense.with_layer_widths(allocation.layers)
-                (found,) = measure(dense, [decoder], workload)
+                (ratios,) = measure(dense, [decoder], workload)
                 memory = planner.problem.estimate(allocation)["memory"]
-                values = {"memory": memory} | {kind: ratio["value"] for kind, ratio in found.items()}
-                highs = {"memory": memory} | {kind: ratio["high"] for kind, ratio in found.items()}
+                values = {"memory": memory} | {kind: ratio["value"] for kind, ratio in ratios.items()}
+                highs = {"memory": memory} | {kind: ratio["high"] for kind, ratio in ratios.items()}
                 met = all(highs[name] <= limit for name, limit in limits.items())
-                missed = any(found[name]["low"] > limit for name, limit in limits.items() if name in found)
+                missed = any(ratios[name]["low"] > limit for name, limit in limits.items() if name in ratios)
                 return Costs(values, "met" if met else "missed" if missed else "noisy")
 
             margins = {"memory": 0.0, "prefill": MARGIN, "decode": MARGIN}
@@ -187,6 +194,7 @@ class Bench:
         print(f"  distribution: {dict(sorted(counts.items()))}")
 
     def seconds(self, ids: np.ndarray) -> None:
+        """Prints the seconds of the search itself, without builds."""
         for layout in LAYOUTS:
             planner = self.planner(WORKLOADS[0], layout, ids)
             for budget in BUDGETS:
@@ -195,13 +203,14 @@ class Bench:
                 times = []
                 for _ in range(5):
                     start = time.monotonic()
-                    found = planner.within(limits)
-                    planner.gains(limits, found)
+                    allocation = planner.within(limits)
+                    planner.gains(limits, allocation)
                     times.append(time.monotonic() - start)
                 print(f"seconds, {layout}, {budget}: {np.median(times):.2f} s [{min(times):.2f}, {max(times):.2f}]")
 
     def quality(self, texts: Texts, workload: Workload) -> None:
-        """Even widths and the search's under one limit on predicted decode; then what both really take and lose."""
+        """Prints the decode and the perplexity of even widths and of the search's, under one limit on predicted
+        decode."""
         ids = torch.from_numpy(texts.rows(16, 0))
         generated = generate_samples(self.model, Language(), GENERATED, LENGTH, 0, Silent())
         comparison = Comparison(self.model, ids, generated, texts.evaluation, LENGTH, 0, Silent())
@@ -209,18 +218,18 @@ class Bench:
         for share in SHARES:
             targets = {"even": self._even(workload, share, ids.numpy())}
             for layout in LAYOUTS:
-                found = self.planner(workload, layout, ids.numpy()).within({"decode": share})
-                targets[layout] = dense.with_layer_widths(found.layers)
+                allocation = self.planner(workload, layout, ids.numpy()).within({"decode": share})
+                targets[layout] = dense.with_layer_widths(allocation.layers)
             measured = measure(dense, list(targets.values()), workload)
-            for (name, target), found in zip(targets.items(), measured, strict=True):
+            for (name, target), ratios in zip(targets.items(), measured, strict=True):
                 layout = Layout.PER_LAYER if name == "per-layer" else Layout.UNIFORM
                 row = comparison.run_to(
-                    target, "default", share, layout, Way.EVEN if name == "even" else Way.SENSITIVITY
+                    target, "default", share, layout, WidthRule.EVEN if name == "even" else WidthRule.SENSITIVITY
                 )
                 if name == "even":
                     even = comparison.losses.pop(row.key)
                 print(
-                    f"quality, decode {100 * share:.0f} %, {name}: decode {interval(found['decode'])}, "
+                    f"quality, decode {100 * share:.0f} %, {name}: decode {interval(ratios['decode'])}, "
                     f"{100 * row.ratio:.1f} % removed, "
                     + ", ".join(f"{t} {value:.2f} (rise {row.rise[t][0]:.3f})" for t, value in row.perplexity.items())
                     + ("" if name == "even" else self._less(comparison, row, even)),
@@ -228,6 +237,7 @@ class Bench:
                 )
 
     def _less(self, comparison: Comparison, row: object, even: object) -> str:
+        """Returns the rise of log perplexity over even widths, by text with its interval."""
         from edgeprune.evaluate.perplexity import log_rise
 
         own = comparison.losses.pop(row.key)
@@ -237,7 +247,8 @@ class Bench:
         )
 
     def _even(self, workload: Workload, share: float, ids: np.ndarray) -> Decoder:
-        """The same widths in every layer, as equal shares of heads and channels as the limit allows."""
+        """Returns the decoder with the same widths in every layer, as equal shares of heads and channels as the limit
+        allows."""
         planner = self.planner(workload, "uniform", ids)
         problem, layers = planner.problem, len(self.model.decoder.layers)
 
@@ -247,9 +258,9 @@ class Bench:
             return abs(heads - widths[2] / full[2])
 
         def fits(widths: Widths) -> bool:
-            made = Allocation((widths,) * layers, self.model.decoder.vocab_size, 0.0)
-            taken = planner.estimator.predict(made)["decode"]
-            return 0.97 * share <= taken <= share
+            allocation = Allocation((widths,) * layers, self.model.decoder.vocab_size, 0.0)
+            predicted = planner.estimator.predict(allocation)["decode"]
+            return 0.97 * share <= predicted <= share
 
         best = min(filter(fits, uniform_options(problem.dense, problem.multiple)), key=unevenness)
         return self.model.decoder.with_widths(*best)
@@ -260,11 +271,11 @@ def main() -> None:
     parser.add_argument("--sotu", type=Path, required=True)
     parser.add_argument("--handbook", type=Path, required=True)
     parser.add_argument("--parts", default="predict,seconds,quality,builds")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     bench = Bench(load_model("demo"))
-    texts = read_texts(given.sotu, given.handbook, load_tokenizer(bench.model.directory))
+    texts = read_texts(arguments.sotu, arguments.handbook, load_tokenizer(bench.model.directory))
     ids = texts.rows(16, 0)
-    for part in given.parts.split(","):
+    for part in arguments.parts.split(","):
         match part:
             case "predict":
                 bench.predict(WORKLOADS[0])
