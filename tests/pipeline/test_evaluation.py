@@ -19,8 +19,10 @@ from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokens.vocabulary import Vocabulary, needed, retokenized
 from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import open_journal
+from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.results import Samples
 from edgeprune.progress import Silent
 from tests.support.checkpoints import save_llama
@@ -43,7 +45,7 @@ class Home:
             workload=Workload(1, 16, CONTEXT),
             request=SimpleNamespace(seed=0),
             length=32,
-            imaging=None,
+            kind=Language(),
         )
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
         return Evaluator(setup, open_journal(folder, {}, resume, False), Silent(), samples, self.plain)
@@ -64,7 +66,7 @@ def write(model: Model, folder: Path) -> Path:
 def candidate(model: Model, folder: Path) -> SimpleNamespace:
     """As the loop's: the fp32 graphs stand beside those of the device's precision."""
     write(model, folder / "onnx-fp32")
-    return SimpleNamespace(model=model, exported=SimpleNamespace(graphs=folder / "onnx-fp16"))
+    return SimpleNamespace(model=model, runnable_graph=folder / "onnx-fp32" / GRAPH_FILE)
 
 
 @pytest.fixture(scope="module")
