@@ -1,7 +1,7 @@
-"""Budget: limits for memory, prefill and decode, absolute or relative to the dense model; and the verdict.
+"""The budget: limits for memory, prefill and decode, absolute or relative to the dense model; and the verdict.
 
-Sizes are understood as written: 1 GiB is 1024^3 bytes, 1 GB is 1000^3. It knows nothing about models,
-devices or how a figure came about, beyond the source that each figure carries.
+Sizes are understood as written: 1 GiB is 1024^3 bytes, 1 GB is 1000^3. This file knows nothing about models, devices
+or the way a figure was obtained, beyond the source that each figure carries.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ _FORM = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*(
 
 @dataclass(frozen=True)
 class Limit:
-    """value: bytes or ms; where relative, a share of the dense model's (0 to 1). asked: as the user wrote it."""
+    """One limit of a budget.
+
+    value: in bytes or ms; where relative, a share of the dense model's figure (0 to 1). asked: as the user wrote it.
+    """
 
     value: float
     relative: bool
@@ -56,7 +59,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class AbsoluteBudget:
-    """Every limit that was given, relative ones resolved: memory in bytes, prefill and decode in ms."""
+    """A budget with its relative limits resolved: memory in bytes, prefill and decode in ms."""
 
     memory: float | None = None
     prefill: float | None = None
@@ -64,13 +67,13 @@ class AbsoluteBudget:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that were given, by constraint."""
+        """The limits that are set, by constraint."""
         return {name: limit for name in CONSTRAINTS if (limit := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """max_quality_loss: acceptable rise of held-out perplexity in percent."""
+    """The limits of a fit. max_quality_loss: the acceptable rise of held-out perplexity in percent."""
 
     memory: Limit | None = None
     prefill: Limit | None = None
@@ -79,11 +82,14 @@ class Budget:
 
     @property
     def limits(self) -> dict[str, Limit]:
-        """The limits that were given, by constraint."""
+        """The limits that are set, by constraint."""
         return {name: limit for name in CONSTRAINTS if (limit := getattr(self, name)) is not None}
 
     def absolute(self, dense: Performance) -> AbsoluteBudget:
-        """Relative limits against the dense model; a memory limit counts all but the runtime's fixed part."""
+        """Returns the budget with its relative limits resolved against the dense model.
+
+        A relative memory limit is a share of all but the runtime's fixed part, which is added to it.
+        """
 
         def resolve(name: str, limit: Limit) -> float:
             if not limit.relative:
@@ -97,7 +103,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Check:
-    """One constraint against what was obtained: limit and figure in bytes or ms.
+    """One constraint with the figure that was obtained and its status; limit and figure in bytes or ms.
 
     ratio: the figure that decided instead, where a latency was compared with the dense model's in the same run.
     """
@@ -112,7 +118,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """source: the weakest among the figures that it rests on (`estimated` if there is no constraint)."""
+    """The checks of all constraints.
+
+    source: the weakest among the figures that it rests on (`estimated` if there is no constraint).
+    """
 
     checks: tuple[Check, ...]
     source: Source
@@ -124,11 +133,12 @@ class Verdict:
 
     @property
     def met(self) -> bool:
+        """Returns whether every constraint is met."""
         return self.status == "met"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `1.5GiB`, `900MB`, `2 GB`, rounded. Raises InputError."""
+    """Returns the bytes of `1.5GiB`, `900MB` or `2 GB`, rounded. Raises InputError."""
     number, unit = _split(text, "size", SIZE_FORMS)
     if (factor := _SIZE_UNITS.get(unit.upper())) is None:
         raise _malformed(text, "size", SIZE_FORMS, number, unit)
@@ -138,7 +148,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_latency(text: str) -> float:
-    """Milliseconds of `25ms`, `0.5s`. Raises InputError."""
+    """Returns the milliseconds of `25ms` or `0.5s`. Raises InputError."""
     number, unit = _split(text, "latency", LATENCY_FORMS)
     if (factor := _LATENCY_UNITS.get(unit.upper())) is None:
         raise _malformed(text, "latency", LATENCY_FORMS, number, unit)
@@ -146,7 +156,7 @@ def parse_latency(text: str) -> float:
 
 
 def parse_percent(text: str) -> float:
-    """The share, above 0 and at most 1, of `70%`. Raises InputError."""
+    """Returns the share of `70%`, which is above 0 and at most 1. Raises InputError."""
     number, unit = _split(text, "share", PERCENT_FORMS)
     if unit != "%":
         raise _malformed(text, "share", PERCENT_FORMS, number, unit)
@@ -159,7 +169,10 @@ def parse_percent(text: str) -> float:
 
 
 def parse_limit(constraint: str, text: str) -> Limit:
-    """A limit for `memory`, `prefill` or `decode`, absolute or in percent. Raises InputError naming it."""
+    """Returns the limit for `memory`, `prefill` or `decode`, absolute or in percent.
+
+    Raises InputError that names the constraint.
+    """
     try:
         if text.strip().endswith("%"):
             return Limit(parse_percent(text), relative=True, asked=text.strip())
@@ -172,13 +185,17 @@ def parse_limit(constraint: str, text: str) -> Limit:
 def parse_budget(
     memory: str | None, prefill: str | None, decode: str | None, max_quality_loss: str | float | None = None
 ) -> Budget:
-    """The budget of the given texts; max_quality_loss in percent, with or without its sign. Raises InputError."""
-    given = {"memory": memory, "prefill": prefill, "decode": decode}
-    limits = {name: parse_limit(name, text) for name, text in given.items() if text is not None}
+    """Returns the budget that texts describe; max_quality_loss in percent, with or without its sign.
+
+    Raises InputError.
+    """
+    texts = {"memory": memory, "prefill": prefill, "decode": decode}
+    limits = {name: parse_limit(name, text) for name, text in texts.items() if text is not None}
     return Budget(**limits, max_quality_loss=None if max_quality_loss is None else _quality_loss(max_quality_loss))
 
 
 def _quality_loss(asked: str | float) -> float:
+    """Returns a percentage as a number, 0 or more. Raises InputError."""
     try:
         percent = float(asked.strip().removesuffix("%") if isinstance(asked, str) else asked)
     except ValueError:
@@ -192,16 +209,17 @@ def _quality_loss(asked: str | float) -> float:
 
 
 def _split(text: str, what: str, forms: str) -> tuple[Fraction, str]:
-    """The exact, positive number and the unit of a text."""
+    """Returns the exact, positive number and the unit of a text. Raises InputError."""
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise InputError(f"malformed {what} {text!r}: not a number with a unit", f"Write it as {forms}.")
-    # The float first: an exponent of many digits would make the exact number fill the memory.
+    # The float is checked first: an exponent of many digits would make the exact number fill the memory.
     _positive_float(float(match[1]), text, what, forms)
     return Fraction(match[1]), match[2]
 
 
 def _positive_float(number: Fraction | float, text: str, what: str, forms: str) -> float:
+    """Returns the number as a float. Raises InputError where it is not positive or not finite."""
     try:
         value = float(number)
     except OverflowError:
@@ -213,13 +231,14 @@ def _positive_float(number: Fraction | float, text: str, what: str, forms: str) 
 
 
 def _malformed(text: str, what: str, forms: str, number: Fraction, unit: str) -> InputError:
+    """Returns the error for a text whose unit is missing or unknown."""
     understood = f"{float(number):g} {unit}".strip()
-    reason = f"{unit!r} is no unit of a {what}" if unit else "it has no unit"
+    reason = f"{unit!r} is not a unit of {what}" if unit else "it has no unit"
     return InputError(f"malformed {what} {text!r}: understood {understood}, but {reason}", f"Write it as {forms}.")
 
 
 def describe(budget: Budget) -> str:
-    """What was understood, as `memory 1610612736 bytes (1.50 GiB), decode 70% of the dense model`."""
+    """Returns the limits in words, as `memory 1610612736 bytes (1.50 GiB), decode 70% of the dense model`."""
     return ", ".join(f"{name} {_understood(name, limit)}" for name, limit in budget.limits.items())
 
 
@@ -230,13 +249,13 @@ def _understood(name: str, limit: Limit) -> str:
 
 
 def judge(budget: Budget, dense: Performance, performance: Performance) -> Verdict:
-    """Every limit against what was obtained.
+    """Returns the verdict of a budget on the performance that was obtained.
 
-    A measured figure counts by its interval: met where the whole of it lies at or below the limit, missed
-    where the whole lies above, else noisy; other figures by their value. A latency that has a ratio to the
-    dense model, interleaved in the same run, counts by that: a relative limit against the ratio itself, an
-    absolute one against the dense model's latency times the ratio, which leaves out what the machine did
-    between the two runs. The dense model itself is at 100 % by definition.
+    A measured figure counts by its interval: it is met where the whole interval lies at or below the limit, missed
+    where the whole interval lies above it, else noisy. Other figures count by their value. A latency that has a
+    ratio to the dense model, interleaved in the same run, counts by that ratio: a relative limit is compared with
+    the ratio itself, an absolute one with the dense model's latency times the ratio, which leaves out what the
+    machine did between the two runs. The dense model itself is at 100 % by definition.
     """
     absolute = budget.absolute(dense)
     checks = tuple(
@@ -247,6 +266,7 @@ def judge(budget: Budget, dense: Performance, performance: Performance) -> Verdi
 
 
 def _check(name: str, limit: Limit, absolute: float, dense: Performance, performance: Performance) -> Check:
+    """Returns the check of one constraint, as judge describes it; absolute: the limit in bytes or ms."""
     asked = limit.asked or _understood(name, limit)
     if name == "memory":
         figure = memory_total(performance)
@@ -264,7 +284,10 @@ def _check(name: str, limit: Limit, absolute: float, dense: Performance, perform
 
 
 def judge_quality(budget: Budget, rises: Iterable[tuple[float, float]]) -> Status:
-    """The quality limit against the intervals (low, high) in percent of the rise on every text; met without a limit."""
+    """Returns the status of the quality limit, from the intervals (low, high) in percent of the rise on each text.
+
+    Without a limit it is met.
+    """
     if budget.max_quality_loss is None:
         return "met"
     return _worst(_compare(low, high, budget.max_quality_loss) for low, high in rises)
@@ -277,16 +300,16 @@ def _status(figure: Figure, limit: float) -> Status:
 
 
 def _compare(low: float, high: float, limit: float) -> Status:
-    return "met" if high <= limit else "noisy" if low <= limit else "missed"  # not a number: missed
+    return "met" if high <= limit else "noisy" if low <= limit else "missed"  # a figure that is not a number is missed
 
 
 def _worst(statuses: Iterable[Status]) -> Status:
-    found = set(statuses)
-    return "missed" if "missed" in found else "noisy" if "noisy" in found else "met"
+    distinct = set(statuses)
+    return "missed" if "missed" in distinct else "noisy" if "noisy" in distinct else "met"
 
 
 def _scaled(dense: Figure, ratio: Measured) -> Figure:
-    """The dense figure times the ratio; an estimate stays one."""
+    """Returns the dense figure times the ratio, of the same source as the dense figure."""
     if isinstance(dense, Measured):
         low, high = dense.low * ratio.low, dense.high * ratio.high
         return replace(dense, value=dense.value * ratio.value, low=low, high=high)
@@ -296,22 +319,23 @@ def _scaled(dense: Figure, ratio: Measured) -> Figure:
 def reported(performance: Performance) -> dict[str, Any]:
     """Returns a performance as reports hold it: its figures as JSON, with the total of the memory."""
     shown = performance_to_json(performance)
-    del shown["notes"]  # they are among the warnings
+    del shown["notes"]  # reports hold them among the warnings
     return {**shown, "memory_total": figure_to_json(memory_total(performance))}
 
 
 def memory_total(performance: Performance) -> Figure:
-    """The five parts as one figure in bytes, of the weakest source among them."""
-    parts = list(performance.memory.parts.values())
-    weakest = min(parts, key=lambda part: _SOURCES.index(part.source))
+    """Returns the five parts of the memory as one figure in bytes, of the weakest source among them."""
+    figures = list(performance.memory.parts.values())
+    weakest = min(figures, key=lambda figure: _SOURCES.index(figure.source))
     total = performance.memory.total
     if isinstance(weakest, Measured):  # then all parts are
-        return replace(weakest, value=total, low=sum(p.low for p in parts), high=sum(p.high for p in parts))
+        low, high = sum(figure.low for figure in figures), sum(figure.high for figure in figures)
+        return replace(weakest, value=total, low=low, high=high)
     return replace(weakest, value=total, basis="sum of weights, cache, activations, buffers and runtime")
 
 
 def format_bytes(value: float) -> str:
-    """Binary units, as `1.50 GiB`, `270.0 MiB`."""
+    """Returns a number of bytes in binary units, as `1.50 GiB` or `270.0 MiB`."""
     for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
         if round(abs(value) / size, digits) >= 1:
             return f"{value / size:.{digits}f} {unit}"
@@ -319,6 +343,6 @@ def format_bytes(value: float) -> str:
 
 
 def format_ms(value: float) -> str:
-    """Three digits or more, as `6.15 ms`, `52.6 ms`, `1384 ms`."""
+    """Returns milliseconds with three digits or more, as `6.15 ms`, `52.6 ms` or `1384 ms`."""
     digits = 2 if round(abs(value), 2) < 10 else 1 if round(abs(value), 1) < 100 else 0
     return f"{value:.{digits}f} ms"

@@ -1,8 +1,8 @@
-"""How long measurements and waits take, in one value. Python 3.10, standard library only.
+"""The durations of measurements and waits, in one value. Python 3.10, standard library only.
 
 The environment variable EDGEPRUNE_TIMING overrides single durations as a JSON object, {"measure_seconds": 0.3}, here
-and in every process that is started from here. It is for tests and for debugging: what is measured in less time is
-noisier, and its interval says so.
+and in every process that is started from here. It is for tests and for debugging: a shorter measurement is noisier
+and has a wider interval. This file does not know what is measured.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ VARIABLE = "EDGEPRUNE_TIMING"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds, but for block_ms. What limits a failure, and not a success, is not among them."""
+    """The durations in seconds, but for block_ms. Limits that only a failure reaches are not among them."""
 
-    measure_seconds: float = 40.0  # of one model or of two in turn, prefill and decode together, at most
+    measure_seconds: float = 40.0  # of one model, or of two in turn, prefill and decode together, at most
     survey_seconds: float = 3.0  # of each of many models in turn, prefill and decode together, at most
     cross_check_seconds: float = 10.0  # of the fitted and the dense model on the workstation, at most
     warm_up_seconds: float = 0.2  # of each model before it is timed
     block_ms: float = 150.0  # of one model before another one's turn
     alive_seconds: float = 15.0  # between two signs of life from the workstation
-    silence_seconds: float = 90.0  # without a sign of life after which the device ends what runs for the workstation
-    fresh_seconds: float = 60.0  # of a file or folder on the device in which nobody else removes it
+    silence_seconds: float = 90.0  # without a sign of life, after which the device ends the workstation's task
+    fresh_seconds: float = 60.0  # after a file or folder was made on the device, in which no other run removes it
 
 
 def timing() -> Timing:

@@ -1,6 +1,6 @@
-"""What a user notices of a running model, from its figures: how fast it answers, for how much memory has room.
+"""The experience of a running model, from its figures: how fast it answers, and how much context has room.
 
-This file also runs on the device: Python 3.10, standard library only; it sees no model.
+This file also runs on the device: Python 3.10, standard library only. It knows no model.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ READING_RATE = WORDS_PER_MINUTE * TOKENS_PER_WORD / 60  # tokens/s
 
 @dataclass(frozen=True)
 class Room:
-    """Memory beyond what was obtained. limit: bytes that may be used; reason: what sets it.
+    """The memory that may be used, and the cost of using more of it.
 
-    most_context: the model's positions. context_bytes, sequence_bytes: what one more token of context, for all
-    sequences, and one more sequence cost on the way from the workload to the limit.
+    limit: in bytes; reason: what sets it. most_context: the positions that the model has, in tokens. context_bytes:
+    the cost of one more token of context for all sequences; sequence_bytes: that of one more sequence; both on the
+    way from the workload to the limit.
     """
 
     limit: float
@@ -31,9 +32,12 @@ class Room:
 
 @dataclass(frozen=True)
 class Experience:
-    """first_token in ms; tokens_per_second of one sequence; reading_speed: how many times a reader's rate that is, or
-    of an image generator seconds_per_image, codes alone; longest_context in tokens and sequences at once, by memory
-    alone, 0 where there is not room for one."""
+    """The figures that a user notices.
+
+    first_token: in ms. tokens_per_second: of one sequence. reading_speed: that rate relative to a reader's; None for
+    image generators. seconds_per_image: of the codes alone; None for texts. longest_context: in tokens. sequences: at
+    once. The last two are by memory alone, and 0 where there is not room for one.
+    """
 
     first_token: Figure
     tokens_per_second: Figure
@@ -45,6 +49,7 @@ class Experience:
 
     @property
     def figures(self) -> dict[str, Figure | None]:
+        """All figures by name, without the room."""
         return {name: value for name, value in self.__dict__.items() if name != "room"}
 
 
@@ -56,14 +61,19 @@ def experience_of(
     sequences: int,
     images: int | None = None,
 ) -> Experience:
-    """images: at once, of an image generator, which fills the workload's context; None for texts."""
-    rate = _turned(performance.decode, 1e3, "tokens/s")
+    """Returns the experience of a performance, given the longest context and the sequences that have room.
+
+    images: those that an image generator makes at once, each of which fills the workload's context; None for texts.
+    """
+    # The estimates name the memory and the limit that they rest on.
+    rate = _reciprocal(performance.decode, 1e3, "tokens/s")
     base = f"{performance.memory.total / 2**20:.1f} MiB at batch {workload.batch}, context {workload.context}"
     limited = f"{base}, and what more would cost, within {room.limit / 2**20:.1f} MiB: {room.reason}"
 
     def estimate(value: int, unit: str, basis: str) -> Estimate:
         return Estimate(float(value), unit, performance.memory.weights.device, basis)
 
+    # Text has a reader's speed, an image generator a time for each image.
     return Experience(
         first_token=performance.prefill,
         tokens_per_second=rate,
@@ -80,7 +90,10 @@ def experience_of(
 
 
 def experience_again(performance: Performance, workload: Workload, room: Room, images: int | None = None) -> Experience:
-    """The same for other figures of the same model, such as those of its device: room as it was found before."""
+    """Returns the experience for other figures of the same model, such as its device's, with the room as it was.
+
+    Context and sequences follow from the memory that is left below the room's limit.
+    """
     spare = room.limit - performance.memory.total
     context = workload.context + spare // room.context_bytes
     sequences = workload.batch + spare // room.sequence_bytes
@@ -89,12 +102,15 @@ def experience_again(performance: Performance, workload: Workload, room: Room, i
 
 
 def _seconds_per_image(performance: Performance, workload: Workload, images: int) -> Figure:
-    """The prefill and every further step, as slow as the last: somewhat more than it takes."""
+    """Returns the seconds of an image: the prefill and all further steps, each taken to be as slow as the last.
+
+    That is somewhat more than it takes.
+    """
     prefill, decode = performance.prefill, performance.decode
     steps = workload.context - 1
 
-    def seconds(first: float, each: float) -> float:
-        return (first + steps * each) / images / 1e3
+    def seconds(prefill_ms: float, decode_ms: float) -> float:
+        return (prefill_ms + steps * decode_ms) / images / 1e3
 
     value = seconds(prefill.value, decode.value)
     if isinstance(prefill, Measured) and isinstance(decode, Measured):
@@ -104,8 +120,8 @@ def _seconds_per_image(performance: Performance, workload: Workload, images: int
     return Estimate(value, "s", decode.device, basis)
 
 
-def _turned(figure: Figure, numerator: float, unit: str) -> Figure:
-    """numerator / figure; the interval's bounds change places."""
+def _reciprocal(figure: Figure, numerator: float, unit: str) -> Figure:
+    """Returns numerator / figure; the bounds of an interval change places."""
     value = numerator / figure.value
     if isinstance(figure, Measured):
         return replace(figure, value=value, unit=unit, low=numerator / figure.high, high=numerator / figure.low)
@@ -113,6 +129,7 @@ def _turned(figure: Figure, numerator: float, unit: str) -> Figure:
 
 
 def _scaled(figure: Figure, factor: float, unit: str) -> Figure:
+    """Returns the figure times a factor, in another unit."""
     if isinstance(figure, Measured):
         low, high = factor * figure.low, factor * figure.high
         return replace(figure, value=factor * figure.value, unit=unit, low=low, high=high)

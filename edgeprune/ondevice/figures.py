@@ -1,6 +1,6 @@
-"""What every engine speaks: a workload, and figures that carry their source.
+"""The workload and the figures that all engines share; each figure carries its source.
 
-This file also runs on the device: Python 3.10, standard library only; it sees no model.
+This file also runs on the device: Python 3.10, standard library only. It knows no model.
 An estimate and a measurement are different types, so that one can never pass for the other.
 """
 
@@ -12,7 +12,10 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: `prompt` tokens of prefill; decode at past = context - 1."""
+    """The work that is measured: prefill of `prompt` tokens, and one decode step at past = context - 1.
+
+    batch: sequences at once. prompt, context: in tokens.
+    """
 
     batch: int
     prompt: int
@@ -21,7 +24,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measured:
-    """Ran on `device`; low and high bound the 95 % confidence interval of `value`."""
+    """A figure that was measured on `device`; low and high bound the 95 % confidence interval of `value`."""
 
     value: float
     unit: str
@@ -44,7 +47,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The figure of a model; `basis` names the points that it rests on."""
+    """A figure that a model of the device predicts; `basis` names the points that it rests on."""
 
     value: float
     unit: str
@@ -58,34 +61,36 @@ Figure = Measured | Built | Estimate
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak device bytes at full context, by part (unit `bytes`)."""
+    """The peak memory on the device at full context, by part, in bytes."""
 
     weights: Figure
-    cache: Figure  # past and present both, where the engine does not update in place
+    cache: Figure  # the KV cache; past and present both, where the engine does not update in place
     activations: Figure  # activations and scratch at the workload's maximum shapes
     buffers: Figure  # inputs and outputs other than the cache
     runtime: Figure  # the runtime's fixed part, which no pruning changes
 
     @property
     def parts(self) -> dict[str, Figure]:
+        """The figures of all parts, by name."""
         return dict(self.__dict__)
 
     @property
     def total(self) -> float:
-        return sum(part.value for part in self.parts.values())
+        """The bytes of all parts together."""
+        return sum(figure.value for figure in self.parts.values())
 
     @property
     def prunable(self) -> float:
-        """All but the runtime's fixed part: what a relative budget counts."""
+        """The bytes of all but the runtime's fixed part, to which a relative budget refers."""
         return self.total - self.runtime.value
 
 
 @dataclass(frozen=True)
 class Performance:
-    """What one model needs and reaches on one device. Latencies in ms: `value` is the p50.
+    """The memory and latencies of one model on one device. Latencies are in ms; their `value` is the p50.
 
-    The ratios are to the dense model, interleaved in the same run; absent for the dense model
-    itself and where the latency is an estimate. percentiles: {"decode": {"p50": ..., "p90": ..., "p99": ...}}.
+    The ratios are to the dense model, interleaved in the same run; they are absent for the dense model itself and
+    where the latency is an estimate. percentiles: {"decode": {"p50": ..., "p90": ..., "p99": ...}} in ms.
     """
 
     memory: Memory
@@ -95,11 +100,13 @@ class Performance:
     decode_ratio: Measured | None = None
     percentiles: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    conditions: dict[str, str] = field(default_factory=dict)  # power mode, clocks, temperatures when it was measured
+    conditions: dict[str, str] = field(
+        default_factory=dict
+    )  # power mode, clocks and temperatures during the measurement
 
     @property
     def values(self) -> dict[str, float]:
-        """What a budget can limit: memory in bytes, prefill and decode in ms."""
+        """The values that a budget can limit: memory in bytes, prefill and decode in ms."""
         return {"memory": self.memory.total, "prefill": self.prefill.value, "decode": self.decode.value}
 
 
@@ -107,17 +114,18 @@ _KINDS = {kind.source: kind for kind in (Measured, Built, Estimate)}
 
 
 def figure_to_json(figure: Figure) -> dict[str, Any]:
-    """Returns a figure as journals, devices and reports hold it: what its kind has not is None."""
+    """Returns a figure as journals, devices and reports hold it; fields that its kind lacks are None."""
     return {"source": figure.source, "low": None, "high": None, "basis": None, **asdict(figure)}
 
 
 def figure_from_json(value: dict[str, Any]) -> Figure:
+    """Returns the figure of a document that figure_to_json made."""
     kind = _KINDS[value["source"]]
     return kind(**{field.name: value[field.name] for field in fields(kind)})
 
 
 def performance_to_json(performance: Performance) -> dict[str, Any]:
-    """Every figure keeps its source; absent ratios are None."""
+    """Returns a performance as JSON: each figure with its source, absent ratios as None."""
     ratios = {
         name: None if (figure := getattr(performance, name)) is None else figure_to_json(figure)
         for name in ("prefill_ratio", "decode_ratio")
@@ -134,6 +142,7 @@ def performance_to_json(performance: Performance) -> dict[str, Any]:
 
 
 def performance_from_json(value: dict[str, Any]) -> Performance:
+    """Returns the performance of a document that performance_to_json made."""
     ratios = {
         name: None if value[name] is None else figure_from_json(value[name])
         for name in ("prefill_ratio", "decode_ratio")

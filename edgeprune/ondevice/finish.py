@@ -1,8 +1,8 @@
-"""Finishes a bundle where it runs: build, check, measure, judge; the largest rung that meets the budget is taken.
+"""Measurement of a bundle on its device: build, check, measure and judge; the largest rung within the budget is kept.
 
-`python3 finish.pyz` in the bundle's folder does it on the device with nothing installed but what the engine
-needs; `edgeprune measure` does the same from the workstation. This file runs on both: Python 3.10, standard
-library only.
+`python3 finish.pyz` in the bundle's folder does it on the device, where only what the engine needs is installed;
+`edgeprune measure` does the same from the workstation. This file runs on both: Python 3.10, standard library only.
+It knows deployment.json and the files of the rungs, no model.
 """
 
 from __future__ import annotations
@@ -31,23 +31,26 @@ from edgeprune.ondevice.worker import Tell
 
 DEPLOYMENT = "deployment.json"
 MEASUREMENT = "measurement.json"
-STAGED, READY = ".finish", ".finished"  # folders in the bundle: what is being made, what is complete
+STAGED, READY = ".finish", ".finished"  # folders in the bundle: of files in the making, of complete ones
 
 
 def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, Any]:
-    """Build and measure the bundle's rungs, the largest first, until one meets the budget; write what was found.
+    """Builds and measures the bundle's rungs, the largest first, until one meets the budget; writes the measurement.
 
-    where: the device in words. Returns the measurement as it stands in measurement.json. Raises InputError
-    where the folder is no bundle, EngineError where nothing could be built or an engine computes wrongly; the
-    bundle is then as it was.
+    where: the device in words. Returns the measurement as it stands in measurement.json. Raises InputError where the
+    folder is not a bundle, EngineError where nothing could be built or an engine computes wrongly; the bundle is
+    then as it was.
     """
     open_chosen(bundle)
     with _alone(bundle):
+        # Complete what an interrupted run had ready.
         _settle(bundle)
+        # Measure rungs until one meets the budget; otherwise the smallest that could be measured is chosen.
         plan = _read(bundle / DEPLOYMENT)
         engine, facts = _engine(plan, session, where, tell)
         tried = _try_rungs(bundle, plan, engine, session, tell)
         chosen = [rung for rung in tried if rung.performance is not None][-1]
+        # Write all new files aside, then move them into place.
         measurement = _measurement(tried, chosen, engine, facts, where)
         try:
             _stage(bundle, measurement, chosen)
@@ -61,7 +64,10 @@ def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, 
 
 @contextlib.contextmanager
 def _alone(bundle: Path) -> Iterator[None]:
-    """No other process measures the bundle meanwhile; what was not complete is gone afterwards."""
+    """Locks the bundle against other measurements, and removes incomplete files before and after.
+
+    Raises InputError where the bundle is locked already or its folder cannot be written to.
+    """
     if not os.access(bundle, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to {bundle}", "Copy the bundle to a folder that you may write to.")
     descriptor = os.open(bundle, os.O_RDONLY)
@@ -69,7 +75,9 @@ def _alone(bundle: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"the bundle {bundle} is being measured already", "Wait for the other one.") from None
+            raise InputError(
+                f"the bundle {bundle} is being measured already", "Wait for the other measurement to end."
+            ) from None
         except OSError:
             pass  # a file system without locks
         shutil.rmtree(bundle / STAGED, ignore_errors=True)
@@ -80,7 +88,11 @@ def _alone(bundle: Path) -> Iterator[None]:
 
 
 def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> list[MeasuredRung]:
-    """The rungs, the largest first, up to the first that meets the budget; one of them at least was measured."""
+    """Returns the rungs that were tried, largest first, up to the first that meets the budget.
+
+    At least one of them was measured. Raises EngineError otherwise, and at once where an engine computes wrongly or
+    the device cannot be reached.
+    """
     budget = Budget(**{name: Limit(limit["value"], False, limit["asked"]) for name, limit in plan["limits"].items()})
     tried: list[MeasuredRung] = []
     for index in range(len(plan["rungs"])):
@@ -101,13 +113,18 @@ def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session
 
 
 def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> tuple[str, dict[str, Any]]:
-    """The engine that the device has for this bundle, and what the device is. Raises EngineError."""
+    """Returns the engine that the device has for this bundle, and the facts about the device.
+
+    Raises EngineError with the command that installs a missing module, or where the GPU is not the bundle's.
+    """
     facts = measure.describe(session, tell)
     modules = facts["modules"]
+    # ONNX Runtime needs no GPU.
     if plan["engine"] == "onnxruntime":
         if missing := [name for name in ("numpy", "onnxruntime") if modules[name] is None]:
             raise EngineError(_lacks(where, missing, facts), f"pip install {' '.join(missing)}")
         return "onnxruntime", facts
+    # A GPU's bundle takes the bundle's engine, or another one for GPUs.
     order = preferred(plan["engine"])
     engine = next((name for name in order if modules[RUNTIMES[name].module]), None)
     if engine is None or modules["numpy"] is None:
@@ -117,44 +134,54 @@ def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> t
             "JetPack brings tensorrt and numpy (sudo apt install python3-libnvinfer python3-numpy); elsewhere: "
             f"pip install {missing.replace('_', '-')}",
         )
+    # The GPU must be there, and of the compute capability that the bundle is for.
     if facts["gpu"] is None:
         raise EngineError(f"{where}: {facts['no_gpu']}", "Run it on the device, with cuda-python or pycuda installed.")
     if facts["gpu"]["sm"] != plan["sm"]:
         raise EngineError(
-            f"{where} has a {facts['gpu']['name']} of SM {facts['gpu']['sm']}, the bundle is for SM {plan['sm']}",
+            f"{where} has a {facts['gpu']['name']} of SM {facts['gpu']['sm']}, but the bundle is for SM {plan['sm']}",
             "Fit for this device: `edgeprune fit --device NAME` with its profile.",
         )
     return engine, facts
 
 
 def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
-    """A module that is there and does not load is another problem than one that is not."""
-    broken = [why for name in modules if not (why := facts["missing"][name]).startswith("ModuleNotFoundError")]
+    """Returns which modules are missing, in words; of modules that are there and do not load, the reason."""
+    broken = [reason for name in modules if not (reason := facts["missing"][name]).startswith("ModuleNotFoundError")]
     names = " and ".join(modules)
     return f"{where} cannot load {names}: {'; '.join(broken)}" if broken else f"{where} has no Python module {names}"
 
 
 def _perform(bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> Performance:
+    """Builds, checks and measures one rung; its engine is written into the staged folder. Raises EngineError."""
     rung, workload, folder = plan["rungs"][index], Workload(**plan["workload"]), Path("rungs") / str(index)
     staged, folder = bundle / STAGED / folder, bundle / folder
     graph, reference = folder / "onnx" / plan["graph"], folder / "reference.npz"
 
-    def told(stage: str, done: int, total: int) -> None:
+    def on_rung_progress(stage: str, done: int, total: int) -> None:
         tell(f"rung {index}: {stage}" if len(plan["rungs"]) > 1 else stage, done, total)
 
     if engine == "onnxruntime":
         counted = Counted(**rung["counted"])
-        return measure.on_onnxruntime(session, None, graph, workload, counted, told, reference, plan["precision"])
+        return measure.on_onnxruntime(
+            session, None, graph, workload, counted, on_rung_progress, reference, plan["precision"]
+        )
     path = staged / "engine" / f"model.sm{plan['sm']}.engine"
     path.parent.mkdir(parents=True, exist_ok=True)
-    built = measure.build(session, engine, graph, path, workload, told, workspace_bytes=rung["workspace_bytes"])
+    built = measure.build(
+        session, engine, graph, path, workload, on_rung_progress, workspace_bytes=rung["workspace_bytes"]
+    )
     runtime = figure_from_json(plan["runtime"])
-    return measure.on_tensorrt(session, engine, path, built, workload, runtime, reference, plan["precision"], told)
+    return measure.on_tensorrt(
+        session, engine, path, built, workload, runtime, reference, plan["precision"], on_rung_progress
+    )
 
 
 def _measurement(
     tried: list[MeasuredRung], chosen: MeasuredRung, engine: str, facts: dict[str, Any], where: str
 ) -> dict[str, Any]:
+    """Returns the document of measurement.json."""
+    # The chosen rung and the device come first, then every rung that was tried.
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "where": where,
@@ -188,34 +215,38 @@ def _sources(performance: Performance) -> dict[str, str]:
 
 
 def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> None:
-    """All new files beside the old ones: measurement.json, the report with it, a banner in the page, the manifest."""
+    """Writes all new files aside: measurement.json, the report with it, the page with a banner, the manifest."""
+    # The report of the chosen rung, with a warning where links of the bundle's top became folders.
     report = merged(_read(bundle / "rungs" / str(chosen.index) / REPORT), measurement, chosen)
     if copies := _other_copies(bundle, chosen.index):
         report["warnings"].append(
             f"{', '.join(copies)} at the bundle's top became folders when it was copied and hold another rung: "
             f"use those in rungs/{chosen.index}."
         )
+    # The page, with a banner above what it holds.
     page = (bundle / "report.html").read_text(encoding="utf-8")
     begin, end = (page.find(mark) for mark in BANNER)
     if 0 <= begin < end:
         page = page[: begin + len(BANNER[0])] + _banner(report, measurement) + page[end:]
+    # Write measurement, report and page beside the engines that were built.
     staged = bundle / STAGED
     staged.mkdir(exist_ok=True)
     (staged / MEASUREMENT).write_text(json.dumps(measurement, indent=2) + "\n", encoding="utf-8")
-    made = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
-    sizes = {name: path.stat().st_size for name, path in made.items()}
+    staged_files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
+    sizes = {name: path.stat().st_size for name, path in staged_files.items()}
     report["files"] = {**_read(bundle / REPORT)["files"], **sizes}
     for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), ("report.html", page)):
-        made[name] = staged / name
-        made[name].write_text(text, encoding="utf-8")
+        staged_files[name] = staged / name
+        staged_files[name].write_text(text, encoding="utf-8")
+    # The manifest holds their hashes. The rename makes all of them complete at once.
     manifest = open_bundle(bundle)
-    manifest["sha256"].update((name, sha256(path)) for name, path in made.items())
+    manifest["sha256"].update((name, sha256(path)) for name, path in staged_files.items())
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     staged.rename(bundle / READY)
 
 
 def _settle(bundle: Path) -> None:
-    """Move what is complete into its place, the manifest last; what a kill interrupted goes on here the next time."""
+    """Moves complete files into their places, the manifest last; the next run goes on where a kill interrupted it."""
     ready = bundle / READY
     if not ready.is_dir():
         return
@@ -231,9 +262,9 @@ def _settle(bundle: Path) -> None:
 
 
 def _other_copies(bundle: Path, index: int) -> list[str]:
-    """Which of the links at the top a copy made folders of that are not the rung's."""
+    """Returns the links at the bundle's top that became folders in a copy and hold another rung's files."""
 
-    def held(folder: Path) -> dict[str, int]:
+    def file_sizes(folder: Path) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in folder.iterdir()} if folder.is_dir() else {}
 
     return [
@@ -241,11 +272,12 @@ def _other_copies(bundle: Path, index: int) -> list[str]:
         for name in LINKS
         if (bundle / name).is_dir()
         and not (bundle / name).is_symlink()
-        and held(bundle / name) != held(bundle / "rungs" / str(index) / name)
+        and file_sizes(bundle / name) != file_sizes(bundle / "rungs" / str(index) / name)
     ]
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Returns a JSON document of the bundle. Raises InputError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -255,7 +287,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def summary(measurement: dict[str, Any]) -> list[str]:
-    """The measurement in a few lines for a terminal."""
+    """Returns the measurement in a few lines for a terminal."""
     lines = [f"{measurement['machine']}, {measurement['engine']} {measurement['version']}"]
     for rung in measurement["rungs"]:
         figures = "  ".join(
@@ -267,7 +299,7 @@ def summary(measurement: dict[str, Any]) -> list[str]:
 
 
 def _shown(stream: Any) -> Callable[[str, int, int], None]:
-    """One line that is drawn over on a terminal, else one line for each stage."""
+    """Returns a progress callback that rewrites one line on a terminal, and else writes one line for each stage."""
     last = ""
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -285,24 +317,30 @@ def _shown(stream: Any) -> Callable[[str, int, int], None]:
 
 
 def main() -> int:
-    """finish.pyz: exit code 0 budget met, 2 bad input, 3 out of reach, 4 engine or device failed."""
+    """Runs finish.pyz. Returns 0 for a budget met, 2 for bad input, 3 for out of reach, 4 for a failure of the engine.
+
+    130: the user interrupted it.
+    """
+    # Read the command line; tasks find the modules in the archive, and the cache is the device's.
     parser = argparse.ArgumentParser(prog="finish.pyz", description=__doc__.splitlines()[0])
     parser.add_argument("bundle", nargs="?", type=Path, help="default: the folder that finish.pyz is in")
     parser.add_argument("--json", action="store_true", help="print the measurement as one JSON document")
-    given = parser.parse_args()
+    options = parser.parse_args()
     program = Path(sys.argv[0]).resolve()
-    sys.path[0] = str(program)  # the tasks' processes import from it too
+    sys.path[0] = str(program)  # from which the processes of the tasks import as well
     os.environ.setdefault("EDGEPRUNE_CACHE", str(Path.home() / ".cache" / "edgeprune-device"))
+    # Measure the bundle on this machine.
     try:
-        bundle = given.bundle or program.parent
+        bundle = options.bundle or program.parent
         measurement = finish(bundle, Here(), "this machine", _shown(sys.stderr))
     except EdgepruneError as error:
         sys.stderr.write(f"\nerror: {error.message}\n{error.remedy}\n")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    # Print the measurement; the quality limit counts as well.
     sys.stderr.write("\n")
-    sys.stdout.write((json.dumps(measurement, indent=2) if given.json else "\n".join(summary(measurement))) + "\n")
+    sys.stdout.write((json.dumps(measurement, indent=2) if options.json else "\n".join(summary(measurement))) + "\n")
     met = measurement["status"] == _read(bundle / REPORT)["quality_status"] == "met"
     return 0 if met else BudgetError.exit_code
 

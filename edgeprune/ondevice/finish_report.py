@@ -1,4 +1,7 @@
-"""A report with what was measured on the device in place of what was estimated. Python 3.10, standard library only."""
+"""The report of a rung with the device's figures in place of the estimates, and the banner of its page.
+
+This file also runs on the device: Python 3.10, standard library only. It knows no model and measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ BANNER = ("<!-- measured -->", "<!-- /measured -->")
 
 @dataclass(frozen=True)
 class MeasuredRung:
-    """A rung as it was found on the device. error: why it could not be built, empty where it could."""
+    """A rung and its measurement on the device. error: why it could not be built; empty where it was built."""
 
     index: int
     status: str
@@ -26,10 +29,11 @@ class MeasuredRung:
 
 
 def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: MeasuredRung) -> dict[str, Any]:
-    """A rung's report with what was measured in the place of what was estimated."""
+    """Returns a rung's report with the figures of the device in place of the estimates."""
     performance = chosen.performance
-    # Ratios to the dense model are of the workstation: it was not measured there.
+    # Ratios to the dense model are the workstation's: the dense model was not measured on the device.
     shown = {**reported(performance), "prefill_ratio": None, "decode_ratio": None}
+    # The rows of the budget, with the verdict on the device. The row of the quality stays.
     checks = {check.name: check for check in chosen.verdict.checks}
     budget = []
     for row in report["budget"]:
@@ -42,6 +46,7 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Measured
                 "headroom_percent": 100 * (1 - check.figure.value / check.limit),
             }
         budget.append(row)
+    # Tokens per second: the bounds of the interval change places.
     batch, decode = report["workload"]["batch"], shown["decode"]
     rate = {
         **decode,
@@ -51,10 +56,11 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Measured
         "low": 1e3 * batch / decode["high"],
         "high": 1e3 * batch / decode["low"],
     }
+    # First token, longest context and so on, from the device's figures and the room that was computed before.
     room = report["experience"]["fitted"]["room"]
     images = (report["quality"]["pictures"] or {}).get("at_once")
-    again = experience_again(performance, Workload(**report["workload"]), Room(**room), images)
-    noticed = {name: figure and figure_to_json(figure) for name, figure in again.figures.items()}
+    experience = experience_again(performance, Workload(**report["workload"]), Room(**room), images)
+    experience_json = {name: figure and figure_to_json(figure) for name, figure in experience.figures.items()}
     return {
         **report,
         "headline": _headline(report, measurement, chosen),
@@ -64,15 +70,16 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Measured
         "measurement": measurement,
         "fitted": {**report["fitted"], "performance": shown},
         "tokens_per_second": {**report["tokens_per_second"], "fitted": rate},
-        "experience": {**report["experience"], "fitted": {**noticed, "room": room}},
+        "experience": {**report["experience"], "fitted": {**experience_json, "room": room}},
         "warnings": [text for text in report["warnings"] if text != NOT_MEASURED] + list(performance.notes),
     }
 
 
 def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: MeasuredRung) -> str:
+    """Returns one sentence: whether the model meets the budget on the device, and at which loss of quality."""
     name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
     asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
-    rise = float(report["quality"]["rise_percent"])  # a broken model's is the text `Infinity`
+    rise = float(report["quality"]["rise_percent"])  # of a broken model it is the text `Infinity`
     cost = f"at {rise:+.1f} % perplexity{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}"
     if chosen.status == "noisy":
         return f"{name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
@@ -86,6 +93,7 @@ def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Measu
 
 
 def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
+    """Returns the HTML of the banner: the headline and the verdict of each constraint on the device."""
     rows = "".join(
         f"<tr><td>{html.escape(row['name'])}</td><td class='{row['status']} n'><b>{html.escape(row['status'])}</b></td>"
         f"<td class='n'>{_text(row['name'], row['fitted']['value'])} "
@@ -98,7 +106,7 @@ def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
     return (
         f"<section class='card'><h2>{html.escape(report['headline'])}</h2><p class='soft'>Measured "
         f"{html.escape(measurement['created'])} with {html.escape(version)}, rung {measurement['rung']}. The page "
-        "below is from before; <code>edgeprune report BUNDLE</code> on the workstation draws it anew.</p>"
+        "below is older; <code>edgeprune report BUNDLE</code> on the workstation draws it anew.</p>"
         f"<table><tr><th>constraint</th><th>verdict</th><th>there</th><th>limit</th></tr>{rows}</table></section>"
     )
 

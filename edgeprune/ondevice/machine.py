@@ -1,6 +1,6 @@
-"""What this machine is and in which state it was measured: recorded beside figures, never changed.
+"""The facts about this machine and the state in which it was measured. They are recorded, never changed.
 
-This file also runs on the device: Python 3.10, standard library only.
+This file also runs on the device: Python 3.10, standard library only. It does not know which figures they accompany.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _QUERY = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.limit,persist
 
 
 def processor() -> str:
-    """The processor's model name, and how many threads this process may use at once."""
+    """Returns the processor's model name, and the number of threads that this process may use at once."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -32,18 +32,19 @@ def processor() -> str:
 
 
 def threads() -> int:
+    """Returns the number of threads that this process may use at once."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:
-    """The board's name where the system has one (a Jetson), else the processor's."""
+    """Returns the board's name where the system has one (a Jetson), else the processor's."""
     with contextlib.suppress(OSError):
         return Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0\n ")
     return processor()
 
 
 def memory_state() -> dict[str, int]:
-    """Bytes that are available and that are swapped out, by /proc/meminfo; empty where there is none.
+    """Returns the bytes in all, available and swapped out, by /proc/meminfo; empty where there is no such file.
 
     On a Jetson, where CPU and GPU share memory, this is what a program can have, not what CUDA calls free.
     """
@@ -57,16 +58,16 @@ def memory_state() -> dict[str, int]:
 
 
 def reset_peak_bytes() -> None:
-    """Let the peak begin again at what is resident now; Linux only, elsewhere it stays that of the process."""
+    """Lets the peak begin again at the bytes that are resident now, on Linux; elsewhere the process keeps its peak."""
     path = Path("/proc/self/clear_refs")
     if path.exists():
         path.write_text("5")
 
 
 def peak_bytes() -> int:
-    """Peak resident bytes of this process; file pages that are mapped and touched count.
+    """Returns the peak resident bytes of this process, which include file pages that are mapped and touched.
 
-    On Linux from its own memory map: ru_maxrss there begins at the size of the parent.
+    On Linux they are read from /proc/self/status, because ru_maxrss begins there at the size of the parent.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -79,42 +80,48 @@ def peak_bytes() -> int:
 
 
 def used_memory() -> int | None:
-    """Bytes that the GPU's memory has in use by all programs: by nvidia-smi where the GPU has a memory of its own,
-    else by /proc/meminfo; None where neither says."""
+    """Returns the bytes of the GPU's memory that all programs use together; None where they are unknown.
+
+    They come from nvidia-smi where the GPU has a memory of its own, else from /proc/meminfo.
+    """
     with contextlib.suppress(ValueError, IndexError):  # an integrated GPU answers [N/A]
-        return int(_said("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()[0]) * 2**20
+        return (
+            int(_output_of("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()[0]) * 2**20
+        )
     state = memory_state()
     return state["total"] - state["available"] if state else None
 
 
 def conditions() -> dict[str, str]:
-    """Power mode, clocks, temperatures and memory in words: what a reader needs to believe a latency."""
-    found: dict[str, str] = {}
-    if mode := _said("nvpmodel", "-q"):
-        found["power mode"] = " ".join(mode.split())
-    if clocks := _said("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"):
+    """Returns power mode, clocks, temperatures and memory in words, which put a latency into perspective."""
+    states: dict[str, str] = {}
+    if mode := _output_of("nvpmodel", "-q"):
+        states["power mode"] = " ".join(mode.split())
+    if clocks := _output_of("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"):
         for name, value in zip(_QUERY.split(","), clocks.splitlines()[0].split(","), strict=False):
-            found[name.replace(".", " ").replace("_", " ")] = value.strip()
+            states[name.replace(".", " ").replace("_", " ")] = value.strip()
     if locked := _locked_clocks():
-        found["gpu clock range"] = locked
+        states["gpu clock range"] = locked
     if warm := _temperatures():
-        found["temperatures"] = warm
+        states["temperatures"] = warm
     state = memory_state()
     if state:
-        found["memory available"] = f"{state['available'] / 2**30:.1f} GiB"
-        found["swapped out"] = f"{state['swapped'] / 2**30:.1f} GiB"
-    return found
+        states["memory available"] = f"{state['available'] / 2**30:.1f} GiB"
+        states["swapped out"] = f"{state['swapped'] / 2**30:.1f} GiB"
+    return states
 
 
 def describe() -> dict[str, Any]:
-    """What can build and run here: the machine, the modules' versions (None: missing) and the GPU, or why none."""
+    """Returns the machine, the versions of the modules (None: missing) and the GPU, or why there is none."""
+    # Import every module that an engine may need.
     modules, missing = {}, {}
     for name in ("numpy", *(runtime.module for runtime in RUNTIMES.values())):
         try:
             modules[name] = str(importlib.import_module(name).__version__)
         except Exception as error:  # a missing library is no ImportError in every release
             modules[name], missing[name] = None, f"{type(error).__name__}: {error}"
-    gpu, why = None, ""
+    # Reach the GPU, which takes numpy.
+    gpu, no_gpu = None, ""
     if modules["numpy"]:
         from edgeprune.errors import EngineError
         from edgeprune.ondevice.cuda import find_gpu
@@ -122,7 +129,7 @@ def describe() -> dict[str, Any]:
         try:
             gpu = dict(find_gpu().__dict__)
         except EngineError as error:
-            why = error.message
+            no_gpu = error.message
     return {
         "machine": machine(),
         "processor": processor(),
@@ -130,14 +137,14 @@ def describe() -> dict[str, Any]:
         "modules": modules,
         "missing": missing,
         "gpu": gpu,
-        "no_gpu": why,
+        "no_gpu": no_gpu,
         "memory": memory_state(),
         "platform": sys.platform,
     }
 
 
-def _said(*command: str) -> str:
-    """What a command prints, empty where it is missing, fails or takes long."""
+def _output_of(*command: str) -> str:
+    """Returns the output of a command, empty where the command is missing, fails or takes more than ten seconds."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -148,7 +155,7 @@ def _said(*command: str) -> str:
 
 
 def _locked_clocks() -> str:
-    """The range of the integrated GPU's clock in MHz; equal ends mean that jetson_clocks locked it."""
+    """Returns the range of the integrated GPU's clock in MHz; equal ends mean that jetson_clocks locked it."""
     for folder in Path("/sys/class/devfreq").glob("*gpu*"):
         with contextlib.suppress(OSError, ValueError):
             low, high = (int((folder / f"{end}_freq").read_text()) // 10**6 for end in ("min", "max"))
@@ -157,7 +164,7 @@ def _locked_clocks() -> str:
 
 
 def _temperatures() -> str:
-    """Name and degrees Celsius of every thermal zone."""
+    """Returns the name and degrees Celsius of every thermal zone."""
     zones = []
     for folder in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
         with contextlib.suppress(OSError, ValueError):

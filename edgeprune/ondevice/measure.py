@@ -1,6 +1,6 @@
-"""Has engines built, checked and measured, here or on a device behind a session, and makes figures of the answers.
+"""The requests to build, check and measure engines, on this machine or a device, and the figures of their answers.
 
-This file also runs on the device: Python 3.10, standard library only. It sees files and bytes, no model.
+This file also runs on the device: Python 3.10, standard library only. It handles files and bytes; it knows no model.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ BUILD_SECONDS, MEASURE_SECONDS, CHECK_SECONDS, DESCRIBE_SECONDS = 3600.0, 1800.0
 
 
 class Session(Protocol):
-    """Where tasks run: this machine, or a device over ssh. Its files' paths are this machine's."""
+    """A place where tasks run: this machine, or a device over ssh. The paths in requests are of this machine."""
 
     def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
-        """The task's answer; what the request names as outputs is there then. Raises EngineError."""
+        """Runs a task and returns its answer, once the outputs that the request names exist. Raises EngineError."""
 
 
 class Here:
-    """This machine, each task in a process of its own."""
+    """A session on this machine, which runs each task in a process of its own."""
 
     def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
+        """Runs a task in a process of its own and returns its answer. Raises EngineError."""
         return ask(TASKS, request, timeout_seconds, tell)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Bytes that are known from the graph alone."""
+    """The bytes that are known from the graph alone."""
 
     weights: int
     cache: int
@@ -43,8 +44,8 @@ class Counted:
 
 
 def describe(session: Session, tell: Tell) -> dict[str, Any]:
-    """The device's machine, modules and GPU: see `facts.describe`."""
-    return session.run({"task": "the look at the device", "do": "describe"}, DESCRIBE_SECONDS, tell)
+    """Returns the machine, modules and GPU of the device, as `machine.describe` does. Raises EngineError."""
+    return session.run({"task": "the inspection of the device", "do": "describe"}, DESCRIBE_SECONDS, tell)
 
 
 def on_onnxruntime(
@@ -58,30 +59,33 @@ def on_onnxruntime(
     precision: str = "fp32",
     seconds: float | None = None,
 ) -> Performance:
-    """Memory and latency of a candidate; with `dense` interleaved with it and as ratios to it.
+    """Measures memory and latency of a candidate; with `dense` both are timed in turn, and ratios to it are returned.
 
-    dense, candidate: graphs of the onnxruntime dialect with `last` logits. Weights, cache and buffers
-    are the graph's exact bytes; the peak of the whole process beyond them and beyond the runtime counts
-    as activations, so the weights that ONNX Runtime holds again in a packed layout are among them.
-    With a reference the graph's logits are checked first. Raises EngineError.
+    dense, candidate: graphs of the onnxruntime dialect with `last` logits. Weights, cache and buffers are the graph's
+    exact bytes. The peak of the whole process beyond them and beyond the runtime counts as activations, so it
+    includes the weights that ONNX Runtime holds again in a packed layout. With a reference the graph's logits are
+    checked first. Raises EngineError.
     """
+    # Check the logits before anything is timed.
     checked = {}
     if reference is not None:
         files = {"graph": str(candidate), "reference": str(reference)}
         checked = _check(session, "onnxruntime", files, precision, candidate.name, tell)
+    # Time the candidate, in turn with the dense model where there is one.
     graphs = {"candidate": candidate} if dense is None else {"dense": dense, "candidate": candidate}
-    found = _latency(session, graphs, workload, seconds, tell)
-    figures = {kind: found[kind]["candidate"] for kind in ("prefill", "decode")}
-    device = found["device"]
+    latency = _latency(session, graphs, workload, seconds, tell)
+    figures = {kind: latency[kind]["candidate"] for kind in ("prefill", "decode")}
+    device = latency["device"]
     ratios = {}
     if dense is not None:
         ratios = {f"{kind}_ratio": _measured(figure["ratio"], "1", device) for kind, figure in figures.items()}
+    # Measure the memory of the candidate alone, in a fresh process.
     return Performance(
         memory=_process_memory(session, candidate, workload, counted, device, tell),
         prefill=_measured(figures["prefill"]["median"], "ms", device),
         decode=_measured(figures["decode"]["median"], "ms", device),
         percentiles={kind: figure["percentiles"] for kind, figure in figures.items()},
-        conditions={**checked, **found["conditions"]},
+        conditions={**checked, **latency["conditions"]},
         **ratios,
     )
 
@@ -89,10 +93,13 @@ def on_onnxruntime(
 def ratios_on_onnxruntime(
     session: Session, dense: Path, candidate: Path, workload: Workload, seconds: float, tell: Tell
 ) -> dict[str, Measured]:
-    """`prefill_ratio` and `decode_ratio` of candidate to dense, interleaved. Raises EngineError."""
-    found = _latency(session, {"dense": dense, "candidate": candidate}, workload, seconds, tell)
+    """Returns `prefill_ratio` and `decode_ratio` of a candidate to the dense model, timed in turn in ONNX Runtime.
+
+    Raises EngineError.
+    """
+    latency = _latency(session, {"dense": dense, "candidate": candidate}, workload, seconds, tell)
     return {
-        f"{kind}_ratio": _measured(found[kind]["candidate"]["ratio"], "1", found["device"])
+        f"{kind}_ratio": _measured(latency[kind]["candidate"]["ratio"], "1", latency["device"])
         for kind in ("prefill", "decode")
     }
 
@@ -100,14 +107,14 @@ def ratios_on_onnxruntime(
 def relative_latencies(
     session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, tell: Tell
 ) -> dict[str, dict[str, float]]:
-    """Medians of several graphs over that of the first, by kind and name, interleaved in ONNX Runtime.
+    """Returns the median latencies of graphs relative to the first one's, {"decode": {NAME: RATIO}, ...}.
 
-    Raises EngineError.
+    The graphs are timed in turn in ONNX Runtime. Raises EngineError.
     """
-    found = _latency(session, graphs, workload, seconds, tell)
+    latency = _latency(session, graphs, workload, seconds, tell)
     first = next(iter(graphs))
     return {
-        kind: {name: 1.0 if name == first else found[kind][name]["ratio"]["value"] for name in graphs}
+        kind: {name: 1.0 if name == first else latency[kind][name]["ratio"]["value"] for name in graphs}
         for kind in ("prefill", "decode")
     }
 
@@ -115,9 +122,12 @@ def relative_latencies(
 def engine_latencies(
     session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, tell: Tell
 ) -> dict[str, float]:
-    """Medians of an engine on the GPU in ms, by kind; its logits are not looked at. Raises EngineError."""
-    found = _timed(session, flavour, plan, workload, seconds, tell)
-    return {kind: found[kind]["candidate"]["median"]["value"] for kind in ("prefill", "decode")}
+    """Returns the median `prefill` and `decode` in ms of an engine on the GPU; does not check its logits.
+
+    Raises EngineError.
+    """
+    latency = _timed(session, flavour, plan, workload, seconds, tell)
+    return {kind: latency[kind]["candidate"]["median"]["value"] for kind in ("prefill", "decode")}
 
 
 def build(
@@ -130,7 +140,12 @@ def build(
     sm: int | None = None,
     workspace_bytes: int | None = None,
 ) -> BuildResult:
-    """An engine from a graph. sm: for a GPU that is not there (TensorRT for RTX). Raises EngineError."""
+    """Builds an engine from a graph into `plan` and returns the builder's figures.
+
+    sm: the compute capability of a GPU that need not be there (TensorRT for RTX only), None for the GPU of the
+    session. Raises EngineError.
+    """
+    # One request for all builders; its outputs exist when the session answers.
     request = {
         "task": f"the build of {graph.name}",
         "do": "build",
@@ -157,36 +172,38 @@ def on_tensorrt(
     tell: Tell,
     seconds: float | None = None,
 ) -> Performance:
-    """Check and measure an engine on the GPU that it was built for.
+    """Checks and measures an engine on the GPU that it was built for.
 
-    Weights are the builder's figure, activations and scratch what the engine asks for; the cache, both
-    halves, and the buffers are what was allocated; the runtime's part is what else the device lost meanwhile,
-    or as given where it does not say. Raises EngineError where the engine's logits are not
+    The weights are the builder's figure, activations and scratch what the engine asks for. The KV cache, both its
+    halves, and the buffers are what was allocated. The runtime's part is the other memory that the device lost
+    meanwhile, or `runtime` where the device does not report it. Raises EngineError where the engine's logits are not
     the graph's, before anything is timed.
     """
+    # Check the logits before anything is timed.
     files = {"plan": str(plan), "reference": str(reference)}
     checked = _check(session, flavour, files, precision, plan.name, tell)
-    found = _timed(session, flavour, plan, workload, seconds or timing().measure_seconds, tell)
-    device, memory = found["device"], found["memory"]
+    # Time the engine, and split the memory that it took by its source.
+    measurement = _timed(session, flavour, plan, workload, seconds or timing().measure_seconds, tell)
+    device, memory = measurement["device"], measurement["memory"]
     basis = f"{flavour} {built.version}, {built.effort}"
     weights = Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}")
     activations = Built(float(memory["activations"]), "bytes", device, f"what the engine asks for; {basis}")
     known = weights.value + activations.value + memory["cache"] + memory["buffers"]
-    if memory["used"] is not None and memory["used"] > known:  # less: another program gave memory back meanwhile
+    if memory["used"] is not None and memory["used"] > known:  # where it is less, another program gave memory back
         runtime = _exact(memory["used"] - known, device)
     return Performance(
         memory=Memory(
             weights, _exact(memory["cache"], device), activations, _exact(memory["buffers"], device), runtime
         ),
-        prefill=_measured(found["prefill"]["candidate"]["median"], "ms", device),
-        decode=_measured(found["decode"]["candidate"]["median"], "ms", device),
-        percentiles={kind: found[kind]["candidate"]["percentiles"] for kind in ("prefill", "decode")},
-        notes=(*built.warnings, *found["notes"]),
+        prefill=_measured(measurement["prefill"]["candidate"]["median"], "ms", device),
+        decode=_measured(measurement["decode"]["candidate"]["median"], "ms", device),
+        percentiles={kind: measurement[kind]["candidate"]["percentiles"] for kind in ("prefill", "decode")},
+        notes=(*built.warnings, *measurement["notes"]),
         conditions={
             **checked,
             "engine": basis,
-            **found["conditions"],
-            "cuda": f"{found['gpu']['layer']}, driver {found['gpu']['driver']}",
+            **measurement["conditions"],
+            "cuda": f"{measurement['gpu']['layer']}, driver {measurement['gpu']['driver']}",
         },
     )
 
@@ -194,6 +211,7 @@ def on_tensorrt(
 def _timed(
     session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, tell: Tell
 ) -> dict[str, Any]:
+    """Returns latency and memory of an engine on the GPU as the task answers them."""
     request = {
         "task": f"the measurement of {plan.name}",
         "do": "measure",
@@ -206,16 +224,18 @@ def _timed(
 
 
 def _check(
-    session: Session, engine: str, files: dict[str, str], precision: str, what: str, tell: Tell
+    session: Session, engine: str, files: dict[str, str], precision: str, name: str, tell: Tell
 ) -> dict[str, str]:
-    request = {"task": f"the check of {what}", "do": "check", "engine": engine, "files": files}
+    """Returns the agreement of an engine's logits with its reference in words. Raises WrongEngine."""
+    request = {"task": f"the check of {name}", "do": "check", "engine": engine, "files": files}
     against = "logits against the fp32 graph" + (" of the bf16 weights" if precision == "bf16" else "")
-    return {against: judge_logits(session.run(request, CHECK_SECONDS, tell), precision, what)}
+    return {against: judge_logits(session.run(request, CHECK_SECONDS, tell), precision, name)}
 
 
 def _latency(
     session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, tell: Tell
 ) -> dict[str, Any]:
+    """Returns latencies of graphs timed in turn, as the task answers them; seconds 0 or None: the default."""
     request = {
         "task": "the measurement",
         "do": "measure",
@@ -230,6 +250,7 @@ def _latency(
 def _process_memory(
     session: Session, graph: Path, workload: Workload, counted: Counted, device: str, tell: Tell
 ) -> Memory:
+    """Measures a fresh process with the graph; its bytes beyond the known ones and the runtime are activations."""
     request = {
         "task": "the measurement of memory",
         "do": "memory",
@@ -237,12 +258,12 @@ def _process_memory(
         "workload": asdict(workload),
         "files": {"candidate": str(graph)},
     }
-    found = session.run(request, MEASURE_SECONDS, tell)
+    process = session.run(request, MEASURE_SECONDS, tell)
     known = counted.weights + counted.cache + counted.buffers
-    rest = max(0, found["peak"] - found["baseline"] - known)
+    activations = max(0, process["peak"] - process["baseline"] - known)
 
-    parts = (counted.weights, counted.cache, rest, counted.buffers, found["baseline"])
-    return Memory(*(_exact(value, device) for value in parts))
+    sizes = (counted.weights, counted.cache, activations, counted.buffers, process["baseline"])
+    return Memory(*(_exact(size, device) for size in sizes))
 
 
 def _exact(value: float, device: str) -> Measured:
@@ -254,5 +275,5 @@ def _measured(interval: dict[str, float], unit: str, device: str) -> Measured:
 
 
 def scaled(ratio: Measured, dense: Measured) -> Measured:
-    """The dense model's figure times a ratio that was interleaved with it: a busy machine cancels."""
+    """Returns the dense model's figure times a ratio to it that was timed in turn: a busy machine's load cancels."""
     return replace(dense, value=ratio.value * dense.value, low=ratio.low * dense.value, high=ratio.high * dense.value)

@@ -1,7 +1,7 @@
-"""ONNX Runtime on the CPU: one cache buffer updated in place, timed or generating.
+"""The runner of graphs in ONNX Runtime on the CPU, with a KV cache that is updated in place, and its measurements.
 
-This file also runs on the device: Python 3.10, standard library, numpy and onnxruntime; it sees no
-model. Its measurements are meant for a process of their own.
+This file also runs on the device: Python 3.10, standard library, numpy and onnxruntime. It knows no model. Its
+measurements are meant for a process of their own.
 """
 
 from __future__ import annotations
@@ -17,33 +17,37 @@ from edgeprune.ondevice.machine import peak_bytes
 from edgeprune.ondevice.timing import described, interleave, stopwatch
 
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-GRAPH_FILE = "model.onnxruntime.last.onnx"  # of a graph in the dialect that is run here
-DECODE_STEPS = 8  # steps whose peak memory is looked at
+GRAPH_FILE = "model.onnxruntime.last.onnx"  # the graph of a candidate in the dialect that ONNX Runtime runs
+DECODE_STEPS = 8  # steps over which the peak memory is measured
 
 
 class GraphRunner:
-    """A session on a graph of the onnxruntime dialect with `last` logits, with its cache of `capacity`."""
+    """A session on a graph of the onnxruntime dialect with `last` logits, and its KV cache of `capacity` tokens.
+
+    Raises EngineError where ONNX Runtime cannot load the graph.
+    """
 
     def __init__(self, graph: Path, batch: int, capacity: int, threads: int | None = None) -> None:
         self.batch, self.capacity = batch, capacity
         self.session = open_session(graph, threads)
         self.past = 0
         self._cache = {
-            # Written, not np.zeros: pages that nobody wrote cost neither memory nor time to read.
+            # np.full writes the pages; those of np.zeros would cost neither memory nor time until they are written.
+            # (batch, num_key_value_heads, capacity, head_dim)
             node.name: np.full((batch, node.shape[1], capacity, node.shape[3]), 0, ELEMENTS[node.type])
             for node in self.session.get_inputs()
             if node.name.startswith("past_key_values.")
         }
 
     def reset(self, past: int = 0) -> None:
-        """Go on as if `past` tokens were in the cache, whatever it holds."""
+        """Continues as if `past` tokens were in the cache, whatever it holds."""
         self.past = past
 
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """ids (batch, tokens) int64 appended to the cache -> logits (batch, vocabulary) of the last one.
+        """Returns the logits (batch, vocabulary) of the last token, after ids (batch, tokens) int64 join the cache.
 
-        mask: (batch, past + tokens) int64, 0 for left padding. Raises EngineError where the cache is full
-        or ONNX Runtime refuses the step.
+        mask: (batch, past + tokens) int64, 0 for left padding. Raises EngineError where the cache is full or ONNX
+        Runtime refuses the step.
         """
         import onnxruntime as ort
 
@@ -53,12 +57,15 @@ class GraphRunner:
             raise EngineError(
                 f"{total} tokens do not fit into the cache of {self.capacity}", "Shorten the prompt or the output."
             )
+        # Bind the inputs.
         if mask is None:
             mask = np.ones((batch, total), np.int64)
+        # (batch, tokens): positions of the new tokens, in which padding does not count.
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.past :]
         binding = self.session.io_binding()
         for name, value in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        # The same buffer is past and present: the step updates it in place.
         for name, buffer in self._cache.items():
             value = ort.OrtValue.ortvalue_from_numpy(buffer)
             binding.bind_ortvalue_input(name, value)
@@ -71,12 +78,13 @@ class GraphRunner:
                 f"ONNX Runtime failed at a step of {batch} x {tokens} tokens: {error}",
                 "Try a smaller batch or context; if it persists, export the model again.",
             ) from None
+        # The graph's logits are (batch, 1, vocabulary).
         self.past = total
         return binding.get_outputs()[-1].numpy()[:, -1]
 
 
 def open_session(graph: Path, threads: int | None) -> Any:
-    """Raises EngineError where ONNX Runtime cannot load the graph."""
+    """Opens a session on a graph on the CPU. Raises EngineError where ONNX Runtime cannot load it."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -94,21 +102,22 @@ def open_session(graph: Path, threads: int | None) -> Any:
 
 
 class _Timed:
-    """The two things that are timed of one graph."""
+    """Prefill and decode of one graph on random tokens, each as a function to be timed."""
 
     def __init__(self, graph: Path, workload: Workload, threads: int | None, seed: int) -> None:
         self.runner = GraphRunner(graph, workload.batch, workload.context, threads)
         vocabulary = self.runner.session.get_outputs()[0].shape[-1]
         generator = np.random.default_rng(seed)
-        self._prompt = generator.integers(0, vocabulary, (workload.batch, workload.prompt))
+        self._prompt = generator.integers(0, vocabulary, (workload.batch, workload.prompt))  # (batch, prompt)
         self._last = workload.context - 1
 
     def prefill(self) -> None:
+        """Runs the prompt from an empty cache."""
         self.runner.reset()
         self.runner.run(self._prompt)
 
     def decode(self) -> None:
-        """The slowest step; what the cache holds does not change its time."""
+        """Runs the slowest step, at past = context - 1; the content of the cache does not change its time."""
         self.runner.reset(self._last)
         self.runner.run(self._prompt[:, :1])
 
@@ -116,24 +125,25 @@ class _Timed:
 def measure_latency(
     graphs: dict[str, Path], workload: Workload, seconds: float, threads: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Prefill and decode of one graph or of `dense` and `candidate`, interleaved.
+    """Times prefill and decode of graphs by name, in turn.
 
-    Returns per kind the percentiles and the median's interval of each graph and, of two, the ratio's
-    interval, in ms and as a number.
+    Returns, for `decode` and `prefill` and each graph, the percentiles and the interval of the median in ms and, for
+    all but the first graph, the interval of the ratio to it.
     """
     timed = {name: _Timed(graph, workload, threads, seed) for name, graph in graphs.items()}
     return {
         kind: described(
-            interleave({name: stopwatch(getattr(one, kind)) for name, one in timed.items()}, seconds / 2), list(graphs)
+            interleave({name: stopwatch(getattr(graph, kind)) for name, graph in timed.items()}, seconds / 2),
+            list(graphs),
         )
         for kind in ("decode", "prefill")
     }
 
 
 def measure_memory(graph: Path, workload: Workload, threads: int | None = None, seed: int = 0) -> dict[str, int]:
-    """Peak resident bytes of this process over one prefill and some decode steps, and before the model.
+    """Returns the peak resident bytes of this process before the graph is loaded, and over a prefill and some steps.
 
-    Meant for a fresh process: whatever else it holds counts too.
+    It is meant for a fresh process: whatever else the process holds counts as well.
     """
     import onnxruntime  # noqa: F401
 

@@ -1,7 +1,7 @@
-"""Whether an engine computes what its graph says: its logits against those of the fp32 graph in ONNX Runtime.
+"""The check that an engine computes its graph: its logits against those of the fp32 graph in ONNX Runtime.
 
-This file also runs on the device: Python 3.10 and numpy. A reference is a small file of token ids and the
-logits that belong after a prompt and after every further token.
+This file also runs on the device: Python 3.10 and numpy. It knows no engine. A reference is a small file of token ids
+and of the logits after a prompt and after every further token.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from edgeprune.ondevice.worker import Tell
 from edgeprune.precision import PRECISIONS
 
 PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after it, at most
-# What numpy raises for a file that is cut short, empty, no archive, or one array alone.
+# The errors of numpy for a file that is cut short, is empty, is not an archive, or holds one array alone.
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile)
 
 
 class StepRunner(Protocol):
-    """What runs a model step by step, on whichever engine."""
+    """A runner of a model step by step, on any engine: `batch` sequences, `capacity` tokens of KV cache."""
 
     batch: int
     capacity: int
@@ -32,20 +32,21 @@ class StepRunner(Protocol):
 
 
 def write_reference(runner: StepRunner, ids: np.ndarray, path: Path) -> None:
-    """The logits of a runner of one sequence, after a prompt of the ids (tokens,) and after each of the last STEPS.
+    """Writes the logits of a runner of one sequence, after a prompt of ids (tokens,) and after each of the last STEPS.
 
-    An engine that takes fewer tokens at once, as of pictures, reads the prompt in parts.
+    An engine that takes fewer tokens at once, as those of image generators do, reads the prompt in parts.
     """
-    ids = ids[None, : min(len(ids), runner.capacity, PROMPT + STEPS)]
+    ids = ids[None, : min(len(ids), runner.capacity, PROMPT + STEPS)]  # (1, tokens)
+    # (1, vocabulary) for each position that is kept
     logits = list(_logits(runner, ids, max(1, ids.shape[1] - STEPS)))
     with path.open("wb") as file:
         np.savez(file, ids=ids, logits=np.concatenate(logits).astype(np.float32))
 
 
 def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """ids (1, tokens) int64, logits (steps, vocabulary) fp32: those after the last `steps` tokens.
+    """Returns ids (1, tokens) int64 and logits (steps, vocabulary) fp32, which are those after the last `steps` tokens.
 
-    Raises EngineError where the file is no reference.
+    Raises EngineError where the file is not a reference.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -60,23 +61,28 @@ def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare_logits(runner: StepRunner, ids: np.ndarray, expected: np.ndarray, tell: Tell) -> dict[str, Any]:
-    """Least cosine, largest relative error and share of equal likeliest tokens over the reference's positions."""
+    """Compares a runner's logits with expected ones (steps, vocabulary) over the positions of a reference.
+
+    Returns the least cosine, the largest error relative to the largest logit, the share of equal likeliest tokens and
+    the number of positions. Raises EngineError where the vocabulary is of another size.
+    """
     cosines, errors, equal = [], [], 0
     prompt = ids.shape[1] - len(expected) + 1
-    for index, (found, wanted) in enumerate(zip(_logits(runner, ids, prompt), expected, strict=True)):
-        if found[0].shape != wanted.shape:
+    for index, (logits, reference) in enumerate(zip(_logits(runner, ids, prompt), expected, strict=True)):
+        if logits[0].shape != reference.shape:
             raise EngineError(
-                f"the engine has a vocabulary of {found.shape[1]}, its reference one of {len(wanted)}",
+                f"the engine has a vocabulary of {logits.shape[1]}, its reference one of {len(reference)}",
                 "The engine is of another model: build it again from the bundle's graph.",
             )
-        found, wanted = found[0].astype(np.float64), wanted.astype(np.float64)
-        finite = np.isfinite(found).all()
-        norms = np.linalg.norm(found) * np.linalg.norm(wanted)
-        cosines.append(float(found @ wanted / norms) if finite and norms else 0.0)
-        errors.append(float(np.abs(found - wanted).max() / np.abs(wanted).max()) if finite else float("inf"))
-        equal += int(found.argmax() == wanted.argmax())
+        # Logits that are not finite count as the worst agreement.
+        logits, reference = logits[0].astype(np.float64), reference.astype(np.float64)  # (vocabulary,)
+        finite = np.isfinite(logits).all()
+        norms = np.linalg.norm(logits) * np.linalg.norm(reference)
+        cosines.append(float(logits @ reference / norms) if finite and norms else 0.0)
+        errors.append(float(np.abs(logits - reference).max() / np.abs(reference).max()) if finite else float("inf"))
+        equal += int(logits.argmax() == reference.argmax())
         tell("check the engine's logits", index + 1, len(expected))
-    # JSON has no infinity: what is not finite is told as the largest number.
+    # JSON has no infinity: an infinite error becomes a number that is beyond every tolerance.
     return {
         "cosine": min(cosines),
         "error": min(max(errors), 1e300),
@@ -85,14 +91,17 @@ def compare_logits(runner: StepRunner, ids: np.ndarray, expected: np.ndarray, te
     }
 
 
-def judge_logits(found: dict[str, Any], precision: str, what: str) -> str:
-    """What was found in words. Raises EngineError where the engine's logits are beyond the tolerance."""
+def judge_logits(agreement: dict[str, Any], precision: str, what: str) -> str:
+    """Returns the agreement that compare_logits measured, in words; what: the name of the engine or graph.
+
+    Raises WrongEngine where it is beyond the tolerance of the precision.
+    """
     cosine, error = PRECISIONS[precision].tolerance
     words = (
-        f"cosine {found['cosine']:.6f}, largest error {found['error']:.2g} of the largest logit, the likeliest token "
-        f"equal at {100 * found['equal']:.0f} % of {found['positions']} positions"
+        f"cosine {agreement['cosine']:.6f}, largest error {agreement['error']:.2g} of the largest logit, "
+        f"the likeliest token equal at {100 * agreement['equal']:.0f} % of {agreement['positions']} positions"
     )
-    if not (found["cosine"] >= cosine and found["error"] <= error):
+    if not (agreement["cosine"] >= cosine and agreement["error"] <= error):
         raise WrongEngine(
             f"the engine {what} computes something else than its graph: {words} "
             f"({precision} allows {cosine} and {error})",
@@ -102,6 +111,7 @@ def judge_logits(found: dict[str, Any], precision: str, what: str) -> str:
 
 
 def _logits(runner: StepRunner, ids: np.ndarray, prompt: int) -> Any:
+    """Yields logits (1, vocabulary) after the first `prompt` tokens of ids (1, tokens) and after each further one."""
     runner.reset()
     yield runner.run(ids[:, :prompt])
     for index in range(prompt, ids.shape[1]):

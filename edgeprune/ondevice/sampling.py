@@ -1,4 +1,4 @@
-"""Tokens from an exported graph, step by step: greedy or sampled. It knows ids, no text."""
+"""The generation of tokens from an exported graph, step by step, greedy or sampled. It knows ids, no text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.ondevice.reference import StepRunner
 
-CANDIDATES = 512
+CANDIDATES = 512  # likeliest tokens that are sorted first
 
 
 def end_ids(tokenizer: Any, directory: Path) -> set[int]:
-    """Tokens that end a text: the tokenizer's and those of the generation config."""
+    """Returns the tokens that end a text: the tokenizer's, and those of the generation config in the directory."""
     path = directory / "generation_config.json"
     configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    found = configured if isinstance(configured, list) else [configured]
-    return {int(token) for token in [*found, tokenizer.eos_token_id] if token is not None}
+    tokens = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in [*tokens, tokenizer.eos_token_id] if token is not None}
 
 
 def generate(
@@ -33,13 +33,13 @@ def generate(
     end_ids: Collection[int] = (),
     top_k: int = 0,
 ) -> Iterator[np.ndarray]:
-    """New token ids (batch,) int64 of every step; prompts of different lengths are padded left.
+    """Yields the new token ids (batch,) int64 of every step; prompts of different lengths are padded on the left.
 
-    temperature 0 takes the likeliest token. A row that drew one of end_ids goes on repeating it; the
-    end comes when all have, or after max_new_tokens. The last token needs no place in the cache.
-    Raises InputError where prompt and output exceed the runner's cache, NumericalError where logits are
-    not finite.
+    Temperature 0 takes the likeliest token. A row that drew one of end_ids repeats it from then on. The generation
+    ends when all rows have drawn one, or after max_new_tokens. The last token needs no place in the cache. Raises
+    InputError where prompt and output exceed the runner's cache, NumericalError where logits are not finite.
     """
+    # Check that prompt and output have room.
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise InputError("the prompt is empty", "Give at least one token.")
@@ -49,17 +49,19 @@ def generate(
             f"the prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {runner.capacity}",
             f"Try --max-new-tokens {room}." if room > 0 else f"Shorten the prompt by {1 - room} tokens at least.",
         )
+    # Pad the prompts on the left.
     generator = np.random.default_rng(seed)
-    ids = np.zeros((len(prompts), longest), np.int64)
+    ids = np.zeros((len(prompts), longest), np.int64)  # (batch, longest)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
+    # Draw a token for every row, and run it in the next step.
     ended = np.zeros(len(prompts), dtype=bool)
     runner.reset()
     tokens = np.zeros(len(prompts), np.int64)
     for step in range(max_new_tokens):
-        logits = runner.run(ids if step == 0 else tokens[:, None], mask)
+        logits = runner.run(ids if step == 0 else tokens[:, None], mask)  # (batch, vocabulary)
         if not np.isfinite(logits).all():
             raise NumericalError(
                 f"the logits of step {step + 1} are not finite", "Use an fp32 graph, or check the model's weights."
@@ -70,43 +72,47 @@ def generate(
         ended |= np.isin(tokens, list(end_ids))
         if ended.all():
             return
+        # (batch, longest + step + 1)
         mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
 
 
 def choose(logits: np.ndarray, temperature: float, top_p: float, points: np.ndarray, top_k: int = 0) -> np.ndarray:
-    """One token id (batch,) from logits (batch, vocabulary) fp64, drawn at points (batch,) in [0, 1).
+    """Returns token ids (batch,) from logits (batch, vocabulary) fp64, drawn at points (batch,) in [0, 1).
 
     top_k, unless 0, drops logits below the k-th; top_p then keeps the likeliest tokens up to that share of the
-    probability, the one that crosses it included.
+    probability, including the one that crosses it.
     """
     if temperature == 0:
         return logits.argmax(axis=1)
     if 0 < top_k < logits.shape[1]:
-        least = np.partition(logits, -top_k, axis=1)[:, -top_k]
+        least = np.partition(logits, -top_k, axis=1)[:, -top_k]  # (batch,): the k-th largest logit
         logits = np.where(logits < least[:, None], -np.inf, logits)
-    with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
+    # (batch, vocabulary)
+    with np.errstate(over="ignore"):  # at a tiny temperature minus infinity is right
         probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     if top_p >= 1:
         cumulative = probabilities.cumsum(axis=1)
         totals = cumulative[:, -1:]
-        passed = (cumulative <= points[:, None] * totals).sum(axis=1)
-        return np.minimum(passed, (cumulative < totals).sum(axis=1))  # never behind the last that has a share
+        passed = (cumulative <= points[:, None] * totals).sum(axis=1)  # (batch,): tokens below the point
+        return np.minimum(passed, (cumulative < totals).sum(axis=1))  # never after the last token that has a share
     return np.array([_draw(row, top_p, point) for row, point in zip(probabilities, points, strict=True)])
 
 
 def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:
-    """One token of (vocabulary,) at a point in [0, 1), of those that top_p keeps.
+    """Draws one token from probabilities (vocabulary,) at a point in [0, 1), among those that top_p keeps.
 
-    The likeliest few hundred hold nearly always enough: only they are sorted.
+    The likeliest few hundred hold a share of top_p nearly always, so only they are sorted.
     """
     few = min(CANDIDATES, len(probabilities))
     kept = np.argpartition(-probabilities, few - 1)[:few]
     if probabilities[kept].sum() < top_p:
         kept = np.arange(len(probabilities))
+    # Likeliest first; of equal ones the lower id first.
     kept = kept[np.lexsort((kept, -probabilities[kept]))]
     weights = probabilities[kept]
     count = max(1, int(np.searchsorted(weights.cumsum(), top_p)) + 1)
     kept, weights = kept[:count], weights[:count]
+    # The point is a share of what is kept.
     cumulative = weights.cumsum()
     return int(kept[min(int(np.searchsorted(cumulative, point * cumulative[-1], side="right")), len(kept) - 1)])

@@ -1,8 +1,8 @@
-"""What a process on the device does for one request: describe, build, check, measure.
+"""The tasks of a process on the device, one for each request: describe, build, check, measure.
 
-This file also runs on the device: Python 3.10, numpy and the engine's own modules. A request names its
-work in `do`, its engine, and its files by their role: {"do": "build", "engine": "tensorrt", "files":
-{"graph": PATH}, "outputs": {"plan": PATH}, ...}. `python -m edgeprune.ondevice.tasks` answers one.
+This file also runs on the device: Python 3.10, numpy and the engine's own modules. It does not know who asks. A
+request names its work in `do`, its engine, and its files by their role: {"do": "build", "engine": "tensorrt",
+"files": {"graph": PATH}, "outputs": {"plan": PATH}, ...}. `python -m edgeprune.ondevice.tasks` answers one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIN_RUNS = 100
 
 
 def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """Raises EngineError; a request that nobody knows is a KeyError, a bug of ours."""
+    """Answers one request. Raises EngineError, and KeyError for an unknown task, which is a bug of edgeprune."""
     return _WORK[request["do"]](request, tell)
 
 
@@ -50,7 +50,7 @@ def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _check(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """The engine's logits against a reference: see `compare_logits`."""
+    """Compares the engine's logits with a reference, as `compare_logits` describes."""
     from edgeprune.ondevice.reference import compare_logits, read_reference
 
     ids, logits = read_reference(Path(request["files"]["reference"]))
@@ -66,7 +66,7 @@ def _check(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _measure(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """Latency of one or two graphs (ONNX Runtime), or latency and memory of one engine (GPU)."""
+    """Measures the latency of graphs in ONNX Runtime, or latency and memory of one engine on a GPU."""
     tell("measure", 0, 0)
     workload = Workload(**request["workload"])
     if request["engine"] != "onnxruntime":
@@ -74,11 +74,12 @@ def _measure(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     from edgeprune.ondevice.onnxruntime import measure_latency
 
     graphs = {name: Path(path) for name, path in request["files"].items()}
-    found = measure_latency(graphs, workload, request["seconds"])
-    return {**found, "device": machine.processor(), "conditions": machine.conditions()}
+    latency = measure_latency(graphs, workload, request["seconds"])
+    return {**latency, "device": machine.processor(), "conditions": machine.conditions()}
 
 
 def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
+    """Measures latency and memory of an engine; notes a figure that did not settle, and a replayed decode step."""
     from edgeprune.ondevice.tensorrt_runner import EngineRunner, Timed
     from edgeprune.ondevice.timing import described, interleave
 
@@ -86,7 +87,8 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
     before = machine.used_memory()
     with EngineRunner(Path(request["files"]["plan"]), workload.batch, workload.context, request["engine"]) as runner:
         timed = Timed(runner, workload)
-        found: dict[str, Any] = {}
+        latency: dict[str, Any] = {}
+        # Time decode and prefill; a figure of a wide interval is measured a second time.
         for kind, prepare, least in (("decode", timed.prepare_decode, MIN_RUNS), ("prefill", timed.prepare_prefill, 0)):
             prepare()
             for _ in range(2):
@@ -94,15 +96,16 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
                 if timings.median("candidate").relative_half_width <= SETTLED:
                     break
             else:
-                notes.append(f"{kind} did not settle in two measurements: inconclusive, look at clocks and load")
-            found[kind] = described(timings, ["candidate"])
+                notes.append(f"{kind} did not settle in two measurements and is inconclusive: check clocks and load")
+            latency[kind] = described(timings, ["candidate"])
+        # Read the memory while the engine is open.
         memory = {"activations": runner.memory_bytes, "cache": runner.cache_bytes, "buffers": runner.buffer_bytes}
         gpu = asdict(runner.cuda.gpu)
         after = machine.used_memory()
     memory["used"] = None if before is None or after is None else after - before
     notes += [timed.note] if timed.note else []
     return {
-        **found,
+        **latency,
         "memory": memory,
         "gpu": gpu,
         "device": gpu["name"],

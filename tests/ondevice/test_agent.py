@@ -214,7 +214,7 @@ def test_a_file_that_it_does_not_have_is_told(start: Callable[..., Far]) -> None
     assert "does not have" in answer["error"]
     assert "a.onnx" in answer["error"]
     for name in ("../../secret", "", "A" * 64, "0" * 63):
-        assert "no sha256" in far.ask(do="have", sizes={name: 1})["error"]
+        assert "is not a sha256" in far.ask(do="have", sizes={name: 1})["error"]
     assert far.ask(do="bye") == {"left": None}
 
 

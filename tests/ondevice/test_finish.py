@@ -158,12 +158,12 @@ def test_no_bundle(made: Path, python: Path, tmp_path: Path) -> None:
     shutil.copy(made / "finish.pyz", alone)
     result = pyz(python, tmp_path)
     assert result.returncode == 2
-    assert "is no bundle" in result.stderr
+    assert "is not a bundle" in result.stderr
     bundle = copy_of(made, tmp_path / "bundle")
     (bundle / "rungs/1/onnx/embedding.data").unlink()
     result = pyz(python, tmp_path, str(bundle))
     assert result.returncode == 2
-    assert "misses 1 of its files" in result.stderr
+    assert "is missing 1 of its files" in result.stderr
 
 
 def test_killed_in_the_middle_it_leaves_the_bundle_as_it_was(made: Path, python: Path, tmp_path: Path) -> None:
