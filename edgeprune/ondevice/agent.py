@@ -109,6 +109,7 @@ class Store:
         hash is another.
         """
         digest, left, problem = hashlib.sha256(), size, None
+        # Read all of it into a temporary file, and hash it on the way.
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=PART, buffering=0) as file:
             while left:
                 chunk = stream.read(min(CHUNK, left))
@@ -121,6 +122,7 @@ class Store:
                         problem = OSError(errno.ENOSPC, "the disk is full")
                 except OSError as error:  # the rest is read nevertheless: the next line begins after it
                     problem = error
+            # Keep it only where it is complete and has the hash.
             if problem is not None:
                 raise problem
             if digest.hexdigest() != sha256:

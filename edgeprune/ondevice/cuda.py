@@ -1,8 +1,8 @@
-"""CUDA as the engines need it: memory, one stream, events, captured graphs. pycuda where it is installed,
-else cuda-python; nothing above this file knows which.
+"""The CUDA layer of the engines: memory, one stream, events, captured graphs.
 
-This file also runs on the device: Python 3.10, numpy and one of the two modules. It knows no TensorRT.
-pycuda (2026.1) cannot capture graphs: `capture` returns None there.
+It uses pycuda where that is installed, else cuda-python; nothing above this file knows which. This file also runs on
+the device: Python 3.10, numpy and one of the two modules. It knows no TensorRT. pycuda (2026.1) cannot capture
+graphs: `capture` returns None there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from edgeprune.errors import EngineError
 
 INSTALL = "Install one of them on the device: pip install cuda-python (wheels, no compiler), or pycuda."
 NO_GPU = "Run it on the device, or give --target ssh://USER@DEVICE."
-BROKEN = f"See whether nvidia-smi finds the GPU (tegrastats on a Jetson). {NO_GPU}"
+BROKEN = f"Check whether nvidia-smi finds the GPU (tegrastats on a Jetson). {NO_GPU}"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The device that is used; sm is the compute capability times 10, memory in bytes."""
+    """The GPU that is used; sm: the compute capability times 10; memory: in bytes."""
 
     name: str
     sm: int
@@ -36,10 +36,10 @@ class Gpu:
 
 
 class Driver(Protocol):
-    """What is asked of a CUDA module. Pointers, streams and events are what the module gives, addresses int.
+    """The interface to a CUDA module. Memory, streams and events are the module's objects; addresses are int.
 
-    Copies are made on the default stream, and may return before the device has them: `settle` waits for that.
-    Whether other streams wait is left to an environment variable (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM).
+    Copies are made on the default stream, and may return before the device has the bytes: `settle` waits for that.
+    Whether other streams wait is set by an environment variable (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM).
     """
 
     layer: str
@@ -64,7 +64,7 @@ class Driver(Protocol):
 
 
 class Cuda:
-    """One context on the first GPU with one stream; all that it allocates is freed by `close`.
+    """A context on the first GPU with one stream; `close` frees all that it allocates.
 
     Raises EngineError where neither module works, no GPU is found, its memory is full or its work fails.
     """
@@ -77,7 +77,7 @@ class Cuda:
             self.gpu = self._driver.gpu()
             self._stream = self._driver.stream()
             self._begin, self._end = self._driver.event(), self._driver.event()
-        except Exception as error:  # each module has its own; what they say is told
+        except Exception as error:  # each module has its own errors, which the message quotes
             self._driver.close()
             raise EngineError(f"the GPU cannot be used: {error}", BROKEN) from None
 
@@ -89,19 +89,22 @@ class Cuda:
 
     @property
     def stream(self) -> int:
-        """The stream's handle, as TensorRT takes it."""
+        """The handle of the stream, as TensorRT takes it."""
         return self._driver.handle(self._stream)
 
     def size_of(self, address: int) -> int:
-        """Bytes at an address that `allocate` gave."""
+        """Returns the bytes that were allocated at an address."""
         return self._buffers[address][1]
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes (one at least), all zero."""
+        """Allocates `size` bytes (one at least) and returns their address; all of them are zero.
+
+        Raises EngineError where the GPU has no room.
+        """
         size = max(1, size)
         try:
             memory = self._driver.allocate(size)
-        except Exception as error:  # each module has its own; what they say is told
+        except Exception as error:  # each module has its own errors, which the message quotes
             raise EngineError(
                 f"the GPU has no {size / 2**20:.0f} MiB left "
                 f"({self._driver.free_bytes() / 2**20:.0f} MiB free): {error}",
@@ -114,29 +117,33 @@ class Cuda:
         return address
 
     def upload(self, address: int, array: np.ndarray) -> None:
-        """Copy an array to an address that `allocate` gave, after the stream's work, which may still read it.
+        """Copies an array to an allocated address, after the stream's work, which may still read from there.
 
-        Raises ValueError where it does not fit.
+        Raises ValueError where the array does not fit.
         """
         self.synchronize()
         self._driver.upload(self._checked(address, array), np.ascontiguousarray(array))
         self._driver.settle()
 
     def download(self, array: np.ndarray, address: int) -> None:
-        """Fill a contiguous array from an address that `allocate` gave, after the stream's work."""
+        """Fills a contiguous array from an allocated address, after the stream's work.
+
+        Raises ValueError where the array is larger than what was allocated.
+        """
         self.synchronize()
         self._driver.download(array, self._checked(address, array))
 
     def synchronize(self) -> None:
+        """Waits for the stream's work. Raises EngineError where it failed."""
         try:
             self._driver.synchronize(self._stream)
-        except Exception as error:  # each module has its own; what they say is told
+        except Exception as error:  # each module has its own errors, which the message quotes
             raise EngineError(
                 f"the GPU failed: {error}", "Try again; if it fails again, see `dmesg` on the device, and restart it."
             ) from None
 
     def time_ms(self, work: Callable[[], None]) -> tuple[float, float]:
-        """Milliseconds of work that is put on the stream: on the GPU, and of putting it there."""
+        """Returns the milliseconds that the GPU takes for work, and those that putting the work on the stream takes."""
         self._driver.record(self._begin, self._stream)
         start = time.perf_counter()
         work()
@@ -146,12 +153,12 @@ class Cuda:
         return self._driver.elapsed_ms(self._begin, self._end), enqueue_ms
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """What replays the work as one CUDA graph; None where the module or the work does not allow it."""
+        """Returns a function that replays the work as one CUDA graph; None where module or work do not allow it."""
         self.synchronize()
         return self._driver.capture(work, self._stream)
 
     def close(self) -> None:
-        """Free all. What fails here failed before, where it was told: after an error of the GPU every call does."""
+        """Frees everything. Failures are ignored: after an error of the GPU, which was reported, every call fails."""
         if self._closed:
             return
         self._closed = True
@@ -161,10 +168,11 @@ class Cuda:
             with contextlib.suppress(Exception):
                 self._driver.free(memory)
         self._buffers.clear()
-        self._stream = self._begin = self._end = None  # pycuda destroys what nobody holds
+        self._stream = self._begin = self._end = None  # pycuda destroys objects that nobody holds
         self._driver.close()
 
     def _checked(self, address: int, array: np.ndarray) -> Any:
+        """Returns the memory at an address. Raises ValueError where the array is larger."""
         memory, size = self._buffers[address]
         if array.nbytes > size:
             raise ValueError(f"{array.nbytes} bytes into a buffer of {size}")
@@ -172,25 +180,28 @@ class Cuda:
 
 
 def find_gpu() -> Gpu:
-    """The first GPU. Raises EngineError where there is none, or no module to reach it."""
+    """Returns the first GPU. Raises EngineError where there is no GPU, or no module to reach it."""
     with Cuda() as cuda:
         return cuda.gpu
 
 
 def _open() -> Driver:
+    """Opens the GPU with the first module that works. Raises EngineError with the reasons of both."""
     reasons, installed = [], False
     for driver in (_PyCuda, _CudaPython):
         try:
             return driver()
         except EngineError:
             raise
-        except Exception as error:  # a missing module, library, driver or GPU: each in its own words
+        except Exception as error:  # a missing module, library, driver or GPU raises an error of its own
             reasons.append(f"{driver.module}: {str(error) or type(error).__name__}")
             installed |= not isinstance(error, ModuleNotFoundError)
     raise EngineError(f"no CUDA module works here ({'; '.join(reasons)})", BROKEN if installed else INSTALL)
 
 
 class _PyCuda:
+    """The driver that uses pycuda."""
+
     module = "pycuda"
 
     def __init__(self) -> None:
@@ -264,6 +275,8 @@ class _PyCuda:
 
 
 class _CudaPython:
+    """The driver that uses cuda-python."""
+
     module = "cuda-python"
 
     def __init__(self) -> None:
@@ -277,14 +290,14 @@ class _CudaPython:
         version = getattr(self._cuda, "__version__", None) or _version_of("cuda-bindings", "cuda-python")
         self.layer = f"cuda-python {version}"
         self._device = self._call("cuDeviceGet", 0)
-        # The context outlives this where something else holds it: what was made in it is destroyed one by one.
+        # The context lives on where something else holds it, so whatever is made in it is destroyed one by one.
         self._made = contextlib.ExitStack()
         context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self._made.callback(self._call, "cuDevicePrimaryCtxRelease", self._device)
         self._call("cuCtxSetCurrent", context)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """The result of a driver call. Raises RuntimeError that names the call and the driver's error."""
+        """Returns the result of a driver call. Raises RuntimeError with the call and the driver's error."""
         code, *results = getattr(self._cuda, name)(*arguments)
         if code != self._cuda.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{name}: {code.name}")
@@ -349,20 +362,23 @@ class _CudaPython:
         return self._call("cuEventElapsedTime", start, end)
 
     def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None] | None:
+        # Record the work instead of running it.
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", stream, mode)
         refused = False
         try:
             work()
-        except EngineError:  # some engines take no step while their stream is captured
+        except EngineError:  # some engines refuse a step while their stream is captured
             refused = True
         finally:
             code, graph = self._cuda.cuStreamEndCapture(stream)
+        # A capture that failed, or whose work was refused, gives no replay.
         if code != self._cuda.CUresult.CUDA_SUCCESS:
             return None
         if refused:
             self._call("cuGraphDestroy", graph)
             return None
+        # Make it executable; it is destroyed when the driver is closed.
         try:
             executable = self._call("cuGraphInstantiate", graph, 0)
         except RuntimeError:
@@ -373,11 +389,12 @@ class _CudaPython:
         return lambda: self._call("cuGraphLaunch", executable, stream)
 
     def close(self) -> None:
-        with contextlib.suppress(RuntimeError):  # after an error of the GPU every call fails; all are tried
+        with contextlib.suppress(RuntimeError):  # after an error of the GPU every call fails, but all are tried
             self._made.close()
 
 
 def _version_of(*names: str) -> str:
+    """Returns the version of the first of these packages that is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     for name in names:

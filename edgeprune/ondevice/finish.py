@@ -70,6 +70,7 @@ def _alone(bundle: Path) -> Iterator[None]:
     """
     if not os.access(bundle, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to {bundle}", "Copy the bundle to a folder that you may write to.")
+    # Lock the folder itself: nothing is left in it by a process that was killed.
     descriptor = os.open(bundle, os.O_RDONLY)
     try:
         try:
@@ -95,16 +96,18 @@ def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session
     """
     budget = Budget(**{name: Limit(limit["value"], False, limit["asked"]) for name, limit in plan["limits"].items()})
     tried: list[MeasuredRung] = []
+    # A rung that cannot be built, perhaps for lack of memory, is followed by a smaller one.
     for index in range(len(plan["rungs"])):
         try:
             performance = _perform(bundle, index, plan, engine, session, tell)
         except (WrongEngine, Unreachable):
             raise
         except EngineError as error:
-            tried.append(MeasuredRung(index, "failed", None, None, error.message))  # a smaller one may fit
+            tried.append(MeasuredRung(index, "failed", None, None, error.message))
             if index == len(plan["rungs"]) - 1 and not any(rung.performance for rung in tried):
                 raise
             continue
+        # The limits are absolute: the rung stands for the dense model, which is not measured.
         verdict = judge(budget, performance, performance)
         tried.append(MeasuredRung(index, verdict.status, performance, verdict))
         if verdict.met:
@@ -161,6 +164,7 @@ def _perform(bundle: Path, index: int, plan: dict[str, Any], engine: str, sessio
     def on_rung_progress(stage: str, done: int, total: int) -> None:
         tell(f"rung {index}: {stage}" if len(plan["rungs"]) > 1 else stage, done, total)
 
+    # ONNX Runtime runs the graph itself, a GPU an engine that is built first.
     if engine == "onnxruntime":
         counted = Counted(**rung["counted"])
         return measure.on_onnxruntime(

@@ -118,7 +118,7 @@ def describe() -> dict[str, Any]:
     for name in ("numpy", *(runtime.module for runtime in RUNTIMES.values())):
         try:
             modules[name] = str(importlib.import_module(name).__version__)
-        except Exception as error:  # a missing library is no ImportError in every release
+        except Exception as error:  # a missing library is not an ImportError in every release
             modules[name], missing[name] = None, f"{type(error).__name__}: {error}"
     # Reach the GPU, which takes numpy.
     gpu, no_gpu = None, ""

@@ -1,7 +1,7 @@
-"""Times small graphs on the device: what bandwidth, compute rate and overhead of a profile are measured by.
+"""The timing of small graphs on the device, by which a profile's bandwidth, compute rate and overhead are measured.
 
-This file also runs on the device: Python 3.10, numpy and the engine's own module. A graph comes without its
-weights, which would be long to send: random ones are made here, beside it. It knows no profiles and no models.
+This file also runs on the device: Python 3.10, numpy and the engine's own module. It knows no profiles and no models.
+A graph comes without its weights, which would take long to send: random ones are written beside it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INPUT, OUTPUT = "x", "y"
 
 @dataclass(frozen=True)
 class Stack:
-    """A graph: `rows` rows times one square matrix of `width` after the other."""
+    """A graph that multiplies (rows, width) by one square matrix (width, width) after the other."""
 
     rows: int
     width: int
@@ -47,25 +47,30 @@ class Stack:
 
     @property
     def matrix_bytes(self) -> int:
+        """The bytes of one matrix."""
         return self.width * self.width * PRECISIONS[self.precision].element_bytes
 
     @property
     def weight_bytes(self) -> int:
+        """The bytes of all matrices."""
         return self.matrices * self.matrix_bytes
 
     @property
     def flops(self) -> int:
-        """A multiply-add is two."""
+        """The floating-point operations of one run; a multiply-add counts as two."""
         return 2 * self.rows * self.width * self.width * self.matrices
 
 
 def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """One step of a probe: `look` at the processor, `time` the graphs, or `build` one of them. Raises EngineError."""
-    return {"look": _look, "time": _time, "build": _build}[request["step"]](request, tell)
+    """Answers one step of a probe: `look` inspects the processor, `time` times the graphs, `build` builds one of them.
+
+    Raises EngineError.
+    """
+    return {"look": _inspect, "time": _time, "build": _build}[request["step"]](request, tell)
 
 
-def _look(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """What the graphs are sized by, and what a process with the runtime and nothing else holds at its peak."""
+def _inspect(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Returns the sizes that the graphs depend on, and the peak bytes of a process with the runtime alone."""
     version = _onnxruntime().__version__
     runtime = machine.peak_bytes()
     return {
@@ -80,40 +85,46 @@ def _look(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Took:
-    """seconds: what counts of all runs; spread: by which share the others took longer."""
+    """The time of a graph.
+
+    seconds: of the run that counts, the best or the median. spread: the share by which other runs took longer.
+    """
 
     seconds: float
     spread: float
 
 
 def _time(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """What every graph took, by its role; on a GPU also what memory was free, and what the first context took."""
+    """Times every graph, by its role; on a GPU also reads the free memory and what the first context takes of it."""
     load = _load()
+    # Check the room for the weights, then write them.
     stacks = {role: Stack(**values) for role, values in request["stacks"].items()}
     paths = {role: Path(path) for role, path in request["files"].items()}
     _check_room(paths, stacks, copies=1 if request["engine"] == "onnxruntime" else 3)
     for done, (role, stack) in enumerate(stacks.items()):
         tell("make weights to probe with", done, len(stacks))
         write_weights(stack, paths[role])
+    # Time the graphs on the processor or on the GPU.
     if request["engine"] == "onnxruntime":
         took = {}
         for done, (role, stack) in enumerate(stacks.items()):
             tell("time the processor", done, len(stacks))
             took[role] = asdict(_on_processor(paths[role], stack))
-        found: dict[str, Any] = {"took": took, "load": load}
+        timings: dict[str, Any] = {"took": took, "load": load}
     else:
-        found = _on_gpu(request, paths, stacks, tell)
-    return {**found, "conditions": machine.conditions()}
+        timings = _on_gpu(request, paths, stacks, tell)
+    return {**timings, "conditions": machine.conditions()}
 
 
 def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Builds the engine of one graph and returns the builder's bytes of weights."""
     plan = Path(request["outputs"]["plan"])
     stack = Stack(**request["stack"])
     return {"weights": compile_stack(Path(request["files"]["graph"]), plan, stack, request["engine"])}
 
 
 def total_memory() -> float:
-    """Bytes. Raises EngineError where the system does not say."""
+    """Returns the bytes of the system's memory. Raises EngineError where they cannot be read."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
@@ -124,7 +135,7 @@ def total_memory() -> float:
 
 
 def largest_cache() -> int:
-    """Bytes of the processor's largest cache, 0 where the system does not say."""
+    """Returns the bytes of the processor's largest cache, 0 where they are unknown."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
@@ -133,7 +144,7 @@ def largest_cache() -> int:
 
 
 def _load() -> float:
-    """Processes that ran or waited over the last minute, for each thread that there is; 0 where nobody says."""
+    """Returns the processes that ran or waited over the last minute, for each thread; 0 where they are unknown."""
     try:
         return os.getloadavg()[0] / machine.threads()
     except (AttributeError, OSError):
@@ -141,14 +152,14 @@ def _load() -> float:
 
 
 def weights_file(graph: Path) -> Path:
-    """Where the graph looks for its weights."""
+    """Returns the file that a graph reads its weights from."""
     return graph.with_name(f"{graph.name}.data")
 
 
 def write_weights(stack: Stack, graph: Path) -> None:
-    """Random weights that keep the variance of what they multiply, so that no number of them leaves fp16.
+    """Writes random weights that keep the variance of their input, so that no product leaves the range of fp16.
 
-    No two matrices are equal: nothing can be stored once for both.
+    No two matrices are equal, so that an engine cannot store one for two of them.
     """
     generator = np.random.default_rng(0)
     with weights_file(graph).open("wb") as file:
@@ -160,14 +171,20 @@ def write_weights(stack: Stack, graph: Path) -> None:
 
 
 def in_precision(values: np.ndarray, precision: str) -> np.ndarray:
-    """fp32 values in a precision's type; bf16 is their upper half, not rounded: what is timed does not depend on it."""
+    """Returns fp32 values in the type of a precision, of the same shape.
+
+    bf16 values are their upper halves as uint16, not rounded: the times do not depend on it.
+    """
     if precision == "bf16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(PRECISIONS[precision].numpy_dtype, copy=False)
 
 
 def _check_room(paths: dict[str, Path], stacks: dict[str, Stack], copies: int) -> None:
-    """Memory for the weights and what the runtime packs or builds of them, disk for them and the engines."""
+    """Raises EngineError where memory or disk lack room for the weights and for what the runtime makes of them.
+
+    copies: of all weights on the disk, those in engines included.
+    """
     largest = max(stack.weight_bytes for stack in stacks.values())
     available = machine.memory_state().get("available", 0)
     if 0 < available < 4 * largest:
@@ -186,9 +203,10 @@ def _check_room(paths: dict[str, Path], stacks: dict[str, Stack], copies: int) -
 
 
 def _onnxruntime() -> Any:
+    """Returns the module. Raises EngineError where it cannot be imported."""
     try:
         import onnxruntime
-    except Exception as error:  # a missing library is no ImportError in every release
+    except Exception as error:  # a missing library is not an ImportError in every release
         raise EngineError(
             f"onnxruntime cannot be imported: {error}", "Install it with: python3 -m pip install onnxruntime"
         ) from None
@@ -196,6 +214,7 @@ def _onnxruntime() -> Any:
 
 
 def _on_processor(graph: Path, stack: Stack) -> Took:
+    """Times a graph in ONNX Runtime on the processor. Raises EngineError."""
     try:
         session = _onnxruntime().InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         values = in_precision(np.ones((stack.rows, stack.width), np.float32), stack.precision)
@@ -207,7 +226,10 @@ def _on_processor(graph: Path, stack: Stack) -> Took:
 
 
 def best(run: Callable[[], Any]) -> Took:
-    """The shortest of some runs counts: what else runs here can only lengthen one. The spread is the median's."""
+    """Times some runs, of which the shortest counts: other processes can only lengthen one. The spread is the median's.
+
+    The first run is not timed.
+    """
     run()
     times: list[float] = []
     while len(times) < MIN_RUNS or (len(times) < RUNS and sum(times) < RUNS_SECONDS):
@@ -218,9 +240,10 @@ def best(run: Callable[[], Any]) -> Took:
 
 
 def compile_stack(graph: Path, plan: Path, stack: Stack, flavour: str, sm: int | None = None) -> int:
-    """An engine of a probe's graph for its rows alone; the builder's bytes of weights.
+    """Builds the engine of a probe's graph for its number of rows alone; returns the builder's bytes of weights.
 
-    sm: compute capability to build for (TensorRT for RTX only), None: of the GPU here. Raises EngineError.
+    sm: the compute capability to build for (TensorRT for RTX only), None: that of this machine's GPU. Raises
+    EngineError.
     """
     trt = import_tensorrt(flavour)
     messages = Messages(trt)
@@ -228,6 +251,7 @@ def compile_stack(graph: Path, plan: Path, stack: Stack, flavour: str, sm: int |
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, messages.logger)
     serialized = None
+    # Parse and build; both report their errors through the messages.
     if parser.parse_from_file(str(graph)):
         config = builder.create_builder_config()
         if sm is not None:
@@ -242,12 +266,18 @@ def compile_stack(graph: Path, plan: Path, stack: Stack, flavour: str, sm: int |
             f"{flavour} {trt.__version__} cannot build a product of matrices: {messages.errors()}",
             "Close what else uses the GPU and its memory; if it persists, install TensorRT anew.",
         )
+    # The weights' bytes are in the builder's messages.
     plan.write_bytes(serialized)
     return messages.figures().get("Total Weights Memory", 0)
 
 
 def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, Stack], tell: Tell) -> dict[str, Any]:
-    """Every graph built in a process of its own, whose memory is gone when this one opens its first context."""
+    """Builds every graph and times it on the GPU; reads the free memory and what the first context takes of it.
+
+    Each build is a process of its own, whose memory is free again when this one opens its first context. Raises
+    EngineError.
+    """
+    # Build the engines.
     flavour = request["engine"]
     for done, (role, stack) in enumerate(stacks.items()):
         tell("build engines to probe with", done, len(stacks))
@@ -265,11 +295,12 @@ def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, S
             BUILD_SECONDS,
             tell,
         )
+    # Time them, and compare the free memory before and after the first one.
     before = _free_bytes(request["shared"])
     took, taken = {}, None
     with Cuda() as cuda:
         trt = import_tensorrt(flavour)
-        # The smallest first: what is taken after it ran is the context's and the runtime's.
+        # The smallest goes first: the memory that is taken after its run is that of the context and the runtime.
         for done, role in enumerate(sorted(stacks, key=lambda role: stacks[role].weight_bytes)):
             tell("time the GPU", done, len(stacks))
             with _Opened(cuda, trt, _plan(paths[role]), stacks[role]) as opened:
@@ -285,7 +316,10 @@ def _plan(graph: Path) -> Path:
 
 
 def _free_bytes(shared: bool) -> int | None:
-    """Memory that the GPU has free for all, without a context of our own; None where nobody says."""
+    """Returns the bytes that the GPU has free, read without a context; None where they are unknown.
+
+    shared: whether GPU and CPU share their memory.
+    """
     if shared:
         return machine.memory_state().get("available")
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
@@ -297,7 +331,7 @@ def _free_bytes(shared: bool) -> int | None:
 
 
 def _typical(cuda: Cuda, step: Callable[[], None]) -> Took:
-    """The median by the GPU's own clock counts, after a warm-up. The spread is that of nine runs in ten."""
+    """Times some runs by the GPU's own clock, after a warm-up; the median counts, the spread is the p90's."""
     spent, count = 0.0, 0
     while spent < 1e3 * timing().warm_up_seconds and count < 10_000 or count < 3:
         spent += max(cuda.time_ms(step))
@@ -310,7 +344,7 @@ def _typical(cuda: Cuda, step: Callable[[], None]) -> Took:
 
 
 class _Opened:
-    """An engine on the GPU with its input and output; freed by `with`, but for what Cuda frees."""
+    """An engine on the GPU with its input and output. `with` frees the engine; Cuda frees the buffers."""
 
     def __init__(self, cuda: Cuda, trt: Any, plan: Path, stack: Stack) -> None:
         self._cuda, self._messages = cuda, Messages(trt)
@@ -323,6 +357,8 @@ class _Opened:
             raise
 
     def _open(self, plan: Path, stack: Stack) -> None:
+        """Loads the engine and binds its buffers. Raises EngineError."""
+        # Load the engine and create its context.
         with mapped(plan) as content:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         self._context = None if self._engine is None else self._engine.create_execution_context()
@@ -331,18 +367,20 @@ class _Opened:
                 f"the engine to probe {self._cuda.gpu.name} with cannot be opened: {self._messages.errors()}",
                 "Close what else uses the GPU, and probe again.",
             )
+        # Bind input and output, both (rows, width).
         values = in_precision(np.ones((stack.rows, stack.width), np.float32), stack.precision)
         source, result = self._cuda.allocate(values.nbytes), self._cuda.allocate(values.nbytes)
         self._cuda.upload(source, values)
-        done = (
+        accepted = (
             self._context.set_input_shape(INPUT, values.shape),
             self._context.set_tensor_address(INPUT, source),
             self._context.set_tensor_address(OUTPUT, result),
         )
-        if not all(done):
+        if not all(accepted):
             raise self._refused()
 
     def step(self) -> None:
+        """Puts a run on the stream. Raises EngineError where TensorRT refuses it."""
         if not self._context.execute_async_v3(self._cuda.stream):
             raise self._refused()
 
@@ -358,8 +396,8 @@ class _Opened:
         self._close()
 
     def _close(self) -> None:
-        """In the order that TensorRT asks for, after what still runs."""
+        """Frees the engine in the order that TensorRT requires, after the work that still runs."""
         if self._context is not None:
-            with contextlib.suppress(EngineError):  # a GPU that failed told so at the step
+            with contextlib.suppress(EngineError):  # the failure of a GPU was reported at the step
                 self._cuda.synchronize()
         self._context = self._engine = self._runtime = None  # from left to right

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Runtime:
+    """The module and the package of one engine, and the ways to install it."""
+
     module: str  # that Python imports
     package: str  # that pip installs
     extra: str  # of edgeprune that brings it; empty: edgeprune always does

@@ -84,6 +84,7 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, points: np.ndar
     """
     if temperature == 0:
         return logits.argmax(axis=1)
+    # Drop the logits below the k-th, then turn the others into probabilities.
     if 0 < top_k < logits.shape[1]:
         least = np.partition(logits, -top_k, axis=1)[:, -top_k]  # (batch,): the k-th largest logit
         logits = np.where(logits < least[:, None], -np.inf, logits)
@@ -91,6 +92,7 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, points: np.ndar
     with np.errstate(over="ignore"):  # at a tiny temperature minus infinity is right
         probabilities = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
+    # All tokens are kept: draw for the whole batch at once. Otherwise each row sorts its own.
     if top_p >= 1:
         cumulative = probabilities.cumsum(axis=1)
         totals = cumulative[:, -1:]

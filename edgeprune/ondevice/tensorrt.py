@@ -1,7 +1,7 @@
-"""Builds engines with TensorRT or TensorRT for RTX, through one adapter, in a process of its own.
+"""The build of engines with TensorRT or TensorRT for RTX, through one adapter, in a process of its own.
 
-This file also runs on the device: Python 3.10, standard library and one of the two modules. Without a
-GPU nothing is deserialised or run: memory is read from the builder's messages.
+This file also runs on the device: Python 3.10, standard library and one of the two modules. It needs no GPU, because
+it neither deserialises nor runs an engine: the memory figures are read from the builder's messages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgeprune.ondevice.machine import peak_bytes
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.worker import Tell, quiet
 
-WEIGHTS_TOLERANCE = 1.05  # more than that over the graph's bytes, and something is stored twice
+WEIGHTS_TOLERANCE = 1.05  # of the graph's bytes; an engine with more weights stores something twice
 _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, and all of fp32 on SM 75
     "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
     "--precision fp16.",
@@ -28,16 +28,16 @@ _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel
     "HW-specific datatypes: b16": "Use --precision fp16: GPUs before SM 80 have no bf16.",
 }
 _SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."
-_NO_DRIVER = re.compile(r"cudaError (35|100)\b")  # said beside any other error on a machine without a GPU
+_NO_DRIVER = re.compile(r"cudaError (35|100)\b")  # accompanies any other error on a machine without a GPU
 _FIGURE = re.compile(r"(Total Weights Memory|Total Activation Memory|Max Scratch Memory):\s*(\d+)")
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What the builder said of an engine: bytes, seconds, its version; warnings in words.
+    """The builder's figures of an engine: bytes, seconds, its version, and warnings in words.
 
-    A context needs activation_bytes + scratch_bytes: the builder's total activation memory contains the
-    scratch memory (it is one of the blocks that are assigned to it), here the two are apart.
+    A context needs activation_bytes + scratch_bytes. The builder's total activation memory contains the scratch
+    memory, which is one of the blocks that are assigned to it; in this class the two are apart.
     """
 
     version: str
@@ -50,21 +50,22 @@ class BuildResult:
 
     @property
     def effort(self) -> str:
+        """The time and the peak memory of the build, in words."""
         return f"built in {self.seconds:.0f} s with {self.peak_build_bytes / 2**20:.0f} MiB of memory at its peak"
 
 
 def import_tensorrt(flavour: str) -> Any:
-    """The module of a flavour. Raises EngineError with the command that installs it."""
+    """Returns the module of a flavour. Raises EngineError with the command that installs it."""
     try:
         return importlib.import_module(RUNTIMES[flavour].module)
-    except Exception as error:  # a missing library is no ImportError in every release
+    except Exception as error:  # a missing library is not an ImportError in every release
         raise EngineError(
             f"{flavour} cannot be imported: {error}", f"Install it with: {RUNTIMES[flavour].install_here}"
         ) from None
 
 
 def available(flavour: str) -> tuple[bool, str]:
-    """Whether engines of this flavour can be built here, and its version or the reason."""
+    """Returns whether this machine can build engines of a flavour, and the version or the reason why not."""
     try:
         trt = import_tensorrt(flavour)
     except EngineError as error:
@@ -73,7 +74,7 @@ def available(flavour: str) -> tuple[bool, str]:
 
 
 def offered_sms() -> list[int]:
-    """The compute capabilities that TensorRT for RTX builds for without the GPU. Raises EngineError."""
+    """Returns the compute capabilities that TensorRT for RTX builds for without the GPU. Raises EngineError."""
     trt = import_tensorrt("tensorrt-rtx")
     names = [name for name in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
     return sorted(int(name[2:]) for name in names)
@@ -81,7 +82,10 @@ def offered_sms() -> list[int]:
 
 @dataclass(frozen=True)
 class Limits:
-    """workspace_bytes: scratch memory that a kernel may take at most; timing_cache: where timings are kept."""
+    """The settings of a build.
+
+    workspace_bytes: the scratch memory that a kernel may take at most. timing_cache: the file of kernel timings.
+    """
 
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
@@ -96,46 +100,53 @@ def compile_plan(
     limits: Limits = Limits(),
     tell: Tell = quiet,
 ) -> BuildResult:
-    """Build in this process; where that stores weights twice, again with room for a batch of two.
+    """Builds in this process; where the engine stores weights twice, builds again with room for a batch of two.
 
-    With a batch of exactly one TensorRT for RTX 1.7 keeps a transposed second copy of a tied embedding;
-    with a maximum of two it does not (measured). The smaller of the two engines is kept.
-    sm: compute capability to build for (TensorRT for RTX only), None: of the GPU here. Raises EngineError
-    naming the node that the parser or the builder refuses.
+    With a batch of exactly one TensorRT for RTX 1.7 keeps a transposed second copy of a tied embedding; with a
+    maximum of two it does not (measured). The smaller of the two engines is kept. sm: the compute capability to
+    build for (TensorRT for RTX only), None: that of this machine's GPU. Raises EngineError that names the node which
+    the parser or the builder refuses.
     """
-    parts = [plan.with_name(f"{plan.name}.{os.getpid()}.{index}.part") for index in range(2)]
+    # Build into temporary files: the plan is complete or absent.
+    temporaries = [plan.with_name(f"{plan.name}.{os.getpid()}.{index}.part") for index in range(2)]
     plan.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = _compile(graph, parts[0], workload, workload.batch, sm, flavour, limits, tell)
+        result = _compile(graph, temporaries[0], workload, workload.batch, sm, flavour, limits, tell)
+        # Build again for two sequences where something is stored twice.
         if result.weights_bytes and result.warnings and workload.batch == 1:
-            wider = _compile(graph, parts[1], workload, 2, sm, flavour, limits, tell)
-            if _held(wider) < _held(result):
-                result, parts = wider, parts[::-1]
-        parts[0].replace(plan)
+            wider = _compile(graph, temporaries[1], workload, 2, sm, flavour, limits, tell)
+            if _total_bytes(wider) < _total_bytes(result):
+                result, temporaries = wider, temporaries[::-1]
+        temporaries[0].replace(plan)
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
     return result
 
 
-def _held(result: BuildResult) -> int:
+def _total_bytes(result: BuildResult) -> int:
     return result.weights_bytes + result.activation_bytes + result.scratch_bytes
 
 
 def _compile(
     graph: Path, plan: Path, workload: Workload, most: int, sm: int | None, flavour: str, limits: Limits, tell: Tell
 ) -> BuildResult:
-    """One build with one merged profile (two hold the weights twice), for batches from 1 to `most`."""
+    """Builds once, for batches from 1 to `most`, with one merged profile: two profiles would hold the weights twice.
+
+    Raises EngineError.
+    """
     trt = import_tensorrt(flavour)
     _check_sm(sm, flavour)
     start = time.monotonic()
+    # Parse the graph into a network.
     messages = Messages(trt)
     builder = trt.Builder(messages.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, messages.logger)
     if not parser.parse_from_file(str(graph)):
-        raise EngineError(_parser_errors(parser, graph), "Export again; a newer TensorRT may know the operator.")
+        raise EngineError(_parser_errors(parser, graph), "Export again; a newer TensorRT may support the operator.")
     _let_attention_decompose(trt, network)
+    # Configure the build: the GPU, the scratch memory, the timings of earlier builds, the progress.
     config = builder.create_builder_config()
     if sm is not None:
         config.num_compute_capabilities = 1
@@ -144,11 +155,13 @@ def _compile(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limits.workspace_bytes)
     timings = _open_timings(config, limits.timing_cache)
     config.progress_monitor = _monitor(trt, tell)
+    # Give the profile the shapes of every input.
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         profile.set_shape(tensor.name, *shapes(tensor.name, tuple(tensor.shape), workload, most))
     config.add_optimization_profile(profile)
+    # Build; an error names the node and a remedy where one is known.
     if not _build(trt, builder, network, config, plan):
         layers = [network.get_layer(index).name for index in range(network.num_layers)]
         errors = messages.errors()
@@ -156,6 +169,7 @@ def _compile(
             f"TensorRT cannot build {graph}{_blamed(errors, layers)}: {errors[-400:]}",
             next((remedy for text, remedy in _REMEDIES.items() if text in errors), _SMALLER),
         )
+    # Keep the timings, and read the memory figures from the messages.
     if timings is not None:
         _write(limits.timing_cache, config.get_timing_cache().serialize())
     figures = messages.figures()
@@ -172,8 +186,11 @@ def _compile(
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:
-    """Attention without a kernel of its own is refused else: in fp32, and of one token at a time where heads are 3 or
-    fewer or no multiple of 8. Where there is a kernel, the engine is of the same size (TensorRT for RTX 1.7)."""
+    """Allows the builder to decompose attention that has no kernel of its own, which it would refuse otherwise.
+
+    That is attention in fp32, and attention of one token at a time where the heads are 3 or fewer or not a multiple
+    of 8. Where there is a kernel, the engine keeps its size (TensorRT for RTX 1.7).
+    """
     if not hasattr(trt, "IAttentionOutputLayer"):
         return
     for index in range(network.num_layers):
@@ -184,16 +201,18 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
 
 
 def _build(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> bool:
-    """Build into a file; False where the builder refuses. Raises EngineError where the file cannot be written.
+    """Builds into a file; returns False where the builder refuses. Raises EngineError where the file cannot be written.
 
-    Releases from 10.13 on write while they serialise, which saves a copy of the weights in memory: 5.6 GiB
-    instead of 6.6 at the peak for 2.1 GiB of weights (measured).
+    Releases from 10.13 on write while they serialise, which saves a copy of the weights in memory: 5.6 GiB instead of
+    6.6 GiB at the peak for 2.1 GiB of weights (measured).
     """
+    # Older releases return the whole engine at once.
     if not hasattr(builder, "build_serialized_network_to_stream"):
         serialized = builder.build_serialized_network(network, config)
         if serialized is not None:
             plan.write_bytes(serialized)
         return serialized is not None
+    # Later ones pass it piece by piece to a writer, whose errors are kept until the build has ended.
     problems: list[OSError] = []
 
     class Writer(trt.IStreamWriter):
@@ -203,7 +222,7 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> boo
         def write(self, content: Any) -> int:
             try:
                 return file.write(content)
-            except OSError as error:  # it must not pass through the builder
+            except OSError as error:  # an exception must not pass through the builder
                 problems.append(error)
                 return 0
 
@@ -211,7 +230,7 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> boo
     try:
         with plan.open("wb") as file:
             done = builder.build_serialized_network_to_stream(network, config, Writer())
-    except OSError as error:  # of the last bytes
+    except OSError as error:  # when the last bytes are written
         problems.append(error)
     if problems:
         raise EngineError(f"the engine cannot be written: {problems[0]}", "Free some space on the disk.")
@@ -219,6 +238,7 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> boo
 
 
 def _check_sm(sm: int | None, flavour: str) -> None:
+    """Raises EngineError where the flavour does not build for a compute capability; None is that of the GPU."""
     if sm is None:
         return
     if flavour != "tensorrt-rtx":
@@ -234,15 +254,16 @@ def _check_sm(sm: int | None, flavour: str) -> None:
 def shapes(
     name: str, shape: tuple[int, ...], workload: Workload, most: int | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Minimum, optimum and maximum shape of an input of our graph's contract (-1: dynamic).
+    """Returns the minimum, optimum and maximum shape of an input of edgeprune's graphs; shape: -1 where it is dynamic.
 
-    most: the largest batch, if not the workload's.
-    The optimum is the decode step in the middle of the context: most of the time is spent there.
+    most: the largest batch, where it is not the workload's. The optimum is the decode step in the middle of the
+    context, because most of the time is spent in such steps.
     """
 
     def at(batch: int, sequence: int, past: int) -> tuple[int, ...]:
         if name.startswith("past_key_values."):
-            return batch, shape[1], past, shape[3]
+            return batch, shape[1], past, shape[3]  # (batch, num_key_value_heads, past, head_dim)
+        # (batch, past + sequence) or (batch, sequence)
         return batch, past + sequence if name == "attention_mask" else sequence
 
     last = workload.context - 1
@@ -250,7 +271,7 @@ def shapes(
 
 
 class Messages:
-    """The builder's and the runtime's messages, kept; its `logger` is what TensorRT takes."""
+    """The messages of the builder and the runtime, which are kept. TensorRT takes its `logger`."""
 
     def __init__(self, trt: Any) -> None:
         kept: list[tuple[int, str]] = []
@@ -265,18 +286,19 @@ class Messages:
         self.kept, self.logger = kept, Keeping()
 
     def errors(self) -> str:
-        """The errors so far in one line."""
-        errors = [text for severity, text in self.kept if severity <= 1]  # internal errors and errors
+        """Returns the errors so far in one line."""
+        errors = [text for severity, text in self.kept if severity <= 1]  # internal errors and ordinary ones
         errors = [text for text in errors if not _NO_DRIVER.search(text)] or errors
-        return " ".join(" ".join(errors).split())[-600:] or "it does not say why"
+        return " ".join(" ".join(errors).split())[-600:] or "no reason is given"
 
     def figures(self) -> dict[str, int]:
-        """The memory figures of the last build, in bytes."""
+        """Returns the memory figures of the last build by name, in bytes."""
         return {match[1]: int(match[2]) for _, text in self.kept for match in _FIGURE.finditer(text)}
 
 
 def _monitor(trt: Any, tell: Tell) -> Any:
-    """Tells the outermost phases of a build; never stops it."""
+    """Returns a monitor that reports the outermost phases of a build, and never stops it."""
+    # A phase with a parent is part of another one, and is not reported.
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -301,18 +323,19 @@ def _monitor(trt: Any, tell: Tell) -> Any:
 
 
 def _open_timings(config: Any, path: Path | None) -> Any:
-    """The kernels' timings of earlier builds, so that they are not measured again; None: nowhere to keep them."""
+    """Sets a build's cache to the kernel timings of earlier builds, and returns it; None where there is no file."""
     if path is None:
         return None
     known = path.read_bytes() if path.is_file() else b""
     timings = config.create_timing_cache(known)
-    if timings is None or not config.set_timing_cache(timings, False):  # of another release or GPU
+    if timings is None or not config.set_timing_cache(timings, False):  # they are of another release or GPU
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, False)
     return timings
 
 
 def _write(path: Path, content: Any) -> None:
+    """Writes a file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.write_bytes(content)
@@ -320,25 +343,26 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _blamed(errors: str, layers: list[str]) -> str:
-    """The node that the errors name, with a suffix of TensorRT's or without, not within a word; the longest one."""
+    """Returns the longest node name in the errors, with or without a suffix of TensorRT's, but not within a word."""
     named = [name for name in layers if re.search(rf"(?<![\w./-]){re.escape(name)}(?!\.?[A-Za-z0-9/-])", errors)]
     return f" at node {max(named, key=len)}" if named else ""
 
 
 def _parser_errors(parser: Any, graph: Path) -> str:
-    """The first error, with the node that it is about; errors of the file itself have none."""
+    """Returns the parser's first error and its node; errors of the file itself have no node."""
     if parser.num_errors == 0:
-        return f"TensorRT cannot parse {graph} and does not say why"
+        return f"TensorRT cannot parse {graph} and gives no reason"
     first = parser.get_error(0)
-    name = getattr(first, "node_name", str)()  # releases before 10 have no name
+    name = getattr(first, "node_name", str)()  # releases before 10 have no node_name
     node = f" at node {name} ({first.node_operator()})" if name else ""
     return f"TensorRT cannot parse {graph}{node}: {first.desc()}"
 
 
 def _warnings(weights: int, graph: Path) -> tuple[str, ...]:
-    held = sum(path.stat().st_size for path in graph.parent.glob("*.data"))
+    """Returns warnings about an engine's bytes of weights: that they are unknown, or more than the graph's."""
+    graph_bytes = sum(path.stat().st_size for path in graph.parent.glob("*.data"))
     if not weights:
         return ("the builder reported no memory figures",)
-    if weights > WEIGHTS_TOLERANCE * held > 0:
-        return (f"the engine holds {weights / held:.2f} times the graph's weights: something is stored twice",)
+    if weights > WEIGHTS_TOLERANCE * graph_bytes > 0:
+        return (f"the engine holds {weights / graph_bytes:.2f} times the graph's weights: something is stored twice",)
     return ()

@@ -1,8 +1,8 @@
-"""Runs an engine on the GPU: the cache stays there and is exchanged between steps without a copy.
+"""The runner of engines on the GPU, whose KV cache stays there, and their timing.
 
-This file also runs on the device: Python 3.10, numpy, TensorRT or TensorRT for RTX, and a CUDA module.
-The engine's past and present are two sets of buffers whose roles are exchanged after every step: what a
-step wrote is what the next one reads.
+This file also runs on the device: Python 3.10, numpy, TensorRT or TensorRT for RTX, and a CUDA module. It knows
+neither models nor tokenizers. The engine's past and present are two sets of buffers, which are swapped after every
+step without a copy: the next step reads what the last one wrote.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
 
 IDS = ("input_ids", "position_ids", "attention_mask")
 LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --context."
-LAUNCH_BOUND = 0.8  # share of the GPU's time that putting the work there takes: above it a replay is tried
+LAUNCH_BOUND = 0.8  # share of a step's GPU time; where putting the step on the stream takes longer, a replay is tried
 
 
 class EngineRunner:
-    """An engine of our graph's contract (logits of the last position) with room for `capacity` tokens.
+    """An engine of one of edgeprune's graphs with `last` logits, with room for `capacity` tokens.
 
-    It has the interface of the ONNX Runtime's Runner. `with` or `close` frees all that is on the GPU.
-    Raises EngineError where the engine does not fit this GPU or release, or the memory does not suffice.
+    It has the interface of reference.StepRunner. `with` or `close` frees all that is on the GPU. Raises EngineError
+    where the engine does not fit this GPU or release, or the memory does not suffice.
     """
 
     def __init__(self, plan: Path, batch: int, capacity: int, flavour: str) -> None:
@@ -45,6 +45,8 @@ class EngineRunner:
             raise
 
     def _open(self, plan: Path, flavour: str) -> None:
+        """Loads the engine and allocates its context and buffers. Raises EngineError."""
+        # Load the engine.
         trt = import_tensorrt(flavour)
         self._messages = Messages(trt)
         self._runtime = trt.Runtime(self._messages.logger)
@@ -60,6 +62,7 @@ class EngineRunner:
                 else "An engine fits the release and the GPU that it was "
                 "built for: build it here with `edgeprune measure BUNDLE`, or finish.pyz in the bundle.",
             )
+        # Create its context, which takes the memory for activations.
         self.memory_bytes = self._engine.device_memory_size_v2  # activations and scratch of one context
         self._context = self._engine.create_execution_context()
         if self._context is None:
@@ -72,17 +75,22 @@ class EngineRunner:
         self._allocate()
 
     def _describe(self, trt: Any) -> None:
-        """Names, shapes and types of the engine's tensors, and what its profile allows."""
+        """Reads the names, shapes and types of the engine's tensors, and the limits of its profile.
+
+        Raises EngineError where the engine takes fewer sequences at once than the batch.
+        """
+        # Read the tensors.
         elements = {
             trt.DataType.FLOAT: np.float32,
             trt.DataType.HALF: np.float16,
             trt.DataType.INT64: np.int64,
-            trt.DataType.BF16: np.uint16,  # numpy has no such type: a cache of it is moved as bits
+            trt.DataType.BF16: np.uint16,  # numpy has no such type: the bits of such a cache are moved
         }
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._types = {name: np.dtype(elements[self._engine.get_tensor_dtype(name)]) for name in names}
         self._caches = [name for name in names if name.startswith("past_key_values.")]
         self._shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
+        # Read the largest shapes: input_ids (batch, tokens), attention_mask (batch, past + tokens).
         _, _, most = self._engine.get_tensor_profile_shape("input_ids", 0)
         _, _, longest = self._engine.get_tensor_profile_shape("attention_mask", 0)
         self.most_batch, self.most_tokens = most
@@ -94,7 +102,9 @@ class EngineRunner:
         self.vocab_size = self._shapes["logits"][-1]
 
     def _allocate(self) -> None:
+        """Allocates inputs, logits and both halves of the KV cache, and binds them to the engine."""
         self._logits = np.empty((self.batch, 1, self.vocab_size), self._types["logits"])
+        # The inputs are int64: ids and positions (batch, most_tokens), the mask (batch, capacity).
         self._address = {name: self.cuda.allocate(8 * self.batch * self.most_tokens) for name in IDS[:2]}
         self._address[IDS[2]] = self.cuda.allocate(8 * self.batch * self.capacity)
         self._address["logits"] = self.cuda.allocate(self._logits.nbytes)
@@ -113,39 +123,43 @@ class EngineRunner:
         self.close()
 
     def close(self) -> None:
-        """Free the engine and its memory, in the order that TensorRT asks for, after what still runs."""
+        """Frees the engine and its memory in the order that TensorRT requires, after the work that still runs."""
         if self._context is not None:
-            with contextlib.suppress(EngineError):  # a GPU that failed told so at the step
+            with contextlib.suppress(EngineError):  # the failure of a GPU was reported at the step
                 self.cuda.synchronize()
         self._context = self._engine = self._runtime = None  # from left to right
         self.cuda.close()
 
     @property
     def cache_bytes(self) -> int:
-        """Both sets of buffers, as they are held."""
+        """The bytes of both halves of the KV cache, as allocated."""
         return sum(self.cuda.size_of(address) for half in self._halves for address in half.values())
 
     @property
     def buffer_bytes(self) -> int:
+        """The bytes of inputs and logits, as allocated."""
         return sum(self.cuda.size_of(address) for address in self._address.values())
 
     def reset(self, past: int = 0) -> None:
-        """Go on as if `past` tokens were in the cache, whatever it holds."""
+        """Continues as if `past` tokens were in the cache, whatever it holds."""
         self.past = past
 
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """ids (batch, tokens) int64 appended to the cache -> logits (batch, vocabulary) of the last one.
+        """Returns the logits (batch, vocabulary) of the last token, after ids (batch, tokens) int64 join the cache.
 
-        A prompt longer than the engine's longest sequence goes through in parts. mask: (batch, past +
-        tokens) int64, 0 for left padding. Raises EngineError where the cache is full or a step fails.
+        A prompt longer than the engine's longest sequence is run in parts. mask: (batch, past + tokens) int64, 0 for
+        left padding. Raises EngineError where the cache is full or a step fails.
         """
+        # Check that the tokens have room.
         total = self.past + ids.shape[1]
         if total > self.capacity:
             raise EngineError(
                 f"{total} tokens do not fit into the cache of {self.capacity}", "Shorten the prompt or the output."
             )
         mask = np.ones((self.batch, total), np.int64) if mask is None else mask
+        # (batch, tokens): positions of the new tokens, in which padding does not count.
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.past :]
+        # Run as many tokens at once as the engine takes.
         for begin in range(0, ids.shape[1], self.most_tokens):
             part = slice(begin, begin + self.most_tokens)
             self.stage(ids[:, part], positions[:, part], mask[:, : self.past + ids[:, part].shape[1]])
@@ -156,7 +170,11 @@ class EngineRunner:
         return self._logits[:, -1].copy()
 
     def stage(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> None:
-        """Put a step's inputs on the GPU and tell the engine their shapes, at the current past."""
+        """Puts the inputs of a step on the GPU and sets their shapes in the engine, at the current past.
+
+        ids, positions: (batch, tokens). mask: (batch, past + tokens). Raises EngineError where the engine does not
+        take such shapes.
+        """
         for name, value in zip(IDS, (ids, positions, mask), strict=True):
             self._shape(name, value.shape)
             self.cuda.upload(self._address[name], value)
@@ -165,16 +183,17 @@ class EngineRunner:
             self._shape(name, (self.batch, heads, self.past, head_dim))
 
     def step(self) -> None:
-        """Put the staged step on the stream; nothing waits for it."""
+        """Puts the staged step on the stream, without waiting for it. Raises EngineError where TensorRT refuses it."""
         if not self._context.execute_async_v3(self.cuda.stream):
             raise EngineError(f"TensorRT refuses a step: {self._messages.errors()}", "Run `edgeprune doctor`.")
 
     def _cache_elements(self, name: str) -> int:
+        """Returns the elements of a cache (batch, num_key_value_heads, capacity, head_dim)."""
         _, heads, _, head_dim = self._shapes[name]
         return self.batch * heads * self.capacity * head_dim
 
     def _exchange(self) -> None:
-        """What was written is read by the next step, what was read is overwritten."""
+        """Swaps the past and present buffers of the KV cache."""
         past, present = self._halves
         for name in self._caches:
             self._bind(name, past[name])
@@ -182,12 +201,14 @@ class EngineRunner:
         self._halves = [present, past]
 
     def _bind(self, name: str, address: int) -> None:
+        """Sets the address of a tensor. Raises EngineError where the engine has no such tensor."""
         if not self._context.set_tensor_address(name, address):
             raise EngineError(
                 f"the engine has no tensor {name}: {self._messages.errors()}", "Build it again from the bundle's graph."
             )
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Sets the shape of an input. Raises EngineError where the engine does not take it."""
         if not self._context.set_input_shape(name, shape):
             raise EngineError(
                 f"the engine does not take {name} of {'x'.join(map(str, shape))}: {self._messages.errors()}",
@@ -197,35 +218,39 @@ class EngineRunner:
 
 @contextmanager
 def mapped(plan: Path) -> Iterator[mmap.mmap]:
-    """The file's bytes without a copy of them: on a Jetson the GPU shares the memory that a copy would take."""
+    """Maps the bytes of a file without a copy: on a Jetson the GPU shares the memory that a copy would take.
+
+    Raises EngineError where the file cannot be read.
+    """
     try:
         with plan.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: the file is empty
-        why = getattr(error, "strerror", None) or error
-        raise EngineError(f"{plan} cannot be read: {why}", "Build the engine first, or copy it again.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise EngineError(f"{plan} cannot be read: {reason}", "Build the engine first, or copy it again.") from None
     with content:
         yield content
 
 
 class Timed:
-    """The two things that are timed of one engine, in ms of the GPU's own clock.
+    """Prefill and decode of one engine on random tokens, each as a function that returns ms of the GPU's own clock.
 
-    Where the processor takes longer to launch a decode step than the GPU to run it, the step is captured
-    once and replayed; `note` says so, or why it could not be.
+    Where the processor takes about as long to launch a decode step as the GPU to run it, the step is captured once
+    and replayed; `note` then describes that, or the reason why it was not possible.
     """
 
     def __init__(self, runner: EngineRunner, workload: Workload, seed: int = 0) -> None:
         self._runner, self._workload = runner, workload
         generator = np.random.default_rng(seed)
-        self._prompt = generator.integers(0, runner.vocab_size, (workload.batch, workload.prompt))
+        self._prompt = generator.integers(0, runner.vocab_size, (workload.batch, workload.prompt))  # (batch, prompt)
         self.note = ""
         self._replay: Any = None
 
     def prepare_decode(self) -> None:
-        """The slowest step, past = context - 1; what the cache holds does not change its time."""
+        """Prepares the slowest step, at past = context - 1; the content of the cache does not change its time."""
+        # Warm up, and compare the time of launching the step with the time of the GPU.
         self._stage(self._prompt[:, :1], self._workload.context - 1)
-        times = []
+        times = []  # (gpu_ms, enqueue_ms) of each step
         spent = 0.0
         while spent < 1e3 * timing().warm_up_seconds or len(times) < 3:
             times.append(self._runner.cuda.time_ms(self._runner.step))
@@ -233,6 +258,7 @@ class Timed:
         gpu_ms, enqueue_ms = np.median(times, axis=0)
         if enqueue_ms <= LAUNCH_BOUND * gpu_ms:
             return
+        # Replay a captured step where launching it takes too long.
         self._replay = self._runner.cuda.capture(self._runner.step)
         share = f"launching a decode step takes {enqueue_ms:.2f} ms of its {gpu_ms:.2f} ms"
         layer = self._runner.cuda.gpu.layer
@@ -244,17 +270,20 @@ class Timed:
             self.note = f"{share}, and the engine cannot be captured for a replay"
 
     def decode(self) -> float:
+        """Runs the prepared decode step, or its replay, and returns its ms."""
         return self._runner.cuda.time_ms(self._replay or self._runner.step)[0]
 
     def prepare_prefill(self) -> None:
-        """From an empty cache; a captured decode step is not replayed after this."""
+        """Prepares the prompt from an empty cache; a captured decode step is not replayed after this."""
         self._replay = None
         self._stage(self._prompt, 0)
 
     def prefill(self) -> float:
+        """Runs the prepared prefill and returns its ms."""
         return self._runner.cuda.time_ms(self._runner.step)[0]
 
     def _stage(self, ids: np.ndarray, past: int) -> None:
+        """Stages a step of ids (batch, tokens) after `past` tokens, without padding."""
         self._runner.reset(past)
         batch, tokens = ids.shape
         positions = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
