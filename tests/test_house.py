@@ -4,6 +4,7 @@ import ast
 import contextlib
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def texts_of_code():
                         yield path, ast.parse(node.value)
 
 
+@cache
 def names_of(module: str) -> set[str]:
     """What can be imported from a module: its own names, and the modules of a package."""
     is_package = module == "" or (ROOT / "edgeprune" / module.replace(".", "/")).is_dir()

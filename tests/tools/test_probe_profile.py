@@ -22,7 +22,7 @@ from tests.support.device import SSHD, Server, bare_python, ssh_server
 from tests.support.doubles.double_device import Device as Double
 from tests.support.doubles.install import InProcess
 from tools import probe_profile
-from tools.probe_profile import Found, choose, like, main, nearest
+from tools.probe_profile import Choice, choose, like, main, nearest
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
 
@@ -63,7 +63,7 @@ def test_the_processors_profile_is_complete(small: None, tmp_path: Path, capsys:
     assert profile.hardware.keys() >= {"memory", "runtime_memory", "build_memory", "bandwidth", "fp32_compute"}
     text = output.read_text()
     assert text.startswith("# Hardware figures measured")
-    assert "# From the shipped profile cpu: budget, workload" in text
+    assert "# From edgeprune's profile cpu: budget, workload" in text
     said = capsys.readouterr()
     assert f"{profile.bandwidth.value:.4g} GB/s" in said.out
     assert f"edgeprune fit MODEL --profile {output}" in said.out
@@ -120,7 +120,7 @@ def test_an_interrupt_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probe_profile.perform, "describe", interrupt)
+    monkeypatch.setattr(probe_profile.measure, "describe", interrupt)
     assert main(["--output", str(tmp_path / "device.toml")]) == 130
     assert not list(tmp_path.iterdir())
 
@@ -179,7 +179,7 @@ def test_what_the_device_misses_is_told(asked: str, change: dict, reason: str) -
     ],
 )
 def test_the_nearest_profile(device: str, sm: int, memory: float, name: str | None) -> None:
-    profile, why = nearest(Found("tensorrt", device, {"sm": sm, "memory": memory}, ""))
+    profile, why = nearest(Choice("tensorrt", device, {"sm": sm, "memory": memory}, ""))
     if name is None:
         assert profile.sm == 80
         assert "no profile has SM 75" in why
@@ -189,9 +189,9 @@ def test_the_nearest_profile(device: str, sm: int, memory: float, name: str | No
 
 def test_a_like_of_another_kind_is_refused() -> None:
     with pytest.raises(InputError, match="--like l4 is a profile of"):
-        like("l4", Found("onnxruntime", "a processor", None, ""))
+        like("l4", Choice("onnxruntime", "a processor", None, ""))
     with pytest.raises(InputError, match="--like cpu is a profile of onnxruntime"):
-        like("cpu", Found("tensorrt", "a GPU", GPU, ""))
+        like("cpu", Choice("tensorrt", "a GPU", GPU, ""))
 
 
 def test_on_a_double_of_a_gpu(
