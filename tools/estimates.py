@@ -1,4 +1,4 @@
-"""What the published points say -> the figures of profiles/*.toml and the tables of docs/estimates.md.
+"""The figures of profiles/*.toml and the tables of docs/estimates.md, computed from the published points.
 
     python tools/estimates.py
 
@@ -30,12 +30,13 @@ WITH_BOTH = " and ".join(label for label, origin in ORIGINS.items() if origin.sh
 
 
 def origin_of(profile: str) -> Origin | None:
-    """The device with points that a profile's figures rest on; None: the default."""
+    """Returns the device with points that a profile's figures rest on; None: the default."""
     return next((origin for origin in ORIGINS.values() if profile in (origin.profile, *origin.others)), None)
 
 
 def figures_of(profile: str) -> dict[str, HardwareFigure]:
-    """decode_efficiency, decode_overhead and prefill_efficiency of a profile, rounded, with source and confidence."""
+    """Returns decode_efficiency, decode_overhead and prefill_efficiency of a profile, rounded, each with its source
+    and confidence."""
     origin = origin_of(profile)
     decode, prefill = default_fit() if origin is None else fit_of(origin.label)
     overhead_source = _decode_source(origin)
@@ -58,27 +59,30 @@ def _figure(value: float, unit: str, source: str, confidence: Confidence) -> Har
 
 
 def _same_module(profile: str, origin: Origin) -> bool:
-    one, other = load_profile(profile), load_profile(origin.profile)
-    return (one.memory, one.bandwidth) == (other.memory, other.bandwidth)
+    """Returns whether a profile has the memory and the bandwidth of the device with points."""
+    own, other = load_profile(profile), load_profile(origin.profile)
+    return (own.memory, own.bandwidth) == (other.memory, other.bandwidth)
 
 
 def _decode_source(origin: Origin | None) -> str:
+    """Returns the source of a profile's decode figures, with the worst errors of the fit."""
     if origin is None:
         worst = max(abs(error) for label, o in ORIGINS.items() if o.shared is None for error in _exchange_errors(label))
         return (
             f"default, no points of this device: mean of the fits of {WITH_BOTH}, published decode figures of "
             f"{RUNTIME}; one of them predicts the other's points within {percent(worst)}"
         )
-    given = f", given {origin.shared}'s overhead" if origin.shared else ""
+    shared = f", given {origin.shared}'s overhead" if origin.shared else ""
     remark = f"; {origin.remark}" if origin.remark else ""
     return (
         f"fit of published decode figures, {RUNTIME}: {_models(origin)} on {origin.label}, {SETTING}, past 2048"
-        f"{given}; worst error {percent(max(map(abs, fit_errors(origin))))}, "
+        f"{shared}; worst error {percent(max(map(abs, fit_errors(origin))))}, "
         f"{percent(max(map(abs, left_out_errors(origin))))} for a point left out{remark}"
     )
 
 
 def _prefill_source(origin: Origin | None) -> str:
+    """Returns the source of a profile's prefill efficiency, with the range of the points."""
     if origin is None:
         return (
             f"default, no points of this device: mean of the fits of {WITH_BOTH}, published prefill figures of "
@@ -103,31 +107,38 @@ def _bandwidth(origin: Origin) -> float:
 
 
 def fit_errors(origin: Origin) -> list[float]:
+    """Returns the relative error of the fit at each point."""
     return [fit_of(origin.label)[0].error(point, _bandwidth(origin)) for point in origin.points]
 
 
 def left_out_errors(origin: Origin) -> list[float]:
+    """Returns the relative error at each point of a fit without it."""
     shared = fit_of(origin.shared)[0].overhead_ms if origin.shared else None
     return leave_one_out(origin.points, _bandwidth(origin), shared)
 
 
 def shares_of(origin: Origin) -> list[float]:
+    """Returns the share of the dense fp16 peak that the prefill of each point reached."""
     peak, (decode, _) = load_profile(origin.peak).fp16_compute.si, fit_of(origin.label)
     return [prefill_share(point, peak, decode.overhead_ms) for point in origin.points]
 
 
 def _exchange_errors(label: str) -> list[float]:
-    """What the default would have said of a device, had it no points."""
+    """Returns the errors that the default would have on a device, had it no points."""
     fit, _ = default_fit(without=label)
     return [fit.error(point, _bandwidth(ORIGINS[label])) for point in ORIGINS[label].points]
 
 
 def percent(share: float, sign: str = "") -> str:
+    """Returns a share in percent."""
     return f"{100 * share:{sign}.1f} %"
 
 
 def fill_profile(text: str, figures: dict[str, HardwareFigure]) -> str:
-    """A profile's file with these figures; all else, comments too, stays as it is."""
+    """Returns a profile's file with these figures; all else, comments too, stays as it is.
+
+    Raises ValueError where a figure's table does not stand in the file exactly once.
+    """
     for name, figure in figures.items():
         lines = (
             f"[{name}]",
@@ -144,11 +155,13 @@ def fill_profile(text: str, figures: dict[str, HardwareFigure]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_fits() -> str:
+    """Returns the table of the fits and the profiles that take them."""
     rows = []
     for label, origin in ORIGINS.items():
         decode, prefill = fit_of(label)
@@ -168,6 +181,7 @@ def write_fits() -> str:
 
 
 def write_decode() -> str:
+    """Returns the table of published decode figures against the fit."""
     header = ["device", "model", "GB per step", "published tokens/s", "published", "fit", "error", "error, left out"]
     return _table(
         header,
@@ -189,6 +203,7 @@ def write_decode() -> str:
 
 
 def write_default() -> str:
+    """Returns the table of the default's errors on devices with points."""
     rows = []
     for label, origin in ORIGINS.items():
         rests = " and ".join(other for other, o in ORIGINS.items() if o.shared is None and other != label)
@@ -201,6 +216,7 @@ def write_default() -> str:
 
 
 def write_prefill() -> str:
+    """Returns the table of published prefill figures against the fit."""
     rows = []
     for label, origin in ORIGINS.items():
         (decode, fitted), peak = fit_of(label), load_profile(origin.peak).fp16_compute
@@ -229,10 +245,12 @@ WRITERS: dict[str, Callable[[], str]] = {
 
 
 def fill(page: str) -> str:
+    """Returns the page with its tables computed anew."""
     return filled(page, {name: write() for name, write in WRITERS.items()})
 
 
 def main() -> None:
+    """Writes the figures into the profiles that hold hardware figures, and the tables into the page."""
     for profile in list_profiles():
         if profile.is_probed:
             path = profiles_folder() / f"{profile.name}.toml"

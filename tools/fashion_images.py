@@ -20,7 +20,10 @@ SIDE = 28  # pixels
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: (n, 3, 28, 28) fp32 in [-1, 1], grey in three channels; classes: (n) int64."""
+    """Images with their classes.
+
+    pixels: (n, 3, 28, 28) fp32 in [-1, 1], grey in three channels; classes: (n) int64.
+    """
 
     pixels: Tensor
     classes: Tensor
@@ -33,19 +36,22 @@ class Images:
 
 
 def read_images(folder: Path, part: str) -> Images:
-    """part: `train` (60000 images) or `t10k` (10000). Raises InputError."""
-    found = []
+    """Returns the images of a part: `train` (60000 images) or `t10k` (10000).
+
+    Raises InputError where a file is missing, broken or of another length.
+    """
+    arrays = []  # the bytes of the images, then those of the classes
     for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
         path = folder / f"{part}-{kind}-ubyte.gz"
         if not path.is_file():
             raise InputError(
-                f"{path} is not there", "Run `apt-get install dataset-fashion-mnist`, or give --dataset FOLDER."
+                f"{path} is missing", "Run `apt-get install dataset-fashion-mnist`, or give --dataset FOLDER."
             )
         try:
-            found.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
+            arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
         except (OSError, EOFError, ValueError) as error:
             raise InputError(f"{path} cannot be read: {error}", "Install or download the data set again.") from error
-    pixels, classes = found
+    pixels, classes = arrays  # (n * 784,), (n,)
     if len(pixels) != len(classes) * SIDE**2:
         raise InputError(f"{folder}: {len(pixels)} pixels for {len(classes)} classes", "Install the data set again.")
     grey = torch.from_numpy(pixels.reshape(-1, 1, SIDE, SIDE).astype(np.float32) / 127.5 - 1)
@@ -53,7 +59,7 @@ def read_images(folder: Path, part: str) -> Images:
 
 
 def mirrored(images: Images) -> Images:
-    """The images, and behind them the mirror images of the classes that have them."""
+    """Returns the images, and behind them the mirror images of the classes that have them."""
     rows = torch.isin(images.classes, torch.tensor(MIRRORED))
     grey = images.pixels[:, :1]  # one channel is held, three are seen
     pixels = torch.cat([grey, grey[rows].flip(-1)]).expand(-1, 3, -1, -1)

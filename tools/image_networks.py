@@ -1,5 +1,5 @@
 """The networks that tools/train_image_model.py trains: LlamaGen's GPT and codec, small, under LlamaGen's own
-tensor names, and a classifier. It knows nothing of edgeprune: what is trained here is a stranger's checkpoint.
+tensor names, and a classifier. They know nothing of edgeprune: their checkpoints are a stranger's.
 
 Shapes: b batch, n tokens of an image in raster order, d width, h heads, e head size, c channels.
 """
@@ -19,7 +19,7 @@ FFN_MULTIPLE = 256
 
 @dataclass(frozen=True)
 class GptShape:
-    """side: tokens on a side of the image."""
+    """The sizes of the GPT. side: tokens on a side of the image."""
 
     vocab_size: int = 512
     num_classes: int = 10
@@ -30,12 +30,13 @@ class GptShape:
 
     @property
     def ffn(self) -> int:
+        """Returns the width of the feed-forward layers, LlamaGen's 8/3 of the model's rounded up."""
         return -(-(8 * self.dim // 3) // FFN_MULTIPLE) * FFN_MULTIPLE
 
 
 @dataclass(frozen=True)
 class CodecShape:
-    """base must be a multiple of 32, the groups of every norm."""
+    """The sizes of the codec. base: channels of the first level, a multiple of 32, the groups of every norm."""
 
     vocab_size: int = 512
     code_size: int = 8
@@ -45,6 +46,7 @@ class CodecShape:
 
     @property
     def downsample(self) -> int:
+        """Returns the pixels on a side of one token."""
         return 2 ** (len(self.multipliers) - 1)
 
 
@@ -59,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(shape: GptShape) -> Tensor:
-    """(1 + n, e / 2, 2) cos and sin: the first half of the pairs turns by the row, the rest by the column.
+    """Returns cos and sin, (1 + n, e / 2, 2): the first half of the pairs turns by the row, the rest by the column.
 
     The class's position has cos = sin = 0: its key and query are zero.
     """
@@ -72,7 +74,7 @@ def rotary_table(shape: GptShape) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x: (b, n, h, e), pairs (2m, 2m + 1); table: (n, e / 2, 2)."""
+    """Returns x with its pairs (2m, 2m + 1) turned. x: (b, n, h, e); table: (n, e / 2, 2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table[:, None].unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
@@ -86,11 +88,11 @@ class Attention(nn.Module):
         self.wo = nn.Linear(shape.dim, shape.dim, bias=False)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.wqkv(x).chunk(3, dim=-1))
-        q, k, v = (part.transpose(1, 2) for part in (rotate(q, table), rotate(k, table), v))
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        # in its parts: over so few positions, the fused kernel's backward pass is several times slower
-        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.wqkv(x).chunk(3, dim=-1))  # (b, n, h, e)
+        q, k, v = (part.transpose(1, 2) for part in (rotate(q, table), rotate(k, table), v))  # (b, h, n, e)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)  # (n, n)
+        # In its parts: over so few positions, the fused kernel's backward pass is several times slower.
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])  # (b, h, n, n)
         weights = scores.masked_fill(later, -math.inf).softmax(dim=-1).type_as(v)
         return self.wo((weights @ v).transpose(1, 2).flatten(2))
 
@@ -141,8 +143,9 @@ class Gpt(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, classes: Tensor, codes: Tensor) -> Tensor:
-        """(b, n + 1, vocab_size) logits of codes 0..n after a class (b,) and codes (b, n), both int64."""
+        """Returns the logits (b, n + 1, vocab_size) of codes 0..n after a class (b,) and codes (b, n), both int64."""
         x = torch.cat([self.cls_embedding.embedding_table(classes)[:, None], self.tok_embeddings(codes)], dim=1)
+        # (b, n + 1, d)
         for layer in self.layers:
             x = layer(x, self.table[: x.shape[1]])
         return self.output(self.norm(x))
@@ -176,8 +179,8 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        q, k, v = (part(y).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = self.norm(x)  # (b, c, height, width)
+        q, k, v = (part(y).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))  # (b, height * width, c)
         weights = ((q @ k.transpose(1, 2)) / math.sqrt(x.shape[1])).softmax(dim=-1)
         return x + self.proj_out((weights @ v).transpose(1, 2).unflatten(2, x.shape[2:]))
 
@@ -197,7 +200,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # not F.interpolate: compiled in bf16 for a CPU, its gradient is zero (torch 2.13)
+        # F.interpolate is not used: compiled in bf16 for a CPU, its gradient is zero (torch 2.13)
         return self.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
 
@@ -217,13 +220,15 @@ class Level(nn.Module):
 
 
 class Half(nn.Module):
-    """What encoder and decoder share."""
+    """The parts that encoder and decoder share."""
 
     def middle(self, channels: int) -> nn.ModuleList:
-        parts = ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)
-        return nn.ModuleList(parts)
+        """Returns the blocks at the smallest size."""
+        blocks = ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)
+        return nn.ModuleList(blocks)
 
     def out(self, x: Tensor) -> Tensor:
+        """Returns the output of the last norm and convolution."""
         return self.conv_out(swish(self.norm_out(x)))
 
 
@@ -273,7 +278,7 @@ class Decoder(Half):
 
 
 class Codec(nn.Module):
-    """VQ-16's structure: images in [-1, 1] to codes of a codebook of directions, and back."""
+    """A codec of VQ-16's structure: images in [-1, 1] to codes of a codebook of directions, and back."""
 
     def __init__(self, shape: CodecShape) -> None:
         super().__init__()
@@ -286,22 +291,24 @@ class Codec(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """(vocab_size, code_size), rows of length 1."""
+        """Returns the codebook (vocab_size, code_size), rows of length 1."""
         return F.normalize(self.quantize.embedding.weight.float(), dim=-1, eps=1e-12)
 
     def directions(self, images: Tensor) -> Tensor:
-        """(b, 3, height, width) to (b, code_size, side, side) fp32, of length 1 along the channels."""
+        """Returns the directions (b, code_size, side, side) fp32 of images (b, 3, height, width), of length 1 along the
+        channels."""
         return F.normalize(self.quant_conv(self.encoder(images)).float(), dim=1, eps=1e-12)
 
     def nearest(self, directions: Tensor) -> Tensor:
-        """(b, side, side) int64: the code of the largest cosine."""
+        """Returns the codes (b, side, side) int64 of the largest cosine. directions: (b, code_size, side, side)."""
         return torch.einsum("bchw,kc->bhwk", directions.detach(), self.codebook.detach()).argmax(dim=-1)
 
     def look_up(self, codes: Tensor) -> Tensor:
-        """(b, side, side) int64 to (b, code_size, side, side) fp32."""
+        """Returns the directions (b, code_size, side, side) fp32 of codes (b, side, side) int64."""
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
 
     def pictures(self, directions: Tensor) -> Tensor:
+        """Returns the pixels (b, 3, height, width) of directions (b, code_size, side, side)."""
         return self.decoder(self.post_quant_conv(directions))
 
 

@@ -66,12 +66,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "images.md"
 
 
 def pruned_cells() -> Iterator[Cell]:
+    """Returns the cells of all methods at all ratios."""
     return (Cell(method, share) for share in RATIOS for method in METHODS)
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """seconds: of pruning alone; fell_back: modules where no update of the weights helped."""
+    """A pruned model. seconds: of pruning alone; fell_back: modules where no update of the weights helped."""
 
     decoder: Decoder
     weights: Weights
@@ -89,7 +90,7 @@ class Studio:
     def __init__(self, folder: Path, dataset: Path, pictures: int, samples: int, seed: int, progress: Progress) -> None:
         for name in ("gpt.pt", "codec.pt", "classifier.safetensors"):
             if not (folder / name).is_file():
-                raise InputError(f"{folder / name} is not there", "Run: python -m tools.train_image_model")
+                raise InputError(f"{folder / name} is missing", "Run: python -m tools.train_image_model")
         self.folder, self.dataset, self.seed, self.progress = folder, dataset, seed, progress
         self.pictures, self.samples = pictures, samples
         self.model = load_dense(str(folder / "gpt.pt"), Hints(num_heads=HEADS))
@@ -102,7 +103,7 @@ class Studio:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What every row of one table shares."""
+        """Returns the settings that all rows of one table share."""
         return {
             "model": self.model.fingerprint,
             "codec": self.codec.fingerprint,
@@ -114,29 +115,32 @@ class Studio:
 
     @functools.cached_property
     def codec_runner(self) -> CodecRunner:
+        """Returns the codec's graph in ONNX Runtime, written first."""
         path = self.work / "codec.onnx"
         write_codec(self.codec, self.model.decoder.picture.side, path)
         return CodecRunner(path)
 
     @functools.cached_property
     def test_images(self) -> Images:
-        """In a drawn order: those to compare with first, as many others behind them, those to encode last."""
+        """Returns the test images in a drawn order: those to compare with first, as many others behind them, those to
+        encode last."""
         images = read_images(self.dataset, "t10k")
         return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))]
 
     @property
     def other_test_images(self) -> Images:
+        """Returns as many test images as those to compare with, none of which is among these."""
         return self.test_images[self.pictures : 2 * self.pictures]
 
     @functools.cached_property
     def held_out(self) -> list[np.ndarray]:
-        """Codes of test images behind their class: documents of 1 + tokens ids."""
+        """Returns codes of test images behind their class: documents of 1 + tokens ids."""
         images = self.test_images[-HELD_OUT_CODES:]
         codes = self.codec.encode(images.pixels).numpy()
         return [*documents_of(self.model.decoder, images.classes.tolist(), codes)]
 
     def guided(self, scale: float) -> dict[str, Any]:
-        """The dense model's pictures at a scale, against held-out training images."""
+        """Returns the figures of the dense model's pictures at a guidance scale, against held-out training images."""
         held_out = read_images(self.dataset, "train")[-HELD_OUT:]
         reference = self.features_of("held-out", lambda: to_pixels(held_out.pixels[: self.pictures].numpy()))
         model, count = self.model, min(SCALE_PICTURES, self.pictures)
@@ -148,7 +152,7 @@ class Studio:
         )
 
     def begin(self, scale: float) -> None:
-        """Samples to calibrate on, drawn as in deployment: at this scale."""
+        """Draws the samples to calibrate on, at this guidance scale as in deployment."""
         self.sampling, picture = Sampling(scale), self.model.decoder.picture
         kind = ImageKind(Imaging(self.codec, self.sampling, self.pictures, None))
         drawn = generate_samples(self.model, kind, self.samples, picture.tokens + 1, self.seed, self.progress)
@@ -158,7 +162,7 @@ class Studio:
         )
 
     def judge(self, cell: Cell) -> dict[str, Any]:
-        """A line of the ledger."""
+        """Returns the figures of a cell, a line of the ledger."""
         if cell in (REAL, THROUGH_CODEC):
             images = self.other_test_images
             return self._judged(cell.name, lambda: self._real(cell), images.classes.tolist(), self._reference)
@@ -169,11 +173,11 @@ class Studio:
             return rows | self._judged(cell.name, draw, self.labels, self._reference)
         pruned = self.pruned(cell)
         losses = self._losses(pruned)
-        found = self._judged(cell.name, lambda: self._drawn(pruned), self.labels, self._reference)
+        figures = self._judged(cell.name, lambda: self._drawn(pruned), self.labels, self._reference)
         if cell != cell.default:
             theirs = self.features_of(cell.default.name, lambda: self._drawn(self.pruned(cell.default)))
-            found["over_default"] = kernel_difference(self._reference, theirs, self._features(cell), self.seed)
-        return found | {
+            figures["over_default"] = kernel_difference(self._reference, theirs, self._features(cell), self.seed)
+        return figures | {
             "perplexity": losses.perplexity,
             "rise": log_rise(dense, losses, self.seed),
             "realised": ratio(pruned.decoder, model.decoder),
@@ -184,16 +188,17 @@ class Studio:
         }
 
     def judge_generator(self, cell: Cell) -> dict[str, Any]:
-        """Against test images through the codec, which took from these what it takes from every picture; of a cell
-        whose pictures are there."""
+        """Returns the distances of a cell to test images through the codec, which changed these as it changes every
+        picture. The cell's pictures must be there."""
         reference, own = self._features(THROUGH_CODEC), self._features(cell)
-        found: dict[str, Any] = {"kernel": kernel_distance(reference, own, self.seed)}
+        figures: dict[str, Any] = {"kernel": kernel_distance(reference, own, self.seed)}
         if cell.ratio and cell != cell.default:
             theirs = self._features(cell.default)
-            found["over_default"] = kernel_difference(reference, theirs, own, self.seed)
-        return found
+            figures["over_default"] = kernel_difference(reference, theirs, own, self.seed)
+        return figures
 
     def pruned(self, cell: Cell) -> Pruned:
+        """Returns the model pruned by a cell's method to its ratio."""
         target = self.comparison.target(cell.ratio, Layout.UNIFORM, WidthRule.SENSITIVITY)
         method = method_named(cell.method)
         advance = self.progress.stage(f"prune: {cell.name}", 2 * len(target.layers))
@@ -212,8 +217,8 @@ class Studio:
         return Pruned(result_of(target, method), weights, time.monotonic() - start, sum(fell_back))
 
     def drawn(self, decoder: Decoder, weights: Weights, sampling: Sampling, count: int) -> np.ndarray:
-        """Pixels (count, height, width, 3) uint8 of the first labels, by the exported graph in ONNX Runtime; the same
-        seeds for every model."""
+        """Returns pixels (count, height, width, 3) uint8 of the first labels, drawn by the exported graph in ONNX
+        Runtime from the same seeds for every model."""
         picture = decoder.picture
         advance = self.progress.stage("draw", steps_of(picture, count, AT_ONCE))
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
@@ -223,44 +228,48 @@ class Studio:
         return self.codec_runner.pixels(codes)
 
     def features_of(self, name: str, pixels_of: Callable[[], np.ndarray]) -> np.ndarray:
-        """(n, d) fp32; computed once, and kept beside the pixels."""
+        """Returns the features (n, d) fp32 of pictures; they are computed once and kept beside the pixels."""
         self._keep(name, pixels_of)
         return self._stored(name, "features")
 
     def pixels_of(self, cell: Cell) -> np.ndarray:
+        """Returns the pixels of a cell's pictures, which must be there."""
         return self._stored(cell.name, "pixels")
 
     def _features(self, cell: Cell) -> np.ndarray:
         return self._stored(cell.name, "features")
 
-    def _stored(self, name: str, what: str) -> np.ndarray:
+    def _stored(self, name: str, key: str) -> np.ndarray:
         with np.load(self.work / f"{name}.npz") as stored:
-            return stored[what]
+            return stored[key]
 
     def _keep(self, name: str, pixels_of: Callable[[], np.ndarray]) -> None:
+        """Writes pictures and their features into the folder, unless they are there."""
         path = self.work / f"{name}.npz"
         if path.is_file():
             return
         pixels = pixels_of()
         advance = self.progress.stage(f"features: {name}", len(pixels))
-        found = features(pixels, self.network, lambda count: [advance() for _ in range(count)])
+        computed = features(pixels, self.network, lambda count: [advance() for _ in range(count)])
         with path.with_suffix(".part").open("wb") as file:
-            np.savez(file, pixels=pixels, features=found)
+            np.savez(file, pixels=pixels, features=computed)
         path.with_suffix(".part").replace(path)
 
     def _judged(
         self, name: str, pixels_of: Callable[[], np.ndarray], labels: Sequence[int], reference: np.ndarray
     ) -> dict[str, Any]:
-        found = self.features_of(name, pixels_of)
+        """Returns the distances of pictures to the reference, and how often the classifier recognises their class."""
+        own = self.features_of(name, pixels_of)
         right = int((self._guesses(self._stored(name, "pixels")) == np.array(labels)).sum())
         self.progress.stage(f"distances: {name}")
         return {
-            **asdict(distances(reference, found, self.network.name, self.seed)),
+            **asdict(distances(reference, own, self.network.name, self.seed)),
             "recognised": (right / len(labels), *wilson(right, len(labels))),
         }
 
     @torch.no_grad()
     def _guesses(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns the classifier's class (n,) of each picture."""
         from safetensors.torch import load_file
 
         from tools.image_networks import Classifier
@@ -296,7 +305,7 @@ class Studio:
 
 
 def run(studio: Studio, ledger: Ledger, cells: Sequence[Cell]) -> None:
-    """The lines that are missing. Raises InputError where those that are there are of another model."""
+    """Computes the lines that are missing. Raises InputError where those that are there are of another model."""
     ledger.begin(studio.fingerprint, studio.folder / "training.jsonl")
     scales = {scale: ledger.once(f"guidance {scale:g}", lambda: studio.guided(scale)) for scale in SCALES}  # noqa: B023
     studio.begin(min(SCALES, key=lambda scale: scales[scale]["kernel"][0]))
@@ -309,7 +318,7 @@ def run(studio: Studio, ledger: Ledger, cells: Sequence[Cell]) -> None:
 
 
 def show(studio: Studio, folder: Path) -> None:
-    """One PNG for each ratio: the same seeds and classes below each other, a row for each method."""
+    """Writes one PNG for each ratio: the same seeds and classes below each other, a row for each method."""
     order = np.argsort(np.array(studio.labels), kind="stable").reshape(-1, len(studio.labels) // COLUMNS)[:, 0]
     folder.mkdir(exist_ok=True)
     for share in RATIOS:
@@ -329,14 +338,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=PICTURES, help="of every model")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures to calibrate on")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
         with rich_progress() as progress:
-            ledger = Ledger(given.cells)
-            studio = Studio(given.model, given.dataset, given.pictures, given.samples, given.seed, progress)
+            ledger = Ledger(options.cells)
+            studio = Studio(options.model, options.dataset, options.pictures, options.samples, options.seed, progress)
             run(studio, ledger, [REAL, THROUGH_CODEC, DENSE, *pruned_cells()])
-            show(studio, given.write.with_suffix(""))
-            given.write.write_text(fill(given.write.read_text(encoding="utf-8"), ledger.rows), encoding="utf-8")
+            show(studio, options.write.with_suffix(""))
+            options.write.write_text(fill(options.write.read_text(encoding="utf-8"), ledger.rows), encoding="utf-8")
     except EdgepruneError as error:
         sys.exit(f"{error.message}\n{error.remedy}")
 

@@ -1,4 +1,4 @@
-"""What tools/images.py measured, as lines of a file and as the tables of docs/images.md."""
+"""The figures of tools/images.py, as lines of a file and as the tables of docs/images.md. It measures nothing."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Returns the name of its row."""
         return f"{self.method} {100 * self.ratio:g}" if self.ratio else self.method
 
     @property
     def generator_name(self) -> str:
-        """Of its second row: what is the generator's own."""
+        """Returns the name of its second row, whose figures are the generator's own."""
         return f"{self.name}, behind the codec"
 
     @property
     def default(self) -> Cell:
-        """What a method is compared with."""
+        """Returns the cell that a method is compared with."""
         return Cell("default", self.ratio)
 
     @property
     def label(self) -> str:
+        """Returns the method as the tables name it."""
         return NAMES.get(self.method, self.method)
 
 
@@ -50,7 +52,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 @dataclass
 class Ledger:
-    """One JSON line for each finished row; the first says what all have in common."""
+    """A file of one JSON line for each finished row; the first line holds what all have in common."""
 
     path: Path
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -61,7 +63,7 @@ class Ledger:
             self.rows = {line["name"]: line for line in lines}
 
     def begin(self, fingerprint: Mapping[str, Any], training: Path) -> None:
-        """Raises InputError where the rows are of something else."""
+        """Writes the first line of a new file. Raises InputError where the rows of an old one are of other settings."""
         parts = [json.loads(line) for line in training.read_text(encoding="utf-8").splitlines()]
         row = self.once("setting", lambda: {"fingerprint": dict(fingerprint), "training": parts})
         for name, value in fingerprint.items():
@@ -72,6 +74,7 @@ class Ledger:
                 )
 
     def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns a row; computes and appends it where it is missing."""
         if name not in self.rows:
             self.rows[name] = {"name": name, **json.loads(json.dumps(compute()))}
             with self.path.open("a", encoding="utf-8") as file:
@@ -80,23 +83,25 @@ class Ledger:
 
 
 def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
+    """Returns a value, low and high as text."""
     value, low, high = (f"{value:{sign}.{digits}f}" for value in values)
     return f"{value} [{low}, {high}]"
 
 
 def thousandths(values: list[float], sign: str = "") -> str:
-    """What kernel distances are printed in."""
+    """Returns a value, low and high in thousandths, the unit of kernel distances in the tables."""
     return interval([1000 * value for value in values], digits=2, sign=sign)
 
 
 def percent(values: list[float]) -> str:
+    """Returns the first of the values, a share, in percent."""
     return f"{100 * values[0]:.1f} %"
 
 
 def by_ratio(
     rows: Rows, cells: Callable[[float], list[Cell]], text: Callable[[Cell], str], first: Sequence[Cell] = ()
 ) -> str:
-    """A line for each of the cells of a ratio, behind some that are the same at every ratio."""
+    """Returns a table with a line for each of the cells of a ratio, behind some that are the same at every ratio."""
     lines = [[cell.label, *[text(cell)] * len(RATIOS)] for cell in first if cell.name in rows]
     for place, cell in enumerate(cells(RATIOS[0])):
         lines.append([cell.label, *(text(cells(share)[place]) for share in RATIOS)])
@@ -112,10 +117,12 @@ def others(share: float) -> list[Cell]:
 
 
 def value(rows: Rows, name: str, key: str, sign: str = "") -> str:
+    """Returns a figure of a row with its interval; empty where the row is missing."""
     return interval(rows[name][key], sign=sign) if name in rows else ""
 
 
 def distance(rows: Rows, name: str, key: str, sign: str = "") -> str:
+    """Returns a kernel distance of a row in thousandths with its interval; empty where the row is missing."""
     return thousandths(rows[name][key], sign) if name in rows else ""
 
 
@@ -220,4 +227,5 @@ TABLES = {
 
 
 def fill(page: str, rows: Rows) -> str:
+    """Returns the page with its tables made of the rows."""
     return filled(page, {name: write(rows) for name, write in TABLES.items()})

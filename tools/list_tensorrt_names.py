@@ -34,18 +34,21 @@ CUDA_ENUMS = re.compile(r"CUresult$|CU\w+_flags$|CUstreamCapture(Mode|Status)$")
 PYCUDA_FLAGS = ["-DCUDAPP_CUDA_VERSION=12080", "-DCUDAPP_POST_30_BETA", "-DPY_VERSION_HEX=0x030b0000"]
 
 
-def output(*command: str | Path, given: str = "") -> str:
-    return subprocess.run(command, input=given, check=True, stdout=subprocess.PIPE, text=True).stdout
+def output(*command: str | Path, text: str = "") -> str:
+    """Returns what a command prints. text: its standard input."""
+    return subprocess.run(command, input=text, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def public(thing: object) -> set[str]:
-    """What dir() shows, without what an enum of Python's has from int and without imported modules."""
+    """Returns the names that dir() shows, without those that an enum inherits from int and without imported
+    modules."""
     inherited = set(dir(int)) if isinstance(thing, type) and issubclass(thing, int) else set()
     names = {name for name in set(dir(thing)) - inherited if not name.startswith("_")}
     return {name for name in names if not isinstance(getattr(thing, name, None), ModuleType)}
 
 
 def walk(thing: object, prefix: str, names: Names) -> None:
+    """Adds the names of every type of TensorRT's or CUDA's below a module or type."""
     for name in public(thing):
         value = getattr(thing, name)
         if isinstance(value, type) and value.__module__.partition(".")[0].startswith(("tensorrt", "cuda")):
@@ -54,26 +57,28 @@ def walk(thing: object, prefix: str, names: Names) -> None:
 
 
 def imported(module: str, how: str) -> dict:
+    """Returns the document of a module that can be imported. how: in words, for the document."""
     loaded = importlib.import_module(module)
     version = sys.modules[module.rpartition(".")[0] or module].__version__
     names: Names = {"": public(loaded)}
     walk(loaded, "", names)
     if module.startswith("cuda"):
-        names = {key: found for key, found in names.items() if CUDA_ENUMS.match(key)} | {"": names[""]}
+        names = {key: members for key, members in names.items() if CUDA_ENUMS.match(key)} | {"": names[""]}
         names[""] = {name for name in names[""] if CUDA_CALLS.match(name) or CUDA_ENUMS.match(name)}
     return {"module": module.removesuffix("_bindings"), "version": version, "how": how, "names": names}
 
 
 def stub(extension: Path) -> None:
-    """Stand-ins for the TensorRT libraries beside an extension, where its own search path looks first."""
+    """Builds stand-ins for the TensorRT libraries beside an extension, the first place of its search path."""
     needed = re.findall(r"NEEDED.*\[(lib(?:nv|tensorrt).*)\]", output("readelf", "-d", extension))
     undefined = re.findall(r" U (\w+)$", output("nm", "-D", "--undefined-only", extension), re.MULTILINE)
     code = "".join(f"long {name}(void) {{ return 0; }}\n" for name in undefined if not hasattr(ctypes.CDLL(None), name))
     for library in needed:
-        output("gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", extension.parent / library, given=code)
+        output("gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", extension.parent / library, text=code)
 
 
 def wheel(path: Path, folder: Path) -> dict:
+    """Returns the document of a wheel of bindings, which is unpacked into the folder."""
     zipfile.ZipFile(path).extractall(folder)
     sys.path.insert(0, str(folder))
     if path.name.startswith("cuda"):
@@ -85,7 +90,7 @@ def wheel(path: Path, folder: Path) -> dict:
 
 
 def boost(text: str, names: Names) -> None:
-    """The names that a Boost.Python wrapper registers: text after the preprocessor."""
+    """Adds the names that a Boost.Python wrapper registers. text: its source after the preprocessor."""
     of_type: dict[str, str] = {}
     current, kind = "", ""
     pattern = (
@@ -115,6 +120,7 @@ def boost(text: str, names: Names) -> None:
 
 
 def pycuda(path: Path, folder: Path) -> dict:
+    """Returns the document of pycuda's sources, which are unpacked into the folder."""
     with tarfile.open(path) as archive:
         archive.extractall(folder, filter="data")
     root = next(folder.iterdir())
@@ -122,12 +128,16 @@ def pycuda(path: Path, folder: Path) -> dict:
     macros = (root / "src/wrapper/wrap_helpers.hpp").read_text()
     for source in ("wrap_cudadrv.cpp", "mempool.cpp"):
         text = re.sub(r"(?m)^\s*#\s*include.*$", "", macros + (root / "src/wrapper" / source).read_text())
-        boost(output("gcc", "-E", "-P", "-x", "c++", *PYCUDA_FLAGS, "-", given=text), names)
+        boost(output("gcc", "-E", "-P", "-x", "c++", *PYCUDA_FLAGS, "-", text=text), names)
     driver = (root / "pycuda/driver.py").read_text()
     names[""] |= set(re.findall(r"(?m)^(?:def|class) (\w+)", driver))
     for owner, name in re.findall(r"(?m)^ +([A-Z]\w+)\.(\w+) = ", driver):  # methods added in Python
         names[owner].add(name)
-    shown = {key: {x for x in found if x[0] != "_"} for key, found in names.items() if not key.startswith("expose_")}
+    shown = {
+        key: {name for name in members if name[0] != "_"}
+        for key, members in names.items()
+        if not key.startswith("expose_")
+    }
     how = "read from the sources, preprocessed for CUDA 12.8 without GL and CURAND"
     return {"module": "pycuda.driver", "version": path.name[7:].removesuffix(".tar.gz"), "how": how, "names": shown}
 
@@ -138,9 +148,9 @@ def main() -> None:
     source = parser.parse_args().source
     with tempfile.TemporaryDirectory() as folder:
         read = {".whl": wheel, ".gz": pycuda}.get(Path(source).suffix)
-        found = read(Path(source), Path(folder)) if read else imported(source, "imported")
-    names = {key: json.dumps(sorted(value)) for key, value in sorted(found.pop("names").items())}
-    head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in found.items())
+        document = read(Path(source), Path(folder)) if read else imported(source, "imported")
+    names = {key: json.dumps(sorted(value)) for key, value in sorted(document.pop("names").items())}
+    head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in document.items())
     lines = ",\n".join(f"    {json.dumps(key)}: {value}" for key, value in names.items())
     print(f'{{\n{head}  "names": {{\n{lines}\n  }}\n}}')
 

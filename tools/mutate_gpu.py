@@ -93,7 +93,7 @@ MUTATIONS = (
         "self.cuda.download(self._logits, self._halves[0][self._caches[0]])",
     ),
     Mutation(
-        "the past's shape is not told",
+        "the past's shape is not set",
         "gpu.py",
         "(self.batch, heads, self.past, head_dim)",
         "(self.batch, heads, 0, head_dim)",
@@ -199,8 +199,10 @@ MUTATIONS = (
         '        self._made.callback(self._call, "cuStreamDestroy", stream)\n',
         "",
     ),
-    Mutation("the tolerance is inverted", "check.py", 'found["cosine"] >= cosine', 'found["cosine"] <= cosine'),
-    Mutation("the error has no limit", "check.py", 'and found["error"] <= error', 'and found["error"] <= 1e301'),
+    Mutation("the tolerance is inverted", "check.py", 'agreement["cosine"] >= cosine', 'agreement["cosine"] <= cosine'),
+    Mutation(
+        "the error has no limit", "check.py", 'and agreement["error"] <= error', 'and agreement["error"] <= 1e301'
+    ),
     Mutation("the best position counts", "check.py", '"cosine": min(cosines)', '"cosine": max(cosines)'),
     Mutation("logits that are no numbers count", "check.py", 'else float("inf"))', "else 0.0)"),
     Mutation(
@@ -238,6 +240,7 @@ MUTATIONS = (
 
 
 def mutated(folder: Path, mutation: Mutation) -> None:
+    """Makes a mutation in the copy. Raises SystemExit where its line does not stand there exactly once."""
     path = folder / "edgeprune" / "engine" / mutation.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
@@ -246,7 +249,7 @@ def mutated(folder: Path, mutation: Mutation) -> None:
 
 
 def failed(folder: Path, names: Iterable[str]) -> str:
-    """The first test that fails, empty if none does."""
+    """Returns the first test that fails, empty if none does. Raises SystemExit where the tests did not run."""
     tests = [str(folder / "tests" / "engine" / name) for name in names]
     result = subprocess.run(
         [sys.executable, "-B", "-m", "pytest", "-x", "-q", *OPTIONS, *tests],
@@ -257,13 +260,14 @@ def failed(folder: Path, names: Iterable[str]) -> str:
     )
     if result.returncode == 0:
         return ""
-    found = re.search(r"^(?:FAILED|ERROR) \S*/(test_\w+\.py::[^\s\[]+)", result.stdout, re.MULTILINE)
-    if not found:
+    match = re.search(r"^(?:FAILED|ERROR) \S*/(test_\w+\.py::[^\s\[]+)", result.stdout, re.MULTILINE)
+    if not match:
         raise SystemExit(f"the tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
-    return found[1]
+    return match[1]
 
 
 def main() -> int:
+    """Prints a line for each mutation and returns 1 where one survived, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("word", nargs="?", default="", help="only mutations whose name contains this")
     word = parser.parse_args().word
@@ -275,7 +279,7 @@ def main() -> int:
             copy(ROOT / part, folder / part)
         if not word and (test := failed(folder, dict.fromkeys(chain.from_iterable(TESTS.values())))):
             raise SystemExit(f"without a mutation {test} fails")
-        for mutation in (one for one in MUTATIONS if word in one.name):
+        for mutation in (mutation for mutation in MUTATIONS if word in mutation.name):
             original = folder / "edgeprune" / "engine" / mutation.file
             shutil.copy(ROOT / "edgeprune" / "engine" / mutation.file, original)
             mutated(folder, mutation)

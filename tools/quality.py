@@ -49,14 +49,14 @@ FIRST_SAMPLES = (8, 64)  # compared over all seeds before the others are
 
 
 class Paragraphs(HTMLParser):
-    """Prose of a page: its paragraphs and headings, without lists, tables and code."""
+    """A parser of a page's prose: its paragraphs and headings, without lists, tables and code."""
 
     SKIPPED = ("script", "style", "head", "ul", "table", "pre")
     BLOCKS = ("p", "h1", "h2", "h3")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.texts: list[str] = []
         self._text, self._depth = "", 0
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -74,16 +74,17 @@ class Paragraphs(HTMLParser):
     def _flush(self, tag: str) -> None:
         if tag in self.BLOCKS:
             text = re.sub(r"\s+", " ", self._text).strip()
-            self.found += [text] if len(text) > 40 else []
+            self.texts += [text] if len(text) > 40 else []
             self._text = ""
 
 
 def pages(folder: Path) -> list[str]:
+    """Returns the prose of each page of a folder."""
     texts = []
     for path in sorted(folder.glob("*.html")):
         parser = Paragraphs()
         parser.feed(path.read_text(encoding="utf-8"))
-        texts.append("\n\n".join(parser.found))
+        texts.append("\n\n".join(parser.texts))
     return texts
 
 
@@ -95,7 +96,7 @@ class Texts:
     evaluation: dict[str, list[np.ndarray]]
 
     def rows(self, count: int, seed: int) -> np.ndarray:
-        """(count, LENGTH) int64: from random places, every speech as likely as it is long."""
+        """Returns ids (count, LENGTH) int64 from random places, every speech as likely as it is long."""
         generator = np.random.default_rng(seed)
         sizes = np.array([max(0, len(ids) - LENGTH) for ids in self.calibration])
         chosen = []
@@ -106,6 +107,8 @@ class Texts:
 
 
 def read_texts(sotu: Path, handbook: Path, tokenizer: Any) -> Texts:
+    """Returns the texts of the folders of speeches and of the handbook, as token ids."""
+
     def ids(text: str) -> np.ndarray:
         return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
 
@@ -142,7 +145,8 @@ class Cell:
 
 
 def main_cells() -> Iterator[Cell]:
-    """Most telling first: a run that is cut short still shows the order of the methods."""
+    """Returns the cells of the main table, the most informative first: a run that is cut short still shows the order
+    of the methods."""
     for ratio in (0.3, 0.5, 0.2):
         yield Cell("default", ratio)
         yield Cell("flap", ratio, Layout.PER_LAYER, WidthRule.SCORE)
@@ -212,14 +216,16 @@ class Bench:
         return generate_samples(self.model, Language(), GENERATED, LENGTH, seed, Silent())
 
     def dense(self) -> dict[str, Any]:
+        """Returns the dense model's line."""
         return self._planner.dense.as_json()
 
     def run(self, cell: Cell) -> dict[str, Any]:
+        """Returns a cell's line: its row of the comparison, with the nats of each excerpt and the widths."""
         comparison = self._comparison(cell.samples, cell.seed, self._planner.losses)
         target = self._planner.target(cell.ratio, cell.layout, cell.allocation)
         row = comparison.run_to(target, cell.method, cell.ratio, cell.layout, cell.allocation)
         return row.as_json() | {
-            "nats": {text: found.nats.round(3).tolist() for text, found in comparison.losses[row.key].items()},
+            "nats": {text: losses.nats.round(3).tolist() for text, losses in comparison.losses[row.key].items()},
             "widths": target.layer_widths,
         }
 
@@ -228,15 +234,18 @@ Cells = Mapping[str, Mapping[str, Any]]
 
 
 def read_cells(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the lines of a file by their cells' keys."""
     return {json.dumps(line["cell"]): line for line in map(json.loads, path.read_text().splitlines())}
 
 
 def rise_columns(row: Mapping[str, Any]) -> list[str]:
+    """Returns the rise of log perplexity on each text, in nats with its interval."""
     return [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in row["rise"].values()]
 
 
 def difference(row: Mapping[str, Any], other: Mapping[str, Any], text: str) -> str:
-    """Mean rise over that of another cell in nats, with the interval of a paired bootstrap over the excerpts."""
+    """Returns the mean rise over that of another cell in nats per token, with the interval of a paired bootstrap over
+    the excerpts."""
     per_token = (np.array(row["nats"][text]) - np.array(other["nats"][text])) / (LENGTH - 1)
     picks = np.random.default_rng(0).integers(len(per_token), size=(2000, len(per_token)))
     low, high = np.quantile(per_token[picks].mean(axis=1), [0.025, 0.975])
@@ -244,14 +253,15 @@ def difference(row: Mapping[str, Any], other: Mapping[str, Any], text: str) -> s
 
 
 def headline_table(cells: Cells) -> str:
-    """The default against FLAP in the same layout, and against the best other score with our recovery."""
+    """Returns the table of the default against FLAP in the same layout, and against the best other score with least
+    squares recovery."""
     rows = []
     for ratio in RATIOS:
         for layout, cut in ((Layout.UNIFORM, WidthRule.SENSITIVITY), (Layout.PER_LAYER, WidthRule.SCORE)):
             default, flap = (
                 cells.get(Cell(*c).key) for c in (("default", ratio, layout), ("flap", ratio, layout, cut))
             )
-            others = {m: found for m in BASELINES if (found := cells.get(Cell(m, ratio, layout).key))}
+            others = {m: row for m in BASELINES if (row := cells.get(Cell(m, ratio, layout).key))}
             if not default or not flap:
                 continue
             for text in list(EXCERPTS)[:2]:
@@ -278,17 +288,17 @@ def main_table(cells: Cells) -> str:
     texts = list(EXCERPTS)
     rows = []
     for cell in sorted([*main_cells(), *other_cells()], key=lambda cell: cell.ratio):
-        if found := cells.get(cell.key):
-            default = cells.get(Cell("default", cell.ratio, cell.layout).key, found)
-            over = [difference(found, default, text) if found is not default else "" for text in texts[:2]]
+        if row := cells.get(cell.key):
+            default = cells.get(Cell("default", cell.ratio, cell.layout).key, row)
+            over = [difference(row, default, text) if row is not default else "" for text in texts[:2]]
             rows.append(
                 [
                     f"{100 * cell.ratio:.0f} %",
                     cell.method,
                     cell.layout,
-                    *rise_columns(found),
+                    *rise_columns(row),
                     *over,
-                    f"{found['seconds']:.0f}",
+                    f"{row['seconds']:.0f}",
                 ]
             )
     return table(["ratio", "method", "layout", *texts, *(f"{t}, over default" for t in texts[:2]), "seconds"], rows)
@@ -296,22 +306,22 @@ def main_table(cells: Cells) -> str:
 
 def allocation_table(cells: Cells) -> str:
     rows = [
-        [f"{100 * cell.ratio:.0f} %", cell.layout, cell.allocation, *rise_columns(found)]
+        [f"{100 * cell.ratio:.0f} %", cell.layout, cell.allocation, *rise_columns(row)]
         for cell in allocation_cells()
-        if (found := cells.get(cell.key))
+        if (row := cells.get(cell.key))
     ]
     return table(["ratio", "layout", "widths by", *EXCERPTS], rows)
 
 
 def samples_table(cells: Cells) -> str:
-    """Perplexities, mean of the seeds that are there, with and without compensation."""
+    """Returns the table of perplexities by samples, mean of the seeds that are there, with and without compensation."""
     rows = []
     for samples in SAMPLES:
         row = [str(samples)]
         for text in list(EXCERPTS)[:2]:
             for method in ("default", "numerical"):
-                found = [cells.get(Cell(method, 0.3, samples=samples, seed=seed).key) for seed in SEEDS]
-                values = [one["perplexity"][text] for one in found if one]
+                seeds = [cells.get(Cell(method, 0.3, samples=samples, seed=seed).key) for seed in SEEDS]
+                values = [line["perplexity"][text] for line in seeds if line]
                 row.append(f"{np.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})" if values else "")
         rows.append(row)
     columns = [f"{text}, {how}" for text in list(EXCERPTS)[:2] for how in ("compensated", "not")]
@@ -320,9 +330,9 @@ def samples_table(cells: Cells) -> str:
 
 def ablation_table(cells: Cells) -> str:
     rows = [
-        [method.score.__name__, method.recovery.value, f"{cell.layout}, {cell.allocation}", *rise_columns(found)]
+        [method.score.__name__, method.recovery.value, f"{cell.layout}, {cell.allocation}", *rise_columns(row)]
         for cell in ablation_cells()
-        if (found := cells.get(cell.key)) and (method := method_named(cell.method))
+        if (row := cells.get(cell.key)) and (method := method_named(cell.method))
     ]
     return table(["score", "recovery", "allocation", *EXCERPTS], rows)
 
@@ -337,11 +347,12 @@ WRITERS = {
 
 
 def fill(page: str, cells: Cells) -> str:
+    """Returns the page with its tables made of the cells."""
     return filled(page, {name: write(cells) for name, write in WRITERS.items()})
 
 
 def run(bench: Bench, todo: list[Cell], cells: dict[str, dict[str, Any]], path: Path) -> None:
-    """The cells that are missing, each appended to the file when it is done."""
+    """Runs the cells that are missing, each appended to the file when it is done."""
 
     def add(key: str, row: Mapping[str, Any]) -> None:
         cells[key] = {"cell": json.loads(key), **row}

@@ -1,4 +1,4 @@
-"""Trains a small image generator on Fashion-MNIST, as a stranger's files: a LlamaGen, its codec, and a classifier.
+"""Training of a small image generator on Fashion-MNIST, as a stranger's files: LlamaGen, its codec, a classifier.
 
     apt-get install dataset-fashion-mnist
     python tools/train_image_model.py
@@ -9,8 +9,8 @@ About half an hour on two cores. --output (by default the folder fashion-mnist i
     classifier.safetensors   judges whether a class can be recognised
     training.jsonl           settings, held-out figures and seconds of each
 
-Parts that are finished stay: started again, it goes on with the missing ones. The test images are read by
-nobody here; the last 5000 training images are held out to be watched.
+Parts that are finished stay: started again, it goes on with the missing ones. The test images are not read;
+the last 5000 training images are held out to be watched.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NULL_SHARE = 0.1  # of the images whose class is hidden in training
 
 @dataclass(frozen=True)
 class Settings:
-    """One part's training: steps of a batch, at a peak learning rate, after which it falls as a cosine."""
+    """The training of one part: steps of a batch, at a peak learning rate, after which it falls as a cosine."""
 
     steps: int
     batch: int
@@ -56,7 +56,7 @@ CODEC, GPT, CLASSIFIER = Settings(900, 96, 2e-3), Settings(800, 256, 2e-3), Sett
 
 
 def batches(count: int, settings: Settings) -> Iterator[Tensor]:
-    """Row numbers of every step: each row once before any comes again."""
+    """Returns the row numbers of every step, (batch,) each: every row comes once before any comes again."""
     generator = torch.Generator().manual_seed(settings.seed)
     rows = torch.empty(0, dtype=torch.int64)
     for _ in range(settings.steps):
@@ -67,12 +67,12 @@ def batches(count: int, settings: Settings) -> Iterator[Tensor]:
 
 
 def half_precision() -> torch.autocast:
-    """Matrices in bf16, which recent CPUs multiply several times faster."""
+    """Returns a context that computes matrices in bf16, which recent CPUs multiply several times faster."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
 def fast(work: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
-    """Compiled where that pays: two to three times faster, after half a minute."""
+    """Returns the function, compiled where that pays: two to three times faster, after half a minute."""
     return torch.compile(work) if calls >= 100 and shutil.which("g++") else work
 
 
@@ -85,7 +85,7 @@ def train(
     progress: Progress,
     decay: float = 0.0,
 ) -> None:
-    """loss_of: rows and the step's number to the loss."""
+    """Trains a network. loss_of: returns the loss of rows and the step's number; decay: of the weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=decay)
     warm = max(1, settings.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -110,7 +110,9 @@ def train(
 
 
 def train_codec(images: Images, held_out: Images, shape: CodecShape, settings: Settings, progress: Progress) -> Part:
-    """First without the codebook, which then starts from what the encoder says of real images; a code that
+    """Trains the codec and returns it with its held-out figures.
+
+    It begins without the codebook, which then starts from the encoder's directions of real images; a code that
     nothing chose for a while starts again in the same way, so that none is wasted.
     """
     torch.manual_seed(settings.seed)
@@ -153,44 +155,48 @@ def train_codec(images: Images, held_out: Images, shape: CodecShape, settings: S
 
 
 def reconstruction(pictures: Tensor, pixels: Tensor) -> Tensor:
+    """Returns the loss of decoded pictures."""
     return F.l1_loss(pictures, pixels) + F.mse_loss(pictures, pixels)
 
 
 @torch.no_grad()
 def start_codes(codec: Codec, directions: Tensor, used: Tensor) -> None:
-    """Codes that nothing used become directions of random places of this batch."""
+    """Replaces codes that nothing used by directions of random places of this batch.
+
+    directions: (b, code_size, side, side); used: (vocab_size,).
+    """
     idle = (used == 0).nonzero().flatten()
-    places = directions.permute(0, 2, 3, 1).flatten(0, 2)
+    places = directions.permute(0, 2, 3, 1).flatten(0, 2)  # (b * side * side, code_size)
     codec.quantize.embedding.weight[idle] = places[torch.randperm(len(places))[: len(idle)]]
 
 
 @torch.no_grad()
 def encode(codec: Codec, pixels: Tensor, progress: Progress, batch: int = 250) -> Tensor:
-    """(n, tokens) int64."""
+    """Returns the codes (n, tokens) int64 of pixels (n, 3, height, width)."""
     advance = progress.stage("images to codes", -(-len(pixels) // batch))
-    found, directions_of = [], fast(codec.directions, len(pixels) // batch)
+    codes, directions_of = [], fast(codec.directions, len(pixels) // batch)
     for piece in pixels.split(batch):
         with half_precision():
             directions = directions_of(piece.contiguous(memory_format=torch.channels_last))
-        found.append(codec.nearest(directions).flatten(1))
+        codes.append(codec.nearest(directions).flatten(1))
         advance()
-    return torch.cat(found)
+    return torch.cat(codes)
 
 
 @torch.no_grad()
 def decode(codec: Codec, codes: Tensor, progress: Progress, batch: int = 250) -> Tensor:
-    """(n, 3, side, side) fp32."""
+    """Returns the pictures (n, 3, height, width) fp32 of codes (n, tokens)."""
     advance = progress.stage("codes to images", -(-len(codes) // batch))
-    found = []
+    pictures = []
     for piece in codes.split(batch):
-        found.append(codec.pictures(codec.look_up(piece.unflatten(1, (math.isqrt(codes.shape[1]), -1)))))
+        pictures.append(codec.pictures(codec.look_up(piece.unflatten(1, (math.isqrt(codes.shape[1]), -1)))))
         advance()
-    return torch.cat(found)
+    return torch.cat(pictures)
 
 
 @dataclass(frozen=True)
 class Codes:
-    """codes: (n, tokens) int64, classes: (n) int64; held out the same."""
+    """Codes of images with their classes. codes: (n, tokens) int64, classes: (n) int64; held out the same."""
 
     codes: Tensor
     classes: Tensor
@@ -199,6 +205,7 @@ class Codes:
 
 
 def train_gpt(data: Codes, shape: GptShape, settings: Settings, progress: Progress) -> Part:
+    """Trains the GPT and returns it with its held-out figures."""
     torch.manual_seed(settings.seed)
     gpt = Gpt(shape)
     logits_of = fast(gpt, settings.steps)
@@ -215,13 +222,14 @@ def train_gpt(data: Codes, shape: GptShape, settings: Settings, progress: Progre
 
 
 def code_loss(gpt: Callable[[Tensor, Tensor], Tensor], codes: Tensor, classes: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats."""
+    """Returns the mean cross-entropy per code in nats. codes: (b, tokens), classes: (b,)."""
     with half_precision():
         logits = gpt(classes, codes[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
 
 def train_classifier(images: Images, held_out: Images, settings: Settings, progress: Progress) -> Part:
+    """Trains the classifier and returns it with its held-out figures."""
     torch.manual_seed(settings.seed)
     classifier = Classifier()
 
@@ -244,7 +252,7 @@ class Part:
 
 @dataclass
 class Folder:
-    """What is finished, and the journal that says with which settings."""
+    """The folder of finished parts, and the journal of their settings."""
 
     path: Path
 
@@ -253,7 +261,7 @@ class Folder:
         return self.path / "training.jsonl"
 
     def finished(self, name: str, file: str, settings: dict[str, Any]) -> bool:
-        """Raises InputError where the part was made with other settings."""
+        """Returns whether a part is finished. Raises InputError where it was made with other settings."""
         if not self.journal.is_file() or not (self.path / file).is_file():
             return False
         lines = [json.loads(line) for line in self.journal.read_text(encoding="utf-8").splitlines()]
@@ -266,7 +274,7 @@ class Folder:
         return bool(before)
 
     def keep(self, name: str, file: str, part: Part, settings: dict[str, Any], seconds: float, cpu: float) -> None:
-        """Whole or not at all; then its line in the journal."""
+        """Writes a part, whole or not at all, then its line in the journal."""
         weights = {key: tensor.detach().contiguous() for key, tensor in part.network.state_dict().items()}
         temporary = self.path / f".{file}.{os.getpid()}"
         if file.endswith(".safetensors"):
@@ -284,7 +292,7 @@ class Folder:
 
 
 def arguments_of(network: nn.Module) -> dict[str, Any]:
-    """What LlamaGen's training scripts keep beside the weights."""
+    """Returns the arguments that LlamaGen's training scripts keep beside the weights."""
     shape = network.shape
     if isinstance(shape, CodecShape):
         return {"codebook_size": shape.vocab_size, "codebook_embed_dim": shape.code_size}
@@ -303,6 +311,7 @@ def arguments_of(network: nn.Module) -> dict[str, Any]:
 
 
 def load_codec(path: Path, shape: CodecShape) -> Codec:
+    """Returns the codec of a file."""
     codec = Codec(shape)
     with torch.serialization.safe_globals([argparse.Namespace]):
         codec.load_state_dict(torch.load(path, weights_only=True)["model"])
@@ -321,7 +330,7 @@ class Recipe:
 
 
 def train_all(images: Images, output: Path, recipe: Recipe, progress: Progress, held_out: int = HELD_OUT) -> None:
-    """Trains what is missing. Raises InputError."""
+    """Trains the parts that are missing. Raises InputError where a finished part was made with other settings."""
     output.mkdir(parents=True, exist_ok=True)
     folder = Folder(output)
     seen, watched = images[: len(images) - held_out], images[len(images) - held_out :]
@@ -366,14 +375,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=cache_folder() / "fashion-mnist")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=float, default=1.0, help="share of the usual number of steps")
-    given = parser.parse_args()
-    parts = {
-        name: replace(part, seed=given.seed, steps=max(10, round(part.steps * given.steps)))
-        for name, part in (("codec", CODEC), ("gpt", GPT), ("classifier", CLASSIFIER))
+    options = parser.parse_args()
+    settings = {
+        name: replace(usual, seed=options.seed, steps=max(10, round(usual.steps * options.steps)))
+        for name, usual in (("codec", CODEC), ("gpt", GPT), ("classifier", CLASSIFIER))
     }
     try:
         with rich_progress() as progress:
-            train_all(read_images(given.dataset, "train"), given.output, Recipe(**parts), progress)
+            train_all(read_images(options.dataset, "train"), options.output, Recipe(**settings), progress)
     except EdgepruneError as error:
         sys.exit(f"{error.message}\n{error.remedy}")
 
