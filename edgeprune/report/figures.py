@@ -69,6 +69,7 @@ def workload_text(report: Report) -> str:
 
 
 def pictures_text(count: int) -> str:
+    """Returns `1 picture` or `1,024 pictures`."""
     return f"{count:,} picture{'s' if count != 1 else ''}"
 
 
