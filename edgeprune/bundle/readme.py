@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.finish import DEPLOYMENT
 from edgeprune.report.deploy import FINISH
 from edgeprune.report.figures import number_text
@@ -31,7 +32,7 @@ def readme(report: Report) -> str:
         *GRAPHS,
         *(PICTURES if report.quality.pictures else TEXTS),
         "| `engine/` | the built engine, where one could be built |",
-        "| `gguf/` | the model for llama.cpp, where `--export gguf` asked for it |",
+        *(f"| `{name}/` | {form.purpose}, where `--export {name}` asked for it |" for name, form in FORMATS.items()),
         "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
         f"| `{FINISH}` | `python3 {FINISH}` on the device builds the engine, checks, measures and judges it |",
         f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",

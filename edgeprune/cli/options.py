@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.errors import InputError
+from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.request import DEFAULTS, SEVERAL, unknown_option
-from edgeprune.pipeline.run_file import read_run_file
 from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
 
 MODEL, BUDGET, SEARCH = "Model and data", "Budget", "Search"
@@ -110,7 +110,8 @@ OPTIONS: dict[str, Any] = {
         Path | None, _option(OUTPUT, "The bundle. Default: MODEL-DEVICE, of a frontier MODEL-DEVICE-frontier.")
     ],
     "export": Annotated[
-        list[str] | None, _option(OUTPUT, "Also write the model in this format; may be given again.", metavar="gguf")
+        list[str] | None,
+        _option(OUTPUT, "Also write the model in this format; may be given again.", metavar="|".join(FORMATS)),
     ],
     "checkpoint": Annotated[
         bool, _option(OUTPUT, "Write model/, a standard checkpoint, into the bundle.", "--checkpoint/--no-checkpoint")
@@ -161,6 +162,8 @@ def _take_config(context: typer.Context, path: Path | None) -> Path | None:
     """Makes a file's options the defaults of this call, before any other option is read."""
     if path is None or context.resilient_parsing:
         return path
+    from edgeprune.pipeline.run_file import read_run_file
+
     known = {parameter.name.rstrip("_"): parameter for parameter in context.command.params}
     options: dict[str, Any] = {}
     for name, value in read_run_file(path).items():

@@ -1,17 +1,44 @@
 """Files for other runtimes that `--export` puts into a bundle, beside the checkpoint that they are made from.
 
-It knows the formats by name, not what is in them.
+It knows the formats by name, not what is in them. A new format is a new row of FORMATS and a module that writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeprune.errors import InputError
-from edgeprune.model.model import Model
 
-FORMATS = ("gguf",)
+if TYPE_CHECKING:
+    from edgeprune.model.model import Model
+
+
+@dataclass(frozen=True)
+class Format:
+    """check(model, reduced): raises InputError where the format cannot hold the model, with a reduced vocabulary where
+    `reduced`; write(model, path). purpose: for the bundle's README."""
+
+    purpose: str
+    check: Callable[[Model, bool], None]
+    write: Callable[[Model, Path], None]
+
+
+def _check_gguf(model: Model, reduced: bool) -> None:
+    from edgeprune.model.gguf.export import check_exportable
+
+    check_exportable(model, reduced)
+
+
+def _write_gguf(model: Model, path: Path) -> None:
+    from edgeprune.model.gguf.export import export_gguf
+
+    export_gguf(model, path)
+
+
+FORMATS = {"gguf": Format("the model for llama.cpp", _check_gguf, _write_gguf)}
 
 
 def check_exports(names: Sequence[str], model: Model, layout: str, reduced: bool) -> None:
@@ -25,10 +52,8 @@ def check_exports(names: Sequence[str], model: Model, layout: str, reduced: bool
             raise InputError(f"unknown export {name!r}", f"Give one of: {', '.join(FORMATS)}.")
         if layout != "uniform":
             raise InputError(f"--export {name} cannot hold layers of different widths", "Use --layout uniform.")
-    if "gguf" in names:
-        from edgeprune.model.gguf.export import check_exportable
-
-        check_exportable(model, reduced)
+    for name in dict.fromkeys(names):
+        FORMATS[name].check(model, reduced)
 
 
 def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str) -> None:
@@ -37,7 +62,5 @@ def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str) -
     model: pruned, with layers of one width, as loaded from its checkpoint. stem: of the files' names.
     """
     for name in dict.fromkeys(names):
-        from edgeprune.model.gguf.export import export_gguf
-
         (folder / name).mkdir()
-        export_gguf(model, folder / name / f"{stem}.{name}")
+        FORMATS[name].write(model, folder / name / f"{stem}.{name}")

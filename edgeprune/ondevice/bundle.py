@@ -17,7 +17,6 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 TOKENIZER = "tokenizer"
 CODEC = "codec"  # of an image generator: turns codes into pixels
-LINKS = ("model", "onnx", "engine", "gguf")
 FRONTIER = "frontier"  # the kind of a bundle of which no rung is chosen yet; others have a chosen one
 
 
@@ -30,11 +29,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def linked_folders(folder: Path, index: int) -> list[str]:
+    """Returns the folders of a rung that links at the bundle's top lead to: model, onnx, engine, exports."""
+    rung = folder / "rungs" / str(index)
+    return sorted(path.name for path in rung.iterdir() if path.is_dir() and path.name != TOKENIZER)
+
+
 def point_to_rung(folder: Path, index: int) -> None:
     """Points the links at the bundle's top to a rung. Links that became folders in a copy stay as they are."""
-    for name in LINKS:
+    for name in linked_folders(folder, index):
         link, rung = folder / name, Path("rungs") / str(index) / name
-        if (link.exists() and not link.is_symlink()) or not (folder / rung).is_dir():
+        if link.exists() and not link.is_symlink():
             continue
         temporary = folder / f"{name}.part"
         temporary.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
-from edgeprune.ondevice.bundle import LINKS, MANIFEST, REPORT, open_bundle, open_chosen, point_to_rung, sha256
+from edgeprune.ondevice.bundle import MANIFEST, REPORT, linked_folders, open_bundle, open_chosen, point_to_rung, sha256
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
 from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, _banner, _text, merged
 from edgeprune.ondevice.measure import Counted, Here, Session
@@ -273,7 +273,7 @@ def _other_copies(bundle: Path, index: int) -> list[str]:
 
     return [
         name
-        for name in LINKS
+        for name in linked_folders(bundle, index)
         if (bundle / name).is_dir()
         and not (bundle / name).is_symlink()
         and file_sizes(bundle / name) != file_sizes(bundle / "rungs" / str(index) / name)

@@ -7,10 +7,12 @@ import difflib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.checkpoint.llamagen import Hints
+
+if TYPE_CHECKING:
+    from edgeprune.model.checkpoint.llamagen import Hints
 
 SELF = "self"
 DEMO = "demo"
@@ -60,6 +62,8 @@ class Request:
 
     @property
     def hints(self) -> Hints:
+        from edgeprune.model.checkpoint.llamagen import Hints
+
         return Hints(self.image_size, self.num_heads)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 from edgeprune.pipeline.request import DEMO, SELF
-from edgeprune.pipeline.setup import Setup
 from edgeprune.profiles import toml_value
+
+if TYPE_CHECKING:
+    from edgeprune.pipeline.setup import Setup
 
 RUN_FILE = "run.toml"
 NOT_WRITTEN = ("output", "resume", "force")  # where, and over what, belongs to the next run
