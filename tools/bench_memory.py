@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
     """Writes random weights of the usual scale, in shards of about a layer, so that the writer stays small as well."""
     import torch
 
-    from edgeprune.model import save
+    from edgeprune.model.checkpoint import safetensors_file
     from edgeprune.model.checkpoint.configuration import decoder_of
     from edgeprune.model.load import demo_file, load_gguf
 
@@ -57,8 +57,8 @@ def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
         (name, torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator))
         for name, shape in decoder.shapes().items()
     )
-    save.SHARD_BYTES = SHARD_BYTES
-    save.write_weights(decoder, weights, folder, torch.bfloat16)
+    safetensors_file.SHARD_BYTES = SHARD_BYTES
+    safetensors_file.write_weights(decoder, weights, folder, torch.bfloat16)
     if suffix == "bin":
         _as_pickles(folder)
 

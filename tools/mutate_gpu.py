@@ -22,18 +22,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = {  # the file's own tests first, then those of what rests on it
-    "cuda.py": ("test_cuda.py", "test_gpu.py"),
-    "gpu.py": ("test_gpu.py", "test_check.py"),
-    "check.py": ("test_check.py",),
-    "tensorrt.py": ("test_tensorrt.py", "test_gpu.py", "test_check.py"),
+    "cuda.py": ("test_cuda.py", "test_tensorrt_runner.py"),
+    "tensorrt_runner.py": ("test_tensorrt_runner.py", "test_reference.py"),
+    "reference.py": ("test_reference.py",),
+    "tensorrt.py": ("test_tensorrt.py", "test_tensorrt_runner.py", "test_reference.py"),
 }
-OPTIONS = ("-k", "on_a_double or test_check or test_the_node", "-p", "no:cacheprovider")
+OPTIONS = ("-k", "on_a_double or test_reference or test_the_node", "-p", "no:cacheprovider")
 COPIED = ("edgeprune", "tests", "profiles", "pyproject.toml")
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One line of a file below edgeprune/engine: `old`, which stands there once, becomes `new`."""
+    """One line of a file below edgeprune/ondevice: `old`, which stands there once, becomes `new`."""
 
     name: str
     file: str
@@ -42,106 +42,127 @@ class Mutation:
 
 
 MUTATIONS = (
-    Mutation("halves are not exchanged", "gpu.py", "self._halves = [present, past]", "self._halves = [past, present]"),
-    Mutation("present is bound to the past's half", "gpu.py", '"present"), present[name])', '"present"), past[name])'),
-    Mutation("past is not advanced", "gpu.py", "self.past += ids[:, part].shape[1]", "self.past += 0"),
-    Mutation("positions are off by one", "gpu.py", "mask.cumsum(axis=1) - 1, 0)", "mask.cumsum(axis=1), 0)"),
-    Mutation("positions begin at zero", "gpu.py", "- 1, 0)[:, self.past :]", "- 1, 0)[:, : ids.shape[1]]"),
+    Mutation(
+        "halves are not exchanged",
+        "tensorrt_runner.py",
+        "self._halves = [present, past]",
+        "self._halves = [past, present]",
+    ),
+    Mutation(
+        "present is bound to the past's half",
+        "tensorrt_runner.py",
+        '"present"), present[name])',
+        '"present"), past[name])',
+    ),
+    Mutation("past is not advanced", "tensorrt_runner.py", "self.past += ids[:, part].shape[1]", "self.past += 0"),
+    Mutation(
+        "positions are off by one", "tensorrt_runner.py", "mask.cumsum(axis=1) - 1, 0)", "mask.cumsum(axis=1), 0)"
+    ),
+    Mutation("positions begin at zero", "tensorrt_runner.py", "- 1, 0)[:, self.past :]", "- 1, 0)[:, : ids.shape[1]]"),
     Mutation(
         "the mask is one short",
-        "gpu.py",
+        "tensorrt_runner.py",
         "mask[:, : self.past + ids[:, part].shape[1]]",
         "mask[:, : self.past + ids[:, part].shape[1] - 1]",
     ),
     Mutation(
         "the mask is cut at its begin",
-        "gpu.py",
+        "tensorrt_runner.py",
         "mask[:, : self.past + ids[:, part].shape[1]]",
         "mask[:, -(self.past + ids[:, part].shape[1]) :]",
     ),
     Mutation(
         "parts overlap by a token",
-        "gpu.py",
+        "tensorrt_runner.py",
         "range(0, ids.shape[1], self.most_tokens)",
         "range(0, ids.shape[1], self.most_tokens - 1)",
     ),
     Mutation(
-        "one token more than there is room for", "gpu.py", "if total > self.capacity:", "if total > self.capacity + 1:"
+        "one token more than there is room for",
+        "tensorrt_runner.py",
+        "if total > self.capacity:",
+        "if total > self.capacity + 1:",
     ),
     Mutation(
         "capacity leaves the profile's end out",
-        "gpu.py",
+        "tensorrt_runner.py",
         "longest[1] - self.most_tokens + 1)",
         "longest[1] - self.most_tokens)",
     ),
     Mutation(
         "capacity beyond the engine's",
-        "gpu.py",
+        "tensorrt_runner.py",
         "self.capacity = min(self.capacity,",
         "self.capacity = max(self.capacity,",
     ),
     Mutation(
         "the cache holds one sequence",
-        "gpu.py",
+        "tensorrt_runner.py",
         "return self.batch * heads * self.capacity * head_dim",
         "return heads * self.capacity * head_dim",
     ),
     Mutation(
         "logits of another memory",
-        "gpu.py",
+        "tensorrt_runner.py",
         'self.cuda.download(self._logits, self._address["logits"])',
         "self.cuda.download(self._logits, self._halves[0][self._caches[0]])",
     ),
     Mutation(
         "the past's shape is not set",
-        "gpu.py",
+        "tensorrt_runner.py",
         "(self.batch, heads, self.past, head_dim)",
         "(self.batch, heads, 0, head_dim)",
     ),
     Mutation(
         "a refused step goes unnoticed",
-        "gpu.py",
+        "tensorrt_runner.py",
         "if not self._context.execute_async_v3(self.cuda.stream):",
         "if self._context.execute_async_v3(self.cuda.stream) is None:",
     ),
     Mutation(
-        "the default stream instead of its own", "gpu.py", "execute_async_v3(self.cuda.stream)", "execute_async_v3(0)"
+        "the default stream instead of its own",
+        "tensorrt_runner.py",
+        "execute_async_v3(self.cuda.stream)",
+        "execute_async_v3(0)",
     ),
     Mutation(
         "the runtime goes before the engine",
-        "gpu.py",
+        "tensorrt_runner.py",
         "self._context = self._engine = self._runtime = None",
         "self._runtime = self._engine = self._context = None",
     ),
     Mutation(
         "the engine outlives CUDA's context",
-        "gpu.py",
+        "tensorrt_runner.py",
         "self._context = self._engine = self._runtime = None",
         "self._context = None",
     ),
     Mutation(
         "the engine goes before its work",
-        "gpu.py",
+        "tensorrt_runner.py",
         "                self.cuda.synchronize()\n",
         "                pass\n",
     ),
-    Mutation("a failed context is used", "gpu.py", "if self._context is None:", "if self._context == 0:"),
+    Mutation("a failed context is used", "tensorrt_runner.py", "if self._context is None:", "if self._context == 0:"),
     Mutation(
         "the replay is kept after prefill",
-        "gpu.py",
+        "tensorrt_runner.py",
         "        self._replay = None\n        self._stage(self._prompt, 0)",
         "        self._stage(self._prompt, 0)",
     ),
     Mutation(
-        "the replay is never used", "gpu.py", "time_ms(self._replay or self._runner.step)", "time_ms(self._runner.step)"
+        "the replay is never used",
+        "tensorrt_runner.py",
+        "time_ms(self._replay or self._runner.step)",
+        "time_ms(self._runner.step)",
     ),
     Mutation(
         "launch-bound the wrong way round",
-        "gpu.py",
+        "tensorrt_runner.py",
         "if enqueue_ms <= LAUNCH_BOUND * gpu_ms:",
         "if enqueue_ms > LAUNCH_BOUND * gpu_ms:",
     ),
-    Mutation("decode is timed at the wrong past", "gpu.py", "self._workload.context - 1)", "0)"),
+    Mutation("decode is timed at the wrong past", "tensorrt_runner.py", "self._workload.context - 1)", "0)"),
     Mutation(
         "a step may come before its inputs",
         "cuda.py",
@@ -199,15 +220,17 @@ MUTATIONS = (
         '        self._made.callback(self._call, "cuStreamDestroy", stream)\n',
         "",
     ),
-    Mutation("the tolerance is inverted", "check.py", 'agreement["cosine"] >= cosine', 'agreement["cosine"] <= cosine'),
     Mutation(
-        "the error has no limit", "check.py", 'and agreement["error"] <= error', 'and agreement["error"] <= 1e301'
+        "the tolerance is inverted", "reference.py", 'agreement["cosine"] >= cosine', 'agreement["cosine"] <= cosine'
     ),
-    Mutation("the best position counts", "check.py", '"cosine": min(cosines)', '"cosine": max(cosines)'),
-    Mutation("logits that are no numbers count", "check.py", 'else float("inf"))', "else 0.0)"),
+    Mutation(
+        "the error has no limit", "reference.py", 'and agreement["error"] <= error', 'and agreement["error"] <= 1e301'
+    ),
+    Mutation("the best position counts", "reference.py", '"cosine": min(cosines)', '"cosine": max(cosines)'),
+    Mutation("logits that are no numbers count", "reference.py", 'else float("inf"))', "else 0.0)"),
     Mutation(
         "steps are not compared in order",
-        "check.py",
+        "reference.py",
         "yield runner.run(ids[:, index : index + 1])",
         "yield runner.run(ids[:, index - 1 : index])",
     ),
@@ -241,7 +264,7 @@ MUTATIONS = (
 
 def mutated(folder: Path, mutation: Mutation) -> None:
     """Makes a mutation in the copy. Raises SystemExit where its line does not stand there exactly once."""
-    path = folder / "edgeprune" / "engine" / mutation.file
+    path = folder / "edgeprune" / "ondevice" / mutation.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
         raise SystemExit(f"{mutation.name}: {mutation.file} has its line {text.count(mutation.old)} times, not once")
@@ -250,7 +273,7 @@ def mutated(folder: Path, mutation: Mutation) -> None:
 
 def failed(folder: Path, names: Iterable[str]) -> str:
     """Returns the first test that fails, empty if none does. Raises SystemExit where the tests did not run."""
-    tests = [str(folder / "tests" / "engine" / name) for name in names]
+    tests = [str(folder / "tests" / "ondevice" / name) for name in names]
     result = subprocess.run(
         [sys.executable, "-B", "-m", "pytest", "-x", "-q", *OPTIONS, *tests],
         cwd=folder,
@@ -280,13 +303,13 @@ def main() -> int:
         if not word and (test := failed(folder, dict.fromkeys(chain.from_iterable(TESTS.values())))):
             raise SystemExit(f"without a mutation {test} fails")
         for mutation in (mutation for mutation in MUTATIONS if word in mutation.name):
-            original = folder / "edgeprune" / "engine" / mutation.file
-            shutil.copy(ROOT / "edgeprune" / "engine" / mutation.file, original)
+            original = folder / "edgeprune" / "ondevice" / mutation.file
+            shutil.copy(ROOT / "edgeprune" / "ondevice" / mutation.file, original)
             mutated(folder, mutation)
             test = failed(folder, TESTS[mutation.file])
             survivors += not test
             print(f"| {mutation.file} | {mutation.name} | {test or 'SURVIVED'} |", flush=True)
-            shutil.copy(ROOT / "edgeprune" / "engine" / mutation.file, original)
+            shutil.copy(ROOT / "edgeprune" / "ondevice" / mutation.file, original)
     print(f"{survivors} survived")
     return 1 if survivors else 0
 

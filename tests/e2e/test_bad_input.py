@@ -55,7 +55,7 @@ CASES = {
     "unreadable profile": (["fit", "model", "--profile", "profile.toml"], "profile.toml"),
     "missing profile": (["fit", "model", "--profile", "none.toml"], "none.toml"),
     "full output": (["fit", "model", "--device", "jetson-orin", "--output", "full"], "not empty"),
-    "forced full output": (["fit", "model", "--device", "jetson-orin", "--output", "full", "--force"], "no bundle"),
+    "forced full output": (["fit", "model", "--device", "jetson-orin", "--output", "full", "--force"], "not a bundle"),
     "no tensorrt": (["fit", "model", "--device", "jetson-orin", "--engine", "tensorrt"], "edgeprune[tensorrt]"),
     "another engine": (["fit", "model", "--device", "jetson-orin", "--engine", "onnxruntime"], "runs tensorrt"),
     "unknown engine": (["fit", "model", "--device", "jetson-orin", "--engine", "steam"], "unknown engine"),
