@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -11,17 +10,13 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.engine import probe
 from edgeprune.engine.probe import with_figures
-from edgeprune.errors import EngineError, InputError
-from edgeprune.ondevice import machine as facts
-from edgeprune.ondevice import probe_tasks
+from edgeprune.errors import InputError
 from edgeprune.ondevice.budget import parse_budget
 from edgeprune.profiles import (
     UNITS,
@@ -167,75 +162,6 @@ def test_a_device_and_a_file_at_once_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="both"):
         with_figures(profile_of("l4", tmp_path / "mine.toml"))
     assert with_figures(profile_of("l4", None)) == PROFILES["l4"]
-
-
-@pytest.fixture
-def small_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The probe with small matrices and a cache of its own."""
-    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(probe, "WIDTH", 128)
-    monkeypatch.setattr(probe, "_matrices", lambda: 3)
-    return probe
-
-
-def test_the_cpu_ships_no_figures_and_is_measured(small_probe: ModuleType) -> None:
-    assert PROFILES["cpu"].hardware == {}
-    profile = with_figures(profile_of(None, None))
-    assert profile.is_probed
-    assert profile.model_copy(update=dict.fromkeys(profile.hardware)) == PROFILES["cpu"]
-    assert 1e7 < profile.bandwidth.si < 1e13
-    assert 1e7 < profile.fp32_compute.si < 1e15
-    assert 1e7 < profile.runtime_memory.si < profile.memory.si
-    assert "measured with onnxruntime" in profile.bandwidth.source
-    assert f"{facts.threads()} threads" in profile.bandwidth.source
-
-
-def test_it_is_measured_once(small_probe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = with_figures(profile_of("cpu", None))
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["probe.json"]
-    monkeypatch.setattr(small_probe, "measure", lambda source: pytest.fail("measured again"))
-    assert with_figures(profile_of("cpu", None)) == first
-    for name, changed in (("processor", "another processor"), ("total_memory", 2.0**40)):
-        with monkeypatch.context() as machine, pytest.raises(pytest.fail.Exception, match="measured again"):
-            machine.setattr(small_probe, name, lambda changed=changed: changed)
-            with_figures(profile_of("cpu", None))
-
-
-@pytest.mark.parametrize(
-    "spoil", [lambda text: text[:40], lambda text: "[]", lambda text: text.replace('"GB/s"', '"kg"')]
-)
-def test_a_spoilt_cache_is_made_again(small_probe: ModuleType, tmp_path: Path, spoil: object) -> None:
-    with_figures(profile_of("cpu", None))
-    path = tmp_path / "cache" / "probe.json"
-    path.write_text(spoil(path.read_text()))
-    assert with_figures(profile_of("cpu", None)).is_probed
-    (figures,) = json.loads(path.read_text()).values()
-    assert figures["bandwidth"]["unit"] == "GB/s"
-
-
-def test_without_a_writable_cache_it_is_measured_all_the_same(
-    small_probe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "file" / "below"))
-    assert with_figures(profile_of("cpu", None)).is_probed
-
-
-def test_a_system_that_hides_its_memory_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(probe.os, "sysconf")
-    with pytest.raises(EngineError, match="total memory"):
-        probe_tasks.total_memory()
-
-
-def test_the_read_is_larger_than_the_caches() -> None:
-    size = 4 * probe.WIDTH**2
-    assert probe.SMALLEST_READ <= probe._matrices() * size < probe.LARGEST_READ + size
-
-
-def test_the_runtimes_part_does_not_count_this_process() -> None:
-    ballast = bytearray(300 * 2**20)
-    ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
-    assert probe.runtime_bytes() < 250 * 2**20
 
 
 def loaded_from(site: Path) -> tuple[str, int]:

@@ -16,14 +16,12 @@ from edgeprune.engine import probe
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import machine, probe_tasks
 from edgeprune.ondevice.measure import Here
-from edgeprune.ondevice.probe_tasks import Stack, Took, compile_stack, write_weights
+from edgeprune.ondevice.probe_tasks import Stack, compile_stack, write_weights
 from edgeprune.ondevice.tensorrt import available
-from edgeprune.ondevice.worker import quiet
 from edgeprune.precision import PRECISIONS
-from edgeprune.profiles import load_profile
 from tests.support.doubles import double_tensorrt
 from tests.support.doubles.double_device import Device, Fault
-from tests.support.doubles.install import InProcess
+from tests.support.doubles.probed import probed
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
 
@@ -104,23 +102,6 @@ def test_the_best_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (took.seconds, took.spread) == (pytest.approx(0.1), pytest.approx(2))
 
 
-def test_what_does_not_settle_is_of_low_confidence() -> None:
-    """Whoever reads the profile sees that the device was busy."""
-    stacks = probe._stacks("fp32", 256, 1, 4)
-    took = {"call": Took(1e-5, 3), "read": Took(0.01, 0.85), "product": Took(0.1, 0.1)}
-    figures = probe._rates("measured with x on y", stacks, took)
-    assert figures["bandwidth"] == {
-        "value": 26.844,
-        "unit": "GB/s",
-        "confidence": "low",
-        "source": "measured with x on y: 256 MiB of weights times one row; other runs took 85 % longer",
-    }
-    assert (figures["fp32_compute"]["value"], figures["fp32_compute"]["confidence"]) == (85.899, "medium")
-    busy = probe._rates("measured with x on y", stacks, took, load=1.6)["fp32_compute"]
-    assert busy["confidence"] == "low"
-    assert busy["source"].endswith("4096 x 4096; the load before was 1.6 processes a thread")
-
-
 def test_a_device_without_room_is_told_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, stacks = {"read": tmp_path / "read.onnx"}, {"read": Stack(1, 4096, 8, "fp16")}
     with monkeypatch.context() as full, pytest.raises(EngineError, match="probing writes 768 MiB, 5 MiB are free"):
@@ -144,41 +125,6 @@ def test_free_memory_is_the_drivers_word(said: str, free: int | None, monkeypatc
 # The GPU, a double of it. Nothing below ran on one.
 
 
-def probed(name: str = "l4") -> probe.Probed:
-    return probe.probe_gpu(InProcess(), "tensorrt", "a double", load_profile(name), quiet)
-
-
-def test_on_a_double_every_figure_is_what_the_gpus_clock_says(gpu: Device) -> None:
-    figures = probed().figures
-    weights, flops = 8 * 2 * 256**2, 2 * 512 * 8 * 256**2
-    assert figures["bandwidth"]["value"] == pytest.approx(weights / (weights / 0.1 + 20e6), rel=1e-3)
-    assert figures["fp16_compute"]["value"] == pytest.approx(flops / (flops / 10 + 20e6), rel=1e-3)
-    assert figures["decode_overhead"]["value"] == pytest.approx(20, rel=0.1)
-    assert figures["runtime_memory"]["value"] == 2**25
-    assert figures["memory"]["value"] == figures["build_memory"]["value"] == gpu.memory
-    assert "system_reserve" not in figures
-    assert "fp32_compute" not in figures
-    assert all(f["source"].startswith("measured with tensorrt 10.13.3.9 on a double") for f in figures.values())
-
-
-def test_on_a_double_that_shares_its_memory_the_systems_part_is_measured(
-    gpu: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe, "SMALLEST_READ", 8 * 2 * 256**2)
-    figures = probed("jetson-orin").figures
-    assert figures["system_reserve"]["value"] == gpu.memory - 2**27
-    assert figures["build_memory"]["value"] == 2**27
-    assert figures["system_reserve"]["source"].startswith("measured")
-
-
-def test_on_a_double_that_does_not_tell_the_likes_figures_keep_their_source(
-    gpu: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: None)
-    like = load_profile("l4")
-    assert probed().figures["runtime_memory"] == like.runtime_memory.model_dump()
-
-
 def test_on_a_double_nothing_is_left_of_a_step_that_is_refused(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(double_tensorrt.IExecutionContext, "execute_async_v3", lambda context, stream: False)
     with pytest.raises(EngineError, match="refuses a step of the probe"):
@@ -199,3 +145,9 @@ def test_on_a_double_without_memory_the_engine_is_not_opened(gpu: Device) -> Non
     gpu.memory = 2**20 + 2**16  # one context, and not the weights that are read
     with pytest.raises(EngineError, match="cannot be opened: .*out of memory"):
         probed()
+
+
+def test_a_system_that_hides_its_memory_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(probe.os, "sysconf")
+    with pytest.raises(EngineError, match="total memory"):
+        probe_tasks.total_memory()

@@ -11,17 +11,11 @@ import torch
 from PIL import Image
 
 from edgeprune.errors import InputError
-from edgeprune.generate.guidance import checked_guidance, class_labels, sample_labels, sampling_of
+from edgeprune.generate.guidance import sampling_of
 from edgeprune.model.codec.codec import load_codec
-from edgeprune.model.decoder import Decoder, Picture
 from edgeprune.pipeline.imaging import Imaging, picture_samples, read_codes
+from tests.support.picture_decoders import CODES, SIDE, decoder
 from tests.support.vq import small_vq
-
-CODES, SIDE = 64, 4
-
-
-def decoder(classes: int = 10, has_null: bool = True, hidden: int = 32) -> Decoder:
-    return Decoder("llamagen", hidden, CODES, 17, 1e-5, False, (), picture=Picture(SIDE, classes, has_null))
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +35,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / str(label) / f"{number}.png")
     return folder
-
-
-def test_every_class_is_drawn_as_often_and_every_tenth_picture_has_none() -> None:
-    labels = class_labels(Picture(SIDE, 10), 40, 0)
-    assert Counter(labels) == dict.fromkeys(range(10), 4)
-    assert labels[:10] != labels[10:20]  # the order is drawn
-    assert labels == class_labels(Picture(SIDE, 10), 40, 0) != class_labels(Picture(SIDE, 10), 40, 1)
-    with_none = sample_labels(Picture(SIDE, 10), labels)
-    assert [place for place, label in enumerate(with_none) if label is None] == [9, 19, 29, 39]
-    assert all(new in (None, old) for new, old in zip(with_none, labels, strict=True))
-    assert sample_labels(Picture(SIDE, 10, has_null=False), labels) == labels
-    assert class_labels(Picture(SIDE, 0), 3, 0) == [None] * 3
 
 
 def test_a_folder_becomes_codes_behind_its_classes(pictures: Path, imaging: Imaging) -> None:
@@ -78,14 +60,3 @@ def test_what_is_held_out_is_not_calibrated_on(pictures: Path, imaging: Imaging)
 def test_a_class_that_the_model_has_not_is_refused(pictures: Path, imaging: Imaging) -> None:
     with pytest.raises(InputError, match="holds class 7, the model has 5 classes"):
         read_codes(pictures, decoder(classes=5), imaging, 100, 0)
-
-
-def test_guidance_is_the_published_one_or_what_was_asked_for() -> None:
-    assert sampling_of(decoder(hidden=3200), None).cfg == 1.65
-    assert sampling_of(decoder(), None).cfg == 2.0
-    assert sampling_of(decoder(), 3.5).streams == 2
-    assert sampling_of(decoder(), 1.0).streams == 1
-    assert sampling_of(decoder(classes=0), None).cfg == 1.0
-    for picture, cfg in ((Picture(SIDE, 10), 0.5), (Picture(SIDE, 10, has_null=False), 2.0), (Picture(SIDE, 0), 2.0)):
-        with pytest.raises(InputError, match="--cfg"):
-            checked_guidance(picture, cfg)

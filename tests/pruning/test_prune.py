@@ -5,14 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.errors import InputError, NumericalError
-from edgeprune.model.decoder import Attention, ratio
+from edgeprune.errors import NumericalError
+from edgeprune.model.decoder import ratio
 from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_inputs, modules_of, token_losses
 from edgeprune.model.model import Model
-from edgeprune.pruning.methods import METHODS, Method, Recovery, method_named
+from edgeprune.pruning.methods import METHODS, Method, Recovery
 from edgeprune.pruning.prune import prune, result_of, sample_weights
 from edgeprune.pruning.score import Projection, magnitude
-from edgeprune.pruning.select import select_heads, top_units
+from edgeprune.pruning.select import top_units
 from tests.support.tiny import as_model, llama, rebuilt
 
 DEFAULT = METHODS["default"]
@@ -80,17 +80,6 @@ def test_a_head_never_reads_another_groups_keys(key_value_heads, cuts):
                     assert torch.equal(small[name][head // heads], dense[name][old_head * key_value_heads // 12])
 
 
-def test_selection_takes_whole_groups_and_then_the_best_heads_of_each():
-    scores = {6: torch.tensor([1.0, 9.0, 5.0]), 2: torch.tensor([3.0, 1.0, 2.0, 7.0, 8.0, 9.0, 4.0, 6.0, 5.0])}
-    kept_groups, kept_heads = select_heads(lambda unit, keep: scores[unit], Attention(9, 3, 2), 2, 2)
-    assert kept_groups.tolist() == [1, 2]
-    assert kept_heads.tolist() == [4, 5, 7, 8]
-
-
-def test_equal_scores_keep_the_first_units():
-    assert top_units(torch.zeros(5), 3).tolist() == [0, 1, 2]
-
-
 def test_compensation_lowers_the_error_of_the_whole_model():
     reference = llama(initializer_range=0.1)
     model = as_model(reference)
@@ -142,12 +131,6 @@ def test_activations_that_are_not_finite_name_their_layer():
     model = as_model(reference)
     with pytest.raises(NumericalError, match=r"layer 1 \(mlp\)"):
         pruned(model, model.decoder.with_widths(2, 2, 40))
-
-
-def test_an_unknown_method_lists_the_known_ones():
-    with pytest.raises(InputError) as caught:
-        method_named("taylor")
-    assert "magnitude" in caught.value.remedy
 
 
 def test_the_walk_reads_each_weight_once():

@@ -1,17 +1,12 @@
 """The report of an image generator: its pictures side by side, their distances with what they rest on, its words."""
 
-import base64
-import io
 import json
 import re
 
 import jsonschema
-import numpy as np
 import pytest
-from PIL import Image
 from pydantic import ValidationError
 
-from edgeprune.evaluate.grids import data_uri
 from edgeprune.report.figures import difference_text, interval_text, number_text
 from edgeprune.report.frontier import frontier_of
 from edgeprune.report.frontier_page import render_frontier
@@ -21,7 +16,7 @@ from edgeprune.report.quality import quality_part
 from edgeprune.report.schema import Report
 from edgeprune.report.terminal import print_report
 from tests.support.pages import ATTACK, parsed, printed, sections, words
-from tests.support.sample_pictures import REFERENCE, distances, found, noise, pictures_content
+from tests.support.sample_pictures import REFERENCE, distances, found, pictures_content
 from tests.support.sample_reports import estimated_content, report_of
 
 FEW = (
@@ -35,31 +30,6 @@ MISSING = {
     "difference": None,
     "missing": "torchmetrics is not installed. pip install it",
 }
-
-
-def opened(uri: str) -> Image.Image:
-    kind, data = re.fullmatch(r"data:image/(\w+);base64,(.*)", uri).groups()
-    image = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert image.format.lower() == kind
-    return image
-
-
-def test_a_small_image_keeps_every_pixel():
-    image = noise(28, 112)
-    assert np.array_equal(opened(data_uri(image)), image)
-
-
-def test_a_large_image_is_made_smaller_and_stays_alike():
-    image = noise(40, 80).resize((2048, 1024), Image.Resampling.BICUBIC)
-    shown = opened(uri := data_uri(image))
-    assert (shown.size, shown.format) == ((1024, 512), "JPEG")
-    assert len(uri) < 500_000
-    assert np.abs(np.asarray(shown, float) - np.asarray(image.resize((1024, 512)), float)).mean() < 3
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_images_of_other_modes(mode):
-    assert opened(data_uri(noise().convert(mode))).mode == "RGB"
 
 
 def test_an_evaluation_as_it_stands_in_the_report():

@@ -117,3 +117,45 @@ def run_steps(path: Path, batch: Sample, steps: list[int], capacity: int | None 
         binding.clear_binding_inputs()
         start = end
     return logits
+
+
+PREFILL = 20
+
+
+WALKS = {"decode": [PREFILL, *[1] * 32], "chunks": [PREFILL, 7, 2, 23]}
+
+
+def assert_same(
+    logits: list[np.ndarray],
+    walk: list[int],
+    variant: GraphVariant,
+    reference: np.ndarray,
+    batch: Sample,
+    tolerance: float,
+) -> None:
+    """max|a - b| / max|b| over all real positions, and the same argmax but for near ties."""
+    wanted, real, start = [], [], 0
+    for length in walk:
+        first = start if variant.logits == "all" else start + length - 1
+        wanted.append(reference[:, first : start + length])
+        real.append(batch.mask[:, first : start + length] > 0)
+        start += length
+    ours = np.concatenate(logits, axis=1).astype(np.float32)[np.concatenate(real, axis=1)]
+    theirs = np.concatenate(wanted, axis=1)[np.concatenate(real, axis=1)]
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() < tolerance
+    top = np.sort(theirs, axis=-1)
+    clear = top[:, -1] - top[:, -2] >= max(1e-3, 2 * tolerance * np.abs(theirs).max())
+    assert clear.mean() > 0.5
+    assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()
+
+
+def check(model: LlamaForCausalLM, folder: Path, decoder: Decoder | None = None) -> None:
+    files = write(model, folder, "fp32", decoder)
+    batch = sample(sum(WALKS["decode"]))
+    reference = reference_logits(model, batch)
+    for variant, path in files.graphs.items():
+        for walk in WALKS.values():
+            for capacity in (None, 64) if variant.dialect == "onnxruntime" else (None,):
+                logits = run_steps(path, batch, walk, capacity)
+                assert_same(logits, walk, variant, reference, batch, 1e-5)

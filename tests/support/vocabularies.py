@@ -87,3 +87,10 @@ KINDS = {"byte level": byte_level, "ignore merges": ignore_merges, "byte fallbac
 
 def ids_of(tokenizer, texts, **settings):
     return np.array([number for text in texts for number in tokenizer(text, **settings)["input_ids"]])
+
+
+def edited(folder, name, change):
+    path = folder / name
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")

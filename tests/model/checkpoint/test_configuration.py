@@ -2,28 +2,14 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import HEADS, LAYER_WIDTHS, config_for, decoder_of
 from edgeprune.model.decoder import Mlp
 from tests.support.reference import decoder_of as reference_decoder
+from tests.support.ropes import ROPES
 from tests.support.tiny import config
-
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 50000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-}
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
@@ -54,57 +40,6 @@ def test_older_configurations_are_read_too():
     assert decoder_of(plain).rotaries[0].inverse_frequencies[1] == pytest.approx(50000.0 ** (-2 / 8))
     scaled = decoder_of(plain | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert scaled.rotaries[0].inverse_frequencies[0] == 0.5
-
-
-@given(
-    theta=st.floats(100.0, 1e6),
-    factor=st.floats(1.0, 64.0),
-    low=st.floats(0.5, 2.0),
-    width=st.floats(0.5, 8.0),
-    context=st.integers(16, 8192),
-)
-def test_llama3_scaling_is_that_of_transformers(theta, factor, low, width, context):
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": low + width,
-        "original_max_position_embeddings": context,
-    }
-    reference = config(rope_parameters=rope)
-    ours = decoder_of(reference.to_dict() | {"architectures": ["LlamaForCausalLM"]}).rotaries[0]
-    # transformers computes in fp32, where the blend's difference loses some digits
-    expected = reference_decoder(reference).rotaries[0]
-    assert ours.inverse_frequencies == pytest.approx(expected.inverse_frequencies, rel=1e-5)
-
-
-THETA = st.sampled_from([{}, {"rope_theta": 5e5}])
-SCALING = st.sampled_from(
-    [
-        {},
-        {"rope_type": "default"},
-        {"type": "linear", "factor": 2.0},
-        {"rope_type": "linear", "factor": 4.0},
-        {k: v for k, v in ROPES["llama3"].items() if k != "rope_theta"},
-    ]
-)
-
-
-@given(
-    outer=THETA, inner=THETA, scaling=SCALING, other=SCALING, key=st.sampled_from(["rope_scaling", "rope_parameters"])
-)
-def test_every_spelling_of_rope_is_read_as_transformers_reads_it(outer, inner, scaling, other, key):
-    """Old and new field names, theta outside or inside, and files that have both."""
-    spelling = {**outer, key: {**scaling, **inner} if scaling else None}
-    if other:
-        spelling.setdefault("rope_parameters", {**other})
-    plain = config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    del plain["rope_parameters"]
-    expected = reference_decoder(LlamaConfig(**json.loads(json.dumps(plain | spelling)))).rotaries[0]
-    ours = decoder_of(plain | spelling).rotaries[0]
-    assert ours.inverse_frequencies == pytest.approx(expected.inverse_frequencies, rel=1e-6)
-    assert ours.scaling == expected.scaling
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])

@@ -4,77 +4,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
-from gguf.quants import quantize
+from gguf import GGMLQuantizationType, RopeScalingType
 
 from edgeprune.errors import InputError
 from edgeprune.model.gguf import convert
 from edgeprune.model.gguf.convert import converted
-from edgeprune.model.gguf.names import LAYER, OUTER
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from tests.support.checkpoints import LETTERS, SPECIAL
+from tests.support.gguf_files import SETTINGS, write
 from tests.support.reference import decoder_of, weights_of
 from tests.support.tiny import llama
-
-SETTINGS = {"vocab_size": 257, "hidden_size": 96, "head_dim": 16, "max_position_embeddings": 256}
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
-
-
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The row order of q and k in GGUF files: llama.cpp's converter, `permute`."""
-    return weight.view(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write(path, reference, quantised=None, architecture="llama", pre="gpt-2", model="gpt2", drop=(), more=None):
-    """A reference model as llama.cpp's converter writes it; `more` gets the writer before it writes."""
-    config, decoder = reference.config, decoder_of(reference.config)
-    writer = GGUFWriter(path, architecture)
-    writer.add_context_length(256)
-    writer.add_embedding_length(96)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(SPECIAL + LETTERS)
-    writer.add_token_types([3] + [1] * 256)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
-    weights = weights_of(reference)
-    heads = {"attention.q": config.num_attention_heads, "attention.k": config.num_key_value_heads}
-    for name in decoder.shapes():
-        weight = weights[name]
-        if name.startswith("layers."):
-            _, index, part = name.split(".", 2)
-            target = f"blk.{index}.{LAYER[part]}.weight"
-            if part in heads:
-                weight = interleaved(weight, heads[part])
-        else:
-            target = OUTER[name]
-        if target in drop:
-            continue
-        data = weight.float().numpy()
-        if quantised is not None and data.ndim == 2:
-            writer.add_tensor(target, quantize(data, quantised), raw_dtype=quantised)
-        else:
-            writer.add_tensor(target, data)
-    if more is not None:
-        more(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -115,59 +59,6 @@ def test_matrices_of_several_types_become_fp32(tmp_path):
     model = load_model(str(tmp_path / "m.gguf"))
     assert torch.equal(model.weights["embedding"], embedding.float())
     assert torch.equal(model.weights["layers.1.mlp.up"], weights_of(reference)["layers.1.mlp.up"])
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-@pytest.mark.parametrize("rope", [LLAMA3, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}], ids=str)
-def test_rope_scalings_come_along(tmp_path, rope):
-    settings = SETTINGS | {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    reference = llama(**settings, rope_parameters=dict(rope))
-    expected = np.array(decoder_of(reference.config).rotaries[0].inverse_frequencies)
-
-    def more(writer):
-        if rope is LLAMA3:
-            dense = 10000.0 ** -(np.arange(0, 64, 2) / 64)
-            writer.add_tensor("rope_freqs.weight", (dense / expected).astype(np.float32))
-        else:
-            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(2.0)
-
-    write(tmp_path / "m.gguf", reference, more=more)
-    model = load_model(str(tmp_path / "m.gguf"))
-    assert np.allclose(model.decoder.rotaries[0].inverse_frequencies, expected, rtol=1e-5)
-    weights = weights_of(reference)
-    assert all(torch.equal(model.weights[name], weight) for name, weight in weights.items())
-
-
-SPELLINGS = {
-    "no type": ({"llama.rope.scaling.factor": 2.0}, 2.0),
-    "the old name": ({"llama.rope.scale_linear": 2.0}, 2.0),
-    "both names": ({"llama.rope.scale_linear": 4.0, "llama.rope.scaling.factor": 2.0}, 2.0),
-    "linear by nothing": ({"llama.rope.scaling.type": "linear"}, 1.0),
-    "none": ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0}, 1.0),
-}
-
-
-@pytest.mark.parametrize(("fields", "factor"), SPELLINGS.values(), ids=SPELLINGS)
-def test_every_spelling_of_linear_rope_scaling_is_read(tmp_path, fields, factor):
-    def more(writer):
-        for key, value in fields.items():
-            (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
-
-    reference = llama(**SETTINGS)
-    write(tmp_path / "m.gguf", reference, more=more)
-    expected = np.array(decoder_of(reference.config).rotaries[0].inverse_frequencies) / factor
-    ours = load_model(str(tmp_path / "m.gguf")).decoder.rotaries[0].inverse_frequencies
-    assert np.allclose(ours, expected, rtol=1e-6)
 
 
 def test_a_turn_may_end_with_another_token(tmp_path):

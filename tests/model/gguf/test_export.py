@@ -10,34 +10,17 @@ from transformers import AutoModelForCausalLM
 
 from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Layer
-from edgeprune.model.export import check_exports
 from edgeprune.model.gguf.export import check_exportable, export_gguf
 from edgeprune.model.gguf.file import read_gguf
 from edgeprune.model.load import load_model
-from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.sampling import generate
 from tests.support.checkpoints import save_llama
-from tests.support.families import CASES, EXPORTED, PICTURES, random_model, save_family
-from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
+from tests.support.families import EXPORTED
+from tests.support.gguf_models import LONGROPE, narrowed, saved, without_layers
+from tests.support.llamacpp import LlamaCpp
 
-LONGROPE = "phi3, longrope, partial rotary, sliding window"
-CHANGES = {
-    "qwen2": {"num_attention_heads": 4},
-    "olmo2": {"num_attention_heads": 4},
-    "starcoder2": {"num_attention_heads": 4},
-    "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
-    # llama.cpp gives a context 256 places at least, and takes the long factors beyond the original context
-    LONGROPE: {
-        "original_max_position_embeddings": 256,
-        "max_position_embeddings": 512,
-        "rope_parameters": CASES[LONGROPE]["rope_parameters"] | {"original_max_position_embeddings": 256},
-    },
-    "llama, linear rope": {"dtype": torch.float16},
-    "gemma3_text": {"dtype": torch.bfloat16},
-}
 PROMPT = [3, 5, 7, 11, 200, 100, 50, 25, 12, 6, 9, 8, 4]
 TABLE = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "starcoder2")  # llama.cpp has their GELU in a table of fp16
 ROUNDED = {torch.float32: 0.0, torch.float16: 0.03, torch.bfloat16: 0.1}  # it rounds what such a matrix multiplies
@@ -54,23 +37,6 @@ NARROWER = {
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
-
-
-def saved(folder: Path, case: str, **changes):
-    """The random model of a case, with a tokenizer that has merges."""
-    changes = CHANGES.get(case, {}) | changes
-    dtype = changes.pop("dtype", torch.float32)
-    random_model(case, vocab_size=len(VOCABULARY), **changes).to(dtype).save_pretrained(folder)
-    save_merging_tokenizer(folder)
-    return load_model(str(folder))
-
-
-def narrowed(model, folder: Path, widths):
-    """The first heads and channels alone."""
-    target = model.decoder.with_widths(*widths)
-    tensors = ((name, model.weights[name][tuple(map(slice, shape))]) for name, shape in target.shapes().items())
-    save_checkpoint(target, tensors, model, folder)
-    return load_model(str(folder))
 
 
 def reference(directory: Path, prompt: list[int]) -> np.ndarray:
@@ -107,49 +73,9 @@ def test_and_of_a_narrower_model_too(tmp_path, case):
     check_parity(narrowed(dense, tmp_path / "small", widths), tmp_path / "m.gguf")
 
 
-def without_layers(model, folder: Path, kept: list[int]):
-    layers = tuple(model.decoder.layers[index] for index in kept)
-    target = replace(model.decoder, layers=layers)
-    source = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(kept)}
-
-    def stream():
-        for name in target.shapes():
-            prefix = next((p for p in source if name.startswith(p)), "")
-            yield name, model.weights[source.get(prefix, "") + name.removeprefix(prefix)]
-
-    save_checkpoint(target, stream(), model, folder)
-    return load_model(str(folder))
-
-
 @pytest.mark.parametrize(("case", "kept"), [("gemma2", [1, 2]), ("gemma3_text", [1, 2]), ("olmo2", [0])])
 def test_layers_may_go_and_those_that_are_left_keep_their_windows(tmp_path, case, kept):
     check_parity(without_layers(saved(tmp_path / "dense", case), tmp_path / "small", kept), tmp_path / "m.gguf")
-
-
-def test_a_layer_that_does_not_turn_has_its_place(tmp_path):
-    """llama.cpp lets every fourth layer of a smollm3 not turn, whatever layers are left."""
-    dense = saved(tmp_path / "dense", "smollm3")
-    assert (
-        check_exportable(without_layers(dense, tmp_path / "last", [0, 1, 2, 3])).decoder.layers[3].attention.rotary
-        is None
-    )
-    with pytest.raises(InputError, match="smollm3 cannot compute this model: attention of layer 2: rotary None"):
-        check_exportable(without_layers(dense, tmp_path / "first", [1, 2, 3, 4]))
-
-
-def test_a_narrow_qwen2_is_held_without_heads_of_zeros(tmp_path):
-    """llama.cpp's qwen2 wants heads that fill the hidden size; its llama does not, and reads the biases too."""
-    dense = saved(tmp_path / "dense", "qwen2", num_attention_heads=4)
-    assert check_exportable(dense).architecture.name == "qwen2"
-    held = check_exportable(narrowed(dense, tmp_path / "small", (2, 1, 80)))
-    assert (held.architecture.name, held.decoder.layers[0].attention.num_attention_heads) == ("llama", 2)
-
-
-def test_a_narrow_olmo2_is_filled_with_as_few_groups_as_may_be(tmp_path):
-    dense = saved(tmp_path / "dense", "olmo2", num_attention_heads=4)
-    held = check_exportable(narrowed(dense, tmp_path / "small", (1, 1, 80)))
-    attention = held.decoder.layers[0].attention
-    assert (attention.num_key_value_heads, attention.num_attention_heads) == (1, 4)
 
 
 def rope(**parameters: object) -> dict[str, object]:
@@ -181,27 +107,6 @@ def test_a_tokenizer_without_merges_is_refused(tmp_path):
     save_llama(tmp_path / "dense")
     with pytest.raises(InputError, match="no merges"):
         check_exportable(load_model(str(tmp_path / "dense")))
-
-
-def test_gemma2_without_its_caps_is_refused(tmp_path):
-    model = saved(tmp_path / "dense", "gemma2")
-    with pytest.raises(InputError, match="gemma2 cannot compute this model: logits softcap None"):
-        check_exportable(replace(model, decoder=replace(model.decoder, logits_softcap=None)))
-
-
-@pytest.mark.parametrize("case", PICTURES)
-def test_image_generators_are_refused(tmp_path, case):
-    save_family(tmp_path / case, case)
-    with pytest.raises(InputError, match=f"no architecture for the family {case}"):
-        check_exports(["gguf"], load_model(str(tmp_path / case)), "uniform", reduced=False)
-
-
-def test_layers_of_different_widths_are_refused(tmp_path):
-    model = saved(tmp_path / "dense", "llama")
-    first, *others = model.decoder.layers
-    layers = (Layer(first.attention, replace(first.mlp, intermediate_size=32)), *others)
-    with pytest.raises(InputError, match="one width for all"):
-        check_exportable(replace(model, decoder=replace(model.decoder, layers=layers)))
 
 
 def test_the_file_is_complete_or_absent(tmp_path, monkeypatch):
@@ -283,10 +188,3 @@ def test_a_pruned_demo_says_in_llama_cpp_what_our_engine_says(tmp_path):
             runner.reset()
             logits = runner.run(np.array([ids + ours[:agreed]]))[0]
             assert np.ptp(np.sort(logits)[-2:]) < 0.05, question
-
-
-def test_a_gpt2_of_fewer_heads_is_filled_with_heads_of_their_own(tmp_path):
-    dense = saved(tmp_path / "dense", "gpt2")
-    target = dense.decoder.with_widths(2, 1, 96)
-    attention = check_exportable(replace(dense, decoder=target)).decoder.layers[0].attention
-    assert (attention.num_key_value_heads, attention.num_attention_heads) == (4, 4)

@@ -1,40 +1,15 @@
-import inspect
-import json
 from unicodedata import normalize
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import tokenization_utils_tokenizers
-from transformers.convert_slow_tokenizer import TikTokenConverter
-from transformers.models.qwen2 import tokenization_qwen2
 
 from edgeprune.errors import InputError
-from edgeprune.model.gguf.pretokenizers import LLAMA3_SPLIT, PRE_TOKENIZERS, QWEN2_SPLIT, TEKKEN_SPLIT
+from edgeprune.model.gguf.pretokenizers import PRE_TOKENIZERS
 from edgeprune.model.gguf.tokenizer_read import NORMAL, write_tokenizer
-from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.support.checkpoints import LETTERS, SPECIAL
+from tests.support.gguf_tokenizers import CONTROL, byte_level, loaded
 from tests.support.sentencepiece import CHARACTERS, PIECES, sentencepiece
-
-CONTROL = 3
-
-
-def loaded(fields, folder):
-    """The tokenizer as transformers loads it beside a Llama's configuration."""
-    write_tokenizer(fields, 256, folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return load_tokenizer(folder)
-
-
-def byte_level(pre, **changes):
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": SPECIAL + LETTERS,
-        "tokenizer.ggml.token_type": [CONTROL] + [NORMAL] * 256,
-        "tokenizer.ggml.bos_token_id": 0,
-    }
-    return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
 
 
 def best_pair_first(text):
@@ -69,28 +44,6 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(pieces, text):
 def test_sentencepiece_without_prefix_and_bos(tmp_path):
     tokenizer = loaded(sentencepiece(add_space_prefix=False, add_bos_token=False), tmp_path)
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc a")["input_ids"]) == ["ab", "c", "▁a"]
-
-
-WORDS = {
-    "gpt-2": ["I", "'ll", "Ġpay", "Ġ1234", "."],
-    "smollm": ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "."],
-    "llama-bpe": ["I", "'ll", "Ġpay", "Ġ", "123", "4", "."],
-    "qwen2": ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "."],
-    "gpt-4o": ["I'll", "Ġpay", "Ġ", "123", "4", "."],
-    "tekken": ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "."],
-}
-
-
-@pytest.mark.parametrize(("pre", "words"), WORDS.items(), ids=WORDS)
-def test_words_are_split_as_the_family_does(tmp_path, pre, words):
-    splitter = loaded(byte_level(pre), tmp_path).backend_tokenizer.pre_tokenizer
-    assert [word for word, _ in splitter.pre_tokenize_str("I'll pay 1234.")] == words
-
-
-def test_the_patterns_are_those_that_transformers_has():
-    assert inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default == LLAMA3_SPLIT
-    assert tokenization_qwen2.PRETOKENIZE_REGEX == QWEN2_SPLIT
-    assert TEKKEN_SPLIT in inspect.getsource(tokenization_utils_tokenizers)
 
 
 @pytest.fixture(scope="module", params={words: name for name, words in PRE_TOKENIZERS.items()}.values())

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from edgeprune.errors import InputError
 from edgeprune.model.gguf.export import export_gguf
-from edgeprune.model.gguf.pretokenizers import HASHES, PRE_TOKENIZERS, pre_tokenizer, pre_tokenizer_name
+from edgeprune.model.gguf.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from edgeprune.model.gguf.tokenizer_read import CONTROL, NORMAL, UNUSED, USER_DEFINED, write_tokenizer
 from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
 from edgeprune.model.load import load_model
@@ -106,51 +106,6 @@ def test_an_end_behind_every_text_is_kept(tmp_path):
     assert load_tokenizer(tmp_path)("ab")["input_ids"][-1] == 2
     fields = tokenizer_fields(tmp_path, len(given["tokenizer.ggml.tokens"]))
     assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == (True, True)
-
-
-@pytest.mark.parametrize("name", {words: name for name, words in reversed(PRE_TOKENIZERS.items())}.values())
-def test_a_tokenizer_of_unknown_tokens_is_known_by_its_making(tmp_path, name):
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.tokens": VOCABULARY,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in MERGES],
-        "tokenizer.ggml.bos_token_id": 0,
-    }
-    write_tokenizer(fields, 256, tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert tokenizer_fields(tmp_path, len(VOCABULARY), reduced=True)["tokenizer.ggml.pre"] == name
-
-
-def test_every_hash_names_a_known_pre_tokenizer():
-    assert set(HASHES.values()) <= PRE_TOKENIZERS.keys()
-    assert all(len(digest) == 64 for digest in HASHES)
-
-
-@pytest.mark.demo
-def test_the_demo_is_known_by_its_tokens_as_llama_cpps_converter_knows_it():
-    tokenizer = load_tokenizer(load_model("demo").directory)
-    assert pre_tokenizer_name(tokenizer, {}) == "smollm"
-
-
-def other_words(tokenizer):
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-def small_letters(tokenizer):
-    tokenizer.normalizer = normalizers.Lowercase()
-
-
-@pytest.mark.parametrize("change", [other_words, small_letters])
-def test_another_pre_tokenizer_is_refused_not_guessed(tmp_path, change):
-    save_merging_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    change(tokenizer.backend_tokenizer)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="pre-tokenizer is not one of those"):
-        tokenizer_fields(tmp_path, len(VOCABULARY))
 
 
 def test_a_sentencepiece_with_steps_of_its_own_is_refused(tmp_path):

@@ -1,5 +1,4 @@
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from tests.support.vocabularies import (
     TEXT,
     all_splits,
     byte_level,
+    edited,
     ids_of,
     ignore_merges,
     save,
@@ -294,13 +294,6 @@ def test_ids_of_padded_rows_are_ignored(case):
     assert retokenized([rows], case.source, case.target)[0].tolist() == []
 
 
-def edited(folder, name, change):
-    path = folder / name
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 def test_configured_ids_are_kept_and_renamed(tmp_path):
     byte_level(tmp_path / "full")
     full = load_tokenizer(tmp_path / "full")
@@ -437,33 +430,6 @@ def test_a_template_that_knows_no_system_still_tells_its_words(tmp_path):
     check_same(case, case.full.apply_chat_template(CHAT[1:], tokenize=False, add_generation_prompt=True))
 
 
-@cache
-def letters_of_text():
-    return {letter: i for i, letter in enumerate(["<|end|>", *sorted(set(TEXT))])}
-
-
-UNFIT = {
-    "WordPiece": lambda: models.WordPiece(vocab=letters_of_text(), unk_token="<|end|>"),
-    "Unigram": lambda: models.Unigram([(token, -1.0) for token in letters_of_text()], unk_id=0),
-    "WordLevel": lambda: models.WordLevel(vocab=letters_of_text(), unk_token="<|end|>"),
-    "without byte level": lambda: models.BPE(vocab=letters_of_text(), merges=[]),
-    "256 bytes": lambda: models.BPE(vocab=letters_of_text(), merges=[], byte_fallback=True),
-    "end_of_word_suffix": lambda: models.BPE(vocab=letters_of_text(), merges=[], end_of_word_suffix="</w>"),
-}
-
-
-@pytest.mark.parametrize(("reason", "model"), UNFIT.items(), ids=UNFIT)
-def test_other_tokenizers_are_refused_by_name(tmp_path, reason, model):
-    tokenizer = Tokenizer(model())
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<|end|>"])
-    save(tmp_path, tokenizer)
-    with pytest.raises(InputError) as caught:
-        needed(tmp_path, np.array([0]))
-    assert reason in caught.value.message
-    assert "Byte-level BPE" in caught.value.remedy
-
-
 def test_a_vocabulary_of_another_tokenizer_is_a_bug(tmp_path):
     byte_level(tmp_path / "full")
     with pytest.raises(ValueError, match="an id that no token has"):
@@ -471,13 +437,6 @@ def test_a_vocabulary_of_another_tokenizer_is_a_bug(tmp_path):
     with pytest.raises(ValueError, match=r"the added token <\|user\|>"):
         write_tokenizer_files(tmp_path / "full", tmp_path / "reduced", Vocabulary(np.array([0, 2])))
     assert not (tmp_path / "reduced").exists()
-
-
-def test_tokens_beyond_the_rows_are_refused(tmp_path):
-    byte_level(tmp_path)
-    edited(tmp_path, "config.json", lambda c: c.update(vocab_size=300, model_type="llama"))
-    with pytest.raises(InputError, match="tokens beyond the model's 300 rows"):
-        needed(tmp_path, np.array([0]))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kept": [2, 1]}', '{"kept": "a"}', '{"kept": [1e99]}'])

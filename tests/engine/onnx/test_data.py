@@ -1,0 +1,175 @@
+"""The data files of a graph: the weights, once each, and those that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.engine.onnx import data as data_module
+from edgeprune.engine.onnx.graph import write_graphs
+from edgeprune.errors import InputError, NumericalError
+from edgeprune.model.decoder import Attention, Decoder, Experts, Grid, Layer, Mlp, Picture, Rotary
+from tests.support.graph_models import VARIANTS, llama
+from tests.support.reference import decoder_of, weights_of
+
+
+class CountingWeights(Mapping[str, torch.Tensor]):
+    """Hands out a new tensor at each access, and counts the accesses and the tensors alive."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights, self.reads, self.alive, self.most_alive = weights, dict.fromkeys(weights, 0), 0, 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.weights[name].clone()
+        self.reads[name] += 1
+        self.alive += 1
+        self.most_alive = max(self.most_alive, self.alive)
+        weakref.finalize(tensor, self._forget)
+        return tensor
+
+    def _forget(self) -> None:
+        self.alive -= 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def test_each_weight_is_read_once_and_let_go(tmp_path: Path) -> None:
+    model = llama(False)
+    weights = CountingWeights(weights_of(model))
+    gc.disable()  # letting go must not wait for the collector
+    try:
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", VARIANTS)
+    finally:
+        gc.enable()
+    assert set(weights.reads.values()) == {1}
+    assert weights.most_alive == 3  # query, key and value of one layer
+    assert weights.alive == 0
+
+
+ROTARIES = [Rotary((1.0, 0.1) * 4), Rotary((1.0, 0.5) * 4, grid=Grid(1, 2))]  # which ONNX Runtime turns
+
+
+layers = st.builds(
+    Layer,
+    st.none()
+    | st.builds(
+        lambda k, g, rotary, norm, bias: Attention(
+            k * g, k, 16, rotary, qk_norm=norm, input_bias=bias, output_bias=not bias
+        ),
+        st.integers(1, 3),
+        st.integers(1, 3),
+        st.sampled_from([None, *ROTARIES, Rotary((1.0,))]),
+        st.sampled_from([None, "head", "all"]),
+        st.booleans(),
+    ),
+    st.none()
+    | st.builds(
+        Mlp,
+        st.integers(1, 9),
+        gated=st.booleans(),
+        input_bias=st.booleans(),
+        output_bias=st.booleans(),
+        experts=st.none(),
+    )
+    | st.builds(Mlp, st.integers(1, 9), experts=st.just(Experts(3, 2))),
+)
+
+
+decoders = st.builds(
+    Decoder,
+    st.just("llama"),
+    st.integers(1, 7),
+    st.integers(1, 11),
+    st.integers(1, 5),
+    st.just(1e-5),
+    st.booleans(),
+    st.lists(layers, max_size=3).map(tuple),
+    norm=st.sampled_from(["rms", "layer"]),
+    norms=st.sampled_from(["before", "after", "both"]),
+    learned_positions=st.booleans(),
+)
+
+
+pictures = st.builds(Picture, st.just(2), st.integers(0, 3))
+
+
+decoders |= st.builds(dataclasses.replace, decoders, tie_word_embeddings=st.just(False), picture=pictures)
+
+
+def table(rotary: Rotary, function: np.ufunc) -> np.ndarray:
+    """The first three positions: of the grid a prefix and the first two columns of the first row."""
+    if rotary.grid is None:
+        return function(np.outer(np.arange(3), rotary.inverse_frequencies))
+    by_column = np.outer([0, 1], rotary.inverse_frequencies[4:])
+    return np.concatenate([np.zeros((1, 8)), function(np.concatenate([np.zeros((2, 4)), by_column], axis=1))])
+
+
+@given(decoder=decoders, precision=st.sampled_from(["fp32", "fp16"]), piece_bytes=st.integers(1, 200))
+@settings(deadline=None, max_examples=60)
+def test_data_files_hold_the_weights_whatever_the_piece(
+    decoder: Decoder, precision: str, piece_bytes: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("data")
+    weights = {name: torch.randn(shape) for name, shape in decoder.shapes().items()}
+    initializers = data_module.layout(decoder, precision, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module, "PIECE_BYTES", piece_bytes)
+        data_module.write_data(decoder, weights, folder, initializers)
+    ends = dict.fromkeys((data_module.EMBEDDING_FILE, data_module.LAYERS_FILE), 0)
+    for initializer in initializers:
+        assert initializer.offset % data_module.ALIGNMENT == 0
+        assert 0 <= initializer.offset - ends[initializer.file] < data_module.ALIGNMENT
+        ends[initializer.file] = initializer.offset + initializer.length
+        if initializer.sources:
+            blocks = [np.concatenate([weights[source].numpy() for source in part]) for part in initializer.parts]
+            blocks = [block.T if initializer.transposed else block for block in blocks]
+            wanted = np.stack(blocks) if len(blocks) > 1 else blocks[0]
+        else:
+            number = int(initializer.name.split(".")[1]) if initializer.name.count(".") > 1 else 0
+            wanted = table(decoder.rotaries[number], np.cos if initializer.name.endswith("cos_table") else np.sin)
+        dtype = np.float16 if precision == "fp16" else np.float32
+        data = (folder / initializer.file).read_bytes()[initializer.offset : initializer.offset + initializer.length]
+        held = np.frombuffer(data, dtype).reshape(initializer.shape)
+        assert held.shape == wanted.shape
+        np.testing.assert_allclose(held, wanted.astype(dtype), rtol=1e-6 if precision == "fp32" else 1e-3, atol=1e-6)
+    assert {name: (folder / name).stat().st_size for name in ends} == ends
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 65520.0])
+def test_a_weight_that_fp16_cannot_hold_is_named(value: float, tmp_path: Path) -> None:
+    model = llama(True)
+    weights = weights_of(model)
+    weights["layers.1.mlp.up"] = weights["layers.1.mlp.up"].clone()
+    weights["layers.1.mlp.up"][3, 5] = value
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up") as caught:
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", VARIANTS)
+    assert caught.value.remedy
+    if np.isfinite(value):
+        assert "65504" in caught.value.message
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp32", VARIANTS)
+        weights["layers.1.mlp.up"][3, 5] = 65504.0
+        write_graphs(decoder_of(model.config), weights, tmp_path, "fp16", VARIANTS)
+
+
+def test_weights_that_do_not_fit_the_decoder_are_named(tmp_path: Path) -> None:
+    model = llama(True)
+    decoder, weights = decoder_of(model.config), weights_of(model)
+    with pytest.raises(InputError, match=r"layers\.2\.attention\.k is missing"):
+        missing = {name: weight for name, weight in weights.items() if name != "layers.2.attention.k"}
+        write_graphs(decoder, missing, tmp_path, "fp32", VARIANTS)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down .*\(96, 120\).*\(96, 128\)"):
+        short = weights | {"layers.0.mlp.down": weights["layers.0.mlp.down"][:, :120]}
+        write_graphs(decoder, short, tmp_path, "fp32", VARIANTS)

@@ -1,0 +1,36 @@
+"""The tokenizer of a folder, as transformers would load it."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from edgeprune.errors import InputError
+from edgeprune.model.tokens.tokenizer import load_tokenizer
+from tests.support.checkpoints import save_llama
+
+
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", None])
+def test_a_tokenizer_is_what_transformers_would_choose(tmp_path, declared):
+    save_llama(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": declared, "chat_template": "hi"}))
+    ours, theirs = load_tokenizer(path.parent), AutoTokenizer.from_pretrained(path.parent)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert (ours.special_tokens_map, ours.chat_template) == (theirs.special_tokens_map, theirs.chat_template)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_tokenizer_configuration_is_said(tmp_path, content):
+    save_llama(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_a_broken_tokenizer_is_said(tmp_path):
+    save_llama(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "model")
