@@ -1,58 +1,15 @@
-"""Speed against a reader's; room for context and sequences against a walk over all of them, one by one."""
+"""Room for context and sequences, against a walk over all of them, one by one."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from edgeprune.engine.capacity import experience
 from edgeprune.engine.estimate import estimate_memory, estimate_performance
 from edgeprune.ondevice.budget import AbsoluteBudget
-from edgeprune.ondevice.experience import experience_again
-from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
-from edgeprune.profiles import load_profile
+from edgeprune.ondevice.figures import Workload
+from tests.support.room import ORIN, PROFILES, SMALL, WORKLOAD, obtained
 from tests.support.shapes import SMOLLM2
-
-ORIN = load_profile("jetson-orin")
-PROFILES = {
-    dialect: ORIN.model_copy(update={"dialect": dialect}) for dialect in ("opset23", "primitive", "onnxruntime")
-}
-WORKLOAD = Workload(2, 64, 256)
-SMALL = replace(SMOLLM2, max_position_embeddings=600)
-
-
-def obtained(total: float, decode: float = 20.0) -> Performance:
-    """Measured on a device: a total that no estimate gives."""
-    parts = (total - 4.0, 1.0, 1.0, 1.0, 1.0)
-    return Performance(
-        Memory(*(Measured(part, "bytes", "board", part, part) for part in parts)),
-        prefill=Measured(90.0, "ms", "board", 85.0, 99.0),
-        decode=Measured(decode, "ms", "board", 0.9 * decode, 1.25 * decode),
-    )
-
-
-def test_speed_is_that_of_one_sequence_against_a_reader():
-    """238 words a minute at 1.33 tokens a word are 5.276 tokens/s."""
-    found = experience(SMALL, ORIN, WORKLOAD, "fp16", obtained(1e9), AbsoluteBudget())
-    assert found.first_token == obtained(1e9).prefill
-    rate = found.tokens_per_second
-    assert (rate.value, rate.low, rate.high) == pytest.approx((50.0, 40.0, 1000 / 18))
-    assert (rate.unit, rate.source, rate.device) == ("tokens/s", "measured", "board")
-    assert found.reading_speed.value == pytest.approx(50 / (238 * 1.33 / 60))
-    assert (found.reading_speed.low, found.reading_speed.high) == pytest.approx((7.582, 10.530), abs=1e-3)
-
-
-@pytest.mark.parametrize("kind", [Built, Estimate])
-def test_an_estimated_decode_gives_an_estimated_speed(kind):
-    performance = replace(obtained(1e9), decode=kind(20.0, "ms", "board", "bytes / bandwidth"))
-    found = experience(SMALL, ORIN, WORKLOAD, "fp16", performance, AbsoluteBudget())
-    for figure in (found.tokens_per_second, found.reading_speed):
-        assert isinstance(figure, kind)
-        assert "bytes / bandwidth" in figure.basis
 
 
 def brute_force(profile, total: float, limit: float) -> tuple[int, int]:
@@ -104,22 +61,3 @@ def test_a_fitted_model_has_more_room_in_the_same_memory():
     assert (dense.longest_context.value, dense.sequences.value) == (256, 2)
     assert fitted.longest_context.value > 1000
     assert fitted.sequences.value > 4
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(PROFILES)), st.floats(-60e6, 200e6))
-def test_the_device_finds_the_same_room_from_what_was_found_before(dialect, spare):
-    """And with more memory used, less of it."""
-    total, workload = 777e6, Workload(1, 64, 256)
-    budget = AbsoluteBudget(memory=total + spare)
-    before = experience(SMOLLM2, PROFILES[dialect], workload, "fp16", obtained(total), budget)
-    again = experience_again(obtained(total), workload, before.room)
-    assert abs(again.longest_context.value - before.longest_context.value) <= 1
-    assert abs(again.sequences.value - before.sequences.value) <= 1
-    assert again.reading_speed == before.reading_speed
-    tighter = experience_again(obtained(total + 50e6, 40.0), workload, before.room)
-    assert tighter.longest_context.value <= again.longest_context.value
-    assert tighter.reading_speed.value == pytest.approx(again.reading_speed.value / 2)
-    shift = math.floor(50e6 / before.room.context_bytes)
-    if 50 + shift < again.longest_context.value < 8192:
-        assert abs(again.longest_context.value - tighter.longest_context.value - shift) <= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 
 import pytest
@@ -10,10 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.report.html import render_html
-from edgeprune.report.plots import all_plots
 from edgeprune.report.schema import Report
 from tests.support.pages import ATTACK, Parsed, parsed, sections
-from tests.support.sample_reports import CONTENTS, broken_content, estimated_content, measured_content, report_of
+from tests.support.sample_reports import (
+    CONTENTS,
+    broken_content,
+    estimated_content,
+    hostile,
+    measured_content,
+    report_of,
+)
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -147,124 +152,6 @@ def test_numbers_beyond_floating_point_are_shown(value):
     assert f"Broken: perplexity rises by {value:.0f} %" in render_html(report_of(content))
 
 
-def figure(plot: str) -> tuple[list[dict], dict]:
-    """Traces and layout of a plot, from the call that draws it."""
-    decoder, start = json.JSONDecoder(), plot.index("[", plot.index("Plotly.newPlot("))
-    traces, end = decoder.raw_decode(plot, start)
-    layout, _ = decoder.raw_decode(plot, plot.index("{", end))
-    return traces, layout
-
-
-def test_the_budget_is_drawn_against_its_limits():
-    report = report_of(measured_content())
-    traces, layout = figure(all_plots(report)["budget"])
-    fitted = next(trace for trace in traces if trace["name"] == "fitted")
-    shares = [100 * row.fitted.value / row.limit for row in reversed(report.budget)]
-    assert fitted["x"] == pytest.approx(shares)
-    assert [name.split("<br>")[1] for name in fitted["y"]] == ["measured"] * 3
-    assert [shape["x0"] for shape in layout["shapes"]] == [100]
-    highs = [100 * (row.fitted.high or row.fitted.value) / row.limit for row in reversed(report.budget)]
-    assert [x + up for x, up in zip(fitted["x"], fitted["error_x"]["array"], strict=True)] == pytest.approx(highs)
-
-
-def test_stacks_sum_to_the_totals():
-    report = report_of(estimated_content())
-    plots = all_plots(report)
-    for name, total in (
-        ("memory", lambda side: side.performance.memory_total.value / 2**20),
-        ("latency", lambda side: sum(side.latency_shares.values())),
-    ):
-        traces, _ = figure(plots[name])
-        assert [sum(column) for column in zip(*(trace["x"] for trace in traces), strict=True)] == pytest.approx(
-            [total(report.fitted), total(report.dense)]
-        )
-
-
-def test_the_rise_of_each_text_is_drawn_with_its_interval():
-    report = report_of(measured_content())
-    (trace,), layout = figure(all_plots(report)["quality"])
-    assert trace["x"] == [text.rise_percent for text in reversed(report.quality.texts)]
-    assert trace["error_x"]["array"] == pytest.approx([4.4, 2.7])
-    assert [shape["x0"] for shape in layout["shapes"]] == [5, 30]
-    assert layout["yaxis"]["ticktext"] == ["notes, one fifth held…", "manual.txt"]
-
-
-def test_identical_answers_are_drawn_with_their_intervals():
-    report = report_of(measured_content())
-    (trace,), _ = figure(all_plots(report)["answers"])
-    steps = report.quality.answers.identical
-    assert trace["x"] == ["1", "2", "4", "8", "16", "32"]
-    assert trace["y"] == [step.percent for step in steps]
-    assert trace["text"][3] == "7 of 16"
-    for sign, array, bound in ((1, "array", "high_percent"), (-1, "arrayminus", "low_percent")):
-        bounds = [y + sign * reach for y, reach in zip(trace["y"], trace["error_y"][array], strict=True)]
-        assert bounds == pytest.approx([getattr(step, bound) for step in steps])
-
-
-def test_the_path_shows_predicted_and_obtained_against_the_limit():
-    traces, _ = figure(all_plots(report_of(measured_content()))["path"])
-    by_name = {trace["name"]: trace for trace in traces}
-    dense = next(row.dense.value for row in report_of(measured_content()).budget if row.name == "decode")
-    measured, predicted = by_name["decode, measured"], by_name["decode, predicted"]
-    assert measured["x"] == ["dense", "1", "2", "3"]
-    assert measured["y"] == pytest.approx([100 * value / 35.07 for value in (dense, 37.9, 35.3, 34.1)])
-    assert predicted["x"] == ["1", "2", "3"]
-    assert predicted["y"] == pytest.approx([100 * value / 35.07 for value in (34.2, 34.9, 34.4)])
-
-
-def test_only_plots_that_say_something_are_drawn():
-    always = {"budget", "quality", "memory", "latency", "widths"}
-    content = measured_content()
-    assert set(all_plots(report_of(content))) == always | {"path", "errors", "answers"}
-    content["quality"] |= {"answers": None}
-    content |= {"search": content["search"] | {"candidates": []}, "modules": []}
-    assert set(all_plots(report_of(content))) == always
-
-
-def test_errors_of_pruned_modules_are_drawn_before_and_after_the_update():
-    report = report_of(measured_content())
-    traces, _ = figure(all_plots(report)["errors"])
-    pruned = [module for module in report.modules if module.kind == "mlp" and module.kept < module.of]
-    by_name = {trace["name"]: trace for trace in traces}
-    assert by_name["mlp, without update"]["y"] == pytest.approx([module.error_before for module in pruned])
-    assert by_name["mlp, with"]["y"] == pytest.approx([module.error_after for module in pruned])
-    assert by_name["mlp, with"]["x"] == [module.layer for module in pruned]
-
-
-def test_widths_that_differ_are_drawn_in_percent_of_the_dense_model():
-    report = report_of(broken_content())
-    traces, _ = figure(all_plots(report)["widths"])
-    kept = next(trace["y"] for trace in traces if trace["name"] == "MLP channels")
-    assert kept == pytest.approx([100 * layer["MLP channels"] / 1536 for layer in report.fitted.widths])
-
-
-def hostile(content: dict, text: str) -> dict:
-    """The text wherever a user, a file or a model has a say."""
-    content["quality"] |= {"prompt": text, "dense_sample": text, "fitted_sample": text}
-    content["quality"]["answers"]["device"] = text
-    for noticed in content["experience"].values():
-        noticed["room"]["reason"] = text
-    for entry in content["quality"]["texts"]:
-        entry["name"] = text
-    for row in content["budget"]:
-        row["asked"] = text
-    for layer in (*content["dense"]["widths"], *content["fitted"]["widths"]):
-        layer[text] = 1 + len(layer)
-    return content | {
-        "headline": text,
-        "command": text,
-        "warnings": [text],
-        "unprunable": text,
-        "files": {text: 1},
-        "model": content["model"] | {"name": text},
-        "versions": {text: text},
-        "stages": {text: 1.0},
-        "device": content["device"] | {"name": text, "description": text},
-        "deploy": [{"title": text, "command": text}],
-        "search": content["search"] | {"reason": text},
-    }
-
-
 @pytest.mark.parametrize("content", CONTENTS)
 def test_texts_cannot_inject_markup(content):
     safe, attacked = parsed(content()), parsed(hostile(content(), ATTACK))
@@ -274,21 +161,6 @@ def test_texts_cannot_inject_markup(content):
     assert scripts[0] == scripts[1]
     assert not [script for script in attacked.scripts if "<" + "img" in script or "<" + "/script" in script]
     assert "{{ 7 * 7 }}" in " ".join(attacked.texts)
-
-
-def test_plots_show_markup_as_text():
-    """plotly renders some HTML in labels; a file's name must not use it."""
-    plots = all_plots(report_of(hostile(broken_content(), "<b>x</b>")))
-    shown = {
-        "budget": figure(plots["budget"])[0][0]["y"][0].split("\N{NO-BREAK SPACE}")[0],
-        "quality": figure(plots["quality"])[1]["yaxis"]["ticktext"][0],
-        "widths": figure(plots["widths"])[0][-1]["name"],
-    }
-    assert shown == {
-        "budget": "decode &lt;b&gt;x&lt;/b&gt;",
-        "quality": "&lt;b&gt;x&lt;/b&gt;",
-        "widths": "&lt;b&gt;x&lt;/b&gt;",
-    }
 
 
 @cache

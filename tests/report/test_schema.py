@@ -11,11 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from edgeprune.ondevice.experience import Room, experience_of
-from edgeprune.ondevice.figures import Built, Estimate, Measured, Memory, Performance, Workload
-from edgeprune.report.experience import experience_part
-from edgeprune.report.quality import quality_part
-from edgeprune.report.schema import Report, figure_of, grade_of, schema_markdown
+from edgeprune.report.schema import Report, grade_of, schema_markdown
 from tests.support import DOCS
 from tests.support.sample_reports import CONTENTS, broken_content, estimated_content, measured_content, report_of
 
@@ -62,65 +58,6 @@ def test_a_destroyed_models_perplexity_survives(value):
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert str(Report.model_validate_json(text).quality.texts[0].fitted) == str(value)
     assert grade_of(value) == "broken"
-
-
-def test_an_estimate_has_no_interval_and_a_measurement_no_basis():
-    assert figure_of(Measured(2.0, "ms", "cpu", 1.5, 2.5)).model_dump(exclude_none=True) == {
-        "value": 2.0,
-        "unit": "ms",
-        "source": "measured",
-        "device": "cpu",
-        "low": 1.5,
-        "high": 2.5,
-    }
-    for kind, source in ((Built, "built"), (Estimate, "estimated")):
-        assert figure_of(kind(2.0, "ms", "a2", "why")).model_dump(exclude_none=True) == {
-            "value": 2.0,
-            "unit": "ms",
-            "source": source,
-            "device": "a2",
-            "basis": "why",
-        }
-
-
-def test_an_evaluation_as_it_stands_in_the_report():
-    share = {"share": 0.75, "low": 0.5, "high": 0.875, "places": 8, "documents": 2, "of": 3}
-    shown = {"percent": 75.0, "low_percent": 50.0, "high_percent": 87.5, "places": 8, "documents": 2, "of": 3}
-    losses = {"dense": 10.0, "fitted": 11.0, "percent": 10.0, "low": 8.0, "high": 12.0, "tokens": 9}
-    samples = {"prompt": "p", "dense_sample": "d", "fitted_sample": "f"}
-    step = {"tokens": 4, "same": 3, "answers": 4, "low": 0.3, "high": 0.95}
-    found = quality_part(
-        "perplexity",
-        {"a": {**losses, "agreement": share}, "b": {**losses, "percent": 2.0, "agreement": None}},
-        {"device": "cpu, fp32", "prompt_tokens": 32, "identical": [step]},
-        **samples,
-    )
-    assert found.texts[0].agreement.model_dump() == shown
-    assert found.texts[1].agreement is None
-    assert (found.rise_percent, found.grade, found.prompt) == (10.0, "degraded", "p")
-    (first,) = found.answers.identical
-    assert (first.percent, first.low_percent, first.high_percent) == (75.0, 30.0, 95.0)
-    assert quality_part("perplexity", {"a": {**losses, "agreement": None}}, None, **samples).answers is None
-
-
-def test_an_experience_as_it_stands_in_the_report():
-    parts = [Estimate(1e6, "bytes", "board", "bytes")] * 5
-    latency = Estimate(100.0, "ms", "board", "bytes / bandwidth")
-    room = Room(8e6, "the memory budget", 4096, 100.0, 1e6)
-    workload = Workload(1, 8, 16)
-    found = experience_part(experience_of(Performance(Memory(*parts), latency, latency), workload, room, 900, 3))
-    assert (found.tokens_per_second.value, found.tokens_per_second.source) == (10.0, "estimated")
-    assert (found.longest_context.value, found.longest_context.unit) == (900, "tokens")
-    assert (found.sequences.value, found.sequences.unit) == (3, "sequences")
-    assert found.room.model_dump() == room.__dict__
-
-
-@pytest.mark.parametrize(
-    ("rise", "grade"),
-    [(-3.0, "intact"), (4.99, "intact"), (5.0, "degraded"), (29.99, "degraded"), (30.0, "broken"), (900.0, "broken")],
-)
-def test_grades_at_their_thresholds(rise, grade):
-    assert grade_of(rise) == grade
 
 
 @given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))

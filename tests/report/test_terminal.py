@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.cli.tables import print_doctor, print_plan, print_plans, print_profile, print_profiles
-from edgeprune.commands.doctor import Finding
-from edgeprune.commands.plan import Question, plan_all, plan_one
-from edgeprune.errors import InputError
-from edgeprune.pipeline.comparison import Row
-from edgeprune.profiles import list_profiles, load_profile
-from edgeprune.report.comparison import check_page, render_page, write_page
-from edgeprune.report.figures import figure_text, number_text, perplexity_text
 from edgeprune.report.html import render_html
 from edgeprune.report.terminal import print_comparison, print_report
 from tests.support.pages import printed, words
@@ -26,10 +14,10 @@ from tests.support.sample_reports import (
     broken_content,
     estimated,
     estimated_content,
-    measured,
     measured_content,
     report_of,
 )
+from tests.support.sample_rows import row
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -175,105 +163,6 @@ def test_any_sample_prints_without_control_characters(sample):
     assert all(c.isprintable() for line in printed(print_report, report_of(content)) for c in line)
 
 
-def test_every_device_is_listed_whole():
-    lines = printed(print_profiles, list_profiles())
-    assert max(map(len, lines)) <= 80
-    names = {line.split()[0] for line in lines[1:] if line[:1].strip()}
-    assert names == {profile.name for profile in list_profiles()}
-
-
-@pytest.mark.parametrize("profile", list_profiles(), ids=lambda profile: profile.name)
-def test_one_device_with_source_and_confidence_of_each_figure(profile):
-    lines = printed(print_profile, profile)
-    text = words(lines)
-    assert max(map(len, lines)) <= 80
-    assert lines[0].startswith(f"{profile.name}: ")
-    for name, figure in profile.hardware.items():
-        assert f"{name.replace('_', ' ')} {figure.value:g}" in text
-        assert figure.confidence in text
-    assert ("probed on first use" in text) == (not profile.is_probed)
-
-
-def test_a_figures_source_is_printed_in_full():
-    source = load_profile("jetson-orin").bandwidth.source
-    assert source in words(printed(print_profile, load_profile("jetson-orin")))
-
-
-@pytest.fixture
-def shape(tmp_path) -> str:
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
-    path = tmp_path / "[bold]small.json"
-    path.write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
-    return str(path)
-
-
-def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
-    lines = printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", precision="int4")))
-    assert max(map(len, lines)) <= 80
-    shown = words(lines)
-    assert shown.startswith("[bold]small on jetson-orin-nano-4gb: 0.163 B parameters, int4, batch 1, prompt 512, past")
-    for text in (
-        "It fits: ",
-        "2.79 GiB that the system leaves",
-        "All figures are estimated.",
-        "weights",
-        "cache copies",
-        "decode in place",
-        "Orin Nano 8 GB",
-        "TensorRT-Edge-LLM 0.10",
-        "mind int4 is weight-only",
-        "low confidence in the profile, which gives the reasons: ",
-    ):
-        assert text in shown
-    shown = words(printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", batch=64))))
-    assert re.search(r"It does not fit: [\d.]+ GiB, but 2.79 GiB that the system leaves", shown)
-
-
-def test_plans_of_all_devices_fit_80_columns_with_whole_names(shape):
-    plans = plan_all(Question(shape, batch=24))
-    lines = printed(print_plans, plans)
-    assert max(map(len, lines)) <= 80
-    rows = {line.split()[0]: line.split() for line in lines if line}
-    for found in plans:
-        assert ("yes" if found.fits else "no") in rows[found.profile.name]
-        assert (rows[found.profile.name][-1] == "ms") == found.fits
-    held = [found for found in plans if found.fits]
-    guessed = [found for found in held if found.profile.decode_efficiency.confidence == "low"]
-    assert 0 < len(guessed) < len(held) < len(plans)
-    text = f"{len(held)} of {len(plans)} devices hold it, {len(guessed)} of them with no or few published points."
-    assert text in words(lines)
-
-
-def test_findings_say_how_to_get_what_is_missing():
-    findings = [Finding("torch", True, "2.13.0"), Finding("engine x", False, "none", 'pip install "edgeprune[x]"')]
-    lines = printed(print_doctor, findings)
-    assert lines[1].split() == ["yes", "torch", "2.13.0"]
-    assert lines[2].split() == ["no", "engine", "x", "none", "pip", "install", '"edgeprune[x]"']
-
-
-def row(method: str, layout: str, ratio: float, value: float, **changes) -> Row:
-    text = "[b]a.txt"
-    rise = (value, value - 0.01, value + 0.01)
-    settings = {
-        "method": method,
-        "layout": layout,
-        "allocation": "sensitivity" if layout else "",
-        "asked": ratio,
-        "ratio": ratio,
-        "total_ratio": 0.8 * ratio,
-        "perplexity": {text: 12.3 * 2.718281828**value},
-        "rise": {text: rise},
-        "over_default": {},
-        "parameters": 134_515_008,
-        "decode_bytes": 2**28,
-        "seconds": 31.04,
-        "peak_bytes": 2**31,
-        "fell_back": 0,
-    }
-    return Row(**(settings | changes))
-
-
 def test_comparison_by_layout_method_and_text():
     rows = [
         row("dense", "", 0.0, 0.0),
@@ -305,71 +194,3 @@ def test_comparison_by_layout_method_and_text():
     ]
     assert uniform < free < next(n for n, line in enumerate(lines) if line.startswith("flap"))
     assert "no update helped in 2 modules" in lines[-1]
-
-
-def test_a_method_looks_alike_in_all_plots():
-    rows = [
-        row("dense", "", 0.0, 0.0),
-        row("default", "uniform", 0.2, 0.2),
-        row("flap", "uniform", 0.2, 0.3),
-        row("flap", "per-layer", 0.2, 0.3),
-        row("default", "per-layer", 0.2, 0.2),
-    ]
-    page = render_page(rows)
-    colours: dict[str, set[str]] = {}
-    for colour, name in re.findall(r'"line":{"color":"(#\w+)","dash":"\w+"}.*?"name":"(\w+)"', page):
-        colours.setdefault(name, set()).add(colour)
-    assert set(colours) == {"default", "flap"}
-    assert all(len(found) == 1 for found in colours.values())
-    assert colours["default"] != colours["flap"]
-
-
-def test_a_perplexity_beyond_floating_point_is_a_dash():
-    assert [perplexity_text(value) for value in (12.344, 2.7e6, None)] == ["12.34", "2.7e+06", "–"]
-
-
-def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
-    rows = [row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.215), row("default", "uniform", 0.3, 0.4)]
-    rows = [replace(r, perplexity={"<script>x": 12.0}, rise={"<script>x": r.rise["[b]a.txt"]}) for r in rows]
-    page = render_page(rows)
-    assert "<script>x" not in page
-    assert page.count('id="plot-') == 1
-    assert "0.215 [0.205, 0.225]" in page
-    assert "http:" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
-    assert '"type":"log"' in page
-    gained = [*rows[:-1], replace(rows[-1], rise={"<script>x": (-0.1, -0.2, 0.1)})]
-    assert '"type":"log"' not in render_page(gained)  # a logarithm would drop the point
-    path = tmp_path / "page.html"
-    write_page(path, rows)
-    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-    with pytest.raises(InputError, match="exists"):
-        check_page(path, force=False)
-    check_page(path, force=True)
-    with pytest.raises(InputError, match="no folder"):
-        check_page(tmp_path / "none" / "page.html", force=False)
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "text"),
-    [
-        (3 * 2**30, "bytes", "3.00 GiB"),
-        (6.149, "ms", "6.15 ms"),
-        (4.96, "%", "+5.0 %"),
-        (-3.0, "%", "-3.0 %"),
-        (4127.4, "%", "+4127 %"),
-        (2.34, "tokens/s", "2.34 tokens/s"),
-        (277.8, "tokens/s", "278 tokens/s"),
-        (0.7128, "1", "0.713"),
-        (8192.0, "tokens", "8,192 tokens"),
-        (1.0, "sequences", "1 sequence"),
-    ],
-)
-def test_numbers_in_their_units(value, unit, text):
-    assert number_text(value, unit) == text
-
-
-def test_an_interval_names_its_unit_once_where_it_is_the_same():
-    assert figure_text(measured(50.0)) == "50.0 ms (49.0 to 51.0 ms)"
-    assert figure_text(measured(1000 * 2**20, "bytes", 0.05)) == "1000.0 MiB (950.0 MiB to 1.03 GiB)"
-    assert figure_text(measured(0.7, "1", 0.1)) == "0.700 (0.630 to 0.770)"
-    assert figure_text(None) == "–"

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich.console import Console
+
+from edgeprune.report.frontier import Frontier, frontier_of
+from edgeprune.report.frontier_terminal import print_frontier
 from edgeprune.report.schema import Report
-from tests.support.sample_reports import estimated, measured, quality, report_of, text
+from tests.support.sample_reports import (
+    estimated,
+    estimated_content,
+    measured,
+    measured_content,
+    quality,
+    report_of,
+    text,
+)
 
 RISES = (1.4, 4.6, 9.8, 19.7, 48.0, 4127.0)
 
@@ -53,3 +66,46 @@ def _rung(content: dict[str, Any], index: int, rise: float, texts: Sequence[str]
             content["quality"]["label"],
         ),
     }
+
+
+BUNDLE = "smol ladder"
+
+
+def estimated_ladder(**changes) -> Frontier:
+    return frontier_of(ladder(estimated_content, **changes))
+
+
+def measured_ladder(**changes) -> Frontier:
+    return frontier_of(ladder(measured_content, **changes))
+
+
+def hostile(frontier: Frontier, text: str) -> Frontier:
+    """The text wherever a user, a file or a model has a say."""
+    rungs = [
+        rung.model_copy(
+            update={
+                "asked": text,
+                "sample": text,
+                "texts": [one.model_copy(update={"name": text}) for one in rung.texts],
+                "decode": rung.decode.model_copy(update={"device": text, "basis": text}),
+            }
+        )
+        for rung in frontier.rungs
+    ]
+    return frontier.model_copy(
+        update={
+            "rungs": rungs,
+            "command": text,
+            "prompt": text,
+            "warnings": [text] * 7,
+            "model": frontier.model.model_copy(update={"name": text, "family": text, "fingerprint": text}),
+            "device": frontier.device.model_copy(update={"name": text, "description": text}),
+            "dense": frontier.dense.model_copy(update={"sample": text}),
+        }
+    )
+
+
+def printed(frontier: Frontier, bundle: str = BUNDLE) -> list[str]:
+    file = io.StringIO()
+    print_frontier(frontier, bundle, Console(file=file, width=80, color_system=None))
+    return [line.rstrip() for line in file.getvalue().splitlines()]

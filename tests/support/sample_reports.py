@@ -410,3 +410,30 @@ def report_of(content: dict[str, Any]) -> Report:
 
 
 CONTENTS = (estimated_content, measured_content, broken_content)
+
+
+def hostile(content: dict, text: str) -> dict:
+    """The text wherever a user, a file or a model has a say."""
+    content["quality"] |= {"prompt": text, "dense_sample": text, "fitted_sample": text}
+    content["quality"]["answers"]["device"] = text
+    for noticed in content["experience"].values():
+        noticed["room"]["reason"] = text
+    for entry in content["quality"]["texts"]:
+        entry["name"] = text
+    for row in content["budget"]:
+        row["asked"] = text
+    for layer in (*content["dense"]["widths"], *content["fitted"]["widths"]):
+        layer[text] = 1 + len(layer)
+    return content | {
+        "headline": text,
+        "command": text,
+        "warnings": [text],
+        "unprunable": text,
+        "files": {text: 1},
+        "model": content["model"] | {"name": text},
+        "versions": {text: text},
+        "stages": {text: 1.0},
+        "device": content["device"] | {"name": text, "description": text},
+        "deploy": [{"title": text, "command": text}],
+        "search": content["search"] | {"reason": text},
+    }

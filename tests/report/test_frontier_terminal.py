@@ -1,0 +1,42 @@
+"""A ladder in the terminal: 80 columns, where quality ends, sources, nothing that steers it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.sample_ladders import RISES, estimated_ladder, hostile, measured_ladder, printed
+
+
+@pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])
+def test_the_terminal_shows_it_in_80_columns(made):
+    frontier = made(rises=(-0.3, *RISES))
+    lines = printed(frontier, "a/" * 60 + "ladder")
+    command = f"Pick rung K:  edgeprune fit --from {'a/' * 60}ladder --pick K"
+    assert lines[-1] == command  # unbroken, to be copied
+    assert max(map(len, lines[:-1])) <= 80
+    table = lines[lines.index(next(line for line in lines if line.startswith("rung "))) :]
+    assert [line.split()[0] for line in table[1:9]] == ["dense", *map(str, range(7))]
+    assert table[8].split()[-5:] == ["%", "+3714", "to", "+4540", "broken"]
+
+
+def test_the_terminal_says_where_quality_ends_and_what_it_rests_on():
+    lines = printed(estimated_ladder())
+    for line in (
+        "Fastest intact: rung 1, 3.23 ms; fastest not broken: rung 3, 2.42 ms.",
+        "decode, prefill, memory: estimated; rise: measured.",
+        "rise: of perplexity, with its 95 % interval.",
+        "Quality is agreement with the dense model, on text of its own.",
+        "?: the interval reaches into another grade.",
+    ):
+        assert line in lines
+    assert "Fastest intact: no rung; fastest not broken: no rung." in printed(estimated_ladder(rises=(70.0,)))
+    several = printed(measured_ladder(texts=("a.txt", "b.txt"), rises=(1.0,)))
+    assert "decode, prefill, memory, rise: measured." in several
+    assert "rise: of perplexity on the worst text, with its 95 % interval." in several
+    assert not [line for line in several if line.startswith(("?:", "Quality is agreement"))]
+
+
+def test_the_terminal_is_not_steered():
+    text = "\n".join(printed(hostile(estimated_ladder(), "[red]\x1b[2J\x07")))
+    assert "[red]" in text
+    assert not {"\x1b", "\x07"} & set(text)
