@@ -36,7 +36,7 @@ class Precision:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the matrices of the layers are stored in another precision than all else."""
+        """Returns whether the matrices of the layers are stored in another precision than all else."""
         return self.matrix_bytes != self.element_bytes
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-Tell = Callable[[str, int, int], None]
-"""tell(stage, done, total): how far a stage is; total 0 where that is unknown."""
+OnProgress = Callable[[str, int, int], None]
+"""on_progress(stage, done, total): how far a stage is; total 0 where that is unknown."""
 
 
 class Progress(Protocol):
@@ -38,8 +38,8 @@ class Silent:
 class Forwarded:
     """Progress that calls a function with each stage and its steps; notes go to the log."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._tell = on_progress
 
     def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
         done = 0
@@ -59,7 +59,7 @@ class Forwarded:
         logging.getLogger("edgeprune").info("%s", text)
 
 
-def progress_of(given: Progress | Tell | None) -> Progress:
+def progress_of(given: Progress | OnProgress | None) -> Progress:
     """Returns a Progress of what a caller gave: one already, a function to call, or nothing."""
     if given is None:
         return Silent()

@@ -30,6 +30,7 @@ ORDER = (
 GROUND = ORDER[-1]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 ON_DEVICE = {name.removesuffix(".py") for name in device_remote.GROUND}  # all that ondevice/ finds beside itself
+ELLIPTIC = ("What ", "Where ", "How ", "Whether ", "Of ", "The same ")
 NEWER_THAN_3_10 = ("file_digest", "UTC", "tomllib", "ExceptionGroup", "Self", "StrEnum", "TaskGroup", "chdir")
 
 
@@ -87,12 +88,10 @@ def texts_of_code():
             tree = ast.parse(path.read_text())
             yield path, tree
             for node in ast.walk(tree):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str) and "import edgeprune" in node.value:
+                text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+                if "import edgeprune" in text or "from edgeprune" in text:
                     with contextlib.suppress(SyntaxError):
-                        yield path, ast.parse(node.value)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "from edgeprune" in node.value:
-                    with contextlib.suppress(SyntaxError):
-                        yield path, ast.parse(node.value)
+                        yield path, ast.parse(text)
 
 
 @cache
@@ -110,7 +109,7 @@ def names_of(module: str) -> set[str]:
             found.add(node.id)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             found |= {alias.asname or alias.name for alias in node.names}
-    exported = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    exported = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
     return found.union(*(ast.literal_eval(node.value) for node in exported))
 
 
@@ -136,6 +135,10 @@ def test_files_are_small_and_keep_the_manners(path):
             pytest.fail(f"line {node.value.lineno}: shell")
     if path.stem != "__init__" or text:
         assert ast.get_docstring(tree), "a module says what it does"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
+            assert not doc.startswith(ELLIPTIC), f"line {node.lineno}: a docstring begins with its verb or its noun"
+    assert "fmt: " + "skip" not in text, "the formatter formats"
 
 
 @pytest.mark.parametrize(

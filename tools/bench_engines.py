@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.measure import Here, build
+from edgeprune.ondevice.measure import LocalSession, build
 from edgeprune.ondevice.tensorrt import WEIGHTS_TOLERANCE, offered_sms
 from edgeprune.ondevice.worker import quiet
 
@@ -93,7 +93,7 @@ def main() -> int:
                 held = graph_weight_bytes(decoder, "fp16", dialect, WORKLOAD.context)
                 for sm in map(int, arguments.sms.split(",")):
                     plan = Path(folder) / "model.engine"
-                    result = build(Here(), "tensorrt-rtx", graph, plan, WORKLOAD, quiet, sm)
+                    result = build(LocalSession(), "tensorrt-rtx", graph, plan, WORKLOAD, quiet, sm)
                     ratio = result.weights_bytes / held
                     failed |= ratio > WEIGHTS_TOLERANCE
                     activations = (result.activation_bytes + result.scratch_bytes) / 2**20

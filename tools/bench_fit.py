@@ -171,9 +171,9 @@ def bench_fit() -> None:
         write_graphs(model.decoder, model.weights, Path(folder) / "dense", "fp32", VARIANTS, context)
         workload = Workload(report.workload.batch, report.workload.prompt, context)
         graphs = (Path(folder) / "dense" / GRAPH_FILE, output / "onnx" / GRAPH_FILE)
-        ratio = measure.ratios_on_onnxruntime(measure.Here(), *graphs, workload, timing().measure_seconds, quiet)[
-            "decode_ratio"
-        ]
+        ratio = measure.ratios_on_onnxruntime(
+            measure.LocalSession(), *graphs, workload, timing().measure_seconds, quiet
+        )["decode_ratio"]
         print(
             f"decode fitted / dense, measured again: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  limit 0.73"
         )

@@ -29,9 +29,9 @@ from edgeprune.engine.probe import Probed, probe_gpu, probe_processor
 from edgeprune.engine.remote import Device, Target
 from edgeprune.errors import EdgepruneError, EngineError, InputError
 from edgeprune.ondevice import measure
-from edgeprune.ondevice.measure import Here, Session
+from edgeprune.ondevice.measure import LocalSession, Session
 from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES
-from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.worker import OnProgress
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, profile_toml
 
 TAKEN = "budget, workload, precision, dialect and channel_multiple"
@@ -180,7 +180,7 @@ def write(path: Path, text: str) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}", "Give another --output.") from None
 
 
-def run(options: argparse.Namespace, tell: Tell) -> DeviceProfile:
+def run(options: argparse.Namespace, on_progress: OnProgress) -> DeviceProfile:
     """Probes the device, writes the profile and returns it; reports each choice with its reason before it costs
     time.
 
@@ -189,16 +189,16 @@ def run(options: argparse.Namespace, tell: Tell) -> DeviceProfile:
     check_output(options.output, options.force)
     if options.like is not None:
         load_profile(options.like)  # a bad name fails before anything is measured
-    session: Session = Here() if options.target is None else Device(Target.parse(options.target))
+    session: Session = LocalSession() if options.target is None else Device(Target.parse(options.target))
     where = options.target or "this machine"
-    choice = choose(options.engine, measure.describe(session, tell), where)
-    tell(f"engine {choice.flavour} on {choice.device}: {choice.reason}", 0, 0)
+    choice = choose(options.engine, measure.describe(session, on_progress), where)
+    on_progress(f"engine {choice.flavour} on {choice.device}: {choice.reason}", 0, 0)
     base, reason = like(options.like, choice)
-    tell(f"{TAKEN} of {base.name}: {reason}", 0, 0)
+    on_progress(f"{TAKEN} of {base.name}: {reason}", 0, 0)
     if choice.gpu is None:
-        probed = probe_processor(session, tell)
+        probed = probe_processor(session, on_progress)
     else:
-        probed = probe_gpu(session, choice.flavour, choice.device, base, tell)
+        probed = probe_gpu(session, choice.flavour, choice.device, base, on_progress)
     profile = profile_of(probed, choice, base, options.name)
     write(options.output, text_of(profile, base, probed.conditions))
     return profile
@@ -233,13 +233,13 @@ def main(words: list[str] | None = None) -> int:
     options = _parse(words)
     shown = [""]
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         if stage != shown[0]:
             shown[0] = stage
             print(stage, file=sys.stderr)
 
     try:
-        profile = run(options, tell)
+        profile = run(options, on_progress)
     except EdgepruneError as error:
         print(f"error: {error.message}\n{error.remedy}", file=sys.stderr)
         return error.exit_code

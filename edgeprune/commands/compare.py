@@ -14,7 +14,7 @@ from edgeprune.pipeline.kind import kind_of
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples, request_of
 from edgeprune.pipeline.samples import LENGTH
 from edgeprune.pipeline.setup import load_dense
-from edgeprune.progress import Progress, Tell, progress_of
+from edgeprune.progress import OnProgress, Progress, progress_of
 
 BOTH = "both"  # layouts
 RATIOS = "20,30,50"
@@ -27,7 +27,7 @@ def compare(
     ratios: str | Sequence[float] = RATIOS,
     methods: str | Sequence[str] = METHODS_COMPARED,
     layout: str = "uniform",
-    progress: Progress | Tell | None = None,
+    progress: Progress | OnProgress | None = None,
     **options: Any,
 ) -> Result[list[Row]]:
     """Compares pruning methods at equal ratios on the same samples and texts.

@@ -18,11 +18,11 @@ from edgeprune.pipeline.flow import begin, planner_of, quality_status, search_bu
 from edgeprune.pipeline.request import DEMO, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
-from edgeprune.progress import Progress, Tell, progress_of
+from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.schema import Report
 
 
-def fit(model: str | Path = DEMO, *, progress: Progress | Tell | None = None, **options: Any) -> Result[Report]:
+def fit(model: str | Path = DEMO, *, progress: Progress | OnProgress | None = None, **options: Any) -> Result[Report]:
     """Fits a model into a device's budget and writes a bundle.
 
     options: those of `edgeprune fit`, with underscores, as pipeline.request.Request lists them; progress: called with

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands.result import Result
+from edgeprune.errors import InputError
 from edgeprune.ondevice.budget import Budget, Limit
 from edgeprune.pipeline.flow import begin, planner_of, search_budget
 from edgeprune.pipeline.request import DEMO, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
-from edgeprune.progress import Progress, Tell, progress_of
+from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.frontier import Frontier
 from edgeprune.search.search import RUNG_CANDIDATES
 
@@ -25,7 +26,7 @@ RUNGS = 6
 
 
 def frontier(
-    model: str | Path = DEMO, *, rungs: int = RUNGS, progress: Progress | Tell | None = None, **options: Any
+    model: str | Path = DEMO, *, rungs: int = RUNGS, progress: Progress | OnProgress | None = None, **options: Any
 ) -> Result[Frontier]:
     """Fits a ladder of `rungs` sizes and writes them as one bundle to pick from.
 
@@ -35,6 +36,12 @@ def frontier(
     from edgeprune.bundle.read import read_frontier
     from edgeprune.bundle.write import write_frontier
 
+    if rungs < 2:
+        raise InputError(f"--rungs {rungs}: a frontier has two rungs or more", "Give --rungs 2 or more, or use fit.")
+    if rungs < 2:
+        raise InputError(
+            f"--rungs {rungs} is less than 2", "A frontier has two rungs at least; `edgeprune fit` makes one model."
+        )
     setup = prepare(request_of(model=model, rungs=rungs, **options), ladder=True)
     run = begin(setup, progress_of(progress))
     dense, planner = run.dense.performance, planner_of(run)

@@ -8,13 +8,17 @@ from edgeprune.bundle.read import read_report, render_again
 from edgeprune.commands.result import Result
 from edgeprune.engine.remote import target_of
 from edgeprune.ondevice.finish import finish
-from edgeprune.ondevice.measure import Here
-from edgeprune.progress import Progress, Tell, progress_of
+from edgeprune.ondevice.measure import LocalSession
+from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.schema import Report
 
 
 def measure(
-    bundle: str | Path, *, target: str | None = None, keep_remote: bool = False, progress: Progress | Tell | None = None
+    bundle: str | Path,
+    *,
+    target: str | None = None,
+    keep_remote: bool = False,
+    progress: Progress | OnProgress | None = None,
 ) -> Result[Report]:
     """Builds, checks and measures a bundle's rungs until one meets the budget, and writes that into its report.
 
@@ -23,6 +27,6 @@ def measure(
     """
     folder, device = Path(bundle), target_of(target, keep_remote)
     where = "this machine" if device is None else str(device)
-    finish(folder, device or Here(), where, progress_of(progress).track)
+    finish(folder, device or LocalSession(), where, progress_of(progress).track)
     render_again(folder)
     return Result(folder, read_report(folder))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeprune.engine.engines import Ahead, Engine, Estimated, OnnxRuntime, TensorRT
+from edgeprune.engine.engines import BuiltAhead, Engine, Estimated, OnnxRuntime, TensorRT
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.measure import Here, Session
+from edgeprune.ondevice.measure import LocalSession, Session
 from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES, preferred
 from edgeprune.ondevice.worker import quiet
 from edgeprune.profiles import DeviceProfile
@@ -48,7 +48,7 @@ def choose_engine(
             f"the engine {asked} is not usable here: {why}",
             f"Install it with `{RUNTIMES[asked].install_here}`, or leave --engine out to estimate.",
         )
-    if available and (gpu := measure.describe(Here(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
+    if available and (gpu := measure.describe(LocalSession(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
         return TensorRT(*setting, reason=f"this machine has a {gpu['name']} and {why}", name=profile.engine)
     return _without_gpu(setting, available, why)
 
@@ -63,7 +63,7 @@ def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, 
         return Estimated(*setting, reason=f"nothing could be built: {why}", name="tensorrt-rtx")
     if profile.engine == "tensorrt-rtx":
         reason = f"TensorRT for RTX builds for SM {profile.sm} without the GPU; nothing ran on it"
-        return Ahead(*setting, reason=reason, sm=profile.sm)
+        return BuiltAhead(*setting, reason=reason, sm=profile.sm)
     reason = (
         f"engines for SM {profile.sm} are built on the device itself, which is not reachable from here "
         "(--target ssh://USER@DEVICE reaches it): latency and memory are estimates"
@@ -71,7 +71,7 @@ def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, 
     if tensorrt.available("tensorrt-rtx")[0]:
         nearest = min(tensorrt.offered_sms(), key=lambda sm: abs(sm - profile.sm))
         reason += f"; TensorRT for RTX checks that the graph compiles for SM {nearest}"
-        return Ahead(*setting, reason=reason, sm=nearest, name="tensorrt")
+        return BuiltAhead(*setting, reason=reason, sm=nearest, name="tensorrt")
     return Estimated(*setting, reason=reason)
 
 

@@ -17,10 +17,10 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Estimate, Figure, Performance, Workload
-from edgeprune.ondevice.measure import Here, Session
+from edgeprune.ondevice.measure import LocalSession, Session
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.ondevice.tensorrt import BuildResult
-from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.worker import OnProgress
 from edgeprune.profiles import DeviceProfile
 
 
@@ -49,17 +49,19 @@ class Engine(Protocol):
     builds: bool  # whether a performance needs the exported graphs; an estimate needs the Decoder alone
     measures: bool  # whether latencies are measured
 
-    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+    def performance(
+        self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
+    ) -> Performance:
         """Returns memory and latency of a candidate; dense: the dense model with its own, None for itself."""
 
 
 class Measuring(Engine, Protocol):
     """An engine that measures latencies."""
 
-    def identity(self, tell: Tell) -> dict[str, Any]:
+    def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the device and the engine's version, for which a latency holds."""
 
-    def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
+    def latencies(self, models: dict[str, Exported], on_progress: OnProgress) -> dict[str, dict[str, float]]:
         """Returns prefill and decode of several models by kind and name, all on one scale. Raises EngineError."""
 
 
@@ -71,12 +73,14 @@ class OnnxRuntime:
     workload: Workload
     precision: str
     reason: str
-    session: Session = Here()
+    session: Session = LocalSession()
     name: str = "onnxruntime"
     builds: bool = True
     measures: bool = True
 
-    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+    def performance(
+        self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
+    ) -> Performance:
         """Returns the measured performance of a candidate; raises EngineError where its logits are wrong."""
         measured = measure.on_onnxruntime(
             self.session,
@@ -84,7 +88,7 @@ class OnnxRuntime:
             candidate.graphs / GRAPH_FILE,
             self.workload,
             counted(candidate.decoder, self.precision, self.workload),
-            tell,
+            on_progress,
             candidate.reference,
             self.precision,
         )
@@ -97,16 +101,16 @@ class OnnxRuntime:
             decode=measure.scaled(measured.decode_ratio, dense[1].decode),
         )
 
-    def identity(self, tell: Tell) -> dict[str, Any]:
+    def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the processor and the version of ONNX Runtime."""
-        description = measure.describe(self.session, tell)
+        description = measure.describe(self.session, on_progress)
         return {"processor": description["processor"], "onnxruntime": description["modules"]["onnxruntime"]}
 
-    def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
+    def latencies(self, models: dict[str, Exported], on_progress: OnProgress) -> dict[str, dict[str, float]]:
         """Returns the latencies of several models, measured in turns."""
         graphs = {name: model.graphs / GRAPH_FILE for name, model in models.items()}
         seconds = timing().survey_seconds * len(models)
-        return measure.relative_latencies(self.session, graphs, self.workload, seconds, tell)
+        return measure.relative_latencies(self.session, graphs, self.workload, seconds, on_progress)
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,13 @@ class TensorRT:
     precision: str
     reason: str
     name: str
-    session: Session = Here()
+    session: Session = LocalSession()
     builds: bool = True
     measures: bool = True
 
-    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+    def performance(
+        self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
+    ) -> Performance:
         """Returns the measured performance of a candidate; raises EngineError where it fails or is wrong."""
         # Build the engine.
         graph = candidate.graphs / GraphVariant(self.profile.dialect, "last").filename
@@ -133,22 +139,30 @@ class TensorRT:
             graph,
             plan,
             self.workload,
-            tell,
+            on_progress,
             workspace_bytes=workspace_bytes(candidate.decoder, self.profile, self.workload, self.precision),
         )
         # Check and measure it.
         runtime = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision).memory.runtime
         measured = measure.on_tensorrt(
-            self.session, self.name, plan, built, self.workload, runtime, candidate.reference, self.precision, tell
+            self.session,
+            self.name,
+            plan,
+            built,
+            self.workload,
+            runtime,
+            candidate.reference,
+            self.precision,
+            on_progress,
         )
         if dense is None:
             return measured
         # The runtime's memory is the same for both models: what other programs took meanwhile must not decide.
         return replace(measured, memory=replace(measured.memory, runtime=dense[1].memory.runtime))
 
-    def identity(self, tell: Tell) -> dict[str, Any]:
+    def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the machine, its GPU, and the engine with its version."""
-        description = measure.describe(self.session, tell)
+        description = measure.describe(self.session, on_progress)
         version = description["modules"][self.name.replace("-", "_")]
         return {
             "machine": description["machine"],
@@ -157,22 +171,22 @@ class TensorRT:
             "version": version,
         }
 
-    def latencies(self, models: dict[str, Exported], tell: Tell) -> dict[str, dict[str, float]]:
+    def latencies(self, models: dict[str, Exported], on_progress: OnProgress) -> dict[str, dict[str, float]]:
         """Returns the latencies of several models in ms, built and measured one after the other."""
         latencies: dict[str, dict[str, float]] = {}
         for name, model in models.items():
             graph, plan = model.graphs / GraphVariant(self.profile.dialect, "last").filename, _plan(model, self.profile)
             workspace = workspace_bytes(model.decoder, self.profile, self.workload, self.precision)
-            measure.build(self.session, self.name, graph, plan, self.workload, tell, workspace_bytes=workspace)
+            measure.build(self.session, self.name, graph, plan, self.workload, on_progress, workspace_bytes=workspace)
             seconds = 2 * timing().survey_seconds
-            times = measure.engine_latencies(self.session, self.name, plan, self.workload, seconds, tell)
+            times = measure.engine_latencies(self.session, self.name, plan, self.workload, seconds, on_progress)
             for kind, milliseconds in times.items():
                 latencies.setdefault(kind, {})[name] = milliseconds
         return latencies
 
 
 @dataclass(frozen=True)
-class Ahead:
+class BuiltAhead:
     """TensorRT for RTX without the GPU: it builds engines, reports their memory, and latency is estimated.
 
     For an SM that it does not offer, the engine of the nearest SM is built as a check that the graph compiles. That
@@ -188,7 +202,9 @@ class Ahead:
     builds: bool = True
     measures: bool = False
 
-    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+    def performance(
+        self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
+    ) -> Performance:
         """Returns the estimated performance of a candidate, with the memory of its engine where that can be built."""
         estimated = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
         graph = candidate.graphs / GraphVariant(self.profile.dialect, "last").filename
@@ -196,13 +212,17 @@ class Ahead:
         # The engine of the device itself is kept.
         if self.sm == self.profile.sm:
             plan = _plan(candidate, self.profile)
-            result = measure.build(Here(), "tensorrt-rtx", graph, plan, self.workload, tell, self.sm, limit)
+            result = measure.build(
+                LocalSession(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
+            )
             return self._with(estimated, result)
         # The engine of the nearest SM is only a check.
         try:
             with tempfile.TemporaryDirectory(dir=candidate.graphs.parent) as folder:
                 plan = Path(folder) / "check.engine"
-                result = measure.build(Here(), "tensorrt-rtx", graph, plan, self.workload, tell, self.sm, limit)
+                result = measure.build(
+                    LocalSession(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
+                )
         except EngineError as error:  # a note only: the device's own TensorRT may compile it
             note = f"TensorRT for RTX could not compile the graph for SM {self.sm}, as a check: {error.message}"
             return replace(estimated, notes=(*estimated.notes, note))
@@ -247,7 +267,9 @@ class Estimated:
     builds: bool = False
     measures: bool = False
 
-    def performance(self, candidate: Exported, dense: tuple[Exported, Performance] | None, tell: Tell) -> Performance:
+    def performance(
+        self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
+    ) -> Performance:
         """Returns the estimated performance of a candidate."""
         return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
 

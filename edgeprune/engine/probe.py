@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder
 from edgeprune.ondevice.machine import processor
-from edgeprune.ondevice.measure import Here, Session
+from edgeprune.ondevice.measure import LocalSession, Session
 from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.worker import OnProgress, quiet
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile
 
@@ -80,26 +80,26 @@ def measure(source: str) -> Figures:
     source: a phrase for where and with what they are measured. Raises EngineError.
     """
     stacks = _stacks("fp32", ROWS, 1, _matrices())
-    answer = _time(Here(), "onnxruntime", stacks, quiet)
+    answer = _time(LocalSession(), "onnxruntime", stacks, quiet)
     return _processor_figures(source, stacks, answer, total_memory(), runtime_bytes())
 
 
 def runtime_bytes() -> float:
     """Returns the resident bytes, at their peak, of a fresh process that has loaded only the runtime."""
-    return float(_inspect(Here(), quiet)["runtime"])
+    return float(_inspect(LocalSession(), quiet)["runtime"])
 
 
-def probe_processor(session: Session, tell: Tell) -> Probed:
+def probe_processor(session: Session, on_progress: OnProgress) -> Probed:
     """Returns the figures that ONNX Runtime reaches on the processor of a device. Raises EngineError."""
-    description = _inspect(session, tell)
+    description = _inspect(session, on_progress)
     stacks = _stacks("fp32", ROWS, 1, _matrices_for(description["cache"]))
-    answer = _time(session, "onnxruntime", stacks, tell)
+    answer = _time(session, "onnxruntime", stacks, on_progress)
     source = _source("onnxruntime", description["version"], description["processor"], answer["conditions"])
     figures = _processor_figures(source, stacks, answer, description["memory"], description["runtime"])
     return Probed(figures, answer["conditions"])
 
 
-def probe_gpu(session: Session, flavour: str, device: str, like: DeviceProfile, tell: Tell) -> Probed:
+def probe_gpu(session: Session, flavour: str, device: str, like: DeviceProfile, on_progress: OnProgress) -> Probed:
     """Returns the figures that TensorRT reaches on a GPU.
 
     flavour: the engine's name; device: the GPU's; like: a profile whose precision is measured, and whose figures stay
@@ -109,7 +109,7 @@ def probe_gpu(session: Session, flavour: str, device: str, like: DeviceProfile, 
     read = SMALLEST_READ if shared else GPU_READ
     matrices = -(-read // Stack(1, WIDTH, 1, like.precision).weight_bytes)
     stacks = _stacks(like.precision, GPU_ROWS, GPU_MATRICES, matrices)
-    answer = _time(session, flavour, stacks, tell, shared)
+    answer = _time(session, flavour, stacks, on_progress, shared)
     source = _source(flavour, answer["version"], device, answer["conditions"])
     return Probed(_gpu_figures(source, stacks, answer, like), answer["conditions"])
 
@@ -171,6 +171,7 @@ def _rates(source: str, stacks: dict[str, Stack], took: dict[str, Took], load: f
         doubts += f"; the load before was {load:.1f} processes a thread" if load > BUSY else ""
         return _figure(value, unit, f"{source}: {what}{doubts}", "low" if doubts else "medium")
 
+    # The basis of each figure in words.
     read, product = stacks["read"], stacks["product"]
     reading = f"{read.weight_bytes / 2**20:.0f} MiB of weights times one row"
     product_of = f"product of {product.rows} x {product.width} and {product.width} x {product.width}"
@@ -204,13 +205,15 @@ def _stacks(precision: str, rows: int, factors: int, matrices: int) -> dict[str,
     }
 
 
-def _inspect(session: Session, tell: Tell) -> dict[str, Any]:
+def _inspect(session: Session, on_progress: OnProgress) -> dict[str, Any]:
     """Returns the description of a device's processor, memory and runtime."""
-    request = {"task": "the inspection of the processor", "do": "probe", "step": "look"}
-    return session.run(request, INSPECT_SECONDS, tell)
+    request = {"task": "the inspection of the processor", "do": "probe", "step": "inspect"}
+    return session.run(request, INSPECT_SECONDS, on_progress)
 
 
-def _time(session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, shared: bool = False) -> dict[str, Any]:
+def _time(
+    session: Session, engine: str, stacks: dict[str, Stack], on_progress: OnProgress, shared: bool = False
+) -> dict[str, Any]:
     """Times the graphs on the device; returns its answer, with the time of each graph. Raises EngineError."""
     with tempfile.TemporaryDirectory() as folder:
         graphs = {role: Path(folder) / f"{role}.onnx" for role in stacks}
@@ -225,7 +228,7 @@ def _time(session: Session, engine: str, stacks: dict[str, Stack], tell: Tell, s
             "files": {role: str(path) for role, path in graphs.items()},
             "stacks": {role: asdict(stack) for role, stack in stacks.items()},
         }
-        answer = session.run(request, PROBE_SECONDS, tell)
+        answer = session.run(request, PROBE_SECONDS, on_progress)
     return {**answer, "took": {role: Took(**values) for role, values in answer["took"].items()}}
 
 

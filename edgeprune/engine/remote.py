@@ -22,7 +22,7 @@ from edgeprune import __version__
 from edgeprune.engine.ssh import Talk, Target, talking
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
-from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.worker import OnProgress
 
 GROUND = ("__init__.py", "errors.py", "cache.py", "precision.py")  # the files that travel beside the folder ondevice/
 BOOT = """
@@ -113,7 +113,7 @@ class Device:
     def __str__(self) -> str:
         return str(self.target)
 
-    def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
+    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: OnProgress) -> dict[str, Any]:
         """Sends the files that the device does not have, runs a task, fetches its outputs, and returns its answer.
 
         Raises EngineError where the device cannot be reached, the connection is lost, the disk is full, or the task
@@ -124,7 +124,7 @@ class Device:
         with talking(self.target, _first_words()) as talk:
             try:
                 # Send the files and the request.
-                hashes = _send_files(talk, names, tell)
+                hashes = _send_files(talk, names, on_progress)
                 roles = {role: _relative(role, Path(path)) for role, path in request.get("files", {}).items()}
                 talk.say(
                     {
@@ -139,9 +139,9 @@ class Device:
                 )
                 # Wait for the answer, and fetch the outputs.
                 while "progress" in (answer := talk.hear()):
-                    tell(*answer["progress"])
+                    on_progress(*answer["progress"])
                 for role, path in outputs.items():
-                    _fetch(talk, answer["made"][role], path, tell)
+                    _fetch(talk, answer["made"][role], path, on_progress)
                 # End the agent, which removes its working folder.
                 talk.say({"do": "bye"})
                 left = talk.hear()["left"]
@@ -175,7 +175,7 @@ def _relative(role: str, path: Path) -> str:
     return f"{role}/{path.name}"
 
 
-def _send_files(talk: Talk, names: dict[str, Path], tell: Tell) -> dict[str, str]:
+def _send_files(talk: Talk, names: dict[str, Path], on_progress: OnProgress) -> dict[str, str]:
     """Sends the files that the device does not have; returns the SHA-256 of all files by name.
 
     Raises EngineError for a file that cannot be read.
@@ -209,13 +209,13 @@ def _send_files(talk: Talk, names: dict[str, Path], tell: Tell) -> dict[str, str
                     yield chunk
                     left -= len(chunk)
                     sent += len(chunk)
-                    tell("send to the device", sent, total)
+                    on_progress("send to the device", sent, total)
 
         talk.put(sha256, sizes[sha256], body(path, sizes[sha256]))
     return hashes
 
 
-def _fetch(talk: Talk, sha256: str, path: Path, tell: Tell) -> None:
+def _fetch(talk: Talk, sha256: str, path: Path, on_progress: OnProgress) -> None:
     """Fetches a file; raises EngineError where it arrives damaged or cannot be written."""
     talk.say({"do": "get", "sha256": sha256})
     size = talk.hear()["size"]
@@ -226,7 +226,7 @@ def _fetch(talk: Talk, sha256: str, path: Path, tell: Tell) -> None:
                 file.write(chunk)
                 digest.update(chunk)
                 fetched += len(chunk)
-                tell("fetch from the device", fetched, size)
+                on_progress("fetch from the device", fetched, size)
         if digest.hexdigest() != sha256:
             raise EngineError(f"{path.name} arrived damaged", "Try again; if it persists, check the network.")
         temporary.replace(path)

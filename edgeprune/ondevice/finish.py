@@ -24,17 +24,17 @@ from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
 from edgeprune.ondevice.bundle import MANIFEST, REPORT, linked_folders, open_bundle, open_chosen, point_to_rung, sha256
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
-from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, _banner, _text, merged
-from edgeprune.ondevice.measure import Counted, Here, Session
+from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, banner, limit_text, merged
+from edgeprune.ondevice.measure import Counted, LocalSession, Session
 from edgeprune.ondevice.runtimes import RUNTIMES, preferred
-from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.worker import OnProgress
 
 DEPLOYMENT = "deployment.json"
 MEASUREMENT = "measurement.json"
 STAGED, READY = ".finish", ".finished"  # folders in the bundle: of files in the making, of complete ones
 
 
-def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, Any]:
+def finish(bundle: Path, session: Session, where: str, on_progress: OnProgress) -> dict[str, Any]:
     """Builds and measures the bundle's rungs, the largest first, until one meets the budget; writes the measurement.
 
     where: the device in words. Returns the measurement as it stands in measurement.json. Raises InputError where the
@@ -47,8 +47,8 @@ def finish(bundle: Path, session: Session, where: str, tell: Tell) -> dict[str, 
         _settle(bundle)
         # Measure rungs until one meets the budget; otherwise the smallest that could be measured is chosen.
         plan = _read(bundle / DEPLOYMENT)
-        engine, facts = _engine(plan, session, where, tell)
-        tried = _try_rungs(bundle, plan, engine, session, tell)
+        engine, facts = _engine(plan, session, where, on_progress)
+        tried = _try_rungs(bundle, plan, engine, session, on_progress)
         chosen = [rung for rung in tried if rung.performance is not None][-1]
         # Write all new files aside, then move them into place.
         measurement = _measurement(tried, chosen, engine, facts, where)
@@ -88,7 +88,9 @@ def _alone(bundle: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> list[MeasuredRung]:
+def _try_rungs(
+    bundle: Path, plan: dict[str, Any], engine: str, session: Session, on_progress: OnProgress
+) -> list[MeasuredRung]:
     """Returns the rungs that were tried, largest first, up to the first that meets the budget.
 
     At least one of them was measured. Raises EngineError otherwise, and at once where an engine computes wrongly or
@@ -99,7 +101,7 @@ def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session
     # A rung that cannot be built, perhaps for lack of memory, is followed by a smaller one.
     for index in range(len(plan["rungs"])):
         try:
-            performance = _perform(bundle, index, plan, engine, session, tell)
+            performance = _perform(bundle, index, plan, engine, session, on_progress)
         except (WrongEngine, Unreachable):
             raise
         except EngineError as error:
@@ -115,12 +117,12 @@ def _try_rungs(bundle: Path, plan: dict[str, Any], engine: str, session: Session
     return tried
 
 
-def _engine(plan: dict[str, Any], session: Session, where: str, tell: Tell) -> tuple[str, dict[str, Any]]:
+def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnProgress) -> tuple[str, dict[str, Any]]:
     """Returns the engine that the device has for this bundle, and the facts about the device.
 
     Raises EngineError with the command that installs a missing module, or where the GPU is not the bundle's.
     """
-    facts = measure.describe(session, tell)
+    facts = measure.describe(session, on_progress)
     modules = facts["modules"]
     # ONNX Runtime needs no GPU.
     if plan["engine"] == "onnxruntime":
@@ -155,14 +157,16 @@ def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
     return f"{where} cannot load {names}: {'; '.join(broken)}" if broken else f"{where} has no Python module {names}"
 
 
-def _perform(bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, tell: Tell) -> Performance:
+def _perform(
+    bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, on_progress: OnProgress
+) -> Performance:
     """Builds, checks and measures one rung; its engine is written into the staged folder. Raises EngineError."""
     rung, workload, folder = plan["rungs"][index], Workload(**plan["workload"]), Path("rungs") / str(index)
     staged, folder = bundle / STAGED / folder, bundle / folder
     graph, reference = folder / "onnx" / plan["graph"], folder / "reference.npz"
 
     def on_rung_progress(stage: str, done: int, total: int) -> None:
-        tell(f"rung {index}: {stage}" if len(plan["rungs"]) > 1 else stage, done, total)
+        on_progress(f"rung {index}: {stage}" if len(plan["rungs"]) > 1 else stage, done, total)
 
     # ONNX Runtime runs the graph itself, a GPU an engine that is built first.
     if engine == "onnxruntime":
@@ -231,7 +235,7 @@ def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> N
     page = (bundle / "report.html").read_text(encoding="utf-8")
     begin, end = (page.find(mark) for mark in BANNER)
     if 0 <= begin < end:
-        page = page[: begin + len(BANNER[0])] + _banner(report, measurement) + page[end:]
+        page = page[: begin + len(BANNER[0])] + banner(report, measurement) + page[end:]
     # Write measurement, report and page beside the engines that were built.
     staged = bundle / STAGED
     staged.mkdir(exist_ok=True)
@@ -295,7 +299,7 @@ def summary(measurement: dict[str, Any]) -> list[str]:
     lines = [f"{measurement['machine']}, {measurement['engine']} {measurement['version']}"]
     for rung in measurement["rungs"]:
         figures = "  ".join(
-            f"{name} {_text(name, value)} {rung['sources'][name]}" for name, value in rung["figures"].items()
+            f"{name} {limit_text(name, value)} {rung['sources'][name]}" for name, value in rung["figures"].items()
         )
         verdict = STATUS_TEXT.get(rung["status"], rung["status"])
         lines.append(f"rung {rung['index']}: {verdict}  {figures or rung['error']}")
@@ -306,7 +310,7 @@ def _shown(stream: Any) -> Callable[[str, int, int], None]:
     """Returns a progress callback that rewrites one line on a terminal, and else writes one line for each stage."""
     last = ""
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         nonlocal last
         share = f" {100 * done // total} %" if total else ""
         if stream.isatty():
@@ -317,7 +321,7 @@ def _shown(stream: Any) -> Callable[[str, int, int], None]:
         last = stage
         stream.flush()
 
-    return tell
+    return on_progress
 
 
 def main() -> int:
@@ -336,7 +340,7 @@ def main() -> int:
     # Measure the bundle on this machine.
     try:
         bundle = options.bundle or program.parent
-        measurement = finish(bundle, Here(), "this machine", _shown(sys.stderr))
+        measurement = finish(bundle, LocalSession(), "this machine", _shown(sys.stderr))
     except EdgepruneError as error:
         sys.stderr.write(f"\nerror: {error.message}\n{error.remedy}\n")
         return error.exit_code

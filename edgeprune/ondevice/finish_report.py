@@ -92,13 +92,13 @@ def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Measu
     return f"{name} meets {asked} on {place}, {cost}."
 
 
-def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
+def banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
     """Returns the HTML of the banner: the headline and the verdict of each constraint on the device."""
     rows = "".join(
         f"<tr><td>{html.escape(row['name'])}</td><td class='{row['status']} n'><b>{html.escape(row['status'])}</b></td>"
-        f"<td class='n'>{_text(row['name'], row['fitted']['value'])} "
+        f"<td class='n'>{limit_text(row['name'], row['fitted']['value'])} "
         f"<span class='badge {row['fitted']['source']}'>{row['fitted']['source']}</span></td>"
-        f"<td class='n'>{_text(row['name'], row['limit'])}</td></tr>"
+        f"<td class='n'>{limit_text(row['name'], row['limit'])}</td></tr>"
         for row in report["budget"]
         if row["name"] != "quality"
     )
@@ -111,5 +111,5 @@ def _banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
     )
 
 
-def _text(name: str, value: float) -> str:
+def limit_text(name: str, value: float) -> str:
     return format_bytes(value) if name == "memory" else format_ms(value)

@@ -13,7 +13,7 @@ from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Figure, Measured, Memory, Performance, Workload
 from edgeprune.ondevice.reference import judge_logits
 from edgeprune.ondevice.tensorrt import BuildResult
-from edgeprune.ondevice.worker import Tell, ask
+from edgeprune.ondevice.worker import OnProgress, ask
 
 TASKS = "edgeprune.ondevice.tasks"
 BUILD_SECONDS, MEASURE_SECONDS, CHECK_SECONDS, DESCRIBE_SECONDS = 3600.0, 1800.0, 600.0, 120.0
@@ -22,16 +22,16 @@ BUILD_SECONDS, MEASURE_SECONDS, CHECK_SECONDS, DESCRIBE_SECONDS = 3600.0, 1800.0
 class Session(Protocol):
     """A place where tasks run: this machine, or a device over ssh. The paths in requests are of this machine."""
 
-    def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
+    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: OnProgress) -> dict[str, Any]:
         """Runs a task and returns its answer, once the outputs that the request names exist. Raises EngineError."""
 
 
-class Here:
+class LocalSession:
     """A session on this machine, which runs each task in a process of its own."""
 
-    def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
+    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: OnProgress) -> dict[str, Any]:
         """Runs a task in a process of its own and returns its answer. Raises EngineError."""
-        return ask(TASKS, request, timeout_seconds, tell)
+        return ask(TASKS, request, timeout_seconds, on_progress)
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Counted:
     buffers: int
 
 
-def describe(session: Session, tell: Tell) -> dict[str, Any]:
+def describe(session: Session, on_progress: OnProgress) -> dict[str, Any]:
     """Returns the machine, modules and GPU of the device, as `machine.describe` does. Raises EngineError."""
-    return session.run({"task": "the inspection of the device", "do": "describe"}, DESCRIBE_SECONDS, tell)
+    return session.run({"task": "the inspection of the device", "do": "describe"}, DESCRIBE_SECONDS, on_progress)
 
 
 def on_onnxruntime(
@@ -54,7 +54,7 @@ def on_onnxruntime(
     candidate: Path,
     workload: Workload,
     counted: Counted,
-    tell: Tell,
+    on_progress: OnProgress,
     reference: Path | None = None,
     precision: str = "fp32",
     seconds: float | None = None,
@@ -70,10 +70,10 @@ def on_onnxruntime(
     checked = {}
     if reference is not None:
         files = {"graph": str(candidate), "reference": str(reference)}
-        checked = _check(session, "onnxruntime", files, precision, candidate.name, tell)
+        checked = _check(session, "onnxruntime", files, precision, candidate.name, on_progress)
     # Time the candidate, in turn with the dense model where there is one.
     graphs = {"candidate": candidate} if dense is None else {"dense": dense, "candidate": candidate}
-    latency = _latency(session, graphs, workload, seconds, tell)
+    latency = _latency(session, graphs, workload, seconds, on_progress)
     figures = {kind: latency[kind]["candidate"] for kind in ("prefill", "decode")}
     device = latency["device"]
     ratios = {}
@@ -81,7 +81,7 @@ def on_onnxruntime(
         ratios = {f"{kind}_ratio": _measured(figure["ratio"], "1", device) for kind, figure in figures.items()}
     # Measure the memory of the candidate alone, in a fresh process.
     return Performance(
-        memory=_process_memory(session, candidate, workload, counted, device, tell),
+        memory=_process_memory(session, candidate, workload, counted, device, on_progress),
         prefill=_measured(figures["prefill"]["median"], "ms", device),
         decode=_measured(figures["decode"]["median"], "ms", device),
         percentiles={kind: figure["percentiles"] for kind, figure in figures.items()},
@@ -91,13 +91,13 @@ def on_onnxruntime(
 
 
 def ratios_on_onnxruntime(
-    session: Session, dense: Path, candidate: Path, workload: Workload, seconds: float, tell: Tell
+    session: Session, dense: Path, candidate: Path, workload: Workload, seconds: float, on_progress: OnProgress
 ) -> dict[str, Measured]:
     """Returns `prefill_ratio` and `decode_ratio` of a candidate to the dense model, timed in turn in ONNX Runtime.
 
     Raises EngineError.
     """
-    latency = _latency(session, {"dense": dense, "candidate": candidate}, workload, seconds, tell)
+    latency = _latency(session, {"dense": dense, "candidate": candidate}, workload, seconds, on_progress)
     return {
         f"{kind}_ratio": _measured(latency[kind]["candidate"]["ratio"], "1", latency["device"])
         for kind in ("prefill", "decode")
@@ -105,13 +105,13 @@ def ratios_on_onnxruntime(
 
 
 def relative_latencies(
-    session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, tell: Tell
+    session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, on_progress: OnProgress
 ) -> dict[str, dict[str, float]]:
     """Returns the median latencies of graphs relative to the first one's, {"decode": {NAME: RATIO}, ...}.
 
     The graphs are timed in turn in ONNX Runtime. Raises EngineError.
     """
-    latency = _latency(session, graphs, workload, seconds, tell)
+    latency = _latency(session, graphs, workload, seconds, on_progress)
     first = next(iter(graphs))
     return {
         kind: {name: 1.0 if name == first else latency[kind][name]["ratio"]["value"] for name in graphs}
@@ -120,13 +120,13 @@ def relative_latencies(
 
 
 def engine_latencies(
-    session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, tell: Tell
+    session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, on_progress: OnProgress
 ) -> dict[str, float]:
     """Returns the median `prefill` and `decode` in ms of an engine on the GPU; does not check its logits.
 
     Raises EngineError.
     """
-    latency = _timed(session, flavour, plan, workload, seconds, tell)
+    latency = _timed(session, flavour, plan, workload, seconds, on_progress)
     return {kind: latency[kind]["candidate"]["median"]["value"] for kind in ("prefill", "decode")}
 
 
@@ -136,7 +136,7 @@ def build(
     graph: Path,
     plan: Path,
     workload: Workload,
-    tell: Tell,
+    on_progress: OnProgress,
     sm: int | None = None,
     workspace_bytes: int | None = None,
 ) -> BuildResult:
@@ -156,7 +156,7 @@ def build(
         "sm": sm,
         "workspace_bytes": workspace_bytes,
     }
-    result = session.run(request, BUILD_SECONDS, tell)
+    result = session.run(request, BUILD_SECONDS, on_progress)
     return BuildResult(**{**result, "warnings": tuple(result["warnings"])})
 
 
@@ -169,7 +169,7 @@ def on_tensorrt(
     runtime: Figure,
     reference: Path,
     precision: str,
-    tell: Tell,
+    on_progress: OnProgress,
     seconds: float | None = None,
 ) -> Performance:
     """Checks and measures an engine on the GPU that it was built for.
@@ -181,9 +181,9 @@ def on_tensorrt(
     """
     # Check the logits before anything is timed.
     files = {"plan": str(plan), "reference": str(reference)}
-    checked = _check(session, flavour, files, precision, plan.name, tell)
+    checked = _check(session, flavour, files, precision, plan.name, on_progress)
     # Time the engine, and split the memory that it took by its source.
-    measurement = _timed(session, flavour, plan, workload, seconds or timing().measure_seconds, tell)
+    measurement = _timed(session, flavour, plan, workload, seconds or timing().measure_seconds, on_progress)
     device, memory = measurement["device"], measurement["memory"]
     basis = f"{flavour} {built.version}, {built.effort}"
     weights = Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}")
@@ -209,7 +209,7 @@ def on_tensorrt(
 
 
 def _timed(
-    session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, tell: Tell
+    session: Session, flavour: str, plan: Path, workload: Workload, seconds: float, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Returns latency and memory of an engine on the GPU as the task answers them."""
     request = {
@@ -220,20 +220,20 @@ def _timed(
         "files": {"plan": str(plan)},
         "seconds": seconds,
     }
-    return session.run(request, MEASURE_SECONDS, tell)
+    return session.run(request, MEASURE_SECONDS, on_progress)
 
 
 def _check(
-    session: Session, engine: str, files: dict[str, str], precision: str, name: str, tell: Tell
+    session: Session, engine: str, files: dict[str, str], precision: str, name: str, on_progress: OnProgress
 ) -> dict[str, str]:
     """Returns the agreement of an engine's logits with its reference in words. Raises WrongEngine."""
     request = {"task": f"the check of {name}", "do": "check", "engine": engine, "files": files}
     against = "logits against the fp32 graph" + (" of the bf16 weights" if precision == "bf16" else "")
-    return {against: judge_logits(session.run(request, CHECK_SECONDS, tell), precision, name)}
+    return {against: judge_logits(session.run(request, CHECK_SECONDS, on_progress), precision, name)}
 
 
 def _latency(
-    session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, tell: Tell
+    session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Returns latencies of graphs timed in turn, as the task answers them; seconds 0 or None: the default."""
     request = {
@@ -244,11 +244,11 @@ def _latency(
         "files": {name: str(path) for name, path in graphs.items()},
         "seconds": seconds or timing().measure_seconds,
     }
-    return session.run(request, MEASURE_SECONDS, tell)
+    return session.run(request, MEASURE_SECONDS, on_progress)
 
 
 def _process_memory(
-    session: Session, graph: Path, workload: Workload, counted: Counted, device: str, tell: Tell
+    session: Session, graph: Path, workload: Workload, counted: Counted, device: str, on_progress: OnProgress
 ) -> Memory:
     """Measures a fresh process with the graph; its bytes beyond the known ones and the runtime are activations."""
     request = {
@@ -258,7 +258,7 @@ def _process_memory(
         "workload": asdict(workload),
         "files": {"candidate": str(graph)},
     }
-    process = session.run(request, MEASURE_SECONDS, tell)
+    process = session.run(request, MEASURE_SECONDS, on_progress)
     known = counted.weights + counted.cache + counted.buffers
     activations = max(0, process["peak"] - process["baseline"] - known)
 

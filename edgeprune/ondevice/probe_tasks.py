@@ -27,7 +27,7 @@ from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.measure import BUILD_SECONDS, TASKS
 from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
 from edgeprune.ondevice.tensorrt_runner import mapped
-from edgeprune.ondevice.worker import Tell, ask
+from edgeprune.ondevice.worker import OnProgress, ask
 from edgeprune.precision import PRECISIONS
 
 MIN_RUNS = 5
@@ -61,15 +61,15 @@ class Stack:
         return 2 * self.rows * self.width * self.width * self.matrices
 
 
-def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def answer(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """Answers one step of a probe: `look` inspects the processor, `time` times the graphs, `build` builds one of them.
 
     Raises EngineError.
     """
-    return {"look": _inspect, "time": _time, "build": _build}[request["step"]](request, tell)
+    return {"inspect": _inspect, "time": _time, "build": _build}[request["step"]](request, on_progress)
 
 
-def _inspect(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _inspect(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """Returns the sizes that the graphs depend on, and the peak bytes of a process with the runtime alone."""
     version = _onnxruntime().__version__
     runtime = machine.peak_bytes()
@@ -94,7 +94,7 @@ class Took:
     spread: float
 
 
-def _time(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _time(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """Times every graph, by its role; on a GPU also reads the free memory and what the first context takes of it."""
     load = _load()
     # Check the room for the weights, then write them.
@@ -102,21 +102,21 @@ def _time(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     paths = {role: Path(path) for role, path in request["files"].items()}
     _check_room(paths, stacks, copies=1 if request["engine"] == "onnxruntime" else 3)
     for done, (role, stack) in enumerate(stacks.items()):
-        tell("make weights to probe with", done, len(stacks))
+        on_progress("make weights to probe with", done, len(stacks))
         write_weights(stack, paths[role])
     # Time the graphs on the processor or on the GPU.
     if request["engine"] == "onnxruntime":
         took = {}
         for done, (role, stack) in enumerate(stacks.items()):
-            tell("time the processor", done, len(stacks))
+            on_progress("time the processor", done, len(stacks))
             took[role] = asdict(_on_processor(paths[role], stack))
         timings: dict[str, Any] = {"took": took, "load": load}
     else:
-        timings = _on_gpu(request, paths, stacks, tell)
+        timings = _on_gpu(request, paths, stacks, on_progress)
     return {**timings, "conditions": machine.conditions()}
 
 
-def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _build(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """Builds the engine of one graph and returns the builder's bytes of weights."""
     plan = Path(request["outputs"]["plan"])
     stack = Stack(**request["stack"])
@@ -271,7 +271,9 @@ def compile_stack(graph: Path, plan: Path, stack: Stack, flavour: str, sm: int |
     return messages.figures().get("Total Weights Memory", 0)
 
 
-def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, Stack], tell: Tell) -> dict[str, Any]:
+def _on_gpu(
+    request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, Stack], on_progress: OnProgress
+) -> dict[str, Any]:
     """Builds every graph and times it on the GPU; reads the free memory and what the first context takes of it.
 
     Each build is a process of its own, whose memory is free again when this one opens its first context. Raises
@@ -280,7 +282,7 @@ def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, S
     # Build the engines.
     flavour = request["engine"]
     for done, (role, stack) in enumerate(stacks.items()):
-        tell("build engines to probe with", done, len(stacks))
+        on_progress("build engines to probe with", done, len(stacks))
         ask(
             TASKS,
             {
@@ -293,7 +295,7 @@ def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, S
                 "stack": asdict(stack),
             },
             BUILD_SECONDS,
-            tell,
+            on_progress,
         )
     # Time them, and compare the free memory before and after the first one.
     before = _free_bytes(request["shared"])
@@ -302,7 +304,7 @@ def _on_gpu(request: dict[str, Any], paths: dict[str, Path], stacks: dict[str, S
         trt = import_tensorrt(flavour)
         # The smallest goes first: the memory that is taken after its run is that of the context and the runtime.
         for done, role in enumerate(sorted(stacks, key=lambda role: stacks[role].weight_bytes)):
-            tell("time the GPU", done, len(stacks))
+            on_progress("time the GPU", done, len(stacks))
             with _Opened(cuda, trt, _plan(paths[role]), stacks[role]) as opened:
                 took[role] = asdict(_typical(cuda, opened.step))
                 if done == 0 and before is not None and (after := _free_bytes(request["shared"])) is not None:

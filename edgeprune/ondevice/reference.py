@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeprune.errors import EngineError, WrongEngine
-from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.worker import OnProgress
 from edgeprune.precision import PRECISIONS
 
 PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after it, at most
@@ -60,7 +60,9 @@ def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return ids, logits
 
 
-def compare_logits(runner: StepRunner, ids: np.ndarray, expected: np.ndarray, tell: Tell) -> dict[str, Any]:
+def compare_logits(
+    runner: StepRunner, ids: np.ndarray, expected: np.ndarray, on_progress: OnProgress
+) -> dict[str, Any]:
     """Compares a runner's logits with expected ones (steps, vocabulary) over the positions of a reference.
 
     Returns the least cosine, the largest error relative to the largest logit, the share of equal likeliest tokens and
@@ -81,7 +83,7 @@ def compare_logits(runner: StepRunner, ids: np.ndarray, expected: np.ndarray, te
         cosines.append(float(logits @ reference / norms) if finite and norms else 0.0)
         errors.append(float(np.abs(logits - reference).max() / np.abs(reference).max()) if finite else float("inf"))
         equal += int(logits.argmax() == reference.argmax())
-        tell("check the engine's logits", index + 1, len(expected))
+        on_progress("check the engine's logits", index + 1, len(expected))
     # JSON has no infinity: an infinite error becomes a number that is beyond every tolerance.
     return {
         "cosine": min(cosines),

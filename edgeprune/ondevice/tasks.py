@@ -14,22 +14,22 @@ from typing import Any
 
 from edgeprune.ondevice import machine
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import Tell, serve
+from edgeprune.ondevice.worker import OnProgress, serve
 
 SETTLED = 0.03  # relative half width of an interval beyond which a figure is measured again
 MIN_RUNS = 100
 
 
-def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def answer(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """Answers one request. Raises EngineError, and KeyError for an unknown task, which is a bug of edgeprune."""
-    return _WORK[request["do"]](request, tell)
+    return _WORK[request["do"]](request, on_progress)
 
 
-def _describe(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _describe(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     return machine.describe()
 
 
-def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _build(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     from edgeprune.cache import cache_folder
     from edgeprune.ondevice.tensorrt import Limits, compile_plan
 
@@ -44,30 +44,30 @@ def _build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
             request["sm"],
             request["engine"],
             limits,
-            tell,
+            on_progress,
         )
     )
 
 
-def _check(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _check(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """Compares the engine's logits with a reference, as `compare_logits` describes."""
     from edgeprune.ondevice.reference import compare_logits, read_reference
 
     ids, logits = read_reference(Path(request["files"]["reference"]))
-    tell("check the engine's logits", 0, len(logits))
+    on_progress("check the engine's logits", 0, len(logits))
     if request["engine"] == "onnxruntime":
         from edgeprune.ondevice.onnxruntime import GraphRunner
 
-        return compare_logits(GraphRunner(Path(request["files"]["graph"]), 1, ids.shape[1]), ids, logits, tell)
+        return compare_logits(GraphRunner(Path(request["files"]["graph"]), 1, ids.shape[1]), ids, logits, on_progress)
     from edgeprune.ondevice.tensorrt_runner import EngineRunner
 
     with EngineRunner(Path(request["files"]["plan"]), 1, ids.shape[1], request["engine"]) as runner:
-        return compare_logits(runner, ids, logits, tell)
+        return compare_logits(runner, ids, logits, on_progress)
 
 
-def _measure(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _measure(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """Measures the latency of graphs in ONNX Runtime, or latency and memory of one engine on a GPU."""
-    tell("measure", 0, 0)
+    on_progress("measure", 0, 0)
     workload = Workload(**request["workload"])
     if request["engine"] != "onnxruntime":
         return _measure_gpu(request, workload)
@@ -114,17 +114,17 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
     }
 
 
-def _memory(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _memory(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     from edgeprune.ondevice.onnxruntime import measure_memory
 
-    tell("measure the memory", 0, 0)
+    on_progress("measure the memory", 0, 0)
     return measure_memory(Path(request["files"]["candidate"]), Workload(**request["workload"]))
 
 
-def _probe(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _probe(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     from edgeprune.ondevice import probe_tasks
 
-    return probe_tasks.answer(request, tell)
+    return probe_tasks.answer(request, on_progress)
 
 
 _WORK = {

@@ -18,7 +18,7 @@ from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes
 from edgeprune.ondevice.runtimes import RUNTIMES
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.worker import OnProgress, quiet
 
 WEIGHTS_TOLERANCE = 1.05  # of the graph's bytes; an engine with more weights stores something twice
 _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, and all of fp32 on SM 75
@@ -98,7 +98,7 @@ def compile_plan(
     sm: int | None,
     flavour: str,
     limits: Limits = Limits(),
-    tell: Tell = quiet,
+    on_progress: OnProgress = quiet,
 ) -> BuildResult:
     """Builds in this process; where the engine stores weights twice, builds again with room for a batch of two.
 
@@ -111,10 +111,10 @@ def compile_plan(
     temporaries = [plan.with_name(f"{plan.name}.{os.getpid()}.{index}.part") for index in range(2)]
     plan.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = _compile(graph, temporaries[0], workload, workload.batch, sm, flavour, limits, tell)
+        result = _compile(graph, temporaries[0], workload, workload.batch, sm, flavour, limits, on_progress)
         # Build again for two sequences where something is stored twice.
         if result.weights_bytes and result.warnings and workload.batch == 1:
-            wider = _compile(graph, temporaries[1], workload, 2, sm, flavour, limits, tell)
+            wider = _compile(graph, temporaries[1], workload, 2, sm, flavour, limits, on_progress)
             if _total_bytes(wider) < _total_bytes(result):
                 result, temporaries = wider, temporaries[::-1]
         temporaries[0].replace(plan)
@@ -129,7 +129,14 @@ def _total_bytes(result: BuildResult) -> int:
 
 
 def _compile(
-    graph: Path, plan: Path, workload: Workload, most: int, sm: int | None, flavour: str, limits: Limits, tell: Tell
+    graph: Path,
+    plan: Path,
+    workload: Workload,
+    most: int,
+    sm: int | None,
+    flavour: str,
+    limits: Limits,
+    on_progress: OnProgress,
 ) -> BuildResult:
     """Builds once, for batches from 1 to `most`, with one merged profile: two profiles would hold the weights twice.
 
@@ -154,7 +161,7 @@ def _compile(
     if limits.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limits.workspace_bytes)
     timings = _open_timings(config, limits.timing_cache)
-    config.progress_monitor = _monitor(trt, tell)
+    config.progress_monitor = _monitor(trt, on_progress)
     # Give the profile the shapes of every input.
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
@@ -296,7 +303,7 @@ class Messages:
         return {match[1]: int(match[2]) for _, text in self.kept for match in _FIGURE.finditer(text)}
 
 
-def _monitor(trt: Any, tell: Tell) -> Any:
+def _monitor(trt: Any, on_progress: OnProgress) -> Any:
     """Returns a monitor that reports the outermost phases of a build, and never stops it."""
     # A phase with a parent is part of another one, and is not reported.
 
@@ -308,16 +315,16 @@ def _monitor(trt: Any, tell: Tell) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:
                 self._steps[phase_name] = num_steps
-                tell(phase_name, 0, num_steps)
+                on_progress(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._steps:
-                tell(phase_name, step + 1, self._steps[phase_name])
+                on_progress(phase_name, step + 1, self._steps[phase_name])
             return True
 
         def phase_finish(self, phase_name: str) -> None:
             if steps := self._steps.pop(phase_name, 0):
-                tell(phase_name, steps, steps)
+                on_progress(phase_name, steps, steps)
 
     return Monitor()
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from edgeprune.errors import EdgepruneError, EngineError
 
-Tell = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """A progress callback, called with a stage, the steps done and the steps in all; 0 in all: unknown."""
 
 # Linux sends SIGKILL to the child when its parent is gone. Whether it went before that was set up is checked once.
@@ -43,7 +43,9 @@ def quiet(stage: str, done: int, total: int) -> None:
     """Ignores the progress."""
 
 
-def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell = quiet) -> dict[str, Any]:
+def ask(
+    module: str, request: dict[str, Any], timeout_seconds: float, on_progress: OnProgress = quiet
+) -> dict[str, Any]:
     """Runs a module as a program on a request and returns its answer.
 
     The program imports from where this process does, not from the current folder. request["task"] names the work in
@@ -78,7 +80,7 @@ def ask(module: str, request: dict[str, Any], timeout_seconds: float, tell: Tell
         with contextlib.suppress(BrokenPipeError):  # it died early: its exit code and standard error name the reason
             process.stdin.write(json.dumps(request))
             process.stdin.close()
-        last = _listen(process.stdout, tell)
+        last = _listen(process.stdout, on_progress)
         process.wait()
         listener.join(timeout=5)
     finally:
@@ -103,7 +105,7 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
+def serve(answer: Callable[[dict[str, Any], OnProgress], dict[str, Any]]) -> int:
     """Serves one request as the child: reads it, reports progress, writes the answer or the error.
 
     Returns the exit code. What libraries write to standard output goes to standard error meanwhile.
@@ -116,12 +118,12 @@ def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
         channel.write(json.dumps(document) + "\n")
         channel.flush()
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         send({"progress": [stage, done, total]})
 
     # Answer; errors that a user can act on become documents with a remedy.
     try:
-        send(answer(json.load(sys.stdin), tell))
+        send(answer(json.load(sys.stdin), on_progress))
     except EdgepruneError as error:
         send({"error": error.message, "remedy": error.remedy})
         return error.exit_code
@@ -138,13 +140,13 @@ def serve(answer: Callable[[dict[str, Any], Tell], dict[str, Any]]) -> int:
     return 0
 
 
-def _listen(stream: IO[str], tell: Tell) -> str:
+def _listen(stream: IO[str], on_progress: OnProgress) -> str:
     """Passes the progress on and returns the last line that is not progress."""
     last = ""
     for line in stream:
         if line.startswith('{"progress":'):
             with contextlib.suppress(ValueError, TypeError):  # half a line of a child that was killed
-                tell(*json.loads(line)["progress"])
+                on_progress(*json.loads(line)["progress"])
         elif line.strip():
             last = line
     return last

@@ -234,7 +234,7 @@ class Run:
         def compute() -> dict[str, Any]:
             self.progress.stage("cross-check on this machine")
             ratios = measure.ratios_on_onnxruntime(
-                measure.Here(),
+                measure.LocalSession(),
                 self.plain / GRAPH_FILE,
                 chosen.runnable_graph,
                 self.setup.workload,

@@ -24,6 +24,7 @@ def cholesky(matrix: torch.Tensor, damping: float) -> torch.Tensor:
             "the second moments of the activations are not finite",
             "Check the checkpoint's weights, or leave out the sample that causes it.",
         )
+    # Raise the damping until the matrix is positive definite.
     scale = float(mean) or 1.0
     while True:
         factor = matrix.clone().mT  # column-major, as LAPACK wants it: factorised in place, without a second copy

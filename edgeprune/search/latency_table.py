@@ -32,7 +32,7 @@ from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_
 from edgeprune.errors import EngineError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.worker import OnProgress
 from edgeprune.profiles import DeviceProfile
 from edgeprune.search.module_costs import ModuleCosts, Widths, additive, channel_options
 
@@ -174,19 +174,19 @@ def measured_times(
     workload: Workload,
     precision: str,
     folder: Path,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> Times:
     """Returns the times that `fit` makes a table of, from the cache or measured now.
 
     They are kept by device, engine and its version, precision, shapes of the layers and workload, so that models of
     the same shapes share them. engine: one that measures; folder: where graphs are written for as long as they are
-    measured; tell: called with the progress. Raises EngineError.
+    measured; on_progress: called with the progress. Raises EngineError.
     """
     # The key holds all that the times depend on.
     points = design(dense, precision, profile.channel_multiple)
     shape = {
         "version": VERSION,
-        "engine": engine.identity(tell),
+        "engine": engine.identity(on_progress),
         "precision": precision,
         "workload": asdict(workload),
         "decoder": _shape_of(dense),
@@ -196,7 +196,7 @@ def measured_times(
     path = cache_folder() / "costs" / f"{key}.json"
     if not path.is_file():
         # Measure, and replace the file at once, so that another run never reads half of it.
-        times = _measure(engine, dense, points, profile, workload, precision, folder, tell)
+        times = _measure(engine, dense, points, profile, workload, precision, folder, on_progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{key}.{os.getpid()}.json")
         temporary.write_text(json.dumps({"of": shape, "times": times}, indent=1) + "\n", encoding="utf-8")
@@ -224,7 +224,7 @@ def _measure(
     workload: Workload,
     precision: str,
     folder: Path,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> Times:
     """Returns the latencies as multiples of the base model's, by kind and name.
 
@@ -242,7 +242,7 @@ def _measure(
                 write_graphs(decoder, RandomWeights(decoder), graphs, precision, [variant], workload.context)
                 exported[point] = Exported(decoder, graphs, graphs / "engine", graphs / "none")
             # Measure them side by side.
-            for kind, latencies in engine.latencies(exported, tell).items():
+            for kind, latencies in engine.latencies(exported, on_progress).items():
                 times[kind] |= {point: value / latencies[BASE] for point, value in latencies.items()}
     return times
 

@@ -194,7 +194,7 @@ class Double:
     def __init__(self, rungs: dict[int, dict[str, Any] | Exception], gpu: bool = False) -> None:
         self.rungs, self.gpu, self.asked = rungs, gpu, []
 
-    def run(self, request: dict[str, Any], timeout_seconds: float, tell: Callable[..., None]) -> dict[str, Any]:
+    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: Callable[..., None]) -> dict[str, Any]:
         do = request["do"]
         if do == "describe":
             return self._facts()
@@ -422,7 +422,7 @@ def test_the_verdict_in_words_and_as_an_exit_code(
         report["budget"][0] |= {"name": "decode", "unit": "ms"}
         rewrite(bundle, name, json.dumps(report).encode())
     figures = SMALL | {"decode": dict(zip(("value", "low", "high"), decode, strict=True))}
-    monkeypatch.setattr(finishing, "Here", lambda: Double({0: figures, 1: figures}))
+    monkeypatch.setattr(finishing, "LocalSession", lambda: Double({0: figures, 1: figures}))
     monkeypatch.setattr("sys.argv", ["finish.pyz", str(bundle)])
     monkeypatch.setattr("sys.path", ["first"])
     assert finishing.main() == code

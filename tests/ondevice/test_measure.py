@@ -10,7 +10,7 @@ from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import measure as perform
 from edgeprune.ondevice.figures import Measured, Performance, Workload
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.worker import OnProgress, quiet
 from tests.support.graph_models import llama
 from tests.support.reference import decoder_of, weights_of
 
@@ -34,7 +34,7 @@ def measure(
     dense: Path | None, candidate: Path, counted: tuple[int, int, int], session: perform.Session | None = None
 ) -> Performance:
     return perform.on_onnxruntime(
-        session or perform.Here(), dense, candidate, WORKLOAD, perform.Counted(*counted), quiet, seconds=1.0
+        session or perform.LocalSession(), dense, candidate, WORKLOAD, perform.Counted(*counted), quiet, seconds=1.0
     )
 
 
@@ -55,9 +55,9 @@ def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path]) -> None:
     """The known parts are what was given, the runtime is its own, the rest of the peak are activations."""
     peaks: list[dict] = []
 
-    class Spy(perform.Here):
-        def run(self, request: dict, timeout_seconds: float, tell: Tell) -> dict:
-            answer = super().run(request, timeout_seconds, tell)
+    class Spy(perform.LocalSession):
+        def run(self, request: dict, timeout_seconds: float, on_progress: OnProgress) -> dict:
+            answer = super().run(request, timeout_seconds, on_progress)
             if request["do"] == "memory":
                 peaks.append(answer)
             return answer
@@ -83,7 +83,9 @@ def test_of_the_dense_model_alone(models: dict[str, Path]) -> None:
 
 
 def test_ratios_alone(models: dict[str, Path]) -> None:
-    ratios = perform.ratios_on_onnxruntime(perform.Here(), models["wide"], models["narrow"], WORKLOAD, 1.0, quiet)
+    ratios = perform.ratios_on_onnxruntime(
+        perform.LocalSession(), models["wide"], models["narrow"], WORKLOAD, 1.0, quiet
+    )
     assert set(ratios) == {"prefill_ratio", "decode_ratio"}
     assert all(0 < ratio.low <= ratio.value < 1 for ratio in ratios.values())
 
