@@ -16,7 +16,7 @@ SCALE_BYTES = 2 / 128  # for each weight: one fp16 scale for a block of 128
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers of one precision are stored, computed with and checked.
+    """One precision: how its numbers are stored, computed with and checked.
 
     tolerance: of an engine's logits against those of the fp32 graph, as the least cosine and the largest
     max|a - b| / max|b| at any position; None where graphs are not written in it. numpy_dtype, torch_dtype, onnx_type:

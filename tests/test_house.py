@@ -136,8 +136,10 @@ def test_files_are_small_and_keep_the_manners(path):
     if path.stem != "__init__" or text:
         assert ast.get_docstring(tree), "a module says what it does"
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
-            assert not doc.startswith(ELLIPTIC), f"line {node.lineno}: a docstring begins with its verb or its noun"
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (doc := ast.get_docstring(node)):
+            assert not doc.startswith(ELLIPTIC), (
+                f"{doc.splitlines()[0]!r}: a docstring begins with its verb or its noun"
+            )
     assert "fmt: " + "skip" not in text, "the formatter formats"
 
 

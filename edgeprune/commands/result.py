@@ -1,4 +1,4 @@
-"""What every command returns: the bundle, its document, and whether the budget was met."""
+"""The result of every command: the bundle, its document, and whether the budget was met."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ Documents = tuple[list["Document"], dict[str, list["Document"]]]  # to calibrate
 
 
 class Kind(Protocol):
-    """What a run asks. Methods raise InputError for what the user gave wrongly."""
+    """The questions of a run. Methods raise InputError for what the user gave wrongly."""
 
     noun: str  # of its samples
     own_evaluation: str  # the name of samples of the model's own that are held out

@@ -1,4 +1,4 @@
-"""How a bundle was made: the command line that makes it again, versions, seed, fingerprint."""
+"""The making of a bundle: the command line that makes it again, versions, seed, fingerprint."""
 
 from __future__ import annotations
 

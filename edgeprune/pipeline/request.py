@@ -1,4 +1,4 @@
-"""What the user asked for, in the words of the command line: the one list of a run's options and their defaults."""
+"""The request of a user in the words of the command line: the one list of a run's options and their defaults."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Room(Strict):
 
 
 class Experience(Strict):
-    """What a user of the model will notice."""
+    """The figures that a user of the model will notice."""
 
     first_token: Figure = Field(description="ms until the answer to `workload.prompt` tokens begins: the prefill")
     tokens_per_second: Figure = Field(description="of each sequence, at full context")

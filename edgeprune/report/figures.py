@@ -20,7 +20,7 @@ OUTCOME_TEXT: dict[Outcome, str] = {
     "out_of_reach": "out of reach",
 }
 OUTCOME_LABEL = {outcome: text.split(":")[0] for outcome, text in OUTCOME_TEXT.items()}
-"""The same without the advice."""
+"""The statuses without the advice."""
 
 
 def number_text(value: float, unit: str) -> str:

@@ -45,7 +45,7 @@ class Frechet(Strict):
 
 
 class Distances(Strict):
-    """How far a model's pictures are from the reference, by the features of a network."""
+    """The distances of a model's pictures from the reference, by the features of a network."""
 
     images: int
     reference_images: int
