@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgeprune.report.figures import figure_text, number_text, perplexity_text
+from edgeprune.report.figures import difference_text, figure_text, interval_text, number_text, perplexity_text
+from edgeprune.report.images import Interval
 from tests.support.sample_reports import measured
 
 
@@ -36,3 +37,29 @@ def test_an_interval_names_its_unit_once_where_it_is_the_same():
     assert figure_text(measured(1000 * 2**20, "bytes", 0.05)) == "1000.0 MiB (950.0 MiB to 1.03 GiB)"
     assert figure_text(measured(0.7, "1", 0.1)) == "0.700 (0.630 to 0.770)"
     assert figure_text(None) == "–"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        ((0.01234, 0.0101, 0.015), "0.0123 (0.0101 to 0.0150)"),
+        ((-0.00007, -0.00026, 0.00011), "-0.00007 (-0.00026 to 0.00011)"),
+        ((1234.5, 1200.0, 1270.0), "1234 (1200 to 1270)"),
+        ((1.0, 1.0, 1.0), "1.000 (1.000 to 1.000)"),
+        ((0.5, 0.5, 0.5 + 1e-30), "0.500 (0.500 to 0.500)"),
+    ],
+)
+def test_an_interval_to_two_digits_of_its_width(bounds, text):
+    assert interval_text(Interval(value=bounds[0], low=bounds[1], high=bounds[2])) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(0.1, 0.2, "farther off"), (-0.2, -0.1, "nearer"), (-0.1, 0.1, "no difference")]
+)
+def test_what_a_paired_difference_says(low, high, said):
+    assert said in difference_text(Interval(value=(low + high) / 2, low=low, high=high))
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.43215, "0.432 s"), (12.34, "12.3 s"), (1234.5, "1234 s")])
+def test_seconds(value, text):
+    assert number_text(value, "s") == text

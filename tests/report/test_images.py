@@ -7,7 +7,6 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from edgeprune.report.figures import difference_text, interval_text, number_text
 from edgeprune.report.frontier import frontier_of
 from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html
@@ -160,29 +159,3 @@ def test_a_ladder_shows_every_rungs_pictures():
     frontier = frontier_of(reports)
     assert frontier.dense.grid == frontier.rungs[1].grid == found()["dense_grid"] != frontier.rungs[0].grid
     assert render_frontier(frontier, "bundle").count("<img src=") == 3
-
-
-@pytest.mark.parametrize(
-    ("bounds", "text"),
-    [
-        ((0.01234, 0.0101, 0.015), "0.0123 (0.0101 to 0.0150)"),
-        ((-0.00007, -0.00026, 0.00011), "-0.00007 (-0.00026 to 0.00011)"),
-        ((1234.5, 1200.0, 1270.0), "1234 (1200 to 1270)"),
-        ((1.0, 1.0, 1.0), "1.000 (1.000 to 1.000)"),
-        ((0.5, 0.5, 0.5 + 1e-30), "0.500 (0.500 to 0.500)"),
-    ],
-)
-def test_an_interval_to_two_digits_of_its_width(bounds, text):
-    assert interval_text(Interval(value=bounds[0], low=bounds[1], high=bounds[2])) == text
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said"), [(0.1, 0.2, "farther off"), (-0.2, -0.1, "nearer"), (-0.1, 0.1, "no difference")]
-)
-def test_what_a_paired_difference_says(low, high, said):
-    assert said in difference_text(Interval(value=(low + high) / 2, low=low, high=high))
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.43215, "0.432 s"), (12.34, "12.3 s"), (1234.5, "1234 s")])
-def test_seconds(value, text):
-    assert number_text(value, "s") == text

@@ -1,0 +1,61 @@
+"""The results of a run: where a candidate's graph is, what decides on quality, whether there is a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from edgeprune.ondevice.budget import Budget, Limit
+from edgeprune.pipeline.results import Quality, has_checkpoint
+from tests.support.runs import finished
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    return finished(tmp_path_factory).fitted
+
+
+def quality(**percents: tuple[float, float, float]) -> Quality:
+    texts = {name: dict(zip(("low", "percent", "high"), bounds, strict=True)) for name, bounds in percents.items()}
+    return Quality(texts, None, None, None, None)
+
+
+def test_the_graph_that_runs_here_is_in_fp32_whatever_the_devices_is(fitted):
+    assert fitted.chosen.exported.graphs.name == "onnx-fp16"
+    assert fitted.chosen.runnable_graph.parent.name == "onnx-fp32"
+    assert fitted.chosen.runnable_graph.is_file()
+
+
+def test_the_text_that_rises_most_counts():
+    of = quality(a=(1.0, 2.0, 3.0), b=(-9.0, 4.0, 20.0), c=(0.0, 0.5, 1.0))
+    assert of.worst_percent == 4.0
+    assert of.rises == [(1.0, 3.0), (-9.0, 20.0), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(("limit", "status"), [(None, "met"), (20.0, "met"), (10.0, "noisy"), (0.5, "missed")])
+def test_the_quality_limit_is_judged_by_every_texts_interval(fitted, limit, status):
+    setup = replace(fitted.setup, budget=replace(fitted.setup.budget, max_quality_loss=limit))
+    judged = replace(fitted, setup=setup, quality=quality(a=(1.0, 2.0, 3.0), b=(-9.0, 4.0, 20.0)))
+    assert judged.quality_status == status
+
+
+def test_the_verdict_is_of_the_chosen_model_against_the_budget(fitted):
+    """The dense model needs more than its share of 90 %."""
+    assert fitted.verdict.status == "met"
+    (check,) = fitted.verdict.checks
+    assert check.figure.value == fitted.chosen.performance.memory.total
+    assert check.limit == pytest.approx(0.9 * fitted.dense.memory.prunable + fitted.dense.memory.runtime.value)
+    assert replace(fitted, chosen=replace(fitted.chosen, performance=fitted.dense)).verdict.status == "missed"
+    tiny = replace(fitted.setup, budget=Budget(memory=Limit(1.0, False, "1B")))
+    assert replace(fitted, setup=tiny).verdict.status == "missed"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_a_checkpoint_is_written_where_it_was_asked_for_and_can_hold_the_widths(fitted, asked, is_uniform):
+    setup = replace(fitted.setup, request=replace(fitted.setup.request, checkpoint=asked))
+    model = SimpleNamespace(decoder=SimpleNamespace(is_uniform=is_uniform))
+    changed = replace(fitted, setup=setup, chosen=replace(fitted.chosen, model=model))
+    assert has_checkpoint(changed) == (asked and is_uniform)

@@ -1,0 +1,110 @@
+"""A request resolved before any long work: what is chosen, what is refused, what makes two runs the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from edgeprune.errors import BudgetError, InputError
+from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS
+from edgeprune.ondevice.figures import Workload
+from tests.support.runs import home, setup_of
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return home(tmp_path_factory)
+
+
+def test_what_is_left_out_is_the_profiles_and_each_choice_has_its_reason(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setup = setup_of(small, None, memory=None, prompt=None, context=100)
+    assert (setup.output, setup.workload, setup.precision) == (
+        tmp_path / "model-jetson-orin",
+        Workload(1, 50, 100),
+        "fp16",
+    )
+    default = setup.profile.budget
+    asked = {name: limit.asked for name, limit in setup.budget.limits.items()}
+    assert asked == {"memory": default.memory, "prefill": default.prefill, "decode": default.decode}
+    choices = {choice.name: choice for choice in setup.choices}
+    assert set(choices) == {"engine", "precision", "budget", "calibration"}
+    assert choices["budget"].reason == "none was given: the default of jetson-orin"
+    assert choices["precision"].reason == "the profile jetson-orin runs fp16"
+    assert all(choice.reason for choice in setup.choices)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fp32_takes_the_dialect_that_has_kernels_for_it(small, tmp_path):
+    assert setup_of(small, tmp_path / "out", device="rtx-a4000").profile.dialect == "opset23"
+    setup = setup_of(small, tmp_path / "out", device="rtx-a4000", precision="fp32")
+    assert setup.profile.dialect == "primitive"
+    assert setup.choices[0].name == "dialect"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "remedy"),
+    [
+        ({"device": None}, "give one of --device and --profile", "edgeprune devices"),
+        ({"profile": "x.toml"}, "give one of --device and --profile", "edgeprune devices"),
+        ({"layout": "diagonal"}, "unknown layout 'diagonal'", "uniform, per-layer"),
+        ({"vocabulary": "tiny"}, "unknown vocabulary 'tiny'", "full, samples"),
+        ({"precision": "int4"}, "unknown precision 'int4'", "fp32, fp16, bf16"),
+        ({"rungs": 9}, "--rungs 9 is not 1 to 8", "3 covers"),
+        ({"batch": 0}, "--batch 0 is less than 1", "positive"),
+        ({"samples": 0}, "--samples 0 is less than 1", "at least 1"),
+        ({"context": 129}, "context 129 exceeds the model's 128 positions", "--context 128"),
+        ({"length": 200}, "samples of 200 tokens exceed the model's 128 positions", "--length 128"),
+        ({"method": "flap"}, "the method flap adds biases", "--method flap+ls"),
+        ({"device": "cpu", "target": "ssh://me@board"}, "has no figures of ssh://me@board", "tools/probe_profile.py"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_remedy(small, tmp_path, changes, message, remedy):
+    with pytest.raises(InputError) as caught:
+        setup_of(small, tmp_path / "out", **changes)
+    assert message in caught.value.message
+    assert remedy in caught.value.remedy
+
+
+def test_a_budget_below_the_floor_is_refused_with_one_that_is_not(small, tmp_path):
+    with pytest.raises(
+        BudgetError, match=r"the memory budget 1MiB \(1.0 MiB\) is below the floor .* runtime "
+    ) as caught:
+        setup_of(small, tmp_path / "out", memory="1MiB")
+    asked = caught.value.remedy.split("--memory ")[1].split(",")[0]
+    setup = setup_of(small, tmp_path / "out", memory=asked)
+    assert setup.floor.memory.total < setup.budget.memory.value
+    with pytest.raises(BudgetError, match="below the floor .* one layer of one head"):
+        setup_of(small, tmp_path / "out", memory=None, decode="1us")
+
+
+def test_a_model_that_was_pruned_before_is_refused(small, tmp_path):
+    shutil.copytree(small / "model", tmp_path / "uneven")
+    config = tmp_path / "uneven" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {LAYER_WIDTHS: [[4, 1, 512], [0, 1, 512]]}))
+    with pytest.raises(InputError, match="differ in width: it was pruned before") as caught:
+        setup_of(small, tmp_path / "out", model=tmp_path / "uneven")
+    assert caught.value.remedy == "Give the model that it was pruned from."
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"memory": "91%"}, "budget"),
+        ({"seed": 1}, "seed"),
+        ({"samples": 3}, "sample_count"),
+        ({"context": 33}, "workload"),
+        ({"rungs": 2}, "rungs"),
+        ({"max_quality_loss": 5}, "max_quality_loss"),
+        ({"precision": "fp32"}, "precision"),
+        ({"layout": "per-layer"}, "layout"),
+        ({"force": True, "checkpoint": False}, None),
+    ],
+)
+def test_the_fingerprint_names_what_changes_a_run_and_not_where_it_goes(small, tmp_path, changes, field):
+    one, other = setup_of(small, tmp_path / "one"), setup_of(small, tmp_path / "other", **changes)
+    different = {name for name, value in one.fingerprint.items() if other.fingerprint[name] != value}
+    assert (field in different) if field else not different
+    json.dumps(one.fingerprint)
