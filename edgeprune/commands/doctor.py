@@ -1,4 +1,4 @@
-"""Findings about this machine: what is installed, which engines can build or run here, and what to install for the others."""
+"""Findings about this machine: what is installed, which engines build or run here, how to install the others."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Layout(StrEnum):
 
 
 class WidthRule(StrEnum):
-    """The rule that gives the widths: equal shares, FLAP's one cut over standardised scores, or least predicted loss."""
+    """The rule that gives the widths: equal shares, FLAP's one cut over standardised scores, or the least loss."""
 
     EVEN = "even"
     SCORE = "score"
