@@ -124,7 +124,7 @@ IMAGES_OF_RUN = ("--class", "--count", "--cfg", "--output", "--force")
 
 
 def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Lets a command take the named options of a request; it gets them as keyword arguments.
+    """Lets a command take the named options of a request; it gets them as keyword arguments, named or as **options.
 
     defaults: those that differ from the request's.
     """
@@ -133,7 +133,7 @@ def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Calla
         own = [
             parameter
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name not in names
         ]
         added = [
             inspect.Parameter(
