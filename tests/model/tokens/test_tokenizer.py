@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from edgeprune.errors import InputError
-from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_files
 from tests.support.checkpoints import save_llama
 
 
@@ -34,3 +34,20 @@ def test_a_broken_tokenizer_is_said(tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path / "model")
+
+
+def test_the_files_beside_the_weights_are_the_tokenizers_and_the_configuration(tmp_path):
+    save_llama(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "notes.md").write_text("")
+    for name in ("merges.txt", "tokenizer.model", "chat_template.jinja"):
+        (tmp_path / name).write_text("")
+    files = tokenizer_files(tmp_path)
+    assert list(files) == sorted(files)
+    assert set(files) == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("merges.txt", "tokenizer.model", "chat_template.jinja"),
+    }
+    assert all(path == tmp_path / name for name, path in files.items())
+    assert set(files) - {"config.json"} <= set(TOKENIZER_FILES)
