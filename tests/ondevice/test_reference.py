@@ -11,7 +11,7 @@ import pytest
 
 from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
 from edgeprune.errors import EngineError
-from edgeprune.ondevice import machine, measure, tasks
+from edgeprune.ondevice import machine, measure
 from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
 from edgeprune.ondevice.onnxruntime import GraphRunner as ProcessorRunner
 from edgeprune.ondevice.reference import PROMPT, STEPS, compare_logits, judge_logits, read_reference, write_reference
@@ -20,30 +20,14 @@ from edgeprune.ondevice.worker import quiet
 from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.double_tensorrt import CONTEXT_BYTES
-from tests.support.doubles.install import (
-    MODEL,
-    PRIMITIVE,
-    RUNTIME,
-    VERSION,
-    WORKLOAD,
-    InProcess,
-    built,
-    on_the_processor,
-)
+from tests.support.doubles.fixtures import IDS
+from tests.support.doubles.install import MODEL, PRIMITIVE, RUNTIME, VERSION, WORKLOAD, InProcess, built
 from tests.support.graph_pictures import SIDE, drawn, llamagen, random_weights
 from tests.support.reference import decoder_of, weights_of
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
 
-IDS = np.random.default_rng(2).integers(0, 200, 100)
 RUNTIME_FIGURE = Estimate(1e6, "bytes", "a device", "by hand")
-
-
-@pytest.fixture
-def reference(graphs: dict[str, GraphFiles], tmp_path: Path) -> Path:
-    """Of the fp32 graph in ONNX Runtime: 20 tokens of a prompt and 8 after it, more than the engine's sequence."""
-    write_reference(on_the_processor(graphs["fp32"], 1), IDS[:28], tmp_path / "reference.npz")
-    return tmp_path / "reference.npz"
 
 
 class Saying:
@@ -76,17 +60,6 @@ def test_on_a_double_an_engine_has_its_graph_s_logits(
     assert found["cosine"] > (0.999999 if precision == "fp32" else 0.9999)
     assert 0 < found["error"] < (1e-5 if precision == "fp32" else 0.02)
     assert "checked" not in judge_logits(found, precision, "model.engine")
-
-
-def test_on_a_double_the_task_says_the_same(
-    device: Device, graphs: dict[str, GraphFiles], plan: Path, reference: Path
-) -> None:
-    files = {"plan": str(plan), "reference": str(reference)}
-    found = tasks.answer({"do": "check", "engine": "tensorrt", "files": files}, quiet)
-    assert (found["equal"], found["positions"]) == (1.0, 9)
-    files = {"graph": str(graphs["fp32"].graphs[RUNTIME]), "reference": str(reference)}
-    found = tasks.answer({"do": "check", "engine": "onnxruntime", "files": files}, quiet)
-    assert (found["equal"], found["error"]) == (1.0, 0.0)
 
 
 def test_on_a_double_a_performance_is_checked_built_and_measured(

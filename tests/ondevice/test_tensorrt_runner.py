@@ -14,12 +14,10 @@ import pytest
 
 from edgeprune.engine.onnx.graph import GraphFiles
 from edgeprune.errors import EngineError, NumericalError
-from edgeprune.ondevice import machine, tasks
 from edgeprune.ondevice.cuda import Cuda
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.sampling import generate
 from edgeprune.ondevice.tensorrt_runner import EngineRunner, Timed
-from edgeprune.ondevice.worker import quiet
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.double_tensorrt import CONTEXT_BYTES
 from tests.support.doubles.install import MODEL, PRIMITIVE, WORKLOAD, built, install, on_the_processor
@@ -303,25 +301,3 @@ def test_on_a_double_an_engine_that_cannot_be_captured_is_timed_without(
         assert "cannot be captured" in timed.note
         assert timed.decode() == pytest.approx(20.97, rel=0.02)
     assert device.faults == []
-
-
-def test_on_a_double_the_task_measures_latency_and_memory(
-    device: Device, layer: str, plan: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "used_memory", lambda: 10**9 + device.used)
-    request = {
-        "do": "measure",
-        "engine": "tensorrt",
-        "workload": {"batch": 2, "prompt": 8, "context": 48},
-        "files": {"plan": str(plan)},
-        "seconds": 0.4,
-    }
-    found = tasks.answer(request, quiet)
-    assert found["decode"]["candidate"]["median"]["value"] == pytest.approx(20.97, rel=0.02)
-    assert found["prefill"]["candidate"]["median"]["value"] == pytest.approx(24, rel=0.02)
-    weights = json.loads(plan.read_bytes().split(b"\n", 2)[1])["weights"]
-    known = {"activations": CONTEXT_BYTES, "cache": 147456, "buffers": 2624}
-    assert found["memory"] == {**known, "used": sum(known.values()) + weights}  # and nothing that was there before
-    assert found["gpu"]["layer"].startswith(f"{layer} ")
-    assert (found["device"], found["notes"]) == ("Double of a GPU", [])
-    assert device.launches.count("step") > tasks.MIN_RUNS

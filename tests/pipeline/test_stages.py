@@ -102,11 +102,7 @@ def test_a_cross_check_is_of_this_machine_and_not_made_where_the_device_was_meas
 
 def test_activations_beyond_fp16_are_refused_before_a_graph_is_written(made, tmp_path):
     model = made.run.setup.model
-    weights = (
-        dict(model.weights)
-        if isinstance(model.weights, dict)
-        else {n: model.weights[n] for n in model.decoder.shapes()}
-    )
+    weights = {name: model.weights[name] for name in model.decoder.shapes()}
     weights["layers.0.mlp.down"] = weights["layers.0.mlp.down"] * 1e9
     run = Run(made.run.setup, open_journal(tmp_path / "work", {}, False, False), Silent())
     broken = replace(model, weights=weights)

@@ -11,16 +11,20 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeprune.engine import probe
 from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
 from edgeprune.ondevice import probe_tasks, tasks
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.reference import write_reference
+from edgeprune.ondevice.worker import OnProgress, quiet
 from tests.support.doubles import double_tensorrt
 from tests.support.doubles.double_device import Device, Work
-from tests.support.doubles.install import LAYERS, MODEL, PRIMITIVE, RUNTIME, built, install
+from tests.support.doubles.install import LAYERS, MODEL, PRIMITIVE, RUNTIME, built, install, on_the_processor
 from tests.support.reference import decoder_of, weights_of
+
+IDS = np.random.default_rng(2).integers(0, 200, 100)
 
 
 @pytest.fixture(params=LAYERS)
@@ -62,6 +66,13 @@ def plan(device: Device, graphs: dict[str, GraphFiles], tmp_path: Path) -> Path:
     return built(graphs["fp32"].graphs[PRIMITIVE], tmp_path / "model.engine")
 
 
+@pytest.fixture
+def reference(graphs: dict[str, GraphFiles], tmp_path: Path) -> Path:
+    """Of the fp32 graph in ONNX Runtime: 20 tokens of a prompt and 8 after it, more than the engine's sequence."""
+    write_reference(on_the_processor(graphs["fp32"], 1), IDS[:28], tmp_path / "reference.npz")
+    return tmp_path / "reference.npz"
+
+
 def execute(context: double_tensorrt.IExecutionContext, handle: int) -> bool:
     """A step of any one-input graph: 100 MB/s of weights or 10 GFLOP/s, whichever binds, and 20 ms."""
     device = context._device
@@ -76,9 +87,9 @@ def execute(context: double_tensorrt.IExecutionContext, handle: int) -> bool:
     return True
 
 
-def ask(module: str, request: dict, timeout_seconds: float, tell: Tell = quiet) -> dict:
+def ask(module: str, request: dict, timeout_seconds: float, on_progress: OnProgress = quiet) -> dict:
     """A build in this process, where the doubles are."""
-    return tasks.answer(json.loads(json.dumps(request)), tell)
+    return tasks.answer(json.loads(json.dumps(request)), on_progress)
 
 
 @pytest.fixture
