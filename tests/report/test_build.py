@@ -1,0 +1,130 @@
+"""The report of a real run: the run's figures and no others, and the headline of each verdict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from edgeprune.model.decoder import ratio
+from edgeprune.ondevice.budget import Budget, Limit
+from edgeprune.ondevice.figures import Measured
+from edgeprune.ondevice.finish_report import NOT_MEASURED
+from edgeprune.pipeline.results import Fitted, QualityStop
+from edgeprune.report.build import build_report
+from tests.support.runs import finished
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Fitted:
+    return finished(tmp_path_factory).fitted
+
+
+def with_budget(fitted: Fitted, **limits: object) -> Fitted:
+    return replace(fitted, setup=replace(fitted.setup, budget=replace(fitted.setup.budget, **limits)))
+
+
+def with_rises(fitted: Fitted, **rises: tuple[float, float, float]) -> Fitted:
+    """Texts of these rises: low, percent, high."""
+    (text,) = fitted.quality.texts.values()
+    texts = {name: text | dict(zip(("low", "percent", "high"), bounds, strict=True)) for name, bounds in rises.items()}
+    return replace(fitted, quality=replace(fitted.quality, texts=texts))
+
+
+def test_it_holds_the_figures_of_the_run(fitted):
+    report = build_report(fitted, {"onnx/model.onnx": 5}, "the command")
+    dense, small = fitted.setup.model.decoder, fitted.chosen.model.decoder
+    for side, performance, decoder in (
+        (report.dense, fitted.dense, dense),
+        (report.fitted, fitted.chosen.performance, small),
+    ):
+        assert side.performance.memory_total.value == performance.memory.total
+        assert side.performance.decode.value == performance.decode.value
+        assert (side.parameters, side.layer_parameters) == (decoder.parameters, decoder.layer_parameters)
+        assert sum(side.latency_shares.values()) == pytest.approx(performance.decode.value, rel=0.01)
+    assert report.ratio == pytest.approx(ratio(small, dense))
+    assert report.total_ratio == pytest.approx(1 - small.parameters / dense.parameters)
+    assert report.fitted.widths[0]["MLP channels"] == small.layers[0].mlp.intermediate_size
+    assert (report.files, report.command) == ({"onnx/model.onnx": 5}, "the command")
+    assert len(report.modules) == len(fitted.chosen.records)
+    assert report.cross_check["decode_ratio"].source == "measured"
+    assert report.stages == fitted.seconds
+    assert type(report).model_validate_json(report.model_dump_json()) == report
+
+
+def test_the_search_shows_every_candidate_and_which_was_chosen(fitted):
+    search = build_report(fitted, {}, "").search
+    assert [candidate.chosen for candidate in search.candidates] == [
+        index == fitted.outcome.chosen for index in range(len(fitted.outcome.trials))
+    ]
+    first, trial = search.candidates[0], fitted.outcome.trials[0]
+    assert first.predicted == trial.predicted
+    assert first.obtained == {"memory": trial.obtained.values["memory"]}
+    assert first.predicted_loss == trial.allocation.loss
+
+
+def test_the_limits_name_what_more_of_them_would_buy(fitted):
+    report = build_report(with_budget(fitted, max_quality_loss=5.0), {}, "")
+    memory, quality = report.budget
+    assert memory.gain == fitted.gains["memory"]
+    assert memory.limit == fitted.verdict.checks[0].limit
+    assert (quality.asked, quality.unit, quality.dense) == ("5%", "%", None)
+
+
+@pytest.mark.parametrize(
+    ("rises", "shown", "status"),
+    [
+        ({"a": (1.0, 2.0, 3.0), "b": (2.0, 3.0, 4.0)}, 3.0, "met"),
+        ({"a": (4.0, 4.5, 6.0), "b": (4.9, 4.9, 4.9)}, 4.5, "noisy"),  # the one that may be beyond the limit
+        ({"a": (5.5, 6.0, 6.5), "b": (1.0, 20.0, 90.0)}, 6.0, "missed"),  # the one that is
+    ],
+)
+def test_the_row_of_the_quality_is_of_the_text_that_fails_it_most(fitted, rises, shown, status):
+    judged = with_rises(with_budget(fitted, max_quality_loss=5.0), **rises)
+    row = build_report(judged, {}, "").budget[-1]
+    assert (row.fitted.value, row.status) == (shown, status)
+
+
+def test_the_headline_tells_each_verdict(fitted):
+    def headline(of: Fitted) -> str:
+        return build_report(of, {}, "").headline
+
+    met = with_rises(fitted, a=(1.0, 2.0, 3.0))
+    removed = f"{100 * ratio(fitted.chosen.model.decoder, fitted.setup.model.decoder):.0f} % pruned"
+    assert headline(met) == f"model meets memory 90% on jetson-orin (estimated), at +2.0 % perplexity, {removed}."
+    assert "nothing was pruned" in headline(replace(met, outcome=None))
+    tiny = with_budget(met, memory=Limit(1.0, False, "1B"))
+    assert headline(tiny) == "model does not reach memory 1B on jetson-orin: the best candidate is kept."
+    assert "only beyond the quality limit of 0.5 %: at +2.0 %" in headline(with_budget(met, max_quality_loss=0.5))
+    assert "quality too uncertain to tell" in headline(with_budget(met, max_quality_loss=2.5))
+    own = replace(met, samples=replace(met.samples, self_generated=True))
+    assert "+2.0 % perplexity on its own text" in headline(own)
+    stop = QualityStop(met.chosen, with_rises(fitted, a=(8.0, 9.0, 10.0)).quality, 3)
+    stopped = replace(with_budget(met, max_quality_loss=5.0), stop=stop)
+    assert "the smallest model within is kept (at +2.0 %" in headline(stopped)
+    assert "the candidate nearest to the budget would cost +9.0 %." in headline(stopped)
+    assert build_report(stopped, {}, "").quality_stop.tried == 3
+    assert not [candidate for candidate in build_report(stopped, {}, "").search.candidates if candidate.chosen]
+    noisy = Measured(fitted.chosen.performance.decode.value, "ms", "board", 1e-6, 1e6)
+    performance = replace(fitted.chosen.performance, decode=noisy)
+    budget = Budget(decode=Limit(1.0, False, "1ms"))
+    unclear = replace(met, setup=replace(met.setup, budget=budget), chosen=replace(met.chosen, performance=performance))
+    assert "too noisy to tell: run again on an idle machine" in headline(unclear)
+
+
+def test_what_a_reader_has_to_mind_stands_among_the_warnings(fitted):
+    warnings = build_report(fitted, {}, "").warnings
+    assert warnings[0] == NOT_MEASURED
+    assert not [text for text in warnings if "agreement with the dense model" in text]
+    records = [dict(record) for record in fitted.chosen.records]
+    records[0] |= {"fell_back": True, "few": [3, 5]}
+    measured = Measured(1.0, "ms", "board", 0.9, 1.1)
+    performance = replace(fitted.chosen.performance, decode=measured, notes=("clocks were not locked",))
+    chosen = replace(fitted.chosen, records=tuple(records), performance=performance)
+    samples = replace(fitted.samples, self_generated=True)
+    warnings = " ".join(build_report(replace(fitted, chosen=chosen, samples=samples), {}, "").warnings)
+    assert NOT_MEASURED not in warnings
+    assert "measured on text generated by the dense model: agreement with the dense model, not quality" in warnings
+    assert "clocks were not locked" in warnings
+    assert "left out in: layer 0 attention" in warnings
+    assert "Layer 0: experts 3, 5 saw fewer calibration tokens" in warnings
