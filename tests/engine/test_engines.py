@@ -1,0 +1,176 @@
+"""The engines behind one interface: what each measures, builds or estimates, and which figure stands for what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeprune.engine.engines import BuiltAhead, Estimated, Exported, OnnxRuntime, TensorRT
+from edgeprune.engine.estimate import estimate_performance, workspace_bytes
+from edgeprune.engine.onnx.graph import GraphFiles
+from edgeprune.errors import EngineError
+from edgeprune.ondevice.durations import VARIABLE
+from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
+from edgeprune.ondevice.measure import LocalSession
+from edgeprune.ondevice.reference import write_reference
+from edgeprune.ondevice.worker import quiet
+from edgeprune.profiles import load_profile
+from tests.support.doubles.double_device import Device
+from tests.support.doubles.install import MODEL, PRIMITIVE, VERSION, WORKLOAD, InProcess, on_the_processor
+from tests.support.durations import durations
+from tests.support.reference import decoder_of
+from tests.support.shapes import uniform
+
+pytest_plugins = ("tests.support.doubles.fixtures",)
+
+SMALL = uniform(48, 2, (6, 2, 8), 64, 101)
+TASK = Workload(batch=1, prompt=16, context=64)
+RESULT = {
+    "version": "1.7.1",
+    "weights_bytes": 1000,
+    "activation_bytes": 200,
+    "scratch_bytes": 30,
+    "seconds": 4.0,
+    "peak_build_bytes": 2**20,
+    "warnings": ["it stores something twice"],
+}
+
+
+def exported(folder: Path, decoder=SMALL) -> Exported:
+    (folder / "onnx").mkdir()
+    return Exported(decoder, folder / "onnx", folder / "engine", folder / "reference.npz")
+
+
+@dataclass
+class Answers:
+    """A session with given answers, by what is asked."""
+
+    given: dict[str, Any]
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: object) -> dict[str, Any]:
+        self.requests.append(request)
+        if isinstance(answer := self.given[request["do"]], EngineError):
+            raise answer
+        return answer
+
+
+def test_the_estimator_needs_the_decoder_alone(tmp_path: Path) -> None:
+    profile = load_profile("jetson-orin")
+    engine = Estimated(profile, TASK, "fp16", "nothing is installed")
+    found = engine.performance(exported(tmp_path), None, quiet)
+    assert found == estimate_performance(SMALL, profile, TASK, "fp16")
+    assert not engine.builds
+    assert not engine.measures
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(("device", "sm"), [("l4", 89), ("jetson-orin", 86)], ids=["its own", "the nearest"])
+def test_an_engine_built_ahead_gives_memory_and_leaves_latency_estimated(
+    device: str, sm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the builder says counts as built for the device's own SM, and as an estimate for another."""
+    answers, profile = Answers({"build": RESULT}), load_profile(device)
+    monkeypatch.setattr(LocalSession, "run", lambda self, *words: answers.run(*words))
+    found = BuiltAhead(profile, TASK, "fp16", "no GPU", sm).performance(exported(tmp_path), None, quiet)
+    estimated = estimate_performance(SMALL, profile, TASK, "fp16")
+    (request,) = answers.requests
+    plan, is_own = Path(request["outputs"]["plan"]), sm == profile.sm
+    assert request["workspace_bytes"] == workspace_bytes(SMALL, profile, TASK, "fp16")
+    assert (request["sm"], Path(request["files"]["graph"]).parent) == (sm, tmp_path / "onnx")
+    assert (found.memory.weights.value, found.memory.activations.value) == (1000, 230)
+    assert {type(found.memory.weights), type(found.memory.activations)} == {Built if is_own else Estimate}
+    assert found.memory.cache == estimated.memory.cache
+    assert (found.prefill, found.decode) == (estimated.prefill, estimated.decode)
+    assert found.notes == (*estimated.notes, "it stores something twice")
+    (where,) = found.conditions
+    assert where == ("engine" if is_own else "feasibility")
+    assert ("the nearest to SM 87" in found.conditions[where]) != is_own
+    assert plan.parent.exists() == is_own
+    assert (plan == tmp_path / "engine" / "model.sm89.engine") == is_own
+
+
+def test_a_check_that_fails_is_a_note_and_a_build_that_fails_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = Answers({"build": EngineError("no kernel for Attention", "Use --precision fp16.")})
+    monkeypatch.setattr(LocalSession, "run", lambda self, *words: answers.run(*words))
+    candidate = exported(tmp_path)
+    orin, l4 = load_profile("jetson-orin"), load_profile("l4")
+    found = BuiltAhead(orin, TASK, "fp16", "", 86).performance(candidate, None, quiet)
+    estimated = estimate_performance(SMALL, orin, TASK, "fp16")
+    assert replace(found, notes=estimated.notes) == estimated
+    assert found.notes[-1].endswith("could not compile the graph for SM 86, as a check: no kernel for Attention")
+    with pytest.raises(EngineError, match="no kernel"):
+        BuiltAhead(l4, TASK, "fp16", "", 89).performance(candidate, None, quiet)
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.125, "high": value + 0.125}
+
+
+def test_a_candidate_on_the_processor_is_the_dense_figure_times_its_ratio(tmp_path: Path) -> None:
+    """The candidate's own milliseconds are those of a busier machine: only the ratio counts."""
+    timed = {"median": interval(9.0), "ratio": interval(0.5), "percentiles": {"p50": 9.0}}
+    latency = {kind: {"candidate": timed} for kind in ("prefill", "decode")}
+    answers = Answers(
+        {
+            "check": {"cosine": 1.0, "error": 0.0, "equal": 1.0, "positions": 9},
+            "measure": latency | {"device": "a board", "conditions": {}},
+            "memory": {"peak": 10**9, "baseline": 10**8},
+        }
+    )
+    candidate = exported(tmp_path)
+    engine = OnnxRuntime(load_profile("cpu"), TASK, "fp32", "", answers)
+    alone = engine.performance(candidate, None, quiet)
+    assert (alone.decode.value, alone.decode_ratio) == (9.0, None)
+    dense = replace(alone, prefill=Measured(40.0, "ms", "a board", 39, 41), decode=Measured(4.0, "ms", "a board", 3, 5))
+    beside = engine.performance(candidate, (candidate, dense), quiet)
+    assert (beside.prefill.value, beside.decode.value, beside.decode_ratio.value) == (20.0, 2.0, 0.5)
+    assert (beside.decode.low, beside.decode.high) == (1.5, 2.5)
+    assert [request["do"] for request in answers.requests] == ["check", "measure", "memory"] * 2
+    assert set(answers.requests[-2]["files"]) == {"dense", "candidate"}
+
+
+def test_latencies_are_asked_for_by_name_and_an_identity_by_version(tmp_path: Path) -> None:
+    ratio = {"ratio": interval(0.75), "median": interval(3.0)}
+    modules = {"numpy": "2", "onnxruntime": "1.20"}
+    answers = Answers(
+        {
+            "measure": {kind: {"a": ratio, "b": ratio} for kind in ("prefill", "decode")} | {"device": "a board"},
+            "describe": {"processor": "ARMv8", "machine": "a board", "modules": modules, "gpu": None},
+        }
+    )
+    engine = OnnxRuntime(load_profile("cpu"), TASK, "fp32", "", answers)
+    assert engine.identity(quiet) == {"processor": "ARMv8", "onnxruntime": "1.20"}
+    candidate = exported(tmp_path)
+    found = engine.latencies({"a": candidate, "b": candidate}, quiet)
+    assert found == {kind: {"a": 1.0, "b": 0.75} for kind in ("prefill", "decode")}  # relative to the first
+
+
+@pytest.mark.parametrize("layer", ["pycuda"])
+def test_on_a_double_both_models_have_the_dense_ones_runtime(
+    device: Device, layer: str, graphs: dict[str, GraphFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, durations(measure_seconds=0.4, survey_seconds=0.2)[VARIABLE])
+    files = graphs["fp16"]
+    reference = tmp_path / "reference.npz"
+    write_reference(on_the_processor(graphs["fp32"], 1), np.arange(40), reference)
+    candidate = Exported(decoder_of(MODEL.config), files.graphs[PRIMITIVE].parent, tmp_path / "engine", reference)
+    profile, session = load_profile("jetson-orin"), InProcess()
+    engine = TensorRT(profile, WORKLOAD, "fp16", "", "tensorrt", session)
+    alone = engine.performance(candidate, None, quiet)
+    assert session.done == ["build", "check", "measure"]
+    assert (tmp_path / "engine" / "model.sm87.engine").is_file()
+    assert alone.conditions["engine"].startswith(f"tensorrt {VERSION}")
+    runtime = Measured(123.0, "bytes", "the dense one", 123.0, 123.0)
+    dense = replace(alone, memory=replace(alone.memory, runtime=runtime))
+    beside = engine.performance(candidate, (candidate, dense), quiet)
+    assert beside.memory.runtime == runtime
+    assert beside.memory.weights == replace(alone.memory.weights, basis=beside.memory.weights.basis)
+    latencies = engine.latencies({"a": candidate}, quiet)
+    assert latencies["decode"]["a"] == pytest.approx(alone.decode.value, rel=0.05)
