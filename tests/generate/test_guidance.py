@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.generate.guidance import checked_guidance, class_labels, sample_labels, sampling_of
+from edgeprune.generate.guidance import checked_guidance, class_labels, documents_of, sample_labels, sampling_of
 from edgeprune.model.decoder import Picture
-from tests.support.picture_decoders import SIDE, decoder
+from tests.support.picture_decoders import CODES, SIDE, decoder
 
 
 def test_every_class_is_drawn_as_often_and_every_tenth_picture_has_none() -> None:
@@ -33,3 +34,12 @@ def test_guidance_is_the_published_one_or_what_was_asked_for() -> None:
     for picture, cfg in ((Picture(SIDE, 10), 0.5), (Picture(SIDE, 10, has_null=False), 2.0), (Picture(SIDE, 0), 2.0)):
         with pytest.raises(InputError, match="--cfg"):
             checked_guidance(picture, cfg)
+
+
+def test_a_document_is_the_token_of_its_class_and_its_codes() -> None:
+    codes = np.arange(3 * SIDE**2, dtype=np.int32).reshape(3, -1)
+    ids = documents_of(decoder(), [7, None, 0], codes)
+    assert (ids.dtype, ids.shape) == (np.int64, (3, 1 + SIDE**2))
+    assert ids[:, 0].tolist() == [CODES + 7, CODES + 10, CODES]
+    assert (ids[:, 1:] == codes).all()
+    assert documents_of(decoder(classes=0), [None], codes[:1])[0, 0] == CODES

@@ -3,9 +3,11 @@
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.model.export import check_exports
+from edgeprune.model.export import check_exports, write_exports
+from edgeprune.model.gguf.file import read_gguf
 from edgeprune.model.load import load_model
 from tests.support.families import PICTURES, save_family
+from tests.support.gguf_models import saved
 
 
 @pytest.mark.parametrize("case", PICTURES)
@@ -13,3 +15,32 @@ def test_image_generators_are_refused(tmp_path, case):
     save_family(tmp_path / case, case)
     with pytest.raises(InputError, match=f"no architecture for the family {case}"):
         check_exports(["gguf"], load_model(str(tmp_path / case)), "uniform", reduced=False)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return saved(tmp_path / "dense", "llama")
+
+
+@pytest.mark.parametrize(
+    ("names", "layout", "reason", "remedy"),
+    [
+        (["gguf", "onnx2"], "uniform", "unknown export 'onnx2'", "Give one of: gguf."),
+        (["gguf"], "per-layer", "--export gguf cannot hold layers of different widths", "Use --layout uniform."),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_before_any_work(model, names, layout, reason, remedy):
+    with pytest.raises(InputError) as caught:
+        check_exports(names, model, layout, reduced=False)
+    assert reason in caught.value.message
+    assert caught.value.remedy == remedy
+
+
+def test_a_format_is_written_once_into_a_folder_of_its_name(model, tmp_path):
+    check_exports(["gguf"], model, "uniform", reduced=False)
+    check_exports([], model, "per-layer", reduced=False)
+    (tmp_path / "out").mkdir()
+    write_exports(["gguf", "gguf"], model, tmp_path / "out", "small")
+    (path,) = (tmp_path / "out").rglob("*.gguf")
+    assert path == tmp_path / "out" / "gguf" / "small.gguf"
+    assert read_gguf(path).fields["general.architecture"] == "llama"
