@@ -1,0 +1,51 @@
+"""deployment.json: limits in absolute figures with the user's words, and what each rung counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from edgeprune.bundle.deployment import deployment
+from edgeprune.engine.estimate import counted, workspace_bytes
+from edgeprune.ondevice.budget import Budget, Limit, format_bytes, format_ms
+from edgeprune.ondevice.figures import Workload, figure_from_json
+from edgeprune.ondevice.measure import Counted
+from tests.support.runs import finished
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    return finished(tmp_path_factory).fitted
+
+
+def test_relative_limits_are_resolved_by_the_dense_model_of_the_run(fitted):
+    budget = Budget(memory=Limit(0.9, True, "90%"), prefill=Limit(25.0, False, "25ms"), decode=Limit(0.7, True, "70%"))
+    limits = deployment([replace(fitted, setup=replace(fitted.setup, budget=budget))])["limits"]
+    memory, dense = fitted.dense.memory, fitted.dense
+    assert limits["memory"]["value"] == pytest.approx(0.9 * memory.prunable + memory.runtime.value)
+    assert limits["memory"]["asked"] == f"90% of the dense model's {format_bytes(memory.prunable)}"
+    assert limits["prefill"] == {"value": 25.0, "asked": "25ms"}
+    assert limits["decode"]["value"] == pytest.approx(0.7 * dense.decode.value)
+    assert limits["decode"]["asked"] == f"70% of the dense model's {format_ms(dense.decode.value)} (estimated)"
+
+
+def test_a_device_reads_back_what_it_needs(fitted):
+    document = json.loads(json.dumps(deployment([fitted]), allow_nan=False))
+    setup = fitted.setup
+    assert (document["device"], document["engine"], document["sm"]) == ("jetson-orin", "tensorrt", 87)
+    assert Workload(**document["workload"]) == setup.workload
+    assert (fitted.chosen.exported.graphs / document["graph"]).is_file()
+    assert figure_from_json(document["runtime"]) == fitted.dense.memory.runtime
+    assert document["precision"] == "fp16"
+
+
+def test_every_rung_counts_its_own_model(fitted):
+    dense = replace(fitted.chosen, model=fitted.setup.model)
+    rungs = deployment([replace(fitted, chosen=dense), fitted])["rungs"]
+    setup = fitted.setup
+    for rung, decoder in zip(rungs, (setup.model.decoder, fitted.chosen.model.decoder), strict=True):
+        assert Counted(**rung["counted"]) == counted(decoder, setup.precision, setup.workload)
+        assert rung["workspace_bytes"] == workspace_bytes(decoder, setup.profile, setup.workload, setup.precision)
+    assert rungs[0]["counted"]["weights"] > rungs[1]["counted"]["weights"]

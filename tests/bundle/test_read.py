@@ -1,0 +1,58 @@
+"""A bundle's documents read back, and its page written again from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgeprune.bundle.read import read_frontier, read_report, render_again
+from edgeprune.errors import InputError
+from edgeprune.ondevice.bundle import open_bundle, sha256
+from edgeprune.report.frontier import frontier_of
+from edgeprune.report.frontier_page import render_frontier
+from edgeprune.report.html import render_html
+from tests.support.sample_ladders import ladder
+from tests.support.sample_reports import measured_content, report_of
+from tests.support.small_bundles import write_ladder, write_report
+
+
+@pytest.fixture(autouse=True)
+def small_library(monkeypatch):
+    """Without the 4 MB of plotly.js."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
+
+
+def test_the_page_of_a_report_is_written_again_and_hashed_again(tmp_path):
+    report = report_of(measured_content())
+    bundle = write_report(tmp_path / "fitted", report)
+    assert read_report(bundle) == report
+    assert render_again(bundle) == bundle / "report.html"
+    assert (bundle / "report.html").read_text() == render_html(report)
+    hashes = open_bundle(bundle)["sha256"]
+    assert {name: sha256(bundle / name) for name in hashes} == hashes
+
+
+def test_the_page_of_a_ladder_names_the_folder_that_it_is_in_now(tmp_path):
+    frontier = frontier_of(ladder(measured_content))
+    bundle = write_ladder(tmp_path / "old", ladder(measured_content)).rename(tmp_path / "a new name")
+    assert read_frontier(bundle) == frontier
+    assert render_again(bundle) == bundle / "frontier.html"
+    page = (bundle / "frontier.html").read_text()
+    assert page == render_frontier(frontier, "a new name")
+    assert open_bundle(bundle)["sha256"]["frontier.html"] == sha256(bundle / "frontier.html")
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"invented": 1}'])
+@pytest.mark.parametrize(("read", "name"), [(read_report, "report.json"), (read_frontier, "frontier.json")])
+def test_a_document_that_is_none_is_refused_with_the_version_to_use(tmp_path, read, name, content):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name} cannot be read by this version of edgeprune") as caught:
+        read(tmp_path)
+    assert caught.value.remedy == "Use the version that manifest.json names."
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path):
+    (tmp_path / "report.json").write_text(report_of(measured_content()).model_dump_json())
+    with pytest.raises(InputError, match="is not a bundle"):
+        render_again(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
