@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from edgeprune.ondevice.worker import quiet
 from edgeprune.report.schema import Report
 from tests.support.bundles import change, contents, copy_of, fitted, rewrite
 from tests.support.device import bare_python
+from tests.support.doubles.double_rungs import LARGE, SMALL, Double
 from tests.support.durations import durations
 
 SHORT = durations(measure_seconds=0.3, block_ms=10)
@@ -188,75 +188,6 @@ def test_killed_in_the_middle_it_leaves_the_bundle_as_it_was(made: Path, python:
     assert contents(bundle) == before
 
 
-class Double:
-    """A device: figures by rung, or the error that a rung ends in. memory in bytes beyond what is counted."""
-
-    def __init__(self, rungs: dict[int, dict[str, Any] | Exception], gpu: bool = False) -> None:
-        self.rungs, self.gpu, self.asked = rungs, gpu, []
-
-    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: Callable[..., None]) -> dict[str, Any]:
-        do = request["do"]
-        if do == "describe":
-            return self._facts()
-        paths = [Path(path) for path in request["files"].values()]
-        assert all(path.exists() for path in paths)
-        rung = int(paths[0].parts[paths[0].parts.index("rungs") + 1])
-        self.asked.append((rung, do))
-        found = self.rungs[rung]
-        if isinstance(found, Exception):
-            raise found
-        match do:
-            case "build":
-                Path(request["outputs"]["plan"]).write_bytes(f"engine {rung}".encode())
-                return {
-                    "version": "10.3",
-                    "weights_bytes": 1000,
-                    "activation_bytes": 1,
-                    "scratch_bytes": 1,
-                    "seconds": 1.0,
-                    "peak_build_bytes": 5,
-                    "warnings": ["slow kernels"],
-                }
-            case "check":
-                return {"cosine": 1.0, "error": 0.0, "equal": 1.0, "positions": 9}
-            case "memory":
-                return {"baseline": 100, "peak": found["peak"]}
-        times = {
-            kind: {
-                "candidate": {
-                    "median": found.get(kind, {"value": 2.0, "low": 1.9, "high": 2.1}),
-                    "percentiles": {"p50": 2.0, "p90": 2.1, "p99": 2.2, "mad": 0.1},
-                }
-            }
-            for kind in ("prefill", "decode")
-        }
-        memory = {"activations": found["peak"], "cache": 10, "buffers": 1, "used": None}
-        return {
-            **times,
-            "device": "a board",
-            "conditions": {"power mode": "MAXN"},
-            "memory": memory,
-            "notes": [],
-            "gpu": {"layer": "pycuda", "driver": "12.6"},
-        }
-
-    def _facts(self) -> dict[str, Any]:
-        modules = {
-            "numpy": "1.26",
-            "onnxruntime": "1.20",
-            "tensorrt": "10.3" if self.gpu else None,
-            "tensorrt_rtx": None,
-        }
-        return {
-            "machine": "a board",
-            "modules": modules,
-            "gpu": {"sm": 87, "name": "Orin"} if self.gpu else None,
-            "missing": {name: "ModuleNotFoundError: no" for name, found in modules.items() if not found},
-            "no_gpu": "no CUDA module works here",
-        }
-
-
-LARGE, SMALL = {"peak": 10**9}, {"peak": 10**8}
 BETWEEN = {"memory": 5e8}
 
 
