@@ -48,10 +48,10 @@ def configured(folder: Path, **changes: object) -> Path:
 def test_samples_are_drawn_by_seed_and_do_not_depend_on_their_number(graph: Path, folder: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     progress = Forwarded(lambda *step: steps.append(step))
-    samples = generate_documents(graph, folder, BATCH + 1, 6, 3, progress)
-    assert samples.shape == (BATCH + 1, 6)
+    samples = generate_documents(graph, folder, 2 * BATCH, 6, 3, progress)
+    assert samples.shape == (2 * BATCH, 6)
     assert (samples[:, 0] == END).all()
-    assert len({tuple(row) for row in samples.tolist()}) == BATCH + 1
+    assert len({tuple(row) for row in samples.tolist()}) == 2 * BATCH
     assert steps[0] == ("generate samples", 0, 10)
     assert steps[-1] == ("generate samples", 10, 10)
     np.testing.assert_array_equal(generate_documents(graph, folder, BATCH, 6, 3, Silent()), samples[:BATCH])

@@ -40,6 +40,9 @@ def test_rows_of_every_weight_follow_the_kept_heads():
     assert {name for name, kept in rows.items() if kept.tolist() == [3, 4, 5]} == {
         f"attention.{part}" for part in ("k", "v", "k_bias", "v_bias", "k_norm")
     }
+    by_head = replace(dense, qk_norm="head")  # one norm for all heads, which is not cut
+    _, rows = kept_features(by_head, replace(by_head, num_attention_heads=1, num_key_value_heads=1), by(scores))
+    assert not [name for name in rows if name.endswith("norm")]
 
 
 @pytest.mark.parametrize(
