@@ -18,7 +18,9 @@ pytest_plugins = ("tests.support.doubles.fixtures",)
 
 
 def test_what_is_described_is_this_machine() -> None:
-    assert json.loads(json.dumps(tasks.answer({"do": "describe"}, quiet))) == machine.describe()
+    found, expected = json.loads(json.dumps(tasks.answer({"do": "describe"}, quiet))), machine.describe()
+    assert found.pop("memory")["total"] == expected.pop("memory")["total"]  # the rest of it changes all the time
+    assert found == expected
 
 
 def test_a_task_that_does_not_exist_is_a_bug() -> None:
