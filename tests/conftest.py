@@ -1,4 +1,7 @@
-"""With EDGEPRUNE_REQUIRE_ALL=1 a skipped test is a failure, those that need a GPU excepted; caches stay apart."""
+"""What holds for all tests: caches of their own, short measurements, and what a skip means.
+
+With EDGEPRUNE_REQUIRE_ALL=1 a skip is a failure, of a test or of a whole file; those that need a GPU are excepted.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,73 @@ import os
 
 import pytest
 
+from edgeprune.ondevice.durations import VARIABLE
+from tests.support.device import NO_SSHD
+from tests.support.durations import durations
+
+SHORT = {
+    "measure_seconds": 0.3,
+    "survey_seconds": 0.1,
+    "cross_check_seconds": 0.3,
+    "warm_up_seconds": 0.05,
+    "block_ms": 10.0,
+}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Nothing of the user's cache is read or written, unless a place for it was named."""
+    """Keeps the user's cache out, unless a place for it was named."""
     if "EDGEPRUNE_CACHE" not in os.environ:
         os.environ["EDGEPRUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.hookimpl(hookwrapper=True)
+@pytest.fixture(scope="session", autouse=True)
+def _short_measurements():
+    """Shortens what only a user waits for: the tests look at what is made of a figure, not at its interval."""
+    if VARIABLE not in os.environ:
+        os.environ.update(durations(**SHORT))
+
+
+@pytest.fixture
+def whole_measurements(monkeypatch):
+    """Gives a test the product's own durations."""
+    monkeypatch.delenv(VARIABLE)
+
+
+def _all_is_required() -> bool:
+    return os.environ.get("EDGEPRUNE_REQUIRE_ALL") == "1"
+
+
+def _as_failure(report: pytest.TestReport | pytest.CollectReport) -> None:
+    report.outcome = "failed"
+    report.longrepr = f"skipped although everything is required: {report.longrepr}"
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    outcome = yield
-    report = outcome.get_result()
-    required = os.environ.get("EDGEPRUNE_REQUIRE_ALL") == "1"
-    if required and report.skipped and item.get_closest_marker("gpu") is None and not hasattr(report, "wasxfail"):
-        report.outcome = "failed"
-        report.longrepr = f"skipped although everything is required: {report.longrepr}"
+    report = yield
+    is_skip = report.skipped and not hasattr(report, "wasxfail")
+    if _all_is_required() and is_skip and item.get_closest_marker("gpu") is None:
+        _as_failure(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file that skips itself while it is imported has no tests whose marks could be asked for."""
+    report = yield
+    if _all_is_required() and report.skipped:
+        _as_failure(report)
+    return report
 
 
 def pytest_terminal_summary(terminalreporter):
-    needing = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
-    if needing:
+    """Says what a skip hides: a missing package of the system, or a GPU."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if without_sshd := sum(NO_SSHD in str(report.longrepr) for report in skipped):
+        terminalreporter.write_sep("-", f"{without_sshd} skipped: sshd is missing")
+        terminalreporter.write_line("To run them too: apt-get install openssh-server")
+    if needing := [report.nodeid for report in skipped if "gpu" in getattr(report, "keywords", ())]:
         terminalreporter.write_sep("-", "skipped: they need a GPU")
         for nodeid in needing:
             terminalreporter.write_line(nodeid)

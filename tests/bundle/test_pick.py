@@ -16,15 +16,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgeprune.commands.load_bundle import load_bundle
-from edgeprune.pipeline.request import request_of
 from edgeprune.bundle.pick import pick
 from edgeprune.cli.app import app
+from edgeprune.commands.load_bundle import load_bundle
 from edgeprune.errors import InputError
 from edgeprune.ondevice.bundle import open_bundle, sha256
+from edgeprune.pipeline.request import request_of
 from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.schema import Report
-from tests.support.bundles import command, contents, copy_of, deployment, fitted
+from tests.support.bundles import contents, copy_of, deployment, fitted
+from tests.support.commands import run
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = fitted(tmp_path_factory).parent
     shutil.copytree(source / "model", home / "model")
     shutil.copyfile(source / "text.txt", home / "text.txt")
-    result = command(
+    result = run(
         "frontier",
         home / "model",
         "--device",
@@ -67,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def picked(made: Path) -> Path:
     """Rung 1 of it, by the command line."""
-    result = command("fit", "--from", made, "--pick", "1", "--output", made.parent / "picked one", "--json")
+    result = run("fit", "--from", made, "--pick", "1", "--output", made.parent / "picked one", "--json")
     assert result.returncode == 0, result.stderr
     bundle = made.parent / "picked one"
     assert Report.model_validate_json(result.stdout) == report_of(bundle)
@@ -171,7 +174,7 @@ def test_the_command_prints_the_table_or_the_document(made, monkeypatch):
 @pytest.mark.parametrize("words", [("measure",), ("run", "--prompt", "hi")])
 def test_what_needs_a_chosen_model_says_how_to_pick_one(made, words):
     before = contents(made)
-    result = command(words[0], made, *words[1:])
+    result = run(words[0], made, *words[1:])
     assert result.returncode == 2
     assert result.stdout == ""
     assert "holds 3 rungs to pick from, none is chosen yet" in result.stderr
@@ -185,12 +188,12 @@ def test_the_page_is_rendered_again_with_the_folders_name(made, tmp_path):
     page = (copy / "frontier.html").read_text()
     assert "--from &#39;a ladder&#39; --pick 2" in page
     (copy / "frontier.html").write_text("lost")
-    result = command("report", copy)
+    result = run("report", copy)
     assert (result.returncode, result.stdout.strip()) == (0, str(copy / "frontier.html")), result.stderr
     assert (copy / "frontier.html").read_text() == page.replace("&#39;a ladder&#39;", "renamed")
     whole(copy)
     (copy / "frontier.json").write_text("{}")
-    result = command("report", copy)
+    result = run("report", copy)
     assert result.returncode == 2
     assert "cannot be read by this version" in result.stderr
 
@@ -280,17 +283,17 @@ def test_it_is_measured_run_and_rendered_like_any_other(picked, tmp_path):
     assert json.loads(result.stdout)["rungs"][0]["status"] == "met"
     whole(bundle)
     assert report_of(bundle).measurement.rung == 0
-    result = command("measure", bundle)
+    result = run("measure", bundle)
     assert result.returncode == 0, result.stderr
     whole(bundle)
-    said = command("run", bundle, "--prompt", "the quick", "--max-new-tokens", "4")
+    said = run("run", bundle, "--prompt", "the quick", "--max-new-tokens", "4")
     assert said.returncode == 0, said.stderr
-    assert command("report", bundle).returncode == 0
+    assert run("report", bundle).returncode == 0
     whole(bundle)
 
 
 def test_the_terminal_shows_the_rungs_report(made, tmp_path):
-    result = command("fit", "--from", made, "--pick", "2", cwd=tmp_path)
+    result = run("fit", "--from", made, "--pick", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"bundle  {tmp_path / 'a ladder-pick2'}" in result.stdout
     assert "decode" in result.stdout
@@ -304,13 +307,13 @@ def test_a_rung_of_an_ordinary_bundle(tmp_path_factory, tmp_path):
     whole(bundle)
     assert report_of(bundle).fitted == report_of(source / "rungs" / "1").fitted
     assert deployment(bundle) == deployment(source) | {"rungs": deployment(source)["rungs"][1:]}
-    assert command("measure", source).returncode == 0
-    result = command("fit", "--from", source, "--pick", "0", "--output", tmp_path / "second")
+    assert run("measure", source).returncode == 0
+    result = run("fit", "--from", source, "--pick", "0", "--output", tmp_path / "second")
     assert result.returncode == 0, result.stderr
     assert "stays there: measure the new bundle" in " ".join(result.stderr.split())
     assert report_of(tmp_path / "second").measurement is None
     assert "measurement.json" not in whole(tmp_path / "second")["sha256"]
-    again = command("fit", "--from", bundle, "--pick", "0", "--output", tmp_path / "third")
+    again = run("fit", "--from", bundle, "--pick", "0", "--output", tmp_path / "third")
     assert again.returncode == 2
     assert "holds one rung" in again.stderr
 

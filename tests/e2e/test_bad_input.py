@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS
-from tests.support import ROOT
 from tests.support.checkpoints import save_llama
+from tests.support.commands import run, run_alone
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +91,7 @@ CASES = {
     "pick, and a model": (["fit", "model", "--from", "full", "--pick", "0"], "MODEL with --from"),
     "pick, and a budget": (
         ["fit", "--from", "full", "--pick", "0", "--device", "cpu", "--decode", "70%"],
-        "--device, --decode with",
+        "--decode, --device with",
     ),
     "pick, and the default of an option": (["fit", "--from", "full", "--pick", "0", "--seed", "0"], "--seed with"),
     "pick by name": (["fit", "--from", "full", "--pick", "small"], "--pick"),
@@ -122,22 +119,17 @@ CASES = {
 }
 
 
-def run(words: list[str], home: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli.app", *words],
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+ALONE = ("unknown device", "unsupported model", "unknown option")  # in a process of their own too
 
 
-@pytest.mark.parametrize(("words", "reason"), CASES.values(), ids=CASES)
-def test_bad_input_is_one_message_with_a_remedy(home, words, reason):
+@pytest.mark.parametrize(
+    ("words", "reason", "command"),
+    [(*case, run) for case in CASES.values()] + [(*CASES[name], run_alone) for name in ALONE],
+    ids=[*CASES, *(f"{name}, in a process" for name in ALONE)],
+)
+def test_bad_input_is_one_message_with_a_remedy(home, words, reason, command):
     before = sorted(home.rglob("*"))
-    result = run(words, home)
+    result = command(*words, cwd=home)
     assert result.returncode == 2, result.stderr
     assert reason in result.stderr
     assert "Traceback" not in result.stderr
@@ -147,7 +139,7 @@ def test_bad_input_is_one_message_with_a_remedy(home, words, reason):
 
 def test_a_budget_below_the_floor_is_refused_at_once(home):
     before = sorted(home.rglob("*"))
-    result = run(["fit", "model", "--device", "jetson-orin", "--memory", "1MiB"], home)
+    result = run("fit", "model", "--device", "jetson-orin", "--memory", "1MiB", cwd=home)
     assert result.returncode == 3
     for word in ("below the floor", "weights", "cache", "runtime", "embedding", "Try --memory"):
         assert word in result.stderr
@@ -163,7 +155,7 @@ def test_help_and_lists(home):
         ["devices", "--json"],
         ["doctor"],
     ):
-        result = run(words, home)
+        result = run(*words, cwd=home)
         assert result.returncode == 0, result.stderr
         assert result.stdout
-    assert "confidence" in run(["devices", "jetson-orin"], home).stdout
+    assert "confidence" in run("devices", "jetson-orin", cwd=home).stdout

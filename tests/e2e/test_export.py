@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.schema import Report
-from tests.e2e.test_fit import SMALL, command
 from tests.support.checkpoints import save_llama
+from tests.support.commands import SMALL, run
 from tests.support.families import save_family
 from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
+
+pytestmark = pytest.mark.slow
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it")
 
@@ -40,7 +42,7 @@ def home(tmp_path_factory) -> Path:
 
 def fit(home: Path, model: Path, *more: str | Path):
     given = ("--device", "jetson-orin", "--memory", "90%", "--calibration", home / "text.txt", "--export", "gguf")
-    return command("fit", model, *given, *SMALL, *more)
+    return run("fit", model, *given, *SMALL, *more)
 
 
 def test_llama_cpp_runs_the_file_in_the_bundle(home):

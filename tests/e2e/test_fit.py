@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,21 +13,10 @@ import torch
 
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.schema import Report
-from tests.support import ROOT
-from tests.support.bundles import command as quick
 from tests.support.checkpoints import save_llama
+from tests.support.commands import SMALL, begin, run, run_alone
 
-SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
-
-
-def command(*words: str | Path, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        **options,
-    )
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +42,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(home) -> Path:
     bundle = home / "fitted"
-    result = command(
+    result = run_alone(
         "fit",
         home / "model",
         "--device",
@@ -112,14 +98,14 @@ def test_the_checkpoint_gives_the_graphs_logits(fitted):
 
 
 def test_run_streams_text_from_the_bundle(fitted):
-    result = command("run", fitted, "--prompt", "the quick", "--max-new-tokens", "5")
+    result = run("run", fitted, "--prompt", "the quick", "--max-new-tokens", "5")
     assert result.returncode == 0, result.stderr
-    again = command("run", fitted, "--prompt", "the quick", "--max-new-tokens", "5")
+    again = run("run", fitted, "--prompt", "the quick", "--max-new-tokens", "5")
     assert result.stdout == again.stdout
 
 
 def test_a_relative_path_run_elsewhere_works(home, tmp_path):
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--device",
@@ -132,15 +118,15 @@ def test_a_relative_path_run_elsewhere_works(home, tmp_path):
         "here",
         *SMALL,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
+@pytest.mark.timing
 def test_a_measured_budget_on_this_processor(home):
     """The verdict is the run's own; that it is true on a real model is shown by tools/bench_fit.py."""
-    result = quick(
+    result = run(
         "fit", home / "model", "--device", "cpu", "--memory", "90%", "--output", home / "cpu", "--json", *SMALL
     )
     assert result.returncode in (0, 3), result.stderr
@@ -152,7 +138,7 @@ def test_a_measured_budget_on_this_processor(home):
 
 
 def test_a_budget_that_the_dense_model_meets_exports_it_unpruned(home):
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--device",
@@ -174,7 +160,7 @@ def test_a_budget_that_the_dense_model_meets_exports_it_unpruned(home):
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_an_engine_is_built_without_a_gpu(home, precision):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--device",
@@ -213,7 +199,7 @@ def test_for_an_sm_that_cannot_be_built_the_nearest_one_is_a_check(fitted):
 
 
 def test_require_measured_makes_an_estimate_a_failure(home):
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--device",
@@ -233,7 +219,7 @@ def test_require_measured_makes_an_estimate_a_failure(home):
 def test_a_quality_limit_that_only_the_dense_model_keeps_is_exit_code_3(home):
     """On the dense model's own text nothing does better than the dense model; on other text a random one may gain."""
     bundle = home / "quality"
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--device",
@@ -273,13 +259,9 @@ def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
     words = ["fit", home / "model", "--device", "jetson-orin", "--memory", "90%", "--seed", "3", *SMALL]
     whole = home / "whole"
     if not whole.exists():
-        assert command(*words, "--output", whole).returncode == 0
+        assert run(*words, "--output", whole).returncode == 0
     cut = tmp_path / "cut"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words), "--output", str(cut)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = begin(*words, "--output", cut)
     journal = tmp_path / "cut.work" / "journal.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
@@ -287,15 +269,15 @@ def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not cut.exists(), "a killed run leaves no bundle"
-    refused = command(*words, "--output", cut)
+    refused = run(*words, "--output", cut)
     assert refused.returncode == 2
     assert "--resume" in refused.stderr
-    other = command(*words, "--output", cut, "--resume", "--seed", "4")
+    other = run(*words, "--output", cut, "--resume", "--seed", "4")
     assert other.returncode == 2
     assert "seed" in other.stderr
-    assert command(*words, "--output", cut, "--resume").returncode == 0
+    assert run(*words, "--output", cut, "--resume").returncode == 0
     weights = Path("rungs/0/model/model.safetensors")
     graphs = sorted(p.relative_to(whole) for p in (whole / "rungs/0/onnx").iterdir())
     for name in (weights, *graphs):
@@ -306,7 +288,7 @@ def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
 def test_compare_puts_methods_side_by_side(home):
     page = home / "page.html"
     (home / "other.txt").write_text("\n\n".join(f"colourless green ideas {i} sleep furiously " * 40 for i in range(3)))
-    result = command(
+    result = run(
         "compare",
         home / "model",
         "--ratios",
@@ -355,10 +337,10 @@ def test_compare_puts_methods_side_by_side(home):
             expected = row["rise"]["other"][0] - own["rise"]["other"][0]
             assert row["over_default"]["other"][0] == pytest.approx(expected, abs=1e-6)
     assert "plotly" in page.read_text().lower()
-    again = command("compare", home / "model", "--calibration", home / "text.txt", "--html", page)
+    again = run("compare", home / "model", "--calibration", home / "text.txt", "--html", page)
     assert again.returncode == 2
     assert "--force" in again.stderr
-    table = command(
+    table = run(
         "compare",
         home / "model",
         "--ratios",
@@ -379,6 +361,6 @@ def test_compare_puts_methods_side_by_side(home):
 def test_report_is_rendered_again(fitted):
     before = (fitted / "report.html").read_text()
     (fitted / "report.html").write_text("lost")
-    result = command("report", fitted)
+    result = run("report", fitted)
     assert result.returncode == 0, result.stderr
     assert len((fitted / "report.html").read_text()) == pytest.approx(len(before), rel=0.01)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +14,12 @@ import pytest
 from edgeprune.report.schema import Report
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
+from tests.support.commands import SMALL, run, run_alone
 from tests.support.device import Server, bare_python, ssh_server
 
+pytestmark = pytest.mark.slow
+
 TESTS = ROOT / "tests"
-SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
 MODULES = {
     "shared_double.py": "from tests.support.doubles.double_device import Device\n\nDEVICE = Device(2**28, sm={sm})\n",
     "tensorrt.py": (
@@ -53,15 +54,8 @@ def nvidia_smi(folder: Path) -> Path:
     return folder
 
 
-def command(*words: str | Path, server: Server | None = None) -> subprocess.CompletedProcess:
-    path = os.environ["PATH"] if server is None else f"{server.folder / 'bin'}:{os.environ['PATH']}"
-    return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PATH": path},
-    )
+def path_to(server: Server) -> str:
+    return f"{server.folder / 'bin'}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[S
 @pytest.fixture(scope="module")
 def fitted(home: Path, server: Server) -> Path:
     """A tiny model fitted in a relative decode budget: the double's clock counts the engine's bytes."""
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--device",
@@ -105,7 +99,7 @@ def fitted(home: Path, server: Server) -> Path:
         "--rungs",
         "2",
         *SMALL,
-        server=server,
+        path=path_to(server),
     )
     assert result.returncode == 0, result.stderr
     return home / "bundle"
@@ -129,7 +123,7 @@ def test_on_a_double_every_candidate_is_built_checked_and_measured_behind_ssh(fi
 
 def test_on_a_double_a_bundle_is_measured_again_behind_ssh(fitted: Path, server: Server) -> None:
     before = (fitted / "engine" / "model.sm87.engine").stat().st_mtime_ns
-    result = command("measure", fitted, "--target", server.target, "--json", server=server)
+    result = run("measure", fitted, "--target", server.target, "--json", path=path_to(server))
     assert result.returncode == 0, result.stderr
     report = Report.model_validate_json(result.stdout)
     assert (report.measurement.engine, report.measurement.version, report.measurement.rung) == ("tensorrt", "10.3.0", 0)
@@ -162,21 +156,19 @@ def test_on_a_double_finish_builds_and_measures_with_nothing_installed(
     assert (copied / "engine" / "model.sm87.engine").is_file()
 
 
-def test_on_a_double_run_generates_from_the_engine(fitted: Path, python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_double_run_generates_from_the_engine(fitted: Path, python: Path) -> None:
     """The same text from the engine, where its modules are, as from the graph on the processor."""
     site = next((python.parents[1] / "lib").glob("python3*")) / "site-packages"
     words = ["run", fitted, "--prompt", "the quick", "--max-new-tokens", "12"]
-    on_processor = command(*words)
+    on_processor = run_alone(*words)
     assert on_processor.returncode == 0, on_processor.stderr
     assert "not by the engine" in on_processor.stderr
-    monkeypatch.setenv("PYTHONPATH", f"{site.parent / 'only-doubles'}")
     only = site.parent / "only-doubles"
     only.mkdir(exist_ok=True)
     for name in ("shared_double.py", "tensorrt.py", "cuda"):
         if not (only / name).exists():
             (only / name).symlink_to(site / name)
-    monkeypatch.setenv("PYTHONPATH", f"{only}:{ROOT}")
-    on_engine = command(*words)
+    on_engine = run_alone(*words, python_path=f"{only}:{ROOT}")
     assert on_engine.returncode == 0, on_engine.stderr
     assert "not by the engine" not in on_engine.stderr
     assert on_engine.stdout == on_processor.stdout
@@ -188,9 +180,9 @@ def test_on_a_double_a_device_of_another_sm_is_refused(
     other = python_with_doubles(tmp_path_factory.mktemp("other"), sm=89)
     with ssh_server(tmp_path_factory.mktemp("sm89"), other) as server:
         words = ("--target", server.target)
-        result = command("fit", home / "model", "--device", "jetson-orin", *words, *SMALL, server=server)
+        result = run("fit", home / "model", "--device", "jetson-orin", *words, *SMALL, path=path_to(server))
         assert result.returncode == 2, result.stderr
         assert "SM 89" in result.stderr
-        result = command("measure", fitted, *words, server=server)
+        result = run("measure", fitted, *words, path=path_to(server))
         assert result.returncode == 4, result.stderr
         assert "the bundle is for SM 87" in result.stderr

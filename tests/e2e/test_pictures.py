@@ -18,9 +18,12 @@ from edgeprune.model.codec.codec import load_codec
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_directory
 from edgeprune.report.schema import Report
-from tests.support.bundles import command, fitted
+from tests.support.bundles import fitted
+from tests.support.commands import run
 from tests.support.llamagen import random_llamagen
 from tests.support.vq import small_vq
+
+pytestmark = pytest.mark.slow
 
 SIDE, PIXELS, CLASSES = 4, 16, 10
 GIVEN = ("--codec", "vq.pt", "--num-heads", "8")
@@ -57,7 +60,7 @@ class Trap:
 
 @pytest.fixture(scope="module")
 def bundle(home: Path) -> Path:
-    result = command(
+    result = run(
         "fit",
         "gpt.pt",
         *GIVEN,
@@ -114,7 +117,7 @@ def greedy_pixels(bundle: Path, codec: Path, label: int, cfg: float) -> np.ndarr
 
 
 def test_greedy_pictures_equal_those_of_torch(bundle: Path, home: Path) -> None:
-    result = command(
+    result = run(
         "run",
         bundle,
         "--class",
@@ -141,7 +144,7 @@ def test_greedy_pictures_equal_those_of_torch(bundle: Path, home: Path) -> None:
 
 def test_drawn_pictures_have_a_seed_and_replace_nothing(bundle: Path, home: Path) -> None:
     def drawn(name: str, *words: str) -> np.ndarray:
-        result = command("run", bundle, "--count", "2", "--output", name, *words, cwd=home)
+        result = run("run", bundle, "--count", "2", "--output", name, *words, cwd=home)
         assert result.returncode == 0, result.stderr
         return np.asarray(Image.open(home / name))
 
@@ -166,7 +169,7 @@ def test_the_bundle_says_how_to_draw(bundle: Path) -> None:
 
 
 def test_a_folder_of_pictures_calibrates_and_judges(home: Path) -> None:
-    result = command(
+    result = run(
         "fit",
         "gpt.pt",
         *GIVEN,
@@ -198,7 +201,7 @@ def test_a_folder_of_pictures_calibrates_and_judges(home: Path) -> None:
 
 
 def test_methods_are_compared_on_what_the_model_draws(home: Path) -> None:
-    result = command(
+    result = run(
         "compare",
         "gpt.pt",
         *GIVEN,
@@ -265,9 +268,9 @@ def test_bad_input_is_one_message(
 
 def test_a_language_model_draws_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     text = fitted(tmp_path_factory)
-    result = command("run", text, "--class", "3")
+    result = run("run", text, "--class", "3")
     assert result.returncode == 2
     assert "language model" in result.stderr
-    result = command("run", text, "--prompt", "the quick", "--cfg", "2")
+    result = run("run", text, "--prompt", "the quick", "--cfg", "2")
     assert result.returncode == 2
     assert "--cfg with --prompt" in result.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.profiles import list_profiles
-from tests.e2e.test_bad_input import run
+from tests.support.commands import run
 from tests.support.published import PUBLISHED
 
 LLAMA = {
@@ -66,6 +66,7 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(("name", "billions"), [("llama-3-70b", 70.55), ("llama-3.1-405b", 405.85)])
 def test_a_huge_shape_on_every_profile_takes_seconds_and_little_memory(home, name, billions):
     """In a process of its own, whose peak memory is the one read."""
@@ -128,19 +129,19 @@ def test_one_device(home):
         "--past",
         "4096",
     ]
-    result = run([*words, "--json"], home)
+    result = run(*words, "--json", cwd=home)
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
     assert shown["fits"]
     assert 35e9 < shown["memory_bytes"] < 45e9
     assert shown["decode_ms"] == pytest.approx(1e3 * (shown["work"]["decode_bytes"]) / (0.795 * 204.8e9) + 1.41)
-    text = run(words, home).stdout
+    text = run(*words, cwd=home).stdout
     for word in ("It fits", "estimated", "weights", "cache copies", "decode in place", "AGX Orin", "Edge-LLM", "mind"):
         assert word in text
 
 
 def test_all_devices(home):
-    result = run(["plan", "llama-3-70b", "--precision", "int4"], home)
+    result = run("plan", "llama-3-70b", "--precision", "int4", cwd=home)
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
     assert "yes" in lines["jetson-orin"]
@@ -152,7 +153,7 @@ def test_all_devices(home):
 def test_this_machines_processor_is_probed_when_asked_for(home):
     config = json.dumps(SHAPES["llama-3-70b"] | {"num_hidden_layers": 1, "vocab_size": 1000})
     (home / "one-layer.json").write_text(config)
-    result = run(["plan", "one-layer.json", "--device", "cpu", "--json"], home)
+    result = run("plan", "one-layer.json", "--device", "cpu", "--json", cwd=home)
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
     assert (shown["device"], shown["precision"], shown["source"]) == ("cpu", "fp32", "estimated")
@@ -181,7 +182,7 @@ CASES = {
 
 @pytest.mark.parametrize(("words", "reason"), CASES.values(), ids=CASES)
 def test_bad_input_is_one_message_with_a_remedy(home, words, reason):
-    result = run(words, home)
+    result = run(*words, cwd=home)
     assert result.returncode == 2, result.stderr
     assert reason in result.stderr
     assert "Traceback" not in result.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune.report.schema import Report
 from tests.support.checkpoints import save_llama
+from tests.support.commands import SMALL, run
 
-SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
-
-
-def command(*words: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli.app", *map(str, words)], capture_output=True, text=True, timeout=600
-    )
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(home: Path, precision: str) -> subprocess.CompletedProcess:
-    return command(
+    return run(
         "fit",
         home / "model",
         "--device",
@@ -80,16 +74,16 @@ def test_bf16_is_fitted(home: Path) -> None:
     assert {weight.dtype for weight in load_file(home / "bf16" / "model" / "model.safetensors").values()} == {
         torch.bfloat16
     }
-    said = command("run", home / "bf16", "--prompt", "the quick", "--max-new-tokens", "3")
+    said = run("run", home / "bf16", "--prompt", "the quick", "--max-new-tokens", "3")
     assert said.returncode == 0, said.stderr
     assert "by ONNX Runtime on the processor" in said.stderr
 
 
 def test_the_processor_has_no_bf16(home: Path) -> None:
-    result = command("fit", home / "model", "--device", "cpu", "--precision", "bf16", "--output", home / "cpu")
+    result = run("fit", home / "model", "--device", "cpu", "--precision", "bf16", "--output", home / "cpu")
     assert result.returncode == 2
     assert "cpu has no bf16: ONNX Runtime on a processor computes no product in it" in result.stderr
     assert "Use --precision fp32." in result.stderr
-    shown = command("plan", home / "model", "--device", "l4", "--precision", "bf16", "--prompt", "16", "--json")
+    shown = run("plan", home / "model", "--device", "l4", "--precision", "bf16", "--prompt", "16", "--json")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["precision"] == "bf16"

@@ -16,6 +16,8 @@ from edgeprune.report.schema import Report
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it {} "
 

@@ -8,9 +8,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.report.schema import Report
-from tests.e2e.test_fit import SMALL, command
 from tests.support.checkpoints import save_llama
+from tests.support.commands import SMALL, run
 from tests.support.vocabularies import byte_level
+
+pytestmark = pytest.mark.slow
 
 OWN = ("--samples", "8", "--length", "64", "--prompt", "16", "--context", "128")
 
@@ -31,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(*words: str | Path) -> tuple[int, Report]:
-    result = command("fit", *words, "--json")
+    result = run("fit", *words, "--json")
     assert result.returncode in (0, 3), result.stderr
     return result.returncode, Report.model_validate_json(result.stdout)
 
@@ -45,7 +47,7 @@ def test_free_widths_are_carried_by_graph_and_engine(home: Path) -> None:
     assert len({tuple(layer.values()) for layer in report.fitted.widths}) > 1
     assert not (bundle / "model").exists()
     assert any("Layers differ in width" in warning for warning in report.warnings)
-    assert command("run", bundle, "--prompt", "the", "--max-new-tokens", "3").returncode == 0
+    assert run("run", bundle, "--prompt", "the", "--max-new-tokens", "3").returncode == 0
 
 
 def test_a_budget_beyond_the_quality_limit_ends_with_both_points(home: Path) -> None:
@@ -73,7 +75,7 @@ def test_a_budget_beyond_the_quality_limit_ends_with_both_points(home: Path) -> 
     assert "within 60 % of perplexity" in report.headline
     page = (bundle / "report.html").read_text()
     assert "smallest model within the quality limit" in page
-    spoken = command("report", bundle)
+    spoken = run("report", bundle)
     assert spoken.returncode == 0
 
 
@@ -116,12 +118,12 @@ def test_a_smaller_vocabulary_is_chosen_where_it_is_cheap(home: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bundle / "model", local_files_only=True)
     assert model.config.vocab_size == len(tokenizer)
     assert code == 0
-    assert command("run", bundle, "--prompt", "the device", "--max-new-tokens", "3").returncode == 0
+    assert run("run", bundle, "--prompt", "the device", "--max-new-tokens", "3").returncode == 0
 
 
 def test_unknown_choices_are_refused(home: Path) -> None:
     for option in ("--layout", "--vocabulary"):
-        result = command("fit", home / "model", "--device", "jetson-orin", "--memory", "90%", option, "free")
+        result = run("fit", home / "model", "--device", "jetson-orin", "--memory", "90%", option, "free")
         assert result.returncode == 2
         assert f"unknown {option.strip('-')} 'free'" in result.stderr
         assert "Traceback" not in result.stderr

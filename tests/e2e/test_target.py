@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,11 @@ from edgeprune.engine.probe import with_figures
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.profiles import profile_of, profile_toml
 from edgeprune.report.schema import Report
-from tests.support.bundles import SMALL_TABLE, change, command, contents, copy_of, deployment, environment, fitted
+from tests.support.bundles import change, contents, copy_of, deployment, fitted
+from tests.support.commands import begin, run
 from tests.support.device import Server, bare_python, script, ssh_server
+
+pytestmark = pytest.mark.slow
 
 GENEROUS = {"memory": 2.0**40}
 
@@ -50,19 +52,19 @@ def checked(bundle: Path) -> Report:
 
 
 def test_measured_there_and_here_and_drawn_again(bundle: Path, server: Server, path: str) -> None:
-    result = command("measure", bundle, "--target", server.target, "--json", path=path)
+    result = run("measure", bundle, "--target", server.target, "--json", path=path)
     assert result.returncode == 0, result.stderr
     report = checked(bundle)
     assert Report.model_validate_json(result.stdout) == report
     assert (report.measurement.where, report.measurement.rung) == (server.target, 0)
     assert (report.status, report.rests_on) == ("met", "measured")
     assert sha256(bundle / "rungs/0/onnx/model.onnx.data") in server.stored()
-    here = command("measure", bundle)
+    here = run("measure", bundle)
     assert here.returncode == 0, here.stderr
     assert "met" in here.stdout
     assert checked(bundle).measurement.where == "this machine"
     page = (bundle / "report.html").read_text()
-    again = command("report", bundle)
+    again = run("report", bundle)
     assert again.returncode == 0, again.stderr
     assert len((bundle / "report.html").read_text()) == pytest.approx(len(page), rel=0.01)
     checked(bundle)
@@ -72,7 +74,7 @@ def test_a_fit_that_measures_there(server: Server, path: str, tmp_path: Path, tm
     """The dense model and the candidate: all that the verdict rests on is the device's."""
     home = fitted(tmp_path_factory).parent
     (tmp_path / "device.toml").write_text(profile_toml(with_figures(profile_of("cpu", None))))
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--profile",
@@ -107,7 +109,7 @@ def test_a_fit_that_measures_there(server: Server, path: str, tmp_path: Path, tm
 def failing(bundle: Path, target: str, path: str, message: str, remedy: str = "") -> None:
     """Exit code 4, one message with a remedy, and a bundle that is as it was."""
     before = contents(bundle)
-    result = command("measure", bundle, "--target", target, path=path)
+    result = run("measure", bundle, "--target", target, path=path)
     assert result.returncode == 4, result.stderr
     error, advice = result.stderr.strip().splitlines()[-2:]
     assert error.startswith(f"error: {target}")
@@ -121,10 +123,10 @@ def failing(bundle: Path, target: str, path: str, message: str, remedy: str = ""
 
 def test_bad_addresses_are_bad_input(bundle: Path, server: Server, path: str) -> None:
     for target in ("ssh://-oProxyCommand=x@h", "ssh://user:secret@h", "nvidia@orin"):
-        result = command("measure", bundle, "--target", target, path=path)
+        result = run("measure", bundle, "--target", target, path=path)
         assert result.returncode == 2
         assert "secret" not in result.stderr
-    assert command("measure", bundle, "--keep-remote", path=path).returncode == 2
+    assert run("measure", bundle, "--keep-remote", path=path).returncode == 2
 
 
 def test_a_device_that_cannot_be_reached(bundle: Path, server: Server, path: str, tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_no_python_there(bundle: Path, server: Server, path: str) -> None:
 
 
 def test_working_folders_are_kept_where_asked(bundle: Path, server: Server, path: str) -> None:
-    result = command("measure", bundle, "--target", server.target, "--keep-remote", path=path)
+    result = run("measure", bundle, "--target", server.target, "--keep-remote", path=path)
     assert result.returncode == 0, result.stderr
     kept = server.working_folders()
     assert {entry.name for folder in kept for entry in folder.iterdir()} >= {"graph", "reference", "candidate"}
@@ -166,12 +168,13 @@ def test_working_folders_are_kept_where_asked(bundle: Path, server: Server, path
 
 def start(bundle: Path, server: Server, path: str) -> subprocess.Popen:
     """The command line, after its measurement has begun on the device."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_TABLE, "measure", str(bundle), "--target", server.target],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(path, measure_seconds=60.0),
+    process = begin(
+        "measure",
+        bundle,
+        "--target",
+        server.target,
+        path=path,
+        seconds=60.0,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     )

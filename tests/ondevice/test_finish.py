@@ -75,6 +75,7 @@ def checked(bundle: Path) -> Report:
     return report
 
 
+@pytest.mark.slow
 def test_on_a_bare_machine_it_takes_the_largest_rung_that_meets_the_budget(
     made: Path, python: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def measure(
     )
 
 
+@pytest.mark.timing
 def test_a_candidate_beside_the_dense_model(models: dict[str, Path]) -> None:
     found = measure(models["wide"], models["narrow"], (1000, 200, 30))
     for figure in (found.prefill, found.decode, found.prefill_ratio, found.decode_ratio):

@@ -15,7 +15,7 @@ import pytest
 from edgeprune.engine import probe
 from edgeprune.errors import EngineError
 from edgeprune.ondevice import machine, probe_tasks
-from edgeprune.ondevice.measure import Here
+from edgeprune.ondevice.measure import LocalSession
 from edgeprune.ondevice.probe_tasks import Stack, compile_stack, write_weights
 from edgeprune.ondevice.tensorrt import available
 from edgeprune.precision import PRECISIONS
@@ -89,7 +89,7 @@ def test_a_graph_that_cannot_be_built_is_an_engine_error(tmp_path: Path) -> None
 def test_the_processor_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "WIDTH", 256)
     told = []
-    answer = probe._time(Here(), "onnxruntime", probe._stacks("fp32", 16, 1, 4), lambda *s: told.append(s))
+    answer = probe._time(LocalSession(), "onnxruntime", probe._stacks("fp32", 16, 1, 4), lambda *s: told.append(s))
     assert set(answer["took"]) == {"call", "read", "product"}
     assert all(0 < took.seconds < 1 and took.spread >= 0 for took in answer["took"].values())
     assert {stage for stage, _, _ in told} == {"make weights to probe with", "time the processor"}

@@ -21,7 +21,7 @@ from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.tensorrt import BuildResult, Limits, Messages, available, compile_plan, import_tensorrt, shapes
-from edgeprune.ondevice.worker import Tell, quiet
+from edgeprune.ondevice.worker import OnProgress, quiet
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.install import install
 from tests.support.graph_models import llama
@@ -40,8 +40,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> GraphFiles:
     return write_graphs(decoder_of(MODEL.config), weights_of(MODEL), folder, "fp16", [PRIMITIVE, RUNTIME])
 
 
-def compiled(graph: Path, plan: Path, limits: Limits | None = None, tell: Tell = quiet, sm: int = 86) -> BuildResult:
-    return compile_plan(graph, plan, WORKLOAD, sm, "tensorrt-rtx", limits or Limits(), tell)
+def compiled(
+    graph: Path, plan: Path, limits: Limits | None = None, on_progress: OnProgress = quiet, sm: int = 86
+) -> BuildResult:
+    return compile_plan(graph, plan, WORKLOAD, sm, "tensorrt-rtx", limits or Limits(), on_progress)
 
 
 @needs_rtx
@@ -51,7 +53,7 @@ def test_a_build_in_a_child_process(files: GraphFiles, tmp_path: Path, monkeypat
     told: list[tuple[str, int, int]] = []
     plan = tmp_path / "engine" / "model.engine"
     result = measure.build(
-        measure.Here(),
+        measure.LocalSession(),
         "tensorrt-rtx",
         files.graphs[PRIMITIVE],
         plan,
@@ -75,7 +77,7 @@ def test_a_build_in_a_child_process(files: GraphFiles, tmp_path: Path, monkeypat
 @needs_rtx
 def test_progress_is_told_from_nothing_to_all(files: GraphFiles, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    compiled(files.graphs[PRIMITIVE], tmp_path / "plan", tell=lambda *progress: told.append(progress))
+    compiled(files.graphs[PRIMITIVE], tmp_path / "plan", on_progress=lambda *progress: told.append(progress))
     assert all(0 <= done <= total for _, done, total in told)
     assert (told[0][1], told[-1][1]) == (0, told[-1][2])
     for stage in {stage for stage, _, _ in told}:

@@ -80,6 +80,7 @@ def test_a_row_holds_what_was_removed_and_the_rise_over_the_default(comparison):
     assert rows["random"].as_json()["asked"] == 0.3
 
 
+@pytest.mark.timing
 def test_a_stream_counts_the_seconds_of_its_maker_alone():
     def slow():
         for number in range(3):

@@ -110,10 +110,10 @@ class DoubleEngine:
     measured: list[list[str]] = field(default_factory=list)
     name: str = "double"
 
-    def identity(self, tell: Any) -> dict[str, Any]:
+    def identity(self, on_progress: Any) -> dict[str, Any]:
         return {"engine": self.version}
 
-    def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
+    def latencies(self, models: dict[str, Exported], on_progress: Any) -> dict[str, dict[str, float]]:
         assert all(any(model.graphs.glob("*.onnx")) for model in models.values())
         self.measured.append(list(models))
         return {kind: {name: true_time(model.decoder, 1.0) for name, model in models.items()} for kind in KINDS}
@@ -175,13 +175,13 @@ def test_models_of_one_shape_share_what_was_measured(cache: Path, monkeypatch: p
 class RunningEngine(DoubleEngine):
     """It runs every graph once, as one that measures does again and again."""
 
-    def latencies(self, models: dict[str, Exported], tell: Any) -> dict[str, dict[str, float]]:
+    def latencies(self, models: dict[str, Exported], on_progress: Any) -> dict[str, dict[str, float]]:
         for model in models.values():
             runner = GraphRunner(model.graphs / GRAPH_FILE, DRAWN.batch, DRAWN.context, threads=1)
             runner.run(np.zeros((DRAWN.batch, DRAWN.prompt), np.int64))
             runner.reset(DRAWN.context - 1)
             runner.run(np.zeros((DRAWN.batch, 1), np.int64))
-        return super().latencies(models, tell)
+        return super().latencies(models, on_progress)
 
 
 @pytest.mark.parametrize("dense", [llamagen(6, 2, 20), imagegpt()], ids=["classes", "no classes"])
@@ -194,6 +194,8 @@ def test_every_model_of_an_image_generator_s_design_draws(dense: Decoder, cache:
     assert max(worst for _, worst in fit(dense, PROFILE, "fp32", times, "test").error.values()) < 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.timing
 def test_a_small_table_from_onnx_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(*durations(survey_seconds=0.05).popitem())
     monkeypatch.setattr(latency_table, "SHARES", ())

@@ -37,6 +37,7 @@ def test_vocabularies_hold_the_samples_and_grow(demo) -> None:  # noqa: ANN001
     assert found[0].keeps(samples.ravel()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_losses_are_of_text_that_the_vocabulary_was_not_made_for(demo, monkeypatch) -> None:  # noqa: ANN001
     """The two halves speak of different things: the smallest vocabulary must cost, and larger ones less."""

@@ -1,47 +1,18 @@
-"""One small bundle for all tests that finish one, by the real command line; its measurements are cut short."""
+"""One small bundle for all tests that finish one, by the real command line."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edgeprune.ondevice.bundle import open_bundle, sha256
-from tests.support import ROOT
 from tests.support.checkpoints import save_llama
-from tests.support.durations import durations
+from tests.support.commands import SMALL, run
 
-QUICK = {"measure_seconds": 0.3, "survey_seconds": 0.3}
 _made: list[Path] = []  # one for all test files of a run
-SMALL_TABLE = """
-from edgeprune.search import latency_table
-latency_table.SHARES, latency_table.MIXES = (0.5,), 0
-from edgeprune.cli.app import main
-main()
-"""
-
-
-def command(*words: str | Path, path: str | None = None, **options) -> subprocess.CompletedProcess:
-    """The real command line. path: where it finds ssh."""
-    return subprocess.run(
-        [sys.executable, "-c", SMALL_TABLE, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(path),
-        **options,
-    )
-
-
-def environment(path: str | None = None, **seconds: float) -> dict[str, str]:
-    """path: where ssh is. seconds: other durations than the short ones."""
-    names = {"PYTHONPATH": str(ROOT), "PATH": path or os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    return os.environ | names | durations(**QUICK | seconds)
 
 
 def fitted(factory: pytest.TempPathFactory) -> Path:
@@ -65,7 +36,7 @@ def _fit(factory: pytest.TempPathFactory) -> Path:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from"]
     paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(40)]
     (home / "text.txt").write_text("\n\n".join(paragraphs))
-    result = command(
+    result = run(
         "fit",
         home / "model",
         "--device",
@@ -78,16 +49,9 @@ def _fit(factory: pytest.TempPathFactory) -> Path:
         home / "bundle",
         "--calibration",
         home / "text.txt",
-        "--samples",
-        "4",
-        "--length",
-        "32",
-        "--prompt",
-        "16",
-        "--context",
-        "64",
         "--method",
         "magnitude",
+        *SMALL,
     )
     assert result.returncode in (0, 3), result.stderr
     assert len(deployment(home / "bundle")["rungs"]) == 2

@@ -26,6 +26,7 @@ from tests.support.durations import durations_there
 
 REAL_SSH = shutil.which("ssh")
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
+NO_SSHD = "sshd is not installed (Debian's openssh-server)"
 ON_DEVICE = ("numpy", "onnxruntime")
 TASKS_DOUBLE = (Path(__file__).parent / "doubles" / "task_double.py").read_text()
 
@@ -154,7 +155,7 @@ def _with_requirements(packages: tuple[str, ...]) -> set[str]:
 def ssh_server(folder: Path, python: Path) -> Iterator[Server]:
     """A server on a free port; `folder/bin/ssh` is what the product must find first in PATH."""
     if SSHD is None:
-        pytest.skip("sshd is not installed (Debian's openssh-server)")
+        pytest.skip(NO_SSHD)
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     (folder / "authorized_keys").write_text((folder / "user.pub").read_text())

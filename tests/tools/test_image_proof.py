@@ -15,6 +15,8 @@ from tests.support.image_model import idx
 from tools import images as tool
 from tools.images_page import DENSE, REAL, TABLES, THROUGH_CODEC, Cell, Ledger, fill
 
+pytestmark = pytest.mark.slow
+
 PICTURES = 20
 SHARE = 0.214  # of the parameters: what whole steps of the tiny widths can remove
 CELLS = [REAL, THROUGH_CODEC, DENSE, Cell("default", SHARE), Cell("wanda", SHARE)]

@@ -261,6 +261,7 @@ def probed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_a_device_is_probed_over_ssh_and_nothing_stays_there(server: Server, probed: Path) -> None:
     profile = load_profile_file(probed)
     check_measured(profile, "cpu")
@@ -280,6 +281,7 @@ def test_a_device_without_the_engine_says_how_to_install_it(server: Server, tmp_
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_fit_takes_the_profile_for_its_device(
     server: Server, probed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

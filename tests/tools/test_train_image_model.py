@@ -14,6 +14,8 @@ from tools import train_image_model as tool
 from tools.fashion_images import MIRRORED, mirrored, read_images
 from tools.image_networks import Gpt
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("codec.pt", "gpt.pt", "classifier.safetensors")
 
 

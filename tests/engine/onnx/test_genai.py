@@ -156,6 +156,7 @@ def test_a_bundle_is_loaded_as_it_is_and_says_what_edgeprune_run_says(tmp_path_f
     assert expected
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_pruned_demo_answers_as_edgeprune_run(tmp_path: Path) -> None:
     """32 greedy tokens of five questions; also the tokenizer and its chat template are the same."""

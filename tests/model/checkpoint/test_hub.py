@@ -245,6 +245,7 @@ def test_a_name_that_is_no_hub_id_is_said(cache, spec):
         load_model(spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
 def test_without_network_the_command_line_says_so_soon(tmp_path, offline):
     """A hub that accepts connections and never answers is the slowest there is; nothing is asked of it when offline."""

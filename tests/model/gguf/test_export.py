@@ -167,6 +167,7 @@ QUESTIONS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_a_pruned_demo_says_in_llama_cpp_what_our_engine_says(tmp_path):
     dense = load_model("demo")

@@ -15,7 +15,7 @@ from edgeprune.ondevice import cuda, tasks
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.tensorrt import compile_plan
-from edgeprune.ondevice.worker import Tell
+from edgeprune.ondevice.worker import OnProgress
 from tests.support.doubles import double_cuda_python, double_pycuda, double_tensorrt
 from tests.support.doubles.double_device import Device
 from tests.support.graph_models import llama
@@ -58,8 +58,8 @@ class InProcess:
     def __init__(self) -> None:
         self.done: list[str] = []
 
-    def run(self, request: dict[str, Any], timeout_seconds: float, tell: Tell) -> dict[str, Any]:
+    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: OnProgress) -> dict[str, Any]:
         self.done.append(request["do"])
-        answer = tasks.answer(json.loads(json.dumps(request)), tell)
+        answer = tasks.answer(json.loads(json.dumps(request)), on_progress)
         assert "remedy" not in answer  # a child's error has one
         return json.loads(json.dumps(answer, allow_nan=False))

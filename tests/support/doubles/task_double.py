@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgeprune.ondevice.worker import Tell, serve
+from edgeprune.ondevice.worker import OnProgress, serve
 
 
-def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def answer(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     files = {role: Path(path) for role, path in request["files"].items()}
     outputs = {role: Path(path) for role, path in request["outputs"].items()}
-    tell(request["do"], 0, 0)
+    on_progress(request["do"], 0, 0)
     match request["do"]:
         case "copy":  # every file, with one byte more
             for role, path in outputs.items():
@@ -26,11 +26,11 @@ def answer(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         case "clutter":  # so many files that their removal takes some time
             for index in range(request["files_made"]):
                 (Path(request["where"]) / str(index)).touch()
-            tell("cluttered", 1, 1)
+            on_progress("cluttered", 1, 1)
             time.sleep(60)
         case "flood":
             for index in range(request["times"]):
-                tell("flood", index, request["times"])
+                on_progress("flood", index, request["times"])
         case "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
         case "full":
