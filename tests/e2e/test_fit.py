@@ -36,6 +36,8 @@ def home(tmp_path_factory) -> Path:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it"]
     paragraphs = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) + f" {i}" for i in range(80)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    (folder / "few").mkdir()
+    (folder / "few" / "text.txt").write_text("\n\n".join(paragraphs[:10]))  # every model of a comparison reads it all
     return folder
 
 
@@ -287,7 +289,7 @@ def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
 
 def test_compare_puts_methods_side_by_side(home):
     page = home / "page.html"
-    (home / "other.txt").write_text("\n\n".join(f"colourless green ideas {i} sleep furiously " * 40 for i in range(3)))
+    (home / "other.txt").write_text("\n\n".join(f"colourless green ideas {i} sleep furiously " * 40 for i in range(2)))
     result = run(
         "compare",
         home / "model",
@@ -300,7 +302,7 @@ def test_compare_puts_methods_side_by_side(home):
         "--calibration",
         home / "text.txt",
         "--evaluate",
-        home / "text.txt",
+        home / "few" / "text.txt",
         "--evaluate",
         home / "other.txt",
         "--samples",
