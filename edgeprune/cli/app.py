@@ -14,6 +14,8 @@ from edgeprune import __version__
 from edgeprune.cli import compare, fit, generate, inspect
 from edgeprune.errors import EdgepruneError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="edgeprune",
     no_args_is_help=True,
@@ -63,14 +65,15 @@ def main() -> None:
         logging.getLogger("edgeprune").debug("traceback", exc_info=True)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: go on with --resume", err=True)
-        code = 130
+        code = INTERRUPTED
     except Exception as error:
         # The parser's own errors: typer brings click along under changing names.
         if not hasattr(error, "show"):
             raise
         error.show()
         code = error.exit_code
+    if code == INTERRUPTED:  # the parser may have turned it into an exit code already
+        typer.echo("interrupted: fit and frontier go on with --resume", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -38,8 +38,8 @@ def test_an_error_of_ours_is_one_message_with_a_remedy(monkeypatch, capsys, doct
 
 def test_an_interrupt_has_its_own_exit_code(monkeypatch, capsys, doctor):
     doctor(KeyboardInterrupt())
-    code, out, _ = ended(monkeypatch, capsys, "doctor")
-    assert (code, out) == (130, "")
+    code, out, err = ended(monkeypatch, capsys, "doctor")
+    assert (code, out, err) == (130, "", "interrupted: fit and frontier go on with --resume\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, doctor):
