@@ -32,7 +32,7 @@ demo: install
 # What is sensitive to timing runs by itself, after all else.
 test: install-tests
 	$(TESTS) -n 2 --dist loadfile -m "not timing" $(PYTEST)
-	$(TESTS) -m timing $(PYTEST)
+	$(TESTS) -m timing $(PYTEST) || [ $$? -eq 5 ] # where PYTEST picks none of them
 
 test-fast: install-tests
 	$(TESTS) -n 2 --dist loadfile -m "not timing and not slow" $(PYTEST)

@@ -24,7 +24,6 @@ from tests.support.device import bare_python
 from tests.support.doubles.double_rungs import LARGE, SMALL, Double
 from tests.support.durations import durations
 
-SHORT = durations(measure_seconds=0.3, block_ms=10)
 GENEROUS, TINY = {"memory": 2.0**40}, {"memory": 1.0}
 
 
@@ -45,7 +44,7 @@ def pyz(python: Path, bundle: Path, *words: str, cwd: Path | None = None) -> sub
         text=True,
         timeout=120,
         cwd=cwd or bundle,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(bundle.parent)} | SHORT,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(bundle.parent)} | durations(),
     )
 
 
@@ -174,7 +173,7 @@ def test_killed_in_the_middle_it_leaves_the_bundle_as_it_was(made: Path, python:
         [python, bundle / "finish.pyz"],
         stderr=subprocess.PIPE,
         text=True,
-        env={"EDGEPRUNE_CACHE": str(tmp_path)} | SHORT,
+        env={"EDGEPRUNE_CACHE": str(tmp_path)} | durations(),
     )
     assert any("measure" in line for line in process.stderr)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from edgeprune.ondevice import timing
 from edgeprune.ondevice.timing import MIN_BLOCKS, Timings, interleave, stopwatch
 
+pytestmark = pytest.mark.usefixtures("whole_measurements")
+
 
 class Machine:
     """A test double of a clock and of programs: each run advances the clock by what `cost` draws."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -131,11 +135,19 @@ def random_model(case: str, **changes: object) -> PreTrainedModel | llamagen.Lla
 
 
 def save_family(folder: Path, case: str) -> PreTrainedModel | llamagen.LlamaGen:
-    model = random_model(case)
+    """Writes a family's model, built once for all tests; returns a copy of it that the caller may change."""
+    model, files = _saved(case)
+    shutil.copytree(files.name, folder, dirs_exist_ok=True)
+    return copy.deepcopy(model)
+
+
+@cache
+def _saved(case: str) -> tuple[PreTrainedModel | llamagen.LlamaGen, tempfile.TemporaryDirectory]:
+    model, files = random_model(case), tempfile.TemporaryDirectory()
     if isinstance(model, llamagen.LlamaGen):
-        llamagen.save_directory(model, folder)
-        return model
-    model.save_pretrained(folder)
+        llamagen.save_directory(model, Path(files.name))
+        return model, files
+    model.save_pretrained(files.name)
     if case in TEXTS:
-        save_tokenizer(folder)
-    return model
+        save_tokenizer(Path(files.name))
+    return model, files

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import edgeprune.cli.app
 from edgeprune.engine import probe
-from edgeprune.engine.remote import Device
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice import probe_tasks
 from edgeprune.profiles import DeviceProfile, load_profile, load_profile_file
 from edgeprune.report.schema import Report
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
+from tests.support.commands import SMALL, run
 from tests.support.device import SSHD, Server, bare_python, ssh_server
 from tests.support.doubles.double_device import Device as Double
 from tests.support.doubles.install import InProcess
@@ -282,14 +281,7 @@ def test_a_device_without_the_engine_says_how_to_install_it(server: Server, tmp_
 
 
 @pytest.mark.slow
-def test_fit_takes_the_profile_for_its_device(
-    server: Server, probed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """The command line in this process, so that its measurements can be short."""
-    run = Device.run
-    short = {"seconds": 1.0}
-    monkeypatch.setattr(Device, "run", lambda self, request, *rest: run(self, request | short, *rest))
-    monkeypatch.setenv("PATH", f"{server.folder / 'bin'}:{os.environ['PATH']}")
+def test_fit_takes_the_profile_for_its_device(server: Server, probed: Path, tmp_path: Path) -> None:
     save_llama(
         tmp_path / "model",
         num_hidden_layers=2,
@@ -300,8 +292,7 @@ def test_fit_takes_the_profile_for_its_device(
     )
     lines = (f"{i} quick brown foxes jump over {i} lazy dogs, {i} times" for i in range(60))
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    words = (
-        "edgeprune",
+    result = run(
         "fit",
         tmp_path / "model",
         "--profile",
@@ -312,23 +303,13 @@ def test_fit_takes_the_profile_for_its_device(
         "95%",
         "--calibration",
         tmp_path / "text.txt",
-        "--samples",
-        "4",
-        "--length",
-        "32",
-        "--prompt",
-        "16",
-        "--context",
-        "64",
         "--output",
         tmp_path / "bundle",
         "--json",
+        *SMALL,
+        path=f"{server.folder / 'bin'}:{os.environ['PATH']}",
     )
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    with pytest.raises(SystemExit) as ended:
-        edgeprune.cli.app.main()
-    said = capsys.readouterr()
-    assert ended.value.code == 0, said.err
-    report = Report.model_validate_json(said.out)
+    assert result.returncode == 0, result.stderr
+    report = Report.model_validate_json(result.stdout)
     assert (report.status, report.rests_on) == ("met", "measured")
     assert load_profile_file(tmp_path / "bundle" / "profile.toml") == load_profile_file(probed)
