@@ -37,9 +37,8 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
         pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
         pytester.makepyfile(**files)
         monkeypatch.setenv("EDGEPRUNE_REQUIRE_ALL", str(int(required)))
-        return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:xdist")
+        return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:xdist")
 
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return run
 
 

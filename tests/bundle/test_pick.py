@@ -26,6 +26,7 @@ from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.schema import Report
 from tests.support.bundles import contents, copy_of, deployment, fitted
 from tests.support.commands import run
+from tests.support.durations import durations
 
 pytestmark = pytest.mark.slow
 
@@ -277,7 +278,7 @@ def test_it_is_measured_run_and_rendered_like_any_other(picked, tmp_path):
         text=True,
         timeout=120,
         cwd=bundle,
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | durations(),
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["rungs"][0]["status"] == "met"

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 
 from edgeprune.cli.app import main
+from edgeprune.engine import probe
 from edgeprune.search import latency_table
 from tests.support import ROOT
 from tests.support.durations import durations
 
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
 FEW_POINTS = {"SHARES": (0.5,), "MIXES": 0}  # of the latency table: it is timed in seconds, and its fit is rough
+SMALL_MATRICES = {"WIDTH": 512, "SMALLEST_READ": 2**24, "LARGEST_READ": 2**24}  # of the probe of this processor
 PROGRAM = f"""
 from edgeprune.search import latency_table
 vars(latency_table).update({FEW_POINTS})
@@ -49,8 +51,9 @@ def run(*words: str | Path, cwd: Path | None = None, path: str | None = None) ->
         patch.setenv("COLUMNS", "200")
         if path is not None:
             patch.setenv("PATH", path)
-        for name, value in FEW_POINTS.items():
-            patch.setattr(latency_table, name, value)
+        for module, constants in ((latency_table, FEW_POINTS), (probe, SMALL_MATRICES)):
+            for name, value in constants.items():
+                patch.setattr(module, name, value)
         try:
             code = main()
         except SystemExit as ended:

@@ -147,6 +147,7 @@ def test_the_shared_buffer_comes_first_and_the_context_ends_with_the_tables(tmp_
         write_genai(model.decoder, [ONNXRUNTIME_GRAPH], folder, model.directory)
 
 
+@pytest.mark.slow
 def test_a_bundle_is_loaded_as_it_is_and_says_what_edgeprune_run_says(tmp_path_factory) -> None:
     bundle = fitted(tmp_path_factory)
     loaded = og.Tokenizer(og.Model(str(bundle / "onnx")))
