@@ -21,7 +21,8 @@ from edgeprune.cli.app import app
 from edgeprune.commands.load_bundle import load_bundle
 from edgeprune.errors import InputError
 from edgeprune.ondevice.bundle import open_bundle, sha256
-from edgeprune.pipeline.request import request_of
+from edgeprune.pipeline.request import FRONTIER_OPTIONS, request_of
+from edgeprune.pipeline.run_file import read_run_file
 from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.schema import Report
 from tests.support.bundles import contents, copy_of, deployment, fitted
@@ -129,6 +130,7 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
         assert list(plan["limits"]) == ["decode"]
         assert report.budget[0].asked == plan["limits"]["decode"]["asked"].split(" of the dense model's ")[0]
         assert len(plan["rungs"]) == 1
+    assert set(read_run_file(made / "run.toml")) <= set(FRONTIER_OPTIONS)
     readme = (made / "README.md").read_text()
     assert "edgeprune fit --from 'a ladder' --pick K" in readme
     assert all(f"| {index} | " in readme for index in range(3))
@@ -209,6 +211,7 @@ def test_a_picked_bundle_is_an_ordinary_one(made, picked):
         "README.md",
         "manifest.json",
         "profile.toml",
+        "run.toml",
         "deployment.json",
         "finish.pyz",
         "rungs",
@@ -216,6 +219,7 @@ def test_a_picked_bundle_is_an_ordinary_one(made, picked):
         "model",
         "onnx",
     }
+    assert read_run_file(picked / "run.toml") == {"from": str(made.absolute()), "pick": 1}
     assert [path.name for path in (picked / "rungs").iterdir()] == ["0"]
     for name in original["sha256"]:
         if name.startswith("rungs/1/") and name.rsplit("/", 1)[1] not in ("report.json", "deployment.json"):
