@@ -23,6 +23,7 @@ from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER, open_b
 from edgeprune.ondevice.finish import DEPLOYMENT, MEASUREMENT
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.provenance import now
+from edgeprune.pipeline.run_file import RUN_FILE, toml_of
 from edgeprune.progress import Progress, Silent
 from edgeprune.report.deploy import FINISH, deploy_steps
 from edgeprune.report.schema import Choice, Report
@@ -74,6 +75,7 @@ def pick(
         "README.md": readme(report),
         DEPLOYMENT: json_text(plan),
         FINISH: program(),
+        RUN_FILE: toml_of({"from": bundle.absolute(), "pick": index}),
     }
 
     def render(files: dict[str, int]) -> dict[str, str]:

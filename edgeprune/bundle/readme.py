@@ -115,5 +115,6 @@ HOW_TO_DRAW = (
 )
 RECORDS = (
     "| `profile.toml` | the device profile that was used |",
+    "| `run.toml` | the options of the run, for `--config` |",
     "| `manifest.json` | versions, seed, the command that reproduces it, sha256 of every file |",
 )

@@ -25,6 +25,7 @@ from edgeprune.ondevice.budget import CONSTRAINTS
 from edgeprune.ondevice.bundle import FRONTIER, REPORT, TOKENIZER
 from edgeprune.ondevice.finish import DEPLOYMENT
 from edgeprune.pipeline.provenance import command_line, manifest_of
+from edgeprune.pipeline.request import FRONTIER_OPTIONS
 from edgeprune.pipeline.results import Fitted, has_checkpoint
 from edgeprune.pipeline.run_file import RUN_FILE, run_file
 from edgeprune.profiles import profile_toml
@@ -127,7 +128,7 @@ def write_frontier(rungs: Sequence[Fitted], work: Path) -> None:
     texts = {
         "profile.toml": profile_toml(setup.profile),
         "README.md": frontier_readme(frontier, setup.output.name),
-        RUN_FILE: run_file(setup),
+        RUN_FILE: run_file(setup, FRONTIER_OPTIONS),
     }
 
     def render(files: dict[str, int]) -> dict[str, str]:

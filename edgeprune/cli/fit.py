@@ -10,11 +10,9 @@ import typer
 from edgeprune.cli import options
 from edgeprune.cli.options import DEVICE, OUTPUT, takes
 from edgeprune.errors import InputError
-from edgeprune.pipeline.request import DEFAULTS
+from edgeprune.pipeline.request import DEFAULTS, FRONTIER_OPTIONS
 
-BUDGETS = ("memory", "decode", "prefill", "max_quality_loss")
 PICKING = ("--from", "--pick", "--output", "--force", "--json")  # what goes together
-NOT_OF_FRONTIERS = (*BUDGETS, "require_measured", "export", "checkpoint")
 RUNGS = 6
 
 
@@ -73,7 +71,7 @@ def _picked(context: typer.Context, bundle: Path | None, rung: int | None, outpu
         return pick(bundle, rung, output, force, progress)
 
 
-@takes(*(name for name in DEFAULTS if name not in NOT_OF_FRONTIERS), rungs=RUNGS)
+@takes(*FRONTIER_OPTIONS, rungs=RUNGS)
 def frontier(config: options.Config = None, json_: options.Json = False, **request: Any) -> None:
     """Latency, memory and quality of a ladder of model sizes, to pick from: fit --from BUNDLE --pick K."""
     from edgeprune.commands.frontier import frontier as run

@@ -68,6 +68,8 @@ class Request:
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
+_OF_ONE_MODEL = ("memory", "decode", "prefill", "max_quality_loss", "require_measured", "export", "checkpoint")
+FRONTIER_OPTIONS = tuple(name for name in DEFAULTS if name not in _OF_ONE_MODEL)  # a ladder has no budget
 
 
 def request_of(**options: Any) -> Request:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.request import DEMO, SELF
+from edgeprune.pipeline.request import DEFAULTS, DEMO, SELF
 from edgeprune.profiles import toml_value
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ def read_run_file(path: Path) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in options.items()}
 
 
-def run_file(setup: Setup) -> str:
+def run_file(setup: Setup, names: Collection[str] = tuple(DEFAULTS)) -> str:
     """Returns the options of a run as TOML that makes it again from any folder: paths whole, and what the profile or
-    the model decided written out."""
+    the model decided written out.
+
+    names: the options that the command has.
+    """
     request, kind = setup.request, setup.kind
     resolved = {
         **{name: limit.asked for name, limit in setup.budget.limits.items()},
@@ -45,7 +49,7 @@ def run_file(setup: Setup) -> str:
     else:
         resolved |= {"cfg": kind.imaging.sampling.cfg, "images": kind.imaging.count}
     values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)} | resolved
-    return toml_of(values)
+    return toml_of({name: value for name, value in values.items() if name in names})
 
 
 def toml_of(values: dict[str, Any]) -> str:
