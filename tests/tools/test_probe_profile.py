@@ -17,7 +17,7 @@ from edgeprune.report.schema import Report
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
 from tests.support.commands import SMALL, run
-from tests.support.device import SSHD, Server, bare_python, ssh_server
+from tests.support.device import Server, bare_python, ssh_server
 from tests.support.doubles.double_device import Device as Double
 from tests.support.doubles.install import InProcess
 from tools import probe_profile
@@ -243,8 +243,6 @@ def test_on_a_double_whose_figures_contradict_each_other(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
-    if SSHD is None:
-        pytest.skip("no sshd is installed")
     folder = tmp_path_factory.mktemp("device")
     with ssh_server(folder, bare_python(folder / "bare")) as running:
         yield running
