@@ -37,8 +37,6 @@ def frontier(
     from edgeprune.bundle.write import write_frontier
 
     if rungs < 2:
-        raise InputError(f"--rungs {rungs}: a frontier has two rungs or more", "Give --rungs 2 or more, or use fit.")
-    if rungs < 2:
         raise InputError(
             f"--rungs {rungs} is less than 2", "A frontier has two rungs at least; `edgeprune fit` makes one model."
         )
