@@ -24,6 +24,8 @@ from tests.support.device import bare_python
 from tests.support.doubles.double_rungs import LARGE, SMALL, Double
 from tests.support.durations import durations
 
+pytestmark = pytest.mark.slow
+
 GENEROUS, TINY = {"memory": 2.0**40}, {"memory": 1.0}
 
 
