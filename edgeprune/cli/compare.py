@@ -10,8 +10,8 @@ import typer
 
 from edgeprune.cli import options
 from edgeprune.cli.options import OUTPUT, SEARCH, takes
+from edgeprune.pipeline.request import METHODS, RATIOS
 
-RATIOS, METHODS = "20,30,50", "default,flap,wanda+ls,wanda,magnitude,random"
 SAMPLES = ("model", "calibration", "evaluate", "samples", "length", "seed", "codec", "image_size", "num_heads", "cfg")
 
 

@@ -10,10 +10,9 @@ import typer
 from edgeprune.cli import options
 from edgeprune.cli.options import DEVICE, OUTPUT, takes
 from edgeprune.errors import InputError
-from edgeprune.pipeline.request import DEFAULTS, FRONTIER_OPTIONS
+from edgeprune.pipeline.request import DEFAULTS, FRONTIER_OPTIONS, FRONTIER_RUNGS
 
 PICKING = ("--from", "--pick", "--output", "--force", "--json")  # what goes together
-RUNGS = 6
 
 
 @takes(*DEFAULTS)
@@ -71,7 +70,7 @@ def _picked(context: typer.Context, bundle: Path | None, rung: int | None, outpu
         return pick(bundle, rung, output, force, progress)
 
 
-@takes(*FRONTIER_OPTIONS, rungs=RUNGS)
+@takes(*FRONTIER_OPTIONS, rungs=FRONTIER_RUNGS)
 def frontier(config: options.Config = None, json_: options.Json = False, **request: Any) -> None:
     """Latency, memory and quality of a ladder of model sizes, to pick from: fit --from BUNDLE --pick K."""
     from edgeprune.commands.frontier import frontier as run

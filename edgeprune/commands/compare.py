@@ -11,21 +11,20 @@ from edgeprune.errors import InputError
 from edgeprune.model.load import load_shape
 from edgeprune.pipeline.comparison import DENSE, Comparison, Layout, Row, WidthRule, generate_samples
 from edgeprune.pipeline.kind import kind_of
-from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples, request_of
+from edgeprune.pipeline.request import DEMO, RATIOS, SELF, Request, check_samples, request_of
+from edgeprune.pipeline.request import METHODS as DEFAULT_METHODS
 from edgeprune.pipeline.samples import LENGTH
 from edgeprune.pipeline.setup import load_dense
 from edgeprune.progress import OnProgress, Progress, progress_of
 
 BOTH = "both"  # layouts
-RATIOS = "20,30,50"
-METHODS_COMPARED = "default,flap,wanda+ls,wanda,magnitude,random"
 
 
 def compare(
     model: str | Path = DEMO,
     *,
     ratios: str | Sequence[float] = RATIOS,
-    methods: str | Sequence[str] = METHODS_COMPARED,
+    methods: str | Sequence[str] = DEFAULT_METHODS,
     layout: str = "uniform",
     progress: Progress | OnProgress | None = None,
     **options: Any,

@@ -11,7 +11,7 @@ from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
 from edgeprune.ondevice.budget import Budget, Limit
 from edgeprune.pipeline.flow import begin, planner_of, search_budget
-from edgeprune.pipeline.request import DEMO, request_of
+from edgeprune.pipeline.request import DEMO, FRONTIER_RUNGS, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
 from edgeprune.progress import OnProgress, Progress, progress_of
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from edgeprune.search.solve import Allocation
 
 WORST_FRONTIER_NATS = 0.7  # predicted loss at the end of a frontier: perplexity about doubled
-RUNGS = 6
 
 
 def frontier(
-    model: str | Path = DEMO, *, rungs: int = RUNGS, progress: Progress | OnProgress | None = None, **options: Any
+    model: str | Path = DEMO,
+    *,
+    rungs: int = FRONTIER_RUNGS,
+    progress: Progress | OnProgress | None = None,
+    **options: Any,
 ) -> Result[Frontier]:
     """Fits a ladder of `rungs` sizes and writes them as one bundle to pick from.
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SELF = "self"
 DEMO = "demo"
 SEVERAL = ("evaluate", "export")  # options that may be given again
+FRONTIER_RUNGS = 6
+RATIOS, METHODS = "20,30,50", "default,flap,wanda+ls,wanda,magnitude,random"  # that compare compares
 UNITS = {"memory": "B", "prefill": "ms", "decode": "ms"}  # of a limit that is given as a number
 
 
