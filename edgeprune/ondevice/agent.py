@@ -183,7 +183,10 @@ class Agent:
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
         while True:
-            message = json.loads(self._lines.get())
+            line = self._lines.get()
+            if not line:
+                raise EOFError
+            message = json.loads(line)
             try:
                 if message["do"] == "bye":
                     self.clean()
@@ -215,13 +218,24 @@ class Agent:
                 if do in ("put", "bye"):
                     self._body.acquire()
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._end()
 
     def _watch(self) -> None:
         """Ends this process when nothing came from the workstation for some time."""
         while self._heard.wait(timing().silence_seconds):
             self._heard.clear()
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._end()
+
+    def _end(self) -> None:
+        """Ends the main thread wherever it waits, from another thread.
+
+        A signal that arrives just before the main thread blocks does not wake it, so it is sent again; and where its
+        exception was lost in a destructor, the empty line ends the waiting for messages.
+        """
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+            self._lines.put(b"")
 
     def _have(self, message: dict[str, Any]) -> None:
         """Answers which files are missing, and makes room for them."""

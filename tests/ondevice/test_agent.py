@@ -336,6 +336,16 @@ def test_silence_ends_it(start: Callable[..., Far]) -> None:
     assert far.works() == []
 
 
+def test_it_ends_though_the_exception_of_a_signal_was_lost(tmp_path: Path) -> None:
+    """As where it was raised in a destructor, which swallows it."""
+    lost = {"ondevice/agent.py": ("sys.exit(128 + number)", "pass")}
+    far = Far(tmp_path, altered(remote.program(), words=lost))
+    far.hear()
+    far.process.stdin.close()
+    assert far.ended() == 1
+    assert far.works() == []
+
+
 def test_signs_of_life_and_a_long_upload_keep_it(start: Callable[..., Far]) -> None:
     far = start(silence_seconds=0.8)
     data = os.urandom(1000)
