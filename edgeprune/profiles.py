@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgeprune.errors import InputError
+from edgeprune.files import read_text
 from edgeprune.precision import GraphPrecision
 
 PROCESSOR = "cpu"  # the profile of this machine's processor
@@ -181,19 +182,23 @@ def load_profile(name: str) -> DeviceProfile:
 def load_profile_file(path: Path) -> DeviceProfile:
     """Returns a profile from a TOML file. Raises InputError that names the line, or the field and the reason."""
     remedy = "`edgeprune devices jetson-orin --toml` prints a complete profile to compare with."
-    try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the profile {path}: {error.strerror}", remedy) from None
-    except UnicodeDecodeError:
-        raise InputError(f"the profile {path} is not UTF-8 text", remedy) from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"the profile {path} is not TOML: {error}", remedy) from None
+    data = read_toml(path, remedy)
     try:
         return DeviceProfile.model_validate(data)
     except ValidationError as error:
         reasons = "; ".join(_readable(item["loc"], item["type"], item["msg"]) for item in error.errors())
         raise InputError(f"the profile {path}: {reasons}", remedy) from None
+
+
+def read_toml(path: Path, remedy: str) -> dict[str, Any]:
+    """Returns the content of a TOML file. Raises InputError that names the file."""
+    text = read_text(path, remedy)
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise InputError(f"{path} is not TOML that can be read: it is nested too deeply", remedy) from None
+    except ValueError as error:
+        raise InputError(f"{path} is not TOML: {error}", remedy) from None
 
 
 def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:

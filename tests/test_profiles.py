@@ -28,6 +28,7 @@ from edgeprune.profiles import (
     profile_of,
     profile_toml,
     profiles_folder,
+    read_toml,
 )
 
 PROFILES = {profile.name: profile for profile in list_profiles()}
@@ -188,3 +189,13 @@ def test_profiles_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path) -> None
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert loaded_from(tmp_path / "site") == (str(tmp_path / "site" / "edgeprune" / "profiles.py"), len(PROFILES))
+
+
+@pytest.mark.parametrize("content", [b"a =", b"\xff", b"a = " + b"[" * 200_000], ids=["cut off", "no UTF-8", "nested"])
+def test_toml_that_cannot_be_read_is_one_message_with_the_files_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.toml"):
+        read_toml(path, "Restore it.")
+    path.write_bytes(b"a = 1")
+    assert read_toml(path, "Restore it.") == {"a": 1}

@@ -24,7 +24,13 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
 from edgeprune.ondevice.worker import OnProgress
 
-GROUND = ("__init__.py", "errors.py", "cache.py", "precision.py")  # the files that travel beside the folder ondevice/
+GROUND = (
+    "__init__.py",
+    "errors.py",
+    "files.py",
+    "cache.py",
+    "precision.py",
+)  # the files that travel beside the folder ondevice/
 BOOT = """
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]  # a user's own json.py must not stand for the library

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 from edgeprune.pipeline.request import DEFAULTS, DEMO, SELF
-from edgeprune.profiles import toml_value
+from edgeprune.profiles import read_toml, toml_value
 
 if TYPE_CHECKING:
     from edgeprune.pipeline.setup import Setup
@@ -21,12 +20,7 @@ NOT_WRITTEN = ("output", "resume", "force")  # where, and over what, belongs to 
 
 def read_run_file(path: Path) -> dict[str, Any]:
     """Returns the options of a file by name, as they stand there, with underscores. Raises InputError."""
-    try:
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", "Give a TOML file of options.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}", 'Write one option a line, such as memory = "90%".') from None
+    options = read_toml(path, 'Give a TOML file with one option a line, such as memory = "90%".')
     if tables := [name for name, value in options.items() if isinstance(value, dict)]:
         raise InputError(f"{path} holds the table [{tables[0]}]", "Options stand at the top, one a line.")
     return {name.replace("-", "_"): value for name, value in options.items()}

@@ -1,0 +1,135 @@
+"""One reader of small files, whoever wrote them, and one place where a failed write becomes an error of ours.
+
+This file also runs on the device: Python 3.10, standard library alone. It does not know what the files mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+
+MOST_BYTES = 64 << 20  # of a document; a tokenizer's are the largest
+RESTORE = "Restore the file."
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_WRITES = (*_FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+_LIBRARY_ERROR = re.compile(r"os error (\d+)")  # as libraries in Rust tell an OSError
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_KINDS = {dict: "object", list: "list", str: "text"}
+
+
+class WriteError(InputError):
+    """A file that cannot be written: a full disk, a quota, a folder that is read-only."""
+
+
+def read_text(path: Path, remedy: str = RESTORE, most_bytes: int = MOST_BYTES) -> str:
+    """Returns the text of a UTF-8 file, without a byte order mark.
+
+    Raises InputError, which names the file, where it cannot be read, is no UTF-8, or holds more than most_bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise InputError(f"{path} is larger than {most_bytes >> 20} MiB", remedy)
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}", remedy) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start} is no character", remedy) from None
+
+
+def read_json(path: Path, kind: type = dict, remedy: str = RESTORE, most_bytes: int = MOST_BYTES) -> Any:
+    """Returns the content of a JSON file whose top level is of a kind: dict, list, or object for any.
+
+    Raises InputError, which names the file, for all that it could be instead.
+    """
+    return parse_json(read_text(path, remedy, most_bytes), str(path), kind, remedy)
+
+
+def parse_json(text: str | bytes, name: str, kind: type = dict, remedy: str = RESTORE) -> Any:
+    """Returns the content of a JSON text; name: of its origin, for the message. Raises InputError as read_json."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{name} is not JSON that can be read: it is nested too deeply", remedy) from None
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON: {error}", remedy) from None
+    if not isinstance(content, kind):
+        raise InputError(f"{name} is not a JSON {_KINDS.get(kind, kind.__name__)}", remedy)
+    return content
+
+
+def printable(text: object, most: int = 300) -> str:
+    """Returns a stranger's text for a message: control characters become spaces, and the middle of a long one goes."""
+    clean = _CONTROL.sub(" ", str(text))
+    return clean if len(clean) <= most else f"{clean[: most // 2]} ... {clean[-most // 2 :]}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once, in UTF-8: a reader finds the old text or the new one, never half. Raises WriteError."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file at once: a reader finds the old bytes or the new ones, never half of them. Raises WriteError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with writing(path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Makes a hard link to a file, or a copy where the file system has no links; a link is followed."""
+    try:
+        os.link(Path(source).resolve(), target)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns every failed write within it into a WriteError, of this package and of the libraries that it calls.
+
+    path: what is written, or the folder of it, for the message where the failure names no file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (number := _number(error)) is None:
+            raise
+        raise _error(number, getattr(error, "filename", None) or path) from error
+
+
+def _number(error: BaseException) -> int | None:
+    """Returns the system's number of a failed write; None for any other error."""
+    match = _LIBRARY_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    return number if number in _OF_WRITES else None
+
+
+def _error(number: int, path: object) -> WriteError:
+    """Returns the error of a failed write with what is free there."""
+    reason = os.strerror(number)
+    if number == errno.EFBIG:
+        return WriteError(f"cannot write {path}: {reason}", "Raise the limit on the size of files (ulimit -f).")
+    if number in _FULL:
+        with contextlib.suppress(OSError, ValueError):
+            folder = next(parent for parent in Path(str(path)).absolute().parents if parent.is_dir())
+            reason += f", {shutil.disk_usage(folder).free / 2**20:.1f} MiB are free"
+        return WriteError(f"cannot write {path}: {reason}", "Free some space there, or name a place on another disk.")
+    return WriteError(f"cannot write {path}: {reason}", "Make it writable, or name another place.")

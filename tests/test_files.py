@@ -1,0 +1,114 @@
+"""The reader of small files and the writer, against files of every kind and disks that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeprune.errors import InputError
+from edgeprune.files import WriteError, link_or_copy, parse_json, printable, read_json, read_text, write_text, writing
+
+BROKEN = {
+    "absent": None,
+    "a list": b"[]",
+    "a number": b"1",
+    "cut off": b'{"a": ',
+    "with a comma too many": b'{"a": 1,}',
+    "empty": b"",
+    "no UTF-8": b'{"a": "\xff"}',
+    "nested": b'{"a":' * 200_000,
+    "a huge number": b'{"a": ' + b"9" * 10_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=list(BROKEN))
+def test_every_broken_document_is_one_message_with_the_files_name(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.json") as caught:
+        read_json(path, remedy="Copy it again.")
+    assert caught.value.remedy == "Copy it again."
+    assert "\n" not in caught.value.message
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read"):
+        read_json(tmp_path)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "x") == {"a": 1}
+
+
+def test_the_kind_and_the_size_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("[1, 2]")
+    assert read_json(tmp_path / "x", list) == read_json(tmp_path / "x", object) == [1, 2]
+    with pytest.raises(InputError, match="larger than"):
+        read_text(tmp_path / "x", most_bytes=5)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_document_or_an_error_of_ours(data: bytes) -> None:
+    with contextlib.suppress(InputError):
+        assert isinstance(parse_json(data, "x"), dict)
+
+
+def test_what_a_stranger_says_cannot_steer_a_terminal() -> None:
+    said = printable("\x1b[2Jgone\x07\u202e\ud83d\x9b31m" + "x" * 5000)
+    assert said.isprintable()
+    assert "gone" in said
+    assert len(said) < 320
+
+
+class Library(Exception):
+    """As safetensors tells it."""
+
+
+FAILURES = [OSError(number, "no") for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)]
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, Library("I/O error: No space left on device (os error 28)")], ids=str)
+def test_a_failed_write_names_the_place_and_what_to_do(tmp_path: Path, failure: Exception) -> None:
+    with pytest.raises(WriteError, match=f"cannot write {tmp_path}") as caught, writing(tmp_path / "bundle"):
+        raise failure
+    assert caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("bug", [ValueError("x"), OSError(errno.EBADF, "x"), KeyError("x")], ids=repr)
+def test_a_bug_stays_one(tmp_path: Path, bug: Exception) -> None:
+    with pytest.raises(type(bug)), writing(tmp_path):
+        raise bug
+
+
+def test_a_write_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    write_text(path, "old")
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: self.touch() or _full())
+    with pytest.raises(WriteError, match="MiB are free"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def _full() -> None:
+    raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_file_system_without_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "link").symlink_to("a")
+    link_or_copy(tmp_path / "link", tmp_path / "b")
+    assert (tmp_path / "b").samefile(tmp_path / "a")
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no")))
+    link_or_copy(tmp_path / "link", tmp_path / "c")
+    assert not (tmp_path / "c").samefile(tmp_path / "a")
+    assert (tmp_path / "c").read_text() == "x"
