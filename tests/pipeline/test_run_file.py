@@ -79,7 +79,7 @@ def test_the_file_of_a_run_asks_for_the_same_run(tmp_path_factory, tmp_path, fil
     [
         (None, "cannot read .*run.toml: No such file", "Give a TOML file"),
         (b"memory = 90%", "run.toml is not TOML", "one option a line"),
-        (b"\xff\xfe", "run.toml is not TOML", "one option a line"),
+        (b"\xff\xfe", "run.toml is not UTF-8", "one option a line"),
         (b"a = 1\n[budget]\nmemory = '90%'", r"holds the table \[budget\]", "at the top"),
     ],
 )
