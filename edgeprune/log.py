@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 
 from edgeprune.errors import InputError
 
 
+class _Shown(logging.Handler):
+    """Writes to what is standard error at that moment: on a terminal, above the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            sys.stderr.write(f"{self.format(record)}\n")
+
+
 def set_up(verbose: bool, log_file: Path | None) -> None:
-    """Sets up the log of edgeprune on standard error, with `verbose`, and of everything in `log_file`.
+    """Sets up the log: warnings of edgeprune on standard error, with `verbose` all of it; everything in `log_file`.
 
     Raises InputError where the file cannot be written.
     """
@@ -27,8 +36,8 @@ def set_up(verbose: bool, log_file: Path | None) -> None:
     logger = logging.getLogger("edgeprune")
     logger.setLevel(logging.DEBUG)
     logger.propagate = log_file is not None
-    if verbose:
-        logger.addHandler(logging.StreamHandler())
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _Shown)]
+    logger.addHandler(_Shown(logging.DEBUG if verbose else logging.WARNING))
     if log_file is not None:
         try:
             handler = logging.FileHandler(log_file, encoding="utf-8")

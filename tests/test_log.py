@@ -51,6 +51,14 @@ def test_verbose_writes_to_standard_error(logger, capsys):
     assert capsys.readouterr().err == "a detail\n"
 
 
+def test_a_warning_is_shown_once_beside_the_file_and_without_it(logger, tmp_path, capsys):
+    for log_file in (None, tmp_path / "run.log"):
+        set_up(verbose=False, log_file=log_file)
+        logger.warning("mind")
+        logger.info("a detail")
+        assert capsys.readouterr().err == "mind\n"
+
+
 def test_libraries_are_silenced_where_the_user_did_not_decide(logger, monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
     set_up(verbose=False, log_file=None)

@@ -8,9 +8,7 @@ machine are cached.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from edgeprune.cache import cache_folder
+from edgeprune.cache import cache_folder, read_cached, write_cached
 from edgeprune.ondevice.machine import processor
 from edgeprune.ondevice.measure import LocalSession, Session
 from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
@@ -64,13 +62,12 @@ def probe(profile: DeviceProfile) -> DeviceProfile:
     machine = f"{processor()}, {total_memory() / 2**30:.0f} GiB, onnxruntime {onnxruntime.__version__}"
     path = cache_folder() / "probe.json"
     key = f"{machine}, probe {VERSION}"
-    known = _read(path)
+    known = _known(path)
     try:
         return _with(profile, known[key])
     except (KeyError, TypeError, ValidationError):  # not cached, or not in our format
         known[key] = measure(_source("onnxruntime", onnxruntime.__version__, processor(), {}))
-    with contextlib.suppress(OSError):  # without a writable cache it is measured at each run
-        _write(path, known)
+    write_cached(path, json.dumps(known, indent=2).encode())
     return _with(profile, known[key])
 
 
@@ -262,17 +259,10 @@ def _with(profile: DeviceProfile, figures: Figures) -> DeviceProfile:
     return DeviceProfile.model_validate(profile.model_dump() | figures)
 
 
-def _read(path: Path) -> dict[str, Figures]:
+def _known(path: Path) -> dict[str, Figures]:
     """Returns the cached figures by machine; none where the cache cannot be read, and is then made again."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = json.loads(read_cached(path) or b"")
+    except (ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
-
-
-def _write(path: Path, known: dict[str, Figures]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
-    temporary.replace(path)

@@ -336,7 +336,9 @@ def main() -> int:
     options = parser.parse_args()
     program = Path(sys.argv[0]).resolve()
     sys.path[0] = str(program)  # from which the processes of the tasks import as well
-    os.environ.setdefault("EDGEPRUNE_CACHE", str(Path.home() / ".cache" / "edgeprune-device"))
+    cache = os.path.expanduser("~/.cache/edgeprune-device")  # noqa: PTH111 (Path's own raises for a user without a home)
+    if os.path.isabs(cache):  # noqa: PTH117 (a text)
+        os.environ.setdefault("EDGEPRUNE_CACHE", cache)
     # Measure the bundle on this machine.
     try:
         bundle = options.bundle or program.parent

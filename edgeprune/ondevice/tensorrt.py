@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.cache import read_cached, write_cached
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes
@@ -178,7 +179,7 @@ def _compile(
         )
     # Keep the timings, and read the memory figures from the messages.
     if timings is not None:
-        _write(limits.timing_cache, config.get_timing_cache().serialize())
+        write_cached(limits.timing_cache, bytes(config.get_timing_cache().serialize()))
     figures = messages.figures()
     weights, scratch = figures.get("Total Weights Memory", 0), figures.get("Max Scratch Memory", 0)
     return BuildResult(
@@ -333,20 +334,11 @@ def _open_timings(config: Any, path: Path | None) -> Any:
     """Sets a build's cache to the kernel timings of earlier builds, and returns it; None where there is no file."""
     if path is None:
         return None
-    known = path.read_bytes() if path.is_file() else b""
-    timings = config.create_timing_cache(known)
+    timings = config.create_timing_cache(read_cached(path) or b"")
     if timings is None or not config.set_timing_cache(timings, False):  # they are of another release or GPU
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, False)
     return timings
-
-
-def _write(path: Path, content: Any) -> None:
-    """Writes a file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _blamed(errors: str, layers: list[str]) -> str:

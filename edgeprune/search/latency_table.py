@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune.cache import cache_folder
+from edgeprune.cache import cache_folder, cached
 from edgeprune.engine.engines import Exported, Measuring
 from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
@@ -194,14 +194,19 @@ def measured_times(
     }
     key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "costs" / f"{key}.json"
-    if not path.is_file():
-        # Measure, and replace the file at once, so that another run never reads half of it.
-        times = _measure(engine, dense, points, profile, workload, precision, folder, on_progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{key}.{os.getpid()}.json")
-        temporary.write_text(json.dumps({"of": shape, "times": times}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    return json.loads(path.read_text(encoding="utf-8"))["times"]
+
+    def decode(data: bytes) -> Times:
+        times = json.loads(data)["times"]
+        if any(not isfinite(times[kind][name]) or times[kind][name] <= 0 for kind in KINDS for name in (BASE, *points)):
+            raise ValueError("times are positive")
+        return times
+
+    return cached(
+        path,
+        decode,
+        lambda: _measure(engine, dense, points, profile, workload, precision, folder, on_progress),
+        lambda times: (json.dumps({"of": shape, "times": times}, indent=1) + "\n").encode(),
+    )
 
 
 def _shape_of(dense: Decoder) -> dict[str, object]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edgeprune.cache import cache_folder
+from edgeprune.cache import cache_folder, cached
 from edgeprune.model.backward import token_gradients
-from edgeprune.model.decoder import Attention, Layer
+from edgeprune.model.decoder import Attention, Decoder, Layer
 from edgeprune.model.forward import (
     BIAS,
     OUTPUT,
@@ -62,19 +62,34 @@ def sensitivities_of(model: Model, ids: np.ndarray, method: str, seed: int, prog
     named = f"{VERSION} {model.fingerprint} {how.score.__name__} {how.recovery.value} {seed}"
     key = hashlib.sha256(named.encode() + ids.tobytes()).hexdigest()
     path = cache_folder() / "sensitivities" / f"{key}.npz"
-    if not path.is_file():
+
+    def measured() -> Sensitivities:
         samples = torch.from_numpy(ids)
         advance = progress.stage("measure sensitivities", 3 * len(model.decoder.layers))
         sensitivities = measure_sensitivities(model, samples, how.score, seed, advance)
         advance = progress.stage("probe the loss", 4)
-        sensitivities = measure_response(model, samples, sensitivities, how, seed, advance)
-        # Replace the file at once, so that another run never reads half of it.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{key}.{os.getpid()}.npz")
-        np.savez(temporary, attention=sensitivities.attention, mlp=sensitivities.mlp, response=sensitivities.response)
-        temporary.replace(path)
-    with np.load(path) as arrays:
-        return Sensitivities(arrays["attention"], arrays["mlp"], arrays["response"])
+        return measure_response(model, samples, sensitivities, how, seed, advance)
+
+    return cached(path, lambda data: _decoded(data, model.decoder), measured, _encoded)
+
+
+def _encoded(sensitivities: Sensitivities) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, attention=sensitivities.attention, mlp=sensitivities.mlp, response=sensitivities.response)
+    return file.getvalue()
+
+
+def _decoded(data: bytes, decoder: Decoder) -> Sensitivities:
+    """Returns what _encoded was given. Raises ValueError for arrays that are not those of this decoder."""
+    groups, heads, channels = dense_widths(decoder)
+    layers = len(decoder.layers)
+    shapes = {"attention": (layers, groups + 1, heads), "mlp": (layers, channels + 1), "response": (3,)}
+    with np.load(io.BytesIO(data)) as stored:
+        arrays = {name: stored[name] for name in shapes}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} is not an array of {shape} finite fp64")
+    return Sensitivities(**arrays)
 
 
 def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Rank) -> np.ndarray:

@@ -164,6 +164,17 @@ def test_what_was_measured_is_kept_by_engine_shape_and_workload(cache: Path) -> 
         assert not measured(cache, **change)[0], change
 
 
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", '{"times": {"prefill": {}}}', '{"times": {"prefill": 1, "decode": 2}}']
+)
+def test_damaged_times_are_measured_again(cache: Path, damage: str) -> None:
+    _, times = measured(cache)
+    (path,) = (cache / "cache" / "costs").iterdir()
+    path.write_text(damage)
+    assert measured(cache)[0]
+    assert measured(cache) == ([], times)
+
+
 def test_models_of_one_shape_share_what_was_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their values do not count, nor does depth beyond that of the base model."""
     monkeypatch.setattr(latency_table, "VOLUME_BYTES", 1)

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import torch
 
@@ -113,3 +115,18 @@ def test_what_is_kept_is_read_again_but_not_for_another_score(tmp_path, monkeypa
     other = sensitivities_of(model, ids, "default", 0, Silent())
     assert len(list(tmp_path.rglob("*.npz"))) == 2
     assert other.mlp.tolist() != first.mlp.tolist()
+
+
+def test_a_damaged_file_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path))
+    model = as_model(llama())
+    ids = np.random.default_rng(0).integers(0, 101, (4, 12))
+    first = sensitivities_of(model, ids, "default", 0, Silent())
+    (path,) = tmp_path.rglob("*.npz")
+    whole = path.read_bytes()
+    other = io.BytesIO()
+    np.savez(other, attention=first.attention[:1], mlp=first.mlp, response=first.response)
+    for data in (b"", whole[: len(whole) // 2], b"no archive", other.getvalue()):
+        path.write_bytes(data)
+        assert sensitivities_of(model, ids, "default", 0, Silent()).mlp.tolist() == first.mlp.tolist()
+        assert path.read_bytes() == whole

@@ -7,18 +7,16 @@ and must agree. It does not know how the weights are read.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.cache import cache_folder
+from edgeprune.cache import cache_folder, cached_folder
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors, decoder_of
 from edgeprune.model.decoder import Decoder
@@ -295,22 +293,14 @@ def _check_arguments(path: Path, arguments: Mapping[str, Any], vocabulary: int) 
 def prepared(path: Path, config: Mapping[str, Any]) -> Path:
     """Returns a directory in the cache with this configuration and a link to the file, which is not copied.
 
-    Raises InputError for a cache that cannot be written.
+    Raises InputError where no such directory can be made.
     """
     text, target = json.dumps(config, indent=2, sort_keys=True) + "\n", path.resolve()
     digest = hashlib.sha256(f"{target}\n{text}".encode()).hexdigest()
-    folder = cache_folder() / "models" / f"{digest[:32]}-llamagen"
-    link = folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin")
-    part = folder / f"config.{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            link.symlink_to(target)
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / "config.json")
-    except OSError as error:
-        raise InputError(
-            f"cannot link {path} into {folder}: {error.strerror or error}",
-            "Set EDGEPRUNE_CACHE to a folder that can be written and holds links.",
-        ) from None
-    return folder
+
+    def fill(folder: Path) -> None:
+        name = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
+        (folder / name).symlink_to(target)
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+    return cached_folder(cache_folder() / "models" / f"{digest[:32]}-llamagen", fill)

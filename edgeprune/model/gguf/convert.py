@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.cache import cache_folder
+from edgeprune.cache import cache_folder, cached_folder
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.model.checkpoint.places import StoredTensor as Place
@@ -37,30 +35,13 @@ PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 def converted(path: Path) -> Path:
     """Returns the directory with the checkpoint, tokenizer and configuration of a GGUF file, converted on first use.
 
-    Raises InputError for a file that is broken or not supported, and for a cache that cannot be written.
+    Raises InputError for a file that is broken or not supported, and where there is no room to convert it.
     """
     # The folder is named by the file's content.
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{digest[:32]}-{FORMAT}"
-    if folder.is_dir():
-        return folder
-    # Convert beside it, so that a folder is complete or absent.
-    source = read_gguf(path)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _convert(source, path, part)
-        _publish(part, folder)
-    except OSError as error:
-        raise InputError(
-            f"cannot convert {path.name} into {folder.parent}: {error.strerror or error}",
-            "Free some space there, or set EDGEPRUNE_CACHE to another folder.",
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return cached_folder(folder, lambda part: _convert(read_gguf(path), path, part))
 
 
 def decoder_of_gguf(path: Path) -> Decoder:
@@ -72,15 +53,6 @@ def metadata_of(source: GgufFile) -> Metadata:
     """Returns the metadata of a file that was read, with its rope factors dequantised."""
     factors = {name: source.tensors[name].values() for name in ROPE_TENSORS if name in source.tensors}
     return Metadata(source.fields, source.tensors.keys(), factors)
-
-
-def _publish(part: Path, folder: Path) -> None:
-    """Renames the finished folder; another process may have been faster."""
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _convert(source: GgufFile, path: Path, folder: Path) -> None:

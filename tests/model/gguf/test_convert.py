@@ -6,6 +6,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, RopeScalingType
 
+from edgeprune.cache import temporary_folder
 from edgeprune.errors import InputError
 from edgeprune.model.gguf import convert
 from edgeprune.model.gguf.convert import converted
@@ -67,13 +68,23 @@ def test_a_turn_may_end_with_another_token(tmp_path):
     assert settings == {"bos_token_id": 0, "eos_token_id": [0, 7]}
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+def test_without_a_cache_it_is_converted_into_a_folder_that_goes(tmp_path, monkeypatch):
     write(tmp_path / "m.gguf", llama(**SETTINGS))
     (tmp_path / "occupied").write_text("a file")
     monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "occupied"))
-    with pytest.raises(InputError) as caught:
-        converted(tmp_path / "m.gguf")
-    assert "EDGEPRUNE_CACHE" in caught.value.remedy
+    folder = converted(tmp_path / "m.gguf")
+    assert folder.parent == temporary_folder()
+    assert load_model(str(folder)).decoder.hidden_size == 96
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_folder_is_made_again(tmp_path, name):
+    write(tmp_path / "m.gguf", llama(**SETTINGS))
+    path = converted(tmp_path / "m.gguf") / name
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    assert converted(tmp_path / "m.gguf") == path.parent
+    assert path.read_bytes() == whole
 
 
 def test_another_process_may_be_faster(tmp_path, monkeypatch):
@@ -87,7 +98,7 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "_convert", overtaken)
     folder = converted(tmp_path / "m.gguf")
     assert load_model(str(folder)).decoder.hidden_size == 96
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.files"]
 
 
 def test_the_file_is_converted_once(tmp_path):
@@ -96,7 +107,7 @@ def test_the_file_is_converted_once(tmp_path):
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert converted(tmp_path / "m.gguf") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.files"]
 
 
 def test_the_tokenizer_and_its_template_come_along(tmp_path):
