@@ -19,9 +19,11 @@ from edgeprune.bundle.store import write_bundle
 from edgeprune.bundle.write import as_json, json_text, rendered
 from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
+from edgeprune.files import writing
 from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER, open_bundle, rungs_of, sha256, tokenizer_of
 from edgeprune.ondevice.finish import DEPLOYMENT, MEASUREMENT
-from edgeprune.pipeline.output import check_output, check_space
+from edgeprune.pipeline.journal import open_journal
+from edgeprune.pipeline.output import check_output, check_space, work_folder
 from edgeprune.pipeline.provenance import now
 from edgeprune.pipeline.run_file import RUN_FILE, toml_of
 from edgeprune.progress import Progress, Silent
@@ -83,26 +85,26 @@ def pick(
 
     # Copy the rung's files aside and assemble the bundle from them.
     kept = {name: value for name, value in manifest.items() if name not in ("kind", "sha256")}
-    kept |= {"edgeprune": __version__, "created": now(), "command": command, "rung": index}
-    work = output.with_name(f"{output.name}.picking")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        advance = progress.stage(f"copy rung {index}", len(names))
-        for name in names:
-            _copy(bundle / name, work / Path(name).relative_to("rungs"), manifest["sha256"][name])
-            advance()
-        (work / str(index) / REPORT).write_text(as_json(report), encoding="utf-8")
-        progress.stage("write the bundle")
-        shared = {
-            f"{folder.name}/{path.name}": path for folder in _shared(bundle, index) for path in sorted(folder.iterdir())
-        }
-        write_bundle(work / "bundle", output, [work / str(index)], shared, texts, kept, render)
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be written: {error.strerror}", "Free some space, or name another --output."
-        ) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    identity = {"pick": [str(bundle.absolute()), index]}
+    with writing(output), open_journal(work_folder(output), identity, not force, force) as journal:
+        kept |= {"edgeprune": __version__, "run": journal.id, "created": now(), "command": command, "rung": index}
+        rungs = journal.folder / "rungs"
+        shutil.rmtree(rungs, ignore_errors=True)  # of a pick that was killed
+        try:
+            advance = progress.stage(f"copy rung {index}", len(names))
+            for name in names:
+                _copy(bundle / name, journal.folder / name, manifest["sha256"][name])
+                advance()
+            (rungs / str(index) / REPORT).write_text(as_json(report), encoding="utf-8")
+            progress.stage("write the bundle")
+            shared = {
+                f"{folder.name}/{path.name}": path
+                for folder in _shared(bundle, index)
+                for path in sorted(folder.iterdir())
+            }
+            write_bundle(journal.folder / "bundle", output, [rungs / str(index)], shared, texts, kept, render)
+        finally:
+            journal.remove()
     return output
 
 

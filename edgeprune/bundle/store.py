@@ -6,13 +6,14 @@ It does not know what the files hold.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgeprune.files import link_or_copy, write_text, writing
 from edgeprune.ondevice.bundle import MANIFEST, open_bundle, point_to_rung, sha256
+from edgeprune.pipeline.ownership import REPLACED, check_replaceable
 
 
 def write_bundle(
@@ -31,26 +32,37 @@ def write_bundle(
     chosen: the index of the one that the links at the top lead to, None: there are no links. shared: files by their
     paths in the bundle, the tokenizer's or the codec's. texts: by their names in the bundle. manifest: all of it but
     the hashes. render(files): returns the texts that list the bundle's files with their bytes, such as the report. An
-    older bundle at `output` is replaced at the very end, and only then removed.
+    older bundle at `output` is replaced at the very end, and only then removed. Raises WriteError, and InputError where
+    what is there by then is not wholly ours.
     """
+    with writing(output):
+        _assemble(staging, rungs, shared, texts, manifest, render, chosen)
+        _put_into_place(staging, output)
+
+
+def _assemble(
+    staging: Path,
+    rungs: Sequence[Path],
+    shared: Mapping[str, Path],
+    texts: Mapping[str, str | bytes],
+    manifest: Mapping[str, Any],
+    render: Callable[[dict[str, int]], Mapping[str, str]],
+    chosen: int | None,
+) -> None:
+    """Fills the staging folder with a bundle, its manifest last."""
     # Assemble the rungs.
     shutil.rmtree(staging, ignore_errors=True)
 
-    def link(source: str, target: str) -> None:
-        """Makes a hard link, so that the rung stays whole in the work folder until the bundle is in place.
-
-        Rungs share none with each other: onnx refuses weights in a file of two names.
-        """
-        os.link(Path(source).resolve(), target)  # a link is resolved: its target is linked
-
+    # Files are linked, so that a rung stays whole in the work folder until the bundle is in place. Rungs share none
+    # with each other: onnx refuses weights in a file of two names.
     for index, rung in enumerate(rungs):
         folder = staging / "rungs" / str(index)
         folder.mkdir(parents=True)
         for path in sorted(rung.iterdir()):
             if path.is_dir():
-                shutil.copytree(path, folder / path.name, copy_function=link)
+                shutil.copytree(path, folder / path.name, copy_function=link_or_copy)
             else:
-                link(str(path), str(folder / path.name))
+                link_or_copy(path, folder / path.name)
     if chosen is not None:
         point_to_rung(staging, chosen)
     # Add what the rungs share and the texts; those that list the files come last.
@@ -61,35 +73,39 @@ def write_bundle(
         (staging / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     for name, text in render(_sizes(staging)).items():
         (staging / name).write_text(text, encoding="utf-8")
-    # Hash all files, then put the bundle into place.
+    # Hash all files.
     hashes = {name: sha256(staging / name) for name in _sizes(staging)}
     (staging / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-    old = output.with_name(output.name + ".old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    staging.rename(output)
+
+
+def _put_into_place(staging: Path, output: Path) -> None:
+    """Renames the bundle to its place. Raises InputError where what stands there meanwhile is not ours to replace."""
+    if not output.is_dir() or not any(output.iterdir()):
+        staging.rename(output)
+        return
+    check_replaceable(output)
+    old = staging.with_name(REPLACED)
+    shutil.rmtree(old, ignore_errors=True)
+    output.rename(old)
+    try:
+        staging.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write_again(folder: Path, texts: Mapping[str, str], also: Iterable[str] = ()) -> None:
     """Writes texts of a finished bundle again, each at once, and records their hashes and those of `also`.
 
-    Raises InputError where the folder is not a bundle.
+    Raises InputError where the folder is not a bundle, WriteError.
     """
     manifest = open_bundle(folder)
     for name, text in texts.items():
-        _replace(folder / name, text)
+        write_text(folder / name, text)
     for name in (*texts, *also):
         manifest["sha256"][name] = sha256(folder / name)
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file at once: a reader finds the old text or the new one, never half of it."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def _sizes(folder: Path) -> dict[str, int]:

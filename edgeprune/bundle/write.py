@@ -21,10 +21,10 @@ from edgeprune.engine.remote import program
 from edgeprune.model.export import write_exports
 from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.model.tokens.vocabulary import read_vocabulary
-from edgeprune.ondevice.budget import CONSTRAINTS
 from edgeprune.ondevice.bundle import FRONTIER, REPORT, TOKENIZER
 from edgeprune.ondevice.finish import DEPLOYMENT
-from edgeprune.pipeline.provenance import command_line, manifest_of
+from edgeprune.pipeline.journal import Journal
+from edgeprune.pipeline.provenance import manifest_of
 from edgeprune.pipeline.request import FRONTIER_OPTIONS
 from edgeprune.pipeline.results import Fitted, has_checkpoint
 from edgeprune.pipeline.run_file import RUN_FILE, run_file
@@ -38,14 +38,14 @@ from edgeprune.report.html import render_html
 from edgeprune.report.schema import Step
 
 
-def write_fitted(rungs: Sequence[Fitted], work: Path) -> None:
+def write_fitted(rungs: Sequence[Fitted], journal: Journal, command: str) -> None:
     """Writes the finished bundle of a fit to the setup's output.
 
-    rungs: the chosen one first, smaller ones after it; work: the folder of the run, where the bundle is assembled.
+    rungs: the chosen one first, smaller ones after it; journal: of the run, in whose folder the bundle is assembled;
+    command: the command line of the run.
     """
     # Collect each rung's files with its own report.
-    fitted, setup = rungs[0], rungs[0].setup
-    command = command_line(setup.request)
+    fitted, setup, work = rungs[0], rungs[0].setup, journal.folder
     folders = [
         rung_folder(rung, build_report(rung, {}, command), work / "rungs" / str(index), tokenizer_folder(fitted))
         for index, rung in enumerate(rungs)
@@ -63,7 +63,8 @@ def write_fitted(rungs: Sequence[Fitted], work: Path) -> None:
         return rendered(build_report(fitted, files, command))
 
     shared = setup.kind.shared_files(setup.model, tokenizer_folder(fitted), work)
-    write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest_of(setup, command), render)
+    manifest = manifest_of(setup, command, journal.id)
+    write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest, render)
 
 
 def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: Path) -> Path:
@@ -108,15 +109,14 @@ def tokenizer_folder(fitted: Fitted) -> Path:
     return fitted.setup.model.directory if read_vocabulary(own) is None else own
 
 
-def write_frontier(rungs: Sequence[Fitted], work: Path) -> None:
+def write_frontier(rungs: Sequence[Fitted], journal: Journal, command: str) -> None:
     """Writes the finished bundle of a frontier to the setup's output.
 
-    rungs: the largest first; work: the folder of the run, where the bundle is assembled. Each rung has all that a
+    rungs: the largest first; journal and command: as of write_fitted. Each rung has all that a
     bundle of its own needs: see `pick`.
     """
     # Collect each rung's files with its own report and deployment.json.
-    setup = rungs[0].setup
-    command = command_line(setup.request, "frontier", left_out=CONSTRAINTS)
+    setup, work = rungs[0].setup, journal.folder
     reports, folders = [], []
     for index, rung in enumerate(rungs):
         step = Step(title="Pick this rung: a bundle of its own", command=pick_command(setup.output.name, index))
@@ -134,7 +134,7 @@ def write_frontier(rungs: Sequence[Fitted], work: Path) -> None:
     def render(files: dict[str, int]) -> dict[str, str]:
         return {FRONTIER_FILE: as_json(frontier), FRONTIER_PAGE: render_frontier(frontier, setup.output.name)}
 
-    manifest = {"kind": FRONTIER, **manifest_of(setup, command)}
+    manifest = {"kind": FRONTIER, **manifest_of(setup, command, journal.id)}
     shared = setup.kind.shared_files(setup.model, setup.model.directory, work)
     write_bundle(work / "bundle", setup.output, folders, shared, texts, manifest, render, chosen=None)
 

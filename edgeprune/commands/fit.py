@@ -8,16 +8,24 @@ Every step is a stage of the journal: a killed run goes on after the last one th
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from edgeprune.commands.result import Result
 from edgeprune.ondevice.budget import judge
-from edgeprune.pipeline.flow import begin, planner_of, quality_status, search_budget, smaller_candidates, within_quality
+from edgeprune.pipeline.flow import (
+    planner_of,
+    quality_status,
+    search_budget,
+    smaller_candidates,
+    within_quality,
+    working,
+)
+from edgeprune.pipeline.provenance import command_line
 from edgeprune.pipeline.request import DEMO, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
+from edgeprune.pipeline.stages import Run
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.schema import Report
 
@@ -34,7 +42,16 @@ def fit(model: str | Path = DEMO, *, progress: Progress | OnProgress | None = No
 
     # Resolve the request; nothing long or written before this.
     setup = prepare(request_of(model=model, **options))
-    run = begin(setup, progress_of(progress))
+    command = command_line(setup.request)
+    with working(setup, command, progress_of(progress)) as run:
+        if run is not None:
+            write_fitted(_fitted(run), run.journal, command)
+    return Result(setup.output, read_report(setup.output))
+
+
+def _fitted(run: Run) -> list[Fitted]:
+    """Returns the rungs of the bundle, the chosen one first: within the budget where one was found."""
+    setup = run.setup
     dense = run.dense.performance
     stop, outcome, gains, costs = None, None, {}, None
     if judge(setup.budget, dense, dense).met:
@@ -62,10 +79,7 @@ def fit(model: str | Path = DEMO, *, progress: Progress | OnProgress | None = No
     qualities = [run.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
     cross_check = None if outcome is None else run.cross_check(rungs[0])
     seconds = run.journal.seconds
-    fitted = [
+    return [
         Fitted(setup, run.samples, dense, rung, outcome, quality, cross_check, seconds, gains, costs, stop)
         for rung, quality in zip(rungs, qualities, strict=True)
     ]
-    write_fitted(fitted, run.journal.folder)
-    shutil.rmtree(run.journal.folder)
-    return Result(setup.output, read_report(setup.output))

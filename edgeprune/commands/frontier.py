@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
-from edgeprune.ondevice.budget import Budget, Limit
-from edgeprune.pipeline.flow import begin, planner_of, search_budget
+from edgeprune.ondevice.budget import CONSTRAINTS, Budget, Limit
+from edgeprune.pipeline.flow import planner_of, search_budget, working
+from edgeprune.pipeline.provenance import command_line
 from edgeprune.pipeline.request import DEMO, FRONTIER_RUNGS, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
+from edgeprune.pipeline.stages import Run
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.frontier import Frontier
 from edgeprune.search.search import RUNG_CANDIDATES
@@ -44,7 +45,16 @@ def frontier(
             f"--rungs {rungs} is less than 2", "A frontier has two rungs at least; `edgeprune fit` makes one model."
         )
     setup = prepare(request_of(model=model, rungs=rungs, **options), ladder=True)
-    run = begin(setup, progress_of(progress))
+    command = command_line(setup.request, "frontier", left_out=CONSTRAINTS)
+    with working(setup, command, progress_of(progress)) as run:
+        if run is not None:
+            write_frontier(_fitted(run), run.journal, command)
+    return Result(setup.output, read_frontier(setup.output))
+
+
+def _fitted(run: Run) -> list[Fitted]:
+    """Returns the rungs, the largest first."""
+    setup = run.setup
     dense, planner = run.dense.performance, planner_of(run)
     # Each rung is a search of its own below the last one; all share what was measured before.
     fitted: list[Fitted] = []
@@ -62,6 +72,4 @@ def frontier(
         rung = replace(setup, budget=budget)
         seconds = run.journal.seconds
         fitted.append(Fitted(rung, run.samples, dense, chosen, outcome, quality, None, seconds, gains, planner.latency))
-    write_frontier(fitted, run.journal.folder)
-    shutil.rmtree(run.journal.folder)
-    return Result(setup.output, read_frontier(setup.output))
+    return fitted

@@ -5,13 +5,21 @@ fit and frontier are made of these. What a stage does is in stages.py, what is b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import log1p
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune.errors import InputError
+from edgeprune.files import WriteError, read_json, writing
 from edgeprune.ondevice.budget import Budget, judge, judge_quality
+from edgeprune.ondevice.bundle import MANIFEST
 from edgeprune.ondevice.figures import Measured
-from edgeprune.pipeline.journal import open_journal
+from edgeprune.pipeline.journal import Journal, open_journal
+from edgeprune.pipeline.output import check_output, work_folder
+from edgeprune.pipeline.ownership import is_bundle, listed
 from edgeprune.pipeline.results import Candidate, Quality, QualityStop
 from edgeprune.pipeline.setup import Setup
 from edgeprune.pipeline.stages import Run
@@ -36,12 +44,66 @@ if TYPE_CHECKING:
 MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure carries noise
 
 
-def begin(setup: Setup, progress: Progress) -> Run:
-    """Opens the journal beside the output and notes what was chosen. Raises InputError as open_journal does."""
+@contextmanager
+def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | None]:
+    """Opens the journal beside the output, and removes it when all within is done; notes what was chosen.
+
+    command: the command line of the run. Yields None where the output is complete already, which a run that goes on
+    finds. Raises InputError as open_journal does, and where the output is not this run's to replace.
+    """
+    request, output = setup.request, setup.output
     for choice in setup.choices:
         progress.note(f"{choice.name}: {choice.value} ({choice.reason})")
-    work = setup.output.with_name(setup.output.name + ".work")
-    return Run(setup, open_journal(work, setup.fingerprint, setup.request.resume, setup.request.force), progress)
+    with (
+        _resumable(output),
+        open_journal(work_folder(output), setup.fingerprint, request.resume, request.force) as journal,
+    ):
+        try:
+            if request.resume and _is_complete(setup, command, journal):
+                progress.note(f"{output} is complete already: nothing was done")
+                yield None
+            else:
+                check_output(output, request.force)  # another run may have written it meanwhile
+                yield Run(setup, journal, progress)
+        except BaseException:
+            if not journal.seconds:  # there is nothing to go on with
+                journal.remove()
+            raise
+        if kept := journal.remove():
+            progress.note(f"kept in {journal.folder}, as no run made it: {listed(kept)}")
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """Turns a failed write into an error that says how to go on."""
+    try:
+        with writing(output):
+            yield
+    except WriteError as error:
+        error.remedy += " Then go on with --resume."
+        raise
+
+
+def _is_complete(setup: Setup, command: str, journal: Journal) -> bool:
+    """Returns whether the output is the bundle of this run. Raises InputError where it is another's and stays."""
+    output = setup.output
+    if not is_bundle(output):
+        return False
+    manifest = read_json(output / MANIFEST)
+    if manifest.get("run") == journal.id:
+        return True
+    if (
+        not journal.seconds
+        and manifest.get("command") == command
+        and manifest.get("fingerprint") == json.loads(json.dumps(setup.fingerprint))
+    ):
+        return True
+    if not setup.request.force:
+        raise InputError(
+            f"the output directory {output} holds the bundle of another run, which --resume never replaces",
+            "Give --force too to replace it, or name another directory with --output.",
+        )
+    return False
 
 
 def planner_of(run: Run) -> Planner:
@@ -61,7 +123,7 @@ def planner_of(run: Run) -> Planner:
     if setup.engine.measures:
         run.progress.stage("measure what a width costs")
         times = run.journal.stage(
-            "costs", lambda: measured_times(setup.engine, *parts, run.journal.folder, run.progress.track)
+            "costs", lambda: measured_times(setup.engine, *parts, run.journal.scratch, run.progress.track)
         )
         latency = fit(decoder, profile, setup.precision, times, f"models of random weights on {setup.engine.name}")
     else:

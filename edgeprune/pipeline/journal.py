@@ -1,30 +1,68 @@
 """The journal of a run: one line for the run, then one line, flushed, for each finished stage.
 
 A stage's files are complete before its line is written; a run that was killed goes on after the last
-line. It knows nothing about what the stages do.
+line. One process at a time has the folder. It knows nothing about what the stages do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgeprune import __version__
 from edgeprune.errors import InputError
+from edgeprune.files import parse_json, printable, writing
+from edgeprune.pipeline.ownership import (
+    JOURNAL,
+    LOCK,
+    REPLACED,
+    SCRATCH,
+    check_work,
+    foreign_in_work,
+    mark_stage,
+    remove_ours,
+)
 
-FILE = "journal.jsonl"
+ID = "run"  # in the first line, and in the manifest of the bundle that the run writes
 
 
 class Journal:
-    """The stages finished in `folder`, and their results (JSON values)."""
+    """The stages finished in `folder`, and their results (JSON values). id: of the run, however often it goes on.
 
-    def __init__(self, folder: Path, finished: dict[str, dict[str, Any]]) -> None:
-        self.folder = folder
-        self._finished = finished
+    It holds the folder's lock until it is closed.
+    """
+
+    def __init__(self, folder: Path, run_id: str, finished: dict[str, dict[str, Any]], lock: int) -> None:
+        self.folder, self.id = folder, run_id
+        self._finished, self._lock = finished, lock
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the folder back to other runs; it stays as it is."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def remove(self) -> list[str]:
+        """Removes the folder, whose run is over, and closes it. Returns the files that are kept: no run made them."""
+        foreign = foreign_in_work(self.folder)
+        with writing(self.folder):
+            remove_ours(self.folder, foreign)
+        self.close()
+        return foreign
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -43,71 +81,162 @@ class Journal:
             start = time.monotonic()
             result = compute()
             line = {"stage": name, "seconds": round(time.monotonic() - start, 3), "result": result}
-            _append(self.folder / FILE, line)
+            _append(self.folder / JOURNAL, line)
             self._finished[name] = json.loads(json.dumps(line))
         return self._finished[name]["result"]
+
+    @property
+    def scratch(self) -> Path:
+        """Returns an empty folder for files of which nothing is kept."""
+        folder = self.folder / SCRATCH
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
 
     def folder_stage(self, name: str, fill: Callable[[Path], Any]) -> Path:
         """Returns the folder that a stage of that name fills: filled aside, renamed when complete."""
         target = self.folder / name
+        temporary = target.with_name(target.name + ".part")
 
         def compute() -> None:
-            temporary = target.with_name(target.name + ".part")
             for stale in (temporary, target):
                 shutil.rmtree(stale, ignore_errors=True)
             temporary.mkdir(parents=True)
-            fill(temporary)
-            temporary.rename(target)
+            try:
+                mark_stage(temporary, is_complete=False)
+                fill(temporary)
+                mark_stage(temporary, is_complete=True)
+                temporary.rename(target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+                raise
 
         self.stage(name, compute)
+        if not target.is_dir():
+            raise InputError(
+                f"{self.folder} has lost its folder {name}, which was complete", "Start afresh with --force."
+            )
         return target
 
 
 def open_journal(folder: Path, run: dict[str, Any], resume: bool, force: bool) -> Journal:
-    """Opens the journal of `run` in `folder`.
+    """Opens the journal of `run` in `folder`, for this process alone.
 
-    Raises InputError where the folder holds an unfinished run and neither resume nor force is given,
-    or, with resume, where its run differs: the message names the field.
+    run: what makes two runs the same. Raises InputError where another process has
+    the folder, where it holds what is not ours, an unfinished run and neither resume nor force is given, or, with
+    resume, another run than this: the message names the field.
     """
-    path = folder / FILE
-    run = json.loads(json.dumps(run))
-    lines = _read(path)
+    run = json.loads(json.dumps({"edgeprune": __version__, **run}))
+    lock = _lock(folder)
+    try:
+        return _open(folder, run, resume, force, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _open(folder: Path, run: dict[str, Any], resume: bool, force: bool, lock: int) -> Journal:
+    """Opens the journal in a folder that is locked."""
+    path = folder / JOURNAL
+    check_work(folder, force and not resume)
+    lines = [] if force and not resume else _read(path)
     # An unfinished run goes on where it is the same in every field.
     if resume and lines:
-        for field in sorted({*run, *lines[0]}):
+        for field in sorted({*run, *lines[0]} - {ID}):
             if run.get(field) != lines[0].get(field):
                 raise InputError(
-                    f"{folder} belongs to another run: its {field} is {lines[0].get(field)!r}, "
-                    f"this one's is {run.get(field)!r}",
+                    f"{folder} belongs to another run: its {field} is {printable(repr(lines[0].get(field)))}, "
+                    f"this one's is {printable(repr(run.get(field)))}",
                     "Give the same arguments to resume it, or start afresh with --force.",
                 )
-        return Journal(folder, {line["stage"]: line for line in lines[1:]})
-    if lines and not force:
+        return Journal(folder, lines[0][ID], {line["stage"]: line for line in lines[1:]}, lock)
+    if lines:
         raise InputError(
             f"{folder} holds an unfinished run ({len(lines) - 1} stages done)",
             "Go on with --resume, or start afresh with --force.",
         )
-    # A new run begins with an empty folder.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    _append(path, run)
-    return Journal(folder, {})
+    # A new run begins with an empty folder, and gives back the older bundle that the last one was about to replace.
+    output = folder.with_name(folder.name.removesuffix(".work"))
+    if (folder / REPLACED).is_dir() and not output.exists():
+        (folder / REPLACED).rename(output)
+    _empty(folder)
+    run_id = uuid.uuid4().hex
+    _append(path, {ID: run_id, **run})
+    return Journal(folder, run_id, {}, lock)
+
+
+def _empty(folder: Path) -> None:
+    """Removes all that runs made in a folder but its lock; the journal last, so that a kill leaves it ours."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == JOURNAL):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _lock(folder: Path) -> int:
+    """Returns the descriptor of the lock of a folder, which is made where it is not there.
+
+    Raises InputError, which names the process that has it.
+    """
+    check_work(folder, force=False)
+    with writing(folder):
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # the run that had it removed the folder
+                descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+                if _is_locked(descriptor, folder):
+                    return descriptor
+                os.close(descriptor)
+
+
+def _is_locked(descriptor: int, folder: Path) -> bool:
+    """Returns whether the lock is ours now; False: it was removed meanwhile. Raises InputError where it is taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = printable(os.read(descriptor, 100).decode(errors="replace"), 40).strip()
+        os.close(descriptor)
+        raise InputError(
+            f"another run, process {holder or 'unknown'}, works in {folder}",
+            "Wait until it ends, or name another directory with --output.",
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            return True
+    return False
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Reads all complete lines; the last one may be cut off by a kill and is then taken away."""
+    """Reads all complete lines; the last one may be cut off by a kill and is then taken away.
+
+    Raises InputError for a line that no journal has.
+    """
     if not path.exists():
         return []
     data = path.read_bytes()
     complete = data[: data.rfind(b"\n") + 1]
     if len(complete) < len(data):
-        with path.open("r+b") as file:
+        with writing(path), path.open("r+b") as file:
             file.truncate(len(complete))
-    return [json.loads(line) for line in complete.splitlines()]
+    remedy = "Start afresh with --force."
+    lines = [
+        parse_json(line, f"{path}, line {number},", dict, remedy)
+        for number, line in enumerate(complete.splitlines(), 1)
+    ]
+    for number, line in enumerate(lines, 1):
+        fields = {ID: str} if number == 1 else {"stage": str, "seconds": (int, float), "result": object}
+        if not all(name in line and isinstance(line[name], kind) for name, kind in fields.items()):
+            raise InputError(f"{path}, line {number}, is not of a journal", remedy)
+    return lines
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -178,7 +178,7 @@ class Images:
     def shared_files(self, model: Model, tokenizer: Path, work: Path) -> dict[str, Path]:
         from edgeprune.pipeline.codec_folder import write_codec_folder
 
-        folder = write_codec_folder(work / CODEC, model.decoder, self.imaging)
+        folder = write_codec_folder(work / "rungs" / CODEC, model.decoder, self.imaging)
         return {f"{CODEC}/{path.name}": path for path in sorted(folder.iterdir())}
 
     def images_at_once(self, batch: int) -> int:

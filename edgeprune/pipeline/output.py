@@ -7,26 +7,35 @@ import shutil
 from pathlib import Path
 
 from edgeprune.errors import InputError
-from edgeprune.ondevice.bundle import MANIFEST
+from edgeprune.pipeline.ownership import check_replaceable, check_work
 
 
-def check_output(output: Path, force: bool) -> None:
+def work_folder(output: Path) -> Path:
+    """Returns the folder beside the output where a run keeps its work until the bundle is complete."""
+    return output.with_name(f"{output.name}.work")
+
+
+def check_output(output: Path, force: bool, resume: bool = False) -> None:
     """Refuses an output directory that cannot be written, or that holds something already.
 
-    With force a bundle of ours, or an empty folder, may be replaced; nothing else ever is.
+    With force a bundle may be replaced that is wholly ours, or an empty folder; nothing else ever is. resume: a bundle
+    may stand there, which the caller finds to be this run's or not.
     """
+    if output.is_symlink():
+        raise InputError(f"the output {output} is a link to {output.readlink()}", "Name the directory itself.")
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {output} is a file", "Name a directory that does not exist yet.")
+    if output.is_dir() and output.is_mount():
+        raise InputError(f"the output {output} is a mount point", "Name a directory in it.")
     if output.is_dir() and any(output.iterdir()):
-        if not force:
+        if not force and not resume:
             raise InputError(
                 f"the output directory {output} is not empty", "Name another with --output, or replace it with --force."
             )
-        if not (output / MANIFEST).is_file():
-            raise InputError(
-                f"the output directory {output} is not empty and is not a bundle: --force replaces bundles only",
-                "Name another directory with --output.",
-            )
+        check_replaceable(output)
+    check_work(work_folder(output), force and not resume)
+    if file := next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None):
+        raise InputError(f"{file}, in which the output is to be, is a file", "Name another directory with --output.")
     parent = existing_parent(output)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to {parent}", "Name a directory that you may write to with --output.")

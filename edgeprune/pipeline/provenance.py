@@ -17,10 +17,12 @@ from edgeprune.pipeline.setup import Setup
 PACKAGES = ("torch", "transformers", "onnx", "numpy", *(runtime.package for runtime in RUNTIMES.values()))
 
 
-def manifest_of(setup: Setup, command: str) -> dict[str, Any]:
+def manifest_of(setup: Setup, command: str, run_id: str) -> dict[str, Any]:
+    """Returns the manifest of a bundle but for its hashes; run_id: the journal's."""
     return {
         "edgeprune": __version__,
         "created": now(),
+        "run": run_id,
         "command": command,
         "device": setup.profile.name,
         "engine": setup.engine.name,

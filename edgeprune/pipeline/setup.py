@@ -128,7 +128,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     choices += [budget_choice] if budget_choice else []
     name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
     output = (request.output or Path(name)).absolute()
-    check_output(output, request.force or request.resume)
+    check_output(output, request.force, request.resume)
     # The model, after the samples' files were found readable.
     documents = kind.read_documents(request)
     _check_method(request.method)

@@ -104,7 +104,7 @@ class Run:
             self._write_reference(folder / "onnx-bf16" if is_own_graph else plain, folder / REFERENCE)
 
         folder = self.journal.folder_stage("dense-engine", build)
-        graphs = folder if setup.precision != "fp32" else self.journal.folder / "dense"
+        graphs = folder if setup.precision != "fp32" else self.plain.parent
         exported = Exported(
             setup.model.decoder, graphs / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE
         )

@@ -225,7 +225,7 @@ def test_a_picked_bundle_is_an_ordinary_one(made, picked):
         if name.startswith("rungs/1/") and name.rsplit("/", 1)[1] not in ("report.json", "deployment.json"):
             assert manifest["sha256"][name.replace("rungs/1/", "rungs/0/")] == original["sha256"][name]
     assert deployment(picked) == deployment(made / "rungs" / "1")
-    assert not list(made.parent.glob("*.picking"))
+    assert not list(made.parent.glob("*.work"))
 
 
 def test_the_reports_figures_are_the_rungs_and_all_else_is_the_new_bundles(made, picked):

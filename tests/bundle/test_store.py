@@ -69,4 +69,4 @@ def test_a_failure_while_it_is_assembled_leaves_nothing_and_keeps_the_old_one(tm
     assert (tmp_path / "out" / "onnx" / "model.onnx").read_text() == "one"
     write(tmp_path, tmp_path / "out", "two")
     assert (tmp_path / "out" / "onnx" / "model.onnx").read_text() == "two"
-    assert not (tmp_path / "out.old").exists()
+    assert not (tmp_path / "replaced").exists()

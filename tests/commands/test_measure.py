@@ -15,7 +15,7 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from tests.support.bundles import contents
 from tests.support.doubles.double_rungs import LARGE, Double
-from tests.support.runs import finished
+from tests.support.runs import finished, journal_of
 
 
 @pytest.fixture
@@ -23,7 +23,11 @@ def bundle(tmp_path_factory, tmp_path, monkeypatch) -> Path:
     """Of a Jetson, whose budget of memory is that of the run."""
     monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
     fitted = finished(tmp_path_factory).fitted
-    write_fitted([replace(fitted, setup=replace(fitted.setup, output=tmp_path / "out"))], tmp_path / "work")
+    write_fitted(
+        [replace(fitted, setup=replace(fitted.setup, output=tmp_path / "out"))],
+        journal_of(tmp_path / "work"),
+        "edgeprune fit",
+    )
     return tmp_path / "out"
 
 

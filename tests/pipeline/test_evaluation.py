@@ -48,7 +48,9 @@ class Home:
             kind=Language(),
         )
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
-        return Evaluator(setup, open_journal(folder, {}, resume, False), Silent(), samples, self.plain)
+        journal = open_journal(folder, {}, resume, False)
+        journal.close()  # the test may go on with it
+        return Evaluator(setup, journal, Silent(), samples, self.plain)
 
     def prompts(self) -> list[np.ndarray]:
         """Sixteen beginnings of one length, half of the context at most, evenly from all documents that have it."""

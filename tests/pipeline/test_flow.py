@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from edgeprune.errors import InputError
+from edgeprune.files import WriteError
 from edgeprune.ondevice.figures import Measured
 from edgeprune.pipeline.flow import (
     MEASUREMENT_MARGIN,
     _furthest_met,
     _margins,
-    begin,
     quality_status,
     smaller_candidates,
     within_quality,
+    working,
 )
+from edgeprune.pipeline.provenance import manifest_of
+from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Forwarded, Silent
 from edgeprune.search.search import QualityTrial, TrialRise
 from tests.support.runs import finished, setup_of
+
+COMMAND = "edgeprune fit demo --device jetson-orin"
+
+
+class Stopped(Exception):
+    """Ends a run where a test wants it."""
+
+
+def asked(setup: Setup, **changes: bool) -> Setup:
+    return replace(setup, request=replace(setup.request, **changes))
+
+
+def _told() -> Forwarded:
+    return Forwarded(lambda *call: None)
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +49,68 @@ def made(tmp_path_factory):
 
 def test_a_run_begins_beside_its_output_and_tells_what_was_chosen(made, tmp_path, caplog):
     setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
-    with caplog.at_level("INFO", "edgeprune"):
-        run = begin(setup, Forwarded(lambda *call: None))
-    assert run.journal.folder == tmp_path / "out.work"
+    caplog.set_level("INFO", "edgeprune")
+    with pytest.raises(Stopped), working(setup, COMMAND, _told()) as run:
+        assert run.journal.folder == tmp_path / "out.work"
+        run.journal.stage("one", lambda: 1)
+        raise Stopped
     assert [line.split(":")[0] for line in caplog.messages] == [choice.name for choice in setup.choices]
-    run.journal.stage("one", lambda: 1)
-    with pytest.raises(InputError, match="unfinished run"):
-        begin(setup, Silent())
-    resumed = replace(setup, request=replace(setup.request, resume=True))
-    assert begin(resumed, Silent()).journal.has("one")
+    with pytest.raises(InputError, match="unfinished run"), working(setup, COMMAND, Silent()):
+        pass
+    with working(asked(setup, resume=True), COMMAND, Silent()) as run:
+        assert run.journal.has("one")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_before_its_first_stage_leaves_nothing(made, tmp_path):
+    setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
+    with pytest.raises(Stopped), working(setup, COMMAND, Silent()):
+        raise Stopped
+    assert not list(tmp_path.iterdir())
+
+
+def bundle_of(setup: Setup, run_id: str, command: str = COMMAND) -> None:
+    """Stands for the bundle that a run writes at its end: its manifest."""
+    setup.output.mkdir()
+    manifest = {**manifest_of(setup, command, run_id), "sha256": {}}
+    (setup.output / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_that_was_killed_while_its_work_was_removed_is_done(made, tmp_path, caplog):
+    setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
+    with pytest.raises(Stopped), working(setup, COMMAND, Silent()) as run:
+        run.journal.stage("one", lambda: 1)
+        bundle_of(setup, run.journal.id)
+        raise Stopped
+    with caplog.at_level("INFO", "edgeprune"), working(asked(setup, resume=True), COMMAND, _told()) as run:
+        assert run is None
+    assert "is complete already" in caplog.messages[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with working(asked(setup, resume=True), COMMAND, Silent()) as run:  # nor is there anything to go on with
+        assert run is None
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"checkpoint": False}])
+def test_to_go_on_never_replaces_the_bundle_of_another_run(made, tmp_path, other):
+    home = made.run.setup.model.directory.parent
+    bundle_of(setup_of(home, tmp_path / "out", **other), "of another", "edgeprune fit --other")
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    setup = setup_of(home, tmp_path / "out", resume=True)
+    with pytest.raises(InputError, match="bundle of another run"), working(setup, COMMAND, Silent()):
+        pass
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with working(asked(setup, force=True), COMMAND, Silent()) as run:
+        assert run is not None
+
+
+def test_a_full_disk_says_how_to_go_on(made, tmp_path):
+    setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
+    with pytest.raises(WriteError, match="No space left") as caught, working(setup, COMMAND, Silent()) as run:
+        run.journal.stage("one", lambda: 1)
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.remedy.endswith("go on with --resume.")
+    assert (tmp_path / "out.work").is_dir()
 
 
 def test_the_chosen_candidate_is_the_best_that_fits(made):

@@ -52,7 +52,9 @@ def gallery(made, folder, **changes) -> Gallery:
     )
     for name, value in changes.items():
         setattr(setup, name, value)
-    return Gallery(setup, open_journal(folder, {}, folder.exists(), False), Silent(), made.plain)
+    journal = open_journal(folder, {}, folder.exists(), False)
+    journal.close()  # the test may go on with it
+    return Gallery(setup, journal, Silent(), made.plain)
 
 
 @pytest.fixture

@@ -1,62 +1,130 @@
+"""The journal of a run: what is finished stays so, whatever ends the run, and one process at a time works on it."""
+
+from __future__ import annotations
+
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.journal import FILE, open_journal
+from edgeprune.pipeline.journal import Journal, open_journal
+from edgeprune.pipeline.ownership import JOURNAL
 
 RUN = {"model": "m", "seed": 0}
 
 
+def begun(work: Path, run: dict[str, Any] = RUN, resume: bool = False, force: bool = False) -> Journal:
+    return open_journal(work, run, resume, force)
+
+
 def test_a_finished_stage_is_not_computed_again(tmp_path):
-    journal = open_journal(tmp_path / "work", RUN, resume=False, force=False)
-    assert journal.stage("one", lambda: {"x": (1, 2)}) == {"x": [1, 2]}
-    again = open_journal(tmp_path / "work", RUN, resume=True, force=False)
-    assert again.stage("one", lambda: pytest.fail("computed again")) == {"x": [1, 2]}
-    assert list(again.seconds) == ["one"]
+    with begun(tmp_path / "work") as journal:
+        assert journal.stage("one", lambda: {"x": (1, 2)}) == {"x": [1, 2]}
+    with begun(tmp_path / "work", resume=True) as again:
+        assert again.id == journal.id
+        assert again.stage("one", lambda: pytest.fail("computed again")) == {"x": [1, 2]}
+        assert list(again.seconds) == ["one"]
 
 
 def test_a_folder_stage_that_was_cut_off_is_filled_again(tmp_path):
     work = tmp_path / "work"
-    journal = open_journal(work, RUN, resume=False, force=False)
 
     def broken(folder):
         (folder / "half").write_text("half")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with begun(work) as journal, pytest.raises(KeyboardInterrupt):
         journal.folder_stage("files", broken)
-    assert not (work / "files").exists()
-    resumed = open_journal(work, RUN, resume=True, force=False)
-    folder = resumed.folder_stage("files", lambda f: (f / "whole").write_text("whole") and None)
-    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert {path.name for path in work.iterdir()} == {JOURNAL, "lock"}
+    with begun(work, resume=True) as resumed:
+        folder = resumed.folder_stage("files", lambda f: (f / "whole").write_text("whole") and None)
+    assert {path.name for path in folder.iterdir()} == {"whole", "made.json"}
+
+
+def test_a_stage_whose_files_are_gone_is_told(tmp_path):
+    with begun(tmp_path / "work") as journal:
+        folder = journal.folder_stage("files", lambda folder: None)
+        (folder / "made.json").unlink()
+        folder.rmdir()
+        with pytest.raises(InputError, match="has lost its folder files"):
+            journal.folder_stage("files", lambda folder: None)
 
 
 def test_another_run_is_refused_and_the_field_named(tmp_path):
-    open_journal(tmp_path / "work", RUN, resume=False, force=False)
+    begun(tmp_path / "work").close()
     with pytest.raises(InputError, match="its seed is 0, this one's is 1"):
-        open_journal(tmp_path / "work", {**RUN, "seed": 1}, resume=True, force=False)
+        begun(tmp_path / "work", {**RUN, "seed": 1}, resume=True)
 
 
 def test_an_unfinished_run_is_kept_unless_forced(tmp_path):
-    open_journal(tmp_path / "work", RUN, resume=False, force=False).stage("one", lambda: 1)
+    with begun(tmp_path / "work") as journal:
+        journal.stage("one", lambda: 1)
     with pytest.raises(InputError, match="unfinished run") as caught:
-        open_journal(tmp_path / "work", RUN, resume=False, force=False)
+        begun(tmp_path / "work")
     assert "--resume" in caught.value.remedy
-    fresh = open_journal(tmp_path / "work", RUN, resume=False, force=True)
-    assert not fresh.has("one")
+    with begun(tmp_path / "work", force=True) as fresh:
+        assert not fresh.has("one")
+        assert fresh.id != journal.id
 
 
 def test_a_line_that_was_cut_off_is_taken_away(tmp_path):
     work = tmp_path / "work"
-    open_journal(work, RUN, resume=False, force=False).stage("one", lambda: 1)
-    with (work / FILE).open("a") as file:
+    with begun(work) as journal:
+        journal.stage("one", lambda: 1)
+    with (work / JOURNAL).open("a") as file:
         file.write('{"stage": "two", "sec')
-    journal = open_journal(work, RUN, resume=True, force=False)
-    assert not journal.has("two")
-    journal.stage("two", lambda: 2)
-    assert [json.loads(line).get("stage") for line in (work / FILE).read_text().splitlines()] == [None, "one", "two"]
+    with begun(work, resume=True) as journal:
+        assert not journal.has("two")
+        journal.stage("two", lambda: 2)
+    assert [json.loads(line).get("stage") for line in (work / JOURNAL).read_text().splitlines()] == [None, "one", "two"]
+
+
+@pytest.mark.parametrize("line", ["[]", "{", '{"stage": 1}', '{"stage": "x", "seconds": "y", "result": 1}', "\xff"])
+def test_a_line_that_no_journal_has_is_told_and_force_starts_afresh(tmp_path, line):
+    work = tmp_path / "work"
+    begun(work).close()
+    with (work / JOURNAL).open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(InputError, match=r"journal\.jsonl, line 2") as caught:
+        begun(work, resume=True)
+    assert "--force" in caught.value.remedy
+    begun(work, force=True).close()
 
 
 def test_resume_of_nothing_begins(tmp_path):
-    assert open_journal(tmp_path / "work", RUN, resume=True, force=False).seconds == {}
+    with begun(tmp_path / "work", resume=True) as journal:
+        assert journal.seconds == {}
+
+
+@pytest.mark.parametrize(("resume", "force"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_second_run_is_refused_and_names_the_first(tmp_path, resume, force):
+    with begun(tmp_path / "work") as journal:
+        journal.stage("one", lambda: 1)
+        with pytest.raises(InputError, match=f"another run, process {os.getpid()}, works in"):
+            begun(tmp_path / "work", resume=resume, force=force)
+        assert journal.stage("two", lambda: 2) == 2
+    with begun(tmp_path / "work", resume=True) as journal:
+        assert list(journal.seconds) == ["one", "two"]
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    words = (
+        f"import os; from edgeprune.pipeline.journal import open_journal; from pathlib import Path; "
+        f"open_journal(Path({str(tmp_path / 'work')!r}), {RUN}, False, False); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", words]).returncode == -9
+    begun(tmp_path / "work", resume=True).close()
+
+
+def test_a_run_that_waited_for_the_folder_makes_it_again(tmp_path):
+    with begun(tmp_path / "work") as journal:
+        descriptor = os.open(tmp_path / "work" / "lock", os.O_RDWR)  # as the second run has it when the first one ends
+        assert journal.remove() == []
+    assert not (tmp_path / "work").exists()
+    os.close(descriptor)
+    begun(tmp_path / "work").close()

@@ -74,8 +74,9 @@ def test_versions_are_those_that_are_installed():
 
 def test_the_manifest_names_the_run(tmp_path_factory, tmp_path):
     setup = setup_of(home(tmp_path_factory), tmp_path / "out", seed=5)
-    manifest = manifest_of(setup, "the command")
+    manifest = manifest_of(setup, "the command", "ab12")
     assert (manifest["command"], manifest["device"], manifest["seed"]) == ("the command", "jetson-orin", 5)
+    assert manifest["run"] == "ab12"
     assert (manifest["engine"], manifest["fingerprint"]) == (setup.engine.name, setup.fingerprint)
     age = datetime.now(UTC) - datetime.fromisoformat(manifest["created"])
     assert timedelta(0) <= age < timedelta(minutes=1)

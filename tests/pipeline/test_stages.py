@@ -26,6 +26,7 @@ def test_a_candidate_is_the_allocation_on_the_disk(made):
     chosen = made.fitted.chosen
     folder = chosen.model.directory.parent
     assert {path.name for path in folder.iterdir()} == {
+        "made.json",
         "model",
         "onnx-fp16",
         "onnx-fp32",

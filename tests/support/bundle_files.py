@@ -17,6 +17,6 @@ def write(tmp_path, output, text="one", render=lambda files: {"report.json": jso
         [rung],
         {"tokenizer.json": tmp_path / "tokenizer.json"},
         {"README.md": "read"},
-        {"seed": 0},
+        {"edgeprune": "0.1", "seed": 0},
         render,
     )

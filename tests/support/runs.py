@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from edgeprune.pipeline.flow import begin, planner_of, search_budget
+from edgeprune.pipeline.flow import planner_of, search_budget
+from edgeprune.pipeline.journal import Journal, open_journal
 from edgeprune.pipeline.request import request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import Setup, prepare
@@ -69,6 +70,11 @@ def setup_of(home: Path, output: Path, **changes: Any) -> Setup:
     return prepare(request_of(**options(home, output, **changes)))
 
 
+def journal_of(folder: Path) -> Journal:
+    """The journal of a new run in that folder."""
+    return open_journal(folder, {}, resume=False, force=False)
+
+
 @dataclass(frozen=True)
 class Finished:
     """A run after its search, before its bundle is written."""
@@ -86,7 +92,8 @@ def finished(factory: pytest.TempPathFactory) -> Finished:
 
 @cache
 def _finish(folder: Path) -> Finished:
-    run = begin(setup_of(folder, folder / "out"), Silent())
+    setup = setup_of(folder, folder / "out")
+    run = Run(setup, open_journal(folder / "out.work", setup.fingerprint, False, False), Silent())
     planner = planner_of(run)
     outcome, chosen, allocation = search_budget(run, planner, run.setup.budget)
     quality = run.evaluator.quality("0", chosen)
@@ -105,4 +112,5 @@ def _finish(folder: Path) -> Finished:
         gains,
         planner.latency,
     )
+    run.journal.close()
     return Finished(run, planner, allocation, fitted)
