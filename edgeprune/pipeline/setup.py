@@ -19,20 +19,25 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.export import check_exports
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
+from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.ondevice.reference import STEPS
 from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
 from edgeprune.profiles import DeviceProfile, profile_of
+from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 DEMO_MEMORY = "90%"
 LAYOUTS = ("uniform", "per-layer")
 VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
+TIMED_MODELS = 30  # of random weights, about, whose graphs stand on the disk at a time
+SLACK_BYTES = 32 << 20  # reports, pages, the journal
 LEAST_TOKENS = 300  # of a vocabulary: the bytes and some special tokens
 
 
@@ -149,8 +154,8 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     choices.append(_calibration_choice(samples, kind))
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
-    exports = len(request.export) * request.rungs * graph_weight_bytes(model.decoder, "fp32")
-    check_space(output, _bytes_written(model, precision, engine, candidates) + exports)
+    exports = len(request.export) * request.rungs
+    check_space(output, _bytes_written(model, precision, engine, candidates, exports, samples))
     return Setup(
         request, profile, workload, precision, engine, budget, model, kind, samples, output, floor, tuple(choices)
     )
@@ -281,9 +286,19 @@ def _rounded_up(name: str, value: float) -> str:
     return f"{int(value / 2**20) + 1}MiB" if name == "memory" else f"{int(value) + 1}ms"
 
 
-def _bytes_written(model: Model, precision: str, engine: Engine, candidates: int) -> int:
-    """Returns an upper bound of the bytes of dense and candidate graphs, checkpoints and engines."""
-    graphs = graph_weight_bytes(model.decoder, precision)
-    plain = graph_weight_bytes(model.decoder, "fp32")
-    engines = graphs * (candidates + 1) if engine.builds else 0
-    return 2 * plain + graphs + candidates * (graphs + plain) + engines
+def _bytes_written(
+    model: Model, precision: str, engine: Engine, candidates: int, exports: int, samples: UserSamples
+) -> int:
+    """Returns an upper bound of the bytes that a run holds on the disk at its end.
+
+    A candidate is at most as large as the dense model: checkpoint, graphs for the device and in fp32 for this machine,
+    engine, reference, tokenizer. The bundle shares their files.
+    """
+    plain, graphs = (graph_weight_bytes(model.decoder, name) for name in ("fp32", precision))
+    built = graphs if engine.builds else 0
+    reference = 4 * STEPS * model.decoder.vocab_size
+    tokenizer = sum(path.stat().st_size for path in tokenizer_files(model.directory).values())
+    candidate = plain + (plain + graphs if precision != "fp32" else plain) + built + reference + 2 * tokenizer
+    evaluated = sum(len(document) for documents in samples.evaluation.values() for document in documents)
+    costs = min(CHUNK_BYTES, TIMED_MODELS * graphs) if engine.measures else 0
+    return 2 * plain + graphs + built + costs + candidates * candidate + exports * plain + 24 * evaluated + SLACK_BYTES

@@ -10,6 +10,9 @@ import pytest
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS
 from edgeprune.ondevice.figures import Workload
+from edgeprune.pipeline.flow import planner_of, search_budget, smaller_candidates, working
+from edgeprune.pipeline.setup import SLACK_BYTES, prepare
+from edgeprune.progress import Silent
 from tests.support.runs import home, setup_of
 
 
@@ -108,3 +111,22 @@ def test_the_fingerprint_names_what_changes_a_run_and_not_where_it_goes(small, t
     different = {name for name, value in one.fingerprint.items() if other.fingerprint[name] != value}
     assert (field in different) if field else not different
     json.dumps(one.fingerprint)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_what_a_run_holds_on_the_disk_is_within_the_sum_checked_at_its_start(small, precision, tmp_path, monkeypatch):
+    """The largest sum of the files, links counted once, at the end of every stage."""
+    setup = setup_of(small, tmp_path / "out", rungs=2, precision=precision)
+    asked = []
+    monkeypatch.setattr("edgeprune.pipeline.setup.check_space", lambda output, needed: asked.append(needed))
+    setup = prepare(setup.request)
+    held = []
+    with working(setup, "edgeprune fit", Silent()) as run:
+        planner = planner_of(run)
+        _, chosen, allocation = search_budget(run, planner, setup.budget)
+        run.evaluator.quality("0", chosen)
+        smaller_candidates(run, planner, allocation)
+        files = {path.stat().st_ino: path.stat().st_size for path in run.journal.folder.rglob("*") if path.is_file()}
+        held.append(sum(files.values()))
+    (needed,) = asked
+    assert held[0] + SLACK_BYTES <= needed < 8 * held[0] + SLACK_BYTES
