@@ -74,6 +74,13 @@ def printable(text: object, most: int = 300) -> str:
     return clean if len(clean) <= most else f"{clean[: most // 2]} ... {clean[-most // 2 :]}"
 
 
+def check_text(value: object, name: str) -> None:
+    """Raises InputError for an option's text or path that no file and no report can hold: not UTF-8, or with NUL."""
+    text = os.fsdecode(value) if isinstance(value, os.PathLike) else value
+    if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
+        raise InputError(f"{name} {printable(ascii(text))} is not UTF-8 text", "Rename it, or write it in UTF-8.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file at once, in UTF-8: a reader finds the old text or the new one, never half. Raises WriteError."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))

@@ -19,7 +19,7 @@ from edgeprune.bundle.store import write_bundle
 from edgeprune.bundle.write import as_json, json_text, rendered
 from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
-from edgeprune.files import writing
+from edgeprune.files import check_text, writing
 from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER, open_bundle, rungs_of, sha256, tokenizer_of
 from edgeprune.ondevice.finish import DEPLOYMENT, MEASUREMENT
 from edgeprune.pipeline.journal import open_journal
@@ -42,6 +42,7 @@ def pick(
     """
     # Check the bundle, the rung and the output before anything is written.
     progress = progress or Silent()
+    check_text(output, "--output")
     manifest = open_bundle(bundle)
     report = _check(bundle, index, manifest)
     written = output or Path(f"{bundle.resolve().name}-pick{index}")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from edgeprune.errors import InputError
+from edgeprune.files import writing
 from edgeprune.pipeline.ownership import check_replaceable, check_work
 
 
@@ -21,6 +22,12 @@ def check_output(output: Path, force: bool, resume: bool = False) -> None:
     With force a bundle may be replaced that is wholly ours, or an empty folder; nothing else ever is. resume: a bundle
     may stand there, which the caller finds to be this run's or not.
     """
+    with writing(output):
+        _check_place(output, force, resume)
+
+
+def _check_place(output: Path, force: bool, resume: bool) -> None:
+    """Raises InputError where the output or the work folder beside it has no place."""
     if output.is_symlink():
         raise InputError(f"the output {output} is a link to {output.readlink()}", "Name the directory itself.")
     if output.exists() and not output.is_dir():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import check_text
 
 if TYPE_CHECKING:
     from edgeprune.model.checkpoint.llamagen import Hints
@@ -92,6 +93,8 @@ def request_of(**options: Any) -> Request:
             value = (value,)
         elif name in ("model", "calibration") and isinstance(value, Path):
             value = str(value)
+        for each in value if isinstance(value, tuple | list) else (value,):
+            check_text(each, f"--{name.replace('_', '-')}" if name != "model" else "the model")
         given[name] = value
     return _validated(given)
 

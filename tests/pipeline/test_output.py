@@ -23,3 +23,8 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="writes up to"):
         check_space(tmp_path / "deep" / "out", 2**60)
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_place_that_cannot_be_looked_at_is_told(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        check_output(tmp_path / ("x" * 300), force=False)

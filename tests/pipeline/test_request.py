@@ -54,3 +54,12 @@ def test_what_cannot_be_an_option_is_refused_by_name(options, message, remedy):
         request_of(**options)
     assert message in caught.value.message
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["model", "output", "calibration", "evaluate", "features"])
+@pytest.mark.parametrize("text", ["caf\udce9", "a\0b"], ids=["no UTF-8", "NUL"])
+def test_a_name_that_no_file_or_report_can_hold_is_refused(name, text):
+    for value in (text, Path(text)):
+        with pytest.raises(InputError, match="is not UTF-8 text") as caught:
+            request_of(**{name: value})
+        assert caught.value.message.isascii()
