@@ -3,8 +3,6 @@
 The command line's words as functions: see docs/python.md.
 """
 
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,21 +13,30 @@ if TYPE_CHECKING:
     from edgeprune.commands.measure import measure
     from edgeprune.commands.plan import plan
 
-try:
-    __version__ = version("edgeprune")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["__version__", "compare", "fit", "frontier", "load_bundle", "measure", "plan"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a function when it is first asked for: `import edgeprune` starts in milliseconds."""
-    if name.startswith("_") or name not in __all__:
+    """Imports what is first asked for: `import edgeprune` starts in milliseconds."""
+    if name not in __all__:
         raise AttributeError(f"module 'edgeprune' has no attribute {name!r}")
-    function = getattr(import_module(f"edgeprune.commands.{name}"), name)
-    globals()[name] = function
-    return function
+    from importlib import import_module
+
+    value = _version() if name == "__version__" else getattr(import_module(f"edgeprune.commands.{name}"), name)
+    globals()[name] = value
+    return value
+
+
+def _version() -> str:
+    """Returns the version that is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("edgeprune")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import InputError
+from edgeprune.errors import EdgepruneError, InputError
 
 MOST_BYTES = 64 << 20  # of a document; a tokenizer's are the largest
 RESTORE = "Restore the file."
@@ -116,6 +116,8 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except EdgepruneError:
+        raise
     except Exception as error:
         if (number := _number(error)) is None:
             raise

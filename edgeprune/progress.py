@@ -1,12 +1,16 @@
-"""Progress of long work: bars on a terminal, calls of a function, or nothing."""
+"""Progress of long work: bars on a terminal, lines elsewhere, calls of a function, or nothing."""
 
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+LONG_SECONDS = 10.0  # a stage that has taken so long has a line for each tenth
+PART_SECONDS = 1.0  # a part of a stage that took less has no line
 OnProgress = Callable[[str, int, int], None]
 """on_progress(stage, done, total): how far a stage is; total 0 where that is unknown."""
 
@@ -66,12 +70,85 @@ def progress_of(given: Progress | OnProgress | None) -> Progress:
     return given if hasattr(given, "stage") else Forwarded(given)
 
 
+class Lines:
+    """Progress as plain lines on standard error: one for each stage when it ends, more for a long one.
+
+    A stage ends with its last step, or where the next one begins. What counts its own steps is a part of it, and has
+    a line where it took a second or more.
+    """
+
+    def __init__(self) -> None:
+        self._stage, self._part = _Line("", 0.0), _Line("", PART_SECONDS)
+
+    def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
+        self.end()
+        line = self._stage = _Line(name, 0.0)
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            line.advanced(done, total or 0)
+            if done == total:
+                line.end()
+
+        return advance
+
+    def track(self, name: str, done: int, total: int) -> None:
+        if name != self._part.name:
+            self._part.end()
+            self._part = _Line(name, PART_SECONDS)
+        self._part.advanced(done, total)
+
+    def note(self, text: str) -> None:
+        _write(text)
+
+    def end(self) -> None:
+        """Writes the lines of what is under way."""
+        self._part.end()
+        self._stage.end()
+
+
+class _Line:
+    """A stage that is under way, of which a line is written when it ends after at least so many seconds."""
+
+    def __init__(self, name: str, least_seconds: float) -> None:
+        self.name = name
+        self._least_seconds, self._tenth, self._begun = least_seconds, 0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def advanced(self, done: int, total: int) -> None:
+        """Writes a line where a long stage has reached its next tenth."""
+        tenth = 10 * done // total if total else 0
+        if self.name and self._tenth < tenth < 10 and self.seconds >= LONG_SECONDS:
+            _write(f"{self.name}: {10 * tenth} % after {_duration(self.seconds)}")
+            self._tenth = tenth
+
+    def end(self) -> None:
+        if self.name and self.seconds >= self._least_seconds:
+            _write(f"{self.name}: done in {_duration(self.seconds)}")
+        self.name = ""
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    """Returns a duration in words: 0.4 s, 12 s, 3 min 20 s."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 @contextmanager
 def rich_progress() -> Iterator[Progress]:
-    """Bars on standard error with the stage's name, its share done and the time left.
-
-    Where standard error is not a terminal, notes alone are written, one a line.
-    """
+    """Bars on standard error with the stage's name, its share done and the time left; lines where it is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -84,6 +161,11 @@ def rich_progress() -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        lines = Lines()
+        yield lines
+        lines.end()
+        return
     bars = Bars(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -94,7 +176,6 @@ def rich_progress() -> Iterator[Progress]:
         TextColumn("elapsed"),
         TimeElapsedColumn(),
         console=console,
-        disable=not console.is_terminal,
     )
 
     # One bar for each stage; a stage is complete when the next one begins.

@@ -1,9 +1,12 @@
-"""Progress as calls of a function, as bars on a terminal, or as notes alone."""
+"""Progress as calls of a function, as bars on a terminal, or as lines."""
 
 from __future__ import annotations
 
 import logging
 
+import pytest
+
+from edgeprune import progress as progress_module
 from edgeprune.progress import Forwarded, Silent, progress_of, rich_progress
 
 
@@ -43,14 +46,60 @@ def test_silence_takes_every_call(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_terminal_notes_alone_are_written(monkeypatch, capsys):
+@pytest.fixture
+def clock(monkeypatch):
+    """No terminal, and a clock that a test sets."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
+    now = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_stage_is_a_line_when_it_ends(clock, capsys):
     with rich_progress() as progress:
-        progress.stage("prune", 1)()
-        progress.track("measure", 1, 2)
+        advance = progress.stage("prune", 2)
+        clock[0] += 3
+        advance()
+        assert capsys.readouterr() == ("", "")
+        advance()
+        assert capsys.readouterr() == ("", "prune: done in 3.0 s\n")
+        clock[0] += 50  # belongs to no stage
         progress.note("[b]kept as it is[/b] 1.5")
-    assert capsys.readouterr() == ("", "[b]kept as it is[/b] 1.5\n")
+        progress.stage("search")
+        clock[0] += 200
+        progress.stage("write the bundle")
+        clock[0] += 12
+    assert capsys.readouterr() == (
+        "",
+        "[b]kept as it is[/b] 1.5\nsearch: done in 3 min 20 s\nwrite the bundle: done in 12 s\n",
+    )
+
+
+def test_a_long_stage_is_a_line_for_each_tenth(clock, capsys):
+    with rich_progress() as progress:
+        advance = progress.stage("prune", 40)
+        for _ in range(40):
+            clock[0] += 0.5
+            advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"prune: {share} % after {share // 5} s" for share in (50, 60, 70, 80, 90)] + [
+        "prune: done in 20 s"
+    ]
+
+
+def test_what_counts_its_own_steps_is_part_of_a_stage_and_a_line_where_it_is_not_short(clock, capsys):
+    with rich_progress() as progress:
+        progress.stage("build and measure")
+        for name, seconds in (("tactics", 0.01), ("layers", 0.01), ("tactics", 0.01), ("measure", 30), ("check", 0.1)):
+            progress.track(name, 0, 10)
+            clock[0] += seconds
+            progress.track(name, 5, 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "measure: 50 % after 30 s",
+        "measure: done in 30 s",
+        "build and measure: done in 30 s",
+    ]
 
 
 def test_on_a_terminal_a_stage_ends_where_the_next_begins(monkeypatch, capsys):

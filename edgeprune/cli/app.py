@@ -1,5 +1,5 @@
 """The command line: parse, call one function, print. Exit codes: 0 budget met, 2 bad input, 3 out of
-reach, 4 engine or device failed, 130 interrupted, 1 a bug."""
+reach, 4 engine or device failed, 130 interrupted, 141 nobody reads its output, 1 a bug."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import typer
 
 from edgeprune import __version__
 from edgeprune.cli import compare, fit, generate, inspect
-from edgeprune.errors import EdgepruneError
-
-INTERRUPTED = 130
+from edgeprune.cli.ending import ending, interrupted_by_signals
+from edgeprune.cli.streams import guarded_streams, note, show
+from edgeprune.errors import EdgepruneError, EngineError
+from edgeprune.files import writing
 
 app = typer.Typer(
     name="edgeprune",
@@ -27,7 +28,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"edgeprune {__version__}")
+        show(f"edgeprune {__version__}")
         raise typer.Exit
 
 
@@ -58,23 +59,45 @@ for command in (
 
 def main() -> None:
     """Runs the command line: every error of ours is one message with a remedy, and its own exit code."""
-    try:
-        code = app(standalone_mode=False)
-    except EdgepruneError as error:
-        typer.echo(f"error: {error.message}\n{error.remedy}", err=True)
-        logging.getLogger("edgeprune").debug("traceback", exc_info=True)
-        code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except Exception as error:
-        # The parser's own errors: typer brings click along under changing names.
-        if not hasattr(error, "show"):
-            raise
-        error.show()
-        code = error.exit_code
-    if code == INTERRUPTED:  # the parser may have turned it into an exit code already
-        typer.echo("interrupted: fit and frontier go on with --resume", err=True)
+    with guarded_streams(), interrupted_by_signals():
+        try:
+            with writing(Path()):
+                code = app(standalone_mode=False)
+                sys.stdout.flush()
+        except BaseException as error:
+            code = _code_of(error)
+        if ending.signal is not None:  # whatever a library made of it
+            note(ending.message)
+            code = ending.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _code_of(error: BaseException) -> int:
+    """Prints the message of an error and returns its exit code. Raises what is a bug."""
+    if ending.signal is not None:
+        return ending.exit_code
+    if _is_out_of_memory(error):
+        error = EngineError(
+            "the memory of this machine does not suffice",
+            "End other programs, or give fewer --samples, a shorter --length or a smaller --batch.",
+        )
+    if isinstance(error, EdgepruneError):
+        note(f"error: {error.message}\n{error.remedy}")
+        logging.getLogger("edgeprune").debug("traceback", exc_info=True)
+        return error.exit_code
+    if isinstance(error, typer.Exit):  # of standard output
+        return error.exit_code
+    # The parser's own errors: typer brings click along under changing names.
+    if hasattr(error, "show"):
+        error.show(file=sys.stderr)
+        return error.exit_code
+    # The parser takes the end of any file for that of the keyboard.
+    raise error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an allocation failed; PyTorch has no type of its own for it."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from edgeprune.cli import options
 from edgeprune.cli.options import OUTPUT, SEARCH, takes
+from edgeprune.cli.streams import console, made, show
 from edgeprune.pipeline.request import METHODS, RATIOS
 
 SAMPLES = ("model", "calibration", "evaluate", "samples", "length", "seed", "codec", "image_size", "num_heads", "cfg")
@@ -48,7 +50,8 @@ def compare(
         rows = run(ratios=ratios, methods=methods, layout=layout, progress=progress, **request).report
     if html is not None:
         write_page(html, rows)
-    if json_:
-        typer.echo(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2, allow_nan=False))
-    else:
-        print_comparison(rows, options.console())
+    with made("page", html) if html is not None else nullcontext():
+        if json_:
+            show(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2, allow_nan=False))
+        else:
+            print_comparison(rows, console())

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.cli import options
+from edgeprune.cli.ending import resumable
 from edgeprune.cli.options import DEVICE, OUTPUT, takes
+from edgeprune.cli.streams import console, made, show
 from edgeprune.errors import InputError
 from edgeprune.pipeline.request import DEFAULTS, FRONTIER_OPTIONS, FRONTIER_RUNGS
 
@@ -42,15 +44,16 @@ def fit(
         bundle = _picked(context_, from_, pick, request["output"], request["force"])
         report, code = read_report(bundle), 0
     else:
-        with rich_progress() as progress:
+        with rich_progress() as progress, resumable():
             result = run(progress=progress, **request)
         bundle, report = result.bundle, result.report
         code = report.exit_code(request["require_measured"])
-    if json_:
-        typer.echo(report.model_dump_json(indent=2))
-    else:
-        print_report(report, options.console())
-        typer.echo(f"\nbundle  {bundle}\nreport  {bundle / 'report.html'}")
+    with made("bundle", bundle):
+        if json_:
+            show(report.model_dump_json(indent=2))
+        else:
+            print_report(report, console())
+            show(f"\nbundle  {bundle}\nreport  {bundle / 'report.html'}")
     raise typer.Exit(code)
 
 
@@ -77,13 +80,14 @@ def frontier(config: options.Config = None, json_: options.Json = False, **reque
     from edgeprune.progress import rich_progress
     from edgeprune.report.frontier_terminal import print_frontier
 
-    with rich_progress() as progress:
+    with rich_progress() as progress, resumable():
         result = run(progress=progress, **request)
-    if json_:
-        typer.echo(result.report.model_dump_json(indent=2))
-    else:
-        print_frontier(result.report, result.bundle, options.console())
-        typer.echo(f"\nbundle  {result.bundle}\npage    {result.bundle / 'frontier.html'}")
+    with made("bundle", result.bundle):
+        if json_:
+            show(result.report.model_dump_json(indent=2))
+        else:
+            print_frontier(result.report, result.bundle, console())
+            show(f"\nbundle  {result.bundle}\npage    {result.bundle / 'frontier.html'}")
 
 
 def measure(
@@ -102,8 +106,9 @@ def measure(
 
     with rich_progress() as progress:
         report = run(bundle, target=target, keep_remote=keep_remote, progress=progress).report
-    if json_:
-        typer.echo(report.model_dump_json(indent=2))
-    else:
-        print_report(report, options.console())
+    with made("bundle", bundle):
+        if json_:
+            show(report.model_dump_json(indent=2))
+        else:
+            print_report(report, console())
     raise typer.Exit(report.exit_code())

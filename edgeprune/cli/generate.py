@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli import options
+from edgeprune.cli.streams import made, note, show
 from edgeprune.errors import InputError
 
 
@@ -43,10 +44,10 @@ def run(
     # Print the text as it is generated.
     from edgeprune.generate.text import stream_text
 
-    for piece in stream_text(bundle, prompt, max_new_tokens, temperature or 0.0, top_k, top_p, seed, options.note):
+    for piece in stream_text(bundle, prompt, max_new_tokens, temperature or 0.0, top_k, top_p, seed, note):
         sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    show("")
 
 
 def _draw(
@@ -71,10 +72,9 @@ def _draw(
 
     # Check the output before the bundle is opened.
     check_picture(output, force)
-    painter = painter_of(
-        bundle, classes, count, cfg, 1.0 if temperature is None else temperature, top_k, top_p, options.note
-    )
+    painter = painter_of(bundle, classes, count, cfg, 1.0 if temperature is None else temperature, top_k, top_p, note)
     with rich_progress() as progress:
         seconds = draw_grid(painter, classes, count, seed, output, progress)
-    typer.echo(str(output))
-    options.note(f"{seconds / count:.2f} s a picture, measured here, {min(count, painter.at_once)} at once")
+    with made("pictures", output):
+        show(str(output))
+    note(f"{seconds / count:.2f} s a picture, measured here, {min(count, painter.at_once)} at once")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.cli import options
-from edgeprune.cli.options import DEVICE, console, takes
+from edgeprune.cli.options import DEVICE, takes
+from edgeprune.cli.streams import console, show
 
 
 def devices(
@@ -23,13 +24,13 @@ def devices(
     if name is None:
         profiles = list_profiles()
         if json_:
-            typer.echo(json.dumps([profile.model_dump(mode="json") for profile in profiles], indent=2))
+            show(json.dumps([profile.model_dump(mode="json") for profile in profiles], indent=2))
         else:
             print_profiles(profiles, console())
     elif toml:
-        typer.echo(profile_toml(load_profile(name)), nl=False)
+        show(profile_toml(load_profile(name)).rstrip())
     elif json_:
-        typer.echo(load_profile(name).model_dump_json(indent=2))
+        show(load_profile(name).model_dump_json(indent=2))
     else:
         print_profile(load_profile(name), console())
 
@@ -54,7 +55,7 @@ def plan(
     if json_:
         devices = [planned.as_json() for planned in plans]
         document = devices[0] if is_one else {"model": plans[0].model, "devices": devices}
-        typer.echo(json.dumps(document, indent=2, allow_nan=False))
+        show(json.dumps(document, indent=2, allow_nan=False))
     elif is_one:
         print_plan(plans[0], console())
     else:
@@ -68,7 +69,7 @@ def doctor(json_: options.Json = False) -> None:
 
     findings = examine()
     if json_:
-        typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
+        show(json.dumps([finding.as_json() for finding in findings], indent=2))
     else:
         print_doctor(findings, console())
 
@@ -77,4 +78,4 @@ def report(bundle: options.Bundle) -> None:
     """Render a bundle's report.html again from its report.json, and print its path."""
     from edgeprune.bundle.read import render_again
 
-    typer.echo(str(render_again(bundle)))
+    show(str(render_again(bundle)))

@@ -189,12 +189,6 @@ def _checked(path: Path, name: str, value: Any, parameter: Any) -> Any:
     return value
 
 
-def console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
 def given(context: typer.Context) -> list[str]:
     """Returns what the command line or its --config gives, as it is written there: `--device`, or `MODEL`."""
     names = []
@@ -204,8 +198,3 @@ def given(context: typer.Context) -> list[str]:
             is_option = parameter.param_type_name == "option"
             names.append(parameter.opts[0] if is_option else parameter.name.upper())
     return names
-
-
-def note(text: str) -> None:
-    """Prints a line to standard error, apart from what a command returns."""
-    typer.echo(text, err=True)

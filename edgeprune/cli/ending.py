@@ -1,0 +1,61 @@
+"""The signals that end a command: each is an interrupt that cleans up, and one line on standard error.
+
+It knows no command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Ending:
+    """The signal that came, if any, and whether the command can go on where it was."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.can_resume = False
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signal or signal.SIGINT)
+
+    @property
+    def message(self) -> str:
+        how = "interrupted" if self.signal in (None, signal.SIGINT) else f"ended by {signal.Signals(self.signal).name}"
+        return f"{how}: the same command goes on with --resume" if self.can_resume else how
+
+
+ending = Ending()  # of the command that this process runs
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Turns signals that end a process into KeyboardInterrupt, but those that the process is to ignore."""
+    ending.__init__()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        ending.signal = number
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in ENDS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Marks the part of a command that --resume goes on with."""
+    ending.can_resume = True
+    yield
+    ending.can_resume = False
