@@ -107,7 +107,7 @@ def test_a_file_that_is_missing_or_binary_is_refused(tmp_path, asked):
     with pytest.raises(InputError, match="cannot read"):
         asked("fit", "--config", str(tmp_path / "none.toml"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is not TOML"):
+    with pytest.raises(InputError, match="is not UTF-8"):
         asked("fit", "--config", str(tmp_path / "binary.toml"))
 
 
