@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgeprune.errors import InputError
 from edgeprune.files import writing
-from edgeprune.pipeline.ownership import check_replaceable, check_work
+from edgeprune.pipeline.ownership import check_bundle, check_replaceable, check_work
 
 
 def work_folder(output: Path) -> Path:
@@ -39,7 +39,9 @@ def _check_place(output: Path, force: bool, resume: bool) -> None:
             raise InputError(
                 f"the output directory {output} is not empty", "Name another with --output, or replace it with --force."
             )
-        check_replaceable(output)
+        check_bundle(output)
+        if force:
+            check_replaceable(output)
     check_work(work_folder(output), force and not resume)
     if file := next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None):
         raise InputError(f"{file}, in which the output is to be, is a file", "Name another directory with --output.")

@@ -123,13 +123,18 @@ def remove_ours(folder: Path, foreign: list[str]) -> None:
         folder.rmdir()
 
 
-def check_replaceable(output: Path) -> None:
-    """Raises InputError, with the list, where an output that is not empty is not wholly ours to replace."""
+def check_bundle(output: Path) -> None:
+    """Raises InputError where an output that is not empty is not a bundle."""
     if not is_bundle(output):
         raise InputError(
             f"the output directory {output} is not empty and is not a bundle: nothing else is ever replaced",
             "Name another directory with --output.",
         )
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises InputError, with the list, where an output that is not empty is not wholly ours to replace."""
+    check_bundle(output)
     if foreign := foreign_in_bundle(output):
         raise InputError(
             f"the bundle {output} holds files that are not of it: {listed(foreign)}",

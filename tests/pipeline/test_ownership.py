@@ -53,6 +53,7 @@ def test_a_users_file_in_a_bundle_is_found_and_keeps_it(tmp_path: Path, name: st
     assert foreign_in_bundle(out) == [name]
     with pytest.raises(InputError, match=Path(name).name):
         check_output(out, force=True)
+    check_output(out, force=False, resume=True)  # a run that goes on replaces nothing
     with pytest.raises(InputError, match=Path(name).name):  # it came while the run was at work
         write(tmp_path, out, "two")
     assert (out / name).read_text() == "years of work"
