@@ -64,7 +64,7 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
     """Loads model and samples: the user's, beside some that the model makes; of pictures those alone suffice."""
     import torch
 
-    from edgeprune.pipeline.documents import GENERATED
+    from edgeprune.pipeline.packing import GENERATED
 
     shape = load_shape(request.model, request.hints)[1]
     kind = kind_of(shape)

@@ -1,145 +1,314 @@
-"""Calibration data: documents from text, jsonl or a folder; packed into rows of equal length.
+"""Samples of text as documents: files and folders read as their author meant them, and what was read in words.
 
-It reads and splits text. It knows nothing about models but their tokenizer; texts that the model
-generates itself come in as documents of token ids.
+Formats are recognised by their content. It knows nothing about models and tokenizers.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgeprune.errors import InputError
+from edgeprune.files import printable
+from edgeprune.pipeline.chats import Chat, chat_of
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
-DOCUMENT_CHARACTERS = 2000  # paragraphs of one text file are joined up to this size
-GENERATED = 32  # samples of the model's own beside the user's, however many those are
-HELD_OUT_EVERY = 5  # one document of so many is held out for evaluation
-READABLE = "Give a UTF-8 text file, a .jsonl file (lines with `text` or `messages`), or a folder of such files."
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DOCUMENT_CHARACTERS = 2000  # paragraphs, or lines, are joined up to this size
+LONG_LINE = 160  # characters; where most lines are longer and none is blank, each is a document
+TEXT_FIELDS = ("text", "content")
+READABLE = "Give UTF-8 text, JSON lines with `text` or `messages`, a table with a column `text`, or a folder of these."
+SHOWN = 5  # names in a message
+# What a file may be that is no text, by its first bytes.
+BINARY = {
+    b"PAR1": ("a Parquet file", "Write its text column as JSON lines, such as pandas.read_parquet(...).to_json(...)"),
+    b"\x1f\x8b": ("a gzip archive", "Unpack it with gunzip"),
+    b"PK\x03\x04": ("a zip archive, or an office document", "Unpack it, or save it as text"),
+    b"(\xb5/\xfd": ("a zstd archive", "Unpack it with unzstd"),
+    b"BZh": ("a bzip2 archive", "Unpack it with bunzip2"),
+    b"\xfd7zXZ": ("an xz archive", "Unpack it with unxz"),
+    b"%PDF": ("a PDF", "Make text of it with pdftotext"),
+    b"\xff\xfe": ("UTF-16", "Write it as UTF-8: iconv -f UTF-16 -t UTF-8"),
+    b"\xfe\xff": ("UTF-16", "Write it as UTF-8: iconv -f UTF-16 -t UTF-8"),
+}
 
-Document = str | list[dict[str, str]]  # plain text, or the messages of a chat
+Document = str | Chat
+
+
+@dataclass
+class Reading:
+    """The content of a file or a folder: its documents, duplicates removed, and how they came about.
+
+    formats: files of each; duplicates, empty: documents that were dropped; left_out: files, with the reason.
+    """
+
+    path: Path
+    documents: list[Document] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    empty: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        files = ", ".join(f"{count} of {name}" if count > 1 else name for name, count in self.formats.items())
+        characters = sum(len(document) for document in self.documents if isinstance(document, str))
+        size = f" of {characters:,} characters" if characters else ""
+        return f"{files}; {_plural(len(self.documents), 'document')}{size}"
+
+    @property
+    def dropped(self) -> str:
+        """Returns what was not taken and why, in words."""
+        parts = [f"{_plural(self.duplicates, 'duplicate')} removed"] if self.duplicates else []
+        parts += [f"{self.empty} without text"] if self.empty else []
+        if self.left_out:
+            more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
+            parts.append(f"not read: {', '.join(self.left_out[:SHOWN])}{more}")
+        return "; ".join(parts) or "nothing was left out"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def read_documents(path: Path) -> list[Document]:
-    """Returns the documents of a text file, a jsonl file or a folder, duplicates removed, in a fixed order.
+    """Returns the documents of a file or a folder, as `read` finds them."""
+    return read(path).documents
 
-    Raises InputError for what is missing, empty, binary or malformed.
+
+def read(path: Path) -> Reading:
+    """Reads a file, or the files of a folder in a fixed order; what is hidden there, or of other kinds, is left out.
+
+    Raises InputError, which names file and line, for what is missing, empty, binary or malformed.
     """
+    reading = Reading(path)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (*TEXT_SUFFIXES, ".jsonl") and f.is_file())
-        if not files:
-            raise InputError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} or .jsonl file", READABLE)
-        documents = [document for file in files for document in _read_file(file)]
-    elif path.is_file():
-        documents = _read_file(path)
+        for file in sorted(path.rglob("*")):
+            if not file.is_file():
+                continue
+            name = str(file.relative_to(path))
+            if any(part.startswith(".") for part in Path(name).parts):
+                continue
+            if file.suffix.lower() not in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
+                reading.left_out.append(name)
+                continue
+            try:
+                _add(reading, file)
+            except _NoSamples as error:
+                reading.left_out.append(f"{name} ({error.reason})")
+        if not reading.formats:
+            raise InputError(f"{path} holds no file of text or records{_but(reading.left_out)}", READABLE)
+    elif path.exists():
+        _add(reading, path)
     else:
         raise InputError(f"no such file or folder of samples: {path}", READABLE)
-    unique = {json.dumps(document): document for document in documents}
-    if not unique:
+    _drop_duplicates(reading)
+    if not reading.documents:
         raise InputError(f"{path} holds no text", READABLE)
-    return list(unique.values())
+    return reading
 
 
-def _read_file(path: Path) -> list[Document]:
+def _but(left_out: list[str]) -> str:
+    return f", only {', '.join(left_out[:SHOWN])}" if left_out else ""
+
+
+class _NoSamples(InputError):
+    """A file that is well-formed, but holds something else than samples; a folder may hold it beside them."""
+
+    def __init__(self, path: Path, reason: str, remedy: str = READABLE) -> None:
+        super().__init__(f"{path}: {reason}", remedy)
+        self.reason = reason
+
+
+def _drop_duplicates(reading: Reading) -> None:
+    """Keeps the first of equal documents, and those that hold text."""
+    unique: dict[str, Document] = {}
+    for document in reading.documents:
+        tools = document.tools if isinstance(document, Chat) else None
+        unique.setdefault(json.dumps([document, tools]), document)
+    kept = [document for document in unique.values() if not isinstance(document, str) or document.strip()]
+    reading.duplicates = len(reading.documents) - len(unique)
+    reading.empty += len(unique) - len(kept)
+    reading.documents = kept
+
+
+def _add(reading: Reading, path: Path) -> None:
+    """Adds the documents of a file, by the format that its content shows."""
+    text = _decoded(path)
+    # Line ends of every system; a form feed and a paragraph separator end a paragraph.
+    text = re.sub(r"\r\n?", "\n", text)
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        kind, documents = "table", _of_table(path, text, "\t" if suffix == ".tsv" else ",")
+    elif (records := _records(path, text, suffix)) is not None:
+        kind, documents = "JSON", [_document(record, place, path) for place, record in records]
+    else:
+        kind, documents = _split(text)
+    reading.formats[kind] += 1
+    reading.documents += documents
+
+
+def _decoded(path: Path) -> str:
+    """Returns the text of a file. Raises InputError, which says what it is instead."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", READABLE) from None
+    for head, (kind, remedy) in BINARY.items():
+        if data.startswith(head):
+            raise InputError(f"{path} is {kind}, not UTF-8 text", f"{remedy}, and give that.")
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", READABLE) from None
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start})", f"{READABLE} iconv -f LATIN1 -t UTF-8 may help."
+        ) from None
     if "\0" in text:
         raise InputError(f"{path} is a binary file (byte {text.index(chr(0))} is 0)", READABLE)
-    return _read_jsonl(path, text) if path.suffix == ".jsonl" else _join_paragraphs(text)
-
-
-def _join_paragraphs(text: str) -> list[Document]:
-    documents: list[Document] = []
-    current: list[str] = []
-    for paragraph in text.split("\n\n"):
-        if paragraph.strip():
-            current.append(paragraph.strip("\n"))
-        if sum(map(len, current)) >= DOCUMENT_CHARACTERS:
-            documents.append("\n\n".join(current))
-            current = []
-    return documents + (["\n\n".join(current)] if current else [])
-
-
-def _read_jsonl(path: Path, text: str) -> list[Document]:
-    documents: list[Document] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                documents.append(_document(json.loads(line)))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f'{path}, line {number}: neither {{"text": ...}} nor '
-                    '{"messages": [{"role": ..., "content": ...}, ...]}',
-                    READABLE,
-                ) from None
-    return [document for document in documents if document]
-
-
-def _document(record: Any) -> Document:
-    if isinstance(record, dict) and "messages" in record:
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]]
-    text = record if isinstance(record, str) else record["text"]
-    if not isinstance(text, str):
-        raise TypeError
     return text
 
 
-def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yields the token ids (tokens,) int64 of each document; chats go through the chat template.
+def _records(path: Path, text: str, suffix: str) -> list[tuple[str, Any]] | None:
+    """Returns the records of JSON or of JSON lines, each with its place; None for text that is neither.
 
-    Raises InputError where a chat meets a tokenizer without template.
+    Raises InputError for a line that is none, once the first one is or the suffix says that all are.
     """
-    for document in documents:
-        if isinstance(document, str):
-            ids = tokenizer(document, verbose=False)["input_ids"]
-        elif tokenizer.chat_template is None:
-            raise InputError(
-                "the samples are chats, but the model's tokenizer has no chat template",
-                "Give plain text instead: lines with `text`.",
-            )
-        else:
-            text = tokenizer.apply_chat_template(document, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        yield np.asarray(ids, dtype=np.int64)
+    is_named = suffix in JSON_SUFFIXES
+    if not text.strip():
+        return [] if is_named else None
+    if not is_named and text.lstrip()[0] not in "{[":
+        return None
+    try:
+        content = _json(text)
+    except ValueError as error:
+        whole_error = error
+    else:
+        if isinstance(content, list) and (is_named or all(isinstance(record, dict) for record in content)):
+            return _numbered(path, content)
+        if isinstance(content, dict):
+            lists = [value for value in content.values() if isinstance(value, list) and _all_dicts(value)]
+            is_record = {"messages", "conversations", *TEXT_FIELDS} & content.keys()
+            if len(lists) == 1 and not is_record:
+                return _numbered(path, lists[0])
+            return [(f"{path}, line 1", content)]
+        return [(f"{path}, line 1", content)] if is_named else None
+    # Not one document: a line each.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    records = []
+    for number, line in lines:
+        try:
+            records.append((f"{path}, line {number}", _json(line)))
+        except ValueError as error:
+            if records and (is_named or isinstance(records[0][1], dict)):
+                raise InputError(f"{path}, line {number}, is not JSON: {error}", READABLE) from None
+            if is_named:
+                raise InputError(f"{path} is not JSON: {whole_error}", READABLE) from None
+            return None
+    return records
 
 
-def shuffled(documents: Sequence[Any], seed: int) -> list[Any]:
-    """Returns the documents in a drawn order: samples from all over a text stand for it better than its first pages."""
-    return [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+def _numbered(path: Path, records: list[Any]) -> list[tuple[str, Any]]:
+    return [(f"{path}, record {number}", record) for number, record in enumerate(records, 1)]
 
 
-def hold_out(documents: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
-    """Returns the documents for calibration and, one in five, for evaluation; shuffled, at least one each."""
-    count = max(1, len(documents) // HELD_OUT_EVERY)
-    mixed = shuffled(documents, seed)
-    return mixed[count:], mixed[:count]
+def _all_dicts(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
-def pack(documents: Iterable[np.ndarray], samples: int, length: int, separator: int | None) -> np.ndarray:
-    """Joins documents, the separator token between, and cuts them into rows: (samples, length) int64.
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
-    Documents are taken until there are enough tokens. Raises InputError with the number that is missing.
-    """
-    pieces: list[np.ndarray] = []
-    needed, available = samples * length, 0
-    for document in documents:
-        pieces += [document] if separator is None else [document, np.array([separator])]
-        available += len(document) + (separator is not None)
-        if available >= needed:
-            return np.concatenate(pieces)[:needed].reshape(samples, length).astype(np.int64)
-    possible = available // length
-    raise InputError(
-        f"{samples} samples of {length} tokens need {needed} tokens, the calibration text has "
-        f"{available}: {needed - available} are missing",
-        f"Add text, or try --samples {possible}."
-        if possible
-        else f"Add text, or try --samples 1 --length {max(1, available)}.",
+
+def _document(record: Any, place: str, path: Path) -> Document:
+    """Returns the document of a record: its text, a prompt with its completion, or a chat."""
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        raise InputError(f"{place}, is neither an object nor a text: {printable(repr(record), 60)}", READABLE)
+    if (chat := chat_of(record, place)) is not None:
+        return chat
+    for name in TEXT_FIELDS:
+        if name in record:
+            if not isinstance(record[name], str):
+                raise InputError(f"{place}: `{name}` is {printable(repr(record[name]), 60)}, not a text", READABLE)
+            return record[name]
+    if all(isinstance(record.get(name), str) for name in ("prompt", "completion")):
+        return record["prompt"] + record["completion"]
+    fields = ", ".join(printable(name, 40) for name in list(record)[:8]) or "no fields"
+    raise _NoSamples(
+        path,
+        f"{place.rpartition(', ')[2]} has neither `text` nor `messages`, but {fields}",
+        "Rename the field that holds the text to `text`, or write chats as `messages` of `role` and `content`.",
     )
+
+
+def _of_table(path: Path, text: str, delimiter: str) -> list[Document]:
+    """Returns the column `text` or `content` of a table, or `prompt` and `completion` joined."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise InputError(f"{path} is not a table: {error}", READABLE) from None
+    columns = [name for name in (rows[0] if rows else {}) if name is not None]
+    known = {name.strip().lower(): name for name in columns}
+    chosen = next(
+        (names for names in (("text",), ("content",), ("prompt", "completion")) if {*names} <= {*known}), None
+    )
+    if chosen is None:
+        held = ", ".join(printable(name, 40) for name in columns[:8]) or "none"
+        raise _NoSamples(
+            path, f"no column `text`, the columns are: {held}", "Rename the column that holds the text to `text`."
+        )
+    return ["".join(row[known[name]] or "" for name in chosen) for row in rows]
+
+
+def _split(text: str) -> tuple[str, list[Document]]:
+    """Returns how a text was split, and its documents: at blank lines, else at lines, else by length."""
+    text = re.sub(r"[\f\u2029]", "\n\n", text.replace("\x85", "\n").replace("\u2028", "\n"))
+    paragraphs = [part for part in (part.strip("\n") for part in re.split(r"\n[^\S\n]*\n", text)) if part.strip()]
+    if len(paragraphs) == 1:
+        lines = [line for line in paragraphs[0].split("\n") if line.strip()]
+        if len(lines) > 1 and sorted(map(len, lines))[len(lines) // 2] >= LONG_LINE:
+            return "text, a document on each line", list(lines)
+    pieces = [piece for paragraph in paragraphs for piece in _pieces(paragraph)]
+    how = "text" if len(pieces) == len(paragraphs) else "text, split by length"
+    return how, list(_joined(pieces, "\n\n"))
+
+
+def _pieces(paragraph: str) -> list[str]:
+    """Returns a paragraph, or where it is a document's size twice its lines joined; a line of that size in parts."""
+    if len(paragraph) <= 2 * DOCUMENT_CHARACTERS:
+        return [paragraph]
+    parts = [part for line in paragraph.split("\n") if line.strip() for part in _parts(line)]
+    return list(_joined(parts, "\n"))
+
+
+def _parts(line: str) -> Iterator[str]:
+    """Yields a line in parts of about a document's size, cut at a space where there is one."""
+    while len(line) > 2 * DOCUMENT_CHARACTERS:
+        space = line.find(" ", DOCUMENT_CHARACTERS, DOCUMENT_CHARACTERS * 3 // 2)
+        end = DOCUMENT_CHARACTERS if space < 0 else space + 1
+        yield line[:end].rstrip()
+        line = line[end:]
+    yield line
+
+
+def _joined(pieces: list[str], separator: str) -> Iterator[str]:
+    """Yields pieces joined up to a document's size."""
+    current: list[str] = []
+    for piece in pieces:
+        current.append(piece)
+        if sum(map(len, current)) >= DOCUMENT_CHARACTERS:
+            yield separator.join(current)
+            current = []
+    if current:
+        yield separator.join(current)

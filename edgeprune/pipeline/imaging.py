@@ -19,7 +19,7 @@ from edgeprune.model.checkpoint.configuration import read_config
 from edgeprune.model.decoder import Decoder, Picture
 from edgeprune.model.model import Model
 from edgeprune.ondevice.guided_sampling import Sampling
-from edgeprune.pipeline.documents import HELD_OUT_EVERY
+from edgeprune.pipeline.packing import HELD_OUT_EVERY
 from edgeprune.pipeline.request import Request
 
 if TYPE_CHECKING:

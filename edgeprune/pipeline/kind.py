@@ -26,9 +26,9 @@ from edgeprune.profiles import DefaultWorkload
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
-    from edgeprune.pipeline.documents import Document
+    from edgeprune.pipeline.documents import Reading
 
-Documents = tuple[list["Document"], dict[str, list["Document"]]]  # to calibrate on, and to evaluate on by name
+Documents = tuple["Reading | None", dict[str, "Reading"]]  # to calibrate on, and to evaluate on by name
 
 
 class Kind(Protocol):
@@ -157,7 +157,7 @@ class Images:
         return decoder.picture.tokens + 1
 
     def read_documents(self, request: Request) -> Documents:
-        return [], {}
+        return None, {}
 
     def with_model(self, request: Request, model: Model) -> Images:
         return replace(self, imaging=imaging_of(request, model))

@@ -152,6 +152,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
     samples = kind.read_samples(request, model, documents)
     choices.append(_calibration_choice(samples, kind))
+    choices += [Choice(source.name, source.taken, source.left_out) for source in samples.sources]
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
     exports = len(request.export) * request.rungs

@@ -70,7 +70,7 @@ class Run:
     @cached_property
     def samples(self) -> Samples:
         """Returns the user's samples and some of the model's own; or those alone, of which one in five is held out."""
-        from edgeprune.pipeline.documents import GENERATED
+        from edgeprune.pipeline.packing import GENERATED
 
         setup, given = self.setup, self.setup.samples
         has_given = given.calibration is not None

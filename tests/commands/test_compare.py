@@ -22,7 +22,7 @@ def given(tmp_path_factory):
 
 
 def test_a_row_for_each_layout_ratio_and_method_the_default_first(given, monkeypatch):
-    monkeypatch.setattr("edgeprune.pipeline.documents.GENERATED", 2)
+    monkeypatch.setattr("edgeprune.pipeline.packing.GENERATED", 2)
     result = compare(**given, ratios=[20, 40], methods="random, default,dense,random", layout="both")
     assert result.bundle is None
     assert [row.key for row in result.report] == [("dense", "", "0")] + [

@@ -1,22 +1,18 @@
-import json
+"""Samples of text, read as their author meant them, whatever system and format they come from."""
 
-import numpy as np
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.documents import hold_out, pack, read_documents, tokenize
-
-
-class WordTokenizerDouble:
-    """One id per word."""
-
-    chat_template = None
-    eos_token_id = 0
-
-    def __call__(self, text, **options):
-        return {"input_ids": [1 + len(word) for word in text.split()]}
+from edgeprune.pipeline.documents import Reading, _split, read, read_documents
 
 
 def test_a_folder_is_read_in_order_without_duplicates(tmp_path):
@@ -34,15 +30,6 @@ def test_long_text_is_cut_at_paragraphs(tmp_path):
     documents = read_documents(path)
     assert len(documents) == 2
     assert all(document.startswith("paragraph") for document in documents)
-
-
-def test_chats_are_read_and_need_a_template(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
-    documents = read_documents(path)
-    assert documents == [[{"role": "user", "content": "hi"}]]
-    with pytest.raises(InputError, match="chat template"):
-        list(tokenize(documents, WordTokenizerDouble()))
 
 
 BAD = {"missing": None, "empty": b"", "blank": b"\n \n\n", "binary": b"abc\0def", "not utf-8": b"\xff\xfe\x00a"}
@@ -70,22 +57,171 @@ def test_an_empty_folder_is_refused(tmp_path):
         read_documents(tmp_path)
 
 
-@given(st.integers(2, 60), st.integers(0, 100))
-def test_held_out_documents_are_apart(count, seed):
-    kept, held_out = hold_out(list(range(count)), seed)
-    assert sorted(kept + held_out) == list(range(count))
-    assert len(held_out) == max(1, count // 5)
+def paragraphs(count: int = 60, size: int = 400) -> list[str]:
+    return [(f"paragraph {number} " + "river stone lamp " * size)[:size] for number in range(count)]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 16))
-def test_packing_joins_cuts_and_counts_what_is_missing(sizes, samples, length):
-    documents = [np.full(size, number + 1) for number, size in enumerate(sizes)]
-    available, needed = sum(sizes) + len(sizes), samples * length
-    if available < needed:
-        with pytest.raises(InputError, match=f"{needed - available} are missing"):
-            pack(documents, samples, length, separator=0)
+JOINTS = {
+    "blank lines": "\n\n",
+    "of Windows": "\r\n\r\n",
+    "of an old Mac": "\r\r",
+    "blank lines that hold a space": "\n \n",
+    "with a tab": "\r\n\t\r\n",
+    "form feeds": "\f",
+    "paragraph separators": "\u2029",
+}
+
+
+@pytest.mark.parametrize("joint", JOINTS.values(), ids=list(JOINTS))
+def test_paragraphs_are_those_of_every_system(tmp_path: Path, joint: str) -> None:
+    (tmp_path / "a.txt").write_bytes(joint.join(paragraphs()).encode())
+    (tmp_path / "b.txt").write_bytes("\n\n".join(paragraphs()).encode())
+    assert read_documents(tmp_path / "a.txt") == read_documents(tmp_path / "b.txt")
+    assert len(read_documents(tmp_path / "a.txt")) == 12
+
+
+@pytest.mark.parametrize("joint", ["\n", "\r\n", "\r", "\u2028", "\x85"], ids=repr)
+def test_a_document_on_each_line(tmp_path: Path, joint: str) -> None:
+    (tmp_path / "a.txt").write_bytes(joint.join(paragraphs()).encode())
+    assert read_documents(tmp_path / "a.txt") == paragraphs()
+    assert str(read(tmp_path / "a.txt")).startswith("text, a document on each line; 60 documents of 24,0")
+
+
+def test_short_lines_are_joined(tmp_path: Path) -> None:
+    lines = paragraphs(200, 60)
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    documents = read_documents(tmp_path / "a.txt")
+    assert "\n".join(documents).split("\n") == lines
+    assert all(2000 <= len(document) < 2100 for document in documents[:-1])
+
+
+@pytest.mark.parametrize("space", [" ", ""], ids=["with spaces", "without"])
+def test_one_long_line_is_cut_by_length(tmp_path: Path, space: str) -> None:
+    text = space.join(f"word{number}" for number in range(3000))
+    (tmp_path / "a.txt").write_text(text)
+    documents = read_documents(tmp_path / "a.txt")
+    assert space.join(documents) == text
+    assert len(documents) > 5
+    assert max(map(len, documents)) <= 4000
+    assert "split by length" in str(read(tmp_path / "a.txt"))
+
+
+ROWS = [{"text": text} for text in paragraphs(5)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", LINES),
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES.replace("\n", "\r\n")),
+        ("a.txt", LINES),
+        ("a", "\ufeff\n" + LINES),
+        ("a.json", LINES),
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("a.txt", json.dumps(ROWS)),
+        ("a.json", json.dumps([row["text"] for row in ROWS])),
+        ("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ("a.jsonl", "".join(json.dumps({"content": row["text"], "id": 1}) + "\n" for row in ROWS)),
+        ("a.csv", "id,Text\n" + "".join(f'{number},"{row["text"]}"\n' for number, row in enumerate(ROWS))),
+        ("a.TSV", "text\tid\n" + "".join(f"{row['text']}\t1\n" for row in ROWS)),
+        ("a.csv", "prompt,completion\n" + "".join(f"{row['text'][:9]},{row['text'][9:]}\n" for row in ROWS)),
+        (
+            "a.jsonl",
+            "".join(json.dumps({"prompt": row["text"][:9], "completion": row["text"][9:]}) + "\n" for row in ROWS),
+        ),
+    ],
+)
+def test_a_format_is_known_by_its_content(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_documents(tmp_path / name) == paragraphs(5)
+
+
+def test_a_line_is_one_only_where_the_file_ends_it(tmp_path: Path) -> None:
+    texts = [f"one\u2028two\u2029three\x85four\x0bfive\x1csix {number}" for number in range(3)]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
+    assert read_documents(tmp_path / "a.jsonl") == texts
+
+
+PROSE = [
+    "[Chapter 1] It was late.",
+    "{sic} he said",
+    '"Quoted" at once.',
+    "[1] A reference\n[2] Another",
+    "{}\nA brace",
+]
+
+
+@pytest.mark.parametrize("text", PROSE)
+def test_prose_that_begins_like_json_stays_prose(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    if text.startswith("{}"):
+        with pytest.raises(InputError, match="line 2"):
+            read_documents(tmp_path / "a.txt")
     else:
-        rows = pack(documents, samples, length, separator=0)
-        joined = np.concatenate([[*document, 0] for document in documents])
-        assert rows.shape == (samples, length)
-        assert np.array_equal(rows.ravel(), joined[:needed])
+        assert read_documents(tmp_path / "a.txt") == [text]
+
+
+REFUSED = {
+    "an unknown field": ("a.jsonl", b'{"instruction": "a", "output": "b"}\n', "instruction, output"),
+    "an unknown column": ("a.csv", b"question,answer\n1,2\n", "question, answer"),
+    "a number as text": ("a.jsonl", b'{"text": 3}\n', "line 1: `text` is 3"),
+    "null as text": ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', "line 2: `text` is None"),
+    "a cut line": ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2, is not JSON"),
+    "no JSON": ("a.json", b"hello", "is not JSON"),
+    "parquet": ("a.parquet", b"PAR1\x00\x00", "a Parquet file"),
+    "gzip": ("a.txt", b"\x1f\x8b\x08\x00", "gzip"),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), "UTF-16"),
+    "Latin 1": ("a.txt", "café".encode("latin-1"), "byte 3"),
+    "nested": ("a.json", b"[" * 200_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_what_is_no_sample_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        read_documents(tmp_path / name)
+    assert caught.value.remedy
+
+
+def test_a_folder_says_what_it_left_out(tmp_path: Path) -> None:
+    files = {
+        "a.TXT": "upper",
+        "b.txt": "lower",
+        "deep/c.Md": "deep",
+        "d.txt": "lower",
+        "e.jsonl": '{"text": "row"}\n{"text": "  "}\n',
+    }
+    left_out = {"x.pdf": "%PDF", "package.json": '{"name": "shop"}', "table.csv": "a,b\n1,2\n"}
+    hidden = {"._a.txt": "\0\5", ".git/notes.txt": "hidden", ".DS_Store": "\0"}
+    for name, text in (files | left_out | hidden).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    reading = read(tmp_path)
+    assert reading.documents == ["upper", "lower", "deep", "row"]
+    assert (reading.duplicates, reading.empty) == (1, 1)
+    assert reading.dropped == (
+        "1 duplicate removed; 1 without text; not read: package.json (line 1 has neither `text` nor `messages`, "
+        "but name), table.csv (no column `text`, the columns are: a, b), x.pdf"
+    )
+    assert str(reading) == "4 of text, JSON; 4 documents of 17 characters"
+
+
+def test_a_folder_of_other_files_alone_names_them(tmp_path: Path) -> None:
+    (tmp_path / "x.pdf").write_text("%PDF")
+    with pytest.raises(InputError, match=r"only x\.pdf"):
+        read(tmp_path)
+
+
+@given(st.text(max_size=300))
+def test_splitting_loses_no_word(text: str) -> None:
+    _, documents = _split(text.replace("\r\n", "\n").replace("\r", "\n"))
+    assert " ".join(documents).split() == text.split()
+
+
+def test_a_reading_is_told_in_words() -> None:
+    assert Reading(Path("x"), ["a"], Counter({"text": 1})).dropped == "nothing was left out"

@@ -82,7 +82,7 @@ def test_what_is_too_short_too_long_or_named_twice_is_refused(model, notes, tmp_
         pack_texts(request, model, *read_texts(request), 24)
     assert caught.value.remedy == "Give more text."
     with pytest.raises(InputError, match="samples of 129 tokens exceed the model's 128 positions") as caught:
-        pack_texts(request, model, [], {}, 129)
+        pack_texts(request, model, None, {}, 129)
     assert caught.value.remedy == "Try --length 128."
     with pytest.raises(InputError, match="two --evaluate texts have the name short"):
         read_texts(request_of(evaluate=[tmp_path / "short.txt", tmp_path / "other" / "short.txt"]))

@@ -33,8 +33,12 @@ def test_what_is_left_out_is_the_profiles_and_each_choice_has_its_reason(small, 
     asked = {name: limit.asked for name, limit in setup.budget.limits.items()}
     assert asked == {"memory": default.memory, "prefill": default.prefill, "decode": default.decode}
     choices = {choice.name: choice for choice in setup.choices}
-    assert set(choices) == {"engine", "precision", "budget", "calibration"}
+    assert set(choices) == {"engine", "precision", "budget", "calibration", "read notes.txt"}
     assert choices["budget"].reason == "none was given: the default of jetson-orin"
+    read = choices["read notes.txt"]
+    assert read.value.startswith("text; 5 documents of ")
+    assert "; 96 tokens of 4 as 4 samples; 1 held out to evaluate on, " in read.value
+    assert read.reason == "nothing was left out"
     assert choices["precision"].reason == "the profile jetson-orin runs fp16"
     assert all(choice.reason for choice in setup.choices)
     assert not list(tmp_path.iterdir())
