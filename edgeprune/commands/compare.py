@@ -79,6 +79,8 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
     model = load_dense(request.model, request.hints)
     kind = kind.with_model(request, model)
     texts = kind.read_samples(request, model, documents)
+    for source in texts.sources:
+        progress.note(str(source))
     held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)
     count = GENERATED if own else request.samples + held_out
     drawn = generate_samples(model, kind, count, length, request.seed, progress)

@@ -43,6 +43,9 @@ class Source:
     taken: str
     left_out: str
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.taken} ({self.left_out})"
+
 
 def samples_hash(texts: UserSamples) -> str:
     digest = hashlib.sha256(SELF.encode() if texts.calibration is None else texts.calibration.tobytes())
