@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from edgeprune.engine.remote import program
 from edgeprune.model.export import write_exports
 from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.model.tokens.vocabulary import read_vocabulary
+from edgeprune.ondevice.budget import Budget
 from edgeprune.ondevice.bundle import FRONTIER, REPORT, TOKENIZER
 from edgeprune.ondevice.finish import DEPLOYMENT
 from edgeprune.pipeline.journal import Journal
@@ -115,8 +117,8 @@ def write_frontier(rungs: Sequence[Fitted], journal: Journal, command: str) -> N
     rungs: the largest first; journal and command: as of write_fitted. Each rung has all that a
     bundle of its own needs: see `pick`.
     """
-    # Collect each rung's files with its own report and deployment.json.
-    setup, work = rungs[0].setup, journal.folder
+    # Collect each rung's files with its own report and deployment.json. The run itself has no budget, its rungs have.
+    setup, work = replace(rungs[0].setup, budget=Budget()), journal.folder
     reports, folders = [], []
     for index, rung in enumerate(rungs):
         step = Step(title="Pick this rung: a bundle of its own", command=pick_command(setup.output.name, index))

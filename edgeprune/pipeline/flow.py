@@ -63,7 +63,7 @@ def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | No
                 progress.note(f"{output} is complete already: nothing was done")
                 yield None
             else:
-                check_output(output, request.force)  # another run may have written it meanwhile
+                check_output(output, request.force, request.resume)  # another run may have written it meanwhile
                 yield Run(setup, journal, progress)
         except BaseException:
             if not journal.seconds:  # there is nothing to go on with

@@ -111,14 +111,16 @@ def mark_stage(folder: Path, is_complete: bool) -> None:
 
 def remove_ours(folder: Path, foreign: list[str]) -> None:
     """Removes a folder of ours but for the foreign files; its mark goes last, so that a kill leaves it ours."""
-    kept = {folder / name.removesuffix(" (changed)") for name in foreign}
-    last = [folder / name for name in (MANIFEST, JOURNAL, LOCK)]
-    for path in [*(path for path in _files(folder) if path not in last), *last]:
+    marks = [folder / name for name in (MANIFEST, JOURNAL, LOCK)]
+    kept = {*marks, *(folder / name.removesuffix(" (changed)") for name in foreign)}
+    for path in _files(folder):
         if path not in kept:
             path.unlink(missing_ok=True)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
         with contextlib.suppress(OSError):  # it holds what is kept
             path.rmdir()
+    for mark in marks:
+        mark.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 

@@ -24,6 +24,9 @@ def test_no_rung_is_slower_than_the_last_and_each_is_within_its_share(tmp_path_f
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert load_bundle(tmp_path / "out").report == result.report
     assert result.met
+    again = frontier(**given, rungs=2, resume=True)  # it is complete already
+    assert again.report == result.report
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_ladder_of_too_many_rungs_is_refused(tmp_path_factory, tmp_path):

@@ -62,6 +62,17 @@ def test_a_run_begins_beside_its_output_and_tells_what_was_chosen(made, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_to_go_on_keeps_what_no_run_made(made, tmp_path):
+    setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
+    with pytest.raises(Stopped), working(setup, COMMAND, Silent()) as run:
+        run.journal.stage("one", lambda: 1)
+        raise Stopped
+    (tmp_path / "out.work" / "notes.txt").write_text("mine")
+    with working(asked(setup, resume=True, force=True), COMMAND, Silent()) as run:
+        assert run.journal.has("one")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out.work", "out.work/notes.txt"]
+
+
 def test_a_run_that_ends_before_its_first_stage_leaves_nothing(made, tmp_path):
     setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
     with pytest.raises(Stopped), working(setup, COMMAND, Silent()):

@@ -118,6 +118,26 @@ def test_a_work_folder_is_removed_but_for_what_no_run_made(tmp_path: Path) -> No
     assert left == ["mine/notes.txt", "notes.txt", "samples/deep/notes.txt"]
 
 
+def test_a_work_folder_is_ours_until_nothing_else_is_left_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "out.work"
+    journal = open_journal(work, {}, resume=False, force=False)
+    journal.folder_stage("samples", fill)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rmdir", killed)
+    with journal, pytest.raises(KeyboardInterrupt):
+        journal.remove()
+    monkeypatch.undo()
+    assert is_work(work)
+    with open_journal(work, {}, resume=True, force=False) as journal:
+        journal.remove()
+    assert not work.exists()
+
+
 @pytest.mark.parametrize("name", ["thesis.txt", "journal.jsonl", "samples/ids.npy"])
 def test_a_folder_by_the_name_of_a_work_folder_is_not_ours(tmp_path: Path, name: str) -> None:
     add(tmp_path / "out.work" / name)
