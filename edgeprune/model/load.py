@@ -21,6 +21,7 @@ from edgeprune.model.checkpoint.packaged import packaged_file
 from edgeprune.model.checkpoint.padding import without_padding
 from edgeprune.model.checkpoint.places import StoredTensor
 from edgeprune.model.checkpoint.torch_file import TorchFiles, archive_members, torch_header, training_arguments
+from edgeprune.model.checkpoint.unread import DO_NOT_MATCH, check_unread
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 
@@ -244,23 +245,41 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _checked(decoder: Decoder, stored: Stored) -> Stands:
-    """Returns the stored tensors that hold each weight. Raises InputError for one that is missing or does not fit."""
+    """Returns the stored tensors that hold each weight. Raises InputError for one that is missing or does not fit, and
+    for stored ones that the model does not explain.
+    """
+    tensors, head = checkpoint_tensors(decoder), _present(_head(decoder), stored)
+    keys = {name: _present(name, stored) for name in tensors}
+    # A tied head may stand for the embedding.
+    embedding = FAMILIES[decoder.family].places["embedding"].key
+    if decoder.tie_word_embeddings and keys[embedding] is None:
+        keys[embedding] = head
+    tied = {head} if decoder.tie_word_embeddings else set()
+    missing = [name for name, key in keys.items() if key is None]
+    check_unread(decoder.family, len(decoder.layers), stored.keys() - set(keys.values()) - tied, missing)
+    # Shapes and types.
     places: Stands = {}
-    for name, tensor in checkpoint_tensors(decoder).items():
-        key = _present(name, stored)
-        if key is None:
-            raise InputError(f"the checkpoint has no tensor {name}", "config.json and the weights do not match.")
+    for name, tensor in tensors.items():
+        key = keys[name]
         file, dtype, shape = stored[key]
         if shape != tensor.shape:
-            raise InputError(
-                f"tensor {key} has shape {shape}, but config.json asks for {tensor.shape}",
-                "config.json and the weights do not match.",
-            )
+            raise InputError(f"tensor {key} has shape {shape}, but config.json asks for {tensor.shape}", DO_NOT_MATCH)
         if dtype not in DTYPES:
-            raise InputError(f"tensor {key} is of type {dtype}", f"Supported are: {', '.join(DTYPES)} (not quantised).")
+            raise InputError(f"tensor {key} is of type {dtype}", _of_another_type(dtype))
         for weight in tensor.names:
             places.setdefault(weight, []).append((file, key, tensor))
     return places
+
+
+def _of_another_type(dtype: str) -> str:
+    """Returns the remedy for a weight of a type that is not read."""
+    if dtype in ("F64", "float64"):
+        return "Save it in another precision: model.to(torch.float32).save_pretrained(...)."
+    return f"Supported are: {', '.join(DTYPES)}. Give the checkpoint before it was quantised."
+
+
+def _head(decoder: Decoder) -> str:
+    return FAMILIES[decoder.family].places["head"].key
 
 
 def _present(key: str, stored: Stored) -> str | None:
@@ -277,8 +296,7 @@ def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
     An equal one is ignored. Where the two differ, transformers unties them with no more than a warning; ignoring the
     head would change the model.
     """
-    key = FAMILIES[decoder.family].places["head"].key
-    if key not in stored:
+    if (key := _present(_head(decoder), stored)) is None:
         return
     import torch
 

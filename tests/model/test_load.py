@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_model, load_shape
@@ -37,6 +38,20 @@ def test_a_tied_head_that_is_stored_too_is_ignored(tmp_path):
     model = load_model(str(tmp_path / "model"))
     assert set(model.weights) == set(weights_of(reference))
     assert "head" not in model.weights
+
+
+def test_a_tied_model_may_store_its_head_alone(tmp_path):
+    """As transformers loads it."""
+    reference = save_llama(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, path, {"format": "pt"})
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model").model.embed_tokens.weight
+    assert torch.equal(theirs, reference.model.embed_tokens.weight)
+    model = load_model(str(tmp_path / "model"))
+    assert set(model.weights) == set(weights_of(reference))
+    assert torch.equal(model.weights["embedding"], theirs)
 
 
 def test_a_shape_needs_no_weights(tmp_path):
@@ -149,7 +164,7 @@ BAD = {
     "a tied head of its own": (_store_head(1.0), "lm_head.weight is stored and differs"),
     "missing tensor": (_drop_tensor, "has no tensor model.norm.weight"),
     "wrong shape": (_edit_config(intermediate_size=80), "config.json asks for (80, 96)"),
-    "wrong type": (_retype, "of type F64"),
+    "wrong type": (_retype, "is of type F64"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
     "untied without head": (_edit_config(tie_word_embeddings=False), "has no tensor lm_head.weight"),
 }
