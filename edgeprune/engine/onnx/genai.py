@@ -18,11 +18,14 @@ from typing import Any
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.engine.onnx.nodes import head_width
 from edgeprune.errors import InputError
+from edgeprune.files import read_json
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer
 from edgeprune.ondevice.sampling import end_ids
 
-CONFIG = "genai_config.json"
+CONFIG, SETTINGS = "genai_config.json", "tokenizer_config.json"
+FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy")
+LONGEST = 2**31 - 1  # tokens; transformers writes 1e30 where no length is known
 VARIANTS = (GraphVariant("onnxruntime", "all"), GraphVariant("opset23", "all"), GraphVariant("primitive", "all"))
 """The graphs that onnxruntime-genai can run, the best first. With the logits of the last position alone it would read
 those of padding, because it pads the shorter prompts of a batch on their right."""
@@ -68,9 +71,31 @@ def write_genai(
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
+    settings = _tokenizer_settings(tokenizer / SETTINGS, loaded, config["model"]["context_length"])
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is not None and not (tokenizer / "tokenizer.json").is_file():
         backend.save(str(folder / "tokenizer.json"))
+
+
+def _tokenizer_settings(path: Path, tokenizer: Any, context: int) -> dict[str, Any]:
+    """Returns tokenizer_config.json as onnxruntime-genai reads it: with nothing null, one chat template, a length.
+
+    It refuses fields of another type than it knows, whatever transformers makes of them.
+    """
+    settings = {name: value for name, value in (read_json(path) if path.is_file() else {}).items() if value is not None}
+    for name in FLAGS:
+        if not isinstance(settings.get(name, False), bool):
+            del settings[name]
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    settings.pop("chat_template", None)
+    if template is not None:
+        settings["chat_template"] = template
+    length = settings.get("model_max_length")
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= LONGEST:
+        settings["model_max_length"] = context
+    return settings
 
 
 def _token_ids(tokenizer: Any, directory: Path) -> TokenIds:

@@ -36,13 +36,13 @@ def check_exportable(model: Model, reduced: bool = False) -> Held:
 
     Raises InputError, before any work, where llama.cpp cannot compute the model or has no pre-tokenizer for its texts.
     """
-    return _checked(model, reduced)[0]
+    return _checked(model, model.name, reduced)[0]
 
 
-def _checked(model: Model, reduced: bool = False) -> tuple[Held, dict[str, Any]]:
+def _checked(model: Model, name: str, reduced: bool = False) -> tuple[Held, dict[str, Any]]:
     """Returns the form of the model in the file, and the fields of its tokenizer. Raises InputError."""
     form = held(model.decoder, read_config(model.directory))
-    return form, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced)
+    return form, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced, name)
 
 
 def export_gguf(model: Model, path: Path) -> Path:
@@ -52,7 +52,7 @@ def export_gguf(model: Model, path: Path) -> Path:
     memory at a time. The file is complete or absent. Raises InputError for a model that llama.cpp cannot compute and
     for a file that cannot be written, NumericalError for a weight that the dtype cannot hold.
     """
-    form, tokenizer = _checked(model)
+    form, tokenizer = _checked(model, path.stem)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         _write(model, form, tokenizer, part, path.stem)

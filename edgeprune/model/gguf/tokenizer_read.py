@@ -127,5 +127,6 @@ def _add_special(tokenizer: Tokenizer, fields: dict[str, Any], tokens: list[str]
     tokenizer.add_tokens([token for token in added if not token.special])
 
 
+REFUSED = "Deploy the checkpoint or the ONNX graph."
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 KINDS = {BYTE_LEVEL: _byte_level, SENTENCEPIECE: _sentencepiece}

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.model.gguf.cuts import check_added, check_pieces
 from edgeprune.model.gguf.pretokenizers import TEXT, pre_tokenizer_name
 from edgeprune.model.gguf.tokenizer_read import (
     BYTE,
     BYTE_LEVEL,
     CONTROL,
     NORMAL,
+    REFUSED,
     ROLES,
     SENTENCEPIECE,
     UNKNOWN,
@@ -28,17 +30,17 @@ from edgeprune.model.gguf.tokenizer_read import (
 from edgeprune.model.tokens.bpe import BYTE_TOKENS
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 
-REFUSED = "Deploy the checkpoint or the ONNX graph."
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>")
 """Added tokens that llama.cpp's converter treats as special although their files do not mark them so."""
 
 
-def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[str, Any]:
+def tokenizer_fields(directory: Path, rows: int, reduced: bool = False, name: str = "") -> dict[str, Any]:
     """Returns the fields `tokenizer.*` of the tokenizer in a checkpoint's directory.
 
-    rows: of the embedding. reduced: the vocabulary will be cut down, and the fields must suit the smaller one too. The
-    fields are read back and must make the same tokens of a text of many scripts. Raises InputError for a tokenizer for
-    which llama.cpp has no kind or no pre-tokenizer.
+    rows: of the embedding. reduced: the vocabulary will be cut down, and the fields must suit the smaller one too.
+    name: of the model in the file, by which llama.cpp knows some tokenizers. The fields are read back and must make the
+    same tokens of a text of many scripts. Raises InputError for a tokenizer for which llama.cpp has no kind or no
+    pre-tokenizer, or of which it would cut other tokens.
     """
     # Only a plain BPE has a form in GGUF.
     loaded = load_tokenizer(directory)
@@ -54,6 +56,7 @@ def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[
     fields = _tokens(loaded, description, rows)
     if model.get("byte_fallback"):
         fields |= _sentencepiece(backend, model, fields)
+        check_pieces(model, fields)
     elif not model["merges"]:
         raise InputError(f"the tokenizer in {directory} has no merges, and llama.cpp loads none without them", REFUSED)
     else:
@@ -64,6 +67,7 @@ def tokenizer_fields(directory: Path, rows: int, reduced: bool = False) -> dict[
         }
     # Special tokens; then the check that nothing was lost.
     fields |= _special(loaded, directory, rows)
+    check_added(description, name)
     _verify(loaded, fields)
     return fields
 
