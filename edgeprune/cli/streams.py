@@ -18,6 +18,7 @@ import typer
 from edgeprune.files import WriteError, printable
 
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ended
+LEAST_WIDTH = 80  # columns: a table that is narrower loses digits
 LONGEST = 4000  # characters of a line on standard error
 
 
@@ -91,10 +92,12 @@ class _Output(_Guarded):
 
 
 def console() -> Any:
-    """Returns the console of rich on standard output."""
+    """Returns the console of rich on standard output; lines of a narrower terminal are broken by itself, not cut."""
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    console.width = max(console.width, LEAST_WIDTH)
+    return console
 
 
 def show(text: str) -> None:

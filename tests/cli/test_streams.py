@@ -15,7 +15,9 @@ from rich.table import Table
 
 from edgeprune.cli.streams import BROKEN_PIPE, console, guarded_streams, made, note, show
 from edgeprune.files import WriteError
+from edgeprune.report.terminal import print_report
 from tests.support import ROOT
+from tests.support.sample_reports import measured_content, report_of
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="/dev/full is Linux's")
@@ -44,6 +46,17 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch, encoding):
     assert "\\U0001f600 \\udcff\n" in text
     assert "\\u4e2d" in text
     assert errors.buffer.getvalue() == b"\\u2026\n"
+
+
+def test_a_narrow_terminal_loses_no_digits(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    with guarded_streams():
+        print_report(report_of(measured_content()), console())
+    narrow = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    with guarded_streams():
+        print_report(report_of(measured_content()), console())
+    assert narrow == capsys.readouterr().out
 
 
 @needs_full
