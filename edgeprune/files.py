@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ _OF_WRITES = (*_FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno
 _LIBRARY_ERROR = re.compile(r"os error (\d+)")  # as libraries in Rust tell an OSError
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _KINDS = {dict: "object", list: "list", str: "text"}
+_WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
+_WORDS |= {float: "a finite number", type(None): "null"}
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class WriteError(InputError):
@@ -40,6 +44,8 @@ def read_text(path: Path, remedy: str = RESTORE, most_bytes: int = MOST_BYTES) -
             data = file.read(most_bytes + 1)
         if len(data) > most_bytes:
             raise InputError(f"{path} is larger than {most_bytes >> 20} MiB", remedy)
+        if data.startswith(_POINTER):
+            raise pointer_error(path)
         return data.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}", remedy) from None
@@ -66,6 +72,71 @@ def parse_json(text: str | bytes, name: str, kind: type = dict, remedy: str = RE
     if not isinstance(content, kind):
         raise InputError(f"{name} is not a JSON {_KINDS.get(kind, kind.__name__)}", remedy)
     return content
+
+
+def checked(value: Any, form: Any, name: str, remedy: str = RESTORE) -> Any:
+    """Returns a JSON document of a form; name: of its origin, for the message.
+
+    form: a type, a union of types (float: any finite number), a list of one form for all items, or a dict of forms by
+    key, of which all must be there and no others but where a key is `...`. Raises InputError that names the field.
+    """
+    if reason := _difference(value, form, ""):
+        raise InputError(f"{name}: {reason}", remedy)
+    return value
+
+
+def _difference(value: Any, form: Any, place: str) -> str | None:
+    """Returns the first difference of a value from a form in words; None where there is none."""
+    if isinstance(form, dict):
+        keys = [key for key in form if key is not ...]
+        if not isinstance(value, dict):
+            return f"{place or 'it'} is not {_WORDS[dict]}"
+        if missing := [key for key in keys if key not in value]:
+            return f"{_joined(place, missing[0])} is missing"
+        if ... not in form and (unknown := [key for key in value if key not in form]):
+            return f"{_joined(place, unknown[0])} is not known to this version"
+        inner = ((_joined(place, key), value[key], form[key]) for key in keys)
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{place or 'it'} is not {_WORDS[list]}"
+        inner = ((f"{place}[{index}]", item, form[0]) for index, item in enumerate(value))
+    else:
+        return None if _is_one(value, form) else f"{place or 'it'} is not {_in_words(form)}"
+    return next((reason for name, item, kind in inner if (reason := _difference(item, kind, name))), None)
+
+
+def _joined(place: str, key: str) -> str:
+    return f"{place}.{printable(key, 60)}" if place else printable(key, 60)
+
+
+def _is_one(value: Any, form: Any) -> bool:
+    """Returns whether a value is of a type or of one of a union; true is no number, and infinity none of ours."""
+    if form is Any:
+        return True
+    kinds = getattr(form, "__args__", (form,))
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int | float) and float in kinds:
+        return isfinite(value)
+    return isinstance(value, kinds)
+
+
+def _in_words(form: Any) -> str:
+    return " or ".join(_WORDS[kind] for kind in getattr(form, "__args__", (form,)))
+
+
+def is_pointer(path: Path) -> bool:
+    """Returns whether a file is a pointer of Git LFS, which stands for the file until it is fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def pointer_error(path: Path) -> InputError:
+    """Returns the error for a pointer of Git LFS where the file itself is needed."""
+    return InputError(f"{path} is a pointer of Git LFS, not the file itself", "Run `git lfs pull` in its repository.")
 
 
 def printable(text: object, most: int = 300) -> str:

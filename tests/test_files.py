@@ -6,13 +6,25 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.errors import InputError
-from edgeprune.files import WriteError, link_or_copy, parse_json, printable, read_json, read_text, write_text, writing
+from edgeprune.files import (
+    WriteError,
+    checked,
+    is_pointer,
+    link_or_copy,
+    parse_json,
+    printable,
+    read_json,
+    read_text,
+    write_text,
+    writing,
+)
 
 BROKEN = {
     "absent": None,
@@ -112,3 +124,42 @@ def test_a_file_system_without_links_gets_copies(tmp_path: Path, monkeypatch: py
     link_or_copy(tmp_path / "link", tmp_path / "c")
     assert not (tmp_path / "c").samefile(tmp_path / "a")
     assert (tmp_path / "c").read_text() == "x"
+
+
+FORM = {"name": str, "sizes": [int], "share": float | None, "parts": {"flag": bool, ...: Any}}
+VALUE = {"name": "a", "sizes": [1, 2], "share": 1, "parts": {"flag": True, "more": 1}}
+
+
+def test_a_document_of_the_form_is_returned_as_it_is():
+    assert checked(VALUE, FORM, "a file") is VALUE
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"name": 1}, "name is not a text"),
+        ({"sizes": [1, 2.5]}, r"sizes\[1\] is not a whole number"),
+        ({"sizes": [True]}, r"sizes\[0\] is not a whole number"),
+        ({"sizes": {}}, "sizes is not a list"),
+        ({"share": float("nan")}, "share is not a finite number or null"),
+        ({"share": True}, "share is not a finite number or null"),
+        ({"parts": {}}, "parts.flag is missing"),
+        ({"parts": None}, "parts is not an object"),
+        ({"late": 1}, "late is not known to this version"),
+    ],
+)
+def test_the_first_field_of_another_form_is_named(change, reason):
+    with pytest.raises(InputError, match=f"a file: {reason}"):
+        checked(VALUE | change, FORM, "a file")
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert is_pointer(path)
+    with pytest.raises(InputError, match="is a pointer of Git LFS") as caught:
+        read_json(path)
+    assert "git lfs pull" in caught.value.remedy
+    path.write_text("version 2")
+    assert not is_pointer(path)
+    assert not is_pointer(tmp_path / "none")

@@ -5,7 +5,6 @@ It knows neither the model nor the run that made them.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -20,8 +19,20 @@ from edgeprune.bundle.write import as_json, json_text, rendered
 from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
 from edgeprune.files import check_text, writing
-from edgeprune.ondevice.bundle import CODEC, FRONTIER, REPORT, TOKENIZER, open_bundle, rungs_of, sha256, tokenizer_of
-from edgeprune.ondevice.finish import DEPLOYMENT, MEASUREMENT
+from edgeprune.ondevice.bundle import (
+    CODEC,
+    FRONTIER,
+    OTHER_VERSION,
+    REPORT,
+    TOKENIZER,
+    check_file,
+    check_files,
+    open_bundle,
+    rungs_of,
+    tokenizer_of,
+)
+from edgeprune.ondevice.documents import DEPLOYMENT, read_deployment
+from edgeprune.ondevice.finish import MEASUREMENT
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.output import check_output, check_space, work_folder
 from edgeprune.pipeline.provenance import now
@@ -51,6 +62,7 @@ def pick(
     check_output(output, force)
     measured = MEASUREMENT in manifest["sha256"]
     names = _names(bundle, index, manifest, measured)
+    check_files(bundle, manifest, [*_shared(bundle, index), bundle / "profile.toml"])
     check_space(output, sum((bundle / name).stat().st_size for name in names))
     if measured:
         progress.note(f"what was measured with {bundle} stays there: measure the new bundle with `edgeprune measure`")
@@ -161,11 +173,12 @@ def _plan(bundle: Path, index: int, manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns deployment.json with the one rung. Raises InputError where it cannot be read."""
     own = bundle / "rungs" / str(index) / DEPLOYMENT
     path = own if manifest.get("kind") == FRONTIER else bundle / DEPLOYMENT
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        return plan if path == own else {**plan, "rungs": [plan["rungs"][index]]}
-    except (OSError, ValueError, LookupError, TypeError):
-        raise InputError(f"{path} cannot be read", "Copy the whole bundle again.") from None
+    plan = read_deployment(path)
+    if path == own:
+        return plan
+    if index >= len(plan["rungs"]):
+        raise InputError(f"{path} knows no rung {index}", OTHER_VERSION)
+    return {**plan, "rungs": [plan["rungs"][index]]}
 
 
 def _copy(source: Path, target: Path, digest: str) -> None:
@@ -183,5 +196,4 @@ def _copy(source: Path, target: Path, digest: str) -> None:
             old.seek(0)
             new.seek(0)
             shutil.copyfileobj(old, new, 2**20)
-    if sha256(target) != digest:
-        raise InputError(f"{source} is not the file that manifest.json lists", "Copy the whole bundle again.")
+    check_file(target, digest, source)

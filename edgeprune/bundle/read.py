@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from edgeprune.bundle.store import write_again
 from edgeprune.errors import InputError
-from edgeprune.ondevice.bundle import FRONTIER, REPORT, open_bundle
+from edgeprune.files import printable, read_text
+from edgeprune.ondevice.bundle import FRONTIER, OTHER_VERSION, REPORT, open_bundle, rung_folder, rungs_of
 from edgeprune.report.frontier import Frontier
 from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html
@@ -23,6 +24,12 @@ Document = TypeVar("Document", bound=BaseModel)
 def read_report(folder: Path) -> Report:
     """Returns the report of a bundle, or of a rung. Raises InputError where it cannot be read."""
     return _read(Report, folder / REPORT)
+
+
+def check_reports(folder: Path) -> None:
+    """Raises InputError where a report of the bundle or of one of its rungs cannot be read."""
+    for place in (folder, *(rung_folder(folder, index) for index in rungs_of(folder))):
+        read_report(place)
 
 
 def read_frontier(folder: Path) -> Frontier:
@@ -45,9 +52,12 @@ def render_again(folder: Path) -> Path:
 
 def _read(document: type[Document], path: Path) -> Document:
     """Returns a document of this type from a file. Raises InputError where it is missing or not one."""
+    text = read_text(path, OTHER_VERSION)
     try:
-        return document.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return document.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = printable(".".join(map(str, first["loc"])) or "it", 100)
         raise InputError(
-            f"{path} cannot be read by this version of edgeprune", "Use the version that manifest.json names."
+            f"{path} cannot be read by this version of edgeprune: {place}: {first['msg'].lower()}", OTHER_VERSION
         ) from None

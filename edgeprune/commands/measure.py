@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeprune.bundle.read import read_report, render_again
+from edgeprune.bundle.read import check_reports, read_report, render_again
 from edgeprune.commands.result import Result
 from edgeprune.engine.remote import target_of
+from edgeprune.ondevice.bundle import open_chosen
 from edgeprune.ondevice.finish import finish
 from edgeprune.ondevice.measure import LocalSession
 from edgeprune.progress import OnProgress, Progress, progress_of
@@ -27,6 +28,8 @@ def measure(
     """
     folder, device = Path(bundle), target_of(target, keep_remote)
     where = "this machine" if device is None else str(device)
+    open_chosen(folder)
+    check_reports(folder)
     finish(folder, device or LocalSession(), where, progress_of(progress).track)
     render_again(folder)
     return Result(folder, read_report(folder))

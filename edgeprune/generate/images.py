@@ -5,7 +5,6 @@ It knows no weights.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.files import checked, read_json
 from edgeprune.generate.guidance import checked_guidance, class_labels, documents_of, sample_labels
 from edgeprune.generate.pixels import CodecRunner, grid, write_picture
 from edgeprune.generate.runner import runner_of
 from edgeprune.model.decoder import Decoder, Picture
-from edgeprune.ondevice.bundle import CODEC, REPORT, open_chosen
+from edgeprune.ondevice.bundle import CODEC, OTHER_VERSION, open_to_run
 from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.reference import StepRunner
@@ -115,10 +115,8 @@ def read_description(bundle: Path) -> Drawn:
         raise InputError(
             f"{bundle} is the bundle of a language model, which draws no pictures", 'Give it a text: --prompt "...".'
         )
-    try:
-        return Drawn(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "Copy the whole bundle again.") from None
+    form = {"side": int, "num_classes": int, "has_null": bool, "vocab_size": int, "cfg": float}
+    return Drawn(**checked(read_json(path, remedy=OTHER_VERSION), form, str(path), OTHER_VERSION))
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def painter_of(
     model, an unknown class, or guidance that the model does not support.
     """
     # Check the classes and the guidance against the model.
-    manifest = open_chosen(bundle)
+    chosen = open_to_run(bundle)
     drawn = read_description(bundle)
     picture = drawn.picture
     for label in classes:
@@ -181,12 +179,8 @@ def painter_of(
     scale = checked_guidance(picture, drawn.cfg if cfg is None else cfg)
     sampling = Sampling(scale, temperature, top_k, top_p)
     # Run the engine for the batch and context that it was built for.
-    report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
-    engine = (report.get("measurement") or manifest)["engine"]
-    built_for = int(report["workload"]["batch"])
-    runner = runner_of(
-        bundle, engine, built_for, min(count, AT_ONCE) * sampling.streams, int(report["workload"]["context"]), note
-    )
+    chosen.check(bundle / CODEC)
+    runner = runner_of(chosen, chosen.workload.batch, min(count, AT_ONCE) * sampling.streams, note)
     if runner.batch < sampling.streams:
         raise InputError(
             f"the engine takes {runner.batch} sequence at once, but guidance needs two",

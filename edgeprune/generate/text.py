@@ -5,7 +5,6 @@ It knows no weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from edgeprune.errors import InputError
 from edgeprune.generate.runner import runner_of
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.ondevice.bundle import CODEC, REPORT, open_chosen, tokenizer_of
+from edgeprune.ondevice.bundle import CODEC, open_to_run
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import end_ids, generate
 from edgeprune.progress import Progress
@@ -110,27 +109,25 @@ def stream_text(
     Raises InputError for the bundle of an image generator, a prompt beyond the context, or a bundle that cannot run.
     """
     # Open the bundle; where it was finished on its device, with the rung that was chosen there.
-    manifest = open_chosen(bundle)
+    chosen = open_to_run(bundle)
     if (bundle / CODEC).is_dir():
         raise InputError(
             f"{bundle} is the bundle of an image generator, which reads no text",
             "Leave --prompt out: edgeprune run BUNDLE --class N --count N --output grid.png",
         )
-    report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
-    measurement = report.get("measurement") or {}
-    tokenizer_folder = tokenizer_of(bundle, measurement.get("rung", 0))
-    tokenizer = load_tokenizer(tokenizer_folder)
+    chosen.check(chosen.tokenizer)
+    tokenizer = load_tokenizer(chosen.tokenizer)
     # The prompt must leave room in the context.
     ids = prompt_ids(tokenizer, prompt)
-    context = int(report["workload"]["context"])
+    context = chosen.workload.context
     room = context - len(ids)
     if room < 1:
         raise InputError(f"the prompt of {len(ids)} tokens exceeds the bundle's context of {context}", "Shorten it.")
     # Generate token by token, and yield what each adds to the text.
-    runner = runner_of(bundle, (measurement or manifest)["engine"], 1, 1, context, note)
+    runner = runner_of(chosen, 1, 1, note)
     shown, new_ids = "", []
     for tokens in generate(
-        runner, [ids], min(max_new_tokens, room), temperature, top_p, seed, end_ids(tokenizer, tokenizer_folder), top_k
+        runner, [ids], min(max_new_tokens, room), temperature, top_p, seed, end_ids(tokenizer, chosen.tokenizer), top_k
     ):
         new_ids.append(int(tokens[0]))
         text = tokenizer.decode(new_ids, skip_special_tokens=True)

@@ -20,16 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
+from edgeprune.files import read_json
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
-from edgeprune.ondevice.bundle import MANIFEST, REPORT, linked_folders, open_bundle, open_chosen, point_to_rung, sha256
+from edgeprune.ondevice.bundle import (
+    MANIFEST,
+    OTHER_VERSION,
+    REPORT,
+    check_files,
+    linked_folders,
+    open_bundle,
+    open_chosen,
+    point_to_rung,
+    rung_folder,
+    sha256,
+)
+from edgeprune.ondevice.documents import DEPLOYMENT, PAGE, check_documents, read_deployment
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
 from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, banner, limit_text, merged
 from edgeprune.ondevice.measure import Counted, LocalSession, Session
 from edgeprune.ondevice.runtimes import RUNTIMES, preferred
 from edgeprune.ondevice.worker import OnProgress
 
-DEPLOYMENT = "deployment.json"
 MEASUREMENT = "measurement.json"
 STAGED, READY = ".finish", ".finished"  # folders in the bundle: of files in the making, of complete ones
 
@@ -46,7 +58,8 @@ def finish(bundle: Path, session: Session, where: str, on_progress: OnProgress) 
         # Complete what an interrupted run had ready.
         _settle(bundle)
         # Measure rungs until one meets the budget; otherwise the smallest that could be measured is chosen.
-        plan = _read(bundle / DEPLOYMENT)
+        plan = read_deployment(bundle / DEPLOYMENT)
+        check_documents(bundle, plan)
         engine, facts = _engine(plan, session, where, on_progress)
         tried = _try_rungs(bundle, plan, engine, session, on_progress)
         chosen = [rung for rung in tried if rung.performance is not None][-1]
@@ -161,9 +174,10 @@ def _perform(
     bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, on_progress: OnProgress
 ) -> Performance:
     """Builds, checks and measures one rung; its engine is written into the staged folder. Raises EngineError."""
-    rung, workload, folder = plan["rungs"][index], Workload(**plan["workload"]), Path("rungs") / str(index)
-    staged, folder = bundle / STAGED / folder, bundle / folder
+    rung, workload = plan["rungs"][index], Workload(**plan["workload"])
+    staged, folder = rung_folder(bundle / STAGED, index), rung_folder(bundle, index)
     graph, reference = folder / "onnx" / plan["graph"], folder / "reference.npz"
+    check_files(bundle, open_bundle(bundle), (graph.parent, reference))
 
     def on_rung_progress(stage: str, done: int, total: int) -> None:
         on_progress(f"rung {index}: {stage}" if len(plan["rungs"]) > 1 else stage, done, total)
@@ -232,7 +246,7 @@ def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> N
             f"use those in rungs/{chosen.index}."
         )
     # The page, with a banner above what it holds.
-    page = (bundle / "report.html").read_text(encoding="utf-8")
+    page = (bundle / PAGE).read_text(encoding="utf-8")
     begin, end = (page.find(mark) for mark in BANNER)
     if 0 <= begin < end:
         page = page[: begin + len(BANNER[0])] + banner(report, measurement) + page[end:]
@@ -243,7 +257,7 @@ def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> N
     staged_files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
     sizes = {name: path.stat().st_size for name, path in staged_files.items()}
     report["files"] = {**_read(bundle / REPORT)["files"], **sizes}
-    for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), ("report.html", page)):
+    for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), (PAGE, page)):
         staged_files[name] = staged / name
         staged_files[name].write_text(text, encoding="utf-8")
     # The manifest holds their hashes. The rename makes all of them complete at once.
@@ -278,7 +292,7 @@ def _other_copies(bundle: Path, index: int) -> list[str]:
     return [
         name
         for name in linked_folders(bundle, index)
-        if (bundle / name).is_dir()
+        if file_sizes(bundle / name)
         and not (bundle / name).is_symlink()
         and file_sizes(bundle / name) != file_sizes(bundle / "rungs" / str(index) / name)
     ]
@@ -286,12 +300,7 @@ def _other_copies(bundle: Path, index: int) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns a JSON document of the bundle. Raises InputError where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(
-            f"{path} cannot be read", "Copy the whole bundle again, or fit it again with this version."
-        ) from None
+    return read_json(path, remedy=OTHER_VERSION)
 
 
 def summary(measurement: dict[str, Any]) -> list[str]:

@@ -366,14 +366,14 @@ def test_steps_for_a_device_name_the_new_bundle(made, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(made, source)
     name = "rungs/0/deployment.json"
-    (source / name).write_text(json.dumps(deployment(source / "rungs/0") | {"engine": "tensorrt"}))
+    (source / name).write_text(json.dumps(deployment(source / "rungs/0") | {"engine": "tensorrt", "sm": 87}))
     add(source, name)
     report = report_of(pick(source, 0, tmp_path / "new one"))
     assert report.deploy[0].command.splitlines()[0] == "edgeprune measure 'new one' --target ssh://USER@DEVICE"
     rtx = report_of(source / "rungs/0").model_dump(mode="json")
     rtx["engine"]["name"] = "tensorrt-rtx"
     (source / "rungs/0/report.json").write_text(json.dumps(rtx))
-    (source / name).write_text(json.dumps(deployment(source / "rungs/0") | {"engine": "tensorrt-rtx"}))
+    (source / name).write_text(json.dumps(deployment(source / "rungs/0") | {"engine": "tensorrt-rtx", "sm": 87}))
     report = report_of(pick(source, 0, tmp_path / "newer"))
     last = report.deploy[0].command.splitlines()[1]
     assert last == " && ".join(f"{step} --force" for step in report.command.split(" && "))

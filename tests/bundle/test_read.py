@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgeprune.bundle.read import read_frontier, read_report, render_again
+from edgeprune.bundle.read import check_reports, read_frontier, read_report, render_again
 from edgeprune.errors import InputError
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.report.frontier import frontier_of
@@ -41,14 +41,36 @@ def test_the_page_of_a_ladder_names_the_folder_that_it_is_in_now(tmp_path):
     assert open_bundle(bundle)["sha256"]["frontier.html"] == sha256(bundle / "frontier.html")
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}", '{"invented": 1}'])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        ("{", "cannot be read by this version of edgeprune"),
+        ("{}", "is required|field required"),
+        ('{"invented": 1}', "cannot be read by this version of edgeprune"),
+        ("[" * 10**5, "cannot be read by this version of edgeprune"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a pointer of Git LFS"),
+        ("\udcff", "is not UTF-8"),
+    ],
+)
 @pytest.mark.parametrize(("read", "name"), [(read_report, "report.json"), (read_frontier, "frontier.json")])
-def test_a_document_that_is_none_is_refused_with_the_version_to_use(tmp_path, read, name, content):
+def test_a_document_that_is_none_is_refused_with_the_version_to_use(tmp_path, read, name, content, reason):
     if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=f"{name} cannot be read by this version of edgeprune") as caught:
+        (tmp_path / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(InputError, match=reason) as caught:
         read(tmp_path)
-    assert caught.value.remedy == "Use the version that manifest.json names."
+    assert name in caught.value.message
+    assert "git lfs pull" in caught.value.remedy or "the version of edgeprune that manifest" in caught.value.remedy
+
+
+def test_the_reports_of_all_rungs_are_checked(tmp_path):
+    bundle = write_report(tmp_path / "fitted", report_of(measured_content()))
+    text = (bundle / "report.json").read_text()
+    (bundle / "rungs" / "0" / "report.json").write_text(text)
+    check_reports(bundle)
+    (bundle / "rungs" / "0" / "report.json").write_text(text.replace('"seed"', '"sead"'))
+    with pytest.raises(InputError, match=r"rungs/0/report.json cannot be read .*: (seed|sead): "):
+        check_reports(bundle)
 
 
 def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path):

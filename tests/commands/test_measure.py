@@ -64,3 +64,38 @@ def test_what_fails_changes_nothing(bundle, monkeypatch):
     (bundle / "manifest.json").write_text(json.dumps([]))
     with pytest.raises(InputError):
         measure(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("report.json", {"experience": None}, "report.json cannot be read .*: experience: "),
+        ("rungs/0/report.json", {"invented": 1}, "rungs/0/report.json cannot be read .*: invented: "),
+        ("deployment.json", {"rungs": []}, "deployment.json: rungs is not one of this version"),
+        ("deployment.json", {"graph": "../model.onnx"}, "deployment.json: graph is not one of this version"),
+        ("deployment.json", {"sm": "87"}, "deployment.json: sm is not a whole number or null"),
+        ("deployment.json", {"limits": {"memory": {"value": -1, "asked": "-1"}}}, "deployment.json: limits is not one"),
+        ("deployment.json", {"limits": {"memory": 3}}, "deployment.json: limits.memory: it is not an object"),
+        ("deployment.json", {"later": 1}, "deployment.json: later is not known to this version"),
+    ],
+)
+def test_documents_are_checked_before_any_work(bundle, monkeypatch, name, change, reason):
+    path = bundle / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    device = Double({0: LARGE}, gpu=True)
+    monkeypatch.setattr("edgeprune.commands.measure.LocalSession", lambda: device)
+    before = contents(bundle)
+    with pytest.raises(InputError, match=reason):
+        measure(bundle)
+    assert device.asked == []
+    assert contents(bundle) == before
+
+
+def test_a_graph_that_is_not_the_manifests_is_never_built(bundle, monkeypatch):
+    for path in (bundle / "rungs" / "0" / "onnx").iterdir():
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    device = Double({0: LARGE}, gpu=True)
+    monkeypatch.setattr("edgeprune.commands.measure.LocalSession", lambda: device)
+    with pytest.raises(InputError, match="is a pointer of Git LFS"):
+        measure(bundle)
+    assert device.asked == []

@@ -101,9 +101,10 @@ def test_an_answer_stays_within_the_context_and_is_drawn_by_seed(graph: Path, fo
 def bundled(folder: Path, context: int) -> Path:
     """What a bundle needs before its graph is opened."""
     (folder / "tokenizer").mkdir(parents=True)
+    (folder / "rungs" / "0").mkdir(parents=True)
     save_tokenizer(folder / "tokenizer")
     (folder / "manifest.json").write_text(json.dumps({"sha256": {}, "engine": "onnxruntime"}))
-    (folder / "report.json").write_text(json.dumps({"workload": {"context": context}}))
+    (folder / "report.json").write_text(json.dumps({"workload": {"batch": 1, "prompt": 1, "context": context}}))
     return folder
 
 
@@ -113,10 +114,12 @@ def streamed(bundle: Path, prompt: str, count: int = 5) -> str:
 
 def test_a_bundle_streams_what_its_graph_continues(tmp_path: Path) -> None:
     bundle, model = bundled(tmp_path, 32), llama(True, vocab_size=257)
-    write_graphs(decoder_of(model.config), weights_of(model), bundle / "onnx", "fp32", [VARIANT])
+    folder = bundle / "rungs" / "0" / "onnx"
+    write_graphs(decoder_of(model.config), weights_of(model), folder, "fp32", [VARIANT])
+    (bundle / "onnx").write_text("rungs/0/onnx")  # the link, as git writes it where there are none
     tokenizer = load_tokenizer(bundle / "tokenizer")
     prompt = tokenizer("once")["input_ids"]
-    steps = generate(GraphRunner(bundle / "onnx" / GRAPH_FILE, 1, 32), [prompt], 12, temperature=0.0)
+    steps = generate(GraphRunner(folder / GRAPH_FILE, 1, 32), [prompt], 12, temperature=0.0)
     ids = [int(tokens[0]) for tokens in steps]
     texts = [tokenizer.decode(ids[: count + 1]) for count in range(12)]
     expected = [text for text in texts if not text.endswith("\ufffd")]  # half a character is held back
