@@ -10,7 +10,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,6 +40,14 @@ UNITS: dict[str, dict[str, float]] = {
 """The hardware figures of a profile, and the units that each may have, in bytes, seconds, FLOP and operations."""
 
 
+# Bounds that keep every product of figures finite, and every text of a profile on a line or a page.
+SMALLEST, LARGEST = 1e-9, 1e15  # of a figure in its own unit
+MOST = 2**31 - 1  # sequences, tokens, channels
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]  # it becomes part of a path
+Line = Annotated[str, Field(max_length=200)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -47,9 +55,9 @@ class _Strict(BaseModel):
 class HardwareFigure(_Strict):
     """A figure with where it comes from and how sure it is."""
 
-    value: float = Field(gt=0)
-    unit: str
-    source: str = Field(min_length=1)
+    value: float = Field(ge=SMALLEST, le=LARGEST)
+    unit: Line
+    source: str = Field(min_length=1, max_length=2000)
     confidence: Confidence
 
     @property
@@ -59,9 +67,9 @@ class HardwareFigure(_Strict):
 
 
 class DefaultWorkload(_Strict):
-    batch: int = Field(ge=1)
-    prompt: int = Field(ge=1)
-    context: int = Field(ge=2)
+    batch: Count
+    prompt: Count
+    context: Count
 
     @model_validator(mode="after")
     def _prompt_fits(self) -> DefaultWorkload:
@@ -73,23 +81,23 @@ class DefaultWorkload(_Strict):
 class DefaultBudget(_Strict):
     """Used where the user gives no budget; the same words as on the command line."""
 
-    memory: str
-    prefill: str
-    decode: str
+    memory: Line
+    prefill: Line
+    decode: Line
 
 
 class DeviceProfile(_Strict):
     """One device. A profile for ONNX Runtime has all its hardware figures or none, to be measured."""
 
-    name: str = Field(min_length=1)
-    description: str
+    name: Name
+    description: Line
     engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
     sm: int | None = Field(default=None, ge=50, le=200)  # CUDA compute capability x 10
     precision: GraphPrecision
     dialect: Literal["opset23", "primitive", "onnxruntime"]  # the operators that the engine's parser takes
-    channel_multiple: int = Field(ge=1)  # of the MLP width; head structure needs none
+    channel_multiple: Count  # of the MLP width; head structure needs none
     memory_shared_with_system: bool
-    power_modes: tuple[str, ...] = ()
+    power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     memory: HardwareFigure | None = None
     system_reserve: HardwareFigure | None = None  # what the system keeps of a shared memory
     runtime_memory: HardwareFigure | None = None  # the runtime's fixed part, which no pruning changes
@@ -203,7 +211,11 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
 
 def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:
     """Returns pydantic's error as `bandwidth.value: must be greater than 0`."""
-    reason = {"missing": "is missing", "extra_forbidden": "is not a field of a profile"}.get(kind)
+    reason = {
+        "missing": "is missing",
+        "extra_forbidden": "is not a field of a profile",
+        "string_pattern_mismatch": "must be of letters, digits, dots, dashes and underscores, the first no sign",
+    }.get(kind)
     reason = reason or message.removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{'.'.join(map(str, place))}: {reason}" if place else reason
 

@@ -106,7 +106,7 @@ def test_si_values() -> None:
 def test_any_text_and_number_survive_the_bundles_copy(text: str, value: float) -> None:
     text = text.encode("utf-8", "ignore").decode("utf-8") or "x"
     figure = HardwareFigure(value=value, unit="GB/s", source=text, confidence="low")
-    profile = PROFILES["l4"].model_copy(update={"name": text, "bandwidth": figure, "power_modes": (text, "15W")})
+    profile = PROFILES["l4"].model_copy(update={"description": text, "bandwidth": figure, "power_modes": (text, "15W")})
     assert DeviceProfile.model_validate(tomllib.loads(profile_toml(profile))) == profile
 
 
@@ -122,8 +122,8 @@ def test_an_unknown_device_names_the_nearest_and_all(name: str, near: str) -> No
 
 BAD = {
     "not TOML": ("name = \n", "is not TOML: Invalid value (at line 1"),
-    "negative": (L4.replace("value = 300", "value = -1"), "bandwidth.value: must be greater than 0"),
-    "zero": (L4.replace("value = 300", "value = 0"), "bandwidth.value: must be greater than 0"),
+    "negative": (L4.replace("value = 300", "value = -1"), "bandwidth.value: must be greater than"),
+    "zero": (L4.replace("value = 300", "value = 0"), "bandwidth.value: must be greater than"),
     "not finite": (L4.replace("value = 300", "value = inf"), "bandwidth.value: must be a finite number"),
     "a word": (L4.replace("value = 300", 'value = "fast"'), "bandwidth.value: must be a valid number"),
     "unknown unit": (L4.replace('"GB/s"', '"GBps"'), "bandwidth.unit: 'GBps' is not one of MB/s, GB/s, TB/s"),
@@ -137,6 +137,23 @@ BAD = {
     "missing figure": (L4.replace("[decode_overhead]", "[system_reserve]").replace('"ms"', '"MB"'), "decode_overhead"),
     "no reserve": (L4.replace("shared_with_system = false", "shared_with_system = true"), "missing system_reserve"),
     "nothing left": (L4.replace("value = 24\n", "value = 0.4\n"), "leave nothing of memory"),
+    "a name that leads elsewhere": (
+        L4.replace('name = "l4"', 'name = "../../l4"'),
+        "name: must be of letters, digits, dots",
+    ),
+    "a name with a folder": (L4.replace('name = "l4"', 'name = "l/4"'), "name: must be of letters"),
+    "a hidden name": (L4.replace('name = "l4"', 'name = ".l4"'), "name: must be of letters"),
+    "a name of two lines": (L4.replace('name = "l4"', 'name = "l4\\n"'), "name: must be of letters"),
+    "an endless name": (L4.replace('name = "l4"', f'name = "{"l4" * 99}"'), "name: String should have at most 64"),
+    "a figure beyond floating point": (
+        L4.replace("value = 300", "value = 1e308"),
+        "bandwidth.value: must be less than",
+    ),
+    "a figure that is nothing": (L4.replace("value = 300", "value = 1e-320"), "bandwidth.value: must be greater than"),
+    "more tokens than can be": (
+        L4.replace("prompt = 512", "prompt = 9999999999"),
+        "workload.prompt: must be less than",
+    ),
     "prompt too long": (L4.replace("prompt = 512", "prompt = 5000"), "workload: prompt 5000 must be less than"),
 }
 

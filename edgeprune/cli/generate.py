@@ -18,7 +18,8 @@ def run(
     bundle: options.Bundle,
     prompt: Annotated[str | None, typer.Option(help="Prompt of a language model.")] = None,
     class_: Annotated[
-        list[int] | None, typer.Option("--class", help="What to draw; may be given again. Default: all in turn.")
+        list[int] | None,
+        typer.Option("--class", help="What to draw; may be given again. Default: every class in turn."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1,
     cfg: options.Cfg = None,
@@ -37,7 +38,7 @@ def run(
     if prompt is None:
         if "--max-new-tokens" in options.given(context_):
             raise InputError("--max-new-tokens without --prompt: a picture has its own number", "Leave it out.")
-        _draw(bundle, class_ or [], count, cfg, output, temperature, top_k, top_p, force, seed)
+        _draw(bundle, list(dict.fromkeys(class_ or [])), count, cfg, output, temperature, top_k, top_p, force, seed)
         return
     if others := [name for name in options.given(context_) if name in options.IMAGES_OF_RUN]:
         raise InputError(f"{', '.join(others)} with --prompt", f"{others[0]} is for pictures: leave one of them out.")

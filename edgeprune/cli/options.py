@@ -53,7 +53,7 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "evaluate": Annotated[
-        list[Path] | None, _option(MODEL, "Held-out text, or a folder of images; may be given again.")
+        list[str] | None, _option(MODEL, "Held-out text, or a folder of images; may be given again.", metavar="PATH")
     ],
     "samples": Annotated[int, _option(MODEL, "Calibration samples.")],
     "length": Annotated[int | None, _option(MODEL, "Tokens of a sample. Default: 256; an image has its own.")],

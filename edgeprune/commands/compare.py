@@ -17,13 +17,13 @@ from edgeprune.pipeline.samples import LENGTH
 from edgeprune.pipeline.setup import load_dense
 from edgeprune.progress import OnProgress, Progress, progress_of
 
-BOTH = "both"  # layouts
+BOTH, ALL = "both", "all"  # layouts, methods
 
 
 def compare(
     model: str | Path = DEMO,
     *,
-    ratios: str | Sequence[float] = RATIOS,
+    ratios: str | float | Sequence[float] = RATIOS,
     methods: str | Sequence[str] = DEFAULT_METHODS,
     layout: str = "uniform",
     progress: Progress | OnProgress | None = None,
@@ -41,7 +41,12 @@ def compare(
     # What is asked for, checked before any long work.
     request = request_of(model=model, **options)
     asked, ratios = _names(methods), _numbers(ratios)
-    names = [name for name in dict.fromkeys(METHODS if asked == ["all"] else asked) if name != DENSE]
+    names = [name for name in dict.fromkeys(METHODS if ALL in asked else asked) if name != DENSE]
+    if not names:
+        raise InputError(
+            f"--methods {methods!r} names nothing to compare with the dense model",
+            f"Methods are: {', '.join(METHODS)}; or {ALL}.",
+        )
     chosen = {name: method_named(name) for name in sorted(names, key=lambda name: name != DEFAULT)}
     for value in ratios:
         if not 0 < value < 100:
@@ -90,14 +95,18 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
     return Comparison(model, ids, generated, evaluation, max(length, LENGTH), request.seed, progress)
 
 
-def _numbers(given: str | Sequence[float]) -> list[float]:
-    parts = given.split(",") if isinstance(given, str) else given
+def _numbers(given: str | float | Sequence[float]) -> list[float]:
+    """Returns the ratios, each once. Raises InputError where there is none, or one is not a number."""
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
     try:
-        return [float(part) for part in parts if str(part).strip()]
+        ratios = [float(part) for part in parts if str(part).strip()]
     except (ValueError, TypeError):
-        raise InputError(f"malformed ratios {given!r}", "Write percentages with commas: --ratios 20,30,50.") from None
+        ratios = []
+    if not ratios:
+        raise InputError(f"malformed ratios {given!r}", "Write percentages with commas: --ratios 20,30,50.")
+    return list(dict.fromkeys(ratios))
 
 
 def _names(given: str | Sequence[str]) -> list[str]:
     parts = given.split(",") if isinstance(given, str) else given
-    return [part.strip() for part in parts if part.strip()]
+    return [name for part in parts if (name := str(part).strip())]

@@ -359,7 +359,14 @@ def main() -> int:
         return 130
     # Print the measurement; the quality limit counts as well.
     sys.stderr.write("\n")
-    sys.stdout.write((json.dumps(measurement, indent=2) if options.json else "\n".join(summary(measurement))) + "\n")
+    text = json.dumps(measurement, indent=2) if options.json else "\n".join(summary(measurement))
+    try:
+        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except (AttributeError, OSError) as error:  # closed, full, or nobody reads
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stderr.write(f"cannot write standard output: {error}; the measurement is in {bundle / MEASUREMENT}\n")
     met = measurement["status"] == _read(bundle / REPORT)["quality_status"] == "met"
     return 0 if met else BudgetError.exit_code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,14 +90,21 @@ def request_of(**options: Any) -> Request:
             continue
         if name in UNITS and isinstance(value, int | float) and not isinstance(value, bool):
             value = f"{value:.12g}{UNITS[name]}"
-        elif name in SEVERAL and isinstance(value, str | Path):
-            value = (value,)
+        elif name in SEVERAL and isinstance(value, str | Path | list | tuple):
+            value = _each_once(name, (value,) if isinstance(value, str | Path) else value)
         elif name in ("model", "calibration") and isinstance(value, Path):
             value = str(value)
         for each in value if isinstance(value, tuple | list) else (value,):
             check_text(each, f"--{name.replace('_', '-')}" if name != "model" else "the model")
         given[name] = value
     return _validated(given)
+
+
+def _each_once(name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the values of an option that may be given again, each once. Raises InputError for an empty one."""
+    if "" in values:
+        raise InputError(f"--{name} is empty", f"Leave it out; `edgeprune fit --help` shows what --{name} takes.")
+    return tuple({str(value): value for value in values}.values())
 
 
 def unknown_option(name: str, known: list[str]) -> InputError:

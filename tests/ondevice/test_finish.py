@@ -117,6 +117,23 @@ def test_a_copy_whose_links_became_folders(made: Path, python: Path, tmp_path: P
     assert not [text for text in report.warnings if "became folders" in text]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_an_output_that_is_full_takes_nothing_from_the_measurement(made: Path, python: Path, tmp_path: Path) -> None:
+    bundle = copy_of(made, tmp_path / "bundle", GENEROUS)
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [python, bundle / "finish.pyz"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | durations(),
+        )
+    assert "cannot write standard output: [Errno 28]" in result.stderr
+    assert str(bundle / "measurement.json") in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.returncode == (0 if checked(bundle).quality_status == "met" else 3)
+
+
 @pytest.mark.parametrize("packages", [(), ("numpy",)])
 def test_a_module_that_is_missing(made: Path, tmp_path: Path, packages: tuple[str, ...]) -> None:
     bundle = copy_of(made, tmp_path / "bundle")

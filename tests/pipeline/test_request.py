@@ -38,6 +38,11 @@ def test_options_are_taken_as_people_write_them():
     assert request_of() == Request()
 
 
+def test_what_is_given_twice_is_taken_once():
+    request = request_of(evaluate=["b", Path("a"), Path("b")], export=["gguf", "gguf"])
+    assert (request.evaluate, request.export) == ((Path("b"), Path("a")), ("gguf",))
+
+
 @pytest.mark.parametrize(
     ("options", "message", "remedy"),
     [
@@ -46,6 +51,9 @@ def test_options_are_taken_as_people_write_them():
         ({"samples": "many"}, "samples 'many'", "edgeprune fit --help"),
         ({"samples": 2.5}, "samples 2.5", "edgeprune fit --help"),
         ({"force": "perhaps"}, "force 'perhaps'", "edgeprune fit --help"),
+        ({"evaluate": ""}, "--evaluate is empty", "Leave it out"),
+        ({"export": ["gguf", ""]}, "--export is empty", "Leave it out"),
+        ({"evaluate": 3}, "evaluate 3", "edgeprune fit --help"),
         ({"memory": ["90%"]}, "memory ['90%']", "edgeprune fit --help"),
     ],
 )
