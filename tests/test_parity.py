@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.checkpoint.families import FAMILIES
@@ -42,6 +44,78 @@ def test_dense(case: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         theirs = dense.reference(ids).logits[:, :-1].numpy()
     assert parity.distance(parity.torch_logits(model.decoder, model.weights, ids), theirs) < LIMIT
+
+
+# Fields of some family that the others do not read.
+FOREIGN = {
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "use_bias": False,
+    "sliding_window": 4,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "query_pre_attn_scalar": 5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 2.0,
+    "no_rope_layers": [0, 1, 1],
+    "attention_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "rms_norm_eps": 0.1,
+    "layer_norm_eps": 0.1,
+    "layer_norm_epsilon": 0.1,
+    "norm_epsilon": 0.1,
+    "use_parallel_residual": False,
+    "scale_attn_weights": False,
+    "num_key_value_heads": 1,
+    "n_inner": 32,
+    "ffn_dim": 32,
+    "mlp_only_layers": [1],
+}
+LINEAR = {"type": "linear", "factor": 3.0}
+# Fields that a family has and does not read, or reads otherwise than others.
+READ_OTHERWISE = [
+    ("llama, llama3 rope, biases, untied", {"original_max_position_embeddings": 8}),
+    ("qwen2, yarn, late windows", {"original_max_position_embeddings": 8}),
+    ("mistral, sliding window", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    ("starcoder2", {"layer_types": ["full_attention"] * 3}),
+    ("gemma3_text", {"attn_logit_softcapping": 2.0}),
+    ("gemma3_text", {"rope_parameters": None, "rope_scaling": LINEAR}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    ("gemma3_text", {"rope_parameters": LINEAR | {"rope_theta": 100.0}}),
+    ("gpt_neox", {"rope_parameters": None, "rope_theta": 500.0, "partial_rotary_factor": 1.0}),
+    ("gpt_neox", {"rope_parameters": None, "rotary_emb_base": 500.0, "rotary_pct": 0.5}),
+    ("mixtral", {"rope_parameters": None}),
+]
+
+
+def compare_with(folder: Path, case: str, changes: Mapping[str, object]) -> tuple[float, float]:
+    """The distance of our logits from transformers' after changes of config.json, and of both from those before."""
+    before = parity.dense(folder, case)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
+    changed = type(before.reference).from_pretrained(folder).eval()
+    model, ids = load_model(str(folder)), parity.calibration()[:2, :40]
+    with torch.inference_mode():
+        old, new = (reference(ids).logits[:, :-1].numpy() for reference in (before.reference, changed))
+    return parity.distance(parity.torch_logits(model.decoder, model.weights, ids), new), parity.distance(old, new)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "," not in case and case != "llamagen"])
+def test_fields_of_other_families_are_not_read(case: str, tmp_path: Path) -> None:
+    changes = {name: value for name, value in FOREIGN.items() if name not in AutoConfig.for_model(case).to_dict()}
+    ours, before = compare_with(tmp_path, case, changes)
+    assert ours < LIMIT
+    assert before < LIMIT
+
+
+@pytest.mark.parametrize(("case", "changes"), READ_OTHERWISE)
+def test_fields_are_read_as_transformers_reads_them(case: str, changes: dict[str, object], tmp_path: Path) -> None:
+    assert compare_with(tmp_path, case, changes)[0] < LIMIT
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Rotary
 
 Parameters = Mapping[str, Any]
+PARTIAL, ORIGINAL_CONTEXT = "partial_rotary_factor", "original_max_position_embeddings"
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -32,6 +33,30 @@ def rope_parameters(config: Parameters) -> dict[str, Any]:
     return parameters
 
 
+def whole_heads(config: Parameters) -> dict[str, Any]:
+    """Returns the configuration of a family that rotates whole heads: it does not read partial_rotary_factor.
+
+    Raises SenselessError for one beside a kind of scaling, with which transformers cannot run the family.
+    """
+    whole = {name: value for name, value in config.items() if name != PARTIAL}
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(parameters := config.get(name), dict):
+            whole[name] = _whole(parameters, config.get(PARTIAL))
+    return whole
+
+
+def _whole(parameters: Parameters, partial: object) -> dict[str, Any]:
+    """Returns rope parameters, or such sets by kind of layer, without partial_rotary_factor. Raises SenselessError."""
+    partial = parameters.get(PARTIAL) or partial
+    if partial not in (None, 1) and (parameters.get("rope_type") or parameters.get("type")) not in (None, "default"):
+        raise SenselessError(f"{PARTIAL} {partial} with rope scaling, in a family that rotates whole heads")
+    return {
+        name: _whole(value, partial) if isinstance(value, dict) else value
+        for name, value in parameters.items()
+        if name != PARTIAL
+    }
+
+
 def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: float = 10000.0) -> Rotary:
     """Returns the rotary embedding of one set of rope parameters.
 
@@ -43,10 +68,10 @@ def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: 
     base = float(parameters.get("rope_theta") or config.get("rope_theta") or theta)
     if not 0 < base < math.inf:
         raise SenselessError(f"rope_theta {base}")
-    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    partial = parameters.get(PARTIAL) or config.get(PARTIAL) or 1.0
     rotary_dim = int(head_dim * float(partial))
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise SenselessError(f"partial_rotary_factor {partial} of head_dim {head_dim}")
+        raise SenselessError(f"{PARTIAL} {partial} of head_dim {head_dim}")
     frequencies = tuple(base ** (-2.0 * pair / rotary_dim) for pair in range(rotary_dim // 2))
     # Scale them as the parameters' kind asks for.
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
@@ -59,7 +84,8 @@ def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: 
             factor = float(parameters["factor"])
             return Rotary(tuple(frequency / factor for frequency in frequencies))
         case "llama3":
-            return Rotary(tuple(_llama3(frequency, parameters) for frequency in frequencies))
+            context = _original(parameters, config)
+            return Rotary(tuple(_llama3(frequency, parameters, context) for frequency in frequencies))
         case "yarn":
             return _yarn(frequencies, base, parameters, config)
         case "longrope":
@@ -79,21 +105,20 @@ def longrope_context(parameters: Parameters, config: Parameters) -> int | None:
 
 
 def _original(parameters: Parameters, config: Parameters) -> int:
-    """Returns the context that the model was trained with before its rope was scaled."""
-    name = "original_max_position_embeddings"
-    return int(parameters.get(name) or config.get(name) or config["max_position_embeddings"])
+    """Returns the context that the model was trained with before its rope was scaled.
+
+    That beside the parameters takes precedence, as in transformers.
+    """
+    return int(config.get(ORIGINAL_CONTEXT) or parameters.get(ORIGINAL_CONTEXT) or config["max_position_embeddings"])
 
 
-def _llama3(frequency: float, parameters: Parameters) -> float:
+def _llama3(frequency: float, parameters: Parameters, context: int) -> float:
     """Returns a frequency after Llama 3.1's scaling.
 
     A pair that turns `high` times or more within the original context keeps its frequency, one that turns `low` times
     or fewer has it divided by `factor`; between them the two are blended.
     """
-    factor, low, high, context = (
-        float(parameters[name])
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
+    factor, low, high = (float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if not low < high:
         raise SenselessError(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
     turns = context * frequency / (2 * math.pi)

@@ -119,6 +119,7 @@ def test_only_longrope_ends_with_its_original_context():
         ({"rope_type": "ntk"}, InputError, "unsupported rope scaling 'ntk'"),
         ({"rope_theta": -1.0}, SenselessError, "rope_theta -1.0"),
         ({"partial_rotary_factor": 0.4}, SenselessError, "partial_rotary_factor 0.4 of head_dim 8"),
+        ({"partial_rotary_factor": 2.0}, SenselessError, "partial_rotary_factor 2.0 of head_dim 8"),
         ({"rope_type": "linear"}, KeyError, "factor"),
         (LONGROPE | {"short_factor": [1.0]}, SenselessError, "1 short_factor values for 4 pairs"),
         (
@@ -133,7 +134,7 @@ def test_only_longrope_ends_with_its_original_context():
             "low_freq_factor 4 is not below high_freq_factor 4",
         ),
     ],
-    ids=["kind", "theta", "part", "no factor", "too few factors", "no range"],
+    ids=["kind", "theta", "part", "more than all", "no factor", "too few factors", "no range"],
 )
 def test_parameters_that_make_no_sense_are_named(parameters, error, reason):
     with pytest.raises(error, match=reason) as caught:

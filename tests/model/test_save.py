@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from edgeprune.errors import NumericalError
-from edgeprune.model.checkpoint.families import changed
+from edgeprune.model.checkpoint.adapt import changed
 from edgeprune.model.decoder import Rotary
 from edgeprune.model.forward import token_losses, weight_stream
 from edgeprune.model.gguf.tokenizer_read import write_tokenizer

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.checkpoint.families import FAMILIES, LAYER_TYPES, Family
+from edgeprune.model.checkpoint.adapt import LAYER_TYPES
+from edgeprune.model.checkpoint.families import FAMILIES, Family
 from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
 from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
-from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of
+from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of, whole_heads
 
 Config = dict[str, Any]
 
@@ -76,7 +77,7 @@ def _senseless(reason: object) -> InputError:
 
 def _plain(config: Config, family: Family) -> Config:
     """Returns the configuration with the family's defaults, and with its fields also by Llama's names."""
-    config = family.defaults | config
+    config = family.defaults | (config if family.rotates_part else whole_heads(config))
     fields = {name: own_name for name, own_name in family.fields.items() if config.get(own_name) is not None}
     return config | {name: config[own_name] for name, own_name in fields.items()} | family.plain(config)
 
@@ -134,8 +135,10 @@ def _llama(config: Config, family: Family) -> Decoder:
     """Returns the Decoder of a configuration that is read as a plain Llama's."""
     # Attention and its rotary embedding.
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    key_value_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or hidden // heads) if family.heads != "fixed" else hidden // heads
+    key_value_heads, head_dim = heads, hidden // heads
+    if family.heads != "fixed":
+        key_value_heads = int(config.get("num_key_value_heads") or key_value_heads)
+        head_dim = int(config.get("head_dim") or head_dim)
     attention = Attention(heads, key_value_heads, head_dim)
     _check_sizes(config, attention)
     parameters = rope_parameters(config)

@@ -97,8 +97,22 @@ BAD = {
     "yarn without a factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
     "a missing field": ({"vocab_size": None}, "incomplete"),
     "odd heads": ({"num_key_value_heads": 4}, "do not divide"),
-    "an odd part rotated": ({"partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4"),
-    "more than all rotated": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2.0}}, "partial_rotary"),
+    "a part rotated with scaling": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor 0.5 with rope scaling",
+    ),
+    "a Phi-3 with another scaling": (
+        {
+            "model_type": "phi3",
+            "architectures": ["Phi3ForCausalLM"],
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+        },
+        "'linear' (longrope is supported)",
+    ),
+    "a GPT-NeoX with another head": (
+        {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "head_dim": 4},
+        "head_dim 4",
+    ),
     "an architecture that is a number": ({"architectures": 1}, "senseless: architectures 1"),
     "factors that are flags": (
         {"rope_parameters": ROPES["llama3"] | {"low_freq_factor": True, "high_freq_factor": True}},

@@ -5,8 +5,9 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from edgeprune.model.checkpoint.adapt import changed, windowed
 from edgeprune.model.checkpoint.configuration import decoder_of
-from edgeprune.model.checkpoint.families import FAMILIES, changed, windowed
+from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.rope import SenselessError
 from tests.support.families import BASE, CASES
 from tests.support.shapes import uniform
