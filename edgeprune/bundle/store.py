@@ -5,6 +5,7 @@ It does not know what the files hold.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from edgeprune.files import link_or_copy, write_text, writing
 from edgeprune.ondevice.bundle import MANIFEST, open_bundle, point_to_rung, sha256
-from edgeprune.pipeline.ownership import REPLACED, check_replaceable
+from edgeprune.pipeline.ownership import REPLACED, check_replaceable, remove_ours
 
 
 def write_bundle(
@@ -85,14 +86,15 @@ def _put_into_place(staging: Path, output: Path) -> None:
         return
     check_replaceable(output)
     old = staging.with_name(REPLACED)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_ours(old)
     output.rename(old)
     try:
         staging.rename(output)
     except OSError:
         old.rename(output)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the bundle is there; who removes the work folder tries again
+        remove_ours(old)
 
 
 def write_again(folder: Path, texts: Mapping[str, str], also: Iterable[str] = ()) -> None:

@@ -100,7 +100,7 @@ class Journal:
 
         def compute() -> None:
             for stale in (temporary, target):
-                shutil.rmtree(stale, ignore_errors=True)
+                remove_ours(stale)
             temporary.mkdir(parents=True)
             try:
                 mark_stage(temporary, is_complete=False)
@@ -108,7 +108,8 @@ class Journal:
                 mark_stage(temporary, is_complete=True)
                 temporary.rename(target)
             except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+                with contextlib.suppress(OSError):
+                    remove_ours(temporary)  # it may be what fills the disk
                 raise
 
         self.stage(name, compute)
@@ -168,8 +169,8 @@ def _open(folder: Path, run: dict[str, Any], resume: bool, force: bool, lock: in
 def _empty(folder: Path) -> None:
     """Removes all that runs made in a folder but its lock; the journal last, so that a kill leaves it ours."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == JOURNAL):
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            remove_ours(path)
         elif path.name != LOCK:
             path.unlink()
 

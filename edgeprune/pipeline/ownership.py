@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgeprune import __version__
 from edgeprune.errors import InputError
-from edgeprune.files import parse_json, read_json
+from edgeprune.files import parse_json, read_json, write_text
 from edgeprune.ondevice.bundle import MANIFEST, linked_folders, rungs_of, sha256
 from edgeprune.ondevice.finish import READY, STAGED
 
@@ -106,14 +106,17 @@ def _made(folder: Path) -> set[str] | None:
 def mark_stage(folder: Path, is_complete: bool) -> None:
     """Marks the folder of a stage as ours: with the list of its files where it is complete."""
     files = [str(path.relative_to(folder)) for path in _files(folder)] if is_complete else None
-    (folder / MADE).write_text(json.dumps({"edgeprune": __version__, "files": files}), encoding="utf-8")
+    write_text(folder / MADE, json.dumps({"edgeprune": __version__, "files": files}))
 
 
-def remove_ours(folder: Path, foreign: list[str]) -> None:
-    """Removes a folder of ours but for the foreign files; its mark goes last, so that a kill leaves it ours."""
+def remove_ours(folder: Path, foreign: Sequence[str] = ()) -> None:
+    """Removes a folder of ours but for the foreign files.
+
+    Marks go last, its own and those of the folders in it, so that a kill leaves ours what is left.
+    """
     marks = [folder / name for name in (MANIFEST, JOURNAL, LOCK)]
     kept = {*marks, *(folder / name.removesuffix(" (changed)") for name in foreign)}
-    for path in _files(folder):
+    for path in sorted(_files(folder), key=lambda path: path.name in (MADE, MANIFEST)):
         if path not in kept:
             path.unlink(missing_ok=True)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):

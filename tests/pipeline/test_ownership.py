@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from edgeprune.bundle.store import write_bundle
 from edgeprune.errors import InputError
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.output import check_output
-from edgeprune.pipeline.ownership import foreign_in_bundle, foreign_in_work, is_bundle, is_work, remove_ours
+from edgeprune.pipeline.ownership import REPLACED, foreign_in_bundle, foreign_in_work, is_bundle, is_work, remove_ours
 from tests.support.bundle_files import write
 
 MANIFESTS = {
@@ -118,23 +119,30 @@ def test_a_work_folder_is_removed_but_for_what_no_run_made(tmp_path: Path) -> No
     assert left == ["mine/notes.txt", "notes.txt", "samples/deep/notes.txt"]
 
 
-def test_a_work_folder_is_ours_until_nothing_else_is_left_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", ["unlink", "rmdir"])
+@pytest.mark.parametrize("number", range(6))
+def test_a_work_folder_whose_removal_was_killed_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, number: int
 ) -> None:
-    work = tmp_path / "out.work"
+    work, operations = tmp_path / "out.work", []
     journal = open_journal(work, {}, resume=False, force=False)
     journal.folder_stage("samples", fill)
+    write(tmp_path, work / REPLACED)
+    real = getattr(Path, operation)
 
-    def killed(path: Path) -> None:
-        raise KeyboardInterrupt
+    def killed(path: Path, *words: object, **more: object) -> None:
+        if len(operations) == number:
+            raise KeyboardInterrupt
+        operations.append(path)
+        real(path, *words, **more)
 
-    monkeypatch.setattr(Path, "rmdir", killed)
-    with journal, pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Path, operation, killed)
+    with journal, contextlib.suppress(KeyboardInterrupt):
         journal.remove()
     monkeypatch.undo()
-    assert is_work(work)
+    assert not work.exists() or (is_work(work) and not foreign_in_work(work))
     with open_journal(work, {}, resume=True, force=False) as journal:
-        journal.remove()
+        assert journal.remove() == []
     assert not work.exists()
 
 
