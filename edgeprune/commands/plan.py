@@ -25,7 +25,7 @@ from edgeprune.engine.probe import with_figures
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.load import load_shape
+from edgeprune.model.load import load_outline
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.precision import PRECISIONS, PrecisionName
 from edgeprune.profiles import DeviceProfile, list_profiles, profile_of
@@ -141,8 +141,8 @@ def plan_one(question: Question) -> Plan:
     _check(question)
     profile = profile_of(question.device, question.profile)
     check_precision(profile, question.precision or profile.precision)  # before a probe takes its time
-    model, decoder = load_shape(question.model, question.hints)
-    return _on(question, with_figures(profile), model, decoder)
+    model, decoder, notes = load_outline(question.model, question.hints)
+    return _on(question, with_figures(profile), model, decoder, notes)
 
 
 def plan_all(question: Question) -> list[Plan]:
@@ -151,8 +151,8 @@ def plan_all(question: Question) -> list[Plan]:
     profiles = [profile for profile in list_profiles() if profile.is_probed]
     for profile in profiles:
         check_precision(profile, question.precision or profile.precision)
-    model, decoder = load_shape(question.model, question.hints)
-    return [_on(question, profile, model, decoder) for profile in profiles]
+    model, decoder, notes = load_outline(question.model, question.hints)
+    return [_on(question, profile, model, decoder, notes) for profile in profiles]
 
 
 def _check(question: Question) -> None:
@@ -164,7 +164,8 @@ def _check(question: Question) -> None:
             raise InputError(f"--{name} is more than {MOST}", "Give a number that a device could hold.")
 
 
-def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder) -> Plan:
+def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder, left_out: tuple[str, ...]) -> Plan:
+    """Returns the plan for one device. left_out: in words, what of the model is not in its decoder."""
     precision = check_precision(profile, question.precision or profile.precision)
     asked = _workload(question, profile, decoder)
     held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
@@ -178,7 +179,7 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
         replace(performance, memory=estimate_memory(decoder, profile, held, precision)),
         decode_parts(decoder, profile, asked, precision),
         sum(decode_parts(decoder, profile, asked, precision, in_place=True).values()),
-        tuple(_notes(decoder, held, precision)),
+        (*left_out, *_notes(decoder, held, precision)),
     )
 
 

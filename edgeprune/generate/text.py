@@ -13,10 +13,11 @@ import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.generate.runner import runner_of
+from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.bundle import CODEC, open_to_run
 from edgeprune.ondevice.onnxruntime import GraphRunner
-from edgeprune.ondevice.sampling import end_ids, generate
+from edgeprune.ondevice.sampling import generate
 from edgeprune.progress import Progress
 
 BATCH = 8  # the processor gains nothing from more

@@ -6,24 +6,35 @@ Loading reads descriptions only; weights are read at each access. It does not kn
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.checkpoint.configuration import checkpoint_tensors, decoder_of, stored_decoder
+from edgeprune.files import is_pointer, pointer_error, printable, read_json
+from edgeprune.model.checkpoint.configuration import (
+    RESTORE,
+    check_unquantised,
+    checkpoint_tensors,
+    decoder_of,
+    quantisation,
+    read_config,
+    stored_decoder,
+    text_part,
+)
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.checkpoint.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
 from edgeprune.model.checkpoint.packaged import packaged_file
 from edgeprune.model.checkpoint.padding import without_padding
 from edgeprune.model.checkpoint.places import StoredTensor
-from edgeprune.model.checkpoint.torch_file import TorchFiles, archive_members, torch_header, training_arguments
+from edgeprune.model.checkpoint.torch_file import AGAIN, TorchFiles, archive_members, torch_header, training_arguments
 from edgeprune.model.checkpoint.unread import DO_NOT_MATCH, check_unread
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
+from edgeprune.model.tokens.generation import configured_ends
+from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -132,55 +143,82 @@ def load_shape(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder]:
     """Returns the name and the Decoder of a config.json, or of anything that `load_model` takes; no weights are needed.
 
     It imports torch only for PyTorch's own files, and never transformers. Raises InputError for everything that is
-    missing, broken or unsupported.
+    missing, broken or unsupported, and where the weights could not be loaded because they are quantised.
     """
-    name, decoder = _shape(spec, hints)
+    name, config = _described(spec, hints)
+    check_unquantised(config)
+    decoder = decoder_of(config)
     check_hints(hints, decoder, spec)
     return name, decoder
 
 
-def _shape(spec: str, hints: Hints) -> tuple[str, Decoder]:
+def load_outline(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder, tuple[str, ...]]:
+    """Returns what load_shape does, and in words what was left out: quantisation, and all but the text part of a model.
+
+    Raises InputError as load_shape, but not for these two.
+    """
+    name, whole = _described(spec, hints)
+    config = text_part(whole)
+    decoder, notes = decoder_of(config), []
+    check_hints(hints, decoder, spec)
+    if config is not whole:
+        notes.append(f"the text part alone, {decoder.family}, of {printable(whole.get('model_type'), 60)}")
+    if method := quantisation(whole) or quantisation(config):
+        notes.append(f"the checkpoint is quantised ({method}); the sizes are for the precision that is asked")
+    return name, decoder, tuple(notes)
+
+
+def _described(spec: str, hints: Hints) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the configuration of what the user gives. Raises InputError."""
     path = demo_file() if spec == "demo" else Path(os.path.expanduser(spec))  # noqa: PTH111
     # A file: GGUF, weights of LlamaGen's, or a configuration.
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            from edgeprune.model.gguf.convert import decoder_of_gguf
+            from edgeprune.model.gguf.convert import config_of_gguf
 
-            return path.stem, decoder_of_gguf(path)
+            return path.stem, config_of_gguf(path)
         if path.suffix in WEIGHT_FILES:
-            return path.stem, decoder_of(_config_of_file(path, hints))
+            return path.stem, _config_of_file(path, hints)
         if path.suffix.lower() != ".json":
             raise InputError(f"{path} is not a configuration", f"Give a config.json, its directory, or {FILES}.")
-        file, name = path, path.resolve().parent.name if path.name == "config.json" else path.stem
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return name, read_json(path, remedy=RESTORE)
     # A directory, otherwise a hub id.
-    elif path.is_dir():
-        file, name = path / "config.json", path.resolve().name
-    elif spec.endswith(".json"):
+    if path.is_dir():
+        return path.resolve().name, _directory_config(path)
+    if spec.endswith(".json"):
         raise InputError(f"no such file: {spec}", f"Give a config.json, its directory, or {FILES}.")
-    else:
-        file, name = fetch_config(spec) / "config.json", path.name
-    return name, decoder_of(_read_config(file))
+    return path.name, read_config(fetch_config(spec))
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Returns the content of a config.json. Raises InputError where it is missing or cannot be read."""
-    if not file.is_file():
-        raise InputError(f"{file.parent} has no config.json", "Give a directory that transformers can load.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}", "Check its permissions.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {error}", "Restore the checkpoint's own file.") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is not a JSON object", "Restore the checkpoint's own file.")
-    return config
+def _directory_config(path: Path) -> dict[str, Any]:
+    """Returns the content of a directory's config.json. Raises InputError, which names what it is instead."""
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+            raise InputError(
+                f"{path} is a PEFT adapter of {printable(base)}, not a whole model",
+                f'Merge it: python -c "from peft import AutoPeftModelForCausalLM as Model; '
+                f"Model.from_pretrained('{path}').merge_and_unload().save_pretrained('MERGED')\", "
+                "copy the tokenizer's files there, and give that folder.",
+            )
+        if snapshots := sorted((path / "snapshots").glob("*/config.json"), key=lambda file: file.lstat().st_mtime):
+            raise InputError(
+                f"{path} is a model's folder in the hub's cache, which holds its snapshots",
+                f"Give the snapshot: {snapshots[-1].parent}",
+            )
+    return read_config(path)
 
 
 def load_directory(path: Path, name: str) -> Model:
     """Returns the model of a checkpoint in the standard layout. Raises InputError."""
     config_file = path / "config.json"
-    config = _read_config(config_file)
+    config = _directory_config(path)
+    check_unquantised(config)
+    for file in (path / name for name in TOKENIZER_FILES):
+        if is_pointer(file):
+            raise pointer_error(file)
+    configured_ends(path)  # what is read of it later, checked before any work
     decoder, stored = decoder_of(config), _stored(path)
     weights = LazyWeights(_checked(stored_decoder(config), stored), decoder.shapes())
     if decoder.tie_word_embeddings:
@@ -211,14 +249,15 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """Returns the files of a shard index. Raises InputError where one is missing."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({index.parent / name for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.") from None
+    names = read_json(index, remedy=AGAIN).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
+        raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.")
+    if foreign := [name for name in names.values() if Path(name).name != name or "\0" in name]:
+        raise InputError(f"{index} names {printable(repr(foreign[0]))}, which is no file beside it", AGAIN)
+    files = sorted({index.parent / name for name in names.values()})
     for file in files:
         if not file.is_file():
-            raise InputError(f"the shard {file.name} is missing in {index.parent}", "Download the checkpoint again.")
+            raise InputError(f"the shard {file.name} is missing in {index.parent}", AGAIN)
     return files
 
 
@@ -229,6 +268,8 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     if file.suffix != SAFETENSORS:
         return torch_header(file)
+    if is_pointer(file):
+        raise pointer_error(file)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -238,10 +279,8 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 name: (tensor_slice.get_dtype(), tuple(tensor_slice.get_shape()))
                 for name, tensor_slice in slices.items()
             }
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"{file} is not a safetensors file or is truncated: {error}", "Download the checkpoint again."
-        ) from None
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise InputError(f"{file} is not a safetensors file or is truncated: {printable(error)}", AGAIN) from None
 
 
 def _checked(decoder: Decoder, stored: Stored) -> Stands:

@@ -16,6 +16,7 @@ from edgeprune.model.checkpoint.padding import padded_heads
 from edgeprune.model.checkpoint.safetensors_file import write_weights
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
+from edgeprune.model.tokens.bpe import read_object
 from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer
 from edgeprune.model.tokens.vocabulary import Vocabulary, reduced_config, write_tokenizer_files
 
@@ -100,6 +101,6 @@ def _write_loaded_tokenizer(source: Model, directory: Path) -> None:
         return
     backend.save(str(directory / "tokenizer.json"))
     path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_object(path)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

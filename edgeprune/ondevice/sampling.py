@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,14 +10,6 @@ from edgeprune.errors import InputError, NumericalError
 from edgeprune.ondevice.reference import StepRunner
 
 CANDIDATES = 512  # likeliest tokens that are sorted first
-
-
-def end_ids(tokenizer: Any, directory: Path) -> set[int]:
-    """Returns the tokens that end a text: the tokenizer's, and those of the generation config in the directory."""
-    path = directory / "generation_config.json"
-    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    tokens = configured if isinstance(configured, list) else [configured]
-    return {int(token) for token in [*tokens, tokenizer.eos_token_id] if token is not None}
 
 
 def generate(

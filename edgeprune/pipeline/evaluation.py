@@ -182,9 +182,10 @@ class Evaluator:
 
     def _answers(self, model: Model, graph: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """Returns greedy answers (prompts, tokens) int64 in fp32 on this machine's processor; an end is repeated."""
+        from edgeprune.model.tokens.generation import end_ids
         from edgeprune.model.tokens.tokenizer import load_tokenizer
         from edgeprune.ondevice.onnxruntime import GraphRunner
-        from edgeprune.ondevice.sampling import end_ids, generate
+        from edgeprune.ondevice.sampling import generate
 
         self.progress.stage(f"answer {len(prompts)} prompts")
         tokens = self._answer_tokens

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from edgeprune.errors import InputError
-from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.load import load_model, load_outline, load_shape
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.support.checkpoints import save_llama
 from tests.support.reference import decoder_of, weights_of
@@ -151,20 +151,28 @@ BAD = {
     "config of a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors or pytorch_model.bin"),
     "a .bin file of another kind": (_renamed, "is not a PyTorch checkpoint"),
+    "an index of a list": (_index('{"weight_map": ["model-1.safetensors"]}'), "is not a shard index"),
+    "an index of another folder": (_index('{"weight_map": {"a": "../b.safetensors"}}'), "is no file beside it"),
     "missing shard": (_missing_shard, "shard model-00001"),
     "truncated": (_cut, "truncated"),
     "no safetensors": (lambda f: (f / "model.safetensors").write_text("hello, this is text"), "not a safetensors file"),
     "a header that lies": (_lying_header, "not a safetensors file"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a safetensors file"),
-    "an index of text": (_index("hello"), "is not a shard index"),
+    "an index of text": (_index("hello"), "index.json is not JSON"),
     "an index without map": (_index("{}"), "is not a shard index"),
     "an index of numbers": (_index('{"weight_map": {"model.norm.weight": 3}}'), "is not a shard index"),
     "config nested too deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "is not JSON"),
-    "config in another encoding": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "is not JSON"),
+    "config in another encoding": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"),
+        "config.json is not UTF-8 text",
+    ),
     "a tied head of its own": (_store_head(1.0), "lm_head.weight is stored and differs"),
     "missing tensor": (_drop_tensor, "has no tensor model.norm.weight"),
     "wrong shape": (_edit_config(intermediate_size=80), "config.json asks for (80, 96)"),
     "wrong type": (_retype, "is of type F64"),
+    "quantised": (_edit_config(quantization_config={"quant_method": "awq"}), "the checkpoint is quantised (awq)"),
+    "generation without an object": (lambda f: (f / "generation_config.json").write_text("[]"), "n_config.json is not"),
+    "an end in words": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'), "no token id"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
     "untied without head": (_edit_config(tie_word_embeddings=False), "has no tensor lm_head.weight"),
 }
@@ -177,6 +185,80 @@ def test_a_damaged_directory_is_refused_with_the_reason(tmp_path, damage, reason
     with pytest.raises(InputError) as caught:
         load_model(str(tmp_path / "model"))
     assert reason in caught.value.message
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    save_llama(tmp_path / "model")
+    if name == "pytorch_model.bin":
+        (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / name).write_text(POINTER)
+    with pytest.raises(InputError, match=f"{name} is a pointer of Git LFS") as caught:
+        load_model(str(tmp_path / "model"))
+    assert "git lfs pull" in caught.value.remedy
+
+
+def test_folders_of_another_kind_are_named(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "0a1b"
+    save_llama(snapshot)
+    for read in (load_model, load_shape):
+        with pytest.raises(InputError, match="is a PEFT adapter of someone/base") as caught:
+            read(str(tmp_path / "adapter"))
+        assert "merge_and_unload()" in caught.value.remedy
+        with pytest.raises(InputError, match="a model's folder in the hub's cache") as caught:
+            read(str(snapshot.parent.parent))
+        assert caught.value.remedy == f"Give the snapshot: {snapshot}"
+
+
+def test_a_checkpoint_that_fsdp_saved_loads(tmp_path):
+    save_llama(tmp_path / "model")
+    decoder = load_model(str(tmp_path / "model")).decoder
+    _edit_config(architectures=["FSDPLlamaForCausalLM"])(tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).decoder == decoder
+
+
+def test_messages_are_short_whatever_the_file_says(tmp_path):
+    save_llama(tmp_path / "model")
+    long = "x" * 1_000_000
+    for changes in ({"model_type": long}, {"architectures": [long]}, {"vocab_size": long}, {"layer_types": [long]}):
+        _edit_config(**{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300} | changes)(
+            tmp_path / "model"
+        )
+        with pytest.raises(InputError) as caught:
+            load_model(str(tmp_path / "model"))
+        assert len(caught.value.message) < 1000
+
+
+def test_the_outline_of_a_nested_or_quantised_configuration(tmp_path):
+    save_llama(tmp_path / "model")
+    decoder = load_model(str(tmp_path / "model")).decoder
+    text = json.loads((tmp_path / "model" / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "gptq"}}
+    nested = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text}
+    file = tmp_path / "nested.json"
+    for config, notes in (
+        (text, []),
+        (nested, ["the text part alone, llama, of llava"]),
+        (text | quantised, ["the checkpoint is quantised (gptq)"]),
+        (nested | quantised, ["the text part alone, llama, of llava", "the checkpoint is quantised (gptq)"]),
+    ):
+        file.write_text(json.dumps(config))
+        name, found, said = load_outline(str(file))
+        assert (name, found) == ("nested", decoder)
+        assert [note.partition(";")[0] for note in said] == notes
+    file.write_text(json.dumps(nested))
+    with pytest.raises(InputError, match="unsupported architecture 'llava'") as caught:
+        load_shape(str(file))
+    assert "`edgeprune plan` estimates its text part, llama" in caught.value.remedy
+    del text["vocab_size"]
+    file.write_text(json.dumps(nested))
+    with pytest.raises(InputError, match="vocab_size is missing"):
+        load_outline(str(file))
 
 
 def test_the_current_directory_has_a_name_too(tmp_path, monkeypatch):

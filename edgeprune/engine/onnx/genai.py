@@ -20,8 +20,8 @@ from edgeprune.engine.onnx.nodes import head_width
 from edgeprune.errors import InputError
 from edgeprune.files import read_json
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer
-from edgeprune.ondevice.sampling import end_ids
 
 CONFIG, SETTINGS = "genai_config.json", "tokenizer_config.json"
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy")

@@ -5,7 +5,6 @@ It does not know where a family keeps its weights.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import printable, read_json
 from edgeprune.model.checkpoint.adapt import LAYER_TYPES
 from edgeprune.model.checkpoint.families import FAMILIES, Family
 from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
@@ -20,7 +20,9 @@ from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of, whole_heads
 
 Config = dict[str, Any]
+RESTORE = "Restore the checkpoint's own config.json."
 
+TEXT_PARTS = ("text_config", "llm_config", "language_config")  # of models of pictures and sounds
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must not ask for all memory
 HEADS = "edgeprune_heads"  # key/value heads, query heads per group, of a checkpoint that holds more, which are zeros
 LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
@@ -40,22 +42,25 @@ def family_of(config: Config) -> Family:
     """Returns the family of a configuration. Raises InputError that names what is not supported, and what is."""
     model_type = config.get("model_type")
     supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only)."
+    if (text := text_part(config)) is not config:
+        supported = f"`edgeprune plan` estimates its text part, {text['model_type']}. {supported}"
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise InputError(f"unsupported architecture {model_type or config.get('architectures')!r}", supported)
+        named = printable(repr(model_type or config.get("architectures")))
+        raise InputError(f"unsupported architecture {named}", supported)
     # The class, where the configuration names one, must be the family's.
     family = FAMILIES[model_type]
     architectures = config.get("architectures") or [family.architecture]
     if not isinstance(architectures, list):
         raise _senseless(f"architectures {architectures!r}")
-    if family.architecture not in architectures:
-        raise InputError(f"unsupported architecture {', '.join(map(str, architectures))}", supported)
+    if family.architecture not in [str(name).removeprefix("FSDP") for name in architectures]:  # as FSDP saves it
+        raise InputError(f"unsupported architecture {printable(', '.join(map(str, architectures)))}", supported)
     # Fields whose values this program cannot handle.
     try:
         reason = _refuse(family.defaults | config, family) or family.refuse(family.defaults | config)
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise _senseless(error) from None
     if reason is not None:
-        raise InputError(f"unsupported {model_type} configuration: {reason}", "Choose another checkpoint.")
+        raise InputError(f"unsupported {model_type} configuration: {printable(reason)}", "Choose another checkpoint.")
     return family
 
 
@@ -66,13 +71,42 @@ def _refuse(config: Config, family: Family) -> str | None:
         return f"{family.activation} {activation!r} ({', '.join(ACTIVATIONS)} are supported)"
     if isinstance(kinds := config.get("layer_types"), list) and (unknown := set(map(str, kinds)) - set(LAYER_TYPES)):
         return f"layer_types {min(unknown)!r} ({', '.join(LAYER_TYPES)} are supported)"
-    if config.get("quantization_config"):
-        return "quantization_config (give the unquantised checkpoint)"
     return None
 
 
+def quantisation(config: Config) -> str | None:
+    """Returns the method by which a configuration says that its weights are quantised; None where it does not."""
+    details = config.get("quantization_config") or config.get("compression_config")
+    if not details:
+        return None
+    method = details.get("quant_method") if isinstance(details, dict) else None
+    return printable(method, 60) if isinstance(method, str) else "by an unnamed method"
+
+
+def check_unquantised(config: Config) -> None:
+    """Raises InputError for a configuration whose weights are quantised."""
+    if (method := quantisation(config)) is not None:
+        raise InputError(
+            f"the checkpoint is quantised ({method})",
+            "Give the checkpoint that it was made from, in fp32, fp16 or bf16. `edgeprune plan` takes this one too.",
+        )
+
+
+def text_part(config: Config) -> Config:
+    """Returns the configuration of the text part where one of a supported family is nested, otherwise the whole."""
+    nested = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), {})
+    if str(config.get("model_type")) in FAMILIES or str(nested.get("model_type")) not in FAMILIES:
+        return config
+    tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+    return tied | {name: value for name, value in nested.items() if name != "architectures"}
+
+
 def _senseless(reason: object) -> InputError:
-    return InputError(f"config.json is incomplete or senseless: {reason}", "Restore the checkpoint's own config.json.")
+    if isinstance(reason, KeyError):
+        reason = f"{reason.args[0]} is missing"
+    elif isinstance(reason, Exception) and not isinstance(reason, SenselessError):
+        reason = repr(reason)
+    return InputError(f"config.json is incomplete or senseless: {printable(reason)}", RESTORE)
 
 
 def _plain(config: Config, family: Family) -> Config:
@@ -90,7 +124,7 @@ def decoder_of(config: Config) -> Decoder:
         plain = _plain(config, family)
         decoder = family.adapt(_llama(plain, family), plain)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise _senseless(error if isinstance(error, SenselessError) else repr(error)) from None
+        raise _senseless(error) from None
     # Check what no single field shows.
     if decoder.picture is not None:
         _check_picture(decoder)
@@ -174,6 +208,9 @@ def _with_own_widths(decoder: Decoder, widths: object) -> Decoder:
 def _check_sizes(config: Config, attention: Attention) -> None:
     """Raises InputError for a size that no model has."""
     names = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
+    for name in (*names, "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if isinstance(value := config.get(name), str | bool):
+            raise SenselessError(f"{name} {value!r} is no number")
     sizes = {name: int(config[name]) for name in names}
     sizes |= {name: getattr(attention, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
     for name, size in sizes.items():
@@ -295,5 +332,7 @@ def _layer_kinds(decoder: Decoder, source: Config) -> Config:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the content of a directory's config.json."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    """Returns the content of a directory's config.json. Raises InputError where it is missing or cannot be read."""
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} has no config.json", "Give a directory that transformers can load.")
+    return read_json(directory / "config.json", remedy=RESTORE)

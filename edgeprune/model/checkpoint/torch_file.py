@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import is_pointer, pointer_error, printable
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +92,12 @@ def _content(file: Path) -> dict[str, Any]:
         requested = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"its pickle asks for {requested.group(1)}" if requested else "its pickle holds something else"
         raise InputError(
-            f"{file} does not hold tensors alone: {reason}, and nothing of it was executed",
+            f"{file} does not hold tensors alone: {printable(reason)}, and nothing of it was executed",
             "Take the checkpoint from a source you trust, as safetensors or as a plain state_dict.",
         ) from None
     except Exception as error:  # whatever a damaged pickle or archive makes of torch's reader
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{file} is not a PyTorch checkpoint: {reason}", AGAIN) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file} is not a PyTorch checkpoint: {printable(reason)}", AGAIN) from None
     return content if isinstance(content, dict) else {}
 
 
@@ -124,6 +125,8 @@ def archive_members(file: Path) -> list[tuple[str, int, int]]:
     """
     # Only zip archives of today's format can be mapped.
     try:
+        if is_pointer(file):
+            raise pointer_error(file)
         with file.open("rb") as stream:
             magic = stream.read(len(OLD_MAGIC))
         if magic == OLD_MAGIC:

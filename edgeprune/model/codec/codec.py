@@ -7,7 +7,6 @@ no model that draws its codes.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgeprune.errors import InputError, NumericalError
+from edgeprune.files import is_pointer, pointer_error, printable, read_json
 from edgeprune.model.checkpoint.torch_file import tensors_of
 from edgeprune.model.codec.layers import CODEBOOK, COLOURS, GROUPS, Shape, VqLayout
 from edgeprune.model.decoder import Decoder
@@ -158,16 +158,9 @@ def clusters_of(directory: Path) -> ClusterCodec:
     """Reads ImageGPT's colours and size from preprocessor_config.json. Raises InputError where they are missing."""
     import torch
 
-    # The file is a JSON object.
-    path = directory / PREPROCESSOR
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", RESTORE) from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON", RESTORE) from None
     # The colours, (colours, 3) in [-1, 1].
-    config = config if isinstance(config, dict) else {}
+    path = directory / PREPROCESSOR
+    config = read_json(path, remedy=RESTORE)
     try:
         clusters = torch.tensor(config.get("clusters"), dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
@@ -178,7 +171,9 @@ def clusters_of(directory: Path) -> ClusterCodec:
     # The side of the square image.
     side = _side(config.get("size"))
     if side is None:
-        raise InputError(f"`size` of {path} is {config.get('size')!r}, not that of a square image", RESTORE)
+        raise InputError(
+            f"`size` of {path} is {printable(repr(config.get('size')))}, not that of a square image", RESTORE
+        )
     digest = hashlib.sha256(clusters.numpy().tobytes() + str(side).encode())
     return ClusterCodec(clusters, side, digest.hexdigest())
 
@@ -234,11 +229,13 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if is_pointer(path):
+        raise pointer_error(path)
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         again = "Download the codec again."
-        raise InputError(f"{path} is not a safetensors file or is truncated: {error}", again) from None
+        raise InputError(f"{path} is not a safetensors file or is truncated: {printable(error)}", again) from None
 
 
 def _checked(path: Path, shapes: Mapping[str, Shape]) -> tuple[VqLayout, bool]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeprune.cache import cache_folder, cached_folder
 from edgeprune.errors import InputError
+from edgeprune.files import is_pointer, pointer_error
 from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.model.checkpoint.places import StoredTensor as Place
 from edgeprune.model.checkpoint.places import stored_tensors
@@ -38,15 +39,17 @@ def converted(path: Path) -> Path:
     Raises InputError for a file that is broken or not supported, and where there is no room to convert it.
     """
     # The folder is named by the file's content.
+    if is_pointer(path):
+        raise pointer_error(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{digest[:32]}-{FORMAT}"
     return cached_folder(folder, lambda part: _convert(read_gguf(path), path, part))
 
 
-def decoder_of_gguf(path: Path) -> Decoder:
-    """Returns the architecture that a file's metadata describes, without converting anything. Raises InputError."""
-    return decoder_of(config_of(metadata_of(read_gguf(path)), path))
+def config_of_gguf(path: Path) -> dict[str, Any]:
+    """Returns the config.json that a file's metadata describes, without converting anything. Raises InputError."""
+    return config_of(metadata_of(read_gguf(path)), path)
 
 
 def metadata_of(source: GgufFile) -> Metadata:

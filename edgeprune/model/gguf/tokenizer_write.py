@@ -28,6 +28,7 @@ from edgeprune.model.gguf.tokenizer_read import (
     write_tokenizer,
 )
 from edgeprune.model.tokens.bpe import BYTE_TOKENS
+from edgeprune.model.tokens.generation import configured_ends
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>")
@@ -146,7 +147,7 @@ def _special(loaded: Any, directory: Path, rows: int) -> dict[str, Any]:
     fields["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and encoded[0] == ids["bos"]
     fields["tokenizer.ggml.add_eos_token"] = ids["eos"] is not None and encoded[-1] == ids["eos"]
     # A chat may end its turns with another token than its texts.
-    ends = _ends(directory)
+    ends = configured_ends(directory)
     if turn := [index for index in ends if index != ids["eos"] and index < rows]:
         fields["tokenizer.ggml.eot_token_id"] = turn[0]
     template = getattr(loaded, "chat_template", None)
@@ -155,15 +156,6 @@ def _special(loaded: Any, directory: Path, rows: int) -> dict[str, Any]:
     if template:
         fields["tokenizer.chat_template"] = template
     return fields
-
-
-def _ends(directory: Path) -> list[int]:
-    """Returns the tokens that end a generation, where generation_config.json lists several."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return []
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return ends if isinstance(ends, list) else []
 
 
 def _verify(loaded: Any, fields: dict[str, Any]) -> None:

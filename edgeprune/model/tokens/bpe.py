@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import read_json
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))  # of byte_fallback
+RESTORE = "Restore the checkpoint's own file."
 REFUSED = "Keep the whole vocabulary. Byte-level BPE and BPE with byte_fallback can be reduced."
 
 
@@ -188,12 +190,4 @@ def map_processor(processor: Any, change: Callable[[int], int]) -> Any:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file, an empty one where there is no file. Raises InputError otherwise."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", "Restore the checkpoint's own file.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object", "Restore the checkpoint's own file.")
-    return content
+    return read_json(path, remedy=RESTORE) if path.is_file() else {}

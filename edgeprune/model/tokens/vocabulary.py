@@ -246,8 +246,10 @@ def _with_new_ids(config: dict[str, Any], vocabulary: Vocabulary) -> dict[str, A
     for name, value in config.items():
         if name.endswith("_token_id") or name in ("suppress_tokens", "begin_suppress_tokens"):
             changed[name] = change(value)
-        elif name == "bad_words_ids" and value:
-            changed[name] = [change(word) for word in value if all(number in new for number in word)] or None
+        elif name == "bad_words_ids" and isinstance(value, list):
+            words = [word for word in value if isinstance(word, list)]
+            known = [word for word in words if all(isinstance(number, int) and number in new for number in word)]
+            changed[name] = [change(word) for word in known] or None
     return changed
 
 

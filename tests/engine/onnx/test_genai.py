@@ -16,9 +16,10 @@ from edgeprune.generate.text import prompt_ids, stream_text
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
+from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
-from edgeprune.ondevice.sampling import end_ids, generate
+from edgeprune.ondevice.sampling import generate
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.support import DATA

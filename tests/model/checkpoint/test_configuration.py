@@ -70,7 +70,7 @@ BAD = {
     "no family": ({"model_type": None}, "unsupported architecture"),
     "a classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     "another activation": ({"hidden_act": "mish"}, "hidden_act 'mish'"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "a size in words": ({"vocab_size": "300"}, "vocab_size '300' is no number"),
     "no window": (
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 0},
         "sliding_window 0",
@@ -126,7 +126,7 @@ BAD = {
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": "many", "n_head": 2, "n_layer": 1},
         "senseless",
     ),
-    "a GPT-2 without sizes": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "'n_embd'"),
+    "a GPT-2 without sizes": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "n_embd is missing"),
     "some layers without experts": (
         {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]},
         "mlp_only_layers",

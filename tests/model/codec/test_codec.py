@@ -190,7 +190,7 @@ def test_clusters_encode_as_transformers_does_and_decode_to_colours(tmp_path):
     [
         (None, "cannot read"),
         ("{", "is not JSON"),
-        ("[]", "no table of colours"),
+        ("[]", "is not a JSON object"),
         ('{"clusters": [[0, 0, 0], [1]], "size": 32}', "no table of colours"),
         ('{"clusters": [[0, 0]], "size": 32}', r"\(colours, 3\)"),
         ('{"clusters": [[0, 0, 255]], "size": 32}', r"in \[-1, 1\]"),

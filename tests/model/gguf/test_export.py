@@ -90,7 +90,6 @@ REFUSED = {
     "llama3 rope": ("qwen3", rope(original_max_position_embeddings=64, **LLAMA3), "qwen3 has no rope scaling llama3"),
     "no biases": ("starcoder2", {"use_bias": False, "num_attention_heads": 4}, "starcoder2 cannot compute this model"),
     "heads beyond": ("olmo2", {"num_attention_heads": 6}, "6 of 16 do not"),
-    "half turned": ("qwen3", rope(partial_rotary_factor=0.5), "rotates 8 of 16"),
 }
 
 
