@@ -5,6 +5,7 @@ It knows nothing of the progress that edgeprune itself shows.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -20,6 +21,21 @@ class _Shown(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
             sys.stderr.write(f"{self.format(record)}\n")
+
+
+class _File(logging.FileHandler):
+    """Writes to the log file until that fails once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Ends the log with one warning, the command goes on."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError):  # what is left of the line
+            self.close()
+        logging.getLogger("edgeprune").warning("the log %s ends here: %s", self.baseFilename, error.strerror or error)
 
 
 def set_up(verbose: bool, log_file: Path | None) -> None:
@@ -40,7 +56,7 @@ def set_up(verbose: bool, log_file: Path | None) -> None:
     logger.addHandler(_Shown(logging.DEBUG if verbose else logging.WARNING))
     if log_file is not None:
         try:
-            handler = logging.FileHandler(log_file, encoding="utf-8")
+            handler = _File(log_file, encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write the log {log_file}: {error.strerror}", "Name another file.") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))

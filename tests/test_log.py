@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,10 @@ def test_a_file_that_cannot_be_written_is_refused(logger, tmp_path):
     with pytest.raises(InputError, match="cannot write the log .*x.log: No such file or directory") as caught:
         set_up(verbose=False, log_file=tmp_path / "none" / "x.log")
     assert caught.value.remedy == "Name another file."
+
+
+def test_a_full_disk_ends_the_file_with_one_warning(logger, capsys):
+    set_up(verbose=False, log_file=Path("/dev/full"))
+    for number in range(3):
+        logger.debug("a detail %d", number)
+    assert capsys.readouterr().err == "the log /dev/full ends here: No space left on device\n"
