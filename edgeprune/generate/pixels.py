@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.errors import EngineError, InputError
+from edgeprune.files import write_bytes
 from edgeprune.ondevice.onnxruntime import open_session
 
 if TYPE_CHECKING:
@@ -97,13 +98,8 @@ def check_picture(path: Path, force: bool) -> None:
 
 
 def write_picture(image: Image.Image, path: Path) -> None:
-    """Writes a PNG, complete or absent. Raises InputError where it cannot be written."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(png(image))
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", "Name another --output.") from None
+    """Writes a PNG, complete or absent. Raises WriteError."""
+    write_bytes(path, png(image))
 
 
 def read_images(folder: Path, size: int, most: int | None = None, seed: int = 0) -> tuple[list[int | None], np.ndarray]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import InputError
+from edgeprune.files import write_text
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.report.figures import perplexity_text, rise_text
 from edgeprune.report.plots import PALETTE, plot_html
@@ -32,10 +33,8 @@ def check_page(path: Path, force: bool) -> None:
 
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the page at once: a reader finds the old one or the new one, never half of it."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(render_page(rows), encoding="utf-8")
-    temporary.replace(path)
+    """Writes the page at once: a reader finds the old one or the new one, never half of it. Raises WriteError."""
+    write_text(path, render_page(rows))
 
 
 def render_page(rows: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from edgeprune.errors import InputError
+from edgeprune.files import WriteError
 from edgeprune.report.comparison import check_page, render_page, write_page
 from tests.support.sample_rows import row
 
@@ -48,3 +49,16 @@ def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
     check_page(path, force=True)
     with pytest.raises(InputError, match="no folder"):
         check_page(tmp_path / "none" / "page.html", force=False)
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("an old page")
+
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        write_page(path, [row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.2)])
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "an old page")]
