@@ -136,7 +136,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _warn_of(folder: Path, error: OSError | WriteError) -> None:
-    reason = getattr(error.__cause__ or error, "strerror", None) or error
+    reason = error.message.rpartition(": ")[2] if isinstance(error, WriteError) else error.strerror or error
     named = cache_folder() if folder.is_relative_to(cache_folder()) else folder
     _warn(f"the cache {named} cannot be written: {reason}")
 
