@@ -1,4 +1,4 @@
-"""Where llama.cpp cuts a text into other tokens than the tokenizer that a GGUF file describes.
+"""Checks that llama.cpp cuts a text into the tokens of the tokenizer that a GGUF file describes.
 
 The file has no place for the flags of added tokens, and llama.cpp joins any two pieces whose join is one. The rules are
 those of src/llama-vocab.cpp.
