@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
+from edgeprune.engine.answers import REMEDY, Left, Missing, Ran, Size, read_answer
 from edgeprune.engine.ssh import Talk, Target, talking
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
 from edgeprune.ondevice.worker import OnProgress
 
+GRACE_SECONDS = 60.0  # that a task may take longer than its own limit, which the device keeps
 GROUND = (
     "__init__.py",
     "errors.py",
@@ -144,20 +147,22 @@ class Device:
                     }
                 )
                 # Wait for the answer, and fetch the outputs.
-                while "progress" in (answer := talk.hear()):
-                    on_progress(*answer["progress"])
+                ran = talk.hear(Ran, timeout_seconds + GRACE_SECONDS, on_progress)
+                answer = read_answer(request, ran.answer, str(self.target))
+                if set(ran.made) != set(outputs):
+                    raise EngineError(f"{self.target} made other files than were asked for", REMEDY)
                 for role, path in outputs.items():
-                    _fetch(talk, answer["made"][role], path, on_progress)
+                    _fetch(talk, ran.made[role], path, on_progress)
                 # End the agent, which removes its working folder.
                 talk.say({"do": "bye"})
-                left = talk.hear()["left"]
+                left = talk.hear(Left).left
             except EngineError as error:
                 if self.keep:
                     error.remedy += f" Its working folder there is {talk.work}"
                 raise
             if left is not None:
                 logging.getLogger(__name__).warning("left on %s: %s", self.target, left)
-        return answer["answer"]
+        return answer
 
 
 def _first_words() -> Iterator[bytes]:
@@ -196,7 +201,7 @@ def _send_files(talk: Talk, names: dict[str, Path], on_progress: OnProgress) -> 
         except OSError as error:
             raise EngineError(f"{path} cannot be read: {error.strerror}", "Export the model again.") from None
     talk.say({"do": "have", "sizes": sizes})
-    missing = talk.hear()["missing"]
+    missing = talk.hear(Missing).missing
     # Send these, one after the other.
     sources = {sha256: names[name] for name, sha256 in hashes.items() if sha256 in missing}
     total, sent = sum(sizes[sha256] for sha256 in sources), 0
@@ -224,9 +229,15 @@ def _send_files(talk: Talk, names: dict[str, Path], on_progress: OnProgress) -> 
 def _fetch(talk: Talk, sha256: str, path: Path, on_progress: OnProgress) -> None:
     """Fetches a file; raises EngineError where it arrives damaged or cannot be written."""
     talk.say({"do": "get", "sha256": sha256})
-    size = talk.hear()["size"]
+    size = talk.hear(Size).size
     temporary, digest, fetched = path.with_name(f"{path.name}.part"), hashlib.sha256(), 0
     try:
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise EngineError(
+                f"the device sends {size / 2**20:.0f} MiB, and {path.parent} has {free / 2**20:.0f} MiB free",
+                "Free some space on this machine and try again.",
+            )
         with temporary.open("wb") as file:
             for chunk in talk.take(size):
                 file.write(chunk)

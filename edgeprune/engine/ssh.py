@@ -12,13 +12,17 @@ import re
 import shlex
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from edgeprune.engine.answers import REMEDY, AnyMessage, Done, Go, Hello, Refusal, Step, read_message
 from edgeprune.errors import EngineError, InputError, Unreachable
+from edgeprune.files import printable
 from edgeprune.ondevice.agent import CHUNK, PROTOCOL
 from edgeprune.ondevice.durations import timing
+from edgeprune.ondevice.worker import OnProgress
 
 CONNECT_SECONDS = 20
 _LAST_OPTION = "ServerAliveCountMax=4"
@@ -51,7 +55,13 @@ _COMPLAINTS = (
     ("no route to host", "it cannot be reached", "Check that the device is on, and the network."),
     ("network is unreachable", "it cannot be reached", "Check the network."),
 )
-BANNER_LINES = 1000  # that a login shell may print before the agent begins
+BANNER_LINES, BANNER_BYTES = 1000, 1 << 16  # that a login shell may print before the agent begins, and in each of them
+MOST_LINE = 16 << 20  # bytes of a message
+STEP_SECONDS = 600.0  # until an answer must have come that takes no work, whatever signs of life there are
+SLOWEST_DISK = 1e6  # bytes a second
+END_SECONDS, WATCH_SECONDS = 5.0, 0.2
+ALIVE = {"alive": True}
+_SILENT = "Check the device and its load, and try again; a fit goes on with --resume."
 _USER = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"
 _HOST = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"
 _ADDRESS = r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9_.\-]+)?"  # IPv6, perhaps with a zone
@@ -102,6 +112,7 @@ class Talk:
     def __init__(self, process: _Ssh, target: Target) -> None:
         self._process, self._target = process, target
         self._lock = threading.RLock()
+        self._watchdog = Watchdog(process.kill)
         self.work = ""
 
     def greet(self) -> None:
@@ -111,8 +122,10 @@ class Talk:
         """
         # Skip lines, but keep their end for an error.
         skipped = b""
+        end = time.monotonic() + timing().greeting_seconds
         for _ in range(BANNER_LINES):
-            line = self._process.stdout.readline()
+            with self._watchdog.within(end - time.monotonic()):
+                line = self._process.stdout.readline(BANNER_BYTES)
             hello = _document(line)
             if "protocol" in hello or "error" in hello:
                 break
@@ -123,13 +136,13 @@ class Talk:
             self._process.kill()
             raise self.lost(skipped, before=True)
         # The agent must be that of this version.
-        self._check(hello)
-        if hello["protocol"] != PROTOCOL:
+        greeting = self._read(Hello, hello)
+        if greeting.protocol != PROTOCOL:
             raise EngineError(
-                f"{self._target} speaks protocol {hello['protocol']}, but this edgeprune speaks {PROTOCOL}",
+                f"{self._target} speaks protocol {greeting.protocol}, but this edgeprune speaks {PROTOCOL}",
                 "This is a bug: please report it.",
             )
-        self.work = hello["work"]
+        self.work = greeting.work
 
     def say(self, document: dict[str, Any]) -> None:
         """Sends a document."""
@@ -138,7 +151,9 @@ class Talk:
     def send(self, body: Iterator[bytes], before: bool = False) -> None:
         """Sends bytes; raises EngineError with the reason where nobody reads them. before: no agent runs yet."""
         try:
-            self.write(body)
+            for chunk in body:
+                with self._watchdog.within(timing().silence_seconds):
+                    self.write(iter([chunk]))
         except (BrokenPipeError, ValueError):
             raise self._last_words(before) from None
 
@@ -153,41 +168,74 @@ class Talk:
         """Sends a file; the lock keeps every sign of life out between its announcement and its bytes."""
         with self._lock:
             self.say({"do": "put", "sha256": sha256, "size": size})
-            self.hear()
+            self.hear(Go)
             self.send(body)
-        self.hear()
+        self.hear(Done, STEP_SECONDS + size / SLOWEST_DISK)
 
-    def hear(self) -> dict[str, Any]:
-        """Returns the next document. Raises EngineError where it is an error, or the connection ended."""
-        line = self._process.stdout.readline()
-        document = _document(line)
-        if not document:
-            raise self.lost(line)
-        return self._check(document)
+    def hear(
+        self, kind: type[AnyMessage], seconds: float = STEP_SECONDS, on_progress: OnProgress | None = None
+    ) -> AnyMessage:
+        """Returns the next message, which is of that kind; progress before it is passed on.
 
-    def _check(self, document: dict[str, Any]) -> dict[str, Any]:
-        """Returns a document; raises EngineError where it is an error."""
+        seconds: until it must have come, whatever signs of life there are. Raises EngineError where it is an error or
+        another message, where it does not come, or where the connection ended.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                self._process.kill()
+                raise Unreachable(f"{self._target} did not answer within {seconds:.0f} s", _SILENT)
+            with self._watchdog.within(min(left, timing().silence_seconds)):
+                line = self._process.stdout.readline(MOST_LINE)
+            if len(line) >= MOST_LINE:
+                self._process.kill()
+                raise EngineError(f"{self._target} sends a line without an end", REMEDY)
+            document = _document(line)
+            if not document:
+                if line.endswith(b"\n"):  # the connection stands
+                    self._process.kill()
+                raise self.lost(line)
+            if document == ALIVE:
+                continue
+            if on_progress is not None and "progress" in document:
+                on_progress(*self._read(Step, document).state)
+                continue
+            return self._read(kind, document)
+
+    def _read(self, kind: type[AnyMessage], document: dict[str, Any]) -> AnyMessage:
+        """Returns a document as a message of that kind; raises EngineError where it is an error or something else."""
         if "error" in document:
-            raise EngineError(f"{self._target}: {document['error']}", document["remedy"])
-        return document
+            refusal = read_message(Refusal, document, str(self._target))
+            raise EngineError(f"{self._target}: {refusal.error}", refusal.remedy)
+        return read_message(kind, document, str(self._target))
 
     def take(self, size: int) -> Iterator[bytes]:
         """Yields the next `size` bytes in chunks; raises EngineError where the connection ends before."""
         while size:
-            chunk = self._process.stdout.read(min(CHUNK, size))
+            with self._watchdog.within(timing().silence_seconds):
+                chunk = self._process.stdout.read1(min(CHUNK, size))
             if not chunk:
                 raise self.lost()
             size -= len(chunk)
             yield chunk
 
+    def end(self) -> None:
+        """Ends the conversation and ssh, whatever the device does."""
+        with self._watchdog.within(END_SECONDS):  # what is still in the pipe may be read by nobody
+            self._process.end()
+        self._watchdog.stop()
+
     def _last_words(self, before: bool) -> EngineError:
         """Returns the error for which nobody reads any longer: that of the agent, if it sent one, else that of ssh."""
         self._process.leave(10)
-        for line in self._process.stdout:
-            try:
-                self._check(_document(line))
-            except EngineError as error:
-                return error
+        for _ in range(BANNER_LINES):
+            document = _document(line := self._process.stdout.readline(BANNER_BYTES))
+            if "error" in document:
+                refusal = read_message(Refusal, document, str(self._target))
+                return EngineError(f"{self._target}: {refusal.error}", refusal.remedy)
+            if not line:
+                break
         return self.lost(before=before)
 
     def lost(self, line: bytes = b"", before: bool = False) -> EngineError:
@@ -195,9 +243,13 @@ class Talk:
 
         line: what was read last; before: no agent ever ran.
         """
+        if self._watchdog.is_late:
+            self._process.leave(1)
+            return Unreachable(f"{self._target} gave no sign of life for {self._watchdog.seconds:.0f} s", _SILENT)
         # Collect the last output, and the command with which the user can try it by hand.
         self._process.leave(10)
-        output = " ".join((line + self._process.stderr_tail()).decode(errors="replace").split())
+        tail = (line[-1000:] + self._process.stderr_tail()).decode(errors="replace")
+        output = " ".join(printable(tail, 5000).split())
         words = self._target.words()
         by_hand = shlex.join(["ssh", *words[words.index(_LAST_OPTION) + 1 :]])
         # 255 is ssh's own exit status: it failed before an agent ran, perhaps in a known way.
@@ -220,7 +272,7 @@ class Talk:
 
 def _document(line: bytes) -> dict[str, Any]:
     """Returns the document in a line of the agent; empty where the line is something else."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         document = json.loads(line)
         return document if isinstance(document, dict) else {}
     return {}
@@ -237,15 +289,44 @@ def talking(target: Target, first: Iterator[bytes]) -> Iterator[Talk]:
     except FileNotFoundError:
         raise EngineError("this machine has no ssh", "Install it: sudo apt install openssh-client") from None
     over = threading.Event()
+    talk = Talk(process, target)
     try:
-        talk = Talk(process, target)
         talk.send(first, before=True)
         talk.greet()
         threading.Thread(target=_keep_alive, args=(talk, over), daemon=True).start()
         yield talk
     finally:
         over.set()
-        process.end()
+        talk.end()
+
+
+class Watchdog:
+    """A thread that calls `bite` where something takes longer than it may; is_late: it did, after so many seconds."""
+
+    def __init__(self, bite: Callable[[], None]) -> None:
+        self.is_late, self.seconds = False, 0.0
+        self._bite, self._end, self._over = bite, float("inf"), threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Gives the block so much time."""
+        self.seconds, self._end = seconds, time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._end = float("inf")
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(WATCH_SECONDS):
+            if time.monotonic() > self._end:
+                self.is_late = True
+                self._bite()
+                return
 
 
 class _Ssh(subprocess.Popen):
@@ -258,8 +339,8 @@ class _Ssh(subprocess.Popen):
         self._listener.start()
 
     def _listen(self) -> None:
-        for line in self.stderr:
-            self._words += line
+        while data := self.stderr.read1(4096):
+            self._words += data
             del self._words[:-4000]
 
     def stderr_tail(self) -> bytes:
@@ -279,7 +360,7 @@ class _Ssh(subprocess.Popen):
         """Ends the agent by closing the standard input, and then ssh."""
         with contextlib.suppress(OSError):
             self.stdin.close()
-        self.leave(5)
+        self.leave(END_SECONDS)
         self._listener.join(timeout=2)
         self.stdout.close()
         if not self._listener.is_alive():  # a shared connection of the user's may live on and hold it

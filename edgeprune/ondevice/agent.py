@@ -175,6 +175,7 @@ class Agent:
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._body = threading.Semaphore(0)  # the reader waits while the main thread takes a file's bytes
         self._heard = threading.Event()
+        self._sending = threading.RLock()  # a sign of life goes between two messages, never into one
         self.store = Store(folder / "sha256")
         self.work = _working_folder(folder)
 
@@ -182,6 +183,7 @@ class Agent:
         """Answers the workstation's messages until it ends the conversation; errors are answers too."""
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._tell, daemon=True).start()
         while True:
             line = self._lines.get()
             if not line:
@@ -203,8 +205,16 @@ class Agent:
 
     def send(self, document: dict[str, Any]) -> None:
         """Writes one line of JSON to the workstation."""
-        self._sink.write(json.dumps(document).encode() + b"\n")
-        self._sink.flush()
+        with self._sending:
+            self._sink.write(json.dumps(document).encode() + b"\n")
+            self._sink.flush()
+
+    def _tell(self) -> None:
+        """Sends signs of life while this process lives: a build may say nothing for an hour."""
+        with contextlib.suppress(OSError, ValueError):  # the end of the connection ends the process elsewhere
+            while True:
+                time.sleep(timing().alive_seconds)
+                self.send({"alive": True})
 
     def _read(self) -> None:
         """Reads lines from the workstation into the queue; their end ends this process."""
@@ -286,10 +296,10 @@ class Agent:
 
     def _get(self, message: dict[str, Any]) -> None:
         """Sends a kept file."""
-        with self.store.path(message["sha256"]).open("rb") as file:
+        with self.store.path(message["sha256"]).open("rb") as file, self._sending:
             self.send({"size": os.fstat(file.fileno()).st_size})
             shutil.copyfileobj(file, self._sink, CHUNK)
-        self._sink.flush()
+            self._sink.flush()
 
     def clean(self) -> None:
         """Removes the working folder, unless it is to be kept."""

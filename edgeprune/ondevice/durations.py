@@ -25,8 +25,9 @@ class Timing:
     cross_check_seconds: float = 10.0  # of the fitted and the dense model on the workstation, at most
     warm_up_seconds: float = 0.2  # of each model before it is timed
     block_ms: float = 150.0  # of one model before another one's turn
-    alive_seconds: float = 15.0  # between two signs of life from the workstation
-    silence_seconds: float = 90.0  # without a sign of life, after which the device ends the workstation's task
+    alive_seconds: float = 15.0  # between two signs of life, of the workstation and of the device
+    silence_seconds: float = 90.0  # without a sign of life, after which either side gives the other up
+    greeting_seconds: float = 150.0  # until a device's first word, its login included
     fresh_seconds: float = 60.0  # after a file or folder was made on the device, in which no other run removes it
 
 

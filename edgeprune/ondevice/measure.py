@@ -5,10 +5,13 @@ This file also runs on the device: Python 3.10, standard library only. It handle
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgeprune.errors import EngineError
+from edgeprune.files import printable
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Figure, Measured, Memory, Performance, Workload
 from edgeprune.ondevice.reference import judge_logits
@@ -16,6 +19,7 @@ from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress, ask
 
 TASKS = "edgeprune.ondevice.tasks"
+_MEASURE_AGAIN = "Measure again on an idle device; if it persists, check its clock and its driver."
 BUILD_SECONDS, MEASURE_SECONDS, CHECK_SECONDS, DESCRIBE_SECONDS = 3600.0, 1800.0, 600.0, 120.0
 
 
@@ -114,9 +118,13 @@ def relative_latencies(
     latency = _latency(session, graphs, workload, seconds, on_progress)
     first = next(iter(graphs))
     return {
-        kind: {name: 1.0 if name == first else latency[kind][name]["ratio"]["value"] for name in graphs}
+        kind: {name: 1.0 if name == first else _ratio(latency[kind][name], latency["device"]) for name in graphs}
         for kind in ("prefill", "decode")
     }
+
+
+def _ratio(timed: dict[str, Any], device: str) -> float:
+    return _measured(timed["ratio"], "1", device).value
 
 
 def engine_latencies(
@@ -127,7 +135,8 @@ def engine_latencies(
     Raises EngineError.
     """
     latency = _timed(session, flavour, plan, workload, seconds, on_progress)
-    return {kind: latency[kind]["candidate"]["median"]["value"] for kind in ("prefill", "decode")}
+    device = latency["device"]
+    return {kind: _measured(latency[kind]["candidate"]["median"], "ms", device).value for kind in ("prefill", "decode")}
 
 
 def build(
@@ -157,6 +166,8 @@ def build(
         "workspace_bytes": workspace_bytes,
     }
     result = session.run(request, BUILD_SECONDS, on_progress)
+    for name in ("weights_bytes", "activation_bytes", "scratch_bytes", "peak_build_bytes"):
+        _figure(result[name], "bytes", least=0)
     return BuildResult(**{**result, "warnings": tuple(result["warnings"])})
 
 
@@ -187,7 +198,9 @@ def on_tensorrt(
     device, memory = measurement["device"], measurement["memory"]
     basis = f"{flavour} {built.version}, {built.effort}"
     weights = Built(float(built.weights_bytes), "bytes", device, f"the builder's total weights memory; {basis}")
-    activations = Built(float(memory["activations"]), "bytes", device, f"what the engine asks for; {basis}")
+    activations = Built(
+        _figure(memory["activations"], "bytes", least=0), "bytes", device, f"what the engine asks for; {basis}"
+    )
     known = weights.value + activations.value + memory["cache"] + memory["buffers"]
     if memory["used"] is not None and memory["used"] > known:  # where it is less, another program gave memory back
         runtime = _exact(memory["used"] - known, device)
@@ -267,11 +280,24 @@ def _process_memory(
 
 
 def _exact(value: float, device: str) -> Measured:
-    return Measured(float(value), "bytes", device, float(value), float(value))
+    bytes_ = _figure(value, "bytes", least=0)
+    return Measured(bytes_, "bytes", device, bytes_, bytes_)
 
 
 def _measured(interval: dict[str, float], unit: str, device: str) -> Measured:
-    return Measured(interval["value"], unit, device, interval["low"], interval["high"])
+    """Returns a time or a ratio with its interval. Raises EngineError for one that no clock gives."""
+    value, low, high = (_figure(interval[name], unit) for name in ("value", "low", "high"))
+    if not low <= value <= high:
+        raise EngineError(f"the measurement gave {value:g} {unit} within {low:g} to {high:g}", _MEASURE_AGAIN)
+    return Measured(value, unit, device, low, high)
+
+
+def _figure(value: object, unit: str, least: float | None = None) -> float:
+    """Returns a figure. Raises EngineError where it is none: not finite, below `least`, or not above 0 without it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (value <= 0 if least is None else value < least):
+        raise EngineError(f"the measurement gave {printable(value, 40)} {unit}, which is no figure", _MEASURE_AGAIN)
+    return float(value)
 
 
 def scaled(ratio: Measured, dense: Measured) -> Measured:

@@ -90,6 +90,8 @@ def data_bytes(graph: Path) -> int:
 
 
 def with_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The double's tasks have answers of their own."""
+    monkeypatch.setattr("edgeprune.engine.remote.read_answer", lambda request, answer, where: answer)
     monkeypatch.setattr(
         "edgeprune.engine.remote.program", lambda: altered(program(), {"ondevice/tasks.py": TASKS_DOUBLE})
     )

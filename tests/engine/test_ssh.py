@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -18,9 +20,11 @@ from edgeprune.engine import ssh
 from edgeprune.engine.remote import Device, program
 from edgeprune.engine.ssh import Target
 from edgeprune.errors import EngineError, InputError
+from edgeprune.ondevice.agent import PROTOCOL
 from edgeprune.ondevice.measure import describe
 from tests.support.device import TASKS_DOUBLE, Server, altered, bare_python, ssh_server
 from tests.support.durations import durations, durations_there
+from tests.support.lying_device import TRUE, line_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_."
 WORDS = st.builds(str.__add__, st.sampled_from(LETTERS), st.text(LETTERS + "-", max_size=20))
@@ -142,6 +146,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(
         "edgeprune.engine.remote.program", lambda: altered(program(), {"ondevice/tasks.py": TASKS_DOUBLE})
     )
+    # The double's tasks have answers of their own.
+    monkeypatch.setattr("edgeprune.engine.remote.read_answer", lambda request, answer, where: answer)
     yield
     server.wait_until_quiet()
 
@@ -312,3 +318,99 @@ def test_no_word_of_the_users_is_in_a_shell(server: Server) -> None:
     assert (server.folder / "command").read_text() == ssh.COMMAND
     assert list(server.home.iterdir()) == []
     subprocess.run(["/bin/sh", "-n", "-c", ssh.COMMAND], check=True)
+
+
+FAKE = """#!/usr/bin/env python3
+import json, os, sys, threading, time
+threading.Thread(target=sys.stdin.buffer.read, daemon=True).start()
+said = {said!r}
+sys.stdout.buffer.write(said)
+sys.stdout.buffer.flush()
+if {endless!r}:
+    while True:
+        sys.stdout.buffer.write({endless!r} * 4096)
+while {stays!r}:
+    time.sleep(0.05)
+os._exit(0)
+"""
+HELLO = json.dumps({"protocol": PROTOCOL, "python": "3.10", "work": "/w"}).encode() + b"\n"
+MISSING = b'{"missing": []}\n'
+
+
+def stranger(folder: Path, monkeypatch, said: bytes = b"", endless: bytes = b"", stays: bool = True) -> Device:
+    """A device whose ssh says only this, whatever it is told."""
+    script = folder / "ssh"
+    script.write_text(FAKE.format(said=said, endless=endless, stays=stays))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name, value in durations(silence_seconds=1.0, greeting_seconds=1.5).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("edgeprune.engine.ssh.END_SECONDS", 0.3)
+    monkeypatch.setattr("edgeprune.engine.remote.GRACE_SECONDS", 0.0)
+    return Device(Target.parse("ssh://me@board"))
+
+
+def ask_it(device: Device, **request: object) -> dict:
+    return device.run({"task": "the test", "do": "describe", **request}, 2.0, lambda *state: None)
+
+
+LIARS = {
+    "nothing at all": ((b"", b""), "gave no sign of life"),
+    "a hello alone": ((HELLO, b""), "gave no sign of life"),
+    "a line without an end": ((HELLO, b"x"), "without an end|was lost"),
+    "a banner without an end": ((b"", b"x"), "did not begin|gave no sign"),
+    "many lines": ((b"", b"welcome\n"), "did not begin"),
+    "another hello": ((b'{"protocol": [], "python": 1, "work": {}}\n', b""), "does not ask"),
+    "no JSON": ((HELLO + b"what?\n", b""), "was lost"),
+    "a list": ((HELLO + b"[]\n", b""), "was lost"),
+    "hashes that are paths": ((HELLO + b'{"missing": ["../x"]}\n', b""), "does not ask"),
+    "a wrong answer": ((HELLO + MISSING + b'{"answer": {}, "made": {}}\n', b""), "does not ask"),
+    "files that nobody asked for": (
+        (HELLO + MISSING + line_of({"answer": TRUE["describe"][1], "made": {"plan": "0" * 64}}), b""),
+        "other files",
+    ),
+    "progress for ever": ((HELLO + MISSING, b'{"progress": ["x", 1, 2]}\n'), "did not answer within 2 s"),
+    "signs of life for ever": ((HELLO + MISSING, b'{"alive": true}\n'), "did not answer within 2 s"),
+    "escapes": ((line_of({"error": "\x1b[2Jgone", "remedy": "\x1b]0;x\x07"}), b""), "board: "),
+    "nesting": ((HELLO + b"[" * 100_000 + b"\n", b""), "was lost"),
+}
+
+
+@pytest.mark.parametrize(("said", "message"), LIARS.values(), ids=list(LIARS))
+def test_whatever_a_stranger_says_it_is_one_error_in_time(tmp_path: Path, monkeypatch, said, message: str) -> None:
+    device = stranger(tmp_path, monkeypatch, *said)
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=message) as caught:
+        ask_it(device)
+    assert time.monotonic() - begin < 30  # bounded, on a busy machine too
+    assert caught.value.exit_code == 4
+    assert f"{caught.value.message} {caught.value.remedy}".isprintable()
+
+
+@pytest.mark.parametrize("size", [1 << 62, -1, 1 << 49])
+def test_a_size_that_no_disk_holds_is_refused(tmp_path: Path, monkeypatch, size: int) -> None:
+    ran = line_of({"answer": TRUE["build"][1], "made": {"plan": "0" * 64}})
+    device = stranger(tmp_path, monkeypatch, HELLO + MISSING + ran + line_of({"size": size}))
+    with pytest.raises(EngineError, match="does not ask|MiB free"):
+        ask_it(device, do="build", engine="tensorrt", outputs={"plan": str(tmp_path / "plan")})
+    assert {path.name for path in tmp_path.iterdir()} == {"ssh"}
+
+
+def test_a_stopped_process_on_the_device_is_not_waited_for(server: Server, monkeypatch) -> None:
+    for name, value in durations(silence_seconds=1.0, alive_seconds=0.2).items():
+        monkeypatch.setenv(name, value)
+    stopped = []
+
+    def stop(*state: object) -> None:
+        if not stopped:
+            stopped.extend(server.agents())
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+
+    try:
+        with pytest.raises(EngineError, match="gave no sign of life"):
+            run(server, seconds=30, on_progress=stop)
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(server.cache / "work", ignore_errors=True)

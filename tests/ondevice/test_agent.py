@@ -60,7 +60,7 @@ class Far:
         self.write(json.dumps(document).encode() + b"\n")
 
     def hear(self) -> dict[str, Any]:
-        while (line := self.process.stdout.readline()) == b"\n":
+        while (line := self.process.stdout.readline()) in (b"\n", b'{"alive": true}\n'):
             pass
         assert line, self.process.stderr.read().decode()
         return json.loads(line)

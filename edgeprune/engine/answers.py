@@ -1,0 +1,253 @@
+"""Each message of a device as a schema: types, finite figures, bounded sizes and texts. A device is a stranger.
+
+The device's side has none of this: it runs there without pydantic. What a message does is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgeprune.errors import EngineError
+from edgeprune.files import printable
+
+MOST_TEXT = 4000  # characters
+REMEDY = "Another program may speak there, or the device is damaged: try again, and look what python3 is there."
+
+
+def _clean(text: str) -> str:
+    """Returns a text on one line and without control characters: a terminal will show it."""
+    return " ".join(printable(text, MOST_TEXT).split())
+
+
+Text = Annotated[str, Field(max_length=1 << 20), AfterValidator(_clean)]
+Texts = Annotated[list[Text], Field(max_length=1000)]
+Named = Annotated[dict[Text, Text], Field(max_length=1000)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+Amount = Annotated[float, Field(ge=0, le=1e18)]
+Latency = Annotated[float, Field(gt=0, le=1e9)]  # ms
+
+
+class Message(BaseModel):
+    """The base of all: strict types, no field that is not asked for, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Hello(Message):
+    protocol: int
+    python: Text
+    work: Text
+
+
+class Refusal(Message):
+    error: Text
+    remedy: Text
+
+
+class Missing(Message):
+    missing: Annotated[list[Hash], Field(max_length=10_000)]
+
+
+class Go(Message):
+    go: Literal[True]
+
+
+class Done(Message):
+    done: Literal[True]
+
+
+class Step(Message):
+    progress: Annotated[list[Any], Field(min_length=3, max_length=3)]
+
+    @model_validator(mode="after")
+    def _checked(self) -> Step:
+        _Progress(stage=self.progress[0], done=self.progress[1], total=self.progress[2])
+        return self
+
+    @property
+    def state(self) -> tuple[str, int, int]:
+        """Returns stage, steps done and steps in all."""
+        stage, done, total = self.progress
+        return _clean(stage), done, total
+
+
+class _Progress(Message):
+    stage: Text
+    done: Bytes
+    total: Bytes
+
+
+class Ran(Message):
+    answer: dict[str, Any]
+    made: Annotated[dict[str, Hash], Field(max_length=100)]
+
+
+class Size(Message):
+    size: Bytes
+
+
+class Left(Message):
+    left: Text | None
+
+
+class Interval(Message):
+    value: Latency
+    low: Latency
+    high: Latency
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Interval:
+        if not self.low <= self.value <= self.high:
+            raise ValueError("the interval does not hold its median")
+        return self
+
+
+class Percentiles(Message):
+    p50: Latency
+    p90: Latency
+    p99: Latency
+    mad: Amount
+
+
+class Timed(Message):
+    percentiles: Percentiles
+    median: Interval
+    ratio: Interval | None = None
+
+
+class Gpu(Message):
+    name: Text
+    sm: Annotated[int, Field(ge=10, le=999)]
+    memory: Bytes
+    driver: Annotated[int, Field(ge=0, le=10**9)]
+    layer: Text
+
+
+class Description(Message):
+    machine: Text
+    processor: Text
+    python: Text
+    modules: Annotated[dict[Text, Text | None], Field(max_length=100)]
+    missing: Named
+    gpu: Gpu | None
+    no_gpu: Text
+    memory: Annotated[dict[Text, Annotated[int, Field(ge=-(1 << 50), le=1 << 50)]], Field(max_length=100)]
+    platform: Text
+
+
+class Build(Message):
+    version: Text
+    weights_bytes: Bytes
+    activation_bytes: Bytes
+    scratch_bytes: Bytes
+    seconds: Amount
+    peak_build_bytes: Bytes
+    warnings: Texts
+
+
+class Agreement(Message):
+    cosine: Annotated[float, Field(ge=-1.01, le=1.01)]
+    error: Annotated[float, Field(ge=0, le=1e300)]
+    equal: Annotated[float, Field(ge=0, le=1)]
+    positions: Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+class Latencies(Message):
+    """The answer of a measurement in ONNX Runtime: by the names of its graphs, of which the first has no ratio."""
+
+    prefill: Annotated[dict[str, Timed], Field(max_length=10_000)]
+    decode: Annotated[dict[str, Timed], Field(max_length=10_000)]
+    device: Text
+    conditions: Named
+
+
+class EngineMemory(Message):
+    activations: Bytes
+    cache: Bytes
+    buffers: Bytes
+    used: Annotated[int, Field(ge=-(1 << 50), le=1 << 50)] | None
+
+
+class OnGpu(Latencies):
+    memory: EngineMemory
+    gpu: Gpu
+    notes: Texts
+
+
+class ProcessMemory(Message):
+    baseline: Bytes
+    peak: Bytes
+
+
+class Processor(Message):
+    version: Text
+    runtime: Bytes
+    processor: Text
+    memory: Amount
+    cache: Bytes
+    available: Bytes | None
+
+
+class Took(Message):
+    seconds: Latency
+    spread: Annotated[float, Field(ge=-1, le=1e9)]
+
+
+class Probe(Message):
+    took: Annotated[dict[str, Took], Field(max_length=100)]
+    conditions: Named
+    load: Amount = 0.0
+    free: Bytes | None = None
+    runtime: Annotated[int, Field(ge=-(1 << 50), le=1 << 50)] | None = None
+    gpu: Gpu | None = None
+    version: Text | None = None
+
+
+class Weights(Message):
+    weights: Bytes
+
+
+_PROBES: dict[str, type[Message]] = {"inspect": Processor, "time": Probe, "build": Weights}
+_TASKS: dict[str, type[Message]] = {
+    "describe": Description,
+    "build": Build,
+    "check": Agreement,
+    "memory": ProcessMemory,
+}
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def read_message(kind: type[AnyMessage], document: Any, where: str) -> AnyMessage:
+    """Returns a message of that kind. where: the device in words. Raises EngineError for anything else."""
+    try:
+        return kind.model_validate(document)
+    except (ValidationError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
+        place = ".".join(printable(part, 40) for part in first["loc"][:6])
+        raise EngineError(
+            f"{where} answers what edgeprune does not ask ({kind.__name__.lower()}{': ' + place if place else ''}: "
+            f"{printable(first['msg'], 120)})",
+            REMEDY,
+        ) from None
+
+
+def read_answer(request: dict[str, Any], answer: Any, where: str) -> dict[str, Any]:
+    """Returns the answer of a task, with texts that a terminal can show. Raises EngineError for any other than asked.
+
+    request: as ondevice.tasks takes it; where: the device in words.
+    """
+    kind = _PROBES[request["step"]] if request["do"] == "probe" else _TASKS.get(request["do"])
+    if request["do"] == "measure":
+        kind = Latencies if request["engine"] == "onnxruntime" else OnGpu
+    message = read_message(kind, answer, where)
+    if isinstance(message, Latencies):
+        names = ["candidate"] if isinstance(message, OnGpu) else list(request["files"])
+        for timed in (message.prefill, message.decode):
+            if list(timed) != names or any(timed[name].ratio is None for name in names[1:]):
+                raise EngineError(f"{where} answers with times of other graphs than were asked for", REMEDY)
+    if isinstance(message, Probe) and set(message.took) != set(request["files"]):
+        raise EngineError(f"{where} answers with times of other graphs than were asked for", REMEDY)
+    return message.model_dump(exclude_unset=True)
