@@ -11,6 +11,9 @@ import typer
 from edgeprune.cli import options
 from edgeprune.cli.streams import made, note, show
 from edgeprune.errors import InputError
+from edgeprune.pipeline.request import check_seed
+
+OF_DRAWING = ("--top-k", "--top-p", "--seed")  # that a temperature of 0 has no use for
 
 
 def run(
@@ -24,7 +27,9 @@ def run(
     count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1,
     cfg: options.Cfg = None,
     output: Annotated[Path, typer.Option(help="The grid of the pictures.")] = Path("pictures.png"),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a text.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a text. Default: 256, or what the context has room for.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0: always the likeliest. Default: 0 for texts, 1 for pictures.")
     ] = None,
@@ -34,6 +39,12 @@ def run(
     seed: options.Seed = 0,
 ) -> None:
     """Generate text or pictures from a bundle's engine, or from its graph where this machine lacks the engine's GPU."""
+    check_seed(seed)
+    if temperature is None:
+        temperature = 1.0 if prompt is None else 0.0
+    ignored = [name for name in options.given(context_) if name in OF_DRAWING]
+    if ignored and temperature == 0:
+        note(f"{', '.join(ignored)}: of no effect without a --temperature above 0, such as 0.7: it is greedy")
     # Without a prompt the bundle is an image generator's.
     if prompt is None:
         if "--max-new-tokens" in options.given(context_):
@@ -45,7 +56,7 @@ def run(
     # Print the text as it is generated.
     from edgeprune.generate.text import stream_text
 
-    for piece in stream_text(bundle, prompt, max_new_tokens, temperature or 0.0, top_k, top_p, seed, note):
+    for piece in stream_text(bundle, prompt, max_new_tokens, temperature, top_k, top_p, seed, note):
         sys.stdout.write(piece)
         sys.stdout.flush()
     show("")
@@ -57,7 +68,7 @@ def _draw(
     count: int,
     cfg: float | None,
     output: Path,
-    temperature: float | None,
+    temperature: float,
     top_k: int,
     top_p: float,
     force: bool,
@@ -73,7 +84,7 @@ def _draw(
 
     # Check the output before the bundle is opened.
     check_picture(output, force)
-    painter = painter_of(bundle, classes, count, cfg, 1.0 if temperature is None else temperature, top_k, top_p, note)
+    painter = painter_of(bundle, classes, count, cfg, temperature, top_k, top_p, note)
     with rich_progress() as progress:
         seconds = draw_grid(painter, classes, count, seed, output, progress)
     with made("pictures", output):

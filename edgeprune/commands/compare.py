@@ -88,7 +88,7 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
         progress.note(str(source))
     held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)
     count = GENERATED if own else request.samples + held_out
-    drawn = generate_samples(model, kind, count, length, request.seed, progress)
+    drawn = generate_samples(model, kind, count, length, request.seed, progress, texts.calibration)
     evaluation = texts.evaluation or {kind.own_evaluation: [*drawn[request.samples :].numpy()]}
     fed = drawn[:, : shape.most_fed]
     ids, generated = (torch.from_numpy(texts.calibration), fed) if own else (fed[: request.samples], None)

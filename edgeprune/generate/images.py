@@ -22,6 +22,7 @@ from edgeprune.ondevice.bundle import CODEC, OTHER_VERSION, open_to_run
 from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.reference import StepRunner
+from edgeprune.ondevice.sampling import check_sampling
 from edgeprune.progress import Progress
 
 AT_ONCE = 8  # images: the processor gains nothing from more
@@ -166,8 +167,9 @@ def painter_of(
     """Returns a bundle that is ready to draw.
 
     cfg: None for the bundle's own guidance. note: called where the engine is not used. Raises InputError for a language
-    model, an unknown class, or guidance that the model does not support.
+    model, an unknown class, or a sampling or guidance that the model does not support.
     """
+    check_sampling(temperature, top_k, top_p)
     # Check the classes and the guidance against the model.
     chosen = open_to_run(bundle)
     drawn = read_description(bundle)

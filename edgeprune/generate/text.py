@@ -13,72 +13,107 @@ import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.generate.runner import runner_of
+from edgeprune.model.tokens.chat import check_ids, encode, render
 from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.bundle import CODEC, open_to_run
 from edgeprune.ondevice.onnxruntime import GraphRunner
-from edgeprune.ondevice.sampling import generate
+from edgeprune.ondevice.sampling import check_sampling, generate
 from edgeprune.progress import Progress
 
 BATCH = 8  # the processor gains nothing from more
 CHAT_SAMPLING = (0.7, 0.9)  # temperature and top_p
 SAMPLE_TOP_P = 0.95  # of a small model the tail is noise
+MAX_NEW_TOKENS = 256  # of an answer, where nothing else is asked for
 MARK = "What the user says"  # a placeholder for the user's words in the chat template
 
 
 def generate_documents(
-    graph: Path, directory: Path, count: int, length: int, seed: int, progress: Progress
+    graph: Path,
+    directory: Path,
+    count: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    given: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns token ids (count, length) int64 that the model draws: a user's turn, the answer, and so on.
 
-    Without a chat template a sample begins after the begin (or end) token. An end token does not end a sample: the
-    model goes on with whatever follows. length: at least 2; an opening that leaves no room for text is cut to its first
-    token. Raises InputError for a tokenizer that has neither of these tokens.
+    Without a chat template a sample begins after the begin (or end) token; where there is none of these, with the first
+    token of each of the given samples (any, tokens) in turn. An end token does not end a sample: the model goes on with
+    whatever follows. length: at least 2; an opening that leaves no room for text is cut to its first token. Raises
+    InputError where nothing can begin a sample.
     """
     # The tokens that every sample starts with.
     tokenizer = load_tokenizer(directory)
-    opening = _opening(tokenizer)
-    opening = opening if len(opening) < length else opening[:1]
+    runner = GraphRunner(graph, min(count, BATCH), length)
+    try:
+        opening = opening_of(tokenizer, runner.vocab_size, progress.note)
+        openings = [opening if len(opening) < length else opening[:1]]
+    except InputError as error:
+        if given is None:
+            raise
+        openings = [[token] for token in given[:, 0].tolist()]
+        progress.note(f"samples of the model's own begin with a token of yours: {error.message}")
+    new_tokens = length - len(openings[0])
     # Draw the samples in batches, step by step; every batch has a seed of its own.
-    advance = progress.stage("generate samples", (length - len(opening)) * -(-count // BATCH))
+    advance = progress.stage("generate samples", new_tokens * -(-count // BATCH))
     rows = []
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)
-        runner = GraphRunner(graph, size, length)
+        prompts = [openings[(first + row) % len(openings)] for row in range(size)]
+        if size < runner.batch:
+            runner = GraphRunner(graph, size, length)
         drawn = []
-        new_tokens = length - len(opening)
-        for tokens in generate(
-            runner, [opening] * size, new_tokens, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first
-        ):
+        for tokens in generate(runner, prompts, new_tokens, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first):
             drawn.append(tokens)  # (size,)
             advance()
-        rows.append(np.concatenate([np.tile(opening, (size, 1)), np.stack(drawn, axis=1)], axis=1))  # (size, length)
+        rows.append(np.concatenate([np.array(prompts), np.stack(drawn, axis=1)], axis=1))  # (size, length)
     return np.concatenate(rows)
 
 
-def _opening(tokenizer: Any) -> list[int]:
-    """Returns the tokens before a user's first words in the chat template; without one, the begin or end token."""
+def opening_of(tokenizer: Any, vocab_size: int, note: Callable[[str], None] | None = None) -> list[int]:
+    """Returns the tokens before a user's first words in the chat template; without one, the begin or end token.
+
+    note: called where the template refuses a user's lone message, or has tokens without an embedding. Raises InputError
+    where there is no token to begin with.
+    """
     if tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-        before, mark, _ = text.partition(MARK)
-        if mark:
-            return tokenizer(before, add_special_tokens=False)["input_ids"]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
+        try:
+            before, mark, _ = render(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)
+            ids = encode(tokenizer, before, special=False) if mark else []
+            check_ids([ids], vocab_size, tokenizer, "the chat template")
+            if ids:
+                return ids
+        except InputError as error:
+            if note is not None:
+                note(f"samples of the model's own begin without the chat template: {error.message}")
+    if (start := _start_of(tokenizer, vocab_size)) is None:
         raise InputError(
             "the tokenizer has neither a begin nor an end token to start samples with", "Give --calibration PATH."
         )
     return [start]
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Returns the token ids of a prompt as the model expects it: in its chat template where it has one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _start_of(tokenizer: Any, vocab_size: int) -> int | None:
+    """Returns the begin or end token, the first of them that the model has an embedding for."""
+    tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((token for token in tokens if token is not None and token < vocab_size), None)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, note: Callable[[str], None] | None = None) -> list[int]:
+    """Returns the token ids of a prompt as the model expects it: in its chat template where it has one.
+
+    note: called where the template refuses a user's lone message, which is then continued as plain text.
+    """
+    if tokenizer.chat_template is not None:
+        try:
+            text = render(tokenizer, [{"role": "user", "content": prompt}], prompted=True)
+            return encode(tokenizer, text, special=False)
+        except InputError as error:
+            if note is not None:
+                note(f"the prompt is continued as plain text: {error.message}")
+    return encode(tokenizer, prompt)
 
 
 def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new_tokens: int, seed: int) -> str:
@@ -98,17 +133,21 @@ def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new
 def stream_text(
     bundle: Path,
     prompt: str,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_k: int,
     top_p: float,
     seed: int,
     note: Callable[[str], None],
 ) -> Iterator[str]:
-    """Yields pieces of text as they are generated from a bundle. note: called where the engine is not what generates.
+    """Yields pieces of text as they are generated from a bundle.
 
-    Raises InputError for the bundle of an image generator, a prompt beyond the context, or a bundle that cannot run.
+    max_new_tokens: None for MAX_NEW_TOKENS, or as many as the context has room for. note: called where the engine is
+    not what generates, the chat template is not used, or the context ends the text before max_new_tokens. Raises
+    InputError for the bundle of an image generator, a sampling that draws nothing, a prompt beyond the context or the
+    vocabulary, or a bundle that cannot run.
     """
+    check_sampling(temperature, top_k, top_p)
     # Open the bundle; where it was finished on its device, with the rung that was chosen there.
     chosen = open_to_run(bundle)
     if (bundle / CODEC).is_dir():
@@ -119,17 +158,19 @@ def stream_text(
     chosen.check(chosen.tokenizer)
     tokenizer = load_tokenizer(chosen.tokenizer)
     # The prompt must leave room in the context.
-    ids = prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt, note)
     context = chosen.workload.context
     room = context - len(ids)
     if room < 1:
         raise InputError(f"the prompt of {len(ids)} tokens exceeds the bundle's context of {context}", "Shorten it.")
+    if max_new_tokens is not None and max_new_tokens > room:
+        note(f"no more than {room} new tokens: the bundle's context of {context} holds prompt and answer")
     # Generate token by token, and yield what each adds to the text.
     runner = runner_of(chosen, 1, 1, note)
+    check_ids([ids], runner.vocab_size, tokenizer, "the prompt")
+    ends, count = end_ids(tokenizer, chosen.tokenizer), min(max_new_tokens or MAX_NEW_TOKENS, room)
     shown, new_ids = "", []
-    for tokens in generate(
-        runner, [ids], min(max_new_tokens, room), temperature, top_p, seed, end_ids(tokenizer, chosen.tokenizer), top_k
-    ):
+    for tokens in generate(runner, [ids], count, temperature, top_p, seed, ends, top_k):
         new_ids.append(int(tokens[0]))
         text = tokenizer.decode(new_ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # half a character: the rest is still to come

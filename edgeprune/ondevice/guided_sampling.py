@@ -46,7 +46,7 @@ def draw_pictures(
 
     openings: the token that each picture begins with. null: the token of no class; guidance does not change pictures
     that begin with it. The runner holds sampling.streams sequences for each picture. Raises EngineError where its
-    cache is too short, NumericalError where logits are not finite.
+    cache is too short, NumericalError where logits are not finite, with or without guidance.
     """
     # Begin with the class of each picture and, for guidance, with no class after them: (streams * pictures,).
     count, tokens = points.shape
@@ -66,7 +66,10 @@ def draw_pictures(
         # Mix the two streams, draw once for each picture, and continue both streams with the same code.
         if guided:
             with_class, without = logits[:count], logits[count:]
-            logits = without + (with_class - without) * sampling.cfg  # (pictures, vocabulary)
+            with np.errstate(over="ignore", invalid="ignore"):
+                logits = without + (with_class - without) * sampling.cfg  # (pictures, vocabulary)
+            if not np.isfinite(logits).all():
+                raise NumericalError(f"guidance by {sampling.cfg:g} is beyond floating point", "Try --cfg 1.75.")
         drawn = choose(logits, sampling.temperature, sampling.top_p, points[:, step], sampling.top_k)
         yield drawn
         ids = np.tile(drawn, sampling.streams)

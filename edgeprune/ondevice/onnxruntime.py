@@ -30,6 +30,7 @@ class GraphRunner:
     def __init__(self, graph: Path, batch: int, capacity: int, threads: int | None = None) -> None:
         self.batch, self.capacity = batch, capacity
         self.session = open_session(graph, threads)
+        self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
         self.past = 0
         self._cache = {
             # np.full writes the pages; those of np.zeros would cost neither memory nor time until they are written.
@@ -106,9 +107,10 @@ class _Timed:
 
     def __init__(self, graph: Path, workload: Workload, threads: int | None, seed: int) -> None:
         self.runner = GraphRunner(graph, workload.batch, workload.context, threads)
-        vocabulary = self.runner.session.get_outputs()[0].shape[-1]
         generator = np.random.default_rng(seed)
-        self._prompt = generator.integers(0, vocabulary, (workload.batch, workload.prompt))  # (batch, prompt)
+        self._prompt = generator.integers(
+            0, self.runner.vocab_size, (workload.batch, workload.prompt)
+        )  # (batch, prompt)
         self._last = workload.context - 1
 
     def prefill(self) -> None:

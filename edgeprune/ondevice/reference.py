@@ -26,6 +26,7 @@ class StepRunner(Protocol):
 
     batch: int
     capacity: int
+    vocab_size: int
 
     def reset(self, past: int = 0) -> None: ...
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...

@@ -12,6 +12,18 @@ from edgeprune.ondevice.reference import StepRunner
 CANDIDATES = 512  # likeliest tokens that are sorted first
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises InputError for a sampling that is none."""
+    if not 0 <= temperature < float("inf"):
+        raise InputError(
+            f"--temperature {temperature:g} is no finite number from 0", "Try 0.7; 0 is always the likeliest."
+        )
+    if top_k < 0:
+        raise InputError(f"--top-k {top_k} is less than 0", "0 draws from all; try 40.")
+    if not 0 <= top_p <= 1:
+        raise InputError(f"--top-p {top_p:g} is not 0 to 1", "1 draws from all; try 0.9.")
+
+
 def generate(
     runner: StepRunner,
     prompts: Sequence[Sequence[int]],

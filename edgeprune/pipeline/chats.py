@@ -44,7 +44,16 @@ def chat_of(record: dict[str, Any], place: str) -> Chat | None:
         tools = _parsed(tools, list)
     if tools is not None and not isinstance(tools, list):
         raise InputError(f"{place}: `tools` is not a list", CHATS)
-    return Chat([_message(message, place) for message in messages], tools, place)
+    turns = [_message(message, place) for message in messages]
+    system = record.get("system")  # as ShareGPT has it
+    if isinstance(system, str) and system and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system})
+    return Chat(turns, tools, place)
+
+
+def is_bare(value: Any) -> bool:
+    """Returns whether a value is the messages of a chat, without a record around them."""
+    return _is_messages(value) and all({"role", "from"} & message.keys() for message in value)
 
 
 def _is_messages(value: Any) -> bool:
@@ -112,11 +121,6 @@ def _call(call: dict[str, Any], place: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         function = {**function, "arguments": _parsed(arguments, dict)}
     return {**call, "function": function} if "function" in call else function
-
-
-def called(chat: Chat) -> list[str]:
-    """Returns the names of the functions that a chat calls."""
-    return [call.get("function", call)["name"] for message in chat for call in message.get("tool_calls", ())]
 
 
 def _parsed(text: str, kind: type) -> Any:

@@ -267,10 +267,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def generate_samples(model: Model, kind: Kind, count: int, length: int, seed: int, progress: Progress) -> torch.Tensor:
+def generate_samples(
+    model: Model, kind: Kind, count: int, length: int, seed: int, progress: Progress, given: np.ndarray | None = None
+) -> torch.Tensor:
     """Returns (count, length) int64 that the dense model draws, from a graph of its own in a temporary folder.
 
-    kind: with its model; length: of an image generator that of its pictures.
+    kind: with its model; length: of an image generator that of its pictures; given: as of Kind.draw_samples.
     """
     import torch
 
@@ -280,4 +282,4 @@ def generate_samples(model: Model, kind: Kind, count: int, length: int, seed: in
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
         folder = Path(name)
         write_graphs(model.decoder, model.weights, folder, "fp32", [ONNXRUNTIME_GRAPH], length)
-        return torch.from_numpy(kind.draw_samples(folder / GRAPH_FILE, model, count, length, seed, progress))
+        return torch.from_numpy(kind.draw_samples(folder / GRAPH_FILE, model, count, length, seed, progress, given))

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import printable
-from edgeprune.pipeline.chats import Chat, chat_of
+from edgeprune.pipeline.chats import Chat, chat_of, is_bare
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -36,9 +37,12 @@ BINARY = {
     b"BZh": ("a bzip2 archive", "Unpack it with bunzip2"),
     b"\xfd7zXZ": ("an xz archive", "Unpack it with unxz"),
     b"%PDF": ("a PDF", "Make text of it with pdftotext"),
+    b"version https://git-lfs": ("a Git LFS pointer", "Fetch the file itself with git lfs pull"),
     b"\xff\xfe": ("UTF-16", "Write it as UTF-8: iconv -f UTF-16 -t UTF-8"),
     b"\xfe\xff": ("UTF-16", "Write it as UTF-8: iconv -f UTF-16 -t UTF-8"),
 }
+_BEGINS_AS_JSON = re.compile(r"""\{\s*["']|\[\s*(?:\[\s*)?[{"]""")  # LaTeX, jinja and links begin otherwise
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 Document = str | Chat
 
@@ -47,7 +51,8 @@ Document = str | Chat
 class Reading:
     """The content of a file or a folder: its documents, duplicates removed, and how they came about.
 
-    formats: files of each; duplicates, empty: documents that were dropped; left_out: files, with the reason.
+    formats: files of each; duplicates, empty: documents that were dropped; halved: documents with half of a surrogate
+    pair in them, which becomes U+FFFD; left_out: files, with the reason.
     """
 
     path: Path
@@ -55,6 +60,7 @@ class Reading:
     formats: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     empty: int = 0
+    halved: int = 0
     left_out: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -68,6 +74,7 @@ class Reading:
         """Returns what was not taken and why, in words."""
         parts = [f"{_plural(self.duplicates, 'duplicate')} removed"] if self.duplicates else []
         parts += [f"{self.empty} without text"] if self.empty else []
+        parts += [f"halves of characters in {_plural(self.halved, 'document')}"] if self.halved else []
         if self.left_out:
             more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
             parts.append(f"not read: {', '.join(self.left_out[:SHOWN])}{more}")
@@ -132,7 +139,8 @@ def _drop_duplicates(reading: Reading) -> None:
     unique: dict[str, Document] = {}
     for document in reading.documents:
         tools = document.tools if isinstance(document, Chat) else None
-        unique.setdefault(json.dumps([document, tools]), document)
+        unique.setdefault(json.dumps([document, tools], ensure_ascii=False), document)
+    reading.halved = sum(1 for content in unique if _HALF_CHARACTER.search(content))
     kept = [document for document in unique.values() if not isinstance(document, str) or document.strip()]
     reading.duplicates = len(reading.documents) - len(unique)
     reading.empty += len(unique) - len(kept)
@@ -190,7 +198,9 @@ def _records(path: Path, text: str, suffix: str) -> list[tuple[str, Any]] | None
     except ValueError as error:
         whole_error = error
     else:
-        if isinstance(content, list) and (is_named or all(isinstance(record, dict) for record in content)):
+        if is_bare(content):
+            return [(str(path), content)]
+        if isinstance(content, list) and (is_named or all(isinstance(record, dict | list) for record in content)):
             return _numbered(path, content)
         if isinstance(content, dict):
             lists = [value for value in content.values() if isinstance(value, list) and _all_dicts(value)]
@@ -210,6 +220,8 @@ def _records(path: Path, text: str, suffix: str) -> list[tuple[str, Any]] | None
                 raise InputError(f"{path}, line {number}, is not JSON: {error}", READABLE) from None
             if is_named:
                 raise InputError(f"{path} is not JSON: {whole_error}", READABLE) from None
+            if _BEGINS_AS_JSON.match(text.lstrip()[:100]):
+                raise InputError(f"{path} begins as JSON does, but is none: {whole_error}", READABLE) from None
             return None
     return records
 
@@ -233,6 +245,8 @@ def _document(record: Any, place: str, path: Path) -> Document:
     """Returns the document of a record: its text, a prompt with its completion, or a chat."""
     if isinstance(record, str):
         return record
+    if is_bare(record):
+        record = {"messages": record}
     if not isinstance(record, dict):
         raise InputError(f"{place}, is neither an object nor a text: {printable(repr(record), 60)}", READABLE)
     if (chat := chat_of(record, place)) is not None:
@@ -254,6 +268,10 @@ def _document(record: Any, place: str, path: Path) -> Document:
 
 def _of_table(path: Path, text: str, delimiter: str) -> list[Document]:
     """Returns the column `text` or `content` of a table, or `prompt` and `completion` joined."""
+    first = text.partition("\n")[0]
+    if delimiter not in first and ";" in first:  # as spreadsheets write it where the comma is decimal
+        delimiter = ";"
+    csv.field_size_limit(sys.maxsize)  # else of 131072 characters
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as error:

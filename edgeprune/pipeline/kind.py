@@ -58,9 +58,19 @@ class Kind(Protocol):
         """Returns the user's samples as token ids."""
 
     def draw_samples(
-        self, graph: Path, model: Model, count: int, length: int, seed: int, progress: Progress
+        self,
+        graph: Path,
+        model: Model,
+        count: int,
+        length: int,
+        seed: int,
+        progress: Progress,
+        given: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Returns samples of the model's own (count, length) int64, from its graph for ONNX Runtime."""
+        """Returns samples of the model's own (count, length) int64, from its graph for ONNX Runtime.
+
+        given: the user's (any, tokens), whose first tokens may have to begin them.
+        """
 
     def shared_files(self, model: Model, tokenizer: Path, work: Path) -> dict[str, Path]:
         """Returns what all rungs of a bundle need, by its path there. tokenizer, work: folders."""
@@ -116,11 +126,18 @@ class Language:
         return pack_texts(request, model, *documents, self.sample_length(request, model.decoder))
 
     def draw_samples(
-        self, graph: Path, model: Model, count: int, length: int, seed: int, progress: Progress
+        self,
+        graph: Path,
+        model: Model,
+        count: int,
+        length: int,
+        seed: int,
+        progress: Progress,
+        given: np.ndarray | None = None,
     ) -> np.ndarray:
         from edgeprune.generate.text import generate_documents
 
-        return generate_documents(graph, model.directory, count, length, seed, progress)
+        return generate_documents(graph, model.directory, count, length, seed, progress, given)
 
     def shared_files(self, model: Model, tokenizer: Path, work: Path) -> dict[str, Path]:
         return {f"{TOKENIZER}/{name}": path for name, path in tokenizer_files(tokenizer).items()}
@@ -169,7 +186,14 @@ class Images:
         )
 
     def draw_samples(
-        self, graph: Path, model: Model, count: int, length: int, seed: int, progress: Progress
+        self,
+        graph: Path,
+        model: Model,
+        count: int,
+        length: int,
+        seed: int,
+        progress: Progress,
+        given: np.ndarray | None = None,
     ) -> np.ndarray:
         from edgeprune.generate.images import draw_documents
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.chats import Chat, called
+from edgeprune.model.tokens.chat import encode, render_whole
+from edgeprune.pipeline.chats import Chat
 from edgeprune.pipeline.documents import Document
 
 GENERATED = 32  # samples of the model's own beside the user's, however many those are
@@ -26,10 +27,9 @@ def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarr
     """
     for document in documents:
         if isinstance(document, str):
-            ids = tokenizer(document, verbose=False)["input_ids"]
+            ids = encode(tokenizer, document)
         else:
-            text = _rendered(document, tokenizer)
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = encode(tokenizer, _rendered(document, tokenizer), special=False)
         yield np.asarray(ids, dtype=np.int64)
 
 
@@ -40,13 +40,10 @@ def _rendered(chat: Chat, tokenizer: Any) -> str:
             f"{chat.place}: the samples are chats, but the model's tokenizer has no chat template",
             "Give plain text instead: lines with `text`.",
         )
-    text = tokenizer.apply_chat_template(list(chat), tools=chat.tools, tokenize=False)
-    if missing := [name for name in called(chat) if name not in text]:
-        raise InputError(
-            f"{chat.place}: the chat calls {missing[0]}, which the model's chat template leaves out",
-            "Give chats without tool calls, or a model whose template has them.",
-        )
-    return text
+    try:
+        return render_whole(tokenizer, chat, chat.tools)
+    except InputError as error:
+        raise InputError(f"{chat.place}: {error.message}", error.remedy) from None
 
 
 def shuffled(documents: Sequence[Any], seed: int) -> list[Any]:

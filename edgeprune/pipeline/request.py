@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
-from edgeprune.files import check_text
+from edgeprune.files import check_text, printable
 
 if TYPE_CHECKING:
     from edgeprune.model.checkpoint.llamagen import Hints
@@ -21,6 +21,7 @@ DEMO = "demo"
 SEVERAL = ("evaluate", "export")  # options that may be given again
 FRONTIER_RUNGS = 6
 RATIOS, METHODS = "20,30,50", "default,flap,wanda+ls,wanda,magnitude,random"  # that compare compares
+MOST_SEED = 2**63 - 1
 UNITS = {"memory": "B", "prefill": "ms", "decode": "ms"}  # of a limit that is given as a number
 
 
@@ -136,7 +137,14 @@ def _adapter() -> Any:
 
 
 def check_samples(request: Request) -> None:
-    """Raises InputError for numbers that no sample can have."""
+    """Raises InputError for numbers that no sample can have, and for a seed that not all generators take."""
+    check_seed(request.seed)
     for name, value, least in (("samples", request.samples, 1), ("length", request.length, 2)):
         if value is not None and value < least:
             raise InputError(f"--{name} {value} is less than {least}", f"Give at least {least}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that not all generators take."""
+    if not 0 <= seed <= MOST_SEED:
+        raise InputError(f"--seed {printable(seed, 40)} is not 0 to {MOST_SEED}", "Give any number among these.")

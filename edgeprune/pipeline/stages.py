@@ -79,7 +79,9 @@ class Run:
 
         def draw(folder: Path) -> None:
             graph, total, seed = self.plain / GRAPH_FILE, count + held_out, setup.request.seed
-            ids = setup.kind.draw_samples(graph, setup.model, total, setup.length, seed, self.progress)
+            ids = setup.kind.draw_samples(
+                graph, setup.model, total, setup.length, seed, self.progress, given.calibration
+            )
             np.save(folder / "ids.npy", ids)
 
         ids = np.load(self.journal.folder_stage("samples", draw) / "ids.npy")  # (count + held_out, length)

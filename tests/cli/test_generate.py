@@ -23,7 +23,7 @@ def test_text_is_printed_piece_by_piece_and_greedy_by_default(monkeypatch):
     monkeypatch.setattr("edgeprune.generate.text.stream_text", stream_text)
     assert run("--prompt", "say").stdout == "the quick\n"
     bundle, prompt, tokens, temperature, top_k, top_p, seed, _ = asked[0]
-    assert (str(bundle), prompt, tokens, temperature, top_k, top_p, seed) == ("bundle", "say", 256, 0.0, 0, 1.0, 0)
+    assert (str(bundle), prompt, tokens, temperature, top_k, top_p, seed) == ("bundle", "say", None, 0.0, 0, 1.0, 0)
     run("--prompt", "say", "--max-new-tokens", "3", "--temperature", "0.7", "--top-k", "5", "--seed", "9")
     assert asked[1][2:7] == (3, 0.7, 5, 1.0, 9)
 
@@ -69,3 +69,18 @@ def test_options_of_texts_and_of_pictures_do_not_go_together(words, message):
     assert isinstance(error, InputError)
     assert message in error.message
     assert "eave" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("temperature", "is_said"), [((), True), (("--temperature", "0"), True), (("--temperature", "0.7"), False)]
+)
+def test_options_of_drawing_without_a_temperature_are_told(monkeypatch, temperature, is_said):
+    monkeypatch.setattr("edgeprune.generate.text.stream_text", lambda *given: iter(["text"]))
+    result = run("--prompt", "say", "--top-p", "0.5", "--seed", "3", *temperature)
+    assert result.stdout == "text\n"
+    assert ("--top-p, --seed: of no effect without a --temperature above 0" in result.stderr) is is_said
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**70)])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    assert f"--seed {seed}" in run("--prompt", "say", "--seed", seed).exception.message

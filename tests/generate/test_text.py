@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
-from edgeprune.generate.text import BATCH, generate_documents, prompt_ids, sample_text, stream_text
+from edgeprune.generate.text import BATCH, generate_documents, opening_of, prompt_ids, sample_text, stream_text
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.sampling import generate
@@ -108,8 +109,8 @@ def bundled(folder: Path, context: int) -> Path:
     return folder
 
 
-def streamed(bundle: Path, prompt: str, count: int = 5) -> str:
-    return "".join(stream_text(bundle, prompt, count, 0.0, 0, 1.0, 0, pytest.fail))
+def streamed(bundle: Path, prompt: str, count: int | None = 5, note: Callable = pytest.fail) -> str:
+    return "".join(stream_text(bundle, prompt, count, 0.0, 0, 1.0, 0, note))
 
 
 def test_a_bundle_streams_what_its_graph_continues(tmp_path: Path) -> None:
@@ -126,6 +127,15 @@ def test_a_bundle_streams_what_its_graph_continues(tmp_path: Path) -> None:
     assert 0 < len(expected) < 12
     assert END not in ids
     assert streamed(bundle, "once", 12) == expected[-1]
+    # More than the context has room for is cut with a word where it was asked for.
+    notes: list[str] = []
+    assert streamed(bundle, "once", 1000, notes.append) == streamed(bundle, "once", None)
+    assert notes == ["no more than 28 new tokens: the bundle's context of 32 holds prompt and answer"]
+    assert streamed(bundle, "caf\udce9", 3)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(bundle / "tokenizer")
+    with pytest.raises(InputError, match=r"the prompt holds tokens .* of 257: <think>"):
+        streamed(bundle, "<think>")
 
 
 def test_a_prompt_that_fills_the_context_and_a_bundle_of_pictures_are_refused(tmp_path: Path) -> None:
@@ -136,3 +146,32 @@ def test_a_prompt_that_fills_the_context_and_a_bundle_of_pictures_are_refused(tm
     with pytest.raises(InputError, match="is the bundle of an image generator") as caught:
         streamed(bundle, "once")
     assert "--class N" in caught.value.remedy
+
+
+REFUSING = "{{ raise_exception('no lone user') }}"
+
+
+@pytest.mark.parametrize("template", [REFUSING, "{% for m in messages %}", [{"name": "rag", "template": TEMPLATE}]])
+def test_where_the_template_refuses_a_lone_user_it_is_said_and_plain_text_taken(
+    graph: Path, folder: Path, template: object
+) -> None:
+    tokenizer, notes = load_tokenizer(configured(folder, chat_template=template)), []
+    assert opening_of(tokenizer, 257, notes.append) == [END]
+    assert prompt_ids(tokenizer, "hello", notes.append) == tokenizer("hello")["input_ids"]
+    assert len(notes) == 2
+    assert all("chat template" in note for note in notes)
+    assert len(sample_text(graph, folder, "hello", 20, 4, 0)) <= 4
+
+
+def test_an_opening_of_tokens_without_an_embedding_is_not_taken(folder: Path) -> None:
+    tokenizer, notes = load_tokenizer(configured(folder, chat_template=TEMPLATE)), []
+    assert opening_of(tokenizer, 10, notes.append) == [END]
+    assert "embedding of 10" in notes[0]
+
+
+def test_without_a_token_to_begin_with_samples_begin_as_the_users_own(graph: Path, folder: Path) -> None:
+    configured(folder, bos_token=None, eos_token=None)
+    given = np.array([[7, 8], [9, 8]])
+    samples = generate_documents(graph, folder, BATCH + 3, 4, 0, Silent(), given)
+    assert samples.shape == (BATCH + 3, 4)
+    assert samples[:, 0].tolist() == ([7, 9] * BATCH)[: BATCH + 3]

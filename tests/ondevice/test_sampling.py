@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.ondevice.onnxruntime import GraphRunner
-from edgeprune.ondevice.sampling import choose, generate
+from edgeprune.ondevice.sampling import check_sampling, choose, generate
 from tests.support.graph_models import llama
 from tests.support.reference import decoder_of, weights_of
 
@@ -158,3 +158,20 @@ def test_no_draw_leaves_the_nucleus(seed: int, top_p: float, temperature: float,
         picks = choose(logits, temperature, top_p, points)
         for row, pick in zip(probabilities, picks, strict=True):
             assert row[row > row[pick]].sum() < top_p + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((float("inf"), 0, 1.0), "--temperature inf"),
+        ((float("nan"), 0, 1.0), "--temperature nan"),
+        ((-1.0, 0, 1.0), "--temperature -1"),
+        ((1.0, -1, 1.0), "--top-k -1"),
+        ((1.0, 0, float("nan")), "--top-p nan"),
+        ((1.0, 0, 1.5), "--top-p 1.5"),
+    ],
+)
+def test_a_sampling_that_draws_nothing_is_refused(given: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_sampling(*given)
+    check_sampling(0.0, 0, 1.0)

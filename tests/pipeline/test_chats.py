@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.chats import Chat, called
+from edgeprune.pipeline.chats import Chat
 from edgeprune.pipeline.documents import read_documents
 
 FUNCTION = {"name": "weather", "arguments": {"city": "Paris"}}
@@ -37,7 +37,6 @@ def chat_of(tmp_path: Path, **record: Any) -> Chat:
 def test_a_turn_that_only_calls_has_no_text_and_keeps_its_call(tmp_path: Path, message: dict) -> None:
     chat = chat_of(tmp_path, messages=[USER, message], tools=[{"type": "function", "function": FUNCTION}])
     assert chat[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert called(chat) == ["weather"]
     assert chat.tools == [{"type": "function", "function": FUNCTION}]
 
 
@@ -105,3 +104,8 @@ def test_what_is_not_understood_is_named_by_line(tmp_path: Path, record: dict, m
         chat_of(tmp_path, **record)
     assert "line 2" in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_system_text_beside_the_turns_comes_first(tmp_path: Path) -> None:
+    chat = chat_of(tmp_path, system="Be brief.", conversations=[{"from": "human", "value": "hi"}])
+    assert chat == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]

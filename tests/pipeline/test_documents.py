@@ -225,3 +225,41 @@ def test_splitting_loses_no_word(text: str) -> None:
 
 def test_a_reading_is_told_in_words() -> None:
     assert Reading(Path("x"), ["a"], Counter({"text": 1})).dropped == "nothing was left out"
+
+
+def test_a_chat_without_a_record_around_it_is_one(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (tmp_path / "one.json").write_text(json.dumps(turns))
+    (tmp_path / "two.json").write_text(json.dumps([turns, turns[:1]]))
+    assert read_documents(tmp_path / "one.json") == [turns]
+    assert read_documents(tmp_path / "two.json") == [turns, turns[:1]]
+
+
+@pytest.mark.parametrize("text", ['{"text": "cut', "{'text': 'of Python'}", '[{"text": "a"}, {"te', '[[{"role": "us'])
+def test_json_that_is_broken_is_not_read_as_prose(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(InputError, match=r"a\.txt begins as JSON does, but is none"):
+        read_documents(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("text", ["[[a link]] and prose", "{{ jinja }}", "{\\bf bold}", "[1] a footnote"])
+def test_prose_may_begin_with_a_bracket(tmp_path, text):
+    (tmp_path / "a.md").write_text(text)
+    assert read_documents(tmp_path / "a.md") == [text]
+
+
+def test_a_table_may_be_separated_by_semicolons_and_hold_long_texts(tmp_path):
+    (tmp_path / "a.csv").write_text(f"id;text\n1;{'long, ' * 50000}\n2;b\n")
+    assert [len(document) for document in read_documents(tmp_path / "a.csv")] == [300000, 1]
+
+
+def test_halves_of_characters_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert "halves of characters in 1 document" in read(tmp_path / "a.jsonl").dropped
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(InputError, match="Git LFS pointer") as caught:
+        read_documents(tmp_path / "a.txt")
+    assert "git lfs pull" in caught.value.remedy

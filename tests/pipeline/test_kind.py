@@ -94,5 +94,5 @@ def test_documents_of_pictures_are_read_with_the_model_and_texts_before_it(tmp_p
     (tmp_path / "notes.txt").write_text("one\n\ntwo")
     request = request_of(calibration=tmp_path / "notes.txt", evaluate=tmp_path / "notes.txt")
     calibration, evaluation = Language().read_documents(request)
-    assert calibration == evaluation["notes"] == ["one\n\ntwo"]
-    assert Images().read_documents(request_of(calibration=tmp_path / "none")) == ([], {})
+    assert calibration.documents == evaluation["notes"].documents == ["one\n\ntwo"]
+    assert Images().read_documents(request_of(calibration=tmp_path / "none")) == (None, {})

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.request import Request, request_of
+from edgeprune.pipeline.request import Request, check_samples, request_of
 
 
 def test_options_are_taken_as_people_write_them():
@@ -71,3 +71,10 @@ def test_a_name_that_no_file_or_report_can_hold_is_refused(name, text):
         with pytest.raises(InputError, match="is not UTF-8 text") as caught:
             request_of(**{name: value})
         assert caught.value.message.isascii()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_a_seed_that_not_all_generators_take_is_refused(seed):
+    with pytest.raises(InputError, match=f"--seed {seed} is not 0 to 9223372036854775807"):
+        check_samples(request_of(seed=seed))
+    check_samples(request_of(seed=2**63 - 1))

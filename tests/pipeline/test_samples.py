@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -89,3 +93,32 @@ def test_what_is_too_short_too_long_or_named_twice_is_refused(model, notes, tmp_
     with pytest.raises(InputError, match="holds one document: nothing can be held out") as caught:
         read_texts(request_of(calibration=tmp_path / "short.txt"))
     assert "--evaluate" in caught.value.remedy
+
+
+def with_tokenizer(model, folder, **changes):
+    """The model with another tokenizer of its own."""
+    shutil.copytree(model.directory, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return replace(model, directory=folder)
+
+
+def test_tokens_without_an_embedding_are_named_before_any_work(model, notes):
+    small = replace(model, decoder=model.decoder.with_vocabulary(100))
+    request = request_of(calibration=notes, samples=4)
+    with pytest.raises(InputError, match=r"notes holds tokens without a row in the model's embedding of 100: "):
+        pack_texts(request, small, *read_texts(request), 24)
+
+
+def test_without_a_token_to_begin_with_only_samples_of_the_users_own_do(model, notes, tmp_path):
+    bare = with_tokenizer(model, tmp_path / "bare", bos_token=None, eos_token=None, chat_template=None)
+    with pytest.raises(InputError, match="neither a begin nor an end token"):
+        pack_texts(request_of(), bare, None, {}, 24)
+    request = request_of(calibration=notes, samples=4)
+    assert pack_texts(request, bare, *read_texts(request), 24).calibration.shape == (4, 24)
+
+
+def test_duplicates_are_told_where_nothing_can_be_held_out(tmp_path):
+    (tmp_path / "same.jsonl").write_text('{"text": "the same"}\n' * 50)
+    with pytest.raises(InputError, match="holds one document, 50 times"):
+        read_texts(request_of(calibration=tmp_path / "same.jsonl"))

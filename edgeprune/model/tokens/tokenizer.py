@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import printable
 
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+SENTENCEPIECE_START = b"\n"  # the tag of its first piece; tiktoken's files are text
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,17 +40,35 @@ def _names_plain_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Returns the checkpoint's tokenizer, from local files. Raises InputError where transformers cannot read it."""
+    """Returns the checkpoint's tokenizer, from local files; it takes texts of any length.
+
+    Raises InputError where transformers cannot read it.
+    """
     try:
         if _names_plain_tokenizer(directory):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            from transformers import PreTrainedTokenizerFast as Loader
+        else:
+            from transformers import AutoTokenizer as Loader
+        loaded = Loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's own reader raises
-        raise InputError(f"cannot load the tokenizer in {directory}: {error}", "Restore its files.") from None
+        raise _unreadable(directory, error) from None
+    loaded.model_max_length = sys.maxsize  # a file may hold anything here, and nothing is cut by it
+    return loaded
+
+
+def _unreadable(directory: Path, error: Exception) -> InputError:
+    """Returns the error for a tokenizer that transformers cannot read; what it advises for a lone file may mislead."""
+    path, package = directory / "tokenizer.model", ""
+    if path.is_file() and not (directory / "tokenizer.json").is_file():
+        with path.open("rb") as file:
+            package = "sentencepiece" if file.read(1) == SENTENCEPIECE_START else "tiktoken"
+    if not package or find_spec(package):
+        return InputError(f"cannot load the tokenizer in {directory}: {printable(error)}", "Restore its files.")
+    return InputError(
+        f"the tokenizer in {directory} is tokenizer.model alone, which the package {package} reads",
+        f"Install it here (pip install {package}), or put the tokenizer.json there that AutoTokenizer's "
+        "from_pretrained and save_pretrained write where it is installed.",
+    )
 
 
 def tokenizer_files(directory: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ tokenizer.json. It knows nothing about weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ from edgeprune.model.tokens.bpe import (
     read_bpe,
     read_object,
 )
+from edgeprune.model.tokens.chat import encode, render
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 FILE = "vocabulary.json"
@@ -144,11 +146,8 @@ def _template_ids(tokenizer: Any) -> set[int]:
         return ids
     for chat in CHATS:
         for prompted in (True, False):
-            try:
-                text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompted)
-            except Exception:  # a template refuses roles that it does not know, by whatever error
-                continue
-            ids |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            with contextlib.suppress(InputError):  # a template refuses roles that it does not know
+                ids |= set(encode(tokenizer, render(tokenizer, chat, prompted=prompted), special=False))
     return ids
 
 
@@ -292,7 +291,7 @@ def retokenized(documents: Iterable[np.ndarray], source: Path, reduced: Path) ->
         """Returns the new ids of a stretch between added tokens, or of added tokens."""
         if not names.keys() >= set(run):
             text = old.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            encoded = new(text, add_special_tokens=False, verbose=False)["input_ids"]
+            encoded = encode(new, text, special=False)
             if _spelling(new, encoded) == _spelling(old, run):
                 return encoded
         return [part for number in run for part in names.get(number) or alone(number)]

@@ -51,3 +51,25 @@ def test_the_files_beside_the_weights_are_the_tokenizers_and_the_configuration(t
     }
     assert all(path == tmp_path / name for name, path in files.items())
     assert set(files) - {"config.json"} <= set(TOKENIZER_FILES)
+
+
+@pytest.mark.parametrize("length", ["512", None, 1e30, [3], 4])
+def test_whatever_stands_for_the_longest_text_no_text_is_refused_or_cut(tmp_path, length):
+    save_llama(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    assert len(load_tokenizer(path.parent)("long " * 100)["input_ids"]) > 100
+
+
+@pytest.mark.parametrize(("start", "package"), [(b"\n\x0e", "sentencepiece"), (b"IQ== 0", "tiktoken")])
+def test_a_tokenizer_model_alone_names_the_package_that_reads_it(tmp_path, monkeypatch, start, package):
+    save_llama(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "tokenizer.model").write_bytes(start)
+    monkeypatch.setattr("edgeprune.model.tokens.tokenizer.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=f"is tokenizer.model alone, which the package {package} reads") as caught:
+        load_tokenizer(tmp_path / "model")
+    assert f"pip install {package}" in caught.value.remedy
+    monkeypatch.setattr("edgeprune.model.tokens.tokenizer.find_spec", lambda name: object())
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "model")
