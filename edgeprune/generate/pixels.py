@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edgeprune.errors import EngineError, InputError
-from edgeprune.files import write_bytes
+from edgeprune.files import printable, write_bytes
 from edgeprune.ondevice.onnxruntime import open_session
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# The only readers of Pillow that are tried, whatever a file's name: others start programs, as that of EPS does.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")  # beside a user's files; hidden ones are passed over as well
 # Decoded together: 4 images of 256 x 256, which take some 100 MB each.
 PIXELS_AT_ONCE = 1 << 18
-GIVE = "Give a folder of png, jpg or webp images; subfolders named by a number are classes."
+GIVE = "Give a folder of png, jpg, webp, bmp, gif or tiff images; subfolders named by a number are classes."
 
 
 class CodecRunner:
@@ -102,50 +107,101 @@ def write_picture(image: Image.Image, path: Path) -> None:
     write_bytes(path, png(image))
 
 
-def read_images(folder: Path, size: int, most: int | None = None, seed: int = 0) -> tuple[list[int | None], np.ndarray]:
-    """Returns what `read_pixels` does, but images (n, 3, size, size) in [-1, 1] instead of pixels."""
-    classes, pixels = read_pixels(folder, size, most, seed)
-    return classes, to_images(pixels)
+class Pictures(NamedTuple):
+    """Pictures of a folder, in an order drawn by seed.
 
-
-def read_pixels(folder: Path, size: int, most: int | None = None, seed: int = 0) -> tuple[list[int | None], np.ndarray]:
-    """Returns classes and pixels (n, size, size, 3) of up to `most` images below a folder, in an order drawn by seed.
-
-    The class is the number that names the first subfolder, None for any other name. Of each image the largest square in
-    the middle is taken and resized (bicubic). Raises InputError for a folder without images, or a file that is not an
-    image.
+    classes: for each, the number that names a folder on its way, else its folder's name, None for none; pixels: (n,
+    size, size, 3); of: pictures in the folder; others: other files there, by suffix.
     """
-    files = _files(folder)
+
+    classes: list[int | str | None]
+    pixels: np.ndarray
+    of: int
+    others: dict[str, int]
+
+
+def read_pixels(folder: Path, size: int, most: int | None = None, seed: int = 0) -> Pictures:
+    """Returns up to `most` images below a folder.
+
+    Of each image the largest square in the middle is taken and resized (bicubic); what is transparent is white. Raises
+    InputError for a folder without images, or a file that is not an image.
+    """
+    files, others = _files(folder)
     order = np.random.default_rng(seed).permutation(len(files))[:most]
     classes, pixels = [], np.empty((len(order), size, size, 3), np.uint8)
     for place, index in enumerate(order):
         path = files[index]
         classes.append(_class(path.relative_to(folder)))
         pixels[place] = _square(path, size)
-    return classes, pixels
+    return Pictures(classes, pixels, len(files), others)
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """Returns the images below a folder, and how many other files there are, by suffix."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", GIVE)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files: list[Path] = []
+    others: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if any(part.startswith(".") or part.lower() in OF_SYSTEMS for part in parts) or not path.is_file():
+            continue
+        if (suffix := path.suffix.lower()) in SUFFIXES:
+            files.append(path)
+        else:
+            others[suffix or "no suffix"] += 1
     if not files:
-        raise InputError(f"{folder} holds no images", GIVE)
-    return files
+        held = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common(5))
+        raise InputError(f"{folder} holds no images{', only ' + held if held else ''}", GIVE)
+    return files, dict(others)
 
 
-def _class(path: Path) -> int | None:
-    first = path.parts[0]
-    return int(first) if len(path.parts) > 1 and first.isascii() and first.isdecimal() else None
+def _class(path: Path) -> int | str | None:
+    """Returns the class of an image by its path in the folder: the number among the names, else the last name."""
+    names = path.parts[:-1]
+    numbers = [name for name in names if name.isascii() and name.isdecimal()]
+    return int(numbers[0]) if numbers else names[-1] if names else None
 
 
 def _square(path: Path, size: int) -> np.ndarray:
+    """Returns the pixels (size, size, 3) of the largest square in the middle of an image."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice its size, it is an error
+            with Image.open(path, formats=FORMATS) as opened:
+                ImageOps.exif_transpose(opened, in_place=True)
+                image = _in_colours(_of_8_bits(opened))
     except Exception as error:  # Pillow's readers raise various errors for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"cannot read the image {path}: {reason}", "Restore the file, or remove it.") from None
+        raise InputError(
+            f"cannot read the image {path}: {printable(error, 200) or type(error).__name__}",
+            "Restore the file, or remove it.",
+        ) from None
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Returns an image of at most 8 bits a colour; Pillow itself cuts larger values instead of scaling them.
+
+    Raises ValueError for values without a range.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16  # 258: BitsPerSample
+        scaled = np.asarray(image).astype(np.float32) * (255 / (2**bits - 1))
+        return Image.fromarray((scaled + 0.5).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its values are of 32 bits and have no range: save it with 8 or 16 bits")
+    return image
+
+
+def _in_colours(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB, on white where it is transparent."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

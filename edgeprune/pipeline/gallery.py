@@ -150,7 +150,7 @@ class Gallery:
         size = self._imaging.size(self.setup.model.decoder.picture)
 
         def fill(folder: Path) -> None:
-            parts = [read_pixels(path, size, MOST_REFERENCES, self._seed)[1] for path in self._evaluated]
+            parts = [read_pixels(path, size, MOST_REFERENCES, self._seed).pixels for path in self._evaluated]
             np.save(folder / "images.npy", np.concatenate(parts))
 
         return self.journal.folder_stage("reference-pictures", fill)

@@ -181,9 +181,7 @@ class Images:
 
     def read_samples(self, request: Request, model: Model, documents: Documents) -> UserSamples:
         folder = None if request.calibration == SELF else Path(request.calibration)
-        return UserSamples(
-            *picture_samples(model.decoder, self.imaging, folder, request.evaluate, request.samples, request.seed)
-        )
+        return picture_samples(model.decoder, self.imaging, folder, request.evaluate, request.samples, request.seed)
 
     def draw_samples(
         self,

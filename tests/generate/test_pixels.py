@@ -16,7 +16,7 @@ from PIL import Image
 from edgeprune.engine.onnx.codec import write_codec
 from edgeprune.errors import EngineError, InputError
 from edgeprune.generate import pixels as pictures
-from edgeprune.generate.pixels import CodecRunner, grid, png, read_images, read_pixels, to_images, to_pixels
+from edgeprune.generate.pixels import CodecRunner, grid, png, read_pixels, to_images, to_pixels
 from edgeprune.model.codec.codec import load_codec
 from tests.support.vq import small_vq
 
@@ -82,10 +82,10 @@ def test_folders_named_by_numbers_are_classes(tmp_path):
     for place, name in enumerate(["7/a.png", "7/deeper/b.PNG", "007/c.webp", "cats/d.png", "12x/e.png", "f.png"]):
         save(tmp_path / "5" / name, noise(6, 6, 3, seed=place) // 8 * 8, **({"lossless": True} if "c." in name else {}))
     (tmp_path / "5" / "notes.txt").write_text("no image")
-    classes, images = read_images(tmp_path / "5", 6)
-    assert images.dtype == np.float32
-    by_image = {pixels.tobytes(): label for label, pixels in zip(classes, to_pixels(images), strict=True)}
-    expected = [7, 7, 7, None, None, None]
+    found = read_pixels(tmp_path / "5", 6)
+    by_image = {pixels.tobytes(): label for label, pixels in zip(found.classes, found.pixels, strict=True)}
+    expected = [7, 7, 7, "cats", "12x", None]
+    assert (found.of, found.others) == (6, {".txt": 1})
     assert by_image == {(noise(6, 6, 3, seed=place) // 8 * 8).tobytes(): label for place, label in enumerate(expected)}
 
 
@@ -94,7 +94,8 @@ def test_some_images_are_drawn_by_seed(tmp_path):
         save(tmp_path / str(label) / "image.png", np.full((4, 4, 3), label, np.uint8))
     drawn = {}
     for seed in (0, 0, 1):
-        classes, pixels = read_pixels(tmp_path, 4, most=6, seed=seed)
+        classes, pixels, of, _ = read_pixels(tmp_path, 4, most=6, seed=seed)
+        assert of == 20
         assert pixels[:, 0, 0, 0].tolist() == classes
         assert len(set(classes)) == 6
         assert drawn.setdefault(seed, classes) == classes
@@ -121,7 +122,7 @@ def test_the_middle_square_is_taken_turned_as_the_camera_says_and_made_rgb(tmp_p
 def test_folders_and_files_that_are_none_are_one_message(tmp_path):
     def refused(folder, match):
         with pytest.raises(InputError, match=match) as raised:
-            read_images(folder, 8)
+            read_pixels(folder, 8)
         assert "\n" not in raised.value.message
         assert raised.value.remedy
 
@@ -132,6 +133,76 @@ def test_folders_and_files_that_are_none_are_one_message(tmp_path):
     save(tmp_path / "broken.png", noise(64, 64, 3))
     (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:6000])
     refused(tmp_path, "cannot read the image .*broken.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_scaled_not_cut(tmp_path, suffix):
+    grey = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    save(tmp_path / "grey" / f"a.{suffix}", grey, exif=upside_down)
+    (pixels,) = read_pixels(tmp_path / "grey", 8).pixels
+    expected = (grey / 257).round()[::-1, ::-1, None].repeat(3, axis=2)
+    assert np.array_equal(pixels, expected)
+
+
+def test_values_without_a_range_are_refused(tmp_path):
+    save(tmp_path / "depth.tif", np.ones((8, 8), np.float32))
+    with pytest.raises(InputError, match=r"depth\.tif: its values are of 32 bits"):
+        read_pixels(tmp_path, 8)
+
+
+def test_what_is_transparent_is_white_and_other_colours_are_right(tmp_path):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 200, 40, 20])
+    pictures = {
+        "palette.png": (palette, (255, 255, 255), {"transparency": 1}),
+        "opaque.png": (palette, (200, 40, 20), {"transparency": 0}),
+        "grey.png": (Image.new("LA", (8, 8), (40, 255)), (40, 40, 40), {}),
+        "half.png": (Image.new("LA", (8, 8), (0, 51)), (204, 204, 204), {}),
+        "hidden.png": (Image.new("RGBA", (8, 8), (9, 9, 9, 0)), (255, 255, 255), {}),
+        "print.tif": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), (255, 0, 0), {}),
+        "bits.bmp": (Image.new("1", (8, 8), 1), (255, 255, 255), {}),
+    }
+    for name, (image, colour, options) in pictures.items():
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        image.save(folder / name, **options)
+        (pixels,) = read_pixels(folder, 4).pixels
+        assert np.array_equal(pixels, np.full((4, 4, 3), colour, np.uint8)), name
+
+
+def test_what_systems_put_beside_pictures_is_passed_over(tmp_path):
+    save(tmp_path / "0" / "a.PNG", noise(8, 8, 3))
+    for name in ("0/._a.png", "__MACOSX/0/a.png", ".cache/a.png", ".DS_Store", "0/Thumbs.db", "desktop.ini"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"Mac OS X")
+    assert read_pixels(tmp_path, 8)[0] == [0]
+    assert read_pixels(tmp_path, 8).others == {}
+
+
+def test_no_program_is_started_whatever_a_file_holds(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr("subprocess.check_call", lambda *given, **options: pytest.fail("a program was started"))
+    monkeypatch.setattr("subprocess.Popen", lambda *given, **options: pytest.fail("a program was started"))
+    with pytest.raises(InputError, match=r"cannot read the image .*a\.png"):
+        read_pixels(tmp_path, 8)
+
+
+def test_a_picture_of_endless_size_is_one_message(tmp_path, monkeypatch, recwarn):
+    save(tmp_path / "a.png", noise(30, 30, 3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # a warning beyond it, an error beyond its double
+    assert read_pixels(tmp_path, 8).of == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(InputError, match=r"a\.png: Image size \(900 pixels\) exceeds limit of 800"):
+        read_pixels(tmp_path, 8)
+    assert not recwarn.list
+
+
+def test_other_formats_alone_are_named(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds no images, only 1 of \.heic"):
+        read_pixels(tmp_path, 8)
 
 
 def test_pictures_need_no_torch():

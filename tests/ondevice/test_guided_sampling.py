@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, NumericalError
 from edgeprune.model.load import load_directory
 from edgeprune.model.model import Model
 from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
@@ -100,3 +100,9 @@ def test_first_codes_follow_the_guided_distribution(model: Model, graph: Path) -
 def test_a_cache_that_is_too_short_is_one_message(model: Model, graph: Path) -> None:
     with pytest.raises(EngineError, match="16 tokens, the cache holds 8"):
         list(draw_pictures(GraphRunner(graph, 1, 8), [257], 267, Sampling(), random_points(0, 0, 1, 16)))
+
+
+def test_guidance_beyond_floating_point_is_said(model: Model, graph: Path) -> None:
+    with pytest.raises(NumericalError, match="guidance by 1e.308 is beyond floating point") as caught:
+        drawn(model, graph, CLASSES, Sampling(cfg=1e308))
+    assert "--cfg" in caught.value.remedy

@@ -38,7 +38,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_becomes_codes_behind_its_classes(pictures: Path, imaging: Imaging) -> None:
-    ids = read_codes(pictures, decoder(), imaging, 100, 0)
+    ids, taken, left_out = read_codes(pictures, decoder(), imaging, 100, 0)
+    assert (taken, left_out) == ("24 of 24 pictures of 2 classes", "nothing was left out")
     assert ids.shape == (24, 1 + SIDE**2)
     assert Counter(ids[:, 0].tolist()).keys() == {CODES + 2, CODES + 7, CODES + 10}
     assert (ids[:, 0] == CODES + 10).sum() == 2
@@ -49,7 +50,11 @@ def test_a_folder_becomes_codes_behind_its_classes(pictures: Path, imaging: Imag
 
 
 def test_what_is_held_out_is_not_calibrated_on(pictures: Path, imaging: Imaging) -> None:
-    calibration, evaluation, origin = picture_samples(decoder(), imaging, pictures, (), 12, 0)
+    samples = picture_samples(decoder(), imaging, pictures, (), 12, 0)
+    calibration, evaluation, origin = samples.calibration, samples.evaluation, samples.origin
+    assert [str(source) for source in samples.sources] == [
+        f"read {pictures.name}: 15 of 24 pictures of 2 classes; 3 held out to evaluate on (nothing was left out)"
+    ]
     assert calibration.shape == (12, SIDE**2)  # the last code is never fed
     (held_out,) = evaluation.values()
     assert len(held_out) == 3
@@ -60,3 +65,22 @@ def test_what_is_held_out_is_not_calibrated_on(pictures: Path, imaging: Imaging)
 def test_a_class_that_the_model_has_not_is_refused(pictures: Path, imaging: Imaging) -> None:
     with pytest.raises(InputError, match="holds class 7, the model has 5 classes"):
         read_codes(pictures, decoder(classes=5), imaging, 100, 0)
+
+
+def test_folders_that_tell_no_class_are_told(tmp_path: Path, imaging: Imaging) -> None:
+    for name in ("train/7/a.png", "cats/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / name)
+    (tmp_path / "notes.heic").write_bytes(b"")
+    _, taken, left_out = read_codes(tmp_path, decoder(), imaging, 100, 0)
+    assert taken == "3 of 3 pictures of 1 class"
+    assert left_out == "2 of no class, their folders are no numbers: cats; not read: 1 of .heic"
+
+
+def test_ids_of_wordnet_are_refused_by_a_model_with_classes_alone(tmp_path: Path, imaging: Imaging) -> None:
+    (tmp_path / "n01440764").mkdir()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "n01440764" / "a.png")
+    with pytest.raises(InputError, match=r"WordNet ids \(n01440764\)") as caught:
+        read_codes(tmp_path, decoder(), imaging, 100, 0)
+    assert "0 to 9" in caught.value.remedy
+    assert len(read_codes(tmp_path, decoder(classes=0), imaging, 100, 0)[0]) == 1
