@@ -29,7 +29,7 @@ from edgeprune.model.gguf.tokenizer_read import write_tokenizer
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 4  # of the converted directory; a new one converts again
+FORMAT = 5  # of the converted directory; a new one converts again
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

@@ -55,7 +55,7 @@ def export_gguf(model: Model, path: Path) -> Path:
     form, tokenizer = _checked(model, path.stem)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        _write(model, form, tokenizer, part, path.stem)
+        _write(model, form, tokenizer, part)
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}", "Free some space there.") from None
@@ -64,7 +64,7 @@ def export_gguf(model: Model, path: Path) -> Path:
     return path
 
 
-def _write(model: Model, form: Held, tokenizer: Mapping[str, Any], path: Path, name: str) -> None:
+def _write(model: Model, form: Held, tokenizer: Mapping[str, Any], path: Path) -> None:
     """Writes the whole file: header, fields, descriptions of the tensors, then their data in the same order."""
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -77,9 +77,8 @@ def _write(model: Model, form: Held, tokenizer: Mapping[str, Any], path: Path, n
     }
     writer = GGUFWriter(path, form.architecture.name)
     try:
-        # Fields: of the file, of the model, of the tokenizer.
+        # Fields: of the file, of the model, of the tokenizer and with it the name.
         general = {
-            "general.name": name,
             "general.type": "model",
             "general.quantization_version": QUANTISATION_VERSION,
             "general.file_type": FILE_TYPES[str(dtype).removeprefix("torch.")],

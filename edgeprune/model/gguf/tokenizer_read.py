@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of the GGUF format
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+PHI3 = re.compile(r"(phi)-?(3)", re.IGNORECASE)  # in the names of models
+PHI3_WHOLE = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> None:
@@ -115,11 +118,14 @@ def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
 
 
 def _add_special(tokenizer: Tokenizer, fields: dict[str, Any], tokens: list[str]) -> None:
+    """Adds the tokens that are not to be split; those of Phi-3, which llama.cpp knows by its name, take the space
+    behind them along."""
     from tokenizers import AddedToken
 
     types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    is_phi3 = PHI3.search(str(fields.get("general.name"))) is not None
     added = [
-        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED, rstrip=is_phi3 and token not in PHI3_WHOLE)
         for token, kind in zip(tokens, types, strict=True)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]

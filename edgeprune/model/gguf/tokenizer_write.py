@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.model.gguf.cuts import check_added, check_pieces
+from edgeprune.model.gguf.cuts import check_pieces, names, other_cut, tell_cut
 from edgeprune.model.gguf.pretokenizers import TEXT, pre_tokenizer_name
 from edgeprune.model.gguf.tokenizer_read import (
     BYTE,
@@ -36,12 +36,12 @@ LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|
 
 
 def tokenizer_fields(directory: Path, rows: int, reduced: bool = False, name: str = "") -> dict[str, Any]:
-    """Returns the fields `tokenizer.*` of the tokenizer in a checkpoint's directory.
+    """Returns the fields of the tokenizer in a checkpoint's directory, and `general.name`.
 
     rows: of the embedding. reduced: the vocabulary will be cut down, and the fields must suit the smaller one too.
-    name: of the model in the file, by which llama.cpp knows some tokenizers. The fields are read back and must make the
-    same tokens of a text of many scripts. Raises InputError for a tokenizer for which llama.cpp has no kind or no
-    pre-tokenizer, or of which it would cut other tokens.
+    name: of the model, by which llama.cpp knows some tokenizers; it may come back changed. The fields are read back and
+    must make the same tokens of a text of many scripts. Raises InputError for a tokenizer for which llama.cpp has no
+    kind or no pre-tokenizer, or of which it would cut other tokens.
     """
     # Only a plain BPE has a form in GGUF.
     loaded = load_tokenizer(directory)
@@ -68,9 +68,7 @@ def tokenizer_fields(directory: Path, rows: int, reduced: bool = False, name: st
         }
     # Special tokens; then the check that nothing was lost.
     fields |= _special(loaded, directory, rows)
-    check_added(description, name)
-    _verify(loaded, fields)
-    return fields
+    return fields | {"general.name": _verified_name(loaded, fields, name)}
 
 
 def _tokens(loaded: Any, description: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -158,12 +156,23 @@ def _special(loaded: Any, directory: Path, rows: int) -> dict[str, Any]:
     return fields
 
 
-def _verify(loaded: Any, fields: dict[str, Any]) -> None:
-    """Raises InputError where the tokenizer that the fields describe makes other tokens of TEXT."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(fields, 0, Path(folder))
-        restored = load_tokenizer(Path(folder))
+def _verified_name(loaded: Any, fields: dict[str, Any], name: str) -> str:
+    """Returns the name under which the fields, read back, make the same tokens of TEXT and around added tokens.
+
+    Warns where added tokens differ under each name. Raises InputError where TEXT does, or flags of added tokens do.
+    """
+    cuts = {}
+    for candidate in names(name, loaded.backend_tokenizer):
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(fields | {"general.name": candidate}, 0, Path(folder))
+            restored = load_tokenizer(Path(folder))
         if restored(TEXT)["input_ids"] != loaded(TEXT)["input_ids"]:
             raise InputError(
                 "a GGUF file cannot describe this tokenizer: read back, it makes other tokens of a text", REFUSED
             )
+        cuts[candidate] = other_cut(loaded.backend_tokenizer, restored.backend_tokenizer)
+        if cuts[candidate] is None:
+            return candidate
+    first = next(iter(cuts))
+    tell_cut(cuts[first])
+    return first
