@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune.files import write_text
 from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config
 from edgeprune.model.checkpoint.padding import padded_heads
 from edgeprune.model.checkpoint.safetensors_file import write_weights
@@ -103,4 +104,4 @@ def _write_loaded_tokenizer(source: Model, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     config = read_object(path)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -18,7 +18,7 @@ from typing import Any
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.engine.onnx.nodes import head_width
 from edgeprune.errors import InputError
-from edgeprune.files import read_json
+from edgeprune.files import read_json, write_text
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -72,7 +72,7 @@ def write_genai(
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     settings = _tokenizer_settings(tokenizer / SETTINGS, loaded, config["model"]["context_length"])
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is not None and not (tokenizer / "tokenizer.json").is_file():
         backend.save(str(folder / "tokenizer.json"))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import printable
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.gguf.file import RESTORE, Metadata
 from edgeprune.model.gguf.rope import rope_of, shortest
@@ -24,8 +25,8 @@ def config_of(metadata: Metadata, where: object) -> Config:
 
     Raises InputError for an architecture or a feature that is not supported, and for metadata that is missing.
     """
-    architecture = metadata.architecture
-    if (split_count := metadata.fields.get("split.count", 1)) > 1:
+    architecture, split_count = metadata.architecture, metadata.fields.get("split.count", 1)
+    if isinstance(split_count, int) and split_count > 1:
         raise InputError(f"{where} is one of {split_count} parts of a model", "Join them: llama-gguf-split --merge.")
     try:
         # The fields that all architectures share, then those of this one.
@@ -40,8 +41,9 @@ def config_of(metadata: Metadata, where: object) -> Config:
             config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
         if architecture.name == "gpt2":
             del config["rope_parameters"]
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{where} has missing or unusable metadata: {error!r}", RESTORE) from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else repr(error)
+        raise InputError(f"{where} has missing or unusable metadata: {printable(reason)}", RESTORE) from None
     # Rename the fields as the family does, and drop those that it does not have.
     eps = config.pop("eps")
     activation = config.pop("activation")
@@ -183,8 +185,9 @@ def _phi3(metadata: Metadata, plain: Config) -> Config:
     A window of 0 means that there is none; any other is the model's own, although llama.cpp ignores it.
     """
     config = {"model_type": "phi3", "sliding_window": int(metadata.get("attention.sliding_window") or 0) or None}
-    if (original := metadata.get("rope.scaling.original_context_length")) is not None:
-        config["original_max_position_embeddings"] = min(int(original), plain["max_position_embeddings"])
+    context = plain["max_position_embeddings"]
+    original = int(metadata.get("rope.scaling.original_context_length") or context)
+    config["original_max_position_embeddings"] = min(original, context)
     return config
 
 

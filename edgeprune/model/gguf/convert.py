@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeprune.cache import cache_folder, cached_folder
 from edgeprune.errors import InputError
-from edgeprune.files import is_pointer, pointer_error
+from edgeprune.files import printable
 from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.model.checkpoint.places import StoredTensor as Place
 from edgeprune.model.checkpoint.places import stored_tensors
@@ -39,12 +39,11 @@ def converted(path: Path) -> Path:
     Raises InputError for a file that is broken or not supported, and where there is no room to convert it.
     """
     # The folder is named by the file's content.
-    if is_pointer(path):
-        raise pointer_error(path)
+    source = read_gguf(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{digest[:32]}-{FORMAT}"
-    return cached_folder(folder, lambda part: _convert(read_gguf(path), path, part))
+    return cached_folder(folder, lambda part: _convert(source, path, part))
 
 
 def config_of_gguf(path: Path) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def _check(source: GgufFile, places: dict[str, Place], family: str, path: Path) 
         tensor.rows(0, 1)
     if unknown := source.tensors.keys() - places.keys() - set(ROPE_TENSORS):
         raise InputError(
-            f"{path} has the tensor {min(unknown)}, which a model of the family {family} does not have",
+            f"{path} has the tensor {printable(min(unknown), 60)}, which a model of the family {family} does not have",
             "Give the original Hugging Face directory.",
         )
 

@@ -18,12 +18,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.files import is_pointer, pointer_error, printable
 from edgeprune.model.gguf.names import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 RESTORE = "Download the file again, or give the original Hugging Face directory."
+WHOLE = "Give the .gguf file of the whole model; merge a LoRA adapter with llama.cpp's llama-export-lora."
+PARTS = {  # by general.type or general.architecture
+    "adapter": "a LoRA adapter",
+    "mmproj": "a projector of pictures or sounds (mmproj)",
+    "clip": "a projector of pictures or sounds (mmproj)",
+    "imatrix": "an importance matrix",
+}
 SCALARS = {
     0: "<u1",
     1: "<i1",
@@ -132,14 +140,18 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises InputError for a file that is not GGUF, is damaged or is truncated.
     """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InputError(f"{path} is not a GGUF file", RESTORE)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if is_pointer(path):
+        raise pointer_error(path)
     try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{path} is not a GGUF file", RESTORE)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return _read(data)
-    except (ValueError, struct.error) as error:
-        raise InputError(f"{path} is damaged or truncated: {error}", RESTORE) from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}", RESTORE) from None
+    except (ValueError, KeyError, OverflowError, MemoryError, struct.error) as error:
+        raise InputError(f"{path} is damaged or truncated: {printable(error)}", RESTORE) from None
 
 
 def _read(data: mmap.mmap) -> GgufFile:
@@ -198,10 +210,18 @@ class Metadata:
 
     @property
     def architecture(self) -> Architecture:
-        """Returns the architecture. Raises InputError, which lists the supported ones, for any other."""
-        name = self.fields.get("general.architecture")
+        """Returns the architecture. Raises InputError, which lists the supported ones, for any other, and for a file of
+        another kind than a model's.
+        """
+        name, kind = (str(self.fields.get(f"general.{key}", "model")) for key in ("architecture", "type"))
+        if kind != "model" or name in PARTS:
+            raise InputError(
+                f"the GGUF file is no model of its own: {PARTS.get(name) or PARTS.get(kind) or printable(kind, 60)}",
+                WHOLE,
+            )
         if name not in ARCHITECTURES:
-            raise InputError(f"unsupported GGUF architecture {name!r}", f"Supported are: {', '.join(ARCHITECTURES)}.")
+            named = printable(name, 60)
+            raise InputError(f"unsupported GGUF architecture {named!r}", f"Supported are: {', '.join(ARCHITECTURES)}.")
         return ARCHITECTURES[name]
 
     def get(self, key: str, default: Any = None) -> Any:

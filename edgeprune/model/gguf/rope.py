@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.files import printable
 from edgeprune.model.gguf.names import FREQUENCIES, LONG, SHORT
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def rope_of(metadata: Metadata, head_dim: int, where: object) -> dict[str, Any]:
     if kind == "linear" and factor != 1.0:
         return base | {"rope_type": kind, "factor": shortest(factor)}
     if kind not in ("linear", "none"):
-        raise InputError(f"unsupported rope scaling {kind!r}", f"Supported are: {', '.join(SCALINGS)}.")
+        raise InputError(f"unsupported rope scaling {printable(kind, 60)!r}", f"Supported are: {', '.join(SCALINGS)}.")
     return base | {"rope_type": "default"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import printable, write_text
 from edgeprune.model.gguf.pretokenizers import normalizer, pre_tokenizer, words_of
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
     """
     # Build the tokenizer of a supported kind.
     kind = fields.get("tokenizer.ggml.model")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(
-            f"unsupported GGUF tokenizer {kind!r}",
+            f"unsupported GGUF tokenizer {printable(repr(kind), 60)}",
             f"Supported are: {', '.join(KINDS)}. The original Hugging Face directory works as well.",
         )
     try:
@@ -37,7 +38,8 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
         raise
     except Exception as error:  # tokenizers raises Exception itself for merges and tokens that do not fit
         raise InputError(
-            f"the GGUF file's tokenizer is damaged: {error!r}", "Give the original Hugging Face directory."
+            f"the GGUF file's tokenizer is damaged: {printable(repr(error))}",
+            "Give the original Hugging Face directory.",
         ) from None
     # Save it with its special tokens, limit and chat template.
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -48,7 +50,7 @@ def write_tokenizer(fields: dict[str, Any], max_length: int, folder: Path) -> No
     }
     if (template := fields.get("tokenizer.chat_template")) is not None:
         config["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
 
 
 def _built(fields: dict[str, Any], kind: str) -> tuple[Tokenizer, dict[str, str]]:

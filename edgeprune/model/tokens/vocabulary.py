@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.files import write_text
 from edgeprune.model.tokens.bpe import (
     BYTE_TOKENS,
     REFUSED,
@@ -311,4 +312,4 @@ def _spelling(tokenizer: Any, ids: list[int]) -> bytes:
 
 
 def _write(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
-    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")

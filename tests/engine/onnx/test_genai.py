@@ -104,6 +104,35 @@ def test_heads_that_onnx_runtime_fills_up(tmp_path: Path, variant: GraphVariant)
     assert size == (24 if variant == OURS else 20)
 
 
+PLAIN = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+NAMED = [{"name": name, "template": PLAIN} for name in ("default", "tool_use")]
+TOKENIZERS = {
+    "named templates": ({"chat_template": NAMED}, PLAIN),
+    "no default": ({"chat_template": NAMED[1:]}, None),
+    "a template in a file of its own": ({}, PLAIN),
+    "nulls": ({"chat_template": None, "model_max_length": None, "clean_up_tokenization_spaces": None}, None),
+    "no limit": ({"model_max_length": 10**30}, None),
+}
+
+
+@pytest.mark.parametrize(("changes", "template"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_the_tokenizers_configuration_is_one_that_it_reads(tmp_path: Path, changes: dict, template: str | None) -> None:
+    save_family(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if not changes:
+        (tmp_path / "model" / "chat_template.jinja").write_text(PLAIN)
+    model = load_model(str(tmp_path / "model"))
+    folder = written(model, model.decoder, tmp_path / "onnx", OURS)
+    tokenizer, theirs = og.Tokenizer(og.Model(str(folder))), load_tokenizer(folder)
+    assert tokenizer.encode("river stone").tolist() == theirs("river stone")["input_ids"]
+    assert json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template") == template
+    if template:
+        assert (
+            tokenizer.apply_chat_template('[{"role": "user", "content": "hi"}]', add_generation_prompt=True) == "<hi>"
+        )
+
+
 def test_image_generators_are_left_to_others(tmp_path: Path) -> None:
     write_genai(imagegpt(), [OURS], tmp_path, tmp_path)
     assert not any(tmp_path.iterdir())

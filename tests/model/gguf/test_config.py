@@ -85,7 +85,7 @@ def test_older_files_leave_out_what_follows_from_other_fields():
 @pytest.mark.parametrize(
     ("architecture", "changes", "reason"),
     [
-        ("llama", {"drop": ("block_count",)}, "missing or unusable metadata: KeyError('llama.block_count')"),
+        ("llama", {"drop": ("block_count",)}, "missing or unusable metadata: no llama.block_count"),
         ("llama", {"attention.value_length": 8}, "value_length 8 differs from attention.key_length 16"),
         ("llama", {"attention.head_count_kv": [2] * 11 + [1]}, "differs between layers"),
         ("llama", {"attention.head_count": 0}, "missing or unusable metadata: ZeroDivisionError"),

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
 from edgeprune.cache import temporary_folder
 from edgeprune.errors import InputError
@@ -176,3 +176,32 @@ def test_the_demo_is_read_as_its_package_says():
     assert [tokenizer.decode([i]) for i in tokenizer("a 123")["input_ids"]] == ["a", " ", "1", "2", "3"]
     assert json.loads((model.directory / "config.json").read_text())["rms_norm_eps"] == 1e-5
     assert np.isfinite(model.weights["layers.29.mlp.down"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "reason"),
+    [
+        ("llama", "adapter", "a LoRA adapter"),
+        ("clip", "mmproj", "mmproj"),
+        ("clip", None, "mmproj"),
+        ("llama", "x", "x"),
+    ],
+)
+def test_a_file_that_is_no_whole_model_is_named(tmp_path, architecture, kind, reason):
+    writer = GGUFWriter(tmp_path / "m.gguf", architecture)
+    if kind:
+        writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for read in (load_model, load_shape):
+        with pytest.raises(InputError, match=f"no model of its own: .*{reason}"):
+            read(str(tmp_path / "m.gguf"))
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(InputError, match="is a pointer of Git LFS"):
+        load_model(str(tmp_path / "m.gguf"))
