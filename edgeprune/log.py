@@ -62,4 +62,3 @@ def set_up(verbose: bool, log_file: Path | None) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         logging.getLogger().addHandler(handler)
         logging.captureWarnings(True)
-        logging.raiseExceptions = False  # a disk that fills is no traceback for each line
