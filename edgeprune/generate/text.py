@@ -101,19 +101,27 @@ def _start_of(tokenizer: Any, vocab_size: int) -> int | None:
     return next((token for token in tokens if token is not None and token < vocab_size), None)
 
 
-def prompt_ids(tokenizer: Any, prompt: str, note: Callable[[str], None] | None = None) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str, vocab_size: int, note: Callable[[str], None] | None = None) -> list[int]:
     """Returns the token ids of a prompt as the model expects it: in its chat template where it has one.
 
-    note: called where the template refuses a user's lone message, which is then continued as plain text.
+    note: called where the template refuses a user's lone message, writes nothing, or has tokens without an embedding;
+    the prompt is then continued as plain text. Raises InputError for a prompt with such tokens.
     """
     if tokenizer.chat_template is not None:
         try:
             text = render(tokenizer, [{"role": "user", "content": prompt}], prompted=True)
-            return encode(tokenizer, text, special=False)
+            ids = encode(tokenizer, text, special=False)
+            check_ids([ids], vocab_size, tokenizer, "the chat template")
+            reason = "the model's chat template writes nothing"
+            if ids:
+                return ids
         except InputError as error:
-            if note is not None:
-                note(f"the prompt is continued as plain text: {error.message}")
-    return encode(tokenizer, prompt)
+            reason = error.message
+        if note is not None:
+            note(f"the prompt is continued as plain text: {reason}")
+    ids = encode(tokenizer, prompt)
+    check_ids([ids], vocab_size, tokenizer, "the prompt")
+    return ids
 
 
 def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new_tokens: int, seed: int) -> str:
@@ -122,8 +130,8 @@ def sample_text(graph: Path, directory: Path, prompt: str, context: int, max_new
     Greedily, a small model repeats itself.
     """
     tokenizer = load_tokenizer(directory)
-    ids = prompt_ids(tokenizer, prompt)[-(context // 2) :]
     runner = GraphRunner(graph, 1, context)
+    ids = prompt_ids(tokenizer, prompt, runner.vocab_size)[-(context // 2) :]
     steps = generate(
         runner, [ids], min(max_new_tokens, context - len(ids)), *CHAT_SAMPLING, seed, end_ids(tokenizer, directory)
     )
@@ -158,7 +166,8 @@ def stream_text(
     chosen.check(chosen.tokenizer)
     tokenizer = load_tokenizer(chosen.tokenizer)
     # The prompt must leave room in the context.
-    ids = prompt_ids(tokenizer, prompt, note)
+    runner = runner_of(chosen, 1, 1, note)
+    ids = prompt_ids(tokenizer, prompt, runner.vocab_size, note)
     context = chosen.workload.context
     room = context - len(ids)
     if room < 1:
@@ -166,8 +175,6 @@ def stream_text(
     if max_new_tokens is not None and max_new_tokens > room:
         note(f"no more than {room} new tokens: the bundle's context of {context} holds prompt and answer")
     # Generate token by token, and yield what each adds to the text.
-    runner = runner_of(chosen, 1, 1, note)
-    check_ids([ids], runner.vocab_size, tokenizer, "the prompt")
     ends, count = end_ids(tokenizer, chosen.tokenizer), min(max_new_tokens or MAX_NEW_TOKENS, room)
     shown, new_ids = "", []
     for tokens in generate(runner, [ids], count, temperature, top_p, seed, ends, top_k):

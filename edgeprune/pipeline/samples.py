@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.model.model import Model
-from edgeprune.model.tokens.chat import check_ids
+from edgeprune.model.tokens.chat import check_ids, encode
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.pipeline.request import SELF, Request
 
@@ -96,7 +96,9 @@ def pack_texts(
     given = {name: reading.documents for name, reading in evaluation.items()}
     vocab_size = model.decoder.vocab_size
     if calibration is None:
-        opening_of(tokenizer, vocab_size)  # what samples begin with, before any long work
+        # What samples and prompts begin with, before any long work.
+        opening_of(tokenizer, vocab_size)
+        check_ids([encode(tokenizer, "")], vocab_size, tokenizer, "what the tokenizer puts around a text")
     else:
         path = calibration.path
         if given:

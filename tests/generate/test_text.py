@@ -88,9 +88,9 @@ def test_without_a_token_to_begin_with_the_users_own_texts_are_asked_for(graph: 
 
 def test_a_prompt_is_the_users_turn_where_there_is_a_template(folder: Path) -> None:
     plain = load_tokenizer(folder)
-    assert plain.decode(prompt_ids(plain, "hello")) == "hello"
+    assert plain.decode(prompt_ids(plain, "hello", 257, pytest.fail)) == "hello"
     chat = load_tokenizer(configured(folder, chat_template=TEMPLATE))
-    assert chat.decode(prompt_ids(chat, "hello")) == "<user>hello\n<assistant>"
+    assert chat.decode(prompt_ids(chat, "hello", 257, pytest.fail)) == "<user>hello\n<assistant>"
 
 
 def test_an_answer_stays_within_the_context_and_is_drawn_by_seed(graph: Path, folder: Path) -> None:
@@ -139,7 +139,8 @@ def test_a_bundle_streams_what_its_graph_continues(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_fills_the_context_and_a_bundle_of_pictures_are_refused(tmp_path: Path) -> None:
-    bundle = bundled(tmp_path, 4)
+    bundle, model = bundled(tmp_path, 4), llama(True, vocab_size=257)
+    write_graphs(decoder_of(model.config), weights_of(model), bundle / "rungs" / "0" / "onnx", "fp32", [VARIANT])
     with pytest.raises(InputError, match="the prompt of 4 tokens exceeds the bundle's context of 4"):
         streamed(bundle, "once")
     (bundle / "codec").mkdir()
@@ -151,16 +152,26 @@ def test_a_prompt_that_fills_the_context_and_a_bundle_of_pictures_are_refused(tm
 REFUSING = "{{ raise_exception('no lone user') }}"
 
 
-@pytest.mark.parametrize("template", [REFUSING, "{% for m in messages %}", [{"name": "rag", "template": TEMPLATE}]])
+@pytest.mark.parametrize(
+    "template", [REFUSING, "{% for m in messages %}", [{"name": "rag", "template": TEMPLATE}], "<new>" + TEMPLATE]
+)
 def test_where_the_template_refuses_a_lone_user_it_is_said_and_plain_text_taken(
     graph: Path, folder: Path, template: object
 ) -> None:
-    tokenizer, notes = load_tokenizer(configured(folder, chat_template=template)), []
+    changes = {"chat_template": template, "extra_special_tokens": ["<new>"]}  # a token that the model has no row for
+    tokenizer, notes = load_tokenizer(configured(folder, **changes)), []
     assert opening_of(tokenizer, 257, notes.append) == [END]
-    assert prompt_ids(tokenizer, "hello", notes.append) == tokenizer("hello")["input_ids"]
+    assert prompt_ids(tokenizer, "hello", 257, notes.append) == tokenizer("hello")["input_ids"]
     assert len(notes) == 2
     assert all("chat template" in note for note in notes)
     assert len(sample_text(graph, folder, "hello", 20, 4, 0)) <= 4
+
+
+def test_a_template_that_writes_nothing_is_not_taken(folder: Path) -> None:
+    tokenizer, notes = load_tokenizer(configured(folder, chat_template="{# nothing #}")), []
+    assert opening_of(tokenizer, 257) == [END]
+    assert tokenizer.decode(prompt_ids(tokenizer, "hello", 257, notes.append)) == "hello"
+    assert notes == ["the prompt is continued as plain text: the model's chat template writes nothing"]
 
 
 def test_an_opening_of_tokens_without_an_embedding_is_not_taken(folder: Path) -> None:

@@ -110,6 +110,24 @@ def test_tokens_without_an_embedding_are_named_before_any_work(model, notes):
         pack_texts(request, small, *read_texts(request), 24)
 
 
+def test_tokens_around_every_text_need_an_embedding_before_any_work(model, tmp_path):
+    framed = with_tokenizer(model, tmp_path / "framed", chat_template=None)
+    path = framed.directory / "tokenizer.json"
+    new = {"id": 257, "content": "<new>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(new | flags)
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<new>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<new>": {"id": "<new>", "ids": [257], "tokens": ["<new>"]}},
+    }
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"around a text holds tokens .* of 257: <new> \(257\)"):
+        pack_texts(request_of(), framed, None, {}, 24)
+
+
 def test_without_a_token_to_begin_with_only_samples_of_the_users_own_do(model, notes, tmp_path):
     bare = with_tokenizer(model, tmp_path / "bare", bos_token=None, eos_token=None, chat_template=None)
     with pytest.raises(InputError, match="neither a begin nor an end token"):

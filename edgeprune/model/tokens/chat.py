@@ -24,10 +24,17 @@ OTHER_CHATS = "Change this chat, or give plain text: lines with `text`."
 def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     """Returns the token ids of a text; halves of characters, which no tokenizer takes, become U+FFFD.
 
-    special: with the tokens that the tokenizer puts around a text.
+    special: with the tokens that the tokenizer puts around a text. Raises InputError, with the tokenizer's own words,
+    for a text that it has no tokens for.
     """
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return tokenizer(whole, add_special_tokens=special)["input_ids"]
+    try:
+        return tokenizer(whole, add_special_tokens=special)["input_ids"]
+    except Exception as error:  # of the tokenizers package, whose exceptions have no class of their own
+        raise InputError(
+            f"the model's tokenizer cannot split {printable(repr(whole), 60)}: {printable(error)}",
+            "Give the tokenizer an unknown token (unk_token), or texts that it has tokens for.",
+        ) from None
 
 
 def render(

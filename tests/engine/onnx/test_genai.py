@@ -202,7 +202,7 @@ def test_the_pruned_demo_answers_as_edgeprune_run(tmp_path: Path) -> None:
     loaded = og.Tokenizer(og.Model(str(folder)))
     for question in QUESTIONS:
         chat = json.dumps([{"role": "user", "content": question}])
-        ids = prompt_ids(tokenizer, question)
+        ids = prompt_ids(tokenizer, question, model.decoder.vocab_size)
         assert loaded.encode(loaded.apply_chat_template(chat, add_generation_prompt=True)).tolist() == ids
         found = continued(folder, [ids], 32, 256)[0]
         expected = ours(folder / GRAPH_FILE, ids, 32, 256, ends)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from edgeprune.errors import InputError
 from edgeprune.model.tokens.chat import check_ids, encode, render, render_whole
@@ -102,3 +104,13 @@ def test_ids_beyond_the_embedding_are_named(tmp_path: Path) -> None:
         check_ids([np.array([1, 2]), ids], rows, tokenizer, "notes.txt")
     assert "resize_token_embeddings" in caught.value.remedy
     check_ids([ids, []], rows + 2, tokenizer, "notes.txt")
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_one_message() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "lamp": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert encode(tokenizer, "a lamp") == [0, 1]
+    with pytest.raises(InputError, match=r"cannot split 'a stone': .*\[UNK\]") as caught:
+        encode(tokenizer, "a stone")
+    assert "unk_token" in caught.value.remedy
