@@ -11,6 +11,7 @@ import typer
 from edgeprune.cli import options
 from edgeprune.cli.streams import made, note, show
 from edgeprune.errors import InputError
+from edgeprune.files import check_text
 from edgeprune.pipeline.request import check_seed
 
 OF_DRAWING = ("--top-k", "--top-p", "--seed")  # that a temperature of 0 has no use for
@@ -53,6 +54,7 @@ def run(
         return
     if others := [name for name in options.given(context_) if name in options.IMAGES_OF_RUN]:
         raise InputError(f"{', '.join(others)} with --prompt", f"{others[0]} is for pictures: leave one of them out.")
+    check_text(prompt, "--prompt")
     # Print the text as it is generated.
     from edgeprune.generate.text import stream_text
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeprune.errors import EngineError, InputError
-from edgeprune.files import printable, write_bytes
+from edgeprune.files import is_pointer, pointer_error, printable, write_bytes
 from edgeprune.ondevice.onnxruntime import open_session
 
 if TYPE_CHECKING:
@@ -144,9 +144,13 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     others: Counter[str] = Counter()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(part.startswith(".") or part.lower() in OF_SYSTEMS for part in parts) or not path.is_file():
+        if any(part.startswith(".") or part.lower() in OF_SYSTEMS for part in parts):
             continue
-        if (suffix := path.suffix.lower()) in SUFFIXES:
+        if path.is_symlink() and not path.exists():  # as data sets have them whose content was not copied
+            others["broken links"] += 1
+        elif not path.is_file():
+            continue
+        elif (suffix := path.suffix.lower()) in SUFFIXES:
             files.append(path)
         else:
             others[suffix or "no suffix"] += 1
@@ -174,6 +178,8 @@ def _square(path: Path, size: int) -> np.ndarray:
                 ImageOps.exif_transpose(opened, in_place=True)
                 image = _in_colours(_of_8_bits(opened))
     except Exception as error:  # Pillow's readers raise various errors for a damaged file
+        if is_pointer(path):
+            raise pointer_error(path) from None
         raise InputError(
             f"cannot read the image {path}: {printable(error, 200) or type(error).__name__}",
             "Restore the file, or remove it.",

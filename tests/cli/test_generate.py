@@ -84,3 +84,9 @@ def test_options_of_drawing_without_a_temperature_are_told(monkeypatch, temperat
 @pytest.mark.parametrize("seed", ["-1", str(2**70)])
 def test_a_seed_that_no_generator_takes_is_refused(seed):
     assert f"--seed {seed}" in run("--prompt", "say", "--seed", seed).exception.message
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused():
+    error = run("--prompt", b"caf\xe9".decode("utf-8", "surrogateescape")).exception
+    assert isinstance(error, InputError)
+    assert "--prompt 'caf\\udce9' is not UTF-8 text" in error.message

@@ -181,6 +181,17 @@ def test_what_systems_put_beside_pictures_is_passed_over(tmp_path):
     assert read_pixels(tmp_path, 8).others == {}
 
 
+def test_pictures_whose_content_was_not_fetched_are_named_as_such(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "annex" / "a.png")
+    with pytest.raises(InputError, match="holds no images, only 1 of broken links"):
+        read_pixels(tmp_path, 8)
+    save(tmp_path / "b.png", noise(8, 8, 3))
+    assert read_pixels(tmp_path, 8).others == {"broken links": 1}
+    (tmp_path / "b.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=r"b\.png is a pointer of Git LFS"):
+        read_pixels(tmp_path, 8)
+
+
 def test_no_program_is_started_whatever_a_file_holds(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     monkeypatch.setattr("subprocess.check_call", lambda *given, **options: pytest.fail("a program was started"))
