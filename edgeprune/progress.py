@@ -11,6 +11,7 @@ from typing import Protocol
 
 LONG_SECONDS = 10.0  # a stage that has taken so long has a line for each tenth
 PART_SECONDS = 1.0  # a part of a stage that took less has no line
+MOST_BARS = 100  # the oldest goes: a device may tell of stages without end
 OnProgress = Callable[[str, int, int], None]
 """on_progress(stage, done, total): how far a stage is; total 0 where that is unknown."""
 
@@ -168,7 +169,7 @@ def rich_progress() -> Iterator[Progress]:
         return
     bars = Bars(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a device's words
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("left"),
@@ -188,8 +189,10 @@ def rich_progress() -> Iterator[Progress]:
                 bars.update(self.task, total=1, completed=1)
                 bars.stop_task(self.task)
             self.task, self.name = bars.add_task(name, total=total), name
+            if len(bars.task_ids) > MOST_BARS:
+                bars.remove_task(bars.task_ids[0])
             task = self.task
-            return lambda: bars.advance(task)
+            return lambda: bars.advance(task) if task in bars.task_ids else None
 
         def track(self, name: str, done: int, total: int) -> None:
             if name != self.name:

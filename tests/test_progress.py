@@ -114,3 +114,17 @@ def test_on_a_terminal_a_stage_ends_where_the_next_begins(monkeypatch, capsys):
     assert "100%" in lines[0]
     (bar,) = [line for line in lines if "measure" in line]  # one for a stage that counts its own steps
     assert "25%" in bar
+
+
+def test_on_a_terminal_a_name_is_no_markup_and_only_the_last_stages_have_bars(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("edgeprune.progress.MOST_BARS", 3)
+    with rich_progress() as progress:
+        first = progress.stage("the first of them")
+        for index in range(4):
+            progress.track(f"[/] build [red]{index}", 1, 2)
+        first()
+    shown = capsys.readouterr().err
+    last = shown[shown.rindex("[/] build [red]1") :]
+    assert "[red]3" in last
+    assert "the first" not in last
