@@ -41,8 +41,8 @@ from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, measure_latency
 from edgeprune.pipeline.comparison import Comparison, Layout, WidthRule, generate_samples
-from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.kind import Language
+from edgeprune.pipeline.packing import GENERATED
 from edgeprune.profiles import profile_of
 from edgeprune.progress import Silent
 from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times, memory_costs

@@ -29,8 +29,8 @@ import numpy as np
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.pipeline.comparison import Comparison, Layout, WidthRule, generate_samples
-from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.kind import Language
+from edgeprune.pipeline.packing import GENERATED
 from edgeprune.progress import Silent
 from edgeprune.pruning.methods import method_named
 from tools.pages import filled, table

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS
-from tests.support.checkpoints import save_llama
+from tests.support.checkpoints import save_llama, save_uneven
 from tests.support.commands import run, run_alone
 
 
@@ -20,9 +17,7 @@ def home(tmp_path_factory) -> Path:
     save_llama(folder / "mamba")
     config = folder / "mamba" / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"mamba"'))
-    shutil.copytree(folder / "model", folder / "uneven")
-    config = folder / "uneven" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {LAYER_WIDTHS: [[2, 3, 64], [0, 1, 64]]}))
+    save_uneven(folder / "model", folder / "uneven")
     (folder / "empty.txt").write_text("")
     (folder / "binary.txt").write_bytes(b"text\0more")
     (folder / "short.txt").write_text("a few words\n\n" * 300)

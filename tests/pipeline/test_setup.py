@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
 from edgeprune.errors import BudgetError, InputError
-from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS
 from edgeprune.ondevice.figures import Workload
 from edgeprune.pipeline.flow import planner_of, search_budget, smaller_candidates, working
 from edgeprune.pipeline.setup import SLACK_BYTES, prepare
 from edgeprune.progress import Silent
+from tests.support.checkpoints import save_uneven
 from tests.support.runs import home, setup_of
 
 
@@ -88,9 +87,7 @@ def test_a_budget_below_the_floor_is_refused_with_one_that_is_not(small, tmp_pat
 
 
 def test_a_model_that_was_pruned_before_is_refused(small, tmp_path):
-    shutil.copytree(small / "model", tmp_path / "uneven")
-    config = tmp_path / "uneven" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {LAYER_WIDTHS: [[4, 1, 512], [0, 1, 512]]}))
+    save_uneven(small / "model", tmp_path / "uneven")
     with pytest.raises(InputError, match="differ in width: it was pruned before") as caught:
         setup_of(small, tmp_path / "out", model=tmp_path / "uneven")
     assert caught.value.remedy == "Give the model that it was pruned from."
