@@ -67,21 +67,22 @@ class Reading:
         files = ", ".join(f"{count} of {name}" if count > 1 else name for name, count in self.formats.items())
         characters = sum(len(document) for document in self.documents if isinstance(document, str))
         size = f" of {characters:,} characters" if characters else ""
-        return f"{files}; {_plural(len(self.documents), 'document')}{size}"
+        return f"{files}; {plural(len(self.documents), 'document')}{size}"
 
     @property
     def dropped(self) -> str:
         """Returns what was not taken and why, in words."""
-        parts = [f"{_plural(self.duplicates, 'duplicate')} removed"] if self.duplicates else []
+        parts = [f"{plural(self.duplicates, 'duplicate')} removed"] if self.duplicates else []
         parts += [f"{self.empty} without text"] if self.empty else []
-        parts += [f"halves of characters in {_plural(self.halved, 'document')}"] if self.halved else []
+        parts += [f"halves of characters in {plural(self.halved, 'document')}"] if self.halved else []
         if self.left_out:
             more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
             parts.append(f"not read: {', '.join(self.left_out[:SHOWN])}{more}")
         return "; ".join(parts) or "nothing was left out"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """Returns a number of things in words."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 

@@ -88,6 +88,7 @@ def pack_texts(
     if length > limit:
         raise InputError(f"samples of {length} tokens exceed the model's {limit} positions", f"Try --length {limit}.")
     from edgeprune.generate.text import opening_of
+    from edgeprune.pipeline.documents import plural
     from edgeprune.pipeline.packing import hold_out, pack, shuffled, tokenize
 
     tokenizer = load_tokenizer(model.directory)
@@ -109,7 +110,7 @@ def pack_texts(
         packed = pack(tokenize(documents, tokenizer), request.samples, length, tokenizer.eos_token_id)
         check_ids(packed, vocab_size, tokenizer, str(path))
         origin = f"{len(documents)} documents of {path.name}"
-        taken = f"{calibration}; {packed.size:,} tokens of {len(documents):,} as {request.samples} samples"
+        taken = f"{calibration}; {packed.size:,} tokens of {plural(len(documents), 'document')}, as {plural(request.samples, 'sample')}"
         sources.append(Source(f"read {path.name}", taken, calibration.dropped))
     # Texts to evaluate on stay whole.
     tokens = {name: list(tokenize(documents, tokenizer)) for name, documents in given.items()}
@@ -121,7 +122,7 @@ def pack_texts(
         sources.append(Source(f"read {reading.path.name}", taken, reading.dropped))
     if calibration is not None and not evaluation:
         ((name, texts),) = tokens.items()
-        held = f"{len(texts):,} held out to evaluate on, {sum(map(len, texts)):,} tokens"
+        held = f"{plural(len(texts), 'document')} of {sum(map(len, texts)):,} tokens held out to evaluate on"
         sources[0] = replace(sources[0], taken=f"{sources[0].taken}; {held}")
     return UserSamples(packed, tokens, origin, tuple(sources))
 

@@ -36,7 +36,7 @@ def test_what_is_left_out_is_the_profiles_and_each_choice_has_its_reason(small, 
     assert choices["budget"].reason == "none was given: the default of jetson-orin"
     read = choices["read notes.txt"]
     assert read.value.startswith("text; 5 documents of ")
-    assert "; 96 tokens of 4 as 4 samples; 1 held out to evaluate on, " in read.value
+    assert "; 96 tokens of 4 documents, as 4 samples; 1 document of 2," in read.value
     assert read.reason == "nothing was left out"
     assert choices["precision"].reason == "the profile jetson-orin runs fp16"
     assert all(choice.reason for choice in setup.choices)
