@@ -5,8 +5,11 @@ It knows no command.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -42,6 +45,14 @@ def interrupted_by_signals() -> Iterator[None]:
         ending.signal = number
         raise KeyboardInterrupt
 
+    def again(ignored: sys.UnraisableHookArgs) -> None:
+        """Sends the signal once more where Python ignored the interrupt, as it does in __del__."""
+        if isinstance(ignored.exc_value, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main, (ending.signal,)).start()
+        else:
+            hook(ignored)
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.getsignal(number) for number in ENDS}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
@@ -49,6 +60,7 @@ def interrupted_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

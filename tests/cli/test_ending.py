@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -42,3 +43,18 @@ def test_a_signal_that_is_ignored_stays_so():
             assert ending.signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+class EndsWhenItGoes:
+    """An object in whose __del__ the signal comes, where Python ignores exceptions."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_interrupt_that_python_ignores_comes_again(capfd):
+    with pytest.raises(KeyboardInterrupt), interrupted_by_signals():
+        EndsWhenItGoes()
+        time.sleep(20)
+    assert ending.signal == signal.SIGTERM
+    assert capfd.readouterr().err == ""
