@@ -26,7 +26,7 @@ _LIBRARY_ERROR = re.compile(r"os error (\d+)")  # as libraries in Rust tell an O
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _KINDS = {dict: "object", list: "list", str: "text"}
 _WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
-_WORDS |= {float: "a finite number", type(None): "null"}
+_WORDS |= {float: "a finite number", type(None): "null", Any: "of finite numbers"}
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -77,8 +77,9 @@ def parse_json(text: str | bytes, name: str, kind: type = dict, remedy: str = RE
 def checked(value: Any, form: Any, name: str, remedy: str = RESTORE) -> Any:
     """Returns a JSON document of a form; name: of its origin, for the message.
 
-    form: a type, a union of types (float: any finite number), a list of one form for all items, or a dict of forms by
-    key, of which all must be there and no others but where a key is `...`. Raises InputError that names the field.
+    form: a type, a union of types (float: any finite number; Any: all but numbers that are not finite), a list of one
+    form for all items, or a dict of forms by key, of which all must be there and no others but where a key is `...`.
+    Raises InputError that names the field.
     """
     if reason := _difference(value, form, ""):
         raise InputError(f"{name}: {reason}", remedy)
@@ -95,7 +96,7 @@ def _difference(value: Any, form: Any, place: str) -> str | None:
             return f"{_joined(place, missing[0])} is missing"
         if ... not in form and (unknown := [key for key in value if key not in form]):
             return f"{_joined(place, unknown[0])} is not known to this version"
-        inner = ((_joined(place, key), value[key], form[key]) for key in keys)
+        inner = ((_joined(place, key), item, form.get(key, form.get(...))) for key, item in value.items())
     elif isinstance(form, list):
         if not isinstance(value, list):
             return f"{place or 'it'} is not {_WORDS[list]}"
@@ -112,13 +113,22 @@ def _joined(place: str, key: str) -> str:
 def _is_one(value: Any, form: Any) -> bool:
     """Returns whether a value is of a type or of one of a union; true is no number, and infinity none of ours."""
     if form is Any:
-        return True
+        return _is_finite(value)
     kinds = getattr(form, "__args__", (form,))
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int | float) and float in kinds:
         return isfinite(value)
     return isinstance(value, kinds)
+
+
+def _is_finite(value: Any) -> bool:
+    """Returns whether a document of any form holds no infinity and no NaN, which no file of ours may hold."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _in_words(form: Any) -> str:

@@ -145,6 +145,7 @@ def test_a_document_of_the_form_is_returned_as_it_is():
         ({"share": True}, "share is not a finite number or null"),
         ({"parts": {}}, "parts.flag is missing"),
         ({"parts": None}, "parts is not an object"),
+        ({"parts": {"flag": True, "more": [{"x": float("inf")}]}}, "parts.more is not of finite numbers"),
         ({"late": 1}, "late is not known to this version"),
     ],
 )
