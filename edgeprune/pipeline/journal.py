@@ -1,4 +1,4 @@
-"""The journal of a run: one line for the run, then one line, flushed, for each finished stage.
+"""The journal of a run: one line for the run, then one line, flushed, for each finished stage, each with its hash.
 
 A stage's files are complete before its line is written; a run that was killed goes on after the last
 line. One process at a time has the folder. It knows nothing about what the stages do.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from edgeprune.pipeline.ownership import (
     remove_ours,
 )
 
+DIGEST = "sha256"  # of a line, in it
 ID = "run"  # in the first line, and in the manifest of the bundle that the run writes
 
 
@@ -230,14 +232,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(complete.splitlines(), 1)
     ]
     for number, line in enumerate(lines, 1):
-        fields = {ID: str} if number == 1 else {"stage": str, "seconds": (int, float), "result": object}
-        if not all(name in line and isinstance(line[name], kind) for name, kind in fields.items()):
-            raise InputError(f"{path}, line {number}, is not of a journal", remedy)
+        if line.pop(DIGEST, None) != _digest(line):
+            raise InputError(f"{path}, line {number}, is damaged or not of a journal", remedy)
     return lines
+
+
+def _digest(line: dict[str, Any]) -> str:
+    """Returns the sha256 of a line without it: what stages read back is what they wrote."""
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({**line, DIGEST: _digest(line)}) + "\n")
         file.flush()
         os.fsync(file.fileno())

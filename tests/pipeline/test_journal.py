@@ -96,6 +96,20 @@ def test_a_line_that_no_journal_has_is_told_and_force_starts_afresh(tmp_path, li
     begun(work, force=True).close()
 
 
+def test_a_result_that_changed_meanwhile_is_not_taken(tmp_path):
+    work = tmp_path / "out.work"
+    with open_journal(work, RUN, resume=False, force=False) as journal:
+        journal.stage("one", lambda: {"loss": 2.5})
+    text = (work / JOURNAL).read_text()
+    (work / JOURNAL).write_text(text.replace("2.5", "1.5"))
+    with pytest.raises(InputError, match="line 2, is damaged") as caught:
+        open_journal(work, RUN, resume=True, force=False)
+    assert caught.value.remedy == "Start afresh with --force."
+    (work / JOURNAL).write_text(text)
+    with open_journal(work, RUN, resume=True, force=False) as journal:
+        assert journal.stage("one", lambda: None) == {"loss": 2.5}
+
+
 def test_resume_of_nothing_begins(tmp_path):
     with begun(tmp_path / "work", resume=True) as journal:
         assert journal.seconds == {}
