@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.support.checkpoints import save_llama
 from tests.support.durations import durations
-from tools.campaign_runs import Ended, Runs
+from tools.campaign_runs import Ended, Runs, Signal
 
 TIMES = {
     "measure_seconds": 0.05,
@@ -76,10 +76,18 @@ class Home:
         else:
             self.folder.rmdir()
 
-    def run(self, words: tuple[object, ...], place: Path, **how: object) -> Ended:
-        """Returns how a run in a try's folder ended; its cache is there too."""
-        variables = {"EDGEPRUNE_CACHE": str(how.pop("cache", place / "cache"))}
-        ended = self.runs.run(words, place, variables, **how)
+    def run(
+        self,
+        words: Sequence[object],
+        place: Path,
+        cache: Path | None = None,
+        path: str | None = None,
+        before: Callable[[], None] = lambda: None,
+        kill: Signal | None = None,
+    ) -> Ended:
+        """Returns how a run in a try's folder ended. cache: elsewhere than there; path: where ssh is."""
+        variables = {"EDGEPRUNE_CACHE": str(cache or place / "cache"), "PATH": path or os.environ["PATH"]}
+        ended = self.runs.run(words, place, variables, before, kill)
         with _printed(place).open("a", encoding="utf-8") as file:
             file.write(f"$ edgeprune {' '.join(ended.words)} -> {ended.code}\n{ended.output}{ended.errors}\n")
         return ended
@@ -104,9 +112,9 @@ class Home:
         """A cache that holds all that runs on this machine's processor look up."""
         return self.bundle.with_name("of-cpu.cache")
 
-    def _made(self, words: tuple[object, ...], name: str, before: Callable[[], None] = lambda: None) -> Path:
+    def _made(self, words: Sequence[object], name: str) -> Path:
         place, output = self.begin(), self.folder / name
-        ended = self.run((*words, "--output", output), place, before=before)
+        ended = self.run((*words, "--output", output), place)
         if ended.code not in (0, 3):
             raise SystemExit(f"the run that the others are compared to failed:\n{ended.output}{ended.errors}")
         (place / "cache").rename(self.folder / f"{name}.cache")
