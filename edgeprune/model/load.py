@@ -46,6 +46,7 @@ Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoi
 Stands = dict[str, list[tuple[Path, str, StoredTensor]]]  # by name of the weight: the tensors with its rows, in order
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a weights file, in its fingerprint
 SAFETENSORS = ".safetensors"
+LONGEST = 200  # characters of a file's name
 WEIGHT_FILES = (".pt", ".pth", ".bin", SAFETENSORS)
 FILES = "a .gguf file, or LlamaGen's c2i_*.pt"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; the first that is there
@@ -252,12 +253,12 @@ def _shards(index: Path) -> list[Path]:
     names = read_json(index, remedy=AGAIN).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
         raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.")
-    if foreign := [name for name in names.values() if Path(name).name != name or "\0" in name]:
+    if foreign := [name for name in names.values() if Path(name).name != name or "\0" in name or len(name) > LONGEST]:
         raise InputError(f"{index} names {printable(repr(foreign[0]))}, which is no file beside it", AGAIN)
     files = sorted({index.parent / name for name in names.values()})
     for file in files:
         if not file.is_file():
-            raise InputError(f"the shard {file.name} is missing in {index.parent}", AGAIN)
+            raise InputError(f"the shard {printable(file.name)} is missing in {index.parent}", AGAIN)
     return files
 
 

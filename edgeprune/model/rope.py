@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import printable
 from edgeprune.model.decoder import Rotary
 
 Parameters = Mapping[str, Any]
@@ -90,7 +91,7 @@ def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: 
             return _yarn(frequencies, base, parameters, config)
         case "longrope":
             return _longrope(frequencies, parameters, config)
-    raise InputError(f"unsupported rope scaling {kind!r}", f"Supported are: {', '.join(KINDS)}.")
+    raise InputError(f"unsupported rope scaling {printable(repr(kind), 60)}", f"Supported are: {', '.join(KINDS)}.")
 
 
 def longrope_context(parameters: Parameters, config: Parameters) -> int | None:
@@ -171,8 +172,10 @@ def _longrope(frequencies: tuple[float, ...], parameters: Parameters, config: Pa
     They hold within the original context.
     """
     short = [float(value) for value in parameters["short_factor"]]
-    if len(short) != len(frequencies):
-        raise SenselessError(f"{len(short)} short_factor values for {len(frequencies)} pairs")
+    long = [float(value) for value in parameters.get("long_factor") or short]
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != len(frequencies):
+            raise SenselessError(f"{len(factors)} {name} values for {len(frequencies)} pairs")
     original = _original(parameters, config)
     factor = int(config["max_position_embeddings"]) / original
     scaling = parameters.get("attention_factor")

@@ -152,6 +152,7 @@ BAD = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors or pytorch_model.bin"),
     "a .bin file of another kind": (_renamed, "is not a PyTorch checkpoint"),
     "an index of a list": (_index('{"weight_map": ["model-1.safetensors"]}'), "is not a shard index"),
+    "an index of a name that no file has": (_index(json.dumps({"weight_map": {"a": "x" * 5000}})), "is no file beside"),
     "an index of another folder": (_index('{"weight_map": {"a": "../b.safetensors"}}'), "is no file beside it"),
     "missing shard": (_missing_shard, "shard model-00001"),
     "truncated": (_cut, "truncated"),

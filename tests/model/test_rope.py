@@ -122,6 +122,8 @@ def test_only_longrope_ends_with_its_original_context():
         ({"partial_rotary_factor": 2.0}, SenselessError, "partial_rotary_factor 2.0 of head_dim 8"),
         ({"rope_type": "linear"}, KeyError, "factor"),
         (LONGROPE | {"short_factor": [1.0]}, SenselessError, "1 short_factor values for 4 pairs"),
+        (LONGROPE | {"long_factor": [1.0]}, SenselessError, "1 long_factor values for 4 pairs"),
+        ({"rope_type": "x" * 10000}, InputError, r"scaling 'x{29} \.\.\. x{29}'$"),
         (
             {
                 "rope_type": "llama3",
@@ -134,7 +136,17 @@ def test_only_longrope_ends_with_its_original_context():
             "low_freq_factor 4 is not below high_freq_factor 4",
         ),
     ],
-    ids=["kind", "theta", "part", "more than all", "no factor", "too few factors", "no range"],
+    ids=[
+        "kind",
+        "theta",
+        "part",
+        "more than all",
+        "no factor",
+        "too few factors",
+        "too few long factors",
+        "a long name",
+        "no range",
+    ],
 )
 def test_parameters_that_make_no_sense_are_named(parameters, error, reason):
     with pytest.raises(error, match=reason) as caught:

@@ -13,7 +13,7 @@ from edgeprune.errors import InputError
 from edgeprune.files import printable
 
 # Buffers that their owners compute anew. Those by family are `_keys_to_ignore_on_load_unexpected` of transformers.
-BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids", r"^freqs_cis", r"(^|\.)decoder\.version")
+BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids", r"(^|\.)freqs_cis", r"(^|\.)decoder\.version")
 BUFFERS_OF = {
     "gpt2": (r"(^|\.)attn\.(masked_)?bias", r"crossattention\.(masked_)?bias"),
     "imagegpt": (r"(^|\.)attn\.(masked_)?bias", r"crossattention\.(masked_)?bias"),
@@ -27,6 +27,10 @@ QUANTISED = re.compile(
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 SHOWN = 4  # groups in a message
 DO_NOT_MATCH = "config.json and the weights do not match."
+ANEW = (
+    'If the model is right without these tensors, as transformers loads it, write it anew: python -c "from '
+    "transformers import AutoModelForCausalLM as Model; Model.from_pretrained('FOLDER').save_pretrained('NEW')\"."
+)
 
 
 def check_unread(family: str, layers: int, unread: Collection[str], missing: Collection[str]) -> None:
@@ -57,17 +61,17 @@ def check_unread(family: str, layers: int, unread: Collection[str], missing: Col
     if beyond := [name for name in others if (match := LAYER.search(name)) and int(match[1]) >= layers]:
         raise InputError(
             f"the checkpoint has more than the {layers} layers of config.json: {_grouped(beyond)}",
-            "Restore the checkpoint's own config.json, or remove these tensors.",
+            f"Restore the checkpoint's own config.json. {ANEW}",
         )
     if biases := [name for name in others if name.endswith(".bias")]:
         raise InputError(
             f"the checkpoint has biases that config.json does not describe: {_grouped(biases)}",
-            'Set "attention_bias" or "mlp_bias" in config.json where the family has it, or remove the tensors.',
+            f'Set "attention_bias" or "mlp_bias" in config.json where the family has it. {ANEW}',
         )
     if others:
         raise InputError(
             f"the checkpoint has tensors that a model of the family {family} does not have: {_grouped(others)}",
-            "Restore the checkpoint's own config.json, or remove these tensors if they change nothing.",
+            f"Restore the checkpoint's own config.json. {ANEW}",
         )
 
 

@@ -99,8 +99,10 @@ def _generation(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: config[name] for name in names if config.get(name) is not None}
     turn = fields.get("tokenizer.ggml.eot_token_id")
+    if turn is not None and type(turn) is not int:
+        raise InputError(f"tokenizer.ggml.eot_token_id {printable(repr(turn), 60)} is no token id", RESTORE)
     if turn is not None and turn != ids.get("eos_token_id"):
-        ids["eos_token_id"] = [*([ids["eos_token_id"]] if "eos_token_id" in ids else []), int(turn)]
+        ids["eos_token_id"] = [*([ids["eos_token_id"]] if "eos_token_id" in ids else []), turn]
     return ids
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import printable
 
 if TYPE_CHECKING:
     from tokenizers import normalizers, pre_tokenizers
@@ -91,7 +92,8 @@ def words_of(name: str) -> Words:
     """Returns the rules of a name. Raises InputError for a name that is not known."""
     if name not in PRE_TOKENIZERS:
         raise InputError(
-            f"unsupported GGUF pre-tokenizer {name!r}", f"Supported are: {', '.join(PRE_TOKENIZERS)}. {HUB}"
+            f"unsupported GGUF pre-tokenizer {printable(repr(name), 60)}",
+            f"Supported are: {', '.join(PRE_TOKENIZERS)}. {HUB}",
         )
     return PRE_TOKENIZERS[name]
 

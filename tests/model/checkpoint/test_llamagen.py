@@ -97,6 +97,9 @@ CONTAINERS = {
     "DeepSpeed's": lambda weights: {"module": weights, "global_steps": 7},
     "a state_dict": lambda weights: {"state_dict": weights},
     "compiled": lambda weights: {"model": {f"_orig_mod.{name}": weight for name, weight in weights.items()}},
+    "compiled, with its angles": lambda weights: {
+        f"_orig_mod.{name}": weight for name, weight in (weights | {"freqs_cis": torch.zeros(65, 8, 2)}).items()
+    },
     "with its angles": lambda weights: weights | {"freqs_cis": torch.zeros(65, 8, 2)},
 }
 

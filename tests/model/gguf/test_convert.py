@@ -68,6 +68,16 @@ def test_a_turn_may_end_with_another_token(tmp_path):
     assert settings == {"bos_token_id": 0, "eos_token_id": [0, 7]}
 
 
+def test_a_turn_that_ends_with_a_text_is_refused(tmp_path):
+    write(
+        tmp_path / "m.gguf",
+        llama(**SETTINGS),
+        more=lambda writer: writer.add_string("tokenizer.ggml.eot_token_id", "<end>"),
+    )
+    with pytest.raises(InputError, match="eot_token_id '<end>' is no token id"):
+        converted(tmp_path / "m.gguf")
+
+
 def test_without_a_cache_it_is_converted_into_a_folder_that_goes(tmp_path, monkeypatch):
     write(tmp_path / "m.gguf", llama(**SETTINGS))
     (tmp_path / "occupied").write_text("a file")
