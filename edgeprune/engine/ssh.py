@@ -13,11 +13,12 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.engine.answers import REMEDY, AnyMessage, Done, Go, Hello, Refusal, Step, read_message
+from edgeprune.engine.pipes import Incoming, Late, Outgoing
 from edgeprune.errors import EngineError, InputError, Unreachable
 from edgeprune.files import printable
 from edgeprune.ondevice.agent import CHUNK, PROTOCOL
@@ -58,8 +59,8 @@ _COMPLAINTS = (
 BANNER_LINES, BANNER_BYTES = 1000, 1 << 16  # that a login shell may print before the agent begins, and in each of them
 MOST_LINE = 16 << 20  # bytes of a message
 STEP_SECONDS = 600.0  # until an answer must have come that takes no work, whatever signs of life there are
-SLOWEST_DISK = 1e6  # bytes a second
-END_SECONDS, WATCH_SECONDS = 5.0, 0.2
+SLOWEST_DISK, SLOWEST_NETWORK = 1e6, 1e4  # bytes a second
+END_SECONDS = 10.0  # in which ssh may end by itself
 ALIVE = {"alive": True}
 _SILENT = "Check the device and its load, and try again; a fit goes on with --resume."
 _USER = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"
@@ -111,30 +112,34 @@ class Talk:
 
     def __init__(self, process: _Ssh, target: Target) -> None:
         self._process, self._target = process, target
+        self._incoming, self._outgoing = Incoming(process.stdout), Outgoing(process.stdin)
         self._lock = threading.RLock()
-        self._watchdog = Watchdog(process.kill)
         self.work = ""
 
-    def greet(self) -> None:
-        """Waits for the agent's first message, and skips what a login shell prints before it.
+    def greet(self, first: Iterator[bytes]) -> None:
+        """Sends what starts the agent and waits for its first message; skips what a login shell prints before it.
 
         Raises EngineError where it does not come, or is of another protocol.
         """
         # Skip lines, but keep their end for an error.
-        skipped = b""
-        end = time.monotonic() + timing().greeting_seconds
-        for _ in range(BANNER_LINES):
-            with self._watchdog.within(end - time.monotonic()):
-                line = self._process.stdout.readline(BANNER_BYTES)
-            hello = _document(line)
-            if "protocol" in hello or "error" in hello:
-                break
-            skipped = (skipped + line)[-1000:]
-            if not line:
-                raise self.lost(skipped, before=True)
-        else:
+        skipped, end = b"", time.monotonic() + timing().greeting_seconds
+        try:
+            self.write(first, end)
+            for _ in range(BANNER_LINES):
+                line = self._incoming.line(BANNER_BYTES, end)
+                hello = _document(line)
+                if "protocol" in hello or "error" in hello:
+                    break
+                skipped = (skipped + line)[-1000:]
+                if not line:
+                    raise self.lost(skipped, before=True)
+            else:
+                raise Late
+        except Late:
             self._process.kill()
-            raise self.lost(skipped, before=True)
+            raise self.lost(skipped, before=True) from None
+        except (BrokenPipeError, ValueError):
+            raise self._last_words(before=True) from None
         # The agent must be that of this version.
         greeting = self._read(Hello, hello)
         if greeting.protocol != PROTOCOL:
@@ -148,28 +153,35 @@ class Talk:
         """Sends a document."""
         self.send(iter([json.dumps(document).encode() + b"\n"]))
 
-    def send(self, body: Iterator[bytes], before: bool = False) -> None:
-        """Sends bytes; raises EngineError with the reason where nobody reads them. before: no agent runs yet."""
+    def send(self, body: Iterator[bytes], size: int = 0) -> None:
+        """Sends `size` bytes, or a document; raises EngineError with the reason where nobody reads them."""
         try:
-            for chunk in body:
-                with self._watchdog.within(timing().silence_seconds):
-                    self.write(iter([chunk]))
+            self.write(body, time.monotonic() + STEP_SECONDS + size / SLOWEST_NETWORK)
+        except Late:
+            raise self._silent() from None
         except (BrokenPipeError, ValueError):
-            raise self._last_words(before) from None
+            raise self._last_words() from None
 
-    def write(self, body: Iterator[bytes]) -> None:
-        """Writes bytes to ssh without anything in between; raises OSError or ValueError where nobody reads them."""
+    def write(self, body: Iterator[bytes], end: float) -> None:
+        """Writes bytes to ssh without anything in between.
+
+        Raises OSError or ValueError where nobody reads them, Late where they are not read before the end, a time, or
+        for too long: ssh is ended then, because half a message is on its way.
+        """
         with self._lock:
             for chunk in body:
-                self._process.stdin.write(chunk)
-            self._process.stdin.flush()
+                try:
+                    self._outgoing.write(chunk, _soon(end))
+                except Late:
+                    self._process.kill()
+                    raise
 
     def put(self, sha256: str, size: int, body: Iterator[bytes]) -> None:
         """Sends a file; the lock keeps every sign of life out between its announcement and its bytes."""
         with self._lock:
             self.say({"do": "put", "sha256": sha256, "size": size})
             self.hear(Go)
-            self.send(body)
+            self.send(body, size)
         self.hear(Done, STEP_SECONDS + size / SLOWEST_DISK)
 
     def hear(
@@ -182,12 +194,15 @@ class Talk:
         """
         end = time.monotonic() + seconds
         while True:
-            left = end - time.monotonic()
-            if left <= 0:
+            try:
+                line = self._incoming.line(MOST_LINE, _soon(end))
+            except Late:
+                line = b""
+                if time.monotonic() < end:
+                    raise self._silent() from None
+            if time.monotonic() >= end:
                 self._process.kill()
                 raise Unreachable(f"{self._target} did not answer within {seconds:.0f} s", _SILENT)
-            with self._watchdog.within(min(left, timing().silence_seconds)):
-                line = self._process.stdout.readline(MOST_LINE)
             if len(line) >= MOST_LINE:
                 self._process.kill()
                 raise EngineError(f"{self._target} sends a line without an end", REMEDY)
@@ -212,30 +227,31 @@ class Talk:
 
     def take(self, size: int) -> Iterator[bytes]:
         """Yields the next `size` bytes in chunks; raises EngineError where the connection ends before."""
+        end = time.monotonic() + STEP_SECONDS + size / SLOWEST_NETWORK
         while size:
-            with self._watchdog.within(timing().silence_seconds):
-                chunk = self._process.stdout.read1(min(CHUNK, size))
+            try:
+                chunk = self._incoming.some(min(CHUNK, size), _soon(end))
+            except Late:
+                raise self._silent() from None
             if not chunk:
                 raise self.lost()
             size -= len(chunk)
             yield chunk
 
-    def end(self) -> None:
-        """Ends the conversation and ssh, whatever the device does."""
-        with self._watchdog.within(END_SECONDS):  # what is still in the pipe may be read by nobody
-            self._process.end()
-        self._watchdog.stop()
+    def _silent(self) -> EngineError:
+        """Ends ssh, and returns the error for a device that does not go on."""
+        self._process.kill()
+        return Unreachable(f"{self._target} gave no sign of life for {timing().silence_seconds:.0f} s", _SILENT)
 
-    def _last_words(self, before: bool) -> EngineError:
+    def _last_words(self, before: bool = False) -> EngineError:
         """Returns the error for which nobody reads any longer: that of the agent, if it sent one, else that of ssh."""
-        self._process.leave(10)
-        for _ in range(BANNER_LINES):
-            document = _document(line := self._process.stdout.readline(BANNER_BYTES))
-            if "error" in document:
-                refusal = read_message(Refusal, document, str(self._target))
-                return EngineError(f"{self._target}: {refusal.error}", refusal.remedy)
-            if not line:
-                break
+        self._process.leave()
+        end = time.monotonic() + END_SECONDS
+        with contextlib.suppress(Late):
+            while line := self._incoming.line(BANNER_BYTES, end):
+                if "error" in (document := _document(line)):
+                    refusal = read_message(Refusal, document, str(self._target))
+                    return EngineError(f"{self._target}: {refusal.error}", refusal.remedy)
         return self.lost(before=before)
 
     def lost(self, line: bytes = b"", before: bool = False) -> EngineError:
@@ -243,11 +259,8 @@ class Talk:
 
         line: what was read last; before: no agent ever ran.
         """
-        if self._watchdog.is_late:
-            self._process.leave(1)
-            return Unreachable(f"{self._target} gave no sign of life for {self._watchdog.seconds:.0f} s", _SILENT)
         # Collect the last output, and the command with which the user can try it by hand.
-        self._process.leave(10)
+        self._process.leave()
         tail = (line[-1000:] + self._process.stderr_tail()).decode(errors="replace")
         output = " ".join(printable(tail, 5000).split())
         words = self._target.words()
@@ -278,6 +291,11 @@ def _document(line: bytes) -> dict[str, Any]:
     return {}
 
 
+def _soon(end: float) -> float:
+    """Returns the time until which the next sign of life is waited for; end: of the whole."""
+    return min(end, time.monotonic() + timing().silence_seconds)
+
+
 @contextlib.contextmanager
 def talking(target: Target, first: Iterator[bytes]) -> Iterator[Talk]:
     """Opens ssh to a target, and sends it `first`, which starts the agent there.
@@ -289,57 +307,28 @@ def talking(target: Target, first: Iterator[bytes]) -> Iterator[Talk]:
     except FileNotFoundError:
         raise EngineError("this machine has no ssh", "Install it: sudo apt install openssh-client") from None
     over = threading.Event()
-    talk = Talk(process, target)
     try:
-        talk.send(first, before=True)
-        talk.greet()
+        talk = Talk(process, target)
+        talk.greet(first)
         threading.Thread(target=_keep_alive, args=(talk, over), daemon=True).start()
         yield talk
     finally:
         over.set()
-        talk.end()
-
-
-class Watchdog:
-    """A thread that calls `bite` where something takes longer than it may; is_late: it did, after so many seconds."""
-
-    def __init__(self, bite: Callable[[], None]) -> None:
-        self.is_late, self.seconds = False, 0.0
-        self._bite, self._end, self._over = bite, float("inf"), threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    @contextlib.contextmanager
-    def within(self, seconds: float) -> Iterator[None]:
-        """Gives the block so much time."""
-        self.seconds, self._end = seconds, time.monotonic() + seconds
-        try:
-            yield
-        finally:
-            self._end = float("inf")
-
-    def stop(self) -> None:
-        """Ends the watch."""
-        self._over.set()
-
-    def _watch(self) -> None:
-        while not self._over.wait(WATCH_SECONDS):
-            if time.monotonic() > self._end:
-                self.is_late = True
-                self._bite()
-                return
+        process.end()
 
 
 class _Ssh(subprocess.Popen):
     """A process of ssh, of whose standard error the end is kept."""
 
     def __init__(self, words: list[str]) -> None:
-        super().__init__(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        pipe = subprocess.PIPE
+        super().__init__(words, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
         self._words = bytearray()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def _listen(self) -> None:
-        while data := self.stderr.read1(4096):
+        while data := self.stderr.read(4096):
             self._words += data
             del self._words[:-4000]
 
@@ -348,10 +337,10 @@ class _Ssh(subprocess.Popen):
         self._listener.join(timeout=2)
         return bytes(self._words)
 
-    def leave(self, seconds: float) -> None:
+    def leave(self) -> None:
         """Waits for its end; kills it if it does not come in time."""
         try:
-            self.wait(timeout=seconds)
+            self.wait(timeout=END_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
             self.wait()
@@ -360,7 +349,7 @@ class _Ssh(subprocess.Popen):
         """Ends the agent by closing the standard input, and then ssh."""
         with contextlib.suppress(OSError):
             self.stdin.close()
-        self.leave(END_SECONDS)
+        self.leave()
         self._listener.join(timeout=2)
         self.stdout.close()
         if not self._listener.is_alive():  # a shared connection of the user's may live on and hold it
@@ -370,5 +359,5 @@ class _Ssh(subprocess.Popen):
 def _keep_alive(talk: Talk, over: threading.Event) -> None:
     """Sends signs of life until `over` is set."""
     while not over.wait(timing().alive_seconds):
-        with contextlib.suppress(OSError, ValueError):  # whoever waits for an answer gets the error
-            talk.write(iter([b'{"do": "alive"}\n']))
+        with contextlib.suppress(OSError, ValueError, Late):  # whoever waits for an answer gets the error
+            talk.write(iter([b'{"do": "alive"}\n']), time.monotonic() + STEP_SECONDS)
