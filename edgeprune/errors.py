@@ -6,7 +6,8 @@
     ├── BudgetError     3   the budget, or budget and quality together, is out of reach
     └── EngineError     4   an engine or a device failed
         ├── WrongEngine     an engine that computes something else than its graph
-        └── Unreachable     the device went away, or never answered
+        ├── Unreachable     the device went away, or never answered
+        └── BadAnswer       the device answered with something that no device can mean
 
 Every error names what is wrong and what to do about it. This file knows none of the places that raise them.
 """
@@ -53,3 +54,7 @@ class WrongEngine(EngineError):
 
 class Unreachable(EngineError):
     """A place to run tasks that cannot be reached, or no longer: every other task would fail there as well."""
+
+
+class BadAnswer(EngineError):
+    """A message that is malformed, or a figure that cannot be: nothing else from its sender is believed either."""

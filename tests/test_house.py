@@ -186,6 +186,7 @@ def test_every_error_kind_has_an_exit_code_and_a_remedy():
         "EngineError": 4,
         "WrongEngine": 4,
         "Unreachable": 4,
+        "BadAnswer": 4,
     }
     for kind in kinds:
         with pytest.raises(TypeError):
@@ -193,7 +194,7 @@ def test_every_error_kind_has_an_exit_code_and_a_remedy():
 
 
 def test_every_raised_error_has_a_remedy():
-    names = {"InputError", "NumericalError", "BudgetError", "EngineError", "WrongEngine", "Unreachable"}
+    names = {"InputError", "NumericalError", "BudgetError", "EngineError", "WrongEngine", "Unreachable", "BadAnswer"}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:

@@ -24,12 +24,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.choose import NAMES
 from edgeprune.engine.probe import Probed, probe_gpu, probe_processor
 from edgeprune.engine.remote import Device, Target
 from edgeprune.errors import EdgepruneError, EngineError, InputError
 from edgeprune.ondevice import measure
-from edgeprune.ondevice.measure import LocalSession, Session
+from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES
 from edgeprune.ondevice.worker import OnProgress
 from edgeprune.profiles import DeviceProfile, list_profiles, load_profile, profile_toml
@@ -189,7 +190,7 @@ def run(options: argparse.Namespace, on_progress: OnProgress) -> DeviceProfile:
     check_output(options.output, options.force)
     if options.like is not None:
         load_profile(options.like)  # a bad name fails before anything is measured
-    session: Session = LocalSession() if options.target is None else Device(Target.parse(options.target))
+    session: Session = ThisMachine() if options.target is None else Device(Target.parse(options.target))
     where = options.target or "this machine"
     choice = choose(options.engine, measure.describe(session, on_progress), where)
     on_progress(f"engine {choice.flavour} on {choice.device}: {choice.reason}", 0, 0)

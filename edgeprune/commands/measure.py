@@ -6,10 +6,10 @@ from pathlib import Path
 
 from edgeprune.bundle.read import check_reports, read_report, render_again
 from edgeprune.commands.result import Result
+from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.remote import target_of
 from edgeprune.ondevice.bundle import open_chosen
 from edgeprune.ondevice.finish import finish
-from edgeprune.ondevice.measure import LocalSession
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.schema import Report
 
@@ -30,6 +30,6 @@ def measure(
     where = "this machine" if device is None else str(device)
     open_chosen(folder)
     check_reports(folder)
-    finish(folder, device or LocalSession(), where, progress_of(progress).track)
+    finish(folder, device or ThisMachine(), where, progress_of(progress).track, Report.model_validate_json)
     render_again(folder)
     return Result(folder, read_report(folder))

@@ -1,33 +1,34 @@
 """Each message of a device as a schema: types, finite figures, bounded sizes and texts. A device is a stranger.
 
-The device's side has none of this: it runs there without pydantic. What a message does is not known here.
+The device's side has none of this: it runs there without pydantic. Tasks on this machine are held to the same schema.
+What a message does is not known here, and texts are clean already (ondevice/lines.py).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edgeprune.errors import EngineError
+from edgeprune.errors import BadAnswer
 from edgeprune.files import printable
+from edgeprune.ondevice import measure
+from edgeprune.ondevice.lines import MOST_TEXT
+from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.ondevice.worker import OnProgress
 
-MOST_TEXT = 4000  # characters
 REMEDY = "Another program may speak there, or the device is damaged: try again, and look what python3 is there."
 
 
-def _clean(text: str) -> str:
-    """Returns a text on one line and without control characters: a terminal will show it."""
-    return " ".join(printable(text, MOST_TEXT).split())
-
-
-Text = Annotated[str, Field(max_length=1 << 20), AfterValidator(_clean)]
+Text = Annotated[str, Field(max_length=MOST_TEXT + 10)]
 Texts = Annotated[list[Text], Field(max_length=1000)]
 Named = Annotated[dict[Text, Text], Field(max_length=1000)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 Amount = Annotated[float, Field(ge=0, le=1e18)]
-Latency = Annotated[float, Field(gt=0, le=1e9)]  # ms
+Latency = Annotated[float, Field(ge=1e-6, le=1e9)]  # ms, or a ratio of two; the reciprocal is finite too
+Seconds = Annotated[float, Field(ge=1e-9, le=1e6)]
+_MODULES = {"numpy", *(runtime.module for runtime in RUNTIMES.values())}
 
 
 class Message(BaseModel):
@@ -71,7 +72,7 @@ class Step(Message):
     def state(self) -> tuple[str, int, int]:
         """Returns stage, steps done and steps in all."""
         stage, done, total = self.progress
-        return _clean(stage), done, total
+        return stage, done, total
 
 
 class _Progress(Message):
@@ -137,6 +138,14 @@ class Description(Message):
     memory: Annotated[dict[Text, Annotated[int, Field(ge=-(1 << 50), le=1 << 50)]], Field(max_length=100)]
     platform: Text
 
+    @model_validator(mode="after")
+    def _complete(self) -> Description:
+        if set(self.modules) != _MODULES:
+            raise ValueError(f"the modules are not {', '.join(sorted(_MODULES))}")
+        if set(self.missing) != {name for name, version in self.modules.items() if version is None}:
+            raise ValueError("the reasons are not those of the missing modules")
+        return self
+
 
 class Build(Message):
     version: Text
@@ -186,13 +195,13 @@ class Processor(Message):
     version: Text
     runtime: Bytes
     processor: Text
-    memory: Amount
+    memory: Annotated[float, Field(ge=1, le=1 << 50)]
     cache: Bytes
     available: Bytes | None
 
 
 class Took(Message):
-    seconds: Latency
+    seconds: Seconds
     spread: Annotated[float, Field(ge=-1, le=1e9)]
 
 
@@ -221,13 +230,13 @@ AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
 def read_message(kind: type[AnyMessage], document: Any, where: str) -> AnyMessage:
-    """Returns a message of that kind. where: the device in words. Raises EngineError for anything else."""
+    """Returns a message of that kind. where: the device in words. Raises BadAnswer for anything else."""
     try:
         return kind.model_validate(document)
     except (ValidationError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
         place = ".".join(printable(part, 40) for part in first["loc"][:6])
-        raise EngineError(
+        raise BadAnswer(
             f"{where} answers what edgeprune does not ask ({kind.__name__.lower()}{': ' + place if place else ''}: "
             f"{printable(first['msg'], 120)})",
             REMEDY,
@@ -235,7 +244,7 @@ def read_message(kind: type[AnyMessage], document: Any, where: str) -> AnyMessag
 
 
 def read_answer(request: dict[str, Any], answer: Any, where: str) -> dict[str, Any]:
-    """Returns the answer of a task, with texts that a terminal can show. Raises EngineError for any other than asked.
+    """Returns the answer of a task, with texts that a terminal can show. Raises BadAnswer for any other than asked.
 
     request: as ondevice.tasks takes it; where: the device in words.
     """
@@ -247,7 +256,15 @@ def read_answer(request: dict[str, Any], answer: Any, where: str) -> dict[str, A
         names = ["candidate"] if isinstance(message, OnGpu) else list(request["files"])
         for timed in (message.prefill, message.decode):
             if list(timed) != names or any(timed[name].ratio is None for name in names[1:]):
-                raise EngineError(f"{where} answers with times of other graphs than were asked for", REMEDY)
+                raise BadAnswer(f"{where} answers with times of other graphs than were asked for", REMEDY)
     if isinstance(message, Probe) and set(message.took) != set(request["files"]):
-        raise EngineError(f"{where} answers with times of other graphs than were asked for", REMEDY)
+        raise BadAnswer(f"{where} answers with times of other graphs than were asked for", REMEDY)
     return message.model_dump(exclude_unset=True)
+
+
+class ThisMachine(measure.LocalSession):
+    """A session on this machine whose answers are held to the schema of a device's."""
+
+    def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: OnProgress) -> dict[str, Any]:
+        """Runs a task in a process of its own and returns its answer. Raises EngineError."""
+        return read_answer(request, super().run(request, timeout_seconds, on_progress), "this machine")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import BuiltAhead, Engine, Estimated, OnnxRuntime, TensorRT
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.measure import LocalSession, Session
+from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES, preferred
 from edgeprune.ondevice.worker import quiet
 from edgeprune.profiles import DeviceProfile
@@ -48,7 +49,7 @@ def choose_engine(
             f"the engine {asked} is not usable here: {why}",
             f"Install it with `{RUNTIMES[asked].install_here}`, or leave --engine out to estimate.",
         )
-    if available and (gpu := measure.describe(LocalSession(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
+    if available and (gpu := measure.describe(ThisMachine(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
         return TensorRT(*setting, reason=f"this machine has a {gpu['name']} and {why}", name=profile.engine)
     return _without_gpu(setting, available, why)
 

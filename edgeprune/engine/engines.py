@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.errors import EngineError
@@ -17,7 +18,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Estimate, Figure, Performance, Workload
-from edgeprune.ondevice.measure import LocalSession, Session
+from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress
@@ -73,7 +74,7 @@ class OnnxRuntime:
     workload: Workload
     precision: str
     reason: str
-    session: Session = LocalSession()
+    session: Session = ThisMachine()
     name: str = "onnxruntime"
     builds: bool = True
     measures: bool = True
@@ -122,7 +123,7 @@ class TensorRT:
     precision: str
     reason: str
     name: str
-    session: Session = LocalSession()
+    session: Session = ThisMachine()
     builds: bool = True
     measures: bool = True
 
@@ -213,7 +214,7 @@ class BuiltAhead:
         if self.sm == self.profile.sm:
             plan = _plan(candidate, self.profile)
             result = measure.build(
-                LocalSession(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
+                ThisMachine(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
             )
             return self._with(estimated, result)
         # The engine of the nearest SM is only a check.
@@ -221,7 +222,7 @@ class BuiltAhead:
             with tempfile.TemporaryDirectory(dir=candidate.graphs.parent) as folder:
                 plan = Path(folder) / "check.engine"
                 result = measure.build(
-                    LocalSession(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
+                    ThisMachine(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
                 )
         except EngineError as error:  # a note only: the device's own TensorRT may compile it
             note = f"TensorRT for RTX could not compile the graph for SM {self.sm}, as a check: {error.message}"

@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder, read_cached, write_cached
+from edgeprune.engine.answers import ThisMachine
 from edgeprune.ondevice.machine import processor
-from edgeprune.ondevice.measure import LocalSession, Session
+from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
 from edgeprune.ondevice.worker import OnProgress, quiet
 from edgeprune.precision import PRECISIONS
@@ -77,13 +78,13 @@ def measure(source: str) -> Figures:
     source: a phrase for where and with what they are measured. Raises EngineError.
     """
     stacks = _stacks("fp32", ROWS, 1, _matrices())
-    answer = _time(LocalSession(), "onnxruntime", stacks, quiet)
+    answer = _time(ThisMachine(), "onnxruntime", stacks, quiet)
     return _processor_figures(source, stacks, answer, total_memory(), runtime_bytes())
 
 
 def runtime_bytes() -> float:
     """Returns the resident bytes, at their peak, of a fresh process that has loaded only the runtime."""
-    return float(_inspect(LocalSession(), quiet)["runtime"])
+    return float(_inspect(ThisMachine(), quiet)["runtime"])
 
 
 def probe_processor(session: Session, on_progress: OnProgress) -> Probed:

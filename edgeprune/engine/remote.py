@@ -22,7 +22,7 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.engine.answers import REMEDY, Left, Missing, Ran, Size, read_answer
 from edgeprune.engine.ssh import Talk, Target, talking
-from edgeprune.errors import EngineError, InputError
+from edgeprune.errors import BadAnswer, EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
 from edgeprune.ondevice.worker import OnProgress
 
@@ -150,7 +150,7 @@ class Device:
                 ran = talk.hear(Ran, timeout_seconds + GRACE_SECONDS, on_progress)
                 answer = read_answer(request, ran.answer, str(self.target))
                 if set(ran.made) != set(outputs):
-                    raise EngineError(f"{self.target} made other files than were asked for", REMEDY)
+                    raise BadAnswer(f"{self.target} made other files than were asked for", REMEDY)
                 for role, path in outputs.items():
                     _fetch(talk, ran.made[role], path, on_progress)
                 # End the agent, which removes its working folder.

@@ -19,10 +19,10 @@ from typing import Any
 
 from edgeprune.engine.answers import REMEDY, AnyMessage, Done, Go, Hello, Refusal, Step, read_message
 from edgeprune.engine.pipes import Incoming, Late, Outgoing
-from edgeprune.errors import EngineError, InputError, Unreachable
-from edgeprune.files import printable
+from edgeprune.errors import BadAnswer, EngineError, InputError, Unreachable
 from edgeprune.ondevice.agent import CHUNK, PROTOCOL
 from edgeprune.ondevice.durations import timing
+from edgeprune.ondevice.lines import MOST_LINE, document_of, one_line
 from edgeprune.ondevice.worker import OnProgress
 
 CONNECT_SECONDS = 20
@@ -57,7 +57,6 @@ _COMPLAINTS = (
     ("network is unreachable", "it cannot be reached", "Check the network."),
 )
 BANNER_LINES, BANNER_BYTES = 1000, 1 << 16  # that a login shell may print before the agent begins, and in each of them
-MOST_LINE = 16 << 20  # bytes of a message
 STEP_SECONDS = 600.0  # until an answer must have come that takes no work, whatever signs of life there are
 SLOWEST_DISK, SLOWEST_NETWORK = 1e6, 1e4  # bytes a second
 END_SECONDS = 10.0  # in which ssh may end by itself
@@ -127,7 +126,7 @@ class Talk:
             self.write(first, end)
             for _ in range(BANNER_LINES):
                 line = self._incoming.line(BANNER_BYTES, end)
-                hello = _document(line)
+                hello = document_of(line)
                 if "protocol" in hello or "error" in hello:
                     break
                 skipped = (skipped + line)[-1000:]
@@ -205,11 +204,12 @@ class Talk:
                 raise Unreachable(f"{self._target} did not answer within {seconds:.0f} s", _SILENT)
             if len(line) >= MOST_LINE:
                 self._process.kill()
-                raise EngineError(f"{self._target} sends a line without an end", REMEDY)
-            document = _document(line)
+                raise BadAnswer(f"{self._target} sends a line without an end", REMEDY)
+            document = document_of(line)
             if not document:
                 if line.endswith(b"\n"):  # the connection stands
-                    self._process.kill()
+                    shown = one_line(line[:100].decode(errors="replace"))
+                    raise BadAnswer(f"{self._target} sends a line that is no message: {shown!r}", REMEDY)
                 raise self.lost(line)
             if document == ALIVE:
                 continue
@@ -249,7 +249,7 @@ class Talk:
         end = time.monotonic() + END_SECONDS
         with contextlib.suppress(Late):
             while line := self._incoming.line(BANNER_BYTES, end):
-                if "error" in (document := _document(line)):
+                if "error" in (document := document_of(line)):
                     refusal = read_message(Refusal, document, str(self._target))
                     return EngineError(f"{self._target}: {refusal.error}", refusal.remedy)
         return self.lost(before=before)
@@ -262,7 +262,7 @@ class Talk:
         # Collect the last output, and the command with which the user can try it by hand.
         self._process.leave()
         tail = (line[-1000:] + self._process.stderr_tail()).decode(errors="replace")
-        output = " ".join(printable(tail, 5000).split())
+        output = one_line(tail)
         words = self._target.words()
         by_hand = shlex.join(["ssh", *words[words.index(_LAST_OPTION) + 1 :]])
         # 255 is ssh's own exit status: it failed before an agent ran, perhaps in a known way.
@@ -281,14 +281,6 @@ class Talk:
             "The task there ends by itself. Check the network and the device and try again; a fit goes on with "
             "--resume.",
         )
-
-
-def _document(line: bytes) -> dict[str, Any]:
-    """Returns the document in a line of the agent; empty where the line is something else."""
-    with contextlib.suppress(ValueError, RecursionError):
-        document = json.loads(line)
-        return document if isinstance(document, dict) else {}
-    return {}
 
 
 def _soon(end: float) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
+from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.files import read_json
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
@@ -38,6 +38,7 @@ from edgeprune.ondevice.bundle import (
 from edgeprune.ondevice.documents import DEPLOYMENT, PAGE, check_documents, read_deployment
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
 from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, banner, limit_text, merged
+from edgeprune.ondevice.lines import one_line
 from edgeprune.ondevice.measure import Counted, LocalSession, Session
 from edgeprune.ondevice.runtimes import RUNTIMES, preferred
 from edgeprune.ondevice.worker import OnProgress
@@ -46,12 +47,14 @@ MEASUREMENT = "measurement.json"
 STAGED, READY = ".finish", ".finished"  # folders in the bundle: of files in the making, of complete ones
 
 
-def finish(bundle: Path, session: Session, where: str, on_progress: OnProgress) -> dict[str, Any]:
+def finish(
+    bundle: Path, session: Session, where: str, on_progress: OnProgress, check: Callable[[str], object] = json.loads
+) -> dict[str, Any]:
     """Builds and measures the bundle's rungs, the largest first, until one meets the budget; writes the measurement.
 
-    where: the device in words. Returns the measurement as it stands in measurement.json. Raises InputError where the
-    folder is not a bundle, EngineError where nothing could be built or an engine computes wrongly; the bundle is
-    then as it was.
+    where: the device in words; check: raises ValueError where the text of the new report.json is not a report. Returns
+    the measurement as it stands in measurement.json. Raises InputError where the folder is not a bundle, EngineError
+    where nothing could be built, an engine computes wrongly or a figure cannot be; the bundle is then as it was.
     """
     open_chosen(bundle)
     with _alone(bundle):
@@ -66,7 +69,7 @@ def finish(bundle: Path, session: Session, where: str, on_progress: OnProgress) 
         # Write all new files aside, then move them into place.
         measurement = _measurement(tried, chosen, engine, facts, where)
         try:
-            _stage(bundle, measurement, chosen)
+            _stage(bundle, measurement, chosen, check)
             _settle(bundle)
         except OSError as error:
             raise EngineError(
@@ -106,8 +109,8 @@ def _try_rungs(
 ) -> list[MeasuredRung]:
     """Returns the rungs that were tried, largest first, up to the first that meets the budget.
 
-    At least one of them was measured. Raises EngineError otherwise, and at once where an engine computes wrongly or
-    the device cannot be reached.
+    At least one of them was measured. Raises EngineError otherwise, and at once where an engine computes wrongly, or
+    the device cannot be reached or believed.
     """
     budget = Budget(**{name: Limit(limit["value"], False, limit["asked"]) for name, limit in plan["limits"].items()})
     tried: list[MeasuredRung] = []
@@ -115,7 +118,7 @@ def _try_rungs(
     for index in range(len(plan["rungs"])):
         try:
             performance = _perform(bundle, index, plan, engine, session, on_progress)
-        except (WrongEngine, Unreachable):
+        except (WrongEngine, Unreachable, BadAnswer):
             raise
         except EngineError as error:
             tried.append(MeasuredRung(index, "failed", None, None, error.message))
@@ -236,8 +239,11 @@ def _sources(performance: Performance) -> dict[str, str]:
     }
 
 
-def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> None:
-    """Writes all new files aside: measurement.json, the report with it, the page with a banner, the manifest."""
+def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung, check: Callable[[str], object]) -> None:
+    """Writes all new files aside: measurement.json, the report with it, the page with a banner, the manifest.
+
+    Raises BadAnswer where the report with the measurement is not one.
+    """
     # The report of the chosen rung, with a warning where links of the bundle's top became folders.
     report = merged(_read(bundle / "rungs" / str(chosen.index) / REPORT), measurement, chosen)
     if copies := _other_copies(bundle, chosen.index):
@@ -253,11 +259,16 @@ def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> N
     # Write measurement, report and page beside the engines that were built.
     staged = bundle / STAGED
     staged.mkdir(exist_ok=True)
-    (staged / MEASUREMENT).write_text(json.dumps(measurement, indent=2) + "\n", encoding="utf-8")
+    (staged / MEASUREMENT).write_text(_json_text(measurement), encoding="utf-8")
     staged_files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
     sizes = {name: path.stat().st_size for name, path in staged_files.items()}
     report["files"] = {**_read(bundle / REPORT)["files"], **sizes}
-    for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), (PAGE, page)):
+    report_text = _json_text(report)
+    try:
+        check(report_text)
+    except ValueError as error:
+        raise _no_report(one_line(error)) from None
+    for name, text in ((REPORT, report_text), (PAGE, page)):
         staged_files[name] = staged / name
         staged_files[name].write_text(text, encoding="utf-8")
     # The manifest holds their hashes. The rename makes all of them complete at once.
@@ -265,6 +276,21 @@ def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung) -> N
     manifest["sha256"].update((name, sha256(path)) for name, path in staged_files.items())
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     staged.rename(bundle / READY)
+
+
+def _json_text(document: dict[str, Any]) -> str:
+    """Returns a document as strict JSON. Raises BadAnswer where a number in it is not finite."""
+    try:
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise _no_report("a figure is not finite") from None
+
+
+def _no_report(reason: str) -> BadAnswer:
+    return BadAnswer(
+        f"the report with what was measured would not be valid: {reason}",
+        "The bundle is as it was. Measure again; if it persists, fit the bundle again with this version.",
+    )
 
 
 def _settle(bundle: Path) -> None:

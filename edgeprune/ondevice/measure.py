@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeprune.errors import EngineError
+from edgeprune.errors import BadAnswer
 from edgeprune.files import printable
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Figure, Measured, Memory, Performance, Workload
@@ -285,18 +285,18 @@ def _exact(value: float, device: str) -> Measured:
 
 
 def _measured(interval: dict[str, float], unit: str, device: str) -> Measured:
-    """Returns a time or a ratio with its interval. Raises EngineError for one that no clock gives."""
+    """Returns a time or a ratio with its interval. Raises BadAnswer for one that no clock gives."""
     value, low, high = (_figure(interval[name], unit) for name in ("value", "low", "high"))
     if not low <= value <= high:
-        raise EngineError(f"the measurement gave {value:g} {unit} within {low:g} to {high:g}", _MEASURE_AGAIN)
+        raise BadAnswer(f"the measurement gave {value:g} {unit} within {low:g} to {high:g}", _MEASURE_AGAIN)
     return Measured(value, unit, device, low, high)
 
 
 def _figure(value: object, unit: str, least: float | None = None) -> float:
-    """Returns a figure. Raises EngineError where it is none: not finite, below `least`, or not above 0 without it."""
+    """Returns a figure. Raises BadAnswer where it is none: not finite, below `least`, or not above 0 without it."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or (value <= 0 if least is None else value < least):
-        raise EngineError(f"the measurement gave {printable(value, 40)} {unit}, which is no figure", _MEASURE_AGAIN)
+        raise BadAnswer(f"the measurement gave {printable(value, 40)} {unit}, which is no figure", _MEASURE_AGAIN)
     return float(value)
 
 

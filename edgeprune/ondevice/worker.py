@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from edgeprune.errors import EdgepruneError, EngineError
+from edgeprune.ondevice.lines import MOST_LINE, document_of, one_line
 
 OnProgress = Callable[[str, int, int], None]
 """A progress callback, called with a stage, the steps done and the steps in all; 0 in all: unknown."""
@@ -95,7 +96,7 @@ def ask(
             f"{request['task']} did not end within {timeout_seconds:.0f} s",
             "Try a shorter context, or an idle machine.",
         )
-    return _answer(request["task"], process.returncode, last, " ".join("".join(last_words).split())[-_LAST_WORDS:])
+    return _answer(request["task"], process.returncode, last, one_line("".join(last_words)))
 
 
 def end(process: subprocess.Popen) -> None:
@@ -140,39 +141,38 @@ def serve(answer: Callable[[dict[str, Any], OnProgress], dict[str, Any]]) -> int
     return 0
 
 
-def _listen(stream: IO[str], on_progress: OnProgress) -> str:
-    """Passes the progress on and returns the last line that is not progress."""
-    last = ""
-    for line in stream:
-        if line.startswith('{"progress":'):
-            with contextlib.suppress(ValueError, TypeError):  # half a line of a child that was killed
-                on_progress(*json.loads(line)["progress"])
-        elif line.strip():
-            last = line
+def _listen(stream: IO[str], on_progress: OnProgress) -> dict[str, Any]:
+    """Passes the progress on and returns the last document that is not progress; empty where there is none."""
+    last: dict[str, Any] = {}
+    for line in iter(lambda: stream.readline(MOST_LINE), ""):
+        match document_of(line):
+            case {"progress": [str(stage), int(done), int(total)]}:
+                on_progress(stage, done, total)
+            case {"progress": _}:
+                pass
+            case document if document:
+                last = document
     return last
 
 
 def _collect(stream: IO[str], characters: deque[str]) -> None:
     """Reads a stream to its end, of which the deque keeps the last characters."""
-    for line in stream:
+    for line in iter(lambda: stream.readline(MOST_LINE), ""):
         characters.extend(line)
     stream.close()
 
 
-def _answer(task: str, code: int, last: str, stderr: str) -> dict[str, Any]:
-    """Returns the answer in the child's last line; raises EngineError where the child failed."""
+def _answer(task: str, code: int, answer: dict[str, Any], stderr: str) -> dict[str, Any]:
+    """Returns the child's answer; raises EngineError where the child failed."""
     stderr = stderr or "it printed no reason"
     if code < 0:
         name = _signal_name(-code)
         hint = "The system may have run out of memory: try a smaller --batch or --context." if name == "SIGKILL" else ""
         raise EngineError(f"{task} was ended by {name}: {stderr}", hint or "Run `edgeprune doctor`.")
-    try:
-        answer = json.loads(last)
-        failed = "remedy" in answer
-    except (ValueError, TypeError):
-        raise EngineError(f"{task} failed: {stderr}", "Run `edgeprune doctor`.") from None
-    if failed:
-        raise EngineError(answer["error"], answer["remedy"])
+    if not answer:
+        raise EngineError(f"{task} failed: {stderr}", "Run `edgeprune doctor`.")
+    if "remedy" in answer:
+        raise EngineError(str(answer.get("error")), str(answer["remedy"]))
     return answer
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import computes_in
 from edgeprune.engine.onnx.genai import write_genai
@@ -236,7 +237,7 @@ class Run:
         def compute() -> dict[str, Any]:
             self.progress.stage("cross-check on this machine")
             ratios = measure.ratios_on_onnxruntime(
-                measure.LocalSession(),
+                ThisMachine(),
                 self.plain / GRAPH_FILE,
                 chosen.runnable_graph,
                 self.setup.workload,

@@ -35,7 +35,7 @@ def bundle(tmp_path_factory, tmp_path, monkeypatch) -> Path:
 def test_the_report_and_its_page_have_the_devices_figures(bundle, monkeypatch, figures, met):
     assert load_bundle(bundle).report.rests_on == "estimated"
     device, told = Double({0: figures}, gpu=True), []
-    monkeypatch.setattr("edgeprune.commands.measure.LocalSession", lambda: device)
+    monkeypatch.setattr("edgeprune.commands.measure.ThisMachine", lambda: device)
     result = measure(str(bundle), progress=lambda stage, *steps: told.append(stage))
     assert (result.bundle, result.met) == (bundle, met)
     assert [task for _, task in device.asked] == ["build", "check", "measure"]
@@ -53,7 +53,7 @@ def test_the_report_and_its_page_have_the_devices_figures(bundle, monkeypatch, f
 def test_what_fails_changes_nothing(bundle, monkeypatch):
     before = contents(bundle)
     failing = Double({0: EngineError("no memory", "smaller")}, gpu=True)
-    monkeypatch.setattr("edgeprune.commands.measure.LocalSession", lambda: failing)
+    monkeypatch.setattr("edgeprune.commands.measure.ThisMachine", lambda: failing)
     with pytest.raises(EngineError, match="no memory"):
         measure(bundle)
     with pytest.raises(InputError, match="malformed target"):
@@ -83,7 +83,7 @@ def test_documents_are_checked_before_any_work(bundle, monkeypatch, name, change
     path = bundle / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     device = Double({0: LARGE}, gpu=True)
-    monkeypatch.setattr("edgeprune.commands.measure.LocalSession", lambda: device)
+    monkeypatch.setattr("edgeprune.commands.measure.ThisMachine", lambda: device)
     before = contents(bundle)
     with pytest.raises(InputError, match=reason):
         measure(bundle)
@@ -95,7 +95,7 @@ def test_a_graph_that_is_not_the_manifests_is_never_built(bundle, monkeypatch):
     for path in (bundle / "rungs" / "0" / "onnx").iterdir():
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     device = Double({0: LARGE}, gpu=True)
-    monkeypatch.setattr("edgeprune.commands.measure.LocalSession", lambda: device)
+    monkeypatch.setattr("edgeprune.commands.measure.ThisMachine", lambda: device)
     with pytest.raises(InputError, match="is a pointer of Git LFS"):
         measure(bundle)
     assert device.asked == []

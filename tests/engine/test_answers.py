@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from edgeprune.engine.answers import Hello, Left, Missing, Ran, Refusal, Size, Step, read_answer, read_message
-from edgeprune.errors import EngineError
-from tests.support.lying_device import ESCAPES, TRUE, lie
+from edgeprune.errors import BadAnswer, EngineError
+from edgeprune.ondevice.lines import document_of
+from tests.support.lying_device import ESCAPES, TRUE, lie, line_of
 
 ROUNDS = 60
 
@@ -36,7 +37,7 @@ def test_a_lie_is_refused_or_harmless(name: str) -> None:
     for seed in range(ROUNDS):
         _, changed = lie(answer, seed)
         try:
-            said = read_answer(request, changed, "board")
+            said = read_answer(request, document_of(line_of(changed)), "board")
         except EngineError as error:
             refused += 1
             assert error.message.startswith("board answers")
@@ -44,7 +45,7 @@ def test_a_lie_is_refused_or_harmless(name: str) -> None:
             assert error.message.isprintable()
             continue
         assert all(math.isfinite(number) and abs(number) <= 1e300 for number in numbers(said))
-        assert json.dumps(said, allow_nan=False).isprintable()
+        assert json.dumps(said, allow_nan=False, ensure_ascii=False).isprintable()
         assert len(json.dumps(said)) < 50_000
     assert refused > ROUNDS / 2
 
@@ -81,7 +82,7 @@ def test_an_interval_holds_its_median_and_names_are_those_that_were_asked() -> N
 
 def test_texts_lose_what_would_steer_a_terminal() -> None:
     request, answer = changed("describe", ("machine",), f"a {ESCAPES}board\nof two lines")
-    assert read_answer(request, answer, "board")["machine"] == "a [2J ]0;gone board of two lines"
+    assert read_answer(request, document_of(line_of(answer)), "board")["machine"] == "a [2J ]0;gone board of two lines"
 
 
 @pytest.mark.parametrize(
@@ -116,4 +117,5 @@ def test_messages_that_are_none(kind: Any, document: Any) -> None:
 
 
 def test_a_step_is_told_in_clean_words() -> None:
-    assert read_message(Step, {"progress": [f"build{ESCAPES}", 1, 2]}, "x").state == ("build [2J ]0;gone", 1, 2)
+    step = document_of(line_of({"progress": [f"build{ESCAPES}", 1, 2]}))
+    assert read_message(Step, step, "x").state == ("build [2J ]0;gone", 1, 2)

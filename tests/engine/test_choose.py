@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edgeprune.engine.answers import read_answer
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import BuiltAhead, Engine, Estimated, OnnxRuntime, TensorRT
 from edgeprune.errors import EngineError, InputError
@@ -16,7 +17,7 @@ from edgeprune.ondevice.measure import LocalSession
 from edgeprune.profiles import load_profile
 
 WORKLOAD = Workload(batch=1, prompt=16, context=64)
-ORIN = {"name": "Orin", "sm": 87, "layer": "pycuda 2024.1"}
+ORIN = {"name": "Orin", "sm": 87, "memory": 2**36, "driver": 12060, "layer": "pycuda 2024.1"}
 MODULES = {"numpy": "1.26.4", "onnxruntime": None, "tensorrt": "10.3.0", "tensorrt_rtx": None}
 
 
@@ -30,8 +31,10 @@ class Board:
 
     def run(self, request: dict[str, Any], timeout_seconds: float, tell: object) -> dict[str, Any]:
         assert request["do"] == "describe"
-        own = {"machine": "Jetson AGX Orin", "processor": "ARMv8, 12 threads"}
-        return own | {"modules": self.modules, "gpu": self.gpu, "no_gpu": self.no_gpu}
+        own = {"machine": "Jetson AGX Orin", "processor": "ARMv8, 12 threads", "python": "3.10.12"}
+        missing = {name: "ModuleNotFoundError" for name, version in self.modules.items() if version is None}
+        own |= {"modules": self.modules, "missing": missing, "gpu": self.gpu, "no_gpu": self.no_gpu}
+        return read_answer(request, own | {"memory": {}, "platform": "linux"}, str(self))
 
     def __str__(self) -> str:
         return "ssh://me@orin"
@@ -95,7 +98,7 @@ def test_the_processor_is_measured_here_or_on_the_target() -> None:
 def test_a_gpu_of_this_machine_counts_where_it_is_the_profiles(
     installed, names: list, sm: int | None, kind: type
 ) -> None:
-    installed(*names, gpu=sm and {"name": "NVIDIA L4", "sm": sm, "layer": "pycuda"})
+    installed(*names, gpu=sm and ORIN | {"name": "NVIDIA L4", "sm": sm})
     engine = chosen("l4")
     assert type(engine) is kind
     assert engine.name == "tensorrt-rtx"

@@ -201,7 +201,7 @@ def test_on_a_double_of_a_gpu(
 ) -> None:
     """SM 89 with the full TensorRT: the nearest profile's is for RTX, whose dialect an old parser may not take."""
     gpu.sm, gpu.name = 89, "NVIDIA L4"
-    monkeypatch.setattr(probe_profile, "LocalSession", InProcess)
+    monkeypatch.setattr(probe_profile, "ThisMachine", InProcess)
     output = tmp_path / "device.toml"
     assert main(["--output", str(output), "--like", "l4", "--engine", "tensorrt"]) == 0
     profile = load_profile_file(output)
@@ -218,7 +218,7 @@ def test_on_a_double_that_tells_no_free_memory_the_file_names_what_is_not_measur
 ) -> None:
     gpu.memory = 2**30  # more than l4's runtime_memory
     monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: None)
-    monkeypatch.setattr(probe_profile, "LocalSession", InProcess)
+    monkeypatch.setattr(probe_profile, "ThisMachine", InProcess)
     output = tmp_path / "device.toml"
     assert main(["--output", str(output), "--like", "l4", "--engine", "tensorrt"]) == 0
     assert "measured by tools/probe_profile.py, but for runtime_memory of l4." in output.read_text()
@@ -232,7 +232,7 @@ def test_on_a_double_whose_figures_contradict_each_other(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr(probe_tasks, "_free_bytes", lambda shared: None)  # l4's runtime takes more than the double has
-    monkeypatch.setattr(probe_profile, "LocalSession", InProcess)
+    monkeypatch.setattr(probe_profile, "ThisMachine", InProcess)
     assert main(["--output", str(tmp_path / "device.toml"), "--like", "l4", "--engine", "tensorrt"]) == 4
     assert "leave nothing of memory" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

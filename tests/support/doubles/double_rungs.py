@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgeprune.engine.answers import read_answer
+
 
 class Double:
     """A device: figures by rung, or the error that a rung ends in. memory in bytes beyond what is counted."""
@@ -14,6 +16,9 @@ class Double:
         self.rungs, self.gpu, self.asked = rungs, gpu, []
 
     def run(self, request: dict[str, Any], timeout_seconds: float, on_progress: Callable[..., None]) -> dict[str, Any]:
+        return read_answer(request, self._answer(request), "a double")
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         do = request["do"]
         if do == "describe":
             return self._facts()
@@ -49,15 +54,11 @@ class Double:
             }
             for kind in ("prefill", "decode")
         }
+        latencies = {**times, "device": "a board", "conditions": {"power mode": "MAXN"}}
+        if not self.gpu:
+            return latencies
         memory = {"activations": found["peak"], "cache": 10, "buffers": 1, "used": None}
-        return {
-            **times,
-            "device": "a board",
-            "conditions": {"power mode": "MAXN"},
-            "memory": memory,
-            "notes": [],
-            "gpu": {"layer": "pycuda", "driver": "12.6"},
-        }
+        return {**latencies, "memory": memory, "notes": [], "gpu": GPU}
 
     def _facts(self) -> dict[str, Any]:
         modules = {
@@ -68,11 +69,16 @@ class Double:
         }
         return {
             "machine": "a board",
+            "processor": "ARMv8, 12 threads",
+            "python": "3.10.12",
+            "memory": {},
+            "platform": "linux",
             "modules": modules,
-            "gpu": {"sm": 87, "name": "Orin"} if self.gpu else None,
+            "gpu": GPU if self.gpu else None,
             "missing": {name: "ModuleNotFoundError: no" for name, found in modules.items() if not found},
             "no_gpu": "no CUDA module works here",
         }
 
 
+GPU = {"name": "Orin", "sm": 87, "memory": 2**36, "driver": 12060, "layer": "pycuda"}
 LARGE, SMALL = {"peak": 10**9}, {"peak": 10**8}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edgeprune.engine.answers import read_answer
 from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant
 from edgeprune.ondevice import cuda, tasks
 from edgeprune.ondevice.figures import Workload
@@ -62,4 +63,4 @@ class InProcess:
         self.done.append(request["do"])
         answer = tasks.answer(json.loads(json.dumps(request)), on_progress)
         assert "remedy" not in answer  # a child's error has one
-        return json.loads(json.dumps(answer, allow_nan=False))
+        return read_answer(request, json.loads(json.dumps(answer, allow_nan=False)), "a double")
