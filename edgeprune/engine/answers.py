@@ -17,7 +17,10 @@ from edgeprune.ondevice.lines import MOST_TEXT
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.worker import OnProgress
 
-REMEDY = "Another program may speak there, or the device is damaged: try again, and look what python3 is there."
+REMEDY = (
+    "Nothing of it was kept. Try again; if it persists, check the clock and the memory of the device, and whether its "
+    "python3 is Python itself."
+)
 
 
 Text = Annotated[str, Field(max_length=MOST_TEXT + 10)]
@@ -234,13 +237,17 @@ def read_message(kind: type[AnyMessage], document: Any, where: str) -> AnyMessag
     try:
         return kind.model_validate(document)
     except (ValidationError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
-        place = ".".join(printable(part, 40) for part in first["loc"][:6])
-        raise BadAnswer(
-            f"{where} answers what edgeprune does not ask ({kind.__name__.lower()}{': ' + place if place else ''}: "
-            f"{printable(first['msg'], 120)})",
-            REMEDY,
-        ) from None
+        reason = _reason(error) if isinstance(error, ValidationError) else "nested too deeply"
+        raise BadAnswer(f"{where} answers what cannot be: {reason}", REMEDY) from None
+
+
+def _reason(error: ValidationError) -> str:
+    """Returns the first thing that is wrong, with its place and the value that stands there."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(printable(part, 40) for part in first["loc"][:6])
+    words = f"{place} {first['msg'].removeprefix('Value error, ').removeprefix('Input ')}".strip()
+    is_shown = isinstance(first["input"], str | int | float | None)
+    return printable(words, 200) + (f", it is {printable(repr(first['input']), 40)}" if is_shown else "")
 
 
 def read_answer(request: dict[str, Any], answer: Any, where: str) -> dict[str, Any]:

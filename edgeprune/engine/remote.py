@@ -24,9 +24,9 @@ from edgeprune.engine.answers import REMEDY, Left, Missing, Ran, Size, read_answ
 from edgeprune.engine.ssh import Talk, Target, talking
 from edgeprune.errors import BadAnswer, EngineError, InputError
 from edgeprune.ondevice.agent import CHUNK
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.worker import OnProgress
 
-GRACE_SECONDS = 60.0  # that a task may take longer than its own limit, which the device keeps
 GROUND = (
     "__init__.py",
     "errors.py",
@@ -147,7 +147,7 @@ class Device:
                     }
                 )
                 # Wait for the answer, and fetch the outputs.
-                ran = talk.hear(Ran, timeout_seconds + GRACE_SECONDS, on_progress)
+                ran = talk.hear(Ran, timeout_seconds + timing().grace_seconds, on_progress)
                 answer = read_answer(request, ran.answer, str(self.target))
                 if set(ran.made) != set(outputs):
                     raise BadAnswer(f"{self.target} made other files than were asked for", REMEDY)

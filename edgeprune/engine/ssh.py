@@ -57,9 +57,7 @@ _COMPLAINTS = (
     ("network is unreachable", "it cannot be reached", "Check the network."),
 )
 BANNER_LINES, BANNER_BYTES = 1000, 1 << 16  # that a login shell may print before the agent begins, and in each of them
-STEP_SECONDS = 600.0  # until an answer must have come that takes no work, whatever signs of life there are
 SLOWEST_DISK, SLOWEST_NETWORK = 1e6, 1e4  # bytes a second
-END_SECONDS = 10.0  # in which ssh may end by itself
 ALIVE = {"alive": True}
 _SILENT = "Check the device and its load, and try again; a fit goes on with --resume."
 _USER = r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*"
@@ -155,7 +153,7 @@ class Talk:
     def send(self, body: Iterator[bytes], size: int = 0) -> None:
         """Sends `size` bytes, or a document; raises EngineError with the reason where nobody reads them."""
         try:
-            self.write(body, time.monotonic() + STEP_SECONDS + size / SLOWEST_NETWORK)
+            self.write(body, time.monotonic() + timing().answer_seconds + size / SLOWEST_NETWORK)
         except Late:
             raise self._silent() from None
         except (BrokenPipeError, ValueError):
@@ -181,16 +179,18 @@ class Talk:
             self.say({"do": "put", "sha256": sha256, "size": size})
             self.hear(Go)
             self.send(body, size)
-        self.hear(Done, STEP_SECONDS + size / SLOWEST_DISK)
+        self.hear(Done, timing().answer_seconds + size / SLOWEST_DISK)
 
     def hear(
-        self, kind: type[AnyMessage], seconds: float = STEP_SECONDS, on_progress: OnProgress | None = None
+        self, kind: type[AnyMessage], seconds: float | None = None, on_progress: OnProgress | None = None
     ) -> AnyMessage:
         """Returns the next message, which is of that kind; progress before it is passed on.
 
-        seconds: until it must have come, whatever signs of life there are. Raises EngineError where it is an error or
-        another message, where it does not come, or where the connection ended.
+        seconds: until it must have come, whatever signs of life there are; None: those of an answer without work.
+        Raises EngineError where it is an error or another message, where it does not come, or where the connection
+        ended.
         """
+        seconds = timing().answer_seconds if seconds is None else seconds
         end = time.monotonic() + seconds
         while True:
             try:
@@ -227,7 +227,7 @@ class Talk:
 
     def take(self, size: int) -> Iterator[bytes]:
         """Yields the next `size` bytes in chunks; raises EngineError where the connection ends before."""
-        end = time.monotonic() + STEP_SECONDS + size / SLOWEST_NETWORK
+        end = time.monotonic() + timing().answer_seconds + size / SLOWEST_NETWORK
         while size:
             try:
                 chunk = self._incoming.some(min(CHUNK, size), _soon(end))
@@ -246,7 +246,7 @@ class Talk:
     def _last_words(self, before: bool = False) -> EngineError:
         """Returns the error for which nobody reads any longer: that of the agent, if it sent one, else that of ssh."""
         self._process.leave()
-        end = time.monotonic() + END_SECONDS
+        end = time.monotonic() + timing().leave_seconds
         with contextlib.suppress(Late):
             while line := self._incoming.line(BANNER_BYTES, end):
                 if "error" in (document := document_of(line)):
@@ -332,7 +332,7 @@ class _Ssh(subprocess.Popen):
     def leave(self) -> None:
         """Waits for its end; kills it if it does not come in time."""
         try:
-            self.wait(timeout=END_SECONDS)
+            self.wait(timeout=timing().leave_seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             self.wait()
@@ -352,4 +352,4 @@ def _keep_alive(talk: Talk, over: threading.Event) -> None:
     """Sends signs of life until `over` is set."""
     while not over.wait(timing().alive_seconds):
         with contextlib.suppress(OSError, ValueError, Late):  # whoever waits for an answer gets the error
-            talk.write(iter([b'{"do": "alive"}\n']), time.monotonic() + STEP_SECONDS)
+            talk.write(iter([b'{"do": "alive"}\n']), time.monotonic() + timing().answer_seconds)

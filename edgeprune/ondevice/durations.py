@@ -18,7 +18,7 @@ VARIABLE = "EDGEPRUNE_TIMING"
 
 @dataclass(frozen=True)
 class Timing:
-    """The durations in seconds, but for block_ms. Limits that only a failure reaches are not among them."""
+    """The durations in seconds, but for block_ms. The limits of tasks, which only a failure reaches, are not here."""
 
     measure_seconds: float = 40.0  # of one model, or of two in turn, prefill and decode together, at most
     survey_seconds: float = 3.0  # of each of many models in turn, prefill and decode together, at most
@@ -28,6 +28,9 @@ class Timing:
     alive_seconds: float = 15.0  # between two signs of life, of the workstation and of the device
     silence_seconds: float = 90.0  # without a sign of life, after which either side gives the other up
     greeting_seconds: float = 150.0  # until a device's first word, its login included
+    answer_seconds: float = 600.0  # of an answer that takes no work, whatever signs of life there are
+    grace_seconds: float = 60.0  # that a task may take longer than its own limit, which the device keeps
+    leave_seconds: float = 10.0  # in which a process that is to end may end by itself
     fresh_seconds: float = 60.0  # after a file or folder was made on the device, in which no other run removes it
 
 

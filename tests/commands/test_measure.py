@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,13 @@ import pytest
 from edgeprune.bundle.write import write_fitted
 from edgeprune.commands.load_bundle import load_bundle
 from edgeprune.commands.measure import measure
-from edgeprune.errors import EngineError, InputError
+from edgeprune.errors import BadAnswer, EngineError, InputError
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from tests.support.bundles import contents
+from tests.support.commands import run
 from tests.support.doubles.double_rungs import LARGE, Double
+from tests.support.doubles.liar import MAKES
+from tests.support.lying_device import JETSON, TIMED, LyingBoard, faults, lying_plan, shorten
 from tests.support.runs import finished, journal_of
 
 
@@ -93,9 +98,94 @@ def test_documents_are_checked_before_any_work(bundle, monkeypatch, name, change
 
 def test_a_graph_that_is_not_the_manifests_is_never_built(bundle, monkeypatch):
     for path in (bundle / "rungs" / "0" / "onnx").iterdir():
+        path.unlink()  # it is a hard link to the run's own file, which other tests share
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     device = Double({0: LARGE}, gpu=True)
     monkeypatch.setattr("edgeprune.commands.measure.ThisMachine", lambda: device)
     with pytest.raises(InputError, match="is a pointer of Git LFS"):
         measure(bundle)
     assert device.asked == []
+
+
+@pytest.fixture
+def board(tmp_path, monkeypatch) -> LyingBoard:
+    shorten(monkeypatch)
+    return LyingBoard(tmp_path / "board")
+
+
+def measured_there(bundle: Path, board: LyingBoard, **plan: object) -> subprocess.CompletedProcess:
+    """The command line on the device; whatever it did, it was one of the ends that are allowed."""
+    before = contents(bundle)
+    board.follow({"answers": JETSON, "lies": {}, **plan})
+    result = run("measure", bundle, "--target", board.target, path=board.path)
+    assert faults(bundle, before, result) == []
+    return result
+
+
+def test_a_device_that_tells_the_truth_is_measured(bundle, board):
+    assert measured_there(bundle, board).returncode == 0
+    assert load_bundle(bundle).report.fitted.performance.decode.value == 2.0
+    assert (bundle / "engine" / "model.sm87.engine").read_bytes() == MAKES
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value, "high": value}
+
+
+@pytest.mark.parametrize("value", [-5, 0, 5e-324, float("nan"), float("inf"), "2", None])
+def test_a_latency_that_cannot_be_is_a_failed_measurement(bundle, board, value):
+    lie = JETSON["measure"] | {"decode": {"candidate": TIMED | {"median": interval(value)}}}
+    result = measured_there(bundle, board, answers=JETSON | {"measure": lie})
+    assert result.returncode == 4
+    assert "answers what cannot be: decode.candidate.median.value" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "lie", "words"),
+    [
+        ("answer to describe", {"line": "", "then": "stop"}, "gave no sign of life for 1 s"),
+        ("answer to measure", {"line": "", "then": '{"alive": true}\n'}, "did not answer within 2 s"),
+        ("missing", {"line": "", "then": "silence"}, "gave no sign of life for 1 s"),
+        ("go", {"line": "x" * 2_000_000}, "sends a line without an end"),
+        ("size", {"line": f'{{"size": {1 << 49}}}\n'}, "MiB free"),
+        ("bytes", {"line": "an ENGINE"}, "arrived damaged"),
+        ("bytes", {"line": "an", "then": "close"}, "was lost"),
+        ("left", {"line": "", "then": "y\n"}, "is no message"),
+    ],
+)
+def test_a_lie_in_the_conversation_ends_it_and_leaves_nothing(bundle, board, message, lie, words):
+    result = measured_there(bundle, board, lies={message: lie})
+    assert result.returncode == 4
+    assert words in result.stderr
+
+
+@pytest.mark.slow
+def test_no_lie_becomes_a_figure_or_a_crash(bundle, board, tmp_path):
+    for seed in range(40):
+        shutil.copytree(bundle, copy := tmp_path / f"copy-{seed}", symlinks=True)
+        name, plan = lying_plan(seed)
+        try:
+            measured_there(copy, board, **plan)
+        except AssertionError as error:
+            raise AssertionError(f"{seed}: {name}") from error
+
+
+def test_what_does_not_make_a_report_replaces_nothing(bundle, monkeypatch):
+    """Figures that pass for themselves, and together are none: what a report holds is their sum."""
+    before = contents(bundle)
+    monkeypatch.setattr("edgeprune.ondevice.finish.merged", lambda report, *_: report | {"status": "splendid"})
+    monkeypatch.setattr("edgeprune.commands.measure.ThisMachine", lambda: Double({0: LARGE}, gpu=True))
+    with pytest.raises(EngineError, match="would not be valid: .*status"):
+        measure(bundle)
+    monkeypatch.setattr("edgeprune.ondevice.finish.merged", lambda report, *_: report | {"ratio": float("inf")})
+    with pytest.raises(EngineError, match="would not be valid: a figure is not finite"):
+        measure(bundle)
+    assert contents(bundle) == before
+
+
+def test_a_device_that_is_not_believed_is_not_asked_for_a_smaller_rung(bundle, monkeypatch):
+    device = Double({0: BadAnswer("the clock stands still", "again")}, gpu=True)
+    monkeypatch.setattr("edgeprune.commands.measure.ThisMachine", lambda: device)
+    with pytest.raises(BadAnswer):
+        measure(bundle)
+    assert [task for _, task in device.asked] == ["build"]

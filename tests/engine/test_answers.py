@@ -8,9 +8,22 @@ from typing import Any
 
 import pytest
 
-from edgeprune.engine.answers import Hello, Left, Missing, Ran, Refusal, Size, Step, read_answer, read_message
+from edgeprune.engine.answers import (
+    Hello,
+    Left,
+    Missing,
+    Ran,
+    Refusal,
+    Size,
+    Step,
+    ThisMachine,
+    read_answer,
+    read_message,
+)
 from edgeprune.errors import BadAnswer, EngineError
 from edgeprune.ondevice.lines import document_of
+from edgeprune.ondevice.measure import LocalSession
+from edgeprune.ondevice.worker import quiet
 from tests.support.lying_device import ESCAPES, TRUE, lie, line_of
 
 ROUNDS = 60
@@ -111,7 +124,7 @@ def test_texts_lose_what_would_steer_a_terminal() -> None:
     ],
 )
 def test_messages_that_are_none(kind: Any, document: Any) -> None:
-    with pytest.raises(EngineError, match="board answers what edgeprune does not ask") as caught:
+    with pytest.raises(EngineError, match="board answers what cannot be") as caught:
         read_message(kind, document, "board")
     assert caught.value.exit_code == 4
 
@@ -119,3 +132,19 @@ def test_messages_that_are_none(kind: Any, document: Any) -> None:
 def test_a_step_is_told_in_clean_words() -> None:
     step = document_of(line_of({"progress": [f"build{ESCAPES}", 1, 2]}))
     assert read_message(Step, step, "x").state == ("build [2J ]0;gone", 1, 2)
+
+
+def test_a_description_tells_of_every_module() -> None:
+    for place, value in ((("modules",), {"numpy": "1"}), (("missing",), {}), (("modules", "numpy"), None)):
+        request, answer = changed("describe", place, value)
+        with pytest.raises(BadAnswer, match="modules"):
+            read_answer(request, answer, "board")
+
+
+def test_tasks_of_this_machine_are_held_to_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, answer = changed("memory", ("peak",), -1)
+    monkeypatch.setattr(LocalSession, "run", lambda self, *words: answer)
+    with pytest.raises(BadAnswer, match="this machine answers what cannot be: peak should be .* it is -1"):
+        ThisMachine().run(request, 1.0, quiet)
+    request, answer = TRUE["memory"]
+    assert ThisMachine().run(request, 1.0, quiet) == answer

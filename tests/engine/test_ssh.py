@@ -343,10 +343,9 @@ def stranger(folder: Path, monkeypatch, said: bytes = b"", endless: bytes = b"",
     script.write_text(FAKE.format(said=said, endless=endless, stays=stays))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    for name, value in durations(silence_seconds=1.0, greeting_seconds=1.5).items():
+    short = durations(silence_seconds=1.0, greeting_seconds=1.5, grace_seconds=0.0, leave_seconds=0.3)
+    for name, value in short.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("edgeprune.engine.ssh.END_SECONDS", 0.3)
-    monkeypatch.setattr("edgeprune.engine.remote.GRACE_SECONDS", 0.0)
     return Device(Target.parse("ssh://me@board"))
 
 
@@ -360,11 +359,11 @@ LIARS = {
     "a line without an end": ((HELLO, b"x"), "without an end|was lost"),
     "a banner without an end": ((b"", b"x"), "did not begin"),
     "many lines": ((b"", b"welcome\n"), "did not begin"),
-    "another hello": ((b'{"protocol": [], "python": 1, "work": {}}\n', b""), "does not ask"),
+    "another hello": ((b'{"protocol": [], "python": 1, "work": {}}\n', b""), "cannot be"),
     "no JSON": ((HELLO + b"what?\n", b""), "is no message: 'what\\?'"),
     "a list": ((HELLO + b"[]\n", b""), "is no message"),
-    "hashes that are paths": ((HELLO + b'{"missing": ["../x"]}\n', b""), "does not ask"),
-    "a wrong answer": ((HELLO + MISSING + b'{"answer": {}, "made": {}}\n', b""), "does not ask"),
+    "hashes that are paths": ((HELLO + b'{"missing": ["../x"]}\n', b""), "cannot be"),
+    "a wrong answer": ((HELLO + MISSING + b'{"answer": {}, "made": {}}\n', b""), "cannot be"),
     "files that nobody asked for": (
         (HELLO + MISSING + line_of({"answer": TRUE["describe"][1], "made": {"plan": "0" * 64}}), b""),
         "other files",
@@ -387,11 +386,22 @@ def test_whatever_a_stranger_says_it_is_one_error_in_time(tmp_path: Path, monkey
     assert f"{caught.value.message} {caught.value.remedy}".isprintable()
 
 
+def test_a_process_that_outlives_ssh_and_holds_its_output_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
+    """A wrapper of ssh, or its ProxyCommand, may leave one behind: the pipe does not end with ssh."""
+    device = stranger(tmp_path, monkeypatch)
+    lines = f"cat <<'END'\n{HELLO.decode()}END\nsleep 60 &\necho $! > {tmp_path}/left\nwait"
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{lines}\n")
+    with pytest.raises(EngineError, match="gave no sign of life"):
+        ask_it(device)
+    left = int((tmp_path / "left").read_text())
+    os.kill(left, signal.SIGKILL)  # it is there still
+
+
 @pytest.mark.parametrize("size", [1 << 62, -1, 1 << 49])
 def test_a_size_that_no_disk_holds_is_refused(tmp_path: Path, monkeypatch, size: int) -> None:
     ran = line_of({"answer": TRUE["build"][1], "made": {"plan": "0" * 64}})
     device = stranger(tmp_path, monkeypatch, HELLO + MISSING + ran + line_of({"size": size}))
-    with pytest.raises(EngineError, match="does not ask|MiB free"):
+    with pytest.raises(EngineError, match="cannot be|MiB free"):
         ask_it(device, do="build", engine="tensorrt", outputs={"plan": str(tmp_path / "plan")})
     assert {path.name for path in tmp_path.iterdir()} == {"ssh"}
 

@@ -46,6 +46,9 @@ def test_an_error_of_the_child_is_raised_here() -> None:
         ("noise", "the test failed: a library's .* message"),
         ("silence", "the test failed: it printed no reason"),
         ("half a document", "the test failed"),
+        ("no object", "the test failed"),
+        ("an error that is none", "None"),
+        ("lines without an end", "the test failed: y+$"),
         ("SIGKILL", "the test was ended by SIGKILL: these are my last words"),
         ("SIGSEGV", "the test was ended by SIGSEGV: these are my last words"),
         ("real-time signal", r"the test was ended by signal \d+"),
@@ -56,6 +59,17 @@ def test_every_other_end_is_told(how: str, message: str) -> None:
         end(how)
     assert caught.value.remedy
     assert ("memory" in caught.value.remedy) == (how == "SIGKILL")
+
+
+def test_no_text_of_a_child_steers_a_terminal() -> None:
+    assert end("escapes") == {"name [2J": ["a board of two lines", 1]}
+
+
+def test_progress_that_is_none_is_passed_over() -> None:
+    states: list[tuple[str, int, int]] = []
+    request = {"task": "the test", "end": "another progress"}
+    assert ask(DOUBLE, request, 30, lambda *state: states.append(state)) == {"done": True}
+    assert states == [("s", 1, 2)]
 
 
 def test_a_child_that_hangs_is_ended() -> None:

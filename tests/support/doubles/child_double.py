@@ -30,6 +30,20 @@ def main() -> None:
             sys.exit(0)
         case "hang":
             time.sleep(60)
+        case "lines without an end":
+            sys.stdout.write("x" * 3_000_000)
+            sys.stderr.write("y" * 3_000_000)
+            sys.exit(1)
+        case "another progress":
+            for state in ([], None, ["stage"], [1, 2, 3], ["stage", "1", 2], {"stage": 1}, ["s", 1, 2]):
+                sys.stdout.write(json.dumps({"progress": state}) + "\n")
+            sys.stdout.write(json.dumps({"done": True}) + "\n")
+        case "no object":
+            sys.stdout.write("[1]\n" + "[" * 100_000 + "\n")
+        case "an error that is none":
+            sys.stdout.write(json.dumps({"remedy": 5}) + "\n")
+        case "escapes":
+            sys.stdout.write(json.dumps({"name\x1b[2J": ["a\x07\u202eboard\nof two lines", 1]}) + "\n")
         case "half a document":
             sys.stdout.write('{"value":')
         case name:
