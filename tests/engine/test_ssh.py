@@ -389,7 +389,8 @@ def test_whatever_a_stranger_says_it_is_one_error_in_time(tmp_path: Path, monkey
 def test_a_process_that_outlives_ssh_and_holds_its_output_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
     """A wrapper of ssh, or its ProxyCommand, may leave one behind: the pipe does not end with ssh."""
     device = stranger(tmp_path, monkeypatch)
-    lines = f"cat <<'END'\n{HELLO.decode()}END\nsleep 60 &\necho $! > {tmp_path}/left\nwait"
+    says = f"cat <<'END'\n{HELLO.decode()}END\nexec 3<&0\ncat <&3 > /dev/null &"
+    lines = f"{says}\nsleep 60 &\necho $! > {tmp_path}/left\nwait"
     (tmp_path / "ssh").write_text(f"#!/bin/sh\n{lines}\n")
     with pytest.raises(EngineError, match="gave no sign of life"):
         ask_it(device)
