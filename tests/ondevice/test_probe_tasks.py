@@ -148,6 +148,6 @@ def test_on_a_double_without_memory_the_engine_is_not_opened(gpu: Device) -> Non
 
 
 def test_a_system_that_hides_its_memory_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(probe.os, "sysconf")
+    monkeypatch.delattr(probe_tasks.os, "sysconf")
     with pytest.raises(EngineError, match="total memory"):
         probe_tasks.total_memory()
