@@ -11,7 +11,7 @@ do. It exchanges lines of JSON over standard input and output, some of which are
     -> {"do": "get", "sha256": H}                       <- {"size": N}, then N bytes
     -> {"do": "alive"}                                  <- nothing: it shows that the workstation is there
     -> {"do": "bye"}                                    <- {"left": PATH or null}, the end
-    each of them may be answered by {"error": MESSAGE, "remedy": REMEDY}
+    each of them may be answered by {"error": MESSAGE, "remedy": REMEDY}, and {"alive": true} may come before any answer
 
 When the connection ends, or the workstation sends nothing for some time, the running task is killed and the
 working folder is removed, unless it is to be kept. Files stay in the store until their room on the disk is needed.
