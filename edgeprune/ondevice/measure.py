@@ -5,7 +5,6 @@ This file also runs on the device: Python 3.10, standard library only. It handle
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress, ask
 
 TASKS = "edgeprune.ondevice.tasks"
+_MOST = 1e18  # bytes, ms, or a ratio
 _MEASURE_AGAIN = "Measure again on an idle device; if it persists, check its clock and its driver."
 BUILD_SECONDS, MEASURE_SECONDS, CHECK_SECONDS, DESCRIBE_SECONDS = 3600.0, 1800.0, 600.0, 120.0
 
@@ -292,11 +292,11 @@ def _measured(interval: dict[str, float], unit: str, device: str) -> Measured:
     return Measured(value, unit, device, low, high)
 
 
-def _figure(value: object, unit: str, least: float | None = None) -> float:
-    """Returns a figure. Raises BadAnswer where it is none: not finite, below `least`, or not above 0 without it."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (value <= 0 if least is None else value < least):
-        raise BadAnswer(f"the measurement gave {printable(value, 40)} {unit}, which is no figure", _MEASURE_AGAIN)
+def _figure(value: object, unit: str, least: float = 1e-9) -> float:
+    """Returns a figure. Raises BadAnswer where it is none: not a number, below `least`, or without bounds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and least <= value <= _MOST):  # NaN is not
+        raise BadAnswer(f"the measurement gave {printable(repr(value), 40)} {unit}, which is no figure", _MEASURE_AGAIN)
     return float(value)
 
 

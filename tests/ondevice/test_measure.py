@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
-from edgeprune.errors import EngineError
+from edgeprune.errors import BadAnswer, EngineError
 from edgeprune.ondevice import measure as perform
 from edgeprune.ondevice.figures import Measured, Performance, Workload
 from edgeprune.ondevice.worker import OnProgress, quiet
@@ -95,3 +96,30 @@ def test_a_graph_that_is_missing_is_an_engine_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="none.onnx") as caught:
         measure(None, tmp_path / "none.onnx", (0, 0, 0))
     assert caught.value.remedy
+
+
+class Told:
+    """A session that answers as it is told."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self._answer = answer
+
+    def run(self, *_: object) -> dict[str, Any]:
+        return self._answer
+
+
+@pytest.mark.parametrize("value", [-5.0, 0, 5e-324, float("nan"), float("inf"), 10**400, True, "2", None])
+def test_a_latency_that_no_clock_gives_is_a_failed_measurement(value: Any) -> None:
+    timed = {"candidate": {"median": {"value": value, "low": 1.0, "high": 3.0}}}
+    session = Told({"prefill": timed, "decode": timed, "device": "a board"})
+    with pytest.raises(BadAnswer, match="ms, which is no figure") as caught:
+        perform.engine_latencies(session, "tensorrt", Path("model.engine"), Workload(1, 4, 8), 1.0, quiet)
+    assert len(caught.value.message) < 150
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), 1 << 62, 10**400])
+def test_bytes_that_no_memory_has_are_refused(value: Any) -> None:
+    sizes = dict.fromkeys(("weights_bytes", "activation_bytes", "scratch_bytes", "peak_build_bytes"), 0)
+    session = Told({**sizes, "version": "10.3", "seconds": 1.0, "warnings": [], "peak_build_bytes": value})
+    with pytest.raises(BadAnswer, match="bytes, which is no figure"):
+        perform.build(session, "tensorrt", Path("model.onnx"), Path("model.engine"), Workload(1, 4, 8), quiet)
