@@ -110,7 +110,8 @@ def pack_texts(
         packed = pack(tokenize(documents, tokenizer), request.samples, length, tokenizer.eos_token_id)
         check_ids(packed, vocab_size, tokenizer, str(path))
         origin = f"{len(documents)} documents of {path.name}"
-        taken = f"{calibration}; {packed.size:,} tokens of {plural(len(documents), 'document')}, as {plural(request.samples, 'sample')}"
+        of, rows = plural(len(documents), "document"), plural(request.samples, "sample")
+        taken = f"{calibration}; {packed.size:,} tokens of {of}, as {rows}"
         sources.append(Source(f"read {path.name}", taken, calibration.dropped))
     # Texts to evaluate on stay whole.
     tokens = {name: list(tokenize(documents, tokenizer)) for name, documents in given.items()}
