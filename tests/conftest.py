@@ -6,6 +6,7 @@ With EDGEPRUNE_REQUIRE_ALL=1 a skip is a failure, of a test or of a whole file; 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -34,6 +35,13 @@ def _short_measurements():
     """Shortens what only a user waits for: the tests look at what is made of a figure, not at its interval."""
     if VARIABLE not in os.environ:
         os.environ.update(durations(**SHORT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heard_interrupts():
+    """Lets SIGINT be heard, here and in children: a shell ignores it for what it starts in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
