@@ -219,7 +219,7 @@ class BuiltAhead:
             return self._with(estimated, result)
         # The engine of the nearest SM is only a check.
         try:
-            with tempfile.TemporaryDirectory(dir=candidate.graphs.parent) as folder:
+            with tempfile.TemporaryDirectory(dir=candidate.graphs.parent, prefix="check-") as folder:
                 plan = Path(folder) / "check.engine"
                 result = measure.build(
                     ThisMachine(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit

@@ -22,6 +22,7 @@ MADE = "made.json"  # in the folder of a stage: its files, or null while it is b
 REPLACED = "replaced"  # the older bundle, until the new one stands in its place
 SCRATCH = "scratch"  # of a stage that keeps no files
 TRANSIENT = (SCRATCH, "rungs", "bundle")  # and what a bundle is put together in
+BUILT_LATER = ("engine/", "check-")  # in the folder of a stage that is complete
 SHOWN = 5  # foreign files in a message
 _PART = re.compile(r"(\.\d+)?\.part$")
 
@@ -91,6 +92,8 @@ def foreign_in_work(folder: Path) -> list[str]:
         elif path.name not in TRANSIENT:
             made = _made(path)
             names = {str(file.relative_to(path)) for file in _files(path)}
+            if made:  # what an engine is built into afterwards
+                names = {name for name in names if not name.startswith(BUILT_LATER)}
             foreign += [f"{path.name}/{name}" for name in sorted(names - (names if made is None else made))]
     return foreign
 

@@ -103,6 +103,8 @@ def test_a_work_folder_is_removed_but_for_what_no_run_made(tmp_path: Path) -> No
     with open_journal(work, {"model": "m"}, resume=False, force=False) as journal:
         journal.folder_stage("samples", fill)
         (journal.scratch / "graph").write_text("1")
+        for name in ("engine/model.sm86.engine", "check-1x/check.engine"):  # of the measurement, after the stage
+            add(work / "samples" / name)
         (work / "rungs" / "0").mkdir(parents=True)
         add(work / "rungs" / "0" / "report.json")
         assert foreign_in_work(work) == []
