@@ -22,7 +22,7 @@ MOST_BYTES = 64 << 20  # of a document; a tokenizer's are the largest
 RESTORE = "Restore the file."
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_WRITES = (*_FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
-_LIBRARY_ERROR = re.compile(r"os error (\d+)")  # as libraries in Rust tell an OSError
+_LIBRARY_ERROR = re.compile(r"os error (\d+)|\[Errno (\d+)\]|\d+ requested and \d+ written")  # Rust, shutil, numpy
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _KINDS = {dict: "object", list: "list", str: "text"}
 _WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
@@ -207,8 +207,9 @@ def writing(path: Path) -> Iterator[None]:
 
 def _number(error: BaseException) -> int | None:
     """Returns the system's number of a failed write; None for any other error."""
-    match = _LIBRARY_ERROR.search(str(error))
-    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    number = getattr(error, "errno", None)
+    if number is None and (match := _LIBRARY_ERROR.search(str(error))):
+        number = int(match[1] or match[2] or errno.ENOSPC)
     return number if number in _OF_WRITES else None
 
 

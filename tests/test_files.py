@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,14 @@ class Library(Exception):
 
 
 FAILURES = [OSError(number, "no") for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)]
+FAILURES += [
+    Library("I/O error: No space left on device (os error 28)"),
+    shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+    OSError("12288 requested and 0 written"),  # numpy's
+]
 
 
-@pytest.mark.parametrize("failure", [*FAILURES, Library("I/O error: No space left on device (os error 28)")], ids=str)
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
 def test_a_failed_write_names_the_place_and_what_to_do(tmp_path: Path, failure: Exception) -> None:
     with pytest.raises(WriteError, match=f"cannot write {tmp_path}") as caught, writing(tmp_path / "bundle"):
         raise failure
