@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from tools import campaign_disk, campaign_fuzz, campaign_kills
+from tools import campaign_device, campaign_disk, campaign_fuzz, campaign_kills
 from tools.campaign_faults import Fault
 from tools.campaign_home import Home
 from tools.campaign_runs import Runs
@@ -33,6 +33,7 @@ PARTS: dict[str, Callable[[Home, Random], Tries]] = {
     "kills": campaign_kills.tries,
     "disk": campaign_disk.tries,
     "fuzz": campaign_fuzz.tries,
+    "device": campaign_device.tries,
 }
 
 
