@@ -21,11 +21,11 @@ from edgeprune.model.checkpoint.configuration import (
     quantisation,
     read_config,
     stored_decoder,
-    text_part,
 )
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.checkpoint.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
+from edgeprune.model.checkpoint.nested import defaults_taken, text_part
 from edgeprune.model.checkpoint.packaged import packaged_file
 from edgeprune.model.checkpoint.padding import without_padding
 from edgeprune.model.checkpoint.places import StoredTensor
@@ -164,6 +164,8 @@ def load_outline(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder, tupl
     check_hints(hints, decoder, spec)
     if config is not whole:
         notes.append(f"the text part alone, {decoder.family}, of {printable(whole.get('model_type'), 60)}")
+        if taken := defaults_taken(whole):
+            notes.append(f"the configuration leaves to transformers' defaults: {taken}")
     if method := quantisation(whole) or quantisation(config):
         notes.append(f"the checkpoint is quantised ({method}); the sizes are for the precision that is asked")
     return name, decoder, tuple(notes)
@@ -195,20 +197,32 @@ def _described(spec: str, hints: Hints) -> tuple[str, dict[str, Any]]:
 def _directory_config(path: Path) -> dict[str, Any]:
     """Returns the content of a directory's config.json. Raises InputError, which names what it is instead."""
     if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-            raise InputError(
-                f"{path} is a PEFT adapter of {printable(base)}, not a whole model",
-                f'Merge it: python -c "from peft import AutoPeftModelForCausalLM as Model; '
-                f"Model.from_pretrained('{path}').merge_and_unload().save_pretrained('MERGED')\", "
-                "copy the tokenizer's files there, and give that folder.",
-            )
+        _check_adapter(path)
         if snapshots := sorted((path / "snapshots").glob("*/config.json"), key=lambda file: file.lstat().st_mtime):
             raise InputError(
                 f"{path} is a model's folder in the hub's cache, which holds its snapshots",
                 f"Give the snapshot: {snapshots[-1].parent}",
             )
+        if cached := sorted(folder.name for folder in path.glob("models--*--*")):
+            owner, name = cached[0].split("--", 2)[1:]
+            raise InputError(
+                f"{path} is the hub's cache, not a model",
+                f"Give a model's id, such as {printable(owner, 60)}/{printable(name, 60)}.",
+            )
     return read_config(path)
+
+
+def _check_adapter(path: Path) -> None:
+    """Raises InputError for the directory of an adapter, which has no weights of a whole model."""
+    if not (path / "adapter_config.json").is_file():
+        return
+    base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    raise InputError(
+        f"{path} is a PEFT adapter of {printable(base)}, not a whole model",
+        f'Merge it: python -c "from peft import AutoPeftModelForCausalLM as Model; '
+        f"Model.from_pretrained('{path}').merge_and_unload().save_pretrained('MERGED')\", "
+        "copy the tokenizer's files there, and give that folder.",
+    )
 
 
 def load_directory(path: Path, name: str) -> Model:
@@ -243,6 +257,7 @@ def _weight_files(path: Path) -> list[Path]:
             return [single]
         if index.is_file():
             return _shards(index)
+    _check_adapter(path)
     raise InputError(
         f"{path} has no {' or '.join(WEIGHTS)}", "Give a directory with the weights that save_pretrained writes."
     )
@@ -314,7 +329,10 @@ def _checked(decoder: Decoder, stored: Stored) -> Stands:
 def _of_another_type(dtype: str) -> str:
     """Returns the remedy for a weight of a type that is not read."""
     if dtype in ("F64", "float64"):
-        return "Save it in another precision: model.to(torch.float32).save_pretrained(...)."
+        return (
+            'Write it in fp32: python -c "from transformers import AutoModelForCausalLM as Model; '
+            "Model.from_pretrained('FOLDER', dtype='float32').save_pretrained('NEW')\"."
+        )
     return f"Supported are: {', '.join(DTYPES)}. Give the checkpoint before it was quantised."
 
 

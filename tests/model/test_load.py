@@ -214,6 +214,13 @@ def test_folders_of_another_kind_are_named(tmp_path):
         with pytest.raises(InputError, match="a model's folder in the hub's cache") as caught:
             read(str(snapshot.parent.parent))
         assert caught.value.remedy == f"Give the snapshot: {snapshot}"
+        with pytest.raises(InputError, match="is the hub's cache, not a model") as caught:
+            read(str(tmp_path))
+        assert caught.value.remedy.endswith("such as someone/tiny.")
+    save_llama(tmp_path / "adapter")  # with the base's configuration, and without its weights
+    (tmp_path / "adapter" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="is a PEFT adapter of someone/base"):
+        load_model(str(tmp_path / "adapter"))
 
 
 def test_a_checkpoint_that_fsdp_saved_loads(tmp_path):
@@ -258,6 +265,8 @@ def test_the_outline_of_a_nested_or_quantised_configuration(tmp_path):
     assert "`edgeprune plan` estimates its text part, llama" in caught.value.remedy
     del text["vocab_size"]
     file.write_text(json.dumps(nested))
+    assert load_outline(str(file))[2][1].endswith("transformers' defaults: vocab_size 32000")
+    file.write_text(json.dumps(text))
     with pytest.raises(InputError, match="vocab_size is missing"):
         load_outline(str(file))
 

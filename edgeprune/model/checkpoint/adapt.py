@@ -103,7 +103,10 @@ def mixtral(decoder: Decoder, config: Config) -> Decoder:
 
 
 def _gemma(decoder: Decoder, config: Config) -> Decoder:
-    scale = float(config["query_pre_attn_scalar"]) ** -0.5
+    scalar = float(config["query_pre_attn_scalar"])
+    if scalar <= 0:
+        raise SenselessError(f"query_pre_attn_scalar {scalar:g}")
+    scale = scalar**-0.5
     return replace(
         changed(_attention_biases(decoder, config), {"scale": scale}),
         norms="both",

@@ -15,6 +15,7 @@ from edgeprune.errors import InputError
 from edgeprune.files import printable, read_json
 from edgeprune.model.checkpoint.adapt import LAYER_TYPES
 from edgeprune.model.checkpoint.families import FAMILIES, Family
+from edgeprune.model.checkpoint.nested import text_part
 from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
 from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of, whole_heads
@@ -22,8 +23,8 @@ from edgeprune.model.rope import SenselessError, longrope_context, rope_paramete
 Config = dict[str, Any]
 RESTORE = "Restore the checkpoint's own config.json."
 
-TEXT_PARTS = ("text_config", "llm_config", "language_config")  # of models of pictures and sounds
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must not ask for all memory
+MAX_EXPERTS = 200_000  # of all layers together
 HEADS = "edgeprune_heads"  # key/value heads, query heads per group, of a checkpoint that holds more, which are zeros
 LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
 ACTIVATIONS: dict[str, Activation] = {
@@ -53,7 +54,10 @@ def family_of(config: Config) -> Family:
     if not isinstance(architectures, list):
         raise _senseless(f"architectures {architectures!r}")
     if family.architecture not in [str(name).removeprefix("FSDP") for name in architectures]:  # as FSDP saves it
-        raise InputError(f"unsupported architecture {printable(', '.join(map(str, architectures)))}", supported)
+        raise InputError(
+            f"unsupported architecture {printable(', '.join(map(str, architectures)))} of the family {model_type}",
+            f"Give a checkpoint of {family.architecture}.",
+        )
     # Fields whose values this program cannot handle.
     try:
         reason = _refuse(family.defaults | config, family) or family.refuse(family.defaults | config)
@@ -92,15 +96,6 @@ def check_unquantised(config: Config) -> None:
         )
 
 
-def text_part(config: Config) -> Config:
-    """Returns the configuration of the text part where one of a supported family is nested, otherwise the whole."""
-    nested = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), {})
-    if str(config.get("model_type")) in FAMILIES or str(nested.get("model_type")) not in FAMILIES:
-        return config
-    tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
-    return tied | {name: value for name, value in nested.items() if name != "architectures"}
-
-
 def _senseless(reason: object) -> InputError:
     if isinstance(reason, KeyError):
         reason = f"{reason.args[0]} is missing"
@@ -128,7 +123,11 @@ def decoder_of(config: Config) -> Decoder:
     # Check what no single field shows.
     if decoder.picture is not None:
         _check_picture(decoder)
-    attention = decoder.layers[0].attention
+    attention, experts = decoder.layers[0].attention, decoder.layers[0].mlp.experts
+    if experts is not None and not (
+        1 <= experts.num_experts_per_tok <= experts.num_experts < MAX_EXPERTS // len(decoder.layers)
+    ):
+        raise _senseless(f"{experts.num_experts_per_tok} of {experts.num_experts} experts for a token")
     numbers = [decoder.norm_eps, decoder.embedding_scale, decoder.logits_scale, attention.score_scale]
     numbers += [value for rotary in decoder.rotaries for value in (*rotary.inverse_frequencies, rotary.scaling)]
     if not all(map(math.isfinite, numbers)):

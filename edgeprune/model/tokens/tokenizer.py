@@ -50,6 +50,7 @@ def load_tokenizer(directory: Path) -> Any:
         else:
             from transformers import AutoTokenizer as Loader
         loaded = Loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        _ = loaded.unk_token_id  # transformers looks for one that is no token without end
     except Exception as error:  # whatever the tokenizer's own reader raises
         raise _unreadable(directory, error) from None
     loaded.model_max_length = sys.maxsize  # a file may hold anything here, and nothing is cut by it

@@ -6,6 +6,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import HEADS, LAYER_WIDTHS, config_for, decoder_of
+from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.decoder import Mlp
 from tests.support.reference import decoder_of as reference_decoder
 from tests.support.ropes import ROPES
@@ -131,6 +132,14 @@ BAD = {
         {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]},
         "mlp_only_layers",
     ),
+    "more experts than memory": (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2**31},
+        "senseless: 2 of 2147483648 experts",
+    ),
+    "more experts for a token than there are": (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 9},
+        "senseless: 9 of 8 experts",
+    ),
     "a family that is a list": ({"model_type": ["llama"]}, "unsupported architecture"),
     "a window in words": (
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": "wide"},
@@ -163,7 +172,9 @@ def test_what_is_not_supported_is_named(changes, reason):
     with pytest.raises(InputError) as caught:
         decoder_of(base | changes)
     assert reason in caught.value.message
-    if "unsupported architecture" in caught.value.message:
+    if "of the family" in caught.value.message:
+        assert caught.value.remedy == f"Give a checkpoint of {FAMILIES[(base | changes)['model_type']].architecture}."
+    elif "unsupported architecture" in caught.value.message:
         assert "llama, mistral" in caught.value.remedy
 
 

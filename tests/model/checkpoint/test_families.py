@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.adapt import changed, windowed
 from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.model.checkpoint.families import FAMILIES
@@ -101,3 +102,11 @@ def test_what_a_family_cannot_do_is_told(name, config, reason):
     refuse = FAMILIES[name].refuse
     assert reason in refuse(config)
     assert refuse({}) is None
+
+
+@pytest.mark.parametrize("scalar", [-3, 0])
+def test_a_scale_of_scores_that_is_no_number_is_told(scalar):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "gemma2", "vocab_size": 100, "query_pre_attn_scalar": scalar, **sizes}
+    with pytest.raises(InputError, match=f"senseless: query_pre_attn_scalar {scalar}"):
+        decoder_of(config | {"head_dim": 16})

@@ -73,3 +73,11 @@ def test_a_tokenizer_model_alone_names_the_package_that_reads_it(tmp_path, monke
     monkeypatch.setattr("edgeprune.model.tokens.tokenizer.find_spec", lambda name: object())
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path / "model")
+
+
+def test_an_unknown_token_that_is_none_is_refused(tmp_path):
+    """transformers loads it, and looks for its id without end."""
+    save_llama(tmp_path / "model")
+    (tmp_path / "model" / "special_tokens_map.json").write_text('{"unk_token": ""}')
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "model")

@@ -1,0 +1,50 @@
+"""The text part of a configuration of pictures or sounds and text, in which it is nested. It knows no weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeprune.model.checkpoint.families import FAMILIES
+
+Config = dict[str, Any]
+
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+SIZES = {
+    family: dict(zip(NAMES, sizes, strict=True))
+    for family, sizes in {
+        "llama": (4096, 11008, 32, 32, 32000),
+        "mistral": (4096, 14336, 32, 32, 32000),
+        "qwen2": (4096, 22016, 32, 32, 151936),
+        "qwen3": (4096, 22016, 32, 32, 151936),
+        "gemma2": (2304, 9216, 26, 8, 256000),
+        "gemma3_text": (2304, 9216, 26, 8, 262208),
+        "phi3": (3072, 8192, 32, 32, 32064),
+        "smollm3": (2048, 11008, 36, 16, 128256),
+    }.items()
+}
+"""transformers' defaults: it leaves them out of a nested configuration, though never of a whole one."""
+
+
+def text_part(config: Config) -> Config:
+    """Returns the configuration of the text part where one of a supported family is nested, otherwise the whole."""
+    if (nested := _nested(config)) is None:
+        return config
+    tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+    return tied | {name: value for name, value in nested.items() if name != "architectures"} | _left_out(nested)
+
+
+def defaults_taken(config: Config) -> str:
+    """Returns the sizes that a nested text part leaves to transformers' defaults, in words; empty where none."""
+    return ", ".join(f"{name} {size}" for name, size in _left_out(_nested(config) or {}).items())
+
+
+def _nested(config: Config) -> Config | None:
+    nested = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), {})
+    is_known = str(nested.get("model_type")) in FAMILIES and str(config.get("model_type")) not in FAMILIES
+    return nested if is_known else None
+
+
+def _left_out(nested: Config) -> Config:
+    sizes = SIZES.get(str(nested.get("model_type")), {})
+    return {name: size for name, size in sizes.items() if nested.get(name) is None}
