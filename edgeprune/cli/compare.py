@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.cli import options
+from edgeprune.cli.ending import shown_progress
 from edgeprune.cli.options import OUTPUT, SEARCH, takes
 from edgeprune.cli.streams import console, made, show
 from edgeprune.pipeline.request import METHODS, RATIOS
@@ -40,13 +41,12 @@ def compare(
 ) -> None:
     """Compare pruning methods at equal ratios on the same samples and texts."""
     from edgeprune.commands.compare import compare as run
-    from edgeprune.progress import rich_progress
     from edgeprune.report.comparison import check_page, write_page
     from edgeprune.report.terminal import print_comparison
 
     if html is not None:
         check_page(html, force)
-    with rich_progress() as progress:
+    with shown_progress() as progress:
         rows = run(ratios=ratios, methods=methods, layout=layout, progress=progress, **request).report
     if html is not None:
         write_page(html, rows)

@@ -12,6 +12,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+from edgeprune.progress import Progress, rich_progress
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -71,3 +74,22 @@ def resumable() -> Iterator[None]:
     ending.can_resume = True
     yield
     ending.can_resume = False
+
+
+class _Watched:
+    """A progress that ends the command at its next stage or note where a library swallowed the interrupt."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __getattr__(self, name: str) -> Any:
+        if ending.signal is not None:
+            raise KeyboardInterrupt
+        return getattr(self._progress, name)
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """Shows the progress of a command, which ends at a signal whatever a library made of it."""
+    with rich_progress() as progress:
+        yield _Watched(progress)

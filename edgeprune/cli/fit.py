@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.cli import options
-from edgeprune.cli.ending import resumable
+from edgeprune.cli.ending import resumable, shown_progress
 from edgeprune.cli.options import DEVICE, OUTPUT, takes
 from edgeprune.cli.streams import console, made, show
 from edgeprune.errors import InputError
@@ -37,14 +37,13 @@ def fit(
     """Prune, compensate, export, build and measure until the budget is met; write a bundle and a report."""
     from edgeprune.bundle.read import read_report
     from edgeprune.commands.fit import fit as run
-    from edgeprune.progress import rich_progress
     from edgeprune.report.terminal import print_report
 
     if from_ is not None or pick is not None:
         bundle = _picked(context_, from_, pick, request["output"], request["force"])
         report, code = read_report(bundle), 0
     else:
-        with rich_progress() as progress, resumable():
+        with shown_progress() as progress, resumable():
             result = run(progress=progress, **request)
         bundle, report = result.bundle, result.report
         code = report.exit_code(request["require_measured"])
@@ -60,7 +59,6 @@ def fit(
 def _picked(context: typer.Context, bundle: Path | None, rung: int | None, output: Path | None, force: bool) -> Path:
     """Returns the new bundle of fit --from. Raises InputError for an option of fitting."""
     from edgeprune.bundle.pick import pick
-    from edgeprune.progress import rich_progress
 
     if bundle is None or rung is None:
         raise InputError("--from and --pick go together", "Give the bundle and the rung: --from BUNDLE --pick K.")
@@ -69,7 +67,7 @@ def _picked(context: typer.Context, bundle: Path | None, rung: int | None, outpu
             f"{', '.join(others)} with --from: a rung is exported as it was fitted",
             "Leave it out: only --pick, --output, --force and --json go with --from.",
         )
-    with rich_progress() as progress:
+    with shown_progress() as progress:
         return pick(bundle, rung, output, force, progress)
 
 
@@ -77,10 +75,9 @@ def _picked(context: typer.Context, bundle: Path | None, rung: int | None, outpu
 def frontier(config: options.Config = None, json_: options.Json = False, **request: Any) -> None:
     """Latency, memory and quality of a ladder of model sizes, to pick from: fit --from BUNDLE --pick K."""
     from edgeprune.commands.frontier import frontier as run
-    from edgeprune.progress import rich_progress
     from edgeprune.report.frontier_terminal import print_frontier
 
-    with rich_progress() as progress, resumable():
+    with shown_progress() as progress, resumable():
         result = run(progress=progress, **request)
     with made("bundle", result.bundle):
         if json_:
@@ -101,10 +98,9 @@ def measure(
 ) -> None:
     """Build a bundle's engine where it is to run, check and measure it, and update the report."""
     from edgeprune.commands.measure import measure as run
-    from edgeprune.progress import rich_progress
     from edgeprune.report.terminal import print_report
 
-    with rich_progress() as progress:
+    with shown_progress() as progress:
         report = run(bundle, target=target, keep_remote=keep_remote, progress=progress).report
     with made("bundle", bundle):
         if json_:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli import options
+from edgeprune.cli.ending import shown_progress
 from edgeprune.cli.streams import made, note, show
 from edgeprune.errors import InputError
 from edgeprune.files import check_text
@@ -82,12 +83,11 @@ def _draw(
     """
     from edgeprune.generate.images import draw_grid, painter_of
     from edgeprune.generate.pixels import check_picture
-    from edgeprune.progress import rich_progress
 
     # Check the output before the bundle is opened.
     check_picture(output, force)
     painter = painter_of(bundle, classes, count, cfg, temperature, top_k, top_p, note)
-    with rich_progress() as progress:
+    with shown_progress() as progress:
         seconds = draw_grid(painter, classes, count, seed, output, progress)
     with made("pictures", output):
         show(str(output))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 
 import pytest
 
-from edgeprune.cli.ending import ending, interrupted_by_signals, resumable
+from edgeprune.cli.ending import ending, interrupted_by_signals, resumable, shown_progress
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,13 @@ def test_an_interrupt_that_python_ignores_comes_again(capfd):
         time.sleep(20)
     assert ending.signal == signal.SIGTERM
     assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_that_a_library_swallows_ends_the_next_stage(capsys):
+    with interrupted_by_signals(), shown_progress() as progress:
+        progress.stage("one")
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            progress.stage("two")
+    assert ending.exit_code == 143
