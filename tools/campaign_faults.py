@@ -103,8 +103,8 @@ def document_faults(path: Path, name: str) -> list[Fault]:
 
 
 def strict_json(path: Path) -> Any:
-    """Returns the content of a JSON file. Raises ValueError, for NaN and Infinity too."""
-    return parse_strictly(path.read_text(encoding="utf-8"))
+    """Returns the content of a JSON file, maybe with a byte order mark. Raises ValueError, for NaN and Infinity too."""
+    return parse_strictly(path.read_text(encoding="utf-8-sig"))
 
 
 def parse_strictly(text: str) -> Any:

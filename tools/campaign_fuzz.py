@@ -50,14 +50,14 @@ class Target:
 def _of_model(folder: str, pattern: str, mutations: tuple[Mutation, ...], weight: int) -> list[Target]:
     """Returns the targets of a file of a checkpoint: it is compared, planned, and nearly fitted."""
     return [
-        Target(pattern, mutations, ("compare", folder, *RATIO, *SAMPLES), (folder, "notes.txt"), weight),
-        Target(pattern, mutations, ("plan", folder, *ON_ORIN), (folder,), max(1, weight // 3)),
+        Target(pattern, mutations, ("compare", folder, *RATIO, *SAMPLES), (folder, "notes.txt"), max(1, weight // 2)),
+        Target(pattern, mutations, ("plan", folder, *ON_ORIN), (folder,), max(1, weight // 2)),
         Target(
             pattern,
             mutations,
             ("fit", folder, "--device", "jetson-orin", "--memory", "1KB", *SMALL),  # out of reach, after all was read
             (folder, "notes.txt"),
-            max(1, weight // 3),
+            max(1, weight // 2),
         ),
     ]
 

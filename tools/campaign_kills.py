@@ -104,7 +104,7 @@ def _try(home: Home, unbroken: Unbroken, place: Path, random: Random) -> tuple[s
         how, what = _stopping(unbroken, place, random)
         ended = home.run((*words, *["--resume"] * (number > 0)), place, **how)
         story += f"; {what} -> {ended.code}"
-        faults += _stopped(ended, place) + lost(own, place) + _halves(place, older)
+        faults += _stopped(ended, place, number > 0) + lost(own, place) + _halves(place, older)
     # Go on with it; the user has put a file into the work folder meanwhile.
     if (place / WORK).is_dir() and random.random() < 0.3:
         (place / WORK / "mine.txt").write_text("mine")
@@ -131,10 +131,10 @@ def _stopping(unbroken: Unbroken, place: Path, random: Random) -> tuple[dict[str
     return {"before": before}, f"{number.name} at {kind} {index}"
 
 
-def _stopped(ended: Ended, place: Path) -> list[Fault]:
-    """Returns the faults in how a run ended that may have been stopped."""
+def _stopped(ended: Ended, place: Path, is_resumed: bool) -> list[Fault]:
+    """Returns the faults in how a run ended that may have been stopped. is_resumed: whether it went on itself."""
     faults = faults_of(ended, (0, 3, *INTERRUPTED), is_stopped=True)
-    if ended.code in INTERRUPTED and (place / WORK).is_dir() and "--resume" not in ended.errors:
+    if ended.code in INTERRUPTED and (place / WORK).is_dir() and not is_resumed and "--resume" not in ended.errors:
         faults.append(Fault("message", f"{ended.words[0]}: interrupted, and --resume is not named"))
     return faults
 

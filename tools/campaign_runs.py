@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import pkgutil
@@ -72,6 +73,7 @@ class Runs:
 
         torch.set_num_threads(1)  # a fork has one thread
         tqdm.monitor_interval = 0
+        gc.freeze()  # a fork that looks at every object copies every page
 
     def run(
         self,
