@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,10 @@ class Runs:
     ) -> None:
         """Becomes the run in this process, and ends it."""
         code = 1
+        # What this process is to do at its end is the caller's: its temporary folders go when it ends itself.
+        atexit._clear()
+        weakref.finalize._registry.clear()
+        weakref.finalize._registered_with_atexit = False
         try:
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -28,6 +28,7 @@ from edgeprune.pipeline.ownership import (
     SCRATCH,
     check_work,
     foreign_in_work,
+    is_whole_stage,
     mark_stage,
     remove_ours,
 )
@@ -115,9 +116,9 @@ class Journal:
                 raise
 
         self.stage(name, compute)
-        if not target.is_dir():
+        if not is_whole_stage(target):
             raise InputError(
-                f"{self.folder} has lost its folder {name}, which was complete", "Start afresh with --force."
+                f"{self.folder} has lost files of its folder {name}, which was complete", "Start afresh with --force."
             )
         return target
 

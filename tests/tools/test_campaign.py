@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,19 @@ def writes_files() -> None:
     for number in range(4):
         Path(f"{number}").write_text("x")
     Path("0").rename("moved")
+
+
+def test_a_run_takes_nothing_of_its_caller_with_it(tmp_path: Path) -> None:
+    """A forked process inherits what the caller is to remove at its own end."""
+    with tempfile.TemporaryDirectory() as folder:
+        removed_at_exit = tmp_path / "removed at exit"
+        removed_at_exit.touch()
+        atexit.register(removed_at_exit.unlink)
+        try:
+            assert Runs(prints("", "", 0)).run([], tmp_path).code == 0
+            assert removed_at_exit.exists() and Path(folder).is_dir()
+        finally:
+            atexit.unregister(removed_at_exit.unlink)
 
 
 def test_a_run_is_killed_at_the_chosen_file_operation(tmp_path: Path) -> None:
