@@ -128,6 +128,7 @@ def test_pruned(case: str, tmp_path: Path) -> None:
     assert parity.uneven_error(model, tmp_path / "uneven") < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_in_fp16(case: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")

@@ -5,7 +5,6 @@ It knows no command.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import signal
 import sys
@@ -48,10 +47,15 @@ def interrupted_by_signals() -> Iterator[None]:
         ending.signal = number
         raise KeyboardInterrupt
 
+    def send(number: int) -> None:
+        """Sends a real signal, which ends a wait of the main thread as well."""
+        if signal.getsignal(number) is interrupt:
+            signal.pthread_kill(threading.main_thread().ident, number)
+
     def again(ignored: sys.UnraisableHookArgs) -> None:
         """Sends the signal once more where Python ignored the interrupt, as it does in __del__."""
         if isinstance(ignored.exc_value, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main, (ending.signal,)).start()
+            threading.Timer(0.05, send, (ending.signal,)).start()
         else:
             hook(ignored)
 

@@ -25,6 +25,7 @@ def brute_force(profile, total: float, limit: float) -> tuple[int, int]:
     return context, sequences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", PROFILES)
 @pytest.mark.parametrize("spare", [-90e6, -20e6, -1.0, 0.0, 3e6, 10e6, 40e6])
 def test_room_is_what_a_walk_over_all_contexts_and_batches_finds(dialect, spare):
