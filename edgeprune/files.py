@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from edgeprune.errors import EdgepruneError, InputError
 
@@ -61,10 +61,13 @@ def read_json(path: Path, kind: type = dict, remedy: str = RESTORE, most_bytes: 
     return parse_json(read_text(path, remedy, most_bytes), str(path), kind, remedy)
 
 
-def parse_json(text: str | bytes, name: str, kind: type = dict, remedy: str = RESTORE) -> Any:
-    """Returns the content of a JSON text; name: of its origin, for the message. Raises InputError as read_json."""
+def parse_json(text: str | bytes, name: str, kind: type = dict, remedy: str = RESTORE, finite: bool = False) -> Any:
+    """Returns the content of a JSON text; name: of its origin, for the message. Raises InputError as read_json.
+
+    finite: a bare NaN or Infinity, which Python takes and JSON does not know, is an error.
+    """
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_refuse if finite else None)
     except RecursionError:
         raise InputError(f"{name} is not JSON that can be read: it is nested too deeply", remedy) from None
     except ValueError as error:
@@ -72,6 +75,10 @@ def parse_json(text: str | bytes, name: str, kind: type = dict, remedy: str = RE
     if not isinstance(content, kind):
         raise InputError(f"{name} is not a JSON {_KINDS.get(kind, kind.__name__)}", remedy)
     return content
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"a number is {constant}")
 
 
 def checked(value: Any, form: Any, name: str, remedy: str = RESTORE) -> Any:

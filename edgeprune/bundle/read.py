@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from edgeprune.bundle.store import write_again
 from edgeprune.errors import InputError
-from edgeprune.files import printable, read_text
+from edgeprune.files import parse_json, printable, read_text
 from edgeprune.ondevice.bundle import FRONTIER, OTHER_VERSION, REPORT, open_bundle, rung_folder, rungs_of
 from edgeprune.report.frontier import Frontier
 from edgeprune.report.frontier_page import render_frontier
@@ -53,6 +53,7 @@ def render_again(folder: Path) -> Path:
 def _read(document: type[Document], path: Path) -> Document:
     """Returns a document of this type from a file. Raises InputError where it is missing or not one."""
     text = read_text(path, OTHER_VERSION)
+    parse_json(text, str(path), remedy=OTHER_VERSION, finite=True)
     try:
         return document.model_validate_json(text)
     except ValidationError as error:
