@@ -10,7 +10,9 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -212,11 +214,28 @@ def writing(path: Path) -> Iterator[None]:
         raise _error(number, getattr(error, "filename", None) or path) from error
 
 
+@contextlib.contextmanager
+def scratch_folder(parent: Path | None = None, prefix: str = "edgeprune-") -> Iterator[Path]:
+    """Yields a folder that goes with the block, in `parent`, else where the system keeps such files.
+
+    Raises WriteError, which names that place, where it cannot be made, and for failed writes within the block.
+    """
+    try:
+        place = parent or Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        raise WriteError(
+            "there is no folder for temporary files that can be written", "Name one with the variable TMPDIR."
+        ) from None
+    with writing(place), tempfile.TemporaryDirectory(dir=place, prefix=prefix) as name:
+        yield Path(name)
+
+
 def _number(error: BaseException) -> int | None:
     """Returns the system's number of a failed write; None for any other error."""
     number = getattr(error, "errno", None)
     if number is None and (match := _LIBRARY_ERROR.search(str(error))):
-        number = int(match[1] or match[2] or errno.ENOSPC)
+        is_limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        number = int(match[1] or match[2] or (errno.EFBIG if is_limited else errno.ENOSPC))
     return number if number in _OF_WRITES else None
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from edgeprune.files import (
     printable,
     read_json,
     read_text,
+    scratch_folder,
     write_text,
     writing,
 )
@@ -99,6 +102,32 @@ def test_a_failed_write_names_the_place_and_what_to_do(tmp_path: Path, failure: 
         raise failure
     assert caught.value.remedy
     assert caught.value.exit_code == 2
+
+
+def test_numpys_failed_write_is_the_limit_on_files_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (4096, -1))
+    with pytest.raises(WriteError, match="File too large"), writing(Path("bundle")):
+        raise OSError("12288 requested and 0 written")
+
+
+def test_a_scratch_folder_goes_and_names_itself_where_it_cannot_be_written(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path, "parts-") as folder:
+        (folder / "one").write_bytes(bytes(10))
+        assert folder.name.startswith("parts-")
+    named = pytest.raises(WriteError, match=f"cannot write {re.escape(str(tmp_path))}: File too large")
+    with named, scratch_folder(tmp_path):
+        raise OSError(errno.EFBIG, "File too large")
+    assert not list(tmp_path.iterdir())
+    with scratch_folder() as folder:
+        assert folder.parent == Path(tempfile.gettempdir())
+
+
+def test_without_a_folder_for_temporary_files_the_message_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(WriteError, match="no folder for temporary files") as caught, scratch_folder():
+        pass
+    assert "TMPDIR" in caught.value.remedy
 
 
 @pytest.mark.parametrize("bug", [ValueError("x"), OSError(errno.EBADF, "x"), KeyError("x")], ids=repr)

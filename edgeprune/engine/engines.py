@@ -5,7 +5,6 @@ They do not know the budget, nor which candidates there are.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.errors import EngineError
+from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.durations import timing
@@ -219,8 +219,8 @@ class BuiltAhead:
             return self._with(estimated, result)
         # The engine of the nearest SM is only a check.
         try:
-            with tempfile.TemporaryDirectory(dir=candidate.graphs.parent, prefix="check-") as folder:
-                plan = Path(folder) / "check.engine"
+            with scratch_folder(candidate.graphs.parent, "check-") as folder:
+                plan = folder / "check.engine"
                 result = measure.build(
                     ThisMachine(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
                 )

@@ -9,7 +9,6 @@ machine are cached.
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 
 from edgeprune.cache import cache_folder, read_cached, write_cached
 from edgeprune.engine.answers import ThisMachine
+from edgeprune.files import scratch_folder
 from edgeprune.ondevice.machine import processor
 from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.probe_tasks import INPUT, OUTPUT, Stack, Took, largest_cache, total_memory, weights_file
@@ -213,8 +213,8 @@ def _time(
     session: Session, engine: str, stacks: dict[str, Stack], on_progress: OnProgress, shared: bool = False
 ) -> dict[str, Any]:
     """Times the graphs on the device; returns its answer, with the time of each graph. Raises EngineError."""
-    with tempfile.TemporaryDirectory() as folder:
-        graphs = {role: Path(folder) / f"{role}.onnx" for role in stacks}
+    with scratch_folder() as folder:
+        graphs = {role: folder / f"{role}.onnx" for role in stacks}
         for role, stack in stacks.items():
             write_graph(stack, graphs[role])
         request = {

@@ -7,14 +7,13 @@ what the gradients are used for.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edgeprune.files import scratch_folder
 from edgeprune.model.forward import (
     CHUNK_TOKENS,
     LOGIT_ROWS,
@@ -46,12 +45,12 @@ def token_gradients(
     count = len(decoder.layers)
     tables = Tables(decoder, ids.shape[1])
     energies: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
-    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+    with scratch_folder() as folder:
         # Forward: keep the input of every layer on disk.
         with torch.inference_mode():
             hidden = embed(model, ids)  # (b, t, c)
             for index in range(count):
-                hidden.numpy().tofile(Path(folder) / str(index))  # a mapped file would count as resident
+                (folder / str(index)).write_bytes(hidden.numpy())  # a mapped file would count as resident
                 weights = layer_weights(model, index)
                 add_layer(decoder, index, weights, hidden, tables)
                 on_layer()
@@ -61,7 +60,7 @@ def token_gradients(
         for index in reversed(range(count)):
             weights = layer_weights(model, index)
             kinds = modules_of(decoder, index)
-            entering = torch.from_numpy(np.fromfile(Path(folder) / str(index), np.float32)).view_as(gradient)
+            entering = torch.from_numpy(np.fromfile(folder / str(index), np.float32)).view_as(gradient)
             chunks = []
             for states_in, gradient_out in zip(
                 row_chunks(entering, CHUNK_TOKENS), row_chunks(gradient, CHUNK_TOKENS), strict=True

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeprune.engine.estimate import bytes_per_token
 from edgeprune.errors import InputError
+from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.model import Model
 from edgeprune.ondevice.figures import Workload
@@ -279,7 +278,6 @@ def generate_samples(
     from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
     from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 
-    with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         write_graphs(model.decoder, model.weights, folder, "fp32", [ONNXRUNTIME_GRAPH], length)
         return torch.from_numpy(kind.draw_samples(folder / GRAPH_FILE, model, count, length, seed, progress, given))

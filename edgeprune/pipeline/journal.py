@@ -20,7 +20,7 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.errors import InputError
-from edgeprune.files import parse_json, printable, writing
+from edgeprune.files import parse_json, printable, write_text, writing
 from edgeprune.pipeline.ownership import (
     JOURNAL,
     LOCK,
@@ -106,10 +106,11 @@ class Journal:
                 remove_ours(stale)
             temporary.mkdir(parents=True)
             try:
-                mark_stage(temporary, is_complete=False)
-                fill(temporary)
-                mark_stage(temporary, is_complete=True)
-                temporary.rename(target)
+                with writing(temporary):
+                    mark_stage(temporary, is_complete=False)
+                    fill(temporary)
+                    mark_stage(temporary, is_complete=True)
+                    temporary.rename(target)
             except BaseException:
                 with contextlib.suppress(OSError):
                     remove_ours(temporary)  # it may be what fills the disk
@@ -165,7 +166,8 @@ def _open(folder: Path, run: dict[str, Any], resume: bool, force: bool, lock: in
         (folder / REPLACED).rename(output)
     _empty(folder)
     run_id = uuid.uuid4().hex
-    _append(path, {ID: run_id, **run})
+    # The header is there as a whole or not at all: by it the folder is known as ours.
+    write_text(path, _text_of({ID: run_id, **run}))
     return Journal(folder, run_id, {}, lock)
 
 
@@ -243,8 +245,12 @@ def _digest(line: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(line).encode()).hexdigest()
 
 
+def _text_of(line: dict[str, Any]) -> str:
+    return json.dumps({**line, DIGEST: _digest(line)}) + "\n"
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, DIGEST: _digest(line)}) + "\n")
+        file.write(_text_of(line))
         file.flush()
         os.fsync(file.fileno())

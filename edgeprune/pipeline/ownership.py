@@ -78,7 +78,12 @@ def is_work(folder: Path) -> bool:
     except InputError:
         return False
     except OSError:
-        return {path.name for path in folder.iterdir()} <= {LOCK}
+        return all(_is_mark(path.name) and path.name != JOURNAL for path in folder.iterdir())
+
+
+def _is_mark(name: str) -> bool:
+    """Returns whether a file of a work folder is its lock or journal, or what a kill left of a new one."""
+    return _PART.sub("", name) in (JOURNAL, LOCK)
 
 
 def foreign_in_work(folder: Path) -> list[str]:
@@ -86,7 +91,7 @@ def foreign_in_work(folder: Path) -> list[str]:
     foreign: list[str] = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or not path.is_dir():
-            foreign += [] if path.name in (JOURNAL, LOCK) else [path.name]
+            foreign += [] if _is_mark(path.name) else [path.name]
         elif path.name == REPLACED and is_bundle(path):
             foreign += [f"{REPLACED}/{name}" for name in foreign_in_bundle(path)]
         elif path.name not in TRANSIENT:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
@@ -30,6 +29,7 @@ from edgeprune.engine.engines import Exported, Measuring
 from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
+from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.worker import OnProgress
@@ -238,11 +238,11 @@ def _measure(
     variant = GraphVariant(profile.dialect, "last")
     times: Times = {kind: {BASE: 1.0} for kind in KINDS}
     for chunk in _chunks(dense, points, precision):
-        with tempfile.TemporaryDirectory(dir=folder, prefix="costs-") as name:
+        with scratch_folder(folder, "costs-") as part:
             # Write the graphs of a chunk.
             exported = {}
             for index, point in enumerate(chunk):
-                decoder, graphs = points[point].decoder(dense), Path(name) / str(index)
+                decoder, graphs = points[point].decoder(dense), part / str(index)
                 graphs.mkdir()
                 write_graphs(decoder, RandomWeights(decoder), graphs, precision, [variant], workload.context)
                 exported[point] = Exported(decoder, graphs, graphs / "engine", graphs / "none")

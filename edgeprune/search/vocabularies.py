@@ -6,12 +6,11 @@ It does not know what a vocabulary saves on the device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeprune.files import scratch_folder
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.vocabulary import Vocabulary, ladder, needed, padded, retokenized, write_tokenizer_files
 from edgeprune.progress import Progress
@@ -81,9 +80,9 @@ def measure_losses(
     tokens = sum(len(document) - 1 for document in tests)
     rises = []
     for vocabulary in from_half:
-        with TemporaryDirectory() as folder:
-            write_tokenizer_files(model.directory, Path(folder), vocabulary)
-            documents = retokenized(list(tests), model.directory, Path(folder))
+        with scratch_folder() as folder:
+            write_tokenizer_files(model.directory, folder, vocabulary)
+            documents = retokenized(list(tests), model.directory, folder)
         rises.append((nats(vocabulary, documents) - whole) / tokens)
     # Half of the samples need fewer tokens than all of them, so that the two ladders differ in their sizes; their
     # steps from the smallest one up correspond. Where the ladder of the half is shorter, its last rise stands for more.

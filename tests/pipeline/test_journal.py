@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -95,6 +96,34 @@ def test_a_line_that_was_cut_off_is_taken_away(tmp_path):
         assert not journal.has("two")
         journal.stage("two", lambda: 2)
     assert [json.loads(line).get("stage") for line in (work / JOURNAL).read_text().splitlines()] == [None, "one", "two"]
+
+
+def test_a_header_that_could_not_be_written_leaves_the_folder_ours(tmp_path, monkeypatch):
+    """The whole header or none: half of one would make the folder a stranger's."""
+    work = tmp_path / "work"
+
+    def full(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(InputError, match="cannot write .*journal.jsonl: No space left"):
+            begun(work)
+    assert [path.name for path in work.iterdir()] == ["lock"]
+    (work / f"{JOURNAL}.17.part").write_text('{"run": ')  # as a kill leaves it
+    with begun(work, resume=True) as journal:
+        assert not journal.has("one")
+    assert sorted(path.name for path in work.iterdir()) == [JOURNAL, "lock"]
+
+
+def test_a_stage_that_cannot_be_written_names_its_folder(tmp_path):
+    def fill(folder: Path) -> None:
+        raise OSError(errno.EFBIG, "File too large")  # as of a file that is open already
+
+    with begun(tmp_path / "work") as journal, pytest.raises(InputError, match="files.part: File too large"):
+        journal.folder_stage("files", fill)
 
 
 @pytest.mark.parametrize("line", ["[]", "{", '{"stage": 1}', '{"stage": "x", "seconds": "y", "result": 1}', "\xff"])

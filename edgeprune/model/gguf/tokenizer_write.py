@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import scratch_folder
 from edgeprune.model.gguf.cuts import check_pieces, names, other_cut, tell_cut
 from edgeprune.model.gguf.pretokenizers import TEXT, pre_tokenizer_name
 from edgeprune.model.gguf.tokenizer_read import (
@@ -163,9 +163,9 @@ def _verified_name(loaded: Any, fields: dict[str, Any], name: str) -> str:
     """
     cuts = {}
     for candidate in names(name, loaded.backend_tokenizer):
-        with tempfile.TemporaryDirectory() as folder:
-            write_tokenizer(fields | {"general.name": candidate}, 0, Path(folder))
-            restored = load_tokenizer(Path(folder))
+        with scratch_folder() as folder:
+            write_tokenizer(fields | {"general.name": candidate}, 0, folder)
+            restored = load_tokenizer(folder)
         if restored(TEXT)["input_ids"] != loaded(TEXT)["input_ids"]:
             raise InputError(
                 "a GGUF file cannot describe this tokenizer: read back, it makes other tokens of a text", REFUSED
