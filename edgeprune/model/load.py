@@ -23,6 +23,7 @@ from edgeprune.model.checkpoint.configuration import (
     stored_decoder,
 )
 from edgeprune.model.checkpoint.families import FAMILIES
+from edgeprune.model.checkpoint.folder import no_weights, read_folder_config
 from edgeprune.model.checkpoint.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.checkpoint.llamagen import COMPILED, NO_HINTS, Hints, check_hints, config_of, prepared
 from edgeprune.model.checkpoint.nested import defaults_taken, text_part
@@ -188,47 +189,16 @@ def _described(spec: str, hints: Hints) -> tuple[str, dict[str, Any]]:
         return name, read_json(path, remedy=RESTORE)
     # A directory, otherwise a hub id.
     if path.is_dir():
-        return path.resolve().name, _directory_config(path)
+        return path.resolve().name, read_folder_config(path)
     if spec.endswith(".json"):
         raise InputError(f"no such file: {spec}", f"Give a config.json, its directory, or {FILES}.")
     return path.name, read_config(fetch_config(spec))
 
 
-def _directory_config(path: Path) -> dict[str, Any]:
-    """Returns the content of a directory's config.json. Raises InputError, which names what it is instead."""
-    if not (path / "config.json").is_file():
-        _check_adapter(path)
-        if snapshots := sorted((path / "snapshots").glob("*/config.json"), key=lambda file: file.lstat().st_mtime):
-            raise InputError(
-                f"{path} is a model's folder in the hub's cache, which holds its snapshots",
-                f"Give the snapshot: {snapshots[-1].parent}",
-            )
-        if cached := sorted(folder.name for folder in path.glob("models--*--*")):
-            owner, name = cached[0].split("--", 2)[1:]
-            raise InputError(
-                f"{path} is the hub's cache, not a model",
-                f"Give a model's id, such as {printable(owner, 60)}/{printable(name, 60)}.",
-            )
-    return read_config(path)
-
-
-def _check_adapter(path: Path) -> None:
-    """Raises InputError for the directory of an adapter, which has no weights of a whole model."""
-    if not (path / "adapter_config.json").is_file():
-        return
-    base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    raise InputError(
-        f"{path} is a PEFT adapter of {printable(base)}, not a whole model",
-        f'Merge it: python -c "from peft import AutoPeftModelForCausalLM as Model; '
-        f"Model.from_pretrained('{path}').merge_and_unload().save_pretrained('MERGED')\", "
-        "copy the tokenizer's files there, and give that folder.",
-    )
-
-
 def load_directory(path: Path, name: str) -> Model:
     """Returns the model of a checkpoint in the standard layout. Raises InputError."""
     config_file = path / "config.json"
-    config = _directory_config(path)
+    config = read_folder_config(path)
     check_unquantised(config)
     for file in (path / name for name in TOKENIZER_FILES):
         if is_pointer(file):
@@ -257,10 +227,7 @@ def _weight_files(path: Path) -> list[Path]:
             return [single]
         if index.is_file():
             return _shards(index)
-    _check_adapter(path)
-    raise InputError(
-        f"{path} has no {' or '.join(WEIGHTS)}", "Give a directory with the weights that save_pretrained writes."
-    )
+    raise no_weights(path, " or ".join(WEIGHTS))
 
 
 def _shards(index: Path) -> list[Path]:

@@ -202,27 +202,6 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     assert "git lfs pull" in caught.value.remedy
 
 
-def test_folders_of_another_kind_are_named(tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
-    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "0a1b"
-    save_llama(snapshot)
-    for read in (load_model, load_shape):
-        with pytest.raises(InputError, match="is a PEFT adapter of someone/base") as caught:
-            read(str(tmp_path / "adapter"))
-        assert "merge_and_unload()" in caught.value.remedy
-        with pytest.raises(InputError, match="a model's folder in the hub's cache") as caught:
-            read(str(snapshot.parent.parent))
-        assert caught.value.remedy == f"Give the snapshot: {snapshot}"
-        with pytest.raises(InputError, match="is the hub's cache, not a model") as caught:
-            read(str(tmp_path))
-        assert caught.value.remedy.endswith("such as someone/tiny.")
-    save_llama(tmp_path / "adapter")  # with the base's configuration, and without its weights
-    (tmp_path / "adapter" / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="is a PEFT adapter of someone/base"):
-        load_model(str(tmp_path / "adapter"))
-
-
 def test_a_checkpoint_that_fsdp_saved_loads(tmp_path):
     save_llama(tmp_path / "model")
     decoder = load_model(str(tmp_path / "model")).decoder
