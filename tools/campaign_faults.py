@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.ondevice.bundle import sha256
+from edgeprune.ondevice.bundle import MANIFEST, READY, sha256
 from tools.campaign_runs import Ended
 
 MOST_PRINTED = 100_000  # bytes: a message does not echo a file
@@ -73,16 +73,24 @@ def raising_line(text: str) -> str:
 
 
 def bundle_faults(folder: Path) -> list[Fault]:
-    """Returns the faults of a bundle: a file that is missing, half or of another hash, a document that is not JSON."""
+    """Returns the faults of a bundle: a file that is missing, half or of another hash, a document that is not JSON.
+
+    Where new files are about to be moved to their places, those are the bundle's.
+    """
+
+    def place(name: str) -> Path:
+        moving = folder / READY / name
+        return moving if (folder / READY / MANIFEST).is_file() and moving.is_file() else folder / name
+
     try:
-        manifest = strict_json(folder / "manifest.json")
+        manifest = strict_json(place(MANIFEST))
     except (OSError, ValueError) as error:
         return [Fault("half bundle", f"manifest.json: {type(error).__name__}")]
     faults = []
     for name, digest in manifest["sha256"].items():
-        if not (folder / name).is_file():
+        if not place(name).is_file():
             faults.append(Fault("half bundle", f"{_general(name)} is missing"))
-        elif sha256(folder / name) != digest:
+        elif sha256(place(name)) != digest:
             faults.append(Fault("half bundle", f"{_general(name)} has another hash"))
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))

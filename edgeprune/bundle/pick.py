@@ -22,6 +22,7 @@ from edgeprune.files import check_text, writing
 from edgeprune.ondevice.bundle import (
     CODEC,
     FRONTIER,
+    MEASUREMENT,
     OTHER_VERSION,
     REPORT,
     TOKENIZER,
@@ -32,7 +33,6 @@ from edgeprune.ondevice.bundle import (
     tokenizer_of,
 )
 from edgeprune.ondevice.documents import DEPLOYMENT, read_deployment
-from edgeprune.ondevice.finish import MEASUREMENT
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.output import check_output, check_space, work_folder
 from edgeprune.pipeline.provenance import now
@@ -196,4 +196,4 @@ def _copy(source: Path, target: Path, digest: str) -> None:
             old.seek(0)
             new.seek(0)
             shutil.copyfileobj(old, new, 2**20)
-    check_file(target, digest, source)
+    check_file(target, {digest}, source)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.files import link_or_copy, write_text, writing
+from edgeprune.files import link_or_copy, writing
 from edgeprune.ondevice.bundle import MANIFEST, open_bundle, point_to_rung, sha256
+from edgeprune.ondevice.renewal import put_into_place, renewing
 from edgeprune.pipeline.ownership import REPLACED, check_replaceable, remove_ours
 
 
@@ -97,17 +98,16 @@ def _put_into_place(staging: Path, output: Path) -> None:
         remove_ours(old)
 
 
-def write_again(folder: Path, texts: Mapping[str, str], also: Iterable[str] = ()) -> None:
-    """Writes texts of a finished bundle again, each at once, and records their hashes and those of `also`.
+def write_again(folder: Path, texts: Mapping[str, str]) -> None:
+    """Writes texts of a finished bundle again, and their hashes: all of it or nothing.
 
-    Raises InputError where the folder is not a bundle, WriteError.
+    Raises InputError where the folder is not a bundle or is being measured, WriteError.
     """
-    manifest = open_bundle(folder)
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    for name in (*texts, *also):
-        manifest["sha256"][name] = sha256(folder / name)
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    open_bundle(folder)
+    with writing(folder), renewing(folder) as staged:
+        for name, text in texts.items():
+            (staged / name).write_text(text, encoding="utf-8")
+        put_into_place(folder)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

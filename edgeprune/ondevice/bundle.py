@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,8 @@ from edgeprune.ondevice.figures import Workload
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+MEASUREMENT = "measurement.json"
+READY = ".finished"  # the folder in the bundle of new files that are about to be moved to their places
 TOKENIZER = "tokenizer"
 CODEC = "codec"  # of an image generator: turns codes into pixels
 FRONTIER = "frontier"  # the kind of a bundle of which no rung is chosen yet; others have a chosen one
@@ -91,7 +93,11 @@ def point_to_rung(folder: Path, index: int) -> None:
         temporary = folder / f"{name}.part"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(rung)
-        temporary.replace(link)
+        try:
+            temporary.replace(link)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _is_text_of_link(path: Path) -> bool:
@@ -176,13 +182,22 @@ def open_bundle(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path, manifest: dict[str, Any], places: Iterable[Path]) -> None:
     """Raises InputError where a file is not the one that the manifest lists; places: files, or folders of them."""
     wanted = [str(place.relative_to(folder)) for place in places]
+    to_come = hashes_to_come(folder)
     for name, digest in manifest["sha256"].items():
         if any(name == place or name.startswith(f"{place}/") for place in wanted):
-            check_file(folder / name, digest)
+            check_file(folder / name, {digest, to_come.get(name)})
 
 
-def check_file(path: Path, digest: str, source: Path | None = None) -> None:
-    """Raises InputError where a file is not of a sha256, such as one that was cut off or is a pointer of Git LFS.
+def hashes_to_come(folder: Path) -> dict[str, Any]:
+    """Returns the sha256 of files by their places, where a process ended while it moved new ones there; else none."""
+    with contextlib.suppress(InputError):
+        hashes = read_json(folder / READY / MANIFEST).get("sha256")
+        return hashes if isinstance(hashes, dict) else {}
+    return {}
+
+
+def check_file(path: Path, digests: Collection[str | None], source: Path | None = None) -> None:
+    """Raises InputError where a file is of no such sha256, such as one that was cut off or is a pointer of Git LFS.
 
     source: where it was copied from, for the message.
     """
@@ -193,5 +208,5 @@ def check_file(path: Path, digest: str, source: Path | None = None) -> None:
         found = sha256(path)
     except OSError as error:
         raise InputError(f"cannot read {named}: {error.strerror}", COPY_AGAIN) from None
-    if found != digest:
+    if found not in digests:
         raise InputError(f"{named} is not the file that {MANIFEST} lists: its sha256 differs", COPY_AGAIN)

@@ -8,43 +8,37 @@ It knows deployment.json and the files of the rungs, no model.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
+from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, Unreachable, WrongEngine
 from edgeprune.files import read_json
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
 from edgeprune.ondevice.bundle import (
-    MANIFEST,
+    MEASUREMENT,
     OTHER_VERSION,
     REPORT,
     check_files,
     linked_folders,
     open_bundle,
     open_chosen,
-    point_to_rung,
     rung_folder,
-    sha256,
 )
 from edgeprune.ondevice.documents import DEPLOYMENT, PAGE, check_documents, read_deployment
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
 from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, banner, limit_text, merged
 from edgeprune.ondevice.lines import one_line
 from edgeprune.ondevice.measure import Counted, LocalSession, Session
+from edgeprune.ondevice.renewal import STAGED, put_into_place, renewing
 from edgeprune.ondevice.runtimes import RUNTIMES, preferred
 from edgeprune.ondevice.worker import OnProgress
-
-MEASUREMENT = "measurement.json"
-STAGED, READY = ".finish", ".finished"  # folders in the bundle: of files in the making, of complete ones
 
 
 def finish(
@@ -57,9 +51,7 @@ def finish(
     where nothing could be built, an engine computes wrongly or a figure cannot be; the bundle is then as it was.
     """
     open_chosen(bundle)
-    with _alone(bundle):
-        # Complete what an interrupted run had ready.
-        _settle(bundle)
+    with renewing(bundle) as staged:
         # Measure rungs until one meets the budget; otherwise the smallest that could be measured is chosen.
         plan = read_deployment(bundle / DEPLOYMENT)
         check_documents(bundle, plan)
@@ -69,39 +61,13 @@ def finish(
         # Write all new files aside, then move them into place.
         measurement = _measurement(tried, chosen, engine, facts, where)
         try:
-            _stage(bundle, measurement, chosen, check)
-            _settle(bundle)
+            _write(staged, bundle, measurement, chosen, check)
+            put_into_place(bundle)
         except OSError as error:
             raise EngineError(
                 f"the bundle {bundle} cannot be written: {error.strerror}", "Free some space there and run it again."
             ) from None
     return measurement
-
-
-@contextlib.contextmanager
-def _alone(bundle: Path) -> Iterator[None]:
-    """Locks the bundle against other measurements, and removes incomplete files before and after.
-
-    Raises InputError where the bundle is locked already or its folder cannot be written to.
-    """
-    if not os.access(bundle, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to {bundle}", "Copy the bundle to a folder that you may write to.")
-    # Lock the folder itself: nothing is left in it by a process that was killed.
-    descriptor = os.open(bundle, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"the bundle {bundle} is being measured already", "Wait for the other measurement to end."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        shutil.rmtree(bundle / STAGED, ignore_errors=True)
-        yield
-    finally:
-        shutil.rmtree(bundle / STAGED, ignore_errors=True)
-        os.close(descriptor)
 
 
 def _try_rungs(
@@ -239,8 +205,10 @@ def _sources(performance: Performance) -> dict[str, str]:
     }
 
 
-def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung, check: Callable[[str], object]) -> None:
-    """Writes all new files aside: measurement.json, the report with it, the page with a banner, the manifest.
+def _write(
+    staged: Path, bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung, check: Callable[[str], object]
+) -> None:
+    """Writes the new documents aside: measurement.json, the report with it, the page with a banner.
 
     Raises BadAnswer where the report with the measurement is not one.
     """
@@ -257,25 +225,17 @@ def _stage(bundle: Path, measurement: dict[str, Any], chosen: MeasuredRung, chec
     if 0 <= begin < end:
         page = page[: begin + len(BANNER[0])] + banner(report, measurement) + page[end:]
     # Write measurement, report and page beside the engines that were built.
-    staged = bundle / STAGED
-    staged.mkdir(exist_ok=True)
     (staged / MEASUREMENT).write_text(_json_text(measurement), encoding="utf-8")
-    staged_files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
-    sizes = {name: path.stat().st_size for name, path in staged_files.items()}
+    written = (path for path in sorted(staged.rglob("*")) if path.is_file())
+    sizes = {str(path.relative_to(staged)): path.stat().st_size for path in written}
     report["files"] = {**_read(bundle / REPORT)["files"], **sizes}
     report_text = _json_text(report)
     try:
         check(report_text)
     except ValueError as error:
         raise _no_report(one_line(error)) from None
-    for name, text in ((REPORT, report_text), (PAGE, page)):
-        staged_files[name] = staged / name
-        staged_files[name].write_text(text, encoding="utf-8")
-    # The manifest holds their hashes. The rename makes all of them complete at once.
-    manifest = open_bundle(bundle)
-    manifest["sha256"].update((name, sha256(path)) for name, path in staged_files.items())
-    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    staged.rename(bundle / READY)
+    (staged / REPORT).write_text(report_text, encoding="utf-8")
+    (staged / PAGE).write_text(page, encoding="utf-8")
 
 
 def _json_text(document: dict[str, Any]) -> str:
@@ -291,22 +251,6 @@ def _no_report(reason: str) -> BadAnswer:
         f"the report with what was measured would not be valid: {reason}",
         "The bundle is as it was. Measure again; if it persists, fit the bundle again with this version.",
     )
-
-
-def _settle(bundle: Path) -> None:
-    """Moves complete files into their places, the manifest last; the next run goes on where a kill interrupted it."""
-    ready = bundle / READY
-    if not ready.is_dir():
-        return
-    paths = sorted((path for path in ready.rglob("*") if path.is_file()), key=lambda path: path.name == MANIFEST)
-    for path in paths:
-        if path.name == MANIFEST:
-            with contextlib.suppress(OSError):  # a file system without links
-                point_to_rung(bundle, _read(bundle / MEASUREMENT)["rung"])
-        target = bundle / path.relative_to(ready)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-    shutil.rmtree(ready)
 
 
 def _other_copies(bundle: Path, index: int) -> list[str]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from edgeprune import __version__
 from edgeprune.errors import InputError
 from edgeprune.files import parse_json, read_json, write_text
-from edgeprune.ondevice.bundle import MANIFEST, linked_folders, rungs_of, sha256
-from edgeprune.ondevice.finish import READY, STAGED
+from edgeprune.ondevice.bundle import MANIFEST, READY, hashes_to_come, linked_folders, rungs_of, sha256
+from edgeprune.ondevice.renewal import STAGED
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
 MADE = "made.json"  # in the folder of a stage: its files with their bytes, or null while it is being filled
@@ -41,21 +41,19 @@ def foreign_in_bundle(folder: Path) -> list[str]:
 
     The links at its top are ours, and what copies of a bundle make of them.
     """
-    hashes = read_json(folder / MANIFEST)["sha256"]
+    hashes, to_come = read_json(folder / MANIFEST)["sha256"], hashes_to_come(folder)
     linked = {name for rung in rungs_of(folder) for name in linked_folders(folder, rung)}
     foreign = []
     for path in _files(folder):
         name = str(path.relative_to(folder))
-        top = name.partition("/")[0]
-        listed = _PART.sub("", name)
+        listed, top = _PART.sub("", name), name.partition("/")[0]
         if name == MANIFEST or top in (READY, STAGED) or (listed != name and listed in {*hashes, MANIFEST}):
             continue
-        if top in linked and (path.is_symlink() or name == top):
-            if _leads_to_rung(path, top):
-                continue
-        elif not path.is_symlink():
-            known = [hashes.get(name), *(hashes.get(f"rungs/{rung}/{name}") for rung in rungs_of(folder))]
-            if sha256(path) in known:
+        if listed in linked and _leads_to_rung(path, listed):
+            continue
+        if not path.is_symlink():
+            known = [hashes.get(name), to_come.get(name)]
+            if sha256(path) in [*known, *(hashes.get(f"rungs/{rung}/{name}") for rung in rungs_of(folder))]:
                 continue
         foreign.append(f"{name} (changed)" if name in hashes else name)
     return foreign
