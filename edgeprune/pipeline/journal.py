@@ -24,6 +24,7 @@ from edgeprune.files import parse_json, printable, write_text, writing
 from edgeprune.pipeline.ownership import (
     JOURNAL,
     LOCK,
+    LOCK_MARK,
     REPLACED,
     SCRATCH,
     check_work,
@@ -173,10 +174,12 @@ def _open(folder: Path, run: dict[str, Any], resume: bool, force: bool, lock: in
 
 def _empty(folder: Path) -> None:
     """Removes all that runs made in a folder but its lock; the journal last, so that a kill leaves it ours."""
+    foreign = foreign_in_work(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == JOURNAL):
         if path.is_dir() and not path.is_symlink():
-            remove_ours(path)
-        elif path.name != LOCK:
+            start = f"{path.name}/"
+            remove_ours(path, [name.removeprefix(start) for name in foreign if name.startswith(start)])
+        elif path.name != LOCK and path.name not in foreign:
             path.unlink()
 
 
@@ -201,7 +204,7 @@ def _is_locked(descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = printable(os.read(descriptor, 100).decode(errors="replace"), 40).strip()
+        holder = printable(os.read(descriptor, 100).decode(errors="replace").removeprefix(LOCK_MARK), 40).strip()
         os.close(descriptor)
         raise InputError(
             f"another run, process {holder or 'unknown'}, works in {folder}",
@@ -212,7 +215,7 @@ def _is_locked(descriptor: int, folder: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.pwrite(descriptor, f"{LOCK_MARK}{os.getpid()}\n".encode(), 0)
             return True
     return False
 

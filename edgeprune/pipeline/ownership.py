@@ -18,6 +18,7 @@ from edgeprune.ondevice.bundle import MANIFEST, READY, hashes_to_come, linked_fo
 from edgeprune.ondevice.renewal import STAGED
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
+LOCK_MARK = "edgeprune, process "  # the lock's content begins with it
 MADE = "made.json"  # in the folder of a stage: its files with their bytes, or null while it is being filled
 REPLACED = "replaced"  # the older bundle, until the new one stands in its place
 SCRATCH = "scratch"  # of a stage that keeps no files
@@ -68,7 +69,7 @@ def _leads_to_rung(path: Path, name: str) -> bool:
 
 
 def is_work(folder: Path) -> bool:
-    """Returns whether the folder bears a work folder's mark, or nothing yet but its lock."""
+    """Returns whether the folder bears a work folder's mark: the journal's header, before that its lock alone."""
     try:
         with (folder / JOURNAL).open("rb") as file:
             header = parse_json(file.readline(1 << 20), JOURNAL)
@@ -76,7 +77,14 @@ def is_work(folder: Path) -> bool:
     except InputError:
         return False
     except OSError:
-        return all(_is_mark(path.name) and path.name != JOURNAL for path in folder.iterdir())
+        names = {path.name for path in folder.iterdir()}
+        return JOURNAL not in names and (_is_our_lock(folder / LOCK) or all(map(_is_mark, names)))
+
+
+def _is_our_lock(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(LOCK_MARK)) == LOCK_MARK.encode()
+    return False
 
 
 def _is_mark(name: str) -> bool:

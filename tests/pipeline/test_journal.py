@@ -118,6 +118,22 @@ def test_a_header_that_could_not_be_written_leaves_the_folder_ours(tmp_path, mon
     assert sorted(path.name for path in work.iterdir()) == [JOURNAL, "lock"]
 
 
+def test_a_run_that_was_killed_before_its_header_is_ours_and_keeps_what_a_user_put_there(tmp_path):
+    work = tmp_path / "work"
+    begun(work).close()
+    (work / JOURNAL).unlink()
+    (work / "thesis").mkdir()
+    for name in ("mine.txt", "thesis/one.txt"):
+        (work / name).write_text("mine")
+    with pytest.raises(InputError, match="holds files that no run made: mine.txt, thesis/one.txt"):
+        begun(work, force=True)
+    with begun(work, resume=True) as journal:
+        journal.stage("one", lambda: 1)
+        assert journal.remove() == ["mine.txt", "thesis/one.txt"]
+    assert sorted(path.name for path in work.rglob("*.txt")) == ["mine.txt", "one.txt"]
+    assert not (work / JOURNAL).exists()
+
+
 def test_a_stage_that_cannot_be_written_names_its_folder(tmp_path):
     def fill(folder: Path) -> None:
         raise OSError(errno.EFBIG, "File too large")  # as of a file that is open already
