@@ -25,6 +25,7 @@ RESTORE = "Restore the file."
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_WRITES = (*_FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 _LIBRARY_ERROR = re.compile(r"os error (\d+)|\[Errno (\d+)\]|\d+ requested and \d+ written")  # Rust, shutil, numpy
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _KINDS = {dict: "object", list: "list", str: "text"}
 _WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
@@ -70,6 +71,8 @@ def parse_json(text: str | bytes, name: str, kind: type = dict, remedy: str = RE
     """
     try:
         content = json.loads(text, parse_constant=_refuse if finite else None)
+        if _HALF.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
+            json.dumps(content, ensure_ascii=False).encode()  # half a character, which no file can hold
     except RecursionError:
         raise InputError(f"{name} is not JSON that can be read: it is nested too deeply", remedy) from None
     except ValueError as error:

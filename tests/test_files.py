@@ -77,6 +77,13 @@ def test_any_bytes_are_a_document_or_an_error_of_ours(data: bytes) -> None:
         assert isinstance(parse_json(data, "x"), dict)
 
 
+def test_half_a_character_is_refused_and_a_whole_one_read() -> None:
+    assert parse_json('{"a": "\\ud83d\\ude00"}', "it") == {"a": "\U0001f600"}
+    for text in ('{"a": "\\ud800"}', b'{"\\uDFFF": 1}'):
+        with pytest.raises(InputError, match="it is not JSON: .* surrogates not allowed"):
+            parse_json(text, "it")
+
+
 def test_what_a_stranger_says_cannot_steer_a_terminal() -> None:
     said = printable("\x1b[2Jgone\x07\u202e\ud83d\x9b31m" + "x" * 5000)
     assert said.isprintable()

@@ -5,9 +5,9 @@ It does not know which documents there are.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from edgeprune.ondevice.figures import Figure as EngineFigure
 from edgeprune.ondevice.figures import figure_to_json
@@ -20,6 +20,17 @@ class Strict(BaseModel):
 
     # A broken model's perplexity can be infinite; as null the report could not be read back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
+
+
+def keyed(*names: str) -> AfterValidator:
+    """Returns a check that a dict has these keys and no others."""
+
+    def check(content: dict[str, Any]) -> dict[str, Any]:
+        if set(content) != set(names):
+            raise ValueError(f"must hold {', '.join(names)}")
+        return content
+
+    return AfterValidator(check)
 
 
 class Figure(Strict):

@@ -6,11 +6,11 @@ It knows nothing about how a figure came about, and nothing about how it is show
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from edgeprune.report.base import Figure, Source, Strict, figure_of
+from edgeprune.report.base import Figure, Source, Strict, figure_of, keyed
 from edgeprune.report.experience import Experience
 from edgeprune.report.quality import BROKEN_PERCENT, DEGRADED_PERCENT, Grade, Quality, Text, grade_of
 
@@ -119,7 +119,7 @@ class Constraint(Strict):
 class Performance(Strict):
     """Memory and latencies of one model on the engine."""
 
-    memory: dict[str, Figure] = Field(
+    memory: Annotated[dict[str, Figure], keyed("weights", "cache", "activations", "buffers", "runtime")] = Field(
         description="peak device bytes at full context: weights, cache, activations, buffers, runtime"
     )
     memory_total: Figure = Field(description="the five parts, of the weakest source among them")
@@ -140,7 +140,7 @@ class Side(Strict):
     parameters: int
     layer_parameters: int = Field(description="in attention and MLP matrices: what the ratio counts")
     decode_bytes: float = Field(description="bytes that one decode step reads and writes, by the graph's arithmetic")
-    latency_shares: dict[str, float] = Field(
+    latency_shares: Annotated[dict[str, float], keyed("layers", "head_and_embedding", "cache", "overhead")] = Field(
         description="estimated decode ms: layers, head_and_embedding, cache, overhead"
     )
     widths: list[dict[str, int]] = Field(description="per layer: query heads, key/value heads, MLP channels")

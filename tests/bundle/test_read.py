@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from edgeprune.bundle.read import check_reports, read_frontier, read_report, render_again
@@ -63,6 +65,18 @@ def test_a_document_that_is_none_is_refused_with_the_version_to_use(tmp_path, re
         read(tmp_path)
     assert name in caught.value.message
     assert "git lfs pull" in caught.value.remedy or "the version of edgeprune that manifest" in caught.value.remedy
+
+
+@pytest.mark.parametrize("place", [("performance", "memory"), ("latency_shares",)])
+def test_a_report_that_lacks_a_part_of_a_bar_is_refused(tmp_path, place):
+    document = json.loads(report_of(measured_content()).model_dump_json())
+    parts = document["fitted"]
+    for name in place:
+        parts = parts[name]
+    del parts[next(iter(parts))]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"{place[-1]}: value error, must hold"):
+        read_report(tmp_path)
 
 
 def test_the_reports_of_all_rungs_are_checked(tmp_path):
