@@ -22,7 +22,7 @@ from tools.campaign_faults import (
 )
 from tools.campaign_home import SMALL, Home
 from tools.campaign_inputs import UNFINISHED, copied, files_like, make_inputs
-from tools.campaign_mutations import BINARY, GGUF, JSON, JSON_LINES, SAFETENSORS, TEXT, TOML, Mutation, truncated
+from tools.campaign_mutations import BINARY, GGUF, JSON, JSON_LINES, SAFETENSORS, TEXT, TOML, Mutation
 from tools.campaign_runs import Ended
 
 RATIO = ("--ratios", "30", "--methods", "magnitude", "--json")
@@ -109,7 +109,7 @@ TARGETS = (
     *_of_bundle("rungs/0/*.npz", {"measure": 1}),
     Target("out.work/journal.jsonl", JSON_LINES, RESUMED, ("out.work", "notes.txt"), 4),
     Target("out.work/*/made.json", JSON, RESUMED, ("out.work", "notes.txt"), 1),
-    Target("out.work/*/**/*", (truncated,), RESUMED, ("out.work", "notes.txt"), 2),
+    Target("out.work/*/**/*", BINARY, RESUMED, ("out.work", "notes.txt"), 2),
     Target("cache/probe.json", JSON, ("plan", "small", "--device", "cpu", "--json"), ("small", "cache"), 4),
     Target("cache/models/**/*", BINARY, ("compare", "small.gguf", *RATIO, *SAMPLES), OF_GGUF, 2),
     Target("cache/sensitivities/*", BINARY, UNFINISHED, ("cache", "notes.txt"), 1),

@@ -117,11 +117,11 @@ class Journal:
                     remove_ours(temporary)  # it may be what fills the disk
                 raise
 
-        self.stage(name, compute)
-        if not is_whole_stage(target):
+        if self.has(name) and not is_whole_stage(target):
             raise InputError(
-                f"{self.folder} has lost files of its folder {name}, which was complete", "Start afresh with --force."
+                f"the files in {target} are not those of the stage, which was complete", "Start afresh with --force."
             )
+        self.stage(name, compute)
         return target
 
 

@@ -19,7 +19,7 @@ from edgeprune.ondevice.renewal import STAGED
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
 LOCK_MARK = "edgeprune, process "  # the lock's content begins with it
-MADE = "made.json"  # in the folder of a stage: its files with their bytes, or null while it is being filled
+MADE = "made.json"  # in the folder of a stage: its files with their sha256, or null while it is being filled
 REPLACED = "replaced"  # the older bundle, until the new one stands in its place
 SCRATCH = "scratch"  # of a stage that keeps no files
 TRANSIENT = (SCRATCH, "rungs", "bundle")  # and what a bundle is put together in
@@ -118,17 +118,17 @@ def _made(folder: Path) -> set[str] | None:
 
 
 def mark_stage(folder: Path, is_complete: bool) -> None:
-    """Marks the folder of a stage as ours: with the sizes of its files where it is complete."""
-    sizes = {str(path.relative_to(folder)): path.lstat().st_size for path in _files(folder) if path.name != MADE}
-    files = sizes if is_complete else None
+    """Marks the folder of a stage as ours: with the sha256 of its files where it is complete."""
+    hashes = {str(path.relative_to(folder)): sha256(path) for path in _files(folder) if path.name != MADE}
+    files = hashes if is_complete else None
     write_text(folder / MADE, json.dumps({"edgeprune": __version__, "files": files}))
 
 
 def is_whole_stage(folder: Path) -> bool:
-    """Returns whether the folder of a complete stage still has all its files, none of them cut off."""
+    """Returns whether the folder of a complete stage still has all its files as they were."""
     try:
         files = read_json(folder / MADE)["files"]
-        return all((folder / name).lstat().st_size == size for name, size in files.items())
+        return all(sha256(folder / name) == digest for name, digest in files.items())
     except (InputError, KeyError, AttributeError, OSError):
         return False
 

@@ -52,12 +52,12 @@ def test_a_stage_whose_files_are_gone_is_told(tmp_path):
         folder = journal.folder_stage("files", lambda folder: None)
         (folder / "made.json").unlink()
         folder.rmdir()
-        with pytest.raises(InputError, match="has lost files of its folder files"):
+        with pytest.raises(InputError, match="are not those of the stage"):
             journal.folder_stage("files", lambda folder: None)
 
 
-@pytest.mark.parametrize("text", ["", "whol", "whole and more"])
-def test_a_stage_whose_file_was_cut_off_is_told(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "whol", "whole and more", "Whole"])
+def test_a_stage_whose_file_changed_is_told(tmp_path, text):
     """As a power cut leaves files that were complete but not yet on the disk."""
     with begun(tmp_path / "work") as journal:
         folder = journal.folder_stage("files", lambda folder: (folder / "one").write_text("whole") and None)
@@ -65,7 +65,7 @@ def test_a_stage_whose_file_was_cut_off_is_told(tmp_path, text):
         (folder / "engine" / "later").write_text("built afterwards")
         assert journal.folder_stage("files", lambda folder: None) == folder
         (folder / "one").write_text(text)
-        with pytest.raises(InputError, match="has lost files of its folder files"):
+        with pytest.raises(InputError, match="are not those of the stage"):
             journal.folder_stage("files", lambda folder: None)
 
 
