@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from math import isfinite
+
+from pydantic import Field, model_validator
 
 from edgeprune.ondevice import experience
 from edgeprune.ondevice.experience import TOKENS_PER_WORD, WORDS_PER_MINUTE
@@ -38,6 +40,13 @@ class Experience(Strict):
         description="at once, that memory has room for at the workload's prompt and context; 0: not even one"
     )
     room: Room
+
+    @model_validator(mode="after")
+    def _counts_are_finite(self) -> Experience:
+        """Raises ValueError for a number of tokens or sequences that cannot be counted."""
+        if not (isfinite(self.longest_context.value) and isfinite(self.sequences.value)):
+            raise ValueError("longest_context and sequences must be finite")
+        return self
 
 
 def experience_part(noticed: experience.Experience) -> Experience:

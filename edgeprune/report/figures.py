@@ -6,7 +6,7 @@ It knows neither HTML nor the terminal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import expm1, floor, log10
+from math import expm1, floor, inf, log10
 
 from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms
 from edgeprune.report.experience import Experience
@@ -82,7 +82,7 @@ def picture_room_text(noticed: Experience, report: Report) -> str:
 def interval_text(interval: Interval) -> str:
     """Returns `0.0123 (0.0101 to 0.0150)`: to two digits of the interval's width."""
     width = interval.high - interval.low
-    digits = min(8, max(0, 1 - floor(log10(width)))) if width > 0 else 3
+    digits = min(8, max(0, 1 - floor(log10(width)))) if 0 < width < inf else 3
     value, low, high = (f"{bound:.{digits}f}" for bound in (interval.value, interval.low, interval.high))
     return f"{value} ({low} to {high})"
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edgeprune.report.base import Strict
 
@@ -60,7 +60,7 @@ class Pictures(Strict):
     """Pictures of the dense and the fitted model from the same seeds and classes."""
 
     images: int = Field(description="number of images drawn from each model")
-    at_once: int = Field(description="pictures in a batch of the workload; a guided one takes two sequences")
+    at_once: int = Field(ge=1, description="pictures in a batch of the workload; a guided one takes two sequences")
     cfg: float = Field(description="guidance with which they were drawn; 1: none")
     temperature: float
     reference: str = Field(description="pictures that the distances are to")
@@ -74,6 +74,13 @@ class Pictures(Strict):
     fitted_grid: Grid = Field(description="the fitted model's, in the same order")
     classes: list[int] = Field(description="of the grid's pictures, row by row; empty: no classes")
     side: int = Field(description="pixels of one picture, each side")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Pictures:
+        """Raises ValueError for the distances of one model without the other's."""
+        if (self.dense is None) != (self.fitted is None):
+            raise ValueError("only one of the two models has distances")
+        return self
 
 
 def pictures_part(pictures: Mapping[str, Any]) -> Pictures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edgeprune.report.base import Figure, Source, Strict, figure_of, keyed
 from edgeprune.report.experience import Experience
@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 Status = Literal["met", "missed", "noisy"]
 Outcome = Literal["met", "missed", "noisy", "uncertain", "out_of_reach"]
 SideName = Literal["dense", "fitted"]
+LayerWidths = Annotated[dict[str, int], keyed("query heads", "key/value heads", "MLP channels")]
 
 
 class ModelCard(Strict):
@@ -69,9 +70,9 @@ class Workload(Strict):
     A picture's context is all its codes; its prompt is the class, or what else begins it.
     """
 
-    batch: int
-    prompt: int
-    context: int
+    batch: int = Field(ge=1)
+    prompt: int = Field(ge=1)
+    context: int = Field(ge=1)
 
 
 class Engine(Strict):
@@ -97,7 +98,7 @@ def _headroom(fields: Mapping[str, Any]) -> float | None:
 
 
 class Constraint(Strict):
-    """One limit against what was obtained."""
+    """One limit against what was obtained; only quality can be limited to 0."""
 
     name: Literal["memory", "prefill", "decode", "quality"]
     asked: str = Field(description="as the user wrote it")
@@ -114,6 +115,13 @@ class Constraint(Strict):
         description="predicted fall of log perplexity in nats per token if the limit were 5 % higher; 0: another "
         "constraint decides; none: nothing was searched within it",
     )
+
+    @model_validator(mode="after")
+    def _limit_is_one(self) -> Constraint:
+        """Raises ValueError for a limit that nothing can be a share of."""
+        if not (self.limit > 0 or (self.name == "quality" and self.limit == 0)):
+            raise ValueError(f"the limit of {self.name} is {self.limit:g}")
+        return self
 
 
 class Performance(Strict):
@@ -143,7 +151,7 @@ class Side(Strict):
     latency_shares: Annotated[dict[str, float], keyed("layers", "head_and_embedding", "cache", "overhead")] = Field(
         description="estimated decode ms: layers, head_and_embedding, cache, overhead"
     )
-    widths: list[dict[str, int]] = Field(description="per layer: query heads, key/value heads, MLP channels")
+    widths: list[LayerWidths] = Field(description="per layer: query heads, key/value heads, MLP channels")
 
 
 class Candidate(Strict):
@@ -183,7 +191,7 @@ class Search(Strict):
 class QualityStop(Strict):
     """The candidate nearest to a budget beyond the quality limit; `fitted` is the smallest model within that limit."""
 
-    widths: list[dict[str, int]] = Field(description="per layer, as in `fitted`")
+    widths: list[LayerWidths] = Field(description="per layer, as in `fitted`")
     performance: Performance
     status: Status = Field(description="of memory, prefill and decode")
     rise_percent: float = Field(description="of perplexity on the worst text")
@@ -301,7 +309,9 @@ class Report(Strict):
     tokens_per_second: dict[SideName, Figure] = Field(
         default_factory=_tokens_per_second, description="batch / decode, of the dense and the fitted model"
     )
-    experience: dict[SideName, Experience] = Field(description="what a user notices of the dense and the fitted model")
+    experience: Annotated[dict[SideName, Experience], keyed("dense", "fitted")] = Field(
+        description="what a user notices of the dense and the fitted model"
+    )
     unprunable: str = Field(description="how much of the latency no pruning of layers removes")
     floor: dict[str, float] = Field(
         description="estimated, of the smallest model on the width grid: memory in bytes, prefill and decode in ms"
@@ -318,6 +328,25 @@ class Report(Strict):
     files: dict[str, int] = Field(description="bytes")
     warnings: list[str]
     measurement: Measurement | None = Field(None, description="on the device, after the fit; its figures are above")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Report:
+        """Raises ValueError where one part of the document names what another part does not hold."""
+        layers = {"dense": self.dense.widths, "fitted": self.fitted.widths}
+        if self.quality_stop is not None:
+            layers["quality_stop"] = self.quality_stop.widths
+        for name, widths in layers.items():
+            if len(widths) != self.model.layers:
+                raise ValueError(f"{name} has widths of {len(widths)} layers, and the model {self.model.layers}")
+        limited = {row.name for row in self.budget} - {"quality"}
+        for number, candidate in enumerate(self.search.candidates):
+            if missing := limited - (candidate.predicted.keys() & candidate.obtained.keys()):
+                raise ValueError(f"candidate {number} has no {', '.join(sorted(missing))}, which the budget limits")
+        speed = "reading_speed" if self.quality.pictures is None else "seconds_per_image"
+        for name, noticed in self.experience.items():
+            if getattr(noticed, speed) is None:
+                raise ValueError(f"experience of {name} has no {speed}")
+        return self
 
     @property
     def outcome(self) -> Outcome:

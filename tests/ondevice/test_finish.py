@@ -373,6 +373,8 @@ def test_the_verdict_in_words_and_as_an_exit_code(
         report = json.loads((bundle / name).read_text())
         report["quality_status"], report["quality"]["rise_percent"] = quality, "Infinity"
         report["budget"][0] |= {"name": "decode", "unit": "ms"}
+        for candidate in report["search"]["candidates"]:
+            candidate |= {name: {"decode": 2.0} for name in ("predicted", "obtained")}
         rewrite(bundle, name, json.dumps(report).encode())
     figures = SMALL | {"decode": dict(zip(("value", "low", "high"), decode, strict=True))}
     monkeypatch.setattr(finishing, "LocalSession", lambda: Double({0: figures, 1: figures}))

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 import math
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from itertools import cycle
+from operator import getitem
+from typing import Any
 
 import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rich.console import Console
 
+from edgeprune.report.frontier import frontier_of
+from edgeprune.report.html import render_html
 from edgeprune.report.schema import Report, grade_of, schema_markdown
+from edgeprune.report.terminal import print_report
 from tests.support import DOCS
+from tests.support.sample_pictures import pictures_content
 from tests.support.sample_reports import CONTENTS, broken_content, estimated_content, measured_content, report_of
 
 DOCUMENT = DOCS / "report.md"
@@ -120,3 +133,66 @@ def test_the_document_names_every_field_and_its_links_lead_somewhere():
     links = {part.split(")")[0] for part in document.split("(#")[1:]}
     assert links
     assert links <= headings
+
+
+def places(part: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The paths of all parts of a document; of a list, which has parts of one kind, the first alone."""
+    if path:
+        yield path
+    entries = part.items() if isinstance(part, dict) else enumerate(part[:1]) if isinstance(part, list) else ()
+    for key, value in entries:
+        yield from places(value, (*path, key))
+
+
+def odd_values(value: Any, number: Iterator[Any]) -> tuple[Any, ...]:
+    """What may stand where a value stood, from a file that another program wrote; ... is nothing at all.
+
+    number: what may stand in a number's place.
+    """
+    if isinstance(value, dict):
+        return (..., None, {}, {"x": 1})
+    if isinstance(value, list):
+        return (..., None, [])
+    return (..., None) if isinstance(value, (bool, str)) else (..., None, next(number))
+
+
+def odd_documents(document: dict[str, Any], parts: Sequence[str]) -> Iterator[tuple[str, Report]]:
+    """Every report that one place's absence or another value makes, and that the schema still lets through."""
+    number = cycle((0, "Infinity", -1, "NaN"))
+    for *way, last in places(document):
+        if (*way, last)[0] not in parts:
+            continue
+        for value in odd_values(reduce(getitem, (*way, last), document), number):
+            changed = copy.deepcopy(document)
+            parent = reduce(getitem, way, changed)
+            if value is not ...:
+                parent[last] = value
+            elif isinstance(parent, dict):
+                del parent[last]
+            with contextlib.suppress(ValidationError):
+                report = Report.model_validate_json(json.dumps(changed))
+                if json.loads(report.model_dump_json()) != document:
+                    yield f"{[*way, last]} = {value!r}", report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "parts", "least"),
+    [
+        (measured_content, tuple(Report.model_fields), 300),
+        (pictures_content, ("workload", "quality", "experience"), 100),
+    ],
+)
+def test_what_the_schema_lets_through_can_be_shown(content, parts, least, monkeypatch):
+    monkeypatch.setattr("edgeprune.report.plots.plot_html", lambda name, figure: "")  # most of the time, and plotly's
+    tried = 0
+    for change, report in odd_documents(json.loads(report_of(content()).model_dump_json()), parts):
+        tried += 1
+        try:
+            render_html(report)
+            print_report(report, Console(file=io.StringIO()))
+            frontier_of([report])
+            report.exit_code()
+        except Exception as error:
+            raise AssertionError(change) from error
+    assert tried > least

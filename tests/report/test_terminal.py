@@ -107,7 +107,12 @@ def test_the_limit_that_decides_and_what_more_of_it_would_buy():
 @pytest.mark.parametrize(("status", "said"), [("met", "the budget: met"), ("missed", "the budget: missed")])
 def test_both_points_where_budget_and_quality_cannot_be_had(status, said):
     content = measured_content()
-    other = {"widths": [], "performance": content["fitted"]["performance"], "rise_percent": 88.0, "tried": 2}
+    other = {
+        "widths": content["dense"]["widths"],
+        "performance": content["fitted"]["performance"],
+        "rise_percent": 88.0,
+        "tried": 2,
+    }
     report = report_of(content | {"quality_stop": other | {"status": status}})
     shown = words(printed(print_report, report))
     assert f"it; {said}: perplexity +88.0 %" in shown

@@ -57,6 +57,7 @@ def _rung(content: dict[str, Any], index: int, rise: float, texts: Sequence[str]
     return content | {
         "fitted": content["fitted"] | {"performance": performance},
         "budget": [limit],
+        "search": content["search"] | {"candidates": [_of_decode(c, limit) for c in content["search"]["candidates"]]},
         "ratio": 0.1 * (index + 1),
         "total_ratio": 0.08 * (index + 1),
         "warnings": ["the same for all", f"of rung {index}"],
@@ -66,6 +67,11 @@ def _rung(content: dict[str, Any], index: int, rise: float, texts: Sequence[str]
             content["quality"]["label"],
         ),
     }
+
+
+def _of_decode(candidate: dict[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+    """A candidate of a search within this limit: predicted to meet it and exactly there."""
+    return candidate | {name: {"decode": limit["limit"]} for name in ("predicted", "obtained")}
 
 
 BUNDLE = "smol ladder"

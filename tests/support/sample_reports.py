@@ -422,8 +422,6 @@ def hostile(content: dict, text: str) -> dict:
         entry["name"] = text
     for row in content["budget"]:
         row["asked"] = text
-    for layer in (*content["dense"]["widths"], *content["fitted"]["widths"]):
-        layer[text] = 1 + len(layer)
     return content | {
         "headline": text,
         "command": text,
