@@ -30,6 +30,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2
 _KINDS = {dict: "object", list: "list", str: "text"}
 _WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
 _WORDS |= {float: "a finite number", type(None): "null", Any: "of finite numbers"}
+_OF_MARK = 4096  # bytes in which a mark stands
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -172,6 +173,26 @@ def check_text(value: object, name: str) -> None:
     text = os.fsdecode(value) if isinstance(value, os.PathLike) else value
     if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
         raise InputError(f"{name} {printable(ascii(text))} is not UTF-8 text", "Rename it, or write it in UTF-8.")
+
+
+def check_output(path: Path, option: str, mark: str, force: bool) -> None:
+    """Raises InputError where a file cannot become the one that an option names; called before any long work.
+
+    A file that is there is replaced only where force is set and its beginning holds the mark of the files that we write
+    there: nobody else's is lost.
+    """
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {path.absolute().parent}", f"Create it, or name another {option}.")
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not force:
+        raise InputError(f"{path} exists already", f"Name another {option}, or replace it with --force.")
+    is_ours = False  # as long as it cannot be read; a pipe would be waited for
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            is_ours = mark.encode() in file.read(_OF_MARK)
+    if not is_ours:
+        raise InputError(f"{path} was not written by edgeprune", f"Name another {option}: --force replaces ours alone.")
 
 
 def write_text(path: Path, text: str) -> None:

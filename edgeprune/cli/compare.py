@@ -41,11 +41,12 @@ def compare(
 ) -> None:
     """Compare pruning methods at equal ratios on the same samples and texts."""
     from edgeprune.commands.compare import compare as run
-    from edgeprune.report.comparison import check_page, write_page
+    from edgeprune.files import check_output
+    from edgeprune.report.comparison import MARK, write_page
     from edgeprune.report.terminal import print_comparison
 
     if html is not None:
-        check_page(html, force)
+        check_output(html, "--html", MARK, force)
     with shown_progress() as progress:
         rows = run(ratios=ratios, methods=methods, layout=layout, progress=progress, **request).report
     if html is not None:

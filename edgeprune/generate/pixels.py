@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeprune.errors import EngineError, InputError
-from edgeprune.files import is_pointer, pointer_error, printable, write_bytes
+from edgeprune.files import check_output, is_pointer, pointer_error, printable, write_bytes
 from edgeprune.ondevice.onnxruntime import open_session
 
 if TYPE_CHECKING:
     from PIL import Image
 
+MARK = "Software\0edgeprune"  # in the PNG files that are written
 # The only readers of Pillow that are tried, whatever a file's name: others start programs, as that of EPS does.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -87,19 +88,21 @@ def grid(pixels: np.ndarray, columns: int | None = None) -> Image.Image:
 
 
 def png(image: Image.Image) -> bytes:
+    """Returns the bytes of a PNG file, which names the program that wrote it."""
+    from PIL.PngImagePlugin import PngInfo
+
+    told = PngInfo()
+    told.add_text("Software", "edgeprune")
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", pnginfo=told)
     return buffer.getvalue()
 
 
 def check_picture(path: Path, force: bool) -> None:
-    """Raises InputError for a file that cannot be written, or that exists where `force` is not set."""
-    if path.exists() and not (force and path.is_file()):
-        raise InputError(f"{path} exists already", "Name another --output, or replace it with --force.")
+    """Raises InputError for a file that cannot be written, or that exists and may not be replaced."""
     if path.suffix.lower() != ".png":
         raise InputError(f"{path} must end in .png", f"Try --output {path.with_suffix('.png')}.")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"the folder {path.absolute().parent} does not exist", "Create it, or name another --output.")
+    check_output(path, "--output", MARK, force)
 
 
 def write_picture(image: Image.Image, path: Path) -> None:

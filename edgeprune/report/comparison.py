@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.errors import InputError
 from edgeprune.files import write_text
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.report.figures import perplexity_text, rise_text
@@ -21,15 +20,8 @@ if TYPE_CHECKING:
 
     from edgeprune.pipeline.comparison import Row
 
+MARK = '<meta name="generator" content="edgeprune">'
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
-
-
-def check_page(path: Path, force: bool) -> None:
-    """Raises InputError where the page cannot be written; called before any long work."""
-    if path.exists() and not (force and path.is_file()):
-        raise InputError(f"{path} exists", "Give another --html, or --force to replace a file.")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {path.absolute().parent}", "Create it, or give another --html.")
 
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
@@ -63,6 +55,7 @@ def render_page(rows: Sequence[Row]) -> str:
     ]
     # Fill in the template.
     return environment.get_template("comparison.html.jinja").render(
+        mark=MARK,
         dense=dense,
         rows=pruned,
         plots=plots,

@@ -55,3 +55,7 @@ def test_a_page_is_written_and_replaced_by_force_alone(asked, tmp_path):
     assert isinstance(refused.exception, InputError)
     assert len(asked) == 1  # refused before the work
     assert CliRunner().invoke(app, [*words, "--force"]).exit_code == 0
+    (tmp_path / "page.html").write_text("<p>the user's</p>")
+    with pytest.raises(InputError, match="not written by edgeprune"):
+        raise CliRunner().invoke(app, [*words, "--force"]).exception
+    assert (tmp_path / "page.html").read_text() == "<p>the user's</p>"

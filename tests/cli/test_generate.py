@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from edgeprune.cli.app import app
 from edgeprune.errors import InputError
+from edgeprune.generate.pixels import write_picture
 
 
 def run(*words: str):
@@ -39,7 +41,7 @@ def test_pictures_are_drawn_from_all_that_may_be_by_default(monkeypatch, tmp_pat
         return Painter()
 
     def draw_grid(painter, classes, count, seed, output, progress):
-        output.write_bytes(b"png")
+        write_picture(Image.new("RGB", (8, 8)), output)
         return 3.0
 
     monkeypatch.setattr("edgeprune.generate.images.painter_of", painter_of)
@@ -52,6 +54,10 @@ def test_pictures_are_drawn_from_all_that_may_be_by_default(monkeypatch, tmp_pat
     refused = run("--output", str(output))
     assert isinstance(refused.exception, InputError)
     assert len(asked) == 1  # the output was checked before the bundle was opened
+    (tmp_path / "photo.png").write_bytes(b"the user's")
+    with pytest.raises(InputError, match="not written by edgeprune"):
+        raise run("--output", str(tmp_path / "photo.png"), "--force").exception
+    assert (tmp_path / "photo.png").read_bytes() == b"the user's"
     assert run("--output", str(output), "--force", "--temperature", "0").exit_code == 0
     assert asked[1][4] == 0.0
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from edgeprune.errors import InputError
-from edgeprune.files import WriteError
-from edgeprune.report.comparison import check_page, render_page, write_page
+from edgeprune.files import WriteError, check_output
+from edgeprune.report.comparison import MARK, render_page, write_page
 from tests.support.sample_rows import row
 
 
@@ -44,11 +43,7 @@ def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
     path = tmp_path / "page.html"
     write_page(path, rows)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-    with pytest.raises(InputError, match="exists"):
-        check_page(path, force=False)
-    check_page(path, force=True)
-    with pytest.raises(InputError, match="no folder"):
-        check_page(tmp_path / "none" / "page.html", force=False)
+    check_output(path, "--html", MARK, force=True)
 
 
 def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
