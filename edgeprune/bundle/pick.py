@@ -18,10 +18,11 @@ from edgeprune.bundle.store import write_bundle
 from edgeprune.bundle.write import as_json, json_text, rendered
 from edgeprune.engine.remote import program
 from edgeprune.errors import InputError
-from edgeprune.files import check_text, writing
+from edgeprune.files import check_text, checked, writing
 from edgeprune.ondevice.bundle import (
     CODEC,
     FRONTIER,
+    MANIFEST,
     MEASUREMENT,
     OTHER_VERSION,
     REPORT,
@@ -158,12 +159,19 @@ def _names(bundle: Path, index: int, manifest: dict[str, Any], measured: bool) -
 
 
 def _commands(manifest: dict[str, Any], bundle: Path, index: int, output: Path) -> tuple[str, str]:
-    """Returns the command line that makes the picked bundle again, and the one that makes it once more, over this
-    one."""
-    words = shlex.split(manifest["command"])
-    if "--output" not in words:
-        words += ["--output", bundle.resolve().name]
-    source = words[words.index("--output") + 1]
+    """Returns the command line that makes the picked bundle again, and the one that makes it once more, over this one.
+
+    Raises InputError where the manifest holds no command line.
+    """
+    path = bundle / MANIFEST
+    checked(manifest, {"command": str, ...: Any}, str(path), OTHER_VERSION)
+    try:
+        words = shlex.split(manifest["command"])
+        if "--output" not in words:
+            words += ["--output", bundle.resolve().name]
+        source = words[words.index("--output") + 1]
+    except (ValueError, IndexError):
+        raise InputError(f"{path}: its command is not whole", OTHER_VERSION) from None
     last = ["edgeprune", "fit", "--from", source, "--pick", str(index), "--output", str(output)]
     command, again = (" && ".join(shlex.join([*step, *more]) for step in (words, last)) for more in ((), ("--force",)))
     return command, again

@@ -381,6 +381,17 @@ def test_steps_for_a_device_name_the_new_bundle(made, tmp_path):
     assert last == " && ".join(f"{step} --force" for step in report.command.split(" && "))
 
 
+@pytest.mark.parametrize("command", ["edgeprune fit 'model", "edgeprune fit model --output", None])
+def test_a_manifest_whose_command_is_not_whole(made, tmp_path, command):
+    source = tmp_path / "source"
+    shutil.copytree(made, source)
+    manifest = json.loads((source / "manifest.json").read_text())
+    (source / "manifest.json").write_text(json.dumps(manifest | {"command": command}))
+    with pytest.raises(InputError, match="command is not"):
+        pick(source, 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("rung", [3, -1])
 def test_a_rung_that_is_not_there(made, tmp_path, rung):
     with pytest.raises(InputError, match=f"holds no rung {rung}") as error:

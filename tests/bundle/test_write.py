@@ -104,7 +104,9 @@ def test_a_bundle_without_a_checkpoint(fitted, tmp_path):
 
 def test_a_ladders_bundle_chooses_nothing_and_says_how_to_pick(fitted, tmp_path):
     budgets = [Budget(decode=Limit(share, True, f"{100 * share:g}%")) for share in (0.9, 0.8)]
-    rungs = [replace(fitted, setup=replace(fitted.setup, budget=budget)) for budget in budgets]
+    trials = tuple(replace(trial, predicted={"decode": 1.0}) for trial in fitted.outcome.trials)
+    searched = replace(fitted, outcome=replace(fitted.outcome, trials=trials))
+    rungs = [replace(searched, setup=replace(fitted.setup, budget=budget)) for budget in budgets]
     write_frontier(rungs, journal_of(tmp_path / "work"), COMMAND)
     bundle = tmp_path / "a bundle"
     assert whole(bundle)["kind"] == "frontier"
