@@ -108,7 +108,10 @@ def test_the_headline_tells_each_verdict(fitted):
     noisy = Measured(fitted.chosen.performance.decode.value, "ms", "board", 1e-6, 1e6)
     performance = replace(fitted.chosen.performance, decode=noisy)
     budget = Budget(decode=Limit(1.0, False, "1ms"))
-    unclear = replace(met, setup=replace(met.setup, budget=budget), chosen=replace(met.chosen, performance=performance))
+    chosen = replace(met.chosen, performance=performance)
+    trials = tuple(replace(trial, predicted={"decode": 1.0}) for trial in met.outcome.trials)
+    outcome = replace(met.outcome, trials=trials)
+    unclear = replace(met, setup=replace(met.setup, budget=budget), chosen=chosen, outcome=outcome)
     assert "too noisy to tell: run again on an idle machine" in headline(unclear)
 
 
