@@ -172,8 +172,9 @@ def _followed(
         while True:
             passed = time.monotonic() - start
             if kill is not None and passed >= kill.seconds and status is None:
-                (os.killpg if kill.whole else os.kill)(process, kill.number)
-                kill = None
+                with contextlib.suppress(ProcessLookupError):  # the child is not yet a group of its own: tried again
+                    (os.killpg if kill.whole else os.kill)(process, kill.number)
+                    kill = None
             if passed >= seconds and not is_late:
                 is_late = True
                 os.killpg(process, signal.SIGKILL)
