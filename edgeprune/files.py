@@ -175,7 +175,7 @@ def check_text(value: object, name: str) -> None:
         raise InputError(f"{name} {printable(ascii(text))} is not UTF-8 text", "Rename it, or write it in UTF-8.")
 
 
-def check_output(path: Path, option: str, mark: str, force: bool) -> None:
+def check_output_file(path: Path, option: str, mark: str, force: bool) -> None:
     """Raises InputError where a file cannot become the one that an option names; called before any long work.
 
     A file that is there is replaced only where force is set and its beginning holds the mark of the files that we write

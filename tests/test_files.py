@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from edgeprune.errors import InputError
 from edgeprune.files import (
     WriteError,
-    check_output,
+    check_output_file,
     checked,
     is_pointer,
     link_or_copy,
@@ -211,16 +211,16 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
 
 def test_an_output_replaces_our_own_files_alone(tmp_path):
     ours, users, linked = (tmp_path / name for name in ("ours.txt", "users.txt", "linked.txt"))
-    check_output(ours, "--page", "mark", force=False)
+    check_output_file(ours, "--page", "mark", force=False)
     ours.write_text("a mark in it")
     users.write_text("x" * 5000 + "mark")
     linked.symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="exists already"):
-        check_output(ours, "--page", "mark", force=False)
-    check_output(ours, "--page", "mark", force=True)
+        check_output_file(ours, "--page", "mark", force=False)
+    check_output_file(ours, "--page", "mark", force=True)
     for path in (users, linked, tmp_path, tmp_path / "pipe"):
         with pytest.raises(InputError, match="not written by edgeprune"):
-            check_output(path, "--page", "mark", force=True)
+            check_output_file(path, "--page", "mark", force=True)
     with pytest.raises(InputError, match="no folder"):
-        check_output(tmp_path / "none" / "page", "--page", "mark", force=True)
+        check_output_file(tmp_path / "none" / "page", "--page", "mark", force=True)

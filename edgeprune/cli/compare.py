@@ -41,12 +41,12 @@ def compare(
 ) -> None:
     """Compare pruning methods at equal ratios on the same samples and texts."""
     from edgeprune.commands.compare import compare as run
-    from edgeprune.files import check_output
+    from edgeprune.files import check_output_file
     from edgeprune.report.comparison import MARK, write_page
     from edgeprune.report.terminal import print_comparison
 
     if html is not None:
-        check_output(html, "--html", MARK, force)
+        check_output_file(html, "--html", MARK, force)
     with shown_progress() as progress:
         rows = run(ratios=ratios, methods=methods, layout=layout, progress=progress, **request).report
     if html is not None:

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeprune.errors import EngineError, InputError
-from edgeprune.files import check_output, is_pointer, pointer_error, printable, write_bytes
+from edgeprune.files import check_output_file, is_pointer, pointer_error, printable, write_bytes
 from edgeprune.ondevice.onnxruntime import open_session
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MARK = "Software\0edgeprune"  # in the PNG files that are written
 # The only readers of Pillow that are tried, whatever a file's name: others start programs, as that of EPS does.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")  # beside a user's files; hidden ones are passed over as well
 # Decoded together: 4 images of 256 x 256, which take some 100 MB each.
 PIXELS_AT_ONCE = 1 << 18
+MARK = "Software\0edgeprune"  # in the PNG files that are written
 GIVE = "Give a folder of png, jpg, webp, bmp, gif or tiff images; subfolders named by a number are classes."
 
 
@@ -102,7 +102,7 @@ def check_picture(path: Path, force: bool) -> None:
     """Raises InputError for a file that cannot be written, or that exists and may not be replaced."""
     if path.suffix.lower() != ".png":
         raise InputError(f"{path} must end in .png", f"Try --output {path.with_suffix('.png')}.")
-    check_output(path, "--output", MARK, force)
+    check_output_file(path, "--output", MARK, force)
 
 
 def write_picture(image: Image.Image, path: Path) -> None:

@@ -117,7 +117,7 @@ class Constraint(Strict):
     )
 
     @model_validator(mode="after")
-    def _limit_is_one(self) -> Constraint:
+    def _limit_is_above_zero(self) -> Constraint:
         """Raises ValueError for a limit that nothing can be a share of."""
         if not (self.limit > 0 or (self.name == "quality" and self.limit == 0)):
             raise ValueError(f"the limit of {self.name} is {self.limit:g}")

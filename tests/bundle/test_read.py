@@ -67,7 +67,7 @@ def test_a_document_that_is_none_is_refused_with_the_version_to_use(tmp_path, re
     assert "git lfs pull" in caught.value.remedy or "the version of edgeprune that manifest" in caught.value.remedy
 
 
-@pytest.mark.parametrize("place", [("performance", "memory"), ("latency_shares",)])
+@pytest.mark.parametrize("place", [("performance", "memory"), ("latency_shares",), ("widths", 0)])
 def test_a_report_that_lacks_a_part_of_a_bar_is_refused(tmp_path, place):
     document = json.loads(report_of(measured_content()).model_dump_json())
     parts = document["fitted"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgeprune.files import WriteError, check_output
+from edgeprune.files import WriteError, check_output_file
 from edgeprune.report.comparison import MARK, render_page, write_page
 from tests.support.sample_rows import row
 
@@ -43,7 +43,7 @@ def test_the_comparisons_page_is_whole_and_escapes_what_it_shows(tmp_path):
     path = tmp_path / "page.html"
     write_page(path, rows)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-    check_output(path, "--html", MARK, force=True)
+    check_output_file(path, "--html", MARK, force=True)
 
 
 def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
