@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.experience import READING_RATE, TOKENS_PER_WORD, WORDS_PER_MINUTE
@@ -29,11 +31,23 @@ from edgeprune.report.figures import (
 from edgeprune.report.plots import all_plots, is_uniform
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Report
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 
 def render_html(report: Report) -> str:
     """Returns the whole page. User text is escaped by the template, and by plotly in the plots' data."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
+
+    return _template().render(
+        r=report, plots=all_plots(report), plotly=get_plotlyjs(), uniform=is_uniform(report.fitted.widths)
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    """Returns the page's template, compiled once: a ladder has a page for each rung."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -67,7 +81,4 @@ def render_html(report: Report) -> str:
         "degraded_percent": DEGRADED_PERCENT,
         "broken_percent": BROKEN_PERCENT,
     }
-    template = environment.get_template("template.html.jinja")
-    return template.render(
-        r=report, plots=all_plots(report), plotly=get_plotlyjs(), uniform=is_uniform(report.fitted.widths)
-    )
+    return environment.get_template("template.html.jinja")
