@@ -21,6 +21,7 @@ from edgeprune.errors import InputError
 from edgeprune.files import check_text, checked, writing
 from edgeprune.ondevice.bundle import (
     CODEC,
+    COPY_AGAIN,
     FRONTIER,
     MANIFEST,
     MEASUREMENT,
@@ -71,6 +72,8 @@ def pick(
     command, again = _commands(manifest, bundle, index, written)
     plan = _plan(bundle, index, manifest)
     folder = Path("rungs") / str(index)
+    if (graph := f"{folder}/onnx/{plan['graph']}") not in names:
+        raise InputError(f"{bundle / MANIFEST} does not list the rung's graph {graph}", COPY_AGAIN)
     report = report.model_copy(
         update={
             "command": command,

@@ -392,6 +392,20 @@ def test_a_manifest_whose_command_is_not_whole(made, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("left", [(), ("rungs/0/reference.npz",)])
+def test_a_manifest_that_does_not_list_the_rungs_graph(made, tmp_path, left):
+    """The picked bundle would be one without a model."""
+    source = tmp_path / "source"
+    shutil.copytree(made, source)
+    manifest = json.loads((source / "manifest.json").read_text())
+    hashes = {name: digest for name, digest in manifest["sha256"].items() if name in left}
+    (source / "manifest.json").write_text(json.dumps(manifest | {"sha256": hashes}))
+    with pytest.raises(InputError, match="does not list the rung's graph rungs/0/onnx/") as error:
+        pick(source, 0, tmp_path / "out")
+    assert error.value.remedy.startswith("Copy the whole bundle again")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("rung", [3, -1])
 def test_a_rung_that_is_not_there(made, tmp_path, rung):
     with pytest.raises(InputError, match=f"holds no rung {rung}") as error:
