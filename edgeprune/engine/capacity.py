@@ -12,12 +12,10 @@ from dataclasses import replace
 from edgeprune.engine.estimate import estimate_memory
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.budget import AbsoluteBudget
-from edgeprune.ondevice.experience import Experience, Room, experience_of
+from edgeprune.ondevice.experience import MOST_SEQUENCES, Experience, Room, experience_of
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.precision import PrecisionName
 from edgeprune.profiles import DeviceProfile
-
-MOST_SEQUENCES = 2**20
 
 
 def experience(

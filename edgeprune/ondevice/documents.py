@@ -91,7 +91,9 @@ def check_documents(bundle: Path, plan: dict[str, Any]) -> None:
     for folder in (bundle, *(rung_folder(bundle, index) for index in range(len(plan["rungs"])))):
         path = folder / REPORT
         report = checked(read_json(path, remedy=OTHER_VERSION), _REPORT, str(path), OTHER_VERSION)
-        if report["quality"]["rise_percent"] in _TEXTS or not isinstance(report["quality"]["rise_percent"], str):
-            continue
-        raise InputError(f"{path}: quality.rise_percent is not a number", OTHER_VERSION)
+        rise, room = report["quality"]["rise_percent"], report["experience"]["fitted"]["room"]
+        if isinstance(rise, str) and rise not in _TEXTS:
+            raise InputError(f"{path}: quality.rise_percent is not a number", OTHER_VERSION)
+        if min(room["context_bytes"], room["sequence_bytes"]) < 0:
+            raise InputError(f"{path}: experience.fitted.room has bytes below 0", OTHER_VERSION)
     read_text(bundle / PAGE, OTHER_VERSION)

@@ -6,12 +6,14 @@ This file also runs on the device: Python 3.10, standard library only. It knows 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from edgeprune.ondevice.figures import Estimate, Figure, Measured, Performance, Workload
 
 WORDS_PER_MINUTE = 238  # silent reading of English non-fiction: Brysbaert 2019, a meta-analysis of 190 studies
 TOKENS_PER_WORD = 1.33  # of English text in the vocabularies of today's models
 READING_RATE = WORDS_PER_MINUTE * TOKENS_PER_WORD / 60  # tokens/s
+MOST_SEQUENCES = 2**20
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Room:
     """The memory that may be used, and the cost of using more of it.
 
     limit: in bytes; reason: what sets it. most_context: the positions that the model has, in tokens. context_bytes:
-    the cost of one more token of context for all sequences; sequence_bytes: that of one more sequence; both on the
-    way from the workload to the limit.
+    the cost of one more token of context for all sequences, 0 of a model without attention; sequence_bytes: that of one
+    more sequence; both on the way from the workload to the limit.
     """
 
     limit: float
@@ -95,10 +97,17 @@ def experience_again(performance: Performance, workload: Workload, room: Room, i
     Context and sequences follow from the memory that is left below the room's limit.
     """
     spare = room.limit - performance.memory.total
-    context = workload.context + spare // room.context_bytes
-    sequences = workload.batch + spare // room.sequence_bytes
-    context = min(room.most_context, context) if context > 1 else 0
-    return experience_of(performance, workload, room, int(context), max(0, int(sequences)), images)
+    context = min(room.most_context, workload.context + _more(spare, room.context_bytes))
+    sequences = min(MOST_SEQUENCES, workload.batch + _more(spare, room.sequence_bytes))
+    context, sequences = int(context) if context > 1 else 0, max(0, int(sequences))
+    return experience_of(performance, workload, room, context, sequences, images)
+
+
+def _more(spare: float, each: float) -> float:
+    """Returns how many more have room in spare bytes, which are negative where some must go; what is free, always."""
+    if each:
+        return spare // each
+    return inf if spare >= 0 else -MOST_SEQUENCES
 
 
 def _seconds_per_image(performance: Performance, workload: Workload, images: int) -> Figure:

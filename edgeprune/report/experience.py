@@ -17,8 +17,10 @@ class Room(Strict):
     limit: float = Field(description="bytes that may be used")
     reason: str = Field(description="what sets the limit: the memory budget, or else the device")
     most_context: int = Field(description="the model's positions")
-    context_bytes: float = Field(description="estimated, of one more token of context, of all sequences together")
-    sequence_bytes: float = Field(description="estimated, of one more sequence at the workload's prompt and context")
+    context_bytes: float = Field(ge=0, description="estimated, of one more token of context, of all sequences together")
+    sequence_bytes: float = Field(
+        ge=0, description="estimated, of one more sequence at the workload's prompt and context"
+    )
 
 
 class Experience(Strict):

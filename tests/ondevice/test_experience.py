@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgeprune.engine.capacity import experience
 from edgeprune.ondevice.budget import AbsoluteBudget
-from edgeprune.ondevice.experience import experience_again
+from edgeprune.ondevice.experience import Room, experience_again
 from edgeprune.ondevice.figures import Built, Estimate, Workload
 from tests.support.room import ORIN, PROFILES, SMALL, WORKLOAD, obtained
 from tests.support.shapes import SMOLLM2
@@ -35,6 +35,23 @@ def test_an_estimated_decode_gives_an_estimated_speed(kind):
     for figure in (found.tokens_per_second, found.reading_speed):
         assert isinstance(figure, kind)
         assert "bytes / bandwidth" in figure.basis
+
+
+@pytest.mark.parametrize(("spare", "context", "sequences"), [(0.0, 8192, 2**20), (-1.0, 0, 0)])
+def test_what_costs_nothing_has_room_up_to_the_most_where_the_model_itself_has(spare, context, sequences):
+    room = Room(777e6 + spare, "the memory budget", 8192, 0.0, 0.0)
+    found = experience_again(obtained(777e6), WORKLOAD, room)
+    assert (found.longest_context.value, found.sequences.value) == (context, sequences)
+
+
+@pytest.mark.parametrize("dialect", sorted(PROFILES))
+def test_a_model_without_attention_has_room_on_its_device_too(dialect):
+    bare = replace(SMALL, layers=tuple(replace(layer, attention=None) for layer in SMALL.layers))
+    budget = AbsoluteBudget(memory=900e6)
+    before = experience(bare, PROFILES[dialect], WORKLOAD, "fp16", obtained(777e6), budget)
+    again = experience_again(obtained(777e6), WORKLOAD, before.room)
+    assert before.longest_context.value == again.longest_context.value == SMALL.max_position_embeddings
+    assert abs(again.sequences.value - before.sequences.value) <= 1
 
 
 @settings(max_examples=40, deadline=None)
