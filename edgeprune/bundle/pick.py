@@ -64,16 +64,16 @@ def pick(
     check_output(output, force)
     measured = MEASUREMENT in manifest["sha256"]
     names = _names(bundle, index, manifest, measured)
+    folder = Path("rungs") / str(index)
+    plan = _plan(bundle, index, manifest)
+    if (graph := f"{folder}/onnx/{plan['graph']}") not in names:
+        raise InputError(f"{bundle / MANIFEST} does not list the rung's graph {graph}", COPY_AGAIN)
     check_files(bundle, manifest, [*_shared(bundle, index), bundle / "profile.toml"])
     check_space(output, sum((bundle / name).stat().st_size for name in names))
     if measured:
         progress.note(f"what was measured with {bundle} stays there: measure the new bundle with `edgeprune measure`")
     # Write the texts of the new bundle: the rung's report with its own command and deployment steps, and the rest.
     command, again = _commands(manifest, bundle, index, written)
-    plan = _plan(bundle, index, manifest)
-    folder = Path("rungs") / str(index)
-    if (graph := f"{folder}/onnx/{plan['graph']}") not in names:
-        raise InputError(f"{bundle / MANIFEST} does not list the rung's graph {graph}", COPY_AGAIN)
     report = report.model_copy(
         update={
             "command": command,

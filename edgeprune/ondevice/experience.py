@@ -13,7 +13,7 @@ from edgeprune.ondevice.figures import Estimate, Figure, Measured, Performance, 
 WORDS_PER_MINUTE = 238  # silent reading of English non-fiction: Brysbaert 2019, a meta-analysis of 190 studies
 TOKENS_PER_WORD = 1.33  # of English text in the vocabularies of today's models
 READING_RATE = WORDS_PER_MINUTE * TOKENS_PER_WORD / 60  # tokens/s
-MOST_SEQUENCES = 2**20
+MOST_SEQUENCES = 2**20  # that are counted, whatever the memory
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def experience_again(performance: Performance, workload: Workload, room: Room, i
 
 
 def _more(spare: float, each: float) -> float:
-    """Returns how many more have room in spare bytes, which are negative where some must go; what is free, always."""
+    """Returns how many more have room in spare bytes; below 0 bytes, how many must go.
+
+    More of what costs nothing has room wherever the model itself has.
+    """
     if each:
         return spare // each
     return inf if spare >= 0 else -MOST_SEQUENCES

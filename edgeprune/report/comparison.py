@@ -14,6 +14,7 @@ from edgeprune.files import write_text
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.report.figures import perplexity_text, rise_text
 from edgeprune.report.plots import PALETTE, plot_html
+from edgeprune.report.templates import render
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -31,16 +32,8 @@ def write_page(path: Path, rows: Sequence[Row]) -> None:
 
 def render_page(rows: Sequence[Row]) -> str:
     """Returns one self-contained page that opens offline. The dense model is the first row. User text is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     # Draw a plot for each layout and text.
     dense, *pruned = rows
     layouts = list(dict.fromkeys(row.layout for row in pruned))
@@ -54,7 +47,8 @@ def render_page(rows: Sequence[Row]) -> str:
         for place, text in enumerate(dense.perplexity)
     ]
     # Fill in the template.
-    return environment.get_template("comparison.html.jinja").render(
+    return render(
+        "comparison.html.jinja",
         mark=MARK,
         dense=dense,
         rows=pruned,

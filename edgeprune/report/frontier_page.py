@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import asinh, isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.report.figures import figure_text, number_text, rise_interval, share_text, worst_agreement
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.plots import DENSE, LIMIT, plot_html
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Figure, Text
+from edgeprune.report.templates import render
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -46,19 +46,12 @@ COARSE_TICKS = tuple(10**power for power in range(1, 300, 2))  # where a rise is
 
 def render_frontier(frontier: Frontier, bundle: str) -> str:
     """Returns the whole page. bundle: the folder's name, for the commands. User text is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     # Fill in the template; rungs whose rise is beyond floating point are named instead of drawn.
     drawn = [rung for rung in frontier.rungs if _is_drawn(rung)]
-    return environment.get_template("frontier.html.jinja").render(
+    return render(
+        "frontier.html.jinja",
         f=frontier,
         bundle=bundle,
         plotly=get_plotlyjs(),

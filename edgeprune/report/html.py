@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.experience import READING_RATE, TOKENS_PER_WORD, WORDS_PER_MINUTE
 from edgeprune.report.figures import (
@@ -30,55 +26,38 @@ from edgeprune.report.figures import (
 )
 from edgeprune.report.plots import all_plots, is_uniform
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Report
+from edgeprune.report.templates import render
 
-if TYPE_CHECKING:
-    from jinja2 import Template
+# The template formats with the words that the terminal uses too.
+_WORDS = {
+    "figure_text": figure_text,
+    "number_text": number_text,
+    "format_bytes": format_bytes,
+    "by_source": by_source,
+    "rise_interval": rise_interval,
+    "reading_text": reading_text,
+    "room_text": room_text,
+    "share_text": share_text,
+    "interval_text": interval_text,
+    "difference_text": difference_text,
+    "few_pictures_text": few_pictures_text,
+    "pictures_text": pictures_text,
+    "picture_room_text": picture_room_text,
+    "workload_text": workload_text,
+    "worst_agreement": worst_agreement,
+    "deciding_text": deciding_text,
+    "costs_text": costs_text,
+    "reading": {"rate": READING_RATE, "words": WORDS_PER_MINUTE, "tokens": TOKENS_PER_WORD},
+    "outcome_text": OUTCOME_TEXT,
+    "outcome_label": OUTCOME_LABEL,
+    "degraded_percent": DEGRADED_PERCENT,
+    "broken_percent": BROKEN_PERCENT,
+}
 
 
 def render_html(report: Report) -> str:
     """Returns the whole page. User text is escaped by the template, and by plotly in the plots' data."""
     from plotly.offline import get_plotlyjs
 
-    return _template().render(
-        r=report, plots=all_plots(report), plotly=get_plotlyjs(), uniform=is_uniform(report.fitted.widths)
-    )
-
-
-@functools.cache
-def _template() -> Template:
-    """Returns the page's template, compiled once: a ladder has a page for each rung."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    # The template formats with the words that the terminal uses too.
-    environment.globals |= {
-        "figure_text": figure_text,
-        "number_text": number_text,
-        "format_bytes": format_bytes,
-        "by_source": by_source,
-        "rise_interval": rise_interval,
-        "reading_text": reading_text,
-        "room_text": room_text,
-        "share_text": share_text,
-        "interval_text": interval_text,
-        "difference_text": difference_text,
-        "few_pictures_text": few_pictures_text,
-        "pictures_text": pictures_text,
-        "picture_room_text": picture_room_text,
-        "workload_text": workload_text,
-        "worst_agreement": worst_agreement,
-        "deciding_text": deciding_text,
-        "costs_text": costs_text,
-        "reading": {"rate": READING_RATE, "words": WORDS_PER_MINUTE, "tokens": TOKENS_PER_WORD},
-        "outcome_text": OUTCOME_TEXT,
-        "outcome_label": OUTCOME_LABEL,
-        "degraded_percent": DEGRADED_PERCENT,
-        "broken_percent": BROKEN_PERCENT,
-    }
-    return environment.get_template("template.html.jinja")
+    plots, uniform = all_plots(report), is_uniform(report.fitted.widths)
+    return render("template.html.jinja", r=report, plots=plots, plotly=get_plotlyjs(), uniform=uniform, **_WORDS)

@@ -381,12 +381,17 @@ def test_steps_for_a_device_name_the_new_bundle(made, tmp_path):
     assert last == " && ".join(f"{step} --force" for step in report.command.split(" && "))
 
 
+def copy_with(made: Path, target: Path, **parts: object) -> Path:
+    """A copy of the bundle whose manifest says something else."""
+    shutil.copytree(made, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    (target / "manifest.json").write_text(json.dumps(manifest | parts))
+    return target
+
+
 @pytest.mark.parametrize("command", ["edgeprune fit 'model", "edgeprune fit model --output", None])
 def test_a_manifest_whose_command_is_not_whole(made, tmp_path, command):
-    source = tmp_path / "source"
-    shutil.copytree(made, source)
-    manifest = json.loads((source / "manifest.json").read_text())
-    (source / "manifest.json").write_text(json.dumps(manifest | {"command": command}))
+    source = copy_with(made, tmp_path / "source", command=command)
     with pytest.raises(InputError, match="command is not"):
         pick(source, 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -395,11 +400,8 @@ def test_a_manifest_whose_command_is_not_whole(made, tmp_path, command):
 @pytest.mark.parametrize("left", [(), ("rungs/0/reference.npz",)])
 def test_a_manifest_that_does_not_list_the_rungs_graph(made, tmp_path, left):
     """The picked bundle would be one without a model."""
-    source = tmp_path / "source"
-    shutil.copytree(made, source)
-    manifest = json.loads((source / "manifest.json").read_text())
-    hashes = {name: digest for name, digest in manifest["sha256"].items() if name in left}
-    (source / "manifest.json").write_text(json.dumps(manifest | {"sha256": hashes}))
+    hashes = json.loads((made / "manifest.json").read_text())["sha256"]
+    source = copy_with(made, tmp_path / "source", sha256={name: hashes[name] for name in left})
     with pytest.raises(InputError, match="does not list the rung's graph rungs/0/onnx/") as error:
         pick(source, 0, tmp_path / "out")
     assert error.value.remedy.startswith("Copy the whole bundle again")

@@ -61,6 +61,7 @@ def test_the_device_finds_the_same_room_from_what_was_found_before(dialect, spar
     total, workload = 777e6, Workload(1, 64, 256)
     budget = AbsoluteBudget(memory=total + spare)
     before = experience(SMOLLM2, PROFILES[dialect], workload, "fp16", obtained(total), budget)
+    assert min(before.room.context_bytes, before.room.sequence_bytes) > 0
     again = experience_again(obtained(total), workload, before.room)
     assert abs(again.longest_context.value - before.longest_context.value) <= 1
     assert abs(again.sequences.value - before.sequences.value) <= 1
