@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edgeprune.errors import InputError
+
 PrecisionName = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 GraphPrecision = Literal["fp32", "fp16", "bf16"]
 
@@ -82,3 +84,51 @@ PRECISIONS: dict[str, Precision] = {
     "int4": Precision(2, 0.5 + SCALE_BYTES, 2, "fp16", "fp16_compute"),
 }
 GRAPH_PRECISIONS = tuple(name for name, precision in PRECISIONS.items() if precision.tolerance)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A way to store the matrix of a linear layer in few bits: whole numbers, of which each group shares a scale.
+
+    group: inputs of an output that share a scale; None: all of them. asymmetric: a group has the code of 0.0 as well.
+    """
+
+    name: str
+    bits: int
+    group: int | None = None
+    asymmetric: bool = False
+
+    @property
+    def least(self) -> int:
+        """Returns the least code; that of 8 bits is the negative of the largest, which engines ask for."""
+        return -(2 ** (self.bits - 1)) + (self.bits == 8)
+
+    @property
+    def most(self) -> int:
+        """Returns the largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups_of(self, in_features: int) -> int:
+        """Returns the groups of an output of so many inputs. Raises InputError where they do not divide them."""
+        if in_features % (self.group or 1):
+            raise InputError(
+                f"{self.name} has groups of {self.group}, which do not divide {in_features} inputs",
+                f"Use widths in multiples of {self.group}, or another format.",
+            )
+        return in_features // self.group if self.group else 1
+
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Returns the bytes of a matrix: its codes, and for each group an fp16 scale and the zero."""
+        groups = out_features * self.groups_of(in_features)
+        bits = self.bits * (out_features * in_features + groups * self.asymmetric) + 16 * groups
+        return -(-bits // 8)
+
+
+WEIGHT_FORMATS = {
+    form.name: form
+    for form in (
+        WeightFormat("int8", 8),
+        *(WeightFormat(f"int4-{group}", 4, group) for group in (32, 64, 128)),
+        WeightFormat("int4-32-asymmetric", 4, 32, asymmetric=True),
+    )
+}

@@ -1,0 +1,53 @@
+"""A matrix of few bits: its codes, the scales of its groups, and the numbers that these stand for.
+
+It does not know how the codes were chosen, nor in what file they are packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from edgeprune.precision import WeightFormat
+
+SMALLEST_SCALE = 2.0**-24  # of fp16
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """The weight of a linear layer on a grid: (code - zero) * scale, with one scale for each group of an output.
+
+    codes: (out_features, in_features) int8; scales: (out_features, groups) fp32, as `storable` returns them; zeros:
+    (out_features, groups) int8, the code of 0.0, or None for a symmetric format, where it is 0.
+    """
+
+    form: WeightFormat
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantised(self) -> torch.Tensor:
+        """Returns the weight (out_features, in_features) fp32."""
+        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()  # (out, groups, group)
+        if self.zeros is not None:
+            codes -= self.zeros[..., None]
+        return codes.mul_(self.scales[..., None]).flatten(1)
+
+    def split(self, rows: list[int]) -> list[QuantisedWeight]:
+        """Returns the parts of these numbers of outputs, which share memory with the whole."""
+        zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
+        parts = zip(self.codes.split(rows), self.scales.split(rows), zeros, strict=True)
+        return [QuantisedWeight(self.form, *part) for part in parts]
+
+
+def storable(scales: torch.Tensor) -> torch.Tensor:
+    """Returns scales fp32 rounded to eight significant bits, which fp32, fp16 and bf16 hold alike, and above 0.
+
+    Every file and every graph then stands for the same weight, whatever the type of its scales.
+    """
+    return scales.bfloat16().half().bfloat16().float().clamp_min_(SMALLEST_SCALE)

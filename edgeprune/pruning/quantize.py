@@ -1,0 +1,195 @@
+"""The rounding of a linear layer's weight to a grid of few bits, so that its output changes least.
+
+Pure: arrays in, arrays out; it does not know which module the layer belongs to. With the moments G = X^T X of the
+layer's inputs, the error of a rounded weight Q is sum_t ||x_t (W - Q)^T||^2 = tr((W - Q) G (W - Q)^T).
+
+Rounding to nearest takes every weight by itself. GPTQ (Frantar et al. 2023, arXiv 2210.17323) rounds one input's
+weights after the other, and lets the inputs that are left make up for each: with U the upper Cholesky factor of G^-1,
+U^T U = G^-1, the rounding of column i changes all columns j > i by W_j -= (w_i - q_i) / U_ii * U_ij. Inputs of large
+moments go first. The grid is chosen before, on the weight as it was: of some scales for each group, the one that
+rounding to nearest loses least with, where the error of each weight counts by the moment of its input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from edgeprune.model.quantised import QuantisedWeight, storable
+from edgeprune.precision import WeightFormat
+from edgeprune.pruning.linear import cholesky
+
+SHRINKS = tuple(1 - 0.025 * step for step in range(16))
+"""Shares of a group's range that its grid spans: one that cuts off the largest weights is finer for all others."""
+
+DAMPING = 1e-2  # added to the moments as a share of their mean diagonal: few samples determine few directions
+BLOCK = 128  # columns whose changes of all later columns are gathered into one product
+PROBED_OUTPUTS = 128  # on which GPTQ is compared with rounding, at most
+
+Rounding = Literal["gptq", "nearest"]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """A rounded weight and how good it is.
+
+    rounding: `nearest` where GPTQ was not better on held-out samples; error: tr((W - Q) G (W - Q)^T) / tr(W G W^T) on
+    all samples, nan where there are none.
+    """
+
+    weight: QuantisedWeight
+    rounding: Rounding
+    error: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The scales (out_features, groups) fp32 and the zeros (out_features, groups) fp32, whole numbers, of a format."""
+
+    form: WeightFormat
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    def nearest(self, weight: torch.Tensor) -> QuantisedWeight:
+        """Returns a weight (out_features, in_features) rounded to nearest."""
+        codes = _codes(self.form, _grouped(weight, self.scales), self.scales[..., None], self.zeros[..., None])
+        return self.with_codes(codes.flatten(1))
+
+    def with_codes(self, codes: torch.Tensor) -> QuantisedWeight:
+        """Returns the weight of codes (out_features, in_features), whole numbers of any type."""
+        zeros = self.zeros.to(torch.int8) if self.form.asymmetric else None
+        return QuantisedWeight(self.form, codes.to(torch.int8), self.scales, zeros)
+
+    def columns(self, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the scale and the zero of every input in this order, (in_features, out_features) each."""
+        groups = order // (len(order) // self.scales.shape[1])
+        return self.scales.T[groups], self.zeros.T[groups]
+
+
+def choose_grid(weight: torch.Tensor, importance: torch.Tensor, form: WeightFormat) -> Grid:
+    """Returns the grid that rounding to nearest loses least with.
+
+    weight: (out_features, in_features) fp32; importance: (in_features,), the diagonal of the moments, which weighs the
+    errors; a group without importance counts all its inputs alike. Raises InputError where the groups do not divide
+    the inputs.
+    """
+    groups = form.groups_of(weight.shape[1])
+    grouped = weight.unflatten(1, (groups, -1))  # (out, groups, group)
+    importance = importance.to(weight.dtype).unflatten(0, (groups, -1))  # (groups, group)
+    importance = torch.where(importance.sum(dim=1, keepdim=True) > 0, importance, 1.0)
+    low, high = grouped.amin(dim=2).clamp_max_(0), grouped.amax(dim=2).clamp_min_(0)  # (out, groups)
+    least_error = torch.full_like(low, torch.inf)
+    best = Grid(form, torch.empty_like(low), torch.empty_like(low))
+    for scales, zeros in _grids(form, low, high):
+        codes = _codes(form, grouped, scales[..., None], zeros[..., None])
+        off = codes.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(grouped)
+        error = off.square_().mul_(importance).sum(dim=2)  # (out, groups)
+        is_better = error < least_error
+        least_error[is_better] = error[is_better]
+        best.scales[is_better], best.zeros[is_better] = scales[is_better], zeros[is_better]
+    return best
+
+
+def _grids(form: WeightFormat, low: torch.Tensor, high: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the scales and zeros (out_features, groups) to choose from, of groups whose weights lie between low <= 0
+    and high >= 0, (out_features, groups) each."""
+    if form.asymmetric:
+        for shrink in SHRINKS:
+            scales = storable((high - low) * (shrink / (form.most - form.least)))
+            yield scales, (form.least - low * shrink / scales).round_().clamp_(form.least, form.most)
+        return
+    largest, zeros = torch.maximum(-low, high), torch.zeros_like(low)
+    # The code that the largest weight would have without a bound. Of 4 bits all whole numbers are among them, so that a
+    # weight that lies on a grid stays as it is.
+    exact = range(1, 1 - form.least) if form.bits == 4 else (form.most,)
+    for code in dict.fromkeys((*exact, *(form.most / shrink for shrink in SHRINKS))):
+        yield storable(largest / code), zeros
+
+
+def _grouped(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return weight.unflatten(1, (scales.shape[1], -1))
+
+
+def _codes(form: WeightFormat, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Returns the nearest codes of weights, whole numbers in fp32."""
+    return (weight / scales).round_().add_(zeros).clamp_(form.least, form.most)
+
+
+def gptq(weight: torch.Tensor, moments: torch.Tensor, grid: Grid, damping: float = DAMPING) -> QuantisedWeight:
+    """Returns a weight rounded by GPTQ to a grid.
+
+    weight: (out_features, in_features) fp32; moments: (in_features, in_features) fp64 of the layer's inputs; damping:
+    relative to the mean of their diagonal. Raises NumericalError where the moments are not finite.
+    """
+    return grid.with_codes(_gptq(weight, *_inverse_factor(moments, damping), grid))
+
+
+def _inverse_factor(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the upper factor U (in_features, in_features) fp32 of the inverse moments, and the order of its rows."""
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    # With the order reversed, the inverse of the lower factor of G gives U without the inverse of G itself:
+    # P G P = L L^T with P the reversal makes G^-1 = (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper.
+    backward = order.flip(0)
+    lower = cholesky(moments[backward][:, backward], damping)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+    return inverse.flip(0, 1).float(), order
+
+
+def _gptq(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Returns the codes (out_features, in_features) fp32; factor, order: as _inverse_factor returns them."""
+    form = grid.form
+    scales, zeros = grid.columns(order)  # (in, out)
+    left = weight.T[order].contiguous()  # (in, out), the weights as the roundings so far have changed them
+    codes = torch.empty_like(left)
+    for start in range(0, len(left), BLOCK):
+        end = min(start + BLOCK, len(left))
+        errors = torch.empty_like(left[start:end])  # (block, out), each over U_ii
+        for i in range(start, end):
+            code = _codes(form, left[i], scales[i], zeros[i])
+            codes[i] = code
+            off = torch.sub(left[i], code.sub_(zeros[i]).mul_(scales[i]), out=errors[i - start]).div_(factor[i, i])
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], off, alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return torch.empty_like(weight).index_copy_(1, order, codes.T)
+
+
+def quantise(
+    weight: torch.Tensor, moments: torch.Tensor, held_out: torch.Tensor | None, form: WeightFormat
+) -> Quantisation:
+    """Returns a weight rounded by GPTQ, or to nearest where GPTQ was not better on held-out samples.
+
+    weight: (out_features, in_features) fp32; moments: (in_features, in_features) fp64 of all samples, zeros where
+    there are none; held_out: those of the held-out samples, which choose; None: GPTQ is not tried. Raises InputError
+    where the groups do not divide the inputs, and NumericalError where the moments are not finite.
+    """
+    grid = choose_grid(weight, moments.diagonal(), form)
+    nearest, rounding = grid.nearest(weight), "nearest"
+    if held_out is not None and _is_gptq_better(weight, moments, held_out, grid, nearest):
+        nearest, rounding = gptq(weight, moments, grid), "gptq"
+    return Quantisation(nearest, rounding, relative_error(weight, nearest.dequantised(), moments))
+
+
+def _is_gptq_better(
+    weight: torch.Tensor, moments: torch.Tensor, held_out: torch.Tensor, grid: Grid, nearest: QuantisedWeight
+) -> bool:
+    """Returns whether GPTQ on the other samples leaves a smaller error on the held-out ones; on some outputs."""
+    rows = torch.arange(0, len(weight), -(-len(weight) // PROBED_OUTPUTS))
+    probed = Grid(grid.form, grid.scales[rows], grid.zeros[rows])
+    by_gptq = gptq(weight[rows], moments - held_out, probed).dequantised()
+    errors = [relative_error(weight[rows], rounded, held_out) for rounded in (by_gptq, nearest.dequantised()[rows])]
+    return errors[0] < errors[1]
+
+
+def relative_error(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor) -> float:
+    """Returns tr((W - Q) G (W - Q)^T) / tr(W G W^T) of weights (out_features, in_features); nan where W gives 0."""
+    moments = moments.float()  # the error of a sum of squares is a few units of its last place
+
+    def energy(of: torch.Tensor) -> float:
+        return float((of @ moments).mul_(of).sum(dtype=torch.float64))
+
+    whole = energy(weight)
+    return energy(weight - rounded) / whole if whole else math.nan

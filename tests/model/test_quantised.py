@@ -1,0 +1,34 @@
+"""Weights of few bits stand for (code - zero) * scale, and their scales are the same in every float type."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeprune.model.quantised import QuantisedWeight, storable
+from edgeprune.precision import WEIGHT_FORMATS
+
+
+def test_a_code_stands_for_a_multiple_of_its_groups_scale():
+    codes = torch.tensor([[1, -2, 7, -8], [0, 3, -1, 5]], dtype=torch.int8)
+    scales = torch.tensor([[0.5, 0.25], [2.0, 1.0]])
+    symmetric = QuantisedWeight(WEIGHT_FORMATS["int4-32"], codes, scales)
+    assert symmetric.dequantised().tolist() == [[0.5, -1.0, 1.75, -2.0], [0.0, 6.0, -1.0, 5.0]]
+    zeros = torch.tensor([[1, -1], [0, 5]], dtype=torch.int8)
+    shifted = QuantisedWeight(WEIGHT_FORMATS["int4-32-asymmetric"], codes, scales, zeros)
+    assert shifted.dequantised().tolist() == [[0.0, -1.5, 2.0, -1.75], [0.0, 6.0, -6.0, 0.0]]
+    first, second = shifted.split([1, 1])
+    assert torch.equal(torch.cat([first.dequantised(), second.dequantised()]), shifted.dequantised())
+    assert second.shape == (1, 4)
+
+
+@given(st.floats(2.0**-17, 6e4))
+def test_scales_are_equal_in_fp32_fp16_and_bf16(value):
+    scale = storable(torch.tensor(value))
+    assert scale == scale.half().float() == scale.bfloat16().float()
+    assert abs(float(scale) / value - 1) <= 2**-8
+
+
+def test_a_scale_is_never_zero():
+    assert float(storable(torch.zeros(()))) > 0
