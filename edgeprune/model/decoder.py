@@ -34,6 +34,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from edgeprune.precision import WeightFormat
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -73,7 +75,8 @@ class Attention:
     rotary: None for attention without rotary positions. scale: of the scores; None for head_dim ** -0.5.
     window: how many positions a query sees, its own included; None for all. softcap: scores become
     softcap * tanh(score / softcap). qk_norm: RMS norm of queries and keys before the rotation, of each `head` or of
-    `all` heads at once. input_bias: of q, k and v; output_bias: of the output projection.
+    `all` heads at once. input_bias: of q, k and v; output_bias: of the output projection. weight_format: of q, k, v and
+    o; None for floats.
     """
 
     num_attention_heads: int
@@ -86,6 +89,7 @@ class Attention:
     qk_norm: Literal["head", "all"] | None = None
     input_bias: bool = False
     output_bias: bool = False
+    weight_format: WeightFormat | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -127,7 +131,8 @@ class Experts:
 class Mlp:
     """A gated MLP, down(activation(gate(x)) * up(x)), or a plain one, down(activation(up(x))).
 
-    experts: None, or how many MLPs of this width there are and how many of them a token takes.
+    experts: None, or how many MLPs of this width there are and how many of them a token takes. weight_format: of all
+    matrices but the router; None for floats.
     """
 
     intermediate_size: int
@@ -136,6 +141,7 @@ class Mlp:
     input_bias: bool = False
     output_bias: bool = False
     experts: Experts | None = None
+    weight_format: WeightFormat | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -192,7 +198,8 @@ class Decoder:
     parallel: attention and MLP of a layer both read the stream that enters the layer. learned_positions: a table of
     positions is added to the embedding. embedding_scale multiplies the embedding; logits_scale multiplies the logits,
     which logits_softcap then limits. residual_scale: a factor of the output projections, multiplied in when the
-    checkpoint is read (the weights here are final). picture: None for a language model.
+    checkpoint is read (the weights here are final). picture: None for a language model. embedding_format, head_format:
+    of these tables, the same where they are tied; None for floats.
     """
 
     family: str
@@ -211,6 +218,8 @@ class Decoder:
     logits_scale: float = 1.0
     logits_softcap: float | None = None
     picture: Picture | None = None
+    embedding_format: WeightFormat | None = None
+    head_format: WeightFormat | None = None
 
     @property
     def input_vocab_size(self) -> int:
@@ -272,6 +281,48 @@ class Decoder:
             )
             for layer in self.layers
         ]
+
+    def with_formats(
+        self,
+        layers: Sequence[tuple[WeightFormat | None, WeightFormat | None]],
+        embedding: WeightFormat | None,
+        head: WeightFormat | None,
+    ) -> Decoder:
+        """Returns the same model with other weight formats.
+
+        layers: for each layer the format of its attention and of its MLP; None for floats. A tied table has one format:
+        that of the head.
+        """
+        new = tuple(
+            Layer(
+                layer.attention and replace(layer.attention, weight_format=attention),
+                layer.mlp and replace(layer.mlp, weight_format=mlp),
+            )
+            for layer, (attention, mlp) in zip(self.layers, layers, strict=True)
+        )
+        embedding = head if self.tie_word_embeddings else embedding
+        return replace(self, layers=new, embedding_format=embedding, head_format=head)
+
+    def with_format(self, layers: WeightFormat | None, tables: WeightFormat | None = None) -> Decoder:
+        """Returns the same model with one weight format in all layers, and one in embedding and head."""
+        return self.with_formats([(layers, layers)] * len(self.layers), tables, tables)
+
+    @property
+    def weight_formats(self) -> dict[str, WeightFormat]:
+        """Returns the format of every weight that is not stored in floats, by name, in the order of `shapes`."""
+        formats = {"embedding": self.embedding_format}
+        for index, layer in enumerate(self.layers):
+            for kind, module in (("attention", layer.attention), ("mlp", layer.mlp)):
+                if module is not None and module.weight_format is not None:
+                    prefix = f"layers.{index}.{kind}."
+                    formats |= {
+                        name: module.weight_format
+                        for name, shape in self.layer_shapes(index).items()
+                        if name.startswith(prefix) and len(shape) == 2 and name != f"{prefix}router"
+                    }
+        if not self.tie_word_embeddings:
+            formats["head"] = self.head_format
+        return {name: form for name, form in formats.items() if form is not None}
 
     def with_vocabulary(self, size: int) -> Decoder:
         """Returns the same model with this many rows in embedding and head."""

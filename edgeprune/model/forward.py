@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from edgeprune.errors import NumericalError
 from edgeprune.model.decoder import Attention, Decoder, Experts, Mlp, Rotary
 from edgeprune.model.model import Model
+from edgeprune.model.quantised import QuantisedWeight, as_float
 
 LayerWeights = dict[str, torch.Tensor]
-WeightStream = Iterable[tuple[str, torch.Tensor]]
+WeightStream = Iterable[tuple[str, torch.Tensor | QuantisedWeight]]
 LOGIT_ROWS = 512  # positions whose logits are in memory at a time
 CHUNK_TOKENS = 1024  # that a module computes at a time: enough for full speed, little memory beside the moments
 
@@ -36,14 +37,17 @@ def embed(model: Model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def embedded(
-    decoder: Decoder, ids: torch.Tensor, embedding: torch.Tensor, positions: torch.Tensor | None
+    decoder: Decoder, ids: torch.Tensor, embedding: torch.Tensor | QuantisedWeight, positions: torch.Tensor | None
 ) -> torch.Tensor:
     """Returns the hidden states (b, t, c) fp32 of ids (b, t) int64, which begin at position 0.
 
     embedding: (input_vocab_size, c); positions: (max_position_embeddings, c), or None where the model has no such
     table.
     """
-    hidden = F.embedding(ids, embedding).float()  # (b, t, c)
+    if isinstance(embedding, QuantisedWeight):
+        hidden = embedding.rows(ids.flatten()).dequantised().view(*ids.shape, -1)  # (b, t, c)
+    else:
+        hidden = F.embedding(ids, embedding).float()  # (b, t, c)
     if decoder.embedding_scale != 1.0:
         hidden *= decoder.embedding_scale
     if positions is not None:
@@ -443,12 +447,12 @@ def _logit_chunks(
     """
     stream = iter(weights)
 
-    def take(name: str) -> torch.Tensor:
+    def take(name: str) -> torch.Tensor | QuantisedWeight:
         """Returns the next weight. Raises ValueError where it has another name."""
-        next_name, tensor = next(stream)
+        next_name, weight = next(stream)
         if next_name != name:
             raise ValueError(f"expected {name}, got {next_name}")
-        return tensor
+        return weight
 
     # Embed; a tied head needs the embedding again at the end.
     head, ids = take("embedding"), ids[:, :-1]
@@ -457,14 +461,14 @@ def _logit_chunks(
     tables = Tables(decoder, ids.shape[1])
     for index in range(len(decoder.layers)):
         prefix = f"layers.{index}."
-        weights_of_layer = {name.removeprefix(prefix): take(name).float() for name in decoder.layer_shapes(index)}
+        weights_of_layer = {name.removeprefix(prefix): as_float(take(name)) for name in decoder.layer_shapes(index)}
         add_layer(decoder, index, weights_of_layer, hidden, tables, chunk)
         on_layer()
     # Norm the states and compute logits, a chunk of positions at a time.
-    norm = {name: take(name).float() for name in decoder.norm_shapes("norm")}
+    norm = {name: as_float(take(name)) for name in decoder.norm_shapes("norm")}
     states = normed(decoder, hidden, norm, "norm").flatten(0, 1)  # (b * (t - 1), c)
     if not decoder.tie_word_embeddings:
         head = take("head")
-    head = head.float()
+    head = as_float(head)
     for chunk_states in states.split(LOGIT_ROWS):
         yield head_logits(decoder, chunk_states, head)

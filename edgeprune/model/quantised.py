@@ -5,6 +5,7 @@ It does not know how the codes were chosen, nor in what file they are packed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,30 @@ class QuantisedWeight:
             codes -= self.zeros[..., None]
         return codes.mul_(self.scales[..., None]).flatten(1)
 
+    def rows(self, kept: torch.Tensor) -> QuantisedWeight:
+        """Returns the weight of these outputs, (kept,) int64."""
+        zeros = None if self.zeros is None else self.zeros[kept]
+        return QuantisedWeight(self.form, self.codes[kept], self.scales[kept], zeros)
+
     def split(self, rows: list[int]) -> list[QuantisedWeight]:
         """Returns the parts of these numbers of outputs, which share memory with the whole."""
         zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
         parts = zip(self.codes.split(rows), self.scales.split(rows), zeros, strict=True)
         return [QuantisedWeight(self.form, *part) for part in parts]
+
+
+def joined(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
+    """Returns the weight of the outputs of all parts, which have one format."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts])
+    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+    return QuantisedWeight(parts[0].form, codes, scales, zeros)
+
+
+def as_float(weight: torch.Tensor | QuantisedWeight) -> torch.Tensor:
+    """Returns a weight in fp32, whatever it is stored in."""
+    return weight.dequantised() if isinstance(weight, QuantisedWeight) else weight.float()
 
 
 def storable(scales: torch.Tensor) -> torch.Tensor:

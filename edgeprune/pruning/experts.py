@@ -14,8 +14,11 @@ import torch.nn.functional as F
 
 from edgeprune.model.decoder import Mlp
 from edgeprune.model.forward import LayerWeights, expert_tokens, mlp_activation, routed
+from edgeprune.precision import WeightFormat
 from edgeprune.pruning.compensate import compensate
 from edgeprune.pruning.moments import gram
+from edgeprune.pruning.quantize import Quantisation
+from edgeprune.pruning.rounding import round_on, round_together
 from edgeprune.pruning.score import Projection, Score, magnitude
 from edgeprune.pruning.select import top_units
 
@@ -26,13 +29,15 @@ class ExpertsCut:
 
     output: (b, t, c), the output of all cut experts together; weights: the new weights by name; few: the experts to
     which fewer tokens are routed than they keep channels, and which have no update for that; errors: (before, after)
-    of the others, relative to their own dense output, on held-out tokens.
+    of the others, relative to their own dense output, on held-out tokens; roundings: of each expert's matrices before
+    the activation and of its output projection, where they are rounded.
     """
 
     output: torch.Tensor
     weights: LayerWeights
     few: list[int] = field(default_factory=list)
     errors: list[tuple[float, float]] = field(default_factory=list)
+    roundings: list[Quantisation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,16 @@ def cut_experts(
     compensates: bool,
     scale: torch.Tensor,
     generator: torch.Generator,
+    form: WeightFormat | None = None,
 ) -> ExpertsCut:
     """Cuts every expert to `size` channels by its own scores; one to which no token is routed, by its weights alone.
 
     states: (b, t, c), the states that the module reads, normed; scale: (b, t, 1), square roots of the tokens'
-    weights. The target of an update is the expert's own dense output on its tokens: the attentions behind make up for
-    what the layers before have lost.
+    weights; form: of all matrices but the router, None for floats. The target of an update is the expert's own dense
+    output on its tokens: the attentions behind make up for what the layers before have lost.
     """
     cut = ExpertsCut(torch.zeros_like(states), {"mlp.router": weights["mlp.router"]})
+    read = states.flatten(0, 1)  # (b * t, c)
     # (b * t, c), (b * t,)
     flat, scales = cut.output.view(-1, states.shape[-1]), scale.expand(*states.shape[:2], 1).flatten()
     for expert in expert_inputs(states, weights, mlp, scale):
@@ -98,20 +105,32 @@ def cut_experts(
         projection = expert_projection(expert, weights, generator)
         scores = (score if len(expert.tokens) else magnitude)(projection, 1, size)
         kept = top_units(scores, size)
-        for name in mlp.inputs:
-            cut.weights[expert.prefix + name] = weights[expert.prefix + name][kept]
+        names = [expert.prefix + name for name in mlp.inputs]
+        new = {name: weights[name][kept] for name in names}
         down, inputs = projection.weight[:, kept], expert.inputs[..., kept]  # (c, size), (1, n, size)
+        # Round the matrices before the activation on the expert's tokens, and compute what comes behind again.
+        if form is not None:
+            rounded, result = round_together(new, names, read[expert.tokens][None], form)
+            new = {name: weight.dequantised() for name, weight in rounded.items()}
+            inner = mlp_activation(read[expert.tokens], new, mlp, expert.prefix)  # (n, size)
+            inputs = (inner * (expert.shares * scales[expert.tokens])[:, None])[None]
+            cut.roundings.append(result)
+        cut.weights |= rounded if form is not None else new
         # Update the down projection, where the expert has tokens enough.
-        if compensates and size < mlp.intermediate_size:
+        moments = gram(inputs[0]) if form is not None else projection.gram[kept[:, None], kept]  # (size, size)
+        if compensates and (size < mlp.intermediate_size or form is not None):
             if len(expert.tokens) < size:
                 cut.few.append(expert.expert)
             else:
                 whole = F.linear(expert.inputs, projection.weight)  # (1, n, c)
-                lost, moments = whole - F.linear(inputs, down), projection.gram[kept[:, None], kept]
-                solved = compensate(down, moments, inputs, lost, whole)
+                solved = compensate(down, moments, inputs, whole - F.linear(inputs, down), whole)
                 down = solved.weight
                 cut.errors.append((solved.error_before, solved.error_after))
         cut.weights[expert.prefix + "down"] = down
+        if form is not None:
+            result = round_on(down, inputs, form, moments)
+            cut.weights[expert.prefix + "down"], down = result.weight, result.weight.dequantised()
+            cut.roundings.append(result)
         # Add the expert's output to that of its tokens.
         flat.index_add_(0, expert.tokens, F.linear(inputs[0], down) / scales[expert.tokens, None])
     return cut

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from edgeprune.model.quantised import QuantisedWeight, storable
+from edgeprune.model.quantised import QuantisedWeight, joined, storable
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.linear import cholesky
 
@@ -28,6 +28,7 @@ SHRINKS = tuple(1 - 0.025 * step for step in range(16))
 
 DAMPING = 1e-2  # added to the moments as a share of their mean diagonal: few samples determine few directions
 BLOCK = 128  # columns whose changes of all later columns are gathered into one product
+ROWS = 4096  # outputs that are rounded at a time
 PROBED_OUTPUTS = 128  # on which GPTQ is compared with rounding, at most
 
 Rounding = Literal["gptq", "nearest"]
@@ -162,34 +163,39 @@ def quantise(
 ) -> Quantisation:
     """Returns a weight rounded by GPTQ, or to nearest where GPTQ was not better on held-out samples.
 
-    weight: (out_features, in_features) fp32; moments: (in_features, in_features) fp64 of all samples, zeros where
-    there are none; held_out: those of the held-out samples, which choose; None: GPTQ is not tried. Raises InputError
+    weight: (out_features, in_features), any floating type; moments: (in_features, in_features) fp64 of all samples,
+    zeros where there are none; held_out: those of the held-out samples, which choose; None: GPTQ is not tried. Some
+    outputs are rounded at a time, so that a table of any size takes little memory beside its codes. Raises InputError
     where the groups do not divide the inputs, and NumericalError where the moments are not finite.
     """
-    grid = choose_grid(weight, moments.diagonal(), form)
-    nearest, rounding = grid.nearest(weight), "nearest"
-    if held_out is not None and _is_gptq_better(weight, moments, held_out, grid, nearest):
-        nearest, rounding = gptq(weight, moments, grid), "gptq"
-    return Quantisation(nearest, rounding, relative_error(weight, nearest.dequantised(), moments))
+    rounding: Rounding = "nearest"
+    if held_out is not None and _is_gptq_better(weight, moments, held_out, form):
+        rounding, factor = "gptq", _inverse_factor(moments, DAMPING)
+    parts, energies, of = [], torch.zeros(2, dtype=torch.float64), moments.float()
+    for rows in weight.split(ROWS):
+        rows = rows.float()
+        grid = choose_grid(rows, moments.diagonal(), form)
+        rounded = grid.nearest(rows) if rounding == "nearest" else grid.with_codes(_gptq(rows, *factor, grid))
+        parts.append(rounded)
+        energies += torch.tensor([_energy(rows - rounded.dequantised(), of), _energy(rows, of)], dtype=torch.float64)
+    return Quantisation(joined(parts), rounding, float(energies[0] / energies[1]))
 
 
-def _is_gptq_better(
-    weight: torch.Tensor, moments: torch.Tensor, held_out: torch.Tensor, grid: Grid, nearest: QuantisedWeight
-) -> bool:
+def _is_gptq_better(weight: torch.Tensor, moments: torch.Tensor, held_out: torch.Tensor, form: WeightFormat) -> bool:
     """Returns whether GPTQ on the other samples leaves a smaller error on the held-out ones; on some outputs."""
-    rows = torch.arange(0, len(weight), -(-len(weight) // PROBED_OUTPUTS))
-    probed = Grid(grid.form, grid.scales[rows], grid.zeros[rows])
-    by_gptq = gptq(weight[rows], moments - held_out, probed).dequantised()
-    errors = [relative_error(weight[rows], rounded, held_out) for rounded in (by_gptq, nearest.dequantised()[rows])]
-    return errors[0] < errors[1]
+    rows = weight[:: -(-len(weight) // PROBED_OUTPUTS)].float()
+    grid = choose_grid(rows, moments.diagonal(), form)
+    tried = (gptq(rows, moments - held_out, grid), grid.nearest(rows))
+    by_gptq, by_nearest = (_energy(rows - rounded.dequantised(), held_out.float()) for rounded in tried)
+    return by_gptq < by_nearest
 
 
 def relative_error(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor) -> float:
     """Returns tr((W - Q) G (W - Q)^T) / tr(W G W^T) of weights (out_features, in_features); nan where W gives 0."""
-    moments = moments.float()  # the error of a sum of squares is a few units of its last place
+    whole = _energy(weight, moments.float())
+    return _energy(weight - rounded, moments.float()) / whole if whole else math.nan
 
-    def energy(of: torch.Tensor) -> float:
-        return float((of @ moments).mul_(of).sum(dtype=torch.float64))
 
-    whole = energy(weight)
-    return energy(weight - rounded) / whole if whole else math.nan
+def _energy(weight: torch.Tensor, moments: torch.Tensor) -> float:
+    """Returns tr(W G W^T); fp32, because the error of a sum of squares is a few units of its last place."""
+    return float((weight @ moments).mul_(weight).sum(dtype=torch.float64))
