@@ -8,6 +8,7 @@ what the gradients are used for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,10 +32,18 @@ from edgeprune.model.forward import (
 from edgeprune.model.model import Model
 
 
+@dataclass(frozen=True)
+class TokenGradients:
+    """||dL/dh_t||^2, (samples, tokens) fp32 each: behind every module, by layer and kind, and behind the embedding."""
+
+    modules: list[dict[str, torch.Tensor]]
+    embedding: torch.Tensor
+
+
 def token_gradients(
     model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None] = lambda: None
-) -> list[dict[str, torch.Tensor]]:
-    """Returns ||dL/dh_t||^2, (samples, tokens) fp32, behind every module, by layer and kind of module.
+) -> TokenGradients:
+    """Returns the squared lengths of the gradients of the loss L by the stream's states h_t.
 
     L is the summed negative log-likelihood in nats of one label per token, drawn from the model's own distribution,
     so that E[g g^T] is the Fisher information (Martens 2020, arXiv 1412.1193): a change dy of the stream behind the
@@ -83,7 +92,7 @@ def token_gradients(
             gradient, *squared_lengths = (torch.cat(chunk_results) for chunk_results in zip(*chunks, strict=True))
             energies[index] = dict(zip(kinds, squared_lengths, strict=True))
             on_layer()
-    return energies
+    return TokenGradients(energies, gradient.square().sum(dim=-1))
 
 
 def _of_states(gradient: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -140,7 +140,7 @@ def search(
     prunes, builds and measures a candidate. Returns all trials with the chosen one: of those that meet the limits the
     one of least loss, else the one that exceeds them least.
     """
-    trials: dict[tuple, Trial] = {}
+    trials: dict[Allocation, Trial] = {}
     allowed: dict[str, float] = {}  # estimates that turned out to be too much
 
     def usage(values: Mapping[str, float]) -> float:
@@ -153,11 +153,11 @@ def search(
         proposed = solve({name: min(value, allowed.get(name, value)) for name, value in room.items()})
         if proposed is None:
             proposed = smallest
-            if _key(proposed) in trials:
+            if proposed.choice in trials:
                 ending, reason = "out_of_reach", "the smallest candidate exceeds the budget"
                 break
         # A proposal that was tried before ends the search, or is excluded where it failed.
-        if (trial := trials.get(_key(proposed))) is not None:
+        if (trial := trials.get(proposed.choice)) is not None:
             if trial.obtained.status == "met":
                 ending, reason = "neighbour", "every better candidate on the width grid exceeds the budget"
                 break
@@ -167,7 +167,7 @@ def search(
         # Obtain the costs of a new candidate, and correct the estimator by them.
         predicted = {name: value for name, value in estimator.predict(proposed).items() if name in limits}
         trial = Trial(proposed, predicted, obtain(len(trials), proposed, predicted))
-        trials[_key(proposed)] = trial
+        trials[proposed.choice] = trial
         estimator.correct(proposed, trial.obtained.values)
         used = usage(trial.obtained.values)
         if trial.obtained.status == "met" and used >= 1 - CLOSE:
@@ -181,10 +181,6 @@ def search(
     else:
         best = min(order, key=lambda trial: usage(trial.obtained.values))
     return Outcome(tuple(order), order.index(best), ending, reason)
-
-
-def _key(allocation: Allocation) -> tuple:
-    return allocation.layers, allocation.vocab_size
 
 
 @dataclass(frozen=True)
@@ -223,14 +219,14 @@ def search_quality(
     allocation, rise = beyond
     model = CostModel(max(allocation.loss, 1e-9), max(rise.nats, 1e-9))
     trials: list[QualityTrial] = []
-    seen = {_key(allocation)}
+    seen = {allocation.choice}
     for index in range(MAX_QUALITY_CANDIDATES):
         # Propose the smallest model that is predicted to keep the limit.
         proposed = _furthest(at, lambda loss: model.predict(loss) <= limit * (1 - QUALITY_MARGIN))
-        if proposed is None or _key(proposed[1]) in seen:
+        if proposed is None or proposed[1].choice in seen:
             break
         share, allocation = proposed
-        seen.add(_key(allocation))
+        seen.add(allocation.choice)
         # Obtain its rise, and correct the prediction by it.
         rise = obtain(index, allocation)
         trials.append(QualityTrial(allocation, share, rise))

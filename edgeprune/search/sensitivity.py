@@ -1,4 +1,4 @@
-"""The measurement of the loss that every possible cut would cost, in one walk over the dense model.
+"""The measurement of the loss that every possible cut and weight format would cost, by walks over the dense model.
 
 It does not know the budget, nor what a cut saves. The results are kept in the cache.
 """
@@ -9,14 +9,13 @@ import functools
 import hashlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from edgeprune.cache import cache_folder, cached
-from edgeprune.model.backward import token_gradients
+from edgeprune.model.backward import TokenGradients, token_gradients
 from edgeprune.model.decoder import Attention, Decoder, Layer
 from edgeprune.model.forward import (
     BIAS,
@@ -31,65 +30,89 @@ from edgeprune.model.forward import (
     module_output,
     module_states,
     modules_of,
-    token_losses,
-    weight_stream,
 )
 from edgeprune.model.model import Model
+from edgeprune.precision import WeightFormat
 from edgeprune.progress import Progress
 from edgeprune.pruning.compensate import nested_errors
 from edgeprune.pruning.experts import expert_inputs, expert_projection
-from edgeprune.pruning.methods import Method, method_named
+from edgeprune.pruning.methods import method_named
 from edgeprune.pruning.moments import gram
-from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import Projection, Score
 from edgeprune.pruning.select import Rank, features_of, select_heads
-from edgeprune.search.widths import Sensitivities, Widths, dense_widths
+from edgeprune.search.response import PROBES, measure_response
+from edgeprune.search.roundings import measure_roundings
+from edgeprune.search.widths import RoundingLosses, Sensitivities, dense_widths
 
-VERSION = 5  # of the kept results; another number measures again
-PROBE_SAMPLES = 16  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
-PROBE_HELD_OUT = 8
-LEAST_RISE = 1e-4  # nats per token; noise may make a small cut seem free
+VERSION = 6  # of the kept results; another number measures again
+SAMPLES = 16  # on which cuts are measured: their moments need several times as many tokens as the widest module's width
+ROUNDED_SAMPLES = 8  # of these, on which formats are measured, whose errors are averages over all tokens
 
 
-def sensitivities_of(model: Model, ids: np.ndarray, method: str, seed: int, progress: Progress) -> Sensitivities:
+def sensitivities_of(
+    model: Model,
+    ids: np.ndarray,
+    method: str,
+    seed: int,
+    progress: Progress,
+    formats: tuple[WeightFormat, ...] = (),
+) -> Sensitivities:
     """Returns the sensitivities with their measured response, from the cache or measured now.
 
     ids: calibration samples (samples, tokens) int64; method: the name of the pruning method whose score and recovery
-    are used. Raises InputError for an unknown method, and NumericalError where activations are not finite.
+    are used; formats: that modules may be rounded to. Raises InputError for an unknown method, and NumericalError where
+    activations are not finite.
     """
     # The key holds all that the result depends on.
     how = method_named(method)
     named = f"{VERSION} {model.fingerprint} {how.score.__name__} {how.recovery.value} {seed}"
+    named += "".join(f" {form.name}" for form in formats)
     key = hashlib.sha256(named.encode() + ids.tobytes()).hexdigest()
     path = cache_folder() / "sensitivities" / f"{key}.npz"
 
     def measured() -> Sensitivities:
         samples = torch.from_numpy(ids)
-        advance = progress.stage("measure sensitivities", 3 * len(model.decoder.layers))
-        sensitivities = measure_sensitivities(model, samples, how.score, seed, advance)
-        advance = progress.stage("probe the loss", 4)
-        return measure_response(model, samples, sensitivities, how, seed, advance)
+        advance = progress.stage("measure sensitivities", (4 if formats else 3) * len(model.decoder.layers))
+        sensitivities = measure_sensitivities(model, _spread(samples, SAMPLES), how.score, seed, formats, advance)
+        advance = progress.stage("probe the loss", PROBES)
+        return measure_response(model, samples, sensitivities, how, seed, formats, advance)
 
-    return cached(path, lambda data: _decoded(data, model.decoder), measured, _encoded)
+    return cached(path, lambda data: _decoded(data, model.decoder, formats), measured, _encoded)
+
+
+def _spread(samples: torch.Tensor, most: int) -> torch.Tensor:
+    """Returns at most so many of the samples, evenly spread."""
+    return samples[torch.linspace(0, len(samples) - 1, min(most, len(samples))).round().long()]
 
 
 def _encoded(sensitivities: Sensitivities) -> bytes:
     file = io.BytesIO()
-    np.savez(file, attention=sensitivities.attention, mlp=sensitivities.mlp, response=sensitivities.response)
+    arrays = {"attention": sensitivities.attention, "mlp": sensitivities.mlp, "response": sensitivities.response}
+    for name, losses in sensitivities.roundings.items():
+        tables = np.array([losses.embedding, losses.head, losses.response])
+        arrays |= {f"{name} attention": losses.attention, f"{name} mlp": losses.mlp, f"{name} tables": tables}
+    np.savez(file, **arrays)
     return file.getvalue()
 
 
-def _decoded(data: bytes, decoder: Decoder) -> Sensitivities:
+def _decoded(data: bytes, decoder: Decoder, formats: tuple[WeightFormat, ...]) -> Sensitivities:
     """Returns what _encoded was given. Raises ValueError for arrays that are not those of this decoder."""
     groups, heads, channels = dense_widths(decoder)
     layers = len(decoder.layers)
     shapes = {"attention": (layers, groups + 1, heads), "mlp": (layers, channels + 1), "response": (3,)}
+    for form in formats:
+        shapes |= {f"{form.name} attention": (layers,), f"{form.name} mlp": (layers,), f"{form.name} tables": (3,)}
     with np.load(io.BytesIO(data)) as stored:
         arrays = {name: stored[name] for name in shapes}
     for name, shape in shapes.items():
         if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} is not an array of {shape} finite fp64")
-    return Sensitivities(**arrays)
+    roundings = {}
+    for form in formats:
+        embedding, head, response = arrays.pop(f"{form.name} tables").tolist()
+        modules = arrays.pop(f"{form.name} attention"), arrays.pop(f"{form.name} mlp")
+        roundings[form.name] = RoundingLosses(*modules, embedding, head, response)
+    return Sensitivities(**arrays, roundings=roundings)
 
 
 def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Rank) -> np.ndarray:
@@ -156,21 +179,24 @@ def _projections(
 
 
 def measure_sensitivities(
-    model: Model, ids: torch.Tensor, score: Score, seed: int, on_layer: Callable[[], None] = lambda: None
+    model: Model,
+    ids: torch.Tensor,
+    score: Score,
+    seed: int,
+    formats: tuple[WeightFormat, ...] = (),
+    on_layer: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
     """Returns the sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
 
     A change dy_t of a module's output costs about 1/2 E[(g_t . dy_t)^2] nats, with g_t the gradient of the sampled
     loss behind the module. The direction of g_t is taken as independent of that of dy_t, which gives
     1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens: the least squares error of moments that are weighted by
-    ||g_t||^2. on_layer is called three times for each layer.
+    ||g_t||^2. on_layer is called three times for each layer, and once more where there are formats.
     """
     # Scale every token's inputs by the square root of its weight.
     share = 1 / (2 * model.decoder.hidden_size * ids.numel())
-    scales = [
-        {kind: (energy * share).sqrt() for kind, energy in layer.items()}
-        for layer in token_gradients(model, ids, seed, on_layer)
-    ]
+    gradients = token_gradients(model, ids, seed, on_layer)
+    scales = [{kind: (energy * share).sqrt() for kind, energy in layer.items()} for layer in gradients.modules]
     # Compute the errors of all cuts of a module from the moments of these inputs.
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
     for layer, kind, projections in _projections(model, ids, seed, on_layer, scales):
@@ -180,7 +206,12 @@ def measure_sensitivities(
             errors[kind].append(attention_errors(projection.weight, projection.gram, layer.attention, rank))
         else:
             errors[kind].append(np.sum([_channel_errors(projection, score) for projection in projections], axis=0))
-    return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]))
+    # Compute the errors of all formats, on some of the samples.
+    few = min(ROUNDED_SAMPLES, len(ids))
+    modules = [{kind: energy[:few] for kind, energy in layer.items()} for layer in gradients.modules]
+    of_few = TokenGradients(modules, gradients.embedding[:few])
+    roundings = measure_roundings(model, ids[:few], of_few, formats, on_layer)
+    return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]), roundings=roundings)
 
 
 def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
@@ -208,50 +239,3 @@ def measure_scores(
             unit_scores[0] if len(projections) == 1 else np.mean([np.sort(row) for row in unit_scores], axis=0)
         )
     return scores["attention"], scores["mlp"]
-
-
-def probe_widths(dense: Widths) -> list[Widths | None]:
-    """Returns the widths with a quarter of the groups, query heads or channels removed; None where none can be."""
-
-    def cut(size: int) -> int:
-        return size - max(1, size // 4)
-
-    groups, heads, channels = dense
-    return [
-        dense._replace(num_key_value_heads=cut(groups)) if groups > 1 else None,
-        dense._replace(heads_per_group=cut(heads)) if heads > 1 else None,
-        dense._replace(intermediate_size=cut(channels)),
-    ]
-
-
-@torch.inference_mode()
-def measure_response(
-    model: Model,
-    ids: torch.Tensor,
-    sensitivities: Sensitivities,
-    method: Method,
-    seed: int,
-    on_probe: Callable[[], None] = lambda: None,
-) -> Sensitivities:
-    """Returns the sensitivities with their response, which is measured by one small pruning for each kind of cut.
-
-    ids: calibration samples (samples, tokens) int64. Each probe is pruned with the first PROBE_SAMPLES of the first
-    half; its loss is measured on the last PROBE_HELD_OUT of the second half. on_probe is called once for the dense
-    model and once for each kind.
-    """
-    half = max(1, len(ids) // 2)
-    fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
-    # The loss of the dense model, which rises are measured from.
-    dense = dense_widths(model.decoder)
-    base = float(token_losses(model.decoder, weight_stream(model), held_out).mean())
-    on_probe()
-    # The ratio of the measured rise to the predicted one, for each kind of cut.
-    response = np.zeros(3)
-    for kind, widths in enumerate(probe_widths(dense)):
-        if widths is not None:
-            target = model.decoder.with_widths(*widths)
-            losses = token_losses(target, prune(model, target, fit, method, seed), held_out)
-            error = sensitivities.uniform_errors(widths)[kind]
-            response[kind] = max(float(losses.mean()) - base, LEAST_RISE) / max(error, 1e-12)
-        on_probe()
-    return replace(sensitivities, response=response)

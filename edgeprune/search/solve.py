@@ -1,37 +1,53 @@
-"""The allocation problem and its solution: the widths of the least predicted loss under all limits at once.
+"""The allocation problem and its solution: the widths and weight formats of the least predicted loss under all limits.
 
-Pure: losses, costs and limits in, widths out; it does not know how they were measured. The solution is exact for
-either layout, and the number of layers is chosen too. Layout `uniform`: the same widths in every layer that stays;
-all of these widths are tried. Layout `per-layer`: the same head counts in every attention that stays, but free MLP
-widths, and a layer may lose its attention or its MLP alone. This is a multiple-choice knapsack, which HiGHS solves
-(through SciPy). The size of the vocabulary is one more width in both.
+Pure: losses, costs and limits in, widths and formats out; it does not know how they were measured. The solution is
+exact for either layout, and the number of layers is chosen too. Layout `uniform`: the same widths in every layer that
+stays; all of these widths are tried. Layout `per-layer`: the same head counts in every attention that stays, but free
+MLP widths, and a layer may lose its attention or its MLP alone. In both, the format of every module is free, and so are
+the size of the vocabulary and the formats of embedding and head. Each pair of head counts, in the layout `uniform`
+together with an MLP width, makes one multiple-choice knapsack (knapsack.py). They are solved in the order of their
+bounds, until a bound is no better than the best solution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from edgeprune.model.decoder import Decoder
+from edgeprune.search.knapsack import GAP, Knapsack, Options, Picks, bounds, can_fit
 from edgeprune.search.module_costs import ModuleCosts, channel_options
-from edgeprune.search.widths import Sensitivities, Widths, uniform_options
+from edgeprune.search.widths import Format, Sensitivities, Widths
 
 GONE = Widths(0, 1, 0)
-MOST_SIZES = 64  # MLP widths that the knapsack chooses among; predictions are too rough for a finer grid
-GAP = 1e-4  # relative, between a solution and the proved bound: far below the error of a prediction
-ROUNDING = 1e-12  # relative: sums in another order differ by this much, and whole bytes by more
-SECONDS = 20.0  # for one knapsack; the best solution until then counts
+MOST_SIZES = 64  # MLP widths that a knapsack chooses among; predictions are too rough for a finer grid
 
 
 @dataclass(frozen=True)
 class Allocation:
     """The widths of every layer of the dense model (GONE: the layer is removed), the size of the vocabulary, and the
-    predicted loss in nats per token."""
+    predicted loss in nats per token.
+
+    formats: of each layer's attention and MLP, None for floats everywhere; tables: of embedding and head.
+    """
 
     layers: tuple[Widths, ...]
     vocab_size: int
     loss: float
+    formats: tuple[tuple[Format, Format], ...] | None = None
+    tables: tuple[Format, Format] = (None, None)
+
+    @property
+    def choice(self) -> Allocation:
+        """Returns the same without the prediction: equal for two allocations that make the same model."""
+        return replace(self, loss=0.0)
+
+    def decoder(self, dense: Decoder) -> Decoder:
+        """Returns the target that this allocation makes of the dense model, with all of its vocabulary."""
+        target = dense.with_layer_widths(self.layers)
+        return target.with_formats(self.formats or [(None, None)] * len(self.layers), *self.tables)
 
     @property
     def summary(self) -> dict[str, int]:
@@ -48,15 +64,26 @@ class Allocation:
             "tokens": self.vocab_size,
         }
 
+    @property
+    def format_counts(self) -> dict[str, int]:
+        """Returns how many modules there are of each weight format, by its name; embedding and head count as one each
+        where they are not floats."""
+        formats = [self.tables[0], self.tables[1]] if any(self.tables) else []
+        for widths, (attention, mlp) in zip(self.layers, self.formats or [], strict=False):
+            formats += [attention] * (widths.num_key_value_heads > 0) + [mlp] * (widths.intermediate_size > 0)
+        names = [form.name if form else "float" for form in formats]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
     def __str__(self) -> str:
         summary, layers = self.summary, len(self.layers)
         channels = str(summary["most channels"])
         if summary["fewest channels"] != summary["most channels"]:
             channels = f"{summary['fewest channels']} to {channels}"
+        counts = ", ".join(f"{count} in {name}" for name, count in self.format_counts.items())
         return (
             f"{summary['attentions']} of {layers} attentions of {summary['key/value heads']} key/value heads x "
             f"{summary['query heads per group']} query heads, {summary['MLPs']} of {layers} MLPs of "
-            f"{channels} channels, {summary['tokens']} tokens"
+            f"{channels} channels, {summary['tokens']} tokens{f'; {counts}' if counts else ''}"
         )
 
 
@@ -64,8 +91,10 @@ class Allocation:
 class Problem:
     """The allocation problem of a model whose layers are all alike.
 
-    dense: the widths of its layers; sensitivities: the predicted losses of all cuts; costs: by constraint; multiple:
-    of the MLP channels; vocabularies: predicted loss in nats per token by size.
+    dense: the widths of its layers; sensitivities: the predicted losses of all cuts and formats; costs: by constraint;
+    multiple: of the MLP channels; vocabularies: predicted loss in nats per token by size; formats: those that the costs
+    speak of, floats first; layer_formats, table_formats: which of these the modules, and embedding and head, may have,
+    by their places in the list; tied: embedding and head are one table.
     """
 
     dense: Widths
@@ -73,6 +102,10 @@ class Problem:
     costs: Mapping[str, ModuleCosts]
     multiple: int
     vocabularies: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
+    formats: tuple[Format, ...] = (None,)
+    layer_formats: tuple[int, ...] = (0,)
+    table_formats: tuple[int, ...] = (0,)
+    tied: bool = True
 
     @property
     def depth(self) -> int:
@@ -81,7 +114,26 @@ class Problem:
 
     def estimate(self, allocation: Allocation) -> dict[str, float]:
         """Returns the costs of an allocation by constraint."""
-        return {name: cost.total(allocation.layers, allocation.vocab_size) for name, cost in self.costs.items()}
+        places = {form: place for place, form in enumerate(self.formats)}
+        formats = allocation.formats and [(places[one], places[other]) for one, other in allocation.formats]
+        tables = places[allocation.tables[0]], places[allocation.tables[1]]
+        return {
+            name: cost.total(allocation.layers, allocation.vocab_size, formats, tables)
+            for name, cost in self.costs.items()
+        }
+
+    def loss(self, allocation: Allocation) -> float:
+        """Returns the predicted loss of an allocation in nats per token."""
+        sensitivities, layers = self.sensitivities, allocation.layers
+        loss = sensitivities.loss(layers) + self.vocabularies[allocation.vocab_size]
+        if allocation.formats is not None:
+            loss += sensitivities.rounding_loss(layers, allocation.formats)
+        return loss + self.table_loss(*allocation.tables)
+
+    def table_loss(self, embedding: Format, head: Format) -> float:
+        """Returns the predicted loss by the formats of embedding and head in nats per token."""
+        loss = self.sensitivities.rounding(head).head
+        return loss if self.tied else loss + self.sensitivities.rounding(embedding).embedding
 
     @property
     def everything(self) -> Allocation:
@@ -90,86 +142,137 @@ class Problem:
 
     @property
     def smallest(self) -> Allocation:
-        """Returns the smallest allocation: the layer that costs most to lose, of one head and the fewest channels."""
+        """Returns the smallest allocation: the layer that costs most to lose, of one head and the fewest channels, in
+        the formats of the fewest bits."""
         widths = Widths(1, 1, channel_options(self.dense.intermediate_size, self.multiple)[0])
-        without = [widths if layer == kept else GONE for kept in range(self.depth) for layer in range(self.depth)]
-        choices = [tuple(without[i : i + self.depth]) for i in range(0, len(without), self.depth)]
-        layers = min(choices, key=self.sensitivities.loss)
-        tokens = min(self.vocabularies)
-        return Allocation(layers, tokens, self.sensitivities.loss(layers) + self.vocabularies[tokens])
+        of_layers = min(self.layer_formats, key=lambda place: self._bits(self.formats[place]))
+        of_tables = min(self.table_formats, key=lambda place: self._bits(self.formats[place]))
+        formats = ((self.formats[of_layers],) * 2,) * self.depth
+        tables = (self.formats[of_tables],) * 2
+        choices = [
+            Allocation(tuple(layers), min(self.vocabularies), 0.0, formats, tables)
+            for kept in range(self.depth)
+            for layers in [[widths if layer == kept else GONE for layer in range(self.depth)]]
+        ]
+        return min((replace(choice, loss=self.loss(choice)) for choice in choices), key=lambda choice: choice.loss)
+
+    @staticmethod
+    def _bits(form: Format) -> float:
+        return np.inf if form is None else form.bits + 16 / (form.group or np.inf)
 
 
 def uniform(problem: Problem, limits: Mapping[str, float]) -> Allocation | None:
-    """Returns the allocation of the least predicted loss in the layout `uniform`; None where none meets the limits.
-
-    All layers of the same widths cost the same. So for any widths and any number of layers that stay, the layers that
-    cost least to lose are removed.
-    """
-    sensitivities, options = problem.sensitivities, uniform_options(problem.dense, problem.multiple)
-    # Compute the loss of every number of layers with each of the widths.
-    groups, heads, channels = np.array(options).T  # (options,) each
-    losses = (
-        _attention_losses(sensitivities, groups, heads) + sensitivities.response[2] * sensitivities.mlp[:, channels]
-    )  # (layers, options)
-    without = (
-        _attention_losses(sensitivities, np.array([0]), np.array([1]))
-        + sensitivities.response[2] * sensitivities.mlp[:, :1]
-    )  # (layers, 1), removed layers
-    saved = -np.sort(-(without - losses), axis=0)  # (layers, options), the layer that saves most first
-    left = without.sum() - np.cumsum(saved, axis=0)  # (layers, options), the loss where the first n + 1 layers stay
-    stay = np.arange(1, problem.depth + 1)[:, None]  # (layers, 1)
-    # Take the least loss within all limits, over the vocabularies.
-    best: tuple[float, int, int, int] | None = None
-    for tokens, more in problem.vocabularies.items():
-        fits = np.ones_like(left, dtype=bool)
-        for name, limit in limits.items():
-            cost = problem.costs[name]
-            layer_cost = cost.attention[groups, heads - 1] + cost.mlp[channels]
-            peak = np.maximum(cost.attention_peak[groups, heads - 1], cost.mlp_peak[channels])
-            fits &= cost.base(tokens) + stay * layer_cost + peak <= limit * (1 + ROUNDING)
-        if fits.any():
-            at = int(np.where(fits, left, np.inf).argmin())
-            candidate = (float(left.flat[at]) + more, at // len(options) + 1, at % len(options), tokens)
-            best = candidate if best is None else min(best, candidate)
-    if best is None:
-        return None
-    # Name the layers that stay.
-    loss, count, option, tokens = best
-    missed = (without - losses)[:, option]
-    kept = set(np.argsort(-missed, kind="stable")[:count].tolist())
-    return Allocation(tuple(options[option] if layer in kept else GONE for layer in range(problem.depth)), tokens, loss)
+    """Returns the allocation of the least predicted loss in the layout `uniform`; None where none meets the limits."""
+    return _least(problem, limits, _sizes(problem, most=None), joint=True)
 
 
 def per_layer(problem: Problem, limits: Mapping[str, float]) -> Allocation | None:
     """Returns the allocation of the least predicted loss in the layout `per-layer`; None where none meets the limits.
 
-    Every pair of head counts with every vocabulary makes one knapsack. They are solved in the order of the bounds
-    that their relaxations give, until a bound is no better than the best solution. At least one attention and one
-    MLP stay.
+    At least one attention and one MLP stay.
     """
-    sizes = _sizes(problem)
-    pairs = {(w.num_key_value_heads, w.heads_per_group) for w in uniform_options(problem.dense, problem.multiple)}
-    knapsacks = [_Knapsack(problem, limits, sizes, *pair, tokens) for pair in pairs for tokens in problem.vocabularies]
-    # Bound the loss of each from below.
-    bounds = sorted(
-        ((solution[0], index) for index, knapsack in enumerate(knapsacks) if (solution := knapsack.solve(relaxed=True)))
-    )
-    # Solve them in that order.
-    best: Allocation | None = None
-    for bound, index in bounds:
-        if best is not None and bound >= best.loss:
+    return _least(problem, limits, _sizes(problem, MOST_SIZES), joint=False)
+
+
+def _least(problem: Problem, limits: Mapping[str, float], sizes: list[int], joint: bool) -> Allocation | None:
+    """Returns the least of all knapsacks. joint: one for each of the sizes, where layers go whole; else one for all."""
+    options = _options(problem, limits, sizes)
+    # A knapsack is open until it is solved, or cannot be better than the best.
+    least = bounds(options, np.zeros(len(limits)), joint)  # (pairs, sizes) or (pairs, 1)
+    least = np.where(can_fit(options, joint), least, np.inf)
+    is_relaxed = np.zeros(least.shape, dtype=bool)
+    best: tuple[float, int, int, Picks] | None = None
+    while True:
+        pair, place = np.unravel_index(int(least.argmin()), least.shape)
+        bound = least[pair, place]
+        if bound == np.inf or (best is not None and bound >= best[0] - GAP * abs(best[0])):
             break
-        solution = knapsacks[index].solve(relaxed=False)
-        if solution is not None and (best is None or solution[0] < best.loss):
-            best = Allocation(solution[1], knapsacks[index].tokens, solution[0])
-    return best
+        knapsack = Knapsack(options, int(pair), slice(place, place + 1) if joint else slice(None), joint)
+        # Its relaxation bounds it from below, and the prices of the limits bound all others.
+        if not is_relaxed[pair, place]:
+            is_relaxed[pair, place] = True
+            relaxed = knapsack.relaxed()
+            if relaxed is None:
+                least[pair, place] = np.inf
+            else:
+                least = np.maximum(least, bounds(options, relaxed.prices, joint))
+                least[pair, place] = max(least[pair, place], relaxed.loss)
+            continue
+        least[pair, place] = np.inf
+        picks = knapsack.solve()
+        if picks is not None and (best is None or picks.loss < best[0]):
+            best = picks.loss, int(pair), int(place), picks
+    if best is None:
+        return None
+    return _allocation(problem, options, best[1], sizes[best[2] :] if joint else sizes, best[3])
 
 
-def _sizes(problem: Problem) -> list[int]:
-    """Returns the MLP widths of the knapsack: 0, and at most MOST_SIZES of the possible ones, evenly spread."""
+def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int]) -> Options:
+    """Returns the losses and costs of all options of the knapsacks' modules."""
+    sensitivities, dense = problem.sensitivities, problem.dense
+    groups, heads = (
+        array.ravel() + 1 for array in np.indices((dense.num_key_value_heads, dense.heads_per_group))
+    )  # (pairs,) each
+    places = list(problem.layer_formats)
+    roundings = [sensitivities.rounding(problem.formats[place]) for place in places]
+    # The losses of widths and formats add up; a module that is gone has only that of its width.
+    kept = _attention_losses(sensitivities, groups, heads)  # (layers, pairs)
+    channels = sensitivities.response[2] * sensitivities.mlp  # (layers, intermediate_size + 1)
+    of_attention = np.stack([rounding.response * rounding.attention for rounding in roundings], axis=1)
+    of_mlp = np.stack([rounding.response * rounding.mlp for rounding in roundings], axis=1)  # (layers, formats)
+    # Embedding and head: every vocabulary in every pair of formats.
+    tables = [
+        (tokens, embedding, head)
+        for tokens in problem.vocabularies
+        for head in problem.table_formats
+        for embedding in ((head,) if problem.tied else problem.table_formats)
+    ]
+    table_losses = [
+        problem.vocabularies[tokens] + problem.table_loss(problem.formats[embedding], problem.formats[head])
+        for tokens, embedding, head in tables
+    ]
+    costs = [problem.costs[name] for name in limits]
+    return Options(
+        pairs=tuple(zip(groups.tolist(), heads.tolist(), strict=True)),
+        formats=tuple(places),
+        tables=tuple(tables),
+        attention_loss=kept[:, :, None] + of_attention[:, None, :],
+        mlp_loss=channels[:, sizes][:, :, None] + of_mlp[:, None, :],
+        table_loss=np.array(table_losses),
+        attention_gone=_attention_losses(sensitivities, np.array([0]), np.array([1]))[:, 0],
+        mlp_gone=channels[:, 0],
+        attention_cost=np.stack([cost.attention[places][:, groups, heads - 1].T for cost in costs]),
+        mlp_cost=np.stack([cost.mlp[places][:, sizes].T for cost in costs]),
+        table_cost=np.array([[cost.base(tokens, (e, h)) for tokens, e, h in tables] for cost in costs]),
+        attention_peak=np.stack([cost.attention_peak[groups, heads - 1] for cost in costs]),
+        mlp_peak=np.stack([cost.mlp_peak[sizes] for cost in costs]),
+        limits=np.array(list(limits.values()), dtype=float),
+    )
+
+
+def _allocation(problem: Problem, options: Options, pair: int, sizes: list[int], picks: Picks) -> Allocation:
+    """Returns the allocation of a solution."""
+    layers, formats = [], []
+    for attention, mlp in zip(picks.attention, picks.mlp, strict=True):
+        heads = (0, 1) if attention is None else options.pairs[pair]
+        layers.append(Widths(*heads, 0 if mlp is None else sizes[mlp[0]]))
+        of_attention = None if attention is None else problem.formats[options.formats[attention]]
+        of_mlp = None if mlp is None else problem.formats[options.formats[mlp[1]]]
+        formats.append((of_attention, of_mlp))
+    tokens, embedding, head = options.tables[picks.table]
+    tables = problem.formats[embedding], problem.formats[head]
+    has_formats = any(form is not None for pair_of_formats in (*formats, tables) for form in pair_of_formats)
+    allocation = Allocation(tuple(layers), tokens, 0.0, tuple(formats) if has_formats else None, tables)
+    return replace(allocation, loss=problem.loss(allocation))
+
+
+def _sizes(problem: Problem, most: int | None) -> list[int]:
+    """Returns the MLP widths of the knapsacks: at most `most` of the possible ones, evenly spread."""
     sizes = channel_options(problem.dense.intermediate_size, problem.multiple)
-    picks = np.unique(np.linspace(0, len(sizes) - 1, MOST_SIZES).round().astype(int))
-    return [0, *(sizes[pick] for pick in picks)]
+    if most is None:
+        return sizes
+    picks = np.unique(np.linspace(0, len(sizes) - 1, most).round().astype(int))
+    return [sizes[pick] for pick in picks]
 
 
 def _attention_losses(sensitivities: Sensitivities, groups: np.ndarray, heads: np.ndarray) -> np.ndarray:
@@ -180,75 +283,3 @@ def _attention_losses(sensitivities: Sensitivities, groups: np.ndarray, heads: n
     )
 
 
-@dataclass(frozen=True)
-class _Knapsack:
-    """The knapsack of one pair of head counts and one vocabulary.
-
-    Its variables are, for every layer, whether its attention stays, and then, for every layer and MLP width, whether
-    the layer's MLP has this width: layers * (1 + sizes) in all.
-    """
-
-    problem: Problem
-    limits: Mapping[str, float]
-    sizes: list[int]
-    groups: int
-    heads: int
-    tokens: int
-
-    def solve(self, relaxed: bool) -> tuple[float, tuple[Widths, ...]] | None:
-        """Returns the least loss and its widths; None where nothing fits.
-
-        relaxed: variables may have any value from 0 to 1; the loss is then a lower bound, and the widths are empty.
-        """
-        from scipy import sparse
-        from scipy.optimize import Bounds, LinearConstraint, milp
-
-        # Compute the loss that each variable adds to that of a model without attentions.
-        sensitivities, depth = self.problem.sensitivities, self.problem.depth
-        gone = _attention_losses(sensitivities, np.array([0]), np.array([1]))[:, 0]  # (layers,)
-        kept = _attention_losses(sensitivities, np.array([self.groups]), np.array([self.heads]))[:, 0]  # (layers,)
-        # (layers * (1 + sizes),)
-        losses = np.concatenate([kept - gone, (sensitivities.response[2] * sensitivities.mlp[:, self.sizes]).ravel()])
-        # Limit each cost, by what is left of its limit beside the base and the largest possible peak.
-        rows, most = [], []
-        for name, limit in self.limits.items():
-            cost = self.problem.costs[name]
-            peak = max(cost.attention_peak[self.groups, self.heads - 1], cost.mlp_peak[self.sizes].max())
-            attention = np.full(depth, cost.attention[self.groups, self.heads - 1])
-            # row: (layers * (1 + sizes),), the cost of each variable
-            row, room = np.concatenate([attention, np.tile(cost.mlp[self.sizes], depth)]), limit - peak
-            room -= cost.base(self.tokens)
-            scale = max(float(np.abs(row).max()), 1e-300)  # bytes and ms become numbers near 1
-            rows.append(row / scale)
-            most.append(room / scale)
-        # Give every MLP exactly one size, and keep at least one attention and one MLP.
-        choices = len(self.sizes)
-        # (layers, layers * (1 + sizes))
-        one_size = sparse.hstack(
-            [sparse.csr_matrix((depth, depth)), sparse.kron(sparse.eye(depth), np.ones((1, choices)))]
-        )
-        some_stay = np.zeros((2, len(losses)))  # (2, layers * (1 + sizes))
-        some_stay[0, :depth] = 1
-        some_stay[1, depth:] = np.tile(np.array(self.sizes) > 0, depth)
-        result = milp(
-            losses,
-            integrality=np.full(len(losses), 0 if relaxed else 1),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(np.array(rows), -np.inf, most),
-                LinearConstraint(one_size, 1, 1),
-                LinearConstraint(some_stay, 1, np.inf),
-            ],
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-        )
-        if result.x is None:
-            return None
-        loss = float(result.fun + gone.sum()) + self.problem.vocabularies[self.tokens]
-        if relaxed:
-            return loss, ()
-        # Read the widths of every layer off the variables.
-        stays, picks = result.x[:depth] > 0.5, result.x[depth:].reshape(depth, choices).argmax(axis=1)
-        return loss, tuple(
-            Widths(*((self.groups, self.heads) if stay else (0, 1)), self.sizes[pick])
-            for stay, pick in zip(stays, picks, strict=True)
-        )

@@ -1,4 +1,4 @@
-"""Widths, the predicted loss of every cut, and the ways in which baselines choose widths.
+"""Widths, the predicted loss of every cut and weight format, and the ways in which baselines choose widths.
 
 Pure: numbers in, numbers out; it knows the description of a model and not its weights. The best widths are chosen in
 solve.py.
@@ -6,27 +6,54 @@ solve.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeprune.model.decoder import Decoder
+from edgeprune.precision import WeightFormat
 from edgeprune.search.module_costs import ModuleCosts, Widths, additive, channel_options
+
+Format = WeightFormat | None  # None: floats
+
+
+@dataclass(frozen=True)
+class RoundingLosses:
+    """The loss in nats per token that one weight format is predicted to cost.
+
+    attention, mlp: (layers,) fp64, of each module at its full width; embedding, head: of these tables, of which a tied
+    one has its loss in `head`; response: the ratio of measured to predicted loss of the modules.
+    """
+
+    attention: np.ndarray
+    mlp: np.ndarray
+    embedding: float
+    head: float
+    response: float = 1.0
 
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """The loss in nats per token that each cut of one module is predicted to cost after compensation.
+    """The loss in nats per token that each cut of one module, and each weight format, is predicted to cost.
 
     attention: (layers, num_key_value_heads + 1, heads_per_group) fp64, at [l, g, r - 1] for g kept groups of r query
-    heads; mlp: (layers, intermediate_size + 1) fp64, at [l, k] for k kept channels; response: (3,), the ratio of
-    measured to predicted loss, for removed groups, removed query heads and removed channels.
+    heads; mlp: (layers, intermediate_size + 1) fp64, at [l, k] for k kept channels; both after compensation; response:
+    (3,), the ratio of measured to predicted loss, for removed groups, removed query heads and removed channels;
+    roundings: by the name of a weight format. Losses of widths and formats add up.
     """
 
     attention: np.ndarray
     mlp: np.ndarray
     response: np.ndarray = field(default_factory=lambda: np.ones(3))
+    roundings: Mapping[str, RoundingLosses] = field(default_factory=dict)
+
+    def rounding(self, form: Format) -> RoundingLosses:
+        """Returns the losses of a weight format; zeros for floats."""
+        if form is None:
+            nothing = np.zeros(len(self.mlp))
+            return RoundingLosses(nothing, nothing, 0.0, 0.0)
+        return self.roundings[form.name]
 
     def errors(self, layer: int, widths: Widths) -> np.ndarray:
         """Returns the predicted losses (3,) of a layer's removed groups, query heads and channels, without response."""
@@ -37,6 +64,15 @@ class Sensitivities:
     def loss(self, widths: Sequence[Widths]) -> float:
         """Returns the predicted rise of the loss in nats per token with these widths, one for each layer."""
         return float(sum(self.response @ self.errors(layer, width) for layer, width in enumerate(widths)))
+
+    def rounding_loss(self, layers: Sequence[Widths], formats: Sequence[tuple[Format, Format]]) -> float:
+        """Returns the predicted rise of the loss by the formats of the modules that stay, one pair for each layer."""
+        total = 0.0
+        for index, (widths, (attention, mlp)) in enumerate(zip(layers, formats, strict=True)):
+            of_attention, of_mlp = self.rounding(attention), self.rounding(mlp)
+            total += of_attention.response * of_attention.attention[index] * (widths.num_key_value_heads > 0)
+            total += of_mlp.response * of_mlp.mlp[index] * (widths.intermediate_size > 0)
+        return float(total)
 
     def uniform_errors(self, widths: Widths) -> np.ndarray:
         """Returns the sums (3,) of `errors` over all layers with the same widths."""
@@ -56,7 +92,7 @@ def parameter_costs(decoder: Decoder) -> ModuleCosts:
         for g in range(full.num_key_value_heads + 1)
     ]
     mlp = [layer_parameters(decoder, Widths(0, 1, size)) for size in range(full.intermediate_size + 1)]
-    return additive(np.array(attention, dtype=float), np.array(mlp, dtype=float))
+    return additive(np.array([attention], dtype=float), np.array([mlp], dtype=float))
 
 
 def layer_parameters(decoder: Decoder, widths: Widths) -> int:

@@ -40,7 +40,7 @@ def reference_gradients(reference, ids, seed):
 def test_gradients_are_those_of_the_whole_model():
     reference = llama()
     ids = torch.randint(0, 101, (5, 20), generator=torch.Generator().manual_seed(0))
-    ours = token_gradients(as_model(reference), ids, seed=3)
+    ours = token_gradients(as_model(reference), ids, seed=3).modules
     expected = reference_gradients(reference, ids, seed=3)
     for mine, theirs in zip(ours, expected, strict=True):
         for kind in ("attention", "mlp"):
@@ -52,7 +52,7 @@ def test_an_untied_head_and_a_callback_for_each_layer_both_ways():
     reference = llama(tie_word_embeddings=False)
     ids = torch.randint(0, 101, (2, 12), generator=torch.Generator().manual_seed(0))
     calls = []
-    ours = token_gradients(as_model(reference), ids, 0, lambda: calls.append(1))
+    ours = token_gradients(as_model(reference), ids, 0, lambda: calls.append(1)).modules
     assert len(calls) == 4
     expected = reference_gradients(reference, ids, 0)
     assert torch.allclose(ours[1]["mlp"], expected[1]["mlp"], rtol=1e-3, atol=1e-9)
@@ -69,6 +69,6 @@ def test_gradients_of_pictures_are_those_of_the_original(tmp_path):
     logits = original(ids).logits.flatten(0, 1)
     labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=torch.Generator().manual_seed(3)).squeeze(1)
     F.cross_entropy(logits, labels, reduction="sum").backward()
-    ours = token_gradients(load_model(str(tmp_path)), ids, seed=3)
+    ours = token_gradients(load_model(str(tmp_path)), ids, seed=3).modules
     for mine, state in zip(ours, states, strict=True):
         assert torch.allclose(mine["mlp"], state.grad.square().sum(-1), rtol=1e-3, atol=1e-9)

@@ -27,7 +27,7 @@ widths = st.builds(Widths, st.integers(0, GROUPS), st.integers(1, HEADS), st.int
 @given(seed=st.integers(0, 10**6), layers=st.lists(widths, min_size=1, max_size=5), vocabulary=st.integers(0, 99))
 def test_a_total_is_the_sum_of_all_modules_and_the_largest_peak(seed, layers, vocabulary):
     attention, mlp, attention_peak, mlp_peak = tables(seed)
-    costs = ModuleCosts(attention, mlp, attention_peak, mlp_peak, 2.5, 0.125)
+    costs = ModuleCosts(attention[None], mlp[None], attention_peak, mlp_peak, np.array([[[2.5, 0.125]]]))
     expected, peak = 2.5 + 0.125 * vocabulary, 0.0
     assert costs.base(vocabulary) == expected
     for groups, heads, channels in layers:
@@ -39,7 +39,7 @@ def test_a_total_is_the_sum_of_all_modules_and_the_largest_peak(seed, layers, vo
 def test_an_additive_cost_has_no_peak():
     attention, mlp, *_ = tables(0)
     layer = Widths(2, 3, 5)
-    costs = additive(attention, mlp, fixed=1.0, token=2.0)
+    costs = additive(attention[None], mlp[None], np.array([[[1.0, 2.0]]]))
     one, two = (costs.total([layer] * count, 10) for count in (1, 2))
     assert two - one == pytest.approx(attention[2, 2] + mlp[5])
     assert costs.total([Widths(0, 1, 0)], 10) == costs.base(10) == 21.0

@@ -4,21 +4,14 @@ import numpy as np
 import torch
 
 from edgeprune.model.backward import token_gradients
-from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs, token_losses, weight_stream
+from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs
 from edgeprune.progress import Silent
 from edgeprune.pruning.compensate import MOMENT_DAMPING
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import Projection, flap, numerical
 from edgeprune.pruning.select import features_of, select_heads
-from edgeprune.search.sensitivity import (
-    LEAST_RISE,
-    measure_response,
-    measure_scores,
-    measure_sensitivities,
-    sensitivities_of,
-)
-from edgeprune.search.widths import Widths
+from edgeprune.search.sensitivity import measure_scores, measure_sensitivities, sensitivities_of
 from tests.support.tiny import as_model, llama
 
 
@@ -28,7 +21,7 @@ def test_errors_are_least_squares_errors_weighted_by_the_gradient():
     found = measure_sensitivities(model, ids, numerical, 0)
     assert found.attention.shape == (2, 3, 3)
     assert found.mlp.shape == (2, 65)
-    energy = token_gradients(model, ids, 0)[0]["attention"]
+    energy = token_gradients(model, ids, 0).modules[0]["attention"]
     weights = layer_weights(model, 0)
     inputs = module_inputs(model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8)
     rows = (inputs * energy.sqrt()[..., None]).flatten(0, 1).double() / (2 * 48 * ids.numel()) ** 0.5
@@ -56,23 +49,6 @@ def test_errors_fall_with_the_width_and_end_at_zero():
     assert (found.mlp[:, -1] == 0).all()
     assert (found.attention[:, -1, -1] == 0).all()
     assert (found.attention[:, :-1] > 0).all()
-
-
-def test_the_response_is_the_measured_rise_of_the_loss_per_error():
-    model = as_model(llama())
-    ids = torch.randint(0, 101, (8, 20), generator=torch.Generator().manual_seed(0))
-    raw = measure_sensitivities(model, ids, numerical, 0)
-    found = measure_response(model, ids, raw, METHODS["default"], 0)
-    widths = Widths(2, 3, 48)
-    target = model.decoder.with_widths(*widths)
-    small = dict(prune(model, target, ids[:4], METHODS["default"], 0))
-    dense_loss, small_loss = (
-        float(token_losses(decoder, weights, ids[4:]).mean())
-        for decoder, weights in ((model.decoder, weight_stream(model)), (target, small.items()))
-    )
-    expected = max(small_loss - dense_loss, LEAST_RISE)
-    assert np.isclose(found.loss([widths] * len(model.decoder.layers)), expected, rtol=1e-3)
-    assert (found.response > 0).all()
 
 
 def test_scores_of_all_layers_are_those_of_the_score_on_the_dense_stream():

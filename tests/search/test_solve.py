@@ -1,14 +1,16 @@
 """The exact choice of widths, against brute force on small models with random losses and costs."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.search.module_costs import ModuleCosts
-from edgeprune.search.solve import GONE, Problem, per_layer, uniform
+from edgeprune.search.solve import GONE, Allocation, Problem, per_layer, uniform
 from edgeprune.search.widths import Widths, uniform_options
 from tests.support.losses import sensitivities
 
@@ -23,7 +25,8 @@ def random_costs(generator: np.random.Generator) -> ModuleCosts:
     mlp = np.concatenate([[0.0], np.sort(1 + 20 * generator.random(20))])
     peaks = np.sort(5 * generator.random(3)), np.sort(5 * generator.random(21))
     peaks[0][0] = peaks[1][0] = 0.0
-    return ModuleCosts(attention, mlp, np.tile(peaks[0][:, None], (1, 3)), peaks[1], 3.0, 0.05)
+    tables = np.array([[[3.0, 0.05]]])
+    return ModuleCosts(attention[None], mlp[None], np.tile(peaks[0][:, None], (1, 3)), peaks[1], tables)
 
 
 def problem_of(seed: int, layers: int) -> Problem:
@@ -48,6 +51,86 @@ def least(problem: Problem, limits: dict[str, float], layouts) -> float:
             if all(cost.total(layers, tokens) <= limits[name] + 1e-9 for name, cost in problem.costs.items()):
                 best = min(best, problem.sensitivities.loss(layers) + more)
     return best
+
+
+FORMATS = (None, WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
+
+
+def problem_with_formats(seed: int, layers: int, tied: bool) -> Problem:
+    """A problem of three formats; one of them does not take some widths, and no table takes another."""
+    generator = np.random.default_rng(seed)
+    costs = {}
+    for name in ("memory", "decode"):
+        floats = random_costs(generator)
+        shares = 1 - 0.4 * np.arange(3) * generator.random(3)
+        attention = shares[:, None, None] * floats.attention
+        mlp = shares[:, None] * floats.mlp
+        attention[2, 1, 1] = mlp[2, 10] = np.inf
+        tables = shares[:, None, None] * shares[None, :, None] * floats.tables[0, 0]
+        costs[name] = ModuleCosts(attention, mlp, 0 * floats.attention_peak, 0 * floats.mlp_peak, tables)
+    return Problem(
+        FULL, sensitivities(seed, layers), costs, 10, VOCABULARIES, FORMATS, (0, 1, 2), (0, 1), tied
+    )
+
+
+def every_allocation(problem: Problem, joint: bool):
+    """All allocations of a small problem."""
+    modules = {0: [None], 1: list(FORMATS)}
+    for pair in itertools.product((1, 2), (1, 2, 3)):
+        sizes = [0, 10, 20]
+        options = [
+            (Widths(*(pair if stays else (0, 1)), size), (attention, mlp))
+            for stays in (0, 1)
+            for size in sizes
+            for attention in modules[stays]
+            for mlp in modules[size > 0]
+            if not joint or bool(stays) == (size > 0)
+        ]
+        for layers in itertools.product(options, repeat=problem.depth):
+            widths = tuple(width for width, _ in layers)
+            kept = {size for *_, size in widths if size}
+            if not kept or not any(width.num_key_value_heads for width in widths) or (joint and len(kept) > 1):
+                continue
+            for tokens in problem.vocabularies:
+                for head in FORMATS[:2]:
+                    for embedding in (head,) if problem.tied else FORMATS[:2]:
+                        formats = tuple(form for _, form in layers)
+                        yield Allocation(widths, tokens, 0.0, formats, (embedding, head))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    shares=st.lists(st.floats(0.15, 1.0), min_size=2, max_size=2),
+    tied=st.booleans(),
+    joint=st.booleans(),
+)
+def test_widths_and_formats_together_are_the_least_loss_by_brute_force(seed, shares, tied, joint):
+    problem = problem_with_formats(seed, 2, tied)
+    limits = limits_of(problem, shares)
+    best = np.inf
+    for allocation in every_allocation(problem, joint):
+        values = problem.estimate(allocation)
+        if all(values[name] <= limits[name] + 1e-9 for name in limits):
+            best = min(best, problem.loss(allocation))
+    chosen = (uniform if joint else per_layer)(problem, limits)
+    if chosen is None:
+        assert best == np.inf
+    else:
+        assert chosen.loss == pytest.approx(best, rel=2e-4)
+        assert chosen.loss == pytest.approx(problem.loss(chosen))
+        assert all(value <= limits[name] + 1e-9 for name, value in problem.estimate(chosen).items())
+
+
+def test_formats_that_are_not_offered_are_not_chosen():
+    problem = problem_with_formats(5, 2, tied=True)
+    only = replace(problem, layer_formats=(1,), table_formats=(0,))
+    chosen = uniform(only, limits_of(problem, [1.0, 1.0]))
+    assert {form for pair in chosen.formats for form in pair} == {FORMATS[1]}
+    assert chosen.tables == (None, None)
+    smallest = only.smallest
+    assert smallest.tables == (None, None)
+    assert set(smallest.formats) == {(FORMATS[1], FORMATS[1])}
 
 
 SHARES = st.lists(st.floats(0.1, 1.1), min_size=3, max_size=3)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from edgeprune.search.widths import Sensitivities
+from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.search.widths import RoundingLosses, Sensitivities
 
 
 def sensitivities(seed: int, layers: int = 3) -> Sensitivities:
@@ -14,4 +15,8 @@ def sensitivities(seed: int, layers: int = 3) -> Sensitivities:
         layer[0], layer[2, 2] = 1 + generator.random(), 0.0
     mlp = -np.sort(-generator.random((layers, 21)), axis=1)
     mlp[:, -1] = 0.0
-    return Sensitivities(attention, mlp, generator.random(3) + 0.5)
+    roundings = {
+        name: RoundingLosses(generator.random(layers), generator.random(layers), *generator.random(3))
+        for name in WEIGHT_FORMATS
+    }
+    return Sensitivities(attention, mlp, generator.random(3) + 0.5, roundings)

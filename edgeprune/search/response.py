@@ -1,0 +1,89 @@
+"""The response: what small models really lose, over what the sensitivities predict, measured by two probes.
+
+A prediction is of each change alone, to second order; one factor corrects all that they lose together. On real models
+it is about the same for groups, query heads and channels, so one pruning that cuts another of the three in each layer
+measures it; a second one rounds every module to the coarsest format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from edgeprune.model.forward import token_losses, weight_stream
+from edgeprune.model.model import Model
+from edgeprune.precision import WeightFormat
+from edgeprune.pruning.methods import Method
+from edgeprune.pruning.prune import prune
+from edgeprune.search.widths import Sensitivities, Widths, dense_widths
+
+PROBE_SAMPLES = 16  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
+PROBE_HELD_OUT = 8
+LEAST_RISE = 1e-4  # nats per token; noise may make a small cut seem free
+NOISE = 2e-3  # nats per token, below which a rise on the held-out samples says nothing about a factor
+PROBES = 3  # passes of measure_response: the dense model and two small ones
+
+
+def probe_widths(dense: Widths, layers: int) -> list[Widths]:
+    """Returns widths with a quarter of the groups, query heads or channels removed, another kind in each layer."""
+
+    def cut(size: int) -> int:
+        return size - max(1, size // 4)
+
+    groups, heads, channels = dense
+    kinds = [dense._replace(num_key_value_heads=cut(groups))] * (groups > 1)
+    kinds += [dense._replace(heads_per_group=cut(heads))] * (heads > 1)
+    kinds.append(dense._replace(intermediate_size=cut(channels)))
+    return [kinds[layer % len(kinds)] for layer in range(layers)]
+
+
+def coarsest(formats: tuple[WeightFormat, ...]) -> WeightFormat:
+    """Returns the format of the fewest bits, of these the one with the largest groups."""
+    return min(formats, key=lambda form: (form.bits, form.asymmetric, -(form.group or np.inf)))
+
+
+@torch.inference_mode()
+def measure_response(
+    model: Model,
+    ids: torch.Tensor,
+    sensitivities: Sensitivities,
+    method: Method,
+    seed: int,
+    formats: tuple[WeightFormat, ...] = (),
+    on_probe: Callable[[], None] = lambda: None,
+) -> Sensitivities:
+    """Returns the sensitivities with their responses, those of widths and those of formats.
+
+    ids: calibration samples (samples, tokens) int64. Each probe is pruned with the first PROBE_SAMPLES of the first
+    half; its loss is measured on the last PROBE_HELD_OUT of the second half. on_probe is called PROBES times.
+    """
+    half = max(1, len(ids) // 2)
+    fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
+    dense, depth = model.decoder, len(model.decoder.layers)
+    base = float(token_losses(dense, weight_stream(model), held_out).mean())
+    on_probe()
+
+    def rise(target: object) -> float:
+        losses = token_losses(target, prune(model, target, fit, method, seed), held_out)
+        on_probe()
+        return float(losses.mean()) - base
+
+    # One pruning that cuts another kind in each layer.
+    widths = probe_widths(dense_widths(dense), depth)
+    predicted = sum(sensitivities.errors(layer, width).sum() for layer, width in enumerate(widths))
+    factor = max(rise(dense.with_layer_widths(widths)), LEAST_RISE) / max(predicted, 1e-12)
+    sensitivities = replace(sensitivities, response=np.full(3, factor))
+    if not formats:
+        on_probe()
+        return sensitivities
+    # One that rounds every module.
+    form = coarsest(formats)
+    losses = sensitivities.roundings[form.name]
+    predicted = float(losses.attention.sum() + losses.mlp.sum())
+    measured = rise(dense.with_format(form))
+    factor = 1.0 if max(measured, predicted) < NOISE else max(measured, LEAST_RISE) / max(predicted, 1e-12)
+    roundings = {name: replace(other, response=factor) for name, other in sensitivities.roundings.items()}
+    return replace(sensitivities, roundings=roundings)

@@ -1,0 +1,157 @@
+"""The measurement of the loss that every weight format would cost in every module, and in embedding and head.
+
+It does not know the budget, nor what a format saves. Weights are rounded to nearest here, on grids that the moments of
+their inputs weigh; what GPTQ and compensation make of it is in the measured response (response.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from edgeprune.model.backward import TokenGradients
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.forward import (
+    CHUNK_TOKENS,
+    OUTPUT,
+    LayerWeights,
+    Tables,
+    check_finite,
+    embed,
+    entering,
+    has_experts,
+    head_logits,
+    layer_weights,
+    module_activation,
+    module_output,
+    module_raw,
+    module_states,
+    modules_of,
+    normed,
+    row_chunks,
+)
+from edgeprune.model.model import Model
+from edgeprune.precision import WeightFormat
+from edgeprune.pruning.quantize import choose_grid
+from edgeprune.search.widths import RoundingLosses
+
+HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about the same at all of them
+
+
+@torch.inference_mode()
+def measure_roundings(
+    model: Model,
+    ids: torch.Tensor,
+    gradients: TokenGradients,
+    formats: Sequence[WeightFormat],
+    on_layer: Callable[[], None] = lambda: None,
+) -> dict[str, RoundingLosses]:
+    """Returns the losses of each format in nats per token, by its name.
+
+    ids: calibration samples (b, t) int64; gradients: of these samples. A change dy_t of a module's output costs about
+    1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities; the loss of the head is the
+    divergence of its logits. on_layer is called once for each layer. Raises NumericalError where activations are not
+    finite.
+    """
+    decoder = model.decoder
+    if not formats:
+        return {}
+    tables, share = Tables(decoder, ids.shape[1]), 1 / (2 * decoder.hidden_size * ids.numel())
+    losses: dict[str, dict[str, list[float]]] = {form.name: {"attention": [], "mlp": []} for form in formats}
+    hidden = embed(model, ids)  # (b, t, c)
+    for index in range(len(decoder.layers)):
+        weights = layer_weights(model, index)
+        source = entering(decoder, hidden)
+        for kind in modules_of(decoder, index):
+            rounded = _rounded(decoder, index, kind, weights, source, tables, formats)
+            energy = (gradients.modules[index][kind] * share)[..., None]  # (b, t, 1)
+            totals = np.zeros(len(formats))
+            # Compare the module's output in every format with that of its floats, some samples at a time.
+            parts = (row_chunks(states, CHUNK_TOKENS) for states in (hidden, source, energy))
+            for hidden_part, source_part, energy_part in zip(*parts, strict=True):
+                dense = _output(decoder, index, kind, weights, source_part, tables)
+                check_finite(dense, index, kind)
+                for place, changed in enumerate(rounded):
+                    off = _output(decoder, index, kind, changed, source_part, tables) - dense
+                    totals[place] += float(off.square_().mul_(energy_part).sum())
+                hidden_part += dense
+            for form, total in zip(formats, totals, strict=True):
+                losses[form.name][kind].append(float(total))
+        on_layer()
+    tables_of = _table_losses(model, ids, hidden, gradients.embedding * share, formats)
+    return {
+        name: RoundingLosses(np.array(kinds["attention"]), np.array(kinds["mlp"]), *tables_of[name])
+        for name, kinds in losses.items()
+    }
+
+
+def _output(
+    decoder: Decoder, index: int, kind: str, weights: LayerWeights, states: torch.Tensor, tables: Tables
+) -> torch.Tensor:
+    return module_output(decoder, kind, weights, module_raw(decoder, index, kind, weights, states, tables))
+
+
+def _rounded(
+    decoder: Decoder,
+    index: int,
+    kind: str,
+    weights: LayerWeights,
+    source: torch.Tensor,
+    tables: Tables,
+    formats: Sequence[WeightFormat],
+) -> list[LayerWeights]:
+    """Returns the weights of a layer with the matrices of one module rounded, for each format."""
+    # The mean squares of what the matrices read, on some samples.
+    part = row_chunks(source, CHUNK_TOKENS)[0]
+    of_states = module_states(decoder, kind, weights, part).flatten(0, 1).square().mean(dim=0)  # (c,)
+    of_output = None
+    if not has_experts(decoder, index, kind):
+        inner = module_activation(decoder, index, kind, weights, part, tables)
+        of_output = inner.flatten(0, 1).square().mean(dim=0)  # (in_features of the output projection,)
+    results = []
+    for form in formats:
+        changed = dict(weights)
+        for name, weight in weights.items():
+            if weight.dim() != 2 or not name.startswith(f"{kind}.") or name == "mlp.router":
+                continue
+            importance = of_output if name == OUTPUT[kind] else of_states
+            if importance is None or len(importance) != weight.shape[1]:  # the output projection of an expert
+                importance = torch.ones(weight.shape[1])
+            changed[name] = choose_grid(weight, importance, form).nearest(weight).dequantised()
+        results.append(changed)
+    return results
+
+
+def _table_losses(
+    model: Model, ids: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, formats: Sequence[WeightFormat]
+) -> dict[str, tuple[float, float]]:
+    """Returns the losses of embedding and head by the name of a format; that of a tied table is all in the second.
+
+    hidden: (b, t, c), the stream behind the last layer; energy: (b, t), the weights of changes of the embedding.
+    """
+    decoder = model.decoder
+    embedding = model.weights["embedding"].float()
+    head = embedding[: decoder.vocab_size] if decoder.tie_word_embeddings else model.weights["head"].float()
+    norm = {name: model.weights[name].float() for name in decoder.norm_shapes("norm")}
+    flat = hidden.flatten(0, 1)  # (b * t, c)
+    states = normed(decoder, flat[:: max(1, len(flat) // HEAD_POSITIONS)], norm, "norm")  # (positions, c)
+    expected = head_logits(decoder, states, head).log_softmax(dim=-1)  # (positions, vocab_size)
+    moments, likely = states.square().mean(dim=0), expected.exp()
+    losses = {}
+    for form in formats:
+        # The rows that the samples read; the embedding is multiplied by a scale in some models.
+        alike = torch.ones(embedding.shape[1])
+        rows = embedding[ids.flatten()]  # (b * t, c)
+        used, places = ids.flatten().unique(return_inverse=True)
+        off = choose_grid(embedding[used], alike, form).nearest(embedding[used]).dequantised()[places] - rows
+        of_embedding = float((off.mul_(decoder.embedding_scale).square().sum(dim=1) * energy.flatten()).sum())
+        # A tied table has no say about the moments of what it reads.
+        importance = alike if decoder.tie_word_embeddings else moments
+        changed = choose_grid(head, importance, form).nearest(head).dequantised()
+        logits = head_logits(decoder, states, changed).log_softmax(dim=-1)
+        of_head = float(F.kl_div(logits, likely, reduction="sum")) / len(states)
+        losses[form.name] = (0.0, of_head + of_embedding) if decoder.tie_word_embeddings else (of_embedding, of_head)
+    return losses

@@ -1,0 +1,103 @@
+"""The predicted losses of weight formats."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from edgeprune.model.backward import token_gradients
+from edgeprune.model.forward import (
+    Tables,
+    add_module,
+    embed,
+    layer_weights,
+    module_states,
+    token_logits,
+    weight_stream,
+)
+from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.pruning.quantize import choose_grid
+from edgeprune.search.roundings import measure_roundings
+from tests.support.tiny import as_model, llama
+
+FORMATS = (WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
+
+
+def model_of(**config):
+    return as_model(llama(hidden_size=96, intermediate_size=96, num_attention_heads=6, head_dim=16, **config))
+
+
+def samples(count: int = 6) -> torch.Tensor:
+    return torch.randint(0, 101, (count, 20), generator=torch.Generator().manual_seed(0))
+
+
+def measured(model, ids):
+    return measure_roundings(model, ids, token_gradients(model, ids, 0), FORMATS)
+
+
+def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradient():
+    model, ids = model_of(), samples()
+    found = measured(model, ids)["int4-32"]
+    assert found.attention.shape == found.mlp.shape == (2,)
+    # The first MLP, with its own weights rounded on the mean squares of what they read.
+    decoder, weights = model.decoder, layer_weights(model, 0)
+    hidden, tables = embed(model, ids), Tables(decoder, ids.shape[1])
+    add_module(decoder, 0, "attention", weights, hidden, tables)
+    states = module_states(decoder, "mlp", weights, hidden)
+
+    def output(changed):
+        inner = F.silu(states @ changed["mlp.gate"].T) * (states @ changed["mlp.up"].T)
+        return inner, inner @ changed["mlp.down"].T
+
+    inner, dense = output(weights)
+    read = {"mlp.gate": states, "mlp.up": states, "mlp.down": inner}
+    rounded = {
+        name: choose_grid(weights[name], inputs.flatten(0, 1).square().mean(0), FORMATS[1]).nearest(weights[name])
+        for name, inputs in read.items()
+    }
+    off = output(weights | {name: weight.dequantised() for name, weight in rounded.items()})[1] - dense
+    energy = token_gradients(model, ids, 0).modules[0]["mlp"]
+    expected = (energy * off.square().sum(-1)).sum() / (2 * decoder.hidden_size * ids.numel())
+    assert np.isclose(found.mlp[0], float(expected), rtol=1e-3)
+
+
+def test_eight_bits_lose_a_hundredth_of_what_four_lose():
+    found = measured(model_of(), samples())
+    few, many = found["int4-32"], found["int8"]
+    assert (many.attention < few.attention / 50).all()
+    assert (many.mlp < few.mlp / 50).all()
+    assert 0 < many.head < few.head / 50
+
+
+def test_a_weight_on_the_grid_loses_nothing():
+    model, ids = model_of(), samples()
+    form = WEIGHT_FORMATS["int8"]
+    for name, shape in model.decoder.shapes().items():
+        if len(shape) == 2:
+            weight = model.weights[name]
+            model.weights[name] = choose_grid(weight, torch.ones(shape[1]), form).nearest(weight).dequantised()
+    found = measured(model, ids)["int8"]
+    assert found.attention.max() < 1e-12
+    assert found.mlp.max() < 1e-12
+    assert found.head < 1e-9
+
+
+def test_the_head_loses_the_divergence_of_its_logits():
+    model, ids = model_of(tie_word_embeddings=False), samples()
+    found = measured(model, ids)["int4-32"]
+    assert found.embedding > 0
+    # The same by the whole model with a rounded head, on the positions that are compared: all but none are left out.
+    weights = dict(weight_stream(model))
+    states_importance = torch.ones(96)
+    rounded = choose_grid(weights["head"], states_importance, FORMATS[1]).nearest(weights["head"]).dequantised()
+    dense = token_logits(model.decoder, weight_stream(model), ids).log_softmax(-1)
+    small = token_logits(model.decoder, (weights | {"head": rounded}).items(), ids).log_softmax(-1)
+    divergence = float((dense.exp() * (dense - small)).sum(-1).mean())
+    assert np.isclose(found.head, divergence, rtol=0.3)  # another grid: that one is weighted
+
+
+def test_a_tied_table_has_both_losses_in_one():
+    model, ids = model_of(), samples()
+    assert model.decoder.tie_word_embeddings
+    found = measured(model, ids)["int4-32"]
+    assert found.embedding == 0.0
+    assert found.head > 0
