@@ -1,4 +1,4 @@
-"""The precisions by name: one table of what each takes, which GPUs compute in it, and its names in other libraries.
+"""The precisions and the weight formats by name: what each takes, which GPUs compute in it, its names in libraries.
 
 Everybody may import it, the device side too: Python 3.10, standard library only. A new precision is a new row here.
 """
@@ -10,25 +10,20 @@ from typing import Literal
 
 from edgeprune.errors import InputError
 
-PrecisionName = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 GraphPrecision = Literal["fp32", "fp16", "bf16"]
-
-SCALE_BYTES = 2 / 128  # for each weight: one fp16 scale for a block of 128
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One precision: how its numbers are stored, computed with and checked.
+    """One precision of activations, KV cache and all weights that have no format of their own.
 
     tolerance: of an engine's logits against those of the fp32 graph, as the least cosine and the largest
-    max|a - b| / max|b| at any position; None where graphs are not written in it. numpy_dtype, torch_dtype, onnx_type:
+    max|a - b| / max|b| at any position. numpy_dtype, torch_dtype, onnx_type:
     its name in these libraries.
     """
 
-    element_bytes: int  # of activations, KV cache, norms, embedding and head
-    matrix_bytes: float  # for each weight of the layers' matrices, scales included
+    element_bytes: int
     logit_bytes: int
-    unquantised: GraphPrecision  # of all that is not quantised
     compute: Literal["fp32_compute", "fp16_compute"]  # the profile's figure that its products run at
     least_sm: int | None = None  # GPUs before it, and ONNX Runtime on a processor, compute no product in it
     tolerance: tuple[float, float] | None = None
@@ -36,30 +31,15 @@ class Precision:
     torch_dtype: str = ""
     onnx_type: str = ""
 
-    @property
-    def is_quantised(self) -> bool:
-        """Returns whether the matrices of the layers are stored in another precision than all else."""
-        return self.matrix_bytes != self.element_bytes
-
 
 PRECISIONS: dict[str, Precision] = {
     # The tolerance of fp32 leaves room for TensorRT's TF32 products.
     "fp32": Precision(
-        4,
-        4,
-        4,
-        "fp32",
-        "fp32_compute",
-        tolerance=(0.9999, 0.01),
-        numpy_dtype="float32",
-        torch_dtype="float32",
-        onnx_type="FLOAT",
+        4, 4, "fp32_compute", tolerance=(0.9999, 0.01), numpy_dtype="float32", torch_dtype="float32", onnx_type="FLOAT"
     ),
     "fp16": Precision(
         2,
         2,
-        2,
-        "fp16",
         "fp16_compute",
         tolerance=(0.9995, 0.03),
         numpy_dtype="float16",
@@ -69,9 +49,7 @@ PRECISIONS: dict[str, Precision] = {
     # GPUs before Ampere have none. Graphs cast its logits to fp32. numpy has no such type: its bits.
     "bf16": Precision(
         2,
-        2,
         4,
-        "bf16",
         "fp16_compute",
         least_sm=80,
         tolerance=(0.99, 0.1),
@@ -79,11 +57,7 @@ PRECISIONS: dict[str, Precision] = {
         torch_dtype="bfloat16",
         onnx_type="BFLOAT16",
     ),
-    # Weight-only: the layers' matrices are quantised, all else is fp16.
-    "int8": Precision(2, 1 + SCALE_BYTES, 2, "fp16", "fp16_compute"),
-    "int4": Precision(2, 0.5 + SCALE_BYTES, 2, "fp16", "fp16_compute"),
 }
-GRAPH_PRECISIONS = tuple(name for name, precision in PRECISIONS.items() if precision.tolerance)
 
 
 @dataclass(frozen=True)
@@ -117,10 +91,10 @@ class WeightFormat:
             )
         return in_features // self.group if self.group else 1
 
-    def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """Returns the bytes of a matrix: its codes, and for each group an fp16 scale and the zero."""
+    def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
+        """Returns the bytes of a matrix: its codes, and for each group a scale and the zero."""
         groups = out_features * self.groups_of(in_features)
-        bits = self.bits * (out_features * in_features + groups * self.asymmetric) + 16 * groups
+        bits = self.bits * (out_features * in_features + groups * self.asymmetric) + 8 * scale_bytes * groups
         return -(-bits // 8)
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from edgeprune.errors import InputError
 from edgeprune.files import read_text
-from edgeprune.precision import GraphPrecision
+from edgeprune.precision import WEIGHT_FORMATS, GraphPrecision, WeightFormat
 
 PROCESSOR = "cpu"  # the profile of this machine's processor
 Confidence = Literal["high", "medium", "low"]
@@ -66,6 +66,28 @@ class HardwareFigure(_Strict):
         return next(units[self.unit] for units in UNITS.values() if self.unit in units) * self.value
 
 
+class OfferedFormats(_Strict):
+    """Weight formats that the engine runs well, of one number of bits.
+
+    formats: by preference: a model takes the first whose groups divide its sizes; prefill: time of a product of many
+    tokens over that of floats; tables: embedding and head may have it too; tensorrt: the least version that runs it.
+    """
+
+    formats: tuple[Line, ...] = Field(min_length=1, max_length=16)
+    prefill: float = Field(ge=0.01, le=100)
+    tables: bool
+    tensorrt: Line | None = None
+    source: str = Field(min_length=1, max_length=2000)
+    confidence: Confidence
+
+    @model_validator(mode="after")
+    def _known(self) -> OfferedFormats:
+        for name in self.formats:
+            if name not in WEIGHT_FORMATS:
+                raise ValueError(f"formats: {name!r} is not one of {', '.join(WEIGHT_FORMATS)}")
+        return self
+
+
 class DefaultWorkload(_Strict):
     batch: Count
     prompt: Count
@@ -98,6 +120,8 @@ class DeviceProfile(_Strict):
     channel_multiple: Count  # of the MLP width; head structure needs none
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
+    tensorrt: Line | None = None  # the version that is assumed until the device says another
+    weights: dict[Literal["int8", "int4"], OfferedFormats] = Field(default_factory=dict)
     memory: HardwareFigure | None = None
     system_reserve: HardwareFigure | None = None  # what the system keeps of a shared memory
     runtime_memory: HardwareFigure | None = None  # the runtime's fixed part, which no pruning changes
@@ -131,6 +155,11 @@ class DeviceProfile(_Strict):
         if present and self.available_bytes <= self.runtime_memory.si:
             raise ValueError("system_reserve and runtime_memory leave nothing of memory")
         return self
+
+    def prefill_factor(self, form: WeightFormat | None) -> float:
+        """Returns the time of a product of many tokens in a weight format over that in floats."""
+        offers = (offer for offer in self.weights.values() if form is not None and form.name in offer.formats)
+        return next((offer.prefill for offer in offers), 1.0)
 
     @property
     def hardware(self) -> dict[str, HardwareFigure]:
@@ -223,11 +252,12 @@ def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:
 def profile_toml(profile: DeviceProfile) -> str:
     """Returns the profile as TOML that `load_profile_file` reads back equal, measured figures included."""
     data = profile.model_dump(exclude_none=True)
+    weights = data.pop("weights")
     plain = {key: value for key, value in data.items() if not isinstance(value, dict)}
     lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
-    for name, table in data.items():
-        if isinstance(table, dict):
-            lines += ["", f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
+    tables = {name: table for name, table in data.items() if isinstance(table, dict)}
+    for name, table in (tables | {f"weights.{name}": offer for name, offer in weights.items()}).items():
+        lines += ["", f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 
-from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS, GraphPrecision, PrecisionName
+from edgeprune.precision import PRECISIONS, GraphPrecision
 
 
 def test_the_names_are_those_of_the_types():
-    assert tuple(PRECISIONS) == get_args(PrecisionName)
-    assert get_args(GraphPrecision) == GRAPH_PRECISIONS
+    assert tuple(PRECISIONS) == get_args(GraphPrecision)
+    assert get_args(GraphPrecision) == PRECISIONS
 
 
-@pytest.mark.parametrize("name", GRAPH_PRECISIONS)
+@pytest.mark.parametrize("name", PRECISIONS)
 def test_every_library_stores_a_number_in_as_many_bytes(name):
     precision = PRECISIONS[name]
     onnx_type = onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, precision.onnx_type))
@@ -33,9 +33,7 @@ def test_every_library_stores_a_number_in_as_many_bytes(name):
 
 
 def test_the_tolerance_grows_with_the_distance_between_numbers():
-    by_distance = sorted(
-        GRAPH_PRECISIONS, key=lambda name: torch.finfo(getattr(torch, PRECISIONS[name].torch_dtype)).eps
-    )
+    by_distance = sorted(PRECISIONS, key=lambda name: torch.finfo(getattr(torch, PRECISIONS[name].torch_dtype)).eps)
     assert by_distance == ["fp32", "fp16", "bf16"]
     cosines, errors = zip(*(PRECISIONS[name].tolerance for name in by_distance), strict=True)
     assert list(cosines) == sorted(cosines, reverse=True)

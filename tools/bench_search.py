@@ -45,7 +45,8 @@ from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.profiles import profile_of
 from edgeprune.progress import Silent
-from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times, memory_costs
+from edgeprune.search.estimated_costs import memory_costs
+from edgeprune.search.latency_table import LatencyCosts, RandomWeights, fit, measured_times
 from edgeprune.search.planner import Planner
 from edgeprune.search.search import Costs, corrected, search
 from edgeprune.search.sensitivity import sensitivities_of

@@ -14,7 +14,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.request import DEFAULTS, SEVERAL, unknown_option
-from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
+from edgeprune.precision import PRECISIONS
 
 MODEL, BUDGET, SEARCH = "Model and data", "Budget", "Search"
 IMAGES, DEVICE, OUTPUT = "Image generators", "Device", "Output"
@@ -78,6 +78,14 @@ OPTIONS: dict[str, Any] = {
             metavar="full|samples",
         ),
     ],
+    "weights": Annotated[
+        str,
+        _option(
+            SEARCH,
+            "Formats to choose from for each module's weights; auto: floats and what the device runs well.",
+            metavar="auto|float|int8|int4|NAME,NAME",
+        ),
+    ],
     "rungs": Annotated[
         int, _option(SEARCH, "Models in the bundle; each further one is smaller, in case the device is slower.")
     ],
@@ -94,7 +102,10 @@ OPTIONS: dict[str, Any] = {
     ],
     "device": Annotated[str | None, _option(DEVICE, "Device profile; `edgeprune devices` lists them.")],
     "profile": Annotated[Path | None, _option(DEVICE, "Your own profile, a TOML file.")],
-    "precision": Annotated[str | None, _option(DEVICE, "Default: the profile's.", metavar="|".join(GRAPH_PRECISIONS))],
+    "precision": Annotated[str | None, _option(DEVICE, "Default: the profile's.", metavar="|".join(PRECISIONS))],
+    "tensorrt": Annotated[
+        str | None, _option(DEVICE, "TensorRT on the device, such as 10.3. Default: the profile's.", metavar="VERSION")
+    ],
     "batch": Annotated[int | None, _option(DEVICE, "Sequences, or images, at once. Default: the profile's.")],
     "prompt": Annotated[int | None, _option(DEVICE, "Tokens of the prompt. Default: the profile's.")],
     "context": Annotated[int | None, _option(DEVICE, "Prompt and generated tokens. Default: the profile's.")],

@@ -27,7 +27,7 @@ from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_outline
 from edgeprune.ondevice.figures import Performance, Workload
-from edgeprune.precision import PRECISIONS, PrecisionName
+from edgeprune.precision import PRECISIONS, GraphPrecision
 from edgeprune.profiles import DeviceProfile, list_profiles, profile_of
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
@@ -56,7 +56,7 @@ class Plan:
     model: str
     decoder: Decoder
     profile: DeviceProfile
-    precision: PrecisionName
+    precision: GraphPrecision
     workload: Workload
     performance: Performance
     decode_parts: dict[str, float]
@@ -199,7 +199,7 @@ def _workload(question: Question, profile: DeviceProfile, decoder: Decoder) -> W
     return Workload(question.batch or default.batch, prompt, past + 1)
 
 
-def _notes(decoder: Decoder, held: Workload, precision: PrecisionName) -> Sequence[str]:
+def _notes(decoder: Decoder, held: Workload, precision: GraphPrecision) -> Sequence[str]:
     notes = []
     if PRECISIONS[precision].is_quantised:
         notes.append(f"{precision} is {QUANTISED}")

@@ -14,7 +14,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.budget import AbsoluteBudget
 from edgeprune.ondevice.experience import MOST_SEQUENCES, Experience, Room, experience_of
 from edgeprune.ondevice.figures import Performance, Workload
-from edgeprune.precision import PrecisionName
+from edgeprune.precision import GraphPrecision
 from edgeprune.profiles import DeviceProfile
 
 
@@ -22,7 +22,7 @@ def experience(
     decoder: Decoder,
     profile: DeviceProfile,
     workload: Workload,
-    precision: PrecisionName,
+    precision: GraphPrecision,
     performance: Performance,
     budget: AbsoluteBudget,
     images: int | None = None,

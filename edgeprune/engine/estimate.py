@@ -8,11 +8,14 @@ bound by FLOPs except for short prompts.
 Pure: it reads no file and measures nothing. Every figure that it returns is an Estimate, whose basis names the points
 that it rests on. Efficiency and overhead are fits of published points (published.py), whose runtime updates its KV
 cache in place. The copies of the KV cache that our graphs make are added explicitly, and named in the basis.
-int8 and int4 are weight-only: the layers' matrices are quantised, all else is fp16.
+A weight format changes the bytes of a matrix and the time of its products in a prefill, as the profile says; the
+products themselves are of floats.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -22,7 +25,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Estimate, Memory, Performance, Workload
 from edgeprune.ondevice.measure import Counted
-from edgeprune.precision import PRECISIONS, PrecisionName
+from edgeprune.precision import PRECISIONS, GraphPrecision, WeightFormat
 from edgeprune.profiles import DeviceProfile
 
 ID_BYTES = 8
@@ -45,29 +48,43 @@ class TokenBytes:
 
 
 def bytes_per_token(
-    decoder: Decoder, precision: PrecisionName, workload: Workload, in_place: bool = False
+    decoder: Decoder, precision: GraphPrecision, workload: Workload, in_place: bool = False
 ) -> TokenBytes:
     """Returns the bytes that one decode step moves.
 
     in_place: the engine appends to one buffer of the KV cache, so that nothing is copied; our graphs for TensorRT copy.
     """
     size = PRECISIONS[precision].element_bytes
-    norms = sum(
-        prod(shape)
-        for index in range(len(decoder.layers))
-        for shape in decoder.layer_shapes(index).values()
-        if len(shape) == 1
-    )
     cache = cache_bytes(decoder, precision, workload, in_place)
+    head = stored_bytes(decoder.vocab_size, decoder.hidden_size, decoder.head_format, size)
     return TokenBytes(
-        layers=PRECISIONS[precision].matrix_bytes * decoder.layer_parameters + size * norms,
-        head=size * (decoder.vocab_size + 1) * decoder.hidden_size,
+        layers=layer_bytes(decoder, size),
+        head=head + size * decoder.hidden_size,
         cache=cache,
         cache_copies=0 if in_place else 2 * cache,
     )
 
 
-def cache_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, in_place: bool) -> int:
+def stored_bytes(out_features: int, in_features: int, form: WeightFormat | None, element_bytes: int) -> int:
+    """Returns the bytes of a matrix in a weight format, or in floats; scales are floats too."""
+    if form is None:
+        return element_bytes * out_features * in_features
+    return form.stored_bytes(out_features, in_features, element_bytes)
+
+
+def layer_bytes(decoder: Decoder, element_bytes: int) -> int:
+    """Returns the bytes of the weights of all layers."""
+    total = 0
+    for layer, count in Counter(decoder.layers).items():
+        alone = replace(decoder, layers=(layer,))
+        formats = alone.weight_formats
+        for name, shape in alone.layer_shapes(0).items():
+            out_features, in_features = shape if len(shape) == 2 else (1, shape[0])
+            total += count * stored_bytes(out_features, in_features, formats.get(name), element_bytes)
+    return total
+
+
+def cache_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload, in_place: bool) -> int:
     """Returns the bytes of one buffer of the KV cache at full context.
 
     in_place: as ONNX Runtime holds it, with zeros behind heads of other sizes than it takes.
@@ -76,16 +93,26 @@ def cache_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, 
     return PRECISIONS[precision].element_bytes * decoder.cache_elements(workload.batch, workload.context, multiple)
 
 
-def prefill_flops(decoder: Decoder, workload: Workload) -> float:
+def prefill_flops(
+    decoder: Decoder, workload: Workload, factor: Callable[[WeightFormat | None], float] = lambda form: 1.0
+) -> float:
     """Returns the FLOPs of a prefill, a multiply-add as two.
 
-    They are those of the layers' matrices, of causal attention, and of the head at the last position.
+    They are those of the layers' matrices, of causal attention, and of the head at the last position. factor: by which
+    the products of matrices in a format count more.
     """
     tokens = workload.batch * workload.prompt
     query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
     attention = 2.0 * tokens * workload.prompt * query_size  # scores and values, half of each masked
-    head = 2.0 * workload.batch * decoder.vocab_size * decoder.hidden_size
-    return 2.0 * tokens * decoder.layer_parameters + attention + head
+    head = 2.0 * workload.batch * decoder.vocab_size * decoder.hidden_size * factor(decoder.head_format)
+    matrices = 0.0
+    for layer, count in Counter(decoder.layers).items():
+        alone = replace(decoder, layers=(layer,))
+        formats = alone.weight_formats
+        for name, shape in alone.layer_shapes(0).items():
+            if len(shape) == 2:
+                matrices += count * prod(shape) * factor(formats.get(name))
+    return 2.0 * tokens * matrices + attention + head
 
 
 def decode_flops(decoder: Decoder, workload: Workload) -> float:
@@ -98,7 +125,7 @@ def decode_flops(decoder: Decoder, workload: Workload) -> float:
     return 2.0 * workload.batch * (matrices + 2 * workload.context * query_size)
 
 
-def activation_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, dialect: str) -> int:
+def activation_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload, dialect: str) -> int:
     """Returns the bytes of the largest set of tensors that is alive at once in a prefill of `prompt` tokens.
 
     With T = batch x prompt and `total` keys: the residual stream and its normed copy (2 T hidden), for
@@ -139,7 +166,7 @@ def activation_bytes(decoder: Decoder, precision: PrecisionName, workload: Workl
     return size * tokens * (2 * decoder.hidden_size + (0 if in_place else total)) + largest
 
 
-def buffer_bytes(decoder: Decoder, precision: PrecisionName, workload: Workload, dialect: str) -> int:
+def buffer_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload, dialect: str) -> int:
     """Returns the bytes of inputs and outputs other than the KV cache: ids, positions, mask, the last logits."""
     ids = ID_BYTES * workload.batch * (2 * workload.prompt + _total_tokens(workload, dialect))
     return ids + PRECISIONS[precision].logit_bytes * workload.batch * decoder.vocab_size
@@ -154,7 +181,7 @@ def estimate_memory(
     decoder: Decoder,
     profile: DeviceProfile,
     workload: Workload,
-    precision: PrecisionName,
+    precision: GraphPrecision,
     weight_bytes: int | None = None,
 ) -> Memory:
     """Returns the five parts of the memory in bytes.
@@ -171,7 +198,10 @@ def estimate_memory(
     in_place = _in_place(profile)
     cache = cache_bytes(decoder, precision, workload, in_place)
     return Memory(
-        weights=part(_weight_bytes(decoder, profile, workload, precision), "bytes of the graph's initializers")
+        weights=part(
+            graph_weight_bytes(decoder, precision, profile.dialect, workload.context),
+            "bytes of the graph's initializers",
+        )
         if weight_bytes is None
         else part(weight_bytes, "bytes of the weights as the engine holds them"),
         cache=part(cache if in_place else 2 * cache, "one buffer" if in_place else "past and present, both held"),
@@ -186,18 +216,11 @@ def estimate_memory(
     )
 
 
-def _weight_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName) -> float:
-    """Returns the bytes of the graph's initializers, with the layers' matrices quantised where the precision is."""
-    stored = PRECISIONS[precision]
-    written = graph_weight_bytes(decoder, stored.unquantised, profile.dialect, workload.context)
-    return written + (stored.matrix_bytes - stored.element_bytes) * decoder.layer_parameters
-
-
 def estimate_performance(
     decoder: Decoder,
     profile: DeviceProfile,
     workload: Workload,
-    precision: PrecisionName,
+    precision: GraphPrecision,
     weight_bytes: int | None = None,
 ) -> Performance:
     """Returns memory by part, and prefill and decode in ms, of a model on the profile's device.
@@ -210,7 +233,7 @@ def estimate_performance(
     moved = bytes_per_token(decoder, precision, workload, _in_place(profile))
     overhead = profile.decode_overhead.si
     rate, rate_basis = _flops_per_second(profile, precision)
-    flops = prefill_flops(decoder, workload)
+    flops = prefill_flops(decoder, workload, profile.prefill_factor)
     compute, weights = flops / rate, (moved.layers + moved.head) / _bytes_per_second(profile)
     # The texts of the basis, by the resource that binds.
     bandwidth, efficiency = profile.bandwidth, profile.decode_efficiency
@@ -219,7 +242,9 @@ def estimate_performance(
     points = f"rests on: {'; '.join(dict.fromkeys((efficiency.source, profile.decode_overhead.source)))}"
     computing = f"GFLOP / {rate_basis} + {fixed}; rests on: {profile.prefill_efficiency.source}"
     if compute >= weights:
-        prefill_basis = f"{flops / 1e9:.4g} {computing}"
+        counted_more = flops / prefill_flops(decoder, workload)
+        dequantising = f" ({counted_more:.3g} x for its weight formats)" if counted_more != 1 else ""
+        prefill_basis = f"{flops / 1e9:.4g}{dequantising} {computing}"
     else:
         prefill_basis = f"bound by bytes: {(moved.layers + moved.head) / 1e6:.4g} MB / {reading} + {fixed}; {points}"
     copied = f", {moved.cache_copies / 1e6:.4g} MB of it our graph's copy of the cache," if moved.cache_copies else ""
@@ -241,7 +266,7 @@ def estimate_performance(
 
 
 def resource_times(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
 ) -> dict[str, dict[str, float]]:
     """Returns the ms that each resource alone would take, by prefill or decode and by resource, without the overhead.
 
@@ -256,7 +281,7 @@ def resource_times(
     milliseconds_per_byte = 1e3 / _bytes_per_second(profile)
     return {
         "prefill": {
-            "compute": 1e3 * prefill_flops(decoder, workload) / rate[0],
+            "compute": 1e3 * prefill_flops(decoder, workload, profile.prefill_factor) / rate[0],
             "bytes": (moved.layers + moved.head) * milliseconds_per_byte,
         },
         "decode": {
@@ -267,7 +292,7 @@ def resource_times(
 
 
 def latency_shares(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
 ) -> dict[str, float]:
     """Returns the estimated decode ms by part; pruning layers removes neither `head_and_embedding` nor `overhead`."""
     parts = decode_parts(decoder, profile, workload, precision)
@@ -280,7 +305,11 @@ def latency_shares(
 
 
 def decode_parts(
-    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName, in_place: bool | None = None
+    decoder: Decoder,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: GraphPrecision,
+    in_place: bool | None = None,
 ) -> dict[str, float]:
     """Returns the estimated decode ms of each part of TokenBytes, of compute beyond these, and of the overhead.
 
@@ -300,7 +329,9 @@ def floor_decoder(dense: Decoder, channel_multiple: int) -> Decoder:
     return replace(dense, layers=dense.layers[:1]).with_widths(1, 1, min(channel_multiple, narrowest))
 
 
-def estimate_floor(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: PrecisionName) -> Performance:
+def estimate_floor(
+    dense: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
+) -> Performance:
     """Returns the performance of the smallest candidate, which no pruning goes below.
 
     Embeddings, head and overhead dominate it. Raises InputError as estimate_performance does.
@@ -316,7 +347,7 @@ def _bytes_per_second(profile: DeviceProfile) -> float:
     return profile.bandwidth.si * profile.decode_efficiency.si
 
 
-def _flops_per_second(profile: DeviceProfile, precision: PrecisionName) -> tuple[float, str]:
+def _flops_per_second(profile: DeviceProfile, precision: GraphPrecision) -> tuple[float, str]:
     """Returns the rate that prefill reaches, and its terms in words; raises InputError where the profile has none."""
     efficiency = profile.prefill_efficiency.value
     figure = getattr(profile, PRECISIONS[precision].compute)
@@ -330,7 +361,7 @@ def _flops_per_second(profile: DeviceProfile, precision: PrecisionName) -> tuple
     raise _no_rate(profile, precision)
 
 
-def check_precision(profile: DeviceProfile, precision: str) -> PrecisionName:
+def check_precision(profile: DeviceProfile, precision: str) -> GraphPrecision:
     """Returns a precision that is checked against the profile, which need not have hardware figures.
 
     Raises InputError for an unknown precision, for one that the device lacks, and for one without a rate.

@@ -20,7 +20,7 @@ from edgeprune.engine.estimate import bytes_per_token, prefill_flops
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
 from edgeprune.ondevice.figures import Workload
-from edgeprune.precision import PrecisionName
+from edgeprune.precision import GraphPrecision
 from edgeprune.profiles import load_profile
 
 RUNTIME = "NVIDIA TensorRT-Edge-LLM 0.10 llm_bench, TensorRT 10.16, cache in place"
@@ -34,7 +34,7 @@ class PublishedPoint:
 
     model: str
     decoder: Decoder
-    precision: PrecisionName
+    precision: GraphPrecision
     workload: Workload
     decode_ms: float
     prefill_ms: float

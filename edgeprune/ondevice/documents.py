@@ -17,7 +17,7 @@ from edgeprune.ondevice.experience import Room
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import Counted
 from edgeprune.ondevice.runtimes import RUNTIMES
-from edgeprune.precision import GRAPH_PRECISIONS
+from edgeprune.precision import PRECISIONS
 
 DEPLOYMENT = "deployment.json"
 PAGE = "report.html"
@@ -68,7 +68,7 @@ def read_deployment(path: Path) -> dict[str, Any]:
     wrong = {
         "engine": plan["engine"] not in ("onnxruntime", *RUNTIMES),
         "sm": plan["sm"] is None and plan["engine"] != "onnxruntime",
-        "precision": plan["precision"] not in GRAPH_PRECISIONS,
+        "precision": plan["precision"] not in PRECISIONS,
         "graph": Path(plan["graph"]).name != plan["graph"],
         "workload": min(size.values()) < 1 or size["prompt"] > size["context"],
         "limits": any(name not in CONSTRAINTS or limit["value"] <= 0 for name, limit in plan["limits"].items()),

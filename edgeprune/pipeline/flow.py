@@ -24,7 +24,8 @@ from edgeprune.pipeline.results import Candidate, Quality, QualityStop
 from edgeprune.pipeline.setup import Setup
 from edgeprune.pipeline.stages import Run
 from edgeprune.progress import Progress
-from edgeprune.search.latency_table import estimated_costs, fit, measured_times, memory_costs
+from edgeprune.search.estimated_costs import estimated_costs, memory_costs
+from edgeprune.search.latency_table import fit, measured_times
 from edgeprune.search.planner import Planner
 from edgeprune.search.search import (
     MAX_CANDIDATES,
@@ -118,18 +119,30 @@ def planner_of(run: Run) -> Planner:
     setup, dense = run.setup, run.dense.performance
     sensitivities, losses = run.sensitivities, run.vocabulary_losses
     decoder, profile = setup.model.decoder, setup.profile
-    parts = (decoder, profile, setup.workload, setup.precision)
+    weights = setup.weights
+    parts, formats = (decoder, profile, setup.workload, setup.precision), (weights.formats, weights.tables)
     # What widths cost, measured on the engine where there is one.
     if setup.engine.measures:
         run.progress.stage("measure what a width costs")
         times = run.journal.stage(
-            "costs", lambda: measured_times(setup.engine, *parts, run.journal.scratch, run.progress.track)
+            "costs", lambda: measured_times(setup.engine, *parts, run.journal.scratch, run.progress.track, *formats)
         )
-        latency = fit(decoder, profile, setup.precision, times, f"models of random weights on {setup.engine.name}")
+        source = f"models of random weights on {setup.engine.name}"
+        latency = fit(decoder, profile, setup.precision, times, source, *formats)
     else:
-        latency = estimated_costs(*parts)
-    costs = {"memory": memory_costs(*parts), "prefill": latency.prefill, "decode": latency.decode}
-    problem = Problem(dense_widths(decoder), sensitivities, costs, profile.channel_multiple, dict(losses))
+        latency = estimated_costs(*parts, weights.formats)
+    memory = memory_costs(*parts, weights.formats)
+    problem = Problem(
+        dense_widths(decoder),
+        sensitivities,
+        {"memory": memory, "prefill": latency.prefill, "decode": latency.decode},
+        profile.channel_multiple,
+        dict(losses),
+        weights.formats,
+        tuple(weights.formats.index(form) for form in weights.layers),
+        tuple(weights.formats.index(form) for form in weights.tables),
+        decoder.tie_word_embeddings,
+    )
     estimator = corrected(problem.estimate, problem.everything, dense.values)
     return Planner(problem, setup.request.layout, latency, estimator)
 

@@ -41,6 +41,7 @@ class Request:
     method: str = "default"
     layout: str = "uniform"
     vocabulary: str = "full"
+    weights: str = "auto"
     rungs: int = 1
     seed: int = 0
     codec: Path | None = None
@@ -52,6 +53,7 @@ class Request:
     device: str | None = None
     profile: Path | None = None
     precision: str | None = None
+    tensorrt: str | None = None
     batch: int | None = None
     prompt: int | None = None
     context: int | None = None

@@ -23,11 +23,12 @@ from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.reference import STEPS
+from edgeprune.pipeline.formats import WeightChoice, weight_choice, with_tensorrt
 from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import UserSamples, samples_hash
-from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
+from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, profile_of
 from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
@@ -63,6 +64,7 @@ class Setup:
     model: Model
     kind: Kind
     samples: UserSamples
+    weights: WeightChoice
     output: Path
     floor: Performance
     choices: tuple[Choice, ...] = field(default=())
@@ -95,6 +97,10 @@ class Setup:
             "method": request.method,
             "layout": request.layout,
             "vocabulary": request.vocabulary,
+            "weights": [
+                [form.name if form else None for form in formats]
+                for formats in (self.weights.layers, self.weights.tables)
+            ],
             "seed": request.seed,
         }
 
@@ -115,10 +121,14 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     _check_numbers(request)
     workload = kind.workload(request, profile.workload, shape)
     precision = request.precision or profile.precision
-    choices = []
+    weights = weight_choice(request.weights, profile, shape)
+    choices = [Choice("weights", weights.names, weights.reason)]
+    if profile.tensorrt is not None:
+        reason = "asked for" if request.tensorrt else "assumed until the device says another"
+        choices.append(Choice("TensorRT", profile.tensorrt, f"{reason}; it parses the dialect {profile.dialect}"))
     if precision == "fp32" and profile.dialect == "opset23":
         profile = profile.model_copy(update={"dialect": "primitive"})
-        choices = [Choice("dialect", "primitive", "TensorRT for RTX has no fp32 kernel for opset 23's Attention")]
+        choices += [Choice("dialect", "primitive", "TensorRT for RTX has no fp32 kernel for opset 23's Attention")]
     engine = choose_engine(request.engine, profile, workload, precision, target)
     choices += [
         Choice("engine", engine.name, engine.reason),
@@ -158,7 +168,19 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     exports = len(request.export) * request.rungs
     check_space(output, _bytes_written(model, precision, engine, candidates, exports, samples))
     return Setup(
-        request, profile, workload, precision, engine, budget, model, kind, samples, output, floor, tuple(choices)
+        request,
+        profile,
+        workload,
+        precision,
+        engine,
+        budget,
+        model,
+        kind,
+        samples,
+        weights,
+        output,
+        floor,
+        tuple(choices),
     )
 
 
@@ -186,7 +208,7 @@ def load_dense(spec: str, hints: Hints) -> Model:
 def _profile(request: Request) -> DeviceProfile:
     """Returns the profile, with this machine's figures where it has none; refuses a precision before they are
     measured."""
-    named = profile_of(request.device, request.profile)
+    named = with_tensorrt(profile_of(request.device, request.profile), request.tensorrt)
     if request.target is not None and request.device is not None and not named.is_probed:
         raise InputError(
             f"the profile {request.device} has no figures of {request.target}",
@@ -194,8 +216,8 @@ def _profile(request: Request) -> DeviceProfile:
             f"{request.target} --output device.toml, then give --profile device.toml.",
         )
     precision = request.precision or named.precision
-    if precision not in GRAPH_PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(GRAPH_PRECISIONS)}.")
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
     check_precision(named, precision)
     return with_figures(named)
 

@@ -129,7 +129,8 @@ class Run:
 
         request = self.setup.request
         ids = self.samples.calibration
-        return sensitivities_of(self.setup.model, ids, request.method, request.seed, self.progress)
+        formats = self.setup.weights.quantised
+        return sensitivities_of(self.setup.model, ids, request.method, request.seed, self.progress, formats)
 
     @cached_property
     def vocabularies(self) -> dict[int, Vocabulary | None]:
@@ -168,7 +169,7 @@ class Run:
     def _built(self, name: str, allocation: Allocation | None) -> Candidate:
         """Returns the candidate of an allocation; None: the dense model as it is."""
         setup, source = self.setup, self.setup.model
-        target = source.decoder if allocation is None else source.decoder.with_layer_widths(allocation.layers)
+        target = source.decoder if allocation is None else allocation.decoder(source.decoder)
         folder = self.journal.folder_stage(name, lambda folder: self._write_candidate(folder, target, allocation))
         model = load_model(str(folder / "model"))
         exported = Exported(model.decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE)
@@ -253,7 +254,7 @@ class Run:
         the context."""
         target = folder / f"onnx-{precision}"
         context = max(self.setup.workload.context, length)
-        write_graphs(model.decoder, model.weights, target, precision, VARIANTS, context)
+        write_graphs(model.decoder, model.stored, target, precision, VARIANTS, context)
         write_genai(model.decoder, VARIANTS, target, model.directory, context)
 
     def _write_reference(self, graphs: Path, path: Path, vocabulary: Vocabulary | None = None) -> None:

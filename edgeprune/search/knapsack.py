@@ -1,9 +1,9 @@
 """The multiple-choice knapsack of one pair of head counts: which modules stay, in which width and format.
 
-Plain arrays; it does not know what the losses and costs are of. A knapsack is a mixed-integer problem that HiGHS solves
-(through SciPy). Its linear relaxation bounds the loss from below and prices the limits. With prices y >= 0 of the limits
-each knapsack's loss is at least that of the best free choice under the loss + y . cost, less y . limit (the Lagrangian
-bound), which is a few additions: so one relaxation bounds all knapsacks.
+Plain arrays; it does not know what the losses and costs are of. HiGHS solves a knapsack as a mixed-integer problem
+(through SciPy). Its linear relaxation bounds the loss from below and prices the limits. With prices y >= 0 of the
+limits each knapsack's loss is at least that of the best free choice under the loss + y . cost, less y . limit (the
+Lagrangian bound), which is a few additions: so one relaxation bounds all knapsacks.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SLACK = 4e-6  # relative, of a limit; the solver keeps limits within about 1e-6
 class Options:
     """The losses and costs of everything that can be chosen, for k limits.
 
-    pairs: of head counts; formats: of modules, as places in the problem's list; tables: sizes of the vocabulary with the
-    formats of embedding and head. attention_loss: (layers, pairs, formats); mlp_loss: (layers, sizes, formats);
-    table_loss: (tables,); attention_gone, mlp_gone: (layers,), the losses without the module; attention_cost: (k, pairs,
-    formats); mlp_cost: (k, sizes, formats); table_cost: (k, tables); inf where an option does not exist;
+    pairs: of head counts; formats: of modules, as places in the problem's list; tables: sizes of the vocabulary with
+    the formats of embedding and head. attention_loss: (layers, pairs, formats); mlp_loss: (layers, sizes, formats);
+    table_loss: (tables,); attention_gone, mlp_gone: (layers,), the losses without the module; attention_cost: (k,
+    pairs, formats); mlp_cost: (k, sizes, formats); table_cost: (k, tables); inf where an option does not exist;
     attention_peak: (k, pairs); mlp_peak: (k, sizes); limits: (k,).
     """
 

@@ -1,24 +1,25 @@
-"""The cost of every width of a layer, fitted to the engine's own latencies of models of random weights.
+"""The cost of every width and weight format, fitted to the engine's own latencies of models of random weights.
 
 It does not know a model's weights: a latency does not depend on their values. Every model that is measured differs
-from the model `base` in one kind of width. The other modules stay as they are, because a stack of narrow modules
-alone would fit into a cache and be measured too fast. The times are explained by
+from the model `base` in one kind of width or format. The other modules stay as they are, because a stack of narrow
+modules alone would fit into a cache and be measured too fast. The times are explained by
 
     t = fixed + token * vocabulary + sum over layers (attention + mlp)
     attention = a + b * groups * heads_per_group + c * groups        mlp: linear between the measured widths
 
-with no coefficient below zero. Cuts of several kinds save more together than one by one. So some models of mixed
-widths are among those of the fit, and the distance of each from the fit through all others is the table's stated
-error. For a device that is not reachable, the estimator's formulas fill the same table.
+and of each weight format by a token of its own, attention = a + d * (share of the matrices that is kept), and an MLP
+that is linear between two widths; with no coefficient below zero. Cuts of several kinds save more together than one
+by one. So some models of mixed widths are among those of the fit, and the distance of each from the fit through all
+others is the table's stated error.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
+from math import isfinite, lcm
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,25 +27,29 @@ import numpy as np
 
 from edgeprune.cache import cache_folder, cached
 from edgeprune.engine.engines import Exported, Measuring
-from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.worker import OnProgress
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import DeviceProfile
-from edgeprune.search.module_costs import ModuleCosts, Widths, additive, channel_options
+from edgeprune.search.module_costs import ModuleCosts, Widths, additive
+from edgeprune.search.widths import Format
 
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1  # of the kept times; another number measures again
+    from edgeprune.model.quantised import QuantisedWeight
+
+VERSION = 2  # of the kept times; another number measures again
 KINDS = ("prefill", "decode")
 VOLUME_BYTES = 192 * 2**20  # of the layers of `base`: more than a cache holds
 CHUNK_BYTES = 2 * 2**30  # of the graphs that are on disk and in memory at a time
 SHARES = (0.75, 0.5, 0.25)  # of the MLP channels, that are measured
 MIXES = 6  # models of mixed widths
+MIXES_OF_A_FORMAT = 2
 BASE = "base"
 
 Times = dict[str, dict[str, float]]
@@ -70,24 +75,36 @@ class LatencyCosts:
 class TimedModel:
     """A model to measure: the widths of its layers, and the size of its vocabulary.
 
-    mixed: it differs from the base model in several kinds of width.
+    mixed: it differs from the base model in several kinds of width; attention, mlp, head: the names of the weight
+    formats of all attentions, all MLPs and the head, None for floats.
     """
 
     layers: tuple[Widths, ...]
     vocab_size: int
     mixed: bool = False
+    attention: str | None = None
+    mlp: str | None = None
+    head: str | None = None
 
     def decoder(self, dense: Decoder) -> Decoder:
         """Returns the description of this model, made of the first layers of the dense one."""
         layers = dense.layers[: len(self.layers)]
-        return replace(dense, layers=layers, vocab_size=self.vocab_size).with_layer_widths(self.layers).compact()
+        decoder = replace(dense, layers=layers, vocab_size=self.vocab_size).with_layer_widths(self.layers)
+        attention, mlp, head = (WEIGHT_FORMATS.get(name or "") for name in (self.attention, self.mlp, self.head))
+        return decoder.with_formats([(attention, mlp)] * len(layers), None, head).compact()
 
 
-def design(dense: Decoder, precision: str, multiple: int) -> dict[str, TimedModel]:
+def design(
+    dense: Decoder,
+    precision: str,
+    multiple: int,
+    formats: tuple[Format, ...] = (None,),
+    table_formats: tuple[Format, ...] = (None,),
+) -> dict[str, TimedModel]:
     """Returns the models to measure by name.
 
-    The first is `base`, of as many dense layers as make VOLUME_BYTES. All others differ from it in one kind of width,
-    but for the mixed ones. multiple: of the MLP channels.
+    The first is `base`, of as many dense layers as make VOLUME_BYTES. All others differ from it in one kind of width or
+    format, but for the mixed ones. multiple: of the MLP channels; formats: of the modules; table_formats: of the head.
     """
     # The base model.
     full, vocabulary = Widths(*dense.layer_widths[0]), dense.vocab_size
@@ -115,7 +132,35 @@ def design(dense: Decoder, precision: str, multiple: int) -> dict[str, TimedMode
     generator = np.random.default_rng(0)
     for number in range(MIXES):
         points[f"mix {number}"] = TimedModel(_mixed(full, depth, multiple, generator), vocabulary, mixed=True)
+    # The same modules in every format.
+    whole = (full,) * depth
+    for form in formats:
+        if form is None:
+            continue
+        name = form.name
+        points[f"{name} attention"] = TimedModel(whole, vocabulary, attention=name)
+        points[f"{name} mlp"] = TimedModel(whole, vocabulary, mlp=name)
+        if (half := half_width(full, multiple, form)) < channels:
+            points[f"{name} mlp {half}"] = TimedModel(((groups, heads, half),) * depth, vocabulary, mlp=name)
+        in_head = name if form in table_formats else None
+        if in_head is not None:
+            points[f"{name} head"] = TimedModel(whole, vocabulary, head=name)
+        step = multiple_of(multiple, form)
+        for number in range(MIXES_OF_A_FORMAT):
+            sizes = [aligned(share * channels, step) for share in generator.uniform(0.3, 1.0, depth)]
+            layers = tuple((groups, heads, size if size < channels else channels) for size in sizes)
+            points[f"{name} mix {number}"] = TimedModel(layers, vocabulary, True, name, name, in_head)
     return points
+
+
+def multiple_of(multiple: int, form: WeightFormat) -> int:
+    """Returns the multiple of MLP channels that the engine and the groups of a format ask for."""
+    return lcm(multiple, form.group or 1)
+
+
+def half_width(full: Widths, multiple: int, form: WeightFormat) -> int:
+    """Returns about half of the MLP channels, as a format takes them."""
+    return aligned(full[2] / 2, multiple_of(multiple, form))
 
 
 def aligned(size: float, multiple: int) -> int:
@@ -140,7 +185,7 @@ def _mixed(full: Widths, depth: int, multiple: int, generator: np.random.Generat
     return tuple((g, r, min(size, channels)) for size in sizes)
 
 
-class RandomWeights(Mapping[str, "torch.Tensor"]):
+class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
     """Random weights of any Decoder by name, fp32, all of them views of one buffer from different offsets on.
 
     Their values do not matter, but they must differ: ONNX Runtime keeps weights of equal content only once.
@@ -149,16 +194,26 @@ class RandomWeights(Mapping[str, "torch.Tensor"]):
     def __init__(self, decoder: Decoder) -> None:
         import torch
 
-        self._shapes = decoder.shapes()
+        self._shapes, self._formats = decoder.shapes(), decoder.weight_formats
         largest = max(int(np.prod(shape)) for shape in self._shapes.values())
         self._offsets = {name: 17 * index for index, name in enumerate(self._shapes)}
         self._buffer = torch.empty(largest + 17 * len(self._shapes)).normal_(
             0.0, 0.02, generator=torch.Generator().manual_seed(0)
         )
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor | QuantisedWeight:
         shape, offset = self._shapes[name], self._offsets[name]
-        return self._buffer[offset : offset + int(np.prod(shape))].view(shape)
+        weight = self._buffer[offset : offset + int(np.prod(shape))].view(shape)
+        if (form := self._formats.get(name)) is None:
+            return weight
+        import torch
+
+        from edgeprune.model.quantised import QuantisedWeight
+
+        codes = (weight * 50 * form.most).round_().clamp_(form.least, form.most).to(torch.int8)
+        scales = torch.full((shape[0], form.groups_of(shape[1])), 2.0**-9)
+        zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.asymmetric else None
+        return QuantisedWeight(form, codes, scales, zeros)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -175,6 +230,8 @@ def measured_times(
     precision: str,
     folder: Path,
     on_progress: OnProgress,
+    formats: tuple[Format, ...] = (None,),
+    table_formats: tuple[Format, ...] = (None,),
 ) -> Times:
     """Returns the times that `fit` makes a table of, from the cache or measured now.
 
@@ -183,7 +240,7 @@ def measured_times(
     measured; on_progress: called with the progress. Raises EngineError.
     """
     # The key holds all that the times depend on.
-    points = design(dense, precision, profile.channel_multiple)
+    points = design(dense, precision, profile.channel_multiple, formats, table_formats)
     shape = {
         "version": VERSION,
         "engine": engine.identity(on_progress),
@@ -268,16 +325,29 @@ def _chunks(dense: Decoder, points: Mapping[str, TimedModel], precision: str) ->
     return chunks
 
 
-def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, source: str) -> LatencyCosts:
+def fit(
+    dense: Decoder,
+    profile: DeviceProfile,
+    precision: str,
+    times: Times,
+    source: str,
+    formats: tuple[Format, ...] = (None,),
+    table_formats: tuple[Format, ...] = (None,),
+) -> LatencyCosts:
     """Returns the table that explains the times of the design's models best, by least squares of relative errors.
 
     Raises EngineError where the times cannot be explained.
     """
-    points = design(dense, precision, profile.channel_multiple)
-    groups, heads, channels = dense.layer_widths[0]
+    points = design(dense, precision, profile.channel_multiple, formats, table_formats)
+    names = tuple(form.name for form in formats if form is not None)
+    halves = {form.name: half_width(dense.layer_widths[0], profile.channel_multiple, form) for form in formats if form}
     # Count every coefficient in every model.
-    knots = sorted({k for point in points.values() if not point.mixed for *_, k in point.layers} | {0, channels})
-    columns = {name: _columns(point, knots) for name, point in points.items()}
+    knots = sorted(
+        {k for point in points.values() if not point.mixed and point.mlp is None for *_, k in point.layers}
+        | {0, dense.layer_widths[0][2]}
+    )
+    counting = _Counting(dense, knots, names, halves)
+    columns = {name: counting.columns(point) for name, point in points.items()}
     tables, errors = {}, {}
 
     def through(kind: str, names: Sequence[str]) -> np.ndarray:
@@ -286,14 +356,7 @@ def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, so
 
     for kind in KINDS:
         # Fill the table with the fit through all models.
-        coefficients = through(kind, list(points))
-        fixed, token, a, b, c, *steps = coefficients
-        kept = np.arange(groups + 1)[:, None]  # (groups + 1, 1)
-        # (groups + 1, heads)
-        attention = np.where(kept > 0, a + b * kept * np.arange(1, heads + 1) + c * kept, 0.0)
-        # (channels + 1,)
-        mlp = np.interp(np.arange(channels + 1), knots, np.concatenate([[0.0], np.cumsum(steps)]))
-        tables[kind] = additive(attention, mlp, fixed, token)
+        tables[kind] = counting.table(through(kind, list(points)), formats, table_formats)
         # Predict every mixed model by the fit through all others.
         distances = []
         for left_out in (name for name, point in points.items() if point.mixed):
@@ -304,15 +367,77 @@ def fit(dense: Decoder, profile: DeviceProfile, precision: str, times: Times, so
     return LatencyCosts(tables["prefill"], tables["decode"], errors, source)
 
 
-def _columns(point: TimedModel, knots: Sequence[int]) -> np.ndarray:
-    """Returns how often each coefficient counts in a model, (5 + len(knots) - 1,).
+@dataclass(frozen=True)
+class _Counting:
+    """How often each coefficient counts in a model, and the table that coefficients make.
 
-    The coefficients are fixed, token, a, b, c, and the steps of the MLP's cost from each knot to the next.
+    The coefficients are fixed, token, a, b, c, the steps of the MLP's cost from each knot to the next, and for each
+    format a token, the share of an attention's matrices, and the steps to half of the MLP's channels and to all.
     """
-    groups, heads, channels = np.array(point.layers).T  # (layers,) each
-    knots_ = np.asarray(knots, dtype=float)
-    steps = np.clip((channels[:, None] - knots_[:-1]) / np.diff(knots_), 0.0, 1.0).sum(axis=0)
-    return np.concatenate([[1.0, point.vocab_size, (groups > 0).sum(), (groups * heads).sum(), groups.sum()], steps])
+
+    dense: Decoder
+    knots: Sequence[int]
+    names: tuple[str, ...]
+    halves: Mapping[str, int]
+
+    def _steps(self, channels: np.ndarray, knots: Sequence[int]) -> np.ndarray:
+        """Returns the share of each step that MLPs of these channels (layers,) take, summed over them."""
+        at = np.asarray(knots, dtype=float)
+        return np.clip((channels[:, None] - at[:-1]) / np.maximum(np.diff(at), 1e-9), 0.0, 1.0).sum(axis=0)
+
+    def _knots_of(self, name: str) -> list[int]:
+        return [0, self.halves[name], self.dense.layer_widths[0][2]]
+
+    def _share(self, groups: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        """Returns the share of an attention's matrices that is left."""
+        all_groups, all_heads, _ = self.dense.layer_widths[0]
+        return groups * (heads + 1) / (all_groups * (all_heads + 1))
+
+    def columns(self, point: TimedModel) -> np.ndarray:
+        """Returns how often each coefficient counts in a model."""
+        groups, heads, channels = np.array(point.layers).T  # (layers,) each
+        in_floats = point.attention is None
+        none = np.zeros_like(channels)
+        counts = [
+            np.array([1.0, point.vocab_size * (point.head is None), (groups > 0).sum()]),
+            np.array([(groups * heads).sum(), groups.sum()]) * in_floats,
+            self._steps(channels if point.mlp is None else none, self.knots),
+        ]
+        for name in self.names:
+            share = self._share(groups, heads).sum() * (point.attention == name)
+            counts.append(np.array([point.vocab_size * (point.head == name), share]))
+            counts.append(self._steps(channels if point.mlp == name else none, self._knots_of(name)))
+        return np.concatenate(counts)
+
+    def table(
+        self, coefficients: np.ndarray, formats: tuple[Format, ...], table_formats: tuple[Format, ...]
+    ) -> ModuleCosts:
+        """Returns the costs of all widths and formats."""
+        groups, heads, channels = self.dense.layer_widths[0]
+        fixed, token, a, b, c = coefficients[:5]
+        kept, of_group = np.arange(groups + 1)[:, None], np.arange(1, heads + 1)  # (groups + 1, 1), (heads,)
+        every, at = np.arange(channels + 1), 5 + len(self.knots) - 1
+        attention = [np.where(kept > 0, a + b * kept * of_group + c * kept, 0.0)]  # (groups + 1, heads) each
+        steps = np.concatenate([[0.0], np.cumsum(coefficients[5:at])])
+        mlp, tokens = [np.interp(every, self.knots, steps)], {None: token}  # (channels + 1,) each
+        by_name = {form.name: form for form in formats if form is not None}
+        for name in self.names:
+            of_token, share, *steps = coefficients[at : at + 4]
+            at += 4
+            form = by_name[name]
+            of_attention = np.where(kept > 0, a + share * self._share(kept, of_group), 0.0)
+            features = kept * of_group * self.dense.layers[0].attention.head_dim
+            attention.append(np.where(features % (form.group or 1) == 0, of_attention, np.inf))
+            of_mlp = np.interp(every, self._knots_of(name), np.concatenate([[0.0], np.cumsum(steps)]))
+            mlp.append(np.where(every % (form.group or 1) == 0, of_mlp, np.inf))
+            tokens[form] = of_token
+        tables = np.full((len(formats), len(formats), 2), np.inf)
+        for e, embedding in enumerate(formats):
+            for h, head in enumerate(formats):
+                # An embedding's rows are gathered: their format takes no time.
+                if head in table_formats and (embedding == head if self.dense.tie_word_embeddings else True):
+                    tables[e, h] = fixed, tokens[head]
+        return additive(np.stack(attention), np.stack(mlp), tables)
 
 
 def _least_squares(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -330,81 +455,3 @@ def _least_squares(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
     if not np.isfinite(scaled).all():
         raise EngineError("no costs of layers fit the measured latencies", "Measure again on an idle machine.")
     return scaled / scale
-
-
-def estimated_costs(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> LatencyCosts:
-    """Returns the table from the estimator, for a device that is not reachable.
-
-    It holds the times of the resource that binds the dense model, and is exact as long as that resource binds.
-    """
-    setting = (profile, workload, precision)
-    bound = {kind: max(times, key=times.get) for kind, times in resource_times(dense, *setting).items()}
-
-    def times(decoder: Decoder) -> np.ndarray:
-        resources = resource_times(decoder, *setting)
-        return np.array([resources[kind][bound[kind]] for kind in KINDS])
-
-    attention, mlp, (fixed, token) = _by_difference(dense, profile.channel_multiple, times)
-    overhead = 1e3 * profile.decode_overhead.si
-    prefill, decode = (additive(attention[..., i], mlp[..., i], fixed[i] + overhead, token[i]) for i in (0, 1))
-    return LatencyCosts(prefill, decode, {}, f"the estimator's formulas for {profile.name}")
-
-
-def memory_costs(dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str) -> ModuleCosts:
-    """Returns the bytes of weights, KV cache and buffers by module, and the peaks of the activations, as estimated."""
-    # The activations that are there even without a module.
-    empty = replace(dense, layers=dense.layers[:1]).with_layer_widths([(0, 1, 0)])
-    floor = activation_bytes(empty, precision, workload, profile.dialect)
-
-    def held(decoder: Decoder) -> np.ndarray:
-        memory = estimate_performance(decoder, profile, workload, precision).memory
-        return np.array([memory.total - memory.activations.value])
-
-    def peak(widths: Widths) -> float:
-        one_layer = replace(dense, layers=dense.layers[:1]).with_layer_widths([widths])
-        return activation_bytes(one_layer, precision, workload, profile.dialect) - floor
-
-    # All else adds up over the modules.
-    attention, mlp, (fixed, token) = _by_difference(dense, profile.channel_multiple, held)
-    groups, heads, channels = dense.layer_widths[0]
-    # The peak of every width on top of these activations: (groups + 1, heads) and (channels + 1,).
-    attention_peak = np.array([[peak((g, r, 0)) if g else 0.0 for r in range(1, heads + 1)] for g in range(groups + 1)])
-    sizes = [0, *channel_options(channels, profile.channel_multiple)]
-    mlp_peak = np.interp(np.arange(channels + 1), sizes, [peak((0, 1, k)) if k else 0.0 for k in sizes])
-    return ModuleCosts(
-        attention[..., 0], mlp[..., 0], attention_peak, mlp_peak, float(fixed[0]) + floor, float(token[0])
-    )
-
-
-def _by_difference(
-    dense: Decoder, multiple: int, costs: Callable[[Decoder], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns what an attention, an MLP, and all else add to the costs (n,) of a Decoder.
-
-    They are (groups + 1, heads, n), (channels + 1, n), and (2, n): a fixed part, and a part for each token of the
-    vocabulary. Each is the difference between models that differ in one kind of width in all layers. costs: returns
-    the costs (n,) of a Decoder.
-    """
-    groups, heads, channels = dense.layer_widths[0]
-    layers = len(dense.layers)
-    without_attention, without_mlp = (costs(dense.with_widths(*w)) for w in ((0, 1, channels), (groups, heads, 0)))
-    # The attentions, on top of models without any; the row of 0 groups is zero.
-    attention = np.array(
-        [
-            [(costs(dense.with_widths(g, r, channels)) - without_attention) / layers for r in range(1, heads + 1)]
-            for g in range(1, groups + 1)
-        ]
-    )
-    attention = np.concatenate([np.zeros_like(attention[:1]), attention])  # (groups + 1, heads, n)
-    # The MLPs, on top of models without any; between the possible sizes by interpolation.
-    sizes = [0, *channel_options(channels, multiple)]
-    added = np.array(
-        [(costs(dense.with_widths(groups, heads, k)) - without_mlp) / layers if k else 0 * without_mlp for k in sizes]
-    )
-    # (channels + 1, n)
-    mlp = np.stack([np.interp(np.arange(channels + 1), sizes, column) for column in added.T], axis=1)
-    # All else, from half the vocabulary.
-    half = dense.vocab_size // 2
-    token = (costs(dense) - costs(replace(dense, vocab_size=half))) / (dense.vocab_size - half)
-    fixed = costs(dense) - token * dense.vocab_size - layers * (attention[groups, heads - 1] + mlp[channels])
-    return attention, mlp, np.stack([fixed, token])

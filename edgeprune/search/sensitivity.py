@@ -50,12 +50,7 @@ ROUNDED_SAMPLES = 8  # of these, on which formats are measured, whose errors are
 
 
 def sensitivities_of(
-    model: Model,
-    ids: np.ndarray,
-    method: str,
-    seed: int,
-    progress: Progress,
-    formats: tuple[WeightFormat, ...] = (),
+    model: Model, ids: np.ndarray, method: str, seed: int, progress: Progress, formats: tuple[WeightFormat, ...] = ()
 ) -> Sensitivities:
     """Returns the sensitivities with their measured response, from the cache or measured now.
 

@@ -281,5 +281,3 @@ def _attention_losses(sensitivities: Sensitivities, groups: np.ndarray, heads: n
     return sensitivities.response[0] * whole + sensitivities.response[1] * (
         sensitivities.attention[:, groups, heads - 1] - whole
     )
-
-

@@ -17,7 +17,7 @@ from edgeprune.ondevice.onnxruntime import GraphRunner as ProcessorRunner
 from edgeprune.ondevice.reference import PROMPT, STEPS, compare_logits, judge_logits, read_reference, write_reference
 from edgeprune.ondevice.tensorrt_runner import EngineRunner
 from edgeprune.ondevice.worker import quiet
-from edgeprune.precision import GRAPH_PRECISIONS, PRECISIONS
+from edgeprune.precision import PRECISIONS
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.double_tensorrt import CONTEXT_BYTES
 from tests.support.doubles.fixtures import IDS
@@ -155,7 +155,7 @@ def test_on_a_double_an_engine_of_another_vocabulary_is_of_another_model(
     assert "another model" in caught.value.remedy
 
 
-@pytest.mark.parametrize("precision", GRAPH_PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_tolerance_is_for_cosine_and_error_each(precision: str) -> None:
     cosine, error = PRECISIONS[precision].tolerance
     found = {"cosine": cosine, "error": error, "equal": 0.5, "positions": 4}

@@ -8,38 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from edgeprune.engine.engines import Exported, OnnxRuntime
-from edgeprune.engine.estimate import estimate_performance
 from edgeprune.engine.onnx.graph import graph_weight_bytes
-from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
+from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.worker import quiet
-from edgeprune.profiles import list_profiles, load_profile
+from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.profiles import load_profile
 from edgeprune.search import latency_table
-from edgeprune.search.latency_table import (
-    BASE,
-    KINDS,
-    RandomWeights,
-    design,
-    estimated_costs,
-    fit,
-    measured_times,
-    memory_costs,
-)
+from edgeprune.search.latency_table import BASE, KINDS, RandomWeights, design, fit, measured_times
 from tests.support.durations import durations
 from tests.support.graph_pictures import SIDE, imagegpt, llamagen
 from tests.support.shapes import SMOLLM2, uniform
 
 PROFILE = load_profile("cpu")
-ORIN = load_profile("jetson-orin")
 WORKLOAD = Workload(1, 128, 512)
 DRAWN = Workload(2, 1, SIDE**2)  # of a picture
 SMALL = uniform(32, 4, (4, 2, 16), 96, 200)
-PROBED = [profile for profile in list_profiles() if profile.is_probed]
 
 
 def true_time(decoder: Decoder, scale: float) -> float:
@@ -90,6 +77,45 @@ def test_the_fit_finds_costs_that_add_up(dense: Decoder) -> None:
         decoder = replace(dense, layers=dense.layers[:1] * 3, vocab_size=150).with_layer_widths(widths)
         for kind, scale in (("prefill", 5.0), ("decode", 1.0)):
             assert getattr(found, kind).total(widths, 150) == pytest.approx(true_time(decoder, scale), rel=1e-6)
+
+
+FORMATS = (None, WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
+
+
+def true_time_in_formats(decoder: Decoder, scale: float) -> float:
+    """The same machine, on which matrices of few bits take a share of the time of floats, by the format."""
+    shares = {None: 1.0, FORMATS[1]: 0.5, FORMATS[2]: 0.3}
+    total = 0.3 + 2e-5 * decoder.vocab_size * shares[decoder.head_format]
+    for layer in decoder.layers:
+        if (attention := layer.attention) is not None:
+            matrices = attention.num_attention_heads + attention.num_key_value_heads
+            total += 0.02 + 0.01 * matrices * shares[attention.weight_format]
+        if layer.mlp is not None:
+            total += 1e-4 * layer.mlp.intermediate_size * shares[layer.mlp.weight_format]
+    return scale * total
+
+
+def test_the_fit_finds_costs_of_formats_that_add_up() -> None:
+    dense, tables = replace(SMOLLM2, tie_word_embeddings=False), FORMATS[:2]
+    points = design(dense, "fp32", 32, FORMATS, tables)
+    times = {
+        kind: {name: true_time_in_formats(point.decoder(dense), scale) for name, point in points.items()}
+        for kind, scale in (("prefill", 5.0), ("decode", 1.0))
+    }
+    found = fit(dense, PROFILE, "fp32", times, "test", FORMATS, tables)
+    assert max(worst for _, worst in found.error.values()) < 1e-6
+    widths, places = [(2, 2, 768), (3, 3, 1536), (0, 1, 512)], [(1, 2), (2, 0), (0, 1)]
+    decoder = replace(dense, layers=dense.layers[:3], vocab_size=150).with_layer_widths(widths)
+    formats = [(FORMATS[a], FORMATS[m]) for a, m in places]
+    for head in (0, 1):
+        target = decoder.with_formats(formats, None, FORMATS[head])
+        for kind, scale in (("prefill", 5.0), ("decode", 1.0)):
+            total = getattr(found, kind).total(widths, 150, places, (0, head))
+            assert total == pytest.approx(true_time_in_formats(target, scale), rel=1e-6)
+    # A head that the engine does not run in a format, and channels that its groups do not divide.
+    assert found.decode.base(150, (0, 2)) == np.inf
+    assert found.decode.mlp[2, 48] == np.inf
+    assert np.isfinite(found.decode.mlp[1, 48])
 
 
 def test_the_fit_and_its_stated_error_under_noise() -> None:
@@ -228,81 +254,29 @@ def test_random_weights_differ_and_share_one_buffer() -> None:
     assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
 
 
-WIDTHS = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 24).map(lambda n: 64 * n))
+def test_random_weights_of_formats_are_codes() -> None:
+    decoder = SMALL.with_format(WEIGHT_FORMATS["int4-32-asymmetric"])
+    weights = RandomWeights(decoder)
+    for name, shape in decoder.shapes().items():
+        weight = weights[name]
+        assert tuple(weight.shape) == shape
+        assert hasattr(weight, "codes") == (name in decoder.weight_formats)
+    assert not weights["layers.0.mlp.gate"].codes.equal(weights["layers.0.mlp.up"].codes)
 
 
-@settings(max_examples=15, deadline=None)
-@given(widths=WIDTHS, depth=st.integers(1, 30), tokens=st.sampled_from([49152, 8192]), place=st.integers(0, 99))
-def test_the_estimators_table_adds_up_to_the_estimate(
-    widths: tuple[int, int, int], depth: int, tokens: int, place: int
-) -> None:
-    """Exactly for memory; for latencies where the same resource binds."""
-    profile = PROBED[place % len(PROBED)]
-    parts = (profile, WORKLOAD, profile.precision)
-    decoder = replace(SMOLLM2.with_widths(*widths), layers=SMOLLM2.with_widths(*widths).layers[:depth])
-    performance = estimate_performance(replace(decoder, vocab_size=tokens), *parts)
-    layers = [widths] * depth + [(0, 1, 0)] * (30 - depth)
-    memory = memory_costs(SMOLLM2, *parts).total(layers, tokens)
-    assert memory == pytest.approx(performance.memory.total, rel=1e-9)
-    latency = estimated_costs(SMOLLM2, *parts)
-    dense = estimate_performance(SMOLLM2, *parts)
-    for kind in KINDS:
-        expected = getattr(performance, kind)
-        if ("bound by" in expected.basis) == ("bound by" in getattr(dense, kind).basis):
-            assert getattr(latency, kind).total(layers, tokens) == pytest.approx(expected.value, rel=1e-6)
+def test_every_format_of_the_design_runs(cache: Path) -> None:
+    engine, dense = RunningText(), uniform(64, 2, (2, 1, 32), 128, 300)
+    workload, formats = Workload(1, 8, 24), FORMATS
+    times = measured_times(engine, dense, PROFILE, workload, "fp32", cache, quiet, formats, FORMATS[:2])
+    assert set(sum(engine.measured, [])) == set(design(dense, "fp32", PROFILE.channel_multiple, formats, FORMATS[:2]))
+    assert set(times["decode"]) == set(sum(engine.measured, []))
 
 
-def test_the_estimators_table_of_an_image_generator_adds_up() -> None:
-    """From its class on, one token at a time, both streams of the guidance: what is only read costs memory alone."""
-    layer = Layer(Attention(12, 12, 64, Rotary((1.0,) * 32, grid=Grid(1, 24))), Mlp(2048))
-    decoder = Decoder("llamagen", 768, 16384, 577, 1e-5, False, (layer,) * 12, picture=Picture(24, 1000))
-    for profile in PROBED[::4]:
-        for batch in (1, 2):
-            parts = (profile, Workload(batch, 1, 576), profile.precision)
-            estimate, latency = estimate_performance(decoder, *parts), estimated_costs(decoder, *parts)
-            memory = memory_costs(decoder, *parts).total(decoder.layer_widths, decoder.vocab_size)
-            assert memory == pytest.approx(estimate.memory.total, rel=1e-9)
-            text = estimate_performance(replace(decoder, picture=None), *parts)
-            read = 1001 * 768 * (4 if profile.precision == "fp32" else 2)
-            assert estimate.memory.total - text.memory.total == pytest.approx(read)
-            for kind in KINDS:
-                assert "bound by compute" not in getattr(estimate, kind).basis
-                total = getattr(latency, kind).total(decoder.layer_widths, decoder.vocab_size)
-                assert total == pytest.approx(getattr(estimate, kind).value, rel=1e-6)
-                assert getattr(text, kind) == getattr(estimate, kind)
-            assert estimate.prefill.value < estimate.decode.value  # no cache is read yet
+class RunningText(DoubleEngine):
+    """It runs every graph once on a text."""
 
-
-GONE = (0, 1, 0)
-HEADS = st.tuples(st.integers(1, 3), st.integers(1, 3))
-LAYER = st.tuples(st.booleans(), st.integers(0, 24).map(lambda n: 64 * n))  # whether attention stays, MLP channels
-
-
-@settings(max_examples=15, deadline=None)
-@given(heads=HEADS, layers=st.lists(LAYER, min_size=30, max_size=30), place=st.integers(0, 99))
-def test_the_estimators_table_adds_up_for_free_widths(
-    heads: tuple[int, int], layers: list[tuple[bool, int]], place: int
-) -> None:
-    """Of one number of heads, as the search chooses them: memory exactly with its peak, latencies as above."""
-    profile = PROBED[place % len(PROBED)]
-    parts = (profile, WORKLOAD, profile.precision)
-    widths = [(*(heads if stays else GONE[:2]), channels) for stays, channels in layers]
-    decoder = SMOLLM2.with_layer_widths(widths)
-    expected, dense = (estimate_performance(of, *parts) for of in (decoder, SMOLLM2))
-    tokens = SMOLLM2.vocab_size
-    memory = memory_costs(SMOLLM2, *parts).total(widths, tokens)
-    assert memory == pytest.approx(expected.memory.total, rel=1e-9)
-    latency = estimated_costs(SMOLLM2, *parts)
-    for kind in KINDS:
-        found, basis = getattr(latency, kind).total(widths, tokens), getattr(expected, kind).basis
-        if ("bound by" in basis) == ("bound by" in getattr(dense, kind).basis):
-            assert found == pytest.approx(getattr(expected, kind).value, rel=1e-6)
-        else:
-            assert found < getattr(expected, kind).value  # another resource binds, which the table does not see
-
-
-def test_memory_of_free_widths_is_exact() -> None:
-    layers = [(2, 3, 512)] * 10 + [(0, 1, 1024)] * 5 + [(2, 3, 0)] * 5 + [(0, 1, 0)] * 10
-    parts = (ORIN, WORKLOAD, "fp16")
-    expected = estimate_performance(SMOLLM2.with_layer_widths(layers), *parts).memory.total
-    assert memory_costs(SMOLLM2, *parts).total(layers, SMOLLM2.vocab_size) == pytest.approx(expected, rel=1e-9)
+    def latencies(self, models: dict[str, Exported], on_progress: Any) -> dict[str, dict[str, float]]:
+        for model in models.values():
+            runner = GraphRunner(model.graphs / GRAPH_FILE, 1, 24, threads=1)
+            runner.run(np.zeros((1, 8), np.int64))
+        return super().latencies(models, on_progress)

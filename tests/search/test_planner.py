@@ -26,7 +26,9 @@ def planner(layout: str = "uniform", vocabularies: dict[int, float] | None = Non
     depths = np.array([1.0, 0.6, 0.7, 1.2])
     sensitivities = Sensitivities(depths[:, None, None] * attention, depths[:, None] * mlp)
     costs = {
-        name: additive(scale * groups * heads * 1.0, scale * np.arange(65) / 8.0, 2.0, 0.01)
+        name: additive(
+            scale * (groups * heads)[None] * 1.0, scale * np.arange(65)[None] / 8.0, np.array([[[2.0, 0.01]]])
+        )
         for name, scale in (("memory", 3.0), ("prefill", 0.01), ("decode", 1.0))
     }
     problem = Problem(DENSE, sensitivities, costs, 8, vocabularies or {100: 0.0})

@@ -5,15 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.model.backward import token_gradients
-from edgeprune.model.forward import (
-    Tables,
-    add_module,
-    embed,
-    layer_weights,
-    module_states,
-    token_logits,
-    weight_stream,
-)
+from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.quantize import choose_grid
 from edgeprune.search.roundings import measure_roundings

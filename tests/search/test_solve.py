@@ -68,9 +68,7 @@ def problem_with_formats(seed: int, layers: int, tied: bool) -> Problem:
         attention[2, 1, 1] = mlp[2, 10] = np.inf
         tables = shares[:, None, None] * shares[None, :, None] * floats.tables[0, 0]
         costs[name] = ModuleCosts(attention, mlp, 0 * floats.attention_peak, 0 * floats.mlp_peak, tables)
-    return Problem(
-        FULL, sensitivities(seed, layers), costs, 10, VOCABULARIES, FORMATS, (0, 1, 2), (0, 1), tied
-    )
+    return Problem(FULL, sensitivities(seed, layers), costs, 10, VOCABULARIES, FORMATS, (0, 1, 2), (0, 1), tied)
 
 
 def every_allocation(problem: Problem, joint: bool):

@@ -1,0 +1,175 @@
+"""The weight formats that a search may choose from: what was asked for, what the device's engine runs, what fits.
+
+It does not know what a format costs, nor what it loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from edgeprune.errors import InputError
+from edgeprune.model.decoder import Decoder
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
+from edgeprune.profiles import DeviceProfile, OfferedFormats
+
+Format = WeightFormat | None  # None: floats
+AUTO, FLOAT = "auto", "float"
+FEW_BITS = 8  # embedding and head in fewer lose as much as all layers together
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """The formats of a search; of its modules, and of embedding and head; reason: in words."""
+
+    layers: tuple[Format, ...]
+    tables: tuple[Format, ...]
+    reason: str
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Returns all of them, floats first."""
+        return (None, *dict.fromkeys(form for form in (*self.layers, *self.tables) if form is not None))
+
+    @property
+    def quantised(self) -> tuple[WeightFormat, ...]:
+        """Returns all but floats."""
+        return tuple(form for form in self.formats if form is not None)
+
+    @property
+    def names(self) -> str:
+        """Returns the names of the modules' formats."""
+        return ", ".join(form.name if form else FLOAT for form in self.layers)
+
+
+def weight_choice(asked: str, profile: DeviceProfile, decoder: Decoder) -> WeightChoice:
+    """Returns the formats that a request may use of a model on a device.
+
+    asked: `auto`, or `float`, `int8`, `int4` and names of formats, separated by commas. Raises InputError for a word
+    that is none of these, for a format that the device's engine does not run, and for one whose groups do not divide
+    the model's sizes.
+    """
+    words = [word.strip() for word in asked.split(",")]
+    offers = {word: offer for word, offer in profile.weights.items() if _runs(profile, offer)}
+    # All that the device runs well, as far as the model has sizes for it.
+    if words == [AUTO]:
+        fitting = {word: _fitting(offer, decoder) for word, offer in offers.items()}
+        layers = (None, *(form for form in fitting.values() if form is not None))
+        return WeightChoice(layers, _tables(offers, decoder), _reason(profile, fitting))
+    layers = tuple(dict.fromkeys(_named(word, profile, offers, decoder) for word in words))
+    tables = (None,) if layers == (None,) else _tables(offers, decoder)
+    return WeightChoice(layers, tables, "asked for")
+
+
+def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
+    """Returns what `auto` took, in words."""
+    taken = [form.name for form in fitting.values() if form is not None]
+    left_out = [word for word, form in fitting.items() if form is None]
+    reason = f"{profile.name} runs {' and '.join(taken)} well" if taken else f"{profile.name} runs floats alone well"
+    return reason + (f"; the groups of {' and '.join(left_out)} do not divide this model's sizes" if left_out else "")
+
+
+def _runs(profile: DeviceProfile, offer: OfferedFormats) -> bool:
+    """Returns whether the device's version of TensorRT is new enough."""
+    if offer.tensorrt is None or profile.tensorrt is None:
+        return True
+    return version_of(profile.tensorrt) >= version_of(offer.tensorrt)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Returns a version as numbers, as far as it has them. Raises InputError where it has none."""
+    numbers = []
+    for part in text.strip().split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    if not numbers:
+        raise InputError(f"{text[:40]!r} is not a version of TensorRT", "Give one like 10.16.")
+    return tuple(numbers)
+
+
+def with_tensorrt(profile: DeviceProfile, version: str | None) -> DeviceProfile:
+    """Returns the profile for a version of TensorRT: older ones do not parse opset 23. None: as the profile says.
+
+    Raises InputError for a device without TensorRT, and for what is no version.
+    """
+    if version is None:
+        return profile
+    if profile.tensorrt is None:
+        raise InputError(f"{profile.name} does not run TensorRT of a version of its own", "Leave --tensorrt out.")
+    dialect = "opset23" if version_of(version) >= OPSET23 else "primitive"
+    return profile.model_copy(update={"tensorrt": version, "dialect": dialect})
+
+
+OPSET23 = (10, 15)  # the first TensorRT whose parser knows Attention and RotaryEmbedding
+
+
+def _named(word: str, profile: DeviceProfile, offers: dict[str, OfferedFormats], decoder: Decoder) -> Format:
+    """Returns the format of a word. Raises InputError."""
+    if word == FLOAT:
+        return None
+    known = [FLOAT, *profile.weights, *(name for offer in offers.values() for name in offer.formats)]
+    if word in offers:
+        form = _fitting(offers[word], decoder)
+        if form is None:
+            raise _not_dividing(WEIGHT_FORMATS[offers[word].formats[0]], decoder, offers)
+        return form
+    if word in profile.weights:
+        offer = profile.weights[word]
+        raise InputError(
+            f"TensorRT {profile.tensorrt} of {profile.name} does not run {word}, which needs {offer.tensorrt}",
+            f"It runs {', '.join((FLOAT, *offers))}; --tensorrt names another version.",
+        )
+    if word in WEIGHT_FORMATS or word in ("int8", "int4"):
+        if not any(word in offer.formats for offer in offers.values()):
+            runs = dict.fromkeys((FLOAT, *offers, *(name for offer in offers.values() for name in offer.formats)))
+            raise InputError(
+                f"{profile.name} does not run weights in {word} well", f"It runs {', '.join(runs)}: --weights auto."
+            )
+        if not _divides(WEIGHT_FORMATS[word], decoder):
+            raise _not_dividing(WEIGHT_FORMATS[word], decoder, offers)
+        return WEIGHT_FORMATS[word]
+    raise InputError(f"unknown weights {word[:60]!r}", f"Give auto, or some of {', '.join(dict.fromkeys(known))}.")
+
+
+def _fitting(offer: OfferedFormats, decoder: Decoder) -> Format:
+    """Returns the first format of an offer whose groups divide the model's sizes; None where none does."""
+    return next((WEIGHT_FORMATS[name] for name in offer.formats if _divides(WEIGHT_FORMATS[name], decoder)), None)
+
+
+def _sizes(decoder: Decoder) -> dict[str, int]:
+    """Returns the numbers of inputs that a model's matrices have, by name."""
+    layer = decoder.layers[0]
+    sizes = {"hidden_size": decoder.hidden_size}
+    if layer.attention is not None:
+        sizes["width of all query heads"] = layer.attention.query_size
+    if layer.mlp is not None:
+        sizes["intermediate_size"] = layer.mlp.intermediate_size
+    return sizes
+
+
+def _divides(form: WeightFormat, decoder: Decoder) -> bool:
+    return all(size % (form.group or 1) == 0 for size in _sizes(decoder).values())
+
+
+def _not_dividing(form: WeightFormat, decoder: Decoder, offers: dict[str, OfferedFormats]) -> InputError:
+    """Returns the error for groups that do not divide the model's sizes."""
+    name, size = next((name, size) for name, size in _sizes(decoder).items() if size % (form.group or 1))
+    fitting = [FLOAT, *(fit.name for offer in offers.values() if (fit := _fitting(offer, decoder)) is not None)]
+    return InputError(
+        f"{form.name} has groups of {form.group} inputs, which do not divide the {name} {size}",
+        f"This model takes {', '.join(fitting)}.",
+    )
+
+
+def _tables(offers: dict[str, OfferedFormats], decoder: Decoder) -> tuple[Format, ...]:
+    """Returns the formats of embedding and head: floats, and those that lose next to nothing there."""
+    formats = (_fitting(offer, decoder) for offer in offers.values() if offer.tables)
+    return (None, *(form for form in formats if form is not None and form.bits >= FEW_BITS))
+
+
+def without_formats(choice: WeightChoice, reason: str) -> WeightChoice:
+    """Returns floats alone, for a model whose weights cannot be stored otherwise. Raises InputError where formats were
+    asked for."""
+    if choice.reason == "asked for" and choice.quantised:
+        raise InputError(f"{reason}, so its weights stay floats", "Give --weights float, or leave it out.")
+    return replace(choice, layers=(None,), tables=(None,), reason=reason)
