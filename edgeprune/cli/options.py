@@ -61,7 +61,10 @@ OPTIONS: dict[str, Any] = {
     "decode": Annotated[str | None, _option(BUDGET, "Time per token: 25ms or 70%.", metavar="MS|%")],
     "prefill": Annotated[str | None, _option(BUDGET, "Time to first token: 0.5s or 70%.", metavar="MS|%")],
     "max_quality_loss": Annotated[
-        float | None, _option(BUDGET, "Acceptable rise of held-out perplexity.", metavar="%")
+        str | None,
+        _option(
+            BUDGET, "Acceptable rise of held-out perplexity. Default: 30%, where a model is broken.", metavar="%|off"
+        ),
     ],
     "method": Annotated[str, _option(SEARCH, "default, or a baseline: wanda+ls, magnitude, random, ...")],
     "layout": Annotated[

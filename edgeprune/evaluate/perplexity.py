@@ -5,15 +5,18 @@ It knows token ids and no tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import WeightStream, token_predictions, weight_stream
 from edgeprune.model.model import Model
+from edgeprune.ondevice.onnxruntime import GraphRunner
 
 Windows = Sequence[Sequence[np.ndarray]]  # token ids, by document
 
@@ -89,19 +92,47 @@ def text_losses(
     return _losses(decoder, weights, {name: cut(documents, length) for name, documents in texts.items()}, on_layer)
 
 
+def graph_losses(graph: Path, windows: Windows, on_window: Callable[[], None] = lambda: None) -> Losses:
+    """Returns the losses of documents that are already cut into windows, by a graph in ONNX Runtime as it is deployed.
+
+    graph: of the onnxruntime dialect, with the logits of all positions; on_window is called after every window. Raises
+    EngineError.
+    """
+    ids = _padded([window for document in windows for window in document])  # (windows, longest)
+    runner = GraphRunner(graph, 1, ids.shape[1])
+    losses, likeliest = np.zeros((len(ids), ids.shape[1] - 1)), np.zeros((len(ids), ids.shape[1] - 1), np.int64)
+    for row, window in enumerate(ids):
+        runner.reset()
+        logits = torch.from_numpy(runner.logits(window[None])[0, :-1]).float()  # (longest - 1, vocabulary)
+        losses[row] = F.cross_entropy(logits, torch.from_numpy(window[1:]), reduction="none").double().numpy()
+        likeliest[row] = logits.argmax(dim=-1).numpy()
+        on_window()
+    return _gathered({"": windows}, zip(losses, likeliest, strict=True))[""]
+
+
+def _padded(windows: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns windows as rows (windows, longest) int64, padded on the right: a causal model is not affected by it."""
+    ids = np.zeros((len(windows), max(map(len, windows))), dtype=np.int64)
+    for row, window in zip(ids, windows, strict=True):
+        row[: len(window)] = window
+    return ids
+
+
 def _losses(
     decoder: Decoder, weights: WeightStream, texts: Mapping[str, Windows], on_layer: Callable[[], None]
 ) -> dict[str, Losses]:
     """Returns the losses of several texts, each of documents cut into windows, in one pass over the weights."""
-    # All windows are rows of one batch, padded on the right: a causal model is not affected by it.
-    flat = [window for documents in texts.values() for windows in documents for window in windows]
-    ids = np.zeros((len(flat), max(map(len, flat))), dtype=np.int64)  # (windows, longest)
-    for row, window in zip(ids, flat, strict=True):
-        row[: len(window)] = window
-    # Losses and likeliest tokens of all windows: (windows, longest - 1) each.
+    # All windows are rows of one batch: losses and likeliest tokens, (windows, longest - 1) each.
+    ids = _padded([window for documents in texts.values() for windows in documents for window in windows])
     predictions = token_predictions(decoder, weights, torch.from_numpy(ids), on_layer=on_layer)
-    predicted = zip(*(values.numpy() for values in predictions), strict=True)
-    # Gather the rows by text and document; the padding is left out.
+    return _gathered(texts, zip(*(values.numpy() for values in predictions), strict=True))
+
+
+def _gathered(texts: Mapping[str, Windows], predicted: Iterator[tuple[np.ndarray, np.ndarray]]) -> dict[str, Losses]:
+    """Returns the losses by text and document of windows that come in order; the padding is left out.
+
+    predicted: losses and likeliest tokens of every window, (longest - 1,) each.
+    """
     losses_of = {}
     for name, documents in texts.items():
         nats, tokens, likeliest = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64), []

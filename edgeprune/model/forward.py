@@ -426,6 +426,13 @@ def token_predictions(
 
 
 @torch.inference_mode()
+def spread_logits(decoder: Decoder, weights: WeightStream, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the logits (positions, vocab_size) fp32 at about `count` evenly spread positions of ids (b, t) int64."""
+    states, head = _final_states(decoder, weights, ids, CHUNK_TOKENS, lambda: None)
+    return head_logits(decoder, states[:: max(1, len(states) // count)][:count], head)
+
+
+@torch.inference_mode()
 def token_logits(decoder: Decoder, weights: WeightStream, ids: torch.Tensor) -> torch.Tensor:
     """Returns the logits (b, t - 1, vocab_size) fp32 at every position but the last of ids (b, t) int64."""
     chunks = list(_logit_chunks(decoder, weights, ids, CHUNK_TOKENS, lambda: None))
@@ -440,7 +447,16 @@ def _losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _logit_chunks(
     decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
 ) -> Iterator[torch.Tensor]:
-    """Yields logits (up to LOGIT_ROWS, vocab_size) fp32 at every position but the last of each sample, in order.
+    """Yields logits (up to LOGIT_ROWS, vocab_size) fp32 at every position but the last of each sample, in order."""
+    states, head = _final_states(decoder, weights, ids, chunk, on_layer)
+    for chunk_states in states.split(LOGIT_ROWS):
+        yield head_logits(decoder, chunk_states, head)
+
+
+def _final_states(
+    decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what the head reads at every position but the last of each sample, (b * (t - 1), c), and the head.
 
     The last token is never fed: that of a picture has no position in some models. Raises ValueError for a weight that
     does not come in the order of decoder.shapes().
@@ -464,11 +480,9 @@ def _logit_chunks(
         weights_of_layer = {name.removeprefix(prefix): as_float(take(name)) for name in decoder.layer_shapes(index)}
         add_layer(decoder, index, weights_of_layer, hidden, tables, chunk)
         on_layer()
-    # Norm the states and compute logits, a chunk of positions at a time.
+    # Norm the states.
     norm = {name: as_float(take(name)) for name in decoder.norm_shapes("norm")}
     states = normed(decoder, hidden, norm, "norm").flatten(0, 1)  # (b * (t - 1), c)
     if not decoder.tie_word_embeddings:
         head = take("head")
-    head = as_float(head)
-    for chunk_states in states.split(LOGIT_ROWS):
-        yield head_logits(decoder, chunk_states, head)
+    return states, as_float(head)

@@ -19,6 +19,9 @@ from edgeprune.ondevice.figures import Figure, Measured, Performance, figure_to_
 Status = Literal["met", "missed", "noisy"]
 Source = Literal["measured", "built", "estimated"]
 
+BROKEN_PERCENT = 30.0  # rise of perplexity from which a model is broken: it meets no budget
+NO_LIMIT = "off"
+MOST_PERCENT = 10_000
 CONSTRAINTS = ("memory", "prefill", "decode")
 STATUS_TEXT: dict[Status, str] = {
     "met": "met",
@@ -187,11 +190,14 @@ def parse_budget(
 ) -> Budget:
     """Returns the budget that texts describe; max_quality_loss in percent, with or without its sign.
 
-    Raises InputError.
+    Without one, a broken model meets nothing: the limit is BROKEN_PERCENT, which `off` lifts. Raises InputError.
     """
     texts = {"memory": memory, "prefill": prefill, "decode": decode}
     limits = {name: parse_limit(name, text) for name, text in texts.items() if text is not None}
-    return Budget(**limits, max_quality_loss=None if max_quality_loss is None else _quality_loss(max_quality_loss))
+    if max_quality_loss == NO_LIMIT:
+        return Budget(**limits)
+    quality = BROKEN_PERCENT if max_quality_loss is None else _quality_loss(max_quality_loss)
+    return Budget(**limits, max_quality_loss=quality)
 
 
 def _quality_loss(asked: str | float) -> float:
@@ -203,7 +209,7 @@ def _quality_loss(asked: str | float) -> float:
     if not (isfinite(percent) and percent >= 0):
         raise InputError(
             f"the quality limit {asked!r} is not a percentage from 0 up",
-            "Write the acceptable rise of perplexity, such as --max-quality-loss 10%.",
+            f"Write the acceptable rise of perplexity, such as --max-quality-loss 10%, or {NO_LIMIT} for none.",
         )
     return percent
 
@@ -340,6 +346,13 @@ def format_bytes(value: float) -> str:
         if round(abs(value) / size, digits) >= 1:
             return f"{value / size:.{digits}f} {unit}"
     return f"{value:.0f} B"
+
+
+def format_percent(value: float) -> str:
+    """Returns a change in percent as `+3.2 %` or `+120 %`, and in words where a number says nothing any more."""
+    if not value < MOST_PERCENT:  # infinity and what is no number are here too
+        return f"more than {MOST_PERCENT // 100}-fold"
+    return f"{value:+.1f} %" if abs(value) < 100 else f"{value:+.0f} %"
 
 
 def format_ms(value: float) -> str:

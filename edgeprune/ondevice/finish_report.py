@@ -9,7 +9,7 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.ondevice.budget import STATUS_TEXT, Verdict, format_bytes, format_ms, reported
+from edgeprune.ondevice.budget import STATUS_TEXT, Verdict, format_bytes, format_ms, format_percent, reported
 from edgeprune.ondevice.experience import Room, experience_again
 from edgeprune.ondevice.figures import Performance, Workload, figure_to_json
 
@@ -80,7 +80,8 @@ def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Measu
     name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
     asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
     rise = float(report["quality"]["rise_percent"])  # of a broken model it is the text `Infinity`
-    cost = f"at {rise:+.1f} % perplexity{'' if report['quality']['label'] == 'perplexity' else ' on its own text'}"
+    where = "" if report["quality"]["label"] == "perplexity" else " on its own text"
+    cost = f"at {format_percent(rise)} perplexity{where}"
     if chosen.status == "noisy":
         return f"{name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
     if chosen.status == "missed":

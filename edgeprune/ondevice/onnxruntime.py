@@ -22,7 +22,7 @@ DECODE_STEPS = 8  # steps over which the peak memory is measured
 
 
 class GraphRunner:
-    """A session on a graph of the onnxruntime dialect with `last` logits, and its KV cache of `capacity` tokens.
+    """A session on a graph of the onnxruntime dialect, and its KV cache of `capacity` tokens.
 
     Raises EngineError where ONNX Runtime cannot load the graph.
     """
@@ -45,7 +45,11 @@ class GraphRunner:
         self.past = past
 
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """Returns the logits (batch, vocabulary) of the last token, after ids (batch, tokens) int64 join the cache.
+        """Returns the logits (batch, vocabulary) of the last token, as `logits` does of all."""
+        return self.logits(ids, mask)[:, -1]
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Returns the graph's logits (batch, positions, vocabulary), after ids (batch, tokens) int64 join the cache.
 
         mask: (batch, past + tokens) int64, 0 for left padding. Raises EngineError where the cache is full or ONNX
         Runtime refuses the step.
@@ -79,9 +83,8 @@ class GraphRunner:
                 f"ONNX Runtime failed at a step of {batch} x {tokens} tokens: {error}",
                 "Try a smaller batch or context; if it persists, export the model again.",
             ) from None
-        # The graph's logits are (batch, 1, vocabulary).
         self.past = total
-        return binding.get_outputs()[-1].numpy()[:, -1]
+        return binding.get_outputs()[-1].numpy()
 
 
 def open_session(graph: Path, threads: int | None) -> Any:

@@ -54,7 +54,7 @@ class Evaluator:
 
             # Perplexity and agreement, by text.
             vocabulary = read_vocabulary(chosen.model.directory)
-            texts = self._texts(losses, chosen.model, vocabulary)
+            texts = self._texts(losses, chosen, vocabulary)
             if answers is None:
                 return {"texts": texts, **dict.fromkeys(("answers", "prompt", "dense_sample", "fitted_sample"))}
             # Answers, which only a language model gives.
@@ -114,8 +114,19 @@ class Evaluator:
                 losses[name] = Losses(stored["nats"], stored["tokens"], likeliest)
         return losses
 
+    def _deployed_losses(self, chosen: Candidate, windows: dict[str, list[list[np.ndarray]]]) -> dict[str, Losses]:
+        """Returns a candidate's losses on every text: where ONNX Runtime deploys weights of few bits, its own, because
+        it rounds activations too; else those of the weights in fp32."""
+        if self.setup.profile.engine != "onnxruntime" or not chosen.model.decoder.weight_formats:
+            return self._losses(chosen.model, windows)
+        from edgeprune.evaluate.perplexity import graph_losses
+
+        count = sum(len(document) for documents in windows.values() for document in documents)
+        advance = self.progress.stage("evaluate", count)
+        return {name: graph_losses(chosen.evaluated_graph, of, advance) for name, of in windows.items()}
+
     def _texts(
-        self, dense: dict[str, Losses], model: Model, vocabulary: Vocabulary | None
+        self, dense: dict[str, Losses], chosen: Candidate, vocabulary: Vocabulary | None
     ) -> dict[str, dict[str, Any]]:
         """Returns what results.Quality holds of every text."""
         from edgeprune.evaluate.agreement import agreement, common_tokens
@@ -124,10 +135,10 @@ class Evaluator:
         windows, common, kept, seed = self._windows, {}, None, self.setup.request.seed
         if vocabulary is not None:
             kept = vocabulary.kept
-            windows = {name: self._retokenized(of, model) for name, of in self._windows.items()}
+            windows = {name: self._retokenized(of, chosen.model) for name, of in self._windows.items()}
             common = {name: common_tokens(self._windows[name], of, kept) for name, of in windows.items()}
         texts = {}
-        for name, fitted in self._losses(model, windows).items():
+        for name, fitted in self._deployed_losses(chosen, windows).items():
             agreed = agreement(dense[name], fitted, seed, common.get(name), kept)
             texts[name] = {
                 "dense": dense[name].perplexity,

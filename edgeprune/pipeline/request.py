@@ -37,7 +37,7 @@ class Request:
     memory: str | None = None
     decode: str | None = None
     prefill: str | None = None
-    max_quality_loss: float | None = None
+    max_quality_loss: float | str | None = None
     method: str = "default"
     layout: str = "uniform"
     vocabulary: str = "full"

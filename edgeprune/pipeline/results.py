@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.engine.engines import Exported
+from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 from edgeprune.ondevice.budget import Status, Verdict, judge, judge_quality
@@ -44,6 +45,11 @@ class Candidate:
     def runnable_graph(self) -> Path:
         """Returns the fp32 graph that ONNX Runtime runs on this machine, whatever the device's precision."""
         return self.exported.graphs.parent / "onnx-fp32" / GRAPH_FILE
+
+    @property
+    def evaluated_graph(self) -> Path:
+        """Returns the same with the logits of all positions."""
+        return self.runnable_graph.with_name(GraphVariant("onnxruntime", "all").filename)
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,9 @@ class Run:
 
         request = self.setup.request
         ids = self.samples.calibration
-        formats = self.setup.weights.quantised
-        return sensitivities_of(self.setup.model, ids, request.method, request.seed, self.progress, formats)
+        weights = self.setup.weights
+        formats = weights.quantised, tuple(form for form in weights.tables if form is not None)
+        return sensitivities_of(self.setup.model, ids, request.method, request.seed, self.progress, *formats)
 
     @cached_property
     def vocabularies(self) -> dict[int, Vocabulary | None]:

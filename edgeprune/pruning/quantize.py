@@ -13,7 +13,7 @@ rounding to nearest loses least with, where the error of each weight counts by t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from edgeprune.model.quantised import QuantisedWeight, joined, storable
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.linear import cholesky
 
-SHRINKS = tuple(1 - 0.025 * step for step in range(16))
+SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 """Shares of a group's range that its grid spans: one that cuts off the largest weights is finer for all others."""
 
 DAMPING = 1e-2  # added to the moments as a share of their mean diagonal: few samples determine few directions
@@ -71,12 +71,14 @@ class Grid:
         return self.scales.T[groups], self.zeros.T[groups]
 
 
-def choose_grid(weight: torch.Tensor, importance: torch.Tensor, form: WeightFormat) -> Grid:
+def choose_grid(
+    weight: torch.Tensor, importance: torch.Tensor, form: WeightFormat, shrinks: Sequence[float] = SHRINKS
+) -> Grid:
     """Returns the grid that rounding to nearest loses least with.
 
     weight: (out_features, in_features) fp32; importance: (in_features,), the diagonal of the moments, which weighs the
-    errors; a group without importance counts all its inputs alike. Raises InputError where the groups do not divide
-    the inputs.
+    errors; a group without importance counts all its inputs alike; shrinks: to choose from. Raises InputError where the
+    groups do not divide the inputs.
     """
     groups = form.groups_of(weight.shape[1])
     grouped = weight.unflatten(1, (groups, -1))  # (out, groups, group)
@@ -85,7 +87,7 @@ def choose_grid(weight: torch.Tensor, importance: torch.Tensor, form: WeightForm
     low, high = grouped.amin(dim=2).clamp_max_(0), grouped.amax(dim=2).clamp_min_(0)  # (out, groups)
     least_error = torch.full_like(low, torch.inf)
     best = Grid(form, torch.empty_like(low), torch.empty_like(low))
-    for scales, zeros in _grids(form, low, high):
+    for scales, zeros in _grids(form, low, high, shrinks):
         codes = _codes(form, grouped, scales[..., None], zeros[..., None])
         off = codes.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(grouped)
         error = off.square_().mul_(importance).sum(dim=2)  # (out, groups)
@@ -95,11 +97,13 @@ def choose_grid(weight: torch.Tensor, importance: torch.Tensor, form: WeightForm
     return best
 
 
-def _grids(form: WeightFormat, low: torch.Tensor, high: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _grids(
+    form: WeightFormat, low: torch.Tensor, high: torch.Tensor, shrinks: Sequence[float]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields the scales and zeros (out_features, groups) to choose from, of groups whose weights lie between low <= 0
     and high >= 0, (out_features, groups) each."""
     if form.asymmetric:
-        for shrink in SHRINKS:
+        for shrink in shrinks:
             scales = storable((high - low) * (shrink / (form.most - form.least)))
             yield scales, (form.least - low * shrink / scales).round_().clamp_(form.least, form.most)
         return
@@ -107,7 +111,7 @@ def _grids(form: WeightFormat, low: torch.Tensor, high: torch.Tensor) -> Iterato
     # The code that the largest weight would have without a bound. Of 4 bits all whole numbers are among them, so that a
     # weight that lies on a grid stays as it is.
     exact = range(1, 1 - form.least) if form.bits == 4 else (form.most,)
-    for code in dict.fromkeys((*exact, *(form.most / shrink for shrink in SHRINKS))):
+    for code in dict.fromkeys((*exact, *(form.most / shrink for shrink in shrinks))):
         yield storable(largest / code), zeros
 
 

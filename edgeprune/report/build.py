@@ -10,7 +10,7 @@ from edgeprune.engine.capacity import experience
 from edgeprune.engine.estimate import bytes_per_token, latency_shares
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.ondevice.budget import STATUS_TEXT, format_ms, judge, memory_total, reported
+from edgeprune.ondevice.budget import STATUS_TEXT, format_ms, format_percent, judge, memory_total, reported
 from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.provenance import now, versions
@@ -238,13 +238,13 @@ def _headline(fitted: Fitted) -> str:
         return f"{setup.model.name} meets {asked} on {setup.profile.name} as it is: nothing was pruned."
     where = " on its own text" if fitted.samples.self_generated else ""
     removed = ratio(fitted.chosen.model.decoder, setup.model.decoder)
-    cost = f"at {rise:+.1f} % perplexity{where}, {100 * removed:.0f} % pruned"
+    cost = f"at {format_percent(rise)} perplexity{where}, {100 * removed:.0f} % pruned"
     # Budget and quality exclude each other, or the budget is out of reach or in doubt.
     if fitted.stop is not None:
         return (
             f"{setup.model.name} does not reach {asked} on {setup.profile.name} within "
             f"{setup.budget.max_quality_loss:g} % of perplexity: the smallest model within is kept ({cost}); "
-            f"the candidate nearest to the budget would cost {fitted.stop.quality.worst_percent:+.1f} %."
+            f"the candidate nearest to the budget would cost {format_percent(fitted.stop.quality.worst_percent)}."
         )
     if verdict.status == "missed":
         return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import expm1, floor, inf, log10
 
-from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms
+from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms, format_percent
 from edgeprune.report.experience import Experience
 from edgeprune.report.images import Interval, Pictures
 from edgeprune.report.quality import Agreement, Answers, Identical
@@ -31,7 +31,7 @@ def number_text(value: float, unit: str) -> str:
         case "ms":
             return format_ms(value)
         case "%":
-            return f"{value:+.1f} %" if abs(value) < 100 else f"{value:+.0f} %"
+            return format_percent(value)
         case "s":
             return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
         case "tokens/s":

@@ -194,7 +194,7 @@ def _quality(report: Report) -> go.Figure | None:
             "color": FITTED,
             "width": 6,
         },
-        text=[f"{text.rise_percent:+.1f} %" for text in texts],
+        text=[number_text(text.rise_percent, "%") for text in texts],
         hovertemplate="%{text}<extra></extra>",
     )
     # Mark the thresholds that lie within the range of the axis.

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from edgeprune.ondevice.budget import BROKEN_PERCENT
 from edgeprune.report.base import Strict
 from edgeprune.report.images import Pictures, pictures_part
 
-DEGRADED_PERCENT, BROKEN_PERCENT = 5.0, 30.0
+DEGRADED_PERCENT = 5.0
 
 Grade = Literal["intact", "degraded", "broken"]
 

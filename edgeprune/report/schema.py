@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from edgeprune.ondevice.budget import BROKEN_PERCENT
 from edgeprune.report.base import Figure, Source, Strict, figure_of, keyed
 from edgeprune.report.experience import Experience
-from edgeprune.report.quality import BROKEN_PERCENT, DEGRADED_PERCENT, Grade, Quality, Text, grade_of
+from edgeprune.report.quality import DEGRADED_PERCENT, Grade, Quality, Text, grade_of
 
 __all__ = [
     "BROKEN_PERCENT",

@@ -12,8 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from edgeprune.model.forward import token_losses, weight_stream
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.forward import spread_logits, weight_stream
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.methods import Method
@@ -22,8 +24,9 @@ from edgeprune.search.widths import Sensitivities, Widths, dense_widths
 
 PROBE_SAMPLES = 16  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
 PROBE_HELD_OUT = 8
-LEAST_RISE = 1e-4  # nats per token; noise may make a small cut seem free
-NOISE = 2e-3  # nats per token, below which a rise on the held-out samples says nothing about a factor
+POSITIONS = 1024  # at which the logits of both models are compared; a divergence is far less noisy than a rise
+LOGIT_BYTES = 1 << 28  # of these logits, at most
+LEAST = 1e-9  # nats per token
 PROBES = 3  # passes of measure_response: the dense model and two small ones
 
 
@@ -58,23 +61,25 @@ def measure_response(
     """Returns the sensitivities with their responses, those of widths and those of formats.
 
     ids: calibration samples (samples, tokens) int64. Each probe is pruned with the first PROBE_SAMPLES of the first
-    half; its loss is measured on the last PROBE_HELD_OUT of the second half. on_probe is called PROBES times.
+    half; its loss is the divergence of its logits from the dense model's, on the last PROBE_HELD_OUT of the second
+    half: to second order what a prediction is of. on_probe is called PROBES times.
     """
     half = max(1, len(ids) // 2)
     fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
     dense, depth = model.decoder, len(model.decoder.layers)
-    base = float(token_losses(dense, weight_stream(model), held_out).mean())
+    count = min(POSITIONS, max(1, LOGIT_BYTES // (4 * dense.vocab_size)))
+    expected = spread_logits(dense, weight_stream(model), held_out, count).log_softmax(dim=-1)
     on_probe()
 
-    def rise(target: object) -> float:
-        losses = token_losses(target, prune(model, target, fit, method, seed), held_out)
+    def divergence(target: Decoder) -> float:
+        logits = spread_logits(target, prune(model, target, fit, method, seed), held_out, count).log_softmax(dim=-1)
         on_probe()
-        return float(losses.mean()) - base
+        return max(LEAST, float(F.kl_div(logits, expected, reduction="batchmean", log_target=True)))
 
     # One pruning that cuts another kind in each layer.
     widths = probe_widths(dense_widths(dense), depth)
     predicted = sum(sensitivities.errors(layer, width).sum() for layer, width in enumerate(widths))
-    factor = max(rise(dense.with_layer_widths(widths)), LEAST_RISE) / max(predicted, 1e-12)
+    factor = divergence(dense.with_layer_widths(widths)) / max(predicted, LEAST)
     sensitivities = replace(sensitivities, response=np.full(3, factor))
     if not formats:
         on_probe()
@@ -83,7 +88,6 @@ def measure_response(
     form = coarsest(formats)
     losses = sensitivities.roundings[form.name]
     predicted = float(losses.attention.sum() + losses.mlp.sum())
-    measured = rise(dense.with_format(form))
-    factor = 1.0 if max(measured, predicted) < NOISE else max(measured, LEAST_RISE) / max(predicted, 1e-12)
+    factor = divergence(dense.with_format(form)) / max(predicted, LEAST)
     roundings = {name: replace(other, response=factor) for name, other in sensitivities.roundings.items()}
     return replace(sensitivities, roundings=roundings)

@@ -7,6 +7,7 @@ their inputs weigh; what GPTQ and compensation make of it is in the measured res
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from edgeprune.precision import WeightFormat
 from edgeprune.pruning.quantize import choose_grid
 from edgeprune.search.widths import RoundingLosses
 
+SHRINKS = (1.0, 0.85, 0.7)  # a rough grid: the response corrects what a finer one gains
 HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about the same at all of them
 
 
@@ -47,11 +49,13 @@ def measure_roundings(
     ids: torch.Tensor,
     gradients: TokenGradients,
     formats: Sequence[WeightFormat],
+    table_formats: Sequence[WeightFormat],
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, RoundingLosses]:
     """Returns the losses of each format in nats per token, by its name.
 
-    ids: calibration samples (b, t) int64; gradients: of these samples. A change dy_t of a module's output costs about
+    ids: calibration samples (b, t) int64; gradients: of these samples; table_formats: those that embedding and head may
+    have, inf in all others. A change dy_t of a module's output costs about
     1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities; the loss of the head is the
     divergence of its logits. on_layer is called once for each layer. Raises NumericalError where activations are not
     finite.
@@ -81,9 +85,9 @@ def measure_roundings(
             for form, total in zip(formats, totals, strict=True):
                 losses[form.name][kind].append(float(total))
         on_layer()
-    tables_of = _table_losses(model, ids, hidden, gradients.embedding * share, formats)
+    tables_of = _table_losses(model, ids, hidden, gradients.embedding * share, table_formats)
     return {
-        name: RoundingLosses(np.array(kinds["attention"]), np.array(kinds["mlp"]), *tables_of[name])
+        name: RoundingLosses(np.array(kinds["attention"]), np.array(kinds["mlp"]), *tables_of.get(name, (inf, inf)))
         for name, kinds in losses.items()
     }
 
@@ -120,7 +124,7 @@ def _rounded(
             importance = of_output if name == OUTPUT[kind] else of_states
             if importance is None or len(importance) != weight.shape[1]:  # the output projection of an expert
                 importance = torch.ones(weight.shape[1])
-            changed[name] = choose_grid(weight, importance, form).nearest(weight).dequantised()
+            changed[name] = choose_grid(weight, importance, form, SHRINKS).nearest(weight).dequantised()
         results.append(changed)
     return results
 
@@ -146,11 +150,11 @@ def _table_losses(
         alike = torch.ones(embedding.shape[1])
         rows = embedding[ids.flatten()]  # (b * t, c)
         used, places = ids.flatten().unique(return_inverse=True)
-        off = choose_grid(embedding[used], alike, form).nearest(embedding[used]).dequantised()[places] - rows
+        off = choose_grid(embedding[used], alike, form, SHRINKS).nearest(embedding[used]).dequantised()[places] - rows
         of_embedding = float((off.mul_(decoder.embedding_scale).square().sum(dim=1) * energy.flatten()).sum())
         # A tied table has no say about the moments of what it reads.
         importance = alike if decoder.tie_word_embeddings else moments
-        changed = choose_grid(head, importance, form).nearest(head).dequantised()
+        changed = choose_grid(head, importance, form, SHRINKS).nearest(head).dequantised()
         logits = head_logits(decoder, states, changed).log_softmax(dim=-1)
         of_head = float(F.kl_div(logits, likely, reduction="sum")) / len(states)
         losses[form.name] = (0.0, of_head + of_embedding) if decoder.tie_word_embeddings else (of_embedding, of_head)

@@ -50,25 +50,32 @@ ROUNDED_SAMPLES = 8  # of these, on which formats are measured, whose errors are
 
 
 def sensitivities_of(
-    model: Model, ids: np.ndarray, method: str, seed: int, progress: Progress, formats: tuple[WeightFormat, ...] = ()
+    model: Model,
+    ids: np.ndarray,
+    method: str,
+    seed: int,
+    progress: Progress,
+    formats: tuple[WeightFormat, ...] = (),
+    table_formats: tuple[WeightFormat, ...] = (),
 ) -> Sensitivities:
     """Returns the sensitivities with their measured response, from the cache or measured now.
 
     ids: calibration samples (samples, tokens) int64; method: the name of the pruning method whose score and recovery
-    are used; formats: that modules may be rounded to. Raises InputError for an unknown method, and NumericalError where
-    activations are not finite.
+    are used; formats: that modules may be rounded to; table_formats: of these, that embedding and head may. Raises
+    InputError for an unknown method, and NumericalError where activations are not finite.
     """
     # The key holds all that the result depends on.
     how = method_named(method)
     named = f"{VERSION} {model.fingerprint} {how.score.__name__} {how.recovery.value} {seed}"
-    named += "".join(f" {form.name}" for form in formats)
+    named += "".join(f" {form.name}{' table' * (form in table_formats)}" for form in formats)
     key = hashlib.sha256(named.encode() + ids.tobytes()).hexdigest()
     path = cache_folder() / "sensitivities" / f"{key}.npz"
 
     def measured() -> Sensitivities:
         samples = torch.from_numpy(ids)
         advance = progress.stage("measure sensitivities", (4 if formats else 3) * len(model.decoder.layers))
-        sensitivities = measure_sensitivities(model, _spread(samples, SAMPLES), how.score, seed, formats, advance)
+        some = _spread(samples, SAMPLES)
+        sensitivities = measure_sensitivities(model, some, how.score, seed, formats, table_formats, advance)
         advance = progress.stage("probe the loss", PROBES)
         return measure_response(model, samples, sensitivities, how, seed, formats, advance)
 
@@ -100,7 +107,8 @@ def _decoded(data: bytes, decoder: Decoder, formats: tuple[WeightFormat, ...]) -
     with np.load(io.BytesIO(data)) as stored:
         arrays = {name: stored[name] for name in shapes}
     for name, shape in shapes.items():
-        if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name]).all():
+        is_known = ~np.isnan(arrays[name]) if "tables" in name else np.isfinite(arrays[name])
+        if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not is_known.all():
             raise ValueError(f"{name} is not an array of {shape} finite fp64")
     roundings = {}
     for form in formats:
@@ -179,6 +187,7 @@ def measure_sensitivities(
     score: Score,
     seed: int,
     formats: tuple[WeightFormat, ...] = (),
+    table_formats: tuple[WeightFormat, ...] = (),
     on_layer: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
     """Returns the sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
@@ -205,7 +214,7 @@ def measure_sensitivities(
     few = min(ROUNDED_SAMPLES, len(ids))
     modules = [{kind: energy[:few] for kind, energy in layer.items()} for layer in gradients.modules]
     of_few = TokenGradients(modules, gradients.embedding[:few])
-    roundings = measure_roundings(model, ids[:few], of_few, formats, on_layer)
+    roundings = measure_roundings(model, ids[:few], of_few, formats, table_formats, on_layer)
     return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]), roundings=roundings)
 
 

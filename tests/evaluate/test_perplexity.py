@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.evaluate.perplexity import Losses, cut, document_losses, rise, text_losses, window_losses
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
+from edgeprune.evaluate.perplexity import Losses, cut, document_losses, graph_losses, rise, text_losses, window_losses
 from edgeprune.model.forward import weight_stream
 from tests.support.tiny import as_model, llama
 
@@ -33,6 +34,19 @@ def test_losses_and_likeliest_tokens_are_transformers_window_by_window():
         assert losses.nats[number] == pytest.approx(nats, rel=1e-4, abs=1e-6)
         assert losses.tokens[number] == sum(len(w) - 1 for w in windows_of(document))
     assert losses.perplexity == pytest.approx(np.exp(losses.nats.sum() / losses.tokens.sum()))
+
+
+def test_losses_of_a_graph_are_those_of_its_model(tmp_path):
+    model, variant = as_model(llama()), GraphVariant("onnxruntime", "all")
+    write_graphs(model.decoder, model.weights, tmp_path, "fp32", [variant])
+    windows, calls = cut(documents_of(30, 5, 17, 1, 33), LENGTH), []
+    found = graph_losses(tmp_path / variant.filename, windows, lambda: calls.append(1))
+    expected = window_losses(model, windows)
+    assert len(calls) == sum(map(len, windows))
+    assert np.allclose(found.nats, expected.nats, rtol=1e-4, atol=1e-6)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    for mine, theirs in zip(found.likeliest, expected.likeliest, strict=True):
+        assert [row.tolist() for row in mine] == [row.tolist() for row in theirs]
 
 
 def test_texts_in_one_pass_are_as_each_by_itself():

@@ -24,6 +24,7 @@ from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.results import Samples
+from edgeprune.profiles import load_profile
 from edgeprune.progress import Silent
 from tests.support.checkpoints import save_llama
 from tests.support.vocabularies import TEXT, byte_level
@@ -46,6 +47,7 @@ class Home:
             request=SimpleNamespace(seed=0),
             length=32,
             kind=Language(),
+            profile=load_profile("cpu"),
         )
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
         journal = open_journal(folder, {}, resume, False)

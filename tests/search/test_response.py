@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from edgeprune.model.forward import token_losses, weight_stream
+from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import numerical
-from edgeprune.search.response import LEAST_RISE, PROBES, coarsest, measure_response, probe_widths
+from edgeprune.search.response import PROBES, coarsest, measure_response, probe_widths
 from edgeprune.search.sensitivity import measure_sensitivities
 from edgeprune.search.widths import Widths
 from tests.support.tiny import as_model, llama
@@ -16,18 +16,18 @@ from tests.support.tiny import as_model, llama
 FORMATS = (WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
 
 
-def rises(model, target, ids) -> float:
-    """The measured rise of a small model on the second half of the samples."""
+def divergence(model, target, ids) -> float:
+    """The mean divergence of a small model's logits on the second half of the samples."""
     half = len(ids) // 2
     small = dict(prune(model, target, ids[:half], METHODS["default"], 0))
-    dense_loss, small_loss = (
-        float(token_losses(decoder, weights, ids[half:]).mean())
+    expected, found = (
+        token_logits(decoder, weights, ids[half:]).log_softmax(-1)
         for decoder, weights in ((model.decoder, weight_stream(model)), (target, small.items()))
     )
-    return small_loss - dense_loss
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
-def test_the_response_is_the_measured_rise_over_the_predicted_one():
+def test_the_response_is_the_measured_divergence_over_the_predicted_loss():
     model = as_model(llama(hidden_size=96, intermediate_size=96, num_attention_heads=6, head_dim=16))
     ids = torch.randint(0, 101, (8, 20), generator=torch.Generator().manual_seed(0))
     raw = measure_sensitivities(model, ids, numerical, 0, FORMATS)
@@ -36,18 +36,14 @@ def test_the_response_is_the_measured_rise_over_the_predicted_one():
     assert len(calls) == PROBES
     # Widths: the prediction of the probe is what it was measured to lose.
     widths = probe_widths(Widths(2, 3, 96), 2)
-    expected = max(rises(model, model.decoder.with_layer_widths(widths), ids), LEAST_RISE)
+    expected = divergence(model, model.decoder.with_layer_widths(widths), ids)
     assert np.isclose(found.loss(widths), expected, rtol=1e-3)
     # Formats: the same, by a factor that all formats share.
     form = WEIGHT_FORMATS["int4-32"]
-    measured = rises(model, model.decoder.with_format(form), ids)
     predicted = raw.rounding_loss([Widths(2, 3, 96)] * 2, [(form, form)] * 2)
     factors = {losses.response for losses in found.roundings.values()}
     assert len(factors) == 1
-    if max(measured, predicted) > 2e-3:
-        assert np.isclose(factors.pop(), max(measured, LEAST_RISE) / predicted, rtol=1e-3)
-    else:
-        assert factors == {1.0}
+    assert np.isclose(factors.pop(), divergence(model, model.decoder.with_format(form), ids) / predicted, rtol=1e-3)
 
 
 def test_probes_cut_another_kind_in_each_layer():

@@ -8,7 +8,7 @@ from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.quantize import choose_grid
-from edgeprune.search.roundings import measure_roundings
+from edgeprune.search.roundings import SHRINKS, measure_roundings
 from tests.support.tiny import as_model, llama
 
 FORMATS = (WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
@@ -23,7 +23,7 @@ def samples(count: int = 6) -> torch.Tensor:
 
 
 def measured(model, ids):
-    return measure_roundings(model, ids, token_gradients(model, ids, 0), FORMATS)
+    return measure_roundings(model, ids, token_gradients(model, ids, 0), FORMATS, FORMATS)
 
 
 def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradient():
@@ -43,7 +43,9 @@ def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradie
     inner, dense = output(weights)
     read = {"mlp.gate": states, "mlp.up": states, "mlp.down": inner}
     rounded = {
-        name: choose_grid(weights[name], inputs.flatten(0, 1).square().mean(0), FORMATS[1]).nearest(weights[name])
+        name: choose_grid(weights[name], inputs.flatten(0, 1).square().mean(0), FORMATS[1], SHRINKS).nearest(
+            weights[name]
+        )
         for name, inputs in read.items()
     }
     off = output(weights | {name: weight.dequantised() for name, weight in rounded.items()})[1] - dense
