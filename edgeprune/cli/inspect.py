@@ -35,10 +35,10 @@ def devices(
         print_profile(load_profile(name), console())
 
 
-@takes("device", "profile", "prompt", "batch", "image_size", "num_heads")
+@takes("device", "profile", "precision", "tensorrt", "prompt", "batch", "image_size", "num_heads")
 def plan(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A config.json, or a model as for fit; no weights.")],
-    precision: options.PLAN_PRECISION = None,
+    weights: options.PlanWeights = "float",
     past: Annotated[
         int | None,
         typer.Option(help="Tokens in the cache before a step. Default: the profile's.", rich_help_panel=DEVICE),
@@ -50,7 +50,7 @@ def plan(
     from edgeprune.cli.tables import print_plan, print_plans
     from edgeprune.commands.plan import plan as run
 
-    plans = run(model, precision=precision, past=past, **shape).report
+    plans = run(model, weights=weights, past=past, **shape).report
     is_one = shape["device"] is not None or shape["profile"] is not None
     if json_:
         devices = [planned.as_json() for planned in plans]

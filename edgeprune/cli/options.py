@@ -133,7 +133,10 @@ OPTIONS: dict[str, Any] = {
     "resume": Annotated[bool, _option(OUTPUT, "Go on with an unfinished run.", "--resume")],
     "force": Annotated[bool, _option(OUTPUT, "Replace an older bundle or unfinished run.", "--force")],
 }
-PLAN_PRECISION = Annotated[str | None, _option(DEVICE, "Default: the profile's.", metavar="|".join(PRECISIONS))]
+PlanWeights = Annotated[
+    str,
+    _option(DEVICE, "Format of the layers' weights; embedding and head are floats.", metavar="float|int8|int4|NAME"),
+]
 IMAGES_OF_RUN = ("--class", "--count", "--cfg", "--output", "--force")
 
 

@@ -144,7 +144,7 @@ def _shape(plan: Plan) -> str:
     """Returns the parameters, the precision and the workload in one line."""
     workload = plan.workload
     return (
-        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}, batch {workload.batch}, "
+        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}{f', weights in {plan.weights}' if plan.weights != 'float' else ''}, batch {workload.batch}, "
         f"prompt {workload.prompt}, past {plan.past}"
     )
 

@@ -53,8 +53,8 @@ def _fitted(run: Run) -> list[Fitted]:
     """Returns the rungs of the bundle, the chosen one first: within the budget where one was found."""
     setup = run.setup
     dense = run.dense.performance
-    stop, outcome, gains, costs = None, None, {}, None
-    if judge(setup.budget, dense, dense).met:
+    stop, outcome, gains, costs, levers = None, None, {}, None, None
+    if judge(setup.budget, dense, dense).met and None in setup.weights.layers:
         run.progress.note("the dense model already meets the budget: it is exported as it is")
         rungs = [run.dense_candidate]
         if setup.request.rungs > 1:
@@ -66,20 +66,22 @@ def _fitted(run: Run) -> list[Fitted]:
         planner = planner_of(run)
         costs = planner.latency
         outcome, chosen, allocation = search_budget(run, planner, setup.budget)
-        gains = planner.gains(setup.budget.absolute(dense).limits, allocation)
+        limits = setup.budget.absolute(dense).limits
+        gains = planner.gains(limits, allocation)
         rungs, qualities = [chosen], [run.evaluator.quality("0", chosen)]
         if quality_status(run, qualities[0]) == "missed":
-            stop, chosen, quality = within_quality(run, planner, chosen, allocation, qualities[0])
+            stop, chosen, allocation, quality = within_quality(run, planner, chosen, allocation, qualities[0])
             rungs, qualities = [chosen], [quality]
         elif judge(setup.budget, dense, chosen.performance).met:
             rungs += smaller_candidates(run, planner, allocation)
             qualities = run.evaluator.qualities(rungs)
+        levers = planner.levers(limits, allocation)
     # Images are drawn of what the bundle will hold, not of all that was tried.
     pairs = zip(rungs, qualities, strict=True)
     qualities = [run.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
     cross_check = None if outcome is None else run.cross_check(rungs[0])
     seconds = run.journal.seconds
     return [
-        Fitted(setup, run.samples, dense, rung, outcome, quality, cross_check, seconds, gains, costs, stop)
+        Fitted(setup, run.samples, dense, rung, outcome, quality, cross_check, seconds, gains, costs, stop, levers)
         for rung, quality in zip(rungs, qualities, strict=True)
     ]

@@ -27,11 +27,11 @@ from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_outline
 from edgeprune.ondevice.figures import Performance, Workload
-from edgeprune.precision import PRECISIONS, GraphPrecision
+from edgeprune.pipeline.formats import FLOAT, weight_choice, with_tensorrt
+from edgeprune.precision import GraphPrecision
 from edgeprune.profiles import DeviceProfile, list_profiles, profile_of
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
-QUANTISED = "weight-only: the layers' matrices, a scale for each block of 128; all else fp16"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Question:
     device: str | None = None
     profile: Path | None = None
     precision: str | None = None
+    weights: str = FLOAT
+    tensorrt: str | None = None
     prompt: int | None = None
     past: int | None = None
     batch: int | None = None
@@ -50,13 +52,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model's shape on one device. decode_parts: ms by layers, head, cache, cache_copies, compute, overhead;
-    decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the points does."""
+    """One model's shape on one device. weights: the name of the format of its layers' matrices; decode_parts: ms by
+    layers, head, cache, cache_copies, compute, overhead; decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the points does."""
 
     model: str
     decoder: Decoder
     profile: DeviceProfile
     precision: GraphPrecision
+    weights: str
     workload: Workload
     performance: Performance
     decode_parts: dict[str, float]
@@ -95,6 +98,7 @@ class Plan:
             "parameters": self.decoder.parameters,
             "device": self.profile.name,
             "precision": self.precision,
+            "weights": self.weights,
             "batch": self.workload.batch,
             "prompt": self.workload.prompt,
             "past": self.past,
@@ -119,6 +123,8 @@ def plan(
     device: str | None = None,
     profile: str | Path | None = None,
     precision: str | None = None,
+    weights: str = FLOAT,
+    tensorrt: str | None = None,
     prompt: int | None = None,
     past: int | None = None,
     batch: int | None = None,
@@ -128,10 +134,11 @@ def plan(
     """Estimates what a model's shape needs and reaches: on the one device that is named, or on all of them.
 
     model: a config.json, or a model as of fit, of which no weight is read. past: tokens in the cache before a step.
-    Raises InputError.
+    weights: the format of the layers' matrices; embedding and head are floats. Raises InputError.
     """
     file = None if profile is None else Path(profile)
-    question = Question(str(model), device, file, precision, prompt, past, batch, Hints(image_size, num_heads))
+    hints = Hints(image_size, num_heads)
+    question = Question(str(model), device, file, precision, weights, tensorrt, prompt, past, batch, hints)
     is_one = device is not None or profile is not None
     return Result(None, [plan_one(question)] if is_one else plan_all(question))
 
@@ -139,7 +146,7 @@ def plan(
 def plan_one(question: Question) -> Plan:
     """Returns the plan for the one device that was named. Raises InputError."""
     _check(question)
-    profile = profile_of(question.device, question.profile)
+    profile = with_tensorrt(profile_of(question.device, question.profile), question.tensorrt)
     check_precision(profile, question.precision or profile.precision)  # before a probe takes its time
     model, decoder, notes = load_outline(question.model, question.hints)
     return _on(question, with_figures(profile), model, decoder, notes)
@@ -149,6 +156,8 @@ def plan_all(question: Question) -> list[Plan]:
     """Returns a plan for every shipped device with hardware figures: all but this machine's processor."""
     _check(question)
     profiles = [profile for profile in list_profiles() if profile.is_probed]
+    if question.tensorrt is not None:
+        raise InputError("--tensorrt is of one device", "Name it: --device jetson-orin.")
     for profile in profiles:
         check_precision(profile, question.precision or profile.precision)
     model, decoder, notes = load_outline(question.model, question.hints)
@@ -167,6 +176,10 @@ def _check(question: Question) -> None:
 def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder, left_out: tuple[str, ...]) -> Plan:
     """Returns the plan for one device. left_out: in words, what of the model is not in its decoder."""
     precision = check_precision(profile, question.precision or profile.precision)
+    formats = weight_choice(question.weights, profile, decoder).layers
+    if len(formats) > 1:
+        raise InputError(f"--weights {question.weights} names several formats", "A plan is of one: --weights int4.")
+    decoder = decoder.with_format(formats[0])
     asked = _workload(question, profile, decoder)
     held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
     performance = estimate_performance(decoder, profile, asked, precision)
@@ -175,11 +188,12 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
         decoder,
         profile,
         precision,
+        formats[0].name if formats[0] else FLOAT,
         asked,
         replace(performance, memory=estimate_memory(decoder, profile, held, precision)),
         decode_parts(decoder, profile, asked, precision),
         sum(decode_parts(decoder, profile, asked, precision, in_place=True).values()),
-        (*left_out, *_notes(decoder, held, precision)),
+        (*left_out, *_notes(decoder, held)),
     )
 
 
@@ -199,10 +213,11 @@ def _workload(question: Question, profile: DeviceProfile, decoder: Decoder) -> W
     return Workload(question.batch or default.batch, prompt, past + 1)
 
 
-def _notes(decoder: Decoder, held: Workload, precision: GraphPrecision) -> Sequence[str]:
+def _notes(decoder: Decoder, held: Workload) -> Sequence[str]:
     notes = []
-    if PRECISIONS[precision].is_quantised:
-        notes.append(f"{precision} is {QUANTISED}")
+    if form := next(iter(decoder.weight_formats.values()), None):
+        group = f"for each group of {form.group} inputs" if form.group else "for each output"
+        notes.append(f"{form.name}: the layers' matrices in {form.bits} bits with a scale {group}; all else floats")
     if held.context > decoder.max_position_embeddings:
         notes.append(f"{held.context} tokens are more than the model's {decoder.max_position_embeddings} positions")
     return notes

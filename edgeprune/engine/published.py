@@ -20,10 +20,11 @@ from edgeprune.engine.estimate import bytes_per_token, prefill_flops
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
 from edgeprune.ondevice.figures import Workload
-from edgeprune.precision import GraphPrecision
+from edgeprune.precision import WEIGHT_FORMATS, GraphPrecision
 from edgeprune.profiles import load_profile
 
 RUNTIME = "NVIDIA TensorRT-Edge-LLM 0.10 llm_bench, TensorRT 10.16, cache in place"
+AWQ = WEIGHT_FORMATS["int4-128"]
 SETTING = "INT4 AWQ, batch 1"
 WORKLOAD = Workload(batch=1, prompt=2048, context=2049)  # published at past 2048; the step's own token is one more
 
@@ -132,7 +133,7 @@ QWEN3 = {
 def _points(figures: Sequence[tuple[float, float]]) -> tuple[PublishedPoint, ...]:
     """Returns the points of the models of QWEN3 in order; figures: tokens/s of decode, and ms of prefill."""
     return tuple(
-        PublishedPoint(model, decoder, "int4", WORKLOAD, 1e3 / tokens_per_second, prefill_ms)
+        PublishedPoint(model, decoder.with_format(AWQ), "fp16", WORKLOAD, 1e3 / tokens_per_second, prefill_ms)
         for (model, decoder), (tokens_per_second, prefill_ms) in zip(QWEN3.items(), figures, strict=False)
     )
 

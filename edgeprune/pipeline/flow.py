@@ -200,12 +200,12 @@ def quality_status(run: Run, quality: Quality) -> str:
 
 def within_quality(
     run: Run, planner: Planner, candidate: Candidate, allocation: Allocation, quality: Quality
-) -> tuple[QualityStop, Candidate, Quality]:
+) -> tuple[QualityStop, Candidate, Allocation, Quality]:
     """Searches the smallest model within the quality limit, which the budget's candidate exceeds; the dense one at
     worst."""
     dense = run.dense.performance
     limits = run.setup.budget.absolute(dense).limits
-    evaluated: dict[int, tuple[Candidate, Quality]] = {}
+    evaluated: dict[int, tuple[Candidate, Allocation, Quality]] = {}
 
     def at(share: float) -> Allocation | None:
         """Returns the best allocation on the way from the dense model, at 0, to the budget, at 1."""
@@ -220,8 +220,8 @@ def within_quality(
     def obtain(index: int, allocation: Allocation) -> TrialRise:
         smaller = run.candidate(f"quality-{index + 1}", allocation)
         planner.estimator.correct(allocation, smaller.performance.values)
-        evaluated[index] = smaller, run.evaluator.quality(f"quality-{index + 1}", smaller)
-        return rise_of(evaluated[index][1])
+        evaluated[index] = smaller, allocation, run.evaluator.quality(f"quality-{index + 1}", smaller)
+        return rise_of(evaluated[index][2])
 
     # Try sizes between the dense model and the budget's candidate; keep the smallest that meets the quality limit.
     limit = log1p(run.setup.budget.max_quality_loss / 100)
@@ -229,7 +229,8 @@ def within_quality(
     chosen = _furthest_met(trials)
     if chosen is None:
         kept = run.dense_candidate
-        evaluated[-1], chosen = (kept, run.evaluator.quality("of the dense model", kept)), -1
+        quality_of_dense = run.evaluator.quality("of the dense model", kept)
+        evaluated[-1], chosen = (kept, planner.problem.everything, quality_of_dense), -1
     return QualityStop(candidate, quality, len(trials)), *evaluated[chosen]
 
 

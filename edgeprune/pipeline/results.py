@@ -17,6 +17,7 @@ from edgeprune.ondevice.figures import Measured, Performance
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.pipeline.setup import Setup
 from edgeprune.search.latency_table import LatencyCosts
+from edgeprune.search.planner import Levers
 from edgeprune.search.search import Outcome
 
 
@@ -100,6 +101,7 @@ class Fitted:
     gains: dict[str, float]  # nats per token that a few percent more of each constraint would save
     costs: LatencyCosts | None  # that the search began with
     stop: QualityStop | None = None
+    levers: Levers | None = None
 
     @property
     def verdict(self) -> Verdict:

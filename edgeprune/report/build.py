@@ -44,6 +44,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
             decode_bytes=bytes_moved,
             latency_shares=share,
             widths=_widths(target),
+            formats=_formats(decoder),
         )
         for performance, decoder, target, bytes_moved, share in zip(
             (fitted.dense, fitted.chosen.performance),
@@ -91,6 +92,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         unprunable=_unprunable(fitted, shares[0]),
         floor=setup.floor.values,
         search=_search(fitted),
+        levers=_levers(fitted),
         quality_stop=_quality_stop(fitted),
         quality=quality_part(label, **fitted.quality.__dict__),
         experience=_experience(fitted),
@@ -216,6 +218,24 @@ def _search(fitted: Fitted) -> schema.Search:
     )
 
 
+def _levers(fitted: Fitted) -> schema.Levers | None:
+    """Returns what each lever contributes to the fitted model; none where nothing was searched."""
+    if (levers := fitted.levers) is None:
+        return None
+    parts = [schema.Lever(**vars(part)) for part in levers.parts]
+    return schema.Levers(parts=parts, pruning_alone=levers.pruning_alone, precision_alone=levers.precision_alone)
+
+
+def _formats(decoder: Decoder) -> dict[str, int]:
+    """Returns the number of modules of each weight format, embedding and head among them; nothing for floats."""
+    if not decoder.weight_formats:
+        return {}
+    tables = [decoder.head_format] if decoder.tie_word_embeddings else [decoder.embedding_format, decoder.head_format]
+    modules = [module for layer in decoder.layers for module in (layer.attention, layer.mlp) if module is not None]
+    names = [form.name if form else "float" for form in [*(module.weight_format for module in modules), *tables]]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
 def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
     """Returns the candidate nearest to the budget where it lies beyond the quality limit."""
     if (stop := fitted.stop) is None:
@@ -237,8 +257,7 @@ def _headline(fitted: Fitted) -> str:
     if fitted.outcome is None:
         return f"{setup.model.name} meets {asked} on {setup.profile.name} as it is: nothing was pruned."
     where = " on its own text" if fitted.samples.self_generated else ""
-    removed = ratio(fitted.chosen.model.decoder, setup.model.decoder)
-    cost = f"at {format_percent(rise)} perplexity{where}, {100 * removed:.0f} % pruned"
+    cost = f"at {format_percent(rise)} perplexity{where}, {_made(fitted)}"
     # Budget and quality exclude each other, or the budget is out of reach or in doubt.
     if fitted.stop is not None:
         return (
@@ -258,6 +277,15 @@ def _headline(fitted: Fitted) -> str:
         return f"{setup.model.name} meets {asked} on {setup.profile.name} {beyond}: {cost}."
     how = "" if verdict.source == "measured" else f" ({verdict.source})"
     return f"{setup.model.name} meets {asked} on {setup.profile.name}{how}, {cost}."
+
+
+def _made(fitted: Fitted) -> str:
+    """Returns how the fitted model was made smaller, in words."""
+    dense, small = fitted.setup.model.decoder, fitted.chosen.model.decoder
+    removed = ratio(small, dense)
+    formats = [name for name in _formats(small) if name != "float"]
+    pruned = f"{100 * removed:.0f} % pruned" if removed or small.vocab_size != dense.vocab_size else "nothing pruned"
+    return f"{pruned}, weights in {' and '.join(formats)}" if formats else pruned
 
 
 def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:

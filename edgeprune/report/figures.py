@@ -12,7 +12,7 @@ from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms, form
 from edgeprune.report.experience import Experience
 from edgeprune.report.images import Interval, Pictures
 from edgeprune.report.quality import Agreement, Answers, Identical
-from edgeprune.report.schema import Constraint, Figure, Outcome, Report, Search, Source, Text
+from edgeprune.report.schema import Constraint, Figure, Levers, Outcome, Report, Search, Source, Text
 
 OUTCOME_TEXT: dict[Outcome, str] = {
     **STATUS_TEXT,
@@ -39,6 +39,25 @@ def number_text(value: float, unit: str) -> str:
         case "tokens" | "sequences":
             return f"{value:,.0f} {unit if value != 1 else unit.removesuffix('s')}"
     return f"{value:.3f}"
+
+
+def levers_text(levers: Levers) -> str:
+    """Returns what each lever saves and is predicted to cost."""
+    parts = [
+        f"{part.name} {format_bytes(part.saved_bytes)} (+{100 * expm1(max(0.0, part.nats)):.2g} % perplexity)"
+        for part in levers.parts
+    ]
+    return f"{', '.join(parts)}; memory saved as estimated, perplexity as predicted" if parts else "none"
+
+
+def alone_text(levers: Levers) -> str:
+    """Returns what one kind of lever alone is predicted to cost."""
+
+    def cost(nats: float | None) -> str:
+        return "does not reach it" if nats is None else f"would cost {format_percent(100 * expm1(min(nats, 50.0)))}"
+
+    text = f"pruning alone {cost(levers.pruning_alone)}"
+    return f"{text}, weight formats alone {cost(levers.precision_alone)} of perplexity, as predicted"
 
 
 def figure_text(figure: Figure | None) -> str:

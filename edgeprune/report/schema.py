@@ -153,6 +153,10 @@ class Side(Strict):
         description="estimated decode ms: layers, head_and_embedding, cache, overhead"
     )
     widths: list[LayerWidths] = Field(description="per layer: query heads, key/value heads, MLP channels")
+    formats: dict[str, int] = Field(
+        default_factory=dict,
+        description="modules by weight format, embedding and head among them; empty: all weights are floats",
+    )
 
 
 class Candidate(Strict):
@@ -189,6 +193,26 @@ class Search(Strict):
     )
 
 
+class Lever(Strict):
+    """What one way to make the model smaller contributes to the fitted model."""
+
+    name: str = Field(description="pruning, vocabulary, or a weight format")
+    saved_bytes: float = Field(description="of memory, estimated")
+    nats: float = Field(description="predicted rise of the loss per token, by the sensitivities")
+
+
+class Levers(Strict):
+    """What each lever contributes, and what the budget would have cost by one kind of lever alone."""
+
+    parts: list[Lever]
+    pruning_alone: float | None = Field(
+        description="predicted nats per token of the best model within the budget in floats; none: none is within it"
+    )
+    precision_alone: float | None = Field(
+        description="the same of the best model of the dense widths in weight formats alone; none: none is within it"
+    )
+
+
 class QualityStop(Strict):
     """The candidate nearest to a budget beyond the quality limit; `fitted` is the smallest model within that limit."""
 
@@ -218,6 +242,14 @@ class Module(Strict):
     few: list[int] = Field(
         default_factory=list,
         description="experts without an update: fewer tokens of the samples took them than they keep channels",
+    )
+    roundings: list[Literal["gptq", "nearest"]] = Field(
+        default_factory=list,
+        description="how the matrices before the activation and the output projection were rounded to the module's "
+        "weight format; of experts two for each; nearest: GPTQ was no better on held-out samples; empty: floats",
+    )
+    rounding_errors: list[float | None] = Field(
+        default_factory=list, description="of each of these, the squared error of its outputs relative to the outputs"
     )
 
 
@@ -318,6 +350,7 @@ class Report(Strict):
         description="estimated, of the smallest model on the width grid: memory in bytes, prefill and decode in ms"
     )
     search: Search
+    levers: Levers | None = Field(None, description="none: nothing was searched")
     quality_stop: QualityStop | None = Field(description="where the budget lies beyond the quality limit")
     quality: Quality
     modules: list[Module]

@@ -11,11 +11,13 @@ from edgeprune.ondevice.budget import format_bytes
 from edgeprune.report.figures import (
     OUTCOME_LABEL,
     OUTCOME_TEXT,
+    alone_text,
     deciding_text,
     difference_text,
     few_pictures_text,
     half_identical,
     interval_text,
+    levers_text,
     number_text,
     perplexity_text,
     picture_room_text,
@@ -136,6 +138,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
             f"{100 * report.ratio:.1f} % of attention and MLP parameters, {100 * report.total_ratio:.1f} % of all, "
             f"{100 * report.decode_bytes_ratio:.1f} % of decode bytes",
         ),
+        *([("levers", levers_text(report.levers)), ("alone", alone_text(report.levers))] if report.levers else []),
         *([("decides", deciding)] if (deciding := deciding_text(report.budget)) else []),
         *_budget_or_quality(report),
         ("fixed", report.unprunable),

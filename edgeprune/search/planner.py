@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgeprune.search.latency_table import LatencyCosts
 from edgeprune.search.search import Corrected
+from edgeprune.search.widths import Sensitivities
 
 if TYPE_CHECKING:
     from edgeprune.search.solve import Allocation, Problem
@@ -19,6 +22,28 @@ STEP = 0.05  # share by which a limit is raised to see what more of it would gai
 RUNG_STEP = 0.15  # share of what pruning can still take from the chosen candidate, for each rung
 SHARE_STEPS = 6  # steps of the bisection for the end of a frontier
 LEAST_GAIN = 1e-4  # nats per token
+
+
+UNUSABLE = 1e3  # nats per token: the loss of a cut that is not to be chosen
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What one way to make the model smaller contributes; name: pruning, vocabulary, or a weight format."""
+
+    name: str
+    saved_bytes: float
+    nats: float
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What each lever contributes to an allocation, and the predicted loss of one kind of lever alone within the same
+    limits, None where that does not reach them."""
+
+    parts: tuple[Lever, ...]
+    pruning_alone: float | None
+    precision_alone: float | None
 
 
 @dataclass(frozen=True)
@@ -83,3 +108,42 @@ class Planner:
             best = self.within({name: middle * dense})
             low, high = (low, middle) if best is not None and best.loss <= most_loss else (middle, high)
         return [1 - (1 - high) * (step + 1) / count for step in range(count)]
+
+    def levers(self, limits: Mapping[str, float], chosen: Allocation) -> Levers:
+        """Returns what each lever contributes to the chosen allocation; limits: on the obtained costs."""
+        problem = self.problem
+        # From the dense model on, one lever after the other.
+        steps = [("vocabulary", replace(problem.everything, vocab_size=chosen.vocab_size))]
+        steps.append(("pruning", replace(steps[0][1], layers=chosen.layers)))
+        for form in problem.formats[1:]:
+            last = steps[-1][1]
+            formats = [
+                tuple(mine if mine == form else before for mine, before in zip(pair, done, strict=True))
+                for pair, done in zip(_pairs(chosen), _pairs(last), strict=True)
+            ]
+            tables = [mine if mine == form else done for mine, done in zip(chosen.tables, last.tables, strict=True)]
+            steps.append((form.name, replace(last, formats=tuple(formats), tables=tuple(tables))))
+        parts, before = [], problem.everything
+        for name, step in steps:
+            saved = problem.estimate(before)["memory"] - problem.estimate(step)["memory"]
+            if step.choice != before.choice:
+                parts.append(Lever(name, saved, problem.loss(step) - problem.loss(before)))
+            before = step
+        # One kind alone.
+        pruning = replace(self, problem=replace(problem, layer_formats=(0,), table_formats=(0,))).within(limits)
+        vocabulary = {max(problem.vocabularies): 0.0}
+        whole = replace(problem, sensitivities=_uncut(problem.sensitivities), vocabularies=vocabulary)
+        precision = replace(self, problem=whole).within(limits) if len(problem.formats) > 1 else None
+        is_usable = precision is not None and precision.loss < UNUSABLE
+        return Levers(tuple(parts), pruning and pruning.loss, precision.loss if is_usable else None)
+
+
+def _pairs(allocation: Allocation) -> tuple:
+    return allocation.formats or ((None, None),) * len(allocation.layers)
+
+
+def _uncut(sensitivities: Sensitivities) -> Sensitivities:
+    """Returns sensitivities by which every cut costs more than any model is worth."""
+    attention, mlp = (np.full_like(losses, UNUSABLE) for losses in (sensitivities.attention, sensitivities.mlp))
+    attention[:, -1, -1] = mlp[:, -1] = 0.0
+    return replace(sensitivities, attention=attention, mlp=mlp, response=np.ones(3))
