@@ -23,11 +23,22 @@ def test_a_code_stands_for_a_multiple_of_its_groups_scale():
     assert second.shape == (1, 4)
 
 
-@given(st.floats(2.0**-17, 6e4))
-def test_scales_are_equal_in_fp32_fp16_and_bf16(value):
-    scale = storable(torch.tensor(value))
+@given(st.floats(2.0**-17, 6e4), st.booleans())
+def test_scales_are_equal_in_fp32_fp16_and_bf16(value, is_asymmetric):
+    scale = storable(torch.tensor(value), is_asymmetric)
     assert scale == scale.half().float() == scale.bfloat16().float()
-    assert abs(float(scale) / value - 1) <= 2**-8
+    assert abs(float(scale) / value - 1) <= 2 ** -(7 if is_asymmetric else 8)
+
+
+@given(st.floats(0, 4e3), st.integers(0, 15))
+def test_the_least_value_of_an_asymmetric_group_is_a_number_of_fp16(value, steps):
+    least = -steps * storable(torch.tensor(value), is_asymmetric=True)
+    assert least == least.half().float()
+
+
+def test_scales_are_rounded_as_bf16_rounds():
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).abs()
+    assert torch.equal(storable(values), values.bfloat16().float())
 
 
 def test_a_scale_is_never_zero():
