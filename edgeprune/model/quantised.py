@@ -44,6 +44,18 @@ class QuantisedWeight:
         zeros = None if self.zeros is None else self.zeros[kept]
         return QuantisedWeight(self.form, self.codes[kept], self.scales[kept], zeros)
 
+    def padded(self, shape: Sequence[int]) -> QuantisedWeight:
+        """Returns the weight with outputs and inputs of zeros behind its own, up to this shape.
+
+        Raises InputError where the format's groups do not divide the inputs.
+        """
+        pad = torch.nn.functional.pad
+        rows, columns = shape[0] - self.shape[0], shape[1] - self.shape[1]
+        groups = self.form.groups_of(shape[1]) - self.scales.shape[1]
+        zeros = None if self.zeros is None else pad(self.zeros, (0, groups, 0, rows))
+        scales = pad(self.scales, (0, groups, 0, rows), value=1.0)
+        return QuantisedWeight(self.form, pad(self.codes, (0, columns, 0, rows)), scales, zeros)
+
     def split(self, rows: list[int]) -> list[QuantisedWeight]:
         """Returns the parts of these numbers of outputs, which share memory with the whole."""
         zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)

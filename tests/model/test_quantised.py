@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeprune.errors import InputError
 from edgeprune.model.quantised import QuantisedWeight, storable
 from edgeprune.precision import WEIGHT_FORMATS
 
@@ -21,6 +23,22 @@ def test_a_code_stands_for_a_multiple_of_its_groups_scale():
     first, second = shifted.split([1, 1])
     assert torch.equal(torch.cat([first.dequantised(), second.dequantised()]), shifted.dequantised())
     assert second.shape == (1, 4)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-32", "int4-32-asymmetric"])
+def test_outputs_and_inputs_of_zeros_stand_behind_the_own(name):
+    codes = torch.ones(2, 64, dtype=torch.int8)
+    scales = torch.full((2, WEIGHT_FORMATS[name].groups_of(64)), 0.5)
+    zeros = torch.full_like(scales, -1, dtype=torch.int8) if name.endswith("asymmetric") else None
+    weight = QuantisedWeight(WEIGHT_FORMATS[name], codes, scales, zeros)
+    padded = weight.padded((3, 128))
+    assert padded.scales.shape == (3, WEIGHT_FORMATS[name].groups_of(128))
+    assert torch.equal(padded.dequantised()[:2, :64], weight.dequantised())
+    assert not padded.dequantised()[2:].any()
+    assert not padded.dequantised()[:, 64:].any()
+    if name != "int8":
+        with pytest.raises(InputError, match="groups of 32, which do not divide 80 inputs"):
+            weight.padded((2, 80))
 
 
 @given(st.floats(2.0**-17, 6e4), st.booleans())
