@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Format:
     """check(model, reduced): raises InputError where the format cannot hold the model, with a reduced vocabulary where
-    `reduced`; write(model, path). purpose: for the bundle's README."""
+    `reduced`; write(model, folder, stem): makes the folder and writes files of that name into it. purpose: for the
+    bundle's README."""
 
     purpose: str
     check: Callable[[Model, bool], None]
-    write: Callable[[Model, Path], None]
+    write: Callable[[Model, Path, str], None]
 
 
 def _check_gguf(model: Model, reduced: bool) -> None:
@@ -32,13 +33,29 @@ def _check_gguf(model: Model, reduced: bool) -> None:
     check_exportable(model, reduced)
 
 
-def _write_gguf(model: Model, path: Path) -> None:
+def _write_gguf(model: Model, folder: Path, stem: str) -> None:
     from edgeprune.model.gguf.export import export_gguf
 
-    export_gguf(model, path)
+    folder.mkdir()
+    export_gguf(model, folder / f"{stem}.gguf")
 
 
-FORMATS = {"gguf": Format("the model for llama.cpp", _check_gguf, _write_gguf)}
+def _check_gptq(model: Model, reduced: bool) -> None:
+    from edgeprune.model.gptq import check_gptq
+
+    check_gptq(model.decoder)
+
+
+def _write_gptq(model: Model, folder: Path, stem: str) -> None:
+    from edgeprune.model.gptq import export_gptq
+
+    export_gptq(model, folder)
+
+
+FORMATS = {
+    "gguf": Format("the model for llama.cpp", _check_gguf, _write_gguf),
+    "gptq": Format("the checkpoint in GPTQ's layout, for vLLM and transformers", _check_gptq, _write_gptq),
+}
 
 
 def check_exports(names: Sequence[str], model: Model, layout: str, reduced: bool) -> None:
@@ -62,5 +79,4 @@ def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str) -
     model: pruned, with layers of one width, as loaded from its checkpoint. stem: of the files' names.
     """
     for name in dict.fromkeys(names):
-        (folder / name).mkdir()
-        FORMATS[name].write(model, folder / name / f"{stem}.{name}")
+        FORMATS[name].write(model, folder / name, stem)

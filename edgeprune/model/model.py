@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from edgeprune.model.quantised import QuantisedWeight
 
     Weights = Mapping[str, "torch.Tensor"]  # by the names of decoder.py; each access reads the file again
-    StoredWeights = Mapping[str, "torch.Tensor | QuantisedWeight"]
+    Stored = torch.Tensor | QuantisedWeight
+    StoredWeights = Mapping[str, Stored]
 
 
 @dataclass(frozen=True)

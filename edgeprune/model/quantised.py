@@ -44,6 +44,18 @@ class QuantisedWeight:
         zeros = None if self.zeros is None else self.zeros[kept]
         return QuantisedWeight(self.form, self.codes[kept], self.scales[kept], zeros)
 
+    def padded(self, shape: Sequence[int]) -> QuantisedWeight:
+        """Returns the weight with outputs and inputs of zeros behind its own, up to this shape.
+
+        Raises InputError where the format's groups do not divide the inputs.
+        """
+        pad = torch.nn.functional.pad
+        rows, columns = shape[0] - self.shape[0], shape[1] - self.shape[1]
+        groups = self.form.groups_of(shape[1]) - self.scales.shape[1]
+        zeros = None if self.zeros is None else pad(self.zeros, (0, groups, 0, rows))
+        scales = pad(self.scales, (0, groups, 0, rows), value=1.0)
+        return QuantisedWeight(self.form, pad(self.codes, (0, columns, 0, rows)), scales, zeros)
+
     def split(self, rows: list[int]) -> list[QuantisedWeight]:
         """Returns the parts of these numbers of outputs, which share memory with the whole."""
         zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
@@ -65,9 +77,19 @@ def as_float(weight: torch.Tensor | QuantisedWeight) -> torch.Tensor:
     return weight.dequantised() if isinstance(weight, QuantisedWeight) else weight.float()
 
 
-def storable(scales: torch.Tensor) -> torch.Tensor:
+def storable(scales: torch.Tensor, is_asymmetric: bool = False) -> torch.Tensor:
     """Returns scales fp32 rounded to eight significant bits, which fp32, fp16 and bf16 hold alike, and above 0.
 
-    Every file and every graph then stands for the same weight, whatever the type of its scales.
+    Every file and every graph then stands for the same weight, whatever the type of its scales. A file may hold the
+    value of an asymmetric group's least code in place of its zero, in fp16, of which 11 bits are significant: fifteen
+    times a scale of seven bits at most.
     """
-    return scales.bfloat16().half().bfloat16().float().clamp_min_(SMALLEST_SCALE)
+    bits = 7 if is_asymmetric else 8
+    # fp16 again has fewer bits where its numbers are tiny.
+    return _rounded(_rounded(scales, bits).half().float(), bits).clamp_min_(SMALLEST_SCALE)
+
+
+def _rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns values fp32 rounded to nearest with so many significant bits (Dekker 1971: the sum drops the others)."""
+    above = values * (2.0 ** (24 - bits) + 1)
+    return above - (above - values)

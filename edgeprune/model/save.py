@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.files import write_text
-from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config
+from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config, with_final_outputs
 from edgeprune.model.checkpoint.padding import padded_heads
-from edgeprune.model.checkpoint.safetensors_file import write_weights
+from edgeprune.model.checkpoint.safetensors_file import Packing, write_weights
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.bpe import read_object
@@ -24,23 +24,27 @@ from edgeprune.model.tokens.vocabulary import Vocabulary, reduced_config, write_
 if TYPE_CHECKING:
     import torch
 
+    from edgeprune.model.model import Stored
+
+QUANTISATION = ("quantization_config", "compression_config")  # fields that tell how the source's weights are packed
 PICTURE_FILES = ("preprocessor_config.json",)  # how images become tokens
 
 
 def save_checkpoint(
     decoder: Decoder,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, Stored]],
     source: Model,
     directory: Path,
     vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Writes config, weights, tokenizer and generation config so that `from_pretrained` loads them.
 
     An image generator has no tokenizer, and LlamaGen's checkpoints keep their own names. tensors: by the names of
     decoder.py, in the order of decoder.shapes(); stored in dtype, by default that of the source's embedding. Raises
     ValueError for a wrong name or shape, which is a bug of the caller, and NumericalError for a weight that the dtype
-    cannot hold.
+    cannot hold. packing: of the weights of few bits, those of decoder.weight_formats.
 
     vocabulary: the tokens to keep of the source's, as many as decoder.vocab_size. Embedding and head still come with a
     row for every token of the source; the rows of the kept tokens are stored, and tokenizer and configuration get the
@@ -53,7 +57,9 @@ def save_checkpoint(
     # The configuration of the decoder as it is stored, which may have more heads than the decoder itself.
     directory.mkdir(parents=True)
     dtype = dtype or source.weights["embedding"].dtype
-    config = read_config(source.directory)
+    config = {name: value for name, value in read_config(source.directory).items() if name not in QUANTISATION}
+    if packing is not None:
+        decoder, config = with_final_outputs(decoder, config | {"quantization_config": packing.config})
     stored = loadable(decoder, config)
     config = config_for(decoder, config)
     config.pop("torch_dtype", None)
@@ -68,18 +74,22 @@ def save_checkpoint(
         _write_whole_tokenizer(source, directory, config["model_type"])
     else:
         write_tokenizer_files(source.directory, directory, vocabulary)
-    write_weights(stored, padded_heads(decoder, stored, tensors), directory, dtype)
+    write_weights(stored, padded_heads(decoder, stored, tensors), directory, dtype, packing)
 
 
 def _kept_rows(
-    tensors: Iterable[tuple[str, torch.Tensor]], vocabulary: Vocabulary, rows: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors: Iterable[tuple[str, Stored]], vocabulary: Vocabulary, rows: int
+) -> Iterator[tuple[str, Stored]]:
     """Yields the tensors, embedding and head (rows, c) reduced to the rows of the kept tokens."""
     import torch
 
+    from edgeprune.model.quantised import QuantisedWeight
+
     kept = torch.from_numpy(vocabulary.kept)
     for name, tensor in tensors:
-        yield name, tensor[kept] if name in ("embedding", "head") and len(tensor) == rows else tensor
+        if name in ("embedding", "head") and tensor.shape[0] == rows:
+            tensor = tensor.rows(kept) if isinstance(tensor, QuantisedWeight) else tensor[kept]
+        yield name, tensor
 
 
 def _write_whole_tokenizer(source: Model, directory: Path, model_type: str) -> None:

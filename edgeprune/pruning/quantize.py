@@ -104,7 +104,7 @@ def _grids(
     and high >= 0, (out_features, groups) each."""
     if form.asymmetric:
         for shrink in shrinks:
-            scales = storable((high - low) * (shrink / (form.most - form.least)))
+            scales = storable((high - low) * (shrink / (form.most - form.least)), is_asymmetric=True)
             yield scales, (form.least - low * shrink / scales).round_().clamp_(form.least, form.most)
         return
     largest, zeros = torch.maximum(-low, high), torch.zeros_like(low)

@@ -6,8 +6,10 @@ from edgeprune.errors import InputError
 from edgeprune.model.export import check_exports, write_exports
 from edgeprune.model.gguf.file import read_gguf
 from edgeprune.model.load import load_model
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.families import PICTURES, save_family
 from tests.support.gguf_models import saved
+from tests.support.rounded_models import rounded
 
 
 @pytest.mark.parametrize("case", PICTURES)
@@ -25,7 +27,7 @@ def model(tmp_path):
 @pytest.mark.parametrize(
     ("names", "layout", "reason", "remedy"),
     [
-        (["gguf", "onnx2"], "uniform", "unknown export 'onnx2'", "Give one of: gguf."),
+        (["gguf", "onnx2"], "uniform", "unknown export 'onnx2'", "Give one of: gguf, gptq."),
         (["gguf"], "per-layer", "--export gguf cannot hold layers of different widths", "Use --layout uniform."),
     ],
 )
@@ -44,3 +46,12 @@ def test_a_format_is_written_once_into_a_folder_of_its_name(model, tmp_path):
     (path,) = (tmp_path / "out").rglob("*.gguf")
     assert path == tmp_path / "out" / "gguf" / "small.gguf"
     assert read_gguf(path).fields["general.architecture"] == "llama"
+
+
+def test_a_checkpoint_of_gptq_is_a_folder_of_its_own(model, tmp_path):
+    check_exports(["gptq"], model, "uniform", reduced=False)
+    with pytest.raises(InputError, match="no format float"):
+        write_exports(["gptq"], model, tmp_path, "small")
+    few_bits = rounded(model, model.decoder.with_format(WEIGHT_FORMATS["int4-32"]), tmp_path / "rounded")
+    write_exports(["gptq"], few_bits, tmp_path, "small")
+    assert {path.name for path in (tmp_path / "gptq").iterdir()} >= {"config.json", "model.safetensors"}

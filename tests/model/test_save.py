@@ -4,10 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from edgeprune.errors import NumericalError
 from edgeprune.model.checkpoint.adapt import changed
+from edgeprune.model.checkpoint.safetensors_file import Packing
 from edgeprune.model.decoder import Rotary
 from edgeprune.model.forward import token_losses, weight_stream
 from edgeprune.model.gguf.tokenizer_read import write_tokenizer
@@ -15,11 +17,13 @@ from edgeprune.model.load import load_model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.model.tokens.vocabulary import Vocabulary, needed, padded, read_vocabulary
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.support.checkpoints import save_llama
 from tests.support.families import save_family
 from tests.support.reference import weights_of
+from tests.support.rounded_models import rounded
 from tests.support.sentencepiece import sentencepiece
 from tests.support.vocabularies import CORPUS, ids_of, ignore_merges
 
@@ -118,6 +122,30 @@ def save_with_padded_rows(folder, **changes):
     (folder / "tokenizer.json").unlink()
     for path in (folder / "tokenizer").iterdir():
         path.rename(folder / path.name)
+
+
+def test_codes_are_packed_and_their_tables_reduced_with_the_vocabulary(tmp_path):
+    """A packing that stores values: what is loaded then are the values of the codes, of the rows that were kept."""
+    save_llama(tmp_path / "dense")
+    dense = load_model(str(tmp_path / "dense"))
+    model = rounded(dense, dense.decoder.with_format(None, WEIGHT_FORMATS["int8"]), tmp_path / "rounded")
+    vocabulary = padded(dense.directory, needed(dense.directory, ids_of(load_tokenizer(dense.directory), CORPUS)))
+    packing = Packing({"quant_method": "values"}, lambda weight: {"weight": weight.dequantised()})
+    stream = ((name, model.stored[name]) for name in model.decoder.shapes())
+    save_checkpoint(
+        model.decoder.with_vocabulary(vocabulary.size),
+        stream,
+        model,
+        tmp_path / "small",
+        vocabulary,
+        torch.float32,
+        packing,
+    )
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"] == packing.config
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    assert torch.equal(
+        tensors["model.embed_tokens.weight"], model.quantised["embedding"].dequantised()[vocabulary.kept]
+    )
 
 
 def save_reduced(dense, folder, vocabulary, target=None, stream=None):

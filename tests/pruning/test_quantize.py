@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.errors import InputError, NumericalError
-from edgeprune.model.quantised import QuantisedWeight
+from edgeprune.model.quantised import QuantisedWeight, storable
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.pruning.quantize import DAMPING, choose_grid, gptq, quantise, relative_error
 
@@ -54,12 +54,12 @@ def test_it_is_the_papers_gptq(seed, form):
 
 
 def on_a_grid(form: WeightFormat, seed: int, outputs: int = 4, inputs: int = 32) -> QuantisedWeight:
-    """Random codes that use their whole range in every group, and scales of eight significant bits."""
+    """Random codes that use their whole range in every group, and scales of as many bits as the format's."""
     generator = torch.Generator().manual_seed(seed)
     groups = form.groups_of(inputs)
     codes = torch.randint(form.least, form.most + 1, (outputs, groups, inputs // groups), generator=generator)
     codes[..., 0], codes[..., 1] = form.most, form.least
-    scales = torch.randint(128, 256, (outputs, groups), generator=generator).float() * 2.0**-12
+    scales = storable(torch.rand(outputs, groups, generator=generator).add(1) * 2.0**-5, form.asymmetric)
     zeros = torch.randint(form.least, form.most + 1, (outputs, groups), generator=generator).to(torch.int8)
     return QuantisedWeight(form, codes.flatten(1).to(torch.int8), scales, zeros if form.asymmetric else None)
 

@@ -237,6 +237,16 @@ def checkpoint_tensors(decoder: Decoder) -> dict[str, StoredTensor]:
     return stored_tensors(decoder, FAMILIES[decoder.family].places)
 
 
+def with_final_outputs(decoder: Decoder, config: Config) -> tuple[Decoder, Config]:
+    """Returns the same model without a factor of its output projections: their weights have it multiplied in already.
+
+    Codes stand for these final values, and their scales would not stay what they are when divided by it.
+    """
+    if decoder.residual_scale == 1.0:
+        return decoder, config
+    return replace(decoder, residual_scale=1.0), config | {"residual_multiplier": 1.0}  # Granite alone has one
+
+
 def loadable(decoder: Decoder, source: Config) -> Decoder:
     """Returns the decoder as a standard configuration like `source` can describe its widths.
 

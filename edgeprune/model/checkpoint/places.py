@@ -16,6 +16,8 @@ from edgeprune.model.decoder import Decoder
 if TYPE_CHECKING:
     import torch
 
+    from edgeprune.model.model import Stored, StoredWeights
+
 Shape = tuple[int, ...]
 
 
@@ -88,8 +90,27 @@ class StoredTensor:
             tensor = tensor.float() * self.factor + place.shift
         return tensor.contiguous()
 
-    def write(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Returns the stored tensor of its weights, from which `read` takes them again."""
+    def write(self, weights: StoredWeights) -> Stored:
+        """Returns the stored tensor of its weights, from which `read` takes them again.
+
+        Of weights of few bits, which have one format, it is the codes of its rows. Raises ValueError where their values
+        would change or their inputs would not be rows.
+        """
+        import torch
+
+        from edgeprune.model.quantised import QuantisedWeight, joined
+
+        parts = [weights[name] for name in self.names]
+        if all(isinstance(part, QuantisedWeight) for part in parts):
+            if self.place.transposed or self.place.shift or self.place.skip or self.factor != 1.0:
+                raise ValueError(f"{self.key} cannot be of few bits")
+            # The order of the rows is that of their numbers.
+            numbers = torch.arange(sum(len(part.codes) for part in parts)).split([len(part.codes) for part in parts])
+            return joined(parts).rows(self._write(dict(zip(self.names, numbers, strict=True))))
+        return self._write(weights)
+
+    def _write(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the stored tensor of weights in floats."""
         import torch
 
         place, stored_weights = self.place, [self._own(name, weights[name]) for name in self.names]
@@ -176,8 +197,8 @@ def _taken_apart(name: str) -> tuple[str, str, dict[str, int]]:
 
 
 def stored_stream(
-    tensors: Mapping[str, StoredTensor], weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors: Mapping[str, StoredTensor], weights: Iterable[tuple[str, Stored]]
+) -> Iterator[tuple[str, Stored]]:
     """Yields the tensors of the checkpoint for weights in the order of decoder.shapes().
 
     A weight is kept until the last of its tensor's weights has come. Raises ValueError for a weight that is not of the
@@ -187,7 +208,7 @@ def stored_stream(
     for tensor in tensors.values():
         for name in tensor.names:
             needed.setdefault(name, []).append(tensor)
-    waiting: dict[str, torch.Tensor] = {}
+    waiting: dict[str, Stored] = {}
     for name, weight in weights:
         if name not in needed:
             raise ValueError(f"{name} is not a weight of this model")

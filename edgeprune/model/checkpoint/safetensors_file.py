@@ -1,48 +1,115 @@
 """Weights written as safetensors files tensor by tensor, in shards; the whole model is never in memory.
 
-It knows the file format, not the architecture: names and shapes come from the decoder's checkpoint tensors.
+It knows the file format, not the architecture: names and shapes come from the decoder's checkpoint tensors. Nor does it
+know how weights of few bits are packed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgeprune.errors import NumericalError
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors
-from edgeprune.model.checkpoint.places import stored_stream
+from edgeprune.model.checkpoint.places import Shape, stored_stream
 from edgeprune.model.decoder import Decoder
+from edgeprune.precision import WeightFormat
 
 if TYPE_CHECKING:
     import torch
 
+    from edgeprune.model.model import Stored
+    from edgeprune.model.quantised import QuantisedWeight
+
 SHARD_BYTES = 5 * 10**9  # of a file, at most
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A checkpoint's way to store weights of few bits, by whatever name others know it.
+
+    config: the field quantization_config. pack: returns the tensors of a weight by the names that stand in place of
+    `weight`; it never looks at values, so that it tells shapes and types of a weight without memory.
+    """
+
+    config: dict[str, Any]
+    pack: Callable[[QuantisedWeight], dict[str, torch.Tensor]]
 
 
 def write_weights(
-    decoder: Decoder, weights: Iterable[tuple[str, torch.Tensor]], directory: Path, dtype: torch.dtype
+    decoder: Decoder,
+    weights: Iterable[tuple[str, Stored]],
+    directory: Path,
+    dtype: torch.dtype,
+    packing: Packing | None = None,
 ) -> None:
     """Writes weights into safetensors files of at most SHARD_BYTES, with an index where there are several.
 
-    weights: in the order of decoder.shapes(); they are stored as the family's tensors. Raises ValueError for a wrong
-    name or shape, and NumericalError for a weight that dtype cannot hold.
+    weights: in the order of decoder.shapes(), with codes for the names of decoder.weight_formats, which packing stores;
+    they are stored as the family's tensors, floats in dtype. Raises ValueError for a wrong name or shape, and
+    NumericalError for a weight that dtype cannot hold.
     """
-    places = checkpoint_tensors(decoder)
-    shapes, tensors = {key: place.shape for key, place in places.items()}, stored_stream(places, weights)
+    places, formats = checkpoint_tensors(decoder), decoder.weight_formats
+    entries: dict[str, tuple[torch.dtype, Shape]] = {}
+    for key, place in places.items():
+        if (weight_format := formats.get(place.names[0])) is None or packing is None:
+            entries[key] = dtype, place.shape
+            continue
+        for name, tensor in _packed(key, _without_memory(weight_format, place.shape), packing):
+            entries[name] = tensor.dtype, tuple(tensor.shape)
+    stream = stored_stream(places, weights)
+    _write_shards(entries, stream if packing is None else _all_packed(stream, packing), directory)
+
+
+def _packed(key: str, weight: QuantisedWeight, packing: Packing) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of a weight of few bits by their names in the file."""
+    for name, tensor in packing.pack(weight).items():
+        yield key.removesuffix("weight") + name, tensor
+
+
+def _all_packed(stream: Iterable[tuple[str, Stored]], packing: Packing) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of the file in their order."""
+    from edgeprune.model.quantised import QuantisedWeight
+
+    for key, tensor in stream:
+        if isinstance(tensor, QuantisedWeight):
+            yield from _packed(key, tensor, packing)
+        else:
+            yield key, tensor
+
+
+def _without_memory(weight_format: WeightFormat, shape: Shape) -> QuantisedWeight:
+    """Returns a weight of this format and shape that has no values."""
+    import torch
+
+    from edgeprune.model.quantised import QuantisedWeight
+
+    with torch.device("meta"):
+        codes = torch.empty(shape, dtype=torch.int8)
+        scales = torch.empty(shape[0], weight_format.groups_of(shape[1]))
+        zeros = torch.empty_like(scales, dtype=torch.int8) if weight_format.asymmetric else None
+    return QuantisedWeight(weight_format, codes, scales, zeros)
+
+
+def _write_shards(
+    entries: Mapping[str, tuple[torch.dtype, Shape]], tensors: Iterable[tuple[str, torch.Tensor]], directory: Path
+) -> None:
+    """Writes tensors of these types and shapes, which come in this order. Raises ValueError for others."""
     # Distribute the tensors over shards before any is read.
-    size = dtype.itemsize
+    sizes = {name: dtype.itemsize * prod(shape) for name, (dtype, shape) in entries.items()}
     shards: list[list[str]] = [[]]
     used = 0
-    for name, shape in shapes.items():
-        if shards[-1] and used + size * prod(shape) > SHARD_BYTES:
+    for name, size in sizes.items():
+        if shards[-1] and used + size > SHARD_BYTES:
             shards.append([])
             used = 0
         shards[-1].append(name)
-        used += size * prod(shape)
+        used += size
     # Write each shard: its header, then its tensors as they come.
     stream = iter(tensors)
     weight_map = {}
@@ -50,18 +117,18 @@ def write_weights(
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
         with (directory / file).open("wb") as out:
-            _write_header(out, {name: shapes[name] for name in shard}, dtype)
+            _write_header(out, {name: entries[name] for name in shard})
             for name in shard:
+                dtype, shape = entries[name]
                 next_name, tensor = next(stream, ("nothing", None))
-                if next_name != name or tuple(tensor.shape) != shapes[name]:
-                    raise ValueError(f"expected {name} {shapes[name]}, got {next_name}")
+                if next_name != name or tuple(tensor.shape) != shape:
+                    raise ValueError(f"expected {name} {shape}, got {next_name}")
                 out.write(_bytes(as_stored(name, tensor, dtype)))
     if (extra := next(stream, None)) is not None:
         raise ValueError(f"{extra[0]} is not a weight of this model")
     # Several shards need an index.
     if len(shards) > 1:
-        total = size * sum(map(prod, shapes.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
@@ -80,11 +147,11 @@ def as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return converted
 
 
-def _write_header(out: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+def _write_header(out: BinaryIO, entries: Mapping[str, tuple[torch.dtype, Shape]]) -> None:
     """Writes the header of a file: its length in 8 bytes, then JSON, padded so that the data is aligned to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in entries.items():
         start, end = end, end + dtype.itemsize * prod(shape)
         header[name] = {"dtype": NAMES[str(dtype).removeprefix("torch.")], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from edgeprune.model.checkpoint.places import Place, StoredTensor, stored_stream, stored_tensors
 from edgeprune.model.decoder import Decoder, Layer, Mlp, Picture
+from edgeprune.model.quantised import QuantisedWeight
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.shapes import uniform
 
 QKV = ("layers.0.attention.q", "layers.0.attention.k", "layers.0.attention.v")
@@ -35,6 +37,25 @@ def test_what_is_written_is_read_back(heads, by_head, transposed, neighbours, sh
     assert tuple(tensor.shape) == stored.shape
     for name, weight in weights.items():
         assert torch.allclose(stored.read(tensor, name), weight, atol=1e-6)
+
+
+@given(form=st.sampled_from(list(WEIGHT_FORMATS.values())), by_head=st.booleans(), neighbours=st.booleans())
+def test_codes_move_as_their_numbers_do(form, by_head, neighbours):
+    generator = torch.Generator().manual_seed(0)
+    groups = form.groups_of(256)
+    weights = {}
+    for name in QKV:
+        codes = torch.randint(form.least, form.most + 1, (8, 256), generator=generator, dtype=torch.int8)
+        scales = torch.rand(8, groups, generator=generator)
+        zeros = torch.ones_like(scales, dtype=torch.int8) if form.asymmetric else None
+        weights[name] = QuantisedWeight(form, codes, scales, zeros)
+    stored = StoredTensor(
+        "x", Place("x", QKV, by_head=by_head, neighbours=neighbours), QKV, ((8, 256),) * 3, head_dim=4
+    )
+    expected = stored.write({name: weight.dequantised() for name, weight in weights.items()})
+    assert torch.equal(stored.write(weights).dequantised(), expected)
+    with pytest.raises(ValueError, match="x cannot be of few bits"):
+        replace(stored, factor=0.5).write(weights)
 
 
 def test_the_layouts_are_those_that_checkpoints_have():

@@ -1,11 +1,14 @@
 """A checkpoint as GGUF: llama.cpp itself computes what transformers does, and the file reads back as it was."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM
 
 from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
@@ -16,14 +19,17 @@ from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.sampling import generate
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.checkpoints import save_llama
 from tests.support.families import EXPORTED
 from tests.support.gguf_models import LONGROPE, narrowed, saved, without_layers
 from tests.support.llamacpp import LlamaCpp
+from tests.support.rounded_models import as_floats, rounded
 
 PROMPT = [3, 5, 7, 11, 200, 100, 50, 25, 12, 6, 9, 8, 4]
 TABLE = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "starcoder2")  # llama.cpp has their GELU in a table of fp16
 ROUNDED = {torch.float32: 0.0, torch.float16: 0.03, torch.bfloat16: 0.1}  # it rounds what such a matrix multiplies
+MIXED = ("int8", "int4-32", "int8")  # attention, MLP, tables
 NARROWER = {
     "gpt2": (3, 1, 80),
     "gpt_neox": (1, 1, 80),
@@ -39,17 +45,31 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
 
 
-def reference(directory: Path, prompt: list[int]) -> np.ndarray:
+def reference(directory: Path, prompt: list[int], rounds_inputs: bool = False) -> np.ndarray:
+    """rounds_inputs: of linear layers, to Q8_0, as llama.cpp does where their weights have few bits."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for module in model.modules():
+        if rounds_inputs and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (in_q8_0(inputs[0]),))
     with torch.no_grad():
         return torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1).numpy()
+
+
+def in_q8_0(values: torch.Tensor) -> torch.Tensor:
+    kind = GGMLQuantizationType.Q8_0
+    return torch.from_numpy(dequantize(quantize(values.numpy(), kind), kind)).reshape(values.shape)
+
+
+def prompt_of(model) -> list[int]:
+    """As long as llama.cpp, which has no windows of most families, sees what they see."""
+    seen = [window for window in model.decoder.windows if window]
+    return PROMPT if not seen or model.decoder.family.startswith("gemma") else PROMPT[: min(seen) - 1]
 
 
 def check_parity(model, path: Path) -> None:
     """llama.cpp, and the checkpoint that the file reads back as, against transformers."""
     export_gguf(model, path)
-    seen = [window for window in model.decoder.windows if window]
-    prompt = PROMPT if not seen or model.decoder.family.startswith("gemma") else PROMPT[: min(seen) - 1]
+    prompt = prompt_of(model)
     expected = reference(model.directory, prompt)
     table = 6e-3 if model.decoder.family in TABLE else 5e-5
     tolerance = max(table, ROUNDED[model.weights["embedding"].dtype])
@@ -138,6 +158,125 @@ def test_stored_types_are_those_of_the_checkpoint(tmp_path):
     assert fp32 == {name for name in kinds if "norm" in name or "ffn_gate_inp" in name}
     assert file.tensors["blk.0.ffn_down_exps.weight"].shape == (4, 64, 96)
     assert (file.fields["general.file_type"], file.fields["llama.expert_count"]) == (1, 4)
+
+
+def with_formats(folder: Path, dense, attention: str | None, mlp: str | None, tables: str | None):
+    """The dense model rounded to formats by name."""
+    attention, mlp, tables = (WEIGHT_FORMATS[name] if name else None for name in (attention, mlp, tables))
+    target = dense.decoder.with_formats([(attention, mlp)] * len(dense.decoder.layers), tables, tables)
+    return rounded(dense, target, folder)
+
+
+def check_values(model, path: Path) -> dict[str, str]:
+    """The file holds, as the gguf package reads it, exactly what a file of the same values in floats does, and reads
+    back as these; returns the types of its tensors."""
+    export_gguf(model, path)
+    plain = as_floats(replace(model, decoder=replace(model.decoder, residual_scale=1.0)))  # as it is with codes
+    plain_path = export_gguf(plain, path.with_name("floats.gguf"))
+    expected = read_gguf(plain_path).tensors
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        values = dequantize(tensor.data, tensor.tensor_type).reshape(expected[name].shape)
+        assert np.array_equal(values, expected[name].values()), name
+    ours, theirs = load_model(str(path)), load_model(str(plain_path))
+    assert ours.decoder == theirs.decoder
+    for name, weight in theirs.weights.items():
+        assert torch.equal(ours.weights[name], weight), name
+    return {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_weights_of_few_bits_keep_their_values(tmp_path, case):
+    """llama.cpp rounds the inputs to 8 bits, which changes the logits of these small models by up to 0.44 nats; another
+    order of the rows of q and k changes them by 1.2 to 7."""
+    model = with_formats(tmp_path / "rounded", saved(tmp_path / "dense", case, dtype=torch.float32), *MIXED)
+    kinds = Counter(check_values(model, tmp_path / "m.gguf").values())
+    assert kinds["Q8_0"] >= 7
+    assert kinds["Q4_0"] >= 6
+    expected = reference(model.directory, prompt_of(model))
+    found = LlamaCpp(tmp_path / "m.gguf").log_probabilities(prompt_of(model))
+    assert np.abs(found - expected).max() < 0.6, np.abs(found - expected).max()
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "phi3", "smollm3", "granite"])
+def test_llama_cpp_rounds_the_inputs_to_8_bits_and_nothing_else(tmp_path, case):
+    model = with_formats(tmp_path / "rounded", saved(tmp_path / "dense", case), *MIXED)
+    found = LlamaCpp(export_gguf(model, tmp_path / "m.gguf")).log_probabilities(prompt_of(model))
+    plain, expected = (reference(model.directory, prompt_of(model), rounds) for rounds in (False, True))
+    # Of the inputs, one that lies between two codes may fall on either side.
+    assert np.abs(found - expected).max() < 0.25 * np.abs(plain - expected).max()
+
+
+KINDS = {
+    "int8": ("Q8_0", 7),
+    "int4-32": ("Q4_0", 2),
+    "int4-64": ("Q4_0", 2),
+    "int4-128": ("Q4_0", 2),
+    "int4-32-asymmetric": ("Q4_1", 3),
+}
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMATS)
+def test_every_format_has_its_type(tmp_path, form):
+    widths = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    dense = saved(tmp_path / "dense", "llama", tie_word_embeddings=True, **widths)
+    model = with_formats(tmp_path / "rounded", dense, form, form, form)
+    kinds = check_values(model, tmp_path / "m.gguf")
+    kind, file_type = KINDS[form]
+    assert {name for name, other in kinds.items() if other != kind} == {name for name in kinds if "norm" in name}
+    assert "output.weight" not in kinds  # the table is tied
+    assert read_gguf(tmp_path / "m.gguf").fields["general.file_type"] == file_type
+    again = load_model(str(tmp_path / "m.gguf"))
+    for name, codes in model.quantised.items():
+        assert torch.equal(again.weights[name], codes.dequantised())
+    expected = reference(model.directory, PROMPT)
+    found = LlamaCpp(tmp_path / "m.gguf").log_probabilities(PROMPT)
+    assert np.abs(found - expected).max() < 0.6, np.abs(found - expected).max()
+
+
+def test_floats_beside_weights_of_few_bits_keep_their_type(tmp_path):
+    dense = saved(tmp_path / "dense", "mixtral", dtype=torch.float16)
+    model = with_formats(tmp_path / "rounded", dense, None, "int4-32-asymmetric", "int8")
+    export_gguf(model, tmp_path / "m.gguf")
+    file = read_gguf(tmp_path / "m.gguf")
+    kinds = {name: tensor.type.name for name, tensor in file.tensors.items()}
+    assert {kinds[f"blk.1.attn_{part}.weight"] for part in ("q", "k", "v", "output")} == {"F16"}
+    assert {kinds[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")} == {"Q4_1"}
+    assert (kinds["token_embd.weight"], kinds["blk.1.ffn_gate_inp.weight"]) == ("Q8_0", "F32")
+    assert file.fields["general.file_type"] == 3
+    experts = torch.stack([model.quantised[f"layers.1.mlp.experts.{e}.down"].dequantised() for e in range(4)])
+    assert np.array_equal(file.tensors["blk.1.ffn_down_exps.weight"].values(), experts.numpy())
+
+
+def test_a_tied_table_that_the_architecture_needs_twice_is_written_twice(tmp_path):
+    dense = saved(tmp_path / "dense", "olmo2", tie_word_embeddings=True)
+    kinds = check_values(with_formats(tmp_path / "rounded", dense, *MIXED), tmp_path / "m.gguf")
+    assert (kinds["token_embd.weight"], kinds["output.weight"]) == ("Q8_0", "Q8_0")
+
+
+def test_weights_whose_rows_are_no_whole_blocks_become_fp32(tmp_path, caplog):
+    dense = narrowed(saved(tmp_path / "dense", "llama"), tmp_path / "narrow", (1, 1, 80))
+    kinds = check_values(with_formats(tmp_path / "rounded", dense, "int8", "int8", "int8"), tmp_path / "m.gguf")
+    fp32 = {name for name, kind in kinds.items() if kind == "F32" and "norm" not in name}
+    assert fp32 == {f"blk.{layer}.{part}.weight" for layer in range(3) for part in ("attn_output", "ffn_down")}
+    assert "6 matrices of few bits, such as blk.0.attn_output.weight, are fp32 in the GGUF file" in caplog.text
+
+
+FILLED = {  # widths of the heads that are left, and the matrices that heads of zeros change
+    "whole blocks": ("starcoder2", {"hidden_size": 128, "head_dim": 32}, ()),
+    "parts of blocks": ("starcoder2", {}, ("attn_output",)),
+    "a norm over all heads": ("olmo2", {"hidden_size": 128, "head_dim": 32}, ("attn_q", "attn_k")),
+}
+
+
+@pytest.mark.parametrize(("case", "changes", "fp32"), FILLED.values(), ids=FILLED)
+def test_heads_of_zeros_are_blocks_of_zeros(tmp_path, case, changes, fp32):
+    dense = narrowed(saved(tmp_path / "dense", case, **changes), tmp_path / "narrow", (2, 1, 96))
+    kinds = check_values(with_formats(tmp_path / "rounded", dense, "int8", "int4-32", "int8"), tmp_path / "m.gguf")
+    attention = {name: kind for name, kind in kinds.items() if "attn" in name and "norm" not in name}
+    matrices = {name: kind for name, kind in attention.items() if name.endswith("weight")}
+    assert {name.split(".")[2] for name, kind in matrices.items() if kind == "F32"} == set(fp32)
 
 
 class Cut(dict):
