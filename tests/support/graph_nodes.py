@@ -28,6 +28,8 @@ def run(
     held = [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()]
     graph = helper.make_graph(nodes.nodes, "nodes", ends, wanted, [*nodes.constants.values(), *held])
     opsets = [helper.make_opsetid(domain, version) for domain, version in operators.opsets.items()]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=operators.ir_version)
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    )
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(list(outputs), dict(inputs))

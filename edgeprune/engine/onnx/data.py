@@ -6,24 +6,31 @@ read, and all variants of a model's graph refer to the same two files.
     embedding.data      embedding and head (one initializer where they are tied)
     model.onnx.data     everything else, in the order of use; the rotary tables last
 
-Weights are read one initializer at a time, each once, and written in pieces: the memory holds the tensors of one
-fused initializer and one piece.
+A matrix in a weight format is two or three initializers: `codes`, two of 4 bits a byte, the first in the low half;
+`scales`, floats of the graph; and `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are.
+
+Weights are read one matrix at a time, each once, and written in pieces: the memory holds the weights of one fused
+matrix and one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.decoder import Attention, Decoder, Mlp
-from edgeprune.precision import PRECISIONS, GraphPrecision
+from edgeprune.precision import PRECISIONS, GraphPrecision, WeightFormat
 
 if TYPE_CHECKING:
     import torch
+
+    from edgeprune.model.model import StoredWeights
+    from edgeprune.model.quantised import QuantisedWeight
 
 EMBEDDING_FILE = "embedding.data"
 LAYERS_FILE = "model.onnx.data"
@@ -31,14 +38,20 @@ ALIGNMENT = 64  # bytes: a cache line, and more than any element
 PIECE_BYTES = 1 << 25  # that are converted and written at a time
 
 
+Role = Literal["values", "codes", "scales", "zeros"]
+ROLES: tuple[Role, ...] = ("codes", "scales", "zeros")  # of the initializers of a matrix in a weight format
+_OTHER_MODEL = "Load the model again: its weights and its configuration belong to different models."
+
+
 @dataclass(frozen=True)
 class Initializer:
     """One tensor of a data file.
 
     sources: the names of the weights that it is made of, stacked along their rows; none for a rotary table;
-    transposed: from nn.Linear's (out, in) to MatMul's (in, out); offset: in bytes; blocks: the matrices behind each
-    other that the sources make, one for each expert. A rotary table is fp32 where the rest is bf16, because the
-    dialect that reads it computes in fp32 then.
+    transposed: from nn.Linear's (out, in) to MatMul's (in, out); offset: in bytes; precision: of floats; blocks: the
+    matrices behind each other that the sources make, one for each expert; form, role: of a matrix in a weight format,
+    and what of it this is. A rotary table is fp32 where the rest is bf16, because the dialect that reads it computes
+    in fp32 then.
     """
 
     name: str
@@ -47,15 +60,42 @@ class Initializer:
     sources: tuple[str, ...]
     transposed: bool
     offset: int
-    length: int  # bytes
     precision: GraphPrecision
     blocks: int = 1
+    form: WeightFormat | None = None
+    role: Role = "values"
 
     @property
     def parts(self) -> list[tuple[str, ...]]:
         """Returns the sources of each block."""
         block_size = max(1, len(self.sources) // self.blocks)
         return [self.sources[start : start + block_size] for start in range(0, len(self.sources), block_size)]
+
+    @property
+    def bits(self) -> int:
+        """Returns the bits of an element."""
+        if self.form is None or self.role == "scales":
+            return 8 * PRECISIONS[self.precision].element_bytes
+        return self.form.bits
+
+    @property
+    def length(self) -> int:
+        """Returns the bytes of all elements."""
+        return -(-prod(self.shape) * self.bits // 8)
+
+    @property
+    def onnx_type(self) -> str:
+        """Returns ONNX's name of the type of an element."""
+        if self.form is None or self.role == "scales":
+            return PRECISIONS[self.precision].onnx_type
+        return f"INT{self.form.bits}"
+
+    def block(self, index: int, name: str) -> Initializer:
+        """Returns one of the blocks as an initializer of its own, on the same bytes."""
+        is_vector = self.role == "scales" and self.form.group is None
+        shape = self.shape[-1:] if is_vector else self.shape[1:]
+        offset = self.offset + index * (self.length // self.blocks)
+        return replace(self, name=name, shape=shape, sources=(), offset=offset, blocks=1)
 
 
 def rotates_by_tables(attention: Attention) -> bool:
@@ -77,6 +117,7 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
     """
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
     initializers: list[Initializer] = []
+    formats = decoder.weight_formats
 
     def add(
         name: str,
@@ -86,12 +127,14 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
         blocks: int = 1,
         transposed: bool = True,
     ) -> None:
-        """Appends an initializer at the end of its file."""
-        offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
+        """Appends a tensor at the end of its file, as one initializer or as those of its weight format."""
         own: GraphPrecision = "fp32" if precision == "bf16" and not sources else precision
-        length, turned = prod(shape) * PRECISIONS[own].element_bytes, transposed and len(shape) > 1
-        initializers.append(Initializer(name, file, shape, sources, turned, offset, length, own, blocks))
-        ends[file] = offset + length
+        whole = Initializer(name, file, shape, sources, transposed and len(shape) > 1, 0, own, blocks)
+        form = formats.get(sources[0]) if sources else None
+        for part in [whole] if form is None else _quantised(replace(whole, form=form)):
+            offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
+            initializers.append(replace(part, offset=offset))
+            ends[file] = offset + part.length
 
     hidden, vocabulary = decoder.hidden_size, decoder.vocab_size
 
@@ -131,6 +174,26 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
     return tuple(initializers)
 
 
+def _quantised(whole: Initializer) -> Iterator[Initializer]:
+    """Yields the initializers of a matrix in a weight format, without their offsets.
+
+    Raises InputError where its groups do not divide the inputs, and where an expert's zeros end within a byte.
+    """
+    inputs_axis = len(whole.shape) - (2 if whole.transposed else 1)
+    groups = whole.form.groups_of(whole.shape[inputs_axis])
+    grouped = (*whole.shape[:inputs_axis], groups, *whole.shape[inputs_axis + 1 :])
+    if whole.blocks > 1 and whole.form.asymmetric and prod(grouped[1:]) * whole.form.bits % 8:
+        raise InputError(
+            f"{whole.name} of {whole.form.name} has {grouped[1]} x {grouped[2]} zeros for each expert, an odd number",
+            "Use an even width, or another format for the experts.",
+        )
+    is_vector = whole.form.group is None and len(whole.shape) == 2
+    outputs = (*whole.shape[:inputs_axis], *whole.shape[inputs_axis + 1 :])
+    shapes = {"codes": whole.shape, "scales": outputs if is_vector else grouped, "zeros": grouped}
+    for role in ROLES if whole.form.asymmetric else ROLES[:2]:
+        yield replace(whole, name=f"{whole.name}.{role}", role=role, shape=shapes[role])
+
+
 Part = tuple[str, tuple[int, ...], tuple[str, ...], int]  # name, shape, sources, blocks
 
 
@@ -167,76 +230,105 @@ def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
         yield "down.bias", (hidden,), ("down_bias",), 1
 
 
-def write_data(
-    decoder: Decoder, weights: Mapping[str, torch.Tensor], folder: Path, initializers: tuple[Initializer, ...]
-) -> None:
+def write_data(decoder: Decoder, weights: StoredWeights, folder: Path, initializers: tuple[Initializer, ...]) -> None:
     """Writes both data files.
 
-    weights: by the names of decoder.py, any floating type. Raises InputError for a weight that is missing or has
-    another shape, and NumericalError for one that is not finite or overflows; both name the weight.
+    weights: by the names of decoder.py, of any floating type, or codes for those of decoder.weight_formats. Raises
+    InputError for a weight that is missing or has another shape or format, and NumericalError for one that is not
+    finite or overflows; both name the weight.
     """
-    import torch
-
-    shapes = decoder.shapes()
     for name in (EMBEDDING_FILE, LAYERS_FILE):
+        own = [initializer for initializer in initializers if initializer.file == name]
         with (folder / name).open("wb") as file:
-            for initializer in initializers:
-                if initializer.file != name:
-                    continue
-                # Zeros up to the offset, then the blocks, each in pieces.
-                file.write(bytes(initializer.offset - file.tell()))
-                for sources in initializer.parts or [()]:
-                    tensors = _tensors(decoder, weights, initializer, sources, shapes)
-                    for piece in _pieces(tensors, initializer.transposed, initializer.precision):
-                        if initializer.precision == "bf16":  # numpy has no such type
-                            piece = piece.view(torch.int16)
-                        file.write(memoryview(piece.numpy()).cast("B"))
-                    tensors.clear()  # before the next are read
+            # Codes, scales and zeros of a matrix are written together, because each weight is read once.
+            for _, matrix in groupby(own, key=lambda initializer: initializer.sources or initializer.name):
+                _write_matrix(decoder, weights, file, list(matrix))
 
 
-def _tensors(
-    decoder: Decoder,
-    weights: Mapping[str, torch.Tensor],
-    initializer: Initializer,
-    sources: tuple[str, ...],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, torch.Tensor]:
-    """Returns the tensors of one block by name: its weights, or the rotary table."""
-    if not sources:
-        return {initializer.name: _rotary_table(decoder, initializer)}
-    return {name: _read(weights, name, shapes[name]) for name in sources}
+def _write_matrix(decoder: Decoder, weights: StoredWeights, file: IO[bytes], matrix: list[Initializer]) -> None:
+    """Writes the initializers that have the same sources, block by block, each at its place in the file."""
+    shapes, formats = decoder.shapes(), decoder.weight_formats
+    for block, sources in enumerate(matrix[0].parts or [()]):
+        tensors = {name: _read(weights, name, shapes[name], formats.get(name)) for name in sources}
+        for initializer in matrix:
+            file.seek(initializer.offset + block * (initializer.length // initializer.blocks))
+            held = {name: _held(name, tensor, initializer) for name, tensor in tensors.items()}
+            for piece in _pieces(held or {initializer.name: _rotary_table(decoder, initializer)}, initializer):
+                file.write(memoryview(piece.numpy()).cast("B"))
+        tensors.clear()  # before the next are read
+        held.clear()
 
 
-def _pieces(tensors: dict[str, torch.Tensor], transposed: bool, precision: GraphPrecision) -> Iterator[torch.Tensor]:
-    """Yields contiguous pieces of the stacked (and transposed) tensors, in the order of the file."""
+def _held(name: str, weight: torch.Tensor | QuantisedWeight, initializer: Initializer) -> torch.Tensor:
+    """Returns what an initializer holds of a weight, (out, in) or (out, groups).
+
+    Raises NumericalError for a weight of few bits that overflows.
+    """
+    if initializer.role == "values":
+        return weight
+    if initializer.role == "scales":
+        # The largest weight that the codes could stand for is seldom too large: then all are looked at.
+        _convert(name, weight.scales, initializer.precision)
+        largest = weight.scales.max() * (weight.form.most - weight.form.least)
+        if largest > _largest(initializer.precision):
+            _convert(name, weight.dequantised(), initializer.precision)
+    return getattr(weight, initializer.role)
+
+
+def _pieces(tensors: dict[str, torch.Tensor], initializer: Initializer) -> Iterator[torch.Tensor]:
+    """Yields contiguous pieces of the stacked (and transposed) tensors, in the order and the type of the file."""
     import torch
 
-    # Some rows of one tensor after the other.
-    if not transposed:
+    # Some rows of one tensor after the other. Their number is even, so that 4 bits make whole bytes.
+    if not initializer.transposed:
         for name, tensor in tensors.items():
-            rows = max(1, PIECE_BYTES // (prod(tensor.shape[1:]) * PRECISIONS[precision].element_bytes))
-            for piece in tensor.split(rows):
-                yield _convert(name, piece, precision)
+            for piece in tensor.split(_lines(prod(tensor.shape[1:]), initializer)):
+                yield _encoded(_converted(name, piece, initializer), initializer)
         return
     # Some columns (out, columns) of all tensors together, which are rows (columns, out) of the transposed ones.
-    outputs = sum(tensor.shape[0] for tensor in tensors.values())
-    columns = max(1, PIECE_BYTES // (outputs * PRECISIONS[precision].element_bytes))
+    columns = _lines(sum(tensor.shape[0] for tensor in tensors.values()), initializer)
     for pieces in zip(*(tensor.split(columns, dim=1) for tensor in tensors.values()), strict=True):
-        converted = [_convert(name, piece, precision) for name, piece in zip(tensors, pieces, strict=True)]
-        yield torch.cat(converted).t().contiguous()
+        converted = [_converted(name, piece, initializer) for name, piece in zip(tensors, pieces, strict=True)]
+        yield _encoded(torch.cat(converted).t().contiguous(), initializer)
+
+
+def _lines(elements: int, initializer: Initializer) -> int:
+    """Returns the even number of lines of so many elements that make a piece."""
+    return max(2, 8 * PIECE_BYTES // (elements * initializer.bits) // 2 * 2)
+
+
+def _converted(name: str, tensor: torch.Tensor, initializer: Initializer) -> torch.Tensor:
+    """Returns floats in the initializer's precision, and codes as they are; raises NumericalError as `_convert`."""
+    if initializer.role in ("codes", "zeros"):
+        return tensor
+    return _convert(name, tensor, initializer.precision)
+
+
+def _encoded(tensor: torch.Tensor, initializer: Initializer) -> torch.Tensor:
+    """Returns the contiguous elements as numpy can hold them: bf16 as its bits, two codes of 4 bits in a byte."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16)
+    if initializer.bits != 4:
+        return tensor.contiguous()
+    codes = tensor.flatten().view(torch.uint8)
+    if len(codes) % 2:
+        codes = torch.cat([codes, codes.new_zeros(1)])
+    return (codes[0::2] & 15) | (codes[1::2] << 4)
 
 
 def _convert(name: str, tensor: torch.Tensor, precision: GraphPrecision) -> torch.Tensor:
     """Returns a weight in a precision; raises NumericalError where it is not finite in it."""
     import torch
 
-    converted = tensor.to(getattr(torch, PRECISIONS[precision].torch_dtype)).contiguous()
+    converted = tensor.to(_dtype(precision)).contiguous()
     if torch.isfinite(converted).all():
         return converted
     if torch.isfinite(tensor).all():
         raise NumericalError(
             f"weight {name} reaches {tensor.abs().max().item():.4g}, beyond {precision}'s limit "
-            f"{torch.finfo(converted.dtype).max:.6g}",
+            f"{_largest(precision):.6g}",
             f"Write the graph in {'bf16 or ' if precision == 'fp16' else ''}fp32 (--precision fp32).",
         )
     raise NumericalError(
@@ -244,21 +336,40 @@ def _convert(name: str, tensor: torch.Tensor, precision: GraphPrecision) -> torc
     )
 
 
-def _read(weights: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Returns a weight by name; raises InputError where it is missing or has another shape."""
+def _dtype(precision: GraphPrecision) -> torch.dtype:
+    import torch
+
+    return getattr(torch, PRECISIONS[precision].torch_dtype)
+
+
+def _largest(precision: GraphPrecision) -> float:
+    """Returns the largest number of a precision."""
+    import torch
+
+    return torch.finfo(_dtype(precision)).max
+
+
+def _read(
+    weights: StoredWeights, name: str, shape: tuple[int, ...], form: WeightFormat | None
+) -> torch.Tensor | QuantisedWeight:
+    """Returns a weight by name; raises InputError where it is missing or has another shape or format."""
     try:
-        tensor = weights[name]
+        weight = weights[name]
     except KeyError:
+        raise InputError(f"weight {name} is missing, but the model's configuration requires it", _OTHER_MODEL) from None
+    if tuple(weight.shape) != shape:
         raise InputError(
-            f"weight {name} is missing, but the model's configuration requires it",
-            "Load the model again: its weights and its configuration belong to different models.",
-        ) from None
-    if tuple(tensor.shape) != shape:
-        raise InputError(
-            f"weight {name} has shape {tuple(tensor.shape)}, but the model's configuration requires {shape}",
-            "Load the model again: its weights and its configuration belong to different models.",
+            f"weight {name} has shape {tuple(weight.shape)}, but the model's configuration requires {shape}",
+            _OTHER_MODEL,
         )
-    return tensor
+    stored = getattr(weight, "form", None)
+    if stored != form:
+        named = [one.name if one else "floats" for one in (stored, form)]
+        raise InputError(
+            f"weight {name} is stored in {named[0]}, but the model's configuration requires {named[1]}",
+            "Give the weights as the checkpoint stores them, or a configuration without weight formats.",
+        )
+    return weight
 
 
 def _rotary_table(decoder: Decoder, initializer: Initializer) -> torch.Tensor:

@@ -11,7 +11,8 @@ number is left out.
 The variants of a graph are the same model in several dialects, all on the same data files:
     opset23      RMSNormalization, RotaryEmbedding and Attention with one output; the keys and values
                  of past and new tokens are joined by Concat
-    primitive    only operators of opset 17, for parsers that do not know newer ones
+    primitive    only operators of opset 17, for parsers that do not know newer ones; 19 for matrices of int8, 21 for
+                 those with groups
     onnxruntime  com.microsoft.GroupQueryAttention. Where one buffer of any capacity is bound as past and
                  present of a layer, it is updated in place; `past` and `total` of the KV cache are then this
                  capacity, and the true total is the width of attention_mask, which every variant reads.
@@ -20,11 +21,12 @@ The variants of a graph are the same model in several dialects, all on the same 
 With logits `last` the last position is gathered before the final norm: logits (batch, 1, vocabulary).
 In bf16 the logits are cast to fp32, because not every consumer has bf16. ONNX Runtime has no bf16 on a
 processor: its dialect reads the same bf16 weights and computes in fp32, KV cache included.
+Matrices of a weight format are read through DequantizeLinear, which ONNX Runtime and TensorRT fuse with the product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,13 +34,15 @@ from typing import TYPE_CHECKING, Literal
 from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, layout, write_data
 from edgeprune.engine.onnx.nodes import Dialect, Nodes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
+from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, Layer
 from edgeprune.precision import GraphPrecision
 
 if TYPE_CHECKING:
-    import torch
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+    from edgeprune.model.model import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class GraphVariant:
 
 
 ONNXRUNTIME_GRAPH = GraphVariant("onnxruntime", "last")
+_ENDLESS = 2**31 - 1  # an end of a slice, beyond every length
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class GraphFiles:
 
 def write_graphs(
     decoder: Decoder,
-    weights: Mapping[str, torch.Tensor],
+    weights: StoredWeights,
     folder: Path,
     precision: GraphPrecision,
     variants: Sequence[GraphVariant],
@@ -76,11 +81,12 @@ def write_graphs(
 ) -> GraphFiles:
     """Writes the variants of a graph and their data files into `folder`; equal input gives equal bytes.
 
-    weights: by the names of decoder.py, any floating type; each is read once. precision: of weights, activations, KV
-    cache and logits, for bf16 as above (sums of squares stay in fp32). max_positions: rows of the rotary tables, which
-    only the onnxruntime dialect has; at most and by default decoder.max_position_embeddings. Returns the files.
-    Raises InputError for a missing weight or a wrong shape, and NumericalError for a weight that is not finite in
-    this precision; the files are then incomplete.
+    weights: by the names of decoder.py, any floating type, or codes for the names of decoder.weight_formats; each is
+    read once. precision: of all other weights, scales, activations, KV cache and logits, for bf16 as above (sums of
+    squares stay in fp32). max_positions: rows of the rotary tables, which only the onnxruntime dialect has; at most
+    and by default decoder.max_position_embeddings. Returns the files. Raises InputError for a missing weight, a wrong
+    shape or format, and NumericalError for a weight that is not finite in this precision; the files are then
+    incomplete.
     """
     # The data files come first: the graphs refer to offsets in them.
     tables = any(variant.dialect == "onnxruntime" for variant in variants)
@@ -122,29 +128,38 @@ def _model(
     """Returns the ONNX model of a variant."""
     from onnx import helper
 
-    operators = OPERATORS[variant.dialect]
+    tensors = [*initializers, *views(initializers, variant.dialect)]
+    quantised = codes_by_name(tensors)
+    # The opset is the least that operators and weight formats need.
+    opsets = dict(OPERATORS[variant.dialect].opsets)
+    opsets[""] = max(opsets[""], *map(least_opset, quantised.values()), 0)
+    # ONNX Runtime computes bf16 weights in fp32 on a processor.
+    computed: GraphPrecision = "fp32" if (precision, variant.dialect) == ("bf16", "onnxruntime") else precision
+    graph = _graph(Nodes(computed, opsets[""], quantised), decoder, variant, tensors)
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     return helper.make_model(
-        _graph(decoder, precision, variant, initializers),
-        opset_imports=[helper.make_opsetid(domain, version) for domain, version in operators.opsets.items()],
-        ir_version=operators.ir_version,
+        graph,
+        opset_imports=imports,
+        ir_version=helper.find_min_ir_version_for(imports, ignore_unknown=True),
         producer_name="edgeprune",
     )
 
 
-def _graph(
-    decoder: Decoder, precision: GraphPrecision, variant: GraphVariant, initializers: Sequence[Initializer]
-) -> GraphProto:
-    """Returns the graph of a variant, with inputs, outputs, nodes and initializers."""
+def _graph(nodes: Nodes, decoder: Decoder, variant: GraphVariant, tensors: Sequence[Initializer]) -> GraphProto:
+    """Returns the graph of a variant, with inputs, outputs, nodes and those of the tensors that these read."""
     from onnx import TensorProto, helper
 
-    # Build the nodes. ONNX Runtime computes bf16 weights in fp32 on a processor.
-    nodes = Nodes("fp32" if (precision, variant.dialect) == ("bf16", "onnxruntime") else precision)
+    # Build the nodes.
     element = element_type(nodes.precision)
     logits = _forward(nodes, decoder, variant)
-    # Declare the initializers that they read, and cast those that are stored in another type.
+    # Declare the initializers that they read, and cast floats that are stored in another type.
     used = {name for node in nodes.nodes for name in node.input}
-    external = [_external(initializer) for initializer in initializers if initializer.name in used]
-    widened = [_widened(tensor, element) for tensor in external if tensor.data_type != element]
+    external, widened = [], []
+    for initializer in tensors:
+        if initializer.name in used:
+            external.append(_external(initializer))
+            if initializer.role in ("values", "scales") and external[-1].data_type != element:
+                widened.append(_widened(external[-1], element))
     # Declare inputs and outputs.
     rows = "sequence" if variant.logits == "all" else 1
     inputs, outputs = _caches(decoder, element, variant.dialect)
@@ -189,7 +204,7 @@ def _external(initializer: Initializer) -> TensorProto:
     """Returns the ONNX tensor that refers to an initializer's bytes in its data file."""
     from onnx import TensorProto
 
-    element = element_type(initializer.precision)
+    element = getattr(TensorProto, initializer.onnx_type)
     tensor = TensorProto(name=initializer.name, data_type=element, dims=initializer.shape)
     tensor.data_location = TensorProto.EXTERNAL
     entries = {"location": initializer.file, "offset": initializer.offset, "length": initializer.length}
@@ -264,7 +279,8 @@ def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
     operators = OPERATORS[variant.dialect]
     attends = any(layer.attention is not None for layer in decoder.layers)
     shared = operators.prepare(nodes, decoder) if attends else {}
-    stream = _Stream(nodes, decoder, operators, _embed(nodes, decoder))
+    head = matrix(nodes, "head.weight")  # before all else, because a tied embedding reads it too
+    stream = _Stream(nodes, decoder, operators, _embed(nodes, decoder, head, variant))
     for index, layer in enumerate(decoder.layers):
         # Parallel modules read the same stream, so that their updates are added after both.
         if decoder.parallel:
@@ -282,11 +298,28 @@ def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
             stream.add(update)
     # The last position alone is normed and multiplied with the head.
     if variant.logits == "last":
-        position = nodes.constant("last.position", [-1])
-        stream.hidden = nodes.add("Gather", "last.hidden", stream.hidden, position, axis=1)  # (b, 1, c)
+        take_last = _last_position(nodes, decoder, variant)
+        stream.hidden = take_last("last.hidden", stream.hidden)  # (b, 1, c)
         if stream.update is not None:
-            stream.update = nodes.add("Gather", "last.update", stream.update, position, axis=1)
-    return _logits(nodes, decoder, stream.normed("norm"))
+            stream.update = take_last("last.update", stream.update)
+    return _logits(nodes, decoder, stream.normed("norm"), head)
+
+
+def _last_position(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> Callable[[str, str], str]:
+    """Returns a function that adds the last position (b, 1, c) of a value (b, s, c), with a name for the result."""
+    # TensorRT's builder dequantises a head before a product that it knows to have a single row (RTX 1.7). So it must
+    # not know: a slice begins at total - past - 1, of which it knows nothing but the bounds.
+    first_cache = next((_cache_names(i)[0] for i, layer in enumerate(decoder.layers) if layer.attention), None)
+    if "head.weight" in nodes.quantised and variant.dialect != "onnxruntime" and first_cache is not None:
+        lengths = []
+        for name, value, axis in (("last.total", "attention_mask", 1), ("last.past", first_cache, 2)):
+            shape = nodes.add("Shape", f"{name}_shape", value)
+            lengths.append(nodes.add("Slice", name, shape, nodes.sizes(axis), nodes.sizes(axis + 1)))
+        start = nodes.add("Sub", "last.start", nodes.add("Sub", "last.sequence", *lengths), nodes.sizes(1))
+        bounds = (start, nodes.sizes(_ENDLESS), nodes.sizes(1))
+        return lambda name, value: nodes.add("Slice", name, value, *bounds)
+    position = nodes.constant("last.position", [-1])
+    return lambda name, value: nodes.add("Gather", name, value, position, axis=1)
 
 
 def _module(stream: _Stream, kind: str, name: str, x: str, layer: Layer, index: int, shared: dict[str, str]) -> str:
@@ -304,7 +337,7 @@ def _module(stream: _Stream, kind: str, name: str, x: str, layer: Layer, index: 
     return linear(nodes, f"{name}.o", context, f"{name}.o", attention.output_bias)
 
 
-def _logits(nodes: Nodes, decoder: Decoder, x: str) -> str:
+def _logits(nodes: Nodes, decoder: Decoder, x: str, head: str) -> str:
     """Adds the nodes of the head, from x (b, s, c); returns the name of the logits (b, s, vocab_size)."""
     # Scale and softcap: cap * tanh(scale * logits / cap).
     steps = []
@@ -315,23 +348,25 @@ def _logits(nodes: Nodes, decoder: Decoder, x: str) -> str:
     # The last step bears the output's name, unless a cast follows.
     last = "logits.bf16" if nodes.precision == "bf16" else "logits"
     names = [f"head.{index}" for index in range(len(steps))] + [last]
-    (value,) = nodes.add_many("MatMul", "head", (x, "head.weight"), (names[0],))
+    (value,) = nodes.add_many("MatMul", "head", (x, head), (names[0],))
     for (operator, number), name in zip(steps, names[1:], strict=True):
         inputs = (value,) if number is None else (value, nodes.number(f"number.{number}", number))
         (value,) = nodes.add_many(operator, f"{name}.step", inputs, (name,))
     return nodes.to_fp32("logits", value) if value != "logits" else value
 
 
-def _embed(nodes: Nodes, decoder: Decoder) -> str:
+def _embed(nodes: Nodes, decoder: Decoder, head: str, variant: GraphVariant) -> str:
     """Adds the nodes of the embedding, from input_ids (b, s); returns the name of the stream (b, s, c).
 
     A tied embedding gathers columns of the head, so that it is stored only once.
     """
-    if decoder.tie_word_embeddings:
-        columns = nodes.add("Gather", "embedding.columns", "head.weight", "input_ids", axis=1)  # (c, b, s)
+    if decoder.embedding_format is not None and variant.dialect == "onnxruntime":
+        hidden = embedded(nodes, "embedding.weight", "input_ids")
+    elif decoder.tie_word_embeddings:
+        columns = nodes.add("Gather", "embedding.columns", head, "input_ids", axis=1)  # (c, b, s)
         hidden = nodes.add("Transpose", "embedding", columns, perm=[1, 2, 0])
     else:
-        hidden = nodes.add("Gather", "embedding", "embedding.weight", "input_ids", axis=0)
+        hidden = nodes.add("Gather", "embedding", matrix(nodes, "embedding.weight"), "input_ids", axis=0)
     if decoder.embedding_scale != 1.0:
         scale = nodes.number("embedding.scale", decoder.embedding_scale)
         hidden = nodes.add("Mul", "embedding.scaled", hidden, scale)

@@ -5,11 +5,13 @@ It does not know the modules of a decoder. Notation as in ops.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from edgeprune.engine.onnx.data import Initializer
 from edgeprune.precision import PRECISIONS, GraphPrecision
 
 if TYPE_CHECKING:
@@ -36,9 +38,14 @@ def element_type(precision: GraphPrecision) -> int:
 
 @dataclass
 class Nodes:
-    """The nodes and small constants of one graph while it grows, in execution order."""
+    """The nodes and small constants of one graph while it grows, in execution order.
+
+    quantised: the codes of each matrix that is stored in a weight format, by the name of the matrix.
+    """
 
     precision: GraphPrecision  # of weights, activations and KV cache
+    opset: int = 17
+    quantised: Mapping[str, Initializer] = field(default_factory=dict)
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
 

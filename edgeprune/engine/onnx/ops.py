@@ -23,6 +23,7 @@ from edgeprune.engine.onnx.attention import (
     prepare_primitive,
 )
 from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, Shared
+from edgeprune.engine.onnx.quantised import expert, matrix
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 
 Norm = Callable[[Nodes, str, str, "str | None", str, float], tuple[str, str]]
@@ -47,7 +48,10 @@ def _norm_primitive(
     hidden = add_update(nodes, hidden, update)
     x = nodes.to_fp32(f"{name}.fp32", hidden)
     square = nodes.add("Pow", f"{name}.square", x, nodes.constant("norm.two", 2, np.float32))
-    mean = nodes.add("ReduceMean", f"{name}.mean", square, axes=[-1], keepdims=1)
+    if nodes.opset < 18:
+        mean = nodes.add("ReduceMean", f"{name}.mean", square, axes=[-1], keepdims=1)
+    else:
+        mean = nodes.add("ReduceMean", f"{name}.mean", square, nodes.sizes(-1), keepdims=1)
     shifted = nodes.add("Add", f"{name}.shifted", mean, nodes.constant("norm.epsilon", eps, np.float32))
     scaled = nodes.add("Div", f"{name}.scaled", x, nodes.add("Sqrt", f"{name}.rms", shifted))
     return hidden, nodes.add("Mul", name, nodes.from_fp32(f"{name}.cast", scaled), weight)
@@ -127,6 +131,8 @@ def _activate_opset23(nodes: Nodes, name: str, x: str, activation: Activation) -
 
 
 def _activate_onnxruntime(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
+    if activation == "relu":  # ONNX Runtime does not fuse a product with DequantizeLinear before a Relu (1.32)
+        return nodes.add("Max", f"{name}.relu", x, _number(nodes, 0.0))
     if activation not in ("gelu", "gelu_tanh"):
         return _activate(nodes, name, x, activation)
     operator = "FastGelu" if activation == "gelu_tanh" else "Gelu"
@@ -137,17 +143,17 @@ def _activate_onnxruntime(nodes: Nodes, name: str, x: str, activation: Activatio
 class Operators:
     """The operators of one dialect, where dialects differ.
 
-    opsets: versions by domain; prepare: adds the values that all layers share; rms_norm, layer_norm, activate,
-    attention: add the nodes of these functions.
+    opsets: versions by domain, the least that its operators need; prepare: adds the values that all layers share;
+    rms_norm, layer_norm, activate, attention: add the nodes of these functions.
     """
 
     opsets: dict[str, int]
-    ir_version: int
     prepare: Callable[[Nodes, Decoder], Shared]
     rms_norm: Norm
     layer_norm: Norm
     activate: Callable[[Nodes, str, str, Activation], str]
     attention: Callable[[Nodes, str, str, Attention, Decoder, tuple[str, ...], Shared], str]
+    has_batched_codes: bool = True  # whether a product of several matrices with codes runs well
 
     def norm(self, decoder: Decoder) -> Norm:
         """Returns the norm that a decoder uses."""
@@ -155,20 +161,16 @@ class Operators:
 
 
 OPERATORS: dict[Dialect, Operators] = {
-    "opset23": Operators(
-        {"": 23}, 11, prepare_opset23, _norm_opset23, _layer_norm, _activate_opset23, attention_opset23
-    ),
-    "primitive": Operators(
-        {"": 17}, 8, prepare_primitive, _norm_primitive, _layer_norm, _activate, attention_primitive
-    ),
+    "opset23": Operators({"": 23}, prepare_opset23, _norm_opset23, _layer_norm, _activate_opset23, attention_opset23),
+    "primitive": Operators({"": 17}, prepare_primitive, _norm_primitive, _layer_norm, _activate, attention_primitive),
     "onnxruntime": Operators(
         {"": 17, MICROSOFT: 1},
-        8,
         prepare_onnxruntime,
         _norm_onnxruntime,
         _layer_norm_onnxruntime,
         _activate_onnxruntime,
         attention_onnxruntime,
+        has_batched_codes=False,
     ),
 }
 
@@ -176,11 +178,12 @@ OPERATORS: dict[Dialect, Operators] = {
 def linear(nodes: Nodes, name: str, x: str, weight: str, has_bias: bool) -> str:
     """Adds x W + b, with `name` for the result.
 
-    x: (..., in); weight: the name of the initializer (in, out) without `.weight`.
+    x: (..., in); weight: the name of the matrix (in, out) without `.weight`.
     """
+    values = matrix(nodes, f"{weight}.weight")
     if not has_bias:
-        return nodes.add("MatMul", name, x, f"{weight}.weight")
-    return nodes.add("Add", name, nodes.add("MatMul", f"{name}.product", x, f"{weight}.weight"), f"{weight}.bias")
+        return nodes.add("MatMul", name, x, values)
+    return nodes.add("Add", name, nodes.add("MatMul", f"{name}.product", x, values), f"{weight}.bias")
 
 
 def normed_queries_and_keys(
@@ -213,13 +216,14 @@ def mlp(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str
     """
     if part.experts is not None:
         return _experts(nodes, operators, name, x, part)
-    return linear(nodes, f"{name}.down", _inner(nodes, operators, name, x, part), f"{name}.down", part.output_bias)
+    inner = _inner(nodes, operators, name, x, part, f"{name}.gate_up")
+    return linear(nodes, f"{name}.down", inner, f"{name}.down", part.output_bias)
 
 
-def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
-    """Adds the inputs of the down projection, from x (..., c) to (..., i)."""
+def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp, weight: str) -> str:
+    """Adds the inputs of the down projection, from x (..., c) to (..., i); weight: as of `linear`."""
     width = part.intermediate_size
-    product = linear(nodes, f"{name}.{'gate_up' if part.gated else 'up'}", x, f"{name}.gate_up", part.input_bias)
+    product = linear(nodes, f"{name}.{'gate_up' if part.gated else 'up'}", x, weight, part.input_bias)
     if not part.gated:
         return operators.activate(nodes, name, product, part.activation)
     outputs = (f"{name}.gate", f"{name}.up")
@@ -249,14 +253,35 @@ def _experts(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -
     taken = nodes.add("ScatterElements", f"{name}.taken", zeros, places, top, axis=-1)  # (b, s, experts)
     taken = nodes.add("Reshape", f"{name}.by_token", taken, nodes.sizes(1, -1, count))  # (1, b * s, experts)
     taken = nodes.add("Transpose", f"{name}.by_expert", taken, perm=[2, 1, 0])  # (experts, b * s, 1)
+    taken = nodes.from_fp32(f"{name}.taken_cast", taken)
     # All tokens of the batch behind each other.
     shape = nodes.add("Shape", f"{name}.shape", x)
     width = nodes.add("Slice", f"{name}.width", shape, nodes.sizes(2), nodes.sizes(3))
     flat_size = nodes.add("Concat", f"{name}.flat_shape", nodes.sizes(1, -1), width, axis=0)
     flat = nodes.add("Reshape", f"{name}.flat", x, flat_size)  # (1, b * s, c)
     # Every expert's output, weighted and summed.
-    inner = _inner(nodes, operators, name, flat, part)  # (experts, b * s, i)
-    outputs_of_all = nodes.add("MatMul", f"{name}.each", inner, f"{name}.down.weight")  # (experts, b * s, c)
-    weighted = nodes.add("Mul", f"{name}.weighted", outputs_of_all, nodes.from_fp32(f"{name}.taken_cast", taken))
-    total = nodes.add("ReduceSum", f"{name}.total", weighted, nodes.sizes(0), keepdims=0)  # (b * s, c)
+    if f"{name}.gate_up.weight" in nodes.quantised and not operators.has_batched_codes:
+        total = _one_by_one(nodes, operators, name, flat, taken, part)
+    else:
+        inner = _inner(nodes, operators, name, flat, part, f"{name}.gate_up")  # (experts, b * s, i)
+        outputs_of_all = linear(nodes, f"{name}.each", inner, f"{name}.down", has_bias=False)  # (experts, b * s, c)
+        weighted = nodes.add("Mul", f"{name}.weighted", outputs_of_all, taken)
+        total = nodes.add("ReduceSum", f"{name}.total", weighted, nodes.sizes(0), keepdims=0)  # (b * s, c)
     return nodes.add("Reshape", f"{name}.down", total, shape)
+
+
+def _one_by_one(nodes: Nodes, operators: Operators, name: str, flat: str, taken: str, part: Mlp) -> str:
+    """Adds the weighted sum of the experts' outputs, each in products of its own, from (1, b * s, c) to the same.
+
+    taken: the experts' shares of each token (experts, b * s, 1).
+    """
+    count = part.experts.num_experts
+    shares = tuple(f"{name}.taken.{index}" for index in range(count))  # (1, b * s, 1) each
+    nodes.add_many("Split", f"{name}.split_taken", (taken, nodes.sizes(*[1] * count)), shares, axis=0)
+    outputs = []
+    for index, share in enumerate(shares):
+        own = f"{name}.experts.{index}"
+        inner = _inner(nodes, operators, own, flat, part, expert(f"{name}.gate_up", index))  # (1, b * s, i)
+        output = linear(nodes, f"{own}.down", inner, expert(f"{name}.down", index), has_bias=False)  # (1, b * s, c)
+        outputs.append(nodes.add("Mul", f"{own}.weighted", output, share))
+    return nodes.add("Sum", f"{name}.total", *outputs)
