@@ -8,13 +8,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edgeprune.precision import PRECISIONS, GraphPrecision
+from edgeprune.errors import InputError
+from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS, GraphPrecision
 
 
 def test_the_names_are_those_of_the_types():
     assert tuple(PRECISIONS) == get_args(GraphPrecision)
-    assert get_args(GraphPrecision) == PRECISIONS
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -26,10 +28,8 @@ def test_every_library_stores_a_number_in_as_many_bytes(name):
         getattr(torch, precision.torch_dtype).itemsize,
         onnx_type.itemsize,
         precision.element_bytes,
-        precision.matrix_bytes,
     }
     assert len(sizes) == 1
-    assert not precision.is_quantised
 
 
 def test_the_tolerance_grows_with_the_distance_between_numbers():
@@ -40,11 +40,17 @@ def test_the_tolerance_grows_with_the_distance_between_numbers():
     assert list(errors) == sorted(errors)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
-def test_a_block_of_128_quantised_weights_has_one_scale_of_two_bytes(name, bits):
-    precision = PRECISIONS[name]
-    assert 128 * precision.matrix_bytes == 128 * bits / 8 + 2
-    assert precision.is_quantised
-    assert precision.tolerance is None  # no graph is written in it
-    rest = PRECISIONS[precision.unquantised]
-    assert (precision.element_bytes, precision.logit_bytes) == (rest.element_bytes, rest.logit_bytes)
+@given(st.sampled_from(sorted(WEIGHT_FORMATS)), st.integers(1, 40), st.integers(1, 8), st.sampled_from([2, 4]))
+def test_a_matrix_is_its_codes_scales_and_zeros(name, out_features, groups, scale_bytes):
+    form = WEIGHT_FORMATS[name]
+    in_features = groups * (form.group or 16)
+    scales = out_features * (groups if form.group else 1)
+    bits = form.bits * (out_features * in_features + (scales if form.asymmetric else 0)) + 8 * scale_bytes * scales
+    assert form.stored_bytes(out_features, in_features, scale_bytes) == -(-bits // 8)
+    assert form.most - form.least + 1 == 2**form.bits - (form.bits == 8)
+
+
+def test_groups_that_do_not_divide_are_refused_by_name():
+    with pytest.raises(InputError, match="int4-64 has groups of 64, which do not divide 96 inputs") as caught:
+        WEIGHT_FORMATS["int4-64"].groups_of(96)
+    assert "multiples of 64" in caught.value.remedy

@@ -62,9 +62,7 @@ OPTIONS: dict[str, Any] = {
     "prefill": Annotated[str | None, _option(BUDGET, "Time to first token: 0.5s or 70%.", metavar="MS|%")],
     "max_quality_loss": Annotated[
         str | None,
-        _option(
-            BUDGET, "Acceptable rise of held-out perplexity. Default: 30%, where a model is broken.", metavar="%|off"
-        ),
+        _option(BUDGET, "Acceptable rise of held-out perplexity. Default: 30%, a broken model.", metavar="%|off"),
     ],
     "method": Annotated[str, _option(SEARCH, "default, or a baseline: wanda+ls, magnitude, random, ...")],
     "layout": Annotated[
@@ -134,8 +132,7 @@ OPTIONS: dict[str, Any] = {
     "force": Annotated[bool, _option(OUTPUT, "Replace an older bundle or unfinished run.", "--force")],
 }
 PlanWeights = Annotated[
-    str,
-    _option(DEVICE, "Format of the layers' weights; embedding and head are floats.", metavar="float|int8|int4|NAME"),
+    str, _option(DEVICE, "Format of the layers' weights; all else is floats.", metavar="float|int8|int4|NAME")
 ]
 IMAGES_OF_RUN = ("--class", "--count", "--cfg", "--output", "--force")
 

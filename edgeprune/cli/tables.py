@@ -142,9 +142,9 @@ def _fit(plan: Plan) -> str:
 
 def _shape(plan: Plan) -> str:
     """Returns the parameters, the precision and the workload in one line."""
-    workload = plan.workload
+    workload, weights = plan.workload, "" if plan.weights == "float" else f", weights in {plan.weights}"
     return (
-        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}{f', weights in {plan.weights}' if plan.weights != 'float' else ''}, batch {workload.batch}, "
+        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}{weights}, batch {workload.batch}, "
         f"prompt {workload.prompt}, past {plan.past}"
     )
 

@@ -59,7 +59,7 @@ def test_a_file_gives_the_options_and_the_command_line_wins(tmp_path, asked):
         device="jetson-orin",
         memory="90%",
         samples=16,
-        max_quality_loss=5,
+        max_quality_loss="5",
         evaluate=["a.txt", "b.txt"],
         checkpoint=False,
         keep_remote=True,

@@ -48,10 +48,12 @@ def shape(tmp_path) -> str:
 
 
 def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
-    lines = printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", precision="int4")))
+    lines = printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", weights="int4")))
     assert max(map(len, lines)) <= 80
     shown = words(lines)
-    assert shown.startswith("[bold]small on jetson-orin-nano-4gb: 0.163 B parameters, int4, batch 1, prompt 512, past")
+    assert shown.startswith(
+        "[bold]small on jetson-orin-nano-4gb: 0.163 B parameters, fp16, weights in int4-64, batch 1, prompt 512, past"
+    )
     for text in (
         "It fits: ",
         "2.79 GiB that the system leaves",
@@ -61,7 +63,7 @@ def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
         "decode in place",
         "Orin Nano 8 GB",
         "TensorRT-Edge-LLM 0.10",
-        "mind int4 is weight-only",
+        "mind int4-64: the layers' matrices in 4 bits",
         "low confidence in the profile, which gives the reasons: ",
     ):
         assert text in shown

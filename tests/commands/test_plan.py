@@ -67,9 +67,9 @@ def test_a_file_or_its_directory(config: str, variant: str) -> None:
 
 
 def test_json_has_parts_basis_and_notes(config: str) -> None:
-    found = plan_one(Question(config, "jetson-orin-nano-8gb", precision="int4", prompt=100, past=300, batch=2))
+    found = plan_one(Question(config, "jetson-orin-nano-8gb", weights="int4", prompt=100, past=300, batch=2))
     shown = json.loads(json.dumps(found.as_json(), allow_nan=False))
-    assert (shown["batch"], shown["prompt"], shown["past"], shown["precision"]) == (2, 100, 300, "int4")
+    assert (shown["batch"], shown["prompt"], shown["past"], shown["weights"]) == (2, 100, 300, "int4-64")
     assert shown["source"] == "estimated"
     parts = shown["parts"]
     assert shown["memory_bytes"] == sum(parts["memory_bytes"].values())
@@ -84,14 +84,14 @@ def test_json_has_parts_basis_and_notes(config: str) -> None:
         assert "TensorRT-Edge-LLM 0.10" in shown["basis"][name]
     assert "Orin Nano 8 GB" in shown["basis"]["decode"]
     assert all(shown["basis"].values())
-    assert any(note.startswith("int4 is weight-only") for note in shown["notes"])
+    assert any(note.startswith("int4-64: the layers' matrices in 4 bits") for note in shown["notes"])
     assert any("low confidence" in note for note in shown["notes"])
 
 
 @pytest.mark.parametrize("label", ["AGX Orin 64 GB", "Orin NX 16 GB"])
 def test_in_place_it_agrees_with_the_published_decode(tmp_path: Path, label: str) -> None:
     origin = ORIGINS[label]
-    found = plan_one(Question(written(tmp_path, QWEN3_4B), origin.profile, precision="int4", prompt=2048, past=2048))
+    found = plan_one(Question(written(tmp_path, QWEN3_4B), origin.profile, weights="int4-128", prompt=2048, past=2048))
     assert found.decode_in_place_ms == pytest.approx(origin.points[2].decode_ms, rel=0.04)
     assert found.performance.decode.value > found.decode_in_place_ms
 

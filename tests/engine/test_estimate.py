@@ -27,6 +27,7 @@ from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from edgeprune.ondevice.figures import Workload
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.profiles import DeviceProfile, HardwareFigure, list_profiles, load_profile
 from tests.support.shapes import SMOLLM2, uniform
 
@@ -58,11 +59,29 @@ def test_weights_are_the_bytes_that_the_graph_stores(tied: bool, precision: str,
     assert estimated == size * decoder.parameters + (2 if precision == "fp16" else 4) * tables
 
 
-@pytest.mark.parametrize(("precision", "matrix_bytes"), [("int8", 1 + 2 / 128), ("int4", 0.5 + 2 / 128)])
-def test_weight_only_quantisation_shrinks_the_matrices_alone(precision: str, matrix_bytes: float) -> None:
-    half, quantised = (estimate_performance(SMOLLM2, ORIN, WORKLOAD, p).memory for p in ("fp16", precision))
-    assert half.weights.value - quantised.weights.value == (2 - matrix_bytes) * SMOLLM2.layer_parameters
-    assert half.cache == quantised.cache
+@pytest.mark.parametrize(("name", "matrix_bytes"), [("int4-32", 0.5 + 2 / 32), ("int4-64", 0.5 + 2 / 64)])
+def test_weight_formats_shrink_the_matrices_alone(name: str, matrix_bytes: float) -> None:
+    formatted = SMOLLM2.with_format(WEIGHT_FORMATS[name])
+    half, few = (estimate_performance(decoder, ORIN, WORKLOAD, "fp16") for decoder in (SMOLLM2, formatted))
+    saved = (2 - matrix_bytes) * SMOLLM2.layer_parameters
+    assert half.memory.weights.value - few.memory.weights.value == saved
+    assert half.memory.cache == few.memory.cache
+    assert half.decode.value - few.decode.value == pytest.approx(1e3 * saved / READING)
+
+
+def test_a_format_takes_its_time_in_a_prefill() -> None:
+    """As the profile says: here twice that of floats, for the products of the layers alone."""
+    offer = ORIN.weights["int8"].model_copy(update={"prefill": 2.0})
+    slow = ORIN.model_copy(update={"weights": {"int8": offer}})
+    workload = Workload(1, 2048, 4096)
+    floats, few = (
+        estimate_performance(decoder, slow, workload, "fp16").prefill
+        for decoder in (SMOLLM2, SMOLLM2.with_format(WEIGHT_FORMATS["int8"]))
+    )
+    rate = ORIN.prefill_efficiency.value * ORIN.fp16_compute.si
+    assert few.value - floats.value == pytest.approx(1e3 * 2 * 2048 * SMOLLM2.layer_parameters / rate)
+    assert "x for its weight formats" in few.basis
+    assert "weight formats" not in floats.basis
 
 
 def test_memory_and_decode_of_a_known_shape() -> None:
@@ -154,7 +173,7 @@ def test_fp32_on_tensor_cores_is_half_of_fp16_and_says_so() -> None:
     assert "TF32" in single.basis
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_shares_add_up_to_the_decode_estimate(precision: str) -> None:
     shares = latency_shares(SMOLLM2, ORIN, WORKLOAD, precision)
     assert list(shares) == ["layers", "head_and_embedding", "cache", "overhead"]
@@ -209,8 +228,8 @@ def test_a_profile_without_the_figures_is_refused() -> None:
     rate = HardwareFigure(value=100, unit="GFLOP/s", source="test", confidence="low")
     probed = cpu.model_copy(update=ORIN.hardware | {"fp16_compute": None, "fp32_compute": rate})
     assert estimate_performance(SMOLLM2, probed, WORKLOAD, "fp32").prefill.value > 0
-    with pytest.raises(InputError, match="no fp16 compute rate, which int4 needs"):
-        estimate_performance(SMOLLM2, probed, WORKLOAD, "int4")
+    with pytest.raises(InputError, match="no fp16 compute rate, which fp16 needs"):
+        estimate_performance(SMOLLM2, probed, WORKLOAD, "fp16")
 
 
 def test_bf16_is_fp16_but_for_its_logits() -> None:
@@ -237,9 +256,9 @@ def test_bf16_is_for_gpus_from_ampere_on(profile: DeviceProfile) -> None:
 def test_a_precision_is_checked_before_anything_is_probed() -> None:
     cpu = load_profile("cpu")
     assert check_precision(cpu, "fp32") == "fp32"
-    assert check_precision(ORIN, "int4") == "int4"
-    with pytest.raises(InputError, match="no fp16 compute rate, which int4 needs"):
-        check_precision(cpu, "int4")
+    assert check_precision(ORIN, "fp16") == "fp16"
+    with pytest.raises(InputError, match="no fp16 compute rate, which fp16 needs"):
+        check_precision(cpu, "fp16")
     with pytest.raises(InputError, match="unknown precision 'fp7'"):
         check_precision(ORIN, "fp7")
 

@@ -118,7 +118,7 @@ def test_the_headline_tells_the_verdict_and_the_cost(limit, quality, label, head
 def test_a_broken_models_rise_is_a_text_in_the_document():
     content = estimated_content()
     content["quality"]["rise_percent"] = float("inf")
-    assert "at +inf % perplexity" in merged(document(content), MEASUREMENT, rung())["headline"]
+    assert "at more than 100-fold perplexity" in merged(document(content), MEASUREMENT, rung())["headline"]
 
 
 def test_the_banner_has_a_row_for_each_limit_of_the_device_and_no_markup_of_others():
