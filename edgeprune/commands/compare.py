@@ -9,7 +9,7 @@ from typing import Any
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_shape
-from edgeprune.pipeline.comparison import DENSE, Comparison, Layout, Row, WidthRule, generate_samples
+from edgeprune.pipeline.comparison import DENSE, FORMAT_WORDS, Comparison, Layout, Row, WidthRule, generate_samples
 from edgeprune.pipeline.kind import kind_of
 from edgeprune.pipeline.request import DEMO, RATIOS, SELF, Request, check_samples, request_of
 from edgeprune.pipeline.request import METHODS as DEFAULT_METHODS
@@ -32,9 +32,10 @@ def compare(
     """Compares pruning methods at equal ratios on the same samples and texts.
 
     ratios: percent of the parameters in attention and MLP matrices to remove; methods: names, `all` for all of them;
-    options: those of samples and images, as of fit. Returns a row for the dense model and one for each layout, ratio
-    and method. Every method gets the widths of the least predicted loss, but FLAP's in the layout `per-layer` come
-    from its own cut over all layers. Raises InputError.
+    weight formats are methods too (int8, int4), and may follow another one (default+int4); options: those of samples
+    and images, as of fit. Returns a row for the dense model and one for each layout, ratio and method. Every method
+    gets the widths of the least predicted loss, but FLAP's in the layout `per-layer` come from its own cut over all
+    layers. Raises InputError.
     """
     from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
 
@@ -47,7 +48,10 @@ def compare(
             f"--methods {methods!r} names nothing to compare with the dense model",
             f"Methods are: {', '.join(METHODS)}; or {ALL}.",
         )
-    chosen = {name: method_named(name) for name in sorted(names, key=lambda name: name != DEFAULT)}
+    names.sort(key=lambda name: name != DEFAULT)
+    for name in names:
+        if name.rpartition("+")[2] not in FORMAT_WORDS:
+            method_named(name)
     for value in ratios:
         if not 0 < value < 100:
             raise InputError(f"the ratio {value:g} is not between 0 and 100 percent", "Try --ratios 20,30,50.")
@@ -55,13 +59,19 @@ def compare(
         raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
     # The dense model first: every rise refers to it.
     comparison = _comparison(request, progress_of(progress))
+    chosen = [comparison.method_of(name) for name in names]
     rows = [comparison.dense]
-    for each in Layout if layout == BOTH else [Layout(layout)]:
+    layouts = list(Layout) if layout == BOTH else [Layout(layout)]
+    first = layouts[0], ratios[0]
+    for each in layouts:
         for value in ratios:
-            for name, method in chosen.items():
-                own_cut = method.standardised and each is Layout.PER_LAYER
+            for compared in chosen:
+                if not compared.prunes and (each, value) != first:
+                    continue  # a weight format by itself is the same at every ratio
+                own_cut = compared.method.standardised and each is Layout.PER_LAYER
                 allocation = WidthRule.SCORE if own_cut else WidthRule.SENSITIVITY
-                rows.append(comparison.over_default(comparison.run(name, value / 100, each, allocation)))
+                row = comparison.run(compared.name, value / 100, each, allocation)
+                rows.append(comparison.over_default(row))
     return Result(None, rows)
 
 

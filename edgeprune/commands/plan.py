@@ -52,8 +52,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model's shape on one device. weights: the name of the format of its layers' matrices; decode_parts: ms by
-    layers, head, cache, cache_copies, compute, overhead; decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the points does."""
+    """One model's shape on one device.
+
+    weights: the name of the format of its layers' matrices; decode_parts: ms by layers, head, cache, cache_copies,
+    compute, overhead; decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the
+    points does.
+    """
 
     model: str
     decoder: Decoder

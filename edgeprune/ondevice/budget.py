@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import isfinite
+from math import isfinite, isnan
 from typing import Any, Literal
 
 from edgeprune.errors import InputError
@@ -350,7 +350,9 @@ def format_bytes(value: float) -> str:
 
 def format_percent(value: float) -> str:
     """Returns a change in percent as `+3.2 %` or `+120 %`, and in words where a number says nothing any more."""
-    if not value < MOST_PERCENT:  # infinity and what is no number are here too
+    if isnan(value):
+        return "not a number"
+    if value >= MOST_PERCENT:
         return f"more than {MOST_PERCENT // 100}-fold"
     return f"{value:+.1f} %" if abs(value) < 100 else f"{value:+.0f} %"
 

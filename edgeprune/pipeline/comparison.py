@@ -19,6 +19,7 @@ from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.model import Model
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.progress import Progress
 from edgeprune.search.module_costs import additive
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from edgeprune.evaluate.perplexity import Losses
     from edgeprune.pipeline.kind import Kind
+    from edgeprune.pruning.methods import Method
     from edgeprune.search.widths import Sensitivities, Widths
 
 CHANNEL_MULTIPLE = 8  # fine enough to realise a ratio within half a point
@@ -34,6 +36,10 @@ RATIO_TOLERANCE = 0.005
 DENSE = "dense"
 DENSE_KEY = (DENSE, "", "0")  # of its row
 DECODE_WORKLOAD = Workload(batch=1, prompt=512, context=1024)  # that decode bytes are stated for, in fp16
+
+
+FORMAT_WORDS = {name: (name,) for name in WEIGHT_FORMATS} | {"int4": ("int4-64", "int4-32")}
+"""The words for weight formats in a method's name, each with the formats to take the first fitting of."""
 
 
 class Layout(StrEnum):
@@ -84,6 +90,16 @@ class Row:
         return dict(self.__dict__)
 
 
+@dataclass(frozen=True)
+class ComparedMethod:
+    """A method, and the weight format that the layers' matrices are rounded to, if any; prunes: it removes weights."""
+
+    name: str
+    method: Method
+    form: WeightFormat | None = None
+    prunes: bool = True
+
+
 @dataclass
 class TimedStream:
     """A stream that adds up the seconds its consumer waits for it."""
@@ -120,6 +136,26 @@ class Comparison:
     progress: Progress
     losses: dict[tuple[str, str, str], dict[str, Losses]] = field(default_factory=dict)
 
+    def method_of(self, name: str) -> ComparedMethod:
+        """Returns the method of a name: of the table of methods, a weight format, or both with a plus between.
+
+        Raises InputError for an unknown name, and for groups that do not divide the model's sizes.
+        """
+        from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
+
+        before, _, last = name.rpartition("+")
+        if name in METHODS or last not in FORMAT_WORDS:
+            return ComparedMethod(name, method_named(name))
+        decoder = self.model.decoder
+        layer = decoder.layers[0]
+        sizes = (decoder.hidden_size, layer.attention.query_size, layer.mlp.intermediate_size)
+        for form in (WEIGHT_FORMATS[word] for word in FORMAT_WORDS[last]):
+            if all(size % (form.group or 1) == 0 for size in sizes):
+                return ComparedMethod(name, method_named(before or DEFAULT), form, prunes=bool(before))
+        raise InputError(
+            f"the groups of {last} do not divide this model's sizes {', '.join(map(str, sizes))}", "Compare int8."
+        )
+
     @functools.cached_property
     def sensitivities(self) -> Sensitivities:
         from edgeprune.pruning.methods import DEFAULT
@@ -141,16 +177,24 @@ class Comparison:
         return self._row(DENSE, "", "", 0.0, decoder, self.losses[DENSE_KEY], 0.0, 0)
 
     def run(self, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
-        """Prunes with a method to a ratio (0 to 1) and evaluates in one walk. Raises InputError."""
-        return self.run_to(self.target(wanted, layout, allocation), name, wanted, layout, allocation)
+        """Prunes with a method to a ratio (0 to 1), rounds where it has a format, and evaluates, in one walk.
+
+        A weight format by itself prunes nothing, whatever the ratio. Raises InputError.
+        """
+        compared, target = self.method_of(name), self.model.decoder
+        if compared.prunes:
+            group = 1 if compared.form is None else compared.form.group or 1
+            target = self.target(wanted, layout, allocation, math.lcm(CHANNEL_MULTIPLE, group))
+        return self.run_to(
+            target.with_format(compared.form), name, wanted if compared.prunes else 0.0, layout, allocation
+        )
 
     def run_to(self, target: Decoder, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
-        """Prunes with a method to the widths of a Decoder and evaluates in one walk."""
+        """Prunes with a method to the widths and formats of a Decoder and evaluates in one walk."""
         from edgeprune.evaluate.perplexity import text_losses
-        from edgeprune.pruning.methods import method_named
         from edgeprune.pruning.prune import prune, result_of
 
-        method = method_named(name)
+        method = self.method_of(name).method
         layers = len(self.model.decoder.layers)
         advance = self.progress.stage(f"{name} at {100 * wanted:g} %, {layout}", 2 * layers)
         fell_back: list[bool] = []  # of each module, as it is pruned
@@ -174,8 +218,11 @@ class Comparison:
         self.losses[row.key] = losses
         return row
 
-    def target(self, wanted: float, layout: Layout, allocation: WidthRule) -> Decoder:
-        """Returns the Decoder to reach: at most 1 - wanted of the parameters, to half a point. Raises InputError."""
+    def target(self, wanted: float, layout: Layout, allocation: WidthRule, multiple: int = CHANNEL_MULTIPLE) -> Decoder:
+        """Returns the Decoder to reach: at most 1 - wanted of the parameters, to half a point. Raises InputError.
+
+        multiple: of the MLP channels.
+        """
         from edgeprune.pruning import score
         from edgeprune.search.sensitivity import measure_scores
         from edgeprune.search.widths import dense_widths, even, layer_parameters, standardised_cut
@@ -187,13 +234,13 @@ class Comparison:
         # The widths, by the rule that was asked for.
         widths: list[Widths] | None
         if allocation is WidthRule.EVEN:
-            widths = even(full, layers, cost, capacity, CHANNEL_MULTIPLE, least)
+            widths = even(full, layers, cost, capacity, multiple, least)
         elif allocation is WidthRule.SCORE:
             advance = self.progress.stage("scores of every layer", layers)
             scores = measure_scores(self.model, self.ids, score.flap, self.seed, advance)
             widths = standardised_cut(*scores, full, cost, capacity)
         else:
-            widths = self._least_loss(capacity, least, layout)
+            widths = self._least_loss(capacity, least, layout, multiple)
         # What they really remove must be within the tolerance.
         target = dense.with_layer_widths(widths) if widths else None
         if target is None or abs(ratio(target, dense) - wanted) > RATIO_TOLERANCE:
@@ -203,7 +250,7 @@ class Comparison:
             )
         return target
 
-    def _least_loss(self, capacity: int, least: int, layout: Layout) -> list[Widths] | None:
+    def _least_loss(self, capacity: int, least: int, layout: Layout, multiple: int) -> list[Widths] | None:
         from edgeprune.search.solve import Problem, per_layer, uniform
         from edgeprune.search.widths import dense_widths, parameter_costs
 
@@ -213,7 +260,7 @@ class Comparison:
             dense_widths(self.model.decoder),
             self.sensitivities,
             {"parameters": parameters, "removed": removed},
-            CHANNEL_MULTIPLE,
+            multiple,
         )
         solve = uniform if layout is Layout.UNIFORM else per_layer
         allocation = solve(problem, {"parameters": capacity, "removed": -least})

@@ -22,7 +22,12 @@ SEVERAL = ("evaluate", "export")  # options that may be given again
 FRONTIER_RUNGS = 6
 RATIOS, METHODS = "20,30,50", "default,flap,wanda+ls,wanda,magnitude,random"  # that compare compares
 MOST_SEED = 2**63 - 1
-UNITS = {"memory": "B", "prefill": "ms", "decode": "ms"}  # of a limit that is given as a number
+UNITS = {
+    "memory": "B",
+    "prefill": "ms",
+    "decode": "ms",
+    "max_quality_loss": "%",
+}  # of a limit that is given as a number
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Request:
     memory: str | None = None
     decode: str | None = None
     prefill: str | None = None
-    max_quality_loss: float | str | None = None
+    max_quality_loss: str | None = None
     method: str = "default"
     layout: str = "uniform"
     vocabulary: str = "full"

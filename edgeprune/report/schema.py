@@ -194,7 +194,7 @@ class Search(Strict):
 
 
 class Lever(Strict):
-    """What one way to make the model smaller contributes to the fitted model."""
+    """One way to make the model smaller, and what it contributes to the fitted one."""
 
     name: str = Field(description="pruning, vocabulary, or a weight format")
     saved_bytes: float = Field(description="of memory, estimated")
@@ -202,7 +202,7 @@ class Lever(Strict):
 
 
 class Levers(Strict):
-    """What each lever contributes, and what the budget would have cost by one kind of lever alone."""
+    """All levers of a fitted model, and the cost of the budget by one kind of lever alone."""
 
     parts: list[Lever]
     pruning_alone: float | None = Field(

@@ -369,7 +369,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Counting:
-    """How often each coefficient counts in a model, and the table that coefficients make.
+    """The coefficients of a table: how often each counts in a model, and the table that they make.
 
     The coefficients are fixed, token, a, b, c, the steps of the MLP's cost from each knot to the next, and for each
     format a token, the share of an attention's matrices, and the steps to half of the MLP's channels and to all.

@@ -29,7 +29,7 @@ UNUSABLE = 1e3  # nats per token: the loss of a cut that is not to be chosen
 
 @dataclass(frozen=True)
 class Lever:
-    """What one way to make the model smaller contributes; name: pruning, vocabulary, or a weight format."""
+    """One way to make the model smaller, and what it contributes; name: pruning, vocabulary, or a weight format."""
 
     name: str
     saved_bytes: float
@@ -38,8 +38,8 @@ class Lever:
 
 @dataclass(frozen=True)
 class Levers:
-    """What each lever contributes to an allocation, and the predicted loss of one kind of lever alone within the same
-    limits, None where that does not reach them."""
+    """All levers of an allocation, and the predicted loss of one kind of lever alone within the same limits, None where
+    that does not reach them."""
 
     parts: tuple[Lever, ...]
     pruning_alone: float | None

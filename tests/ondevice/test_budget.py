@@ -125,7 +125,9 @@ def test_no_text_gets_past_as_a_senseless_limit(text: str) -> None:
         assert limit.value <= 1 or not limit.relative
 
 
-@pytest.mark.parametrize(("given_as", "percent"), [("10%", 10.0), ("2.5", 2.5), (10.0, 10.0), (0, 0.0), (None, None)])
+@pytest.mark.parametrize(
+    ("given_as", "percent"), [("10%", 10.0), ("2.5", 2.5), (10.0, 10.0), (0, 0.0), (None, 30.0), ("off", None)]
+)
 def test_the_quality_limit_is_a_percentage(given_as: str | float | None, percent: float | None) -> None:
     assert parse_budget(None, None, None, given_as).max_quality_loss == percent
 

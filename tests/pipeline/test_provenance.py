@@ -42,7 +42,7 @@ def parsed(monkeypatch, line: str) -> Request:
     "request_",
     [
         Request(device="cpu"),
-        Request(model="my model's", device="l4", memory="90%", decode="25ms", max_quality_loss=2.5, seed=7),
+        Request(model="my model's", device="l4", memory="90%", decode="25ms", max_quality_loss="2.5%", seed=7),
         Request(profile=Path("a b.toml"), evaluate=(Path("a.txt"), Path("b c.txt")), export=("gguf",)),
         Request(device="cpu", checkpoint=False, keep_remote=True, require_measured=True, target="ssh://me@board"),
         Request(device="cpu", rungs=3, layout="per-layer", vocabulary="samples", precision="bf16", output=Path("o")),

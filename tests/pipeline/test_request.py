@@ -32,7 +32,7 @@ def test_options_are_taken_as_people_write_them():
         export=("gguf",),
         output=Path("out"),
         samples=64,
-        max_quality_loss=10.0,
+        max_quality_loss="10%",
     )
     assert request_of(evaluate=["a", Path("b")]).evaluate == (Path("a"), Path("b"))
     assert request_of() == Request()

@@ -169,7 +169,8 @@ def test_a_rise_beyond_all_reason_leaves_a_few_ticks(rise):
 def test_what_cannot_be_drawn_is_said():
     page = render_frontier(measured_ladder(rises=(1.0, 50.0, inf, nan)), BUNDLE)
     assert "beyond floating point: rung 2, rung 3." in page
-    assert [row[3].split(" ")[0] for row in rows(page)[3:]] == ["+inf", "+nan"]
+    for row, text in zip(rows(page)[3:], ("more than 100-fold", "not a number"), strict=True):
+        assert row[3].startswith(text)
     (plot,) = re.findall(r"Plotly\.newPlot\((.*?)\);?\s*}?;?\s*</script>", page, re.DOTALL)
     assert "NaN" not in plot
     assert "not drawn" not in render_frontier(measured_ladder(), BUNDLE).lower()

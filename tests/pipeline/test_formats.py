@@ -1,0 +1,119 @@
+"""The weight formats that a request may use, by device and model."""
+
+import pytest
+
+from edgeprune.errors import InputError
+from edgeprune.pipeline.formats import version_of, weight_choice, with_tensorrt, without_formats
+from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.profiles import list_profiles, load_profile
+from tests.support.shapes import SMOLLM2, uniform
+
+CPU, ORIN, RTX = (load_profile(name) for name in ("cpu", "jetson-orin", "rtx-4090"))
+NARROW = uniform(48, 2, (4, 2, 12), 96, 200)  # no multiple of 32
+
+
+def named(profile, asked="auto", decoder=SMOLLM2):
+    return [form.name if form else "float" for form in weight_choice(asked, profile, decoder).layers]
+
+
+def test_auto_is_what_the_device_runs_well():
+    assert named(CPU) == ["float", "int8", "int4-32-asymmetric"]
+    assert named(ORIN) == named(RTX) == ["float", "int8", "int4-64"]
+    assert "jetson-orin runs int8 and int4-64 well" in weight_choice("auto", ORIN, SMOLLM2).reason
+
+
+def test_auto_leaves_out_groups_that_do_not_divide_and_says_so():
+    choice = weight_choice("auto", ORIN, NARROW)
+    assert [form and form.name for form in choice.layers] == [None, "int8"]
+    assert "the groups of int4 do not divide this model's sizes" in choice.reason
+
+
+def test_the_first_group_that_divides_is_taken():
+    decoder = uniform(96, 2, (4, 2, 24), 192, 200)
+    assert named(ORIN, "int4", decoder) == ["int4-32"]
+
+
+@pytest.mark.parametrize("profile", list_profiles(), ids=lambda profile: profile.name)
+def test_every_shipped_device_offers_formats_with_their_source(profile):
+    assert named(profile)[:2] == ["float", "int8"]
+    for offer in profile.weights.values():
+        assert offer.source
+        assert all(name in WEIGHT_FORMATS for name in offer.formats)
+
+
+def test_what_is_asked_for_is_all_that_may_be_used():
+    assert named(CPU, "int8") == ["int8"]
+    assert named(CPU, "float") == ["float"]
+    assert named(ORIN, "float, int4") == ["float", "int4-64"]
+    assert named(ORIN, "int4-128", uniform(256, 2, (2, 2, 128), 512, 200)) == ["int4-128"]
+    assert weight_choice("float", CPU, SMOLLM2).tables == (None,)
+
+
+def test_tables_are_floats_or_lose_next_to_nothing():
+    assert weight_choice("auto", CPU, SMOLLM2).tables == (None, WEIGHT_FORMATS["int8"])
+    assert weight_choice("int4", CPU, SMOLLM2).tables == (None, WEIGHT_FORMATS["int8"])
+
+
+@pytest.mark.parametrize(
+    ("profile", "asked", "decoder", "message", "remedy"),
+    [
+        (CPU, "int4-64", SMOLLM2, "cpu does not run weights in int4-64 well", "float, int8, int4, int4-32-asymmetric"),
+        (ORIN, "int4-32-asymmetric", SMOLLM2, "jetson-orin does not run weights in int4-32-asymmetric", "int4-64"),
+        (
+            ORIN,
+            "int4-128",
+            SMOLLM2,
+            "int4-128 has groups of 128 inputs, which do not divide the hidden_size 576",
+            "int8",
+        ),
+        (
+            ORIN,
+            "int4",
+            NARROW,
+            "int4-64 has groups of 64 inputs, which do not divide the hidden_size 48",
+            "float, int8",
+        ),
+        (ORIN, "int5", SMOLLM2, "unknown weights 'int5'", "auto, or some of float, int8, int4"),
+        (ORIN, "", SMOLLM2, "unknown weights ''", "auto"),
+        (ORIN, "int8,", SMOLLM2, "unknown weights ''", "auto"),
+    ],
+)
+def test_what_does_not_run_is_refused_with_what_does(profile, asked, decoder, message, remedy):
+    with pytest.raises(InputError) as caught:
+        weight_choice(asked, profile, decoder)
+    assert message in caught.value.message
+    assert remedy in caught.value.remedy
+
+
+def test_int4_on_a_gpu_that_has_none():
+    turing = RTX.model_copy(update={"sm": 75, "weights": {"int8": RTX.weights["int8"]}})
+    with pytest.raises(InputError, match="does not run weights in int4 well") as caught:
+        weight_choice("int4", turing, SMOLLM2)
+    assert "float, int8" in caught.value.remedy
+
+
+def test_an_older_tensorrt_parses_another_dialect_and_fewer_formats():
+    older = with_tensorrt(ORIN, "10.3.0.30")
+    assert (older.tensorrt, older.dialect) == ("10.3.0.30", "primitive")
+    assert named(older) == ["float", "int8"]
+    with pytest.raises(InputError, match="TensorRT 10.3.0.30 of jetson-orin does not run int4, which needs 10.15"):
+        weight_choice("int4", older, SMOLLM2)
+    assert with_tensorrt(older, "10.16").dialect == "opset23"
+    assert with_tensorrt(ORIN, None) == ORIN
+
+
+def test_versions_are_compared_by_number():
+    assert version_of("10.3") < version_of("10.15") < version_of("10.16.1") < version_of("11")
+    for text in ("", "x", "ten.3", "-1"):
+        with pytest.raises(InputError, match="is not a version of TensorRT"):
+            version_of(text)
+    with pytest.raises(InputError, match="does not run TensorRT of a version of its own"):
+        with_tensorrt(CPU, "10.3")
+
+
+def test_a_model_that_no_file_holds_in_few_bits_stays_floats():
+    auto = without_formats(weight_choice("auto", CPU, SMOLLM2), "gpt2 has transposed matrices")
+    assert auto.quantised == ()
+    with pytest.raises(InputError, match="gpt2 has transposed matrices, so its weights stay floats"):
+        without_formats(weight_choice("int8", CPU, SMOLLM2), "gpt2 has transposed matrices")
+    assert without_formats(weight_choice("float", CPU, SMOLLM2), "x").layers == (None,)
