@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
+from edgeprune.engine.onnx.data import largest_matrix_bytes
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.errors import EngineError
 from edgeprune.files import scratch_folder
@@ -20,8 +21,9 @@ from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Estimate, Figure, Performance, Workload
 from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
-from edgeprune.ondevice.tensorrt import BuildResult
+from edgeprune.ondevice.tensorrt import BuildResult, holds_copies
 from edgeprune.ondevice.worker import OnProgress
+from edgeprune.precision import GraphPrecision
 from edgeprune.profiles import DeviceProfile
 
 
@@ -159,7 +161,8 @@ class TensorRT:
         if dense is None:
             return measured
         # The runtime's memory is the same for both models: what other programs took meanwhile must not decide.
-        return replace(measured, memory=replace(measured.memory, runtime=dense[1].memory.runtime))
+        measured = replace(measured, memory=replace(measured.memory, runtime=dense[1].memory.runtime))
+        return _with_note_of_copies(measured, candidate, dense, self.precision)
 
     def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the machine, its GPU, and the engine with its version."""
@@ -216,7 +219,7 @@ class BuiltAhead:
             result = measure.build(
                 ThisMachine(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
             )
-            return self._with(estimated, result)
+            return _with_note_of_copies(self._with(estimated, result), candidate, dense, self.precision)
         # The engine of the nearest SM is only a check.
         try:
             with scratch_folder(candidate.graphs.parent, "check-") as folder:
@@ -227,7 +230,7 @@ class BuiltAhead:
         except EngineError as error:  # a note only: the device's own TensorRT may compile it
             note = f"TensorRT for RTX could not compile the graph for SM {self.sm}, as a check: {error.message}"
             return replace(estimated, notes=(*estimated.notes, note))
-        return self._with(estimated, result)
+        return _with_note_of_copies(self._with(estimated, result), candidate, dense, self.precision)
 
     def _with(self, estimated: Performance, result: BuildResult) -> Performance:
         """Returns an estimate with the memory of a built engine."""
@@ -245,9 +248,7 @@ class BuiltAhead:
         memory = replace(
             estimated.memory,
             weights=figure(result.weights_bytes, "the builder's total weights memory"),
-            activations=figure(
-                result.activation_bytes + result.scratch_bytes, "the builder's activation and scratch memory"
-            ),
+            activations=figure(result.context_bytes, "the builder's activation and scratch memory"),
         )
         conditions = {"engine": basis}
         if not own:
@@ -273,6 +274,22 @@ class Estimated:
     ) -> Performance:
         """Returns the estimated performance of a candidate."""
         return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
+
+
+def _with_note_of_copies(
+    performance: Performance, candidate: Exported, dense: tuple[Exported, Performance] | None, precision: GraphPrecision
+) -> Performance:
+    """Returns a performance that notes where the engine's builder dequantised the candidate's weights."""
+    if dense is None or dense[0].decoder.weight_formats:
+        return performance
+    own, plain = performance.memory.activations.value, dense[1].memory.activations.value
+    if not holds_copies(own, plain, largest_matrix_bytes(candidate.decoder, precision)):
+        return performance
+    note = (
+        f"the engine dequantises weights of few bits into copies at each step: it needs {own / 2**20:.0f} MiB of "
+        f"activations, the dense model {plain / 2**20:.0f} MiB. Its latency is not what the format promises"
+    )
+    return replace(performance, notes=(*performance.notes, note))
 
 
 def _plan(candidate: Exported, profile: DeviceProfile) -> Path:

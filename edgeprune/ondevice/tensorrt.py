@@ -22,6 +22,7 @@ from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.worker import OnProgress, quiet
 
 WEIGHTS_TOLERANCE = 1.05  # of the graph's bytes; an engine with more weights stores something twice
+COPY_SHARE = 0.75  # of the largest matrix: what a builder's activations vary by is less, a copy is all of it
 _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, and all of fp32 on SM 75
     "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
     "--precision fp16.",
@@ -48,6 +49,11 @@ class BuildResult:
     seconds: float
     peak_build_bytes: int
     warnings: tuple[str, ...]
+
+    @property
+    def context_bytes(self) -> int:
+        """The memory that a context needs."""
+        return self.activation_bytes + self.scratch_bytes
 
     @property
     def effort(self) -> str:
@@ -126,7 +132,17 @@ def compile_plan(
 
 
 def _total_bytes(result: BuildResult) -> int:
-    return result.weights_bytes + result.activation_bytes + result.scratch_bytes
+    return result.weights_bytes + result.context_bytes
+
+
+def holds_copies(context_bytes: float, float_context_bytes: float, largest_matrix_bytes: int) -> bool:
+    """Returns whether a builder dequantises weights of few bits into copies, which takes memory and time at each step.
+
+    Nothing else tells: the weights stay as small as the graph's, and the builder warns of nothing. context_bytes: of an
+    engine with weight formats; float_context_bytes: of one without, of the same widths or larger ones;
+    largest_matrix_bytes: of the largest matrix with a weight format, if it were floats.
+    """
+    return context_bytes - float_context_bytes > COPY_SHARE * largest_matrix_bytes > 0
 
 
 def _compile(

@@ -194,6 +194,12 @@ def _quantised(whole: Initializer) -> Iterator[Initializer]:
         yield replace(whole, name=f"{whole.name}.{role}", role=role, shape=shapes[role])
 
 
+def largest_matrix_bytes(decoder: Decoder, precision: GraphPrecision) -> int:
+    """Returns the bytes in floats of the largest matrix that has a weight format; 0 where none has one."""
+    codes = (prod(one.shape) for one in layout(decoder, precision, None) if one.role == "codes")
+    return PRECISIONS[precision].element_bytes * max(codes, default=0)
+
+
 Part = tuple[str, tuple[int, ...], tuple[str, ...], int]  # name, shape, sources, blocks
 
 
