@@ -104,6 +104,14 @@ def _of_states(gradient: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return torch.where((state.detach() != 0).any(dim=-1, keepdim=True), gradient, 0.0)
 
 
+def drawn(shares: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns one label (n,) int64 for each row of shares (n, labels), by their running sums: torch.multinomial draws a
+    random number for each label."""
+    sums = shares.cumsum(dim=-1)
+    places = torch.rand(len(shares), 1, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, places, right=True).clamp_max_(shares.shape[1] - 1).squeeze(1)
+
+
 def _head_gradient(model: Model, hidden: torch.Tensor, seed: int) -> torch.Tensor:
     """Returns dL/dh (b, t, c) behind the last layer, for labels drawn from the model's distribution."""
     decoder = model.decoder
@@ -115,7 +123,7 @@ def _head_gradient(model: Model, hidden: torch.Tensor, seed: int) -> torch.Tenso
     for chunk_states in hidden.flatten(0, 1).split(LOGIT_ROWS):
         states = chunk_states.requires_grad_(True)
         logits = head_logits(decoder, normed(decoder, states, norm, "norm"), head)  # (n, vocab_size)
-        labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), 1, generator=generator).squeeze(1)  # (n,)
+        labels = drawn(F.softmax(logits.detach(), dim=-1), generator)  # (n,)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         gradients.append(torch.autograd.grad(loss, states)[0])
     return torch.cat(gradients).view_as(hidden)

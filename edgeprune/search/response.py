@@ -23,7 +23,8 @@ from edgeprune.pruning.prune import prune
 from edgeprune.search.widths import Sensitivities, Widths, dense_widths
 
 PROBE_SAMPLES = 16  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
-PROBE_HELD_OUT = 8
+ROUNDED_SAMPLES = 8  # rounding determines no update of its own
+PROBE_HELD_OUT = 4
 POSITIONS = 1024  # at which the logits of both models are compared; a divergence is far less noisy than a rise
 LOGIT_BYTES = 1 << 28  # of these logits, at most
 LEAST = 1e-9  # nats per token
@@ -60,26 +61,27 @@ def measure_response(
 ) -> Sensitivities:
     """Returns the sensitivities with their responses, those of widths and those of formats.
 
-    ids: calibration samples (samples, tokens) int64. Each probe is pruned with the first PROBE_SAMPLES of the first
-    half; its loss is the divergence of its logits from the dense model's, on the last PROBE_HELD_OUT of the second
+    ids: calibration samples (samples, tokens) int64. Each probe is made with the first samples of the first half;
+    its loss is the divergence of its logits from the dense model's, on the last PROBE_HELD_OUT of the second
     half: to second order what a prediction is of. on_probe is called PROBES times.
     """
     half = max(1, len(ids) // 2)
-    fit, held_out = ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]
+    held_out = ids[-min(PROBE_HELD_OUT, half) :]
     dense, depth = model.decoder, len(model.decoder.layers)
     count = min(POSITIONS, max(1, LOGIT_BYTES // (4 * dense.vocab_size)))
     expected = spread_logits(dense, weight_stream(model), held_out, count).log_softmax(dim=-1)
     on_probe()
 
-    def divergence(target: Decoder) -> float:
-        logits = spread_logits(target, prune(model, target, fit, method, seed), held_out, count).log_softmax(dim=-1)
+    def divergence(target: Decoder, samples: int) -> float:
+        small = prune(model, target, ids[: min(samples, half)], method, seed)
+        logits = spread_logits(target, small, held_out, count).log_softmax(dim=-1)
         on_probe()
         return max(LEAST, float(F.kl_div(logits, expected, reduction="batchmean", log_target=True)))
 
     # One pruning that cuts another kind in each layer.
     widths = probe_widths(dense_widths(dense), depth)
     predicted = sum(sensitivities.errors(layer, width).sum() for layer, width in enumerate(widths))
-    factor = divergence(dense.with_layer_widths(widths)) / max(predicted, LEAST)
+    factor = divergence(dense.with_layer_widths(widths), PROBE_SAMPLES) / max(predicted, LEAST)
     sensitivities = replace(sensitivities, response=np.full(3, factor))
     if not formats:
         on_probe()
@@ -88,6 +90,6 @@ def measure_response(
     form = coarsest(formats)
     losses = sensitivities.roundings[form.name]
     predicted = float(losses.attention.sum() + losses.mlp.sum())
-    factor = divergence(dense.with_format(form)) / max(predicted, LEAST)
+    factor = divergence(dense.with_format(form), ROUNDED_SAMPLES) / max(predicted, LEAST)
     roundings = {name: replace(other, response=factor) for name, other in sensitivities.roundings.items()}
     return replace(sensitivities, roundings=roundings)

@@ -46,7 +46,7 @@ from edgeprune.search.widths import RoundingLosses, Sensitivities, dense_widths
 
 VERSION = 6  # of the kept results; another number measures again
 SAMPLES = 16  # on which cuts are measured: their moments need several times as many tokens as the widest module's width
-ROUNDED_SAMPLES = 8  # of these, on which formats are measured, whose errors are averages over all tokens
+ROUNDED_SAMPLES = 4  # of these, on which formats are measured, whose errors are averages over all tokens
 
 
 def sensitivities_of(

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.backward import token_gradients
+from edgeprune.model.backward import drawn, token_gradients
 from edgeprune.model.load import load_model
 from tests.support.families import save_family
 from tests.support.tiny import as_model, llama
@@ -27,7 +27,7 @@ def reference_gradients(reference, ids, seed):
         )
     logits = reference(ids).logits
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.multinomial(F.softmax(logits.detach().flatten(0, 1), -1), 1, generator=generator).squeeze(1)
+    labels = drawn(F.softmax(logits.detach().flatten(0, 1), -1), generator)
     F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
     for handle in handles:
         handle.remove()
@@ -67,8 +67,16 @@ def test_gradients_of_pictures_are_those_of_the_original(tmp_path):
     for layer in original.layers:
         layer.register_forward_hook(lambda _module, _inputs, output: (output.retain_grad(), states.append(output))[1])
     logits = original(ids).logits.flatten(0, 1)
-    labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=torch.Generator().manual_seed(3)).squeeze(1)
+    labels = drawn(F.softmax(logits.detach(), -1), torch.Generator().manual_seed(3))
     F.cross_entropy(logits, labels, reduction="sum").backward()
     ours = token_gradients(load_model(str(tmp_path)), ids, seed=3).modules
     for mine, state in zip(ours, states, strict=True):
         assert torch.allclose(mine["mlp"], state.grad.square().sum(-1), rtol=1e-3, atol=1e-9)
+
+
+def test_labels_are_drawn_by_their_shares():
+    shares = torch.tensor([[0.0, 0.2, 0.5, 0.0, 0.3]])
+    labels = drawn(shares.expand(20000, -1), torch.Generator().manual_seed(0))
+    counts = torch.bincount(labels, minlength=5) / len(labels)
+    assert counts[0] == counts[3] == 0
+    assert torch.allclose(counts, shares[0], atol=0.015)
