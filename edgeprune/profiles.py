@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgeprune.errors import InputError
-from edgeprune.files import read_text
+from edgeprune.files import printable, read_text
 from edgeprune.precision import WEIGHT_FORMATS, GraphPrecision, WeightFormat
 
 PROCESSOR = "cpu"  # the profile of this machine's processor
@@ -180,6 +180,34 @@ class DeviceProfile(_Strict):
     def usable_bytes(self) -> float:
         """Returns what is left for the model: memory less the system's reserve and the runtime's fixed part."""
         return self.available_bytes - self.runtime_memory.si
+
+
+OPSET23 = (10, 15)  # the first TensorRT whose parser knows Attention and RotaryEmbedding
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Returns a version as numbers, as far as it has them. Raises InputError where it has none."""
+    numbers = []
+    for part in text.strip().split("."):
+        if not part.isdecimal():
+            break
+        numbers.append(int(part))
+    if not numbers:
+        raise InputError(f"{printable(text, 40)!r} is not a version of TensorRT", "Give one like 10.16.")
+    return tuple(numbers)
+
+
+def with_tensorrt(profile: DeviceProfile, version: str | None) -> DeviceProfile:
+    """Returns the profile for a version of TensorRT: older ones do not parse opset 23. None: as the profile says.
+
+    Raises InputError for a device without TensorRT, and for what is no version.
+    """
+    if version is None:
+        return profile
+    if profile.tensorrt is None:
+        raise InputError(f"{profile.name} does not run TensorRT of a version of its own", "Leave --tensorrt out.")
+    dialect = "opset23" if version_of(version) >= OPSET23 else "primitive"
+    return profile.model_copy(update={"tensorrt": version, "dialect": dialect})
 
 
 def profiles_folder() -> Path:

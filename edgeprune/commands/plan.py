@@ -27,9 +27,9 @@ from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_outline
 from edgeprune.ondevice.figures import Performance, Workload
-from edgeprune.pipeline.formats import FLOAT, weight_choice, with_tensorrt
+from edgeprune.pipeline.formats import FLOAT, weight_choice
 from edgeprune.precision import GraphPrecision
-from edgeprune.profiles import DeviceProfile, list_profiles, profile_of
+from edgeprune.profiles import DeviceProfile, list_profiles, profile_of, with_tensorrt
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
 

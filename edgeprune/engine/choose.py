@@ -15,17 +15,23 @@ from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES, preferred
 from edgeprune.ondevice.worker import quiet
-from edgeprune.profiles import DeviceProfile
+from edgeprune.profiles import DeviceProfile, with_tensorrt
 
 NAMES = ("auto", *RUNTIMES)
 
 
 def choose_engine(
-    asked: str, profile: DeviceProfile, workload: Workload, precision: str, target: Session | None = None
+    asked: str,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: str,
+    target: Session | None = None,
+    is_version_asked: bool = False,
 ) -> Engine:
     """Picks the engine for a device, with the reason.
 
-    asked: `auto` or an engine's name; target: a device to build and measure on. Raises InputError where the asked
+    asked: `auto` or an engine's name; target: a device to build and measure on, whose version of TensorRT then counts
+    unless is_version_asked. The engine has the profile for that version. Raises InputError where the asked
     engine cannot serve the device or is not installed, or where the target is another device than the profile's;
     EngineError where the target does not answer or lacks a module.
     """
@@ -40,7 +46,7 @@ def choose_engine(
     # On the target, or on this machine: its processor, its GPU, or an engine without a GPU.
     setting = (profile, workload, precision)
     if target is not None:
-        return _on_target(asked, setting, target)
+        return _on_target(asked, setting, target, is_version_asked)
     if profile.engine == "onnxruntime":
         return OnnxRuntime(*setting, reason="the device is this machine's processor")
     available, why = tensorrt.available(profile.engine)
@@ -76,7 +82,9 @@ def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, 
     return Estimated(*setting, reason=reason)
 
 
-def _on_target(asked: str, setting: tuple[DeviceProfile, Workload, str], target: Session) -> Engine:
+def _on_target(
+    asked: str, setting: tuple[DeviceProfile, Workload, str], target: Session, is_version_asked: bool
+) -> Engine:
     """Picks the engine that the target has installed; an error names the command that installs one."""
     profile = setting[0]
     # Describe the device; every engine needs numpy.
@@ -106,6 +114,8 @@ def _on_target(asked: str, setting: tuple[DeviceProfile, Workload, str], target:
         )
     version = described["modules"][RUNTIMES[flavour].module]
     reason = f"{target} is a {described['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
+    if flavour == "tensorrt" and profile.tensorrt is not None and not is_version_asked:
+        setting = (with_tensorrt(profile, version), *setting[1:])
     return TensorRT(*setting, reason=reason, name=flavour, session=target)
 
 

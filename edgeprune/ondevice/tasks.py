@@ -58,7 +58,8 @@ def _check(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     if request["engine"] == "onnxruntime":
         from edgeprune.ondevice.onnxruntime import GraphRunner
 
-        return compare_logits(GraphRunner(Path(request["files"]["graph"]), 1, ids.shape[1]), ids, logits, on_progress)
+        runner = GraphRunner(Path(request["files"]["graph"]), 1, ids.shape[1], exact=True)
+        return compare_logits(runner, ids, logits, on_progress)
     from edgeprune.ondevice.tensorrt_runner import EngineRunner
 
     with EngineRunner(Path(request["files"]["plan"]), 1, ids.shape[1], request["engine"]) as runner:

@@ -200,7 +200,8 @@ class Evaluator:
 
         self.progress.stage(f"answer {len(prompts)} prompts")
         tokens = self._answer_tokens
-        runner = GraphRunner(graph, len(prompts), max(map(len, prompts)) + tokens)
+        is_exact = self.setup.profile.engine != "onnxruntime"  # which alone rounds activations too
+        runner = GraphRunner(graph, len(prompts), max(map(len, prompts)) + tokens, exact=is_exact)
         ends = end_ids(load_tokenizer(model.directory), model.directory)
         answers = np.stack(list(generate(runner, prompts, tokens, end_ids=ends)), axis=1)  # (prompts, until all ended)
         return np.pad(answers, ((0, 0), (0, tokens - answers.shape[1])), mode="edge")

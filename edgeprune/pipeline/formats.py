@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
-from edgeprune.profiles import DeviceProfile, OfferedFormats
+from edgeprune.profiles import DeviceProfile, OfferedFormats, version_of
 
 Format = WeightFormat | None  # None: floats
 AUTO, FLOAT = "auto", "float"
@@ -73,34 +73,6 @@ def _runs(profile: DeviceProfile, offer: OfferedFormats) -> bool:
     if offer.tensorrt is None or profile.tensorrt is None:
         return True
     return version_of(profile.tensorrt) >= version_of(offer.tensorrt)
-
-
-def version_of(text: str) -> tuple[int, ...]:
-    """Returns a version as numbers, as far as it has them. Raises InputError where it has none."""
-    numbers = []
-    for part in text.strip().split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    if not numbers:
-        raise InputError(f"{text[:40]!r} is not a version of TensorRT", "Give one like 10.16.")
-    return tuple(numbers)
-
-
-def with_tensorrt(profile: DeviceProfile, version: str | None) -> DeviceProfile:
-    """Returns the profile for a version of TensorRT: older ones do not parse opset 23. None: as the profile says.
-
-    Raises InputError for a device without TensorRT, and for what is no version.
-    """
-    if version is None:
-        return profile
-    if profile.tensorrt is None:
-        raise InputError(f"{profile.name} does not run TensorRT of a version of its own", "Leave --tensorrt out.")
-    dialect = "opset23" if version_of(version) >= OPSET23 else "primitive"
-    return profile.model_copy(update={"tensorrt": version, "dialect": dialect})
-
-
-OPSET23 = (10, 15)  # the first TensorRT whose parser knows Attention and RotaryEmbedding
 
 
 def _named(word: str, profile: DeviceProfile, offers: dict[str, OfferedFormats], decoder: Decoder) -> Format:

@@ -23,17 +23,17 @@ from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.reference import STEPS
-from edgeprune.pipeline.formats import WeightChoice, weight_choice, with_tensorrt
+from edgeprune.pipeline.formats import WeightChoice, weight_choice
 from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.precision import PRECISIONS
-from edgeprune.profiles import DeviceProfile, profile_of
+from edgeprune.profiles import DeviceProfile, profile_of, with_tensorrt
 from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
-DEMO_MEMORY = "90%"
+DEMO_MEMORY = "60%"
 LAYOUTS = ("uniform", "per-layer")
 VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
@@ -121,15 +121,20 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     _check_numbers(request)
     workload = kind.workload(request, profile.workload, shape)
     precision = request.precision or profile.precision
-    weights = weight_choice(request.weights, profile, shape)
-    choices = [Choice("weights", weights.names, weights.reason)]
-    if profile.tensorrt is not None:
-        reason = "asked for" if request.tensorrt else "assumed until the device says another"
-        choices.append(Choice("TensorRT", profile.tensorrt, f"{reason}; it parses the dialect {profile.dialect}"))
+    choices = []
     if precision == "fp32" and profile.dialect == "opset23":
         profile = profile.model_copy(update={"dialect": "primitive"})
         choices += [Choice("dialect", "primitive", "TensorRT for RTX has no fp32 kernel for opset 23's Attention")]
-    engine = choose_engine(request.engine, profile, workload, precision, target)
+    weight_choice(request.weights, profile, shape)  # refused before a device is asked
+    engine = choose_engine(request.engine, profile, workload, precision, target, request.tensorrt is not None)
+    profile, assumed = engine.profile, profile.tensorrt
+    weights = weight_choice(request.weights, profile, shape)
+    choices.append(Choice("weights", weights.names, weights.reason))
+    if profile.tensorrt is not None:
+        reason = "assumed until the device says another"
+        if request.tensorrt or profile.tensorrt != assumed:
+            reason = "asked for" if request.tensorrt else f"reported by {target}"
+        choices.append(Choice("TensorRT", profile.tensorrt, f"{reason}; it parses the dialect {profile.dialect}"))
     choices += [
         Choice("engine", engine.name, engine.reason),
         Choice(

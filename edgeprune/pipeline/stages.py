@@ -263,7 +263,7 @@ class Run:
         from edgeprune.ondevice.onnxruntime import GraphRunner
         from edgeprune.ondevice.reference import write_reference
 
-        runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context)
+        runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context, exact=True)
         ids = self.samples.calibration[0]
         write_reference(runner, ids if vocabulary is None else vocabulary.reduce(ids), path)
 

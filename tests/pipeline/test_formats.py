@@ -3,9 +3,9 @@
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.formats import version_of, weight_choice, with_tensorrt, without_formats
+from edgeprune.pipeline.formats import weight_choice, without_formats
 from edgeprune.precision import WEIGHT_FORMATS
-from edgeprune.profiles import list_profiles, load_profile
+from edgeprune.profiles import list_profiles, load_profile, version_of, with_tensorrt
 from tests.support.shapes import SMOLLM2, uniform
 
 CPU, ORIN, RTX = (load_profile(name) for name in ("cpu", "jetson-orin", "rtx-4090"))
