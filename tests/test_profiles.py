@@ -73,7 +73,8 @@ def test_the_engine_exists_for_the_device(name: str) -> None:
         assert profile.sm in RTX_SM
     assert (profile.sm in {87, 110}) == name.startswith("jetson")
     if name.startswith("jetson"):
-        assert (profile.engine, profile.dialect, profile.memory_shared_with_system) == ("tensorrt", "primitive", True)
+        assert (profile.engine, profile.dialect, profile.memory_shared_with_system) == ("tensorrt", "opset23", True)
+        assert profile.tensorrt == "10.16"
 
 
 def test_only_devices_with_published_points_are_trusted() -> None:

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.search.latency_table import LatencyCosts
-from edgeprune.search.module_costs import additive
+from edgeprune.search.module_costs import ModuleCosts, additive
 from edgeprune.search.planner import STEP, Planner
 from edgeprune.search.search import corrected
 from edgeprune.search.solve import Problem
-from edgeprune.search.widths import Sensitivities, Widths
+from edgeprune.search.widths import RoundingLosses, Sensitivities, Widths
 
 DENSE = Widths(2, 2, 64)
 LAYERS = 4
@@ -103,3 +104,62 @@ def test_corrections_move_what_fits() -> None:
     assert after.loss > before.loss
     assert plan.estimator.predict(before)["decode"] == pytest.approx(slower["decode"])
     assert replace(plan, layout="per-layer").within(limits).loss <= after.loss + 1e-9
+
+
+FORMATS = (None, WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
+
+
+def planner_with_formats() -> Planner:
+    """Bytes are halved and quartered by formats, for a small loss each; embedding and head take int8 alone."""
+    groups, heads = np.indices((5, 2))
+    attention, mlp = (groups * (heads + 1.0))[None], np.arange(65)[None] / 8.0
+    shares = np.array([1.0, 0.5, 0.25])
+    tables = np.full((3, 3, 2), np.inf)
+    tables[0, 0], tables[1, 1] = (2.0, 0.1), (2.0, 0.05)
+    memory = ModuleCosts(
+        shares[:, None, None] * attention,
+        shares[:, None] * mlp,
+        np.zeros_like(attention[0]),
+        np.zeros_like(mlp[0]),
+        tables,
+    )
+    generator, layers = np.random.default_rng(0), 3
+    losses = np.zeros((layers, 5, 2))
+    losses[:, :, :] = 1.0 - 0.2 * np.arange(5)[:, None] + 0.1 * np.array([1.0, 0.0])
+    losses[:, 4, 1] = 0.0
+    roundings = {
+        "int8": RoundingLosses(np.full(layers, 1e-4), np.full(layers, 1e-4), 0.0, 1e-4),
+        "int4-32": RoundingLosses(0.02 * generator.random(layers), 0.02 * generator.random(layers), np.inf, np.inf),
+    }
+    sensitivities = Sensitivities(losses, np.linspace(1.0, 0.0, 65)[None].repeat(layers, 0), np.ones(3), roundings)
+    problem = Problem(
+        Widths(4, 2, 64), sensitivities, {"memory": memory}, 8, {100: 0.0}, FORMATS, (0, 1, 2), (0, 1), True
+    )
+    dense = problem.estimate(problem.everything)
+    return Planner(problem, "uniform", None, corrected(problem.estimate, problem.everything, dense))
+
+
+def test_precision_comes_before_pruning_and_the_levers_say_what_each_gave():
+    planner = planner_with_formats()
+    whole = planner.problem.estimate(planner.problem.everything)["memory"]
+    limits = {"memory": 0.6 * whole}
+    chosen = planner.solve(planner.estimator.room(limits))
+    assert set(chosen.layers) == {planner.problem.dense}  # nothing is pruned
+    levers = planner.levers(limits, chosen)
+    saved = whole - planner.problem.estimate(chosen)["memory"]
+    assert sum(part.saved_bytes for part in levers.parts) == pytest.approx(saved)
+    assert sum(part.nats for part in levers.parts) == pytest.approx(chosen.loss)
+    assert levers.precision_alone == pytest.approx(chosen.loss)
+    assert levers.pruning_alone > 20 * levers.precision_alone
+    assert "pruning" not in [part.name for part in levers.parts]
+
+
+def test_beyond_the_fewest_bits_pruning_helps():
+    planner = planner_with_formats()
+    limits = {"memory": 0.25 * planner.problem.estimate(planner.problem.everything)["memory"]}
+    chosen = planner.solve(planner.estimator.room(limits))
+    assert chosen.loss < planner.problem.smallest.loss
+    levers = planner.levers(limits, chosen)
+    assert "pruning" in [part.name for part in levers.parts]
+    assert levers.precision_alone is None
+    assert levers.pruning_alone is None or levers.pruning_alone > chosen.loss
