@@ -28,8 +28,8 @@ _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel
     "--precision fp16.",
     "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
     "HW-specific datatypes: b16": "Use --precision fp16: GPUs before SM 80 have no bf16.",
-    "HW-specific datatypes: int4": "Use weights of int8 or floats: GPUs before SM 80 have no int4.",
-    "Non-zero zero point": "Use a symmetric weight format, such as int8 or int4-64.",
+    "HW-specific datatypes: int4": "Use --weights int8: GPUs before SM 80 have no int4.",
+    "Non-zero zero point": "Use a symmetric format, such as --weights int8 or --weights int4-64.",
 }
 _SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."
 _NO_DRIVER = re.compile(r"cudaError (35|100)\b")  # accompanies any other error on a machine without a GPU
