@@ -21,6 +21,7 @@ from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
 from tests.support import parity
 from tests.support.families import CASES, COMPILED
+from tests.support.roundings import mixed, rounded
 
 LIMIT = 1e-5
 
@@ -126,6 +127,16 @@ def test_pruned(case: str, tmp_path: Path) -> None:
     errors = parity.graph_errors(parity.reference(loaded), decoder, weights, tmp_path / "graphs")
     assert max(errors.values()) < LIMIT, errors
     assert parity.uneven_error(model, tmp_path / "uneven") < LIMIT
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weight_formats(case: str, tmp_path: Path) -> None:
+    """Another format in every module, floats among them, in every graph."""
+    model = parity.dense(tmp_path / "model", case).model
+    decoder = mixed(model.decoder, first=len(case))  # families do not all begin with the same format
+    assert len(set(decoder.weight_formats.values())) >= 2 or decoder.hidden_size % 32
+    errors = parity.stored_errors(decoder, rounded(decoder, model.weights), tmp_path / "graphs")
+    assert max(errors.values()) < LIMIT, errors
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 GRAPH_FILE = "model.onnxruntime.last.onnx"  # the graph of a candidate in the dialect that ONNX Runtime runs
 BY_CHANNEL_BLOCKS = ("session.qdq_matmulnbits_block_size", "-1")
 """The entry of a session's options with which a product of int8 codes runs in blocks as wide as its inputs allow, up to
-256, and not of 32: prefill then takes 0.55 to 0.8 of the time, and the scales are not repeated as often (1.32)."""
+256, and not of 32: prefill then takes 0.8 of the time, and the scales are not repeated as often (1.32)."""
 _EXACT = ("session.disable_quant_qdq", "1")
 DECODE_STEPS = 8  # steps over which the peak memory is measured
 

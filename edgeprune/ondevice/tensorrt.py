@@ -23,11 +23,13 @@ from edgeprune.ondevice.worker import OnProgress, quiet
 
 WEIGHTS_TOLERANCE = 1.05  # of the graph's bytes; an engine with more weights stores something twice
 COPY_SHARE = 0.75  # of the largest matrix: what a builder's activations vary by is less, a copy is all of it
-_REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, and all of fp32 on SM 75
+_REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, all of fp32 on SM 75, ...
     "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
     "--precision fp16.",
     "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
     "HW-specific datatypes: b16": "Use --precision fp16: GPUs before SM 80 have no bf16.",
+    "HW-specific datatypes: int4": "Use --weights int8: GPUs before SM 80 have no int4.",
+    "Non-zero zero point": "Use a symmetric format, such as --weights int8 or --weights int4-64.",
 }
 _SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."
 _NO_DRIVER = re.compile(r"cudaError (35|100)\b")  # accompanies any other error on a machine without a GPU
@@ -168,7 +170,8 @@ def _compile(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, messages.logger)
     if not parser.parse_from_file(str(graph)):
-        raise EngineError(_parser_errors(parser, graph), "Export again; a newer TensorRT may support the operator.")
+        errors = _parser_errors(parser, graph)
+        raise EngineError(errors, _remedy(errors, "Export again; a newer TensorRT may support the operator."))
     _let_attention_decompose(trt, network)
     # Configure the build: the GPU, the scratch memory, the timings of earlier builds, the progress.
     config = builder.create_builder_config()
@@ -190,8 +193,7 @@ def _compile(
         layers = [network.get_layer(index).name for index in range(network.num_layers)]
         errors = messages.errors()
         raise EngineError(
-            f"TensorRT cannot build {graph}{_blamed(errors, layers)}: {errors[-400:]}",
-            next((remedy for text, remedy in _REMEDIES.items() if text in errors), _SMALLER),
+            f"TensorRT cannot build {graph}{_blamed(errors, layers)}: {errors[-400:]}", _remedy(errors, _SMALLER)
         )
     # Keep the timings, and read the memory figures from the messages.
     if timings is not None:
@@ -361,6 +363,11 @@ def _blamed(errors: str, layers: list[str]) -> str:
     """Returns the longest node name in the errors, with or without a suffix of TensorRT's, but not within a word."""
     named = [name for name in layers if re.search(rf"(?<![\w./-]){re.escape(name)}(?!\.?[A-Za-z0-9/-])", errors)]
     return f" at node {max(named, key=len)}" if named else ""
+
+
+def _remedy(errors: str, otherwise: str) -> str:
+    """Returns what helps against errors whose cause is known."""
+    return next((remedy for text, remedy in _REMEDIES.items() if text in errors), otherwise)
 
 
 def _parser_errors(parser: Any, graph: Path) -> str:

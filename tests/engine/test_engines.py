@@ -18,6 +18,7 @@ from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
 from edgeprune.ondevice.measure import LocalSession
 from edgeprune.ondevice.reference import write_reference
 from edgeprune.ondevice.worker import quiet
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.profiles import load_profile
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.install import MODEL, PRIMITIVE, VERSION, WORKLOAD, InProcess, on_the_processor
@@ -92,6 +93,22 @@ def test_an_engine_built_ahead_gives_memory_and_leaves_latency_estimated(
     assert ("the nearest to SM 87" in found.conditions[where]) != is_own
     assert plan.parent.exists() == is_own
     assert (plan == tmp_path / "engine" / "model.sm89.engine") == is_own
+
+
+def test_an_engine_that_dequantises_its_weights_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a dense model in floats alone: of one with formats the figures say nothing."""
+    profile, largest = load_profile("l4"), 2 * 2 * 64 * 48  # gate and up in fp16
+    answers = Answers({"build": RESULT})
+    monkeypatch.setattr(LocalSession, "run", lambda self, *words: answers.run(*words))
+    engine, dense = BuiltAhead(profile, TASK, "fp16", "no GPU", 89), exported(tmp_path)
+    plain = engine.performance(dense, None, quiet)
+    candidate = replace(dense, decoder=SMALL.with_format(WEIGHT_FORMATS["int8"]))
+    for more, is_noted in ((0, False), (largest // 2, False), (largest, True)):
+        answers.given["build"] = RESULT | {"activation_bytes": RESULT["activation_bytes"] + more}
+        notes = engine.performance(candidate, (dense, plain), quiet).notes
+        assert any("dequantises weights of few bits" in note for note in notes) == is_noted
+        assert engine.performance(dense, (dense, plain), quiet).notes == plain.notes
+        assert engine.performance(candidate, (candidate, plain), quiet).notes == plain.notes
 
 
 def test_a_check_that_fails_is_a_note_and_a_build_that_fails_an_error(

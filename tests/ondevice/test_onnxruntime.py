@@ -13,8 +13,10 @@ from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GraphRunner, measure_latency
 from edgeprune.ondevice.worker import ask
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.graph_models import llama, reference_logits, sample
 from tests.support.reference import decoder_of, weights_of
+from tests.support.roundings import INT8, numbers, rounded
 
 MODEL = llama(True)
 VARIANT = GraphVariant("onnxruntime", "last")
@@ -51,6 +53,21 @@ def test_steps_give_transformers_logits(graphs: dict[str, Path], precision: str,
         assert error < tolerance
         start = end
     assert runner.past == batch.tokens
+
+
+@pytest.mark.parametrize("layers", ["int8", "int4-32", "int4-32-asymmetric"])
+def test_codes_are_run_exactly_or_on_rounded_inputs(layers: str, tmp_path: Path) -> None:
+    """Exactly they are the floats that they stand for; as deployed, inputs are rounded to 8 bits."""
+    decoder = decoder_of(MODEL.config).with_format(WEIGHT_FORMATS[layers], INT8)
+    stored, batch = rounded(decoder, weights_of(MODEL)), sample(12)
+    graph = write_graphs(decoder, stored, tmp_path / "codes", "fp32", [VARIANT]).graphs[VARIANT]
+    floats = decoder.with_format(None), numbers(stored)
+    plain = write_graphs(*floats, tmp_path / "floats", "fp32", [VARIANT]).graphs[VARIANT]
+    wanted = GraphRunner(plain, 2, 12).run(batch.ids)
+    exact, deployed = (GraphRunner(graph, 2, 12, exact=exact).run(batch.ids) for exact in (True, False))
+    errors = [np.abs(found - wanted).max() / np.abs(wanted).max() for found in (exact, deployed)]
+    assert errors[0] < 1e-5
+    assert 1e-3 < errors[1] < 0.2  # of a model of random weights, which errs more than a trained one
 
 
 def test_a_reset_forgets_what_the_cache_held(graphs: dict[str, Path]) -> None:

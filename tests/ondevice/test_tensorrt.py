@@ -20,7 +20,16 @@ from edgeprune.model.decoder import Attention, Layer, Mlp
 from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.runtimes import RUNTIMES
-from edgeprune.ondevice.tensorrt import BuildResult, Limits, Messages, available, compile_plan, import_tensorrt, shapes
+from edgeprune.ondevice.tensorrt import (
+    BuildResult,
+    Limits,
+    Messages,
+    available,
+    compile_plan,
+    holds_copies,
+    import_tensorrt,
+    shapes,
+)
 from edgeprune.ondevice.worker import OnProgress, quiet
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.install import install
@@ -277,6 +286,15 @@ def test_weights_that_are_held_twice_are_a_warning(tmp_path: Path) -> None:
     (warning,) = tensorrt._warnings(0, tmp_path / "model.onnx")
     assert "no memory figures" in warning
     assert tensorrt._warnings(3000, tmp_path / "elsewhere" / "model.onnx") == ()  # weights inside of the graph
+
+
+@given(st.integers(0, 2**40), st.integers(1, 2**40), st.floats(-0.5, 0.5))
+def test_a_copy_of_the_largest_matrix_shows_and_what_builds_vary_by_does_not(
+    plain: int, largest: int, share: float
+) -> None:
+    assert holds_copies(plain + largest, plain, largest)
+    assert not holds_copies(plain + int(share * largest), plain, largest)
+    assert not holds_copies(plain + largest, plain, 0)  # nothing has a format
 
 
 @given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 64))

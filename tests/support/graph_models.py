@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, write_graphs
 from edgeprune.model.decoder import Decoder
+from edgeprune.ondevice.onnxruntime import open_session
 from tests.support.reference import decoder_of, weights_of
 
 VARIANTS = tuple(
@@ -78,14 +79,14 @@ def write(model: LlamaForCausalLM, folder: Path, precision: str = "fp32", decode
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return open_session(path, threads=1, exact=True)
 
 
-def run_steps(path: Path, batch: Sample, steps: list[int], capacity: int | None = None) -> list[np.ndarray]:
+def run_steps(
+    path: Path, batch: Sample, steps: list[int], capacity: int | None = None, exact: bool = True
+) -> list[np.ndarray]:
     """Logits of each step. The cache grows, or is one buffer of `capacity` tokens that the graph updates."""
-    runner = session(path)
+    runner = open_session(path, 1, exact)
     binding = runner.io_binding()
     caches = [value for value in runner.get_inputs() if value.name.startswith("past_key_values")]
     cache = {}

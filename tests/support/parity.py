@@ -35,6 +35,7 @@ from tests.support import DOCS
 from tests.support.families import BASE, CASES, COMPILED, CONTINUED, EXPORTED, save_family
 from tests.support.graph_models import VARIANTS, Sample, reference_logits, run_steps, sample
 from tests.support.llamagen import LlamaGen, load_directory
+from tests.support.roundings import Stored, numbers
 
 WALK = [20, *[1] * 16]
 METHOD = METHODS["default"]
@@ -121,6 +122,17 @@ def torch_logits(decoder: Decoder, weights: Weights, ids: torch.Tensor) -> np.nd
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def stored_errors(decoder: Decoder, stored: Stored, folder: Path, exact: bool = True) -> dict[GraphVariant, float]:
+    """Of the graphs of weights in formats against our own walk over the numbers that these stand for."""
+    ids = calibration()[:2, :21] % decoder.vocab_size
+    wanted, errors = torch_logits(decoder, numbers(stored), ids), {}
+    whole = Sample(ids[:, :20].numpy(), np.ones((2, 20), np.int64), np.arange(20)[None].repeat(2, 0))
+    for variant, path in write_graphs(decoder, stored, folder, "fp32", VARIANTS).graphs.items():
+        found = np.concatenate(run_steps(path, whole, [18, 1, 1], exact=exact), axis=1)
+        errors[variant] = distance(found, wanted[:, 20 - found.shape[1] :])
+    return errors
 
 
 def reference(model: PreTrainedModel) -> np.ndarray:

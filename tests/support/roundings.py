@@ -8,23 +8,43 @@ import torch
 
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.quantised import QuantisedWeight, as_float
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.pruning.quantize import choose_grid
 
 Stored = dict[str, torch.Tensor | QuantisedWeight]
+INT8 = WEIGHT_FORMATS["int8"]
+ATTENTIONS = (INT8, WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"])
+MLPS = (WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"], None, INT8)
 
 
 def rounded(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> Stored:
-    """The weights of a decoder with formats, each matrix of a format rounded to nearest."""
-    stored, formats = {}, decoder.weight_formats
+    """The weights of a decoder with formats, each matrix that has one rounded to nearest."""
+    stored: Stored = {}
     for name in decoder.shapes():
-        weight = weights[name].detach().float()
-        form = formats.get(name)
-        stored[name] = (
-            weight if form is None else choose_grid(weight, torch.ones(weight.shape[1]), form).nearest(weight)
-        )
+        weight, form = weights[name].detach().float(), decoder.weight_formats.get(name)
+        even = torch.ones(weight.shape[-1])
+        stored[name] = weight if form is None else choose_grid(weight, even, form).nearest(weight)
     return stored
 
 
-def values(stored: Stored) -> dict[str, torch.Tensor]:
-    """The numbers that the weights stand for, fp32."""
+def numbers(stored: Stored) -> dict[str, torch.Tensor]:
+    """What the weights stand for, fp32."""
     return {name: as_float(weight) for name, weight in stored.items()}
+
+
+def mixed(decoder: Decoder, first: int = 0) -> Decoder:
+    """Another format in every module, floats among them; int8 where groups do not divide. The head is in int8."""
+
+    def fitting(form: WeightFormat | None, *widths: int) -> WeightFormat | None:
+        return form if form is None or not any(width % (form.group or 1) for width in widths) else INT8
+
+    hidden, layers = decoder.hidden_size, []
+    for index, layer in enumerate(decoder.layers, first):
+        attention, mlp = layer.attention, layer.mlp
+        layers.append(
+            (
+                attention and fitting(ATTENTIONS[index % len(ATTENTIONS)], hidden, attention.query_size),
+                mlp and fitting(MLPS[index % len(MLPS)], hidden, mlp.intermediate_size),
+            )
+        )
+    return decoder.with_formats(layers, fitting(WEIGHT_FORMATS["int4-32"], hidden), INT8)

@@ -15,7 +15,7 @@ matrix and one piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
@@ -177,16 +177,12 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
 def _quantised(whole: Initializer) -> Iterator[Initializer]:
     """Yields the initializers of a matrix in a weight format, without their offsets.
 
-    Raises InputError where its groups do not divide the inputs, and where an expert's zeros end within a byte.
+    The codes of each expert are whole bytes, and so are its zeros: groups divide both sides of its matrices. Raises
+    InputError where they do not.
     """
     inputs_axis = len(whole.shape) - (2 if whole.transposed else 1)
     groups = whole.form.groups_of(whole.shape[inputs_axis])
     grouped = (*whole.shape[:inputs_axis], groups, *whole.shape[inputs_axis + 1 :])
-    if whole.blocks > 1 and whole.form.asymmetric and prod(grouped[1:]) * whole.form.bits % 8:
-        raise InputError(
-            f"{whole.name} of {whole.form.name} has {grouped[1]} x {grouped[2]} zeros for each expert, an odd number",
-            "Use an even width, or another format for the experts.",
-        )
     is_vector = whole.form.group is None and len(whole.shape) == 2
     outputs = (*whole.shape[:inputs_axis], *whole.shape[inputs_axis + 1 :])
     shapes = {"codes": whole.shape, "scales": outputs if is_vector else grouped, "zeros": grouped}
@@ -243,26 +239,39 @@ def write_data(decoder: Decoder, weights: StoredWeights, folder: Path, initializ
     InputError for a weight that is missing or has another shape or format, and NumericalError for one that is not
     finite or overflows; both name the weight.
     """
+    shapes, formats = decoder.shapes(), decoder.weight_formats
+
+    def read(name: str) -> torch.Tensor | QuantisedWeight:
+        """Returns a weight, which is checked."""
+        return _read(weights, name, shapes[name], formats.get(name))
+
     for name in (EMBEDDING_FILE, LAYERS_FILE):
         own = [initializer for initializer in initializers if initializer.file == name]
         with (folder / name).open("wb") as file:
             # Codes, scales and zeros of a matrix are written together, because each weight is read once.
-            for _, matrix in groupby(own, key=lambda initializer: initializer.sources or initializer.name):
-                _write_matrix(decoder, weights, file, list(matrix))
+            for sources, matrix in groupby(own, key=lambda initializer: initializer.sources):
+                if sources:
+                    _write_matrix(read, file, list(matrix))
+                for table in [] if sources else matrix:
+                    _write(file, table, 0, {table.name: _rotary_table(decoder, table)})
 
 
-def _write_matrix(decoder: Decoder, weights: StoredWeights, file: IO[bytes], matrix: list[Initializer]) -> None:
-    """Writes the initializers that have the same sources, block by block, each at its place in the file."""
-    shapes, formats = decoder.shapes(), decoder.weight_formats
-    for block, sources in enumerate(matrix[0].parts or [()]):
-        tensors = {name: _read(weights, name, shapes[name], formats.get(name)) for name in sources}
+def _write_matrix(
+    read: Callable[[str], torch.Tensor | QuantisedWeight], file: IO[bytes], matrix: list[Initializer]
+) -> None:
+    """Writes the initializers of one matrix, or of one matrix for each expert, block by block."""
+    for block, sources in enumerate(matrix[0].parts):
+        tensors = {name: read(name) for name in sources}
         for initializer in matrix:
-            file.seek(initializer.offset + block * (initializer.length // initializer.blocks))
-            held = {name: _held(name, tensor, initializer) for name, tensor in tensors.items()}
-            for piece in _pieces(held or {initializer.name: _rotary_table(decoder, initializer)}, initializer):
-                file.write(memoryview(piece.numpy()).cast("B"))
+            _write(file, initializer, block, {name: _held(name, one, initializer) for name, one in tensors.items()})
         tensors.clear()  # before the next are read
-        held.clear()
+
+
+def _write(file: IO[bytes], initializer: Initializer, block: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes one block of an initializer at its place in the file."""
+    file.seek(initializer.offset + block * (initializer.length // initializer.blocks))
+    for piece in _pieces(tensors, initializer):
+        file.write(memoryview(piece.numpy()).cast("B"))
 
 
 def _held(name: str, weight: torch.Tensor | QuantisedWeight, initializer: Initializer) -> torch.Tensor:

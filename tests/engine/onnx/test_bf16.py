@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from transformers import LlamaForCausalLM
 
 from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, graph_weight_bytes, write_graphs
@@ -29,6 +29,7 @@ from tests.support.doubles.double_tensorrt_builder import whole
 from tests.support.doubles.install import MODEL, PRIMITIVE, RUNTIME, WORKLOAD, built
 from tests.support.families import CASES, save_family
 from tests.support.graph_models import VARIANTS, reference_logits, run_steps, sample
+from tests.support.graph_nodes import refused_types
 from tests.support.reference import decoder_of, weights_of
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
@@ -49,25 +50,6 @@ def rounded() -> LlamaForCausalLM:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     return model
-
-
-def refused_types(model: onnx.ModelProto) -> list[str]:
-    """Inputs and outputs of a type that their operator's schema in the model's opset does not admit: the checker
-    looks at shapes and names, not at these."""
-    model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    graph, opset = model.graph, model.opset_import[0].version
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
-    kinds |= {one.name: one.data_type for one in graph.initializer}
-    found = []
-    for node in graph.node:
-        schema = onnx.defs.get_schema(node.op_type, opset)
-        for names, formals in ((node.input, schema.inputs), (node.output, schema.outputs)):
-            for place, name in enumerate(names):
-                formal = formals[min(place, len(formals) - 1)]
-                text = f"tensor({helper.tensor_dtype_to_string(kinds[name]).removeprefix('TensorProto.').lower()})"
-                if name and text not in {str(kind) for kind in formal.types}:
-                    found.append(f"{node.op_type} {node.name}: {name} is {text}")
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)

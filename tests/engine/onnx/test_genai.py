@@ -18,14 +18,16 @@ from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
+from edgeprune.ondevice.onnxruntime import BY_CHANNEL_BLOCKS, GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.sampling import generate
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.support import DATA
 from tests.support.bundles import fitted
 from tests.support.families import CONTINUED, random_model, save_family
 from tests.support.graph_pictures import imagegpt
+from tests.support.roundings import rounded
 
 og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai")
 
@@ -62,6 +64,27 @@ def continued(folder: Path, prompts: list[list[int]], count: int, length: int = 
         generator.generate_next_token()
         steps.append(np.array(generator.get_next_tokens()).tolist())
     return [list(row) for row in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize("form", ["int8", "int4-32"])
+def test_weights_of_few_bits_are_continued_as_we_do(form: str, tmp_path: Path) -> None:
+    """Products of int8 codes run in blocks as wide as their inputs allow there too."""
+    save_family(tmp_path / "model", "llama")
+    model = load_model(str(tmp_path / "model"))
+    decoder = model.decoder.with_format(WEIGHT_FORMATS[form], WEIGHT_FORMATS["int4-32"])
+    variants = (OURS, ONNXRUNTIME_GRAPH)
+    write_graphs(decoder, rounded(decoder, model.weights), tmp_path / "graphs", "fp32", variants)
+    write_genai(decoder, variants, tmp_path / "graphs", model.directory)
+    options = json.loads((tmp_path / "graphs" / CONFIG).read_text())["model"]["decoder"]["session_options"]
+    name, value = BY_CHANNEL_BLOCKS
+    assert options.get(name) == (value if form == "int8" else None)
+    loaded = og.Model(str(tmp_path / "graphs"))
+    parameters = og.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=64, batch_size=1)
+    generator = og.Generator(loaded, parameters)
+    generator.append_tokens(np.array([IDS], np.int32))
+    wanted = GraphRunner(tmp_path / "graphs" / GRAPH_FILE, 1, 64).run(np.array([IDS]))
+    np.testing.assert_allclose(np.array(generator.get_logits()).reshape(-1), wanted[0], rtol=1e-5, atol=1e-5)
 
 
 def ours(graph: Path, prompt: list[int], count: int, length: int = 64, ends: set[int] = frozenset()) -> list[int]:

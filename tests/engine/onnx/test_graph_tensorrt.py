@@ -1,19 +1,25 @@
-"""TensorRT for RTX compiles the graphs for SM86 without a GPU; nothing runs."""
+"""TensorRT for RTX compiles the graphs, most for SM86, without a GPU; nothing runs."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from edgeprune.engine.onnx.data import largest_matrix_bytes
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
-from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
+from edgeprune.errors import EngineError
+from edgeprune.model.decoder import Attention, Decoder, Experts, Layer, Mlp, Rotary
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.tensorrt import compile_plan
+from edgeprune.ondevice.tensorrt import BuildResult, compile_plan, holds_copies
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.graph_models import llama
 from tests.support.graph_pictures import imagegpt, llamagen, random_weights
 from tests.support.reference import decoder_of, weights_of
+from tests.support.roundings import rounded
 from tests.support.rtx import build, trt
 
 
@@ -51,3 +57,97 @@ def test_builds_image_generators_to_read_one_token_at_a_time(decoder: Decoder, d
     built = compile_plan(files.graphs[variant], tmp_path / "plan", Workload(2, 1, 16), 86, "tensorrt-rtx")
     weights = graph_weight_bytes(decoder, "fp16")
     assert weights <= built.weights_bytes <= 1.02 * weights
+
+
+def wide(tied: bool = False, experts: Experts | None = None) -> Decoder:
+    """Matrices that are large beside what the compiler's figures vary by: a head of 4 MB in fp16."""
+    rotary = Rotary(tuple(10000.0 ** (-pair / 32) for pair in range(32)))
+    layer = Layer(Attention(8, 4, 64, rotary), Mlp(1024, experts=experts))
+    return Decoder("llama", 512, 4096, 128, 1e-5, tied, (layer,) * 2)
+
+
+@cache
+def built(
+    decoder: Decoder, dialect: str = "opset23", sm: int = 86, precision: str = "fp16", batch: int = 1
+) -> BuildResult:
+    """Of a graph that gives the last position's logits, the one that products with the head are hardest for."""
+    variant = GraphVariant(dialect, "last")
+    stored = rounded(decoder, random_weights(decoder))
+    with TemporaryDirectory() as folder:
+        graph = write_graphs(decoder, stored, Path(folder), precision, [variant]).graphs[variant]
+        return compile_plan(graph, Path(folder) / "plan", Workload(batch, 32, 96), sm, "tensorrt-rtx")
+
+
+def judged(decoder: Decoder, **settings: object) -> bool:
+    """Whether the compiler is found to dequantise, by its figures for the same shapes in floats."""
+    figures = [built(one, **settings).context_bytes for one in (decoder, decoder.with_format(None))]
+    return holds_copies(*figures, largest_matrix_bytes(decoder, settings.get("precision", "fp16")))
+
+
+@pytest.mark.parametrize(
+    ("layers", "tables", "sm"),
+    [
+        ("int8", "int8", 86),
+        ("int8", "int8", 75),
+        ("int8", None, 86),
+        ("int4-32", "int8", 86),
+        ("int4-64", "int4-64", 86),
+        ("int4-128", "int8", 86),
+    ],
+)
+@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+def test_codes_stay_packed_and_no_copy_is_made(layers: str, tables: str | None, sm: int, dialect: str) -> None:
+    """For a batch of one too, in which the compiler dequantises a head of int8 if it knows that it has one row."""
+    decoder = wide().with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS.get(tables))
+    weights = graph_weight_bytes(decoder, "fp16", dialect)
+    assert weights <= built(decoder, dialect, sm).weights_bytes <= 1.01 * weights
+    assert not judged(decoder, dialect=dialect, sm=sm)
+
+
+def test_a_tied_table_of_int8_is_held_once_and_one_of_int4_twice() -> None:
+    """Of int4 the compiler keeps one copy for the product and one for the embedding: as much as untied."""
+    int8, int4 = (wide(True).with_format(WEIGHT_FORMATS[name], WEIGHT_FORMATS[name]) for name in ("int8", "int4-64"))
+    once = graph_weight_bytes(int8, "fp16")
+    assert once <= built(int8).weights_bytes <= 1.01 * once
+    assert not judged(int8)
+    twice = graph_weight_bytes(dataclasses.replace(int4, tie_word_embeddings=False), "fp16")
+    assert built(int4).weights_bytes == pytest.approx(twice, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layers", ["int8", "int4-32"])
+def test_codes_stay_packed_in_every_float_type(precision: str, layers: str) -> None:
+    dialect = "primitive" if precision == "fp32" else "opset23"
+    decoder = wide(True).with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS["int8"])
+    weights = graph_weight_bytes(decoder, precision, dialect)
+    assert weights <= built(decoder, dialect, precision=precision).weights_bytes <= 1.01 * weights
+    assert not judged(decoder, dialect=dialect, precision=precision)
+
+
+@pytest.mark.parametrize("layers", ["int8", "int4-32"])
+@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+def test_the_codes_of_experts_stay_packed(layers: str, dialect: str) -> None:
+    decoder = wide(experts=Experts(3, 2)).with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS["int8"])
+    weights = graph_weight_bytes(decoder, "fp16", dialect)
+    assert weights <= built(decoder, dialect).weights_bytes <= 1.01 * weights
+    assert not judged(decoder, dialect=dialect)
+
+
+def test_copies_are_told_by_the_activations() -> None:
+    """On SM 75 the compiler dequantises int8 in a batch of two; the weights do not show it."""
+    decoder = wide(True).with_format(WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int8"])
+    result = built(decoder, sm=75, batch=2)
+    assert result.weights_bytes <= 1.01 * graph_weight_bytes(decoder, "fp16")
+    assert not result.warnings
+    assert judged(decoder, sm=75, batch=2)
+    assert not judged(decoder, sm=86, batch=2)
+
+
+def test_what_the_builder_lacks_is_refused_by_name() -> None:
+    """Zeros that are not 0, and int4 on SM 75."""
+    with pytest.raises(EngineError, match=r"at node layers\.0\.attention\.qkv\.weight .*zero point") as caught:
+        built(wide().with_format(WEIGHT_FORMATS["int4-32-asymmetric"]))
+    assert caught.value.remedy
+    with pytest.raises(EngineError, match="int4") as caught:
+        built(wide().with_format(WEIGHT_FORMATS["int4-64"]), sm=75)
+    assert "int8" in caught.value.remedy
