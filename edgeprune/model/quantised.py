@@ -56,6 +56,14 @@ class QuantisedWeight:
         scales = pad(self.scales, (0, groups, 0, rows), value=1.0)
         return QuantisedWeight(self.form, pad(self.codes, (0, columns, 0, rows)), scales, zeros)
 
+    def narrowed(self, shape: Sequence[int]) -> QuantisedWeight:
+        """Returns the first outputs and inputs, up to this shape: what `padded` was given."""
+        rows, columns = shape
+        groups = self.form.groups_of(columns)
+        zeros = None if self.zeros is None else self.zeros[:rows, :groups].contiguous()
+        codes, scales = self.codes[:rows, :columns].contiguous(), self.scales[:rows, :groups].contiguous()
+        return QuantisedWeight(self.form, codes, scales, zeros)
+
     def split(self, rows: list[int]) -> list[QuantisedWeight]:
         """Returns the parts of these numbers of outputs, which share memory with the whole."""
         zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)

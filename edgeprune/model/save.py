@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from edgeprune.files import write_text
 from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config, with_final_outputs
+from edgeprune.model.checkpoint.embedding import with_embedding_values
 from edgeprune.model.checkpoint.padding import padded_heads
+from edgeprune.model.checkpoint.quantization import check_packable, embedding_field, packing_of, without_quantization
 from edgeprune.model.checkpoint.safetensors_file import Packing, write_weights
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
     from edgeprune.model.model import Stored
 
-QUANTISATION = ("quantization_config", "compression_config")  # fields that tell how the source's weights are packed
 PICTURE_FILES = ("preprocessor_config.json",)  # how images become tokens
 
 
@@ -42,9 +43,13 @@ def save_checkpoint(
     """Writes config, weights, tokenizer and generation config so that `from_pretrained` loads them.
 
     An image generator has no tokenizer, and LlamaGen's checkpoints keep their own names. tensors: by the names of
-    decoder.py, in the order of decoder.shapes(); stored in dtype, by default that of the source's embedding. Raises
-    ValueError for a wrong name or shape, which is a bug of the caller, and NumericalError for a weight that the dtype
-    cannot hold. packing: of the weights of few bits, those of decoder.weight_formats.
+    decoder.py, in the order of decoder.shapes(), with codes for those of decoder.weight_formats; floats are stored in
+    dtype, by default the source's. packing: of the codes; by default compressed-tensors', which load_model reads.
+    Raises ValueError for a wrong name or shape, which is a bug of the caller, NumericalError for a weight that the
+    dtype cannot hold, and InputError for formats that a checkpoint of the family cannot hold.
+
+    config.json names the dtype as that of the model, in which readers compute unless they are asked for another. In
+    fp32 transformers takes exactly codes times scales for the weights, in 16 bits it rounds the products.
 
     vocabulary: the tokens to keep of the source's, as many as decoder.vocab_size. Embedding and head still come with a
     row for every token of the source; the rows of the kept tokens are stored, and tokenizer and configuration get the
@@ -54,10 +59,13 @@ def save_checkpoint(
         decoder.vocab_size != vocabulary.size or vocabulary.kept[-1] >= source.decoder.vocab_size
     ):
         raise ValueError(f"the vocabulary of {vocabulary.size} tokens is not that of the decoder, or not of the source")
+    dtype = dtype or _dtype_of(source)
+    config = without_quantization(read_config(source.directory))
+    if packing is None and decoder.weight_formats:
+        check_packable(decoder)
+        packing, config = packing_of(decoder, dtype), config | embedding_field(decoder)
     # The configuration of the decoder as it is stored, which may have more heads than the decoder itself.
     directory.mkdir(parents=True)
-    dtype = dtype or source.weights["embedding"].dtype
-    config = {name: value for name, value in read_config(source.directory).items() if name not in QUANTISATION}
     if packing is not None:
         decoder, config = with_final_outputs(decoder, config | {"quantization_config": packing.config})
     stored = loadable(decoder, config)
@@ -74,7 +82,17 @@ def save_checkpoint(
         _write_whole_tokenizer(source, directory, config["model_type"])
     else:
         write_tokenizer_files(source.directory, directory, vocabulary)
-    write_weights(stored, padded_heads(decoder, stored, tensors), directory, dtype, packing)
+    tensors = padded_heads(decoder, stored, with_embedding_values(tensors, directory))
+    write_weights(stored, tensors, directory, dtype, packing)
+
+
+def _dtype_of(model: Model) -> torch.dtype:
+    """Returns the dtype of a checkpoint's floats: the embedding's, unless its values are those of codes."""
+    import torch
+
+    if model.decoder.embedding_format is None:
+        return model.weights["embedding"].dtype
+    return getattr(torch, read_config(model.directory)["dtype"])
 
 
 def _kept_rows(

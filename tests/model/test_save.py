@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, MistralForCausalLM
 
 from edgeprune.errors import NumericalError
 from edgeprune.model.checkpoint.adapt import changed
 from edgeprune.model.checkpoint.safetensors_file import Packing
 from edgeprune.model.decoder import Rotary
-from edgeprune.model.forward import token_losses, weight_stream
+from edgeprune.model.forward import token_logits, token_losses, weight_stream
 from edgeprune.model.gguf.tokenizer_read import write_tokenizer
 from edgeprune.model.load import load_model
 from edgeprune.model.save import save_checkpoint
@@ -21,9 +21,21 @@ from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from tests.support.checkpoints import save_llama
-from tests.support.families import save_family
+from tests.support.families import TEXTS, save_family
+from tests.support.quantised import (
+    ASYMMETRIC,
+    INT4,
+    INT8,
+    assert_stored,
+    in_transformers,
+    logits_of,
+    mixed,
+    random_weights,
+    save_both,
+)
 from tests.support.reference import weights_of
-from tests.support.rounded_models import rounded
+from tests.support.rounded_models import rounded as rounded_model
+from tests.support.roundings import rounded
 from tests.support.sentencepiece import sentencepiece
 from tests.support.vocabularies import CORPUS, ids_of, ignore_merges
 
@@ -128,7 +140,7 @@ def test_codes_are_packed_and_their_tables_reduced_with_the_vocabulary(tmp_path)
     """A packing that stores values: what is loaded then are the values of the codes, of the rows that were kept."""
     save_llama(tmp_path / "dense")
     dense = load_model(str(tmp_path / "dense"))
-    model = rounded(dense, dense.decoder.with_format(None, WEIGHT_FORMATS["int8"]), tmp_path / "rounded")
+    model = rounded_model(dense, dense.decoder.with_format(None, WEIGHT_FORMATS["int8"]), tmp_path / "rounded")
     vocabulary = padded(dense.directory, needed(dense.directory, ids_of(load_tokenizer(dense.directory), CORPUS)))
     packing = Packing({"quant_method": "values"}, lambda weight: {"weight": weight.dequantised()})
     stream = ((name, model.stored[name]) for name in model.decoder.shapes())
@@ -255,3 +267,93 @@ def test_an_imagegpt_keeps_its_colours_and_needs_no_tokenizer(tmp_path):
     assert (tmp_path / "small" / "preprocessor_config.json").read_text() == colours
     assert not list((tmp_path / "small").glob("*token*"))
     assert load_model(str(tmp_path / "small")).decoder == dense.decoder
+
+
+def in_few_bits(tmp_path, case, **options):
+    """A family's model in mixed formats, as transformers loads it; the logits of its values as floats; our own."""
+    save_family(tmp_path / "dense", case)
+    dense = load_model(str(tmp_path / "dense"))
+    decoder = mixed(dense.decoder, **options)
+    weights = rounded(decoder, {name: dense.weights[name] for name in decoder.shapes()})
+    codes, floats = save_both(decoder, weights, dense, tmp_path)
+    return in_transformers(codes), logits_of(in_transformers(floats), ids()), load_model(str(codes))
+
+
+PACKED_TEXTS = [case for case in TEXTS if case != "gpt2"]
+
+
+@pytest.mark.parametrize("case", PACKED_TEXTS)
+def test_transformers_computes_the_same_from_codes_as_from_their_values(tmp_path, case):
+    """Bit by bit: code times scale has 15 bits at most, so fp32 has no error, whoever multiplies.
+
+    Granite's floats are divided by a factor, which codes are not: its sums differ by 2 ** -24 of a weight.
+    """
+    loaded, expected, own = in_few_bits(tmp_path, case)
+    found = logits_of(loaded, ids())
+    if case != "granite":
+        assert torch.equal(found, expected)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    # Our own walk sums in another order.
+    ours = token_logits(own.decoder, ((name, own.stored[name]) for name in own.decoder.shapes()), ids())
+    assert (ours - found[:, :-1]).abs().max() < 1e-4 * found.abs().max()
+
+
+def test_asymmetric_codes_are_those_that_transformers_decompresses(tmp_path):
+    """With `dequantize`, which takes one format for all layers: without it, compressed-tensors 0.18 to 0.20 expects the
+    zeros in another shape than its own writer and vLLM give them.
+    """
+    save_llama(tmp_path / "dense", tie_word_embeddings=False)
+    dense = load_model(str(tmp_path / "dense"))
+    decoder = dense.decoder.with_format(ASYMMETRIC)
+    weights = rounded(decoder, dense.weights)
+    codes, floats = save_both(decoder, weights, dense, tmp_path)
+    loaded = in_transformers(codes, quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert torch.equal(logits_of(loaded, ids()), logits_of(in_transformers(floats), ids()))
+
+
+@pytest.mark.parametrize("widths", [(1, 2, 64), (1, 5, 32), (2, 2, 64)])
+def test_a_pruned_model_of_few_bits_loads_in_transformers(tmp_path, widths):
+    """As a mistral where the heads do not divide the hidden size, and of a narrow floating type."""
+    save_llama(tmp_path / "dense", torch.float16, tie_word_embeddings=False)
+    dense = load_model(str(tmp_path / "dense"))
+    decoder = dense.decoder.with_widths(*widths).with_format(INT8, INT8)
+    weights = rounded(decoder, {name: weight.half() for name, weight in random_weights(decoder).items()})
+    save_checkpoint(decoder, weights.items(), dense, tmp_path / "small")
+    codes, floats = save_both(decoder, weights, dense, tmp_path)
+    expected = logits_of(in_transformers(floats), ids())
+    assert torch.equal(logits_of(in_transformers(codes), ids()), expected)
+    assert torch.equal(logits_of(in_transformers(tmp_path / "small"), ids()), expected)
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("case", ["opt", "gpt_neox"])
+def test_heads_of_zeros_in_few_bits_change_nothing(tmp_path, case):
+    save_family(tmp_path / "dense", case)
+    dense = load_model(str(tmp_path / "dense"))
+    groups, heads, channels = dense.decoder.layer_widths[0]
+    decoder = dense.decoder.with_widths(groups // 2, heads, channels).with_format(INT4)
+    weights = rounded(decoder, random_weights(decoder))
+    save_checkpoint(decoder, weights.items(), dense, tmp_path / "small")
+    found = logits_of(in_transformers(tmp_path / "small"), ids())
+    assert load_model(str(tmp_path / "small")).decoder == decoder
+    ours = token_logits(decoder, weights.items(), ids())
+    assert (ours - found[:, :-1]).abs().max() < 1e-4 * found.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reduced_vocabulary_keeps_the_codes_of_its_tokens(tmp_path, tied):
+    save_with_padded_rows(tmp_path / "dense", tie_word_embeddings=tied)
+    dense = load_model(str(tmp_path / "dense"))
+    full = load_tokenizer(tmp_path / "dense")
+    vocabulary = needed(tmp_path / "dense", ids_of(full, CORPUS))
+    decoder = dense.decoder.with_format(INT8, INT4)
+    weights = rounded(decoder, {name: dense.weights[name] for name in decoder.shapes()})
+    save_reduced(dense, tmp_path / "small", vocabulary, decoder, weights.items())
+    kept = torch.from_numpy(vocabulary.kept)
+    reduced = {name: weight.rows(kept) if name in ("embedding", "head") else weight for name, weight in weights.items()}
+    small = decoder.with_vocabulary(vocabulary.size)
+    assert_stored(load_model(str(tmp_path / "small")), small, reduced)
+    new = AutoTokenizer.from_pretrained(tmp_path / "small", local_files_only=True)(CORPUS[0], return_tensors="pt")
+    found = logits_of(in_transformers(tmp_path / "small"), new["input_ids"])
+    ours = token_logits(small, reduced.items(), new["input_ids"])
+    assert (ours - found[:, :-1]).abs().max() < 1e-4 * found.abs().max()

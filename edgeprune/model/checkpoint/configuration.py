@@ -78,24 +78,6 @@ def _refuse(config: Config, family: Family) -> str | None:
     return None
 
 
-def quantisation(config: Config) -> str | None:
-    """Returns the method by which a configuration says that its weights are quantised; None where it does not."""
-    details = config.get("quantization_config") or config.get("compression_config")
-    if not details:
-        return None
-    method = details.get("quant_method") if isinstance(details, dict) else None
-    return printable(method, 60) if isinstance(method, str) else "by an unnamed method"
-
-
-def check_unquantised(config: Config) -> None:
-    """Raises InputError for a configuration whose weights are quantised."""
-    if (method := quantisation(config)) is not None:
-        raise InputError(
-            f"the checkpoint is quantised ({method})",
-            "Give the checkpoint that it was made from, in fp32, fp16 or bf16. `edgeprune plan` takes this one too.",
-        )
-
-
 def _senseless(reason: object) -> InputError:
     if isinstance(reason, KeyError):
         reason = f"{reason.args[0]} is missing"
@@ -251,7 +233,7 @@ def loadable(decoder: Decoder, source: Config) -> Decoder:
     """Returns the decoder as a standard configuration like `source` can describe its widths.
 
     It adds heads of zeros to a uniform decoder where transformers derives head_dim from the number of heads, or
-    requires that this number divides hidden_size.
+    requires that this number divides hidden_size; as many as fill the groups of a weight format.
     """
     attention, mlp, head_rule = decoder.layers[0].attention, decoder.layers[0].mlp, FAMILIES[decoder.family].heads
     # Where any number of heads can be described, or the layers differ, nothing is added.
@@ -259,11 +241,13 @@ def loadable(decoder: Decoder, source: Config) -> Decoder:
         head_rule = "fixed"  # its validation takes hidden_size over their number for head_dim
     if not decoder.is_uniform or None in (attention, mlp) or head_rule == "free" or _is_mistral(decoder):
         return decoder
-    # Otherwise add key/value heads until the rule is met.
+    # Otherwise add key/value heads until the rule is met, and the groups of a format are whole.
     groups, heads = attention.num_key_value_heads, attention.heads_per_group
+    formats = [layer.attention.weight_format for layer in decoder.layers]
+    multiple = max((form.group for form in formats if form and form.group), default=1)
     if head_rule == "fixed":
         groups = decoder.hidden_size // attention.head_dim // heads
-    while decoder.hidden_size % (groups * heads):
+    while decoder.hidden_size % (groups * heads) or groups * heads * attention.head_dim % multiple:
         groups += 1
     return decoder.with_widths(groups, heads, mlp.intermediate_size)
 

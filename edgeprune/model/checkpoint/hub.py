@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeprune.errors import InputError
+from edgeprune.model.checkpoint.embedding import EMBEDDING_SCALES
 
 CONFIG = ("config.json",)
-OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt")
+OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt", EMBEDDING_SCALES)
 WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}  # the first that is there
 NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
 FILES = (".gguf", ".pt", ".pth", ".bin", ".safetensors")  # endings that no repository has

@@ -2,7 +2,9 @@
 
 A checkpoint may stack q, k and v in one tensor, keep an embedding in two, keep matrices transposed, store a norm's
 weight minus one, or rotate other pairs of channels. That is undone on reading and done again on writing; the rest of
-the program sees the weights of decoder.py alone. It knows no family: their tables are in names.py.
+the program sees the weights of decoder.py alone. Codes, scales and zeros of a weight have its rows, and go the same
+way; an embedding of few bits is stored by its values, since no other loader takes its codes. It knows no family: their
+tables are in names.py.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeprune.model.decoder import Decoder
+from edgeprune.precision import WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +52,9 @@ Places = Mapping[str, Place]  # by the name of a weight without `layers.{i}.` an
 class StoredTensor:
     """One tensor of a checkpoint: the weights in it, by their full names, and its shape there.
 
-    shapes: of the part of each weight that it holds: all of the weight, or some of its rows from `first` on.
+    shapes: of the part of each weight that it holds: all of the weight, or some of its rows from `first` on. form: the
+    format of its codes, which all its weights have; None for floats. exact: the floats are the values of codes, so that
+    the checkpoint's own type may be too short for them.
     """
 
     key: str
@@ -59,6 +64,8 @@ class StoredTensor:
     head_dim: int = 0
     factor: float = 1.0  # by which its values are multiplied on reading
     first: int = 0
+    form: WeightFormat | None = None
+    exact: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -72,6 +79,13 @@ class StoredTensor:
 
         It is fp32 where values are changed, otherwise in the tensor's own dtype.
         """
+        tensor = self.rows_of(tensor, name)
+        if self.place.shift or self.factor != 1.0:
+            tensor = tensor.float() * self.factor + self.place.shift
+        return tensor.contiguous()
+
+    def rows_of(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns the rows of one of its weights in the order of decoder.py, with the values that are stored."""
         place, index = self.place, self.names.index(name)
         # Take the rows of the weight.
         if place.transposed:
@@ -82,13 +96,11 @@ class StoredTensor:
         else:
             start = place.skip + sum(shape[0] for shape in self.shapes[:index])
             tensor = tensor[start : start + self.shapes[index][0]]
-        # Put the channels of each head in the order of rotate-half, and the values right.
+        # Put the channels of each head in the order of rotate-half.
         if place.neighbours and _turns(name):
             # (heads, pairs, 2, ...) -> (heads, 2, pairs, ...) -> (heads * head_dim, ...)
             tensor = tensor.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        if place.shift or self.factor != 1.0:
-            tensor = tensor.float() * self.factor + place.shift
-        return tensor.contiguous()
+        return tensor
 
     def write(self, weights: StoredWeights) -> Stored:
         """Returns the stored tensor of its weights, from which `read` takes them again.
@@ -142,7 +154,7 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
 
     They come in the order in which the last of their weights comes in decoder.shapes().
     """
-    shapes, tensors = decoder.shapes(), {}
+    shapes, formats, tensors = decoder.shapes(), decoder.weight_formats, {}
     for name in shapes:
         prefix, part, numbers = _taken_apart(name)
         place = places[part]
@@ -154,10 +166,12 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
         # An embedding in two tensors.
         if place.inputs:
             (rows, size), vocabulary_rows = shapes[name], decoder.vocab_size
-            tensors[key] = StoredTensor(key, place, names, ((vocabulary_rows, size),))
-            tensors[place.inputs] = StoredTensor(
-                place.inputs, place, names, ((rows - vocabulary_rows, size),), first=vocabulary_rows
-            )
+            parts = {key: (0, vocabulary_rows), place.inputs: (vocabulary_rows, rows - vocabulary_rows)}
+            for part_key, (first, count) in parts.items():
+                part_shapes = ((count, size),)
+                tensors[part_key] = StoredTensor(
+                    part_key, place, names, part_shapes, first=first, exact="embedding" in formats
+                )
             continue
         # Any other tensor; output projections may have a factor.
         attention = decoder.layers[numbers["i"]].attention if "i" in numbers else None
@@ -168,6 +182,8 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
             tuple(shapes[weight] for weight in names),
             attention.head_dim if attention else 0,
             decoder.residual_scale if _is_output(part) else 1.0,
+            form=None if part == "embedding" else formats.get(names[0]),
+            exact=part == "embedding" and part in formats,
         )
     return tensors
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgeprune.errors import NumericalError
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors
-from edgeprune.model.checkpoint.places import Shape, stored_stream
+from edgeprune.model.checkpoint.places import Shape, StoredTensor, stored_stream
 from edgeprune.model.decoder import Decoder
 from edgeprune.precision import WeightFormat
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgeprune.model.quantised import QuantisedWeight
 
 SHARD_BYTES = 5 * 10**9  # of a file, at most
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"}
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,25 @@ def write_weights(
 ) -> None:
     """Writes weights into safetensors files of at most SHARD_BYTES, with an index where there are several.
 
-    weights: in the order of decoder.shapes(), with codes for the names of decoder.weight_formats, which packing stores;
-    they are stored as the family's tensors, floats in dtype. Raises ValueError for a wrong name or shape, and
-    NumericalError for a weight that dtype cannot hold.
+    weights: in the order of decoder.shapes(), with codes for the names of decoder.weight_formats but the embedding,
+    which packing stores; they are stored as the family's tensors, floats in dtype. Raises ValueError for a wrong name
+    or shape, and NumericalError for a weight that dtype cannot hold.
     """
-    places, formats = checkpoint_tensors(decoder), decoder.weight_formats
-    entries: dict[str, tuple[torch.dtype, Shape]] = {}
-    for key, place in places.items():
-        if (weight_format := formats.get(place.names[0])) is None or packing is None:
-            entries[key] = dtype, place.shape
-            continue
-        for name, tensor in _packed(key, _without_memory(weight_format, place.shape), packing):
-            entries[name] = tensor.dtype, tuple(tensor.shape)
-    stream = stored_stream(places, weights)
-    _write_shards(entries, stream if packing is None else _all_packed(stream, packing), directory)
+    places = checkpoint_tensors(decoder)
+    entries = {name: entry for place in places.values() for name, entry in entries_of(place, dtype, packing).items()}
+    _write_shards(entries, _all_packed(stored_stream(places, weights), packing), directory)
+
+
+def entries_of(
+    place: StoredTensor, dtype: torch.dtype, packing: Packing | None
+) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Returns dtype and shape of all that a file holds of a tensor, by name. dtype: of the checkpoint's floats."""
+    import torch
+
+    if place.form is None or packing is None:
+        return {place.key: (torch.float32 if place.exact else dtype, place.shape)}
+    parts = _packed(place.key, _without_memory(place.form, place.shape), packing)
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts}
 
 
 def _packed(key: str, weight: QuantisedWeight, packing: Packing) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,15 +77,17 @@ def _packed(key: str, weight: QuantisedWeight, packing: Packing) -> Iterator[tup
         yield key.removesuffix("weight") + name, tensor
 
 
-def _all_packed(stream: Iterable[tuple[str, Stored]], packing: Packing) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors of the file in their order."""
+def _all_packed(stream: Iterable[tuple[str, Stored]], packing: Packing | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of the file in their order. Raises ValueError for codes that nothing packs."""
     from edgeprune.model.quantised import QuantisedWeight
 
     for key, tensor in stream:
-        if isinstance(tensor, QuantisedWeight):
-            yield from _packed(key, tensor, packing)
-        else:
+        if not isinstance(tensor, QuantisedWeight):
             yield key, tensor
+        elif packing is None:
+            raise ValueError(f"{key} has codes, and the checkpoint holds floats")
+        else:
+            yield from _packed(key, tensor, packing)
 
 
 def _without_memory(weight_format: WeightFormat, shape: Shape) -> QuantisedWeight:
@@ -163,4 +170,4 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     """Returns the bytes of a tensor."""
     import torch
 
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return memoryview(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")

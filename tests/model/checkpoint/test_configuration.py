@@ -5,11 +5,14 @@ import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from edgeprune.errors import InputError
-from edgeprune.model.checkpoint.configuration import HEADS, LAYER_WIDTHS, config_for, decoder_of
+from edgeprune.model.checkpoint.adapt import changed
+from edgeprune.model.checkpoint.configuration import HEADS, LAYER_WIDTHS, config_for, decoder_of, loadable
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.decoder import Mlp
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.reference import decoder_of as reference_decoder
 from tests.support.ropes import ROPES
+from tests.support.shapes import uniform
 from tests.support.tiny import config
 
 
@@ -245,3 +248,12 @@ def test_damaged_heads_of_a_padded_checkpoint_are_refused(heads):
     source = config().to_dict() | {"architectures": ["LlamaForCausalLM"], HEADS: heads}
     with pytest.raises(InputError, match="edgeprune_heads"):
         decoder_of(source)
+
+
+def test_added_heads_fill_the_groups_of_a_format():
+    """15 heads divide the hidden size, but 240 inputs are no whole groups of 32: 16 are the next."""
+    decoder = changed(uniform(480, 2, (14, 14, 16), 64, 50), {"input_bias": True})
+    assert loadable(decoder, {}).layer_widths[0] == (15, 1, 64)
+    assert loadable(decoder.with_format(WEIGHT_FORMATS["int8"]), {}).layer_widths[0] == (15, 1, 64)
+    one = decoder.with_formats([(None, None), (WEIGHT_FORMATS["int4-32"], None)], None, None)
+    assert loadable(one, {}).layer_widths == [(16, 1, 64)] * 2

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.save import save_checkpoint
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
+from tests.support.quantised import INT8, assert_stored
+from tests.support.roundings import rounded
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 OTHER = {
@@ -163,6 +166,16 @@ def test_only_what_is_needed_is_downloaded(serve, tmp_path):
     assert {str(path.relative_to(model.directory)) for path in model.directory.rglob("*")} == expected
     hub.refusal = (503, "")
     assert load_model("someone/tiny").fingerprint == model.fingerprint
+
+
+def test_the_scales_of_an_embedding_are_fetched_with_the_weights(serve, tmp_path):
+    _files(tmp_path / "dense")
+    dense = load_model(str(tmp_path / "dense"))
+    decoder = dense.decoder.with_format(INT8, INT8)
+    weights = rounded(decoder, dense.weights)
+    save_checkpoint(decoder, weights.items(), dense, tmp_path / "model")
+    serve(Hub({file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}))
+    assert_stored(load_model("someone/tiny"), decoder, weights)
 
 
 def test_pickles_are_fetched_where_there_is_nothing_else(serve, tmp_path):

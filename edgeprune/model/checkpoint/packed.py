@@ -1,0 +1,77 @@
+"""The tensors of a weight of few bits in a file, as compressed-tensors' `pack-quantized` has them.
+
+    weight_shape       int64 (2,): rows, columns
+    weight_packed      int32 (rows, columns * bits / 32): codes + 2 ** (bits - 1), the first in the lowest bits
+    weight_zero_point  int32 (rows * bits / 32, groups): the zeros of an asymmetric format, packed along the rows
+    weight_scale       (rows, groups), in a float type
+
+The longest numbers come first, so that mapped files are read where they are aligned. A row of codes begins with a word
+of its own: whatever is done to rows can be done to packed ones. It knows neither configurations nor files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from edgeprune.model.checkpoint.places import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeprune.model.quantised import QuantisedWeight
+
+SHAPE, PACKED, ZEROS, SCALE = "weight_shape", "weight_packed", "weight_zero_point", "weight_scale"
+WORD_BITS = 32
+
+
+def pack_quantized(weight: QuantisedWeight, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a weight, by the names that stand in place of `weight`."""
+    import torch
+
+    bits = weight.form.bits
+    parts = {SHAPE: torch.tensor(tuple(weight.shape)), PACKED: pack(weight.codes, bits)}
+    if weight.zeros is not None:
+        parts[ZEROS] = pack(weight.zeros.t(), bits).t()
+    parts[SCALE] = weight.scales.to(scale_dtype)
+    return parts
+
+
+def unpacked(tensor: StoredTensor, part: Callable[[str], torch.Tensor], name: str) -> QuantisedWeight:
+    """Returns one of the weights of a tensor. part: reads the tensor in the file that has a name in place of
+    `weight`.
+    """
+    from edgeprune.model.quantised import QuantisedWeight
+
+    form, (rows, columns) = tensor.form, tensor.shape
+    # Rows first, so that no more than this weight is unpacked.
+    codes = unpack(tensor.rows_of(part(PACKED), name), form.bits, columns)
+    scales = tensor.read(part(SCALE).float(), name)
+    # Zeros are packed along the rows.
+    zeros = None
+    if form.asymmetric:
+        stored_zeros = unpack(part(ZEROS).t(), form.bits, rows).t()  # (rows, groups)
+        zeros = tensor.rows_of(stored_zeros, name).contiguous()
+    return QuantisedWeight(form, codes, scales, zeros)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns codes (rows, columns) int8 of 4 or 8 bits as int32 (rows, words), the last word filled up with zeros."""
+    import torch
+
+    per_word = WORD_BITS // bits
+    values = (codes.short() + 2 ** (bits - 1)).to(torch.uint8)
+    values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
+    if bits == 4:
+        values = values[:, ::2] | values[:, 1::2] << 4  # (rows, bytes)
+    return values.flatten().view(torch.int32).unflatten(0, (len(codes), -1))
+
+
+def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Returns the codes (rows, columns) int8 of 4 or 8 bits that `pack` has made words of."""
+    import torch
+
+    values = words.flatten().view(torch.uint8).unflatten(0, (len(words), -1))  # (rows, bytes)
+    if bits == 4:
+        values = torch.stack([values & 15, values >> 4], dim=2).flatten(1)
+    return (values[:, :columns].short() - 2 ** (bits - 1)).to(torch.int8)

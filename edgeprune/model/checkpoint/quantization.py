@@ -1,0 +1,254 @@
+"""The weight formats in a config.json: compressed-tensors' `quantization_config`, read into formats and written.
+
+A group of it has the format of some modules by their names in the checkpoint; our own field names the embedding's,
+whose values are stored as floats. It knows no tensors' values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.errors import InputError
+from edgeprune.files import checked, printable
+from edgeprune.model.checkpoint.configuration import RESTORE, checkpoint_tensors
+from edgeprune.model.checkpoint.families import FAMILIES
+from edgeprune.model.checkpoint.packed import pack_quantized
+from edgeprune.model.checkpoint.places import StoredTensor
+from edgeprune.model.checkpoint.safetensors_file import Packing
+from edgeprune.model.decoder import Decoder
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
+
+if TYPE_CHECKING:
+    import torch
+
+Config = Mapping[str, Any]
+
+DETAILS = ("quantization_config", "compression_config")
+EMBEDDING_FORMAT = "edgeprune_embedding_format"  # `float` or a format; in every checkpoint of ours that has formats
+WHOLE = "Give the checkpoint that it was made from, in fp32, fp16 or bf16."
+FIELDS = {
+    "quant_method": str,
+    "format": str,
+    "quantization_status": str,
+    "config_groups": {...: {"targets": [str], "weights": dict, ...: Any}},
+    "ignore": [str],
+    ...: Any,
+}
+CLASS = "Linear"  # of every module that has a format, as a target
+
+
+def quantisation(config: Config) -> str | None:
+    """Returns the method by which a configuration says that its weights are quantised; None where it does not."""
+    details = next((config[name] for name in DETAILS if config.get(name)), None)
+    if not details:
+        return None
+    method = details.get("quant_method") if isinstance(details, dict) else None
+    return printable(method, 60) if isinstance(method, str) else "by an unnamed method"
+
+
+def is_read(config: Config) -> bool:
+    """Returns whether the weights of a configuration can be read: they are floats, or edgeprune quantised them."""
+    return EMBEDDING_FORMAT in config or quantisation(config) is None
+
+
+def check_read(config: Config) -> None:
+    """Raises InputError for a configuration whose weights something else has quantised."""
+    if not is_read(config):
+        raise InputError(
+            f"the checkpoint is quantised ({quantisation(config)})", f"{WHOLE} `edgeprune plan` takes this one too."
+        )
+
+
+def with_stored_formats(decoder: Decoder, config: Config) -> Decoder:
+    """Returns the decoder with the weight formats of its configuration. Raises InputError where they make no sense."""
+    if EMBEDDING_FORMAT not in config:
+        return decoder
+    # The modules' formats by the names of the weights in them.
+    tensors = [tensor for tensor in checkpoint_tensors(decoder).values() if _is_module(tensor)]
+    found = _formats([module_of(tensor) for tensor in tensors], config.get(DETAILS[0]))
+    formats = {name: found[module_of(tensor)] for tensor in tensors for name in tensor.names}
+    # Those of a layer's attention and MLP, and of the tables.
+    layers = [
+        (_common(f"layers.{index}.attention.", formats), _common(f"layers.{index}.mlp.", formats))
+        for index in range(len(decoder.layers))
+    ]
+    embedding = _named(config[EMBEDDING_FORMAT])
+    head = embedding if decoder.tie_word_embeddings else formats["head"]
+    return decoder.with_formats(layers, embedding, head)
+
+
+def _common(prefix: str, formats: Mapping[str, WeightFormat | None]) -> WeightFormat | None:
+    """Returns the format of all weights with a prefix, but for routers; None for floats. Raises InputError where they
+    differ.
+    """
+    of_module = {form for name, form in formats.items() if name.startswith(prefix) and not name.endswith(".router")}
+    if len(of_module) > 1:
+        names = ", ".join(sorted(form.name if form else "float" for form in of_module))
+        raise InputError(f"{DETAILS[0]} has several formats in {prefix.rstrip('.')}: {names}", RESTORE)
+    return next(iter(of_module), None)
+
+
+def _named(name: object) -> WeightFormat | None:
+    """Returns the format of a name. Raises InputError for an unknown one."""
+    if name == "float":
+        return None
+    if not isinstance(name, str) or name not in WEIGHT_FORMATS:
+        raise InputError(f"{EMBEDDING_FORMAT} {printable(repr(name), 60)} is not a weight format", RESTORE)
+    return WEIGHT_FORMATS[name]
+
+
+def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat | None]:
+    """Returns the format of each module, by its name in the checkpoint; None for floats.
+
+    As compressed-tensors reads them: a module's own name goes before a pattern, and that before its class; what is
+    ignored is not quantised. Raises InputError for other than weights of whole numbers, packed.
+    """
+    if details is None:
+        return dict.fromkeys(modules)
+    checked(details, FIELDS, DETAILS[0])
+    stored = tuple(details[name] for name in ("quant_method", "format", "quantization_status"))
+    if stored != ("compressed-tensors", "pack-quantized", "compressed"):
+        raise InputError(f"{DETAILS[0]} is of {printable(', '.join(stored), 60)}, which is not read", RESTORE)
+    # Names, patterns and the class apart.
+    targets = {target: _format(group) for group in details["config_groups"].values() for target in group["targets"]}
+    patterns = {_pattern(target): targets[target] for target in sorted(targets) if target.startswith("re:")}
+    ignored = set(details["ignore"])
+    ignored_patterns = [_pattern(target) for target in ignored if target.startswith("re:")]
+
+    def form_of(module: str) -> WeightFormat | None:
+        if {module, CLASS} & ignored or any(pattern.match(module) for pattern in ignored_patterns):
+            return None
+        if module in targets:
+            return targets[module]
+        return next((form for pattern, form in patterns.items() if pattern.match(module)), targets.get(CLASS))
+
+    return {module: form_of(module) for module in modules}
+
+
+def _format(group: Config) -> WeightFormat:
+    """Returns the format of a group. Raises InputError where it is none of ours."""
+    weights = group["weights"]
+    known = {"type": "int", "dynamic": False}
+    odd = [name for name, value in known.items() if weights.get(name, value) != value]
+    odd += [name for name in ("input_activations", "output_activations") if group.get(name) is not None]
+    for form in WEIGHT_FORMATS.values():
+        if not odd and {name: weights.get(name) for name in _arguments(form)} == _arguments(form):
+            return form
+    raise InputError(f"{DETAILS[0]} has a format that is not known: {printable(weights, 200)}", RESTORE)
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    """Returns the regular expression of a target. Raises InputError where it is none."""
+    try:
+        return re.compile(target.removeprefix("re:"))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{DETAILS[0]}: {printable(target, 60)} is no pattern: {printable(error)}", RESTORE) from None
+
+
+def _arguments(form: WeightFormat) -> dict[str, Any]:
+    """Returns a format in compressed-tensors' words."""
+    return {
+        "num_bits": form.bits,
+        "symmetric": not form.asymmetric,
+        "strategy": "group" if form.group else "channel",
+        "group_size": form.group,
+    }
+
+
+def module_of(tensor: StoredTensor) -> str:
+    """Returns the name of the module that has a tensor as its weight."""
+    return tensor.key.removesuffix(".weight")
+
+
+def _is_module(tensor: StoredTensor) -> bool:
+    """Returns whether a tensor is the matrix of a linear layer."""
+    return len(tensor.shape) == 2 and tensor.names[0] not in ("embedding", "positions")
+
+
+def can_be_packed(decoder: Decoder) -> bool:
+    """Returns whether a checkpoint of the decoder's family can hold weight formats: not where it has no nn.Linear."""
+    return not any(place.transposed for place in FAMILIES[decoder.family].places.values())
+
+
+def check_packable(decoder: Decoder) -> None:
+    """Raises InputError for weight formats that cannot be stored so that others read them.
+
+    transformers joins the experts of a layer and takes all that it joins, in all layers, for one symmetric format:
+    that of the first group that names experts. Where they differ, some load as other numbers, without an error.
+    """
+    formats = decoder.weight_formats
+    if formats and not can_be_packed(decoder):
+        raise InputError(
+            f"a checkpoint of the family {decoder.family} cannot hold weights of few bits: it stores matrices as "
+            "(inputs, outputs), and compressed-tensors has none of these",
+            "Use --weights float.",
+        )
+    experts = {formats.get(name) for name in decoder.shapes() if ".experts." in name}
+    packs = any(name != "embedding" for name in formats)
+    if packs and experts and (len(experts) > 1 or None in experts or any(form.asymmetric for form in experts)):
+        names = ", ".join(sorted(form.name if form else "float" for form in experts))
+        raise InputError(
+            f"the experts have the weight formats {names}: transformers reads one symmetric format for all",
+            "Use the same symmetric format for the MLPs of all layers, or --weights float.",
+        )
+
+
+def without_quantization(config: Config) -> dict[str, Any]:
+    """Returns a configuration without what it says of weight formats."""
+    return {name: value for name, value in config.items() if name not in (*DETAILS, EMBEDDING_FORMAT)}
+
+
+def embedding_field(decoder: Decoder) -> dict[str, Any]:
+    """Returns our own field of config.json for a decoder with weight formats."""
+    return {EMBEDDING_FORMAT: decoder.embedding_format.name if decoder.embedding_format else "float"}
+
+
+def packing_of(decoder: Decoder, dtype: torch.dtype) -> Packing | None:
+    """Returns how the decoder's codes are stored; None where only an embedding has codes. dtype: of the floats.
+
+    The scales are of the same type, whose bits are enough. But transformers multiplies the codes of experts by their
+    scales in the type in which these are stored, whatever it loads the model in: with experts they are fp32.
+    """
+    import torch
+
+    if not any(tensor.form for tensor in checkpoint_tensors(decoder).values()):
+        return None
+    has_experts = any(layer.mlp and layer.mlp.experts for layer in decoder.layers)
+    return Packing(_details(decoder), partial(pack_quantized, scale_dtype=torch.float32 if has_experts else dtype))
+
+
+def _details(decoder: Decoder) -> dict[str, Any]:
+    """Returns the field quantization_config.
+
+    A module is named as it is; experts, of which there are thousands and which transformers finds by this word in a
+    pattern, by one pattern for each of their matrices. Linear layers of floats are ignored by name: vLLM asks for that.
+    """
+    # Names in the order of the layers, each once.
+    targets: dict[WeightFormat | None, dict[str, None]] = {None: {}}
+    for tensor in checkpoint_tensors(decoder).values():
+        if _is_module(tensor):
+            targets.setdefault(tensor.form, {}).update(dict.fromkeys(_targets(tensor)))
+    # A reader that takes one format for all takes int8 first, and then stops at the size of the others.
+    ordered = [form for form in WEIGHT_FORMATS.values() if form in targets]
+    groups = {
+        f"group_{index}": {"targets": list(targets[form]), "weights": {"type": "int", **_arguments(form)}}
+        for index, form in enumerate(ordered)
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(targets[None]),
+    }
+
+
+def _targets(tensor: StoredTensor) -> list[str]:
+    """Returns how a group names a tensor's module; transformers calls every head lm_head, whatever the file has."""
+    if "{e}" not in tensor.place.key:
+        return [module_of(tensor)] + (["lm_head"] if tensor.names == ("head",) else [])
+    pattern = re.escape(tensor.place.key.removesuffix(".weight"))
+    return [f"re:^{pattern.replace(re.escape('{i}'), r'[0-9]+').replace(re.escape('{e}'), r'[0-9]+')}$"]

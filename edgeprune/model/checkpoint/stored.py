@@ -1,0 +1,322 @@
+"""The weights of a checkpoint's files: their headers checked against a decoder, the values read at each access.
+
+It does not know where the files came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.errors import InputError
+from edgeprune.files import is_pointer, pointer_error, printable, read_json
+from edgeprune.model.checkpoint.configuration import checkpoint_tensors
+from edgeprune.model.checkpoint.embedding import EMBEDDING_SCALES, codes_of, scale_parts
+from edgeprune.model.checkpoint.families import FAMILIES
+from edgeprune.model.checkpoint.folder import no_weights
+from edgeprune.model.checkpoint.llamagen import COMPILED
+from edgeprune.model.checkpoint.packed import SHAPE, unpacked
+from edgeprune.model.checkpoint.padding import without_padding
+from edgeprune.model.checkpoint.places import Shape, StoredTensor
+from edgeprune.model.checkpoint.quantization import packing_of
+from edgeprune.model.checkpoint.safetensors_file import NAMES, entries_of
+from edgeprune.model.checkpoint.torch_file import AGAIN, TorchFiles, archive_members, torch_header
+from edgeprune.model.checkpoint.unread import DO_NOT_MATCH, check_unread
+from edgeprune.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeprune.model.quantised import QuantisedWeight
+
+DTYPES = ("F32", "F16", "BF16")
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a weights file, in its fingerprint
+SAFETENSORS = ".safetensors"
+LONGEST = 200  # characters of a file's name
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; the first that is there
+Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A tensor in the files: the file and the name there of each of its parts, by the parts' full names."""
+
+    tensor: StoredTensor
+    parts: dict[str, tuple[Path, str]]
+
+    def place(self, part: str) -> tuple[Path, str]:
+        """Returns the file and the name there of the part that stands in place of `weight`."""
+        return self.parts[self.tensor.key.removesuffix("weight") + part]
+
+
+class LazyWeights(Mapping[str, "torch.Tensor"]):
+    """Tensors by the names of decoder.py, read from safetensors or PyTorch's own files at each access.
+
+    The files are mapped: of a tensor that holds several weights, only the rows of the requested one are read. What is
+    stored as codes is fp32; `quantised` has the codes themselves.
+    """
+
+    def __init__(self, stands: dict[str, list[Stand]], decoder: Decoder, embedding_scales: Path | None = None) -> None:
+        self._stands, self._shapes = stands, decoder.shapes()
+        self._torch_files = TorchFiles()
+        self.quantised = LazyCodes(self, decoder, embedding_scales)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stands = self._stands[name]
+        if stands[0].tensor.form is not None:
+            return self.quantised[name].dequantised()
+        tensors = [stand.tensor.read(self.stored(*stand.parts[stand.tensor.key]), name) for stand in stands]
+        return without_padding(_joined(tensors), self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stands)
+
+    def __len__(self) -> int:
+        return len(self._stands)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stands
+
+    def codes(self, name: str) -> QuantisedWeight:
+        """Returns a weight that is stored as codes."""
+        stand = self._stands[name][0]
+        weight = unpacked(stand.tensor, lambda part: self.stored(*stand.place(part)), name)
+        return weight if tuple(weight.shape) == self._shapes[name] else weight.narrowed(self._shapes[name])
+
+    def stored(self, path: Path, key: str) -> torch.Tensor:
+        """Returns a tensor of a file as it is stored there."""
+        if not _is_safetensors(path):
+            return self._torch_files.read(path, key)
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(key)
+
+
+class LazyCodes(Mapping[str, "QuantisedWeight"]):
+    """Codes, scales and zeros of the weights that have a format, by the names of decoder.py, read at each access."""
+
+    def __init__(self, weights: LazyWeights, decoder: Decoder, embedding_scales: Path | None) -> None:
+        self._weights, self._formats, self._embedding_scales = weights, decoder.weight_formats, embedding_scales
+
+    def __getitem__(self, name: str) -> QuantisedWeight:
+        form = self._formats[name]
+        if name != "embedding":
+            return self._weights.codes(name)
+        parts = {part: self._weights.stored(self._embedding_scales, part) for part in scale_parts(form)}
+        return codes_of(form, self._weights[name], **parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._formats)
+
+    def __len__(self) -> int:
+        return len(self._formats)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._formats
+
+
+def _is_safetensors(file: Path) -> bool:
+    return file.suffix == SAFETENSORS or file.name == EMBEDDING_SCALES
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def stored_weights(path: Path, decoder: Decoder, stored_decoder: Decoder) -> tuple[LazyWeights, str]:
+    """Returns the weights of a folder's files, none of which is read, and the model's fingerprint.
+
+    decoder: the model's; stored_decoder: that of the tensors, which may have heads of zeros. Raises InputError for what
+    is missing, damaged, or not as the decoders say.
+    """
+    stored = {name: (file, *entry) for file in _weight_files(path) for name, entry in header_of(file).items()}
+    stands, files = _checked(stored_decoder, stored), {place[0] for place in stored.values()}
+    scales = None
+    if decoder.embedding_format is not None:
+        scales = path / EMBEDDING_SCALES
+        _check_embedding_scales(scales, decoder)
+        files.add(scales)
+    weights = LazyWeights(stands, decoder, scales)
+    if decoder.tie_word_embeddings:
+        _check_tied(decoder, weights, stored)
+    return weights, _fingerprint(path / "config.json", files)
+
+
+def _check_embedding_scales(file: Path, decoder: Decoder) -> None:
+    """Raises InputError where the file with the scales of the embedding is not as the decoder says."""
+    if not file.is_file():
+        raise InputError(f"{file.parent} has no {file.name}, which config.json asks for", AGAIN)
+    rows, columns = decoder.shapes()["embedding"]
+    parts, form = header_of(file), decoder.embedding_format
+    expected = {name: (dtype, (rows, form.groups_of(columns))) for name, dtype in scale_parts(form).items()}
+    if parts != expected:
+        raise InputError(f"{file} holds {printable(parts)}, but config.json asks for {expected}", DO_NOT_MATCH)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Returns the files with a directory's weights. Raises InputError where there are none."""
+    for name in WEIGHTS:
+        single, index = path / name, path / f"{name}.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return _shards(index)
+    raise no_weights(path, " or ".join(WEIGHTS))
+
+
+def _shards(index: Path) -> list[Path]:
+    """Returns the files of a shard index. Raises InputError where one is missing."""
+    names = read_json(index, remedy=AGAIN).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
+        raise InputError(f"{index} is not a shard index", "Restore the checkpoint's own file.")
+    if foreign := [name for name in names.values() if Path(name).name != name or "\0" in name or len(name) > LONGEST]:
+        raise InputError(f"{index} names {printable(repr(foreign[0]))}, which is no file beside it", AGAIN)
+    files = sorted({index.parent / name for name in names.values()})
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"the shard {printable(file.name)} is missing in {index.parent}", AGAIN)
+    return files
+
+
+def header_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns dtype and shape of every tensor of a file, by name.
+
+    Raises InputError where the header is damaged or the file incomplete.
+    """
+    if not _is_safetensors(file):
+        return torch_header(file)
+    if is_pointer(file):
+        raise pointer_error(file)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: (tensor_slice.get_dtype(), tuple(tensor_slice.get_shape()))
+                for name, tensor_slice in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise InputError(f"{file} is not a safetensors file or is truncated: {printable(error)}", AGAIN) from None
+
+
+def _checked(decoder: Decoder, stored: Stored) -> dict[str, list[Stand]]:
+    """Returns the stored tensors that hold each weight. Raises InputError for one that is missing or does not fit, and
+    for stored ones that the model does not explain.
+    """
+    import torch
+
+    tensors, head = checkpoint_tensors(decoder), _present(_head(decoder), stored)
+    packing = packing_of(decoder, torch.float32)
+    entries = {key: entries_of(tensor, torch.float32, packing) for key, tensor in tensors.items()}
+    keys = {name: _present(name, stored) for parts in entries.values() for name in parts}
+    # A tied head may stand for the embedding.
+    embedding = FAMILIES[decoder.family].places["embedding"].key
+    if decoder.tie_word_embeddings and keys[embedding] is None:
+        keys[embedding] = head
+    tied = {head} if decoder.tie_word_embeddings else set()
+    missing = [name for name, key in keys.items() if key is None]
+    check_unread(decoder.family, len(decoder.layers), stored.keys() - set(keys.values()) - tied, missing)
+    # Shapes and types.
+    stands: dict[str, list[Stand]] = {}
+    for key, tensor in tensors.items():
+        for name, entry in entries[key].items():
+            _check_entry(keys[name], stored[keys[name]], entry)
+        stand = Stand(tensor, {name: (stored[keys[name]][0], keys[name]) for name in entries[key]})
+        for weight in tensor.names:
+            stands.setdefault(weight, []).append(stand)
+    _check_shapes([stand for of_weight in stands.values() for stand in of_weight if stand.tensor.form])
+    return stands
+
+
+def _check_entry(key: str, found: tuple[Path, str, Shape], entry: tuple[torch.dtype, Shape]) -> None:
+    """Raises InputError where a stored tensor has another shape or type than is asked for; any float is one."""
+    (_, dtype, shape), (asked, asked_shape) = found, entry
+    if shape != asked_shape:
+        raise InputError(f"tensor {key} has shape {shape}, but config.json asks for {asked_shape}", DO_NOT_MATCH)
+    if dtype not in (DTYPES if asked.is_floating_point else (NAMES[str(asked).removeprefix("torch.")],)):
+        remedy = _of_another_type(dtype) if asked.is_floating_point else DO_NOT_MATCH
+        raise InputError(f"tensor {key} is of type {dtype}", remedy)
+
+
+def _check_shapes(stands: list[Stand]) -> None:
+    """Raises InputError for packed codes whose stored shape is not that of their tensor; readers differ in which they
+    take.
+    """
+    from safetensors import safe_open
+
+    places: dict[Path, dict[str, StoredTensor]] = {}
+    for stand in stands:
+        file, key = stand.place(SHAPE)
+        places.setdefault(file, {})[key] = stand.tensor
+    for file, tensors in places.items():
+        with safe_open(file, "pt") as opened:
+            for key, tensor in tensors.items():
+                if (shape := tuple(opened.get_tensor(key).tolist())) != tensor.shape:
+                    raise InputError(f"{key} says {shape}, but config.json asks for {tensor.shape}", DO_NOT_MATCH)
+
+
+def _of_another_type(dtype: str) -> str:
+    """Returns the remedy for a weight of a type that is not read."""
+    if dtype in ("F64", "float64"):
+        return (
+            'Write it in fp32: python -c "from transformers import AutoModelForCausalLM as Model; '
+            "Model.from_pretrained('FOLDER', dtype='float32').save_pretrained('NEW')\"."
+        )
+    return f"Supported are: {', '.join(DTYPES)}. Give the checkpoint before it was quantised."
+
+
+def _head(decoder: Decoder) -> str:
+    return FAMILIES[decoder.family].places["head"].key
+
+
+def _present(key: str, stored: Stored) -> str | None:
+    """Returns the key as it is in the file, or None.
+
+    Checkpoints of a base model leave out the base model's own name, those of a compiled model add a prefix.
+    """
+    return next((name for name in (key, key.partition(".")[2], COMPILED + key) if name in stored), None)
+
+
+def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
+    """Raises InputError for a head that is stored although it is tied to the embedding, and differs from it.
+
+    An equal one is ignored. Where the two differ, transformers unties them with no more than a warning; ignoring the
+    head would change the model.
+    """
+    if (key := _present(_head(decoder), stored)) is None:
+        return
+    import torch
+
+    if not torch.equal(weights.stored(stored[key][0], key), weights["embedding"]):
+        raise InputError(
+            f"config.json ties the head to the embedding, but {key} is stored and differs",
+            'Set "tie_word_embeddings": false in config.json, or remove the tensor, whichever is meant.',
+        )
+
+
+def _fingerprint(config: Path, files: set[Path]) -> str:
+    """Returns a sha256 over the configuration and, of each weights file, its size, its header and evenly spaced blocks.
+
+    So files of many gigabytes are distinguished without being read whole.
+    """
+    digest = hashlib.sha256(config.read_bytes())
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        if not _is_safetensors(file):  # its list of members holds a checksum of each
+            digest.update(repr(archive_members(file)).encode())
+        with file.open("rb") as stream:
+            if _is_safetensors(file):
+                head = stream.read(8)
+                digest.update(head + stream.read(int.from_bytes(head, "little")))
+            for block in range(SAMPLED_BLOCKS):
+                stream.seek(size * block // SAMPLED_BLOCKS)
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
