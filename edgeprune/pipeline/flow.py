@@ -142,6 +142,7 @@ def planner_of(run: Run) -> Planner:
         tuple(weights.formats.index(form) for form in weights.layers),
         tuple(weights.formats.index(form) for form in weights.tables),
         decoder.tie_word_embeddings,
+        one_mlp_format=decoder.layers[0].mlp.experts is not None,
     )
     estimator = corrected(problem.estimate, problem.everything, dense.values)
     return Planner(problem, setup.request.layout, latency, estimator)

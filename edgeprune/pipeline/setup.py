@@ -15,6 +15,7 @@ from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.checkpoint.llamagen import Hints
+from edgeprune.model.checkpoint.quantization import can_be_packed
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.export import check_exports
 from edgeprune.model.load import load_model, load_shape
@@ -23,7 +24,7 @@ from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.reference import STEPS
-from edgeprune.pipeline.formats import WeightChoice, weight_choice
+from edgeprune.pipeline.formats import WeightChoice, weight_choice, without_formats
 from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
@@ -129,6 +130,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     engine = choose_engine(request.engine, profile, workload, precision, target, request.tensorrt is not None)
     profile, assumed = engine.profile, profile.tensorrt
     weights = weight_choice(request.weights, profile, shape)
+    if not can_be_packed(shape):
+        weights = without_formats(
+            weights, f"no checkpoint format holds few bits of {shape.family}'s transposed matrices"
+        )
     choices.append(Choice("weights", weights.names, weights.reason))
     if profile.tensorrt is not None:
         reason = "assumed until the device says another"

@@ -94,7 +94,8 @@ class Problem:
     dense: the widths of its layers; sensitivities: the predicted losses of all cuts and formats; costs: by constraint;
     multiple: of the MLP channels; vocabularies: predicted loss in nats per token by size; formats: those that the costs
     speak of, floats first; layer_formats, table_formats: which of these the modules, and embedding and head, may have,
-    by their places in the list; tied: embedding and head are one table.
+    by their places in the list; tied: embedding and head are one table; one_mlp_format: the MLPs of all layers
+    have the same format, a symmetric one, as checkpoints of experts ask for.
     """
 
     dense: Widths
@@ -106,6 +107,7 @@ class Problem:
     layer_formats: tuple[int, ...] = (0,)
     table_formats: tuple[int, ...] = (0,)
     tied: bool = True
+    one_mlp_format: bool = False
 
     @property
     def depth(self) -> int:
@@ -147,7 +149,8 @@ class Problem:
         widths = Widths(1, 1, channel_options(self.dense.intermediate_size, self.multiple)[0])
         of_layers = min(self.layer_formats, key=lambda place: self._bits(self.formats[place]))
         of_tables = min(self.table_formats, key=lambda place: self._bits(self.formats[place]))
-        formats = ((self.formats[of_layers],) * 2,) * self.depth
+        of_mlps = min(self.mlp_formats, key=lambda place: self._bits(self.formats[place]))
+        formats = ((self.formats[of_layers], self.formats[of_mlps]),) * self.depth
         tables = (self.formats[of_tables],) * 2
         choices = [
             Allocation(tuple(layers), min(self.vocabularies), 0.0, formats, tables)
@@ -156,6 +159,13 @@ class Problem:
         ]
         return min((replace(choice, loss=self.loss(choice)) for choice in choices), key=lambda choice: choice.loss)
 
+    @property
+    def mlp_formats(self) -> tuple[int, ...]:
+        """Returns the places of the formats that MLPs may have."""
+        if not self.one_mlp_format:
+            return self.layer_formats
+        return tuple(p for p in self.layer_formats if (form := self.formats[p]) is None or not form.asymmetric)
+
     @staticmethod
     def _bits(form: Format) -> float:
         return np.inf if form is None else form.bits + 16 / (form.group or np.inf)
@@ -163,7 +173,7 @@ class Problem:
 
 def uniform(problem: Problem, limits: Mapping[str, float]) -> Allocation | None:
     """Returns the allocation of the least predicted loss in the layout `uniform`; None where none meets the limits."""
-    return _least(problem, limits, _sizes(problem, most=None), joint=True)
+    return _best(problem, limits, _sizes(problem, most=None), joint=True)
 
 
 def per_layer(problem: Problem, limits: Mapping[str, float]) -> Allocation | None:
@@ -171,12 +181,22 @@ def per_layer(problem: Problem, limits: Mapping[str, float]) -> Allocation | Non
 
     At least one attention and one MLP stay.
     """
-    return _least(problem, limits, _sizes(problem, MOST_SIZES), joint=False)
+    return _best(problem, limits, _sizes(problem, MOST_SIZES), joint=False)
 
 
-def _least(problem: Problem, limits: Mapping[str, float], sizes: list[int], joint: bool) -> Allocation | None:
+def _best(problem: Problem, limits: Mapping[str, float], sizes: list[int], joint: bool) -> Allocation | None:
+    """Returns the least of all knapsacks; where the MLPs have one format, over these formats."""
+    if not problem.one_mlp_format:
+        return _least(problem, limits, sizes, joint, problem.mlp_formats)
+    found = [_least(problem, limits, sizes, joint, (place,)) for place in problem.mlp_formats]
+    return min((one for one in found if one is not None), key=lambda one: one.loss, default=None)
+
+
+def _least(
+    problem: Problem, limits: Mapping[str, float], sizes: list[int], joint: bool, mlp_formats: tuple[int, ...]
+) -> Allocation | None:
     """Returns the least of all knapsacks. joint: one for each of the sizes, where layers go whole; else one for all."""
-    options = _options(problem, limits, sizes)
+    options = _options(problem, limits, sizes, mlp_formats)
     # A knapsack is open until it is solved, or cannot be better than the best.
     least = bounds(options, np.zeros(len(limits)), joint)  # (pairs, sizes) or (pairs, 1)
     least = np.where(can_fit(options, joint), least, np.inf)
@@ -207,8 +227,8 @@ def _least(problem: Problem, limits: Mapping[str, float], sizes: list[int], join
     return _allocation(problem, options, best[1], sizes[best[2] :] if joint else sizes, best[3])
 
 
-def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int]) -> Options:
-    """Returns the losses and costs of all options of the knapsacks' modules."""
+def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int], mlp_formats: tuple[int, ...]) -> Options:
+    """Returns the losses and costs of all options of the knapsacks' modules; mlp_formats: that MLPs may have."""
     sensitivities, dense = problem.sensitivities, problem.dense
     groups, heads = (
         array.ravel() + 1 for array in np.indices((dense.num_key_value_heads, dense.heads_per_group))
@@ -232,6 +252,8 @@ def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int]) ->
         for tokens, embedding, head in tables
     ]
     costs = [problem.costs[name] for name in limits]
+    mlp_cost = np.stack([cost.mlp[places][:, sizes].T for cost in costs])  # (k, sizes, formats)
+    mlp_cost[:, :, [place not in mlp_formats for place in places]] = np.inf
     return Options(
         pairs=tuple(zip(groups.tolist(), heads.tolist(), strict=True)),
         formats=tuple(places),
@@ -242,7 +264,7 @@ def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int]) ->
         attention_gone=_attention_losses(sensitivities, np.array([0]), np.array([1]))[:, 0],
         mlp_gone=channels[:, 0],
         attention_cost=np.stack([cost.attention[places][:, groups, heads - 1].T for cost in costs]),
-        mlp_cost=np.stack([cost.mlp[places][:, sizes].T for cost in costs]),
+        mlp_cost=mlp_cost,
         table_cost=np.array([[cost.base(tokens, (e, h)) for tokens, e, h in tables] for cost in costs]),
         attention_peak=np.stack([cost.attention_peak[groups, heads - 1] for cost in costs]),
         mlp_peak=np.stack([cost.mlp_peak[sizes] for cost in costs]),
