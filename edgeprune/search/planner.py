@@ -92,7 +92,7 @@ class Planner:
         for step in range(1, count + 1):
             left = 1 - RUNG_STEP * step
             best = planner.solve({name: floor[name] + left * (estimated[name] - floor[name]) for name in limits})
-            if best is not None and best.layers not in [chosen.layers, *(rung.layers for rung in rungs)]:
+            if best is not None and best.choice not in [chosen.choice, *(rung.choice for rung in rungs)]:
                 rungs.append(best)
         return rungs
 

@@ -20,7 +20,8 @@ def test_a_bundle_is_within_the_budget_and_the_work_is_gone(small, tmp_path):
     with short_durations():
         result = fit(**options(small, tmp_path / "out"), progress=lambda stage, *steps: stages.append(stage))
     assert result.met
-    (row,) = result.report.budget
+    row, quality = result.report.budget
+    assert (quality.name, quality.limit) == ("quality", 30.0)
     assert row.fitted.value <= row.limit < row.dense.value
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert load_bundle(result.bundle).report == result.report

@@ -153,13 +153,14 @@ def test_a_quality_limit_that_nothing_pruned_meets_leaves_the_dense_model(made):
     run.__dict__["evaluator"] = SimpleNamespace(
         quality=lambda name, candidate: (
             real.quality(name, candidate)
-            if candidate.model.decoder.parameters == run.setup.model.decoder.parameters
+            if candidate.model.decoder == run.setup.model.decoder
             else quality
         )
     )
-    stop, kept, found = within_quality(run, made.planner, made.fitted.chosen, made.allocation, quality)
+    stop, kept, allocation, found = within_quality(run, made.planner, made.fitted.chosen, made.allocation, quality)
     assert (stop.beyond, stop.quality) == (made.fitted.chosen, quality)
     assert kept.model.decoder == run.setup.model.decoder
+    assert allocation == made.planner.problem.everything
     assert (quality_status(run, quality), quality_status(run, found)) == ("missed", "met")
 
 
