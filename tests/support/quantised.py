@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -14,12 +15,13 @@ from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight, storable
 from edgeprune.model.save import save_checkpoint
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
-from tests.support.roundings import Stored, values
+from tests.support.roundings import INT8, Stored, numbers
 
-INT8, INT4, ASYMMETRIC = (WEIGHT_FORMATS[name] for name in ("int8", "int4-32", "int4-32-asymmetric"))
+WITHOUT = "pip install edgeprune[runtimes]"  # compressed-tensors
+INT4, ASYMMETRIC = (WEIGHT_FORMATS[name] for name in ("int4-32", "int4-32-asymmetric"))
 
 
-def mixed(decoder: Decoder, asymmetric: bool = False, tables: bool = True) -> Decoder:
+def packable(decoder: Decoder, asymmetric: bool = False, tables: bool = True) -> Decoder:
     """Other formats in every layer, floats among them; experts have one. Groups of 32 where they divide the widths."""
     small = ASYMMETRIC if asymmetric else INT4
     if decoder.hidden_size % small.group:
@@ -34,12 +36,12 @@ def mixed(decoder: Decoder, asymmetric: bool = False, tables: bool = True) -> De
 def random_codes(form: WeightFormat, rows: int, columns: int, seed: int = 0) -> QuantisedWeight:
     generator = torch.Generator().manual_seed(seed)
 
-    def numbers(*shape: int) -> torch.Tensor:
+    def drawn(*shape: int) -> torch.Tensor:
         return torch.randint(form.least, form.most + 1, shape, generator=generator).to(torch.int8)
 
     groups = form.groups_of(columns)
     scales = storable(torch.rand(rows, groups, generator=generator) + 0.1)
-    return QuantisedWeight(form, numbers(rows, columns), scales, numbers(rows, groups) if form.asymmetric else None)
+    return QuantisedWeight(form, drawn(rows, columns), scales, drawn(rows, groups) if form.asymmetric else None)
 
 
 def random_weights(decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -68,6 +70,7 @@ def assert_stored(model: Model, decoder: Decoder, weights: Stored) -> None:
 
 def in_transformers(folder: Path, **options: object) -> PreTrainedModel:
     """The checkpoint as `from_pretrained` loads it in fp32, with no tensor missing or left over."""
+    pytest.importorskip("compressed_tensors", reason=WITHOUT)
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     model, notes = getattr(transformers, name).from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, **options
@@ -85,5 +88,5 @@ def save_both(decoder: Decoder, weights: Stored, source: Model, folder: Path) ->
     """The checkpoint of the codes, and one of the numbers that they stand for."""
     save_checkpoint(decoder, weights.items(), source, folder / "codes", dtype=torch.float32)
     floats = decoder.with_format(None)
-    save_checkpoint(floats, values(weights).items(), source, folder / "floats", dtype=torch.float32)
+    save_checkpoint(floats, numbers(weights).items(), source, folder / "floats", dtype=torch.float32)
     return folder / "codes", folder / "floats"

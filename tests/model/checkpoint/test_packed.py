@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.model.checkpoint.packed import pack, pack_quantized, unpack, unpacked
 from edgeprune.model.checkpoint.places import Place, StoredTensor
 from edgeprune.precision import WEIGHT_FORMATS
-from tests.support.quantised import random_codes
+from tests.support.quantised import WITHOUT, random_codes
 
 QKV = ("layers.0.attention.q", "layers.0.attention.k", "layers.0.attention.v")
 
@@ -27,13 +25,18 @@ def test_codes_are_unpacked_as_they_were(bits, rows, columns, seed):
 @pytest.mark.parametrize("form", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
 def test_compressed_tensors_reads_the_parts_as_the_same_weight(form):
     """Its own compressor, on 13 rows, which fill no word of zeros."""
+    pytest.importorskip("compressed_tensors", reason=WITHOUT)
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
     weight = random_codes(form, 13, 128)
     strategy = "group" if form.group else "channel"
     arguments = QuantizationArgs(
         num_bits=form.bits, symmetric=not form.asymmetric, strategy=strategy, group_size=form.group
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
-    theirs = PackedQuantizationCompressor.decompress(pack_quantized(weight, torch.float32), scheme)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    theirs = compressor.decompress(pack_quantized(weight, torch.float32), scheme)
     assert torch.equal(theirs["weight"], weight.dequantised())
 
 

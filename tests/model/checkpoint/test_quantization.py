@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.utils.match import match_targets
 from torch import nn
 
 from edgeprune.errors import InputError
@@ -24,11 +22,11 @@ from edgeprune.model.checkpoint.quantization import (
     without_quantization,
 )
 from edgeprune.model.decoder import Experts
-from tests.support.quantised import ASYMMETRIC, INT4, INT8, mixed, random_codes
+from tests.support.quantised import ASYMMETRIC, INT4, INT8, WITHOUT, packable, random_codes
 from tests.support.shapes import uniform
 
 DECODER = replace(uniform(64, 12, (4, 2, 16), 96, 50), tie_word_embeddings=False)
-MIXED = mixed(DECODER, asymmetric=True)
+MIXED = packable(DECODER, asymmetric=True)
 
 
 EXPERTS = replace(changed(DECODER, {}, {"experts": Experts(4, 2)}), family="mixtral")
@@ -49,7 +47,7 @@ def fields_of(decoder):
         replace(MIXED, family="phi3"),
         replace(changed(DECODER, {}, {"gated": False}), family="gpt_neox").with_format(INT4),
         EXPERTS.with_format(INT4, INT8),
-        mixed(replace(DECODER, tie_word_embeddings=True)),
+        packable(replace(DECODER, tie_word_embeddings=True)),
         replace(DECODER, tie_word_embeddings=True).with_format(None, INT8),
         MIXED.with_layer_widths([(2, 2, 64), (0, 1, 96), (2, 2, 0)] * 4),
     ],
@@ -63,6 +61,10 @@ def test_formats_are_read_as_they_were_written(decoder):
 
 @pytest.mark.parametrize("decoder", [MIXED, EXPERTS.with_format(INT4, INT8)])
 def test_compressed_tensors_finds_the_same_modules(decoder):
+    pytest.importorskip("compressed_tensors", reason=WITHOUT)
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_targets
+
     config = QuantizationConfig.model_validate(fields_of(decoder)["quantization_config"])
     schemes = {target: group.weights for group in config.config_groups.values() for target in group.targets}
     layer = nn.Linear(2, 2)

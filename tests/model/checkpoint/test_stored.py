@@ -16,7 +16,7 @@ from edgeprune.model.save import save_checkpoint
 from tests.support.checkpoints import save_llama
 from tests.support.families import CASES, save_family
 from tests.support.parity import uneven_target
-from tests.support.quantised import ASYMMETRIC, INT4, INT8, assert_stored, mixed, random_weights
+from tests.support.quantised import ASYMMETRIC, INT4, INT8, assert_stored, packable, random_weights
 from tests.support.roundings import rounded
 
 PACKED = [case for case in CASES if case.partition(",")[0] not in ("gpt2", "imagegpt")]
@@ -36,7 +36,7 @@ def test_every_family_gives_back_its_codes(tmp_path, case):
     dense = load_model(str(tmp_path / "dense"))
     assert can_be_packed(dense.decoder)
     for name, target in (("same", dense.decoder), ("uneven", uneven_target(dense.decoder))):
-        decoder = mixed(target, asymmetric=True)
+        decoder = packable(target, asymmetric=True)
         weights = saved(tmp_path / name, decoder, dense)
         decoder = replace(decoder, residual_scale=1.0)  # it is in the codes' scales
         model = load_model(str(tmp_path / name))
@@ -81,7 +81,7 @@ def test_codes_do_not_depend_on_the_type_of_the_floats(tmp_path, dtype):
     save_family(tmp_path / "dense", "granite")
     dense = load_model(str(tmp_path / "dense"))
     assert dense.decoder.residual_scale == 0.22
-    decoder = mixed(dense.decoder, asymmetric=True)
+    decoder = packable(dense.decoder, asymmetric=True)
     weights = rounded(decoder, {name: dense.weights[name] for name in decoder.shapes()})
     save_checkpoint(decoder, weights.items(), dense, tmp_path / "small", dtype=dtype)
     model = load_model(str(tmp_path / "small"))
@@ -122,7 +122,7 @@ def test_heads_of_zeros_are_added_to_codes_and_taken_off(tmp_path, case, widths,
 def test_shards_count_the_bytes_of_the_codes(tmp_path, monkeypatch):
     save_llama(tmp_path / "dense", tie_word_embeddings=False)
     dense = load_model(str(tmp_path / "dense"))
-    decoder = mixed(dense.decoder, asymmetric=True)
+    decoder = packable(dense.decoder, asymmetric=True)
     monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 40_000)
     weights = saved(tmp_path / "small", decoder, dense)
     assert_stored(load_model(str(tmp_path / "small")), decoder, weights)
