@@ -332,6 +332,12 @@ def _warnings(fitted: Fitted) -> list[str]:
                 "The checkpoint holds removed heads as zeros, since no configuration of this family can give their "
                 "number: graphs and engine are smaller than it."
             )
+    forms = fitted.chosen.model.decoder.weight_formats.values()
+    if has_checkpoint(fitted) and any(form.asymmetric for form in forms):
+        warnings.append(
+            "The checkpoint has asymmetric weights, which transformers reads with compressed-tensors up to 0.17.1; 0.18 to "
+            "0.20 fail on them. Graphs, engine and GGUF are not affected."
+        )
     # What went wrong in measuring and in compensating.
     warnings += fitted.chosen.performance.notes
     fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]

@@ -19,7 +19,7 @@ from edgeprune.ondevice.measure import LocalSession
 from edgeprune.ondevice.reference import write_reference
 from edgeprune.ondevice.worker import quiet
 from edgeprune.precision import WEIGHT_FORMATS
-from edgeprune.profiles import load_profile
+from edgeprune.profiles import load_profile, with_tensorrt
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.install import MODEL, PRIMITIVE, VERSION, WORKLOAD, InProcess, on_the_processor
 from tests.support.durations import durations
@@ -178,7 +178,7 @@ def test_on_a_double_both_models_have_the_dense_ones_runtime(
     reference = tmp_path / "reference.npz"
     write_reference(on_the_processor(graphs["fp32"], 1), np.arange(40), reference)
     candidate = Exported(decoder_of(MODEL.config), files.graphs[PRIMITIVE].parent, tmp_path / "engine", reference)
-    profile, session = load_profile("jetson-orin"), InProcess()
+    profile, session = with_tensorrt(load_profile("jetson-orin"), "10.3"), InProcess()
     engine = TensorRT(profile, WORKLOAD, "fp16", "", "tensorrt", session)
     alone = engine.performance(candidate, None, quiet)
     assert session.done == ["build", "check", "measure"]

@@ -152,9 +152,7 @@ def test_a_quality_limit_that_nothing_pruned_meets_leaves_the_dense_model(made):
     real, run.__dict__["evaluator"] = run.evaluator, None
     run.__dict__["evaluator"] = SimpleNamespace(
         quality=lambda name, candidate: (
-            real.quality(name, candidate)
-            if candidate.model.decoder == run.setup.model.decoder
-            else quality
+            real.quality(name, candidate) if candidate.model.decoder == run.setup.model.decoder else quality
         )
     )
     stop, kept, allocation, found = within_quality(run, made.planner, made.fitted.chosen, made.allocation, quality)
