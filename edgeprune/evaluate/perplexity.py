@@ -95,7 +95,8 @@ def text_losses(
 def graph_losses(graph: Path, windows: Windows, on_window: Callable[[], None] = lambda: None) -> Losses:
     """Returns the losses of documents that are already cut into windows, by a graph in ONNX Runtime as it is deployed.
 
-    graph: of the onnxruntime dialect, with the logits of all positions; on_window is called after every window. Raises
+    graph: of the onnxruntime dialect, with the logits of all positions, for as many positions as a window has but its
+    last token, which is not fed; on_window is called after every window. Raises
     EngineError.
     """
     ids = _padded([window for document in windows for window in document])  # (windows, longest)
@@ -103,7 +104,7 @@ def graph_losses(graph: Path, windows: Windows, on_window: Callable[[], None] = 
     losses, likeliest = np.zeros((len(ids), ids.shape[1] - 1)), np.zeros((len(ids), ids.shape[1] - 1), np.int64)
     for row, window in enumerate(ids):
         runner.reset()
-        logits = torch.from_numpy(runner.logits(window[None])[0, :-1]).float()  # (longest - 1, vocabulary)
+        logits = torch.from_numpy(runner.logits(window[None, :-1])[0]).float()  # (longest - 1, vocabulary)
         losses[row] = F.cross_entropy(logits, torch.from_numpy(window[1:]), reduction="none").double().numpy()
         likeliest[row] = logits.argmax(dim=-1).numpy()
         on_window()

@@ -87,6 +87,8 @@ class Evaluator:
         from edgeprune.evaluate.perplexity import cut
 
         length = max(self.setup.length, WINDOW)
+        if self.setup.profile.engine == "onnxruntime":  # whose graphs, which judge, have so many positions
+            length = min(length, self.setup.workload.context + 1)
         return {name: cut(documents, length) for name, documents in self.samples.evaluation.items()}
 
     def _losses(self, model: Model, windows: dict[str, list[list[np.ndarray]]]) -> dict[str, Losses]:

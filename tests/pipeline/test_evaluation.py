@@ -47,7 +47,7 @@ class Home:
             request=SimpleNamespace(seed=0),
             length=32,
             kind=Language(),
-            profile=load_profile("cpu"),
+            profile=load_profile("rtx-4090"),
         )
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
         journal = open_journal(folder, {}, resume, False)
