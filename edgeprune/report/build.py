@@ -335,8 +335,8 @@ def _warnings(fitted: Fitted) -> list[str]:
     forms = fitted.chosen.model.decoder.weight_formats.values()
     if has_checkpoint(fitted) and any(form.asymmetric for form in forms):
         warnings.append(
-            "The checkpoint has asymmetric weights, which transformers reads with compressed-tensors up to 0.17.1; 0.18 "
-            "to 0.20 fail on them. Graphs, engine and GGUF are not affected."
+            "The checkpoint has asymmetric weights, which transformers reads with compressed-tensors up to 0.17.1; "
+            "0.18 to 0.20 fail on them. Graphs, engine and GGUF are not affected."
         )
     # What went wrong in measuring and in compensating.
     warnings += fitted.chosen.performance.notes

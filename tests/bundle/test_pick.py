@@ -20,6 +20,7 @@ from edgeprune.bundle.pick import pick
 from edgeprune.cli.app import app
 from edgeprune.commands.load_bundle import load_bundle
 from edgeprune.errors import InputError
+from edgeprune.model.load import load_model
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.pipeline.request import FRONTIER_OPTIONS, request_of
 from edgeprune.pipeline.run_file import read_run_file
@@ -271,7 +272,8 @@ def test_every_loader_takes_it(picked):
     assert all(path.stat().st_nlink == 1 for path in picked.rglob("*") if path.is_file())
     onnx.checker.check_model(str(picked / "onnx" / "model.onnx"))
     model = AutoModelForCausalLM.from_pretrained(picked / "model", local_files_only=True)
-    assert sum(p.numel() for p in model.parameters()) == report_of(picked).fitted.parameters
+    assert load_model(str(picked / "model")).decoder.parameters == report_of(picked).fitted.parameters
+    assert torch.isfinite(model(torch.zeros((1, 4), dtype=torch.int64)).logits).all()
     assert np.load(picked / "rungs/0/reference.npz").files
     assert torch.isfinite(model.get_input_embeddings().weight).all()
 
