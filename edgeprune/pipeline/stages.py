@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from edgeprune.search.widths import Sensitivities
 
 VARIANTS = tuple(GraphVariant(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
-REFERENCE = "reference.npz"
+REFERENCE, SENSITIVITIES = "reference.npz", "sensitivities.npz"
 WALKED = 8  # samples, at most, on which a fitted model is checked for overflow: its dense model was on all
 
 
@@ -125,13 +125,18 @@ class Run:
     @cached_property
     def sensitivities(self) -> Sensitivities:
         """Returns what every possible cut would cost; reused by other budgets for the same model and samples."""
-        from edgeprune.search.sensitivity import sensitivities_of
+        from edgeprune.search.sensitivity import decoded, encoded, sensitivities_of
 
-        request = self.setup.request
-        ids = self.samples.calibration
-        weights = self.setup.weights
-        formats = weights.quantised, tuple(form for form in weights.tables if form is not None)
-        return sensitivities_of(self.setup.model, ids, request.method, request.seed, self.progress, *formats)
+        setup, ids = self.setup, self.samples.calibration
+        formats = setup.weights.quantised
+        tables = tuple(form for form in setup.weights.tables if form is not None)
+
+        def fill(folder: Path) -> None:
+            how = setup.request.method, setup.request.seed, self.progress
+            (folder / SENSITIVITIES).write_bytes(encoded(sensitivities_of(setup.model, ids, *how, formats, tables)))
+
+        data = (self.journal.folder_stage("sensitivities", fill) / SENSITIVITIES).read_bytes()
+        return decoded(data, setup.model.decoder, formats)
 
     @cached_property
     def vocabularies(self) -> dict[int, Vocabulary | None]:

@@ -79,7 +79,7 @@ def sensitivities_of(
         advance = progress.stage("probe the loss", PROBES)
         return measure_response(model, samples, sensitivities, how, seed, formats, advance)
 
-    return cached(path, lambda data: _decoded(data, model.decoder, formats), measured, _encoded)
+    return cached(path, lambda data: decoded(data, model.decoder, formats), measured, encoded)
 
 
 def _spread(samples: torch.Tensor, most: int) -> torch.Tensor:
@@ -87,7 +87,8 @@ def _spread(samples: torch.Tensor, most: int) -> torch.Tensor:
     return samples[torch.linspace(0, len(samples) - 1, min(most, len(samples))).round().long()]
 
 
-def _encoded(sensitivities: Sensitivities) -> bytes:
+def encoded(sensitivities: Sensitivities) -> bytes:
+    """Returns sensitivities as the bytes of an npz file."""
     file = io.BytesIO()
     arrays = {"attention": sensitivities.attention, "mlp": sensitivities.mlp, "response": sensitivities.response}
     for name, losses in sensitivities.roundings.items():
@@ -97,8 +98,8 @@ def _encoded(sensitivities: Sensitivities) -> bytes:
     return file.getvalue()
 
 
-def _decoded(data: bytes, decoder: Decoder, formats: tuple[WeightFormat, ...]) -> Sensitivities:
-    """Returns what _encoded was given. Raises ValueError for arrays that are not those of this decoder."""
+def decoded(data: bytes, decoder: Decoder, formats: tuple[WeightFormat, ...]) -> Sensitivities:
+    """Returns what encoded was given. Raises ValueError for arrays that are not those of this decoder."""
     groups, heads, channels = dense_widths(decoder)
     layers = len(decoder.layers)
     shapes = {"attention": (layers, groups + 1, heads), "mlp": (layers, channels + 1), "response": (3,)}
