@@ -113,8 +113,18 @@ def test_what_is_no_matrix_of_a_layer_is_fp16(tmp_path):
     own = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
     assert own.items() >= config.quantization_config.items()
     assert (tmp_path / "gptq" / "tokenizer.json").is_file()
-    with pytest.raises(InputError, match=r"is quantised \(gptq\)"):
-        load_model(str(tmp_path / "gptq"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_it_is_read_back_as_the_numbers_of_its_codes(tmp_path, form):
+    model = with_format(tmp_path / "rounded", saved(tmp_path / "dense", "qwen2", dtype=torch.float32, **WIDE), form)
+    export_gptq(model, tmp_path / "gptq")
+    again = load_model(str(tmp_path / "gptq"))
+    assert again.dequantised.startswith("GPTQ, ")
+    assert again.decoder == model.decoder.with_format(None)
+    for name, weight in model.quantised.items():
+        if name.startswith("layers."):
+            assert torch.equal(again.weights[name], weight.dequantised())
 
 
 def test_fused_matrices_and_heads_of_zeros_keep_their_rows(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import checked, printable
-from edgeprune.model.checkpoint.layouts import ALL, FLOAT8, ORDER, Awq, Block, Gptq, Layout, Packed, Scaled
+from edgeprune.model.checkpoint.layouts import ALL, FLOAT8, Awq, Block, Gptq, Layout, Packed, Scaled
 from edgeprune.model.checkpoint.packed import SCALE
 from edgeprune.model.checkpoint.places import StoredTensor
 from edgeprune.model.checkpoint.quantization import CLASS, details_of, is_own, module_of, quantisation
@@ -65,13 +65,12 @@ def foreign_of(config: Mapping[str, Any]) -> Foreign | None:
 
     Raises InputError for a method or a format that is not read, and for fields that make no sense.
     """
-    if is_own(config) or quantisation(config) is None:
+    method = None if is_own(config) else quantisation(config)
+    if method is None:
         return None
-    details = details_of(config)
-    reader = METHODS.get(details.get("quant_method")) if isinstance(details, dict) else None
-    if reader is None:
-        raise _unread(str(quantisation(config)))
-    return reader(details)
+    if method not in METHODS:
+        raise _unread(method)
+    return METHODS[method](details_of(config))
 
 
 def _unread(what: str) -> InputError:
@@ -113,15 +112,15 @@ def _group_layout(group: Details, container: str) -> Layout:
     number = (weights.get("type", "int"), weights.get("num_bits", 8))
     block, symmetric = _block(weights), weights.get("symmetric", True)
     # Only the older writers order the inputs of groups, and then always say in what order.
-    optional = "" if weights.get("actorder") in (True, "group", "dynamic") else ORDER
-    if block is not None and isinstance(symmetric, bool) and not weights.get("dynamic"):
+    ordered = True if weights.get("actorder") in (True, "group", "dynamic") else None
+    if block is not None and isinstance(symmetric, bool) and _is_size(number[1]) and not weights.get("dynamic"):
         packs = number in (("int", 2), ("int", 4), ("int", 8)) and block[0] in ((1, ALL) if symmetric else (1,))
         if container == "pack-quantized" and packs:
-            return Packed(number[1], block, not symmetric, optional)
+            return Packed(number[1], block, not symmetric, ordered)
         if container in ("int-quantized", "naive-quantized") and number == ("int", 8):
-            return Scaled("I8", SCALE, block, not symmetric, optional)
+            return Scaled("I8", SCALE, block, not symmetric, ordered)
         if container in ("float-quantized", "naive-quantized") and number == ("float", 8) and symmetric:
-            return Scaled(FLOAT8, SCALE, block, optional=optional)
+            return Scaled(FLOAT8, SCALE, block, ordered=ordered)
     raise _unread(f"compressed-tensors, {container} of {number[0]}{number[1]} by {weights.get('strategy')}")
 
 
@@ -133,7 +132,7 @@ def _block(weights: Details) -> Block | None:
         return (1, size) if _is_size(size) else None
     if strategy == "block":
         return _sizes(weights.get("block_structure"))
-    return {"tensor": (ALL, ALL), "channel": (1, ALL)}.get(strategy)
+    return {"tensor": (ALL, ALL), "channel": (1, ALL)}.get(str(strategy))
 
 
 def _sizes(value: object) -> Block | None:
@@ -161,7 +160,7 @@ def _gptq(details: Details) -> Foreign:
 
     def one(fields: Details) -> Gptq:
         bits, group = fields.get("bits"), fields.get("group_size", 128)
-        if bits not in (2, 3, 4, 8) or not (group == -1 or _is_size(group)):
+        if not (_is_size(bits) and bits in (2, 3, 4, 8)) or not (group == -1 or _is_size(group)):
             raise _unread(f"gptq, {bits} bits in groups of {group}")
         return Gptq(bits, (1, ALL if group == -1 else group), version == "gptq", bool(fields.get("desc_act")))
 
@@ -188,7 +187,7 @@ def _fp8(details: Details) -> Foreign:
     odd = [str(details[name]) for name, value in known.items() if (details.get(name) or value) != value]
     if block is None or odd:
         raise _unread(f"fp8, {odd[0] if odd else stored}")
-    layout = Scaled(FLOAT8, "weight_scale_inv", block, optional="")
+    layout = Scaled(FLOAT8, "weight_scale_inv", block, ordered=False)
     return Foreign(f"{_words_of(layout)}; activations are floats here", lambda *_: layout)
 
 

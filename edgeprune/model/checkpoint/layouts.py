@@ -58,20 +58,27 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Scaled:
-    """`naive-quantized` and its kinds, and FP8 with block scales: each code is a number of the type `dtype`."""
+    """`naive-quantized` and its kinds, and FP8 with block scales: each code is a number of the type `dtype`.
+
+    ordered: whether the group of each input is stored; None: where it is there.
+    """
 
     dtype: str
     scale: str
     block: Block
     asymmetric: bool = False
-    optional: str = ORDER
+    ordered: bool | None = None
     bits: int = 8
+
+    @property
+    def optional(self) -> str:
+        return ORDER if self.ordered is None else ""
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         scales = _grid(shape, self.block)
         shapes = (scales, (1,), ()) if self.block == (ALL, ALL) else (scales,)
         zeros = {ZEROS: ((self.dtype,), shapes)} if self.asymmetric else {}
-        return {"weight": ((self.dtype,), (shape,)), self.scale: (FLOATS, shapes)} | zeros | _order(shape)
+        return {"weight": ((self.dtype,), (shape,)), self.scale: (FLOATS, shapes)} | zeros | _order(shape, self.ordered)
 
     def values(self, parts: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
         grid = _grid(shape, self.block)
@@ -82,12 +89,16 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Packed:
-    """compressed-tensors' `pack-quantized`."""
+    """compressed-tensors' `pack-quantized`. ordered: as above."""
 
     bits: int
     block: Block
     asymmetric: bool = False
-    optional: str = ORDER
+    ordered: bool | None = None
+
+    @property
+    def optional(self) -> str:
+        return ORDER if self.ordered is None else ""
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         rows, columns = shape
@@ -95,7 +106,7 @@ class Packed:
         shapes = (scales, (1,), ()) if self.block == (ALL, ALL) else (scales,)
         zeros = {ZEROS: (("I32",), ((_words(rows, self.bits), scales[1]),))} if self.asymmetric else {}
         packed = {SHAPE: (NUMBERS, ((2,),)), PACKED: (("I32",), ((rows, _words(columns, self.bits)),))}
-        return packed | zeros | {SCALE: (FLOATS, shapes)} | _order(shape)
+        return packed | zeros | {SCALE: (FLOATS, shapes)} | _order(shape, self.ordered)
 
     def values(self, parts: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
         middle, zeros = 2 ** (self.bits - 1), None
@@ -110,7 +121,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Gptq:
-    """GPTQ's, in which all zeros are one less in the first version. ordered: the groups' numbers have to be there."""
+    """GPTQ's, in which all zeros are one less in the first version. ordered: the groups have to be stored."""
 
     bits: int
     block: Block  # of one row
@@ -185,8 +196,8 @@ def _words(values: int, bits: int) -> int:
     return ceil(values * bits / WORD_BITS)
 
 
-def _order(shape: Shape) -> dict[str, Part]:
-    return {ORDER: (NUMBERS, ((shape[1],),))}
+def _order(shape: Shape, ordered: bool | None) -> dict[str, Part]:
+    return {} if ordered is False else {ORDER: (NUMBERS, ((shape[1],),))}
 
 
 def _scaled(

@@ -6,7 +6,7 @@ It does not know where the files came from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -154,7 +154,13 @@ def stored_weights(
     decoder: the model's; stored_decoder: that of the tensors, which may have heads of zeros. foreign: how another
     program quantised them. Raises InputError for what is missing, damaged, or not as the decoders say.
     """
-    stored = {name: (file, *entry) for file in _weight_files(path) for name, entry in header_of(file).items()}
+    files = _weight_files(path)
+    if foreign is not None and not all(map(_is_safetensors, files)):
+        raise InputError(
+            f"{files[0]} holds quantised weights, which are read from safetensors alone",
+            "Save them so where they were made: save_pretrained(..., safe_serialization=True).",
+        )
+    stored = {name: (file, *entry) for file in files for name, entry in header_of(file).items()}
     stands, files = _checked(stored_decoder, stored, foreign), {place[0] for place in stored.values()}
     scales = None
     if decoder.embedding_format is not None:
@@ -240,6 +246,7 @@ def _checked(decoder: Decoder, stored: Stored, foreign: Foreign | None) -> dict[
     explained = {*keys.values(), *([head] if decoder.tie_word_embeddings else [])}
     if foreign is not None:
         explained |= {name for name in stored if is_of_activations(name)}
+        explained |= _zero_biases(stored.keys() - explained, stored, layouts)
     missing = [name for name, key in keys.items() if key is None]
     check_unread(decoder.family, len(decoder.layers), stored.keys() - explained, missing)
     # Shapes and types.
@@ -266,6 +273,19 @@ def _layouts(tensors: Mapping[str, StoredTensor], stored: Stored, foreign: Forei
 
     layouts = {key: foreign.layout(tensor, partial(type_of, tensor)) for key, tensor in tensors.items()}
     return {key: layout for key, layout in layouts.items() if layout is not None}
+
+
+def _zero_biases(unread: Collection[str], stored: Stored, layouts: Mapping[str, Layout]) -> set[str]:
+    """Returns the unread biases of quantised matrices that are zero: older writers of GPTQ give one to every matrix."""
+    from safetensors import safe_open
+
+    biases = {_present(key.removesuffix("weight") + "bias", stored) for key in layouts} & set(unread)
+    zeros = set()
+    for name in biases:
+        with safe_open(stored[name][0], "pt") as opened:
+            if not opened.get_tensor(name).any():
+                zeros.add(name)
+    return zeros
 
 
 def _entries(
