@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from edgeprune.model.load import load_model
 from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.families import PICTURES, save_family
+from tests.support.genai_loaders import unpacked
 from tests.support.gguf_models import narrowed, saved
 from tests.support.rounded_models import rounded
 
@@ -28,36 +27,6 @@ FORMATS = ("int8", "int4-32", "int4-64", "int4-128")
 
 def with_format(folder: Path, dense, form: str, tables: str | None = "int8"):
     return rounded(dense, dense.decoder.with_format(WEIGHT_FORMATS[form], tables and WEIGHT_FORMATS[tables]), folder)
-
-
-def unpacked(folder: Path, decoder) -> dict[str, torch.Tensor]:
-    """The layers' matrices as onnxruntime-genai reads them, by the names of their modules: it unpacks and repacks codes
-    and zeros for its own operator, (out, blocks, bytes of a block) from low bits to high ones."""
-    loader = pytest.importorskip("onnxruntime_genai.models.loaders.gptq")
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
-    sizes = (attention.query_size, attention.key_value_size, mlp.intermediate_size, len(decoder.layers))
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = loader.GPTQModel("gptq", str(folder), {"config": config, "use_g_idx": False}, *sizes)
-    values = {}
-    for layer in model.layers:
-        for kind in ("self_attn", "mlp"):
-            for name, module in vars(getattr(layer, kind)).items():
-                if getattr(module, "qweight", None) is not None:
-                    values[f"model.layers.{layer.layer_id}.{kind}.{name}"] = _values(module)
-    return values
-
-
-def _values(module) -> torch.Tensor:
-    outputs, blocks, _ = module.qweight.shape
-    codes, zeros = (_by_bits(packed, module.bits) for packed in (module.qweight, module.qzeros.reshape(outputs, -1)))
-    scales = module.scales.reshape(outputs, blocks).float()
-    return ((codes.float() - zeros[:, :blocks, None]) * scales[..., None]).flatten(1)
-
-
-def _by_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    shifts = torch.arange(0, 8, bits)
-    return (packed.int()[..., None] >> shifts & 2**bits - 1).flatten(-2)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -1,4 +1,4 @@
-"""What config.json says of weights that another program quantised: the layout of each module, and words for people.
+"""Configurations of weights that other programs quantised: the layout of each module, and words for people.
 
 Whether a module is quantised is what the files say: ignored and excluded ones are stored as floats. It reads no
 tensors.

@@ -35,7 +35,7 @@ Part = tuple[tuple[str, ...], tuple[Shape, ...]]  # the types and the shapes tha
 
 
 class Layout(Protocol):
-    """How a matrix (out, in) is stored, by names of tensors that stand in place of `weight`."""
+    """The tensors of a matrix (out, in), by the names that stand in place of `weight`."""
 
     @property
     def bits(self) -> int:

@@ -14,6 +14,7 @@ from edgeprune.model.save import save_checkpoint
 from tests.support.checkpoints import save_llama
 from tests.support.families import save_family
 from tests.support.foreign import arguments, awq, compressed, compressed_config, fp8, gptq, ordered, requantised
+from tests.support.genai_loaders import unpacked
 from tests.support.quantised import in_transformers, logits_of
 
 INT4 = arguments(4, strategy="group", group_size=32)
@@ -141,6 +142,27 @@ def test_transformers_has_the_same_logits(tmp_path, form, args):
     ids = torch.arange(40).unflatten(0, (2, 20))
     theirs, ours = (logits_of(in_transformers(tmp_path / name), ids) for name in ("small", "floats"))
     assert torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+
+
+GENAI = {
+    "GPTQ, 4 bits": (GPTQ | {"desc_act": False}, lambda weight: gptq(weight, 4, 32, 1, False)),
+    "GPTQ, 8 bits": (GPTQ | {"desc_act": False, "bits": 8, "sym": True}, lambda weight: gptq(weight, 8, 32)),
+    "AWQ": (AWQ, lambda weight: awq(weight, 32)),
+}
+
+
+@pytest.mark.parametrize(("details", "pack"), GENAI.values(), ids=GENAI)
+def test_another_library_reads_the_same_numbers(tmp_path, details, pack):
+    """Zeros of 0 are in none: that library does not borrow from the neighbours of a word."""
+    save_llama(tmp_path / "dense", intermediate_size=96)
+    requantised(tmp_path / "dense", tmp_path / "small", details, packed_by(pack))
+    model = load_model(str(tmp_path / "small"))
+    theirs = unpacked(tmp_path / "small", model.decoder)
+    assert len(theirs) == 14
+    for module, values in theirs.items():
+        _, _, layer, kind, part = module.split(".")
+        name = f"layers.{layer}.{kind.replace('self_attn', 'attention')}.{part.removesuffix('_proj')}"
+        assert torch.equal(model.weights[name], values), name
 
 
 @pytest.fixture(scope="module")
