@@ -81,7 +81,7 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
 
     from edgeprune.pipeline.packing import GENERATED
 
-    shape = load_shape(request.model, request.hints)[1]
+    shape = load_shape(request.model, request.hints)[1].with_format(None)
     kind = kind_of(shape)
     kind.check_options(request, shape)
     own = request.calibration != SELF
@@ -92,6 +92,8 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
     documents = kind.read_documents(request)
     # Samples of the user's, or drawn by the model, some of them held out.
     model = load_dense(request.model, request.hints)
+    if model.dequantised:
+        progress.note(f"the checkpoint is dequantised: {model.dequantised}")
     kind = kind.with_model(request, model)
     texts = kind.read_samples(request, model, documents)
     for source in texts.sources:

@@ -13,11 +13,12 @@ from edgeprune.errors import InputError
 from edgeprune.files import is_pointer, pointer_error, printable, read_json
 from edgeprune.model.checkpoint.configuration import RESTORE, decoder_of, read_config, stored_decoder
 from edgeprune.model.checkpoint.folder import read_folder_config
+from edgeprune.model.checkpoint.foreign import foreign_of
 from edgeprune.model.checkpoint.hub import fetch_checkpoint, fetch_config
 from edgeprune.model.checkpoint.llamagen import NO_HINTS, Hints, check_hints, config_of, prepared
 from edgeprune.model.checkpoint.nested import defaults_taken, text_part
 from edgeprune.model.checkpoint.packaged import packaged_file
-from edgeprune.model.checkpoint.quantization import check_read, is_read, quantisation, with_stored_formats
+from edgeprune.model.checkpoint.quantization import is_own, quantisation, with_stored_formats
 from edgeprune.model.checkpoint.stored import SAFETENSORS, header_of, stored_weights
 from edgeprune.model.checkpoint.torch_file import training_arguments
 from edgeprune.model.decoder import Decoder
@@ -87,10 +88,10 @@ def load_shape(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder]:
     """Returns the name and the Decoder of a config.json, or of anything that `load_model` takes; no weights are needed.
 
     It imports torch only for PyTorch's own files, and never transformers. Raises InputError for everything that is
-    missing, broken or unsupported, and where the weights could not be loaded because something else quantised them.
+    missing, broken or unsupported, and where the weights could not be loaded because of how they are quantised.
     """
     name, config = _described(spec, hints)
-    check_read(config)
+    foreign_of(config)
     decoder = with_stored_formats(decoder_of(config), config)
     check_hints(hints, decoder, spec)
     return name, decoder
@@ -109,10 +110,9 @@ def load_outline(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder, tupl
         notes.append(f"the text part alone, {decoder.family}, of {printable(whole.get('model_type'), 60)}")
         if taken := defaults_taken(whole):
             notes.append(f"the configuration leaves to transformers' defaults: {taken}")
-    if is_read(whole) and is_read(config):
+    if is_own(config):
         decoder = with_stored_formats(decoder, config)
-    else:
-        method = quantisation(whole) or quantisation(config)
+    elif method := quantisation(whole) or quantisation(config):
         notes.append(f"the checkpoint is quantised ({method}); the sizes are for the precision that is asked")
     return name, decoder, tuple(notes)
 
@@ -141,19 +141,20 @@ def _described(spec: str, hints: Hints) -> tuple[str, dict[str, Any]]:
 
 
 def load_directory(path: Path, name: str) -> Model:
-    """Returns the model of a checkpoint in the standard layout; its weights are floats, or edgeprune quantised them.
+    """Returns the model of a checkpoint in the standard layout. Raises InputError.
 
-    Raises InputError.
+    Weights that edgeprune quantised have their codes, those that others quantised are floats.
     """
     config = read_folder_config(path)
-    check_read(config)
+    foreign = foreign_of(config)
     for file in (path / name for name in TOKENIZER_FILES):
         if is_pointer(file):
             raise pointer_error(file)
     configured_ends(path)  # what is read of it later, checked before any work
     decoder, stored = (with_stored_formats(described(config), config) for described in (decoder_of, stored_decoder))
-    weights, fingerprint = stored_weights(path, decoder, stored)
+    weights, fingerprint = stored_weights(path, decoder, stored, foreign)
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if decoder.picture is None and not any((path / file).is_file() for file in tokenizers):
         raise InputError(f"{path} has no tokenizer", "Add the checkpoint's tokenizer.json.")
-    return Model(name, path, decoder, weights, fingerprint, weights.quantised)
+    words = foreign.words if foreign else ""
+    return Model(name, path, decoder, weights, fingerprint, weights.quantised, words)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ class Model:
     `weights` maps the names of decoder.py to tensors in the checkpoint's own dtype. Each access reads the file, and
     nothing is kept, so that a walk through the model holds one layer at a time. `quantised` maps the names of
     decoder.weight_formats to codes and scales, read in the same way; `weights` has these names too, as fp32.
+    `dequantised` says in words what the weights were quantised to, where they are given as floats of fp32.
     """
 
     name: str
@@ -38,8 +39,18 @@ class Model:
     weights: Weights
     fingerprint: str  # sha256 over names, sizes and contents of config and weights; identifies a run
     quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+    dequantised: str = ""
 
     @property
     def stored(self) -> StoredWeights:
         """Returns the weights as the checkpoint stores them, by name: codes and scales where it has these."""
         return ChainMap(self.quantised, self.weights)
+
+    @property
+    def as_floats(self) -> Model:
+        """Returns the same model without formats: its weights are the values of their codes, in fp32."""
+        if not self.decoder.weight_formats:
+            return self
+        words = ", ".join(dict.fromkeys(form.name for form in self.decoder.weight_formats.values()))
+        floats = self.decoder.with_format(None)
+        return replace(self, decoder=floats, quantised={}, dequantised=f"edgeprune's own, {words}")

@@ -15,7 +15,13 @@ from edgeprune.files import write_text
 from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config, with_final_outputs
 from edgeprune.model.checkpoint.embedding import with_embedding_values
 from edgeprune.model.checkpoint.padding import padded_heads
-from edgeprune.model.checkpoint.quantization import check_packable, embedding_field, packing_of, without_quantization
+from edgeprune.model.checkpoint.quantization import (
+    check_packable,
+    embedding_field,
+    has_embedding_codes,
+    packing_of,
+    without_quantization,
+)
 from edgeprune.model.checkpoint.safetensors_file import Packing, write_weights
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
@@ -90,9 +96,10 @@ def _dtype_of(model: Model) -> torch.dtype:
     """Returns the dtype of a checkpoint's floats: the embedding's, unless its values are those of codes."""
     import torch
 
-    if model.decoder.embedding_format is None:
-        return model.weights["embedding"].dtype
-    return getattr(torch, read_config(model.directory)["dtype"])
+    config = read_config(model.directory)
+    if has_embedding_codes(config):
+        return getattr(torch, config["dtype"])
+    return model.weights["embedding"].dtype
 
 
 def _kept_rows(

@@ -116,7 +116,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     # The device, and what is to be measured there.
     target = target_of(request.target, request.keep_remote)
     profile = _profile(request)
-    shape = load_shape(request.model, request.hints)[1]
+    shape = load_shape(request.model, request.hints)[1].with_format(None)
     kind = kind_of(shape)
     kind.check_options(request, shape)
     _check_numbers(request)
@@ -160,6 +160,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     model = load_dense(request.model, request.hints)
+    if model.dequantised:
+        choices.append(
+            Choice("checkpoint", "dequantised", f"{model.dequantised}: its quality is what the rises refer to")
+        )
     kind = kind.with_model(request, model)
     if workload.context > model.decoder.max_position_embeddings:
         raise InputError(
@@ -202,11 +206,11 @@ def _calibration_choice(samples: UserSamples, kind: Kind) -> Choice:
 
 
 def load_dense(spec: str, hints: Hints) -> Model:
-    """Returns the model to prune, whose shape was loaded before.
+    """Returns the model to prune in floats, whatever it is stored in; its shape was loaded before.
 
     Raises InputError, also for layers of different widths, which the search does not know.
     """
-    model = load_model(spec, hints, is_checked=True)
+    model = load_model(spec, hints, is_checked=True).as_floats
     groups, _, channels = model.decoder.layer_widths[0]
     if not (model.decoder.is_uniform and groups and channels):
         raise InputError(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from edgeprune.commands.fit import fit
 from edgeprune.commands.load_bundle import load_bundle
 from edgeprune.errors import InputError
+from edgeprune.model.load import load_model
+from edgeprune.model.save import save_checkpoint
+from edgeprune.precision import WEIGHT_FORMATS
+from tests.support.foreign import gptq, requantised
+from tests.support.roundings import rounded
 from tests.support.runs import home, options, short_durations
 
 
@@ -36,3 +42,32 @@ def test_a_model_that_fits_as_it_is_is_not_pruned(small, tmp_path):
     assert (report.ratio, report.modules, report.cross_check) == (0, [], None)
     assert report.fitted.widths == report.dense.widths
     assert "as it is: nothing was pruned" in report.headline
+
+
+def test_a_bundles_own_quantised_checkpoint_is_fitted_again_from_its_floats(small, tmp_path):
+    """In the type of its floats, which its embedding's values are not stored in."""
+    dense = load_model(str(small / "model"))
+    decoder = dense.decoder.with_format(WEIGHT_FORMATS["int4-64"], WEIGHT_FORMATS["int8"])
+    weights = rounded(decoder, {name: dense.weights[name] for name in decoder.shapes()})
+    save_checkpoint(decoder, weights.items(), dense, tmp_path / "small", dtype=torch.bfloat16)
+    with short_durations():
+        result = fit(**options(small, tmp_path / "out", model=tmp_path / "small", weights="float"))
+    choices = {choice.name: choice for choice in result.report.choices}
+    assert choices["checkpoint"].value == "dequantised"
+    assert choices["checkpoint"].reason.startswith("edgeprune's own, int8, int4-64: its quality is what the rises")
+    fitted = load_model(str(tmp_path / "out" / "model"))
+    assert not fitted.decoder.weight_formats
+    assert {weight.dtype for weight in fitted.weights.values()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_that_others_quantised_is_fitted(small, tmp_path):
+    details = {"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False}
+    requantised(
+        small / "model", tmp_path / "small", details, lambda name, w: gptq(w, 8, 128) if "layers" in name else None
+    )
+    with short_durations():
+        result = fit(**options(small, tmp_path / "out", model=tmp_path / "small", weights="auto"))
+    choices = {choice.name: choice for choice in result.report.choices}
+    reason = "GPTQ, 8 bits in groups of 128: its quality is what the rises refer to"
+    assert (choices["checkpoint"].value, choices["checkpoint"].reason) == ("dequantised", reason)
+    assert result.met

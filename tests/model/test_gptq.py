@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from edgeprune.model.load import load_model
 from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.families import PICTURES, save_family
+from tests.support.genai_loaders import unpacked
 from tests.support.gguf_models import narrowed, saved
 from tests.support.rounded_models import rounded
 
@@ -28,36 +27,6 @@ FORMATS = ("int8", "int4-32", "int4-64", "int4-128")
 
 def with_format(folder: Path, dense, form: str, tables: str | None = "int8"):
     return rounded(dense, dense.decoder.with_format(WEIGHT_FORMATS[form], tables and WEIGHT_FORMATS[tables]), folder)
-
-
-def unpacked(folder: Path, decoder) -> dict[str, torch.Tensor]:
-    """The layers' matrices as onnxruntime-genai reads them, by the names of their modules: it unpacks and repacks codes
-    and zeros for its own operator, (out, blocks, bytes of a block) from low bits to high ones."""
-    loader = pytest.importorskip("onnxruntime_genai.models.loaders.gptq")
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
-    sizes = (attention.query_size, attention.key_value_size, mlp.intermediate_size, len(decoder.layers))
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = loader.GPTQModel("gptq", str(folder), {"config": config, "use_g_idx": False}, *sizes)
-    values = {}
-    for layer in model.layers:
-        for kind in ("self_attn", "mlp"):
-            for name, module in vars(getattr(layer, kind)).items():
-                if getattr(module, "qweight", None) is not None:
-                    values[f"model.layers.{layer.layer_id}.{kind}.{name}"] = _values(module)
-    return values
-
-
-def _values(module) -> torch.Tensor:
-    outputs, blocks, _ = module.qweight.shape
-    codes, zeros = (_by_bits(packed, module.bits) for packed in (module.qweight, module.qzeros.reshape(outputs, -1)))
-    scales = module.scales.reshape(outputs, blocks).float()
-    return ((codes.float() - zeros[:, :blocks, None]) * scales[..., None]).flatten(1)
-
-
-def _by_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    shifts = torch.arange(0, 8, bits)
-    return (packed.int()[..., None] >> shifts & 2**bits - 1).flatten(-2)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -113,8 +82,18 @@ def test_what_is_no_matrix_of_a_layer_is_fp16(tmp_path):
     own = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
     assert own.items() >= config.quantization_config.items()
     assert (tmp_path / "gptq" / "tokenizer.json").is_file()
-    with pytest.raises(InputError, match=r"is quantised \(gptq\)"):
-        load_model(str(tmp_path / "gptq"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_it_is_read_back_as_the_numbers_of_its_codes(tmp_path, form):
+    model = with_format(tmp_path / "rounded", saved(tmp_path / "dense", "qwen2", dtype=torch.float32, **WIDE), form)
+    export_gptq(model, tmp_path / "gptq")
+    again = load_model(str(tmp_path / "gptq"))
+    assert again.dequantised.startswith("GPTQ, ")
+    assert again.decoder == model.decoder.with_format(None)
+    for name, weight in model.quantised.items():
+        if name.startswith("layers."):
+            assert torch.equal(again.weights[name], weight.dequantised())
 
 
 def test_fused_matrices_and_heads_of_zeros_keep_their_rows(tmp_path):

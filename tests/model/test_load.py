@@ -171,7 +171,7 @@ BAD = {
     "missing tensor": (_drop_tensor, "has no tensor model.norm.weight"),
     "wrong shape": (_edit_config(intermediate_size=80), "config.json asks for (80, 96)"),
     "wrong type": (_retype, "is of type F64"),
-    "quantised": (_edit_config(quantization_config={"quant_method": "awq"}), "the checkpoint is quantised (awq)"),
+    "quantised": (_edit_config(quantization_config={"quant_method": "hqq"}), "the checkpoint is quantised (hqq)"),
     "generation without an object": (lambda f: (f / "generation_config.json").write_text("[]"), "n_config.json is not"),
     "an end in words": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'), "no token id"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),

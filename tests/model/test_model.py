@@ -8,7 +8,11 @@ import torch
 
 from edgeprune.model.forward import layer_weights
 from edgeprune.model.load import load_model
+from edgeprune.model.quantised import as_float
+from edgeprune.model.save import save_checkpoint
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.checkpoints import save_llama
+from tests.support.roundings import rounded
 from tests.support.tiny import as_model, llama
 
 
@@ -53,3 +57,17 @@ def test_nothing_of_a_loaded_model_is_kept_between_accesses(tmp_path):
     assert model.directory == tmp_path / "model"
     assert model.weights["norm"] is not model.weights["norm"]
     assert model.weights.keys() == model.decoder.shapes().keys()
+
+
+def test_a_model_of_codes_is_one_of_floats_too(tmp_path):
+    save_llama(tmp_path / "dense")
+    dense = load_model(str(tmp_path / "dense"))
+    assert dense.as_floats is dense
+    decoder = dense.decoder.with_format(WEIGHT_FORMATS["int8"])
+    weights = rounded(decoder, {name: dense.weights[name] for name in decoder.shapes()})
+    save_checkpoint(decoder, weights.items(), dense, tmp_path / "small")
+    model = load_model(str(tmp_path / "small"))
+    floats = model.as_floats
+    assert (floats.decoder, dict(floats.quantised)) == (dense.decoder, {})
+    assert floats.dequantised == "edgeprune's own, int8"
+    assert all(torch.equal(floats.stored[name], as_float(weight)) for name, weight in weights.items())

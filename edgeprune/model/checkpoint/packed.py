@@ -71,7 +71,17 @@ def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Returns the codes (rows, columns) int8 of 4 or 8 bits that `pack` has made words of."""
     import torch
 
-    values = words.flatten().view(torch.uint8).unflatten(0, (len(words), -1))  # (rows, bytes)
-    if bits == 4:
-        values = torch.stack([values & 15, values >> 4], dim=2).flatten(1)
-    return (values[:, :columns].short() - 2 ** (bits - 1)).to(torch.int8)
+    return (fields(words, bits, columns).short() - 2 ** (bits - 1)).to(torch.int8)
+
+
+def fields(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Returns what stands in words (rows, n) int32: (rows, columns) uint8 of 2, 3, 4 or 8 bits, the first lowest."""
+    import torch
+
+    values = words.contiguous().flatten().view(torch.uint8).unflatten(0, (len(words), -1))  # (rows, bytes)
+    if bits == 3:  # eight of them in three bytes
+        values = torch.nn.functional.pad(values, (0, -values.shape[1] % 3)).unflatten(1, (-1, 3)).int()
+        values = values[..., 0] | values[..., 1] << 8 | values[..., 2] << 16
+    shifts = range(0, 24 if bits == 3 else 8, bits)
+    parts = torch.stack([values >> shift & 2**bits - 1 for shift in shifts], dim=2)
+    return parts.flatten(1)[:, :columns].to(torch.uint8)

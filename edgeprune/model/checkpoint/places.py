@@ -74,6 +74,11 @@ class StoredTensor:
         shape = (rows, *self.shapes[0][1:])
         return shape[::-1] if self.place.transposed else shape
 
+    @property
+    def matrix(self) -> Shape:
+        """Returns the tensor's shape as (outputs, inputs), however it is stored."""
+        return self.shape[::-1] if self.place.transposed else self.shape
+
     def read(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Returns what the stored tensor holds of one of its weights, in the layout of decoder.py.
 

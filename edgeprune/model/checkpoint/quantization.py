@@ -18,6 +18,7 @@ from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.packed import pack_quantized
 from edgeprune.model.checkpoint.places import StoredTensor
 from edgeprune.model.checkpoint.safetensors_file import Packing
+from edgeprune.model.checkpoint.targets import DETAILS, groups_by_module
 from edgeprune.model.decoder import Decoder
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-DETAILS = ("quantization_config", "compression_config")
 EMBEDDING_FORMAT = "edgeprune_embedding_format"  # `float` or a format; in every checkpoint of ours that has formats
-WHOLE = "Give the checkpoint that it was made from, in fp32, fp16 or bf16."
 FIELDS = {
     "quant_method": str,
     "format": str,
@@ -40,31 +39,33 @@ FIELDS = {
 CLASS = "Linear"  # of every module that has a format, as a target
 
 
+def details_of(config: Config) -> object:
+    """Returns what a configuration says of the quantisation of its weights; None where it says nothing."""
+    return next((config[name] for name in DETAILS if config.get(name)), None)
+
+
 def quantisation(config: Config) -> str | None:
     """Returns the method by which a configuration says that its weights are quantised; None where it does not."""
-    details = next((config[name] for name in DETAILS if config.get(name)), None)
+    details = details_of(config)
     if not details:
         return None
     method = details.get("quant_method") if isinstance(details, dict) else None
     return printable(method, 60) if isinstance(method, str) else "by an unnamed method"
 
 
-def is_read(config: Config) -> bool:
-    """Returns whether the weights of a configuration can be read: they are floats, or edgeprune quantised them."""
-    return EMBEDDING_FORMAT in config or quantisation(config) is None
+def is_own(config: Config) -> bool:
+    """Returns whether edgeprune quantised the weights of a configuration, whose codes are read then."""
+    return EMBEDDING_FORMAT in config
 
 
-def check_read(config: Config) -> None:
-    """Raises InputError for a configuration whose weights something else has quantised."""
-    if not is_read(config):
-        raise InputError(
-            f"the checkpoint is quantised ({quantisation(config)})", f"{WHOLE} `edgeprune plan` takes this one too."
-        )
+def has_embedding_codes(config: Config) -> bool:
+    """Returns whether the embedding of a configuration has a format, so that its floats are the values of codes."""
+    return config.get(EMBEDDING_FORMAT, "float") != "float"
 
 
 def with_stored_formats(decoder: Decoder, config: Config) -> Decoder:
     """Returns the decoder with the weight formats of its configuration. Raises InputError where they make no sense."""
-    if EMBEDDING_FORMAT not in config:
+    if not is_own(config):
         return decoder
     # The modules' formats by the names of the weights in them.
     tensors = [tensor for tensor in checkpoint_tensors(decoder).values() if _is_module(tensor)]
@@ -103,8 +104,7 @@ def _named(name: object) -> WeightFormat | None:
 def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat | None]:
     """Returns the format of each module, by its name in the checkpoint; None for floats.
 
-    As compressed-tensors reads them: a module's own name goes before a pattern, and that before its class; what is
-    ignored is not quantised. Raises InputError for other than weights of whole numbers, packed.
+    Raises InputError for other than weights of whole numbers, packed.
     """
     if details is None:
         return dict.fromkeys(modules)
@@ -112,20 +112,10 @@ def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat 
     stored = tuple(details[name] for name in ("quant_method", "format", "quantization_status"))
     if stored != ("compressed-tensors", "pack-quantized", "compressed"):
         raise InputError(f"{DETAILS[0]} is of {printable(', '.join(stored), 60)}, which is not read", RESTORE)
-    # Names, patterns and the class apart.
-    targets = {target: _format(group) for group in details["config_groups"].values() for target in group["targets"]}
-    patterns = {_pattern(target): targets[target] for target in sorted(targets) if target.startswith("re:")}
-    ignored = set(details["ignore"])
-    ignored_patterns = [_pattern(target) for target in ignored if target.startswith("re:")]
-
-    def form_of(module: str) -> WeightFormat | None:
-        if {module, CLASS} & ignored or any(pattern.match(module) for pattern in ignored_patterns):
-            return None
-        if module in targets:
-            return targets[module]
-        return next((form for pattern, form in patterns.items() if pattern.match(module)), targets.get(CLASS))
-
-    return {module: form_of(module) for module in modules}
+    group_of = groups_by_module(details)
+    formats = {id(group): _format(group) for group in details["config_groups"].values()}
+    groups = {module: group_of(module, CLASS) for module in modules}
+    return {module: None if group is None else formats[id(group)] for module, group in groups.items()}
 
 
 def _format(group: Config) -> WeightFormat:
@@ -138,14 +128,6 @@ def _format(group: Config) -> WeightFormat:
         if not odd and {name: weights.get(name) for name in _arguments(form)} == _arguments(form):
             return form
     raise InputError(f"{DETAILS[0]} has a format that is not known: {printable(weights, 200)}", RESTORE)
-
-
-def _pattern(target: str) -> re.Pattern[str]:
-    """Returns the regular expression of a target. Raises InputError where it is none."""
-    try:
-        return re.compile(target.removeprefix("re:"))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(f"{DETAILS[0]}: {printable(target, 60)} is no pattern: {printable(error)}", RESTORE) from None
 
 
 def _arguments(form: WeightFormat) -> dict[str, Any]:

@@ -6,8 +6,9 @@ It does not know where the files came from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from edgeprune.model.checkpoint.configuration import checkpoint_tensors
 from edgeprune.model.checkpoint.embedding import EMBEDDING_SCALES, codes_of, scale_parts
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.folder import no_weights
+from edgeprune.model.checkpoint.foreign import Foreign, is_of_activations
+from edgeprune.model.checkpoint.layouts import FLOATS, Layout, Part
 from edgeprune.model.checkpoint.llamagen import COMPILED
 from edgeprune.model.checkpoint.packed import SHAPE, unpacked
 from edgeprune.model.checkpoint.padding import without_padding
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 
     from edgeprune.model.quantised import QuantisedWeight
 
-DTYPES = ("F32", "F16", "BF16")
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a weights file, in its fingerprint
 SAFETENSORS = ".safetensors"
 LONGEST = 200  # characters of a file's name
@@ -42,21 +44,25 @@ Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoi
 
 @dataclass(frozen=True)
 class Stand:
-    """A tensor in the files: the file and the name there of each of its parts, by the parts' full names."""
+    """A tensor in the files: the file and the name there of each of its parts, by the parts' full names.
+
+    layout: of the codes that another program wrote.
+    """
 
     tensor: StoredTensor
     parts: dict[str, tuple[Path, str]]
+    layout: Layout | None = None
 
     def place(self, part: str) -> tuple[Path, str]:
         """Returns the file and the name there of the part that stands in place of `weight`."""
-        return self.parts[self.tensor.key.removesuffix("weight") + part]
+        return self.parts[_part_name(self.tensor, part)]
 
 
 class LazyWeights(Mapping[str, "torch.Tensor"]):
     """Tensors by the names of decoder.py, read from safetensors or PyTorch's own files at each access.
 
     The files are mapped: of a tensor that holds several weights, only the rows of the requested one are read. What is
-    stored as codes is fp32; `quantised` has the codes themselves.
+    stored as codes is fp32; `quantised` has the codes themselves where edgeprune wrote them.
     """
 
     def __init__(self, stands: dict[str, list[Stand]], decoder: Decoder, embedding_scales: Path | None = None) -> None:
@@ -68,7 +74,7 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         stands = self._stands[name]
         if stands[0].tensor.form is not None:
             return self.quantised[name].dequantised()
-        tensors = [stand.tensor.read(self.stored(*stand.parts[stand.tensor.key]), name) for stand in stands]
+        tensors = [stand.tensor.read(self._values(stand), name) for stand in stands]
         return without_padding(_joined(tensors), self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -85,6 +91,17 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         stand = self._stands[name][0]
         weight = unpacked(stand.tensor, lambda part: self.stored(*stand.place(part)), name)
         return weight if tuple(weight.shape) == self._shapes[name] else weight.narrowed(self._shapes[name])
+
+    def _values(self, stand: Stand) -> torch.Tensor:
+        """Returns a tensor of the files in floats."""
+        if stand.layout is None:
+            return self.stored(*stand.parts[stand.tensor.key])
+        names = [
+            name for name in stand.layout.parts(stand.tensor.matrix) if _part_name(stand.tensor, name) in stand.parts
+        ]
+        parts = {name: self.stored(*stand.place(name)) for name in names}
+        values = stand.layout.values(parts, stand.tensor.matrix)
+        return values.t() if stand.tensor.place.transposed else values
 
     def stored(self, path: Path, key: str) -> torch.Tensor:
         """Returns a tensor of a file as it is stored there."""
@@ -129,14 +146,22 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def stored_weights(path: Path, decoder: Decoder, stored_decoder: Decoder) -> tuple[LazyWeights, str]:
+def stored_weights(
+    path: Path, decoder: Decoder, stored_decoder: Decoder, foreign: Foreign | None = None
+) -> tuple[LazyWeights, str]:
     """Returns the weights of a folder's files, none of which is read, and the model's fingerprint.
 
-    decoder: the model's; stored_decoder: that of the tensors, which may have heads of zeros. Raises InputError for what
-    is missing, damaged, or not as the decoders say.
+    decoder: the model's; stored_decoder: that of the tensors, which may have heads of zeros. foreign: how another
+    program quantised them. Raises InputError for what is missing, damaged, or not as the decoders say.
     """
-    stored = {name: (file, *entry) for file in _weight_files(path) for name, entry in header_of(file).items()}
-    stands, files = _checked(stored_decoder, stored), {place[0] for place in stored.values()}
+    files = _weight_files(path)
+    if foreign is not None and not all(map(_is_safetensors, files)):
+        raise InputError(
+            f"{files[0]} holds quantised weights, which are read from safetensors alone",
+            "Save them so where they were made: save_pretrained(..., safe_serialization=True).",
+        )
+    stored = {name: (file, *entry) for file in files for name, entry in header_of(file).items()}
+    stands, files = _checked(stored_decoder, stored, foreign), {place[0] for place in stored.values()}
     scales = None
     if decoder.embedding_format is not None:
         scales = path / EMBEDDING_SCALES
@@ -206,43 +231,99 @@ def header_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise InputError(f"{file} is not a safetensors file or is truncated: {printable(error)}", AGAIN) from None
 
 
-def _checked(decoder: Decoder, stored: Stored) -> dict[str, list[Stand]]:
+def _checked(decoder: Decoder, stored: Stored, foreign: Foreign | None) -> dict[str, list[Stand]]:
     """Returns the stored tensors that hold each weight. Raises InputError for one that is missing or does not fit, and
     for stored ones that the model does not explain.
     """
-    import torch
-
     tensors, head = checkpoint_tensors(decoder), _present(_head(decoder), stored)
-    packing = packing_of(decoder, torch.float32)
-    entries = {key: entries_of(tensor, torch.float32, packing) for key, tensor in tensors.items()}
+    layouts = _layouts(tensors, stored, foreign)
+    entries = _entries(decoder, tensors, layouts, stored)
     keys = {name: _present(name, stored) for parts in entries.values() for name in parts}
     # A tied head may stand for the embedding.
     embedding = FAMILIES[decoder.family].places["embedding"].key
-    if decoder.tie_word_embeddings and keys[embedding] is None:
+    if decoder.tie_word_embeddings and embedding in keys and keys[embedding] is None:
         keys[embedding] = head
-    tied = {head} if decoder.tie_word_embeddings else set()
+    explained = {*keys.values(), *([head] if decoder.tie_word_embeddings else [])}
+    if foreign is not None:
+        explained |= {name for name in stored if is_of_activations(name)}
+        explained |= _zero_biases(stored.keys() - explained, stored, layouts)
     missing = [name for name, key in keys.items() if key is None]
-    check_unread(decoder.family, len(decoder.layers), stored.keys() - set(keys.values()) - tied, missing)
+    check_unread(decoder.family, len(decoder.layers), stored.keys() - explained, missing)
     # Shapes and types.
     stands: dict[str, list[Stand]] = {}
     for key, tensor in tensors.items():
-        for name, entry in entries[key].items():
-            _check_entry(keys[name], stored[keys[name]], entry)
-        stand = Stand(tensor, {name: (stored[keys[name]][0], keys[name]) for name in entries[key]})
+        for name, part in entries[key].items():
+            _check_part(keys[name], stored[keys[name]], part)
+        places = {name: (stored[keys[name]][0], keys[name]) for name in entries[key]}
+        stand = Stand(tensor, places, layouts.get(key))
         for weight in tensor.names:
             stands.setdefault(weight, []).append(stand)
-    _check_shapes([stand for of_weight in stands.values() for stand in of_weight if stand.tensor.form])
+    _check_shapes([stand for of_weight in stands.values() for stand in of_weight])
     return stands
 
 
-def _check_entry(key: str, found: tuple[Path, str, Shape], entry: tuple[torch.dtype, Shape]) -> None:
-    """Raises InputError where a stored tensor has another shape or type than is asked for; any float is one."""
-    (_, dtype, shape), (asked, asked_shape) = found, entry
-    if shape != asked_shape:
-        raise InputError(f"tensor {key} has shape {shape}, but config.json asks for {asked_shape}", DO_NOT_MATCH)
-    if dtype not in (DTYPES if asked.is_floating_point else (NAMES[str(asked).removeprefix("torch.")],)):
-        remedy = _of_another_type(dtype) if asked.is_floating_point else DO_NOT_MATCH
-        raise InputError(f"tensor {key} is of type {dtype}", remedy)
+def _layouts(tensors: Mapping[str, StoredTensor], stored: Stored, foreign: Foreign | None) -> dict[str, Layout]:
+    """Returns the layouts of the tensors that another program quantised, by key."""
+    if foreign is None:
+        return {}
+
+    def type_of(tensor: StoredTensor, part: str) -> str | None:
+        name = _present(_part_name(tensor, part), stored)
+        return None if name is None else stored[name][1]
+
+    layouts = {key: foreign.layout(tensor, partial(type_of, tensor)) for key, tensor in tensors.items()}
+    return {key: layout for key, layout in layouts.items() if layout is not None}
+
+
+def _zero_biases(unread: Collection[str], stored: Stored, layouts: Mapping[str, Layout]) -> set[str]:
+    """Returns the unread biases of quantised matrices that are zero: older writers of GPTQ give one to every matrix."""
+    from safetensors import safe_open
+
+    biases = {_present(key.removesuffix("weight") + "bias", stored) for key in layouts} & set(unread)
+    zeros = set()
+    for name in biases:
+        with safe_open(stored[name][0], "pt") as opened:
+            if not opened.get_tensor(name).any():
+                zeros.add(name)
+    return zeros
+
+
+def _entries(
+    decoder: Decoder, tensors: Mapping[str, StoredTensor], layouts: Mapping[str, Layout], stored: Stored
+) -> dict[str, dict[str, Part]]:
+    """Returns by key what the files hold of each tensor: the types and shapes that are taken, by the parts' names."""
+    import torch
+
+    packing, entries = packing_of(decoder, torch.float32), {}
+    for key, tensor in tensors.items():
+        if (layout := layouts.get(key)) is None:
+            entries[key] = {
+                name: (FLOATS if dtype.is_floating_point else (NAMES[str(dtype).removeprefix("torch.")],), (shape,))
+                for name, (dtype, shape) in entries_of(tensor, torch.float32, packing).items()
+            }
+            continue
+        parts = {_part_name(tensor, part): entry for part, entry in layout.parts(tensor.matrix).items()}
+        optional = _part_name(tensor, layout.optional)
+        if optional in parts and _present(optional, stored) is None:
+            del parts[optional]
+        entries[key] = parts
+    return entries
+
+
+def _part_name(tensor: StoredTensor, part: str) -> str:
+    """Returns the full name of the part that stands in place of `weight`."""
+    return tensor.key.removesuffix("weight") + part
+
+
+def _check_part(key: str, found: tuple[Path, str, Shape], part: Part) -> None:
+    """Raises InputError where a stored tensor has another shape or type than those that are taken."""
+    (_, dtype, shape), (dtypes, shapes) = found, part
+    if shape not in shapes:
+        raise InputError(f"tensor {key} has shape {shape}, but config.json asks for {shapes[0]}", DO_NOT_MATCH)
+    if dtype not in dtypes:
+        raise InputError(
+            f"tensor {key} is of type {dtype}", _of_another_type(dtype) if dtypes == FLOATS else DO_NOT_MATCH
+        )
 
 
 def _check_shapes(stands: list[Stand]) -> None:
@@ -253,8 +334,9 @@ def _check_shapes(stands: list[Stand]) -> None:
 
     places: dict[Path, dict[str, StoredTensor]] = {}
     for stand in stands:
-        file, key = stand.place(SHAPE)
-        places.setdefault(file, {})[key] = stand.tensor
+        if _part_name(stand.tensor, SHAPE) in stand.parts:
+            file, key = stand.place(SHAPE)
+            places.setdefault(file, {})[key] = stand.tensor
     for file, tensors in places.items():
         with safe_open(file, "pt") as opened:
             for key, tensor in tensors.items():
@@ -269,7 +351,7 @@ def _of_another_type(dtype: str) -> str:
             'Write it in fp32: python -c "from transformers import AutoModelForCausalLM as Model; '
             "Model.from_pretrained('FOLDER', dtype='float32').save_pretrained('NEW')\"."
         )
-    return f"Supported are: {', '.join(DTYPES)}. Give the checkpoint before it was quantised."
+    return f"Supported are: {', '.join(FLOATS)}. Give the checkpoint before it was quantised."
 
 
 def _head(decoder: Decoder) -> str:

@@ -53,7 +53,8 @@ def check_unread(family: str, layers: int, unread: Collection[str], missing: Col
     if found := [name for name in others if QUANTISED.search(name)]:
         raise InputError(
             f"the checkpoint is quantised: it has {_grouped(found)}",
-            "Give the checkpoint that it was made from, in fp32, fp16 or bf16.",
+            "Restore config.json with its quantization_config, or give the checkpoint that it was made from, in fp32, "
+            "fp16 or bf16.",
         )
     if missing:
         rest = f"; it has {_grouped(others)}" if others else ""

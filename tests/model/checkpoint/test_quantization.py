@@ -14,10 +14,12 @@ from edgeprune.model.checkpoint.quantization import (
     EMBEDDING_FORMAT,
     can_be_packed,
     check_packable,
-    check_read,
     embedding_field,
+    has_embedding_codes,
+    is_own,
     module_of,
     packing_of,
+    quantisation,
     with_stored_formats,
     without_quantization,
 )
@@ -138,17 +140,20 @@ def test_what_makes_no_sense_is_refused(damage, reason):
     fields = fields_of(DECODER.with_format(INT8, INT8))
     damage(fields)
     with pytest.raises(InputError) as caught:
-        check_read(fields)
         with_stored_formats(DECODER, fields)
     assert reason in caught.value.message
 
 
-def test_only_what_edgeprune_wrote_is_read():
+def test_only_what_edgeprune_wrote_has_formats():
     fields = fields_of(MIXED)
-    check_read(fields)
+    assert is_own(fields)
+    assert has_embedding_codes(fields)
+    assert not has_embedding_codes(fields_of(DECODER.with_formats([(INT8, INT8)] * 12, None, None)))
+    assert quantisation(fields) == "compressed-tensors"
     del fields[EMBEDDING_FORMAT]
-    with pytest.raises(InputError, match="is quantised .compressed-tensors."):
-        check_read(fields)
+    assert not is_own(fields)
+    assert with_stored_formats(DECODER, fields) is DECODER
+    assert quantisation({"quantization_config": {}}) is None
 
 
 def test_families_without_linear_layers_have_no_such_checkpoint():

@@ -148,6 +148,24 @@ def test_codes_are_read_at_each_access(tmp_path):
     assert not model.weights["layers.0.mlp.down"].any()
 
 
+def test_the_codes_of_another_writer_are_floats(tmp_path):
+    """The same file without the field of ours."""
+    save_llama(tmp_path / "dense", tie_word_embeddings=False)
+    dense = load_model(str(tmp_path / "dense"))
+    decoder = packable(dense.decoder, asymmetric=True)
+    saved(tmp_path / "small", decoder, dense)
+    ours = load_model(str(tmp_path / "small"))
+    expected = dict(ours.weights)
+    assert ours.as_floats.decoder == dense.decoder
+    path = tmp_path / "small" / "config.json"
+    path.write_text(path.read_text().replace("edgeprune_embedding_format", "embedding_format"))
+    model = load_model(str(tmp_path / "small"))
+    assert model.decoder == dense.decoder
+    assert "8 bits with a scale for each output and 4 bits in groups of 32" in model.dequantised
+    assert model.weights.keys() == expected.keys()
+    assert all(torch.equal(model.weights[name], weight) for name, weight in expected.items())
+
+
 def edit(file, change):
     def damage(folder):
         tensors = load((folder / file).read_bytes())
@@ -186,12 +204,6 @@ BAD = {
     "another shape": (put(DOWN + "_shape", torch.tensor([96, 63])), "says (96, 63)"),
     "floats beside codes": (put(DOWN, torch.zeros(96, 64)), "does not have: model.layers.0.mlp.down_proj.weight"),
     "codes without a configuration": (configured(quantization_config=None), "is quantised: it has"),
-    "codes of another writer": (
-        lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace("edgeprune_embedding_format", "embedding_format")
-        ),
-        "is quantised (compressed-tensors)",
-    ),
     "widths that no group divides": (configured(intermediate_size=80), "do not divide 80 inputs"),
     "no scales of the embedding": (lambda folder: (folder / EMBEDDING_SCALES).unlink(), f"has no {EMBEDDING_SCALES}"),
     "scales of another embedding": (
