@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import InputError
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 
 if TYPE_CHECKING:
     from edgeprune.model.model import Model
@@ -58,11 +59,13 @@ FORMATS = {
 }
 
 
-def check_exports(names: Sequence[str], model: Model, layout: str, reduced: bool) -> None:
+def check_exports(
+    names: Sequence[str], model: Model, layout: str, reduced: bool, formats: Sequence[WeightFormat | None] = (None,)
+) -> None:
     """Raises InputError for a format that is not known or cannot hold what will be pruned from the model.
 
-    reduced: whether the vocabulary will be reduced. The widths that are left do not matter: a format that holds the
-    dense model holds every model whose layers are alike.
+    reduced: whether the vocabulary will be reduced; formats: that the modules may have. The widths that are left do not
+    matter: a format that holds the dense model holds every model whose layers are alike.
     """
     for name in names:
         if name not in FORMATS:
@@ -71,6 +74,14 @@ def check_exports(names: Sequence[str], model: Model, layout: str, reduced: bool
             raise InputError(f"--export {name} cannot hold layers of different widths", "Use --layout uniform.")
     for name in dict.fromkeys(names):
         FORMATS[name].check(model, reduced)
+    if "gptq" not in names:
+        return
+    symmetric = [name for name, form in WEIGHT_FORMATS.items() if not form.asymmetric]
+    if len(formats) != 1 or formats[0] is None or formats[0].name not in symmetric:
+        raise InputError(
+            "--export gptq holds the layers in one weight format, and the search would choose among others",
+            f"Give one of: --weights {'|'.join(symmetric)}.",
+        )
 
 
 def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str) -> None:

@@ -171,7 +171,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
     reduced = request.vocabulary != "full"
-    check_exports(request.export, model, request.layout, reduced)
+    check_exports(request.export, model, request.layout, reduced, weights.layers)
     # What the smallest candidate needs, and room on the disk for all that will be written.
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
     samples = kind.read_samples(request, model, documents)

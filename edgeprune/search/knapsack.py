@@ -8,6 +8,9 @@ Lagrangian bound), which is a few additions: so one relaxation bounds all knapsa
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -112,6 +115,22 @@ def can_fit(options: Options, joint: bool) -> np.ndarray:
 def _cheapest(cost: np.ndarray, depth: int) -> np.ndarray:
     """Returns the least cost of 1 to `depth` modules."""
     return np.where(cost < 0, depth * cost, cost)
+
+
+@contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """Sends what HiGHS prints, whatever it is asked, to standard error: standard output is the command's own."""
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @dataclass(frozen=True)
@@ -241,17 +260,18 @@ class Knapsack:
 
         scale = np.maximum(np.abs(costs).max(axis=1), np.maximum(np.abs(rooms), 1e-300))
         rows, most, equal, exactly = self._structure
-        result = milp(
-            self._losses,
-            integrality=np.ones(len(self._losses)),
-            bounds=Bounds(self._least, 1),
-            constraints=[
-                LinearConstraint(costs / scale[:, None], -np.inf, (rooms + ROUNDING * np.abs(rooms)) / scale),
-                LinearConstraint(rows, -np.inf, most),
-                LinearConstraint(equal, exactly, exactly),
-            ],
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
-        )
+        with _output_to_errors():
+            result = milp(
+                self._losses,
+                integrality=np.ones(len(self._losses)),
+                bounds=Bounds(self._least, 1),
+                constraints=[
+                    LinearConstraint(costs / scale[:, None], -np.inf, (rooms + ROUNDING * np.abs(rooms)) / scale),
+                    LinearConstraint(rows, -np.inf, most),
+                    LinearConstraint(equal, exactly, exactly),
+                ],
+                options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
+            )
         return None if result.x is None else result.x.round()
 
     def _picks(self, chosen: np.ndarray) -> Picks:

@@ -49,7 +49,11 @@ def test_a_format_is_written_once_into_a_folder_of_its_name(model, tmp_path):
 
 
 def test_a_checkpoint_of_gptq_is_a_folder_of_its_own(model, tmp_path):
-    check_exports(["gptq"], model, "uniform", reduced=False)
+    check_exports(["gptq"], model, "uniform", reduced=False, formats=[WEIGHT_FORMATS["int8"]])
+    for formats in ([None], [None, WEIGHT_FORMATS["int8"]], [WEIGHT_FORMATS["int4-32-asymmetric"]]):
+        with pytest.raises(InputError, match="--export gptq holds the layers in one weight format") as caught:
+            check_exports(["gptq"], model, "uniform", reduced=False, formats=formats)
+        assert "--weights int8|int4-32" in caught.value.remedy
     with pytest.raises(InputError, match="no format float"):
         write_exports(["gptq"], model, tmp_path, "small")
     few_bits = rounded(model, model.decoder.with_format(WEIGHT_FORMATS["int4-32"]), tmp_path / "rounded")
