@@ -39,6 +39,10 @@ class Allocation:
     formats: tuple[tuple[Format, Format], ...] | None = None
     tables: tuple[Format, Format] = (None, None)
 
+    def __post_init__(self) -> None:
+        if self.formats is not None and not any(form for pair in self.formats for form in pair):
+            object.__setattr__(self, "formats", None)  # one way to say it, so that equal choices are equal
+
     @property
     def choice(self) -> Allocation:
         """Returns the same without the prediction: equal for two allocations that make the same model."""
@@ -283,8 +287,7 @@ def _allocation(problem: Problem, options: Options, pair: int, sizes: list[int],
         formats.append((of_attention, of_mlp))
     tokens, embedding, head = options.tables[picks.table]
     tables = problem.formats[embedding], problem.formats[head]
-    has_formats = any(form is not None for pair_of_formats in (*formats, tables) for form in pair_of_formats)
-    allocation = Allocation(tuple(layers), tokens, 0.0, tuple(formats) if has_formats else None, tables)
+    allocation = Allocation(tuple(layers), tokens, 0.0, tuple(formats), tables)
     return replace(allocation, loss=problem.loss(allocation))
 
 

@@ -41,8 +41,8 @@ def home(tmp_path_factory) -> Path:
 
 
 def fit(home: Path, model: Path, *more: str | Path):
-    given = ("--device", "jetson-orin", "--memory", "90%", "--calibration", home / "text.txt", "--export", "gguf")
-    return run("fit", model, *given, *SMALL, *more)
+    given = ("--device", "jetson-orin", "--memory", "90%", "--weights", "float", "--export", "gguf")
+    return run("fit", model, *given, "--calibration", home / "text.txt", *SMALL, *more)
 
 
 def test_llama_cpp_runs_the_file_in_the_bundle(home):

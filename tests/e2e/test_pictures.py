@@ -68,6 +68,8 @@ def bundle(home: Path) -> Path:
         "cpu",
         "--memory",
         "85%",
+        "--weights",
+        "float",
         "--samples",
         "8",
         "--images",

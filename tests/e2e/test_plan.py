@@ -122,8 +122,8 @@ def test_one_device(home):
         "llama-3-70b",
         "--device",
         "jetson-orin",
-        "--precision",
-        "int4",
+        "--weights",
+        "int4-128",
         "--prompt",
         "1024",
         "--past",
@@ -141,7 +141,7 @@ def test_one_device(home):
 
 
 def test_all_devices(home):
-    result = run("plan", "llama-3-70b", "--precision", "int4", cwd=home)
+    result = run("plan", "llama-3-70b", "--weights", "int4", cwd=home)
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
     assert "yes" in lines["jetson-orin"]
@@ -171,8 +171,10 @@ CASES = {
     "unknown device": (["plan", "llama-3-70b", "--device", "jetson-orinn"], "jetson-orin"),
     "missing profile": (["plan", "llama-3-70b", "--profile", "none.toml"], "none.toml"),
     "both": (["plan", "llama-3-70b", "--device", "l4", "--profile", "none.toml"], "both"),
-    "unknown precision": (["plan", "llama-3-70b", "--precision", "int2"], "fp32, fp16, bf16, int8, int4"),
-    "int4 on a processor": (["plan", "llama-3-70b", "--device", "cpu", "--precision", "int4"], "--precision fp32"),
+    "unknown precision": (["plan", "llama-3-70b", "--precision", "int2"], "fp32, fp16, bf16"),
+    "fp16 on a processor": (["plan", "llama-3-70b", "--device", "cpu", "--precision", "fp16"], "--precision fp32"),
+    "unknown weights": (["plan", "llama-3-70b", "--device", "l4", "--weights", "int3"], "float, int8, int4"),
+    "several weights": (["plan", "llama-3-70b", "--device", "l4", "--weights", "int8,int4"], "A plan is of one"),
     "no prompt": (["plan", "llama-3-70b", "--device", "l4", "--prompt", "0"], "--prompt 0"),
     "no past": (["plan", "llama-3-70b", "--device", "l4", "--past", "0"], "--past 0"),
     "no batch": (["plan", "llama-3-70b", "--batch", "0"], "--batch 0"),

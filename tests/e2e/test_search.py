@@ -41,7 +41,18 @@ def fitted(*words: str | Path) -> tuple[int, Report]:
 def test_free_widths_are_carried_by_graph_and_engine(home: Path) -> None:
     bundle = home / "free"
     code, report = fitted(
-        home / "model", "--device", "jetson-orin", "--memory", "70%", "--layout", "per-layer", "--output", bundle, *OWN
+        home / "model",
+        "--device",
+        "jetson-orin",
+        "--memory",
+        "70%",
+        "--weights",
+        "float",
+        "--layout",
+        "per-layer",
+        "--output",
+        bundle,
+        *OWN,
     )
     assert code == 0
     assert len({tuple(layer.values()) for layer in report.fitted.widths}) > 1
@@ -59,6 +70,8 @@ def test_a_budget_beyond_the_quality_limit_ends_with_both_points(home: Path) -> 
         "jetson-orin",
         "--memory",
         "70%",
+        "--weights",
+        "float",
         "--max-quality-loss",
         "60",
         "--output",

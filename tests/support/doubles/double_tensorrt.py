@@ -82,6 +82,7 @@ class ICudaEngine(Strict):
         self._contexts: weakref.WeakSet[IExecutionContext] = weakref.WeakSet()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # weights alone are of few bits there
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __del__(self) -> None:
