@@ -6,9 +6,11 @@
         --cells docs/quality.jsonl --write docs/quality.md
 
 Some hours on two cores. Every finished cell is one line of --cells: started again, it goes on with the
-missing ones; --tables leaves tables out. Calibration: rows of 512 tokens from random places of the State
-of the Union speeches before 1990. Evaluation: one excerpt of 512 tokens from each of the speeches after
-1990, and from pages of the handbook.
+missing ones; --tables leaves tables out. The table of weight formats has a page and cells of its own:
+--tables precision --cells docs/precision.jsonl --write docs/precision.md (tools/precision.py).
+
+Calibration: rows of 512 tokens from random places of the State of the Union speeches before 1990.
+Evaluation: one excerpt of 512 tokens from each of the speeches after 1990, and from pages of the handbook.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.progress import Silent
 from edgeprune.pruning.methods import method_named
+from tools import precision
 from tools.pages import filled, table
 
 LENGTH = 512
@@ -230,6 +233,8 @@ class Bench:
         }
 
 
+OTHER_PAGE = "precision"  # the table that is not on this page: its model is another
+
 Cells = Mapping[str, Mapping[str, Any]]
 
 
@@ -337,6 +342,13 @@ def ablation_table(cells: Cells) -> str:
     return table(["score", "recovery", "allocation", *EXCERPTS], rows)
 
 
+def cells_of(tables: list[str]) -> list[Cell] | list[precision.PrecisionCell]:
+    """Returns the cells of these tables, which are on one page."""
+    if tables == [OTHER_PAGE]:
+        return list(precision.precision_cells())
+    return [cell for name in tables for cell in TABLES[name]()]
+
+
 WRITERS = {
     "headline": headline_table,
     "main": main_table,
@@ -348,10 +360,15 @@ WRITERS = {
 
 def fill(page: str, cells: Cells) -> str:
     """Returns the page with its tables made of the cells."""
-    return filled(page, {name: write(cells) for name, write in WRITERS.items()})
+    return filled(page, {name: write(cells) for name, write in (WRITERS | precision.WRITERS).items()})
 
 
-def run(bench: Bench, todo: list[Cell], cells: dict[str, dict[str, Any]], path: Path) -> None:
+def run(
+    bench: Bench | precision.PrecisionBench,
+    todo: list[Cell] | list[precision.PrecisionCell],
+    cells: dict[str, dict[str, Any]],
+    path: Path,
+) -> None:
     """Runs the cells that are missing, each appended to the file when it is done."""
 
     def add(key: str, row: Mapping[str, Any]) -> None:
@@ -378,11 +395,13 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the page, from the cells that are there")
     arguments = parser.parse_args()
     cells = read_cells(arguments.cells) if arguments.cells.is_file() else {}
-    todo = [cell for name in arguments.tables.split(",") if name for cell in TABLES[name]()]
+    tables = [name for name in arguments.tables.split(",") if name]
+    todo = cells_of(tables)
     if any(cell.key not in cells for cell in todo):
         tokenizer = load_tokenizer(load_model("demo").directory)
         texts = read_texts(arguments.sotu, arguments.handbook, tokenizer)
-        run(Bench(texts), todo, cells, arguments.cells)
+        bench = precision.PrecisionBench(texts) if tables == [OTHER_PAGE] else Bench(texts)
+        run(bench, todo, cells, arguments.cells)
     if arguments.write:
         arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), cells), encoding="utf-8")
 

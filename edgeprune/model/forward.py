@@ -428,7 +428,7 @@ def token_predictions(
 @torch.inference_mode()
 def spread_logits(decoder: Decoder, weights: WeightStream, ids: torch.Tensor, count: int) -> torch.Tensor:
     """Returns the logits (positions, vocab_size) fp32 at about `count` evenly spread positions of ids (b, t) int64."""
-    states, head = _final_states(decoder, weights, ids, CHUNK_TOKENS, lambda: None)
+    states, head = final_states(decoder, weights, ids, CHUNK_TOKENS, lambda: None)
     return head_logits(decoder, states[:: max(1, len(states) // count)][:count], head)
 
 
@@ -448,12 +448,12 @@ def _logit_chunks(
     decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
 ) -> Iterator[torch.Tensor]:
     """Yields logits (up to LOGIT_ROWS, vocab_size) fp32 at every position but the last of each sample, in order."""
-    states, head = _final_states(decoder, weights, ids, chunk, on_layer)
+    states, head = final_states(decoder, weights, ids, chunk, on_layer)
     for chunk_states in states.split(LOGIT_ROWS):
         yield head_logits(decoder, chunk_states, head)
 
 
-def _final_states(
+def final_states(
     decoder: Decoder, weights: WeightStream, ids: torch.Tensor, chunk: int, on_layer: Callable[[], None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what the head reads at every position but the last of each sample, (b * (t - 1), c), and the head.

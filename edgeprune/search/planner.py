@@ -132,7 +132,7 @@ class Planner:
         # One kind alone.
         pruning = replace(self, problem=replace(problem, layer_formats=(0,), table_formats=(0,))).within(limits)
         vocabulary = {max(problem.vocabularies): 0.0}
-        whole = replace(problem, sensitivities=_uncut(problem.sensitivities), vocabularies=vocabulary)
+        whole = replace(problem, sensitivities=uncut(problem.sensitivities), vocabularies=vocabulary)
         precision = replace(self, problem=whole).within(limits) if len(problem.formats) > 1 else None
         is_usable = precision is not None and precision.loss < UNUSABLE
         return Levers(tuple(parts), pruning and pruning.loss, precision.loss if is_usable else None)
@@ -142,7 +142,7 @@ def _pairs(allocation: Allocation) -> tuple:
     return allocation.formats or ((None, None),) * len(allocation.layers)
 
 
-def _uncut(sensitivities: Sensitivities) -> Sensitivities:
+def uncut(sensitivities: Sensitivities) -> Sensitivities:
     """Returns sensitivities by which every cut costs more than any model is worth."""
     attention, mlp = (np.full_like(losses, UNUSABLE) for losses in (sensitivities.attention, sensitivities.mlp))
     attention[:, -1, -1] = mlp[:, -1] = 0.0
