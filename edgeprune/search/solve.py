@@ -11,7 +11,7 @@ bounds, until a bound is no better than the best solution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -151,9 +151,9 @@ class Problem:
         """Returns the smallest allocation: the layer that costs most to lose, of one head and the fewest channels, in
         the formats of the fewest bits."""
         widths = Widths(1, 1, channel_options(self.dense.intermediate_size, self.multiple)[0])
-        of_layers = min(self.layer_formats, key=lambda place: self._bits(self.formats[place]))
-        of_tables = min(self.table_formats, key=lambda place: self._bits(self.formats[place]))
-        of_mlps = min(self.mlp_formats, key=lambda place: self._bits(self.formats[place]))
+        of_layers = self._fewest_bits(self.layer_formats, lambda cost, place: cost.attention[place, 1, 0])
+        of_tables = self._fewest_bits(self.table_formats, lambda cost, place: cost.tables[place, place].sum())
+        of_mlps = self._fewest_bits(self.mlp_formats, lambda cost, place: cost.mlp[place, widths.intermediate_size])
         formats = ((self.formats[of_layers], self.formats[of_mlps]),) * self.depth
         tables = (self.formats[of_tables],) * 2
         choices = [
@@ -170,9 +170,15 @@ class Problem:
             return self.layer_formats
         return tuple(p for p in self.layer_formats if (form := self.formats[p]) is None or not form.asymmetric)
 
-    @staticmethod
-    def _bits(form: Format) -> float:
-        return np.inf if form is None else form.bits + 16 / (form.group or np.inf)
+    def _fewest_bits(self, places: tuple[int, ...], price: Callable[[ModuleCosts, int], float]) -> int:
+        """Returns the format of the fewest bits that a module can have: one whose groups do not divide costs inf."""
+
+        def bits(place: int) -> float:
+            form = self.formats[place]
+            return np.inf if form is None else form.bits + 16 / (form.group or np.inf)
+
+        possible = [place for place in places if all(np.isfinite(price(cost, place)) for cost in self.costs.values())]
+        return min(possible or places, key=bits)
 
 
 def uniform(problem: Problem, limits: Mapping[str, float]) -> Allocation | None:

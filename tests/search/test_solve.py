@@ -131,6 +131,17 @@ def test_formats_that_are_not_offered_are_not_chosen():
     assert set(smallest.formats) == {(FORMATS[1], FORMATS[1])}
 
 
+def test_the_smallest_has_formats_that_its_widths_take():
+    problem = problem_with_formats(5, 2, tied=True)
+    assert set(problem.smallest.formats) == {(FORMATS[2], FORMATS[1])}  # 10 channels are no whole group
+    for cost in problem.costs.values():
+        cost.attention[2, 1, 0] = cost.tables[1, 1] = np.inf  # one head of fewer inputs than a group has
+    smallest = problem.smallest
+    assert set(smallest.formats) == {(FORMATS[1], FORMATS[1])}
+    assert smallest.tables == (None, None)
+    assert all(np.isfinite(value) for value in problem.estimate(smallest).values())
+
+
 def test_experts_have_one_symmetric_format_in_all_layers():
     problem = replace(problem_with_formats(3, 2, tied=True), one_mlp_format=True)
     limits = limits_of(problem, [0.8, 0.8])
