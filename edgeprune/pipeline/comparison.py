@@ -19,6 +19,7 @@ from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.model import Model
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
+from edgeprune.pipeline.formats import divides
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.progress import Progress
 from edgeprune.search.module_costs import additive
@@ -146,15 +147,10 @@ class Comparison:
         before, _, last = name.rpartition("+")
         if name in METHODS or last not in FORMAT_WORDS:
             return ComparedMethod(name, method_named(name))
-        decoder = self.model.decoder
-        layer = decoder.layers[0]
-        sizes = (decoder.hidden_size, layer.attention.query_size, layer.mlp.intermediate_size)
         for form in (WEIGHT_FORMATS[word] for word in FORMAT_WORDS[last]):
-            if all(size % (form.group or 1) == 0 for size in sizes):
+            if divides(form, self.model.decoder):
                 return ComparedMethod(name, method_named(before or DEFAULT), form, prunes=bool(before))
-        raise InputError(
-            f"the groups of {last} do not divide this model's sizes {', '.join(map(str, sizes))}", "Compare int8."
-        )
+        raise InputError(f"the groups of {last} do not divide this model's sizes", "Compare int8.")
 
     @functools.cached_property
     def sensitivities(self) -> Sensitivities:

@@ -11,8 +11,8 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import DeviceProfile, OfferedFormats, version_of
+from edgeprune.search.widths import Format
 
-Format = WeightFormat | None  # None: floats
 AUTO, FLOAT = "auto", "float"
 FEW_BITS = 8  # embedding and head in fewer lose as much as all layers together
 
@@ -97,7 +97,7 @@ def _named(word: str, profile: DeviceProfile, offers: dict[str, OfferedFormats],
             raise InputError(
                 f"{profile.name} does not run weights in {word} well", f"It runs {', '.join(runs)}: --weights auto."
             )
-        if not _divides(WEIGHT_FORMATS[word], decoder):
+        if not divides(WEIGHT_FORMATS[word], decoder):
             raise _not_dividing(WEIGHT_FORMATS[word], decoder, offers)
         return WEIGHT_FORMATS[word]
     raise InputError(f"unknown weights {word[:60]!r}", f"Give auto, or some of {', '.join(dict.fromkeys(known))}.")
@@ -105,7 +105,7 @@ def _named(word: str, profile: DeviceProfile, offers: dict[str, OfferedFormats],
 
 def _fitting(offer: OfferedFormats, decoder: Decoder) -> Format:
     """Returns the first format of an offer whose groups divide the model's sizes; None where none does."""
-    return next((WEIGHT_FORMATS[name] for name in offer.formats if _divides(WEIGHT_FORMATS[name], decoder)), None)
+    return next((WEIGHT_FORMATS[name] for name in offer.formats if divides(WEIGHT_FORMATS[name], decoder)), None)
 
 
 def _sizes(decoder: Decoder) -> dict[str, int]:
@@ -119,7 +119,8 @@ def _sizes(decoder: Decoder) -> dict[str, int]:
     return sizes
 
 
-def _divides(form: WeightFormat, decoder: Decoder) -> bool:
+def divides(form: WeightFormat, decoder: Decoder) -> bool:
+    """Returns whether the groups of a format divide the inputs of every matrix of a model."""
     return all(size % (form.group or 1) == 0 for size in _sizes(decoder).values())
 
 

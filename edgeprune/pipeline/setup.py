@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
-from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance
+from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance, stored_bytes
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
@@ -173,7 +174,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced, weights.layers)
     # What the smallest candidate needs, and room on the disk for all that will be written.
-    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced)
+    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced, weights)
     samples = kind.read_samples(request, model, documents)
     choices.append(_calibration_choice(samples, kind))
     choices += [Choice(source.name, source.taken, source.left_out) for source in samples.sources]
@@ -289,11 +290,13 @@ def _check_floor(
     budget: Budget,
     measures: bool,
     reduced: bool,
+    weights: WeightChoice,
 ) -> Performance:
     """Refuses a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
     tokens = min(LEAST_TOKENS, model.decoder.vocab_size) if reduced else model.decoder.vocab_size
-    smallest = model.decoder.with_vocabulary(tokens)
+    few = min(weights.tables, key=lambda form: form.bits if form else inf)  # of its layer next to nothing is left
+    smallest = replace(model.decoder.with_vocabulary(tokens), embedding_format=few, head_format=few)
     floor = estimate_floor(smallest, profile, workload, precision)
     # Latencies that will be measured are refused here only where the estimate leaves no doubt.
     doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if measures else {}
@@ -314,7 +317,10 @@ def _check_floor(
 def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:
     if name != "memory":
         return "one layer of one head and the fewest channels, the head, the cache and the overhead"
-    embedding = PRECISIONS[precision].element_bytes * decoder.table_parameters
+    size, hidden = PRECISIONS[precision].element_bytes, decoder.hidden_size
+    embedding = stored_bytes(decoder.input_vocab_size, hidden, decoder.embedding_format, size)
+    if not decoder.tie_word_embeddings:
+        embedding += stored_bytes(decoder.vocab_size, hidden, decoder.head_format, size)
     parts = [f"{part} {format_bytes(figure.value)}" for part, figure in floor.memory.parts.items()]
     return f"{', '.join(parts)} (of the weights, embedding and head are {format_bytes(embedding)})"
 

@@ -136,3 +136,13 @@ def test_what_a_run_holds_on_the_disk_is_within_the_sum_checked_at_its_start(sma
         held.append(sum(files.values()))
     (needed,) = asked
     assert held[0] + SLACK_BYTES <= needed < 12 * held[0] + SLACK_BYTES
+
+
+def test_a_budget_below_the_float_tables_is_within_reach_of_int8(small, tmp_path):
+    """The floor has embedding and head in the format of the fewest bits that the search may take."""
+    floats, auto = (
+        setup_of(small, tmp_path / "out", weights=weights, memory="1GiB").floor.memory.weights.value
+        for weights in ("float", "auto")
+    )
+    tables = setup_of(small, tmp_path / "out").model.decoder.table_parameters
+    assert 0.9 * tables < floats - auto < tables  # two bytes each, less one and a scale for each row
