@@ -1,7 +1,8 @@
 """The measurement of the loss that every weight format would cost in every module, and in embedding and head.
 
 It does not know the budget, nor what a format saves. Weights are rounded to nearest here, on grids that the moments of
-their inputs weigh; what GPTQ and compensation make of it is in the measured response (response.py).
+their inputs weigh; what GPTQ and compensation make of modules is in the measured response (response.py), and of the
+head it is measured here on some outputs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
-from edgeprune.pruning.quantize import choose_grid
+from edgeprune.pruning.moments import gram, held_out_rows
+from edgeprune.pruning.quantize import PROBED_OUTPUTS, choose_grid, gptq, relative_error
 from edgeprune.search.widths import RoundingLosses
 
 SHRINKS = (1.0, 0.85, 0.7)  # a rough grid: the response corrects what a finer one gains
@@ -140,8 +142,8 @@ def _table_losses(
     embedding = model.weights["embedding"].float()
     head = embedding[: decoder.vocab_size] if decoder.tie_word_embeddings else model.weights["head"].float()
     norm = {name: model.weights[name].float() for name in decoder.norm_shapes("norm")}
-    flat = hidden.flatten(0, 1)  # (b * t, c)
-    states = normed(decoder, flat[:: max(1, len(flat) // HEAD_POSITIONS)], norm, "norm")  # (positions, c)
+    read = normed(decoder, hidden, norm, "norm")  # (b, t, c)
+    states = read.flatten(0, 1)[:: max(1, ids.numel() // HEAD_POSITIONS)]  # (positions, c)
     expected = head_logits(decoder, states, head).log_softmax(dim=-1)  # (positions, vocab_size)
     moments, likely = states.square().mean(dim=0), expected.exp()
     losses = {}
@@ -157,5 +159,28 @@ def _table_losses(
         changed = choose_grid(head, importance, form, SHRINKS).nearest(head).dequantised()
         logits = head_logits(decoder, states, changed).log_softmax(dim=-1)
         of_head = float(F.kl_div(logits, likely, reduction="sum")) / len(states)
-        losses[form.name] = (0.0, of_head + of_embedding) if decoder.tie_word_embeddings else (of_embedding, of_head)
+        if decoder.tie_word_embeddings:
+            losses[form.name] = (0.0, of_head + of_embedding)
+        else:
+            losses[form.name] = (of_embedding, of_head * gptq_share(head, read, form))
     return losses
+
+
+def gptq_share(weight: torch.Tensor, inputs: torch.Tensor, form: WeightFormat) -> float:
+    """Returns the share of the squared error of rounding to nearest that GPTQ leaves on held-out inputs, 1 at most.
+
+    weight: (out_features, in_features) fp32, some of whose outputs are rounded; inputs: (b, t, in_features). Of fewer
+    tokens than features it is 1: the walk does not try GPTQ either.
+    """
+    flat = inputs.flatten(0, 1)  # (b * t, in_features)
+    if len(flat) < weight.shape[1]:
+        return 1.0
+    is_held_out = held_out_rows(*inputs.shape[:2])  # (b * t,)
+    moments, held_out = gram(flat[~is_held_out]), gram(flat[is_held_out])
+    rows = weight[:: -(-len(weight) // PROBED_OUTPUTS)]  # (outputs, in_features)
+    grid = choose_grid(rows, moments.diagonal(), form, SHRINKS)
+    by_gptq, by_nearest = (
+        relative_error(rows, rounded.dequantised(), held_out)
+        for rounded in (gptq(rows, moments, grid), grid.nearest(rows))
+    )
+    return by_gptq / by_nearest if by_gptq < by_nearest else 1.0

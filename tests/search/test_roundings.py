@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
-from edgeprune.pruning.quantize import choose_grid
-from edgeprune.search.roundings import SHRINKS, measure_roundings
+from edgeprune.pruning.methods import METHODS
+from edgeprune.pruning.moments import gram
+from edgeprune.pruning.prune import prune
+from edgeprune.pruning.quantize import choose_grid, gptq, relative_error
+from edgeprune.search.roundings import SHRINKS, gptq_share, measure_roundings
 from tests.support.tiny import as_model, llama
 
 FORMATS = (WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
@@ -95,3 +98,44 @@ def test_a_tied_table_has_both_losses_in_one():
     found = measured(model, ids)["int4-32"]
     assert found.embedding == 0.0
     assert found.head > 0
+
+
+def narrow_inputs(samples: int) -> torch.Tensor:
+    """Returns inputs (samples, 64, 32) whose features depend on each other, which GPTQ makes use of."""
+    generator = torch.Generator().manual_seed(0)
+    few, mixed = torch.randn(samples, 64, 4, generator=generator), torch.randn(4, 32, generator=generator)
+    return few @ mixed + 0.1 * torch.randn(samples, 64, 32, generator=generator)
+
+
+def test_the_share_that_gptq_leaves_holds_on_other_inputs():
+    form, inputs = WEIGHT_FORMATS["int4-32"], narrow_inputs(12)
+    weight = torch.randn(1000, 32, generator=torch.Generator().manual_seed(1))
+    share = gptq_share(weight, inputs[:8], form)
+    moments, others = (gram(part.flatten(0, 1)) for part in (inputs[:8], inputs[8:]))
+    grid = choose_grid(weight, moments.diagonal(), form)
+    errors = [
+        relative_error(weight, rounded.dequantised(), others)
+        for rounded in (gptq(weight, moments, grid), grid.nearest(weight))
+    ]
+    assert share < 0.5
+    assert np.isclose(share, errors[0] / errors[1], rtol=0.3)
+
+
+def test_gptq_that_the_walk_does_not_take_changes_no_prediction():
+    form, weight = WEIGHT_FORMATS["int4-32"], torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
+    inputs = narrow_inputs(4)
+    assert gptq_share(weight, inputs[:, :7], form) == 1.0  # too few tokens
+    on_grid = choose_grid(weight, torch.ones(32), form).nearest(weight).dequantised()
+    assert gptq_share(on_grid, inputs, form) == 1.0
+
+
+def test_an_untied_head_is_predicted_as_the_walk_rounds_it():
+    model, ids = model_of(tie_word_embeddings=False), samples(16)
+    found = measured(model, ids)["int4-32"]
+    target = model.decoder.with_format(None, FORMATS[1])
+    weights = dict(prune(model, target, ids, METHODS["default"], 0))
+    changed = dict(weight_stream(model)) | {"head": weights["head"].dequantised()}
+    dense = token_logits(model.decoder, weight_stream(model), ids).log_softmax(-1)
+    small = token_logits(model.decoder, changed.items(), ids).log_softmax(-1)
+    divergence = float((dense.exp() * (dense - small)).sum(-1).mean())
+    assert np.isclose(found.head, divergence, rtol=0.35)
