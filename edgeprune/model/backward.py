@@ -1,8 +1,8 @@
 """One backward pass of the whole model, a layer at a time: how much each token's state moves the loss.
 
 The forward pass writes every layer's input to disk; the backward pass reads it again, together with the layer's
-weights, in reverse order. So the activations and the weights of one layer at most are in memory. It does not know
-what the gradients are used for.
+weights, in reverse order. So the activations and the weights of one layer at most are in memory. It hands out what it
+computes on its way, so that nobody has to compute it again; it does not know what that is used for.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.files import scratch_folder
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
+    BIAS,
     CHUNK_TOKENS,
     LOGIT_ROWS,
+    OUTPUT,
+    LayerWeights,
     Tables,
     add_layer,
     embed,
+    has_experts,
     head_logits,
     layer_weights,
+    module_activation,
     module_output,
     module_raw,
     modules_of,
@@ -33,27 +39,49 @@ from edgeprune.model.model import Model
 
 
 @dataclass(frozen=True)
-class TokenGradients:
-    """||dL/dh_t||^2, (samples, tokens) fp32 each: behind every module, by layer and kind, and behind the embedding."""
+class ModuleStates:
+    """A module of the dense model on b samples of t tokens: what it reads and gives, fp32, and how much that matters.
 
-    modules: list[dict[str, torch.Tensor]]
-    embedding: torch.Tensor
+    weights: of its layer; source: (b, t, c), the stream that it reads; inputs: (b, t, in_features), of its output
+    projection, None of a mixture of experts; raw: (b, t, c), the output of that projection, before any norm; energy:
+    (b, t), ||dL/dh_t||^2 with h the stream behind the module.
+    """
+
+    index: int
+    kind: str
+    weights: LayerWeights
+    source: torch.Tensor
+    inputs: torch.Tensor | None
+    raw: torch.Tensor
+    energy: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both ends of a backward pass: the stream behind the last layer (samples, tokens, c), and ||dL/dh_t||^2 behind the
+    embedding (samples, tokens), fp32."""
+
+    last: torch.Tensor
+    embedding_energy: torch.Tensor
 
 
 def token_gradients(
-    model: Model, ids: torch.Tensor, seed: int, on_layer: Callable[[], None] = lambda: None
-) -> TokenGradients:
-    """Returns the squared lengths of the gradients of the loss L by the stream's states h_t.
+    model: Model,
+    ids: torch.Tensor,
+    seed: int,
+    on_module: Callable[[ModuleStates], None],
+    on_layer: Callable[[], None] = lambda: None,
+) -> Ends:
+    """Hands out the squared lengths of the gradients of the loss L by the stream's states h_t, module by module.
 
     L is the summed negative log-likelihood in nats of one label per token, drawn from the model's own distribution,
     so that E[g g^T] is the Fisher information (Martens 2020, arXiv 1412.1193): a change dy of the stream behind the
-    module raises the loss by about 1/2 E[(g . dy)^2]. ids: (samples, tokens) int64. on_layer is called twice for each
-    layer.
+    module raises the loss by about 1/2 E[(g . dy)^2]. ids: (samples, tokens) int64. on_module is called for the last
+    module first, without gradients; on_layer twice for each layer.
     """
     decoder = model.decoder
     count = len(decoder.layers)
     tables = Tables(decoder, ids.shape[1])
-    energies: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
     with scratch_folder() as folder:
         # Forward: keep the input of every layer on disk.
         with torch.inference_mode():
@@ -68,31 +96,64 @@ def token_gradients(
         # Backward through one layer at a time: run it again with gradients, a chunk of samples at a time.
         for index in reversed(range(count)):
             weights = layer_weights(model, index)
-            kinds = modules_of(decoder, index)
             entering = torch.from_numpy(np.fromfile(folder / str(index), np.float32)).view_as(gradient)
-            chunks = []
-            for states_in, gradient_out in zip(
-                row_chunks(entering, CHUNK_TOKENS), row_chunks(gradient, CHUNK_TOKENS), strict=True
-            ):
-                # states: the input of the layer and what follows each of its modules, (chunk, t, c) each.
-                states = [states_in.clone().requires_grad_(True)]
-                for kind in kinds:
-                    source = states[0] if decoder.parallel else states[-1]
-                    raw = module_raw(decoder, index, kind, weights, source, tables)
-                    states.append(states[-1] + module_output(decoder, kind, weights, raw))
-                # Keep the gradient of the layer's input, and of the others only their squared lengths (chunk, t).
-                gradients = [*torch.autograd.grad(states[-1], states[:-1], gradient_out), gradient_out]
-                gradients = [
-                    _of_states(state_gradient, state) for state_gradient, state in zip(gradients, states, strict=True)
-                ]
-                chunks.append(
-                    [gradients[0], *(state_gradient.square().sum(dim=-1) for state_gradient in gradients[1:])]
-                )
-            # Join the chunks of samples.
-            gradient, *squared_lengths = (torch.cat(chunk_results) for chunk_results in zip(*chunks, strict=True))
-            energies[index] = dict(zip(kinds, squared_lengths, strict=True))
+            parts = zip(row_chunks(entering, CHUNK_TOKENS), row_chunks(gradient, CHUNK_TOKENS), strict=True)
+            chunks = [_backward(decoder, index, weights, *part, tables) for part in parts]
+            gradient = torch.cat([of_input for of_input, _ in chunks])
+            # Hand out the modules of all chunks as one, and free them before the next layer.
+            modules = [list(of_chunk) for of_chunk in zip(*(states for _, states in chunks), strict=True)]
+            del chunks
+            with torch.inference_mode():
+                while modules:
+                    on_module(_joined(modules.pop()))
             on_layer()
-    return TokenGradients(energies, gradient.square().sum(dim=-1))
+    return Ends(hidden, gradient.square().sum(dim=-1))
+
+
+def _backward(
+    decoder: Decoder,
+    index: int,
+    weights: LayerWeights,
+    states_in: torch.Tensor,
+    gradient_out: torch.Tensor,
+    tables: Tables,
+) -> tuple[torch.Tensor, list[ModuleStates]]:
+    """Returns the gradient by the input of a layer, and its modules, on a chunk of samples.
+
+    states_in: (chunk, t, c), the input; gradient_out: (chunk, t, c), that of its output.
+    """
+    kinds = modules_of(decoder, index)
+    # states: the input of the layer and what follows each of its modules, (chunk, t, c) each.
+    states, found = [states_in.clone().requires_grad_(True)], []
+    for kind in kinds:
+        source = states[0] if decoder.parallel else states[-1]
+        inputs = None
+        if has_experts(decoder, index, kind):
+            raw = module_raw(decoder, index, kind, weights, source, tables)
+        else:
+            inputs = module_activation(decoder, index, kind, weights, source, tables)
+            raw = F.linear(inputs, weights[OUTPUT[kind]], weights.get(BIAS[kind]))
+        states.append(states[-1] + module_output(decoder, kind, weights, raw))
+        found.append((kind, source.detach(), None if inputs is None else inputs.detach(), raw.detach()))
+    # Keep the gradient of the layer's input, and of the others only their squared lengths (chunk, t).
+    gradients = [*torch.autograd.grad(states[-1], states[:-1], gradient_out), gradient_out]
+    gradients = [_of_states(gradient, state) for gradient, state in zip(gradients, states, strict=True)]
+    modules = [
+        ModuleStates(index, kind, weights, source, inputs, raw, gradient.square().sum(dim=-1))
+        for (kind, source, inputs, raw), gradient in zip(found, gradients[1:], strict=True)
+    ]
+    return gradients[0], modules
+
+
+def _joined(chunks: list[ModuleStates]) -> ModuleStates:
+    """Returns a module on all samples; consumes its chunks."""
+    first = chunks[0]
+    inputs = None if first.inputs is None else torch.cat([chunk.inputs for chunk in chunks])
+    source, raw, energy = (
+        torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("source", "raw", "energy")
+    )
+    chunks.clear()
+    return ModuleStates(first.index, first.kind, first.weights, source, inputs, raw, energy)
 
 
 def _of_states(gradient: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

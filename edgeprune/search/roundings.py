@@ -7,31 +7,24 @@ head it is measured here on some outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.backward import TokenGradients
+from edgeprune.model.backward import ModuleStates
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     CHUNK_TOKENS,
     OUTPUT,
     LayerWeights,
     Tables,
-    check_finite,
-    embed,
-    entering,
-    has_experts,
     head_logits,
-    layer_weights,
-    module_activation,
     module_output,
     module_raw,
     module_states,
-    modules_of,
     normed,
     row_chunks,
 )
@@ -45,53 +38,49 @@ SHRINKS = (1.0, 0.85, 0.7)  # a rough grid: the response corrects what a finer o
 HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about the same at all of them
 
 
-@torch.inference_mode()
-def measure_roundings(
-    model: Model,
-    ids: torch.Tensor,
-    gradients: TokenGradients,
-    formats: Sequence[WeightFormat],
-    table_formats: Sequence[WeightFormat],
-    on_layer: Callable[[], None] = lambda: None,
-) -> dict[str, RoundingLosses]:
-    """Returns the losses of each format in nats per token, by its name.
+class ModuleRoundings:
+    """The losses of modules in weight formats, gathered module by module from the last to the first.
 
-    ids: calibration samples (b, t) int64; gradients: of these samples; table_formats: those that embedding and head may
-    have, inf in all others. A change dy_t of a module's output costs about
-    1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities; the loss of the head is the
-    divergence of its logits. on_layer is called once for each layer. Raises NumericalError where activations are not
-    finite.
+    ids: calibration samples (b, t) int64, the first ones of those that the modules are run on. A change dy_t of a
+    module's output costs about 1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities.
     """
-    decoder = model.decoder
-    if not formats:
-        return {}
-    tables, share = Tables(decoder, ids.shape[1]), 1 / (2 * decoder.hidden_size * ids.numel())
-    losses: dict[str, dict[str, list[float]]] = {form.name: {"attention": [], "mlp": []} for form in formats}
-    hidden = embed(model, ids)  # (b, t, c)
-    for index in range(len(decoder.layers)):
-        weights = layer_weights(model, index)
-        source = entering(decoder, hidden)
-        for kind in modules_of(decoder, index):
-            rounded = _rounded(decoder, index, kind, weights, source, tables, formats)
-            energy = (gradients.modules[index][kind] * share)[..., None]  # (b, t, 1)
-            totals = np.zeros(len(formats))
-            # Compare the module's output in every format with that of its floats, some samples at a time.
-            parts = (row_chunks(states, CHUNK_TOKENS) for states in (hidden, source, energy))
-            for hidden_part, source_part, energy_part in zip(*parts, strict=True):
-                dense = _output(decoder, index, kind, weights, source_part, tables)
-                check_finite(dense, index, kind)
-                for place, changed in enumerate(rounded):
-                    off = _output(decoder, index, kind, changed, source_part, tables) - dense
-                    totals[place] += float(off.square_().mul_(energy_part).sum())
-                hidden_part += dense
-            for form, total in zip(formats, totals, strict=True):
-                losses[form.name][kind].append(float(total))
-        on_layer()
-    tables_of = _table_losses(model, ids, hidden, gradients.embedding * share, table_formats)
-    return {
-        name: RoundingLosses(np.array(kinds["attention"]), np.array(kinds["mlp"]), *tables_of.get(name, (inf, inf)))
-        for name, kinds in losses.items()
-    }
+
+    def __init__(self, decoder: Decoder, ids: torch.Tensor, formats: Sequence[WeightFormat]) -> None:
+        self.decoder, self.formats, self.samples = decoder, formats, len(ids)
+        self.share = 1 / (2 * decoder.hidden_size * ids.numel())
+        self.tables = Tables(decoder, ids.shape[1])
+        self.found: dict[str, dict[str, list[float]]] = {form.name: {"attention": [], "mlp": []} for form in formats}
+
+    @torch.inference_mode()
+    def add(self, module: ModuleStates) -> None:
+        """Compares a module's output in every format with that of its floats."""
+        decoder, index, kind, weights = self.decoder, module.index, module.kind, module.weights
+        if not self.formats:
+            return
+        source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
+        energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
+        inputs = None if module.inputs is None else module.inputs[: self.samples]
+        for form, changed in zip(
+            self.formats, _rounded(decoder, kind, weights, source, inputs, self.formats), strict=True
+        ):
+            total = 0.0
+            # Some samples at a time.
+            parts = (row_chunks(states, CHUNK_TOKENS) for states in (source, raw, energy))
+            for source_part, raw_part, energy_part in zip(*parts, strict=True):
+                dense = module_output(decoder, kind, weights, raw_part)
+                off = _output(decoder, index, kind, changed, source_part, self.tables) - dense
+                total += float(off.square_().mul_(energy_part).sum())
+            self.found[form.name][kind].append(total)
+
+    def losses(self, of_tables: Mapping[str, tuple[float, float]]) -> dict[str, RoundingLosses]:
+        """Returns the losses of each format in nats per token, by its name; of_tables: those of embedding and head, inf
+        in formats that they may not have."""
+        return {
+            name: RoundingLosses(
+                np.array(kinds["attention"][::-1]), np.array(kinds["mlp"][::-1]), *of_tables.get(name, (inf, inf))
+            )
+            for name, kinds in self.found.items()
+        }
 
 
 def _output(
@@ -102,22 +91,20 @@ def _output(
 
 def _rounded(
     decoder: Decoder,
-    index: int,
     kind: str,
     weights: LayerWeights,
     source: torch.Tensor,
-    tables: Tables,
+    inputs: torch.Tensor | None,
     formats: Sequence[WeightFormat],
-) -> list[LayerWeights]:
-    """Returns the weights of a layer with the matrices of one module rounded, for each format."""
+) -> Iterator[LayerWeights]:
+    """Yields the weights of a layer with the matrices of one module rounded, for each format.
+
+    source: (b, t, c), what the module reads; inputs: (b, t, in_features), what its output projection does.
+    """
     # The mean squares of what the matrices read, on some samples.
     part = row_chunks(source, CHUNK_TOKENS)[0]
     of_states = module_states(decoder, kind, weights, part).flatten(0, 1).square().mean(dim=0)  # (c,)
-    of_output = None
-    if not has_experts(decoder, index, kind):
-        inner = module_activation(decoder, index, kind, weights, part, tables)
-        of_output = inner.flatten(0, 1).square().mean(dim=0)  # (in_features of the output projection,)
-    results = []
+    of_output = None if inputs is None else inputs[: len(part)].flatten(0, 1).square().mean(dim=0)  # (in_features,)
     for form in formats:
         changed = dict(weights)
         for name, weight in weights.items():
@@ -127,18 +114,20 @@ def _rounded(
             if importance is None or len(importance) != weight.shape[1]:  # the output projection of an expert
                 importance = torch.ones(weight.shape[1])
             changed[name] = choose_grid(weight, importance, form, SHRINKS).nearest(weight).dequantised()
-        results.append(changed)
-    return results
+        yield changed
 
 
-def _table_losses(
+@torch.inference_mode()
+def table_losses(
     model: Model, ids: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, formats: Sequence[WeightFormat]
 ) -> dict[str, tuple[float, float]]:
     """Returns the losses of embedding and head by the name of a format; that of a tied table is all in the second.
 
-    hidden: (b, t, c), the stream behind the last layer; energy: (b, t), the weights of changes of the embedding.
+    ids: (b, t) int64; hidden: (b, t, c), the stream behind the last layer; energy: (b, t), ||dL/dh_t||^2 with h the
+    stream behind the embedding.
     """
     decoder = model.decoder
+    energy = energy * (1 / (2 * decoder.hidden_size * ids.numel()))
     embedding = model.weights["embedding"].float()
     head = embedding[: decoder.vocab_size] if decoder.tie_word_embeddings else model.weights["head"].float()
     norm = {name: model.weights[name].float() for name in decoder.norm_shapes("norm")}

@@ -8,15 +8,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from edgeprune.cache import cache_folder, cached
-from edgeprune.model.backward import TokenGradients, token_gradients
-from edgeprune.model.decoder import Attention, Decoder, Layer
+from edgeprune.model.backward import ModuleStates, token_gradients
+from edgeprune.model.decoder import Attention, Decoder
 from edgeprune.model.forward import (
     BIAS,
     OUTPUT,
@@ -41,10 +41,10 @@ from edgeprune.pruning.moments import gram
 from edgeprune.pruning.score import Projection, Score
 from edgeprune.pruning.select import Rank, features_of, select_heads
 from edgeprune.search.response import PROBES, measure_response
-from edgeprune.search.roundings import measure_roundings
+from edgeprune.search.roundings import ModuleRoundings, table_losses
 from edgeprune.search.widths import RoundingLosses, Sensitivities, dense_widths
 
-VERSION = 7  # of the kept results; another number measures again
+VERSION = 8  # of the kept results; another number measures again
 SAMPLES = 16  # on which cuts are measured: their moments need several times as many tokens as the widest module's width
 ROUNDED_SAMPLES = 4  # of these, on which formats are measured, whose errors are averages over all tokens
 
@@ -73,7 +73,7 @@ def sensitivities_of(
 
     def measured() -> Sensitivities:
         samples = torch.from_numpy(ids)
-        advance = progress.stage("measure sensitivities", (4 if formats else 3) * len(model.decoder.layers))
+        advance = progress.stage("measure sensitivities", 2 * len(model.decoder.layers))
         some = _spread(samples, SAMPLES)
         sensitivities = measure_sensitivities(model, some, how.score, seed, formats, table_formats, advance)
         advance = progress.stage("probe the loss", PROBES)
@@ -139,49 +139,6 @@ def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Att
     return errors
 
 
-@torch.inference_mode()
-def _projections(
-    model: Model,
-    ids: torch.Tensor,
-    seed: int,
-    on_layer: Callable[[], None],
-    scales: list[dict[str, torch.Tensor]] | None = None,
-) -> Iterator[tuple[Layer, str, list[Projection]]]:
-    """Yields every module's layer, kind and output projections, one or those of all its experts, on the dense stream.
-
-    ids: (b, t) int64; scales: factors (b, t) of the inputs, by layer and kind. With scales, a norm behind the output
-    projection is taken as a division by the output's length, as if a cut did not change that length.
-    """
-    decoder = model.decoder
-    generator = torch.Generator().manual_seed(seed)
-    tables = Tables(decoder, ids.shape[1])
-    hidden = embed(model, ids)  # (b, t, c)
-    for index, layer in enumerate(decoder.layers):
-        weights = layer_weights(model, index)
-        source = entering(decoder, hidden)
-        for kind in modules_of(decoder, index):
-            # Of a module with experts, every expert's projection on its own tokens.
-            if has_experts(decoder, index, kind):
-                scale = torch.ones(1, 1, 1) if scales is None else scales[index][kind][..., None]
-                states = module_states(decoder, kind, weights, source)
-                experts = expert_inputs(states, weights, layer.mlp, scale)
-                yield layer, kind, [expert_projection(expert, weights, generator) for expert in experts]
-                hidden += module_output(decoder, kind, weights, experts_output(states, weights, layer.mlp))
-                continue
-            # Of any other module its one projection, while the stream moves on through the module.
-            weight = weights[OUTPUT[kind]]  # (c, in_features)
-            inputs = module_inputs(decoder, index, kind, weights, source, tables)  # (b, t, in_features)
-            raw = F.linear(inputs, weight, weights.get(BIAS[kind]))  # (b, t, c)
-            hidden += module_output(decoder, kind, weights, raw)
-            if scales is not None:
-                inputs *= scales[index][kind][..., None]
-                if decoder.norms != "before":
-                    weight = weight * weights[f"{kind}.post_norm"][:, None]
-                    inputs /= raw.square().mean(dim=-1, keepdim=True).sqrt_().clamp_min_(decoder.norm_eps**0.5)
-            yield layer, kind, [Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)]
-        on_layer()
-
-
 def measure_sensitivities(
     model: Model,
     ids: torch.Tensor,
@@ -196,27 +153,52 @@ def measure_sensitivities(
     A change dy_t of a module's output costs about 1/2 E[(g_t . dy_t)^2] nats, with g_t the gradient of the sampled
     loss behind the module. The direction of g_t is taken as independent of that of dy_t, which gives
     1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens: the least squares error of moments that are weighted by
-    ||g_t||^2. on_layer is called three times for each layer, and once more where there are formats.
+    ||g_t||^2. on_layer is called twice for each layer. Raises NumericalError where activations are not finite.
     """
-    # Scale every token's inputs by the square root of its weight.
-    share = 1 / (2 * model.decoder.hidden_size * ids.numel())
-    gradients = token_gradients(model, ids, seed, on_layer)
-    scales = [{kind: (energy * share).sqrt() for kind, energy in layer.items()} for layer in gradients.modules]
-    # Compute the errors of all cuts of a module from the moments of these inputs.
+    decoder = model.decoder
+    generator = torch.Generator().manual_seed(seed)
+    share = 1 / (2 * decoder.hidden_size * ids.numel())
+    roundings = ModuleRoundings(decoder, ids[:ROUNDED_SAMPLES], formats)
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
-    for layer, kind, projections in _projections(model, ids, seed, on_layer, scales):
-        if kind == "attention":
+
+    def measure(module: ModuleStates) -> None:
+        # The formats on some of the samples, before the inputs are scaled in place.
+        roundings.add(module)
+        # The errors of all cuts, from the moments of inputs that are scaled by the square roots of their weights.
+        projections = _weighted(decoder, module, (module.energy * share).sqrt()[..., None], generator)
+        if module.kind == "attention":
             (projection,) = projections
             rank = functools.cache(functools.partial(score, projection))
-            errors[kind].append(attention_errors(projection.weight, projection.gram, layer.attention, rank))
+            attention = decoder.layers[module.index].attention
+            errors["attention"].append(attention_errors(projection.weight, projection.gram, attention, rank))
         else:
-            errors[kind].append(np.sum([_channel_errors(projection, score) for projection in projections], axis=0))
-    # Compute the errors of all formats, on some of the samples.
-    few = min(ROUNDED_SAMPLES, len(ids))
-    modules = [{kind: energy[:few] for kind, energy in layer.items()} for layer in gradients.modules]
-    of_few = TokenGradients(modules, gradients.embedding[:few])
-    roundings = measure_roundings(model, ids[:few], of_few, formats, table_formats, on_layer)
-    return Sensitivities(np.stack(errors["attention"]), np.stack(errors["mlp"]), roundings=roundings)
+            errors["mlp"].append(np.sum([_channel_errors(projection, score) for projection in projections], axis=0))
+
+    ends = token_gradients(model, ids, seed, measure, on_layer)
+    few = slice(ROUNDED_SAMPLES)
+    tables = table_losses(model, ids[few], ends.last[few], ends.embedding_energy[few], table_formats)
+    attention, mlp = (np.stack(errors[kind][::-1]) for kind in ("attention", "mlp"))
+    return Sensitivities(attention, mlp, roundings=roundings.losses(tables))
+
+
+def _weighted(
+    decoder: Decoder, module: ModuleStates, scale: torch.Tensor, generator: torch.Generator
+) -> list[Projection]:
+    """Returns a module's output projections, one or those of all its experts, whose inputs are scaled.
+
+    scale: (b, t, 1). A norm behind the output projection is taken as a division by the output's length, as if a cut did
+    not change that length. The module's inputs are consumed.
+    """
+    weights, kind = module.weights, module.kind
+    if module.inputs is None:
+        states, mlp = module_states(decoder, kind, weights, module.source), decoder.layers[module.index].mlp
+        experts = expert_inputs(states, weights, mlp, scale)
+        return [expert_projection(expert, weights, generator) for expert in experts]
+    weight, inputs = weights[OUTPUT[kind]], module.inputs.mul_(scale)  # (c, in_features), (b, t, in_features)
+    if decoder.norms != "before":
+        weight = weight * weights[f"{kind}.post_norm"][:, None]
+        inputs /= module.raw.square().mean(dim=-1, keepdim=True).sqrt_().clamp_min_(decoder.norm_eps**0.5)
+    return [Projection(weight, gram(inputs.flatten(0, 1)), inputs, generator)]
 
 
 def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
@@ -227,6 +209,7 @@ def _channel_errors(projection: Projection, score: Score) -> np.ndarray:
     return nested_errors(projection.weight, projection.gram, order).numpy()
 
 
+@torch.inference_mode()
 def measure_scores(
     model: Model, ids: torch.Tensor, score: Score, seed: int, on_layer: Callable[[], None] = lambda: None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -235,12 +218,30 @@ def measure_scores(
     They are (num_key_value_heads,) and (intermediate_size,) fp64 for each layer; of a layer with experts, the mean of
     the sorted scores of its experts. ids: calibration samples (samples, tokens) int64.
     """
+    decoder = model.decoder
+    generator = torch.Generator().manual_seed(seed)
+    tables = Tables(decoder, ids.shape[1])
     scores: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
-    for layer, kind, projections in _projections(model, ids, seed, on_layer):
-        unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
-        with_tokens = [projection for projection in projections if projection.inputs.numel()]
-        unit_scores = [score(projection, unit, 1).numpy() for projection in with_tokens]
-        scores[kind].append(
-            unit_scores[0] if len(projections) == 1 else np.mean([np.sort(row) for row in unit_scores], axis=0)
-        )
+    hidden = embed(model, ids)  # (b, t, c)
+    for index, layer in enumerate(decoder.layers):
+        weights = layer_weights(model, index)
+        source = entering(decoder, hidden)
+        for kind in modules_of(decoder, index):
+            unit = layer.attention.head_dim * layer.attention.heads_per_group if kind == "attention" else 1
+            # Of a module with experts, every expert's projection on its own tokens.
+            if has_experts(decoder, index, kind):
+                states = module_states(decoder, kind, weights, source)
+                experts = expert_inputs(states, weights, layer.mlp, torch.ones(1, 1, 1))
+                projections = [expert_projection(expert, weights, generator) for expert in experts]
+                with_tokens = [projection for projection in projections if projection.inputs.numel()]
+                of_experts = [np.sort(score(projection, unit, 1).numpy()) for projection in with_tokens]
+                scores[kind].append(np.mean(of_experts, axis=0))
+                raw = experts_output(states, weights, layer.mlp)
+            else:
+                inputs = module_inputs(decoder, index, kind, weights, source, tables)  # (b, t, in_features)
+                projection = Projection(weights[OUTPUT[kind]], gram(inputs.flatten(0, 1)), inputs, generator)
+                scores[kind].append(score(projection, unit, 1).numpy())
+                raw = F.linear(inputs, weights[OUTPUT[kind]], weights.get(BIAS[kind]))  # (b, t, c)
+            hidden += module_output(decoder, kind, weights, raw)
+        on_layer()
     return scores["attention"], scores["mlp"]

@@ -4,14 +4,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.quantize import choose_grid, gptq, relative_error
-from edgeprune.search.roundings import SHRINKS, gptq_share, measure_roundings
+from edgeprune.pruning.score import numerical
+from edgeprune.search import sensitivity
+from edgeprune.search.roundings import SHRINKS, gptq_share
+from edgeprune.search.sensitivity import measure_sensitivities
+from tests.support.gradients import module_energies
 from tests.support.tiny import as_model, llama
 
 FORMATS = (WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
@@ -21,12 +24,12 @@ def model_of(**config):
     return as_model(llama(hidden_size=96, intermediate_size=96, num_attention_heads=6, head_dim=16, **config))
 
 
-def samples(count: int = 6) -> torch.Tensor:
+def samples(count: int = sensitivity.ROUNDED_SAMPLES) -> torch.Tensor:
     return torch.randint(0, 101, (count, 20), generator=torch.Generator().manual_seed(0))
 
 
 def measured(model, ids):
-    return measure_roundings(model, ids, token_gradients(model, ids, 0), FORMATS, FORMATS)
+    return measure_sensitivities(model, ids, numerical, 0, FORMATS, FORMATS).roundings
 
 
 def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradient():
@@ -52,7 +55,7 @@ def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradie
         for name, inputs in read.items()
     }
     off = output(weights | {name: weight.dequantised() for name, weight in rounded.items()})[1] - dense
-    energy = token_gradients(model, ids, 0).modules[0]["mlp"]
+    energy = module_energies(model, ids)[0]["mlp"]
     expected = (energy * off.square().sum(-1)).sum() / (2 * decoder.hidden_size * ids.numel())
     assert np.isclose(found.mlp[0], float(expected), rtol=1e-3)
 
@@ -129,7 +132,8 @@ def test_gptq_that_the_walk_does_not_take_changes_no_prediction():
     assert gptq_share(on_grid, inputs, form) == 1.0
 
 
-def test_an_untied_head_is_predicted_as_the_walk_rounds_it():
+def test_an_untied_head_is_predicted_as_the_walk_rounds_it(monkeypatch):
+    monkeypatch.setattr(sensitivity, "ROUNDED_SAMPLES", 16)
     model, ids = model_of(tie_word_embeddings=False), samples(16)
     found = measured(model, ids)["int4-32"]
     target = model.decoder.with_format(None, FORMATS[1])

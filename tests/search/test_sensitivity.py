@@ -3,7 +3,6 @@ import io
 import numpy as np
 import torch
 
-from edgeprune.model.backward import token_gradients
 from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs
 from edgeprune.progress import Silent
 from edgeprune.pruning.compensate import MOMENT_DAMPING
@@ -12,6 +11,7 @@ from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import Projection, flap, numerical
 from edgeprune.pruning.select import features_of, select_heads
 from edgeprune.search.sensitivity import measure_scores, measure_sensitivities, sensitivities_of
+from tests.support.gradients import module_energies
 from tests.support.tiny import as_model, llama
 
 
@@ -21,7 +21,7 @@ def test_errors_are_least_squares_errors_weighted_by_the_gradient():
     found = measure_sensitivities(model, ids, numerical, 0)
     assert found.attention.shape == (2, 3, 3)
     assert found.mlp.shape == (2, 65)
-    energy = token_gradients(model, ids, 0).modules[0]["attention"]
+    energy = module_energies(model, ids)[0]["attention"]
     weights = layer_weights(model, 0)
     inputs = module_inputs(model.decoder, 0, "attention", weights, embed(model, ids), Tables(model.decoder, 20), 8)
     rows = (inputs * energy.sqrt()[..., None]).flatten(0, 1).double() / (2 * 48 * ids.numel()) ** 0.5
