@@ -184,7 +184,8 @@ def _head_gradient(model: Model, hidden: torch.Tensor, seed: int) -> torch.Tenso
     for chunk_states in hidden.flatten(0, 1).split(LOGIT_ROWS):
         states = chunk_states.requires_grad_(True)
         logits = head_logits(decoder, normed(decoder, states, norm, "norm"), head)  # (n, vocab_size)
-        labels = drawn(F.softmax(logits.detach(), dim=-1), generator)  # (n,)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        gradients.append(torch.autograd.grad(loss, states)[0])
+        # The gradient of the loss by the logits: what the model expects, less the label.
+        shares = F.softmax(logits.detach(), dim=-1)  # (n, vocab_size)
+        shares[torch.arange(len(shares)), drawn(shares, generator)] -= 1.0
+        gradients.append(torch.autograd.grad(logits, states, shares)[0])
     return torch.cat(gradients).view_as(hidden)

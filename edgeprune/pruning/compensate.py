@@ -23,13 +23,13 @@ from dataclasses import dataclass
 import torch
 
 from edgeprune.pruning.linear import cholesky
-from edgeprune.pruning.moments import cross, gram, held_out_rows
+from edgeprune.pruning.moments import Moments, cross, held_out_rows
 
 DAMPINGS = tuple(10.0 ** (step / 2) for step in range(-8, 5))
 """The dampings g / mean(diag G_SS) that are tried, 1e-4 to 100; the error on held-out samples decides."""
 
-FIRST_DAMPING = DAMPINGS.index(0.1)
-PROBED_OUTPUTS = 128
+FIRST_DAMPING = 0.1
+PROBED_OUTPUTS = 64
 """Output features on which damping and blend are chosen, at most: enough to average over, cheap for wide models."""
 
 MOMENT_DAMPING = 1e-2
@@ -62,16 +62,21 @@ def least_squares_update(moments: torch.Tensor, cross: torch.Tensor, damping: fl
 
 
 def compensate(
-    weight: torch.Tensor, moments: torch.Tensor, inputs: torch.Tensor, lost: torch.Tensor, teacher: torch.Tensor
+    weight: torch.Tensor,
+    moments: Moments,
+    inputs: torch.Tensor,
+    lost: torch.Tensor,
+    teacher: torch.Tensor,
+    first_damping: float = FIRST_DAMPING,
 ) -> Compensation:
     """Returns the update with the damping and the blend of targets that come closest to the teacher target.
 
     Damping and blend are chosen by the error on held-out samples, with the update solved on the other samples; the
-    final solve uses all samples. weight: (out_features, kept) fp32, the kept columns; moments: (kept, kept) fp64,
-    X_S^T X_S of all tokens; inputs: (samples, tokens, kept) fp32, X_S; lost: (samples, tokens, out_features) fp32,
-    X_P W_P^T, the output of the removed features, which is the residual of the symmetric target; teacher: (samples,
-    tokens, out_features) fp32, the teacher target. The last two are consumed. Raises NumericalError if the moments
-    are not finite.
+    final solve uses all samples. weight: (out_features, kept) fp32, the kept columns; moments: X_S^T X_S; inputs:
+    (samples, tokens, kept) fp32, X_S; lost: (samples, tokens, out_features) fp32, X_P W_P^T, the output of the removed
+    features, which is the residual of the symmetric target; teacher: (samples, tokens, out_features) fp32, the teacher
+    target. The last two are consumed. first_damping: of DAMPINGS, where their search starts. Raises NumericalError if
+    the moments are not finite.
     """
     held = held_out_rows(*inputs.shape[:2])  # (n,)
     # (n, kept), (n, out_features), (n, out_features)
@@ -80,35 +85,40 @@ def compensate(
     # From here on `teacher` is the residual of the teacher target, T - X_S W_S^T.
     teacher.addmm_(inputs, weight.T, alpha=-1)
     before = float(teacher[held].square().sum(dtype=torch.float64)) / energy
-    choice = _choose(moments, inputs, lost, teacher, held)
+    choice = _choose(moments, inputs, lost, teacher, held, first_damping)
     if choice is None:
         return Compensation(weight, None, 0.0, before, before)
     damping, blend, share = choice
     # Solve on all samples for the blend of both residuals.
     residual = lost.lerp_(teacher, blend)  # (n, out_features)
-    update = least_squares_update(moments, cross(inputs, residual), damping)
+    update = least_squares_update(moments.all, cross(inputs, residual), damping)
     return Compensation(weight + update.T.float(), damping, blend, before, before * share)
 
 
 def _choose(
-    moments: torch.Tensor, inputs: torch.Tensor, own: torch.Tensor, teacher: torch.Tensor, held: torch.Tensor
+    moments: Moments,
+    inputs: torch.Tensor,
+    own: torch.Tensor,
+    teacher: torch.Tensor,
+    held: torch.Tensor,
+    first_damping: float,
 ) -> tuple[float, float, float] | None:
     """Returns damping, blend and the share of the teacher's squared residual that is left; None where no update
     lowers it.
 
-    moments: (kept, kept) of all tokens; inputs: (n, kept); own, teacher: (n, out_features), the residuals of the
-    symmetric and of the teacher target; held: (n,) bool. The error is quadratic in the blend, so that the best blend
-    is a division. The dampings are searched upward and downward from FIRST_DAMPING.
+    inputs: (n, kept); own, teacher: (n, out_features), the residuals of the symmetric and of the teacher target; held:
+    (n,) bool. The error is quadratic in the blend, so that the best blend is a division. The dampings are searched
+    upward and downward from the first.
     """
     outputs = own.shape[1]
     # Some of the output features are enough to choose on.
     probed = torch.arange(0, outputs, -(-outputs // PROBED_OUTPUTS))
     residuals = torch.cat([own[:, probed], teacher[:, probed]], dim=1)  # (n, 2 * probed)
-    # The moments of the other tokens: those of all tokens less those of the held-out ones.
+    # What the other tokens give: that of all tokens less that of the held-out ones.
     fit_cross = cross(inputs, residuals)  # (kept, 2 * probed)
     inputs, residuals = inputs[held], residuals[held]  # of the held-out tokens from here on
     fit_cross -= cross(inputs, residuals)
-    fit_moments = gram(inputs).neg_().add_(moments)  # (kept, kept)
+    fit_moments = moments.all - moments.held_out  # (kept, kept)
     own, teacher = residuals.chunk(2, dim=1)
 
     @functools.cache
@@ -123,7 +133,7 @@ def _choose(
         return float((left - blend * turn).square().sum(dtype=torch.float64)), blend
 
     # Walk from the first damping in either direction as long as the error falls.
-    best = FIRST_DAMPING
+    best = DAMPINGS.index(first_damping)
     for direction in (1, -1):
         while 0 <= best + direction < len(DAMPINGS) and attempt(best + direction) < attempt(best):
             best += direction
@@ -132,19 +142,20 @@ def _choose(
     return (DAMPINGS[best], blend, error / before) if error < before else None
 
 
-def nested_errors(weight: torch.Tensor, moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Returns the error left after compensation when the first k features of `order` are kept, for every k.
+def nested_errors(weight: torch.Tensor, moments: torch.Tensor, order: torch.Tensor, least: int = 0) -> torch.Tensor:
+    """Returns the error left after compensation when the first k features of `order` are kept, for k from `least` on.
 
     With L the Cholesky factor of the moments in that order, the Schur complement of the kept block is
     L_PP L_PP^T, so that the least squares error is ||L_PP^T W_P||^2: the sum of the rows from k on of
     L^T W, because L is lower triangular. One factorisation gives all widths.
 
     weight: (out_features, in_features) fp32; moments: (in_features, in_features) fp64; order: a
-    permutation (in_features,), most important first. Returns (in_features + 1,) fp64, falling, 0 at the end.
+    permutation (in_features,), most important first. Returns (in_features - least + 1,) fp64, falling, 0 at the end.
     Raises NumericalError if the moments are not finite.
     """
-    factor = cholesky(moments[order][:, order], MOMENT_DAMPING)  # L, (in_features, in_features)
-    rows = (factor.T @ weight.double().T[order]).square().sum(dim=1)  # (in_features,)
+    factor = cholesky(moments[order][:, order], MOMENT_DAMPING)[least:, least:]  # of L, (removed, removed) at most
+    # Sums of squares need no fp64 products.
+    rows = (factor.T.float() @ weight.T[order[least:]]).square_().sum(dim=1, dtype=torch.float64)  # (removed,)
     # The sum of the rows from k on, for every k.
     errors = torch.zeros(len(rows) + 1, dtype=torch.float64)
     errors[:-1] = rows.flip(0).cumsum(0).flip(0)

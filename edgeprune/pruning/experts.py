@@ -16,7 +16,7 @@ from edgeprune.model.decoder import Mlp
 from edgeprune.model.forward import LayerWeights, expert_tokens, mlp_activation, routed
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.compensate import compensate
-from edgeprune.pruning.moments import gram
+from edgeprune.pruning.moments import gram, moments_of
 from edgeprune.pruning.quantize import Quantisation
 from edgeprune.pruning.rounding import round_on, round_together
 from edgeprune.pruning.score import Projection, Score, magnitude
@@ -117,7 +117,7 @@ def cut_experts(
             cut.roundings.append(result)
         cut.weights |= rounded if form is not None else new
         # Update the down projection, where the expert has tokens enough.
-        moments = gram(inputs[0]) if form is not None else projection.gram[kept[:, None], kept]  # (size, size)
+        moments = moments_of(inputs, None if form is not None else projection.gram[kept[:, None], kept])
         if compensates and (size < mlp.intermediate_size or form is not None):
             if len(expert.tokens) < size:
                 cut.few.append(expert.expert)
@@ -128,7 +128,7 @@ def cut_experts(
                 cut.errors.append((solved.error_before, solved.error_after))
         cut.weights[expert.prefix + "down"] = down
         if form is not None:
-            result = round_on(down, inputs, form, moments)
+            result = round_on(down, moments, form)
             cut.weights[expert.prefix + "down"], down = result.weight, result.weight.dequantised()
             cut.roundings.append(result)
         # Add the expert's output to that of its tokens.

@@ -5,6 +5,8 @@ Pure: arrays in, arrays out; it does not know which module the inputs belong to.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 CHUNK = 2048  # tokens of one fp32 product
@@ -12,23 +14,54 @@ BLOCK = 512  # features of one product
 
 
 def gram(inputs: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
-    """Returns X^T X (features, features) fp64, exactly symmetric, of the inputs X (n, features) fp32.
-
-    Only blocks on and below the diagonal are multiplied: half the work, and no fp32 copy of the whole.
-    """
-    # The blocks on and below the diagonal.
-    features = inputs.shape[1]
-    total = torch.zeros(features, features, dtype=torch.float64)
+    """Returns X^T X (features, features) fp64, exactly symmetric, of the inputs X (n, features) fp32."""
+    total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
     for rows in inputs.split(chunk):
-        for start in range(0, features, BLOCK):
-            total[start:, start : start + BLOCK] += rows[:, start:].T @ rows[:, start : start + BLOCK]
-    # Mirror them above the diagonal, within the blocks on it too.
-    for start in range(0, features, BLOCK):
-        end = min(start + BLOCK, features)
+        _add_products(total, rows)
+    return _mirrored(total)
+
+
+def _add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Adds X^T X of rows X (n, features) to the blocks on and below the diagonal of total (features, features).
+
+    Only these are multiplied: half the work, and no fp32 copy of the whole.
+    """
+    for start in range(0, len(total), BLOCK):
+        total[start:, start : start + BLOCK] += rows[:, start:].T @ rows[:, start : start + BLOCK]
+
+
+def _mirrored(total: torch.Tensor) -> torch.Tensor:
+    """Mirrors what is below the diagonal above it, in place, within the blocks on it too; returns it."""
+    for start in range(0, len(total), BLOCK):
+        end = min(start + BLOCK, len(total))
         total[start:end, end:] = total[end:, start:end].T
         corner = total[start:end, start:end]
         corner.copy_(corner.tril() + corner.tril(-1).T)
     return total
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The second moments (features, features) fp64 of so many tokens, of all of them and of the held-out ones."""
+
+    tokens: int
+    all: torch.Tensor
+    held_out: torch.Tensor
+
+
+def moments_of(inputs: torch.Tensor, total: torch.Tensor | None = None) -> Moments:
+    """Returns the moments of inputs (samples, tokens, features) fp32; total: (features, features), those of all where
+    they are known."""
+    rows, is_held_out = inputs.flatten(0, 1), held_out_rows(*inputs.shape[:2])  # (n, features), (n,)
+    features = rows.shape[1]
+    held_out, others = (torch.zeros(features, features, dtype=torch.float64) for _ in range(2))
+    # Some tokens at a time, each multiplied once.
+    for part, is_held in zip(rows.split(CHUNK), is_held_out.split(CHUNK), strict=True):
+        _add_products(held_out, part[is_held])
+        if total is None:
+            _add_products(others, part[~is_held])
+    held_out = _mirrored(held_out)
+    return Moments(len(rows), _mirrored(others).add_(held_out) if total is None else total, held_out)
 
 
 def cross(inputs: torch.Tensor, outputs: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:

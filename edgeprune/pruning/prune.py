@@ -26,7 +26,7 @@ from edgeprune.model.forward import (
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.pruning.methods import Method, Recovery
-from edgeprune.pruning.moments import gram
+from edgeprune.pruning.moments import moments_of
 from edgeprune.pruning.rounding import round_on, round_table
 from edgeprune.pruning.walk import ModuleRecord, Walk
 
@@ -125,5 +125,5 @@ def prune(
     if form is not None:
         floats = {name: weight.float() for name, weight in norm.items()}
         states = normed(dense, walk.pruned, floats, "norm").mul_(importance.sqrt())  # (b, t, c)
-        head = round_on(head, states, form, gram(states.flatten(0, 1))).weight
+        head = round_on(head, moments_of(states), form).weight
     yield "head", head

@@ -29,7 +29,8 @@ SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 DAMPING = 1e-2  # added to the moments as a share of their mean diagonal: few samples determine few directions
 BLOCK = 128  # columns whose changes of all later columns are gathered into one product
 ROWS = 4096  # outputs that are rounded at a time
-PROBED_OUTPUTS = 128  # on which GPTQ is compared with rounding, at most
+GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
+PROBED_OUTPUTS = 64  # on which GPTQ is compared with rounding, and the error is taken, at most
 
 Rounding = Literal["gptq", "nearest"]
 
@@ -38,8 +39,8 @@ Rounding = Literal["gptq", "nearest"]
 class Quantisation:
     """A rounded weight and how good it is.
 
-    rounding: `nearest` where GPTQ was not better on held-out samples; error: tr((W - Q) G (W - Q)^T) / tr(W G W^T) on
-    all samples, nan where there are none.
+    rounding: `nearest` where GPTQ was not better on held-out samples; error: tr((W - Q) G (W - Q)^T) / tr(W G W^T) of
+    some outputs on all samples, nan where there are none.
     """
 
     weight: QuantisedWeight
@@ -81,9 +82,15 @@ def choose_grid(
     groups do not divide the inputs.
     """
     groups = form.groups_of(weight.shape[1])
-    grouped = weight.unflatten(1, (groups, -1))  # (out, groups, group)
     importance = importance.to(weight.dtype).unflatten(0, (groups, -1))  # (groups, group)
     importance = torch.where(importance.sum(dim=1, keepdim=True) > 0, importance, 1.0)
+    rows = max(1, GRID_WEIGHTS // weight.shape[1])
+    parts = [_best_grid(part.unflatten(1, (groups, -1)), importance, form, shrinks) for part in weight.split(rows)]
+    return Grid(form, torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
+
+
+def _best_grid(grouped: torch.Tensor, importance: torch.Tensor, form: WeightFormat, shrinks: Sequence[float]) -> Grid:
+    """Returns the grid of weights (out_features, groups, group); importance: (groups, group)."""
     low, high = grouped.amin(dim=2).clamp_max_(0), grouped.amax(dim=2).clamp_min_(0)  # (out, groups)
     least_error = torch.full_like(low, torch.inf)
     best = Grid(form, torch.empty_like(low), torch.empty_like(low))
@@ -137,28 +144,30 @@ def _inverse_factor(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor
     """Returns the upper factor U (in_features, in_features) fp32 of the inverse moments, and the order of its rows."""
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     # With the order reversed, the inverse of the lower factor of G gives U without the inverse of G itself:
-    # P G P = L L^T with P the reversal makes G^-1 = (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper.
+    # P G P = L L^T with P the reversal makes G^-1 = (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper. The damping keeps L
+    # well-conditioned, so that its inverse needs no fp64.
     backward = order.flip(0)
-    lower = cholesky(moments[backward][:, backward], damping)
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
-    return inverse.flip(0, 1).float(), order
+    lower = cholesky(moments[backward][:, backward], damping).float()
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
+    return inverse.flip(0, 1), order
 
 
 def _gptq(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Returns the codes (out_features, in_features) fp32; factor, order: as _inverse_factor returns them."""
     form = grid.form
+    changes = factor / factor.diagonal()[:, None]  # U_ij / U_ii
     scales, zeros = grid.columns(order)  # (in, out)
     left = weight.T[order].contiguous()  # (in, out), the weights as the roundings so far have changed them
     codes = torch.empty_like(left)
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))
-        errors = torch.empty_like(left[start:end])  # (block, out), each over U_ii
+        errors = torch.empty_like(left[start:end])  # (block, out)
         for i in range(start, end):
             code = _codes(form, left[i], scales[i], zeros[i])
             codes[i] = code
-            off = torch.sub(left[i], code.sub_(zeros[i]).mul_(scales[i]), out=errors[i - start]).div_(factor[i, i])
-            left[i + 1 : end].addr_(factor[i, i + 1 : end], off, alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+            off = torch.sub(left[i], code.sub_(zeros[i]).mul_(scales[i]), out=errors[i - start])
+            left[i + 1 : end].addr_(changes[i, i + 1 : end], off, alpha=-1)
+        left[end:].addmm_(changes[start:end, end:].T, errors, alpha=-1)
     return torch.empty_like(weight).index_copy_(1, order, codes.T)
 
 
@@ -175,23 +184,29 @@ def quantise(
     rounding: Rounding = "nearest"
     if held_out is not None and _is_gptq_better(weight, moments, held_out, form):
         rounding, factor = "gptq", _inverse_factor(moments, DAMPING)
-    parts, energies, of = [], torch.zeros(2, dtype=torch.float64), moments.float()
+    parts = []
     for rows in weight.split(ROWS):
         rows = rows.float()
         grid = choose_grid(rows, moments.diagonal(), form)
         rounded = grid.nearest(rows) if rounding == "nearest" else grid.with_codes(_gptq(rows, *factor, grid))
         parts.append(rounded)
-        energies += torch.tensor([_energy(rows - rounded.dequantised(), of), _energy(rows, of)], dtype=torch.float64)
-    return Quantisation(joined(parts), rounding, float(energies[0] / energies[1]))
+    result, some = joined(parts), probed_outputs(weight)
+    error = relative_error(weight[some].float(), result.rows(some).dequantised(), moments)
+    return Quantisation(result, rounding, error)
 
 
 def _is_gptq_better(weight: torch.Tensor, moments: torch.Tensor, held_out: torch.Tensor, form: WeightFormat) -> bool:
     """Returns whether GPTQ on the other samples leaves a smaller error on the held-out ones; on some outputs."""
-    rows = weight[:: -(-len(weight) // PROBED_OUTPUTS)].float()
+    rows = weight[probed_outputs(weight)].float()
     grid = choose_grid(rows, moments.diagonal(), form)
     tried = (gptq(rows, moments - held_out, grid), grid.nearest(rows))
     by_gptq, by_nearest = (_energy(rows - rounded.dequantised(), held_out.float()) for rounded in tried)
     return by_gptq < by_nearest
+
+
+def probed_outputs(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the places of at most PROBED_OUTPUTS outputs, spread over all of a weight (out_features, in_features)."""
+    return torch.arange(0, len(weight), -(-len(weight) // PROBED_OUTPUTS))
 
 
 def relative_error(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor) -> float:

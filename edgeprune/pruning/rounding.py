@@ -14,20 +14,16 @@ import torch
 from edgeprune.model.forward import LayerWeights
 from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.precision import WeightFormat
-from edgeprune.pruning.moments import gram, held_out_rows
+from edgeprune.pruning.moments import Moments, moments_of
 from edgeprune.pruning.quantize import Quantisation, quantise
 
 
-def round_on(weight: torch.Tensor, inputs: torch.Tensor, form: WeightFormat, moments: torch.Tensor) -> Quantisation:
-    """Returns a weight (out_features, in_features) fp32 rounded on its inputs (b, t, in_features).
+def round_on(weight: torch.Tensor, moments: Moments, form: WeightFormat) -> Quantisation:
+    """Returns a weight (out_features, in_features) fp32 rounded on the moments of its inputs.
 
-    moments: (in_features, in_features) fp64 of all inputs. Inputs of fewer tokens than features leave too much open for
-    GPTQ: the weight is rounded to nearest.
+    Inputs of fewer tokens than features leave too much open for GPTQ: the weight is rounded to nearest.
     """
-    flat = inputs.flatten(0, 1)  # (b * t, in_features)
-    if len(flat) < weight.shape[1]:
-        return quantise(weight, moments, None, form)
-    return quantise(weight, moments, gram(flat[held_out_rows(*inputs.shape[:2])]), form)
+    return quantise(weight, moments.all, moments.held_out if moments.tokens >= weight.shape[1] else None, form)
 
 
 def round_table(table: torch.Tensor, form: WeightFormat | None) -> torch.Tensor | QuantisedWeight:
@@ -41,5 +37,5 @@ def round_together(
     weights: LayerWeights, names: Sequence[str], inputs: torch.Tensor, form: WeightFormat
 ) -> tuple[dict[str, QuantisedWeight], Quantisation]:
     """Returns the rounded weights of these names, which read the same inputs (b, t, c), and how good they are."""
-    result = round_on(torch.cat([weights[name] for name in names]), inputs, form, gram(inputs.flatten(0, 1)))
+    result = round_on(torch.cat([weights[name] for name in names]), moments_of(inputs), form)
     return dict(zip(names, result.weight.split([len(weights[name]) for name in names]), strict=True)), result

@@ -34,10 +34,10 @@ from edgeprune.model.forward import (
     module_states,
     row_chunks,
 )
-from edgeprune.pruning.compensate import compensate
+from edgeprune.pruning.compensate import FIRST_DAMPING, compensate
 from edgeprune.pruning.experts import cut_experts
 from edgeprune.pruning.methods import Method, Recovery
-from edgeprune.pruning.moments import gram
+from edgeprune.pruning.moments import Moments, gram, moments_of
 from edgeprune.pruning.quantize import Quantisation, Rounding
 from edgeprune.pruning.rounding import round_on, round_together
 from edgeprune.pruning.score import Projection
@@ -87,14 +87,15 @@ def token_scale(hidden: torch.Tensor) -> torch.Tensor:
 class CutModule:
     """A module on its way to the target: its weights so far, by name and fp32, and what its output projection reads.
 
-    inputs: (b, t, kept) fp32, times the square roots of the tokens' weights; moments: (kept, kept) fp64 of these; lost:
-    (b, t, c), what the module gave on the pruned stream before, less what the projection gives now.
+    inputs: (b, t, kept) fp32, times the square roots of the tokens' weights; total: (kept, kept) fp64, the moments of
+    these where they are known; lost: (b, t, c), what the module gave on the pruned stream before, less what the
+    projection gives now.
     """
 
     kind: str
     weights: LayerWeights
     inputs: torch.Tensor | None = None
-    moments: torch.Tensor | None = None
+    total: torch.Tensor | None = None
     lost: torch.Tensor | None = None
 
     @property
@@ -110,7 +111,8 @@ class Walk:
     whole: the stream of the dense model; pruned: the stream behind the modules that are pruned already. Both are
     updated in place. A method that does not compensate needs no dense stream: there both are the same tensor.
     importance: (b, 1, 1), the weight of each sample's tokens in the least squares problems; chunk: tokens that are
-    computed at a time; drifted: a module was cut, so that the streams differ.
+    computed at a time; drifted: a module was cut, so that the streams differ; dampings: by kind, what the last module
+    chose, where the next one's search starts.
     """
 
     dense: Decoder
@@ -123,6 +125,7 @@ class Walk:
     whole: torch.Tensor
     importance: torch.Tensor
     drifted: bool = False
+    dampings: dict[str, float] = field(default_factory=dict)
     read_pruned: torch.Tensor = field(init=False)  # (b, t, c), the streams as the layer's modules read them
     read_whole: torch.Tensor = field(init=False)
 
@@ -227,11 +230,12 @@ class Walk:
             module.weights |= {name: weight.dequantised() for name, weight in rounded.items()}
             self._compute_again(module, index, kind, scale)
         # Update the kept columns toward the dense stream.
+        moments = moments_of(module.inputs, module.total) if compensates or form is not None else None
         if compensates:
-            record = self._compensate(module, kind, raw, scale, record)
+            record = self._compensate(module, kind, moments, raw, scale, record)
         # Round the output projection last, on the same inputs.
         if form is not None:
-            result = round_on(module.weight, module.inputs, form, module.moments)
+            result = round_on(module.weight, moments, form)
             results.append(result)
             rounded[OUTPUT[kind]], module.weights[OUTPUT[kind]] = result.weight, result.weight.dequantised()
         # Move the pruned stream through the new module.
@@ -265,10 +269,10 @@ class Walk:
             removed = projection.mean  # (in_features,)
             removed[kept] = 0.0
             new[BIAS[kind]] = (weight.double() @ removed).float() + (0.0 if bias is None else bias)
-        moments = projection.gram[kept[:, None], kept]  # (kept, kept)
+        total = projection.gram[kept[:, None], kept]  # (kept, kept)
         del projection  # the largest array of the walk: freed before those of the solve are made
         # The inputs (b, t, kept) that the cut projection has, and the output (b, t, c) that is lost with the others.
-        module = CutModule(kind, new, inputs[..., kept], moments)
+        module = CutModule(kind, new, inputs[..., kept], total)
         if self.method.recovery is Recovery.LEAST_SQUARES:
             module.lost = _without(inputs, kept, weight)
         # A norm over all heads changes with the cut, and so do the inputs behind it.
@@ -278,23 +282,31 @@ class Walk:
         return module
 
     def _compute_again(self, module: CutModule, index: int, kind: str, scale: torch.Tensor) -> None:
-        """Computes the inputs of the output projection, their moments and what is lost, after weights have changed."""
+        """Computes the inputs of the output projection and what is lost, after weights have changed."""
         inputs = module_inputs(self.target, index, kind, module.weights, self.read_pruned, self.tables, self.chunk)
         inputs.mul_(scale)
         if module.lost is not None:
             module.lost += F.linear(module.inputs - inputs, module.weight)
         elif self.method.recovery is Recovery.LEAST_SQUARES:
             module.lost = torch.zeros_like(self.pruned)
-        module.inputs, module.moments = inputs, gram(inputs.flatten(0, 1))
+        module.inputs, module.total = inputs, None
 
     def _compensate(
-        self, module: CutModule, kind: str, raw: torch.Tensor | None, scale: torch.Tensor, record: ModuleRecord
+        self,
+        module: CutModule,
+        kind: str,
+        moments: Moments,
+        raw: torch.Tensor | None,
+        scale: torch.Tensor,
+        record: ModuleRecord,
     ) -> ModuleRecord:
         """Updates the output projection of a cut module; returns the record with how good the update is."""
         teacher = self.whole - self.pruned if raw is None else raw  # (b, t, c)
         if BIAS[kind] in module.weights:
             teacher = teacher - module.weights[BIAS[kind]]
-        solved = compensate(module.weight, module.moments, module.inputs, module.lost, teacher.mul_(scale))
+        first = self.dampings.get(kind, FIRST_DAMPING)
+        solved = compensate(module.weight, moments, module.inputs, module.lost, teacher.mul_(scale), first)
+        self.dampings[kind] = solved.damping or first
         module.weights[OUTPUT[kind]] = solved.weight
         return replace(
             record,

@@ -30,8 +30,8 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
-from edgeprune.pruning.moments import gram, held_out_rows
-from edgeprune.pruning.quantize import PROBED_OUTPUTS, choose_grid, gptq, relative_error
+from edgeprune.pruning.moments import moments_of
+from edgeprune.pruning.quantize import choose_grid, gptq, probed_outputs, relative_error
 from edgeprune.search.widths import RoundingLosses
 
 SHRINKS = (1.0, 0.85, 0.7)  # a rough grid: the response corrects what a finer one gains
@@ -161,12 +161,11 @@ def gptq_share(weight: torch.Tensor, inputs: torch.Tensor, form: WeightFormat) -
     weight: (out_features, in_features) fp32, some of whose outputs are rounded; inputs: (b, t, in_features). Of fewer
     tokens than features it is 1: the walk does not try GPTQ either.
     """
-    flat = inputs.flatten(0, 1)  # (b * t, in_features)
-    if len(flat) < weight.shape[1]:
+    of_inputs = moments_of(inputs)
+    if of_inputs.tokens < weight.shape[1]:
         return 1.0
-    is_held_out = held_out_rows(*inputs.shape[:2])  # (b * t,)
-    moments, held_out = gram(flat[~is_held_out]), gram(flat[is_held_out])
-    rows = weight[:: -(-len(weight) // PROBED_OUTPUTS)]  # (outputs, in_features)
+    moments, held_out = of_inputs.all - of_inputs.held_out, of_inputs.held_out
+    rows = weight[probed_outputs(weight)]  # (outputs, in_features)
     grid = choose_grid(rows, moments.diagonal(), form, SHRINKS)
     by_gptq, by_nearest = (
         relative_error(rows, rounded.dequantised(), held_out)

@@ -44,8 +44,8 @@ from edgeprune.search.response import PROBES, measure_response
 from edgeprune.search.roundings import ModuleRoundings, table_losses
 from edgeprune.search.widths import RoundingLosses, Sensitivities, dense_widths
 
-VERSION = 8  # of the kept results; another number measures again
-SAMPLES = 16  # on which cuts are measured: their moments need several times as many tokens as the widest module's width
+VERSION = 9  # of the kept results; another number measures again
+SAMPLES = 12  # on which cuts are measured: their moments need several times as many tokens as the widest module's width
 ROUNDED_SAMPLES = 4  # of these, on which formats are measured, whose errors are averages over all tokens
 
 
@@ -135,7 +135,7 @@ def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Att
             is_removed = torch.ones(attention.query_size, dtype=torch.bool)
             is_removed[kept] = False
             order = torch.cat([kept, is_removed.nonzero().squeeze(1)])
-            errors[groups, heads_per_group - 1] = nested_errors(weight, moments, order)[len(kept)]
+            errors[groups, heads_per_group - 1] = nested_errors(weight, moments, order, len(kept))[0]
     return errors
 
 

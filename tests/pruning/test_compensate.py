@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.pruning.compensate import DAMPINGS, Compensation, compensate, least_squares_update
-from edgeprune.pruning.moments import gram, held_out_rows
+from edgeprune.pruning.moments import held_out_rows, moments_of
 
 
 def case(seed: int, tokens: int = 60, features: int = 10, out: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def solve(
     removed = [j for j in range(weight.shape[1]) if j not in kept.tolist()]
     small, lost = inputs[..., kept], inputs[..., removed] @ weight[:, removed].T
     teacher = inputs @ weight.T if teacher is None else teacher.clone()
-    return compensate(weight[:, kept], gram(small.flatten(0, 1)), small, lost, teacher)
+    return compensate(weight[:, kept], moments_of(small), small, lost, teacher)
 
 
 @settings(max_examples=30, deadline=None)

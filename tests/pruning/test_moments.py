@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.pruning.moments import gram, held_out_rows
+from edgeprune.pruning.moments import gram, held_out_rows, moments_of
 
 
 @settings(max_examples=25, deadline=None)
@@ -26,3 +26,16 @@ def test_of_fewer_than_four_samples_the_last_quarter_of_each_is_held_out():
         held = held_out_rows(samples, 40).view(samples, 40)
         assert held[:, 30:].all()
         assert not held[:, :30].any()
+
+
+def test_moments_of_all_and_of_the_held_out_tokens():
+    inputs = torch.randn(9, 7, 12, generator=torch.Generator().manual_seed(0))
+    rows, held = inputs.flatten(0, 1).double(), held_out_rows(9, 7)
+    found = moments_of(inputs)
+    assert found.tokens == 63
+    assert torch.allclose(found.all, rows.T @ rows, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(found.held_out, rows[held].T @ rows[held], rtol=1e-5, atol=1e-4)
+    total = rows.T @ rows
+    known = moments_of(inputs, total)
+    assert known.all is total
+    assert torch.equal(known.held_out, found.held_out)

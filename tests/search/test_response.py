@@ -8,7 +8,7 @@ from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import numerical
-from edgeprune.search.response import PROBES, coarsest, measure_response, probe_widths
+from edgeprune.search.response import PROBES, coarsest, measure_response, probe_widths, probed_layers
 from edgeprune.search.sensitivity import measure_sensitivities
 from edgeprune.search.widths import Widths
 from tests.support.tiny import as_model, llama
@@ -28,27 +28,38 @@ def divergence(model, target, ids) -> float:
 
 
 def test_the_response_is_the_measured_divergence_over_the_predicted_loss():
-    model = as_model(llama(hidden_size=96, intermediate_size=96, num_attention_heads=6, head_dim=16))
+    settings = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, "head_dim": 16}
+    model = as_model(llama(num_hidden_layers=7, **settings))
     ids = torch.randint(0, 101, (8, 20), generator=torch.Generator().manual_seed(0))
     raw = measure_sensitivities(model, ids, numerical, 0, FORMATS)
     calls = []
     found = measure_response(model, ids, raw, METHODS["default"], 0, FORMATS, lambda: calls.append(1))
     assert len(calls) == PROBES
     # Widths: the prediction of the probe is what it was measured to lose.
-    widths = probe_widths(Widths(2, 3, 96), 2)
+    widths = probe_widths(Widths(2, 3, 96), 7)
+    assert widths[0] == Widths(2, 3, 96)
     expected = divergence(model, model.decoder.with_layer_widths(widths), ids)
     assert np.isclose(found.loss(widths), expected, rtol=1e-3)
     # Formats: the same, by a factor that all formats share.
     form = WEIGHT_FORMATS["int4-32"]
-    predicted = raw.rounding_loss([Widths(2, 3, 96)] * 2, [(form, form)] * 2)
+    pairs = [(None, None)] + [(form, form)] * 6
+    predicted = raw.rounding_loss([Widths(2, 3, 96)] * 7, pairs)
     factors = {losses.response for losses in found.roundings.values()}
     assert len(factors) == 1
-    assert np.isclose(factors.pop(), divergence(model, model.decoder.with_format(form), ids) / predicted, rtol=1e-3)
+    assert np.isclose(
+        factors.pop(), divergence(model, model.decoder.with_formats(pairs, None, None), ids) / predicted, rtol=1e-3
+    )
 
 
 def test_probes_cut_another_kind_in_each_layer():
     assert probe_widths(Widths(4, 3, 64), 4) == [Widths(3, 3, 64), Widths(4, 2, 64), Widths(4, 3, 48), Widths(3, 3, 64)]
     assert probe_widths(Widths(1, 1, 64), 2) == [Widths(1, 1, 48)] * 2
+
+
+def test_probes_change_the_last_quarter_of_the_layers():
+    widths = probe_widths(Widths(4, 3, 64), 30)
+    assert [width != Widths(4, 3, 64) for width in widths] == [False] * 22 + [True] * 8
+    assert list(probed_layers(9)) == [3, 4, 5, 6, 7, 8]
 
 
 def test_the_coarsest_format_is_probed():
