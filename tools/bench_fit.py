@@ -2,9 +2,10 @@
 
     python tools/bench_fit.py [--repeats 3] [--fit]
 
-Run it with the other cores idle. Times in seconds; pruning is a ratio to one dense forward pass over the
-same tokens, interleaved in the same process. --fit also runs `edgeprune fit --device cpu --decode 70%`
-and measures dense and fitted again in a fresh process. Against onnxruntime-genai: tools/bench_graph.py.
+Run it with the other cores idle. Times in seconds; pruning, rounding and the search's measurements are ratios to one
+dense forward pass over the same tokens, interleaved in the same process. --fit TEXT also runs
+`edgeprune fit --device cpu --decode 55% --calibration TEXT` and measures dense and fitted again in a fresh process.
+Against other engines: tools/bench_graph.py.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 
 if TYPE_CHECKING:
     from edgeprune.model.decoder import Decoder
 
-SAMPLES, LENGTH = 16, 256
+SAMPLES, LENGTH = 32, 256  # the product's default
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -91,6 +93,7 @@ def bench_writing(repeats: int) -> None:
 
 
 LIMITS = {"numerical+ls": "4 x", "obs+ls": "8 x"}
+MEASURED = "sensitivities of widths and two formats, with probes"
 
 
 def least_flops(dense: Decoder, target: Decoder) -> float:
@@ -114,40 +117,54 @@ def least_flops(dense: Decoder, target: Decoder) -> float:
 
 
 def bench_pruning(repeats: int) -> None:
-    """Times pruning of all layers, with the MLP at 3/4 and one query head of every group removed."""
+    """Times pruning of all layers, with the MLP at 3/4 and one query head of every group removed; the same with all
+    layers rounded to int4 in the same walk; and what the search measures before."""
     import torch
 
     from edgeprune.model.forward import token_losses, weight_stream
     from edgeprune.model.load import load_model
-    from edgeprune.pruning.methods import METHODS
+    from edgeprune.precision import WEIGHT_FORMATS
+    from edgeprune.progress import Silent
+    from edgeprune.pruning.methods import DEFAULT, METHODS
     from edgeprune.pruning.prune import prune
-    from edgeprune.search.sensitivity import measure_sensitivities
+    from edgeprune.search.sensitivity import sensitivities_of
 
     model = load_model("demo")
     ids = torch.randint(0, model.decoder.vocab_size, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     target = model.decoder.with_widths(3, 2, 1152)
-    ratios: dict[str, list[float]] = {name: [] for name in (*LIMITS, "sensitivities")}
+    forms = WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-64"]
+    rounded = target.with_format(forms[1])
+
+    def measure() -> None:
+        with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"EDGEPRUNE_CACHE": cache}):
+            sensitivities_of(model, ids.numpy(), DEFAULT, 0, Silent(), forms, forms[:1])
+
+    works: dict[str, Callable[[], object]] = {
+        name: lambda name=name: list(prune(model, target, ids, METHODS[name], 0)) for name in LIMITS
+    }
+    works["rounded"] = lambda: list(prune(model, rounded, ids, METHODS[DEFAULT], 0))
+    works[MEASURED] = measure
+    ratios: dict[str, list[float]] = {name: [] for name in works}
 
     def forward() -> float:
         return seconds(lambda: token_losses(model.decoder, weight_stream(model), ids))
 
     for _ in range(repeats):
         dense = forward()
-        for name in ratios:
-            if name in LIMITS:
-                took = seconds(lambda: list(prune(model, target, ids, METHODS[name], 0)))  # noqa: B023
-            else:
-                took = seconds(lambda: measure_sensitivities(model, ids, METHODS["default"].score, 0))
+        for name, work in works.items():
+            took = seconds(work)
             before, dense = dense, forward()
             ratios[name].append(2 * took / (before + dense))
     for name, limit in LIMITS.items():
         row(f"prune by {name} / one dense forward pass", ratios[name], "x", limit)
-    row("sensitivities / one dense forward pass", ratios["sensitivities"], "x", "-")
+    added = np.subtract(ratios["rounded"], ratios["obs+ls"])
+    row("int4-64 in the same walk adds / one dense forward pass", list(added), "x", "1.5 x")
+    row(f"{MEASURED} / one pass", ratios[MEASURED], "x", "4 x")
     print(f"{SAMPLES * LENGTH} tokens; the floor of pruning by FLOPs is {least_flops(model.decoder, target):.2f} x")
 
 
-def bench_fit() -> None:
-    """Fits the demo model to 70 % of its decode on this processor and measures the result again."""
+def bench_fit(calibration: Path) -> None:
+    """Fits the demo model to 55 % of its decode on this processor and measures the result again."""
     from edgeprune.bundle.read import read_report
     from edgeprune.engine.onnx.graph import write_graphs
     from edgeprune.model.load import load_model
@@ -160,12 +177,16 @@ def bench_fit() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "fitted"
-        words = ["fit", "demo", "--device", "cpu", "--decode", "70%", "--output", str(output)]
+        words = ["fit", "demo", "--device", "cpu", "--decode", "55%", "--output", str(output)]
+        words += ["--calibration", str(calibration)]
         took = seconds(lambda: subprocess.run([sys.executable, "-m", "edgeprune.cli.app", *words], check=False))
         report = read_report(output)
         print(
-            f"fit --device cpu --decode 70%: {report.status}, {len(report.search.candidates)} candidates, {took:.0f} s"
+            f"fit --device cpu --decode 55%: {report.status}, {len(report.search.candidates)} candidates, {took:.0f} s"
         )
+        for text in report.quality.texts:
+            rise, low, high = text.rise_percent, text.low_percent, text.high_percent
+            print(f"perplexity on {text.name}: {rise:+.2f} % [{low:+.2f}, {high:+.2f}]  limit +1 %")
         model = load_model("demo")
         context = report.workload.context
         write_graphs(model.decoder, model.weights, Path(folder) / "dense", "fp32", VARIANTS, context)
@@ -175,21 +196,21 @@ def bench_fit() -> None:
             measure.LocalSession(), *graphs, workload, timing().measure_seconds, quiet
         )["decode_ratio"]
         print(
-            f"decode fitted / dense, measured again: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  limit 0.73"
+            f"decode fitted / dense, measured again: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  limit 0.56"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--fit", type=Path, metavar="TEXT", help="also a whole fit, calibrated with this file")
     arguments = parser.parse_args()
     bench_help(arguments.repeats)
     bench_reading(arguments.repeats)
     bench_writing(arguments.repeats)
     bench_pruning(arguments.repeats)
     if arguments.fit:
-        bench_fit()
+        bench_fit(arguments.fit)
 
 
 if __name__ == "__main__":
