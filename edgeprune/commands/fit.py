@@ -1,7 +1,7 @@
 """fit(): the way through the house. Read this file first.
 
-    samples -> dense -> sensitivities -> costs -> search (plan, prune, export, build, measure) -> evaluation
-    -> cross-check -> bundle and report
+    formats -> samples -> dense -> sensitivities -> costs -> search (plan, prune, export, build, measure)
+    -> evaluation -> cross-check -> bundle and report
 
 Every step is a stage of the journal: a killed run goes on after the last one that finished.
 """
@@ -18,6 +18,7 @@ from edgeprune.pipeline.flow import (
     quality_status,
     search_budget,
     smaller_candidates,
+    with_packed_formats,
     within_quality,
     working,
 )
@@ -51,6 +52,7 @@ def fit(model: str | Path = DEMO, *, progress: Progress | OnProgress | None = No
 
 def _fitted(run: Run) -> list[Fitted]:
     """Returns the rungs of the bundle, the chosen one first: within the budget where one was found."""
+    run = with_packed_formats(run)
     setup = run.setup
     dense = run.dense.performance
     stop, outcome, gains, costs, levers = None, None, {}, None, None

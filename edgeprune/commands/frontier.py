@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, Limit
-from edgeprune.pipeline.flow import planner_of, search_budget, working
+from edgeprune.pipeline.flow import planner_of, search_budget, with_packed_formats, working
 from edgeprune.pipeline.provenance import command_line
 from edgeprune.pipeline.request import DEMO, FRONTIER_RUNGS, request_of
 from edgeprune.pipeline.results import Fitted
@@ -54,6 +54,7 @@ def frontier(
 
 def _fitted(run: Run) -> list[Fitted]:
     """Returns the rungs, the largest first."""
+    run = with_packed_formats(run)
     setup = run.setup
     dense, planner = run.dense.performance, planner_of(run)
     # Each rung is a search of its own below the last one; all share what was measured before.

@@ -23,7 +23,7 @@ from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.ondevice.tensorrt import BuildResult, holds_copies
 from edgeprune.ondevice.worker import OnProgress
-from edgeprune.precision import GraphPrecision
+from edgeprune.precision import PRECISIONS, GraphPrecision
 from edgeprune.profiles import DeviceProfile
 
 
@@ -51,11 +51,20 @@ class Engine(Protocol):
     reason: str
     builds: bool  # whether a performance needs the exported graphs; an estimate needs the Decoder alone
     measures: bool  # whether latencies are measured
+    compiles: bool  # whether a builder of its own chooses how weights are held
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
     ) -> Performance:
         """Returns memory and latency of a candidate; dense: the dense model with its own, None for itself."""
+
+
+class Compiling(Engine, Protocol):
+    """An engine whose builder chooses how weights are held, in the graph's formats or in copies."""
+
+    def context_bytes(self, model: Exported, workload: Workload, on_progress: OnProgress) -> float | None:
+        """Returns the activations and scratch memory of a model's engine; None where a build that is only a check
+        fails. Raises EngineError."""
 
 
 class Measuring(Engine, Protocol):
@@ -80,6 +89,7 @@ class OnnxRuntime:
     name: str = "onnxruntime"
     builds: bool = True
     measures: bool = True
+    compiles: bool = False
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
@@ -128,24 +138,13 @@ class TensorRT:
     session: Session = ThisMachine()
     builds: bool = True
     measures: bool = True
+    compiles: bool = True
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
     ) -> Performance:
         """Returns the measured performance of a candidate; raises EngineError where it fails or is wrong."""
-        # Build the engine.
-        graph = candidate.graphs / GraphVariant(self.profile.dialect, "last").filename
-        plan = _plan(candidate, self.profile)
-        built = measure.build(
-            self.session,
-            self.name,
-            graph,
-            plan,
-            self.workload,
-            on_progress,
-            workspace_bytes=workspace_bytes(candidate.decoder, self.profile, self.workload, self.precision),
-        )
-        # Check and measure it.
+        plan, built = self._built(candidate, self.workload, on_progress)
         runtime = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision).memory.runtime
         measured = measure.on_tensorrt(
             self.session,
@@ -162,7 +161,11 @@ class TensorRT:
             return measured
         # The runtime's memory is the same for both models: what other programs took meanwhile must not decide.
         measured = replace(measured, memory=replace(measured.memory, runtime=dense[1].memory.runtime))
-        return _with_note_of_copies(measured, candidate, dense, self.precision)
+        return _with_note_of_copies(measured, candidate, dense, self.workload, self.precision)
+
+    def context_bytes(self, model: Exported, workload: Workload, on_progress: OnProgress) -> float | None:
+        """Returns the activations and scratch memory of a model's engine. Raises EngineError."""
+        return self._built(model, workload, on_progress)[1].context_bytes
 
     def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the machine, its GPU, and the engine with its version."""
@@ -179,14 +182,20 @@ class TensorRT:
         """Returns the latencies of several models in ms, built and measured one after the other."""
         latencies: dict[str, dict[str, float]] = {}
         for name, model in models.items():
-            graph, plan = model.graphs / GraphVariant(self.profile.dialect, "last").filename, _plan(model, self.profile)
-            workspace = workspace_bytes(model.decoder, self.profile, self.workload, self.precision)
-            measure.build(self.session, self.name, graph, plan, self.workload, on_progress, workspace_bytes=workspace)
+            plan, _ = self._built(model, self.workload, on_progress)
             seconds = 2 * timing().survey_seconds
             times = measure.engine_latencies(self.session, self.name, plan, self.workload, seconds, on_progress)
             for kind, milliseconds in times.items():
                 latencies.setdefault(kind, {})[name] = milliseconds
         return latencies
+
+    def _built(self, model: Exported, workload: Workload, on_progress: OnProgress) -> tuple[Path, BuildResult]:
+        """Returns the file of a model's engine, which it builds, and the builder's figures. Raises EngineError."""
+        graph, plan = model.graphs / GraphVariant(self.profile.dialect, "last").filename, _plan(model, self.profile)
+        workspace = workspace_bytes(model.decoder, self.profile, workload, self.precision)
+        return plan, measure.build(
+            self.session, self.name, graph, plan, workload, on_progress, workspace_bytes=workspace
+        )
 
 
 @dataclass(frozen=True)
@@ -205,37 +214,55 @@ class BuiltAhead:
     name: str = "tensorrt-rtx"
     builds: bool = True
     measures: bool = False
+    compiles: bool = True
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
     ) -> Performance:
         """Returns the estimated performance of a candidate, with the memory of its engine where that can be built."""
         estimated = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
-        graph = candidate.graphs / GraphVariant(self.profile.dialect, "last").filename
-        limit = workspace_bytes(candidate.decoder, self.profile, self.workload, self.precision)
-        # The engine of the device itself is kept.
-        if self.sm == self.profile.sm:
-            plan = _plan(candidate, self.profile)
-            result = measure.build(
-                ThisMachine(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
-            )
-            return _with_note_of_copies(self._with(estimated, result), candidate, dense, self.precision)
-        # The engine of the nearest SM is only a check.
         try:
-            with scratch_folder(candidate.graphs.parent, "check-") as folder:
-                plan = folder / "check.engine"
-                result = measure.build(
-                    ThisMachine(), "tensorrt-rtx", graph, plan, self.workload, on_progress, self.sm, limit
-                )
-        except EngineError as error:  # a note only: the device's own TensorRT may compile it
+            result = self._built(candidate, self.workload, on_progress)
+        except EngineError as error:
+            if self._is_own:
+                raise
+            # A note only: the device's own TensorRT may compile it.
             note = f"TensorRT for RTX could not compile the graph for SM {self.sm}, as a check: {error.message}"
             return replace(estimated, notes=(*estimated.notes, note))
-        return _with_note_of_copies(self._with(estimated, result), candidate, dense, self.precision)
+        return _with_note_of_copies(self._with(estimated, result), candidate, dense, self.workload, self.precision)
+
+    def context_bytes(self, model: Exported, workload: Workload, on_progress: OnProgress) -> float | None:
+        """Returns the activations and scratch memory of a model's engine; None where the nearest SM's cannot be built.
+
+        Raises EngineError where the device's own cannot.
+        """
+        try:
+            return self._built(model, workload, on_progress).context_bytes
+        except EngineError:
+            if self._is_own:
+                raise
+            return None
+
+    @property
+    def _is_own(self) -> bool:
+        """Returns whether the engine is built for the device's own SM."""
+        return self.sm == self.profile.sm
+
+    def _built(self, model: Exported, workload: Workload, on_progress: OnProgress) -> BuildResult:
+        """Returns the builder's figures of a model's engine, which is kept where it is the device's own.
+
+        Raises EngineError.
+        """
+        graph = model.graphs / GraphVariant(self.profile.dialect, "last").filename
+        workspace = workspace_bytes(model.decoder, self.profile, workload, self.precision)
+        with scratch_folder(model.graphs.parent, "check-") as folder:
+            plan = _plan(model, self.profile) if self._is_own else folder / "check.engine"
+            return measure.build(ThisMachine(), "tensorrt-rtx", graph, plan, workload, on_progress, self.sm, workspace)
 
     def _with(self, estimated: Performance, result: BuildResult) -> Performance:
         """Returns an estimate with the memory of a built engine."""
         # Name the source of the figures.
-        own = self.sm == self.profile.sm
+        own = self._is_own
         basis = f"TensorRT for RTX {result.version}, SM {self.sm}, {result.effort}"
         if not own:
             basis += f": the nearest to SM {self.profile.sm} that it offers"
@@ -268,6 +295,7 @@ class Estimated:
     name: str = "tensorrt"
     builds: bool = False
     measures: bool = False
+    compiles: bool = False
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
@@ -276,17 +304,33 @@ class Estimated:
         return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
 
 
+def dequantises(
+    context_bytes: float, float_context_bytes: float, decoder: Decoder, workload: Workload, precision: GraphPrecision
+) -> bool:
+    """Returns whether an engine's builder dequantised the weights of a Decoder with formats into copies.
+
+    context_bytes: of its engine; float_context_bytes: of one in floats, of the same widths or larger ones.
+    """
+    stream = workload.batch * workload.prompt * decoder.hidden_size * PRECISIONS[precision].element_bytes
+    return holds_copies(context_bytes, float_context_bytes, largest_matrix_bytes(decoder, precision), stream)
+
+
 def _with_note_of_copies(
-    performance: Performance, candidate: Exported, dense: tuple[Exported, Performance] | None, precision: GraphPrecision
+    performance: Performance,
+    candidate: Exported,
+    dense: tuple[Exported, Performance] | None,
+    workload: Workload,
+    precision: GraphPrecision,
 ) -> Performance:
-    """Returns a performance that notes where the engine's builder dequantised the candidate's weights."""
+    """Returns a performance that notes where the engine's builder dequantised the candidate's weights, and which."""
     if dense is None or dense[0].decoder.weight_formats:
         return performance
     own, plain = performance.memory.activations.value, dense[1].memory.activations.value
-    if not holds_copies(own, plain, largest_matrix_bytes(candidate.decoder, precision)):
+    if not dequantises(own, plain, candidate.decoder, workload, precision):
         return performance
+    names = dict.fromkeys(form.name for form in candidate.decoder.weight_formats.values())
     note = (
-        f"the engine dequantises weights of few bits into copies at each step: it needs {own / 2**20:.0f} MiB of "
+        f"the engine dequantises {' or '.join(names)} into copies at each step: it needs {own / 2**20:.0f} MiB of "
         f"activations, the dense model {plain / 2**20:.0f} MiB. Its latency is not what the format promises"
     )
     return replace(performance, notes=(*performance.notes, note))

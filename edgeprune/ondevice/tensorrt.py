@@ -23,6 +23,7 @@ from edgeprune.ondevice.worker import OnProgress, quiet
 
 WEIGHTS_TOLERANCE = 1.05  # of the graph's bytes; an engine with more weights stores something twice
 COPY_SHARE = 0.75  # of the largest matrix: what a builder's activations vary by is less, a copy is all of it
+LEAST_COPY = 2**18  # bytes: what the builds of a small model vary by is less (measured)
 _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel in fp32, all of fp32 on SM 75, ...
     "Attention operation was not supported": "Set `dialect` in the device's profile to primitive, or use "
     "--precision fp16.",
@@ -137,14 +138,18 @@ def _total_bytes(result: BuildResult) -> int:
     return result.weights_bytes + result.context_bytes
 
 
-def holds_copies(context_bytes: float, float_context_bytes: float, largest_matrix_bytes: int) -> bool:
+def holds_copies(
+    context_bytes: float, float_context_bytes: float, largest_matrix_bytes: int, stream_bytes: int
+) -> bool:
     """Returns whether a builder dequantises weights of few bits into copies, which takes memory and time at each step.
 
     Nothing else tells: the weights stay as small as the graph's, and the builder warns of nothing. context_bytes: of an
     engine with weight formats; float_context_bytes: of one without, of the same widths or larger ones;
-    largest_matrix_bytes: of the largest matrix with a weight format, if it were floats.
+    largest_matrix_bytes: of the largest matrix with a weight format, if it were floats; stream_bytes: of the residual
+    stream of a prefill, of which two builds differ by two at most (measured).
     """
-    return context_bytes - float_context_bytes > COPY_SHARE * largest_matrix_bytes > 0
+    jump = context_bytes - float_context_bytes
+    return largest_matrix_bytes > 0 and jump > max(COPY_SHARE * largest_matrix_bytes, 2 * stream_bytes, LEAST_COPY)
 
 
 def _compile(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from math import log1p
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,15 @@ from edgeprune.files import WriteError, read_json, writing
 from edgeprune.ondevice.budget import Budget, judge, judge_quality
 from edgeprune.ondevice.bundle import MANIFEST
 from edgeprune.ondevice.figures import Measured
+from edgeprune.pipeline.formats import without_dequantised
 from edgeprune.pipeline.journal import Journal, open_journal
 from edgeprune.pipeline.output import check_output, work_folder
 from edgeprune.pipeline.ownership import is_bundle, listed
 from edgeprune.pipeline.results import Candidate, Quality, QualityStop
-from edgeprune.pipeline.setup import Setup
+from edgeprune.pipeline.setup import Setup, with_weights
 from edgeprune.pipeline.stages import Run
 from edgeprune.progress import Progress
+from edgeprune.search.dequantised import Dequantised, dequantised_formats
 from edgeprune.search.estimated_costs import estimated_costs, memory_costs
 from edgeprune.search.latency_table import fit, measured_times
 from edgeprune.search.planner import Planner
@@ -105,6 +108,35 @@ def _is_complete(setup: Setup, command: str, journal: Journal) -> bool:
             "Give --force too to replace it, or name another directory with --output.",
         )
     return False
+
+
+def with_packed_formats(run: Run) -> Run:
+    """Returns a run without the weight formats that the engine's builder dequantises, or with a reason that names those
+    that were asked for.
+
+    Builds small models where the engine has a builder. Raises EngineError.
+    """
+    setup, weights = run.setup, run.setup.weights
+    if not (setup.engine.compiles and weights.quantised):
+        return run
+    # Build one model in floats and one in each format.
+    run.progress.stage("build in each weight format")
+    parts = (weights.layers, weights.tables), setup.profile, setup.workload, setup.precision
+    dequantised = run.journal.stage(
+        "formats",
+        lambda: [
+            asdict(one)
+            for one in dequantised_formats(
+                setup.engine, setup.model.decoder, *parts, run.journal.scratch, run.progress.track
+            )
+        ],
+    )
+    # Leave out what is held in floats too.
+    packed = without_dequantised(weights, setup.engine.name, [Dequantised(**one) for one in dequantised])
+    if packed == weights:
+        return run
+    run.progress.note(f"weights: {packed.names} ({packed.reason})")
+    return replace(run, setup=with_weights(setup, packed))
 
 
 def planner_of(run: Run) -> Planner:

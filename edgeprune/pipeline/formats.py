@@ -1,19 +1,23 @@
-"""The weight formats that a search may choose from: what was asked for, what the device's engine runs, what fits.
+"""The weight formats that a search may choose from: what was asked for, what the engine runs packed, what fits.
 
 It does not know what a format costs, nor what it loses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
+from edgeprune.ondevice.budget import format_bytes
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import DeviceProfile, OfferedFormats, version_of
+from edgeprune.search.dequantised import Dequantised
 from edgeprune.search.widths import Format
 
 AUTO, FLOAT = "auto", "float"
+ASKED = "asked for"
 FEW_BITS = 8  # embedding and head in fewer lose as much as all layers together
 
 
@@ -57,7 +61,7 @@ def weight_choice(asked: str, profile: DeviceProfile, decoder: Decoder) -> Weigh
         return WeightChoice(layers, _tables(offers, decoder), _reason(profile, fitting))
     layers = tuple(dict.fromkeys(_named(word, profile, offers, decoder) for word in words))
     tables = (None,) if layers == (None,) else _tables(offers, decoder)
-    return WeightChoice(layers, tables, "asked for")
+    return WeightChoice(layers, tables, ASKED)
 
 
 def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
@@ -143,6 +147,29 @@ def _tables(offers: dict[str, OfferedFormats], decoder: Decoder) -> tuple[Format
 def without_formats(choice: WeightChoice, reason: str) -> WeightChoice:
     """Returns floats alone, for a model whose weights cannot be stored otherwise. Raises InputError where formats were
     asked for."""
-    if choice.reason == "asked for" and choice.quantised:
+    if choice.reason == ASKED and choice.quantised:
         raise InputError(f"{reason}, so its weights stay floats", "Give --weights float, or leave it out.")
     return replace(choice, layers=(None,), tables=(None,), reason=reason)
+
+
+def without_dequantised(choice: WeightChoice, engine: str, dequantised: Sequence[Dequantised]) -> WeightChoice:
+    """Returns the formats without those of which an engine's builder makes copies, unless they were asked for.
+
+    The reason names them, and the memory that shows it. engine: in words.
+    """
+    if not dequantised:
+        return choice
+    shown = "; ".join(
+        f"{one.form} of {'layers' if one.in_layers else 'embedding and head'} ({format_bytes(one.context_bytes)} of "
+        f"activations in a small model, {format_bytes(one.float_context_bytes)} in floats)"
+        for one in dequantised
+    )
+    copies = f"{engine} dequantises into copies at each step: {shown}"
+    if choice.reason == ASKED:
+        return replace(choice, reason=f"{ASKED}, though {copies}")
+    in_layers, in_tables = ({one.form for one in dequantised if one.in_layers is place} for place in (True, False))
+    return WeightChoice(
+        tuple(form for form in choice.layers if form is None or form.name not in in_layers),
+        tuple(form for form in choice.tables if form is None or form.name not in in_tables),
+        f"{choice.reason}; left out is what {copies}",
+    )

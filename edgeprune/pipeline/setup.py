@@ -99,10 +99,7 @@ class Setup:
             "method": request.method,
             "layout": request.layout,
             "vocabulary": request.vocabulary,
-            "weights": [
-                [form.name if form else None for form in formats]
-                for formats in (self.weights.layers, self.weights.tables)
-            ],
+            "weights": request.weights,
             "seed": request.seed,
         }
 
@@ -197,6 +194,15 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         floor,
         tuple(choices),
     )
+
+
+def with_weights(setup: Setup, weights: WeightChoice) -> Setup:
+    """Returns a setup whose search chooses from other weight formats, which its floor and its choices know."""
+    deployed = setup.profile, setup.workload, setup.precision
+    smallest = _smallest(setup.model.decoder, setup.request.vocabulary != "full", weights)
+    named = Choice("weights", weights.names, weights.reason)
+    choices = tuple(named if choice.name == named.name else choice for choice in setup.choices)
+    return replace(setup, weights=weights, floor=estimate_floor(smallest, *deployed), choices=choices)
 
 
 def _calibration_choice(samples: UserSamples, kind: Kind) -> Choice:
@@ -294,9 +300,7 @@ def _check_floor(
 ) -> Performance:
     """Refuses a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
-    tokens = min(LEAST_TOKENS, model.decoder.vocab_size) if reduced else model.decoder.vocab_size
-    few = min(weights.tables, key=lambda form: form.bits if form else inf)  # of its layer next to nothing is left
-    smallest = replace(model.decoder.with_vocabulary(tokens), embedding_format=few, head_format=few)
+    smallest = _smallest(model.decoder, reduced, weights)
     floor = estimate_floor(smallest, profile, workload, precision)
     # Latencies that will be measured are refused here only where the estimate leaves no doubt.
     doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if measures else {}
@@ -312,6 +316,16 @@ def _check_floor(
             "a shorter --context, or a smaller model.",
         )
     return floor
+
+
+def _smallest(decoder: Decoder, reduced: bool, weights: WeightChoice) -> Decoder:
+    """Returns a Decoder with the fewest bytes in embedding and head; a floor leaves next to nothing of its layers.
+
+    reduced: the vocabulary may be smaller.
+    """
+    tokens = min(LEAST_TOKENS, decoder.vocab_size) if reduced else decoder.vocab_size
+    few = min(weights.tables, key=lambda form: form.bits if form else inf)
+    return replace(decoder.with_vocabulary(tokens), embedding_format=few, head_format=few)
 
 
 def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:

@@ -77,13 +77,15 @@ def test_an_engine_built_ahead_gives_memory_and_leaves_latency_estimated(
     """What the builder says counts as built for the device's own SM, and as an estimate for another."""
     answers, profile = Answers({"build": RESULT}), load_profile(device)
     monkeypatch.setattr(LocalSession, "run", lambda self, *words: answers.run(*words))
-    found = BuiltAhead(profile, TASK, "fp16", "no GPU", sm).performance(exported(tmp_path), None, quiet)
+    candidate = exported(tmp_path)
+    found = BuiltAhead(profile, TASK, "fp16", "no GPU", sm).performance(candidate, None, quiet)
     estimated = estimate_performance(SMALL, profile, TASK, "fp16")
     (request,) = answers.requests
     plan, is_own = Path(request["outputs"]["plan"]), sm == profile.sm
     assert request["workspace_bytes"] == workspace_bytes(SMALL, profile, TASK, "fp16")
     assert (request["sm"], Path(request["files"]["graph"]).parent) == (sm, tmp_path / "onnx")
     assert (found.memory.weights.value, found.memory.activations.value) == (1000, 230)
+    assert BuiltAhead(profile, TASK, "fp16", "no GPU", sm).context_bytes(candidate, TASK, quiet) == 230
     assert {type(found.memory.weights), type(found.memory.activations)} == {Built if is_own else Estimate}
     assert found.memory.cache == estimated.memory.cache
     assert (found.prefill, found.decode) == (estimated.prefill, estimated.decode)
@@ -103,10 +105,10 @@ def test_an_engine_that_dequantises_its_weights_is_noted(tmp_path: Path, monkeyp
     engine, dense = BuiltAhead(profile, TASK, "fp16", "no GPU", 89), exported(tmp_path)
     plain = engine.performance(dense, None, quiet)
     candidate = replace(dense, decoder=SMALL.with_format(WEIGHT_FORMATS["int8"]))
-    for more, is_noted in ((0, False), (largest // 2, False), (largest, True)):
+    for more, is_noted in ((0, False), (largest // 2, False), (2**20, True)):
         answers.given["build"] = RESULT | {"activation_bytes": RESULT["activation_bytes"] + more}
         notes = engine.performance(candidate, (dense, plain), quiet).notes
-        assert any("dequantises weights of few bits" in note for note in notes) == is_noted
+        assert any("dequantises int8 into copies" in note and "1 MiB of" in note for note in notes) == is_noted
         assert engine.performance(dense, (dense, plain), quiet).notes == plain.notes
         assert engine.performance(candidate, (candidate, plain), quiet).notes == plain.notes
 
@@ -122,8 +124,11 @@ def test_a_check_that_fails_is_a_note_and_a_build_that_fails_an_error(
     estimated = estimate_performance(SMALL, orin, TASK, "fp16")
     assert replace(found, notes=estimated.notes) == estimated
     assert found.notes[-1].endswith("could not compile the graph for SM 86, as a check: no kernel for Attention")
+    assert BuiltAhead(orin, TASK, "fp16", "", 86).context_bytes(candidate, TASK, quiet) is None
     with pytest.raises(EngineError, match="no kernel"):
         BuiltAhead(l4, TASK, "fp16", "", 89).performance(candidate, None, quiet)
+    with pytest.raises(EngineError, match="no kernel"):
+        BuiltAhead(l4, TASK, "fp16", "", 89).context_bytes(candidate, TASK, quiet)
 
 
 def interval(value: float) -> dict[str, float]:
@@ -189,5 +194,6 @@ def test_on_a_double_both_models_have_the_dense_ones_runtime(
     beside = engine.performance(candidate, (candidate, dense), quiet)
     assert beside.memory.runtime == runtime
     assert beside.memory.weights == replace(alone.memory.weights, basis=beside.memory.weights.basis)
+    assert engine.context_bytes(candidate, WORKLOAD, quiet) == 3 * 2**19  # what the builder says
     latencies = engine.latencies({"a": candidate}, quiet)
     assert latencies["decode"]["a"] == pytest.approx(alone.decode.value, rel=0.05)

@@ -21,6 +21,7 @@ from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.ondevice.tensorrt import (
+    LEAST_COPY,
     BuildResult,
     Limits,
     Messages,
@@ -288,13 +289,21 @@ def test_weights_that_are_held_twice_are_a_warning(tmp_path: Path) -> None:
     assert tensorrt._warnings(3000, tmp_path / "elsewhere" / "model.onnx") == ()  # weights inside of the graph
 
 
-@given(st.integers(0, 2**40), st.integers(1, 2**40), st.floats(-0.5, 0.5))
+@given(st.integers(0, 2**40), st.integers(LEAST_COPY + 1, 2**40), st.floats(-0.5, 0.5))
 def test_a_copy_of_the_largest_matrix_shows_and_what_builds_vary_by_does_not(
     plain: int, largest: int, share: float
 ) -> None:
-    assert holds_copies(plain + largest, plain, largest)
-    assert not holds_copies(plain + int(share * largest), plain, largest)
-    assert not holds_copies(plain + largest, plain, 0)  # nothing has a format
+    assert holds_copies(plain + largest, plain, largest, largest // 4)
+    assert not holds_copies(plain + int(share * largest), plain, largest, 0)
+    assert not holds_copies(plain + largest, plain, 0, 0)  # nothing has a format
+    assert not holds_copies(plain + LEAST_COPY, plain, 1, 0)
+
+
+@given(st.integers(0, 2**40), st.integers(1, 2**30), st.integers(1, 2**30))
+def test_two_streams_of_a_prefill_are_no_copy_however_small_the_matrices(plain: int, largest: int, stream: int) -> None:
+    """What fused products keep of them differs by the format."""
+    assert not holds_copies(plain + 2 * stream, plain, largest, stream)
+    assert holds_copies(plain + 2 * stream + largest + LEAST_COPY, plain, largest, stream)
 
 
 @given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 64))

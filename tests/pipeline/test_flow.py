@@ -7,8 +7,10 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import onnx
 import pytest
 
+from edgeprune.engine.engines import TensorRT
 from edgeprune.errors import InputError
 from edgeprune.files import WriteError
 from edgeprune.ondevice.figures import Measured
@@ -18,6 +20,7 @@ from edgeprune.pipeline.flow import (
     _margins,
     quality_status,
     smaller_candidates,
+    with_packed_formats,
     within_quality,
     working,
 )
@@ -25,7 +28,10 @@ from edgeprune.pipeline.provenance import manifest_of
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Forwarded, Silent
 from edgeprune.search.search import QualityTrial, TrialRise
+from tests.support.doubles.install import InProcess
 from tests.support.runs import finished, setup_of
+
+pytest_plugins = ("tests.support.doubles.fixtures",)
 
 COMMAND = "edgeprune fit demo --device jetson-orin"
 
@@ -131,6 +137,38 @@ def test_the_chosen_candidate_is_the_best_that_fits(made):
     assert made.allocation.loss == pytest.approx(made.planner.solve(limits).loss)
     estimate = made.planner.problem.estimate(made.allocation)["memory"]
     assert estimate == pytest.approx(made.fitted.chosen.performance.memory.total, rel=0.02)
+
+
+def test_what_no_builder_dequantises_stays_as_it_was_chosen(made, tmp_path):
+    """TensorRT for RTX where it is installed; nothing is built where there is no builder."""
+    setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
+    with working(setup, COMMAND, Silent()) as run:
+        assert with_packed_formats(run) is run
+        assert run.journal.has("formats") == setup.engine.compiles
+
+
+@pytest.mark.parametrize("layer", ["pycuda"])
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_on_a_double_that_dequantises_int8_auto_goes_on_without_it(made, device, layer, weights, tmp_path, caplog):
+    """What was asked for stays. Both say so, and both are the runs that were begun."""
+    device.dequantised = {onnx.TensorProto.INT8}
+    setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out", weights=weights)
+    engine = TensorRT(setup.profile, setup.workload, setup.precision, "", "tensorrt", InProcess())
+    setup = replace(setup, engine=engine)
+    caplog.set_level("INFO", "edgeprune")
+    with pytest.raises(Stopped), working(setup, COMMAND, _told()) as run:
+        run = with_packed_formats(run)
+        chosen = {choice.name: choice for choice in run.setup.choices}["weights"]
+        assert "int8" in chosen.reason.split("dequantises into copies at each step: ")[1]
+        assert chosen.reason in caplog.text
+        assert run.setup.fingerprint == setup.fingerprint
+        kept = run.setup.weights
+        assert kept.names == chosen.value == {"auto": "float, int4-64", "int8": "int8"}[weights]
+        assert kept.tables == setup.weights.tables  # a copy of so small a table would not show
+        raise Stopped
+    with working(asked(setup, resume=True), COMMAND, Silent()) as run:
+        assert with_packed_formats(run).setup.weights == kept
+    assert engine.session.done == ["build"] * {"auto": 4, "int8": 3}[weights]  # not again
 
 
 def test_further_rungs_are_each_smaller_than_the_last(made):

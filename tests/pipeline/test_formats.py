@@ -3,9 +3,10 @@
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.formats import weight_choice, without_formats
+from edgeprune.pipeline.formats import weight_choice, without_dequantised, without_formats
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.profiles import list_profiles, load_profile, version_of, with_tensorrt
+from edgeprune.search.dequantised import Dequantised
 from tests.support.shapes import SMOLLM2, uniform
 
 CPU, ORIN, RTX = (load_profile(name) for name in ("cpu", "jetson-orin", "rtx-4090"))
@@ -117,3 +118,20 @@ def test_a_model_that_no_file_holds_in_few_bits_stays_floats():
     with pytest.raises(InputError, match="gpt2 has transposed matrices, so its weights stay floats"):
         without_formats(weight_choice("int8", CPU, SMOLLM2), "gpt2 has transposed matrices")
     assert without_formats(weight_choice("float", CPU, SMOLLM2), "x").layers == (None,)
+
+
+@pytest.mark.parametrize(
+    ("in_layers", "left"), [(True, ([None, "int4-64"], [None, "int8"])), (False, ([None, "int8", "int4-64"], [None]))]
+)
+def test_auto_goes_on_without_what_a_builder_dequantises_and_what_was_asked_for_stays(in_layers, left):
+    found = [Dequantised("int8", in_layers, 9 * 2**20, 5 * 2**20)]
+    auto, asked = (weight_choice(words, ORIN, SMOLLM2) for words in ("auto", "int8"))
+    packed = without_dequantised(auto, "tensorrt-rtx", found)
+    assert tuple([form and form.name for form in forms] for forms in (packed.layers, packed.tables)) == left
+    place = "layers" if in_layers else "embedding and head"
+    figures = f"int8 of {place} (9.0 MiB of activations in a small model, 5.0 MiB in floats)"
+    shown = f"tensorrt-rtx dequantises into copies at each step: {figures}"
+    assert packed.reason == f"{auto.reason}; left out is what {shown}"
+    stays = without_dequantised(asked, "tensorrt-rtx", found)
+    assert (stays.layers, stays.tables, stays.reason) == (asked.layers, asked.tables, f"asked for, though {shown}")
+    assert without_dequantised(auto, "tensorrt-rtx", []) is auto

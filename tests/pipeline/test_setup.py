@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.pipeline.flow import planner_of, search_budget, smaller_candidates, working
-from edgeprune.pipeline.setup import SLACK_BYTES, prepare
+from edgeprune.pipeline.setup import SLACK_BYTES, prepare, with_weights
 from edgeprune.progress import Silent
 from tests.support.checkpoints import save_uneven
 from tests.support.runs import home, setup_of
@@ -109,6 +110,7 @@ def test_a_model_that_was_pruned_before_is_refused(small, tmp_path):
         ({"max_quality_loss": 5}, "max_quality_loss"),
         ({"precision": "fp32"}, "precision"),
         ({"layout": "per-layer"}, "layout"),
+        ({"weights": "int8"}, "weights"),
         ({"force": True, "checkpoint": False}, None),
     ],
 )
@@ -117,6 +119,17 @@ def test_the_fingerprint_names_what_changes_a_run_and_not_where_it_goes(small, t
     different = {name for name, value in one.fingerprint.items() if other.fingerprint[name] != value}
     assert (field in different) if field else not different
     json.dumps(one.fingerprint)
+
+
+def test_other_formats_make_another_floor_and_another_choice(small, tmp_path):
+    setup = setup_of(small, tmp_path / "out")
+    floats = with_weights(setup, replace(setup.weights, tables=(None,), reason="the builder holds int8 in floats too"))
+    assert floats.floor.memory.total > setup.floor.memory.total
+    assert floats.weights.tables == (None,)
+    changed = [(one, other) for one, other in zip(setup.choices, floats.choices, strict=True) if one != other]
+    ((_, choice),) = changed
+    assert (choice.name, choice.reason) == ("weights", "the builder holds int8 in floats too")
+    assert floats.fingerprint == setup.fingerprint
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])

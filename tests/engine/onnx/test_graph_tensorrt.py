@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from edgeprune.engine.onnx.data import largest_matrix_bytes
+from edgeprune.engine.engines import dequantises
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.model.decoder import Attention, Decoder, Experts, Layer, Mlp, Rotary
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.tensorrt import BuildResult, compile_plan, holds_copies
+from edgeprune.ondevice.tensorrt import BuildResult, compile_plan
 from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.graph_models import llama
 from tests.support.graph_pictures import imagegpt, llamagen, random_weights
@@ -66,6 +66,10 @@ def wide(tied: bool = False, experts: Experts | None = None) -> Decoder:
     return Decoder("llama", 512, 4096, 128, 1e-5, tied, (layer,) * 2)
 
 
+def workload_of(batch: int) -> Workload:
+    return Workload(batch, 32, 96)
+
+
 @cache
 def built(
     decoder: Decoder, dialect: str = "opset23", sm: int = 86, precision: str = "fp16", batch: int = 1
@@ -75,13 +79,13 @@ def built(
     stored = rounded(decoder, random_weights(decoder))
     with TemporaryDirectory() as folder:
         graph = write_graphs(decoder, stored, Path(folder), precision, [variant]).graphs[variant]
-        return compile_plan(graph, Path(folder) / "plan", Workload(batch, 32, 96), sm, "tensorrt-rtx")
+        return compile_plan(graph, Path(folder) / "plan", workload_of(batch), sm, "tensorrt-rtx")
 
 
 def judged(decoder: Decoder, **settings: object) -> bool:
     """Whether the compiler is found to dequantise, by its figures for the same shapes in floats."""
     figures = [built(one, **settings).context_bytes for one in (decoder, decoder.with_format(None))]
-    return holds_copies(*figures, largest_matrix_bytes(decoder, settings.get("precision", "fp16")))
+    return dequantises(*figures, decoder, workload_of(settings.get("batch", 1)), settings.get("precision", "fp16"))
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ class Device:
         self.clock_ms = self.host_ms = 0.0
         self.launch_ms, self.replay_ms = 0.5, 0.01  # what the host needs to put a step, a replay on a stream
         self.capturable = True
+        self.dequantised: set[int] = set()  # ONNX types of weights that the builder copies into halves at each step
         self._next, self._dead = FIRST_ADDRESS, ""
         self._under_way: list[tuple[int, bytes]] = []  # copies to the device that returned already
         self._random = np.random.default_rng(0)

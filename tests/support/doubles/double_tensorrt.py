@@ -99,7 +99,7 @@ class ICudaEngine(Strict):
 
     @property
     def device_memory_size_v2(self) -> int:
-        return CONTEXT_BYTES
+        return CONTEXT_BYTES + self._plan["copies"]
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._plan["tensors"])[index]
@@ -117,7 +117,7 @@ class ICudaEngine(Strict):
 
     def create_execution_context(self) -> IExecutionContext | None:
         try:
-            address = self._device.allocate(CONTEXT_BYTES, "TensorRT")
+            address = self._device.allocate(self.device_memory_size_v2, "TensorRT")
         except Fault as fault:
             self._logger.log(ILogger.Severity.ERROR, f"ICudaEngine::createExecutionContext: {fault.why}")
             return None

@@ -239,13 +239,16 @@ class Builder(Strict):
             for value in values
         }
         weights = sum(prod(one.dims) * (2 if one.data_type in HALVES else 4) for one in network._graph.initializer)
-        for label, size in (("Total Weights Memory", weights), ("Total Activation Memory", 3 * 2**19)):
+        copied = [one for one in network._graph.initializer if one.data_type in self._module.device.dequantised]
+        copies = max((2 * prod(one.dims) for one in copied), default=0)
+        for label, size in (("Total Weights Memory", weights), ("Total Activation Memory", 3 * 2**19 + copies)):
             self._logger.log(ILogger.Severity.VERBOSE, f"{label}: {size} bytes")
         self._logger.log(ILogger.Severity.VERBOSE, f"Max Scratch Memory: {2**19} bytes")
         plan = {
             "version": self._module.__version__,
             "sm": config._sm,
             "weights": weights,
+            "copies": copies,
             "tensors": tensors,
             "profile": config._profiles[0]._shapes,
         }
