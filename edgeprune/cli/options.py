@@ -83,7 +83,7 @@ OPTIONS: dict[str, Any] = {
         str,
         _option(
             SEARCH,
-            "Formats to choose from for each module's weights; auto: floats and what the device runs well.",
+            "Formats to choose from for each module's weights; auto: floats and what the device's engine runs well.",
             metavar="auto|float|int8|int4|NAME,NAME",
         ),
     ],

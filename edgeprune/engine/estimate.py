@@ -72,6 +72,15 @@ def stored_bytes(out_features: int, in_features: int, form: WeightFormat | None,
     return form.stored_bytes(out_features, in_features, element_bytes)
 
 
+def table_bytes(decoder: Decoder, precision: GraphPrecision) -> int:
+    """Returns the bytes of embedding and head, which are one where they are tied."""
+    size, hidden = PRECISIONS[precision].element_bytes, decoder.hidden_size
+    embedding = stored_bytes(decoder.input_vocab_size, hidden, decoder.embedding_format, size)
+    if decoder.tie_word_embeddings:
+        return embedding
+    return embedding + stored_bytes(decoder.vocab_size, hidden, decoder.head_format, size)
+
+
 def layer_bytes(decoder: Decoder, element_bytes: int) -> int:
     """Returns the bytes of the weights of all layers."""
     total = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
@@ -38,6 +39,11 @@ class WeightChoice:
     def quantised(self) -> tuple[WeightFormat, ...]:
         """Returns all but floats."""
         return tuple(form for form in self.formats if form is not None)
+
+    @property
+    def fewest_bits(self) -> Format:
+        """Returns the format of fewest bits that embedding and head may have; None: floats."""
+        return min(self.tables, key=lambda form: form.bits if form else inf)
 
     @property
     def names(self) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
-from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance, stored_bytes
+from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance, table_bytes
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
@@ -324,19 +323,17 @@ def _smallest(decoder: Decoder, reduced: bool, weights: WeightChoice) -> Decoder
     reduced: the vocabulary may be smaller.
     """
     tokens = min(LEAST_TOKENS, decoder.vocab_size) if reduced else decoder.vocab_size
-    few = min(weights.tables, key=lambda form: form.bits if form else inf)
+    few = weights.fewest_bits
     return replace(decoder.with_vocabulary(tokens), embedding_format=few, head_format=few)
 
 
 def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str) -> str:
     if name != "memory":
         return "one layer of one head and the fewest channels, the head, the cache and the overhead"
-    size, hidden = PRECISIONS[precision].element_bytes, decoder.hidden_size
-    embedding = stored_bytes(decoder.input_vocab_size, hidden, decoder.embedding_format, size)
-    if not decoder.tie_word_embeddings:
-        embedding += stored_bytes(decoder.vocab_size, hidden, decoder.head_format, size)
     parts = [f"{part} {format_bytes(figure.value)}" for part, figure in floor.memory.parts.items()]
-    return f"{', '.join(parts)} (of the weights, embedding and head are {format_bytes(embedding)})"
+    return (
+        f"{', '.join(parts)} (of the weights, embedding and head are {format_bytes(table_bytes(decoder, precision))})"
+    )
 
 
 def _rounded_up(name: str, value: float) -> str:

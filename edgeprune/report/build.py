@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isnan
 from typing import Any
 
 from edgeprune import __version__
 from edgeprune.engine.capacity import experience
-from edgeprune.engine.estimate import bytes_per_token, latency_shares
+from edgeprune.engine.estimate import bytes_per_token, latency_shares, table_bytes
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.ondevice.budget import STATUS_TEXT, format_ms, format_percent, judge, memory_total, reported
+from edgeprune.ondevice.budget import (
+    STATUS_TEXT,
+    format_bytes,
+    format_ms,
+    format_percent,
+    judge,
+    memory_total,
+    reported,
+)
 from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.provenance import now, versions
@@ -289,11 +298,12 @@ def _made(fitted: Fitted) -> str:
 
 
 def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
-    """Returns how much of the dense model's time and weights no pruning of layers removes.
+    """Returns how much of the dense model's time and weights no pruning of layers removes, and what of it is left where
+    embedding and head have the fewest bits that the search may take.
 
     shares: estimated decode ms of the dense model by part, as latency_shares returns them.
     """
-    dense = fitted.setup.model.decoder
+    setup, dense = fitted.setup, fitted.setup.model.decoder
     total = sum(shares.values())
     fixed = shares["overhead"] + shares["head_and_embedding"]
     tables = dense.table_parameters
@@ -302,12 +312,17 @@ def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
         f"estimated) is overhead, embedding and head; so are {100 * tables / dense.parameters:.0f} % of its weights: "
         "no pruning of layers removes them."
     )
-    if (
-        fitted.setup.kind.writes_text
-        and fitted.setup.request.vocabulary == "full"
-        and tables >= LARGE_TABLES * dense.parameters
-    ):
-        text += " A smaller vocabulary does: --vocabulary samples."
+    if few := setup.weights.fewest_bits:
+        small = replace(dense, embedding_format=few, head_format=few)
+        left = latency_shares(small, setup.profile, setup.workload, setup.precision)
+        before, after = (format_bytes(table_bytes(decoder, setup.precision)) for decoder in (dense, small))
+        text += (
+            f" With embedding and head in {few.name}, which the search may take, "
+            f"{format_ms(left['overhead'] + left['head_and_embedding'])} a token are left of that time, and {after} of "
+            f"the {before} of both."
+        )
+    if setup.kind.writes_text and setup.request.vocabulary == "full" and tables >= LARGE_TABLES * dense.parameters:
+        text += " A smaller vocabulary helps: --vocabulary samples."
     return text
 
 

@@ -22,6 +22,7 @@ from edgeprune.engine.estimate import (
     floor_decoder,
     latency_shares,
     prefill_flops,
+    table_bytes,
 )
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
@@ -202,6 +203,14 @@ def test_the_floor_is_below_every_candidate(groups: int, heads_per_group: int, m
     assert floor.memory.total <= performance.memory.total
     assert floor.decode.value <= performance.decode.value
     assert floor.prefill.value <= performance.prefill.value
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_bytes_of_embedding_and_head_are_those_of_their_formats(tied: bool) -> None:
+    decoder = replace(SMOLLM2, tie_word_embeddings=tied).with_format(None, WEIGHT_FORMATS["int8"])
+    once = 49152 * (576 + 2)  # codes, and a scale for each token
+    assert table_bytes(decoder, "fp16") == (once if tied else 2 * once)
+    assert table_bytes(decoder.with_format(None), "fp16") == (1 if tied else 2) * 2 * 49152 * 576
 
 
 def test_the_floor_of_odd_decoders() -> None:

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from edgeprune.engine.estimate import latency_shares, table_bytes
 from edgeprune.model.decoder import ratio
-from edgeprune.ondevice.budget import Budget, Limit
+from edgeprune.ondevice.budget import Budget, Limit, format_bytes, format_ms
 from edgeprune.ondevice.figures import Measured
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.results import Fitted, QualityStop
+from edgeprune.pipeline.setup import with_weights
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.build import build_report
 from tests.support.runs import finished
 
@@ -114,6 +117,25 @@ def test_the_headline_tells_each_verdict(fitted):
     outcome = replace(met.outcome, trials=trials)
     unclear = replace(met, setup=replace(met.setup, budget=budget), chosen=chosen, outcome=outcome)
     assert "too noisy to tell: run again on an idle machine" in headline(unclear)
+
+
+def test_what_pruning_does_not_reach_is_less_where_embedding_and_head_may_have_few_bits(fitted):
+    """The figures are the estimator's, of the whole vocabulary; those of a smaller one are not among them."""
+    setup = fitted.setup
+    text = build_report(fitted, {}, "").unprunable
+    assert "% of its weights: no pruning of layers removes them. With embedding and head in int8," in text
+    dense = setup.model.decoder
+    few = replace(dense, embedding_format=WEIGHT_FORMATS["int8"], head_format=WEIGHT_FORMATS["int8"])
+    shares = latency_shares(few, setup.profile, setup.workload, setup.precision)
+    assert f"{format_ms(shares['overhead'] + shares['head_and_embedding'])} a token are left" in text
+    sizes = {form: format_bytes(table_bytes(decoder, setup.precision)) for form, decoder in ((8, few), (16, dense))}
+    assert f"{sizes[8]} of the {sizes[16]} of both" in text
+    assert (
+        shares["head_and_embedding"]
+        < 0.6 * latency_shares(dense, setup.profile, setup.workload, "fp16")["head_and_embedding"]
+    )
+    floats = replace(fitted, setup=with_weights(setup, replace(setup.weights, tables=(None,))))
+    assert "With embedding and head" not in build_report(floats, {}, "").unprunable
 
 
 def test_what_a_reader_has_to_mind_stands_among_the_warnings(fitted):
