@@ -21,7 +21,8 @@ from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import check_sampling, generate
 from edgeprune.progress import Progress
 
-BATCH = 8  # the processor gains nothing from more
+BATCH = 32  # samples that are drawn at once, at most
+CACHE_BYTES = 1 << 29  # of their caches, at most
 CHAT_SAMPLING = (0.7, 0.9)  # temperature and top_p
 SAMPLE_TOP_P = 0.95  # of a small model the tail is noise
 MAX_NEW_TOKENS = 256  # of an answer, where nothing else is asked for
@@ -46,7 +47,7 @@ def generate_documents(
     """
     # The tokens that every sample starts with.
     tokenizer = load_tokenizer(directory)
-    runner = GraphRunner(graph, min(count, BATCH), length)
+    runner = GraphRunner(graph, 1, length)
     try:
         opening = opening_of(tokenizer, runner.vocab_size, progress.note)
         openings = [opening if len(opening) < length else opening[:1]]
@@ -57,12 +58,13 @@ def generate_documents(
         progress.note(f"samples of the model's own begin with a token of yours: {error.message}")
     new_tokens = length - len(openings[0])
     # Draw the samples in batches, step by step; every batch has a seed of its own.
-    advance = progress.stage("generate samples", new_tokens * -(-count // BATCH))
+    batches = -(-count // max(1, min(BATCH, CACHE_BYTES // max(1, runner.cache_bytes))))
+    advance = progress.stage("generate samples", new_tokens * batches)
     rows = []
-    for first in range(0, count, BATCH):
-        size = min(BATCH, count - first)
+    for part in np.array_split(np.arange(count), batches):
+        first, size = int(part[0]), len(part)
         prompts = [openings[(first + row) % len(openings)] for row in range(size)]
-        if size < runner.batch:
+        if size != runner.batch:
             runner = GraphRunner(graph, size, length)
         drawn = []
         for tokens in generate(runner, prompts, new_tokens, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first):

@@ -44,6 +44,11 @@ class GraphRunner:
             if node.name.startswith("past_key_values.")
         }
 
+    @property
+    def cache_bytes(self) -> int:
+        """Returns the bytes of the cache of all its sequences."""
+        return sum(buffer.nbytes for buffer in self._cache.values())
+
     def reset(self, past: int = 0) -> None:
         """Continues as if `past` tokens were in the cache, whatever it holds."""
         self.past = past

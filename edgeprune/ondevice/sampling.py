@@ -9,7 +9,7 @@ import numpy as np
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.ondevice.reference import StepRunner
 
-CANDIDATES = 512  # likeliest tokens that are sorted first
+CANDIDATES = 512  # all tokens with a larger share than the others' of so many are sorted first
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -105,10 +105,9 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, points: np.ndar
 def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:
     """Draws one token from probabilities (vocabulary,) at a point in [0, 1), among those that top_p keeps.
 
-    The likeliest few hundred hold a share of top_p nearly always, so only they are sorted.
+    Some hundreds hold a share of top_p nearly always, so only they are sorted.
     """
-    few = min(CANDIDATES, len(probabilities))
-    kept = np.argpartition(-probabilities, few - 1)[:few]
+    kept = np.flatnonzero(probabilities > (1 - top_p) / CANDIDATES)
     if probabilities[kept].sum() < top_p:
         kept = np.arange(len(probabilities))
     # Likeliest first; of equal ones the lower id first.

@@ -46,7 +46,7 @@ def configured(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_samples_are_drawn_by_seed_and_do_not_depend_on_their_number(graph: Path, folder: Path) -> None:
+def test_samples_are_drawn_by_seed_a_batch_at_a_time(graph: Path, folder: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     progress = Forwarded(lambda *step: steps.append(step))
     samples = generate_documents(graph, folder, 2 * BATCH, 6, 3, progress)
