@@ -21,6 +21,7 @@ from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.methods import Method
 from edgeprune.pruning.prune import prune
+from edgeprune.search.roundings import coarsest
 from edgeprune.search.widths import Sensitivities, Widths, dense_widths
 
 PROBE_SAMPLES = 16  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
@@ -51,11 +52,6 @@ def probe_widths(dense: Widths, layers: int) -> list[Widths]:
     kinds.append(dense._replace(intermediate_size=cut(channels)))
     probed = probed_layers(layers)
     return [kinds[layer % len(kinds)] if layer in probed else dense for layer in range(layers)]
-
-
-def coarsest(formats: tuple[WeightFormat, ...]) -> WeightFormat:
-    """Returns the format of the fewest bits, of these the one with the largest groups."""
-    return min(formats, key=lambda form: (form.bits, form.asymmetric, -(form.group or np.inf)))
 
 
 @torch.inference_mode()

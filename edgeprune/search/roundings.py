@@ -1,8 +1,8 @@
 """The measurement of the loss that every weight format would cost in every module, and in embedding and head.
 
 It does not know the budget, nor what a format saves. Weights are rounded to nearest here, on grids that the moments of
-their inputs weigh; what GPTQ and compensation make of modules is in the measured response (response.py), and of the
-head it is measured here on some outputs.
+their inputs weigh, and the share of the error that GPTQ leaves is measured on some outputs; what compensation makes of
+modules is in the measured response (response.py).
 """
 
 from __future__ import annotations
@@ -38,11 +38,17 @@ SHRINKS = (1.0, 0.85, 0.7)  # a rough grid: the response corrects what a finer o
 HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about the same at all of them
 
 
+def coarsest(formats: tuple[WeightFormat, ...]) -> WeightFormat:
+    """Returns the format of the fewest bits, of these the one with the largest groups."""
+    return min(formats, key=lambda form: (form.bits, form.asymmetric, -(form.group or np.inf)))
+
+
 class ModuleRoundings:
     """The losses of modules in weight formats, gathered module by module from the last to the first.
 
     ids: calibration samples (b, t) int64, the first ones of those that the modules are run on. A change dy_t of a
-    module's output costs about 1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities.
+    module's output costs about 1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities;
+    of what rounding to nearest costs, a module keeps the share that GPTQ leaves, which differs tenfold between modules.
     """
 
     def __init__(self, decoder: Decoder, ids: torch.Tensor, formats: Sequence[WeightFormat]) -> None:
@@ -60,6 +66,7 @@ class ModuleRoundings:
         source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
         energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
         inputs = None if module.inputs is None else module.inputs[: self.samples]
+        left = self._gptq_share(module)
         for form, changed in zip(
             self.formats, _rounded(decoder, kind, weights, source, inputs, self.formats), strict=True
         ):
@@ -70,7 +77,22 @@ class ModuleRoundings:
                 dense = module_output(decoder, kind, weights, raw_part)
                 off = _output(decoder, index, kind, changed, source_part, self.tables) - dense
                 total += float(off.square_().mul_(energy_part).sum())
-            self.found[form.name][kind].append(total)
+            self.found[form.name][kind].append(total * left)
+
+    def _gptq_share(self, module: ModuleStates) -> float:
+        """Returns the share of the squared error that GPTQ leaves of a module in the coarsest format: the mean of that
+        of the matrices before the activation and that of the output projection; of experts, of the first one's."""
+        decoder, kind, weights, form = self.decoder, module.kind, module.weights, coarsest(self.formats)
+        prefix, names = f"{kind}.", ("q", "k", "v")
+        if kind == "mlp":
+            names = decoder.layers[module.index].mlp.inputs
+            prefix += "experts.0." * (module.inputs is None)
+        before = torch.cat([weights[prefix + name] for name in names])
+        shares = [gptq_share(before, module_states(decoder, kind, weights, module.source), form)]
+        if module.inputs is not None:
+            weighed = module.inputs * module.energy.sqrt()[..., None]
+            shares.append(gptq_share(weights[OUTPUT[kind]], weighed, form))
+        return float(np.mean(shares))
 
     def losses(self, of_tables: Mapping[str, tuple[float, float]]) -> dict[str, RoundingLosses]:
         """Returns the losses of each format in nats per token, by its name; of_tables: those of embedding and head, inf

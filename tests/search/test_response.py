@@ -8,7 +8,8 @@ from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import numerical
-from edgeprune.search.response import PROBES, coarsest, measure_response, probe_widths, probed_layers
+from edgeprune.search.response import PROBES, measure_response, probe_widths, probed_layers
+from edgeprune.search.roundings import coarsest
 from edgeprune.search.sensitivity import measure_sensitivities
 from edgeprune.search.widths import Widths
 from tests.support.tiny import as_model, llama

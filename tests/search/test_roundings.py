@@ -11,7 +11,7 @@ from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.quantize import choose_grid, gptq, relative_error
 from edgeprune.pruning.score import numerical
-from edgeprune.search import sensitivity
+from edgeprune.search import roundings, sensitivity
 from edgeprune.search.roundings import SHRINKS, gptq_share
 from edgeprune.search.sensitivity import measure_sensitivities
 from tests.support.gradients import module_energies
@@ -143,3 +143,23 @@ def test_an_untied_head_is_predicted_as_the_walk_rounds_it(monkeypatch):
     small = token_logits(model.decoder, changed.items(), ids).log_softmax(-1)
     divergence = float((dense.exp() * (dense - small)).sum(-1).mean())
     assert np.isclose(found.head, divergence, rtol=0.35)
+
+
+def test_a_module_keeps_the_share_that_gptq_leaves(monkeypatch):
+    model, ids = model_of(), samples(16)
+    left = measured(model, ids)["int4-32"]
+    shares = []
+
+    def keep(*arguments):
+        shares.append(gptq_share(*arguments))
+        return 1.0
+
+    monkeypatch.setattr(roundings, "gptq_share", keep)
+    nearest = measured(model, ids)["int4-32"]
+    # From the last module to the first, of each the matrices before the activation, then the output projection.
+    means = np.reshape(shares[:8], (4, 2)).mean(axis=1)[::-1]
+    assert (means < 0.95).all()
+    assert np.allclose(
+        [left.attention[0], left.mlp[0], left.attention[1], left.mlp[1]] / means,
+        [nearest.attention[0], nearest.mlp[0], nearest.attention[1], nearest.mlp[1]],
+    )
