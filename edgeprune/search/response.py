@@ -2,7 +2,7 @@
 
 A prediction is of each change alone, to second order; one factor corrects all that they lose together. On real models
 it is about the same for groups, query heads and channels, so one pruning that cuts another of the three in each layer
-measures it; a second one rounds modules to the coarsest format. Both change the last quarter of the layers: the walk
+measures it; a second one rounds modules to the coarsest format. Both change the last fifth of the layers: the walk
 through the others is cheap, and the factor of formats is within a fifth of that of all layers.
 """
 
@@ -24,7 +24,7 @@ from edgeprune.pruning.prune import prune
 from edgeprune.search.roundings import coarsest
 from edgeprune.search.widths import Sensitivities, Widths, dense_widths
 
-PROBE_SAMPLES = 16  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
+PROBE_SAMPLES = 12  # with fewer, the update of wide modules is under-determined, and their cuts seem to cost more
 ROUNDED_SAMPLES = 8  # rounding determines no update of its own
 PROBE_HELD_OUT = 4
 POSITIONS = 1024  # at which the logits of both models are compared; a divergence is far less noisy than a rise
@@ -35,8 +35,8 @@ PROBES = 3  # passes of measure_response: the dense model and two small ones
 
 
 def probed_layers(layers: int) -> range:
-    """Returns the layers that probes change: the last quarter."""
-    return range(max(0, layers - max(LEAST_PROBED, -(-layers // 4))), layers)
+    """Returns the layers that probes change: the last fifth."""
+    return range(max(0, layers - max(LEAST_PROBED, -(-layers // 5))), layers)
 
 
 def probe_widths(dense: Widths, layers: int) -> list[Widths]:

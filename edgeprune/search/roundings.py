@@ -30,8 +30,9 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
-from edgeprune.pruning.moments import moments_of
+from edgeprune.pruning.moments import Moments, moments_of
 from edgeprune.pruning.quantize import choose_grid, gptq, probed_outputs, relative_error
+from edgeprune.pruning.score import Projection
 from edgeprune.search.widths import RoundingLosses
 
 SHRINKS = (1.0, 0.85, 0.7)  # a rough grid: the response corrects what a finer one gains
@@ -58,15 +59,19 @@ class ModuleRoundings:
         self.found: dict[str, dict[str, list[float]]] = {form.name: {"attention": [], "mlp": []} for form in formats}
 
     @torch.inference_mode()
-    def add(self, module: ModuleStates) -> None:
-        """Compares a module's output in every format with that of its floats."""
+    def add(self, module: ModuleStates, projection: Projection) -> None:
+        """Compares a module's output in every format with that of its floats.
+
+        projection: the output projection, of experts the first one's, with inputs that are scaled by the square roots
+        of the tokens' weights.
+        """
         decoder, index, kind, weights = self.decoder, module.index, module.kind, module.weights
         if not self.formats:
             return
         source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
         energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
-        inputs = None if module.inputs is None else module.inputs[: self.samples]
-        left = self._gptq_share(module)
+        inputs = None if module.inputs is None else projection.inputs[: self.samples]
+        left = self._gptq_share(module, projection)
         for form, changed in zip(
             self.formats, _rounded(decoder, kind, weights, source, inputs, self.formats), strict=True
         ):
@@ -79,7 +84,7 @@ class ModuleRoundings:
                 total += float(off.square_().mul_(energy_part).sum())
             self.found[form.name][kind].append(total * left)
 
-    def _gptq_share(self, module: ModuleStates) -> float:
+    def _gptq_share(self, module: ModuleStates, projection: Projection) -> float:
         """Returns the share of the squared error that GPTQ leaves of a module in the coarsest format: the mean of that
         of the matrices before the activation and that of the output projection; of experts, of the first one's."""
         decoder, kind, weights, form = self.decoder, module.kind, module.weights, coarsest(self.formats)
@@ -88,10 +93,9 @@ class ModuleRoundings:
             names = decoder.layers[module.index].mlp.inputs
             prefix += "experts.0." * (module.inputs is None)
         before = torch.cat([weights[prefix + name] for name in names])
-        shares = [gptq_share(before, module_states(decoder, kind, weights, module.source), form)]
+        shares = [gptq_share(before, moments_of(module_states(decoder, kind, weights, module.source)), form)]
         if module.inputs is not None:
-            weighed = module.inputs * module.energy.sqrt()[..., None]
-            shares.append(gptq_share(weights[OUTPUT[kind]], weighed, form))
+            shares.append(gptq_share(projection.weight, moments_of(projection.inputs, projection.gram), form))
         return float(np.mean(shares))
 
     def losses(self, of_tables: Mapping[str, tuple[float, float]]) -> dict[str, RoundingLosses]:
@@ -173,17 +177,16 @@ def table_losses(
         if decoder.tie_word_embeddings:
             losses[form.name] = (0.0, of_head + of_embedding)
         else:
-            losses[form.name] = (of_embedding, of_head * gptq_share(head, read, form))
+            losses[form.name] = (of_embedding, of_head * gptq_share(head, moments_of(read), form))
     return losses
 
 
-def gptq_share(weight: torch.Tensor, inputs: torch.Tensor, form: WeightFormat) -> float:
+def gptq_share(weight: torch.Tensor, of_inputs: Moments, form: WeightFormat) -> float:
     """Returns the share of the squared error of rounding to nearest that GPTQ leaves on held-out inputs, 1 at most.
 
-    weight: (out_features, in_features) fp32, some of whose outputs are rounded; inputs: (b, t, in_features). Of fewer
+    weight: (out_features, in_features) fp32, some of whose outputs are rounded; of_inputs: what it reads. Of fewer
     tokens than features it is 1: the walk does not try GPTQ either.
     """
-    of_inputs = moments_of(inputs)
     if of_inputs.tokens < weight.shape[1]:
         return 1.0
     moments, held_out = of_inputs.all - of_inputs.held_out, of_inputs.held_out

@@ -162,10 +162,9 @@ def measure_sensitivities(
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
 
     def measure(module: ModuleStates) -> None:
-        # The formats on some of the samples, before the inputs are scaled in place.
-        roundings.add(module)
         # The errors of all cuts, from the moments of inputs that are scaled by the square roots of their weights.
         projections = _weighted(decoder, module, (module.energy * share).sqrt()[..., None], generator)
+        roundings.add(module, projections[0])
         if module.kind == "attention":
             (projection,) = projections
             rank = functools.cache(functools.partial(score, projection))
@@ -187,7 +186,7 @@ def _weighted(
     """Returns a module's output projections, one or those of all its experts, whose inputs are scaled.
 
     scale: (b, t, 1). A norm behind the output projection is taken as a division by the output's length, as if a cut did
-    not change that length. The module's inputs are consumed.
+    not change that length. The module's inputs are scaled in place.
     """
     weights, kind = module.weights, module.kind
     if module.inputs is None:

@@ -57,9 +57,9 @@ def test_probes_cut_another_kind_in_each_layer():
     assert probe_widths(Widths(1, 1, 64), 2) == [Widths(1, 1, 48)] * 2
 
 
-def test_probes_change_the_last_quarter_of_the_layers():
+def test_probes_change_the_last_fifth_of_the_layers():
     widths = probe_widths(Widths(4, 3, 64), 30)
-    assert [width != Widths(4, 3, 64) for width in widths] == [False] * 22 + [True] * 8
+    assert [width != Widths(4, 3, 64) for width in widths] == [False] * 24 + [True] * 6
     assert list(probed_layers(9)) == [3, 4, 5, 6, 7, 8]
 
 

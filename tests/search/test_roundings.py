@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
-from edgeprune.pruning.moments import gram
+from edgeprune.pruning.moments import gram, moments_of
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.quantize import choose_grid, gptq, relative_error
 from edgeprune.pruning.score import numerical
@@ -47,7 +47,8 @@ def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradie
         return inner, inner @ changed["mlp.down"].T
 
     inner, dense = output(weights)
-    read = {"mlp.gate": states, "mlp.up": states, "mlp.down": inner}
+    energy = module_energies(model, ids)[0]["mlp"]
+    read = {"mlp.gate": states, "mlp.up": states, "mlp.down": inner * energy.sqrt()[..., None]}
     rounded = {
         name: choose_grid(weights[name], inputs.flatten(0, 1).square().mean(0), FORMATS[1], SHRINKS).nearest(
             weights[name]
@@ -55,7 +56,6 @@ def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradie
         for name, inputs in read.items()
     }
     off = output(weights | {name: weight.dequantised() for name, weight in rounded.items()})[1] - dense
-    energy = module_energies(model, ids)[0]["mlp"]
     expected = (energy * off.square().sum(-1)).sum() / (2 * decoder.hidden_size * ids.numel())
     assert np.isclose(found.mlp[0], float(expected), rtol=1e-3)
 
@@ -113,7 +113,7 @@ def narrow_inputs(samples: int) -> torch.Tensor:
 def test_the_share_that_gptq_leaves_holds_on_other_inputs():
     form, inputs = WEIGHT_FORMATS["int4-32"], narrow_inputs(12)
     weight = torch.randn(1000, 32, generator=torch.Generator().manual_seed(1))
-    share = gptq_share(weight, inputs[:8], form)
+    share = gptq_share(weight, moments_of(inputs[:8]), form)
     moments, others = (gram(part.flatten(0, 1)) for part in (inputs[:8], inputs[8:]))
     grid = choose_grid(weight, moments.diagonal(), form)
     errors = [
@@ -127,9 +127,9 @@ def test_the_share_that_gptq_leaves_holds_on_other_inputs():
 def test_gptq_that_the_walk_does_not_take_changes_no_prediction():
     form, weight = WEIGHT_FORMATS["int4-32"], torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
     inputs = narrow_inputs(4)
-    assert gptq_share(weight, inputs[:, :7], form) == 1.0  # too few tokens
+    assert gptq_share(weight, moments_of(inputs[:, :7]), form) == 1.0  # too few tokens
     on_grid = choose_grid(weight, torch.ones(32), form).nearest(weight).dequantised()
-    assert gptq_share(on_grid, inputs, form) == 1.0
+    assert gptq_share(on_grid, moments_of(inputs), form) == 1.0
 
 
 def test_an_untied_head_is_predicted_as_the_walk_rounds_it(monkeypatch):
