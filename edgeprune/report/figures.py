@@ -56,7 +56,7 @@ def alone_text(levers: Levers) -> str:
     def cost(nats: float | None) -> str:
         return "does not reach it" if nats is None else f"would cost {format_percent(100 * expm1(min(nats, 50.0)))}"
 
-    text = f"pruning alone {cost(levers.pruning_alone)}"
+    text = f"Pruning alone {cost(levers.pruning_alone)}"
     return f"{text}, weight formats alone {cost(levers.precision_alone)} of perplexity, as predicted"
 
 
