@@ -1,11 +1,12 @@
 """Peak memory of work on a model that is larger than the limit: random Llamas of 1.1 B and 2.1 B parameters.
 
-    python tools/bench_memory.py [--layers 22,44] [--work convert,prune] [--files safetensors,bin] [--samples 16]
+    python tools/bench_memory.py [--layers 22,44] [--work convert,prune,quantise,both] [--files safetensors,bin]
+        [--samples 16]
 
-Each is written to disk in bf16 (2.2 and 4.2 GB) as shards of a layer. Converted: to ONNX graphs in fp16, limit 1 GB.
-Pruned: to 70 % by layers, and written again, limit 2 GB. Each in a fresh process; the peak is that of the resident
-set, and it must not grow with the depth. Samples are of 512 tokens; those that a model generates itself count like
-any others.
+Each is written to disk in bf16 (2.2 and 4.2 GB) as shards of a layer. Convert: to ONNX graphs in fp16, limit 1 GB.
+Prune: to 70 % by layers; quantise: layers to int4-64, embedding and head to int8; both: in one walk; each written
+again, limit 2 GB. Each in a fresh process; the peak is that of the resident set, and it must not grow with the depth.
+Samples are of 512 tokens; those that a model generates itself count like any others.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ SHAPE = {
     "torch_dtype": "bfloat16",
 }
 WIDTHS = (4, 6, 3968)
+FORMATS = ("int4-64", "int8")  # of the layers, of embedding and head
 LENGTH = 512
 SHARD_BYTES = 100 * 10**6
-LIMITS = {"convert": 1.0, "prune": 2.0}  # GB
+LIMITS = {"convert": 1.0, "prune": 2.0, "quantise": 2.0, "both": 2.0}  # GB
 
 
 def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
@@ -89,27 +91,30 @@ def convert_in_this_process(folder: Path) -> None:
     print(json.dumps({"peak": peak_bytes(), "seconds": time.monotonic() - start}))
 
 
-def prune_in_this_process(folder: Path, samples: int) -> None:
-    """Prunes and writes the checkpoint, and prints the peak and the seconds; run in a child."""
+def walk_in_this_process(folder: Path, work: str, samples: int) -> None:
+    """Prunes, quantises or both, writes the checkpoint, and prints the peak and the seconds; run in a child."""
     import torch
 
     from edgeprune.model.load import load_model
     from edgeprune.model.save import save_checkpoint
+    from edgeprune.precision import WEIGHT_FORMATS
     from edgeprune.pruning.methods import DEFAULT, METHODS
     from edgeprune.pruning.prune import prune
 
     model = load_model(str(folder / "dense"))
     ids = torch.randint(0, model.decoder.vocab_size, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
-    target = model.decoder.with_widths(*WIDTHS)
+    target = model.decoder if work == "quantise" else model.decoder.with_widths(*WIDTHS)
+    if work != "prune":
+        target = target.with_format(*(WEIGHT_FORMATS[name] for name in FORMATS))
     start = time.monotonic()
-    save_checkpoint(target, prune(model, target, ids, METHODS[DEFAULT], 0), model, folder / "pruned")
+    save_checkpoint(target, prune(model, target, ids, METHODS[DEFAULT], 0), model, folder / work)
     print(json.dumps({"peak": peak_bytes(), "seconds": time.monotonic() - start}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="22,44")
-    parser.add_argument("--work", default="convert,prune")
+    parser.add_argument("--work", default=",".join(LIMITS))
     parser.add_argument("--files", default="safetensors,bin")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -118,7 +123,7 @@ def main() -> None:
         if arguments.work == "convert":
             convert_in_this_process(arguments.child)
         else:
-            prune_in_this_process(arguments.child, arguments.samples)
+            walk_in_this_process(arguments.child, arguments.work, arguments.samples)
         return
     for layers in map(int, arguments.layers.split(",")):
         for suffix in arguments.files.split(","):
