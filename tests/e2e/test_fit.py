@@ -231,6 +231,8 @@ def test_a_quality_limit_that_only_the_dense_model_keeps_is_exit_code_3(home):
         "jetson-orin",
         "--memory",
         "70%",
+        "--weights",
+        "float",
         "--max-quality-loss",
         "0",
         "--output",
