@@ -95,7 +95,7 @@ class LlamaCpp:
         import llama_cpp
 
         llama_cpp._logger.set_verbose(False)
-        self.library = llama_cpp
+        self.llama = llama_cpp
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = CAPACITY, threads, threads
@@ -104,22 +104,22 @@ class LlamaCpp:
 
     def step(self, past: int, ids: np.ndarray) -> Run:
         """Returns a function that runs ids (tokens,) behind `past` tokens, which the cache keeps."""
-        memory = self.library.llama_get_memory(self.context)
-        self.library.llama_memory_seq_rm(memory, 0, 0, -1)
+        memory = self.llama.llama_get_memory(self.context)
+        self.llama.llama_memory_seq_rm(memory, 0, 0, -1)
         if past:
             self._decode(np.resize(ids, past))
 
         def run() -> object:
-            self.library.llama_memory_seq_rm(memory, 0, past, -1)
+            self.llama.llama_memory_seq_rm(memory, 0, past, -1)
             self._decode(ids)
-            return self.library.llama_get_logits_ith(self.context, -1)
+            return self.llama.llama_get_logits_ith(self.context, -1)
 
         return run
 
     def _decode(self, ids: np.ndarray) -> None:
         """Adds ids (tokens,) to the cache and computes the logits of the last one."""
-        tokens = (self.library.llama_token * len(ids))(*ids.tolist())
-        if status := self.library.llama_decode(self.context, self.library.llama_batch_get_one(tokens, len(ids))):
+        tokens = (self.llama.llama_token * len(ids))(*ids.tolist())
+        if status := self.llama.llama_decode(self.context, self.llama.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError(f"llama_decode returned {status}")
 
 
@@ -205,7 +205,7 @@ def main(model: str, genai: Path | None = None, rounds: int = 24, length: int = 
             for past, count in (*((past, 1) for past in PASTS), (0, PREFILL)):
                 steps = {n: engine.step(past, ids[:count]) for n, engine in engines.items()}
                 first = [str(threads), f"{past} + {count}"]
-                for row in compared(steps, first, *((rounds, length) if past else (rounds // 4, 1))):
+                for row in compared(steps, first, *((rounds, length) if past else (max(rounds // 4, 1), 1))):
                     typer.echo(f"| {' | '.join(row)} |")
 
 

@@ -65,7 +65,7 @@ def generate_documents(
         first, size = int(part[0]), len(part)
         prompts = [openings[(first + row) % len(openings)] for row in range(size)]
         if size != runner.batch:
-            runner = GraphRunner(graph, size, length)
+            runner.hold(size)
         drawn = []
         for tokens in generate(runner, prompts, new_tokens, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first):
             drawn.append(tokens)  # (size,)

@@ -32,14 +32,18 @@ class GraphRunner:
     """
 
     def __init__(self, graph: Path, batch: int, capacity: int, threads: int | None = None, exact: bool = False) -> None:
-        self.batch, self.capacity = batch, capacity
+        self.capacity = capacity
         self.session = open_session(graph, threads, exact)
         self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
-        self.past = 0
+        self.hold(batch)
+
+    def hold(self, batch: int) -> None:
+        """Makes an empty cache for another number of sequences, in the same session."""
+        self.batch, self.past, self._cache = batch, 0, {}  # the old cache is freed first
         self._cache = {
             # np.full writes the pages; those of np.zeros would cost neither memory nor time until they are written.
             # (batch, num_key_value_heads, capacity, head_dim)
-            node.name: np.full((batch, node.shape[1], capacity, node.shape[3]), 0, ELEMENTS[node.type])
+            node.name: np.full((batch, node.shape[1], self.capacity, node.shape[3]), 0, ELEMENTS[node.type])
             for node in self.session.get_inputs()
             if node.name.startswith("past_key_values.")
         }

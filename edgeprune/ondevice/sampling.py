@@ -9,7 +9,7 @@ import numpy as np
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.ondevice.reference import StepRunner
 
-CANDIDATES = 512  # all tokens with a larger share than the others' of so many are sorted first
+CANDIDATES = 512  # tokens with more than a part in so many of the share that top_p may drop are sorted first
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -108,7 +108,7 @@ def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:
     Some hundreds hold a share of top_p nearly always, so only they are sorted.
     """
     kept = np.flatnonzero(probabilities > (1 - top_p) / CANDIDATES)
-    if probabilities[kept].sum() < top_p:
+    if probabilities[kept].sum() <= top_p:
         kept = np.arange(len(probabilities))
     # Likeliest first; of equal ones the lower id first.
     kept = kept[np.lexsort((kept, -probabilities[kept]))]

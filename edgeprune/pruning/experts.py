@@ -117,7 +117,9 @@ def cut_experts(
             cut.roundings.append(result)
         cut.weights |= rounded if form is not None else new
         # Update the down projection, where the expert has tokens enough.
-        moments = moments_of(inputs, None if form is not None else projection.gram[kept[:, None], kept])
+        moments = None
+        if compensates or form is not None:
+            moments = moments_of(inputs, None if form is not None else projection.gram[kept[:, None], kept])
         if compensates and (size < mlp.intermediate_size or form is not None):
             if len(expert.tokens) < size:
                 cut.few.append(expert.expert)

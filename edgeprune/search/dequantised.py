@@ -20,10 +20,8 @@ from edgeprune.profiles import DeviceProfile
 from edgeprune.search.latency_table import RandomWeights
 from edgeprune.search.widths import Format
 
-PROMPT, CONTEXT = (
-    32,
-    96,
-)  # tokens, at most: activations of long prompts would hide a copy, whose size they do not change
+# In tokens, at most: activations of long prompts would hide a copy, whose size they do not change.
+PROMPT, CONTEXT = 32, 96
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,15 @@ def test_a_reset_forgets_what_the_cache_held(graphs: dict[str, Path]) -> None:
     np.testing.assert_array_equal(runner.run(batch.ids, batch.mask), fresh)
 
 
+def test_a_session_holds_another_number_of_sequences(graphs: dict[str, Path]) -> None:
+    batch, runner = sample(12), GraphRunner(graphs["fp32"], 1, 12)
+    runner.run(batch.ids[:1])
+    one = runner.cache_bytes
+    runner.hold(len(batch.ids))
+    assert runner.cache_bytes == len(batch.ids) * one
+    np.testing.assert_array_equal(runner.run(batch.ids), GraphRunner(graphs["fp32"], 2, 12).run(batch.ids))
+
+
 def test_without_a_mask_every_token_counts(graphs: dict[str, Path]) -> None:
     batch = sample(12)
     masked = GraphRunner(graphs["fp32"], 2, 12).run(batch.ids, np.ones_like(batch.ids))

@@ -146,6 +146,12 @@ def test_a_tiny_temperature_is_greedy() -> None:
         np.testing.assert_array_equal(choose(logits, temperature, 1.0, points), logits.argmax(axis=1))
 
 
+def test_a_share_of_nothing_takes_the_likeliest_however_little_that_is() -> None:
+    logits = np.zeros((1, 4096))
+    logits[0, 70] = 0.1
+    assert choose(logits, 1.0, 0.0, np.array([0.5])).tolist() == [70]
+
+
 @given(st.integers(0, 10_000), st.floats(0.01, 1.0), st.floats(0.05, 20.0), st.integers(1, 40))
 @settings(deadline=None, max_examples=200)
 def test_no_draw_leaves_the_nucleus(seed: int, top_p: float, temperature: float, vocabulary: int) -> None:
