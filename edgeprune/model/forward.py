@@ -24,10 +24,14 @@ LOGIT_ROWS = 512  # positions whose logits are in memory at a time
 CHUNK_TOKENS = 1024  # that a module computes at a time: enough for full speed, little memory beside the moments
 
 
-def layer_weights(model: Model, index: int) -> LayerWeights:
-    """Returns the weights of one layer in fp32, by the rest of their name after `layers.{index}.`."""
+def layer_weights(model: Model, index: int, kind: str = "") -> LayerWeights:
+    """Returns the weights of one layer in fp32, by the rest of their name after `layers.{index}.`.
+
+    kind: of the only module whose weights are read, `attention` or `mlp`.
+    """
     prefix = f"layers.{index}."
-    return {name.removeprefix(prefix): model.weights[name].float() for name in model.decoder.layer_shapes(index)}
+    names = [name for name in model.decoder.layer_shapes(index) if name.startswith(prefix + kind)]
+    return {name.removeprefix(prefix): model.weights[name].float() for name in names}
 
 
 def embed(model: Model, ids: torch.Tensor) -> torch.Tensor:

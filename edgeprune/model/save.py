@@ -115,6 +115,7 @@ def _kept_rows(
         if name in ("embedding", "head") and tensor.shape[0] == rows:
             tensor = tensor.rows(kept) if isinstance(tensor, QuantisedWeight) else tensor[kept]
         yield name, tensor
+        del tensor  # freed before the next one is made
 
 
 def _write_whole_tokenizer(source: Model, directory: Path, model_type: str) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from edgeprune.pruning.linear import cholesky
+from edgeprune.pruning.linear import cholesky, solved
 from edgeprune.pruning.moments import Moments, cross, held_out_rows
 
 DAMPINGS = tuple(10.0 ** (step / 2) for step in range(-8, 5))
@@ -52,13 +52,16 @@ class Compensation:
     error_after: float
 
 
-def least_squares_update(moments: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:
+def least_squares_update(
+    moments: torch.Tensor, cross: torch.Tensor, damping: float, less: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns the transposed update (G_SS + g I)^-1 X_S^T R with g = damping * mean(diag G_SS).
 
-    moments: (kept, kept) fp64, G_SS; cross: (kept, out_features) fp64, X_S^T R. Returns (kept, out_features) fp64.
-    Raises NumericalError if the moments are not finite.
+    moments: (kept, kept) fp64, G_SS; cross: (kept, out_features) fp64, X_S^T R, which is consumed; less: (kept,
+    kept), moments that are subtracted from G_SS. Returns (kept, out_features) fp64. Raises NumericalError if the
+    moments are not finite.
     """
-    return torch.cholesky_solve(cross, cholesky(moments, damping))
+    return solved(cholesky(moments, damping, less), cross)
 
 
 def compensate(
@@ -91,6 +94,7 @@ def compensate(
     damping, blend, share = choice
     # Solve on all samples for the blend of both residuals.
     residual = lost.lerp_(teacher, blend)  # (n, out_features)
+    del teacher
     update = least_squares_update(moments.all, cross(inputs, residual), damping)
     return Compensation(weight + update.T.float(), damping, blend, before, before * share)
 
@@ -118,13 +122,12 @@ def _choose(
     fit_cross = cross(inputs, residuals)  # (kept, 2 * probed)
     inputs, residuals = inputs[held], residuals[held]  # of the held-out tokens from here on
     fit_cross -= cross(inputs, residuals)
-    fit_moments = moments.all - moments.held_out  # (kept, kept)
     own, teacher = residuals.chunk(2, dim=1)
 
     @functools.cache
     def attempt(step: int) -> tuple[float, float]:
         """Returns the held-out error with DAMPINGS[step] at its best blend, and that blend."""
-        update = least_squares_update(fit_moments, fit_cross, DAMPINGS[step]).float()
+        update = least_squares_update(moments.all, fit_cross.clone(), DAMPINGS[step], moments.held_out).float()
         by_own, by_teacher = (inputs @ update).chunk(2, dim=1)  # (held-out tokens, probed)
         # Minimise ||left - blend * turn||^2 over the blend, within 0 and 1.
         left, turn = teacher - by_own, by_teacher - by_own
@@ -153,7 +156,7 @@ def nested_errors(weight: torch.Tensor, moments: torch.Tensor, order: torch.Tens
     permutation (in_features,), most important first. Returns (in_features - least + 1,) fp64, falling, 0 at the end.
     Raises NumericalError if the moments are not finite.
     """
-    factor = cholesky(moments[order][:, order], MOMENT_DAMPING)[least:, least:]  # of L, (removed, removed) at most
+    factor = cholesky(moments, MOMENT_DAMPING, order=order)[least:, least:]  # of L, (removed, removed) at most
     # Sums of squares need no fp64 products.
     rows = (factor.T.float() @ weight.T[order[least:]]).square_().sum(dim=1, dtype=torch.float64)  # (removed,)
     # The sum of the rows from k on, for every k.

@@ -1,4 +1,4 @@
-"""Second moments of a module's inputs, accumulated in chunks: fp32 products, fp64 sums.
+"""Second moments of a module's inputs, accumulated in chunks: fp32 products, fp64 sums (fp32 of held-out tokens).
 
 Pure: arrays in, arrays out; it does not know which module the inputs belong to.
 """
@@ -42,7 +42,10 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """The second moments (features, features) fp64 of so many tokens, of all of them and of the held-out ones."""
+    """The second moments (features, features) of so many tokens: of all of them, fp64, and of the held-out ones, fp32.
+
+    The latter weigh errors, and are a small share of what they are subtracted from.
+    """
 
     tokens: int
     all: torch.Tensor
@@ -54,14 +57,19 @@ def moments_of(inputs: torch.Tensor, total: torch.Tensor | None = None) -> Momen
     they are known."""
     rows, is_held_out = inputs.flatten(0, 1), held_out_rows(*inputs.shape[:2])  # (n, features), (n,)
     features = rows.shape[1]
-    held_out, others = (torch.zeros(features, features, dtype=torch.float64) for _ in range(2))
+    held_out = torch.zeros(features, features)
+    others = torch.zeros(features, features, dtype=torch.float64) if total is None else None
     # Some tokens at a time, each multiplied once.
     for part, is_held in zip(rows.split(CHUNK), is_held_out.split(CHUNK), strict=True):
         _add_products(held_out, part[is_held])
-        if total is None:
+        if others is not None:
             _add_products(others, part[~is_held])
-    held_out = _mirrored(held_out)
-    return Moments(len(rows), _mirrored(others).add_(held_out) if total is None else total, held_out)
+    _mirrored(held_out)
+    if others is not None:
+        total = _mirrored(others)
+        for start in range(0, features, BLOCK):  # which become fp64 some at a time
+            total[start : start + BLOCK] += held_out[start : start + BLOCK]
+    return Moments(len(rows), total, held_out)
 
 
 def cross(inputs: torch.Tensor, outputs: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:

@@ -8,7 +8,9 @@ Shapes: b samples, t tokens, c features of the residual stream (hidden_size).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -48,7 +50,28 @@ def result_of(target: Decoder, method: Method) -> Decoder:
     return target.compact().with_output_biases() if method.recovery is Recovery.BIAS else target.compact()
 
 
-@torch.inference_mode()
+Step, Arguments = TypeVar("Step"), ParamSpec("Arguments")
+
+
+def _in_inference_mode(steps: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Iterator[Step]]:
+    """Decorates a generator: each step is made in inference mode and, unlike by torch's own decorator, not held until
+    the next one is made; the first one is a whole table."""
+
+    @functools.wraps(steps)
+    def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Iterator[Step]:
+        stream = steps(*arguments, **named)
+        while True:
+            with torch.inference_mode():
+                step = next(stream, None)
+            if step is None:
+                return
+            yield step
+            del step
+
+    return wrapped
+
+
+@_in_inference_mode
 def prune(
     model: Model,
     target: Decoder,
@@ -65,9 +88,9 @@ def prune(
     model: the dense model; target: a decoder with as many layers as the dense one, some of them without attention,
     MLP or both; ids: (samples, tokens) int64 calibration samples; generated: (any, tokens) int64, samples that the
     model itself wrote: a method that compensates solves on these too, with the weights of sample_weights; on_module:
-    called with the record of each module that is done; chunk: tokens that are computed at a time. Only one layer's
-    weights and the samples' hidden states on both streams are held in memory. Raises NumericalError naming the layer
-    whose activations are not finite.
+    called with the record of each module that is done; chunk: tokens that are computed at a time. Only one module's
+    weights, the layer's new ones and the samples' hidden states on both streams are held in memory. Raises
+    NumericalError naming the layer whose activations are not finite.
     """
     dense, result = model.decoder, result_of(target, method)
     compensates = method.recovery is Recovery.LEAST_SQUARES
@@ -102,15 +125,14 @@ def prune(
     if positions is not None:
         yield "positions", positions
     for index in range(len(dense.layers)):
-        # Prune the modules of a layer, one after the other.
-        weights = layer_weights(model, index)
+        # Prune the modules of a layer, one after the other; each consumes its weights.
         new: LayerWeights = {}
         walk.enter()
         for kind in modules_of(dense, index):
-            module_weights, record = walk.module(weights, index, kind)
+            module_weights, record = walk.module(layer_weights(model, index, kind), index, kind)
             new |= module_weights
+            del module_weights
             on_module(record)
-        del weights
         # Hand out what stays of the layer, under its new number.
         if new:
             prefix = f"layers.{position}."

@@ -131,31 +131,35 @@ def _codes(form: WeightFormat, weight: torch.Tensor, scales: torch.Tensor, zeros
     return (weight / scales).round_().add_(zeros).clamp_(form.least, form.most)
 
 
-def gptq(weight: torch.Tensor, moments: torch.Tensor, grid: Grid, damping: float = DAMPING) -> QuantisedWeight:
+def gptq(weight: torch.Tensor, moments: torch.Tensor, grid: Grid, less: torch.Tensor | None = None) -> QuantisedWeight:
     """Returns a weight rounded by GPTQ to a grid.
 
-    weight: (out_features, in_features) fp32; moments: (in_features, in_features) fp64 of the layer's inputs; damping:
-    relative to the mean of their diagonal. Raises NumericalError where the moments are not finite.
+    weight: (out_features, in_features) fp32; moments: (in_features, in_features) fp64 of the layer's inputs; less: of
+    the same shape, those of inputs among them that do not count. Raises NumericalError where the moments are not
+    finite.
     """
-    return grid.with_codes(_gptq(weight, *_inverse_factor(moments, damping), grid))
+    return grid.with_codes(_gptq(weight, *_changes(moments, less), grid))
 
 
-def _inverse_factor(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the upper factor U (in_features, in_features) fp32 of the inverse moments, and the order of its rows."""
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+def _changes(moments: torch.Tensor, less: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns U_ij / U_ii (in_features, in_features) fp32 of the upper factor U of the inverse moments, and the order
+    of its rows."""
+    diagonal = moments.diagonal() if less is None else moments.diagonal() - less.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
     # With the order reversed, the inverse of the lower factor of G gives U without the inverse of G itself:
     # P G P = L L^T with P the reversal makes G^-1 = (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper. The damping keeps L
     # well-conditioned, so that its inverse needs no fp64.
-    backward = order.flip(0)
-    lower = cholesky(moments[backward][:, backward], damping).float()
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
-    return inverse.flip(0, 1), order
+    lower = cholesky(moments, DAMPING, less, order.flip(0)).float()
+    inverse = torch.eye(len(lower))
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    upper = inverse.flip(0, 1)
+    return upper.div_(upper.diagonal().clone()[:, None]), order
 
 
-def _gptq(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Returns the codes (out_features, in_features) fp32; factor, order: as _inverse_factor returns them."""
+def _gptq(weight: torch.Tensor, changes: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Returns the codes (out_features, in_features) fp32; changes, order: as _changes returns them."""
     form = grid.form
-    changes = factor / factor.diagonal()[:, None]  # U_ij / U_ii
     scales, zeros = grid.columns(order)  # (in, out)
     left = weight.T[order].contiguous()  # (in, out), the weights as the roundings so far have changed them
     codes = torch.empty_like(left)
@@ -177,18 +181,18 @@ def quantise(
     """Returns a weight rounded by GPTQ, or to nearest where GPTQ was not better on held-out samples.
 
     weight: (out_features, in_features), any floating type; moments: (in_features, in_features) fp64 of all samples,
-    zeros where there are none; held_out: those of the held-out samples, which choose; None: GPTQ is not tried. Some
-    outputs are rounded at a time, so that a table of any size takes little memory beside its codes. Raises InputError
-    where the groups do not divide the inputs, and NumericalError where the moments are not finite.
+    zeros where there are none; held_out: those of the held-out samples, fp32, which choose; None: GPTQ is not tried.
+    Some outputs are rounded at a time, so that a table of any size takes little memory beside its codes. Raises
+    InputError where the groups do not divide the inputs, and NumericalError where the moments are not finite.
     """
     rounding: Rounding = "nearest"
     if held_out is not None and _is_gptq_better(weight, moments, held_out, form):
-        rounding, factor = "gptq", _inverse_factor(moments, DAMPING)
+        rounding, changes = "gptq", _changes(moments)
     parts = []
     for rows in weight.split(ROWS):
         rows = rows.float()
         grid = choose_grid(rows, moments.diagonal(), form)
-        rounded = grid.nearest(rows) if rounding == "nearest" else grid.with_codes(_gptq(rows, *factor, grid))
+        rounded = grid.nearest(rows) if rounding == "nearest" else grid.with_codes(_gptq(rows, *changes, grid))
         parts.append(rounded)
     result, some = joined(parts), probed_outputs(weight)
     error = relative_error(weight[some].float(), result.rows(some).dequantised(), moments)
@@ -199,7 +203,7 @@ def _is_gptq_better(weight: torch.Tensor, moments: torch.Tensor, held_out: torch
     """Returns whether GPTQ on the other samples leaves a smaller error on the held-out ones; on some outputs."""
     rows = weight[probed_outputs(weight)].float()
     grid = choose_grid(rows, moments.diagonal(), form)
-    tried = (gptq(rows, moments - held_out, grid), grid.nearest(rows))
+    tried = (gptq(rows, moments, grid, held_out), grid.nearest(rows))
     by_gptq, by_nearest = (_energy(rows - rounded.dequantised(), held_out.float()) for rounded in tried)
     return by_gptq < by_nearest
 
@@ -211,8 +215,9 @@ def probed_outputs(weight: torch.Tensor) -> torch.Tensor:
 
 def relative_error(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor) -> float:
     """Returns tr((W - Q) G (W - Q)^T) / tr(W G W^T) of weights (out_features, in_features); nan where W gives 0."""
-    whole = _energy(weight, moments.float())
-    return _energy(weight - rounded, moments.float()) / whole if whole else math.nan
+    moments = moments.float()
+    whole = _energy(weight, moments)
+    return _energy(weight - rounded, moments) / whole if whole else math.nan
 
 
 def _energy(weight: torch.Tensor, moments: torch.Tensor) -> float:

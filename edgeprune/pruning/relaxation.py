@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from edgeprune.pruning.linear import cholesky
+from edgeprune.pruning.linear import cholesky, solved
 from edgeprune.pruning.moments import BLOCK
 
 RIDGE = 1e-6
@@ -36,9 +36,7 @@ def unconstrained(matrix: torch.Tensor) -> torch.Tensor:
     matrix: A (units, units) fp64. Raises NumericalError if it is not finite.
     """
     ones = torch.ones(len(matrix), 1, dtype=torch.float64)
-    factor = cholesky(matrix, RIDGE)
-    del matrix  # as large as the moments, and the solve copies the factor
-    return torch.cholesky_solve(ones, factor).squeeze(1)
+    return solved(cholesky(matrix, RIDGE), ones).squeeze(1)
 
 
 def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -135,7 +135,10 @@ class Walk:
         self.read_whole = self.read_pruned if self.whole is self.pruned else entering(self.dense, self.whole)
 
     def module(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
-        """Returns the module's new weights, none where the whole module goes, and its record; moves both streams."""
+        """Returns the module's new weights, none where the whole module goes, and its record; moves both streams.
+
+        weights: of the module alone; consumed.
+        """
         before, after = (getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target))
         size = before.query_size if kind == "attention" else before.intermediate_size
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
@@ -148,9 +151,8 @@ class Walk:
                     self._add(weights, index, kind, self.whole, self.read_whole)
                 else:
                     self.whole.copy_(self.pruned)
-            same = {name: weight for name, weight in weights.items() if name.startswith(kind)}
-            same.setdefault(BIAS[kind], torch.zeros(self.dense.hidden_size))  # where the method leaves biases at all
-            return same, ModuleRecord(index, kind, size, size)
+            weights.setdefault(BIAS[kind], torch.zeros(self.dense.hidden_size))  # where the method leaves biases at all
+            return weights, ModuleRecord(index, kind, size, size)
         # The dense stream goes first: its state behind the module is what the update aims at.
         raw = self._dense_output(weights, index, kind) if compensates else None  # (b, t, c)
         if after is None:
@@ -212,23 +214,27 @@ class Walk:
         raw: (b, t, c), the output of the dense output projection where a norm follows it. There the update aims at
         this output and not at the dense stream: behind a norm the output's length is lost.
         """
-        after = getattr(self.target.layers[index], kind)
+        after, size = getattr(self.target.layers[index], kind), weights[OUTPUT[kind]].shape[1]
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
         # Square roots of the tokens' weights in least squares.
         scale = torch.ones(1)
         if compensates:
             scale = token_scale(self.whole if raw is None else raw) * self.importance.sqrt()  # (b, t, 1)
         module = self._selected(weights, index, kind, scale)
-        record = ModuleRecord(index, kind, module.weight.shape[1], weights[OUTPUT[kind]].shape[1])
+        weights.clear()
+        record = ModuleRecord(index, kind, module.weight.shape[1], size)
         # Round the matrices before the activation; what comes behind sees what they give now.
         rounded, results = {}, []
         if (form := after.weight_format) is not None:
             names = [f"{kind}.{name}" for name in (("q", "k", "v") if kind == "attention" else after.inputs)]
-            states = module_states(self.dense, kind, module.weights, self.read_pruned) * self.importance.sqrt()
-            rounded, result = round_together(module.weights, names, states, form)
+            read = module_states(self.dense, kind, module.weights, self.read_pruned)
+            rounded, result = round_together(module.weights, names, read * self.importance.sqrt(), form)
+            del read
             results.append(result)
             module.weights |= {name: weight.dequantised() for name, weight in rounded.items()}
             self._compute_again(module, index, kind, scale)
+            for name in names:
+                del module.weights[name]
         # Update the kept columns toward the dense stream.
         moments = moments_of(module.inputs, module.total) if compensates or form is not None else None
         if compensates:
@@ -236,6 +242,7 @@ class Walk:
         # Round the output projection last, on the same inputs.
         if form is not None:
             result = round_on(module.weight, moments, form)
+            del moments
             results.append(result)
             rounded[OUTPUT[kind]], module.weights[OUTPUT[kind]] = result.weight, result.weight.dequantised()
         # Move the pruned stream through the new module.
@@ -252,17 +259,16 @@ class Walk:
         """
         before, after = (getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target))
         weight, bias, source = weights[OUTPUT[kind]], weights.get(BIAS[kind]), self.read_pruned
-        own = {name: tensor for name, tensor in weights.items() if name.startswith(kind)}
         # A module that is only rounded keeps all; its inputs are computed when the matrices before are rounded.
         if before == replace(after, weight_format=None) and after.weight_format is not None:
-            return CutModule(kind, own)
+            return CutModule(kind, dict(weights))
         # Score the input features of the output projection, and select those that stay.
         # (b, t, in_features)
         inputs = module_inputs(self.dense, index, kind, weights, source, self.tables, self.chunk).mul_(scale)
         projection = Projection(weight, gram(inputs.flatten(0, 1)), inputs, self.generator)
         kept, rows = kept_features(before, after, functools.partial(self.method.score, projection))
         # Cut the rows of the weights before the kept features, and the columns of the output projection.
-        new = {name: tensor[rows[name]] if name in rows else tensor for name, tensor in own.items()}
+        new = {name: tensor[rows[name]] if name in rows else tensor for name, tensor in weights.items()}
         new[OUTPUT[kind]] = weight[:, kept]  # (c, kept)
         # FLAP's recovery: the mean output of the removed features becomes a bias (c,).
         if self.method.recovery is Recovery.BIAS:
@@ -301,11 +307,12 @@ class Walk:
         record: ModuleRecord,
     ) -> ModuleRecord:
         """Updates the output projection of a cut module; returns the record with how good the update is."""
-        teacher = self.whole - self.pruned if raw is None else raw  # (b, t, c)
-        if BIAS[kind] in module.weights:
-            teacher = teacher - module.weights[BIAS[kind]]
         first = self.dampings.get(kind, FIRST_DAMPING)
-        solved = compensate(module.weight, moments, module.inputs, module.lost, teacher.mul_(scale), first)
+        # Nothing here holds the target: it is freed as soon as it is solved for.
+        solved = compensate(
+            module.weight, moments, module.inputs, module.lost, self._teacher(module, kind, raw).mul_(scale), first
+        )
+        module.lost = None
         self.dampings[kind] = solved.damping or first
         module.weights[OUTPUT[kind]] = solved.weight
         return replace(
@@ -316,6 +323,11 @@ class Walk:
             error_after=solved.error_after,
             fell_back=solved.damping is None and solved.error_before > 0,
         )
+
+    def _teacher(self, module: CutModule, kind: str, raw: torch.Tensor | None) -> torch.Tensor:
+        """Returns what the output projection without its bias would have to give (b, t, c); raw: as in `_cut`."""
+        teacher = self.whole - self.pruned if raw is None else raw
+        return teacher - module.weights[BIAS[kind]] if BIAS[kind] in module.weights else teacher
 
 
 def with_roundings(record: ModuleRecord, results: Sequence[Quantisation]) -> ModuleRecord:

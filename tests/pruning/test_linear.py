@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.errors import NumericalError
-from edgeprune.pruning.linear import cholesky
+from edgeprune.pruning.linear import ROWS, cholesky, solved
 
 
 def moments(seed: int, size: int, samples: int) -> torch.Tensor:
@@ -23,6 +23,24 @@ def test_the_factor_is_that_of_the_damped_matrix(seed, size, damping):
     assert torch.equal(matrix, before)
     lower = factor.tril()
     assert torch.allclose(lower @ lower.T, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("size", [7, ROWS + 5])
+def test_another_matrix_is_subtracted_and_the_rows_are_ordered(size):
+    matrix, part = moments(0, size, 3 * size), moments(1, size, size).float() / 100
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(2))
+    difference = matrix - part
+    assert torch.equal(cholesky(matrix, 0.1, part), cholesky(difference, 0.1))
+    assert torch.equal(cholesky(matrix, 0.1, part, order), cholesky(difference[order][:, order], 0.1))
+    assert torch.equal(cholesky(matrix, 0.1, order=order), cholesky(matrix[order][:, order], 0.1))
+
+
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 8), columns=st.integers(1, 4))
+def test_the_factor_solves_the_equations(seed, size, columns):
+    factor = cholesky(moments(seed, size, 3 * size), 0.1)
+    expected = torch.randn(size, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    right = factor @ (factor.T @ expected)
+    assert torch.allclose(solved(factor, right), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("matrix", [moments(0, 6, 2), torch.zeros(3, 3).double()], ids=["few samples", "zeros"])

@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import pytest
 import torch
@@ -146,6 +147,22 @@ def test_the_walk_reads_each_weight_once():
     pruned(counting, model.decoder.with_widths(2, 2, 40))
     layers = [name for name in reads if name.startswith("layers.")]
     assert len(layers) == len(set(layers))
+
+
+def test_what_was_handed_out_is_not_held_while_the_next_layer_is_made():
+    model, handed, held = as_model(llama()), [], []
+
+    class Fresh(dict):
+        def __getitem__(self, name):
+            if name.startswith("layers.") and handed[-1]() is not None:
+                held.append(name)
+            return super().__getitem__(name).clone()
+
+    fresh = Model(model.name, model.directory, model.decoder, Fresh(model.weights), model.fingerprint)
+    for _, weight in prune(fresh, model.decoder.with_widths(2, 2, 40), ids(), DEFAULT, 0):
+        handed.append(weakref.ref(weight))
+        del weight
+    assert held == []
 
 
 def test_layers_and_modules_can_go_as_a_whole():

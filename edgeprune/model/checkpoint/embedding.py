@@ -34,12 +34,12 @@ def with_embedding_values(weights: Iterable[tuple[str, Stored]], directory: Path
     from edgeprune.model.quantised import QuantisedWeight
 
     for name, weight in weights:
-        if name != "embedding" or not isinstance(weight, QuantisedWeight):
-            yield name, weight
-            continue
-        parts = {part: getattr(weight, part).contiguous() for part in scale_parts(weight.form)}
-        save_file(parts, directory / EMBEDDING_SCALES)
-        yield name, weight.dequantised()
+        if name == "embedding" and isinstance(weight, QuantisedWeight):
+            parts = {part: getattr(weight, part).contiguous() for part in scale_parts(weight.form)}
+            save_file(parts, directory / EMBEDDING_SCALES)
+            weight = weight.dequantised()
+        yield name, weight
+        del weight  # freed before the next one is made
 
 
 def codes_of(

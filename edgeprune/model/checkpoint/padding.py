@@ -47,3 +47,4 @@ def padded_heads(
             padded[tuple(slice(size) for size in weight.shape)] = weight
             weight = padded
         yield name, weight
+        del weight  # freed before the next one is made

@@ -234,6 +234,7 @@ def stored_stream(
         if name not in needed:
             raise ValueError(f"{name} is not a weight of this model")
         waiting[name] = weight
+        del weight  # freed once it is written, before the next one is made
         complete = [tensor for tensor in needed[name] if name == tensor.names[-1]]
         for tensor in complete:
             yield tensor.key, tensor.write(waiting)

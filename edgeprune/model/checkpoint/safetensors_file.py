@@ -88,6 +88,7 @@ def _all_packed(stream: Iterable[tuple[str, Stored]], packing: Packing | None) -
             raise ValueError(f"{key} has codes, and the checkpoint holds floats")
         else:
             yield from _packed(key, tensor, packing)
+        del tensor
 
 
 def _without_memory(weight_format: WeightFormat, shape: Shape) -> QuantisedWeight:
@@ -131,6 +132,7 @@ def _write_shards(
                 if next_name != name or tuple(tensor.shape) != shape:
                     raise ValueError(f"expected {name} {shape}, got {next_name}")
                 out.write(_bytes(as_stored(name, tensor, dtype)))
+                del tensor  # a table is freed before the next tensor is made
     if (extra := next(stream, None)) is not None:
         raise ValueError(f"{extra[0]} is not a weight of this model")
     # Several shards need an index.

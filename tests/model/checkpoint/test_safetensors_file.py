@@ -1,7 +1,10 @@
 """Weights as safetensors files: shards, types, and streams that are not the model's."""
 
 import json
+import weakref
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,7 +12,11 @@ from transformers import AutoModelForCausalLM
 from edgeprune.errors import NumericalError
 from edgeprune.model.checkpoint import safetensors_file
 from edgeprune.model.load import load_model
+from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.model.save import save_checkpoint
+from edgeprune.model.tokens.vocabulary import Vocabulary
+from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.pruning.rounding import round_table
 from tests.support.checkpoints import save_llama
 from tests.support.reference import weights_of
 
@@ -55,3 +62,26 @@ def test_a_wrong_stream_is_a_bug(tmp_path, change):
         stream.append(("more", torch.zeros(1)))
     with pytest.raises(ValueError, match="expected|not a weight"):
         save_checkpoint(dense.decoder, stream, dense, tmp_path / "small")
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_weight_is_freed_before_the_next_one_is_made(tmp_path, form):
+    save_llama(tmp_path / "dense")
+    dense = load_model(str(tmp_path / "dense"))
+    decoder = dense.decoder if form is None else dense.decoder.with_format(*2 * [WEIGHT_FORMATS[form]])
+    last, held = None, []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor | QuantisedWeight]]:
+        nonlocal last
+        for name in decoder.shapes():
+            if last is not None and last() is not None:
+                held.append(name)
+            weight = dense.weights[name].clone()
+            if name in decoder.weight_formats:
+                weight = round_table(weight, decoder.weight_formats[name])
+            last = weakref.ref(weight.codes if isinstance(weight, QuantisedWeight) else weight)
+            yield name, weight
+            del weight
+
+    save_checkpoint(decoder, stream(), dense, tmp_path / "small", Vocabulary(np.arange(257)))
+    assert held == []
