@@ -32,6 +32,9 @@ FIRST_DAMPING = 0.1
 PROBED_OUTPUTS = 64
 """Output features on which damping and blend are chosen, at most: enough to average over, cheap for wide models."""
 
+SOLVED_OUTPUTS = 512
+"""Output features that are solved for at a time, in fp64."""
+
 MOMENT_DAMPING = 1e-2
 """Added to the moments as a share of their mean diagonal: few samples determine few directions."""
 
@@ -95,8 +98,10 @@ def compensate(
     # Solve on all samples for the blend of both residuals.
     residual = lost.lerp_(teacher, blend)  # (n, out_features)
     del teacher
-    update = least_squares_update(moments.all, cross(inputs, residual), damping)
-    return Compensation(weight + update.T.float(), damping, blend, before, before * share)
+    factor, updated = cholesky(moments.all, damping), weight.clone()
+    for columns, targets in zip(updated.split(SOLVED_OUTPUTS), residual.split(SOLVED_OUTPUTS, dim=1), strict=True):
+        columns += solved(factor, cross(inputs, targets)).T.float()
+    return Compensation(updated, damping, blend, before, before * share)
 
 
 def _choose(

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeprune.pruning import compensate as compensate_module
 from edgeprune.pruning.compensate import DAMPINGS, Compensation, compensate, least_squares_update
 from edgeprune.pruning.moments import held_out_rows, moments_of
 
@@ -108,6 +109,15 @@ def test_the_teacher_makes_up_for_what_was_lost_before():
     assert result.blend == pytest.approx(1.0, abs=1e-3)
     assert torch.allclose(result.weight.double(), weight + drift, rtol=1e-2, atol=1e-2)
     assert result.error_after < 1e-4 * result.error_before
+
+
+def test_the_update_does_not_depend_on_how_many_outputs_are_solved_for_at_a_time(monkeypatch):
+    weight, inputs = case(6, tokens=80, out=7)
+    whole = solve(weight, inputs.view(8, 10, 10), torch.arange(6))
+    monkeypatch.setattr(compensate_module, "SOLVED_OUTPUTS", 3)
+    parts = solve(weight, inputs.view(8, 10, 10), torch.arange(6))
+    assert whole.damping == parts.damping
+    assert torch.allclose(whole.weight, parts.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_it_falls_back_where_no_update_helps():
