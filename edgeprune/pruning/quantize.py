@@ -157,6 +157,21 @@ def _changes(moments: torch.Tensor, less: torch.Tensor | None = None) -> tuple[t
     return upper.div_(upper.diagonal().clone()[:, None]), order
 
 
+def gptq_squares(moments: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Returns the sums of squares (in_features,) fp64 that an error of 1 in the weight of each input leaves of the
+    output, once those that GPTQ rounds later have made up for it.
+
+    moments: (in_features, in_features) fp64, that GPTQ is run on; inputs: (n, in_features) fp32, that are summed over.
+    With them in order x U^T / diag U holds these outputs: on the moments themselves they are 1 / U_ii^2. Raises
+    NumericalError where the moments are not finite.
+    """
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True).flip(0)
+    lower = cholesky(moments, DAMPING, order=order).float()
+    outputs = torch.linalg.solve_triangular(lower, inputs.T[order], upper=False)  # U x, reversed
+    squares = outputs.square_().sum(dim=1, dtype=torch.float64).mul_(lower.diagonal().square())
+    return torch.empty_like(squares).index_copy_(0, order, squares)
+
+
 def _gptq(weight: torch.Tensor, changes: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Returns the codes (out_features, in_features) fp32; changes, order: as _changes returns them."""
     form = grid.form

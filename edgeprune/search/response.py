@@ -2,8 +2,8 @@
 
 A prediction is of each change alone, to second order; one factor corrects all that they lose together. On real models
 it is about the same for groups, query heads and channels, so one pruning that cuts another of the three in each layer
-measures it; a second one rounds modules to the coarsest format. Both change the last fifth of the layers: the walk
-through the others is cheap, and the factor of formats is within a fifth of that of all layers.
+measures it; a second one rounds modules to the coarsest format. Both change the last fifth of the layers: the samples
+pass the others once, and the factor of formats is within a fifth of that of all layers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import spread_logits, weight_stream
 from edgeprune.model.model import Model
+from edgeprune.model.tail import tail_of
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.methods import Method
 from edgeprune.pruning.prune import prune
@@ -31,7 +32,7 @@ POSITIONS = 1024  # at which the logits of both models are compared; a divergenc
 LOGIT_BYTES = 1 << 28  # of these logits, at most
 LEAST = 1e-9  # nats per token
 LEAST_PROBED = 6  # layers
-PROBES = 3  # passes of measure_response: the dense model and two small ones
+PROBES = 3  # models of measure_response: the dense one and two small ones
 
 
 def probed_layers(layers: int) -> range:
@@ -40,8 +41,8 @@ def probed_layers(layers: int) -> range:
 
 
 def probe_widths(dense: Widths, layers: int) -> list[Widths]:
-    """Returns widths with a quarter of the groups, query heads or channels removed, another kind in each probed
-    layer."""
+    """Returns widths of so many layers with a quarter of the groups, query heads or channels removed, another kind in
+    each."""
 
     def cut(size: int) -> int:
         return size - max(1, size // 4)
@@ -50,8 +51,7 @@ def probe_widths(dense: Widths, layers: int) -> list[Widths]:
     kinds = [dense._replace(num_key_value_heads=cut(groups))] * (groups > 1)
     kinds += [dense._replace(heads_per_group=cut(heads))] * (heads > 1)
     kinds.append(dense._replace(intermediate_size=cut(channels)))
-    probed = probed_layers(layers)
-    return [kinds[layer % len(kinds)] if layer in probed else dense for layer in range(layers)]
+    return [kinds[layer % len(kinds)] for layer in range(layers)]
 
 
 @torch.inference_mode()
@@ -71,22 +71,25 @@ def measure_response(
     half: to second order what a prediction is of. on_probe is called PROBES times.
     """
     half = max(1, len(ids) // 2)
-    held_out = ids[-min(PROBE_HELD_OUT, half) :]
-    dense, depth = model.decoder, len(model.decoder.layers)
-    count = min(POSITIONS, max(1, LOGIT_BYTES // (4 * dense.vocab_size)))
-    expected = spread_logits(dense, weight_stream(model), held_out, count).log_softmax(dim=-1)
+    probed = probed_layers(len(model.decoder.layers))
+    # All layers before are the dense model's: the samples pass them once.
+    some = torch.cat([ids[: min(PROBE_SAMPLES, half)], ids[-min(PROBE_HELD_OUT, half) :]])
+    tail, rows = tail_of(model, probed.start, some)
+    samples, held_out = rows[: min(PROBE_SAMPLES, half)], rows[min(PROBE_SAMPLES, half) :]
+    count = min(POSITIONS, max(1, LOGIT_BYTES // (4 * model.decoder.vocab_size)))
+    expected = spread_logits(tail.decoder, weight_stream(tail), held_out, count).log_softmax(dim=-1)
     on_probe()
 
-    def divergence(target: Decoder, samples: int) -> float:
-        small = prune(model, target, ids[: min(samples, half)], method, seed)
+    def divergence(target: Decoder, samples: torch.Tensor) -> float:
+        small = prune(tail, target, samples, method, seed)
         logits = spread_logits(target, small, held_out, count).log_softmax(dim=-1)
         on_probe()
         return max(LEAST, float(F.kl_div(logits, expected, reduction="batchmean", log_target=True)))
 
     # One pruning that cuts another kind in each layer.
-    widths = probe_widths(dense_widths(dense), depth)
-    predicted = sum(sensitivities.errors(layer, width).sum() for layer, width in enumerate(widths))
-    factor = divergence(dense.with_layer_widths(widths), PROBE_SAMPLES) / max(predicted, LEAST)
+    widths = probe_widths(dense_widths(model.decoder), len(probed))
+    predicted = sum(sensitivities.errors(layer, width).sum() for layer, width in zip(probed, widths, strict=True))
+    factor = divergence(tail.decoder.with_layer_widths(widths), samples) / max(predicted, LEAST)
     sensitivities = replace(sensitivities, response=np.full(3, factor))
     if not formats:
         on_probe()
@@ -94,9 +97,7 @@ def measure_response(
     # One that rounds modules.
     form = coarsest(formats)
     losses = sensitivities.roundings[form.name]
-    probed = probed_layers(depth)
-    pairs = [(form, form) if layer in probed else (None, None) for layer in range(depth)]
     predicted = float(losses.attention[probed.start :].sum() + losses.mlp[probed.start :].sum())
-    factor = divergence(dense.with_formats(pairs, None, None), ROUNDED_SAMPLES) / max(predicted, LEAST)
+    factor = divergence(tail.decoder.with_format(form), samples[:ROUNDED_SAMPLES]) / max(predicted, LEAST)
     roundings = {name: replace(other, response=factor) for name, other in sensitivities.roundings.items()}
     return replace(sensitivities, roundings=roundings)

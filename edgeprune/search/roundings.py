@@ -1,8 +1,8 @@
 """The measurement of the loss that every weight format would cost in every module, and in embedding and head.
 
 It does not know the budget, nor what a format saves. Weights are rounded to nearest here, on grids that the moments of
-their inputs weigh, and the share of the error that GPTQ leaves is measured on some outputs; what compensation makes of
-modules is in the measured response (response.py).
+their inputs weigh; the share of the error that GPTQ leaves follows from the inputs without any rounding. What
+compensation makes of modules is in the measured response (response.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
-from edgeprune.pruning.moments import Moments, moments_of
-from edgeprune.pruning.quantize import choose_grid, gptq, probed_outputs, relative_error
+from edgeprune.pruning.moments import gram, held_out_rows
+from edgeprune.pruning.quantize import choose_grid, gptq_squares, probed_outputs
 from edgeprune.pruning.score import Projection
 from edgeprune.search.widths import RoundingLosses
 
@@ -48,8 +48,9 @@ class ModuleRoundings:
     """The losses of modules in weight formats, gathered module by module from the last to the first.
 
     ids: calibration samples (b, t) int64, the first ones of those that the modules are run on. A change dy_t of a
-    module's output costs about 1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities;
-    of what rounding to nearest costs, a module keeps the share that GPTQ leaves, which differs tenfold between modules.
+    module's output costs about 1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities.
+    Of what rounding to nearest costs, the matrices before the activation and the output projection keep the share that
+    GPTQ leaves, which differs tenfold between them.
     """
 
     def __init__(self, decoder: Decoder, ids: torch.Tensor, formats: Sequence[WeightFormat]) -> None:
@@ -71,7 +72,9 @@ class ModuleRoundings:
         source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
         energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
         inputs = None if module.inputs is None else projection.inputs[: self.samples]
-        left = self._gptq_share(module, projection)
+        # What GPTQ makes of both; of experts, of the matrices that all tokens would read.
+        before = GptqShares(self._before(module), module_states(decoder, kind, weights, module.source))
+        last = None if inputs is None else GptqShares(projection.weight, projection.inputs, projection.gram)
         for form, changed in zip(
             self.formats, _rounded(decoder, kind, weights, source, inputs, self.formats), strict=True
         ):
@@ -82,21 +85,21 @@ class ModuleRoundings:
                 dense = module_output(decoder, kind, weights, raw_part)
                 off = _output(decoder, index, kind, changed, source_part, self.tables) - dense
                 total += float(off.square_().mul_(energy_part).sum())
-            self.found[form.name][kind].append(total * left)
+            # Of both errors, which have nothing to do with each other, what GPTQ leaves.
+            of_last, share = 0.0, 1.0
+            if last is not None:
+                off, share = last.of(form)
+                squares = float((inputs @ off.T).square_().sum()) * len(module.source) / self.samples
+                of_last = min(squares * last.outputs_of_each, total)
+            self.found[form.name][kind].append((total - of_last) * before.of(form)[1] + of_last * share)
 
-    def _gptq_share(self, module: ModuleStates, projection: Projection) -> float:
-        """Returns the share of the squared error that GPTQ leaves of a module in the coarsest format: the mean of that
-        of the matrices before the activation and that of the output projection; of experts, of the first one's."""
-        decoder, kind, weights, form = self.decoder, module.kind, module.weights, coarsest(self.formats)
-        prefix, names = f"{kind}.", ("q", "k", "v")
-        if kind == "mlp":
-            names = decoder.layers[module.index].mlp.inputs
+    def _before(self, module: ModuleStates) -> torch.Tensor:
+        """Returns the weights (out_features, c) of the matrices before the activation; of experts, the first one's."""
+        prefix, names = f"{module.kind}.", ("q", "k", "v")
+        if module.kind == "mlp":
+            names = self.decoder.layers[module.index].mlp.inputs
             prefix += "experts.0." * (module.inputs is None)
-        before = torch.cat([weights[prefix + name] for name in names])
-        shares = [gptq_share(before, moments_of(module_states(decoder, kind, weights, module.source)), form)]
-        if module.inputs is not None:
-            shares.append(gptq_share(projection.weight, moments_of(projection.inputs, projection.gram), form))
-        return float(np.mean(shares))
+        return torch.cat([module.weights[prefix + name] for name in names])
 
     def losses(self, of_tables: Mapping[str, tuple[float, float]]) -> dict[str, RoundingLosses]:
         """Returns the losses of each format in nats per token, by its name; of_tables: those of embedding and head, inf
@@ -161,7 +164,9 @@ def table_losses(
     states = read.flatten(0, 1)[:: max(1, ids.numel() // HEAD_POSITIONS)]  # (positions, c)
     expected = head_logits(decoder, states, head).log_softmax(dim=-1)  # (positions, vocab_size)
     moments, likely = states.square().mean(dim=0), expected.exp()
-    losses = {}
+    losses, shares = {}, None
+    if formats and not decoder.tie_word_embeddings:
+        shares = GptqShares(head, read)
     for form in formats:
         # The rows that the samples read; the embedding is multiplied by a scale in some models.
         alike = torch.ones(embedding.shape[1])
@@ -177,23 +182,36 @@ def table_losses(
         if decoder.tie_word_embeddings:
             losses[form.name] = (0.0, of_head + of_embedding)
         else:
-            losses[form.name] = (of_embedding, of_head * gptq_share(head, moments_of(read), form))
+            losses[form.name] = (of_embedding, of_head * shares.of(form)[1])
     return losses
 
 
-def gptq_share(weight: torch.Tensor, of_inputs: Moments, form: WeightFormat) -> float:
-    """Returns the share of the squared error of rounding to nearest that GPTQ leaves on held-out inputs, 1 at most.
+class GptqShares:
+    """The shares that GPTQ leaves of the squared errors of rounding a weight to nearest, by format.
 
-    weight: (out_features, in_features) fp32, some of whose outputs are rounded; of_inputs: what it reads. Of fewer
-    tokens than features it is 1: the walk does not try GPTQ either.
+    weight: (out_features, in_features) fp32, some of whose outputs are rounded; inputs: (b, t, in_features) fp32, what
+    it reads; total: their moments (in_features, in_features) fp64, where they are known.
     """
-    if of_inputs.tokens < weight.shape[1]:
-        return 1.0
-    moments, held_out = of_inputs.all - of_inputs.held_out, of_inputs.held_out
-    rows = weight[probed_outputs(weight)]  # (outputs, in_features)
-    grid = choose_grid(rows, moments.diagonal(), form, SHRINKS)
-    by_gptq, by_nearest = (
-        relative_error(rows, rounded.dequantised(), held_out)
-        for rounded in (gptq(rows, moments, grid), grid.nearest(rows))
-    )
-    return by_gptq / by_nearest if by_gptq < by_nearest else 1.0
+
+    def __init__(self, weight: torch.Tensor, inputs: torch.Tensor, total: torch.Tensor | None = None) -> None:
+        self.rows = weight[probed_outputs(weight)]  # (outputs, in_features)
+        self.outputs_of_each = len(weight) / len(self.rows)
+        held, rows = held_out_rows(*inputs.shape[:2]), inputs.flatten(0, 1)
+        self.held_out = rows[held]  # (n, in_features)
+        others = gram(rows[~held]) if total is None else total - gram(self.held_out)
+        self.importance = others.diagonal()
+        # Of fewer tokens than features the walk does not try GPTQ either.
+        self.left = gptq_squares(others, self.held_out) if len(rows) >= rows.shape[1] else None  # (in_features,)
+
+    def of(self, form: WeightFormat) -> tuple[torch.Tensor, float]:
+        """Returns what rounding to nearest takes off some outputs' weights (outputs, in_features), and the share of its
+        squared error that GPTQ leaves on held-out inputs, 1 at most."""
+        grid = choose_grid(self.rows, self.importance, form, SHRINKS)
+        off = self.rows - grid.nearest(self.rows).dequantised()
+        if self.left is None:
+            return off, 1.0
+        # Of GPTQ, every step is rounded by up to half of it, evenly, as the weights before have moved it.
+        steps = (grid.scales.square().sum(dim=0) / 12).repeat_interleave(self.rows.shape[1] // grid.scales.shape[1])
+        by_nearest = float((self.held_out @ off.T).square_().sum())
+        by_gptq = float(steps.double() @ self.left)
+        return off, by_gptq / by_nearest if by_gptq < by_nearest else 1.0

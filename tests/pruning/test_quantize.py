@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.quantised import QuantisedWeight, storable
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
-from edgeprune.pruning.quantize import DAMPING, choose_grid, gptq, quantise, relative_error
+from edgeprune.pruning.quantize import DAMPING, choose_grid, gptq, gptq_squares, quantise, relative_error
 
 SMALL = (WeightFormat("i8", 8), WeightFormat("i4", 4, 8), WeightFormat("a4", 4, 4, asymmetric=True))
 
@@ -115,6 +115,19 @@ def test_gptq_loses_less_than_rounding_where_inputs_are_correlated():
         assert result.rounding == "gptq"
         assert result.error < 0.7 * relative_error(weight, nearest, moments)
         assert result.error == pytest.approx(relative_error(weight, result.weight.dequantised(), moments))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_the_squares_of_gptq_are_those_of_its_factor(seed):
+    _, moments = case(seed)
+    inputs = torch.randn(40, 16, generator=torch.Generator().manual_seed(seed))
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    outputs = inputs[:, order].double() @ (upper / upper.diagonal()[:, None]).T
+    expected = torch.empty(16, dtype=torch.float64).index_copy_(0, order, outputs.square().sum(0))
+    assert torch.allclose(gptq_squares(moments, inputs), expected, rtol=1e-3)
 
 
 def test_held_out_samples_decide():

@@ -1,18 +1,29 @@
 """The predicted losses of weight formats."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
+from edgeprune.model.forward import (
+    Tables,
+    add_layer,
+    add_module,
+    embed,
+    layer_weights,
+    module_inputs,
+    module_states,
+    token_logits,
+    weight_stream,
+)
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
-from edgeprune.pruning.moments import gram, moments_of
+from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.quantize import choose_grid, gptq, relative_error
 from edgeprune.pruning.score import numerical
-from edgeprune.search import roundings, sensitivity
-from edgeprune.search.roundings import SHRINKS, gptq_share
+from edgeprune.search import sensitivity
+from edgeprune.search.roundings import SHRINKS, GptqShares
 from edgeprune.search.sensitivity import measure_sensitivities
 from tests.support.gradients import module_energies
 from tests.support.tiny import as_model, llama
@@ -110,10 +121,11 @@ def narrow_inputs(samples: int) -> torch.Tensor:
     return few @ mixed + 0.1 * torch.randn(samples, 64, 32, generator=generator)
 
 
-def test_the_share_that_gptq_leaves_holds_on_other_inputs():
-    form, inputs = WEIGHT_FORMATS["int4-32"], narrow_inputs(12)
+@pytest.mark.parametrize(("name", "tolerance"), [("int8", 0.1), ("int4-32", 0.3)])
+def test_the_share_that_gptq_leaves_holds_on_other_inputs(name, tolerance):
+    form, inputs = WEIGHT_FORMATS[name], narrow_inputs(12)
     weight = torch.randn(1000, 32, generator=torch.Generator().manual_seed(1))
-    share = gptq_share(weight, moments_of(inputs[:8]), form)
+    share = GptqShares(weight, inputs[:8]).of(form)[1]
     moments, others = (gram(part.flatten(0, 1)) for part in (inputs[:8], inputs[8:]))
     grid = choose_grid(weight, moments.diagonal(), form)
     errors = [
@@ -121,15 +133,15 @@ def test_the_share_that_gptq_leaves_holds_on_other_inputs():
         for rounded in (gptq(weight, moments, grid), grid.nearest(weight))
     ]
     assert share < 0.5
-    assert np.isclose(share, errors[0] / errors[1], rtol=0.3)
+    assert np.isclose(share, errors[0] / errors[1], rtol=tolerance)
 
 
 def test_gptq_that_the_walk_does_not_take_changes_no_prediction():
     form, weight = WEIGHT_FORMATS["int4-32"], torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
     inputs = narrow_inputs(4)
-    assert gptq_share(weight, moments_of(inputs[:, :7]), form) == 1.0  # too few tokens
+    assert GptqShares(weight, inputs[:, :7]).of(form)[1] == 1.0  # too few tokens
     on_grid = choose_grid(weight, torch.ones(32), form).nearest(weight).dequantised()
-    assert gptq_share(on_grid, moments_of(inputs), form) == 1.0
+    assert GptqShares(on_grid, inputs).of(form)[1] == 1.0
 
 
 def test_an_untied_head_is_predicted_as_the_walk_rounds_it(monkeypatch):
@@ -145,21 +157,40 @@ def test_an_untied_head_is_predicted_as_the_walk_rounds_it(monkeypatch):
     assert np.isclose(found.head, divergence, rtol=0.35)
 
 
-def test_a_module_keeps_the_share_that_gptq_leaves(monkeypatch):
+def test_of_a_module_each_error_keeps_the_share_that_gptq_leaves(monkeypatch):
     model, ids = model_of(), samples(16)
-    left = measured(model, ids)["int4-32"]
-    shares = []
+    shares = {}
+    whole = GptqShares.of
 
-    def keep(*arguments):
-        shares.append(gptq_share(*arguments))
-        return 1.0
+    def with_shares(before: float, last: float) -> np.ndarray:
+        """Measures with given shares, and returns the losses in int4 of attentions and MLPs."""
 
-    monkeypatch.setattr(roundings, "gptq_share", keep)
-    nearest = measured(model, ids)["int4-32"]
-    # From the last module to the first, of each the matrices before the activation, then the output projection.
-    means = np.reshape(shares[:8], (4, 2)).mean(axis=1)[::-1]
-    assert (means < 0.95).all()
-    assert np.allclose(
-        [left.attention[0], left.mlp[0], left.attention[1], left.mlp[1]] / means,
-        [nearest.attention[0], nearest.mlp[0], nearest.attention[1], nearest.mlp[1]],
-    )
+        def of(self, form):
+            off, shares[len(shares)] = whole(self, form)
+            is_last = len(self.rows) == 48  # of 96 outputs; those before have 160 and 192
+            return off, last if is_last else before
+
+        monkeypatch.setattr(GptqShares, "of", of)
+        found = measured(model, ids)["int4-32"]
+        return np.concatenate([found.attention, found.mlp])
+
+    nearest, of_last, of_before = with_shares(1.0, 1.0), with_shares(0.0, 1.0), with_shares(1.0, 0.0)
+    assert np.allclose(of_last + of_before, nearest)
+    assert (of_last > 0.05 * nearest).all()
+    assert (of_before > 0.05 * nearest).all()
+    assert np.allclose(with_shares(0.5, 0.25), 0.5 * of_before + 0.25 * of_last)
+    assert max(shares.values()) <= 1
+    # What changes the output projection alone, against the whole module's output.
+    decoder, weights = model.decoder, layer_weights(model, 1)
+    hidden, tables = embed(model, ids), Tables(decoder, ids.shape[1])
+    add_layer(decoder, 0, layer_weights(model, 0), hidden, tables)
+    add_module(decoder, 1, "attention", weights, hidden, tables)
+    inner = module_inputs(decoder, 1, "mlp", weights, hidden, tables)
+    energy = module_energies(model, ids)[1]["mlp"]
+    moments = (inner * energy.sqrt()[..., None]).flatten(0, 1).square().mean(0)
+    down = weights["mlp.down"]
+    off = (choose_grid(down, moments, FORMATS[1], SHRINKS).nearest(down).dequantised() - down)[::2]
+    few = slice(sensitivity.ROUNDED_SAMPLES)
+    expected = 2 * (energy[few] * (inner[few] @ off.T).square().sum(-1)).sum()
+    expected /= 2 * decoder.hidden_size * ids[few].numel()
+    assert np.isclose(of_last[3], float(expected), rtol=0.05)
