@@ -9,7 +9,7 @@ import numpy as np
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.ondevice.reference import StepRunner
 
-CANDIDATES = 512  # tokens with more than a part in so many of the share that top_p may drop are sorted first
+CANDIDATES = (512, 8192)  # tokens with more than a part in so many of the share that top_p may drop are sorted first
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -105,10 +105,13 @@ def choose(logits: np.ndarray, temperature: float, top_p: float, points: np.ndar
 def _draw(probabilities: np.ndarray, top_p: float, point: float) -> int:
     """Draws one token from probabilities (vocabulary,) at a point in [0, 1), among those that top_p keeps.
 
-    Some hundreds hold a share of top_p nearly always, so only they are sorted.
+    Some hundreds hold a share of top_p mostly, and some thousands nearly always, so only they are sorted.
     """
-    kept = np.flatnonzero(probabilities > (1 - top_p) / CANDIDATES)
-    if probabilities[kept].sum() <= top_p:
+    for candidates in CANDIDATES:
+        kept = np.flatnonzero(probabilities > (1 - top_p) / candidates)
+        if probabilities[kept].sum() > top_p:
+            break
+    else:
         kept = np.arange(len(probabilities))
     # Likeliest first; of equal ones the lower id first.
     kept = kept[np.lexsort((kept, -probabilities[kept]))]

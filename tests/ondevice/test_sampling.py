@@ -152,6 +152,19 @@ def test_a_share_of_nothing_takes_the_likeliest_however_little_that_is() -> None
     assert choose(logits, 1.0, 0.0, np.array([0.5])).tolist() == [70]
 
 
+@pytest.mark.parametrize("spread", [6.0, 3.0, 1.0])  # of the likeliest hundreds, thousands, and nearly all tokens
+def test_a_large_vocabulary_is_drawn_from_as_if_all_of_it_were_sorted(spread: float) -> None:
+    generator = np.random.default_rng(0)
+    logits = spread * generator.standard_normal((6, 30_000))
+    points = generator.random(6)
+    for row, point, drawn in zip(logits, points, choose(logits, 1.0, 0.95, points), strict=True):
+        order = np.argsort(-row, kind="stable")
+        shares = np.exp(row[order]) / np.exp(row).sum()
+        kept = int(np.searchsorted(shares.cumsum(), 0.95)) + 1
+        place = np.searchsorted(shares[:kept].cumsum(), point * shares[:kept].sum(), side="right")
+        assert drawn == order[place]
+
+
 @given(st.integers(0, 10_000), st.floats(0.01, 1.0), st.floats(0.05, 20.0), st.integers(1, 40))
 @settings(deadline=None, max_examples=200)
 def test_no_draw_leaves_the_nucleus(seed: int, top_p: float, temperature: float, vocabulary: int) -> None:
