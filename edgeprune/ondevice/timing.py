@@ -17,6 +17,7 @@ import numpy as np
 from edgeprune.ondevice.durations import timing
 
 MIN_BLOCKS = 6
+LONG_BLOCKS = 5  # a run of so many blocks' time is long: filling the caches anew is nothing in it
 GROWTH = 1.5  # of the rounds between two checks of the precision: stopping at any lucky round would cover less
 CONFIDENCE = 0.95
 DRAWS = 1000  # of the bootstrap
@@ -95,22 +96,24 @@ def interleave(
     """Times all runs in turn, a block of each, after a warm-up; the order is reversed every round (ABBA).
 
     A run returns its own milliseconds, by whichever clock suits it; `clock` limits the whole. Where several take
-    turns, each block begins with one run that does not count: the weights of the others are in the caches, and their
-    threads still spin.
+    turns, each block begins with one run that does not count, unless it is long: the weights of the others are in the
+    caches, and their threads still spin.
 
     The timing ends when the interval of every ratio to the first name (or, of one name alone, of its median) has a
     relative half width below `precision`, which is checked after MIN_BLOCKS rounds and at growing distances from
     then on; or after `seconds` and MIN_BLOCKS rounds; but never before `min_runs` runs of each.
     """
     block_ms = timing().block_ms if block_ms is None else block_ms
-    counts = {name: _warm_up(run, block_ms) for name, run in runs.items()}
+    usual = {name: _warm_up(run) for name, run in runs.items()}  # ms
+    counts = {name: max(1, round(block_ms / ms)) for name, ms in usual.items()}
+    settling = [name for name, ms in usual.items() if len(runs) > 1 and ms < LONG_BLOCKS * block_ms]
     blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
     names = list(runs)
     begin, next_check = clock(), float(MIN_BLOCKS)
     while True:
         # One round: a block of each.
         for name in names:
-            if len(names) > 1:
+            if name in settling:
                 runs[name]()
             blocks[name].append([runs[name]() for _ in range(counts[name])])
         names.reverse()
@@ -133,12 +136,12 @@ def _is_precise(timings: Timings, names: list[str], precision: float) -> bool:
     return all(timings.ratio(name, names[0]).relative_half_width < precision for name in names[1:])
 
 
-def _warm_up(run: Callable[[], float], block_ms: float) -> int:
-    """Runs for at least the time of a warm-up; returns the number of runs that make a block."""
+def _warm_up(run: Callable[[], float]) -> float:
+    """Runs for at least the time of a warm-up; returns the median of the runs' ms."""
     times: list[float] = []
     while sum(times) < 1e3 * timing().warm_up_seconds or len(times) < 2:
         times.append(run())
-    return max(1, round(block_ms / float(np.median(times))))
+    return float(np.median(times))
 
 
 def stopwatch(run: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:

@@ -118,6 +118,15 @@ def test_the_first_run_after_another_program_does_not_count() -> None:
     assert timings.ratio("candidate", "dense").value == pytest.approx(0.5)
 
 
+def test_every_long_run_counts() -> None:
+    machine = Machine()
+    runs = {"dense": machine.program("dense", lambda: 2.0), "candidate": machine.program("candidate", lambda: 0.5)}
+    timings = interleave(runs, seconds=1e9, clock=machine.clock)
+    assert machine.log.count("dense") == 2 + MIN_BLOCKS  # warmed up twice
+    assert machine.log.count("candidate") == 2 + 2 * MIN_BLOCKS
+    assert timings.ratio("candidate", "dense").value == pytest.approx(0.25)
+
+
 def test_noise_takes_more_rounds_until_it_is_precise() -> None:
     machine, generator = Machine(), np.random.default_rng(0)
     runs = {name: machine.program(name, lambda: 0.01 * generator.gamma(100, 0.01)) for name in ("a", "b")}
