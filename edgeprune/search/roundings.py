@@ -49,8 +49,10 @@ class ModuleRoundings:
 
     ids: calibration samples (b, t) int64, the first ones of those that the modules are run on. A change dy_t of a
     module's output costs about 1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities.
-    Of what rounding to nearest costs, the matrices before the activation and the output projection keep the share that
-    GPTQ leaves, which differs tenfold between them.
+    Of what rounding to nearest costs, a module keeps the share that GPTQ leaves, which differs tenfold between modules:
+    the mean of that of the matrices before the activation and that of the output projection. Though the former make up
+    most of dy, their share alone tells the order of modules less well: it leaves out what the update of the output
+    projection cannot repair.
     """
 
     def __init__(self, decoder: Decoder, ids: torch.Tensor, formats: Sequence[WeightFormat]) -> None:
@@ -72,9 +74,10 @@ class ModuleRoundings:
         source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
         energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
         inputs = None if module.inputs is None else projection.inputs[: self.samples]
-        # What GPTQ makes of both; of experts, of the matrices that all tokens would read.
-        before = GptqShares(self._before(module), module_states(decoder, kind, weights, module.source))
-        last = None if inputs is None else GptqShares(projection.weight, projection.inputs, projection.gram)
+        # What GPTQ leaves; of experts, of the matrices of the first one, as if all tokens read them.
+        shares = [GptqShares(self._before(module), module_states(decoder, kind, weights, module.source))]
+        if inputs is not None:
+            shares.append(GptqShares(projection.weight, projection.inputs, projection.gram))
         for form, changed in zip(
             self.formats, _rounded(decoder, kind, weights, source, inputs, self.formats), strict=True
         ):
@@ -85,13 +88,8 @@ class ModuleRoundings:
                 dense = module_output(decoder, kind, weights, raw_part)
                 off = _output(decoder, index, kind, changed, source_part, self.tables) - dense
                 total += float(off.square_().mul_(energy_part).sum())
-            # Of both errors, which have nothing to do with each other, what GPTQ leaves.
-            of_last, share = 0.0, 1.0
-            if last is not None:
-                off, share = last.of(form)
-                squares = float((inputs @ off.T).square_().sum()) * len(module.source) / self.samples
-                of_last = min(squares * last.outputs_of_each, total)
-            self.found[form.name][kind].append((total - of_last) * before.of(form)[1] + of_last * share)
+            left = np.mean([share.of(form) for share in shares])
+            self.found[form.name][kind].append(total * float(left))
 
     def _before(self, module: ModuleStates) -> torch.Tensor:
         """Returns the weights (out_features, c) of the matrices before the activation; of experts, the first one's."""
@@ -182,7 +180,7 @@ def table_losses(
         if decoder.tie_word_embeddings:
             losses[form.name] = (0.0, of_head + of_embedding)
         else:
-            losses[form.name] = (of_embedding, of_head * shares.of(form)[1])
+            losses[form.name] = (of_embedding, of_head * shares.of(form))
     return losses
 
 
@@ -195,7 +193,6 @@ class GptqShares:
 
     def __init__(self, weight: torch.Tensor, inputs: torch.Tensor, total: torch.Tensor | None = None) -> None:
         self.rows = weight[probed_outputs(weight)]  # (outputs, in_features)
-        self.outputs_of_each = len(weight) / len(self.rows)
         held, rows = held_out_rows(*inputs.shape[:2]), inputs.flatten(0, 1)
         self.held_out = rows[held]  # (n, in_features)
         others = gram(rows[~held]) if total is None else total - gram(self.held_out)
@@ -203,15 +200,14 @@ class GptqShares:
         # Of fewer tokens than features the walk does not try GPTQ either.
         self.left = gptq_squares(others, self.held_out) if len(rows) >= rows.shape[1] else None  # (in_features,)
 
-    def of(self, form: WeightFormat) -> tuple[torch.Tensor, float]:
-        """Returns what rounding to nearest takes off some outputs' weights (outputs, in_features), and the share of its
-        squared error that GPTQ leaves on held-out inputs, 1 at most."""
+    def of(self, form: WeightFormat) -> float:
+        """Returns the share in a format, on held-out inputs, 1 at most."""
+        if self.left is None:
+            return 1.0
         grid = choose_grid(self.rows, self.importance, form, SHRINKS)
         off = self.rows - grid.nearest(self.rows).dequantised()
-        if self.left is None:
-            return off, 1.0
-        # Of GPTQ, every step is rounded by up to half of it, evenly, as the weights before have moved it.
-        steps = (grid.scales.square().sum(dim=0) / 12).repeat_interleave(self.rows.shape[1] // grid.scales.shape[1])
         by_nearest = float((self.held_out @ off.T).square_().sum())
+        # By GPTQ each weight is off by up to half a step, evenly: those before have moved it anywhere.
+        steps = (grid.scales.square().sum(dim=0) / 12).repeat_interleave(self.rows.shape[1] // grid.scales.shape[1])
         by_gptq = float(steps.double() @ self.left)
-        return off, by_gptq / by_nearest if by_gptq < by_nearest else 1.0
+        return by_gptq / by_nearest if by_gptq < by_nearest else 1.0

@@ -5,17 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.forward import (
-    Tables,
-    add_layer,
-    add_module,
-    embed,
-    layer_weights,
-    module_inputs,
-    module_states,
-    token_logits,
-    weight_stream,
-)
+from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.moments import gram
@@ -125,7 +115,7 @@ def narrow_inputs(samples: int) -> torch.Tensor:
 def test_the_share_that_gptq_leaves_holds_on_other_inputs(name, tolerance):
     form, inputs = WEIGHT_FORMATS[name], narrow_inputs(12)
     weight = torch.randn(1000, 32, generator=torch.Generator().manual_seed(1))
-    share = GptqShares(weight, inputs[:8]).of(form)[1]
+    share = GptqShares(weight, inputs[:8]).of(form)
     moments, others = (gram(part.flatten(0, 1)) for part in (inputs[:8], inputs[8:]))
     grid = choose_grid(weight, moments.diagonal(), form)
     errors = [
@@ -139,9 +129,9 @@ def test_the_share_that_gptq_leaves_holds_on_other_inputs(name, tolerance):
 def test_gptq_that_the_walk_does_not_take_changes_no_prediction():
     form, weight = WEIGHT_FORMATS["int4-32"], torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
     inputs = narrow_inputs(4)
-    assert GptqShares(weight, inputs[:, :7]).of(form)[1] == 1.0  # too few tokens
+    assert GptqShares(weight, inputs[:, :7]).of(form) == 1.0  # too few tokens
     on_grid = choose_grid(weight, torch.ones(32), form).nearest(weight).dequantised()
-    assert GptqShares(on_grid, inputs).of(form)[1] == 1.0
+    assert GptqShares(on_grid, inputs).of(form) == 1.0
 
 
 def test_an_untied_head_is_predicted_as_the_walk_rounds_it(monkeypatch):
@@ -157,40 +147,23 @@ def test_an_untied_head_is_predicted_as_the_walk_rounds_it(monkeypatch):
     assert np.isclose(found.head, divergence, rtol=0.35)
 
 
-def test_of_a_module_each_error_keeps_the_share_that_gptq_leaves(monkeypatch):
+def test_a_module_keeps_the_mean_of_the_shares_that_gptq_leaves(monkeypatch):
     model, ids = model_of(), samples(16)
-    shares = {}
-    whole = GptqShares.of
+    left = measured(model, ids)
+    shares, whole = {form.name: [] for form in FORMATS}, GptqShares.of
 
-    def with_shares(before: float, last: float) -> np.ndarray:
-        """Measures with given shares, and returns the losses in int4 of attentions and MLPs."""
+    def keep(self, form):
+        shares[form.name].append(whole(self, form))
+        return 1.0
 
-        def of(self, form):
-            off, shares[len(shares)] = whole(self, form)
-            is_last = len(self.rows) == 48  # of 96 outputs; those before have 160 and 192
-            return off, last if is_last else before
-
-        monkeypatch.setattr(GptqShares, "of", of)
-        found = measured(model, ids)["int4-32"]
-        return np.concatenate([found.attention, found.mlp])
-
-    nearest, of_last, of_before = with_shares(1.0, 1.0), with_shares(0.0, 1.0), with_shares(1.0, 0.0)
-    assert np.allclose(of_last + of_before, nearest)
-    assert (of_last > 0.05 * nearest).all()
-    assert (of_before > 0.05 * nearest).all()
-    assert np.allclose(with_shares(0.5, 0.25), 0.5 * of_before + 0.25 * of_last)
-    assert max(shares.values()) <= 1
-    # What changes the output projection alone, against the whole module's output.
-    decoder, weights = model.decoder, layer_weights(model, 1)
-    hidden, tables = embed(model, ids), Tables(decoder, ids.shape[1])
-    add_layer(decoder, 0, layer_weights(model, 0), hidden, tables)
-    add_module(decoder, 1, "attention", weights, hidden, tables)
-    inner = module_inputs(decoder, 1, "mlp", weights, hidden, tables)
-    energy = module_energies(model, ids)[1]["mlp"]
-    moments = (inner * energy.sqrt()[..., None]).flatten(0, 1).square().mean(0)
-    down = weights["mlp.down"]
-    off = (choose_grid(down, moments, FORMATS[1], SHRINKS).nearest(down).dequantised() - down)[::2]
-    few = slice(sensitivity.ROUNDED_SAMPLES)
-    expected = 2 * (energy[few] * (inner[few] @ off.T).square().sum(-1)).sum()
-    expected /= 2 * decoder.hidden_size * ids[few].numel()
-    assert np.isclose(of_last[3], float(expected), rtol=0.05)
+    monkeypatch.setattr(GptqShares, "of", keep)
+    nearest = measured(model, ids)
+    for form in shares:
+        # From the last module to the first, of each the matrices before the activation, then the output projection.
+        means = np.reshape(shares[form][:8], (4, 2)).mean(axis=1)[::-1]
+        assert (means < 0.95).all()
+        mine, whole_losses = left[form], nearest[form]
+        assert np.allclose(
+            [mine.attention[0], mine.mlp[0], mine.attention[1], mine.mlp[1]] / means,
+            [whole_losses.attention[0], whole_losses.mlp[0], whole_losses.attention[1], whole_losses.mlp[1]],
+        )
