@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STEP = 0.05  # share by which a limit is raised to see what more of it would gain
 RUNG_STEP = 0.15  # share of what pruning can still take from the chosen candidate, for each rung
 SHARE_STEPS = 6  # steps of the bisection for the end of a frontier
+ROUNDING = 1e-9  # by which a sum of costs may differ from itself in another order
 LEAST_GAIN = 1e-4  # nats per token
 
 
@@ -38,8 +39,8 @@ class Lever:
 
 @dataclass(frozen=True)
 class Levers:
-    """All levers of an allocation, and the predicted loss of one kind of lever alone within the same limits, None where
-    that does not reach them."""
+    """All levers of an allocation, and the predicted loss of one kind of lever alone at no more than its costs and
+    within the limits, None where that does not reach them."""
 
     parts: tuple[Lever, ...]
     pruning_alone: float | None
@@ -129,11 +130,13 @@ class Planner:
             if step.choice != before.choice:
                 parts.append(Lever(name, saved, problem.loss(step) - problem.loss(before)))
             before = step
-        # One kind alone.
-        pruning = replace(self, problem=replace(problem, layer_formats=(0,), table_formats=(0,))).within(limits)
+        # One kind alone, without the room that the chosen one leaves: it would seem to lose less than both kinds.
+        costs = problem.estimate(chosen)
+        room = {name: min(most, costs[name] * (1 + ROUNDING)) for name, most in self.estimator.room(limits).items()}
+        pruning = replace(self, problem=replace(problem, layer_formats=(0,), table_formats=(0,))).solve(room)
         vocabulary = {max(problem.vocabularies): 0.0}
         whole = replace(problem, sensitivities=uncut(problem.sensitivities), vocabularies=vocabulary)
-        precision = replace(self, problem=whole).within(limits) if len(problem.formats) > 1 else None
+        precision = replace(self, problem=whole).solve(room) if len(problem.formats) > 1 else None
         is_usable = precision is not None and precision.loss < UNUSABLE
         return Levers(tuple(parts), pruning and pruning.loss, precision.loss if is_usable else None)
 

@@ -154,6 +154,15 @@ def test_precision_comes_before_pruning_and_the_levers_say_what_each_gave():
     assert "pruning" not in [part.name for part in levers.parts]
 
 
+def test_formats_alone_are_no_better_than_a_choice_of_formats_that_leaves_room():
+    planner = planner_with_formats()
+    whole = planner.problem.estimate(planner.problem.everything)["memory"]
+    chosen = planner.solve({"memory": 0.6 * whole})
+    limits = {"memory": 0.7 * whole}
+    assert planner.within(limits).loss < chosen.loss
+    assert planner.levers(limits, chosen).precision_alone == pytest.approx(chosen.loss)
+
+
 def test_beyond_the_fewest_bits_pruning_helps():
     planner = planner_with_formats()
     limits = {"memory": 0.25 * planner.problem.estimate(planner.problem.everything)["memory"]}
