@@ -50,9 +50,8 @@ class ModuleRoundings:
     ids: calibration samples (b, t) int64, the first ones of those that the modules are run on. A change dy_t of a
     module's output costs about 1/2 sum_t ||g_t||^2 ||dy_t||^2 / hidden_size / tokens nats, as in measure_sensitivities.
     Of what rounding to nearest costs, a module keeps the share that GPTQ leaves, which differs tenfold between modules:
-    the mean of that of the matrices before the activation and that of the output projection. Though the former make up
-    most of dy, their share alone tells the order of modules less well: it leaves out what the update of the output
-    projection cannot repair.
+    the mean of that of the matrices before the activation and that of the output projection. Most of dy comes from the
+    former; yet with each part's own share, predictions of the parts of a real model were further apart.
     """
 
     def __init__(self, decoder: Decoder, ids: torch.Tensor, formats: Sequence[WeightFormat]) -> None:
