@@ -218,6 +218,7 @@ def search_quality(
     """
     allocation, rise = beyond
     model = CostModel(max(allocation.loss, 1e-9), max(rise.nats, 1e-9))
+    model.correct(0.0, 0.0)  # the dense model; a rise far beyond the limit says little about small ones
     trials: list[QualityTrial] = []
     seen = {allocation.choice}
     for index in range(MAX_QUALITY_CANDIDATES):

@@ -233,5 +233,12 @@ def test_the_quality_search_ends_below_the_limit_and_near_it(scale: float, bend:
     assert best.rise.nats >= 0.5 * limit
 
 
+def test_a_budget_far_beyond_the_limit_does_not_end_the_quality_search() -> None:
+    """Broken models lose about as much as each other: a line through two of them meets the limit nowhere."""
+    trials = quality(lambda loss: 2.4 * loss / (loss + 0.05), 0.26)
+    assert trials[0].rise.status == "missed"
+    assert any(trial.rise.status == "met" for trial in trials)
+
+
 def test_a_quality_limit_that_no_step_reaches_is_given_up() -> None:
     assert all(trial.rise.status == "missed" for trial in quality(lambda loss: 0.5 + loss, 0.1))
