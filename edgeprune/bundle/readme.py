@@ -101,6 +101,7 @@ GRAPHS = (
 TEXTS = (
     "| `onnx/genai_config.json` | lets onnxruntime-genai load the folder; the tokenizer's files are beside it |",
     "| `model/` | a standard checkpoint for `from_pretrained` |",
+    "| `tokenizer/` | what `edgeprune run` reads and writes texts with |",
 )
 PICTURES = (
     "| `codec/codec.onnx` | codes (batch, tokens) to pixels (batch, 3, height, width), about -1 to 1 |",
