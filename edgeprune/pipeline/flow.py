@@ -70,7 +70,7 @@ def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | No
                 check_output(output, request.force, request.resume)  # another run may have written it meanwhile
                 yield Run(setup, journal, progress)
         except BaseException:
-            if not journal.seconds:  # there is nothing to go on with
+            if journal.is_new:
                 journal.remove()
             raise
         if kept := journal.remove():
@@ -97,7 +97,7 @@ def _is_complete(setup: Setup, command: str, journal: Journal) -> bool:
     if manifest.get("run") == journal.id:
         return True
     if (
-        not journal.seconds
+        journal.is_new
         and manifest.get("command") == command
         and manifest.get("fingerprint") == json.loads(json.dumps(setup.fingerprint))
     ):

@@ -35,6 +35,7 @@ from edgeprune.pipeline.ownership import (
 )
 
 DIGEST = "sha256"  # of a line, in it
+BESIDE = "all else"  # what the stages leave of the time of a run
 ID = "run"  # in the first line, and in the manifest of the bundle that the run writes
 
 
@@ -47,6 +48,7 @@ class Journal:
     def __init__(self, folder: Path, run_id: str, finished: dict[str, dict[str, Any]], lock: int) -> None:
         self.folder, self.id = folder, run_id
         self._finished, self._lock = finished, lock
+        self._begun, self._inner_seconds, self._own_seconds = time.monotonic(), 0.0, 0.0
 
     def __enter__(self) -> Journal:
         return self
@@ -70,8 +72,15 @@ class Journal:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Returns the wall time of each finished stage, in the order in which they ended."""
-        return {name: line["seconds"] for name, line in self._finished.items()}
+        """Returns the wall time of each finished stage, without that of stages within it, in the order in which they
+        ended; last what the run took beside them since it was opened. They add up to the run."""
+        stages = {name: line["seconds"] for name, line in self._finished.items()}
+        return {**stages, BESIDE: round(time.monotonic() - self._begun - self._own_seconds, 3)}
+
+    @property
+    def is_new(self) -> bool:
+        """Returns whether no stage is finished: there is nothing to go on with."""
+        return not self._finished
 
     def has(self, name: str) -> bool:
         return name in self._finished
@@ -82,9 +91,12 @@ class Journal:
         Results pass through JSON either way, so that an unbroken and a resumed run see the same.
         """
         if name not in self._finished:
-            start = time.monotonic()
+            start, around, self._inner_seconds = time.monotonic(), self._inner_seconds, 0.0
             result = compute()
-            line = {"stage": name, "seconds": round(time.monotonic() - start, 3), "result": result}
+            whole = time.monotonic() - start
+            own, self._inner_seconds = whole - self._inner_seconds, around + whole
+            self._own_seconds += own
+            line = {"stage": name, "seconds": round(own, 3), "result": result}
             _append(self.folder / JOURNAL, line)
             self._finished[name] = json.loads(json.dumps(line))
         return self._finished[name]["result"]

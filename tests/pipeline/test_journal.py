@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.pipeline.journal import Journal, open_journal
+from edgeprune.pipeline.journal import BESIDE, Journal, open_journal
 from edgeprune.pipeline.ownership import JOURNAL
 
 RUN = {"model": "m", "seed": 0}
@@ -29,7 +29,19 @@ def test_a_finished_stage_is_not_computed_again(tmp_path):
     with begun(tmp_path / "work", resume=True) as again:
         assert again.id == journal.id
         assert again.stage("one", lambda: pytest.fail("computed again")) == {"x": [1, 2]}
-        assert list(again.seconds) == ["one"]
+        assert list(again.seconds) == ["one", BESIDE]
+
+
+def test_stages_add_up_to_the_run_with_stages_within_stages(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    with begun(tmp_path / "work") as journal:
+        monkeypatch.setattr("edgeprune.pipeline.journal.time.monotonic", lambda: next(clock))
+        journal._begun = next(clock)  # 0
+        journal.stage("outer", lambda: journal.stage("inner", lambda: 1))  # from 1 to 4, the inner one from 2 to 3
+        journal.stage("next", lambda: 2)  # from 5 to 6
+        seconds = journal.seconds  # at 7
+        assert seconds == {"inner": 1, "outer": 2, "next": 1, BESIDE: 3}
+        assert sum(seconds.values()) == 7
 
 
 def test_a_folder_stage_that_was_cut_off_is_filled_again(tmp_path):
@@ -170,7 +182,8 @@ def test_a_result_that_changed_meanwhile_is_not_taken(tmp_path):
 
 def test_resume_of_nothing_begins(tmp_path):
     with begun(tmp_path / "work", resume=True) as journal:
-        assert journal.seconds == {}
+        assert journal.is_new
+        assert list(journal.seconds) == [BESIDE]
 
 
 @pytest.mark.parametrize(("resume", "force"), [(False, False), (True, False), (False, True), (True, True)])
@@ -181,7 +194,7 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path, resume, force):
             begun(tmp_path / "work", resume=resume, force=force)
         assert journal.stage("two", lambda: 2) == 2
     with begun(tmp_path / "work", resume=True) as journal:
-        assert list(journal.seconds) == ["one", "two"]
+        assert list(journal.seconds) == ["one", "two", BESIDE]
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
