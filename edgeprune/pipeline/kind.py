@@ -149,6 +149,7 @@ class Language:
 @dataclass(frozen=True)
 class Images:
     imaging: Imaging | None = None
+    classes: int = 0  # of the model, once it is loaded; 0: it draws pictures of no class
     noun: str = "pictures"
     own_evaluation: str = "drawn by the dense model"
     writes_text: bool = False
@@ -177,7 +178,7 @@ class Images:
         return None, {}
 
     def with_model(self, request: Request, model: Model) -> Images:
-        return replace(self, imaging=imaging_of(request, model))
+        return replace(self, imaging=imaging_of(request, model), classes=model.decoder.picture.num_classes)
 
     def read_samples(self, request: Request, model: Model, documents: Documents) -> UserSamples:
         folder = None if request.calibration == SELF else Path(request.calibration)
@@ -208,8 +209,10 @@ class Images:
 
     @property
     def own_samples_reason(self) -> str:
-        guidance = f"guided by {self.imaging.sampling.cfg:g} as in deployment"
-        return f"no pictures was given: the model generates its own samples, of every class, {guidance}"
+        classes = ", of every class" if self.classes else ""
+        cfg = self.imaging.sampling.cfg
+        guidance = f", guided by {cfg:g} as in deployment" if cfg != 1 else ""
+        return f"no pictures were given: the model generates its own samples{classes}{guidance}"
 
     @property
     def fingerprint(self) -> list[Any]:

@@ -9,6 +9,8 @@ import pytest
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, Picture
 from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.guided_sampling import Sampling
+from edgeprune.pipeline.imaging import Imaging
 from edgeprune.pipeline.kind import Images, Language, kind_of
 from edgeprune.pipeline.request import request_of
 from edgeprune.pipeline.samples import LENGTH
@@ -96,3 +98,16 @@ def test_documents_of_pictures_are_read_with_the_model_and_texts_before_it(tmp_p
     calibration, evaluation = Language().read_documents(request)
     assert calibration.documents == evaluation["notes"].documents == ["one\n\ntwo"]
     assert Images().read_documents(request_of(calibration=tmp_path / "none")) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "classes", "said"),
+    [
+        (1.0, 0, "no pictures were given: the model generates its own samples"),
+        (1.75, 10, "no pictures were given: the model generates its own samples, of every class, guided by 1.75 as in"),
+    ],
+)
+def test_own_pictures_are_of_classes_and_guided_where_the_model_has_these(cfg, classes, said):
+    imaging = Imaging(None, Sampling(cfg=cfg), 8, None)
+    assert Images(imaging, classes).own_samples_reason.startswith(said)
+    assert ("class" in Images(imaging, classes).own_samples_reason) == bool(classes)
