@@ -280,7 +280,8 @@ class BuiltAhead:
         conditions = {"engine": basis}
         if not own:
             conditions = {"feasibility": f"{basis}; not in the bundle, the device builds its own engine"}
-        notes = (*estimated.notes, *result.warnings)
+        # What the builder stores twice concerns the engine that is shipped; another SM's is only a check.
+        notes = (*estimated.notes, *(result.warnings if own or not result.weights_bytes else ()))
         return replace(estimated, memory=memory, notes=notes, conditions=conditions)
 
 

@@ -89,7 +89,7 @@ def test_an_engine_built_ahead_gives_memory_and_leaves_latency_estimated(
     assert {type(found.memory.weights), type(found.memory.activations)} == {Built if is_own else Estimate}
     assert found.memory.cache == estimated.memory.cache
     assert (found.prefill, found.decode) == (estimated.prefill, estimated.decode)
-    assert found.notes == (*estimated.notes, "it stores something twice")
+    assert found.notes == (*estimated.notes, *(["it stores something twice"] if is_own else []))  # shipped or a check
     (where,) = found.conditions
     assert where == ("engine" if is_own else "feasibility")
     assert ("the nearest to SM 87" in found.conditions[where]) != is_own
