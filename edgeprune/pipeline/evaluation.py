@@ -145,6 +145,7 @@ class Evaluator:
             texts[name] = {
                 "dense": dense[name].perplexity,
                 "fitted": fitted.perplexity_per(dense[name]),
+                "documents": len(dense[name].tokens),
                 "tokens": int(dense[name].tokens.sum()),
                 **asdict(rise(dense[name], fitted, seed)),
                 "agreement": agreed and asdict(agreed),

@@ -55,8 +55,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Quality:
-    """texts: {name: {dense, fitted, percent, low, high, tokens, agreement}}, the last as evaluate.agreement has it,
-    or none; answers: {device, prompt_tokens, identical}, or none; samples of both from one prompt. Of an image
+    """texts: {name: {dense, fitted, percent, low, high, documents, tokens, agreement}}, the last as evaluate.agreement
+    has it, or none; answers: {device, prompt_tokens, identical}, or none; samples of both from one prompt. Of an image
     generator none of these but its pictures, as report.images has them."""
 
     texts: dict[str, dict[str, Any]]

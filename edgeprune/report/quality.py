@@ -61,13 +61,14 @@ class Text(Strict):
     """Perplexity of one held-out text, of both models per token of the dense model's."""
 
     name: str
+    documents: int = Field(ge=1, description="over which its interval is a bootstrap")
     tokens: int = Field(description="tokens predicted, in the dense model's vocabulary")
     dense: float
     fitted: float
     rise_percent: float
     low_percent: float = Field(
-        description="lower bound of the rise's 95 % interval over documents; equal to `high_percent`: one document, "
-        "no interval"
+        description="lower bound of the rise's 95 % interval over documents; equal to `high_percent`: no interval, "
+        "of one document or of a model that is the dense one"
     )
     high_percent: float
     agreement: Agreement | None = Field(description="none: the vocabulary leaves no place to compare")
@@ -115,6 +116,7 @@ def quality_part(
     rows = [
         Text(
             name=name,
+            documents=text["documents"],
             tokens=text["tokens"],
             dense=text["dense"],
             fitted=text["fitted"],

@@ -37,7 +37,16 @@ def test_an_evaluation_as_it_stands_in_the_report():
     assert (part.fitted.frechet.value, part.fitted.frechet.floor) == (14.75, 11.234)
     assert (part.dense.recall.value, part.difference.value, part.images) == (0.79, 0.0122, 500)
     assert pictures_part(found(**MISSING)).dense is None
-    losses = {"dense": 10.0, "fitted": 11.0, "percent": 10.0, "low": 8.0, "high": 12.0, "tokens": 9, "agreement": None}
+    losses = {
+        "dense": 10.0,
+        "fitted": 11.0,
+        "percent": 10.0,
+        "low": 8.0,
+        "high": 12.0,
+        "documents": 5,
+        "tokens": 9,
+        "agreement": None,
+    }
     none = dict.fromkeys(("prompt", "dense_sample", "fitted_sample"))
     assert quality_part("perplexity", {"a": losses}, None, pictures=found(), **none).pictures == part
 

@@ -11,7 +11,7 @@ from edgeprune.report.schema import grade_of
 def test_an_evaluation_as_it_stands_in_the_report():
     share = {"share": 0.75, "low": 0.5, "high": 0.875, "places": 8, "documents": 2, "of": 3}
     shown = {"percent": 75.0, "low_percent": 50.0, "high_percent": 87.5, "places": 8, "documents": 2, "of": 3}
-    losses = {"dense": 10.0, "fitted": 11.0, "percent": 10.0, "low": 8.0, "high": 12.0, "tokens": 9}
+    losses = {"dense": 10.0, "fitted": 11.0, "percent": 10.0, "low": 8.0, "high": 12.0, "documents": 5, "tokens": 9}
     samples = {"prompt": "p", "dense_sample": "d", "fitted_sample": "f"}
     step = {"tokens": 4, "same": 3, "answers": 4, "low": 0.3, "high": 0.95}
     found = quality_part(

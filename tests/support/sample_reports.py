@@ -54,6 +54,7 @@ def text(name: str, dense: float, rise: float, width: float = 1.5) -> dict[str, 
     agree = 95 / (1 + max(rise, 0) / 60)
     return {
         "name": name,
+        "documents": 24,
         "tokens": 4096,
         "dense": dense,
         "fitted": dense * (1 + rise / 100),
