@@ -83,11 +83,11 @@ class Allocation:
         channels = str(summary["most channels"])
         if summary["fewest channels"] != summary["most channels"]:
             channels = f"{summary['fewest channels']} to {channels}"
-        counts = ", ".join(f"{count} in {name}" for name, count in self.format_counts.items())
+        counts = ", ".join(f"{count} modules in {name}" for name, count in self.format_counts.items())
         return (
-            f"{summary['attentions']} of {layers} attentions of {summary['key/value heads']} key/value heads x "
-            f"{summary['query heads per group']} query heads, {summary['MLPs']} of {layers} MLPs of "
-            f"{channels} channels, {summary['tokens']} tokens{f'; {counts}' if counts else ''}"
+            f"{summary['attentions']} of {layers} attention layers, {summary['key/value heads']} key/value heads each "
+            f"with {summary['query heads per group']} query heads; {summary['MLPs']} of {layers} MLP layers, "
+            f"{channels} channels each; vocabulary of {summary['tokens']:,} tokens{f'; {counts}' if counts else ''}"
         )
 
 
