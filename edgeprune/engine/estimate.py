@@ -266,11 +266,16 @@ def estimate_performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
         prefill=Estimate(1e3 * (max(compute, weights) + overhead), "ms", profile.name, prefill_basis),
         decode=Estimate(sum(step.values()), "ms", profile.name, decode_basis),
-        notes=tuple(
-            f"{name} of {profile.name} is of low confidence: {figure.source}"
-            for name, figure in profile.hardware.items()
-            if figure.confidence == "low"
-        ),
+        notes=low_confidence_notes(profile),
+    )
+
+
+def low_confidence_notes(profile: DeviceProfile) -> tuple[str, ...]:
+    """Returns a note for each figure of a profile that its estimates rest on and that is hardly known."""
+    return tuple(
+        f"{name} of {profile.name} is of low confidence: {figure.source}"
+        for name, figure in profile.hardware.items()
+        if figure.confidence == "low"
     )
 
 
