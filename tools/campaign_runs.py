@@ -27,7 +27,7 @@ MOST_SECONDS = 90.0  # of a run
 MOST_BYTES = 6 << 30  # of address space, beyond what this process has
 MOST_FILE = 1 << 30
 KEPT = 1 << 20  # bytes of each output
-LIBRARIES = ("scipy.optimize", "plotly.graph_objects", "plotly.io", "jinja2", "gguf", "onnx", "tokenizers", "PIL.Image")
+LIBRARIES = ("scipy.optimize", "matplotlib.figure", "jinja2", "gguf", "onnx", "tokenizers", "PIL.Image")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: what a run leaves behind becomes a child of this process
 LEFT_SECONDS = 5.0  # until what a run started has to be gone
 

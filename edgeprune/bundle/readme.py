@@ -5,9 +5,8 @@ from __future__ import annotations
 from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.finish import DEPLOYMENT
 from edgeprune.report.deploy import FINISH
-from edgeprune.report.figures import number_text
+from edgeprune.report.figures import number_text, rise_of
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
-from edgeprune.report.frontier_page import rise_of
 from edgeprune.report.schema import Report
 
 

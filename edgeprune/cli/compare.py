@@ -13,7 +13,7 @@ from edgeprune.cli import options
 from edgeprune.cli.ending import shown_progress
 from edgeprune.cli.options import OUTPUT, SEARCH, takes
 from edgeprune.cli.streams import console, made, show
-from edgeprune.pipeline.request import METHODS, RATIOS
+from edgeprune.pipeline.request import METHODS, RATIOS, request_of
 
 SAMPLES = ("model", "calibration", "evaluate", "samples", "length", "seed", "codec", "image_size", "num_heads", "cfg")
 
@@ -42,7 +42,7 @@ def compare(
     """Compare pruning methods at equal ratios on the same samples and texts."""
     from edgeprune.commands.compare import compare as run
     from edgeprune.files import check_output_file
-    from edgeprune.report.comparison import MARK, write_page
+    from edgeprune.report.comparison import MARK, made_of, write_page
     from edgeprune.report.terminal import print_comparison
 
     if html is not None:
@@ -50,7 +50,7 @@ def compare(
     with shown_progress() as progress:
         rows = run(ratios=ratios, methods=methods, layout=layout, progress=progress, **request).report
     if html is not None:
-        write_page(html, rows)
+        write_page(html, rows, made_of(request_of(**request), ratios=ratios, methods=methods, layout=layout))
     with made("page", html) if html is not None else nullcontext():
         if json_:
             show(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2, allow_nan=False))

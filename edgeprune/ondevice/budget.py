@@ -349,12 +349,15 @@ def format_bytes(value: float) -> str:
 
 
 def format_percent(value: float) -> str:
-    """Returns a change in percent as `+3.2 %` or `+120 %`, and in words where a number says nothing any more."""
+    """Returns a change in percent as `+3.2 %`, as `2.2-fold` from 100 % on, and in words where no number says more."""
     if isnan(value):
         return "not a number"
     if value >= MOST_PERCENT:
         return f"more than {MOST_PERCENT // 100}-fold"
-    return f"{value:+.1f} %" if abs(value) < 100 else f"{value:+.0f} %"
+    if value >= 100:
+        factor = 1 + value / 100
+        return f"{factor:.1f}-fold" if factor < 10 else f"{factor:.0f}-fold"
+    return f"{value:+.1f} %" if value > -100 else f"{value:+.0f} %"
 
 
 def format_ms(value: float) -> str:

@@ -77,20 +77,23 @@ def merged(report: dict[str, Any], measurement: dict[str, Any], chosen: Measured
 
 def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: MeasuredRung) -> str:
     """Returns one sentence: whether the model meets the budget on the device, and at which loss of quality."""
-    name, place = report["model"]["name"], f"{measurement['machine']} ({measurement['rests_on']} there)"
+    name, place, how = report["model"]["name"], measurement["machine"], measurement["rests_on"]
     asked = ", ".join(f"{check.name} {check.asked}" for check in chosen.verdict.checks)
     rise = float(report["quality"]["rise_percent"])  # of a broken model it is the text `Infinity`
-    where = "" if report["quality"]["label"] == "perplexity" else " on its own text"
+    own = "pictures" if report["quality"]["pictures"] else "text"
+    where = "" if report["quality"]["label"] == "perplexity" else f" on its own {own}"
     cost = f"at {format_percent(rise)} perplexity{where}"
+    if report["quality"]["grade"] == "broken":
+        return f"No: {name} is broken, whatever it needs on {place}: {cost}."
     if chosen.status == "noisy":
-        return f"{name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
+        return f"Not clear: {name}, {asked} on {place}: {STATUS_TEXT['noisy']} ({cost})."
     if chosen.status == "missed":
-        return f"{name} does not meet {asked} on {place}, {cost}."
+        return f"No, {how} there: {name} does not meet {asked} on {place}, {cost}."
     if report["quality_status"] == "missed":
-        return f"{name} meets {asked} on {place} only beyond the quality limit: {cost}."
+        return f"No: {name} meets {asked} on {place}, {how} there, but only beyond the quality limit: {cost}."
     if report["quality_status"] == "noisy":
-        return f"{name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
-    return f"{name} meets {asked} on {place}, {cost}."
+        return f"Not clear: {name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
+    return f"Yes, {how} there: {name} meets {asked} on {place}, {cost}."
 
 
 def banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:

@@ -8,18 +8,10 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.engine.capacity import experience
-from edgeprune.engine.estimate import bytes_per_token, latency_shares, table_bytes
+from edgeprune.engine.estimate import bytes_per_token, latency_shares, low_confidence_notes, table_bytes
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.ondevice.budget import (
-    STATUS_TEXT,
-    format_bytes,
-    format_ms,
-    format_percent,
-    judge,
-    memory_total,
-    reported,
-)
+from edgeprune.ondevice.budget import format_bytes, format_ms, judge, memory_total, reported
 from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.provenance import now, versions
@@ -27,8 +19,8 @@ from edgeprune.pipeline.results import Fitted, has_checkpoint
 from edgeprune.report import schema
 from edgeprune.report.deploy import deploy_steps
 from edgeprune.report.experience import Experience, experience_part
-from edgeprune.report.figures import OUTCOME_TEXT
 from edgeprune.report.quality import quality_part
+from edgeprune.report.verdict import verdict
 
 LARGE_TABLES = 0.1  # share of the weights in embedding and head from which a smaller vocabulary is worth a word
 
@@ -38,7 +30,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
 
     files: bytes of the bundle's files, by path; command: the command line that makes the bundle again.
     """
-    setup, verdict = fitted.setup, fitted.verdict
+    setup, judged = fitted.setup, fitted.verdict
     dense, small = setup.model.decoder, fitted.chosen.model.decoder
     # Estimate both models' decode step: bytes moved, and how its time divides.
     moved = [bytes_per_token(d, setup.precision, setup.workload, _in_place(fitted)).total for d in (dense, small)]
@@ -64,14 +56,14 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
             strict=True,
         )
     ]
-    # Fill in the document; the deployment steps are derived from it and come last.
+    # Fill in the document; the verdict in words and the deployment steps are derived from it and come last.
     report = schema.Report(
         edgeprune=__version__,
         created=now(),
         command=command,
-        headline=_headline(fitted),
-        status=verdict.status,
-        rests_on=verdict.source,
+        headline="",
+        status=judged.status,
+        rests_on=judged.source,
         quality_status=fitted.quality_status,
         model={
             "name": setup.model.name,
@@ -112,7 +104,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         files=files,
         warnings=_warnings(fitted),
     )
-    return report.model_copy(update={"deploy": _deploy(fitted, report, command)})
+    return report.model_copy(update={"headline": verdict(report), "deploy": _deploy(fitted, report, command)})
 
 
 def _experience(fitted: Fitted) -> dict[str, Experience]:
@@ -258,45 +250,6 @@ def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
     )
 
 
-def _headline(fitted: Fitted) -> str:
-    """Returns the verdict in one sentence, with its cost in perplexity and the share that was pruned."""
-    setup, verdict = fitted.setup, fitted.verdict
-    asked = ", ".join(f"{check.name} {check.asked}" for check in verdict.checks)
-    rise = fitted.quality.worst_percent
-    if fitted.outcome is None:
-        return f"{setup.model.name} meets {asked} on {setup.profile.name} as it is: nothing was pruned."
-    where = " on its own text" if fitted.samples.self_generated else ""
-    cost = f"at {format_percent(rise)} perplexity{where}, {_made(fitted)}"
-    # Budget and quality exclude each other, or the budget is out of reach or in doubt.
-    if fitted.stop is not None:
-        return (
-            f"{setup.model.name} does not reach {asked} on {setup.profile.name} within "
-            f"{setup.budget.max_quality_loss:g} % of perplexity: the smallest model within is kept ({cost}); "
-            f"the candidate nearest to the budget would cost {format_percent(fitted.stop.quality.worst_percent)}."
-        )
-    if verdict.status == "missed":
-        return f"{setup.model.name} does not reach {asked} on {setup.profile.name}: the best candidate is kept."
-    if verdict.status == "noisy":
-        return f"{setup.model.name}, {asked} on {setup.profile.name}: {STATUS_TEXT['noisy']} ({cost})."
-    # The budget is met; the quality may be in doubt or beyond its limit.
-    if fitted.quality_status == "noisy":
-        return f"{setup.model.name} meets {asked} on {setup.profile.name}, {OUTCOME_TEXT['uncertain']} ({cost})."
-    if fitted.quality_status == "missed":
-        beyond = f"only beyond the quality limit of {setup.budget.max_quality_loss:g} %"
-        return f"{setup.model.name} meets {asked} on {setup.profile.name} {beyond}: {cost}."
-    how = "" if verdict.source == "measured" else f" ({verdict.source})"
-    return f"{setup.model.name} meets {asked} on {setup.profile.name}{how}, {cost}."
-
-
-def _made(fitted: Fitted) -> str:
-    """Returns how the fitted model was made smaller, in words."""
-    dense, small = fitted.setup.model.decoder, fitted.chosen.model.decoder
-    removed = ratio(small, dense)
-    formats = [name for name in _formats(small) if name != "float"]
-    pruned = f"{100 * removed:.0f} % pruned" if removed or small.vocab_size != dense.vocab_size else "nothing pruned"
-    return f"{pruned}, weights in {' and '.join(formats)}" if formats else pruned
-
-
 def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
     """Returns how much of the dense model's time and weights no pruning of layers removes, and what of it is left where
     embedding and head have the fewest bits that the search may take.
@@ -354,7 +307,11 @@ def _warnings(fitted: Fitted) -> list[str]:
             "0.18 to 0.20 fail on them. Graphs, engine and GGUF are not affected."
         )
     # What went wrong in measuring and in compensating.
-    warnings += fitted.chosen.performance.notes
+    assumed = low_confidence_notes(fitted.setup.profile)
+    notes = fitted.chosen.performance.notes
+    if names := [note.partition(" of ")[0].replace("_", " ") for note in notes if note in assumed]:
+        warnings.append(f"Estimates rest on figures of the device that are hardly known: {', '.join(names)}.")
+    warnings += [note for note in notes if note not in assumed]
     fell_back = [f"layer {r['layer']} {r['kind']}" for r in fitted.chosen.records if r["fell_back"]]
     if fell_back:
         warnings.append(f"Compensation did not help and was left out in: {', '.join(fell_back)}.")

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import expm1, floor, inf, log10
+from typing import TYPE_CHECKING
 
 from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms, format_percent
 from edgeprune.report.experience import Experience
 from edgeprune.report.images import Interval, Pictures
 from edgeprune.report.quality import Agreement, Answers, Identical
 from edgeprune.report.schema import Constraint, Figure, Levers, Outcome, Report, Search, Source, Text
+
+if TYPE_CHECKING:
+    from edgeprune.report.frontier import Rung
 
 OUTCOME_TEXT: dict[Outcome, str] = {
     **STATUS_TEXT,
@@ -23,8 +27,29 @@ OUTCOME_LABEL = {outcome: text.split(":")[0] for outcome, text in OUTCOME_TEXT.i
 """The statuses without the advice."""
 
 
+NAMES = {  # of widths and limits, in plain words
+    "memory": "memory",
+    "prefill": "first token",
+    "decode": "per token",
+    "quality": "rise of perplexity",
+    "attentions": "attention layers",
+    "key/value heads": "key/value heads in each",
+    "query heads per group": "query heads for each of these",
+    "MLPs": "MLP layers",
+    "fewest channels": "fewest channels",
+    "most channels": "most channels",
+    "tokens": "tokens in the vocabulary",
+    "decode_ratio": "time per token",
+    "prefill_ratio": "time to the first token",
+}
+MOST_TIMES = 1000  # times a limit from which a number says nothing any more
+
+
 def number_text(value: float, unit: str) -> str:
-    """Returns `1.50 GiB`, `6.15 ms`, `+3.2 %`, `212 tokens/s`, `8,192 tokens`, or a plain ratio as `0.713`."""
+    """Returns `1.50 GiB`, `6.15 ms`, `+3.2 %`, `212 tokens/s`, `8,192 tokens`, or a plain ratio as `0.713`.
+
+    A change of 100 % and more is a factor, such as `42-fold`.
+    """
     match unit:
         case "bytes":
             return format_bytes(value)
@@ -54,10 +79,13 @@ def alone_text(levers: Levers) -> str:
     """Returns what one kind of lever alone is predicted to cost."""
 
     def cost(nats: float | None) -> str:
-        return "does not reach it" if nats is None else f"would cost {format_percent(100 * expm1(min(nats, 50.0)))}"
+        if nats is None:
+            return "does not reach it"
+        rise = format_percent(100 * expm1(min(nats, 50.0)))
+        return f"would raise perplexity {rise if rise.endswith('fold') else f'by {rise}'}"
 
     text = f"Pruning alone {cost(levers.pruning_alone)}"
-    return f"{text}, weight formats alone {cost(levers.precision_alone)} of perplexity, as predicted"
+    return f"{text}, weight formats alone {cost(levers.precision_alone)}, as predicted"
 
 
 def figure_text(figure: Figure | None) -> str:
@@ -95,7 +123,12 @@ def pictures_text(count: int) -> str:
 def picture_room_text(noticed: Experience, report: Report) -> str:
     """Returns how many pictures at once memory has room for; a guided one takes two sequences."""
     count = int(noticed.sequences.value * report.quality.pictures.at_once / report.workload.batch)
-    return pictures_text(count) if count else "no room"
+    return pictures_text(count) if count else no_room_text(noticed)
+
+
+def no_room_text(noticed: Experience) -> str:
+    """Returns that there is no room, and within what: a budget may be far below what the device has."""
+    return f"no room within {noticed.room.reason}"
 
 
 def interval_text(interval: Interval) -> str:
@@ -128,9 +161,9 @@ def few_pictures_text(pictures: Pictures) -> str:
 
 
 def room_text(figure: Figure, noticed: Experience) -> str:
-    """Returns how many tokens or sequences memory has room for."""
+    """Returns how many tokens or sequences memory has room for, within what was asked or the device has."""
     if not figure.value:
-        return "no room"
+        return no_room_text(noticed)
     text = number_text(figure.value, figure.unit)
     return f"{text}, all it has" if (figure.unit, figure.value) == ("tokens", noticed.room.most_context) else text
 
@@ -173,20 +206,82 @@ def deciding_text(budget: Sequence[Constraint]) -> str | None:
     )
 
 
+def times_text(report: Report) -> str:
+    """Returns what the times of the fitted model are, wherever they stand."""
+    performance = report.fitted.performance
+    if performance.decode_ratio is not None:
+        return (
+            "Times of the fitted model are the dense model's p50 times the ratio of both, timed in turns "
+            f"({figure_text(performance.decode_ratio)} per token), so that a busy machine slows both alike; the p50 of "
+            "its own run alone is another figure."
+        )
+    if performance.decode.source == "measured":
+        return "Times are p50: half of the runs were faster."
+    return "Times are estimated of the device's figures; nothing was timed on it."
+
+
+def estimated_sum_text(report: Report) -> str:
+    """Returns how the sum of the estimated parts compares with the fitted model's time, where that was measured."""
+    decode, parts = report.fitted.performance.decode, sum(report.fitted.latency_shares.values())
+    if decode.source != "measured":
+        return ""
+    measured, estimated = number_text(decode.value, "ms"), number_text(parts, "ms")
+    return f" and add up to {estimated} a token, where {measured} was measured"
+
+
 def costs_text(search: Search) -> str:
     """Returns where the costs of widths came from, and how far they were off."""
     errors = ", ".join(f"{kind} {100 * worst:.1f} %" for kind, worst in search.cost_error.items())
     return f"Costs of widths come from {search.costs}" + (f"; at most off by {errors}, as tested." if errors else ".")
 
 
-def rise_interval(text: Text) -> str | None:
-    """Returns the interval of a rise of perplexity.
-
-    None for one document: it gives a bootstrap no spread, which must not pass for certainty.
-    """
+def rise_interval(text: Rung | Text) -> str | None:
+    """Returns the interval of a rise of perplexity; None where there is none: see `no_interval_text`."""
     if text.low_percent == text.high_percent:
         return None
-    return f"{number_text(text.low_percent, '%')} to {number_text(text.high_percent, '%')}"
+    low, high = number_text(text.low_percent, "%"), number_text(text.high_percent, "%")
+    return f"{low.removesuffix('-fold') if high.endswith('-fold') else low} to {high}"
+
+
+def interval_of(rise: Rung | Text) -> str:
+    """Returns the interval of a rise of perplexity in few words; empty where there is none."""
+    return (rise_interval(rise) or "").replace(" % to", " to")
+
+
+def rise_of(rise: Rung | Text) -> str:
+    """Returns a rise of perplexity with its interval, where there is one."""
+    interval = interval_of(rise)
+    return number_text(rise.rise_percent, "%") + (f" ({interval})" if interval else "")
+
+
+def no_interval_text(text: Text, document: str = "document") -> str:
+    """Returns why a rise of perplexity has no interval; without one it must not pass for certain."""
+    if text.documents == 1:
+        return f"no interval: one {document}"
+    if text.rise_percent == 0:
+        return "no rise: the same model"
+    return f"no interval: all {text.documents} {document}s rise alike"
+
+
+def headroom_text(row: Constraint) -> str:
+    """Returns how much of a limit is left, or how far it is exceeded: `2.8 % left`, `41.9 % over`, `42 x the limit`."""
+    if (left := row.headroom_percent) is None:
+        return "–"
+    if left < -100 or left != left:
+        return (
+            f"{row.fitted.value / row.limit:.3g} x the limit"
+            if row.fitted.value < MOST_TIMES * row.limit
+            else "far over"
+        )
+    return f"{left:.1f} % left" if left >= 0 else f"{-left:.1f} % over"
+
+
+def search_source(report: Report, row: Constraint) -> Source:
+    """Returns the source of what the candidates of the search obtained: that of the dense model beside them.
+
+    The fitted model's own figure may have been measured on the device since.
+    """
+    return row.dense.source if report.measurement is not None and row.dense is not None else row.fitted.source
 
 
 def rise_text(rise: tuple[float, float, float]) -> str:
@@ -198,6 +293,16 @@ def rise_text(rise: tuple[float, float, float]) -> str:
 def perplexity_text(value: float | None) -> str:
     """Returns a perplexity; a dash where it is beyond floating point."""
     return "–" if value is None else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def percent_text(share: float) -> str:
+    """Returns a share of 1 as `11.5 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def percent_tick(value: float) -> str:
+    """Returns a change in percent as an axis shows it: `+5 %`, `10-fold`."""
+    return number_text(value, "%").replace(".0", "") if value else "0"
 
 
 def by_source(figures: Mapping[str, Figure]) -> dict[Source, str]:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from edgeprune.report import schema
 from edgeprune.report.base import Strict
+from edgeprune.report.quality import worst_text
 from edgeprune.report.schema import Figure, Grade, Report, Side, Source, grade_of
 
 SCHEMA_VERSION = 1
@@ -133,7 +134,7 @@ def _reached(side: Side, rate: Figure | None) -> dict[str, Any]:
 
 def _rung(index: int, report: Report) -> Rung:
     """Returns a rung by its report; the rise of perplexity is that of its worst text, NaN before any number."""
-    worst = max(report.quality.texts, key=lambda text: (text.rise_percent != text.rise_percent, text.rise_percent))
+    worst = worst_text(report.quality.texts)
     return Rung(
         index=index,
         asked=", ".join(f"{row.name} {row.asked}" for row in report.budget),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.report.figures import number_text
+from edgeprune.report.figures import NAMES, interval_of, no_interval_text, number_text
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
-from edgeprune.report.frontier_page import interval_of
+from edgeprune.report.quality import worst_text
+from edgeprune.report.schema import Figure
 from edgeprune.report.terminal import styled, table
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 STYLES = {"intact": "green", "degraded": "yellow", "broken": "red"}
-FIGURES = ("decode", "prefill", "memory")
+FIGURES = {"decode": "ms/token", "prefill": "ms to first", "memory": "MiB"}  # field: head with the unit
+MIB = 2**20
 
 
 def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
@@ -31,7 +33,7 @@ def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
     )
     console.print()
     # The table, the dense model first, and the notes on it.
-    columns = ("rung", *FIGURES, "pruned", "rise", "interval", "quality")
+    columns = ("rung", *FIGURES.values(), "pruned", "rise", "interval", "quality")
     rows = [_row(frontier, point) for point in (frontier.dense, *frontier.rungs)]
     console.print(table(columns, rows, whole=("rung", "pruned", "rise", "quality")))
     console.print()
@@ -49,7 +51,7 @@ def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
     for field in FIGURES:
         figure = getattr(point, field)
         own = f" ({figure.source})" if len(frontier.sources(field)) > 1 else ""
-        figures.append(number_text(figure.value, figure.unit) + own)
+        figures.append(_number(figure) + own)
     if isinstance(point, Dense):
         return ("dense", *figures, "", "", "", "")
     mark = "?" if len(point.grades) > 1 else ""
@@ -84,7 +86,7 @@ def _sources(frontier: Frontier) -> str:
     by_source: dict[str, list[str]] = {}
     for field in FIGURES:
         if len(sources := frontier.sources(field)) == 1:
-            by_source.setdefault(sources[0], []).append(field)
+            by_source.setdefault(sources[0], []).append(NAMES[field])
     by_source.setdefault("measured", []).append("rise")
     return "; ".join(f"{', '.join(words)}: {source}" for source, words in by_source.items()) + "."
 
@@ -94,10 +96,24 @@ def _notes(frontier: Frontier) -> list[str]:
     several = bool(frontier.rungs) and len(frontier.rungs[0].texts) > 1
     notes = [f"rise: of perplexity{' on the worst text' if several else ''}, with its 95 % interval."]
     if frontier.label != "perplexity":
-        own = "text" if frontier.prompt else "pictures"
+        own = "pictures" if frontier.dense.grid else "text"
         notes.append(f"Quality is agreement with the dense model, on {own} of its own.")
-    if any(not interval_of(rung) for rung in frontier.rungs):
-        notes.append("No interval: one document alone.")
+    notes += [f"{reason}." for reason in dict.fromkeys(filter(None, map(_no_interval, frontier.rungs)))]
     if any(len(rung.grades) > 1 for rung in frontier.rungs):
         notes.append("?: the interval reaches into another grade.")
     return notes
+
+
+def _no_interval(rung: Rung) -> str:
+    """Returns why the rise of a rung has no interval; empty where it has one."""
+    if interval_of(rung):
+        return ""
+    reason = no_interval_text(worst_text(rung.texts), "picture" if rung.grid else "document")
+    return f"rung {rung.index}: {reason}" if rung.rise_percent == 0 else reason
+
+
+def _number(figure: Figure) -> str:
+    """Returns a time in ms or a memory in MiB without its unit, which the column names."""
+    if figure.unit == "bytes":
+        return f"{figure.value / MIB:.1f}"
+    return number_text(figure.value, figure.unit).removesuffix(" ms")

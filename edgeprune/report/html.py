@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.experience import READING_RATE, TOKENS_PER_WORD, WORDS_PER_MINUTE
 from edgeprune.report.figures import (
+    NAMES,
     OUTCOME_LABEL,
     OUTCOME_TEXT,
     alone_text,
@@ -12,56 +15,56 @@ from edgeprune.report.figures import (
     costs_text,
     deciding_text,
     difference_text,
+    estimated_sum_text,
     few_pictures_text,
     figure_text,
-    interval_text,
     levers_text,
     number_text,
-    picture_room_text,
     pictures_text,
-    reading_text,
-    rise_interval,
-    room_text,
-    share_text,
+    times_text,
     workload_text,
-    worst_agreement,
 )
-from edgeprune.report.plots import all_plots, is_uniform
+from edgeprune.report.plots import all_plots
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Report
+from edgeprune.report.tables import all_tables
 from edgeprune.report.templates import render
-
-# The template formats with the words that the terminal uses too.
-_WORDS = {
-    "figure_text": figure_text,
-    "number_text": number_text,
-    "format_bytes": format_bytes,
-    "by_source": by_source,
-    "rise_interval": rise_interval,
-    "reading_text": reading_text,
-    "room_text": room_text,
-    "share_text": share_text,
-    "interval_text": interval_text,
-    "difference_text": difference_text,
-    "few_pictures_text": few_pictures_text,
-    "pictures_text": pictures_text,
-    "picture_room_text": picture_room_text,
-    "workload_text": workload_text,
-    "worst_agreement": worst_agreement,
-    "deciding_text": deciding_text,
-    "levers_text": levers_text,
-    "alone_text": alone_text,
-    "costs_text": costs_text,
-    "reading": {"rate": READING_RATE, "words": WORDS_PER_MINUTE, "tokens": TOKENS_PER_WORD},
-    "outcome_text": OUTCOME_TEXT,
-    "outcome_label": OUTCOME_LABEL,
-    "degraded_percent": DEGRADED_PERCENT,
-    "broken_percent": BROKEN_PERCENT,
-}
+from edgeprune.report.verdict import broken_text, cost_text, is_broken, made_text, next_step, verdict
 
 
 def render_html(report: Report) -> str:
-    """Returns the whole page. User text is escaped by the template, and by plotly in the plots' data."""
-    from plotly.offline import get_plotlyjs
-
-    plots, uniform = all_plots(report), is_uniform(report.fitted.widths)
-    return render("template.html.jinja", r=report, plots=plots, plotly=get_plotlyjs(), uniform=uniform, **_WORDS)
+    """Returns the whole page. User text is escaped by the template, and by matplotlib in the plots."""
+    none = defaultdict(lambda: None)  # what there is no plot or table of
+    return render(
+        "report.html.jinja",
+        r=report,
+        # The words of the verdict and of the notes.
+        verdict=verdict(report),
+        broken=broken_text(report) if is_broken(report) else "",
+        outcome_text=OUTCOME_TEXT[report.outcome],
+        outcome_label="broken" if is_broken(report) else OUTCOME_LABEL[report.outcome],
+        made=made_text(report),
+        cost=cost_text(report),
+        next=next_step(report),
+        times=times_text(report),
+        workload=workload_text(report),
+        by_source=by_source(report.fitted.performance.memory),
+        levers=levers_text(report.levers) if report.levers else "",
+        alone=alone_text(report.levers) if report.levers else "",
+        deciding=deciding_text(report.budget),
+        costs=costs_text(report.search),
+        estimated_sum=estimated_sum_text(report),
+        room=report.experience["fitted"].room,
+        reading={"rate": READING_RATE, "words": WORDS_PER_MINUTE, "tokens": TOKENS_PER_WORD},
+        degraded_percent=DEGRADED_PERCENT,
+        broken_percent=BROKEN_PERCENT,
+        # Tables and plots by name, and what formats in the template.
+        tables=none | all_tables(report),
+        plots=none | all_plots(report),
+        names=none | NAMES,
+        figure_text=figure_text,
+        number_text=number_text,
+        format_bytes=format_bytes,
+        pictures_text=pictures_text,
+        difference_text=difference_text,
+        few_pictures_text=few_pictures_text,
+    )

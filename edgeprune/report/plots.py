@@ -1,33 +1,59 @@
-"""The report's plots, as HTML that needs plotly.js on the page: each answers what a table answers less well.
+"""The report's plots: each answers what a table answers less well. They add no figure to the report.
 
-They add no figure to the report. Units differ between constraints, so they are drawn as shares of their limits and
-labelled in their units.
+A measured figure is drawn solid, one that was built or estimated pale with a dashed edge, wherever both may stand in
+one plot. Texts stand above what they name, so that none is cut and none lies on an interval.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edgeprune.report.figures import figure_text, number_text, shorten
+from edgeprune.report.figures import NAMES, figure_text, number_text, percent_tick, search_source
 from edgeprune.report.quality import Answers
-from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Constraint, Figure, Module, Report
+from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Constraint, Module, Report
+from edgeprune.report.svg import (
+    DENSE,
+    FITTED,
+    INK,
+    LIMIT,
+    LINE,
+    PALETTE,
+    SOFT,
+    Plot,
+    drawing,
+    is_drawable,
+    lines_of,
+    new_plot,
+    whole_ticks,
+)
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-# Distinguishable with any colour vision, and on a light and a dark page.
-DENSE, FITTED, LIMIT = "#9aa4b5", "#3b78e7", "#d9480f"
-LIMIT_LINE = {"color": LIMIT, "dash": "dash", "width": 2}
-PALETTE = (FITTED, "#12a594", "#e5a000", "#b45bcf", DENSE)
 MIB = 2**20
+MOST_SHARE = 250.0  # % of a limit up to which bars are drawn: a longer one ends there with an arrow
+BAR, GAP, AXIS, LEGEND = 9, 12, 46, 20  # px: a bar, what is free below it, the axis with its title, a legend's line
+
+_LABELS = {
+    "budget": "memory, latency and quality of both models against their limits",
+    "quality": "rise of perplexity on each text with its interval",
+    "answers": "share of answers that begin like the dense model's",
+    "memory": "parts of the memory of both models",
+    "latency": "parts of the estimated time per token of both models",
+    "path": "predicted and obtained figures of each candidate",
+    "widths": "share of heads and channels kept in each layer",
+    "errors": "distance from the dense model behind each module",
+}
 
 
 def all_plots(report: Report) -> dict[str, str]:
-    """Returns the plots as HTML by name, without those that have nothing to show: a limit, a candidate, a pruned
+    """Returns the plots as SVG by name, without those that have nothing to show: a limit, a candidate, a pruned
     module."""
+    with drawing():
+        return {name: plot.svg(name, _LABELS[name]) for name, plot in drawn_plots(report).items()}
+
+
+def drawn_plots(report: Report) -> dict[str, Plot]:
+    """Returns the plots that have something to show, by name; within `drawing`."""
     plots = {
         "budget": _budget(report.budget),
         "quality": _quality(report),
@@ -35,10 +61,10 @@ def all_plots(report: Report) -> dict[str, str]:
         "memory": _memory(report),
         "latency": _latency(report),
         "path": _path(report),
-        "widths": _widths(report.dense.widths, report.fitted.widths),
+        "widths": None if is_uniform(report.fitted.widths) else _widths(report.dense.widths, report.fitted.widths),
         "errors": _errors(report.modules),
     }
-    return {name: plot_html(name, figure) for name, figure in plots.items() if figure is not None}
+    return {name: plot for name, plot in plots.items() if plot is not None}
 
 
 def is_uniform(widths: Sequence[Mapping[str, int]]) -> bool:
@@ -46,305 +72,240 @@ def is_uniform(widths: Sequence[Mapping[str, int]]) -> bool:
     return all(layer == widths[0] for layer in widths)
 
 
-def plot_html(name: str, figure: go.Figure) -> str:
-    """Returns a figure as HTML in the pages' style; plotly escapes what could end the script that holds the data.
+def _face(color: str, is_measured: bool) -> dict[str, Any]:
+    """Returns the look of a bar: solid where its figure was measured, else pale with a dashed edge."""
+    if is_measured:
+        return {"color": color}
+    return {"facecolor": (color, 0.3), "edgecolor": color, "linestyle": (0, (3, 2)), "linewidth": 1.1}
 
-    name: unique on the page; the element's id is `plot-NAME`.
+
+def _rows(height: float, legend_lines: int = 0) -> Plot:
+    """Returns a plot whose vertical axis counts px from the top, without marks of its own.
+
+    legend_lines: of the legend above it.
     """
-    import plotly.io
-
-    # All plots share their margins, fonts and colours, and none can be zoomed or dragged.
-    figure.update_layout(
-        template="none",
-        margin={"l": 8, "r": 20, "t": 34, "b": 14},
-        dragmode=False,
-        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
-        font={"family": 'system-ui, -apple-system, "Segoe UI", sans-serif', "size": 13, "color": "#5b6678"},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        bargap=0.3,
-        bargroupgap=0.08,
-    )
-    axis = {"automargin": True, "zeroline": False, "gridcolor": "#e3e7ee", "fixedrange": True, "title_font_size": 12}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(ticksuffix=" ", **axis)
-    # plotly.js stands once on the page, not in each plot.
-    return plotly.io.to_html(
-        figure,
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"plot-{name}",
-        config={"displayModeBar": False, "responsive": True},
-    )
+    plot = new_plot(height + AXIS + LEGEND * legend_lines)
+    plot.axes.set_ylim(height, 0)
+    plot.axes.grid(axis="y", visible=False)
+    plot.axes.tick_params(axis="y", left=False, labelleft=False)
+    return plot
 
 
-def _share(figure: Figure | None, limit: float) -> float | None:
-    """Returns a figure in % of its limit; None where either is missing or the figure is not finite."""
-    return None if figure is None or not limit or not isfinite(figure.value) else 100 * figure.value / limit
+def _lines(plot: Plot, y: float, lines: Sequence[str], **style: Any) -> float:
+    """Writes lines from the left edge of the axes downwards from y in px; returns where the next one begins."""
+    across = plot.axes.get_yaxis_transform()
+    for line in lines:
+        plot.axes.text(0.006, y, line, transform=across, va="top", in_layout=False, **style)
+        y += LINE
+    return y
 
 
-def _budget(constraints: Sequence[Constraint]) -> go.Figure | None:
+def _budget(constraints: Sequence[Constraint]) -> Plot | None:
     """Returns the bars of both models in % of each limit; None where there is no limit above 0."""
-    import plotly.graph_objects as go
-
-    # Bars are drawn from the bottom up, so the first constraint comes last.
-    rows = [row for row in reversed(constraints) if row.limit]
+    rows = [row for row in constraints if row.limit]
     if not rows:
         return None
-    names = [
-        f"{escape(f'{row.name} {shorten(row.asked, 12)}')}\N{NO-BREAK SPACE}<br>{row.fitted.source}" for row in rows
+    heads = [
+        lines_of(f"{NAMES[row.name]}: {number_text(row.limit, row.unit).removeprefix('+')} at most, asked {row.asked}")
+        for row in rows
     ]
-    # Draw a bar of each model for each constraint, labelled in the constraint's own unit.
-    figure = go.Figure()
-    for side, color in (("fitted", FITTED), ("dense", DENSE)):
-        figures: list[Figure | None] = [getattr(row, side) for row in rows]
-        shares = [_share(f, row.limit) for f, row in zip(figures, rows, strict=True)]
-        labels = ["" if f is None else number_text(f.value, f.unit) for f in figures]
-        hover = ["" if f is None else f"{figure_text(f)}, {f.source}" for f in figures]
-        figure.add_bar(
-            y=names,
-            x=shares,
-            name=side,
-            orientation="h",
-            marker_color=color,
-            text=labels,
-            textposition="auto",
-            insidetextanchor="start",
-            textangle=0,
-            error_x=_interval(figures, rows),
-            hovertext=hover,
-            hovertemplate="%{hovertext}: %{x:.1f} % of the limit<extra>" + side + "</extra>",
-        )
-    # Mark the limit.
-    figure.add_vline(x=100, line=LIMIT_LINE, name="limit", showlegend=True)
-    figure.update_layout(height=110 + 76 * len(rows), barmode="group", legend_traceorder="reversed")
-    figure.update_xaxes(title_text="% of the limit", rangemode="tozero")
-    return figure
-
-
-def _interval(figures: Sequence[Figure | None], rows: Sequence[Constraint]) -> dict[str, Any] | None:
-    """Returns error bars in % of the limit; plotly takes them as distances from the value. None without intervals."""
-    up, down = (
-        [
-            0.0 if f is None or (bound := getattr(f, name)) is None else 100 * abs(bound - f.value) / row.limit
-            for f, row in zip(figures, rows, strict=True)
-        ]
-        for name in ("high", "low")
+    bars = [[(s, f) for s, f in (("fitted", row.fitted), ("dense", row.dense)) if f is not None] for row in rows]
+    height = sum(
+        len(head) * LINE + len(own) * (LINE + BAR + GAP / 2) + GAP for head, own in zip(heads, bars, strict=True)
     )
-    if not any(up + down):
-        return None
-    return {"type": "data", "array": up, "arrayminus": down, "color": "#5b6678", "thickness": 1.5, "width": 4}
+    plot = _rows(height)
+    # Above each bar its figure with its source, across it the limit.
+    y, farthest = 0.0, 100.0
+    for row, head, own in zip(rows, heads, bars, strict=True):
+        y = _lines(plot, y, head, color=INK, weight="bold")
+        for side, figure in own:
+            share = 100 * figure.value / row.limit
+            text = f"{side}: {number_text(figure.value, figure.unit)}, {figure.source}"
+            y = _lines(plot, y, [text + (" →" if share > MOST_SHARE else "")])
+            if isfinite(share):
+                length = min(share, MOST_SHARE)
+                look = _face(FITTED if side == "fitted" else DENSE, figure.source == "measured")
+                bar = plot.axes.barh(y + BAR / 2, length, BAR, **look)[0]
+                plot.tip(bar, f"{side}: {figure_text(figure)}, {figure.source}")
+                reach = [_bound(bound, figure.value, row.limit) for bound in (figure.low, figure.high)]
+                if any(reach) and length + reach[1] < MOST_SHARE:
+                    plot.axes.errorbar([share], [y + BAR / 2], xerr=[[reach[0]], [reach[1]]], color=SOFT, capsize=3)
+                farthest = max(farthest, length + (reach[1] if length < MOST_SHARE else 0))
+            plot.axes.vlines(100, y - 2, y + BAR + 2, color=LIMIT, linestyle="--", linewidth=1.8)
+            y += BAR + GAP / 2
+        y += GAP
+    plot.axes.set_xlim(0, 1.04 * min(farthest, MOST_SHARE))
+    plot.axes.set_xlabel("% of the limit, which is the dashed line")
+    return plot
 
 
-def _stacked(dense: Mapping[str, float], fitted: Mapping[str, float], unit: str) -> go.Figure:
-    """Returns a stacked bar of each model. dense, fitted: values in the unit, by the parts of the bar."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for part, color in zip(dense, PALETTE, strict=False):
-        figure.add_bar(
-            y=["fitted", "dense"],
-            x=[fitted[part], dense[part]],
-            name=part.replace("_", " "),
-            orientation="h",
-            marker_color=color,
-            hovertemplate="%{x:.2f} " + unit,
-        )
-    figure.update_layout(barmode="stack", height=250, margin_t=56, legend_traceorder="normal")
-    figure.update_xaxes(title_text=unit)
-    return figure
+def _bound(bound: float | None, value: float, limit: float) -> float:
+    """Returns how far a bound is from its value in % of the limit; 0 where there is none."""
+    return 0.0 if bound is None or not isfinite(bound) else 100 * abs(bound - value) / limit
 
 
-def _memory(report: Report) -> go.Figure:
-    dense, fitted = (
-        {part: figure.value / MIB for part, figure in side.performance.memory.items()}
-        for side in (report.dense, report.fitted)
-    )
-    return _stacked(dense, fitted, "MiB")
+def _stacked(parts: Mapping[str, Mapping[str, tuple[float, str]]], heads: Mapping[str, str], unit: str) -> Plot:
+    """Returns a stacked bar of each model.
+
+    parts: value in the unit and source, by model and part; heads: the text above each model's bar.
+    """
+    plot = _rows(2 * (LINE + 2 * BAR + GAP), legend_lines=2)
+    y = 0.0
+    for number, (side, values) in enumerate(parts.items()):
+        y = _lines(plot, y, [heads[side]], color=INK) + 2
+        left = 0.0
+        for (part, (value, source)), color in zip(values.items(), PALETTE, strict=False):
+            look = _face(color, source == "measured")
+            name = part.replace("_", " ")
+            label = "_" if number else name  # each part once in the legend
+            bars = plot.axes.barh(y + BAR, value, 2 * BAR, left=left, label=label, **look)
+            plot.tip(bars[0], f"{side}, {name}: {value:.4g} {unit}, {source}")
+            left += value
+        y += 2 * BAR + GAP
+    plot.legend(3)
+    plot.axes.set_xlabel(unit)
+    return plot
 
 
-def _latency(report: Report) -> go.Figure:
-    return _stacked(report.dense.latency_shares, report.fitted.latency_shares, "ms per token, estimated")
+def _memory(report: Report) -> Plot:
+    sides = {"fitted": report.fitted.performance, "dense": report.dense.performance}
+    parts = {
+        side: {part: (figure.value / MIB, figure.source) for part, figure in of.memory.items()}
+        for side, of in sides.items()
+    }
+    heads = {
+        side: f"{side}: {number_text(of.memory_total.value, 'bytes')}, {of.memory_total.source}"
+        for side, of in sides.items()
+    }
+    return _stacked(parts, heads, "MiB")
 
 
-def _quality(report: Report) -> go.Figure | None:
+def _latency(report: Report) -> Plot:
+    sides = {"fitted": report.fitted.latency_shares, "dense": report.dense.latency_shares}
+    parts = {side: {part: (value, "estimated") for part, value in of.items()} for side, of in sides.items()}
+    heads = {side: f"{side}: {number_text(sum(of.values()), 'ms')} per token, estimated" for side, of in sides.items()}
+    return _stacked(parts, heads, "ms")
+
+
+def _quality(report: Report) -> Plot | None:
     """Returns the rise of perplexity on each text with its interval, against the grades' thresholds.
 
     None where every rise is beyond floating point.
     """
-    import plotly.graph_objects as go
-
-    texts = [text for text in reversed(report.quality.texts) if isfinite(text.rise_percent + text.high_percent)]
+    texts = [text for text in report.quality.texts if is_drawable((text.rise_percent, text.high_percent))]
     if not texts:
         return None
-    # Draw a point for each text with its interval.
-    figure = go.Figure()
-    figure.add_scatter(
-        # The position keeps texts of the same shortened name apart; labels are set on the axis.
-        x=[text.rise_percent for text in texts],
-        y=list(range(len(texts))),
-        mode="markers",
-        marker={"size": 12, "color": FITTED},
-        name="fitted",
-        showlegend=False,
-        error_x={
-            "type": "data",
-            "array": [text.high_percent - text.rise_percent for text in texts],
-            "arrayminus": [text.rise_percent - text.low_percent for text in texts],
-            "color": FITTED,
-            "width": 6,
-        },
-        text=[number_text(text.rise_percent, "%") for text in texts],
-        hovertemplate="%{text}<extra></extra>",
-    )
-    # Mark the thresholds that lie within the range of the axis.
+    heads = [lines_of(f"{text.name}: {number_text(text.rise_percent, '%')}") for text in texts]
+    height = sum(len(head) * LINE + 2 * GAP for head in heads) + GAP / 2
+    # The thresholds that lie within the range of the axis.
     right = 1.12 * max(DEGRADED_PERCENT, *(text.high_percent for text in texts))
-    left = min(0.0, *(1.12 * text.low_percent for text in texts))
-    for grade, start, dash in (("degraded", DEGRADED_PERCENT, "dot"), ("broken", BROKEN_PERCENT, "dash")):
-        if start < right:
-            line = {"color": LIMIT, "dash": dash, "width": 2}
-            figure.add_vline(x=start, line=line, name=f"{grade} from {start:g} %", showlegend=True)
-    # Label the axes.
-    figure.update_layout(height=120 + 40 * len(texts), showlegend=True)
-    figure.update_xaxes(title_text="rise of perplexity, %", range=[left, right])
-    figure.update_yaxes(
-        tickvals=list(range(len(texts))),
-        ticktext=[escape(shorten(text.name, 22)) for text in texts],
-        range=[-0.7, len(texts) - 0.3],
-        showgrid=False,
-    )
-    return figure
+    left = min(-0.02 * right, *(1.12 * text.low_percent for text in texts if is_drawable([text.low_percent])))
+    grades = (("degraded", DEGRADED_PERCENT, ":"), ("broken", BROKEN_PERCENT, "--"))
+    thresholds = [(f"{grade} from {start:g} %", start, dash) for grade, start, dash in grades if start < right]
+    plot = _rows(height, legend_lines=1)
+    # Below each name a point with its interval, across it the thresholds.
+    y = 0.0
+    for text, head in zip(texts, heads, strict=True):
+        y = _lines(plot, y, head) + GAP / 2
+        reach = [[text.rise_percent - text.low_percent], [text.high_percent - text.rise_percent]]
+        bars = plot.axes.errorbar(
+            [text.rise_percent], [y], xerr=reach if is_drawable(reach[0]) else None, fmt="o", color=FITTED, capsize=4
+        )
+        plot.tip(bars.lines[0], f"{text.name}: {number_text(text.rise_percent, '%')}, measured")
+        for label, start, dash in thresholds:
+            named = label if text is texts[0] else "_"
+            plot.axes.vlines(start, y - 7, y + 7, color=LIMIT, linestyle=dash, linewidth=1.8, label=named)
+        y += 1.5 * GAP
+    plot.axes.set_xlim(left, right)
+    plot.axes.xaxis.set_major_formatter(lambda value, _: percent_tick(value))
+    plot.axes.locator_params(axis="x", nbins=5)
+    plot.axes.set_xlabel("rise of perplexity, measured")
+    plot.legend()
+    return plot
 
 
-def _answers(answers: Answers | None) -> go.Figure | None:
+def _answers(answers: Answers | None) -> Plot | None:
     """Returns how many answers are still the dense model's, by the number of tokens from the first."""
-    import plotly.graph_objects as go
-
     if answers is None:
         return None
-    # Draw the share of identical answers for each number of tokens, with its interval.
+    plot = new_plot(210)
     steps = answers.identical
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[str(step.tokens) for step in steps],
-        y=[step.percent for step in steps],
-        mode="lines+markers",
-        marker={"size": 11, "color": FITTED},
-        line={"color": FITTED, "width": 1},
-        showlegend=False,
-        error_y={
-            "type": "data",
-            "array": [step.high_percent - step.percent for step in steps],
-            "arrayminus": [step.percent - step.low_percent for step in steps],
-            "color": FITTED,
-            "width": 5,
-        },
-        text=[f"{step.same} of {step.answers}" for step in steps],
-        hovertemplate="%{text} identical for %{x} tokens<extra></extra>",
+    reach = [[step.percent - step.low_percent for step in steps], [step.high_percent - step.percent for step in steps]]
+    plot.axes.errorbar(
+        range(len(steps)), [step.percent for step in steps], yerr=reach, color=FITTED, capsize=4, linewidth=1
     )
-    # Label the axes.
-    figure.update_layout(height=220)
-    figure.update_xaxes(title_text="first tokens of the answer", type="category", showgrid=False)
-    figure.update_yaxes(title_text="identical, %", range=[-5, 105])
-    return figure
+    for place, step in enumerate(steps):
+        (point,) = plot.axes.plot([place], [step.percent], "o", color=FITTED)
+        plot.tip(point, f"{step.same} of {step.answers} identical for {number_text(step.tokens, 'tokens')}")
+    plot.axes.set_xticks(range(len(steps)), [str(step.tokens) for step in steps])
+    plot.axes.set(xlabel="first tokens of the answer", ylabel="identical, %", ylim=(-5, 105))
+    plot.axes.grid(axis="x", visible=False)
+    return plot
 
 
-def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, int]]) -> go.Figure:
+def _widths(dense: Sequence[Mapping[str, int]], fitted: Sequence[Mapping[str, int]]) -> Plot:
     """Returns the share of heads and channels kept in each layer. dense, fitted: widths by layer and name."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for key, color in zip(dense[0], PALETTE, strict=False):
+    plot = new_plot(260)
+    for key, color, dash in zip(dense[0], PALETTE, ("-", "--", "-"), strict=False):  # heads go together
         kept_percent = [100 * new[key] / old[key] if old[key] else 0.0 for old, new in zip(dense, fitted, strict=True)]
-        figure.add_scatter(
-            x=list(range(len(kept_percent))),
-            y=kept_percent,
-            name=escape(key),
-            mode="lines+markers",
-            line={"shape": "hvh", "color": color},
-            text=[f"{new[key]} of {old[key]}" for old, new in zip(dense, fitted, strict=True)],
-            hovertemplate="layer %{x}: %{text}",
-        )
-    figure.update_layout(height=300, margin_t=56)
-    figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text="% kept", range=[0, 106])
-    return figure
+        look = {"color": color, "linestyle": dash, "drawstyle": "steps-mid", "marker": "o", "markersize": 3.5}
+        plot.axes.plot(range(len(kept_percent)), kept_percent, label=key, **look)
+    plot.axes.set(xlabel="layer", ylabel="% kept", ylim=(-3, 106))
+    whole_ticks(plot.axes)
+    plot.legend(3)
+    return plot
 
 
-def _errors(modules: Sequence[Module]) -> go.Figure | None:
+def _errors(modules: Sequence[Module]) -> Plot | None:
     """Returns the distance from the dense stream behind every pruned module, by layer; None where none was pruned."""
-    import plotly.graph_objects as go
-
-    # Draw two curves for each kind of module: the error without the update and with it.
-    figure = go.Figure()
-    for kind, color in zip(("attention", "mlp"), PALETTE, strict=False):
-        pruned = [m for m in modules if m.kind == kind and m.kept < m.of and m.error_before is not None]
-        if not pruned:
-            continue
-        for name, label, dash in (("error_before", "without update", "dot"), ("error_after", "with", "solid")):
-            figure.add_scatter(
-                x=[m.layer for m in pruned],
-                y=[getattr(m, name) for m in pruned],
-                name=f"{kind}, {label}",
-                mode="lines+markers",
-                line={"color": color, "dash": dash},
-                hovertemplate="layer %{x}: %{y:.3g}",
-            )
-    if not figure.data:
+    if not any(_is_pruned(module) for module in modules):
         return None
-    # Label the axes.
-    figure.update_layout(height=300, margin_t=56)
-    figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text="distance from the dense stream", rangemode="tozero")
-    return figure
+    # Two curves for each kind of module: the error without the update and with it.
+    plot = new_plot(280)
+    for kind, color in zip(("attention", "mlp"), PALETTE, strict=False):
+        pruned = [module for module in modules if module.kind == kind and _is_pruned(module)]
+        for name, label, dash in (("error_before", "without update", ":"), ("error_after", "with", "-")):
+            drawn = [(m.layer, error) for m in pruned if (error := getattr(m, name)) is not None]
+            if drawn:
+                plot.axes.plot(*zip(*drawn, strict=True), dash, color=color, marker="o", markersize=3.5)
+                plot.axes.lines[-1].set_label(f"{kind}, {label}")
+    plot.axes.set(xlabel="layer", ylabel="distance from the dense model")
+    plot.axes.set_ylim(bottom=0)
+    whole_ticks(plot.axes)
+    plot.legend()
+    return plot
 
 
-def _path(report: Report) -> go.Figure | None:
+def _is_pruned(module: Module) -> bool:
+    return module.kept < module.of and module.error_before is not None
+
+
+def _path(report: Report) -> Plot | None:
     """Returns the way from the dense model over the candidates, in the order in which they were tried.
 
     None where nothing was searched.
     """
-    import plotly.graph_objects as go
-
     candidates = report.search.candidates
     limits = [row for row in report.budget if row.name != "quality"]
     if not limits or not candidates:
         return None
-    # Draw two curves for each limit: what was predicted of the candidates and what was obtained.
-    figure = go.Figure()
-    names = ["dense", *(str(number) for number in range(1, len(candidates) + 1))]
+    # Two curves for each limit: what was predicted of the candidates (hollow) and what was obtained (filled).
+    plot = new_plot(290)
     for row, color in zip(limits, PALETTE, strict=False):
-        for kind, symbol, dash in (("predicted", "circle-open", "dot"), ("obtained", "circle", "solid")):
+        for kind, dash in (("predicted", ":"), ("obtained", "-")):
             values = [getattr(candidate, kind)[row.name] for candidate in candidates]
+            first = 1
             if kind == "obtained" and row.dense is not None:
-                values.insert(0, row.dense.value)
-            label = kind if kind == "predicted" else row.fitted.source
-            figure.add_scatter(
-                x=names[-len(values) :],
-                y=[100 * value / row.limit for value in values],
-                name=f"{row.name}, {label}",
-                mode="lines+markers",
-                line={"color": color, "dash": dash},
-                marker={"symbol": symbol, "size": 11},
-                text=[number_text(value, row.unit) for value in values],
-                hovertemplate="%{text} (%{y:.1f} %)",
-            )
-    # Mark the limit and the chosen candidate.
-    figure.add_hline(y=100, line=LIMIT_LINE, name="limit", showlegend=True)
-    for index, candidate in enumerate(candidates):
-        if candidate.chosen:
-            figure.add_annotation(
-                x=names[1 + index],
-                y=min(candidate.obtained[row.name] / row.limit for row in limits) * 100,
-                text="chosen",
-                yanchor="top",
-                yshift=-8,
-                showarrow=False,
-            )
-    # Label the axes.
-    figure.update_layout(height=300, margin_t=56)
-    figure.update_xaxes(
-        title_text="candidate", type="category", categoryorder="array", categoryarray=names, showgrid=False
-    )
-    figure.update_yaxes(title_text="% of the limit")
-    return figure
+                values, first = [row.dense.value, *values], 0
+            label = f"{NAMES[row.name]}, {'predicted' if kind == 'predicted' else search_source(report, row)}"
+            shares = [100 * value / row.limit if is_drawable([value]) else float("nan") for value in values]
+            look = {"color": color, "markerfacecolor": "none" if kind == "predicted" else color}
+            plot.axes.plot(range(first, first + len(values)), shares, dash, marker="o", label=label, **look)
+    plot.axes.axhline(100, color=LIMIT, linestyle="--", label="limit", zorder=0.5)
+    # The chosen candidate is named below the axis, where no curve is.
+    names = [f"{number}\nchosen" if one.chosen else str(number) for number, one in enumerate(candidates, 1)]
+    plot.axes.set_xticks(range(len(names) + 1), ["dense", *names])
+    plot.axes.grid(axis="x", visible=False)
+    plot.axes.set(xlabel="candidate", ylabel="% of the limit")
+    plot.legend()
+    return plot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -99,6 +99,11 @@ def grade_of(rise_percent: float) -> Grade:
     if rise_percent < DEGRADED_PERCENT:
         return "intact"
     return "degraded" if rise_percent < BROKEN_PERCENT else "broken"
+
+
+def worst_text(texts: Sequence[Text]) -> Text:
+    """Returns the text on which perplexity rises most; one whose rise is not a number comes before all."""
+    return max(texts, key=lambda text: (text.rise_percent != text.rise_percent, text.rise_percent))
 
 
 def quality_part(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.report.figures import (
+    NAMES,
     OUTCOME_LABEL,
     OUTCOME_TEXT,
     alone_text,
@@ -16,21 +17,22 @@ from edgeprune.report.figures import (
     difference_text,
     few_pictures_text,
     half_identical,
+    headroom_text,
     interval_text,
     levers_text,
     number_text,
+    percent_text,
     perplexity_text,
     picture_room_text,
     pictures_text,
     reading_text,
-    rise_interval,
     rise_text,
     room_text,
-    share_text,
     shorten,
-    worst_agreement,
+    times_text,
 )
 from edgeprune.report.schema import Figure, Quality, Report
+from edgeprune.report.verdict import broken_text, cost_text, is_broken, made_text, next_step, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,37 +69,36 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], whole: S
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Prints the verdict, each constraint with the source of its figure, the quality, both samples, the next step."""
-    # The verdict; a broken model comes before all else.
-    style = STYLES[report.outcome]
-    if report.quality.grade == "broken":
-        rise, style = number_text(report.quality.rise_percent, "%"), STYLES["missed"]
-        console.print(styled(f"Broken: perplexity {rise}. Do not deploy this model.", f"bold {style}"))
-    console.print(styled(report.headline, f"bold {style}"))
-    console.print(styled(f"Verdict: {OUTCOME_TEXT[report.outcome]}, from {report.rests_on} figures.", style))
+    """Prints the verdict and what it costs, each limit with the source of its figure, both samples, the next step."""
+    # The verdict; a broken model comes before all else, and nothing of it is green.
+    style = STYLES["missed" if is_broken(report) else report.outcome]
+    if is_broken(report):
+        console.print(styled(broken_text(report), f"bold {style}"))
+    console.print(styled(verdict(report), f"bold {style}"))
+    console.print(styled(cost_text(report)))
     console.print()
-    # The constraints, and what the model is like.
+    # The limits, and what the model is like.
     console.print(_constraints(report))
     console.print()
     console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in _summary(report))))
-    # The next step.
-    for step in report.deploy[:1]:
-        console.print()
-        console.print(styled(f"{step.title}:"))
-        # Not wrapped, so that it can be copied.
+    # The next step; its command is not wrapped, so that it can be copied.
+    step = next_step(report)
+    console.print()
+    console.print(styled(f"Next: {step.title}{':' if step.command else '.'}"))
+    if step.command:
         console.print(styled(step.command), soft_wrap=True)
 
 
 def _constraints(report: Report) -> Table:
-    """Returns the table of the limits with their verdicts, then the rest of memory, prefill and decode."""
+    """Returns the table of the limits with their verdicts, then the rest of memory and times."""
     # What was limited.
     rows: list[tuple[str | Text, ...]] = [
         (
-            row.name,
-            number_text(row.limit, row.unit),
+            NAMES[row.name],
+            number_text(row.limit, row.unit).removeprefix("+"),
             *_figures(row.dense, row.fitted),
-            "" if row.headroom_percent is None else number_text(row.headroom_percent, "%"),
-            styled(OUTCOME_LABEL[row.status], STYLES[row.status]),
+            headroom_text(row),
+            styled(OUTCOME_LABEL[row.status], "" if is_broken(report) else STYLES[row.status]),
         )
         for row in report.budget
     ]
@@ -106,9 +107,9 @@ def _constraints(report: Report) -> Table:
     for name, field in (("memory", "memory_total"), ("prefill", "prefill"), ("decode", "decode")):
         if name not in limited:
             dense, fitted = (getattr(side.performance, field) for side in (report.dense, report.fitted))
-            rows.append((name, "", *_figures(dense, fitted), "", ""))
-    columns = ("constraint", "limit", "dense", "fitted", "source", "headroom", "verdict")
-    return table(columns, rows, whole=columns[:-1])
+            rows.append((NAMES[name], "", *_figures(dense, fitted), "", ""))
+    columns = ("limit on", "limit", "dense", "fitted", "source", "headroom", "verdict")
+    return table(columns, rows, whole=columns[1:-1])
 
 
 def _figures(dense: Figure | None, fitted: Figure) -> tuple[str, str, str]:
@@ -123,20 +124,21 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     """Returns the lines below the table, each with its heading; only the first few warnings are shown."""
     # The samples and the warnings come last.
     quality = report.quality
-    samples = {"prompt": quality.prompt, "dense": quality.dense_sample, "fitted": quality.fitted_sample}
+    samples = {"asked": quality.prompt, "dense": quality.dense_sample, "fitted": quality.fitted_sample}
     warnings = [("mind", warning) for warning in report.warnings[:WARNINGS]]
     if (more := len(report.warnings) - WARNINGS) > 0:
         warnings.append(("", f"and {more} more in the report"))
     # Speed and quality first, then what was removed and what decided.
     return [
         *_noticed(report),
+        ("times", times_text(report)),
         ("quality", _quality(quality)),
         *_same(quality),
         *(_pictures(quality.pictures) if quality.pictures else []),
         (
-            "removed",
-            f"{100 * report.ratio:.1f} % of attention and MLP parameters, {100 * report.total_ratio:.1f} % of all, "
-            f"{100 * report.decode_bytes_ratio:.1f} % of decode bytes",
+            "made",
+            f"{made_text(report)}; {percent_text(report.ratio)} of attention and MLP weights are removed, and "
+            f"{percent_text(report.decode_bytes_ratio)} of the bytes moved per token",
         ),
         *([("levers", levers_text(report.levers)), ("alone", alone_text(report.levers))] if report.levers else []),
         *([("decides", deciding)] if (deciding := deciding_text(report.budget)) else []),
@@ -166,7 +168,7 @@ def _budget_or_quality(report: Report) -> list[tuple[str, str]]:
             name,
             f"{words[name]}: perplexity {number_text(rise, '%')}, "
             + ", ".join(
-                f"{label} {number_text(figure.value, figure.unit)} ({figure.source})"
+                f"{NAMES[label]} {number_text(figure.value, figure.unit)} ({figure.source})"
                 for label, figure in (("memory", side.memory_total), ("prefill", side.prefill), ("decode", side.decode))
             ),
         )
@@ -185,10 +187,10 @@ def _noticed(report: Report) -> list[tuple[str, str]]:
         f"(dense {reading_text(dense).split()[0]} x), {fitted.tokens_per_second.source}"
     )
     context, sequences = (
-        f"{room_text(getattr(fitted, name), fitted)} (dense {room_text(getattr(dense, name), dense)})"
+        f"{room_text(getattr(fitted, name), fitted)} (dense: {room_text(getattr(dense, name), dense)})"
         for name in ("longest_context", "sequences")
     )
-    room = f"context up to {context}; at context {report.workload.context} {sequences}; estimated, for memory alone"
+    room = f"context up to {context}; at context {report.workload.context}: {sequences}; estimated, for memory alone"
     return [("speed", speed), ("room", room)]
 
 
@@ -200,7 +202,7 @@ def _noticed_of_pictures(report: Report) -> list[tuple[str, str]]:
         times = f"{number_text(time.value, time.unit)} (dense {number_text(before.value, before.unit)})"
         at_once = pictures_text(report.quality.pictures.at_once)
         rows.append(("speed", f"a picture takes {times}, with {at_once} at once and without the codec, {time.source}"))
-    room = f"{picture_room_text(fitted, report)} at once (dense {picture_room_text(dense, report)})"
+    room = f"{picture_room_text(fitted, report)} at once (dense: {picture_room_text(dense, report)})"
     return [*rows, ("room", f"{room}; estimated, for memory alone")]
 
 
@@ -226,27 +228,26 @@ def _pictures(pictures: Pictures) -> list[tuple[str, str]]:
 
 
 def _same(quality: Quality) -> list[tuple[str, str]]:
-    """Returns how often both models answer the same."""
-    rows = []
-    if agreement := worst_agreement(quality.texts):
-        worst = "" if len(quality.texts) == 1 else " on the worst text"
-        rows.append(("agrees", f"the likeliest next token is the dense model's at {share_text(agreement)}{worst}"))
-    if quality.answers:
-        step = half_identical(quality.answers)
-        same = f"{step.same} of {step.answers} answers"
-        rows.append(("", f"{same} begin with the same {number_text(step.tokens, 'tokens')}, on this machine"))
-    return rows
+    """Returns how many whole answers of both models begin alike."""
+    if not quality.answers:
+        return []
+    step = half_identical(quality.answers)
+    same = f"{step.same} of {step.answers} answers"
+    return [("", f"{same} begin with the same {number_text(step.tokens, 'tokens')}, on this machine")]
 
 
 def _quality(quality: Quality) -> str:
-    """Returns the grade and the rise of perplexity with its interval, on the worst text."""
-    worst = max(quality.texts, key=lambda text: text.rise_percent)
-    texts, document, text = ("sets", "picture", "pictures") if quality.pictures else ("texts", "document", "text")
-    where = "" if len(quality.texts) == 1 else f" on the worst of {len(quality.texts)} {texts}"
-    interval = rise_interval(worst)
-    certainty = f"95 % interval {interval}" if interval else f"one {document}, so no interval"
-    label = "" if quality.label == "perplexity" else f"; {quality.label}, on {text} of its own"
-    return f"{quality.grade}: perplexity {number_text(quality.rise_percent, '%')}{where}, measured ({certainty}){label}"
+    """Returns the grade, and the perplexity of both models on each text."""
+    document, noun = ("picture", "pictures") if quality.pictures else ("document", "text")
+    words = [f"{quality.grade}, measured"]
+    if quality.label != "perplexity":
+        words.append(f"{quality.label}, on {noun} of its own")
+    words += [
+        f"perplexity {perplexity_text(text.dense)} (dense) to {perplexity_text(text.fitted)} on "
+        f"{shorten(text.name, 40)}, {text.documents:,} {document}{'s' if text.documents != 1 else ''}"
+        for text in quality.texts
+    ]
+    return "; ".join(words)
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
@@ -258,7 +259,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     perplexities = ", ".join(f"{text} {dense.perplexity[text]:.2f}" for text in texts)
     console.print(
         f"dense: perplexity {perplexities}; {dense.parameters / 1e6:.1f} M parameters, "
-        f"{format_bytes(dense.decode_bytes)} per token in fp16",
+        f"{format_bytes(dense.decode_bytes)} moved per token in fp16",
         markup=False,
     )
     console.print(
@@ -267,29 +268,29 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     # The methods, by layout.
     columns = (
         "method",
-        "ratio",
-        "of total",
-        *(f"{text}: perplexity, rise" for text in texts),
-        "per token",
-        "seconds",
-        "peak memory",
+        "removed %",
+        "of all %",
+        *(f"{text}: perplexity, rise in nats" for text in texts),
+        "per token MiB",
+        "pruned in s",
+        "peak GiB",
     )
     for layout in dict.fromkeys(row.layout for row in rows[1:]):
         cells = [
             (
                 row.method,
-                f"{100 * row.ratio:.1f} %",
-                f"{100 * row.total_ratio:.1f} %",
+                f"{100 * row.ratio:.1f}",
+                f"{100 * row.total_ratio:.1f}",
                 *(f"{perplexity_text(row.perplexity[text])}  {rise_text(row.rise[text])}" for text in texts),
-                format_bytes(row.decode_bytes),
+                f"{row.decode_bytes / 2**20:.1f}",
                 f"{row.seconds:.1f}",
-                format_bytes(row.peak_bytes),
+                f"{row.peak_bytes / 2**30:.2f}",
             )
             for row in rows
             if row.layout == layout
         ]
         console.print(f"\nlayout {layout}")
-        console.print(table(columns, cells, whole=[column for column in columns if not column.endswith("rise")]))
+        console.print(table(columns, cells, whole=[column for column in columns if not column.endswith("nats")]))
     # Where the update of the kept weights did not help.
     for row in rows:
         if row.fell_back:

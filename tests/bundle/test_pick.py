@@ -305,7 +305,7 @@ def test_the_terminal_shows_the_rungs_report(made, tmp_path):
     result = run("fit", "--from", made, "--pick", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"bundle  {tmp_path / 'a ladder-pick2'}" in result.stdout
-    assert "decode" in result.stdout
+    assert "Yes, measured: model fits into" in result.stdout
     assert deployment(tmp_path / "a ladder-pick2") == deployment(made / "rungs" / "2")
 
 

@@ -24,12 +24,6 @@ from tests.support.runs import finished, journal_of
 COMMAND = "edgeprune fit demo --device jetson-orin"
 
 
-@pytest.fixture(autouse=True)
-def small_library(monkeypatch):
-    """Without the 4 MB of plotly.js."""
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
-
-
 @pytest.fixture
 def fitted(tmp_path_factory, tmp_path) -> Fitted:
     """To be written into the test's own folder."""

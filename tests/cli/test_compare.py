@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from edgeprune.cli.app import app
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
+from edgeprune.pipeline.request import METHODS, RATIOS
 from tests.support.sample_rows import row
 
 ROWS = [row("dense", "", 0.0, 0.0), row("default", "uniform", 0.2, 0.215), row("flap", "uniform", 0.2, 0.3)]
@@ -25,7 +26,6 @@ def asked(monkeypatch):
         return Result(None, ROWS)
 
     monkeypatch.setattr("edgeprune.commands.compare.compare", compare)
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
     return calls
 
 
@@ -50,7 +50,9 @@ def test_the_document_holds_the_rows(asked):
 def test_a_page_is_written_and_replaced_by_force_alone(asked, tmp_path):
     words = ["compare", "--html", str(tmp_path / "page.html")]
     assert CliRunner().invoke(app, words).exit_code == 0
-    assert "plot-" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert 'id="plot-' in page
+    assert f"edgeprune compare demo --ratios {RATIOS} --methods {METHODS} --layout uniform" in page
     refused = CliRunner().invoke(app, words)
     assert isinstance(refused.exception, InputError)
     assert len(asked) == 1  # refused before the work

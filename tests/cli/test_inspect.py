@@ -68,8 +68,7 @@ def test_findings_as_a_table_and_as_a_document(monkeypatch):
     assert "sudo apt install it" in printed("doctor")
 
 
-def test_the_page_that_was_written_again_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
+def test_the_page_that_was_written_again_is_named(tmp_path):
     bundle = write_report(tmp_path / "fitted", report_of(measured_content()))
     assert printed("report", bundle) == f"{bundle / 'report.html'}\n"
     assert "an old page" not in (bundle / "report.html").read_text()

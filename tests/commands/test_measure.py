@@ -15,6 +15,7 @@ from edgeprune.commands.load_bundle import load_bundle
 from edgeprune.commands.measure import measure
 from edgeprune.errors import BadAnswer, EngineError, InputError
 from edgeprune.ondevice.bundle import open_bundle, sha256
+from edgeprune.report.verdict import verdict
 from tests.support.bundles import contents
 from tests.support.commands import run
 from tests.support.doubles.double_rungs import LARGE, Double
@@ -24,9 +25,8 @@ from tests.support.runs import finished, journal_of
 
 
 @pytest.fixture
-def bundle(tmp_path_factory, tmp_path, monkeypatch) -> Path:
+def bundle(tmp_path_factory, tmp_path) -> Path:
     """Of a Jetson, whose budget of memory is that of the run."""
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
     fitted = finished(tmp_path_factory).fitted
     write_fitted(
         [replace(fitted, setup=replace(fitted.setup, output=tmp_path / "out"))],
@@ -50,7 +50,9 @@ def test_the_report_and_its_page_have_the_devices_figures(bundle, monkeypatch, f
     assert report.measurement.rungs[0].figures["memory"] == report.fitted.performance.memory_total.value
     assert report == load_bundle(bundle).report
     assert (bundle / "engine" / "model.sm87.engine").read_bytes() == b"engine 0"
-    assert report.headline.replace("'", "&#39;") in (bundle / "report.html").read_text()
+    assert f"<h1>{verdict(report)}</h1>" in (bundle / "report.html").read_text()
+    assert ("fits into" in verdict(report)) == met
+    assert "on a board" in verdict(report)
     hashes = open_bundle(bundle)["sha256"]
     assert {name: sha256(bundle / name) for name in hashes} == hashes
 

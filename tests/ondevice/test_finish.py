@@ -357,7 +357,7 @@ def test_another_rung_than_that_of_the_copied_folders_is_told(made: Path, tmp_pa
 @pytest.mark.parametrize(
     ("decode", "quality", "words", "code"),
     [
-        ((1.0, 0.9, 1.1), "met", "meets decode 2.0 on a board (measured there), at", 0),
+        ((1.0, 0.9, 1.1), "met", "Yes, measured there: model meets decode 2.0 on a board, at", 0),
         ((2.0, 1.9, 2.1), "met", "too noisy to tell: run again on an idle machine", 3),
         ((3.0, 2.9, 3.1), "met", "does not meet decode 2.0", 3),
         ((1.0, 0.9, 1.1), "missed", "only beyond the quality limit", 3),

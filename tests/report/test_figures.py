@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from edgeprune.report.figures import difference_text, figure_text, interval_text, number_text, perplexity_text
+from edgeprune.report.figures import (
+    alone_text,
+    difference_text,
+    figure_text,
+    headroom_text,
+    interval_text,
+    number_text,
+    perplexity_text,
+    room_text,
+)
 from edgeprune.report.images import Interval
-from tests.support.sample_reports import measured
+from edgeprune.report.schema import Levers
+from tests.support.sample_reports import estimated_content, measured, measured_content, report_of
 
 
 def test_a_perplexity_beyond_floating_point_is_a_dash():
@@ -20,7 +30,10 @@ def test_a_perplexity_beyond_floating_point_is_a_dash():
         (6.149, "ms", "6.15 ms"),
         (4.96, "%", "+5.0 %"),
         (-3.0, "%", "-3.0 %"),
-        (4127.4, "%", "+4127 %"),
+        (4127.4, "%", "42-fold"),
+        (99.94, "%", "+99.9 %"),
+        (120.0, "%", "2.2-fold"),
+        (1e5, "%", "more than 100-fold"),
         (2.34, "tokens/s", "2.34 tokens/s"),
         (277.8, "tokens/s", "278 tokens/s"),
         (0.7128, "1", "0.713"),
@@ -63,3 +76,35 @@ def test_what_a_paired_difference_says(low, high, said):
 @pytest.mark.parametrize(("value", "text"), [(0.43215, "0.432 s"), (12.34, "12.3 s"), (1234.5, "1234 s")])
 def test_seconds(value, text):
     assert number_text(value, "s") == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.9, "10.0 % left"), (1.0, "0.0 % left"), (1.4, "40.0 % over"), (137.6, "138 x the limit")]
+)
+def test_what_is_left_of_a_limit(value, text):
+    content = estimated_content()
+    row = content["budget"][0]
+    content["budget"][0] = row | {"fitted": row["fitted"].model_copy(update={"value": value * row["limit"]})}
+    assert headroom_text(report_of(content).budget[0]) == text
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e9])
+def test_what_is_far_beyond_a_limit_is_said_in_words(value):
+    content = measured_content()
+    row = content["budget"][2]
+    content["budget"][2] = row | {"fitted": row["fitted"].model_copy(update={"value": value})}
+    assert headroom_text(report_of(content).budget[2]) == "far over"
+
+
+def test_no_room_names_the_limit_that_leaves_none():
+    noticed = report_of(estimated_content()).experience["dense"]
+    assert room_text(noticed.sequences, noticed) == "no room within the memory budget"
+    room = noticed.room.model_copy(update={"reason": "what the system leaves on jetson-orin"})
+    noticed = noticed.model_copy(update={"room": room})
+    assert room_text(noticed.sequences, noticed) == "no room within what the system leaves on jetson-orin"
+
+
+def test_what_one_lever_alone_would_cost():
+    levers = Levers(parts=[], pruning_alone=2.4, precision_alone=0.03)
+    text = "Pruning alone would raise perplexity 11-fold, weight formats alone would raise perplexity by +3.0 %"
+    assert alone_text(levers) == f"{text}, as predicted"

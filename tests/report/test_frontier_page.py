@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 import shlex
 from html import unescape
-from math import inf, nan, sinh
+from math import inf, nan
 
 import pytest
 
 from edgeprune.report.frontier import frontier_of
-from edgeprune.report.frontier_page import frontier_axes, frontier_plot, render_frontier
+from edgeprune.report.frontier_page import render_frontier
+from tests.support import MOST_PAGE_BYTES
 from tests.support.pages import ATTACK, Parsed
-from tests.support.sample_ladders import BUNDLE, RISES, estimated_ladder, hostile, ladder, measured_ladder, printed
+from tests.support.sample_ladders import BUNDLE, estimated_ladder, hostile, ladder, measured_ladder, printed
 from tests.support.sample_reports import built, estimated_content
 
 
 def rows(page: str) -> list[list[str]]:
     """The visible words of each row of the table to pick from, by cell."""
-    table = re.search(r'<table id="rungs">(.*?)</table>', page, re.DOTALL)[1]
+    table = re.search(r'<table id="rungs" class="stack">(.*?)</table>', page, re.DOTALL)[1]
     return [
         [" ".join(unescape(re.sub(r"<[^>]+>", " ", cell)).split()) for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
         for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table.split("<tbody>")[1], re.DOTALL)
@@ -26,7 +27,7 @@ def rows(page: str) -> list[list[str]]:
 
 
 def headings(page: str) -> list[str]:
-    head = re.search(r'<table id="rungs">\s*<thead>(.*?)</thead>', page, re.DOTALL)[1]
+    head = re.search(r'<table id="rungs" class="stack">\s*<thead>(.*?)</thead>', page, re.DOTALL)[1]
     return [" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in re.findall(r"<th>(.*?)</th>", head)]
 
 
@@ -36,14 +37,14 @@ def test_the_table_has_every_figure_under_its_source():
         "",
         "rung",
         "quality",
-        "perplexity, a.txt measured",
-        "perplexity, b.txt measured",
-        "same next token measured",
-        "per token measured",
-        "of dense measured",
-        "tokens/s measured",
-        "first token measured",
-        "memory measured",
+        "perplexity, a.txt, measured",
+        "perplexity, b.txt, measured",
+        "same next token, measured",
+        "per token, measured",
+        "of dense, measured",
+        "tokens/s, measured",
+        "first token, measured",
+        "memory, measured",
         "pruned",
         "of all",
     ]
@@ -92,7 +93,7 @@ def test_a_column_of_several_sources_labels_every_cell():
     lines = printed(frontier_of(reports))
     assert re.findall(r"\((\w+)\)", "\n".join(lines)) == ["estimated"] * 3 + ["built"] + ["estimated"] * 3
     assert max(map(len, lines)) <= 80
-    assert "decode, prefill: estimated; rise: measured." in lines
+    assert "per token, first token: estimated; rise: measured." in lines
 
 
 def test_broken_rungs_are_marked_and_a_grade_in_doubt_says_so():
@@ -125,88 +126,35 @@ def test_each_rung_has_the_command_that_exports_it():
     assert len(re.findall(r'<input type="radio" name="rung" value="\d"', page)) == 6
 
 
-def test_the_plot_is_linear_below_5_percent_and_logarithmic_beyond():
-    frontier = measured_ladder(rises=(-1.0, *RISES))
-    figure = frontier_plot(frontier)
-    by_name = {trace.name: trace for trace in figure.data}
-    drawn = {
-        index: (x, 5 * sinh(y))
-        for grade in ("intact", "degraded", "broken")
-        for index, x, y in zip(by_name[grade].customdata, by_name[grade].x, by_name[grade].y, strict=True)
-    }
-    for rung in frontier.rungs:
-        assert drawn[rung.index] == pytest.approx((rung.decode.value, rung.rise_percent))
-    assert (by_name["dense"].x[0], by_name["dense"].y[0]) == (frontier.dense.decode.value, 0)
-    trace = by_name["degraded"]
-    high = [5 * sinh(y + up) for y, up in zip(trace.y, trace.error_y.array, strict=True)]
-    low = [5 * sinh(y - down) for y, down in zip(trace.y, trace.error_y.arrayminus, strict=True)]
-    own = [rung for rung in frontier.rungs if rung.grade == "degraded"]
-    assert high == pytest.approx([rung.high_percent for rung in own])
-    assert low == pytest.approx([rung.low_percent for rung in own])
-    assert list(trace.error_x.array) == pytest.approx([rung.decode.high - rung.decode.value for rung in own])
-    lines = [5 * sinh(shape.y0) for shape in figure.layout.shapes if shape.y0 == shape.y1]
-    assert lines == pytest.approx([5, 30])
-    bottom, top = figure.layout.yaxis.range
-    assert bottom < min(min(trace.y) for trace in figure.data)
-    assert top > max(max(trace.y) for trace in figure.data)
-    labels = dict(zip(figure.layout.yaxis.ticktext, figure.layout.yaxis.tickvals, strict=True))
-    assert 5 * sinh(labels["+100 %"]) == pytest.approx(100)
-
-
-def test_both_thresholds_are_in_sight_of_a_ladder_that_is_all_intact():
-    figure = frontier_plot(measured_ladder(rises=(0.1, 0.2)))
-    bottom, top = figure.layout.yaxis.range
-    assert bottom < 0 < 5 * sinh(top) > 30
-
-
-@pytest.mark.parametrize("rise", [1e9, 1e280])
-def test_a_rise_beyond_all_reason_leaves_a_few_ticks(rise):
-    figure = frontier_plot(measured_ladder(rises=(1.0, rise)))
-    assert 4 < len(figure.layout.yaxis.tickvals) < 200
-    assert "+10 %" in figure.layout.yaxis.ticktext
-
-
 def test_what_cannot_be_drawn_is_said():
     page = render_frontier(measured_ladder(rises=(1.0, 50.0, inf, nan)), BUNDLE)
     assert "beyond floating point: rung 2, rung 3." in page
     for row, text in zip(rows(page)[3:], ("more than 100-fold", "not a number"), strict=True):
         assert row[3].startswith(text)
-    (plot,) = re.findall(r"Plotly\.newPlot\((.*?)\);?\s*}?;?\s*</script>", page, re.DOTALL)
-    assert "NaN" not in plot
+    drawn = re.findall(r'<g [^>]*data-rung="(\d)"', page)
+    assert drawn == ["0", "1"] * 4  # in each of the four plots
     assert "not drawn" not in render_frontier(measured_ladder(), BUNDLE).lower()
 
 
-def test_other_quantities_can_stand_across():
-    frontier = measured_ladder()
-    figure, axes = frontier_plot(frontier), frontier_axes(frontier)
-    assert [label for label, *_ in axes.values()] == ["per token", "tokens/s", "memory", "first token"]
-    for field, (_, data, layout) in axes.items():
-        assert layout["xaxis.title.text"].endswith(", measured")
-        assert len(data["x"]) == len(data["error_x.array"]) == len(figure.data)
-        unit = 2**20 if field == "memory" else 1
-        path = [getattr(point, field).value / unit for point in (frontier.dense, *frontier.rungs)]
-        assert data["x"][0] == pytest.approx(path)
-    assert [list(trace.x) for trace in figure.data] == axes["decode"][1]["x"]
-    assert figure.layout.xaxis.title.text == axes["decode"][2]["xaxis.title.text"]
-    rung = frontier.rungs[0]
-    intact = [trace.name for trace in figure.data].index("intact")
-    assert axes["tokens_per_second"][1]["error_x.array"][intact][0] == pytest.approx(
-        rung.tokens_per_second.high - rung.tokens_per_second.value
-    )
+def test_a_rung_is_picked_from_any_plot_by_what_the_script_looks_for():
+    page = render_frontier(estimated_ladder(), BUNDLE)
+    plots = re.findall(r'<div class="plot wide" data-plot="(\w+)"( hidden)?>', page)
+    assert plots == [("decode", ""), ("tokens_per_second", " hidden"), ("memory", " hidden"), ("prefill", " hidden")]
+    assert re.findall(r'<button type="button" data-axis="(\w+)"', page) == [name for name, _ in plots]
+    points = re.findall(r'<g ([^>]*data-rung="\d"[^>]*)>', page)
+    assert len(points) == 4 * 6
+    assert all('class="rung"' in attributes for attributes in points)
+    (script,) = Parsed(page).scripts
+    for word in ('"svg [data-rung]"', "[data-plot]", "#rungs tr[data-rung]", 'getElementById("command")'):
+        assert word in script
+    assert len(script) < 3000
 
 
-def test_pointing_at_a_rung_shows_all_of_it_with_sources():
-    (trace,) = [trace for trace in frontier_plot(estimated_ladder()).data if trace.name == "intact"]
-    assert trace.hovertext[0].split("<br>") == [
-        "<b>rung 0</b>",
-        "per token 3.64 ms, estimated",
-        "tokens/s 275 tokens/s, estimated",
-        "memory 743.7 MiB, estimated",
-        "first token 6.63 ms, estimated",
-        "10.0 % of attention and MLP pruned",
-        "perplexity +1.4 % (+0.9 to +1.9 %), measured: intact",
-        "the dense model's next token at 92.8 %, measured",
-    ]
+def test_a_broken_rung_has_no_green_mark():
+    page = render_frontier(estimated_ladder(), BUNDLE)
+    assert "#rungs tr.is-broken { --measured: var(--ink); --measured-back: var(--code); }" in page
+    (row,) = re.findall(r'<tr data-rung="5" class="is-broken">(.*?)</tr>', page, re.DOTALL)
+    assert "intact" not in row
 
 
 def test_self_generated_text_is_not_called_quality():
@@ -224,24 +172,41 @@ def test_texts_cannot_inject_markup(made):
     assert "{{ 7 * 7 }}" in " ".join(attacked.texts)
 
 
-def test_one_file_that_opens_offline(monkeypatch):
-    monkeypatch.undo()
-    page = render_frontier(estimated_ladder(), BUNDLE)
+@pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])
+def test_one_light_file_that_opens_offline(made):
+    page = render_frontier(made(texts=("a.txt", "b.txt")), BUNDLE)
+    assert len(page.encode()) < MOST_PAGE_BYTES
     elements = Parsed(page).elements
     assert not [1 for _, attributes in elements if "src" in attributes or "href" in attributes]
     policy = next(a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
-    assert page.count("plotly.js v") == 1
+    assert set(re.findall(r'xlink:href="(.)', page)) == {"#"}
 
 
-def test_one_document_has_no_interval():
-    frontier = estimated_ladder(rises=(2.0,))
+@pytest.mark.parametrize(
+    ("rise", "documents", "cell", "line"),
+    [
+        (2.0, 1, "+2.0 % no interval: one document", "no interval: one document."),
+        (0.0, 12, "+0.0 % no rise: the same model", "rung 0: no rise: the same model."),
+    ],
+)
+def test_a_missing_interval_has_its_true_reason(rise, documents, cell, line):
+    frontier = estimated_ladder(rises=(rise,))
     rung = frontier.rungs[0]
-    same = {"low_percent": 2.0, "high_percent": 2.0}
-    text = rung.texts[0].model_copy(update=same)
+    same = {"low_percent": rise, "high_percent": rise}
+    text = rung.texts[0].model_copy(update={**same, "documents": documents})
     frontier = frontier.model_copy(update={"rungs": [rung.model_copy(update={"texts": [text], **same})]})
-    assert rows(render_frontier(frontier, BUNDLE))[1][3] == "+2.0 % one document"
+    assert rows(render_frontier(frontier, BUNDLE))[1][3] == cell
     lines = printed(frontier)
-    assert "No interval: one document alone." in lines
-    assert [line for line in lines if "+2.0 %" in line][0].split()[-3:] == ["+2.0", "%", "intact"]
-    assert "No interval: one document alone." not in printed(estimated_ladder())
+    assert line in lines
+    assert [line for line in lines if f"+{rise} %" in line][0].split()[-3:] == [f"+{rise}", "%", "intact"]
+    assert not [line for line in printed(estimated_ladder()) if "interval:" in line or "same model" in line]
+
+
+def test_pictures_of_the_models_own_are_not_called_text():
+    frontier = estimated_ladder()
+    dense = frontier.dense.model_copy(update={"grid": "data:image/png;base64,AA=="})
+    frontier = frontier.model_copy(update={"dense": dense, "prompt": None})
+    page = render_frontier(frontier, BUNDLE)
+    assert "The dense model drew the pictures itself" in page
+    assert "Quality is agreement with the dense model, on pictures of its own." in printed(frontier)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.support.sample_ladders import RISES, estimated_ladder, hostile, measured_ladder, printed
@@ -16,14 +18,24 @@ def test_the_terminal_shows_it_in_80_columns(made):
     assert max(map(len, lines[:-1])) <= 80
     table = lines[lines.index(next(line for line in lines if line.startswith("rung "))) :]
     assert [line.split()[0] for line in table[1:9]] == ["dense", *map(str, range(7))]
-    assert table[8].split()[-5:] == ["%", "+3714", "to", "+4540", "broken"]
+    assert table[8].split()[-5:] == ["42-fold", "38", "to", "46-fold", "broken"]
+    assert re.split(r"\s{2,}", table[0]) == [
+        "rung",
+        "ms/token",
+        "ms to first",
+        "MiB",
+        "pruned",
+        "rise",
+        "interval",
+        "quality",
+    ]
 
 
 def test_the_terminal_says_where_quality_ends_and_what_it_rests_on():
     lines = printed(estimated_ladder())
     for line in (
         "Fastest intact: rung 1, 3.23 ms; fastest not broken: rung 3, 2.42 ms.",
-        "decode, prefill, memory: estimated; rise: measured.",
+        "per token, first token, memory: estimated; rise: measured.",
         "rise: of perplexity, with its 95 % interval.",
         "Quality is agreement with the dense model, on text of its own.",
         "?: the interval reaches into another grade.",
@@ -31,7 +43,7 @@ def test_the_terminal_says_where_quality_ends_and_what_it_rests_on():
         assert line in lines
     assert "Fastest intact: no rung; fastest not broken: no rung." in printed(estimated_ladder(rises=(70.0,)))
     several = printed(measured_ladder(texts=("a.txt", "b.txt"), rises=(1.0,)))
-    assert "decode, prefill, memory, rise: measured." in several
+    assert "per token, first token, memory, rise: measured." in several
     assert "rise: of perplexity on the worst text, with its 95 % interval." in several
     assert not [line for line in several if line.startswith(("?:", "Quality is agreement"))]
 

@@ -66,7 +66,7 @@ def test_it_reads_back_equal_and_follows_the_schema(changes):
 
 
 def test_both_grids_stand_side_by_side_with_seeds_and_classes():
-    page, card = parsed(pictures_content()), sections(pictures_content())["How much quality did it cost?"]
+    page, card = parsed(pictures_content()), sections(pictures_content())["What does it cost in pictures?"]
     shown = [attributes for tag, attributes in page.elements if tag == "img"]
     assert [(of["src"], of["alt"]) for of in shown] == [
         (found()["dense_grid"], "pictures of the dense model"),
@@ -74,8 +74,8 @@ def test_both_grids_stand_side_by_side_with_seeds_and_classes():
     ]
     assert "The same seeds and classes in both, of 28 pixels each, temperature 1, guidance 1.75." in card
     assert "Classes, row by row: 207, 360, 387, 974, 88, 979, 417, 279." in card
-    assert "One answer of each" not in card
-    unguided = sections(pictures_content(cfg=1.0, classes=[]))["How much quality did it cost?"]
+    assert "Asked:" not in card
+    unguided = sections(pictures_content(cfg=1.0, classes=[]))["What does it cost in pictures?"]
     assert "The same seeds in both, of 28 pixels each, temperature 1, no guidance." in unguided
 
 
@@ -86,7 +86,7 @@ def test_small_pictures_are_scaled_up_by_whole_pixels(side, pixelated):
 
 
 def test_distances_stand_with_intervals_network_counts_and_the_floor():
-    card = sections(pictures_content())["How much quality did it cost?"]
+    card = sections(pictures_content())["How good are the pictures?"]
     assert f"to {REFERENCE} fitted dense" in card
     assert "kernel distance 0.0123 (0.0103 to 0.0153) measured 0.0001 (-0.0019 to 0.0031) measured" in card
     assert "Frechet distance 14.8 measured 11.5 measured" in card
@@ -95,33 +95,39 @@ def test_distances_stand_with_intervals_network_counts_and_the_floor():
 
 
 def test_what_is_missing_is_said():
-    assert (
-        f"No distances: {MISSING['missing']}" in sections(pictures_content(**MISSING))["How much quality did it cost?"]
-    )
+    assert f"No distances: {MISSING['missing']}" in sections(pictures_content(**MISSING))["How good are the pictures?"]
     text = words(printed(print_report, report_of(pictures_content(**MISSING))))
     assert f"no distances: {MISSING['missing']}" in text
 
 
 def test_an_image_generator_is_described_in_a_pictures_words():
     cards = sections(pictures_content())
-    noticed = cards["What you will notice"]
-    assert noticed.startswith(
-        "fitted dense a picture takes 0.432 s estimated 0.643 s estimated at once 10 pictures estimated 10 pictures"
-    )
+    noticed = cards["How fast does it feel?"]
+    takes = "fitted dense a picture takes 0.432 s estimated 0.643 s estimated"
+    assert noticed.startswith(f"{takes} pictures at once 10 pictures estimated 10 pictures estimated")
     assert "4 pictures of 256 codes each are drawn at once, with guidance 1.75; the time of a picture" in noticed
     assert not {"reader", "answer", "longest context"} & set(re.findall("reader|answer|longest context", noticed))
     assert "4 pictures at once, guided by 1.75, each of 256 codes, fp32" in " ".join(parsed(pictures_content()).texts)
-    cost = cards["How much quality did it cost?"]
-    assert "held-out pictures rise" in cost
+    cost = cards["How good are the pictures?"]
+    assert "held-out pictures rise 95 % interval pictures dense fitted codes same next code" in cost
+    assert "its pictures are noticeably worse" in " ".join(parsed(pictures_content()).texts).lower()
     assert "Perplexity per code, and" in cost
+
+
+def one_text(content):
+    return {"quality": content["quality"] | {"texts": content["quality"]["texts"][:1]}}
 
 
 def test_pictures_that_the_model_drew_itself_are_agreement():
     content = pictures_content()
     content["quality"]["label"] = "agreement with the dense model"
-    card = sections(content)["How much quality did it cost?"]
+    card = sections(content)["How good are the pictures?"]
     assert "The dense model drew these pictures itself" in card
-    assert "generated these texts" not in card
+    assert "wrote these texts" not in card
+    assert (
+        "measured on pictures that the dense model drew itself"
+        in sections(content | one_text(content))["What does it cost in pictures?"]
+    )
     assert "agreement with the dense model, on pictures of its own" in words(printed(print_report, report_of(content)))
 
 
@@ -129,7 +135,7 @@ def test_the_terminal_says_the_same():
     lines = printed(print_report, report_of(pictures_content()))
     text = words(lines)
     assert "a picture takes 0.432 s (dense 0.643 s), with 4 pictures at once and without the codec, estimated" in text
-    assert "room 10 pictures at once (dense 10 pictures); estimated, for memory alone" in text
+    assert "room 10 pictures at once (dense: 10 pictures); estimated, for memory alone" in text
     assert (
         f"kernel distance to {REFERENCE} 0.0123 (0.0103 to 0.0153), dense 0.0001 (-0.0019 to 0.0031), measured" in text
     )
@@ -145,7 +151,7 @@ def test_no_room_for_both_sequences_of_a_guided_picture_is_no_room(room):
     content = pictures_content()
     for noticed in content["experience"].values():
         noticed["sequences"] = noticed["sequences"].model_copy(update={"value": room})
-    assert "at once no room estimated no room" in sections(content)["What you will notice"]
+    assert "at once no room within the memory budget estimated no room" in sections(content)["How fast does it feel?"]
 
 
 def test_a_language_model_has_no_word_of_pictures():

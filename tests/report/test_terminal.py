@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.report.html import render_html
 from edgeprune.report.terminal import print_comparison, print_report
+from edgeprune.report.verdict import cost_text, next_step, verdict
 from tests.support.pages import printed, words
 from tests.support.sample_reports import (
     CONTENTS,
@@ -25,24 +28,24 @@ def test_the_verdict_comes_first(content):
     report = report_of(content())
     lines = printed(print_report, report)
     if report.quality.grade == "broken":
-        assert lines.pop(0) == "Broken: perplexity +4127 %. Do not deploy this model."
-    assert words(lines).startswith(f"{report.headline} Verdict: ")
+        assert lines.pop(0) == "Broken: perplexity is 42 times the dense model's. Do not deploy this model."
+    assert words(lines).startswith(f"{verdict(report)} {cost_text(report)}")
 
 
 @pytest.mark.parametrize("content", CONTENTS)
 def test_fits_80_columns_but_for_commands(content):
     report = report_of(content())
     lines = printed(print_report, report)
-    commands = report.deploy[0].command.splitlines()
+    commands = next_step(report).command.splitlines()
     assert set(commands) <= set(lines)  # unbroken, to be copied
     assert max(len(line) for line in lines if line not in commands) <= 80
 
 
 def test_constraints_with_source_headroom_and_verdict():
     lines = [line.split() for line in printed(print_report, report_of(measured_content()))]
-    assert ["decode", "35.1", "ms", "50.1", "ms", "34.1", "ms", "measured", "+2.8", "%", "met"] in lines
-    assert ["quality", "+30.0", "%", "+24.6", "%", "measured", "+18.0", "%", "met"] in lines
-    assert ["prefill", "911", "ms", "611", "ms", "measured"] in lines  # not limited
+    assert ["per", "token", "35.1", "ms", "50.1", "ms", "34.1", "ms", "measured", *["2.8", "%", "left", "met"]] in lines
+    assert ["rise", "of", "30.0", "%", "+24.6", "%", "measured", "18.0", "%", "left", "met"] in lines
+    assert ["first", "token", "911", "ms", "611", "ms", "measured"] in lines  # not limited
 
 
 def test_a_dense_figure_of_another_source_names_its_own():
@@ -52,35 +55,42 @@ def test_a_dense_figure_of_another_source_names_its_own():
 
 
 def test_noise_and_estimates_are_said():
-    assert "Verdict: met, from estimated figures." in printed(print_report, report_of(estimated_content()))
+    assert "Yes, by estimate: SmolLM2" in words(printed(print_report, report_of(estimated_content())))
     noisy = words(printed(print_report, report_of(measured_content() | {"status": "noisy"})))
-    assert "Verdict: too noisy to tell: run again on an idle machine, from measured figures." in noisy
+    assert "lies within the noise of the measurement" in noisy
+    assert "Next: Measure again while nothing else runs on the machine:" in noisy
+
+
+def test_times_say_what_they_are():
+    assert "p50 times the ratio of both, timed in turns" in words(printed(print_report, report_of(measured_content())))
+    assert "nothing was timed on it" in words(printed(print_report, report_of(estimated_content())))
 
 
 def test_a_noisy_constraint_keeps_its_figures_whole_at_80_columns():
     content = estimated_content()
     content["budget"][0]["status"] = "noisy"
     lines = printed(print_report, report_of(content))
-    assert [line for line in lines if "786.6 MiB  826.3 MiB  757.5 MiB  estimated  +3.7 %" in line]
+    assert [line for line in lines if "786.6 MiB  826.3 MiB  757.5 MiB  estimated  3.7 % left" in line]
     assert max(map(len, lines)) <= 80
 
 
 def test_quality_says_of_which_text_and_what_it_is():
     text = words(printed(print_report, report_of(measured_content())))
-    assert "degraded: perplexity +24.6 % on the worst of 2 texts, measured (95 % interval +21.9 % to +27.3 %)" in text
+    assert "rises by 24.6 %, measured on the worst of 2 held-out texts (+21.9 % to +27.3 %)" in text
+    assert "degraded, measured; perplexity 12.80 (dense) to 15.95 on manual.txt, 24 documents; perplexity 9.90" in text
     assert "agreement with the dense model" in words(printed(print_report, report_of(estimated_content())))
 
 
 def test_what_a_user_notices_in_two_rows():
     text = words(printed(print_report, report_of(measured_content())))
     assert "speed first token after 611 ms, then 29.3 tokens/s: 5.6 x reading speed (dense 3.8 x), measured" in text
-    assert "room context up to 3,350 tokens (dense no room); at context 2048 1 sequence (dense no room)" in text
+    assert "room context up to 3,350 tokens (dense: no room within the memory budget); at context 2048: 1 seq" in text
 
 
 def test_agreement_and_answers():
     content = measured_content()
     text = words(printed(print_report, report_of(content)))
-    assert "the likeliest next token is the dense model's at 67.4 % (65.4 to 68.7 %) on the worst text" in text
+    assert "the likeliest next token is the dense model's at 67.4 % (65.4 to 68.7 %) of places" in text
     assert "11 of 16 answers begin with the same 4 tokens" in text  # the longest that half of them share
     assert "2 of 16 answers begin with the same 1 token," in words(printed(print_report, report_of(broken_content())))
     content["quality"] |= {"answers": None, "texts": [one | {"agreement": None} for one in content["quality"]["texts"]]}
@@ -131,8 +141,11 @@ def test_the_page_says_where_costs_of_widths_come_from():
 
 def test_one_document_has_no_interval():
     content = measured_content()
-    content["quality"]["texts"] = [content["quality"]["texts"][0] | {"low_percent": 24.6, "high_percent": 24.6}]
-    assert "+24.6 %, measured (one document, so no interval)" in words(printed(print_report, report_of(content)))
+    one = {"low_percent": 24.6, "high_percent": 24.6, "documents": 1}
+    content["quality"]["texts"] = [content["quality"]["texts"][0] | one]
+    shown = words(printed(print_report, report_of(content)))
+    assert "rises by 24.6 %, measured on held-out text (no interval: one document)" in shown
+    assert "on manual.txt, 1 document " in shown
 
 
 def test_long_samples_are_cut_and_long_lists_of_warnings_counted():
@@ -152,7 +165,8 @@ def test_three_warnings_are_not_counted():
 
 
 def test_markup_and_control_characters_stay_text():
-    content = estimated_content() | {"headline": "[red]\x1b[2J\x07 gone[/red]"}
+    content = estimated_content()
+    content["model"] |= {"name": "[red]\x1b[2J\x07 gone[/red]"}
     content["quality"] |= {"prompt": "[bold]p[/bold]", "dense_sample": "\x1b]0;title\x07", "fitted_sample": "[/]"}
     text = "\n".join(printed(print_report, report_of(content)))
     assert "[red]\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER} gone[/red]" in text
@@ -180,22 +194,21 @@ def test_comparison_by_layout_method_and_text():
     uniform, free = (
         next(n for n, line in enumerate(lines) if line == f"layout {name}") for name in ("uniform", "per-layer")
     )
-    assert "[b]a.txt: perplexity, rise" in lines[uniform + 1]
+    heads = re.split(r"\s{2,}", lines[uniform + 1])
+    assert heads[:3] == ["method", "removed %", "of all %"]
+    assert "[b]a.txt: perplexity, rise in nats" in lines[uniform + 1]
+    assert heads[-3:] == ["per token MiB", "pruned in s", "peak GiB"]
     assert next(line for line in lines if line.startswith("default")).split() == [
         "default",
         "20.0",
-        "%",
         "16.0",
-        "%",
         "15.25",
         "0.215",
         "[0.205,",
         "0.225]",
         "256.0",
-        "MiB",
         "31.0",
         "2.00",
-        "GiB",
     ]
     assert uniform < free < next(n for n, line in enumerate(lines) if line.startswith("flap"))
     assert "no update helped in 2 modules" in lines[-1]

@@ -53,7 +53,7 @@ def sections(content) -> dict[str, str]:
     """The visible text of each card by its heading."""
     text = render_html(report_of(content))
     cards = re.split(r"<h2>(.*?)</h2>", text.split("<main>")[1])
-    visible = (re.sub(r"<script.*?</script>|<[^>]+>", " ", card, flags=re.DOTALL) for card in cards[2::2])
+    visible = (re.sub(r"<script.*?</script>|<svg.*?</svg>|<[^>]+>", " ", card, flags=re.DOTALL) for card in cards[2::2])
     return dict(zip(cards[1::2], (" ".join(unescape(card).split()) for card in visible), strict=True))
 
 
