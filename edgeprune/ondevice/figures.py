@@ -87,7 +87,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Performance:
-    """The memory and latencies of one model on one device. Latencies are in ms; their `value` is the p50.
+    """The memory and latencies of one model on one device. Latencies are in ms; their `value` is the p50, or
+    where there is a ratio the dense model's p50 times the ratio.
 
     The ratios are to the dense model, interleaved in the same run; they are absent for the dense model itself and
     where the latency is an estimate. percentiles: {"decode": {"p50": ..., "p90": ..., "p99": ...}} in ms.

@@ -31,7 +31,7 @@ NAMES = {  # of widths and limits, in plain words
     "memory": "memory",
     "prefill": "first token",
     "decode": "per token",
-    "quality": "rise of perplexity",
+    "quality": "perplexity",
     "attentions": "attention layers",
     "key/value heads": "key/value heads in each",
     "query heads per group": "query heads for each of these",

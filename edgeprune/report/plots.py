@@ -106,8 +106,7 @@ def _budget(constraints: Sequence[Constraint]) -> Plot | None:
     if not rows:
         return None
     heads = [
-        lines_of(f"{NAMES[row.name]}: {number_text(row.limit, row.unit).removeprefix('+')} at most, asked {row.asked}")
-        for row in rows
+        lines_of(f"{NAMES[row.name]}: {number_text(row.limit, row.unit)} at most, asked {row.asked}") for row in rows
     ]
     bars = [[(s, f) for s, f in (("fitted", row.fitted), ("dense", row.dense)) if f is not None] for row in rows]
     height = sum(

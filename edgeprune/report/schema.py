@@ -132,11 +132,20 @@ class Performance(Strict):
         description="peak device bytes at full context: weights, cache, activations, buffers, runtime"
     )
     memory_total: Figure = Field(description="the five parts, of the weakest source among them")
-    prefill: Figure = Field(description="p50 from an empty cache to the logits of the last prompt token")
-    decode: Figure = Field(description="p50 per step at full context")
+    prefill: Figure = Field(
+        description="ms from an empty cache to the logits of the last prompt token: p50, or where there is "
+        "`prefill_ratio` the dense model's p50 times that ratio"
+    )
+    decode: Figure = Field(
+        description="ms per step at full context: p50, or where there is `decode_ratio` the dense model's p50 times "
+        "that ratio, so that a busy machine slows both models alike"
+    )
     prefill_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
     decode_ratio: Figure | None = Field(description="to the dense model, interleaved in the same run")
-    percentiles: dict[str, dict[str, float]] = Field(description="ms: p50, p90, p99 and mad, of prefill and decode")
+    percentiles: dict[str, dict[str, float]] = Field(
+        description="ms: p50, p90, p99 and mad, of prefill and decode in the model's own run; its p50 is not `decode` "
+        "where there is a ratio"
+    )
     conditions: dict[str, str] = Field(
         default_factory=dict, description="power mode, clocks, temperatures and memory while it was measured"
     )
@@ -321,7 +330,7 @@ class Report(Strict):
     edgeprune: str = Field(description="version")
     created: str = Field(description="UTC, ISO 8601")
     command: str = Field(description="the command line that makes this bundle again")
-    headline: str = Field(description="the verdict in one sentence")
+    headline: str = Field(description="the verdict in one sentence, with how it is known")
     status: Status = Field(description="the worst of memory, prefill and decode; quality apart, in `quality_status`")
     rests_on: Source = Field(description="the weakest source behind the verdict")
     quality_status: Status = Field(description="of the rise's interval on every text; met where no limit was given")
@@ -358,7 +367,9 @@ class Report(Strict):
         description="prefill_ratio and decode_ratio, fitted / dense, on this machine's processor: not the device's"
     )
     deploy: list[Step]
-    stages: dict[str, float] = Field(description="seconds")
+    stages: dict[str, float] = Field(
+        description="seconds of each, without those of a stage within it; with `all else` they add up to the run"
+    )
     files: dict[str, int] = Field(description="bytes")
     warnings: list[str]
     measurement: Measurement | None = Field(None, description="on the device, after the fit; its figures are above")

@@ -88,7 +88,7 @@ def _fit(report: Report) -> Table:
             NAMES[row.name],
             Cell(OUTCOME_LABEL[row.status], style=row.status, strong=True),
             figure_cell(row.fitted),
-            number_text(row.limit, row.unit).removeprefix("+"),
+            number_text(row.limit, row.unit),
             headroom_text(row),
             figure_cell(row.dense),
             row.asked,

@@ -95,7 +95,7 @@ def _constraints(report: Report) -> Table:
     rows: list[tuple[str | Text, ...]] = [
         (
             NAMES[row.name],
-            number_text(row.limit, row.unit).removeprefix("+"),
+            number_text(row.limit, row.unit),
             *_figures(row.dense, row.fitted),
             headroom_text(row),
             styled(OUTCOME_LABEL[row.status], "" if is_broken(report) else STYLES[row.status]),
@@ -135,11 +135,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         ("quality", _quality(quality)),
         *_same(quality),
         *(_pictures(quality.pictures) if quality.pictures else []),
-        (
-            "made",
-            f"{made_text(report)}; {percent_text(report.ratio)} of attention and MLP weights are removed, and "
-            f"{percent_text(report.decode_bytes_ratio)} of the bytes moved per token",
-        ),
+        ("made", f"{made_text(report)}; {percent_text(report.decode_bytes_ratio)} fewer bytes are moved per token"),
         *([("levers", levers_text(report.levers)), ("alone", alone_text(report.levers))] if report.levers else []),
         *([("decides", deciding)] if (deciding := deciding_text(report.budget)) else []),
         *_budget_or_quality(report),
@@ -243,8 +239,8 @@ def _quality(quality: Quality) -> str:
     if quality.label != "perplexity":
         words.append(f"{quality.label}, on {noun} of its own")
     words += [
-        f"perplexity {perplexity_text(text.dense)} (dense) to {perplexity_text(text.fitted)} on "
-        f"{shorten(text.name, 40)}, {text.documents:,} {document}{'s' if text.documents != 1 else ''}"
+        f"{shorten(text.name, 40)}: perplexity {perplexity_text(text.dense)} (dense) to "
+        f"{perplexity_text(text.fitted)}, {text.documents:,} {document}{'s' if text.documents != 1 else ''}"
         for text in quality.texts
     ]
     return "; ".join(words)
