@@ -11,6 +11,7 @@ from edgeprune.cli.app import app
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
 from edgeprune.report.frontier import frontier_of
+from edgeprune.report.verdict import verdict
 from tests.support.sample_ladders import ladder
 from tests.support.sample_reports import broken_content, estimated_content, measured_content, report_of
 
@@ -44,7 +45,7 @@ def test_the_exit_code_is_the_verdicts(invoke, tmp_path, content, words, code):
     assert result.exit_code == code
     bundle = tmp_path / "bundle"
     assert result.stdout.endswith(f"\nbundle  {bundle}\nreport  {bundle / 'report.html'}\n")
-    assert content()["headline"][:40] in result.stdout
+    assert verdict(report_of(content()))[:40] in result.stdout
 
 
 def test_the_document_is_printed_alone(invoke):
@@ -57,7 +58,7 @@ def test_the_document_is_printed_alone(invoke):
 def test_a_measurement_ends_as_a_fit_does(invoke, content, code):
     result = invoke(content(), "measure", "bundle")
     assert result.exit_code == code
-    assert content()["headline"][:40] in result.stdout
+    assert verdict(report_of(content()))[:40] in result.stdout
 
 
 def test_a_frontier_prints_its_table_or_its_document(monkeypatch, tmp_path):

@@ -159,7 +159,7 @@ def test_a_budget_that_the_dense_model_meets_exports_it_unpruned(home):
     assert result.returncode == 0, result.stderr
     report = Report.model_validate_json(result.stdout)
     assert (report.search.ending, report.ratio) == ("dense", 0)
-    assert "nothing was pruned" in report.headline
+    assert " as it is; it was not yet tried on the device." in report.headline
     assert "already meets" in result.stderr
 
 
@@ -257,7 +257,7 @@ def test_a_quality_limit_that_only_the_dense_model_keeps_is_exit_code_3(home):
     assert report.fitted.widths == report.dense.widths
     quality = next(row for row in report.budget if row.name == "quality")
     assert (quality.status, quality.fitted.high) == ("met", 0)
-    assert "within 0 % of perplexity" in report.headline
+    assert "within the quality limit of 0%; the smallest within it is kept" in report.headline
     assert open_bundle(bundle)
 
 
