@@ -168,6 +168,11 @@ def printable(text: object, most: int = 300) -> str:
     return clean if len(clean) <= most else f"{clean[: most // 2]} ... {clean[-most // 2 :]}"
 
 
+def at_home(path: str | Path) -> str:
+    """Returns a path with the user's home in place of a `~` that no shell has replaced, as within quotes."""
+    return os.path.expanduser(path)  # noqa: PTH111 (Path's own raises for an unknown user)
+
+
 def check_text(value: object, name: str) -> None:
     """Raises InputError for an option's text or path that no file and no report can hold: not UTF-8, or with NUL."""
     text = os.fsdecode(value) if isinstance(value, os.PathLike) else value

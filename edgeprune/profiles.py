@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -233,15 +234,29 @@ def profile_of(name: str | None, file: Path | None) -> DeviceProfile:
 
 
 def load_profile(name: str) -> DeviceProfile:
-    """Returns a shipped profile. Raises InputError that names the nearest ones and all."""
+    """Returns a shipped profile, its name in any case. Raises InputError that tells those apart which are meant."""
     known = {path.stem: path for path in sorted(profiles_folder().glob("*.toml"))}
-    if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(
-            f"unknown device {name!r}", f"{hint}Known are {', '.join(known)}; --profile FILE takes your own."
+    if (path := known.get(name.lower())) is None:
+        raise _unknown_device(name, known)
+    return load_profile_file(path)
+
+
+def _unknown_device(name: str, known: dict[str, Path]) -> InputError:
+    """Returns the error for a name that no profile has: those with it as a part of theirs, else the nearest."""
+    own_file = "or your own profile: --profile FILE."
+    parts = set(re.split(r"[^a-z0-9]+", name.lower())) - {""}
+    named = [stem for stem in known if parts and parts <= set(stem.split("-"))]
+    if named:
+        lines = "".join(f"\n  {stem:28} {load_profile_file(known[stem]).description}" for stem in named)
+        return InputError(
+            f"unknown device {printable(name, 64)!r}: it may be any of {len(named)}",
+            f"Give one of these, {own_file}{lines}",
         )
-    return load_profile_file(known[name])
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return InputError(
+        f"unknown device {printable(name, 64)!r}", f"{hint}`edgeprune devices` lists them; give one, {own_file}"
+    )
 
 
 def load_profile_file(path: Path) -> DeviceProfile:

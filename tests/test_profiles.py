@@ -111,14 +111,25 @@ def test_any_text_and_number_survive_the_bundles_copy(text: str, value: float) -
     assert DeviceProfile.model_validate(tomllib.loads(profile_toml(profile))) == profile
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("jetson-orrin", "jetson-orin"), ("RTX-4090", "rtx-4090"), ("h100", "h100-"), ("toaster", "cpu")]
-)
-def test_an_unknown_device_names_the_nearest_and_all(name: str, near: str) -> None:
+@pytest.mark.parametrize("name", ["RTX-4090", "Jetson-Orin", "CPU"])
+def test_a_name_is_known_in_any_case(name: str) -> None:
+    assert load_profile(name).name == name.lower()
+
+
+@pytest.mark.parametrize(("name", "near"), [("jetson-orrin", "jetson-orin"), ("toaster", "`edgeprune devices`")])
+def test_an_unknown_device_names_the_nearest_or_where_all_are(name: str, near: str) -> None:
     with pytest.raises(InputError, match=re.escape(f"unknown device {name!r}")) as caught:
         load_profile(name)
     assert near in caught.value.remedy
-    assert all(known in caught.value.remedy for known in PROFILES)
+
+
+@pytest.mark.parametrize(("name", "count"), [("orin", 11), ("Orin NX", 4), ("jetson-orin-nano", 4), ("h100", 2)])
+def test_a_part_of_a_name_tells_apart_what_it_may_be(name: str, count: int) -> None:
+    with pytest.raises(InputError, match=f"any of {count}") as caught:
+        load_profile(name)
+    told = caught.value.remedy.splitlines()[1:]
+    assert len(told) == len({line.split(maxsplit=1)[1] for line in told}) == count
+    assert all(line.split()[0] in PROFILES for line in told)
 
 
 BAD = {

@@ -13,6 +13,8 @@ import typer
 from edgeprune import __version__
 from edgeprune.cli import compare, fit, generate, inspect
 from edgeprune.cli.ending import ending, interrupted_by_signals
+from edgeprune.cli.options import PATH
+from edgeprune.cli.slips import meant
 from edgeprune.cli.streams import guarded_streams, note, show
 from edgeprune.errors import EdgepruneError, EngineError
 from edgeprune.files import writing
@@ -35,7 +37,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Write details to standard error.")] = False,
-    log_file: Annotated[Path | None, typer.Option(help="Write a detailed log there.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="Write a detailed log there.", **PATH)] = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     from edgeprune.log import set_up
@@ -54,7 +56,7 @@ for command in (
     compare.compare,
     inspect.report,
 ):
-    app.command()(command)
+    app.command(context_settings={"allow_extra_args": command is generate.run})(command)  # which names the option
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
     with guarded_streams(), interrupted_by_signals():
         try:
             with writing(Path()):
-                code = app(standalone_mode=False)
+                code = app(standalone_mode=False, prog_name="edgeprune")
                 sys.stdout.flush()
         except BaseException as error:
             code = _code_of(error)
@@ -81,13 +83,15 @@ def _code_of(error: BaseException) -> int:
             "the memory of this machine does not suffice",
             "End other programs, or give fewer --samples, a shorter --length or a smaller --batch.",
         )
+    # The parser's own errors: typer brings click along under changing names.
+    if hasattr(error, "show") and (answer := meant(error, sys.argv[1:])) is not None:
+        error = answer
     if isinstance(error, EdgepruneError):
         note(f"error: {error.message}\n{error.remedy}")
         logging.getLogger("edgeprune").debug("traceback", exc_info=True)
         return error.exit_code
     if isinstance(error, typer.Exit):  # of standard output
         return error.exit_code
-    # The parser's own errors: typer brings click along under changing names.
     if hasattr(error, "show"):
         error.show(file=sys.stderr)
         return error.exit_code

@@ -11,7 +11,7 @@ import typer
 
 from edgeprune.cli import options
 from edgeprune.cli.ending import shown_progress
-from edgeprune.cli.options import OUTPUT, SEARCH, takes
+from edgeprune.cli.options import OUTPUT, PATH, SEARCH, takes
 from edgeprune.cli.streams import console, made, show
 from edgeprune.pipeline.request import METHODS, RATIOS, request_of
 
@@ -34,7 +34,9 @@ def compare(
             rich_help_panel=SEARCH,
         ),
     ] = "uniform",
-    html: Annotated[Path | None, typer.Option(help="Write a page with a plot there.", rich_help_panel=OUTPUT)] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with a plot there.", rich_help_panel=OUTPUT, **PATH)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older page.", rich_help_panel=OUTPUT)] = False,
     json_: options.Json = False,
     **request: Any,

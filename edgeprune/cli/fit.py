@@ -9,7 +9,7 @@ import typer
 
 from edgeprune.cli import options
 from edgeprune.cli.ending import resumable, shown_progress
-from edgeprune.cli.options import DEVICE, OUTPUT, takes
+from edgeprune.cli.options import DEVICE, OUTPUT, PATH, takes
 from edgeprune.cli.streams import console, made, show
 from edgeprune.errors import InputError
 from edgeprune.pipeline.request import DEFAULTS, FRONTIER_OPTIONS, FRONTIER_RUNGS
@@ -24,7 +24,7 @@ def fit(
         Path | None,
         typer.Option(
             "--from",
-            metavar="BUNDLE",
+            **PATH | {"metavar": "BUNDLE"},
             help="Make a bundle of one rung of `edgeprune frontier`'s.",
             rich_help_panel=OUTPUT,
         ),

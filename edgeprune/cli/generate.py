@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from edgeprune.cli import options
 from edgeprune.cli.ending import shown_progress
+from edgeprune.cli.options import PATH
 from edgeprune.cli.streams import made, note, show
 from edgeprune.errors import InputError
 from edgeprune.files import check_text
@@ -28,7 +30,7 @@ def run(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1,
     cfg: options.Cfg = None,
-    output: Annotated[Path, typer.Option(help="The grid of the pictures.")] = Path("pictures.png"),
+    output: Annotated[Path, typer.Option(help="The grid of the pictures.", **PATH)] = Path("pictures.png"),
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a text. Default: 256, or what the context has room for.")
     ] = None,
@@ -42,6 +44,12 @@ def run(
 ) -> None:
     """Generate text or pictures from a bundle's engine, or from its graph where this machine lacks the engine's GPU."""
     check_seed(seed)
+    if context_.args:
+        text = shlex.quote(" ".join(([] if prompt is None else [prompt]) + context_.args))
+        raise InputError(
+            f"{context_.args[0]!r} stands where no option takes it",
+            f"A text goes after --prompt, in quotes: edgeprune run {shlex.quote(str(bundle))} --prompt {text}",
+        )
     if temperature is None:
         temperature = 1.0 if prompt is None else 0.0
     ignored = [name for name in options.given(context_) if name in OF_DRAWING]

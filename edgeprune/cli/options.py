@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.errors import InputError
+from edgeprune.files import at_home
 from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.request import DEFAULTS, SEVERAL, unknown_option
@@ -25,7 +26,16 @@ def _option(panel: str, help_: str, *names: str, **settings: Any) -> Any:
 
 
 Json = Annotated[bool, _option(OUTPUT, "Print one JSON document to standard output and nothing else.", "--json")]
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The output directory of `edgeprune fit`.")]
+
+
+def _path(text: str | Path) -> Path:
+    return Path(at_home(text))
+
+
+PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}  # settings of an option
+Bundle = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", parser=_path, help="The output directory of `edgeprune fit`.")
+]
 Seed = Annotated[int, _option(SEARCH, "Seed of everything drawn.")]
 KeepRemote = Annotated[bool, _option(DEVICE, "Leave the working folder on the device.", "--keep-remote")]
 Cfg = Annotated[float | None, _option(IMAGES, "Guidance of images in deployment; 1: none. Default: the model's.")]
@@ -35,6 +45,7 @@ Config = Annotated[
         OUTPUT,
         "Take options from this TOML file, such as a bundle's run.toml; the command line wins.",
         is_eager=True,
+        **PATH,
         callback=lambda context, path: _take_config(context, path),
     ),
 ]
@@ -91,7 +102,7 @@ OPTIONS: dict[str, Any] = {
         int, _option(SEARCH, "Models in the bundle; each further one is smaller, in case the device is slower.")
     ],
     "seed": Seed,
-    "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file.")],
+    "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file.", **PATH)],
     "image_size": Annotated[
         int | None, _option(IMAGES, "Side of LlamaGen's images, where the file does not hold it.", metavar="PIXELS")
     ],
@@ -99,10 +110,11 @@ OPTIONS: dict[str, Any] = {
     "cfg": Cfg,
     "images": Annotated[int | None, _option(IMAGES, "Images drawn to judge quality by. Default: 128.")],
     "features": Annotated[
-        Path | None, _option(IMAGES, "Network that images are compared through, ONNX. Default: EfficientNet-lite0.")
+        Path | None,
+        _option(IMAGES, "Network that images are compared through, ONNX. Default: EfficientNet-lite0.", **PATH),
     ],
     "device": Annotated[str | None, _option(DEVICE, "Device profile; `edgeprune devices` lists them.")],
-    "profile": Annotated[Path | None, _option(DEVICE, "Your own profile, a TOML file.")],
+    "profile": Annotated[Path | None, _option(DEVICE, "Your own profile, a TOML file.", **PATH)],
     "precision": Annotated[str | None, _option(DEVICE, "Default: the profile's.", metavar="|".join(PRECISIONS))],
     "tensorrt": Annotated[
         str | None, _option(DEVICE, "TensorRT on the device, such as 10.3. Default: the profile's.", metavar="VERSION")
@@ -119,7 +131,7 @@ OPTIONS: dict[str, Any] = {
         bool, _option(DEVICE, "A verdict that rests on an estimate is a failure.", "--require-measured")
     ],
     "output": Annotated[
-        Path | None, _option(OUTPUT, "The bundle. Default: MODEL-DEVICE, of a frontier MODEL-DEVICE-frontier.")
+        Path | None, _option(OUTPUT, "The bundle. Default: MODEL-DEVICE, of a frontier MODEL-DEVICE-frontier.", **PATH)
     ],
     "export": Annotated[
         list[str] | None,

@@ -111,7 +111,7 @@ def _numbers(given: str | float | Sequence[float]) -> list[float]:
     """Returns the ratios, each once. Raises InputError where there is none, or one is not a number."""
     parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
     try:
-        ratios = [float(part) for part in parts if str(part).strip()]
+        ratios = [float(str(part).strip().removesuffix("%")) for part in parts if str(part).strip()]
     except (ValueError, TypeError):
         ratios = []
     if not ratios:

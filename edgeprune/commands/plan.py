@@ -23,6 +23,7 @@ from edgeprune.engine.estimate import (
 )
 from edgeprune.engine.probe import with_figures
 from edgeprune.errors import InputError
+from edgeprune.files import at_home
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_outline
@@ -140,7 +141,7 @@ def plan(
     model: a config.json, or a model as of fit, of which no weight is read. past: tokens in the cache before a step.
     weights: the format of the layers' matrices; embedding and head are floats. Raises InputError.
     """
-    file = None if profile is None else Path(profile)
+    file = None if profile is None else Path(at_home(profile))
     hints = Hints(image_size, num_heads)
     question = Question(str(model), device, file, precision, weights, tensorrt, prompt, past, batch, hints)
     is_one = device is not None or profile is not None

@@ -84,6 +84,10 @@ class Target:
         if re.match(r"(?s)ssh://[^@]*:.*@", text):
             raise InputError("the target holds a password, which other users of this machine could read", remedy)
         match = _TARGET.fullmatch(text)
+        if match is None and _TARGET.fullmatch(f"ssh://{text}"):
+            raise InputError(
+                f"malformed target {text!r}: it does not begin with ssh://", f"Write --target ssh://{text}"
+            )
         if match is None:
             raise InputError(f"malformed target {text!r}", remedy)
         user, name, address, port = match.groups()

@@ -5,6 +5,7 @@ It knows no weights.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def read_description(bundle: Path) -> Drawn:
     path = bundle / CODEC / DESCRIPTION
     if not path.is_file():
         raise InputError(
-            f"{bundle} is the bundle of a language model, which draws no pictures", 'Give it a text: --prompt "...".'
+            f"{bundle} is the bundle of a language model, which draws no pictures",
+            f"Give it a text: edgeprune run {shlex.quote(str(bundle))} --prompt 'What is edge computing?'",
         )
     form = {"side": int, "num_classes": int, "has_null": bool, "vocab_size": int, "cfg": float}
     return Drawn(**checked(read_json(path, remedy=OTHER_VERSION), form, str(path), OTHER_VERSION))

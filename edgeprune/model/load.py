@@ -5,12 +5,11 @@ Loading reads descriptions only; weights are read at each access. It does not kn
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.files import is_pointer, pointer_error, printable, read_json
+from edgeprune.files import at_home, is_pointer, pointer_error, printable, read_json
 from edgeprune.model.checkpoint.configuration import RESTORE, decoder_of, read_config, stored_decoder
 from edgeprune.model.checkpoint.folder import read_folder_config
 from edgeprune.model.checkpoint.foreign import foreign_of
@@ -48,12 +47,14 @@ def _load(spec: str, hints: Hints, is_checked: bool) -> Model:
     if spec == "demo":
         return load_gguf(demo_file(), "SmolLM2-135M-Instruct")
     # A file: GGUF, or weights of LlamaGen's.
-    path = Path(os.path.expanduser(spec))  # noqa: PTH111 (Path's own raises for an unknown user)
+    path = Path(at_home(spec))
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return load_gguf(path, path.stem)
         if path.suffix not in WEIGHT_FILES:
-            raise InputError(f"{path} is a file", f"Give the checkpoint's directory, or {FILES}.")
+            is_inside = (path.parent / "config.json").is_file()
+            remedy = f"Give the checkpoint's directory{f': {path.parent}' if is_inside else f', or {FILES}.'}"
+            raise InputError(f"{path} is a file", remedy)
         return load_directory(prepared(path, _config_of_file(path, hints)), path.stem)
     # A directory, otherwise a hub id.
     if path.is_dir():
@@ -119,7 +120,7 @@ def load_outline(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder, tupl
 
 def _described(spec: str, hints: Hints) -> tuple[str, dict[str, Any]]:
     """Returns the name and the configuration of what the user gives. Raises InputError."""
-    path = demo_file() if spec == "demo" else Path(os.path.expanduser(spec))  # noqa: PTH111
+    path = demo_file() if spec == "demo" else Path(at_home(spec))
     # A file: GGUF, weights of LlamaGen's, or a configuration.
     if path.is_file():
         if path.suffix.lower() == ".gguf":

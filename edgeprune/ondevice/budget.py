@@ -144,7 +144,7 @@ def parse_size(text: str) -> int:
     """Returns the bytes of `1.5GiB`, `900MB` or `2 GB`, rounded. Raises InputError."""
     number, unit = _split(text, "size", SIZE_FORMS)
     if (factor := _SIZE_UNITS.get(unit.upper())) is None:
-        raise _malformed(text, "size", SIZE_FORMS, number, unit)
+        raise _malformed(text, "size", _size_remedy(text, unit), number, unit)
     if (value := round(number * factor)) == 0:
         raise InputError(f"the size {text!r} is less than a byte", f"Write it as {SIZE_FORMS}.")
     return value
@@ -154,7 +154,8 @@ def parse_latency(text: str) -> float:
     """Returns the milliseconds of `25ms` or `0.5s`. Raises InputError."""
     number, unit = _split(text, "latency", LATENCY_FORMS)
     if (factor := _LATENCY_UNITS.get(unit.upper())) is None:
-        raise _malformed(text, "latency", LATENCY_FORMS, number, unit)
+        forms = f"Write {text.strip()}ms or {text.strip()}s, or a share of the dense model such as 70%."
+        raise _malformed(text, "latency", f"Write it as {LATENCY_FORMS}." if unit else forms, number, unit)
     return _positive_float(number * factor, text, "latency", LATENCY_FORMS)
 
 
@@ -162,7 +163,7 @@ def parse_percent(text: str) -> float:
     """Returns the share of `70%`, which is above 0 and at most 1. Raises InputError."""
     number, unit = _split(text, "share", PERCENT_FORMS)
     if unit != "%":
-        raise _malformed(text, "share", PERCENT_FORMS, number, unit)
+        raise _malformed(text, "share", f"Write it as {PERCENT_FORMS}.", number, unit)
     if number > 100:
         raise InputError(
             f"the share {text!r} is more than 100 %, which the dense model itself needs",
@@ -236,11 +237,24 @@ def _positive_float(number: Fraction | float, text: str, what: str, forms: str) 
     return value
 
 
-def _malformed(text: str, what: str, forms: str, number: Fraction, unit: str) -> InputError:
+def _size_remedy(text: str, unit: str) -> str:
+    """Returns what to write for a size whose unit is missing or stands for two: `6` and `6G` may be GiB or GB."""
+    letter = unit.upper() or "G"
+    if letter not in ("K", "M", "G", "T"):
+        return f"Write it as {SIZE_FORMS}."
+    number = text.strip().removesuffix(unit).strip()
+    binary, decimal = f"{letter}iB", f"{letter}B"
+    return (
+        f"Write {number}{binary} ({_SIZE_UNITS[binary.upper()]} bytes a {binary}) or "
+        f"{number}{decimal} ({_SIZE_UNITS[decimal]} bytes a {decimal}), or a share of the dense model such as 70%."
+    )
+
+
+def _malformed(text: str, what: str, remedy: str, number: Fraction, unit: str) -> InputError:
     """Returns the error for a text whose unit is missing or unknown."""
     understood = f"{float(number):g} {unit}".strip()
     reason = f"{unit!r} is not a unit of {what}" if unit else "it has no unit"
-    return InputError(f"malformed {what} {text!r}: understood {understood}, but {reason}", f"Write it as {forms}.")
+    return InputError(f"malformed {what} {text!r}: understood {understood}, but {reason}", remedy)
 
 
 def describe(budget: Budget) -> str:

@@ -164,7 +164,7 @@ def open_bundle(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     remedy = "Give the output directory of `edgeprune fit`."
     if not path.is_file():
-        raise InputError(f"{folder} is not a bundle: it has no {MANIFEST}", remedy)
+        raise _no_bundle(folder, remedy)
     manifest = checked(read_json(path, remedy=remedy), {"sha256": dict, ...: Any}, str(path), remedy)
     for name, digest in manifest["sha256"].items():
         place = PurePosixPath(name)
@@ -177,6 +177,22 @@ def open_bundle(folder: Path) -> dict[str, Any]:
             f"the bundle {folder} is missing {len(missing)} of its files, the first is {missing[0]}", COPY_AGAIN
         )
     return manifest
+
+
+def _no_bundle(folder: Path, remedy: str) -> InputError:
+    """Returns the error for a folder that is not a bundle: it may be a part of one, or a model."""
+    whole = (parent for parent in folder.parents if (parent / MANIFEST).is_file() and (parent / "rungs").is_dir())
+    if bundle := next(whole, None):
+        return InputError(f"{folder} is a part of the bundle {bundle}", f"Give the bundle itself: {bundle}")
+    is_file = folder.is_file() and folder.suffix in (".gguf", ".safetensors", ".pt", ".pth")
+    if is_file or (folder / "config.json").is_file() or str(folder) == "demo":
+        name = shlex.quote(str(folder))
+        return InputError(
+            f"{folder} is a model, not a bundle",
+            f"Make a bundle of it: edgeprune fit {name} --device NAME    (`edgeprune devices` lists the names)",
+        )
+    missing = f"it has no {MANIFEST}" if folder.exists() else "there is no such folder"
+    return InputError(f"{folder} is not a bundle: {missing}", remedy)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], places: Iterable[Path]) -> None:

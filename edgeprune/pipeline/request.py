@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
-from edgeprune.files import check_text, printable
+from edgeprune.files import at_home, check_text, printable
 
 if TYPE_CHECKING:
     from edgeprune.model.checkpoint.llamagen import Hints
@@ -28,6 +28,7 @@ UNITS = {
     "decode": "ms",
     "max_quality_loss": "%",
 }  # of a limit that is given as a number
+PATHS = ("model", "calibration", "evaluate", "codec", "features", "profile", "output")
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,16 @@ def request_of(**options: Any) -> Request:
             value = _each_once(name, (value,) if isinstance(value, str | Path) else value)
         elif name in ("model", "calibration") and isinstance(value, Path):
             value = str(value)
+        if name in PATHS:
+            value = tuple(map(_at_home, value)) if isinstance(value, tuple) else _at_home(value)
         for each in value if isinstance(value, tuple | list) else (value,):
             check_text(each, f"--{name.replace('_', '-')}" if name != "model" else "the model")
         given[name] = value
     return _validated(given)
+
+
+def _at_home(value: Any) -> Any:
+    return at_home(value) if isinstance(value, str | Path) else value  # all else is refused where it is validated
 
 
 def _each_once(name: str, values: Sequence[Any]) -> tuple[Any, ...]:

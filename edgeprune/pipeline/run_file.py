@@ -62,6 +62,6 @@ def _written(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_written(name, each) for each in value)
     is_special = (name, value) in (("model", DEMO), ("calibration", SELF))
-    if name in ("model", "calibration") and not is_special and Path(value).expanduser().exists():
-        return str(Path(value).expanduser().absolute())  # else a hub id
+    if name in ("model", "calibration") and not is_special and Path(value).exists():
+        return str(Path(value).absolute())  # else a hub id
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import ceil, log10
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
 TIMED_MODELS = 30  # of random weights, about, whose graphs stand on the disk at a time
 SLACK_BYTES = 32 << 20  # reports, pages, the journal
+FILE_ENDINGS = (".gguf", ".pt", ".pth", ".safetensors")  # of a model in one file, which its bundle's name leaves out
+FLOOR_ROOM = 0.1  # of the way from a floor to the dense model: what a refused budget is told to try
 LEAST_TOKENS = 300  # of a vocabulary: the bytes and some special tokens
 
 
@@ -110,13 +113,21 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     """
     if (request.device is None) == (request.profile is None):
         raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
-    # The device, and what is to be measured there.
+    # What was asked for, before anything is measured or a device is reached.
     target = target_of(request.target, request.keep_remote)
-    profile = _profile(request)
+    named = _named_profile(request)
+    budget, budget_choice = (Budget(), None) if ladder else _budget(request, named)
+    output = (request.output or default_output(request.model, named.name, ladder)).absolute()
+    check_output(output, request.force, request.resume)
+    _check_method(request.method)
+    _check_choice("layout", request.layout, LAYOUTS)
+    _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     shape = load_shape(request.model, request.hints)[1].with_format(None)
     kind = kind_of(shape)
     kind.check_options(request, shape)
     _check_numbers(request)
+    # The device, and what is to be measured there.
+    profile = with_figures(named)
     workload = kind.workload(request, profile.workload, shape)
     precision = request.precision or profile.precision
     choices = []
@@ -145,17 +156,9 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
             "asked for" if request.precision else f"the profile {profile.name} runs {profile.precision}",
         ),
     ]
-    # The budget and the output.
-    budget, budget_choice = (Budget(), None) if ladder else _budget(request, profile)
     choices += [budget_choice] if budget_choice else []
-    name = f"{_stem(request.model)}-{profile.name}{'-frontier' if ladder else ''}"
-    output = (request.output or Path(name)).absolute()
-    check_output(output, request.force, request.resume)
     # The model, after the samples' files were found readable.
     documents = kind.read_documents(request)
-    _check_method(request.method)
-    _check_choice("layout", request.layout, LAYOUTS)
-    _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     model = load_dense(request.model, request.hints)
     if model.dequantised:
         choices.append(
@@ -170,7 +173,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced, weights.layers)
     # What the smallest candidate needs, and room on the disk for all that will be written.
-    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced, weights)
+    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced, weights, kind)
     samples = kind.read_samples(request, model, documents)
     choices.append(_calibration_choice(samples, kind))
     choices += [Choice(source.name, source.taken, source.left_out) for source in samples.sources]
@@ -225,9 +228,8 @@ def load_dense(spec: str, hints: Hints) -> Model:
     return model
 
 
-def _profile(request: Request) -> DeviceProfile:
-    """Returns the profile, with this machine's figures where it has none; refuses a precision before they are
-    measured."""
+def _named_profile(request: Request) -> DeviceProfile:
+    """Returns the profile, which may still be without figures. Raises InputError for a precision it does not run."""
     named = with_tensorrt(profile_of(request.device, request.profile), request.tensorrt)
     if request.target is not None and request.device is not None and not named.is_probed:
         raise InputError(
@@ -239,7 +241,7 @@ def _profile(request: Request) -> DeviceProfile:
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}", f"Precisions are: {', '.join(PRECISIONS)}.")
     check_precision(named, precision)
-    return with_figures(named)
+    return named
 
 
 def _check_method(name: str) -> None:
@@ -257,8 +259,11 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise InputError(f"unknown {name} {value!r}", f"Give one of: {', '.join(known)}.")
 
 
-def _stem(model: str) -> str:
-    return Path(model).name.removesuffix(".gguf") or "model"
+def default_output(model: str, device: str, ladder: bool) -> Path:
+    """Returns the folder of a bundle where none was named."""
+    path = Path(model)
+    stem = (path.stem if path.suffix.lower() in FILE_ENDINGS else path.name) or "model"
+    return Path(f"{stem}-{device}{'-frontier' if ladder else ''}")
 
 
 def _check_numbers(request: Request) -> None:
@@ -296,6 +301,7 @@ def _check_floor(
     measures: bool,
     reduced: bool,
     weights: WeightChoice,
+    kind: Kind,
 ) -> Performance:
     """Refuses a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
@@ -311,8 +317,7 @@ def _check_floor(
         raise BudgetError(
             f"the {name} budget {budget.limits[name].asked} ({show(limit)}) is below the floor {show(least)} of "
             f"{profile.name}, estimated: {_floor_parts(name, floor, smallest, precision)}",
-            f"Try --{name} {_rounded_up(name, least * 1.1)}, {'' if reduced else '--vocabulary samples, '}"
-            "a shorter --context, or a smaller model.",
+            _floor_remedy(name, least, dense.values[name], kind, reduced),
         )
     return floor
 
@@ -336,8 +341,20 @@ def _floor_parts(name: str, floor: Performance, decoder: Decoder, precision: str
     )
 
 
+def _floor_remedy(name: str, least: float, dense: float, kind: Kind, reduced: bool) -> str:
+    """Returns a limit between the floor and the dense model, and what else lowers the floor of a model of this kind."""
+    ways = [f"--{name} {_rounded_up(name, least + FLOOR_ROOM * (dense - least))}"] if least < dense else []
+    if kind.writes_text:
+        ways += [*(() if reduced else ("--vocabulary samples",)), "a shorter --context"]
+    show = format_bytes if name == "memory" else format_ms
+    return f"Try {''.join(f'{way}, ' for way in ways)}or a smaller model; the dense model has {show(dense)}."
+
+
 def _rounded_up(name: str, value: float) -> str:
-    return f"{int(value / 2**20) + 1}MiB" if name == "memory" else f"{int(value) + 1}ms"
+    """Returns a limit as it is written, rounded up by a thousandth at most."""
+    number, unit = (value / 2**20, "MiB") if name == "memory" else (value, "ms")
+    digits = max(0, 3 - ceil(log10(number)))
+    return f"{ceil(number * 10**digits) / 10**digits:.{digits}f}{unit}"
 
 
 def _bytes_written(

@@ -73,7 +73,6 @@ def test_no_text_becomes_an_option(text: str) -> None:
     "text",
     [
         "",
-        "h",
         "ssh:",
         "ssh://",
         "ssh:///",
@@ -117,6 +116,13 @@ def test_malformed_addresses(text: str) -> None:
     with pytest.raises(InputError, match="malformed target") as caught:
         Target.parse(text)
     assert "ssh://user@host" in caught.value.remedy
+
+
+@pytest.mark.parametrize("text", ["h", "me@orin", "me@orin:2222"])
+def test_an_address_without_ssh_is_answered_with_it(text: str) -> None:
+    with pytest.raises(InputError, match="malformed target") as caught:
+        Target.parse(text)
+    assert caught.value.remedy == f"Write --target ssh://{text}"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from edgeprune.engine.estimate import estimate_performance
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.pipeline.flow import planner_of, search_budget, smaller_candidates, working
-from edgeprune.pipeline.setup import SLACK_BYTES, prepare, with_weights
+from edgeprune.pipeline.kind import Images, Language
+from edgeprune.pipeline.setup import SLACK_BYTES, _floor_remedy, default_output, prepare, with_weights
 from edgeprune.progress import Silent
 from tests.support.checkpoints import save_uneven
 from tests.support.runs import home, setup_of
@@ -159,3 +162,40 @@ def test_a_budget_below_the_float_tables_is_within_reach_of_int8(small, tmp_path
     )
     tables = setup_of(small, tmp_path / "out").model.decoder.table_parameters
     assert 0.9 * tables < floats - auto < tables  # two bytes each, less one and a scale for each row
+
+
+@pytest.mark.parametrize(
+    ("model", "stem"),
+    [
+        ("c2i_B_384.pt", "c2i_B_384"),
+        ("dir/c2i.PTH", "c2i"),
+        ("gpt.safetensors", "gpt"),
+        ("tiny.Q4_1.gguf", "tiny.Q4_1"),
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("./my-model-v1.5", "my-model-v1.5"),
+    ],
+)
+def test_a_bundle_is_named_for_its_model_without_the_files_ending(model, stem):
+    assert default_output(model, "jetson-orin", ladder=False) == Path(f"{stem}-jetson-orin")
+    assert default_output(model, "cpu", ladder=True) == Path(f"{stem}-cpu-frontier")
+
+
+@pytest.mark.parametrize("limit", ["memory", "decode"])
+def test_what_a_refused_budget_is_told_to_try_is_within_reach_and_less_than_the_dense_model(small, tmp_path, limit):
+    tiny = {"memory": None, "decode": None} | {limit: "1us" if limit == "decode" else "1KiB"}
+    with pytest.raises(BudgetError) as caught:
+        setup_of(small, tmp_path / "out", **tiny)
+    asked = caught.value.remedy.split(f"--{limit} ")[1].split(",")[0]
+    setup = setup_of(small, tmp_path / "out", **tiny | {limit: asked})
+    dense = estimate_performance(setup.model.decoder, setup.profile, setup.workload, setup.precision)
+    assert setup.floor.values[limit] < setup.budget.limits[limit].value < dense.values[limit]
+
+
+def test_an_image_generator_is_not_told_of_options_that_it_refuses():
+    assert _floor_remedy("memory", 100.0 * 2**20, 200.0 * 2**20, Images(), reduced=False) == (
+        "Try --memory 110MiB, or a smaller model; the dense model has 200.0 MiB."
+    )
+    text = _floor_remedy("memory", 100.0 * 2**20, 200.0 * 2**20, Language(), reduced=False)
+    assert "--vocabulary samples, a shorter --context, or" in text
+    text = _floor_remedy("memory", 200.0 * 2**20, 200.0 * 2**20, Language(), reduced=True)
+    assert text.startswith("Try a shorter --context, or a smaller model;")

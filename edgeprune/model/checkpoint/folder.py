@@ -14,6 +14,7 @@ from edgeprune.files import printable, read_json
 from edgeprune.model.checkpoint.configuration import read_config
 
 CONFIG = "config.json"
+BUNDLE_FILE = "finish.pyz"  # that a bundle has, and no model
 EXPORTED = (".onnx", ".engine", ".plan", ".trt", ".tflite", ".mlpackage", ".mlmodel", ".pte", ".xml", ".ort")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".ckpt", ".ckpt.index", ".nemo", ".distcp", ".pth", ".npz")
 
@@ -50,6 +51,14 @@ def _check_adapter(folder: Path) -> None:
 
 def _check_place(folder: Path) -> None:
     """Raises InputError, with the folder to give, for one that holds the checkpoint's."""
+    if (folder / BUNDLE_FILE).is_file():
+        held = sorted(config.parent for config in folder.glob(f"rungs/*/model/{CONFIG}"))
+        whole = folder / "model"
+        models = [whole] if (whole / CONFIG).is_file() else held
+        raise InputError(
+            f"{folder} is a bundle, not a model",
+            f"Use its model: {models[0]}" if models else "It holds no checkpoint: give the model that it was made of.",
+        )
     if snapshot := _newest(folder / "snapshots"):
         raise InputError(
             f"{folder} is a model's folder in the hub's cache, which holds its snapshots",

@@ -151,6 +151,8 @@ def _check_kind(path: Path, shapes: Mapping[str, Shape]) -> None:
             f"{path} is a codec, which turns a generator's codes into pixels",
             "Give it by --codec, and the generator (c2i_*.pt) as the model.",
         )
+    elif (path.parent / "config.json").is_file():
+        raise InputError(f"{path} holds weights alone", f"Give the checkpoint's directory: {path.parent}")
     else:
         raise InputError(f"{path} is a file of weights, but not of a LlamaGen: it has no {TOKENS}", CHOOSE)
 
