@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
 from edgeprune.engine.onnx.graph import GraphVariant
-from edgeprune.ondevice.budget import Limit, format_bytes, format_ms
+from edgeprune.ondevice.budget import Limit, in_parts
 from edgeprune.ondevice.figures import figure_to_json
 from edgeprune.pipeline.results import Fitted
 
@@ -49,9 +49,5 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
 
 def _asked(name: str, limit: Limit, fitted: Fitted) -> str:
     """Returns a limit in the user's words; a relative one with the figure of the dense model that it refers to."""
-    if not limit.relative:
-        return limit.asked
-    if name == "memory":
-        return f"{limit.asked} of the dense model's {format_bytes(fitted.dense.memory.prunable)}"
-    figure = getattr(fitted.dense, name)
-    return f"{limit.asked} of the dense model's {format_ms(figure.value)} ({figure.source})"
+    reckoned = in_parts(name, limit, fitted.dense)
+    return limit.asked if reckoned is None else f"{limit.asked} ({reckoned})"

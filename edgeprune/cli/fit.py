@@ -9,7 +9,7 @@ import typer
 
 from edgeprune.cli import options
 from edgeprune.cli.ending import resumable, shown_progress
-from edgeprune.cli.options import DEVICE, OUTPUT, PATH, takes
+from edgeprune.cli.options import DEVICE, OUTPUT, PATH, SEARCH, takes
 from edgeprune.cli.streams import console, made, show
 from edgeprune.errors import InputError
 from edgeprune.pipeline.request import DEFAULTS, FRONTIER_OPTIONS, FRONTIER_RUNGS
@@ -71,14 +71,26 @@ def _picked(context: typer.Context, bundle: Path | None, rung: int | None, outpu
         return pick(bundle, rung, output, force, progress)
 
 
-@takes(*FRONTIER_OPTIONS, rungs=FRONTIER_RUNGS)
-def frontier(config: options.Config = None, json_: options.Json = False, **request: Any) -> None:
+@takes(*(name for name in FRONTIER_OPTIONS if name != "rungs"))
+def frontier(
+    rungs: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Sizes below the dense model, which is shown beside them and not counted.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = FRONTIER_RUNGS,
+    config: options.Config = None,
+    json_: options.Json = False,
+    **request: Any,
+) -> None:
     """Latency, memory and quality of a ladder of model sizes, to pick from: fit --from BUNDLE --pick K."""
     from edgeprune.commands.frontier import frontier as run
     from edgeprune.report.frontier_terminal import print_frontier
 
     with shown_progress() as progress, resumable():
-        result = run(progress=progress, **request)
+        result = run(rungs=rungs, progress=progress, **request)
     with made("bundle", result.bundle):
         if json_:
             show(result.report.model_dump_json(indent=2))

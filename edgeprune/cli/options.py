@@ -68,9 +68,20 @@ OPTIONS: dict[str, Any] = {
     ],
     "samples": Annotated[int, _option(MODEL, "Calibration samples.")],
     "length": Annotated[int | None, _option(MODEL, "Tokens of a sample. Default: 256; an image has its own.")],
-    "memory": Annotated[str | None, _option(BUDGET, "Peak device memory: 1.5GiB, 900MB or 90%.", metavar="SIZE|%")],
-    "decode": Annotated[str | None, _option(BUDGET, "Time per token: 25ms or 70%.", metavar="MS|%")],
-    "prefill": Annotated[str | None, _option(BUDGET, "Time to first token: 0.5s or 70%.", metavar="MS|%")],
+    "memory": Annotated[
+        str | None,
+        _option(
+            BUDGET,
+            "Peak device memory: 1.5GiB, 900MB, or 90% of the dense model's but the runtime's fixed part.",
+            metavar="SIZE|%",
+        ),
+    ],
+    "decode": Annotated[
+        str | None, _option(BUDGET, "Time per token: 25ms, or 70% of the dense model's.", metavar="MS|%")
+    ],
+    "prefill": Annotated[
+        str | None, _option(BUDGET, "Time to first token: 0.5s, or 70% of the dense model's.", metavar="MS|%")
+    ],
     "max_quality_loss": Annotated[
         str | None,
         _option(BUDGET, "Acceptable rise of held-out perplexity. Default: 30%, a broken model.", metavar="%|off"),

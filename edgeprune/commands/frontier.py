@@ -34,8 +34,8 @@ def frontier(
 ) -> Result[Frontier]:
     """Fits a ladder of `rungs` sizes and writes them as one bundle to pick from.
 
-    The rungs divide the way in decode time from the dense model to where perplexity is predicted to double. options,
-    progress and errors as of fit; there is no budget.
+    The rungs divide the way in decode time from the dense model, which is none of them, to where perplexity is
+    predicted to double. options, progress and errors as of fit; there is no budget.
     """
     from edgeprune.bundle.read import read_frontier
     from edgeprune.bundle.write import write_frontier
@@ -59,7 +59,7 @@ def _fitted(run: Run) -> list[Fitted]:
     dense, planner = run.dense.performance, planner_of(run)
     # Each rung is a search of its own below the last one; all share what was measured before.
     fitted: list[Fitted] = []
-    last: Allocation | None = None
+    last: Allocation = planner.problem.everything  # which is no rung
     for index, share in enumerate(planner.shares("decode", setup.request.rungs, WORST_FRONTIER_NATS)):
         budget = Budget(decode=Limit(share, relative=True, asked=f"{100 * share:.3g}%"))
         outcome, chosen, allocation = search_budget(run, planner, budget, f"rung-{index}", RUNG_CANDIDATES, last)

@@ -104,6 +104,20 @@ class Budget:
         return AbsoluteBudget(**{name: resolve(name, limit) for name, limit in self.limits.items()})
 
 
+def in_parts(name: str, limit: Limit, dense: Performance) -> str | None:
+    """Returns how a relative limit was reckoned, as `470.2 MiB = 90 % of the dense model's 45.6 MiB + 429.2 MiB
+    runtime`, with the source of what it is a share of; None for an absolute limit."""
+    if not limit.relative:
+        return None
+    value = getattr(Budget(**{name: limit}).absolute(dense), name)
+    share = f"{100 * limit.value:g} % of the dense model's"
+    if name == "memory":
+        prunable, runtime = format_bytes(dense.memory.prunable), format_bytes(dense.memory.runtime.value)
+        return f"{format_bytes(value)} = {share} {prunable} + {runtime} runtime, {memory_total(dense).source}"
+    figure: Figure = getattr(dense, name)
+    return f"{format_ms(value)} = {share} {format_ms(figure.value)}, {figure.source}"
+
+
 @dataclass(frozen=True)
 class Check:
     """One constraint with the figure that was obtained and its status; limit and figure in bytes or ms.

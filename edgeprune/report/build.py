@@ -11,7 +11,7 @@ from edgeprune.engine.capacity import experience
 from edgeprune.engine.estimate import bytes_per_token, latency_shares, low_confidence_notes, table_bytes
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
-from edgeprune.ondevice.budget import format_bytes, format_ms, judge, memory_total, reported
+from edgeprune.ondevice.budget import format_bytes, format_ms, in_parts, judge, memory_total, reported
 from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.provenance import now, versions
@@ -158,6 +158,7 @@ def _constraints(fitted: Fitted) -> list[schema.Constraint]:
                 asked=check.asked,
                 limit=check.limit,
                 unit=check.figure.unit,
+                in_parts=in_parts(check.name, fitted.setup.budget.limits[check.name], fitted.dense),
                 dense=schema.figure_of(dense),
                 fitted=schema.figure_of(check.figure),
                 status=check.status,

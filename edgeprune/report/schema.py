@@ -105,6 +105,11 @@ class Constraint(Strict):
     asked: str = Field(description="as the user wrote it")
     limit: float
     unit: str = Field(description="bytes, ms, or % of perplexity rise")
+    in_parts: str | None = Field(
+        None,
+        description="how a relative limit was reckoned, with the source of the dense model's figure; of memory it is a "
+        "share of all but the runtime's fixed part, which is added; none: an absolute limit",
+    )
     dense: Figure | None
     fitted: Figure
     status: Status = Field(description="noisy: the interval of the figure contains the limit")

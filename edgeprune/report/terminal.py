@@ -130,6 +130,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         warnings.append(("", f"and {more} more in the report"))
     # Speed and quality first, then what was removed and what decided.
     return [
+        *(("limit", f"{row.name} {row.in_parts}") for row in report.budget if row.in_parts),
         *_noticed(report),
         ("times", times_text(report)),
         ("quality", _quality(quality)),

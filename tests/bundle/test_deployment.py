@@ -25,10 +25,16 @@ def test_relative_limits_are_resolved_by_the_dense_model_of_the_run(fitted):
     limits = deployment([replace(fitted, setup=replace(fitted.setup, budget=budget))])["limits"]
     memory, dense = fitted.dense.memory, fitted.dense
     assert limits["memory"]["value"] == pytest.approx(0.9 * memory.prunable + memory.runtime.value)
-    assert limits["memory"]["asked"] == f"90% of the dense model's {format_bytes(memory.prunable)}"
+    assert limits["memory"]["asked"] == (
+        f"90% ({format_bytes(limits['memory']['value'])} = 90 % of the dense model's {format_bytes(memory.prunable)} + "
+        f"{format_bytes(memory.runtime.value)} runtime, estimated)"
+    )
     assert limits["prefill"] == {"value": 25.0, "asked": "25ms"}
     assert limits["decode"]["value"] == pytest.approx(0.7 * dense.decode.value)
-    assert limits["decode"]["asked"] == f"70% of the dense model's {format_ms(dense.decode.value)} (estimated)"
+    reached = format_ms(0.7 * dense.decode.value)
+    assert limits["decode"]["asked"] == (
+        f"70% ({reached} = 70 % of the dense model's {format_ms(dense.decode.value)}, estimated)"
+    )
 
 
 def test_a_device_reads_back_what_it_needs(fitted):

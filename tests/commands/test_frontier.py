@@ -29,6 +29,16 @@ def test_no_rung_is_slower_than_the_last_and_each_is_within_its_share(tmp_path_f
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_dense_model_is_no_rung_even_where_every_cut_costs_too_much(tmp_path_factory, tmp_path, monkeypatch):
+    """The shares of such a ladder are all 1, which the dense model itself meets."""
+    monkeypatch.setattr("edgeprune.commands.frontier.WORST_FRONTIER_NATS", -1.0)
+    given = options(home(tmp_path_factory), tmp_path / "out", memory=None)
+    report = frontier(**given, rungs=2).report
+    assert report.rungs
+    assert all(rung.decode.value < report.dense.decode.value for rung in report.rungs)
+    assert all(rung.decode_bytes_ratio > 0 for rung in report.rungs)
+
+
 def test_a_ladder_of_too_many_rungs_is_refused(tmp_path_factory, tmp_path):
     with pytest.raises(InputError, match="--rungs 9 is not 1 to 8"):
         frontier(**options(home(tmp_path_factory), tmp_path / "out", memory=None), rungs=9)

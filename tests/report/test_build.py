@@ -55,6 +55,17 @@ def test_it_holds_the_figures_of_the_run(fitted):
     assert type(report).model_validate_json(report.model_dump_json()) == report
 
 
+def test_a_relative_limit_is_told_with_what_it_is_a_share_of(fitted):
+    memory = build_report(with_budget(fitted, memory=Limit(0.9, True, "90%")), {}, "").budget[0]
+    dense = fitted.dense.memory
+    prunable, runtime = format_bytes(dense.prunable), format_bytes(dense.runtime.value)
+    assert memory.in_parts == (
+        f"{format_bytes(memory.limit)} = 90 % of the dense model's {prunable} + {runtime} runtime, estimated"
+    )
+    absolute = build_report(with_budget(fitted, memory=Limit(1e9, False, "1GB")), {}, "").budget[0]
+    assert absolute.in_parts is None
+
+
 def test_the_search_shows_every_candidate_and_which_was_chosen(fitted):
     search = build_report(fitted, {}, "").search
     assert [candidate.chosen for candidate in search.candidates] == [

@@ -48,6 +48,13 @@ def test_constraints_with_source_headroom_and_verdict():
     assert ["first", "token", "911", "ms", "611", "ms", "measured"] in lines  # not limited
 
 
+def test_a_relative_limit_is_told_with_what_it_is_a_share_of():
+    content = measured_content()
+    content["budget"][0]["in_parts"] = "35.1 ms = 70 % of the dense model's 50.1 ms, measured"
+    told = words(printed(print_report, report_of(content)))
+    assert "decode 35.1 ms = 70 % of the dense model's 50.1 ms, measured" in told
+
+
 def test_a_dense_figure_of_another_source_names_its_own():
     content = measured_content()
     content["budget"][0]["dense"] = estimated(50.1)
