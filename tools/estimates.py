@@ -7,6 +7,7 @@ Seconds; it changes nothing where all is up to date. The points and the fit are 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -251,6 +252,7 @@ def fill(page: str) -> str:
 
 def main() -> None:
     """Writes the figures into the profiles that hold hardware figures, and the tables into the page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for profile in list_profiles():
         if profile.is_probed:
             path = profiles_folder() / f"{profile.name}.toml"
