@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fit a decoder-only transformer into a device's memory and latency budget.",
+    help="Fit a language model or an image generator into a device's memory and latency budget.",
+    epilog="Begin with:  edgeprune fit demo --device jetson-orin\n\nAll options of a command:  edgeprune fit --help",
 )
 
 
@@ -36,27 +38,78 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Write details to standard error.")] = False,
-    log_file: Annotated[Path | None, typer.Option(help="Write a detailed log there.", **PATH)] = None,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Write details to standard error; stands before the command.")
+    ] = False,
+    log_file: Annotated[
+        Path | None, typer.Option(help="Write a detailed log there; stands before the command.", **PATH)
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     from edgeprune.log import set_up
 
     set_up(verbose, log_file)
 
 
-for command in (
-    fit.fit,
-    fit.frontier,
-    inspect.devices,
-    inspect.plan,
-    inspect.doctor,
-    fit.measure,
-    generate.run,
-    compare.compare,
-    inspect.report,
-):
-    app.command(context_settings={"allow_extra_args": command is generate.run})(command)  # which names the option
+MAKE, USE, LEARN, METHODS = "Make and measure", "Use a bundle", "Before you begin", "Compare methods"
+# The commands by panel, each with examples for the end of its help.
+COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
+    (
+        MAKE,
+        fit.fit,
+        (
+            "edgeprune fit demo --device jetson-orin",
+            "edgeprune fit ./my-model --device jetson-orin --memory 6GiB",
+            "edgeprune fit ./my-model --device cpu --decode 70% --calibration ./texts",
+        ),
+    ),
+    (
+        MAKE,
+        fit.frontier,
+        (
+            "edgeprune frontier ./my-model --device jetson-orin --rungs 6",
+            "edgeprune fit --from my-model-jetson-orin-frontier --pick 2",
+        ),
+    ),
+    (LEARN, inspect.devices, ("edgeprune devices", "edgeprune devices jetson-orin")),
+    (
+        LEARN,
+        inspect.plan,
+        ("edgeprune plan ./my-model/config.json", "edgeprune plan ./my-model --device jetson-orin --weights int4"),
+    ),
+    (LEARN, inspect.doctor, ("edgeprune doctor",)),
+    (
+        MAKE,
+        fit.measure,
+        ("edgeprune measure my-model-cpu", "edgeprune measure my-model-jetson-orin --target ssh://me@orin"),
+    ),
+    (
+        USE,
+        generate.run,
+        (
+            "edgeprune run my-model-cpu --prompt 'What is edge computing?'",
+            "edgeprune run c2i_B_384-cpu --class 207 --count 16 --output grid.png",
+        ),
+    ),
+    (
+        METHODS,
+        compare.compare,
+        (
+            "edgeprune compare demo --ratios 20,30 --methods default,wanda",
+            "edgeprune compare ./my-model --calibration ./texts --html methods.html",
+            "edgeprune compare --list-methods",
+        ),
+    ),
+    (USE, inspect.report, ("edgeprune report my-model-cpu",)),
+)
+for panel, command, examples in COMMANDS:
+    app.command(
+        rich_help_panel=panel,
+        epilog="\n\n".join(("For example:", *examples)),
+        context_settings={"allow_extra_args": command is generate.run},  # it names the option that they miss
+    )(command)
 
 
 def main() -> None:

@@ -18,14 +18,36 @@ from edgeprune.pipeline.request import METHODS, RATIOS, request_of
 SAMPLES = ("model", "calibration", "evaluate", "samples", "length", "seed", "codec", "image_size", "num_heads", "cfg")
 
 
+def _list_methods(value: bool) -> None:
+    if value:
+        from edgeprune.cli.tables import print_methods
+
+        print_methods(console())
+        raise typer.Exit
+
+
 @takes(*SAMPLES)
 def compare(
     ratios: Annotated[
         str, typer.Option(help="Percent of attention and MLP parameters to remove.", rich_help_panel=SEARCH)
     ] = RATIOS,
     methods: Annotated[
-        str, typer.Option(help="Names, with commas between, or `all`.", rich_help_panel=SEARCH)
+        str,
+        typer.Option(
+            help="Names with commas between, or `all`; weight formats are methods too: int8, default+int4.",
+            rich_help_panel=SEARCH,
+        ),
     ] = METHODS,
+    list_methods: Annotated[
+        bool,
+        typer.Option(
+            "--list-methods",
+            callback=_list_methods,
+            is_eager=True,
+            help="Tell what each method does, and nothing else.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = False,
     layout: Annotated[
         str,
         typer.Option(

@@ -11,36 +11,52 @@ import typer
 
 from edgeprune.cli import options
 from edgeprune.cli.ending import shown_progress
-from edgeprune.cli.options import PATH
+from edgeprune.cli.options import IMAGES, PATH
 from edgeprune.cli.streams import made, note, show
 from edgeprune.errors import InputError
 from edgeprune.files import check_text
 from edgeprune.pipeline.request import check_seed
 
+TEXT, SAMPLING = "Text", "Sampling"
 OF_DRAWING = ("--top-k", "--top-p", "--seed")  # that a temperature of 0 has no use for
 
 
 def run(
     context_: typer.Context,
     bundle: options.Bundle,
-    prompt: Annotated[str | None, typer.Option(help="Prompt of a language model.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What it answers; a language model needs one.", rich_help_panel=TEXT)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a text. Default: 256, or what the context has room for.", rich_help_panel=TEXT),
+    ] = None,
     class_: Annotated[
         list[int] | None,
-        typer.Option("--class", help="What to draw; may be given again. Default: every class in turn."),
+        typer.Option(
+            "--class", help="What to draw; may be given again. Default: every class in turn.", rich_help_panel=IMAGES
+        ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Pictures.", rich_help_panel=IMAGES)] = 1,
     cfg: options.Cfg = None,
-    output: Annotated[Path, typer.Option(help="The grid of the pictures.", **PATH)] = Path("pictures.png"),
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a text. Default: 256, or what the context has room for.")
-    ] = None,
+    output: Annotated[Path, typer.Option(help="The grid of the pictures.", rich_help_panel=IMAGES, **PATH)] = Path(
+        "pictures.png"
+    ),
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: always the likeliest. Default: 0 for texts, 1 for pictures.")
+        float | None,
+        typer.Option(
+            min=0.0, help="0: always the likeliest. Default: 0 for texts, 1 for pictures.", rich_help_panel=SAMPLING
+        ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the likeliest so many; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold so much.")] = 1.0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older --output.")] = False,
-    seed: options.Seed = 0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Draw from the likeliest so many; 0: from all.", rich_help_panel=SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold so much.", rich_help_panel=SAMPLING),
+    ] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older --output.", rich_help_panel=IMAGES)] = False,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.", rich_help_panel=SAMPLING)] = 0,
 ) -> None:
     """Generate text or pictures from a bundle's engine, or from its graph where this machine lacks the engine's GPU."""
     check_seed(seed)

@@ -13,7 +13,10 @@ from edgeprune.cli.streams import console, show
 
 
 def devices(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A device, to see all its figures. Default: a line for each device."),
+    ] = None,
     toml: Annotated[bool, typer.Option("--toml", help="Print the profile's file, to copy and change.")] = False,
     json_: options.Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ from edgeprune.files import at_home
 from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.request import DEFAULTS, SEVERAL, unknown_option
-from edgeprune.precision import PRECISIONS
+from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS
 
 MODEL, BUDGET, SEARCH = "Model and data", "Budget", "Search"
 IMAGES, DEVICE, OUTPUT = "Image generators", "Device", "Output"
@@ -72,7 +72,8 @@ OPTIONS: dict[str, Any] = {
         str | None,
         _option(
             BUDGET,
-            "Peak device memory: 1.5GiB, 900MB, or 90% of the dense model's but the runtime's fixed part.",
+            "Peak device memory: 1.5GiB, 900MB, or 90% of the dense model's but the runtime's fixed part. "
+            "Without any limit: the profile's budget.",
             metavar="SIZE|%",
         ),
     ],
@@ -86,7 +87,9 @@ OPTIONS: dict[str, Any] = {
         str | None,
         _option(BUDGET, "Acceptable rise of held-out perplexity. Default: 30%, a broken model.", metavar="%|off"),
     ],
-    "method": Annotated[str, _option(SEARCH, "default, or a baseline: wanda+ls, magnitude, random, ...")],
+    "method": Annotated[
+        str, _option(SEARCH, "Of pruning; `edgeprune compare --list-methods` tells them all.", metavar="NAME")
+    ],
     "layout": Annotated[
         str,
         _option(
@@ -105,15 +108,16 @@ OPTIONS: dict[str, Any] = {
         str,
         _option(
             SEARCH,
-            "Formats to choose from for each module's weights; auto: floats and what the device's engine runs well.",
-            metavar="auto|float|int8|int4|NAME,NAME",
+            "Formats to choose from for each module's weights: auto (floats and what the device's engine runs well), "
+            f"float, int8, int4, or several of {', '.join(('float', *WEIGHT_FORMATS))}.",
+            metavar="NAME,NAME",
         ),
     ],
     "rungs": Annotated[
         int, _option(SEARCH, "Models in the bundle; each further one is smaller, in case the device is slower.")
     ],
     "seed": Seed,
-    "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file.", **PATH)],
+    "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file, which its generators need.", **PATH)],
     "image_size": Annotated[
         int | None, _option(IMAGES, "Side of LlamaGen's images, where the file does not hold it.", metavar="PIXELS")
     ],
@@ -124,18 +128,30 @@ OPTIONS: dict[str, Any] = {
         Path | None,
         _option(IMAGES, "Network that images are compared through, ONNX. Default: EfficientNet-lite0.", **PATH),
     ],
-    "device": Annotated[str | None, _option(DEVICE, "Device profile; `edgeprune devices` lists them.")],
-    "profile": Annotated[Path | None, _option(DEVICE, "Your own profile, a TOML file.", **PATH)],
-    "precision": Annotated[str | None, _option(DEVICE, "Default: the profile's.", metavar="|".join(PRECISIONS))],
+    "device": Annotated[
+        str | None,
+        _option(DEVICE, "A name of `edgeprune devices`; fit and frontier need this or --profile.", metavar="NAME"),
+    ],
+    "profile": Annotated[Path | None, _option(DEVICE, "Your own device profile, a TOML file.", **PATH)],
+    "precision": Annotated[
+        str | None, _option(DEVICE, "Of floats and activations. Default: the profile's.", metavar="|".join(PRECISIONS))
+    ],
     "tensorrt": Annotated[
         str | None, _option(DEVICE, "TensorRT on the device, such as 10.3. Default: the profile's.", metavar="VERSION")
     ],
     "batch": Annotated[int | None, _option(DEVICE, "Sequences, or images, at once. Default: the profile's.")],
     "prompt": Annotated[int | None, _option(DEVICE, "Tokens of the prompt. Default: the profile's.")],
     "context": Annotated[int | None, _option(DEVICE, "Prompt and generated tokens. Default: the profile's.")],
-    "engine": Annotated[str, _option(DEVICE, "Engine to build with.", metavar="|".join(("auto", *RUNTIMES)))],
+    "engine": Annotated[
+        str, _option(DEVICE, f"Engine to build with: {', '.join(('auto', *RUNTIMES))}.", metavar="NAME")
+    ],
     "target": Annotated[
-        str | None, _option(DEVICE, "Build and measure on this device.", metavar="ssh://USER@HOST[:PORT]")
+        str | None,
+        _option(
+            DEVICE,
+            "Build and measure on this device. Default: what this machine can build, and estimates.",
+            metavar="ssh://USER@HOST[:PORT]",
+        ),
     ],
     "keep_remote": KeepRemote,
     "require_measured": Annotated[
@@ -155,7 +171,12 @@ OPTIONS: dict[str, Any] = {
     "force": Annotated[bool, _option(OUTPUT, "Replace an older bundle or unfinished run.", "--force")],
 }
 PlanWeights = Annotated[
-    str, _option(DEVICE, "Format of the layers' weights; all else is floats.", metavar="float|int8|int4|NAME")
+    str,
+    _option(
+        DEVICE,
+        f"Format of the layers' weights: float, int8, int4, or one of {', '.join(WEIGHT_FORMATS)}; all else is floats.",
+        metavar="NAME",
+    ),
 ]
 IMAGES_OF_RUN = ("--class", "--count", "--cfg", "--output", "--force")
 

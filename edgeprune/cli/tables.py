@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeprune.ondevice.budget import format_bytes
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.figures import number_text
 from edgeprune.report.terminal import STYLES, styled, table
 
@@ -74,6 +75,22 @@ def print_doctor(findings: Sequence[Finding], console: Console) -> None:
         (styled("yes", "green") if f.usable else styled("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
     ]
     console.print(table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
+
+
+def print_methods(console: Console) -> None:
+    """Prints a line for each method of compare."""
+    from edgeprune.pruning.methods import METHODS
+
+    rows = [(name, method.words) for name, method in METHODS.items()]
+    console.print(table(("method", "what it removes first; rest refitted: by least squares"), rows, whole=("method",)))
+    console.print()
+    formats = ", ".join(WEIGHT_FORMATS)
+    console.print(
+        styled(
+            f"Weight formats are methods too, alone or after a method, as in default+int8: {formats}; int4 is the "
+            "first format of 4 bits that divides the model's sizes."
+        )
+    )
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -85,8 +85,6 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
     kind = kind_of(shape)
     kind.check_options(request, shape)
     own = request.calibration != SELF
-    if not own and kind.writes_text:
-        raise InputError("compare needs real text to calibrate on", "Give --calibration PATH.")
     check_samples(request)
     length = kind.sample_length(request, shape)
     documents = kind.read_documents(request)
@@ -96,6 +94,8 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
         progress.note(f"the checkpoint is dequantised: {model.dequantised}")
     kind = kind.with_model(request, model)
     texts = kind.read_samples(request, model, documents)
+    if not own:
+        progress.note(f"calibration: {kind.own_samples_reason}")
     for source in texts.sources:
         progress.note(str(source))
     held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)

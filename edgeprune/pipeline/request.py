@@ -20,7 +20,7 @@ SELF = "self"
 DEMO = "demo"
 SEVERAL = ("evaluate", "export")  # options that may be given again
 FRONTIER_RUNGS = 6
-RATIOS, METHODS = "20,30,50", "default,flap,wanda+ls,wanda,magnitude,random"  # that compare compares
+RATIOS, METHODS = "20,30,50", "default, flap, wanda+ls, wanda, magnitude, random"  # that compare compares
 MOST_SEED = 2**63 - 1
 UNITS = {
     "memory": "B",

@@ -32,7 +32,22 @@ class Method:
     recovery: Recovery
     standardised: bool = False
 
+    @property
+    def words(self) -> str:
+        """Returns in a line which units go first, and what the kept weights do about them."""
+        return f"{SCORE_WORDS[self.score]}{RECOVERY_WORDS[self.recovery]}"
 
+
+SCORE_WORDS = {
+    score.obs: "least cost of removal (Optimal Brain Surgeon)",
+    score.numerical: "least mask, closed form (Shen et al. 2025)",
+    score.numerical_box: "least mask, within 0 and 1",
+    score.flap: "least fluctuation (FLAP, An et al. 2024)",
+    score.wanda: "least weight times input (Wanda-sp)",
+    score.magnitude: "smallest weights",
+    score.random: "random units: what a score has to beat",
+}
+RECOVERY_WORDS = {Recovery.NONE: "", Recovery.BIAS: "; mean kept as bias", Recovery.LEAST_SQUARES: "; rest refitted"}
 DEFAULT = "default"
 METHODS = {
     DEFAULT: Method(score.obs, Recovery.LEAST_SQUARES),

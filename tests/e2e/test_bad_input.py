@@ -108,7 +108,6 @@ CASES = {
         ["compare", "model", "--calibration", "short.txt", "--html", "nowhere/x.html"],
         "no folder",
     ),
-    "compare without text": (["compare", "model"], "--calibration"),
     "unknown device to show": (["devices", "toaster"], "unknown device"),
     "a log that cannot be written": (["--log-file", "nowhere/x.log", "doctor"], "cannot write the log"),
 }
