@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 LONG_SECONDS = 10.0  # a stage that has taken so long has a line for each tenth
+ALIVE_SECONDS = 25.0  # after so long without a line there is one
+BEAT_SECONDS = 1.0  # between two looks at that
 PART_SECONDS = 1.0  # a part of a stage that took less has no line
 MOST_BARS = 100  # the oldest goes: a device may tell of stages without end
 OnProgress = Callable[[str, int, int], None]
@@ -75,15 +78,16 @@ class Lines:
     """Progress as plain lines on standard error: one for each stage when it ends, more for a long one.
 
     A stage ends with its last step, or where the next one begins. What counts its own steps is a part of it, and has
-    a line where it took a second or more.
+    a line where it took a second or more. Where nothing was written for long, `beat` writes what is under way.
     """
 
     def __init__(self) -> None:
-        self._stage, self._part = _Line("", 0.0), _Line("", PART_SECONDS)
+        self._written = time.monotonic()
+        self._stage, self._part = _Line("", 0.0, self._write), _Line("", PART_SECONDS, self._write)
 
     def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
         self.end()
-        line = self._stage = _Line(name, 0.0)
+        line = self._stage = _Line(name, 0.0, self._write)
         done = 0
 
         def advance() -> None:
@@ -98,11 +102,22 @@ class Lines:
     def track(self, name: str, done: int, total: int) -> None:
         if name != self._part.name:
             self._part.end()
-            self._part = _Line(name, PART_SECONDS)
+            self._part = _Line(name, PART_SECONDS, self._write)
         self._part.advanced(done, total)
 
     def note(self, text: str) -> None:
-        _write(text)
+        self._write(text)
+
+    def beat(self) -> None:
+        """Writes what is under way, where nothing was written for ALIVE_SECONDS."""
+        if time.monotonic() - self._written >= ALIVE_SECONDS:
+            part, stage = self._part, self._stage
+            self._write(part.under_way if part.name else stage.under_way)
+
+    def _write(self, text: str) -> None:
+        self._written = time.monotonic()
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
     def end(self) -> None:
         """Writes the lines of what is under way."""
@@ -113,30 +128,51 @@ class Lines:
 class _Line:
     """A stage that is under way, of which a line is written when it ends after at least so many seconds."""
 
-    def __init__(self, name: str, least_seconds: float) -> None:
+    def __init__(self, name: str, least_seconds: float, write: Callable[[str], None]) -> None:
         self.name = name
-        self._least_seconds, self._tenth, self._begun = least_seconds, 0, time.monotonic()
+        self._least_seconds, self._write, self._begun = least_seconds, write, time.monotonic()
+        self._done, self._total, self._tenth = 0, 0, 0
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._begun
 
+    @property
+    def under_way(self) -> str:
+        """Returns a sign of life, with the share that is done where it is known."""
+        share = f"{100 * self._done // self._total} % after" if self._total else "under way for"
+        return f"{self.name or 'this run'}: {share} {_duration(self.seconds)}"
+
     def advanced(self, done: int, total: int) -> None:
         """Writes a line where a long stage has reached its next tenth."""
+        self._done, self._total = done, total
         tenth = 10 * done // total if total else 0
         if self.name and self._tenth < tenth < 10 and self.seconds >= LONG_SECONDS:
-            _write(f"{self.name}: {10 * tenth} % after {_duration(self.seconds)}")
+            self._write(f"{self.name}: {10 * tenth} % after {_duration(self.seconds)}")
             self._tenth = tenth
 
     def end(self) -> None:
         if self.name and self.seconds >= self._least_seconds:
-            _write(f"{self.name}: done in {_duration(self.seconds)}")
+            self._write(f"{self.name}: done in {_duration(self.seconds)}")
         self.name = ""
 
 
-def _write(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+@contextmanager
+def _beating(beat: Callable[[], None]) -> Iterator[None]:
+    """Calls a function every BEAT_SECONDS from a thread of its own."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            beat()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _duration(seconds: float) -> str:
@@ -164,7 +200,8 @@ def rich_progress() -> Iterator[Progress]:
     console = Console(stderr=True)
     if not console.is_terminal:
         lines = Lines()
-        yield lines
+        with _beating(lines.beat):
+            yield lines
         lines.end()
         return
     bars = Bars(

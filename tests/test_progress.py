@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 
 from edgeprune import progress as progress_module
-from edgeprune.progress import Forwarded, Silent, progress_of, rich_progress
+from edgeprune.progress import Forwarded, Lines, Silent, progress_of, rich_progress
 
 
 def test_a_progress_is_made_of_what_the_caller_gave():
@@ -128,3 +129,35 @@ def test_on_a_terminal_a_name_is_no_markup_and_only_the_last_stages_have_bars(mo
     last = shown[shown.rindex("[/] build [red]1") :]
     assert "[red]3" in last
     assert "the first" not in last
+
+
+def test_a_long_silence_ends_with_what_is_under_way(clock, capsys):
+    lines = Lines()
+    lines.stage("export the dense model")
+    clock[0] += 29.0
+    lines.beat()
+    lines.beat()  # it has just said so
+    assert capsys.readouterr().err == "export the dense model: under way for 29 s\n"
+    advance = lines.stage("prune", 30)
+    advance()
+    capsys.readouterr()
+    clock[0] += 95.0
+    lines.beat()
+    assert capsys.readouterr().err == "prune: 3 % after 1 min 35 s\n"
+    lines.track("build", 1, 4)
+    clock[0] += 26.0
+    lines.beat()
+    assert capsys.readouterr().err == "build: 25 % after 26 s\n"
+
+
+def test_no_half_minute_is_silent_without_a_terminal(monkeypatch, capsys):
+    """Hundredths of a second stand for the half minute."""
+    for name, value in (("ALIVE_SECONDS", 0.02), ("BEAT_SECONDS", 0.01)):
+        monkeypatch.setattr(progress_module, name, value)
+    with rich_progress() as progress:
+        progress.stage("solve")
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.pop().startswith("solve: done in ")
+    assert lines
+    assert all(line.startswith("solve: under way for ") for line in lines)
