@@ -18,6 +18,7 @@ SHORT = {
     "measure_seconds": 0.3,
     "survey_seconds": 0.1,
     "cross_check_seconds": 0.3,
+    "probe_seconds": 0.01,
     "warm_up_seconds": 0.05,
     "block_ms": 10.0,
 }

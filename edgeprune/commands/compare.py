@@ -10,6 +10,7 @@ from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_shape
 from edgeprune.pipeline.comparison import DENSE, FORMAT_WORDS, Comparison, Layout, Row, WidthRule, generate_samples
+from edgeprune.pipeline.duration import announced, comparing, samples_of
 from edgeprune.pipeline.kind import kind_of
 from edgeprune.pipeline.request import DEMO, RATIOS, SELF, Request, check_samples, request_of
 from edgeprune.pipeline.request import METHODS as DEFAULT_METHODS
@@ -58,10 +59,10 @@ def compare(
     if layout not in (*Layout, BOTH):
         raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
     # The dense model first: every rise refers to it.
-    comparison = _comparison(request, progress_of(progress))
+    layouts = list(Layout) if layout == BOTH else [Layout(layout)]
+    comparison = _comparison(request, progress_of(progress), len(names) * len(ratios) * len(layouts))
     chosen = [comparison.method_of(name) for name in names]
     rows = [comparison.dense]
-    layouts = list(Layout) if layout == BOTH else [Layout(layout)]
     first = layouts[0], ratios[0]
     for each in layouts:
         for value in ratios:
@@ -75,8 +76,11 @@ def compare(
     return Result(None, rows)
 
 
-def _comparison(request: Request, progress: Progress) -> Comparison:
-    """Loads model and samples: the user's, beside some that the model makes; of pictures those alone suffice."""
+def _comparison(request: Request, progress: Progress, rows: int) -> Comparison:
+    """Loads model and samples: the user's, beside some that the model makes; of pictures those alone suffice.
+
+    rows: that will be compared, for the estimate of how long it takes.
+    """
     import torch
 
     from edgeprune.pipeline.packing import GENERATED
@@ -98,6 +102,8 @@ def _comparison(request: Request, progress: Progress) -> Comparison:
         progress.note(f"calibration: {kind.own_samples_reason}")
     for source in texts.sources:
         progress.note(str(source))
+    samples = samples_of(request, texts, kind, shape)
+    progress.note(announced(comparing(shape, samples, rows), shape, samples.generated))
     held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)
     count = GENERATED if own else request.samples + held_out
     drawn = generate_samples(model, kind, count, length, request.seed, progress, texts.calibration)

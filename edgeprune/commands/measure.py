@@ -8,7 +8,8 @@ from edgeprune.bundle.read import check_reports, read_report, render_again
 from edgeprune.commands.result import Result
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.remote import target_of
-from edgeprune.ondevice.bundle import open_chosen
+from edgeprune.ondevice.bundle import open_chosen, rungs_of
+from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.finish import finish
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.schema import Report
@@ -30,6 +31,10 @@ def measure(
     where = "this machine" if device is None else str(device)
     open_chosen(folder)
     check_reports(folder)
-    finish(folder, device or ThisMachine(), where, progress_of(progress).track, Report.model_validate_json)
+    shown = progress_of(progress)
+    count, seconds = len(rungs_of(folder)), timing().measure_seconds
+    several = f"; {count} rungs until one meets the budget" if count > 1 else ""
+    shown.note(f"duration: the build of an engine, then at most {seconds:.0f} s of measurements{several}")
+    finish(folder, device or ThisMachine(), where, shown.track, Report.model_validate_json)
     render_again(folder)
     return Result(folder, read_report(folder))

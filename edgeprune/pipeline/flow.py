@@ -18,6 +18,7 @@ from edgeprune.files import WriteError, read_json, writing
 from edgeprune.ondevice.budget import Budget, judge, judge_quality
 from edgeprune.ondevice.bundle import MANIFEST
 from edgeprune.ondevice.figures import Measured
+from edgeprune.pipeline.duration import fitting_announced
 from edgeprune.pipeline.formats import without_dequantised
 from edgeprune.pipeline.journal import Journal, open_journal
 from edgeprune.pipeline.output import check_output, work_folder
@@ -68,6 +69,8 @@ def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | No
                 yield None
             else:
                 check_output(output, request.force, request.resume)  # another run may have written it meanwhile
+                if not journal.seconds:
+                    progress.note(fitting_announced(setup, request.rungs))
                 yield Run(setup, journal, progress)
         except BaseException:
             if journal.is_new:
