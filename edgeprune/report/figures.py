@@ -6,7 +6,7 @@ It knows neither HTML nor the terminal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import expm1, floor, inf, log10
+from math import exp, expm1, floor, inf, log, log10
 from typing import TYPE_CHECKING
 
 from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms, format_percent
@@ -81,7 +81,7 @@ def alone_text(levers: Levers) -> str:
     def cost(nats: float | None) -> str:
         if nats is None:
             return "does not reach it"
-        rise = format_percent(100 * expm1(min(nats, 50.0)))
+        rise = format_percent(100 * expm1(min(nats, 50.0))).removeprefix("+")
         return f"would raise perplexity {rise if rise.endswith('fold') else f'by {rise}'}"
 
     text = f"Pruning alone {cost(levers.pruning_alone)}"
@@ -191,19 +191,26 @@ def deciding_text(budget: Sequence[Constraint]) -> str | None:
     """Returns which limits decide on the model, and what a little more of each would buy.
 
     None where nothing was searched. A gain in nats per token is shown as a fall of perplexity in percent,
-    100 * (1 - exp(-gain)).
+    100 * (1 - exp(-gain)), or as what it would be divided by where that is 2 and more.
     """
     gains = {row.name: row.gain for row in budget if row.gain is not None}
     if not gains:
         return None
-    active = {name: 100 * -expm1(-gain) for name, gain in gains.items() if gain > 0}
+    active = {name: _fall(gain) for name, gain in gains.items() if gain > 0}
     if not active:
         return "No limit decides alone: 5 % more of any one of them buys nothing on the width grid."
-    bought = "; ".join(f"5 % more of {name} would lower perplexity by {fall:.1f} %" for name, fall in active.items())
+    bought = "; ".join(f"5 % more of {name} would {fall}" for name, fall in active.items())
     idle = [name for name in gains if name not in active]
     return f"What decides is {' and '.join(active)}: {bought}, as predicted." + (
         f" More of {' or '.join(idle)} alone would buy nothing." if idle else ""
     )
+
+
+def _fall(gain: float) -> str:
+    """Returns what a gain in nats per token makes of perplexity."""
+    if gain < log(2):
+        return f"lower perplexity by {100 * -expm1(-gain):.1f} %"
+    return f"divide perplexity by {exp(gain):.0f}" if gain < log(100) else "divide perplexity by more than 100"
 
 
 def times_text(report: Report) -> str:

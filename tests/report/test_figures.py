@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from edgeprune.report.figures import (
     alone_text,
+    deciding_text,
     difference_text,
     figure_text,
     headroom_text,
@@ -106,5 +109,18 @@ def test_no_room_names_the_limit_that_leaves_none():
 
 def test_what_one_lever_alone_would_cost():
     levers = Levers(parts=[], pruning_alone=2.4, precision_alone=0.03)
-    text = "Pruning alone would raise perplexity 11-fold, weight formats alone would raise perplexity by +3.0 %"
+    text = "Pruning alone would raise perplexity 11-fold, weight formats alone would raise perplexity by 3.0 %"
     assert alone_text(levers) == f"{text}, as predicted"
+
+
+@pytest.mark.parametrize(
+    ("gain", "bought"),
+    [
+        (0.05, "lower perplexity by 4.9 %"),
+        (math.log(12), "divide perplexity by 12"),
+        (9.0, "divide perplexity by more than 100"),
+    ],
+)
+def test_what_more_of_a_limit_would_buy(gain, bought):
+    rows = [row.model_copy(update={"gain": gain}) for row in report_of(estimated_content()).budget[:1]]
+    assert f"5 % more of {rows[0].name} would {bought}" in deciding_text(rows)
