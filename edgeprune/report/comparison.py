@@ -17,7 +17,7 @@ from edgeprune.ondevice.machine import processor
 from edgeprune.pipeline.provenance import command_line, now, versions
 from edgeprune.pipeline.request import SELF, Request
 from edgeprune.report.figures import percent_text, perplexity_text, rise_text
-from edgeprune.report.svg import PALETTE, Plot, drawing, is_drawable, new_plot
+from edgeprune.report.svg import PALETTE, Plot, drawing, is_drawable, new_plot, reaches
 from edgeprune.report.tables import Table, table
 from edgeprune.report.templates import render
 
@@ -95,7 +95,7 @@ def curves(rows: Sequence[Row], text: str, methods: Sequence[str]) -> Plot:
             continue
         rises = [row.rise[text] for row in own]
         color, marker = PALETTE[number % len(PALETTE)], SYMBOLS[number % len(SYMBOLS)]
-        reach = [[value - low for value, low, _ in rises], [high - value for value, _, high in rises]]
+        reach = reaches([(low, value, high) for value, low, high in rises])
         across, dash = [100 * row.ratio for row in own], "-" if number < len(PALETTE) else ":"
         look = {"color": color, "marker": marker, "linestyle": dash, "capsize": 3, "elinewidth": 1, "markersize": 6}
         plot.axes.errorbar(across, [value for value, *_ in rises], yerr=reach, label=method, **look)

@@ -12,7 +12,7 @@ from math import isfinite
 from edgeprune.report.figures import figure_text, percent_text, percent_tick, rise_of, share_text, worst_agreement
 from edgeprune.report.frontier import Dense, Frontier, Rung
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Figure
-from edgeprune.report.svg import DENSE, FITTED, LIMIT, SOFT, Plot, drawing, new_plot
+from edgeprune.report.svg import DENSE, FITTED, LIMIT, SOFT, Plot, drawing, new_plot, reaches
 
 # Colour and shape both stand for the grade.
 MARKERS = {"dense": (DENSE, "s"), "intact": (FITTED, "o"), "degraded": ("#e5a000", "D"), "broken": (LIMIT, "X")}
@@ -78,11 +78,11 @@ def agreement_of(rung: Rung) -> tuple[str, str] | None:
 def _draw_point(plot: Plot, point: Dense | Rung, figure: Figure, x: float, scale: float) -> None:
     """Draws the dense model or a rung: its intervals, its mark, and its name beside both."""
     low, rise, high = _rise(point)
-    reach = [[abs((bound or figure.value) - figure.value) / scale] for bound in (figure.low, figure.high)]
+    across = reaches([tuple(bound and bound / scale for bound in (figure.low, figure.value, figure.high))])
     grade = point.grade if isinstance(point, Rung) else "dense"
     color, marker = MARKERS[grade]
     bars = {"color": SOFT, "linewidth": 1, "capsize": 3, "zorder": 2, "fmt": "none"}
-    plot.axes.errorbar([x], [rise], yerr=[[rise - low], [high - rise]], xerr=reach, **bars)
+    plot.axes.errorbar([x], [rise], yerr=reaches([(low, rise, high)]), xerr=across, **bars)
     (mark,) = plot.axes.plot([x], [rise], marker, color=color, markersize=9, markeredgewidth=1.8, zorder=3, label=grade)
     if figure.source != "measured":
         mark.set_markerfacecolor("none")

@@ -26,6 +26,7 @@ from edgeprune.report.svg import (
     is_drawable,
     lines_of,
     new_plot,
+    reaches,
     whole_ticks,
 )
 
@@ -118,7 +119,7 @@ def _budget(constraints: Sequence[Constraint]) -> Plot | None:
     for row, head, own in zip(rows, heads, bars, strict=True):
         y = _lines(plot, y, head, color=INK, weight="bold")
         for side, figure in own:
-            share = 100 * figure.value / row.limit
+            share = _share(figure.value, row)
             text = f"{side}: {number_text(figure.value, figure.unit)}, {figure.source}"
             y = _lines(plot, y, [text + (" →" if share > MOST_SHARE else "")])
             if isfinite(share):
@@ -126,10 +127,10 @@ def _budget(constraints: Sequence[Constraint]) -> Plot | None:
                 look = _face(FITTED if side == "fitted" else DENSE, figure.source == "measured")
                 bar = plot.axes.barh(y + BAR / 2, length, BAR, **look)[0]
                 plot.tip(bar, f"{side}: {figure_text(figure)}, {figure.source}")
-                reach = [_bound(bound, figure.value, row.limit) for bound in (figure.low, figure.high)]
-                if any(reach) and length + reach[1] < MOST_SHARE:
-                    plot.axes.errorbar([share], [y + BAR / 2], xerr=[[reach[0]], [reach[1]]], color=SOFT, capsize=3)
-                farthest = max(farthest, length + (reach[1] if length < MOST_SHARE else 0))
+                below, above = reaches([(_share(figure.low, row), share, _share(figure.high, row))])
+                if (*below, *above) != (0, 0) and length + above[0] < MOST_SHARE:
+                    plot.axes.errorbar([share], [y + BAR / 2], xerr=[below, above], color=SOFT, capsize=3)
+                farthest = max(farthest, length + (above[0] if length < MOST_SHARE else 0))
             plot.axes.vlines(100, y - 2, y + BAR + 2, color=LIMIT, linestyle="--", linewidth=1.8)
             y += BAR + GAP / 2
         y += GAP
@@ -138,9 +139,9 @@ def _budget(constraints: Sequence[Constraint]) -> Plot | None:
     return plot
 
 
-def _bound(bound: float | None, value: float, limit: float) -> float:
-    """Returns how far a bound is from its value in % of the limit; 0 where there is none."""
-    return 0.0 if bound is None or not isfinite(bound) else 100 * abs(bound - value) / limit
+def _share(value: float | None, row: Constraint) -> float | None:
+    """Returns a value in % of the limit; None where there is none."""
+    return None if value is None else 100 * value / row.limit
 
 
 def _stacked(parts: Mapping[str, Mapping[str, tuple[float, str]]], heads: Mapping[str, str], unit: str) -> Plot:
@@ -206,10 +207,8 @@ def _quality(report: Report) -> Plot | None:
     y = 0.0
     for text, head in zip(texts, heads, strict=True):
         y = _lines(plot, y, head) + GAP / 2
-        reach = [[text.rise_percent - text.low_percent], [text.high_percent - text.rise_percent]]
-        bars = plot.axes.errorbar(
-            [text.rise_percent], [y], xerr=reach if is_drawable(reach[0]) else None, fmt="o", color=FITTED, capsize=4
-        )
+        reach = reaches([(text.low_percent, text.rise_percent, text.high_percent)])
+        bars = plot.axes.errorbar([text.rise_percent], [y], xerr=reach, fmt="o", color=FITTED, capsize=4)
         plot.tip(bars.lines[0], f"{text.name}: {number_text(text.rise_percent, '%')}, measured")
         for label, start, dash in thresholds:
             named = label if text is texts[0] else "_"
@@ -229,7 +228,7 @@ def _answers(answers: Answers | None) -> Plot | None:
         return None
     plot = new_plot(210)
     steps = answers.identical
-    reach = [[step.percent - step.low_percent for step in steps], [step.high_percent - step.percent for step in steps]]
+    reach = reaches([(step.low_percent, step.percent, step.high_percent) for step in steps])
     plot.axes.errorbar(
         range(len(steps)), [step.percent for step in steps], yerr=reach, color=FITTED, capsize=4, linewidth=1
     )

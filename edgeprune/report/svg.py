@@ -133,6 +133,23 @@ def is_drawable(values: Sequence[float]) -> bool:
     return all(abs(value) < 1e300 for value in values)  # neither infinite nor nan
 
 
+def reaches(intervals: Sequence[tuple[float | None, float, float | None]]) -> list[list[float]]:
+    """Returns how far the bounds of intervals (low, value, high) reach below and above their values.
+
+    It is 0 where a bound is missing, not finite, or on the other side of its value, as rounding and bootstraps give.
+    """
+
+    def distance(near: float | None, far: float | None) -> float:
+        if near is None or far is None or not is_drawable((near, far)):
+            return 0.0
+        return max(0.0, far - near)
+
+    return [
+        [distance(low, value) for low, value, _ in intervals],
+        [distance(value, high) for _, value, high in intervals],
+    ]
+
+
 def _inlined(svg: ElementTree.Element, name: str, label: str, tips: dict[str, tuple[str, dict[str, str]]]) -> str:
     """Returns matplotlib's document as an element of a page: without what repeats, in the page's font and colours."""
     # The page scales it: the box alone keeps the proportions.

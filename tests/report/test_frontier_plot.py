@@ -131,3 +131,10 @@ def test_a_point_without_the_quantity_is_left_out():
 
 def test_there_is_a_plot_for_each_quantity():
     assert list(frontier_plots(estimated_ladder(rises=(1.0,)))) == list(AXES)
+
+
+def test_a_value_beyond_its_interval_is_drawn():
+    frontier = measured_ladder(rises=(1.0, 2.0))
+    rung = frontier.rungs[0]
+    odd = rung.model_copy(update={"low_percent": 1.1, "decode": rung.decode.model_copy(update={"high": 1.0})})
+    assert len(frontier_plots(frontier.model_copy(update={"rungs": [odd, frontier.rungs[1]]}))) == len(AXES)

@@ -191,3 +191,12 @@ def test_plots_show_markup_as_text():
 
 def test_pictures_have_plots_too():
     assert "budget" in all_plots(report_of(pictures_content()))
+
+
+def test_a_value_beyond_its_interval_is_drawn():
+    content = measured_content()
+    content["quality"]["texts"][0] |= {"low_percent": 24.7, "high_percent": 27.0}
+    content["quality"]["answers"]["identical"][0] |= {"percent": 100.0, "high_percent": 99.99999999999999}
+    row = content["budget"][0]
+    content["budget"][0] = row | {"fitted": row["fitted"].model_copy(update={"low": 34.2})}
+    assert {"quality", "answers", "budget"} <= set(all_plots(report_of(content)))

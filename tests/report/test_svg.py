@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from math import inf, nan
 
 import pytest
 
-from edgeprune.report.svg import INK, drawing, lines_of, new_plot, shown
+from edgeprune.report.svg import INK, drawing, lines_of, new_plot, reaches, shown
 from tests.support.pages import ATTACK, Parsed
 
 
@@ -78,3 +79,9 @@ def test_a_long_name_takes_several_lines_and_loses_nothing():
     assert "".join(lines_of(name)) == name
     assert max(map(len, lines_of(name))) < 60
     assert lines_of("") == ["–"]
+
+
+def test_a_bound_on_the_wrong_side_of_its_value_reaches_nowhere():
+    """As rounding gives it, 100 % of 99.99999999999999 %, and a bootstrap of few documents."""
+    intervals = [(80.0, 100.0, 99.99999999999999), (2.0, 1.0, 3.0), (None, 5.0, None), (nan, 5.0, inf)]
+    assert reaches(intervals) == [[20.0, 0, 0, 0], [0, 2.0, 0, 0]]
