@@ -193,7 +193,7 @@ def deciding_text(budget: Sequence[Constraint]) -> str | None:
     None where nothing was searched. A gain in nats per token is shown as a fall of perplexity in percent,
     100 * (1 - exp(-gain)), or as what it would be divided by where that is 2 and more.
     """
-    gains = {row.name: row.gain for row in budget if row.gain is not None}
+    gains = {NAMES.get(f"{row.name}_ratio", row.name): row.gain for row in budget if row.gain is not None}
     if not gains:
         return None
     active = {name: _fall(gain) for name, gain in gains.items() if gain > 0}

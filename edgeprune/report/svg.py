@@ -62,9 +62,9 @@ _STYLE = {
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draws in the pages' style, whatever the user's own settings of matplotlib are, and without its warnings."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # first: its import may warn of a home without a cache
     import matplotlib
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that its font lacks: the reader's own has them
         matplotlib.rcdefaults()

@@ -89,7 +89,7 @@ def cost_text(report: Report) -> str:
         return f"Nothing: it is the same model, so its {subject} are the dense model's by definition."
     # How much worse, on what.
     interval = rise_interval(worst) or no_interval_text(worst, "picture" if quality.pictures else "document")
-    where = f"on the worst of {len(quality.texts)} held-out {noun}{'s' if noun == 'text' else ''}"
+    where = f"on the worst of {len(quality.texts)} held-out {'sets of pictures' if quality.pictures else 'texts'}"
     if len(quality.texts) == 1:
         where = f"on {noun} that the dense model {'drew' if quality.pictures else 'wrote'} itself"
         if quality.label == "perplexity":

@@ -114,7 +114,10 @@ def with_gains(**gains):
 
 def test_the_limit_that_decides_and_what_more_of_it_would_buy():
     shown = words(printed(print_report, report_of(with_gains(decode=0.05, memory=0.0))))
-    assert "What decides is decode: 5 % more of decode would lower perplexity by 4.9 %, as predicted." in shown
+    assert (
+        "What decides is time per token: 5 % more of time per token would lower perplexity by 4.9 %, as predicted."
+        in shown
+    )
     assert "More of memory alone would buy nothing." in shown
     both = words(printed(print_report, report_of(with_gains(decode=0.0, memory=0.0))))
     assert "No limit decides alone" in both

@@ -97,7 +97,10 @@ def test_what_it_costs_in_answers():
     assert "are of no use: perplexity, which says how badly a model predicts text, is 42 times the dense" in cost_text(
         report_of(broken_content())
     )
-    assert "Its pictures are noticeably worse" in cost_text(report_of(pictures_content()))
+    pictures = cost_text(report_of(pictures_content()))
+    assert "Its pictures are noticeably worse" in pictures
+    assert "measured on the worst of 2 held-out sets of pictures (" in pictures
+    assert "the likeliest next code is" in pictures
 
 
 @pytest.mark.parametrize(
