@@ -60,7 +60,7 @@ def compare(
         raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
     # The dense model first: every rise refers to it.
     layouts = list(Layout) if layout == BOTH else [Layout(layout)]
-    comparison = _comparison(request, progress_of(progress), len(names) * len(ratios) * len(layouts))
+    comparison = _comparison(request, progress_of(progress), names, len(ratios) * len(layouts))
     chosen = [comparison.method_of(name) for name in names]
     rows = [comparison.dense]
     first = layouts[0], ratios[0]
@@ -76,10 +76,10 @@ def compare(
     return Result(None, rows)
 
 
-def _comparison(request: Request, progress: Progress, rows: int) -> Comparison:
+def _comparison(request: Request, progress: Progress, names: Sequence[str], times: int) -> Comparison:
     """Loads model and samples: the user's, beside some that the model makes; of pictures those alone suffice.
 
-    rows: that will be compared, for the estimate of how long it takes.
+    names: of the methods, each of which runs so many times; for the estimate of how long it takes.
     """
     import torch
 
@@ -103,7 +103,9 @@ def _comparison(request: Request, progress: Progress, rows: int) -> Comparison:
     for source in texts.sources:
         progress.note(str(source))
     samples = samples_of(request, texts, kind, shape)
-    progress.note(announced(comparing(shape, samples, rows), shape, samples.generated))
+    compensated = times * sum(_compensates(name) for name in names)
+    work = comparing(shape, samples, compensated, times * len(names) - compensated)
+    progress.note(announced(work, shape, samples.generated))
     held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)
     count = GENERATED if own else request.samples + held_out
     drawn = generate_samples(model, kind, count, length, request.seed, progress, texts.calibration)
@@ -111,6 +113,14 @@ def _comparison(request: Request, progress: Progress, rows: int) -> Comparison:
     fed = drawn[:, : shape.most_fed]
     ids, generated = (torch.from_numpy(texts.calibration), fed) if own else (fed[: request.samples], None)
     return Comparison(model, ids, generated, evaluation, max(length, LENGTH), request.seed, progress)
+
+
+def _compensates(name: str) -> bool:
+    """Returns whether a method refits the kept weights; a weight format by itself does so too."""
+    from edgeprune.pruning.methods import DEFAULT, METHODS, Recovery
+
+    known = name if name in METHODS else name.rpartition("+")[0] or DEFAULT
+    return METHODS[known].recovery is Recovery.LEAST_SQUARES
 
 
 def _numbers(given: str | float | Sequence[float]) -> list[float]:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # Passes of calibration tokens through the dense model's layers; a backward pass is two.
 CHECK_PASSES = 1  # the check for overflow
-SENSITIVITY_PASSES = 4  # forward, forward again layer by layer, and backward
-PRUNE_PASSES = 2  # the dense stream and the pruned one
+SENSITIVITY_PASSES = 5  # forward, forward again layer by layer, backward, and what rounding changes
+PRUNE_PASSES = 3  # the dense stream, the pruned one, and the products of both that the update is solved with
 SENSITIVITY_SAMPLES = 12
 PROBE_PASSES = 2  # of these samples: to the last fifth of the layers, and twice two streams through that
 CUBES = 3  # products of three widths for a module: its score, its update and the errors of its cuts, in fp64
@@ -162,11 +162,14 @@ def _measured_seconds(setup: Setup, candidates: int) -> float:
     return durations.measure_seconds * (1 + candidates) + durations.survey_seconds * len(points)
 
 
-def comparing(decoder: Decoder, samples: Samples, rows: int) -> Work:
-    """Returns the work of a comparison of so many rows beside the dense model's."""
-    each = pruning(decoder, samples.pruned) + passing(decoder, samples.evaluated, head=True)
-    work = generating(decoder, samples.generated * samples.length) + passing(decoder, samples.evaluated, head=True)
-    return work + sensing(decoder, samples.count, samples.length) + each * rows
+def comparing(decoder: Decoder, samples: Samples, compensated: int, plain: int) -> Work:
+    """Returns the work of a comparison beside the dense model: so many rows whose kept weights are refitted, on the
+    model's own samples too, and so many with one stream alone."""
+    evaluation = passing(decoder, samples.evaluated, head=True)
+    work = generating(decoder, samples.generated * samples.length) + sensing(decoder, samples.count, samples.length)
+    work += pruning(decoder, samples.pruned) * compensated + evaluation * (1 + compensated + plain)
+    tokens = samples.count * samples.length
+    return work + (passing(decoder, tokens) + _moments(decoder, tokens)) * plain
 
 
 def announced(work: Work, decoder: Decoder, samples: int) -> str:

@@ -77,7 +77,7 @@ def test_all_is_every_method_wherever_it_stands(given, monkeypatch, methods):
     class Asked(Exception):
         pass
 
-    def comparison(request, progress, rows):
+    def comparison(request, progress, names, times):
         raise Asked
 
     monkeypatch.setattr("edgeprune.commands.compare._comparison", comparison)

@@ -59,7 +59,8 @@ def test_seconds_are_work_over_rates_and_the_measurements():
 
 def test_more_samples_methods_or_rungs_are_more_work(small, decoder, tmp_path):
     few, many = Samples(4, 32, 16, 100), Samples(8, 32, 16, 100)
-    assert comparing(decoder, few, 2).passes < comparing(decoder, many, 2).passes < comparing(decoder, many, 3).passes
+    assert comparing(decoder, few, 2, 0).passes < comparing(decoder, many, 2, 0).passes
+    assert comparing(decoder, many, 1, 1).passes < comparing(decoder, many, 2, 0).passes  # one stream, not two
     assert sensing(decoder, 12, 16) == sensing(decoder, 99, 16)  # it takes no more of them
     setup = setup_of(small, tmp_path / "out")
     assert fitting(setup, 1).passes < fitting(setup, 3).passes
@@ -94,4 +95,4 @@ def test_it_is_told_at_the_start_of_a_run_with_what_it_rests_on(small, decoder, 
     (told,) = (note for note in progress.notes if note.startswith("duration: "))
     for part in ("about 10 s here, estimated: ", "TFLOP", "just timed", "of measurements"):
         assert part in told
-    assert "of measurements" not in announced(comparing(decoder, Samples(4, 32, 16, 100), 2), decoder, 32)
+    assert "of measurements" not in announced(comparing(decoder, Samples(4, 32, 16, 100), 2, 0), decoder, 32)
