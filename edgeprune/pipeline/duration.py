@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edgeprune.generate.text import BATCH
 from edgeprune.model.decoder import Decoder, Layer
 from edgeprune.ondevice.durations import timing
+from edgeprune.pipeline.evaluation import ANSWER_TOKENS, PROMPTS, SAMPLE_TOKENS
 from edgeprune.pipeline.packing import GENERATED
 
 if TYPE_CHECKING:
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
 CHECK_PASSES = 1  # the check for overflow
 SENSITIVITY_PASSES = 5  # forward, forward again layer by layer, backward, and what rounding changes
 PRUNE_PASSES = 3  # the dense stream, the pruned one, and the products of both that the update is solved with
-SENSITIVITY_SAMPLES = 12
-PROBE_PASSES = 2  # of these samples: to the last fifth of the layers, and twice two streams through that
+PROBE_PASSES = 2  # of the same samples: to the last fifth of the layers, and twice two streams through that
 CUBES = 3  # products of three widths for a module: its score, its update and the errors of its cuts, in fp64
 FP64 = 2  # its work over that of fp32
-ANSWER_TOKENS = 16 * 32 + 80  # of a model: to the prompts that are compared, and one sample
 MEASURED_CANDIDATES = 2  # on an engine that measures, whose figures correct the search; an estimate needs one
 # The probe.
 PROBE_ROWS, PROBE_WIDTH = 1024, 2048
@@ -82,7 +81,9 @@ def pruning(decoder: Decoder, tokens: int) -> Work:
 
 def sensing(decoder: Decoder, samples: int, length: int) -> Work:
     """Returns the measurement of what every cut loses, with its probes."""
-    tokens = min(samples, SENSITIVITY_SAMPLES) * length
+    from edgeprune.search.sensitivity import SAMPLES
+
+    tokens = min(samples, SAMPLES) * length
     head = passing(decoder, tokens, head=True) + passing(decoder, tokens) * -1
     return passing(decoder, tokens) * (SENSITIVITY_PASSES + PROBE_PASSES) + head * 3 + _moments(decoder, tokens)
 
@@ -135,7 +136,7 @@ def fitting(setup: Setup, rungs: int) -> Work:
     work += passing(decoder, tokens) * (CHECK_PASSES if setup.precision == "fp16" else 0)
     work += pruning(decoder, samples.pruned) * candidates
     # The dense model and every rung are evaluated.
-    answers = generating(decoder, ANSWER_TOKENS) if setup.kind.writes_text else Work()
+    answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if setup.kind.writes_text else Work()
     work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)
     if imaging := setup.kind.imaging:
         work += generating(decoder, imaging.count * samples.length * imaging.sampling.streams) * (1 + rungs)
