@@ -28,7 +28,7 @@ CHECK_PASSES = 1  # the check for overflow
 SENSITIVITY_PASSES = 5  # forward, forward again layer by layer, backward, and what rounding changes
 PRUNE_PASSES = 3  # the dense stream, the pruned one, and the products of both that the update is solved with
 PROBE_PASSES = 2  # of the same samples: to the last fifth of the layers, and twice two streams through that
-CUBES = 3  # products of three widths for a module: its score, its update and the errors of its cuts, in fp64
+CUBES = 1  # products of three widths for a module: two factors, an inverse and what it is downdated by, in fp64
 FP64 = 2  # its work over that of fp32
 MEASURED_CANDIDATES = 2  # on an engine that measures, whose figures correct the search; an estimate needs one
 # The probe.
@@ -88,10 +88,11 @@ def sensing(decoder: Decoder, samples: int, length: int) -> Work:
     return passing(decoder, tokens) * (SENSITIVITY_PASSES + PROBE_PASSES) + head * 3 + _moments(decoder, tokens)
 
 
-def _moments(decoder: Decoder, tokens: int) -> Work:
-    """Returns the moments of all output projections' inputs, and what is solved with them, in fp64."""
+def _moments(decoder: Decoder, tokens: int, are_solved: bool = True) -> Work:
+    """Returns half of the moments of output projections' inputs, which is computed, and what is solved with them."""
     widths = [width for layer in decoder.layers for width in _input_widths(layer)]
-    return Work(passes=2.0 * FP64 * sum(tokens * width**2 / 2 + CUBES * width**3 for width in widths))
+    cubes = 2.0 * FP64 * CUBES * sum(width**3 for width in widths) if are_solved else 0.0
+    return Work(passes=cubes + tokens * sum(width**2 for width in widths))
 
 
 def _input_widths(layer: Layer) -> list[int]:
@@ -170,7 +171,7 @@ def comparing(decoder: Decoder, samples: Samples, compensated: int, plain: int) 
     work = generating(decoder, samples.generated * samples.length) + sensing(decoder, samples.count, samples.length)
     work += pruning(decoder, samples.pruned) * compensated + evaluation * (1 + compensated + plain)
     tokens = samples.count * samples.length
-    return work + (passing(decoder, tokens) + _moments(decoder, tokens)) * plain
+    return work + (passing(decoder, tokens) + _moments(decoder, tokens, are_solved=False)) * plain
 
 
 def announced(work: Work, decoder: Decoder, samples: int) -> str:
