@@ -60,11 +60,14 @@ def test_a_run_begins_beside_its_output_and_tells_what_was_chosen(made, tmp_path
         assert run.journal.folder == tmp_path / "out.work"
         run.journal.stage("one", lambda: 1)
         raise Stopped
-    assert [line.split(":")[0] for line in caplog.messages] == [choice.name for choice in setup.choices]
+    told = [line.split(":")[0] for line in caplog.messages]
+    assert told == [*(choice.name for choice in setup.choices), "duration"]
+    caplog.clear()
     with pytest.raises(InputError, match="unfinished run"), working(setup, COMMAND, Silent()):
         pass
-    with working(asked(setup, resume=True), COMMAND, Silent()) as run:
+    with working(asked(setup, resume=True), COMMAND, _told()) as run:
         assert run.journal.has("one")
+    assert not any(line.startswith("duration") for line in caplog.messages)  # a part of the work is done
     assert not list(tmp_path.iterdir())
 
 
