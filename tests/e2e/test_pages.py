@@ -54,7 +54,7 @@ def commands(page: str) -> list[str]:
             found += re.findall(r"`(edgeprune [^`]*)`", line)
         elif (is_block or line.startswith("    ")) and line.strip().startswith("edgeprune "):
             found.append(line.strip())
-    return [command for command in found if "[" not in command]
+    return [command for command in found if "[" not in command and "USER@" not in command]
 
 
 @pytest.fixture(scope="module")
