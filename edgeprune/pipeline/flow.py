@@ -69,7 +69,7 @@ def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | No
                 yield None
             else:
                 check_output(output, request.force, request.resume)  # another run may have written it meanwhile
-                if not journal.seconds:
+                if journal.is_new:
                     progress.note(fitting_announced(setup, request.rungs))
                 yield Run(setup, journal, progress)
         except BaseException:

@@ -131,7 +131,7 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
         assert report.command == manifest["command"]
         plan = deployment(folder)
         assert list(plan["limits"]) == ["decode"]
-        assert report.budget[0].asked == plan["limits"]["decode"]["asked"].split(" of the dense model's ")[0]
+        assert report.budget[0].asked == plan["limits"]["decode"]["asked"].partition(" (")[0]
         assert len(plan["rungs"]) == 1
     assert set(read_run_file(made / "run.toml")) <= set(FRONTIER_OPTIONS)
     readme = (made / "README.md").read_text()

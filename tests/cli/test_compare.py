@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 
 import pytest
 from typer.testing import CliRunner
@@ -52,7 +54,8 @@ def test_a_page_is_written_and_replaced_by_force_alone(asked, tmp_path):
     assert CliRunner().invoke(app, words).exit_code == 0
     page = (tmp_path / "page.html").read_text()
     assert 'id="plot-' in page
-    assert f"edgeprune compare demo --ratios {RATIOS} --methods {METHODS} --layout uniform" in page
+    command = f"edgeprune compare demo --ratios {RATIOS} --methods {shlex.quote(METHODS)} --layout uniform"
+    assert command in html.unescape(page)
     refused = CliRunner().invoke(app, words)
     assert isinstance(refused.exception, InputError)
     assert len(asked) == 1  # refused before the work

@@ -99,12 +99,22 @@ def test_the_row_of_the_quality_stays():
 @pytest.mark.parametrize(
     ("limit", "quality", "label", "headline"),
     [
-        (5.0, "met", "perplexity", "M meets decode 5 on a board (measured there), at +11.4 % perplexity."),
+        (5.0, "met", "perplexity", "Yes, measured there: M meets decode 5 on a board, at +11.4 % perplexity."),
         (5.0, "met", "agreement with the dense model", "at +11.4 % perplexity on its own text."),
-        (5.0, "missed", "perplexity", "meets decode 5 on a board (measured there) only beyond the quality limit: at"),
-        (5.0, "noisy", "perplexity", "meets decode 5 on a board (measured there), its quality is too uncertain to"),
-        (4.2, "met", "perplexity", "M, decode 4.2 on a board (measured there): too noisy to tell"),
-        (3.0, "met", "perplexity", "M does not meet decode 3 on a board (measured there), at +11.4 % perplexity."),
+        (
+            5.0,
+            "missed",
+            "perplexity",
+            "No: M meets decode 5 on a board, measured there, but only beyond the quality limit: at",
+        ),
+        (
+            5.0,
+            "noisy",
+            "perplexity",
+            "Not clear: M meets decode 5 on a board, its quality is too uncertain to tell (at",
+        ),
+        (4.2, "met", "perplexity", "Not clear: M, decode 4.2 on a board: too noisy to tell"),
+        (3.0, "met", "perplexity", "No, measured there: M does not meet decode 3 on a board, at +11.4 % perplexity."),
     ],
 )
 def test_the_headline_tells_the_verdict_and_the_cost(limit, quality, label, headline):
