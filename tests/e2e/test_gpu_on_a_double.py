@@ -3,7 +3,6 @@ real sshd: all of the product is real, the GPU is not. No GPU runs in these test
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,47 +14,10 @@ from edgeprune.report.schema import Report
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
 from tests.support.commands import SMALL, run, run_alone
-from tests.support.device import Server, bare_python, ssh_server
+from tests.support.device import Server, ssh_server
+from tests.support.device_doubles import nvidia_smi, path_to, python_with_doubles
 
 pytestmark = pytest.mark.slow
-
-TESTS = ROOT / "tests"
-MODULES = {
-    "shared_double.py": "from tests.support.doubles.double_device import Device\n\nDEVICE = Device(2**28, sm={sm})\n",
-    "tensorrt.py": (
-        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.support.doubles import double_tensorrt\n\n"
-        'sys.modules[__name__] = double_tensorrt.module(DEVICE, "10.3.0")\n'
-    ),
-    "cuda/bindings/driver.py": (
-        "import sys\n\nfrom shared_double import DEVICE\nfrom tests.support.doubles import double_cuda_python\n\n"
-        "sys.modules[__name__] = double_cuda_python.module(DEVICE)\n"
-    ),
-}
-
-
-def python_with_doubles(folder: Path, sm: int = 87) -> Path:
-    """A bare environment in which `tensorrt` and `cuda.bindings` are doubles of a GPU of this SM."""
-    python = bare_python(folder, ("numpy", "onnxruntime", "onnx"))
-    site = next((folder / "lib").glob("python3*")) / "site-packages"
-    for name, text in MODULES.items():
-        (site / name).parent.mkdir(parents=True, exist_ok=True)
-        (site / name).write_text(text.replace("{sm}", str(sm)))
-    (site / "tests" / "support").mkdir(parents=True)
-    for name in ("__init__.py", "support/__init__.py", "support/doubles", "data"):
-        (site / "tests" / name).symlink_to(TESTS / name)
-    return python
-
-
-def nvidia_smi(folder: Path) -> Path:
-    """A double that always tells the same memory in use, so that this machine's other programs do not count."""
-    folder.mkdir(exist_ok=True)
-    (folder / "nvidia-smi").write_text("#!/bin/sh\necho 1000\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    return folder
-
-
-def path_to(server: Server) -> str:
-    return f"{server.folder / 'bin'}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import transformers
 from typer.main import get_command
 
 from edgeprune.cli.app import app
-from tests.e2e.test_gpu_on_a_double import nvidia_smi, path_to, python_with_doubles
 from tests.support import ROOT
 from tests.support.bundles import fitted
 from tests.support.checkpoints import save_llama
 from tests.support.commands import run
 from tests.support.device import Server, ssh_server
+from tests.support.device_doubles import nvidia_smi, path_to, python_with_doubles
 from tests.support.llamagen import random_llamagen
 from tests.support.vocabularies import byte_level
 from tests.support.vq import small_vq

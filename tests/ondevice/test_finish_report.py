@@ -12,21 +12,7 @@ from edgeprune.ondevice.finish_report import NOT_MEASURED, MeasuredRung, banner,
 from edgeprune.report.schema import Report
 from tests.support.pages import ATTACK, Parsed
 from tests.support.sample_pictures import pictures_content
-from tests.support.sample_reports import estimated_content, measured_content, report_of
-
-MEASUREMENT = {
-    "created": "2026-05-05T12:00:00+00:00",
-    "where": "a board on the desk",
-    "machine": "a board",
-    "gpu": "Orin",
-    "engine": "tensorrt",
-    "version": "10.3",
-    "rung": 0,
-    "status": "met",
-    "rests_on": "measured",
-    "rungs": [],
-    "performance": {},
-}
+from tests.support.sample_reports import MEASUREMENT, estimated_content, measured_content, report_of
 
 
 def measured(value: float, unit: str = "ms") -> Measured:

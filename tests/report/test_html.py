@@ -21,6 +21,7 @@ from tests.support.pages import ATTACK, Parsed, parsed, sections
 from tests.support.sample_reports import (
     CONTENTS,
     DENSE_TEXT,
+    MEASUREMENT,
     PROMPT,
     broken_content,
     estimated_content,
@@ -132,19 +133,7 @@ def test_figures_of_candidates_keep_their_source_after_the_device_was_measured()
     content = estimated_content()
     performance = content["fitted"]["performance"]
     content["budget"][0]["fitted"] = measured(performance["memory_total"].value, "bytes")
-    content["measurement"] = {
-        "created": "2026-05-05",
-        "where": "here",
-        "machine": "a board",
-        "gpu": None,
-        "engine": "tensorrt",
-        "version": "10.3",
-        "rung": 0,
-        "status": "met",
-        "rests_on": "measured",
-        "rungs": [],
-        "performance": {},
-    }
+    content["measurement"] = MEASUREMENT
     search = sections(content)["How the search went"]
     assert "790.0 MiB estimated" in search
     assert "measured" not in search

@@ -16,6 +16,22 @@ DENSE_TEXT = (
 SHAPE = {"dense": (9, 3, 1536), "fitted": (6, 2, 1472)}
 
 
+MEASUREMENT = {
+    "created": "2026-05-05T12:00:00+00:00",
+    "where": "a board on the desk",
+    "machine": "a board",
+    "gpu": "Orin",
+    "engine": "tensorrt",
+    "version": "10.3",
+    "rung": 0,
+    "status": "met",
+    "rests_on": "measured",
+    "rungs": [],
+    "performance": {},
+}
+"""What a board told when it was measured, but its figures."""
+
+
 def estimated(value: float, unit: str = "ms", device: str = "jetson-orin") -> Figure:
     return figure_of(Estimate(value, unit, device, "410.6 MB per step / (204.8 GB/s x 0.8) + 1.53 ms"))
 
