@@ -23,7 +23,7 @@ class Timing:
     measure_seconds: float = 40.0  # of one model, or of two in turn, prefill and decode together, at most
     survey_seconds: float = 3.0  # of each of many models in turn, prefill and decode together, at most
     cross_check_seconds: float = 10.0  # of the fitted and the dense model on the workstation, at most
-    probe_seconds: float = 0.6  # of each of two products, of which the duration of a run is estimated
+    probe_seconds: float = 0.4  # of each of five kinds of work, of which the duration of a run is estimated
     warm_up_seconds: float = 0.2  # of each model before it is timed
     block_ms: float = 150.0  # of one model before another one's turn
     alive_seconds: float = 15.0  # between two signs of life, of the workstation and of the device

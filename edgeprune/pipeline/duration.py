@@ -1,23 +1,23 @@
-"""About how long a run will take here: its work, counted in passes of the dense model, and two timed products.
+"""About how long a run will take here: its work, counted by kind, and what of each kind was timed when it was asked.
 
-The constants are counts of work; what this machine does in a second is timed when it is asked. It runs no stage.
+The constants are counts of work; what this machine does in a second is in rates.py. It runs no stage.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import prod
 from typing import TYPE_CHECKING
 
 from edgeprune.generate.text import BATCH
-from edgeprune.model.decoder import Decoder, Layer
+from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.durations import timing
 from edgeprune.pipeline.evaluation import ANSWER_TOKENS, PROMPTS, SAMPLE_TOKENS
 from edgeprune.pipeline.packing import GENERATED
+from edgeprune.pipeline.rates import Rates, probed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from edgeprune.model.decoder import Layer
     from edgeprune.pipeline.kind import Kind
     from edgeprune.pipeline.request import Request
     from edgeprune.pipeline.samples import UserSamples
@@ -25,80 +25,130 @@ if TYPE_CHECKING:
 
 # Passes of calibration tokens through the dense model's layers; a backward pass is two.
 CHECK_PASSES = 1  # the check for overflow
-SENSITIVITY_PASSES = 5  # forward, forward again layer by layer, backward, and what rounding changes
-PRUNE_PASSES = 3  # the dense stream, the pruned one, and the products of both that the update is solved with
-PROBE_PASSES = 2  # of the same samples: to the last fifth of the layers, and twice two streams through that
-CUBES = 1  # products of three widths for a module: two factors, an inverse and what it is downdated by, in fp64
-FP64 = 2  # its work over that of fp32
+SENSITIVITY_PASSES = 4  # forward, forward again layer by layer, and backward
+STREAMS = 2  # of a pruning: the dense one and the pruned one
+PRODUCTS = 4  # of the inputs of a projection with what it should give: two residuals, and their part in its update
+HEAD_PASSES = 3  # of the sensitivities: forward and backward
+# Factorisations of a matrix of moments: of an update, at the dampings that are tried and at the best one; of a module's
+# widths, with the order of the features; of a rounding, tried on held-out samples and done, each with an inverse.
+UPDATE_FACTORS, WIDTH_FACTORS, ROUNDING_FACTORS = 5, 6, 4
+GRIDS = 2  # a rounding by GPTQ over a choice of its grid
 MEASURED_CANDIDATES = 2  # on an engine that measures, whose figures correct the search; an estimate needs one
-# The probe.
-PROBE_ROWS, PROBE_WIDTH = 1024, 2048
-
-
-@dataclass(frozen=True)
-class Rates:
-    """This machine's FLOP/s: of products of many tokens, and of a step of generation for so few sequences at once."""
-
-    many: float
-    few: float
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a run: FLOP in passes of many tokens, FLOP in steps of generation, and seconds of measurements whose
-    duration is set."""
+    """The work of a run: FLOP of passes through layers, of other products, of factorisations in fp64 and of steps of
+    generation, weights that are rounded, and seconds of measurements whose duration is set."""
 
     passes: float = 0.0
+    products: float = 0.0
+    factors: float = 0.0
     steps: float = 0.0
+    weights: float = 0.0
     seconds: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.passes + other.passes, self.steps + other.steps, self.seconds + other.seconds)
+        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Work)))
 
     def __mul__(self, count: float) -> Work:
-        return Work(self.passes * count, self.steps * count, self.seconds * count)
+        return Work(*(getattr(self, field.name) * count for field in fields(Work)))
+
+    @property
+    def flops(self) -> float:
+        """Returns the FLOP of all kinds."""
+        return self.passes + self.products + self.factors + self.steps
 
     def at(self, rates: Rates) -> float:
         """Returns the seconds that it takes."""
-        return self.passes / rates.many + self.steps / rates.few + self.seconds
+        of_rates = sum(getattr(self, field.name) / getattr(rates, field.name) for field in fields(Rates))
+        return of_rates + self.seconds
 
 
 def passing(decoder: Decoder, tokens: int, head: bool = False) -> Work:
     """Returns one pass of so many tokens through the layers, and through the head."""
-    weights = decoder.layer_parameters + (decoder.vocab_size * decoder.hidden_size if head else 0)
-    return Work(passes=2.0 * tokens * weights)
+    of_head = 2.0 * tokens * decoder.vocab_size * decoder.hidden_size if head else 0.0
+    return Work(passes=2.0 * tokens * _active_parameters(decoder), products=of_head)
+
+
+def _active_parameters(decoder: Decoder) -> float:
+    """Returns the weights of the layers that a token meets: of experts, of its own alone."""
+    total = 0.0
+    for index, layer in enumerate(decoder.layers):
+        experts = layer.mlp.experts if layer.mlp else None
+        share = experts.num_experts_per_tok / experts.num_experts if experts else 1.0
+        for name, shape in decoder.layer_shapes(index).items():
+            if len(shape) == 2:
+                total += prod(shape) * (share if ".experts." in name else 1.0)
+    return total
 
 
 def generating(decoder: Decoder, tokens: int) -> Work:
     """Returns the generation of so many tokens, of all sequences together."""
-    return Work(steps=passing(decoder, tokens, head=True).passes)
+    return Work(steps=passing(decoder, tokens, head=True).flops)
 
 
-def pruning(decoder: Decoder, tokens: int) -> Work:
-    """Returns one pruning of the whole model on so many calibration tokens."""
-    return passing(decoder, tokens) * PRUNE_PASSES + _moments(decoder, tokens)
+def pruning(decoder: Decoder, tokens: int, rounds: bool = False) -> Work:
+    """Returns one pruning of the whole model on so many calibration tokens, whose matrices are rounded too or not."""
+    hidden = decoder.hidden_size
+    work = passing(decoder, tokens) * STREAMS + _moments(decoder, tokens)
+    for layer in decoder.layers:
+        for width, share in _inputs(layer):
+            # The residuals of both targets, their products with the inputs, and the solution.
+            work += Work(products=PRODUCTS * 2.0 * tokens * share * width * hidden, factors=2.0 * width**2 * hidden)
+            work += _factoring(width, UPDATE_FACTORS)
+    return work + (_rounding(decoder, tokens) if rounds else Work())
 
 
-def sensing(decoder: Decoder, samples: int, length: int) -> Work:
-    """Returns the measurement of what every cut loses, with its probes."""
-    from edgeprune.search.sensitivity import SAMPLES
-
-    tokens = min(samples, SAMPLES) * length
-    head = passing(decoder, tokens, head=True) + passing(decoder, tokens) * -1
-    return passing(decoder, tokens) * (SENSITIVITY_PASSES + PROBE_PASSES) + head * 3 + _moments(decoder, tokens)
-
-
-def _moments(decoder: Decoder, tokens: int, are_solved: bool = True) -> Work:
-    """Returns half of the moments of output projections' inputs, which is computed, and what is solved with them."""
-    widths = [width for layer in decoder.layers for width in _input_widths(layer)]
-    cubes = 2.0 * FP64 * CUBES * sum(width**3 for width in widths) if are_solved else 0.0
-    return Work(passes=cubes + tokens * sum(width**2 for width in widths))
+def _rounding(decoder: Decoder, tokens: int) -> Work:
+    """Returns the rounding of all matrices of the layers by GPTQ, on the moments of what they read."""
+    hidden, work = decoder.hidden_size, Work(weights=float(GRIDS * decoder.layer_parameters))
+    for index, layer in enumerate(decoder.layers):
+        for width, share in _inputs(layer):
+            work += Work(products=tokens * share * hidden**2)
+            work += _factoring(width, ROUNDING_FACTORS) + _factoring(hidden, ROUNDING_FACTORS)
+        shapes = (shape for shape in decoder.layer_shapes(index).values() if len(shape) == 2)
+        work += Work(products=float(sum(prod(shape) * shape[1] for shape in shapes)))
+    return work
 
 
-def _input_widths(layer: Layer) -> list[int]:
+def sensing(decoder: Decoder, samples: int, length: int, formats: int = 0) -> Work:
+    """Returns the measurement of what every cut and every one of so many formats loses, with its probes."""
+    from edgeprune.search.response import PROBE_HELD_OUT, PROBE_SAMPLES, probed_layers
+    from edgeprune.search.sensitivity import ROUNDED_SAMPLES, SAMPLES
+
+    tokens, few = min(samples, SAMPLES) * length, min(samples, ROUNDED_SAMPLES) * length
+    work = passing(decoder, tokens) * SENSITIVITY_PASSES + _moments(decoder, tokens)
+    work += Work(products=2.0 * HEAD_PASSES * tokens * decoder.vocab_size * decoder.hidden_size)
+    for layer in decoder.layers:
+        for width, _ in _inputs(layer):
+            work += _factoring(width, WIDTH_FACTORS)
+    work += (passing(decoder, few) + Work(weights=float(decoder.layer_parameters))) * formats
+    # The probes: the samples to the last layers, and what is pruned or rounded there.
+    of_probes = (min(samples // 2, PROBE_SAMPLES) + PROBE_HELD_OUT) * length
+    share = len(probed_layers(len(decoder.layers))) / len(decoder.layers)
+    work += passing(decoder, of_probes) + pruning(decoder, of_probes) * share
+    return work + (pruning(decoder, of_probes, rounds=True) * share if formats else Work())
+
+
+def _moments(decoder: Decoder, tokens: int) -> Work:
+    """Returns half of the moments of output projections' inputs, which is computed."""
+    inputs = (each for layer in decoder.layers for each in _inputs(layer))
+    return Work(products=sum(tokens * share * width**2 for width, share in inputs))
+
+
+def _factoring(width: int, count: int) -> Work:
+    return Work(factors=count * width**3 / 3)
+
+
+def _inputs(layer: Layer) -> list[tuple[int, float]]:
+    """Returns the width of each output projection's inputs, and the share of all tokens that it reads."""
     attention, mlp = layer.attention, layer.mlp
-    widths = [attention.query_size] if attention else []
-    return widths + ([mlp.intermediate_size] * (mlp.experts.num_experts if mlp.experts else 1) if mlp else [])
+    inputs = [(attention.query_size, 1.0)] if attention else []
+    if mlp and mlp.experts:
+        share = mlp.experts.num_experts_per_tok / mlp.experts.num_experts
+        return inputs + [(mlp.intermediate_size, share)] * mlp.experts.num_experts
+    return inputs + ([(mlp.intermediate_size, 1.0)] if mlp else [])
 
 
 @dataclass(frozen=True)
@@ -130,12 +180,14 @@ def samples_of(request: Request, given: UserSamples, kind: Kind, decoder: Decode
 def fitting(setup: Setup, rungs: int) -> Work:
     """Returns the work of `fit`, or of a ladder of so many rungs; without a search within the quality limit."""
     decoder, measures = setup.model.decoder, setup.engine.measures
+    formats = len(setup.weights.formats)
     samples = samples_of(setup.request, setup.samples, setup.kind, decoder)
     tokens = samples.count * samples.length
     candidates = rungs * (MEASURED_CANDIDATES if measures else 1)
-    work = generating(decoder, samples.generated * samples.length) + sensing(decoder, samples.count, samples.length)
+    work = generating(decoder, samples.generated * samples.length)
+    work += sensing(decoder, samples.count, samples.length, formats)
     work += passing(decoder, tokens) * (CHECK_PASSES if setup.precision == "fp16" else 0)
-    work += pruning(decoder, samples.pruned) * candidates
+    work += pruning(decoder, samples.pruned, rounds=formats > 0) * candidates
     # The dense model and every rung are evaluated.
     answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if setup.kind.writes_text else Work()
     work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)
@@ -147,7 +199,9 @@ def fitting(setup: Setup, rungs: int) -> Work:
 def fitting_announced(setup: Setup, rungs: int) -> str:
     """Returns the line of a run of `fit`, or of a ladder of so many rungs."""
     samples = samples_of(setup.request, setup.samples, setup.kind, setup.model.decoder)
-    return announced(fitting(setup, rungs), setup.model.decoder, samples.generated)
+    told = announced(fitting(setup, rungs), setup.model.decoder, samples.generated)
+    builds = setup.engine.builds and setup.profile.engine != "onnxruntime"
+    return told + ("; builds of engines are not in it" if builds else "")
 
 
 def _measured_seconds(setup: Setup, candidates: int) -> float:
@@ -171,7 +225,7 @@ def comparing(decoder: Decoder, samples: Samples, compensated: int, plain: int) 
     work = generating(decoder, samples.generated * samples.length) + sensing(decoder, samples.count, samples.length)
     work += pruning(decoder, samples.pruned) * compensated + evaluation * (1 + compensated + plain)
     tokens = samples.count * samples.length
-    return work + (passing(decoder, tokens) + _moments(decoder, tokens, are_solved=False)) * plain
+    return work + (passing(decoder, tokens) + _moments(decoder, tokens)) * plain
 
 
 def announced(work: Work, decoder: Decoder, samples: int) -> str:
@@ -179,40 +233,10 @@ def announced(work: Work, decoder: Decoder, samples: int) -> str:
     rates = probed(decoder, min(samples, BATCH))
     rest = f", and {work.seconds:.0f} s of measurements" if work.seconds else ""
     return (
-        f"duration: {in_words(work.at(rates))} here, estimated: {(work.passes + work.steps) / 1e12:.2g} TFLOP in "
-        f"products as were just timed ({rates.many / 1e9:.0f} GFLOP/s of many rows, {rates.few / 1e9:.0f} of few){rest}"
+        f"duration: {in_words(work.at(rates))} here, estimated: {work.flops / 1e12:.2g} TFLOP as were just timed "
+        f"({rates.passes / 1e9:.0f} GFLOP/s through a layer, {rates.factors / 1e9:.0f} of factorisations, "
+        f"{rates.steps / 1e9:.0f} of generation){rest}"
     )
-
-
-def probed(decoder: Decoder, sequences: int) -> Rates:
-    """Returns this machine's rates on matrices about as large as the model's, timed for a second at most.
-
-    sequences: that are generated at once.
-    """
-    import torch
-
-    widest = max(width for layer in decoder.layers for width in _input_widths(layer))
-    width = min(PROBE_WIDTH, max(decoder.hidden_size, widest))
-    height = min(PROBE_WIDTH, decoder.hidden_size)
-    # As many matrices as leave a processor's cache, so that few rows wait for the memory as they do in a model.
-    count = max(1, (64 << 20) // (4 * width * height))
-    weights = torch.rand(count, height, width)
-
-    def rate(rows: int, of: int) -> float:
-        inputs = torch.rand(rows, height)
-        return 2.0 * rows * height * width * _per_second(lambda turn: inputs @ weights[turn % of])
-
-    return Rates(rate(PROBE_ROWS, 1), rate(max(1, sequences), count))
-
-
-def _per_second(call: Callable[[int], object]) -> float:
-    """Returns how often a function is called in a second, after a first call that is not counted."""
-    call(0)
-    begun, calls = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - begun) < timing().probe_seconds or not calls:
-        call(calls)
-        calls += 1
-    return calls / seconds
 
 
 def in_words(seconds: float) -> str:

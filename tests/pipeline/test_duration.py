@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from edgeprune.model.decoder import Experts, Layer, Mlp
 from edgeprune.model.load import load_model
 from edgeprune.pipeline.duration import (
-    Rates,
     Samples,
     Work,
     announced,
@@ -17,12 +19,17 @@ from edgeprune.pipeline.duration import (
     generating,
     in_words,
     passing,
-    probed,
     pruning,
     sensing,
 )
 from edgeprune.pipeline.flow import working
+from edgeprune.pipeline.rates import Rates, probed
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.progress import Silent
+from edgeprune.pruning.methods import method_named
+from edgeprune.pruning.prune import prune
+from edgeprune.search.sensitivity import measure_sensitivities
+from tests.support.checkpoints import save_llama
 from tests.support.runs import home, setup_of
 
 
@@ -47,31 +54,70 @@ class Notes(Silent):
 
 
 def test_a_pass_is_two_operations_for_each_weight_and_token(decoder):
-    assert passing(decoder, 7).passes == 14 * decoder.layer_parameters
+    assert passing(decoder, 7) == Work(passes=14.0 * decoder.layer_parameters)
     head = decoder.vocab_size * decoder.hidden_size
+    assert passing(decoder, 7, head=True).products == 14.0 * head
     assert generating(decoder, 7) == Work(steps=14.0 * (decoder.layer_parameters + head))
-    assert pruning(decoder, 7).passes > 2 * passing(decoder, 7).passes  # both streams, and what is solved
+
+
+def test_of_experts_a_token_meets_its_own(decoder):
+    mlp = Mlp(intermediate_size=8, experts=Experts(num_experts=4, num_experts_per_tok=2))
+    alone = replace(decoder, layers=(Layer(attention=None, mlp=mlp),))
+    weights = 2 * 3 * 8 * decoder.hidden_size + 4 * decoder.hidden_size  # two experts of four, and the router
+    assert passing(alone, 1).passes == 2.0 * weights
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model of widths that real ones have, so that what grows with them decides its work; few layers."""
+    folder = tmp_path_factory.mktemp("wide")
+    shape = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    save_llama(folder, **shape, intermediate_size=768, num_hidden_layers=2, vocab_size=640)
+    return load_model(str(folder))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_products_of_a_pruning_are_those_that_torch_counts(wide, rounds):
+    decoder, ids = wide.decoder, torch.randint(0, 640, (8, 128))
+    widths = decoder.with_layer_widths([(3, 2, 640)] * 2)
+    target = widths.with_format(WEIGHT_FORMATS["int8"]) if rounds else widths
+    work = pruning(decoder, ids.numel(), rounds)
+    with FlopCounterMode(display=False) as counter:
+        list(prune(wide, target, ids, method_named("default"), 0))
+    assert work.passes + work.products == pytest.approx(counter.get_total_flops(), rel=0.25)
+
+
+def test_products_of_the_sensitivities_are_those_that_torch_counts(wide):
+    ids = torch.randint(0, 640, (12, 128))
+    probes = (8 + 4) * 128
+    work = sensing(wide.decoder, 16, 128) + (passing(wide.decoder, probes) + pruning(wide.decoder, probes)) * -1
+    with FlopCounterMode(display=False) as counter:
+        measure_sensitivities(wide, ids, method_named("default").score, 0)
+    assert work.passes + work.products == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
 def test_seconds_are_work_over_rates_and_the_measurements():
-    assert (Work(passes=6.0, steps=8.0, seconds=1.0) * 2 + Work(seconds=0.5)).at(Rates(many=3.0, few=4.0)) == 10.5
+    rates = Rates(passes=3.0, products=1.0, factors=2.0, steps=4.0, weights=5.0)
+    assert (Work(passes=6.0, steps=8.0, seconds=1.0) * 2 + Work(seconds=0.5)).at(rates) == 10.5
+    assert Work(products=3.0, factors=4.0, weights=10.0).at(rates) == 7.0
 
 
-def test_more_samples_methods_or_rungs_are_more_work(small, decoder, tmp_path):
+def test_more_samples_methods_formats_or_rungs_are_more_work(small, decoder, tmp_path):
     few, many = Samples(4, 32, 16, 100), Samples(8, 32, 16, 100)
-    assert comparing(decoder, few, 2, 0).passes < comparing(decoder, many, 2, 0).passes
-    assert comparing(decoder, many, 1, 1).passes < comparing(decoder, many, 2, 0).passes  # one stream, not two
-    assert sensing(decoder, 12, 16) == sensing(decoder, 99, 16)  # it takes no more of them
+    assert comparing(decoder, few, 2, 0).flops < comparing(decoder, many, 2, 0).flops
+    assert comparing(decoder, many, 1, 1).flops < comparing(decoder, many, 2, 0).flops  # one stream, not two
+    assert sensing(decoder, 24, 16) == sensing(decoder, 99, 16)  # it takes no more of them
+    assert pruning(decoder, 16).flops < pruning(decoder, 16, rounds=True).flops
+    assert sensing(decoder, 24, 16).flops < sensing(decoder, 24, 16, formats=2).flops
     setup = setup_of(small, tmp_path / "out")
-    assert fitting(setup, 1).passes < fitting(setup, 3).passes
+    assert fitting(setup, 1).flops < fitting(setup, 3).flops
     assert fitting(setup, 1).seconds > 0  # the cross-check
 
 
-def test_both_rates_are_timed(decoder):
-    rates = probed(decoder, 4)
-    assert rates.many > 1e6
-    assert rates.few > 1e6
-    assert probed(replace(decoder, hidden_size=1 << 20), 4).many > 1e6  # of a cut of so wide a model
+def test_all_rates_are_timed(decoder):
+    wide = replace(decoder, hidden_size=1 << 20)  # whose layer is too large to be made for it
+    for each in (decoder, wide):
+        assert all(rate > 1e5 for rate in asdict(probed(each, 4)).values())
 
 
 @pytest.mark.parametrize(
@@ -93,6 +139,6 @@ def test_it_is_told_at_the_start_of_a_run_with_what_it_rests_on(small, decoder, 
     with working(setup_of(small, tmp_path / "out"), "the command", progress):
         pass
     (told,) = (note for note in progress.notes if note.startswith("duration: "))
-    for part in ("about 10 s here, estimated: ", "TFLOP", "just timed", "of measurements"):
+    for part in ("about 10 s here, estimated: ", "TFLOP", "just timed", "through a layer", "of measurements"):
         assert part in told
     assert "of measurements" not in announced(comparing(decoder, Samples(4, 32, 16, 100), 2, 0), decoder, 32)
