@@ -9,7 +9,16 @@ from typing import Any
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_shape
-from edgeprune.pipeline.comparison import DENSE, FORMAT_WORDS, Comparison, Layout, Row, WidthRule, generate_samples
+from edgeprune.pipeline.comparison import (
+    DENSE,
+    FORMAT_WORDS,
+    Comparison,
+    Layout,
+    Row,
+    WidthRule,
+    compared_method,
+    generate_samples,
+)
 from edgeprune.pipeline.duration import announced, comparing, samples_of
 from edgeprune.pipeline.kind import kind_of
 from edgeprune.pipeline.request import DEMO, RATIOS, SELF, Request, check_samples, request_of
@@ -61,7 +70,7 @@ def compare(
     # The dense model first: every rise refers to it.
     layouts = list(Layout) if layout == BOTH else [Layout(layout)]
     comparison = _comparison(request, progress_of(progress), names, len(ratios) * len(layouts))
-    chosen = [comparison.method_of(name) for name in names]
+    chosen = [compared_method(name, comparison.model.decoder) for name in names]
     rows = [comparison.dense]
     first = layouts[0], ratios[0]
     for each in layouts:
@@ -103,8 +112,7 @@ def _comparison(request: Request, progress: Progress, names: Sequence[str], time
     for source in texts.sources:
         progress.note(str(source))
     samples = samples_of(request, texts, kind, shape)
-    compensated = times * sum(_compensates(name) for name in names)
-    work = comparing(shape, samples, compensated, times * len(names) - compensated)
+    work = comparing(shape, samples, [compared_method(name, shape) for name in names], times)
     progress.note(announced(work, shape, samples.generated))
     held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)
     count = GENERATED if own else request.samples + held_out
@@ -113,14 +121,6 @@ def _comparison(request: Request, progress: Progress, names: Sequence[str], time
     fed = drawn[:, : shape.most_fed]
     ids, generated = (torch.from_numpy(texts.calibration), fed) if own else (fed[: request.samples], None)
     return Comparison(model, ids, generated, evaluation, max(length, LENGTH), request.seed, progress)
-
-
-def _compensates(name: str) -> bool:
-    """Returns whether a method refits the kept weights; a weight format by itself does so too."""
-    from edgeprune.pruning.methods import DEFAULT, METHODS, Recovery
-
-    known = name if name in METHODS else name.rpartition("+")[0] or DEFAULT
-    return METHODS[known].recovery is Recovery.LEAST_SQUARES
 
 
 def _numbers(given: str | float | Sequence[float]) -> list[float]:

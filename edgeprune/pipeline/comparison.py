@@ -101,6 +101,22 @@ class ComparedMethod:
     prunes: bool = True
 
 
+def compared_method(name: str, decoder: Decoder) -> ComparedMethod:
+    """Returns the method of a name: of the table of methods, a weight format, or both with a plus between.
+
+    Raises InputError for an unknown name, and for groups that do not divide the decoder's sizes.
+    """
+    from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
+
+    before, _, last = name.rpartition("+")
+    if name in METHODS or last not in FORMAT_WORDS:
+        return ComparedMethod(name, method_named(name))
+    for form in (WEIGHT_FORMATS[word] for word in FORMAT_WORDS[last]):
+        if divides(form, decoder):
+            return ComparedMethod(name, method_named(before or DEFAULT), form, prunes=bool(before))
+    raise InputError(f"the groups of {last} do not divide this model's sizes", "Compare int8.")
+
+
 @dataclass
 class TimedStream:
     """A stream that adds up the seconds its consumer waits for it."""
@@ -137,21 +153,6 @@ class Comparison:
     progress: Progress
     losses: dict[tuple[str, str, str], dict[str, Losses]] = field(default_factory=dict)
 
-    def method_of(self, name: str) -> ComparedMethod:
-        """Returns the method of a name: of the table of methods, a weight format, or both with a plus between.
-
-        Raises InputError for an unknown name, and for groups that do not divide the model's sizes.
-        """
-        from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
-
-        before, _, last = name.rpartition("+")
-        if name in METHODS or last not in FORMAT_WORDS:
-            return ComparedMethod(name, method_named(name))
-        for form in (WEIGHT_FORMATS[word] for word in FORMAT_WORDS[last]):
-            if divides(form, self.model.decoder):
-                return ComparedMethod(name, method_named(before or DEFAULT), form, prunes=bool(before))
-        raise InputError(f"the groups of {last} do not divide this model's sizes", "Compare int8.")
-
     @functools.cached_property
     def sensitivities(self) -> Sensitivities:
         from edgeprune.pruning.methods import DEFAULT
@@ -177,7 +178,7 @@ class Comparison:
 
         A weight format by itself prunes nothing, whatever the ratio. Raises InputError.
         """
-        compared, target = self.method_of(name), self.model.decoder
+        compared, target = compared_method(name, self.model.decoder), self.model.decoder
         if compared.prunes:
             group = 1 if compared.form is None else compared.form.group or 1
             target = self.target(wanted, layout, allocation, math.lcm(CHANNEL_MULTIPLE, group))
@@ -190,7 +191,7 @@ class Comparison:
         from edgeprune.evaluate.perplexity import text_losses
         from edgeprune.pruning.prune import prune, result_of
 
-        method = self.method_of(name).method
+        method = compared_method(name, self.model.decoder).method
         layers = len(self.model.decoder.layers)
         advance = self.progress.stage(f"{name} at {100 * wanted:g} %, {layout}", 2 * layers)
         fell_back: list[bool] = []  # of each module, as it is pruned

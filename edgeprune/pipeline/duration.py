@@ -17,7 +17,10 @@ from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgeprune.model.decoder import Layer
+    from edgeprune.pipeline.comparison import ComparedMethod
     from edgeprune.pipeline.kind import Kind
     from edgeprune.pipeline.request import Request
     from edgeprune.pipeline.samples import UserSamples
@@ -218,14 +221,23 @@ def _measured_seconds(setup: Setup, candidates: int) -> float:
     return durations.measure_seconds * (1 + candidates) + durations.survey_seconds * len(points)
 
 
-def comparing(decoder: Decoder, samples: Samples, compensated: int, plain: int) -> Work:
-    """Returns the work of a comparison beside the dense model: so many rows whose kept weights are refitted, on the
-    model's own samples too, and so many with one stream alone."""
+def comparing(decoder: Decoder, samples: Samples, methods: Sequence[ComparedMethod], times: int) -> Work:
+    """Returns the work of a comparison beside the dense model, of so many rows of each method.
+
+    A method that refits the kept weights reads the model's own samples too; another one has one stream alone.
+    """
+    from edgeprune.pruning.methods import Recovery
+
     evaluation = passing(decoder, samples.evaluated, head=True)
-    work = generating(decoder, samples.generated * samples.length) + sensing(decoder, samples.count, samples.length)
-    work += pruning(decoder, samples.pruned) * compensated + evaluation * (1 + compensated + plain)
     tokens = samples.count * samples.length
-    return work + (passing(decoder, tokens) + _moments(decoder, tokens)) * plain
+    work = generating(decoder, samples.generated * samples.length) + sensing(decoder, samples.count, samples.length)
+    work += evaluation
+    for compared in methods:
+        one = passing(decoder, tokens) + _moments(decoder, tokens)
+        if compared.method.recovery is Recovery.LEAST_SQUARES:
+            one = pruning(decoder, samples.pruned, rounds=compared.form is not None)
+        work += (one + evaluation) * times
+    return work
 
 
 def announced(work: Work, decoder: Decoder, samples: int) -> str:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.model.decoder import Experts, Layer, Mlp
 from edgeprune.model.load import load_model
+from edgeprune.pipeline.comparison import compared_method
 from edgeprune.pipeline.duration import (
     Samples,
     Work,
@@ -104,8 +105,10 @@ def test_seconds_are_work_over_rates_and_the_measurements():
 
 def test_more_samples_methods_formats_or_rungs_are_more_work(small, decoder, tmp_path):
     few, many = Samples(4, 32, 16, 100), Samples(8, 32, 16, 100)
-    assert comparing(decoder, few, 2, 0).flops < comparing(decoder, many, 2, 0).flops
-    assert comparing(decoder, many, 1, 1).flops < comparing(decoder, many, 2, 0).flops  # one stream, not two
+    whole, plain, rounded = (compared_method(name, decoder) for name in ("default", "wanda", "default+int8"))
+    assert comparing(decoder, few, [whole], 2).flops < comparing(decoder, many, [whole], 2).flops
+    for less, more in ((plain, whole), (whole, rounded)):  # one stream, not two; and what is rounded as well
+        assert comparing(decoder, many, [less], 2).flops < comparing(decoder, many, [more], 2).flops
     assert sensing(decoder, 24, 16) == sensing(decoder, 99, 16)  # it takes no more of them
     assert pruning(decoder, 16).flops < pruning(decoder, 16, rounds=True).flops
     assert sensing(decoder, 24, 16).flops < sensing(decoder, 24, 16, formats=2).flops
@@ -141,4 +144,4 @@ def test_it_is_told_at_the_start_of_a_run_with_what_it_rests_on(small, decoder, 
     (told,) = (note for note in progress.notes if note.startswith("duration: "))
     for part in ("about 10 s here, estimated: ", "TFLOP", "just timed", "through a layer", "of measurements"):
         assert part in told
-    assert "of measurements" not in announced(comparing(decoder, Samples(4, 32, 16, 100), 2, 0), decoder, 32)
+    assert "of measurements" not in announced(comparing(decoder, Samples(4, 32, 16, 100), [], 1), decoder, 32)
