@@ -17,6 +17,8 @@ from edgeprune.pipeline.documents import Document
 
 GENERATED = 32  # samples of the model's own beside the user's, however many those are
 HELD_OUT_EVERY = 5  # one document of so many is held out for evaluation
+HELD_OUT_TOKENS = 1 << 16  # of those, to evaluate on: more take long and narrow an interval little
+HELD_OUT_LEAST = 16  # documents, however long: an interval is that of documents
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
@@ -56,6 +58,18 @@ def hold_out(documents: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]
     count = max(1, len(documents) // HELD_OUT_EVERY)
     mixed = shuffled(documents, seed)
     return mixed[count:], mixed[:count]
+
+
+def enough_held_out(documents: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Returns the first of the held-out documents (tokens,), as many as there are tokens to evaluate on."""
+    taken: list[np.ndarray] = []
+    tokens = 0
+    for document in documents:
+        if tokens >= HELD_OUT_TOKENS and len(taken) >= HELD_OUT_LEAST:
+            break
+        taken.append(document)
+        tokens += len(document)
+    return taken
 
 
 def pack(documents: Iterable[np.ndarray], samples: int, length: int, separator: int | None) -> np.ndarray:

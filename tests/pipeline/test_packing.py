@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edgeprune.errors import InputError
 from edgeprune.pipeline.chats import Chat
-from edgeprune.pipeline.packing import hold_out, pack, tokenize
+from edgeprune.pipeline.packing import HELD_OUT_LEAST, HELD_OUT_TOKENS, enough_held_out, hold_out, pack, tokenize
 
 
 class WordTokenizerDouble:
@@ -81,3 +81,14 @@ def test_packing_joins_cuts_and_counts_what_is_missing(sizes, samples, length):
         joined = np.concatenate([[*document, 0] for document in documents])
         assert rows.shape == (samples, length)
         assert np.array_equal(rows.ravel(), joined[:needed])
+
+
+@given(st.lists(st.integers(0, HELD_OUT_TOKENS), max_size=4 * HELD_OUT_LEAST))
+def test_documents_are_evaluated_until_they_have_enough_tokens_and_are_enough(lengths):
+    documents = [np.zeros(length, np.int64) for length in lengths]
+    taken = enough_held_out(iter(documents))
+    assert all(one is other for one, other in zip(taken, documents, strict=False))
+    if len(taken) < len(documents):
+        assert len(taken) >= HELD_OUT_LEAST
+        assert sum(map(len, taken)) >= HELD_OUT_TOKENS
+        assert len(taken) == HELD_OUT_LEAST or sum(map(len, taken[:-1])) < HELD_OUT_TOKENS

@@ -12,6 +12,7 @@ import pytest
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.pipeline import packing
 from edgeprune.pipeline.request import request_of
 from edgeprune.pipeline.samples import UserSamples, pack_texts, read_texts, samples_hash
 from tests.support.runs import home
@@ -47,6 +48,14 @@ def test_one_text_in_five_is_held_out_and_not_calibrated_on(model, notes):
     assert not [text for text in texts if text[:30] in packed]
     again = pack_texts(request, model, *read_texts(request), 24)
     assert samples_hash(again) == samples_hash(samples)
+
+
+def test_of_many_held_out_texts_some_are_evaluated_on_and_the_source_tells(model, notes, monkeypatch):
+    monkeypatch.setattr(packing, "HELD_OUT_TOKENS", 1)
+    monkeypatch.setattr(packing, "HELD_OUT_LEAST", 1)
+    samples = pack_texts(request := request_of(calibration=notes, samples=4), model, *read_texts(request), 24)
+    assert len(samples.evaluation["notes (held out)"]) == 1
+    assert "; 1 document (of 2: --evaluate takes all of a text) of " in samples.sources[0].taken
 
 
 def test_where_a_text_to_evaluate_on_is_given_all_others_calibrate(model, notes, tmp_path):
