@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from edgeprune.cli import options
-from edgeprune.cli.options import DEVICE, takes
+from edgeprune.cli.ending import shown_progress
+from edgeprune.cli.options import DEVICE, PATH, takes
 from edgeprune.cli.streams import console, show
+from edgeprune.errors import InputError
 
 
 def devices(
@@ -65,8 +68,44 @@ def plan(
         print_plans(plans, console())
 
 
-def doctor(json_: options.Json = False) -> None:
-    """Show which engines can build and run on this machine, and what to install for the others."""
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Check every part of the way to a figure on this machine, in two minutes.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ssh://USER@HOST[:PORT]",
+            help="Check a device in the same way: before all else.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The profile to check against. Default: that of the GPU there.", rich_help_panel=DEVICE
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="A profile of your own, in the place of --device.", rich_help_panel=DEVICE, **PATH),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|SIZE",
+            help="What is to run there: is there room for it? A config.json, a model, or 6GiB.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None,
+    json_: options.Json = False,
+) -> None:
+    """Show which engines build and run here; with --deep or --target, check every part of a device."""
+    if deep or target is not None:
+        _check_up(target, device, profile, model, json_)
+    asked = {"--device": device, "--profile": profile, "--model": model}
+    if names := [name for name, value in asked.items() if value is not None]:
+        raise InputError(f"{names[0]} is given without --deep or --target", "Add --deep for this machine, or --target.")
     from edgeprune.cli.tables import print_doctor
     from edgeprune.commands.doctor import examine
 
@@ -75,6 +114,20 @@ def doctor(json_: options.Json = False) -> None:
         show(json.dumps([finding.as_json() for finding in findings], indent=2))
     else:
         print_doctor(findings, console())
+
+
+def _check_up(target: str | None, device: str | None, profile: Path | None, model: str | None, json_: bool) -> NoReturn:
+    """Prints what a device passed and what not. Exit code 0: nothing failed, else 1."""
+    from edgeprune.cli.tables import print_checkup
+    from edgeprune.commands.checkup import as_json, checkup
+
+    with shown_progress() as progress:
+        result = checkup(target=target, device=device, profile=profile, model=model, progress=progress)
+    if json_:
+        show(json.dumps(as_json(result), indent=2, allow_nan=False))
+    else:
+        print_checkup(result, console())
+    raise typer.Exit(1 if result.count("failed") else 0)
 
 
 def report(bundle: options.Bundle) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from edgeprune.commands.doctor import Finding
     from edgeprune.commands.plan import Plan
+    from edgeprune.engine.checkup import Checkup
     from edgeprune.profiles import DeviceProfile
 
 
@@ -75,6 +76,28 @@ def print_doctor(findings: Sequence[Finding], console: Console) -> None:
         (styled("yes", "green") if f.usable else styled("no", "yellow"), f.name, f.detail, f.remedy) for f in findings
     ]
     console.print(table(("", "what", "detail", "to get it"), rows, whole=("", "what")))
+
+
+_STATES = {"passed": ("passed", "green"), "failed": ("failed", "red"), "not applicable": ("–", "dim")}
+
+
+def print_checkup(checkup: Checkup, console: Console) -> None:
+    """Prints a line for each check: passed with what was found, failed with what to do, or why it does not apply."""
+    rows = [
+        (
+            styled(*_STATES[check.state]),
+            check.name,
+            f"{check.detail}\n→ {check.remedy}" if check.remedy else check.detail,
+        )
+        for check in checkup.checks
+    ]
+    console.print(table(("", "check", checkup.where), rows, whole=("", "check")))
+    console.print()
+    counts = [f"{checkup.count(state)} {state}" for state in _STATES if checkup.count(state)]
+    style = "red" if checkup.count("failed") else "green"
+    console.print(styled(f"{', '.join(counts)}, in {checkup.seconds:.0f} s.", style))
+    if checkup.count("failed"):
+        console.print("--json gives all of it for a report: no names of users are in it.", markup=False)
 
 
 def print_methods(console: Console) -> None:

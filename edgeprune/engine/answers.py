@@ -30,6 +30,7 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 Amount = Annotated[float, Field(ge=0, le=1e18)]
 Latency = Annotated[float, Field(ge=1e-6, le=1e9)]  # ms, or a ratio of two; the reciprocal is finite too
+Milliseconds = Annotated[float, Field(ge=-1e9, le=1e9)]  # as a clock gives them, which may be wrong
 Seconds = Annotated[float, Field(ge=1e-9, le=1e6)]
 _MODULES = {"numpy", *(runtime.module for runtime in RUNTIMES.values())}
 
@@ -222,7 +223,57 @@ class Weights(Message):
     weights: Bytes
 
 
+class State(Message):
+    folder: Text
+    free: Bytes
+    gpu_free: Bytes | None
+    conditions: Named
+
+
+class CacheBuffers(Message):
+    buffers: Annotated[int, Field(ge=1, le=1 << 20)]
+    written: Annotated[int, Field(ge=0, le=1 << 20)]
+    kept: Annotated[int, Field(ge=0, le=1 << 20)]
+
+
+class Clock(Message):
+    one: Milliseconds
+    least: Milliseconds
+    sum: Milliseconds
+    many: Milliseconds
+    host: Milliseconds
+
+
+class Capture(Message):
+    captured: bool
+    layer: Text
+    error: Annotated[float, Field(ge=0, le=1e300)] | None
+
+    @model_validator(mode="after")
+    def _compared(self) -> Capture:
+        if self.captured == (self.error is None):
+            raise ValueError("a replay has an error, and nothing else has")
+        return self
+
+
+class MemoryInUse(Message):
+    before: Bytes | None
+    after: Bytes | None
+    activations: Bytes
+    cache: Bytes
+    buffers: Bytes
+    ballast: Bytes
+
+
 _PROBES: dict[str, type[Message]] = {"inspect": Processor, "time": Probe, "build": Weights}
+_CHECKUPS: dict[str, type[Message]] = {
+    "state": State,
+    "cache": CacheBuffers,
+    "clock": Clock,
+    "capture": Capture,
+    "memory": MemoryInUse,
+}
+_STEPS = {"probe": _PROBES, "checkup": _CHECKUPS}
 _TASKS: dict[str, type[Message]] = {
     "describe": Description,
     "build": Build,
@@ -255,7 +306,8 @@ def read_answer(request: dict[str, Any], answer: Any, where: str) -> dict[str, A
 
     request: as ondevice.tasks takes it; where: the device in words.
     """
-    kind = _PROBES[request["step"]] if request["do"] == "probe" else _TASKS.get(request["do"])
+    steps = _STEPS.get(request["do"])
+    kind = steps[request["step"]] if steps else _TASKS.get(request["do"])
     if request["do"] == "measure":
         kind = Latencies if request["engine"] == "onnxruntime" else OnGpu
     message = read_message(kind, answer, where)

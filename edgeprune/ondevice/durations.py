@@ -32,6 +32,8 @@ class Timing:
     answer_seconds: float = 600.0  # of an answer that takes no work, whatever signs of life there are
     grace_seconds: float = 60.0  # that a task may take longer than its own limit, which the device keeps
     leave_seconds: float = 10.0  # in which a process that is to end may end by itself
+    check_seconds: float = 120.0  # of each check of `doctor --deep`, at most
+    checkup_seconds: float = 600.0  # of all of them together, after which no further one begins
     fresh_seconds: float = 60.0  # after a file or folder was made on the device, in which no other run removes it
 
 

@@ -74,7 +74,7 @@ def on_onnxruntime(
     checked = {}
     if reference is not None:
         files = {"graph": str(candidate), "reference": str(reference)}
-        checked = _check(session, "onnxruntime", files, precision, candidate.name, on_progress)
+        checked = check_logits(session, "onnxruntime", files, precision, candidate.name, on_progress)
     # Time the candidate, in turn with the dense model where there is one.
     graphs = {"candidate": candidate} if dense is None else {"dense": dense, "candidate": candidate}
     latency = _latency(session, graphs, workload, seconds, on_progress)
@@ -192,7 +192,7 @@ def on_tensorrt(
     """
     # Check the logits before anything is timed.
     files = {"plan": str(plan), "reference": str(reference)}
-    checked = _check(session, flavour, files, precision, plan.name, on_progress)
+    checked = check_logits(session, flavour, files, precision, plan.name, on_progress)
     # Time the engine, and split the memory that it took by its source.
     measurement = _timed(session, flavour, plan, workload, seconds or timing().measure_seconds, on_progress)
     device, memory = measurement["device"], measurement["memory"]
@@ -236,7 +236,7 @@ def _timed(
     return session.run(request, MEASURE_SECONDS, on_progress)
 
 
-def _check(
+def check_logits(
     session: Session, engine: str, files: dict[str, str], precision: str, name: str, on_progress: OnProgress
 ) -> dict[str, str]:
     """Returns the agreement of an engine's logits with its reference in words. Raises WrongEngine."""
@@ -260,10 +260,8 @@ def _latency(
     return session.run(request, MEASURE_SECONDS, on_progress)
 
 
-def _process_memory(
-    session: Session, graph: Path, workload: Workload, counted: Counted, device: str, on_progress: OnProgress
-) -> Memory:
-    """Measures a fresh process with the graph; its bytes beyond the known ones and the runtime are activations."""
+def process_memory(session: Session, graph: Path, workload: Workload, on_progress: OnProgress) -> dict[str, int]:
+    """Returns the bytes of a fresh process in ONNX Runtime as the task answers them: `baseline` and `peak`."""
     request = {
         "task": "the measurement of memory",
         "do": "memory",
@@ -271,7 +269,14 @@ def _process_memory(
         "workload": asdict(workload),
         "files": {"candidate": str(graph)},
     }
-    process = session.run(request, MEASURE_SECONDS, on_progress)
+    return session.run(request, MEASURE_SECONDS, on_progress)
+
+
+def _process_memory(
+    session: Session, graph: Path, workload: Workload, counted: Counted, device: str, on_progress: OnProgress
+) -> Memory:
+    """Measures a fresh process with the graph; its bytes beyond the known ones and the runtime are activations."""
+    process = process_memory(session, graph, workload, on_progress)
     known = counted.weights + counted.cache + counted.buffers
     activations = max(0, process["peak"] - process["baseline"] - known)
 

@@ -49,9 +49,14 @@ class GraphRunner:
         }
 
     @property
+    def buffers(self) -> list[np.ndarray]:
+        """Returns the cache, (batch, num_key_value_heads, capacity, head_dim) for each key and value of a layer."""
+        return list(self._cache.values())
+
+    @property
     def cache_bytes(self) -> int:
         """Returns the bytes of the cache of all its sequences."""
-        return sum(buffer.nbytes for buffer in self._cache.values())
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def reset(self, past: int = 0) -> None:
         """Continues as if `past` tokens were in the cache, whatever it holds."""

@@ -40,8 +40,13 @@ def write_reference(runner: StepRunner, ids: np.ndarray, path: Path) -> None:
     ids = ids[None, : min(len(ids), runner.capacity, PROMPT + STEPS)]  # (1, tokens)
     # (1, vocabulary) for each position that is kept
     logits = list(_logits(runner, ids, max(1, ids.shape[1] - STEPS)))
+    save_reference(ids, np.concatenate(logits), path)
+
+
+def save_reference(ids: np.ndarray, logits: np.ndarray, path: Path) -> None:
+    """Writes ids (1, tokens) and the logits (steps, vocabulary) after the last `steps` of them."""
     with path.open("wb") as file:
-        np.savez(file, ids=ids, logits=np.concatenate(logits).astype(np.float32))
+        np.savez(file, ids=ids, logits=logits.astype(np.float32))
 
 
 def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ class Runtime:
     module: str  # that Python imports
     package: str  # that pip installs
     extra: str  # of edgeprune that brings it; empty: edgeprune always does
+    least: str  # the oldest version that is known to work
     on_gpu: bool
     builds_ahead: bool = False  # engines for GPUs that are not there
     on_device: str = ""  # how it is installed on a device where pip is not the way
@@ -35,11 +36,12 @@ RUNTIMES: dict[str, Runtime] = {
         "tensorrt",
         "tensorrt",
         "tensorrt",
+        "10.3",
         on_gpu=True,
         on_device="it comes with JetPack (sudo apt install tensorrt python3-libnvinfer)",
     ),
-    "tensorrt-rtx": Runtime("tensorrt_rtx", "tensorrt-rtx", "rtx", on_gpu=True, builds_ahead=True),
-    "onnxruntime": Runtime("onnxruntime", "onnxruntime", "", on_gpu=False),
+    "tensorrt-rtx": Runtime("tensorrt_rtx", "tensorrt-rtx", "rtx", "1.2", on_gpu=True, builds_ahead=True),
+    "onnxruntime": Runtime("onnxruntime", "onnxruntime", "", "1.32", on_gpu=False),
 }
 GPU_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.on_gpu)
 

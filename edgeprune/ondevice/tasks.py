@@ -128,6 +128,12 @@ def _probe(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     return probe_tasks.answer(request, on_progress)
 
 
+def _checkup(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    from edgeprune.ondevice import checkup
+
+    return checkup.answer(request, on_progress)
+
+
 _WORK = {
     "describe": _describe,
     "build": _build,
@@ -135,6 +141,7 @@ _WORK = {
     "measure": _measure,
     "memory": _memory,
     "probe": _probe,
+    "checkup": _checkup,
 }
 
 

@@ -166,6 +166,10 @@ class EngineRunner:
             self.step()
             self.past += ids[:, part].shape[1]
             self._exchange()
+        return self.last_logits()
+
+    def last_logits(self) -> np.ndarray:
+        """Returns the logits (batch, vocabulary) of the last step, once it has ended."""
         self.cuda.download(self._logits, self._address["logits"])
         return self._logits[:, -1].copy()
 

@@ -89,6 +89,17 @@ TRUE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "conditions": CONDITIONS,
         },
     ),
+    "state": (
+        {"do": "checkup", "step": "state"},
+        {"folder": "/cache", "free": 1 << 30, "gpu_free": None, "conditions": CONDITIONS},
+    ),
+    "cache": ({"do": "checkup", "step": "cache"}, {"buffers": 4, "written": 4, "kept": 4}),
+    "clock": ({"do": "checkup", "step": "clock"}, {"one": 2.0, "least": 1.9, "sum": 40.0, "many": 16.0, "host": 41.0}),
+    "capture": ({"do": "checkup", "step": "capture"}, {"captured": True, "layer": "cuda-python 12.6", "error": 0.0}),
+    "memory in use": (
+        {"do": "checkup", "step": "memory"},
+        {"before": 1000, "after": 5000, "activations": 100, "cache": 200, "buffers": 10, "ballast": 2000},
+    ),
 }
 """A request, as far as its answer depends on it, and its true answer, by name."""
 ESCAPES = "\x1b[2J\x1b]0;gone\x07\u202e"

@@ -7,8 +7,10 @@ Work on a stream waits in a queue until somebody waits for it, so that reading t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -89,6 +91,8 @@ class Device:
         self.clock_ms = self.host_ms = 0.0
         self.launch_ms, self.replay_ms = 0.5, 0.01  # what the host needs to put a step, a replay on a stream
         self.capturable = True
+        self.takes_time = False  # work then lasts as long on the host's clock as on the device's
+        self.ledger: Path | None = None  # a file of the MiB in use, as a double of nvidia-smi reads them
         self.dequantised: set[int] = set()  # ONNX types of weights that the builder copies into halves at each step
         self._next, self._dead = FIRST_ADDRESS, ""
         self._under_way: list[tuple[int, bytes]] = []  # copies to the device that returned already
@@ -143,6 +147,8 @@ class Device:
         address = self._next
         self._next += -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
         self.allocations[address] = Allocation(address, np.full(size, 0xFF, np.uint8), owner)
+        if self.ledger is not None:
+            self.ledger.write_text(str(-(-self.used // 2**20)))
         return address
 
     def free(self, address: int) -> None:
@@ -235,6 +241,8 @@ class Device:
         while stream.queue:
             work = stream.queue.pop(0)
             self.clock_ms += work.ms
+            if self.takes_time:
+                time.sleep(work.ms / 1e3)
             try:
                 work.run()
             except Fault as fault:
