@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print. Exit codes: 0 budget met, 2 bad input, 3 out of
-reach, 4 engine or device failed, 130 interrupted, 141 nobody reads its output, 1 a bug."""
+reach, 4 engine or device failed, 130 interrupted, 141 nobody reads its output, 1 a bug, or a check of
+doctor that failed."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         inspect.plan,
         ("edgeprune plan ./my-model/config.json", "edgeprune plan ./my-model --device jetson-orin --weights int4"),
     ),
-    (LEARN, inspect.doctor, ("edgeprune doctor",)),
+    (LEARN, inspect.doctor, ("edgeprune doctor", "edgeprune doctor --target ssh://me@orin", "edgeprune doctor --deep")),
     (
         MAKE,
         fit.measure,
