@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from edgeprune.engine.build_memory import build_limit, build_memory
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.ondevice.budget import Limit, in_parts
 from edgeprune.ondevice.figures import figure_to_json
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.results import Fitted
 
 
@@ -24,6 +26,7 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
     first = rungs[0]
     setup = first.setup
     deployed = (setup.profile, setup.workload, setup.precision)
+    on_gpu = RUNTIMES[setup.profile.engine].on_gpu
     absolute = setup.budget.absolute(first.dense).limits
     return {
         "device": setup.profile.name,
@@ -36,11 +39,13 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
             name: {"value": absolute[name], "asked": _asked(name, limit, first)}
             for name, limit in setup.budget.limits.items()
         },
+        "build_memory": build_limit(setup.profile),
         "runtime": figure_to_json(estimate_performance(setup.model.decoder, *deployed).memory.runtime),
         "rungs": [
             {
                 "counted": dict(counted(rung.chosen.model.decoder, setup.precision, setup.workload).__dict__),
                 "workspace_bytes": workspace_bytes(rung.chosen.model.decoder, *deployed),
+                "build_bytes": int(build_memory(rung.chosen.model.decoder, *deployed).total) if on_gpu else None,
             }
             for rung in rungs
         ],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.commands.result import Result
+from edgeprune.engine.build_memory import build_limit, build_memory, note_of_build
 from edgeprune.engine.estimate import (
     bytes_per_token,
     check_precision,
@@ -27,7 +28,9 @@ from edgeprune.files import at_home
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_outline
+from edgeprune.ondevice.build_room import can_build
 from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.formats import FLOAT, weight_choice
 from edgeprune.precision import GraphPrecision
 from edgeprune.profiles import DeviceProfile, list_profiles, profile_of, with_tensorrt
@@ -56,7 +59,8 @@ class Plan:
     """One model's shape on one device.
 
     weights: the name of the format of its layers' matrices; decode_parts: ms by layers, head, cache, cache_copies,
-    compute, overhead; decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the
+    compute, overhead; build_bytes: that building the engine takes, None for an engine that builds none;
+    decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the
     points does.
     """
 
@@ -67,6 +71,7 @@ class Plan:
     weights: str
     workload: Workload
     performance: Performance
+    build_bytes: float | None
     decode_parts: dict[str, float]
     decode_in_place_ms: float
     notes: tuple[str, ...]
@@ -78,6 +83,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.performance.memory.total <= self.profile.available_bytes
+
+    @property
+    def builds(self) -> bool | None:
+        """Returns whether the device has the memory to build the engine; None where no profile tells."""
+        limit = build_limit(self.profile)
+        return None if self.build_bytes is None or limit is None else can_build(self.build_bytes, limit)
 
     @property
     def work(self) -> dict[str, float]:
@@ -111,6 +122,9 @@ class Plan:
             "memory_bytes": sum(memory_bytes.values()),
             "available_bytes": int(self.profile.available_bytes),
             "fits": self.fits,
+            "build_bytes": None if self.build_bytes is None else ceil(self.build_bytes),
+            "build_available_bytes": None if self.builds is None else build_limit(self.profile),
+            "builds": self.builds,
             "prefill_ms": performance.prefill.value,
             "decode_ms": performance.decode.value,
             "decode_in_place_ms": self.decode_in_place_ms,
@@ -188,6 +202,8 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
     asked = _workload(question, profile, decoder)
     held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
     performance = estimate_performance(decoder, profile, asked, precision)
+    on_gpu = RUNTIMES[profile.engine].on_gpu
+    note = note_of_build(decoder, profile, held, precision) if on_gpu else None
     return Plan(
         model,
         decoder,
@@ -196,9 +212,10 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
         formats[0].name if formats[0] else FLOAT,
         asked,
         replace(performance, memory=estimate_memory(decoder, profile, held, precision)),
+        build_memory(decoder, profile, held, precision).total if on_gpu else None,
         decode_parts(decoder, profile, asked, precision),
         sum(decode_parts(decoder, profile, asked, precision, in_place=True).values()),
-        (*left_out, *_notes(decoder, held)),
+        (*left_out, *_notes(decoder, held), *([note] if note else [])),
     )
 
 

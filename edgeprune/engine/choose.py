@@ -55,8 +55,10 @@ def choose_engine(
             f"the engine {asked} is not usable here: {why}",
             f"Install it with `{RUNTIMES[asked].install_here}`, or leave --engine out to estimate.",
         )
-    if available and (gpu := measure.describe(ThisMachine(), quiet)["gpu"]) and gpu["sm"] == profile.sm:
-        return TensorRT(*setting, reason=f"this machine has a {gpu['name']} and {why}", name=profile.engine)
+    described = measure.describe(ThisMachine(), quiet) if available else {"gpu": None}
+    if (gpu := described["gpu"]) and gpu["sm"] == profile.sm:
+        reason = f"this machine has a {gpu['name']} and {why}"
+        return TensorRT(*setting, reason=reason, name=profile.engine, state=described["memory"])
     return _without_gpu(setting, available, why)
 
 
@@ -116,7 +118,7 @@ def _on_target(
     reason = f"{target} is a {described['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
     if flavour == "tensorrt" and profile.tensorrt is not None and not is_version_asked:
         setting = (with_tensorrt(profile, version), *setting[1:])
-    return TensorRT(*setting, reason=reason, name=flavour, session=target)
+    return TensorRT(*setting, reason=reason, name=flavour, session=target, state=described["memory"], where=str(target))
 
 
 def _require(target: Session, described: dict[str, Any], engine: str) -> None:

@@ -5,18 +5,21 @@ They do not know the budget, nor which candidates there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from edgeprune.engine.answers import ThisMachine
+from edgeprune.engine.build_memory import BuildMemory, build_limit, build_memory, note_of_build
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
 from edgeprune.engine.onnx.data import largest_matrix_bytes
-from edgeprune.engine.onnx.graph import GraphVariant
+from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes
 from edgeprune.errors import EngineError
 from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
-from edgeprune.ondevice import measure
+from edgeprune.ondevice import machine, measure
+from edgeprune.ondevice.budget import format_bytes
+from edgeprune.ondevice.build_room import build_room, check_build, workspace_within
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Estimate, Figure, Performance, Workload
 from edgeprune.ondevice.measure import Session
@@ -65,6 +68,9 @@ class Compiling(Engine, Protocol):
     def context_bytes(self, model: Exported, workload: Workload, on_progress: OnProgress) -> float | None:
         """Returns the activations and scratch memory of a model's engine; None where a build that is only a check
         fails. Raises EngineError."""
+
+    def check_build(self, decoder: Decoder) -> None:
+        """Raises EngineError where a model's engine cannot be built for lack of memory."""
 
 
 class Measuring(Engine, Protocol):
@@ -128,7 +134,11 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class TensorRT:
-    """TensorRT on the GPU itself, of this machine or behind a session, which builds, checks and measures candidates."""
+    """TensorRT on the GPU itself, of this machine or behind a session, which builds, checks and measures candidates.
+
+    state: the device's memory when it was chosen, as machine.memory_state tells it; empty where it is unknown. where:
+    the device in words.
+    """
 
     profile: DeviceProfile
     workload: Workload
@@ -136,6 +146,8 @@ class TensorRT:
     reason: str
     name: str
     session: Session = ThisMachine()
+    state: dict[str, int] = field(default_factory=dict)
+    where: str = "this machine"
     builds: bool = True
     measures: bool = True
     compiles: bool = True
@@ -189,10 +201,24 @@ class TensorRT:
                 latencies.setdefault(kind, {})[name] = milliseconds
         return latencies
 
+    def check_build(self, decoder: Decoder) -> None:
+        """Raises EngineError where building a model's engine takes more memory than the device has for it."""
+        self._need(decoder, self.workload)
+
+    def _need(self, decoder: Decoder, workload: Workload) -> tuple[BuildMemory, int | None]:
+        """Returns the memory that a build needs, and the device's room for it. Raises EngineError for too little."""
+        need = build_memory(decoder, self.profile, workload, self.precision)
+        room = build_room(self.state, build_limit(self.profile))
+        check_build(need.total, room, self.where, _engine_of(decoder, self.profile, workload, self.precision))
+        return need, room
+
     def _built(self, model: Exported, workload: Workload, on_progress: OnProgress) -> tuple[Path, BuildResult]:
         """Returns the file of a model's engine, which it builds, and the builder's figures. Raises EngineError."""
+        need, room = self._need(model.decoder, workload)
         graph, plan = model.graphs / GraphVariant(self.profile.dialect, "last").filename, _plan(model, self.profile)
         workspace = workspace_bytes(model.decoder, self.profile, workload, self.precision)
+        if self.profile.memory_shared_with_system:
+            workspace = workspace_within(workspace, need.total, room)
         return plan, measure.build(
             self.session, self.name, graph, plan, workload, on_progress, workspace_bytes=workspace
         )
@@ -220,7 +246,8 @@ class BuiltAhead:
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
     ) -> Performance:
         """Returns the estimated performance of a candidate, with the memory of its engine where that can be built."""
-        estimated = estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
+        setting = (self.profile, self.workload, self.precision)
+        estimated = _with_note_of_build(estimate_performance(candidate.decoder, *setting), candidate.decoder, *setting)
         try:
             result = self._built(candidate, self.workload, on_progress)
         except EngineError as error:
@@ -243,6 +270,17 @@ class BuiltAhead:
                 raise
             return None
 
+    def check_build(self, decoder: Decoder) -> None:
+        """Raises EngineError where this machine has too little memory to build the device's own engine."""
+        if self._is_own:
+            self._check(decoder, self.workload)
+
+    def _check(self, decoder: Decoder, workload: Workload) -> None:
+        """Raises EngineError where this machine has too little memory to build a model's engine."""
+        need = build_memory(decoder, self.profile, workload, self.precision)
+        what = _engine_of(decoder, self.profile, workload, self.precision)
+        check_build(need.host, build_room(machine.memory_state()), "this machine", what)
+
     @property
     def _is_own(self) -> bool:
         """Returns whether the engine is built for the device's own SM."""
@@ -253,6 +291,7 @@ class BuiltAhead:
 
         Raises EngineError.
         """
+        self._check(model.decoder, workload)
         graph = model.graphs / GraphVariant(self.profile.dialect, "last").filename
         workspace = workspace_bytes(model.decoder, self.profile, workload, self.precision)
         with scratch_folder(model.graphs.parent, "check-") as folder:
@@ -302,7 +341,8 @@ class Estimated:
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
     ) -> Performance:
         """Returns the estimated performance of a candidate."""
-        return estimate_performance(candidate.decoder, self.profile, self.workload, self.precision)
+        setting = (self.profile, self.workload, self.precision)
+        return _with_note_of_build(estimate_performance(candidate.decoder, *setting), candidate.decoder, *setting)
 
 
 def dequantises(
@@ -335,6 +375,20 @@ def _with_note_of_copies(
         f"activations, the dense model {plain / 2**20:.0f} MiB. Its latency is not what the format promises"
     )
     return replace(performance, notes=(*performance.notes, note))
+
+
+def _with_note_of_build(
+    performance: Performance, decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
+) -> Performance:
+    """Returns a performance that notes where the device may have too little memory to build the engine."""
+    note = note_of_build(decoder, profile, workload, precision)
+    return performance if note is None else replace(performance, notes=(*performance.notes, note))
+
+
+def _engine_of(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision) -> str:
+    """Returns an engine in words, by the bytes of its weights."""
+    weights = graph_weight_bytes(decoder, precision, profile.dialect, workload.context)
+    return f"the engine of {format_bytes(weights)} of weights"
 
 
 def _plan(candidate: Exported, profile: DeviceProfile) -> Path:

@@ -40,7 +40,14 @@ _DEPLOYMENT = {
     "workload": _SIZES,
     "limits": dict,
     "runtime": _FIGURE,
-    "rungs": [{"counted": {field.name: int for field in fields(Counted)}, "workspace_bytes": int | None}],
+    "build_memory": int | None,
+    "rungs": [
+        {
+            "counted": {field.name: int for field in fields(Counted)},
+            "workspace_bytes": int | None,
+            "build_bytes": int | None,
+        }
+    ],
 }
 _ROOM = {field.name: {"float": float, "int": int, "str": str}[field.type] for field in fields(Room)}
 _REPORT = {

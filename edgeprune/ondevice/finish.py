@@ -21,6 +21,7 @@ from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError
 from edgeprune.files import read_json
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
+from edgeprune.ondevice.build_room import build_room, check_build, workspace_within
 from edgeprune.ondevice.bundle import (
     MEASUREMENT,
     OTHER_VERSION,
@@ -56,7 +57,8 @@ def finish(
         plan = read_deployment(bundle / DEPLOYMENT)
         check_documents(bundle, plan)
         engine, facts = _engine(plan, session, where, on_progress)
-        tried = _try_rungs(bundle, plan, engine, session, on_progress)
+        room = build_room(facts["memory"], plan["build_memory"])
+        tried = _try_rungs(bundle, plan, engine, session, on_progress, room, where)
         chosen = [rung for rung in tried if rung.performance is not None][-1]
         # Write all new files aside, then move them into place.
         measurement = _measurement(tried, chosen, engine, facts, where)
@@ -71,10 +73,17 @@ def finish(
 
 
 def _try_rungs(
-    bundle: Path, plan: dict[str, Any], engine: str, session: Session, on_progress: OnProgress
+    bundle: Path,
+    plan: dict[str, Any],
+    engine: str,
+    session: Session,
+    on_progress: OnProgress,
+    room: int | None,
+    where: str,
 ) -> list[MeasuredRung]:
     """Returns the rungs that were tried, largest first, up to the first that meets the budget.
 
+    room: the bytes that a build may take there, None where they are unknown; where: the device in words.
     At least one of them was measured. Raises EngineError otherwise, and at once where an engine computes wrongly, or
     the device cannot be reached or believed.
     """
@@ -83,7 +92,7 @@ def _try_rungs(
     # A rung that cannot be built, perhaps for lack of memory, is followed by a smaller one.
     for index in range(len(plan["rungs"])):
         try:
-            performance = _perform(bundle, index, plan, engine, session, on_progress)
+            performance = _perform(bundle, index, plan, engine, session, on_progress, room, where)
         except (WrongEngine, Unreachable, BadAnswer):
             raise
         except EngineError as error:
@@ -140,7 +149,14 @@ def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
 
 
 def _perform(
-    bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, on_progress: OnProgress
+    bundle: Path,
+    index: int,
+    plan: dict[str, Any],
+    engine: str,
+    session: Session,
+    on_progress: OnProgress,
+    room: int | None,
+    where: str,
 ) -> Performance:
     """Builds, checks and measures one rung; its engine is written into the staged folder. Raises EngineError."""
     rung, workload = plan["rungs"][index], Workload(**plan["workload"])
@@ -157,11 +173,14 @@ def _perform(
         return measure.on_onnxruntime(
             session, None, graph, workload, counted, on_rung_progress, reference, plan["precision"]
         )
+    needed, workspace = rung["build_bytes"], rung["workspace_bytes"]
+    if needed is not None:
+        check_build(needed, room, where, f"the engine of rung {index}")
+    if None not in (needed, workspace, plan["build_memory"]):
+        workspace = workspace_within(workspace, needed, room)
     path = staged / "engine" / f"model.sm{plan['sm']}.engine"
     path.parent.mkdir(parents=True, exist_ok=True)
-    built = measure.build(
-        session, engine, graph, path, workload, on_rung_progress, workspace_bytes=rung["workspace_bytes"]
-    )
+    built = measure.build(session, engine, graph, path, workload, on_rung_progress, workspace_bytes=workspace)
     runtime = figure_from_json(plan["runtime"])
     return measure.on_tensorrt(
         session, engine, path, built, workload, runtime, reference, plan["precision"], on_rung_progress

@@ -44,7 +44,7 @@ def machine() -> str:
 
 
 def memory_state() -> dict[str, int]:
-    """Returns the bytes in all, available and swapped out, by /proc/meminfo; empty where there is no such file.
+    """Returns the bytes in all, available, swapped out and of free swap, by /proc/meminfo; empty without such a file.
 
     On a Jetson, where CPU and GPU share memory, this is what a program can have, not what CUDA calls free.
     """
@@ -53,7 +53,8 @@ def memory_state() -> dict[str, int]:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         values = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith("kB")}
         state["total"], state["available"] = values.get("MemTotal", 0), values.get("MemAvailable", 0)
-        state["swapped"] = values.get("SwapTotal", 0) - values.get("SwapFree", 0)
+        state["swap_free"] = values.get("SwapFree", 0)
+        state["swapped"] = values.get("SwapTotal", 0) - state["swap_free"]
     return state
 
 

@@ -136,6 +136,8 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         choices += [Choice("dialect", "primitive", "TensorRT for RTX has no fp32 kernel for opset 23's Attention")]
     weight_choice(request.weights, profile, shape)  # refused before a device is asked
     engine = choose_engine(request.engine, profile, workload, precision, target, request.tensorrt is not None)
+    if engine.compiles:
+        engine.check_build(shape)  # of the dense model, which is built first
     profile, assumed = engine.profile, profile.tensorrt
     weights = weight_choice(request.weights, profile, shape)
     if not can_be_packed(shape):
