@@ -130,7 +130,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     rows += [(f"  {name}", format_bytes(part.value), part.basis) for name, part in performance.memory.parts.items()]
     if plan.build_bytes is not None:
         place = "where the engine is built" if plan.builds is None else "while the engine is built there"
-        rows.append(("build", format_bytes(plan.build_bytes), f"of memory {place}, within 10 %"))
+        rows.append(("build", format_bytes(plan.build_bytes), f"of memory {place}"))
     rows += [
         (styled("prefill"), number_text(performance.prefill.value, "ms"), f"of {plan.workload.prompt} tokens"),
         (styled("decode"), number_text(decode, "ms"), f"per step, {_tokens_per_second(plan, decode)}"),

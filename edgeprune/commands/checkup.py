@@ -10,6 +10,7 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.engine.answers import ThisMachine
+from edgeprune.engine.build_memory import build_memory
 from edgeprune.engine.checkup import Checkup, Need, check_device
 from edgeprune.engine.estimate import estimate_memory
 from edgeprune.engine.onnx.graph import graph_weight_bytes
@@ -69,7 +70,8 @@ def _need_of(model: str) -> Callable[[DeviceProfile], Need]:
         workload = Workload(default.batch, max(1, min(default.prompt, context - 1)), context)
         weights = graph_weight_bytes(decoder, precision, profile.dialect, context)
         running = estimate_memory(decoder, measured, workload, precision).total
-        return Need(f"{name} in {precision}, context {context}", running, _copies(profile) * weights)
+        building = build_memory(decoder, measured, workload, precision).total
+        return Need(f"{name} in {precision}, context {context}", running, _copies(profile) * weights, building)
 
     return need
 

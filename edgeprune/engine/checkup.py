@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgeprune.engine.build_memory import build_limit
 from edgeprune.engine.checks import Check, Checks, NotApplicable
 from edgeprune.engine.checkup_judges import (
     judge_cache,
@@ -29,6 +30,7 @@ from edgeprune.errors import BadAnswer, EngineError, Unreachable
 from edgeprune.files import scratch_folder
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import format_bytes
+from edgeprune.ondevice.build_room import build_room, check_build
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import CHECK_SECONDS, Session
 from edgeprune.ondevice.runtimes import RUNTIMES, preferred
@@ -56,11 +58,12 @@ NAMED, NOT_DESCRIBED = "as named", "the device did not describe itself"
 
 @dataclass(frozen=True)
 class Need:
-    """The bytes that a stated model asks of a device. what: the model in words."""
+    """The bytes that a stated model asks of a device. what: the model in words; building: None where it is unknown."""
 
     what: str
     running: float
     disk: float
+    building: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ class _Device:
         run("temperatures", lambda limited: self._heat(state(limited)))
         run("disk", lambda limited: self._disk(state(limited), need_of))
         run("memory", lambda limited: self._room(state(limited), need_of))
+        run("memory to build", lambda _: self._build_room(need_of))
 
     def _chosen_profile(self) -> str:
         """Takes the version of TensorRT that the device has instead of the one that the profile assumes."""
@@ -393,6 +397,19 @@ class _Device:
             "Close what else runs there, or fit the model into what is free: edgeprune fit MODEL --memory "
             f"{format_bytes(ASKED_SHARE * free).replace(' ', '')}",
         )
+
+    def _build_room(self, need_of: Callable[[DeviceProfile], Need] | None) -> str:
+        if not self.on_gpu:
+            raise NotApplicable("ONNX Runtime builds no engine")
+        self._need_description()
+        need = need_of(self.profile) if need_of else None
+        if need is None or need.building is None:
+            raise NotApplicable("--model with a model, not a size, tells whether it is enough")
+        room = build_room(self.described["memory"], build_limit(self.profile))
+        if room is None:
+            raise NotApplicable("no free memory is told")
+        check_build(need.building, room, "the device", f"the engine of {need.what}")
+        return f"{format_bytes(room)} free with the swap, about {format_bytes(need.building)} needed (estimated)"
 
 
 def _is_older(version: str, least: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.budget import format_bytes
 
-ERROR = 0.1  # of the estimate: a build that may just fit is tried
+ERROR = 0.15  # of the estimate, at the worst that was measured: a build that may just fit is tried
 LEAST_WORKSPACE = 64 * 2**20  # bytes
 
 

@@ -96,6 +96,26 @@ def test_in_place_it_agrees_with_the_published_decode(tmp_path: Path, label: str
     assert found.performance.decode.value > found.decode_in_place_ms
 
 
+def test_a_model_that_the_device_cannot_build_is_noted(tmp_path: Path) -> None:
+    """It would run, but the builder needs some three times its weights; another machine has a memory of its own."""
+    config = written(tmp_path, QWEN3_4B)
+    small, large, discrete = (
+        plan_one(Question(config, device=name)) for name in ("jetson-orin-nx-16gb", "jetson-agx-orin-64gb", "l4")
+    )
+    assert (small.fits, small.builds) == (True, False)
+    assert small.build_bytes == large.build_bytes
+    assert 3 < small.build_bytes / small.performance.memory.weights.value < 4
+    (note,) = (note for note in small.notes if "building the engine" in note)
+    assert "SM 87" in note
+    assert large.builds
+    assert not any("building the engine" in note for note in large.notes)
+    assert discrete.builds is None
+    assert discrete.build_bytes < small.build_bytes
+    document = small.as_json()
+    assert (document["builds"], document["build_available_bytes"]) == (False, small.profile.build_memory.si)
+    assert document["build_bytes"] >= small.build_bytes
+
+
 def test_every_device_but_the_processor_is_in_the_table(config: str) -> None:
     plans = plan_all(Question(config))
     assert [found.profile.name for found in plans] == [p.name for p in list_profiles() if p.name != "cpu"]

@@ -3,6 +3,7 @@ real sshd: all of the product is real, the GPU is not. No GPU runs in these test
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from edgeprune.report.schema import Report
 from tests.support import ROOT
+from tests.support.bundles import change, contents
 from tests.support.checkpoints import save_llama
 from tests.support.commands import SMALL, run, run_alone
 from tests.support.device import Server, ssh_server
@@ -116,6 +118,43 @@ def test_on_a_double_finish_builds_and_measures_with_nothing_installed(
     report = Report.model_validate_json((copied / "report.json").read_text())
     assert report.measurement.where == "this machine"
     assert (copied / "engine" / "model.sm87.engine").is_file()
+
+
+def test_on_a_double_a_build_that_the_memory_does_not_hold_is_refused_before_anything_is_sent(
+    home: Path, fitted: Path, python: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By fit, before its samples are drawn; by measure and finish.pyz, for every rung."""
+    text = run("devices", "jetson-orin", "--toml").stdout
+    head, mark, tail = text.partition("[build_memory]")
+    assert mark
+    (tmp_path / "small.toml").write_text(head + mark + re.sub(r"value = \S+", "value = 0.1", tail, count=1))
+    measured = tmp_path / "measured"
+    shutil.copytree(fitted, measured, symlinks=True)
+    change(measured, build_memory=10**8)
+    with ssh_server(tmp_path_factory.mktemp("fresh"), python) as fresh:
+        words = ("--target", fresh.target)
+        profile = ("--profile", tmp_path / "small.toml", "--output", tmp_path / "none")
+        result = run("fit", home / "model", *profile, *words, *SMALL, path=path_to(fresh))
+        assert result.returncode == 4, result.stderr
+        said = f"MiB of memory (estimated, within 15 %), {fresh.target} has 95.4 MiB for it"
+        assert said in result.stderr
+        assert "add swap" in result.stderr
+        before = contents(measured)
+        result = run("measure", measured, *words, path=path_to(fresh))
+        assert result.returncode == 4, result.stderr
+        assert said in result.stderr
+        assert contents(measured) == before
+        assert not fresh.stored()
+    finished = subprocess.run(
+        [python, measured / "finish.pyz"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "EDGEPRUNE_CACHE": str(tmp_path / "cache")},
+    )
+    assert finished.returncode == 4, finished.stderr
+    assert "this machine has 95.4 MiB for it" in finished.stderr
 
 
 def test_on_a_double_run_generates_from_the_engine(fitted: Path, python: Path) -> None:

@@ -97,6 +97,37 @@ def test_an_engine_built_ahead_gives_memory_and_leaves_latency_estimated(
     assert (plan == tmp_path / "engine" / "model.sm89.engine") == is_own
 
 
+def test_a_build_that_the_memory_does_not_hold_is_refused_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device by what it has and by the profile's figure, its free swap added; here by what this machine has."""
+    answers, profile, candidate = Answers({"build": RESULT}), load_profile("jetson-orin"), exported(tmp_path)
+    for state, build_gb in (({"available": 2**28}, 60.0), ({"available": 2**34}, 0.25)):
+        limited = profile.model_copy(
+            update={"build_memory": profile.build_memory.model_copy(update={"value": build_gb})}
+        )
+        engine = TensorRT(limited, TASK, "fp16", "", "tensorrt", answers, state=state, where="ssh://orin")
+        with pytest.raises(EngineError, match=r"ssh://orin has (256.0|238.4) MiB for it") as error:
+            engine.context_bytes(candidate, TASK, quiet)
+        assert "swap" in error.value.remedy
+        with pytest.raises(EngineError, match="ssh://orin has"):
+            engine.check_build(SMALL)
+        assert not answers.requests
+        with_swap = replace(engine, state=state | {"swap_free": 2**30})
+        with_swap.check_build(SMALL)
+        assert with_swap.context_bytes(candidate, TASK, quiet) == 230
+        assert answers.requests.pop()["workspace_bytes"] <= 2**28 + 2**30
+    monkeypatch.setattr("edgeprune.ondevice.machine.memory_state", lambda: {"available": 2**27})
+    own = BuiltAhead(load_profile("l4"), TASK, "fp16", "no GPU", 89)
+    with pytest.raises(EngineError, match="this machine has 128.0 MiB for it"):
+        own.performance(candidate, None, quiet)
+    with pytest.raises(EngineError, match="this machine has"):
+        own.check_build(SMALL)
+    other = BuiltAhead(profile, TASK, "fp16", "no GPU", 86)
+    other.check_build(SMALL)  # a check only
+    assert any("this machine has 128.0 MiB" in note for note in other.performance(candidate, None, quiet).notes)
+
+
 def test_an_engine_that_dequantises_its_weights_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a dense model in floats alone: of one with formats the figures say nothing."""
     profile, largest = load_profile("l4"), 2 * 2 * 64 * 48  # gate and up in fp16
