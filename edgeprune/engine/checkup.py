@@ -23,7 +23,7 @@ from edgeprune.engine.checkup_judges import (
     judge_process_memory,
     judge_room,
 )
-from edgeprune.engine.checkup_model import WORKLOAD, SmallModel, write_small_model
+from edgeprune.engine.checkup_model import WORKLOAD, SmallModel, updates_in_place, write_small_model
 from edgeprune.engine.estimate import counted
 from edgeprune.engine.onnx.ops import OPERATORS
 from edgeprune.errors import BadAnswer, EngineError, Unreachable
@@ -38,7 +38,6 @@ from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress, quiet
 from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import (
-    OPSET23,
     PROCESSOR,
     DeviceProfile,
     OfferedFormats,
@@ -281,9 +280,8 @@ class _Device:
         if self.engine == "tensorrt":
             if gpu is None:
                 raise NotApplicable("there is no GPU, and TensorRT builds for that of its own machine alone")
-            least = ".".join(map(str, OPSET23))
-            if dialect != "primitive" and _is_older(version, least):
-                raise NotApplicable(f"the parser of TensorRT {version} does not know {dialect}, which takes {least}")
+            if dialect != "primitive" and self.profile.dialect == "primitive":
+                raise NotApplicable(f"the parser of TensorRT {version} does not know {dialect}")
             if offer is not None and offer.tensorrt is not None and _is_older(version, offer.tensorrt):
                 raise NotApplicable(f"TensorRT {version} does not run {form.name}, which takes {offer.tensorrt}")
         model = written(form)
@@ -330,9 +328,23 @@ class _Device:
 
     def _cache(self, limited: Session, written: Callable[[Any], SmallModel]) -> str:
         if self.on_gpu:
-            raise NotApplicable("the engine's dialects join past and present in a second buffer")
+            return self._cache_of_engines()
         self._need_modules()
         return judge_cache(self._ask(limited, "cache", {"graph": written(None).graphs[PROCESSORS_DIALECT]}))
+
+    def _cache_of_engines(self) -> str:
+        """Returns which engines update their cache in place; their logits after several steps are the proof.
+
+        Raises NotApplicable where there is none, EngineError where its logits are not the reference's.
+        """
+        names = [name for name, (model, _, _) in self.built.items() if updates_in_place(model.graphs[name.split()[0]])]
+        if not names:
+            raise NotApplicable("no dialect that was built updates it: past and present are two buffers")
+        self._running(names[0])
+        logits = next(check for check in self.checks.outcomes if check.name == f"logits {names[0]}")
+        if logits.state != "passed":
+            raise EngineError(f"after several steps in place: {logits.detail}", logits.remedy)
+        return f"{names[0]}: one buffer is past and present, and the logits after several steps are right"
 
     def _capture(self, limited: Session) -> str:
         if not self.on_gpu:

@@ -108,6 +108,14 @@ def write_small_model(
     return SmallModel(decoder, graphs, folder / "reference.npz")
 
 
+def updates_in_place(graph: Path) -> bool:
+    """Returns whether a graph writes new keys and values into the buffer that it reads the past from."""
+    import onnx
+
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    return any(node.op_type in ("TensorScatter", "GroupQueryAttention") for node in nodes)
+
+
 def _logits(decoder: Decoder, weights: RandomWeights, ids: np.ndarray) -> np.ndarray:
     """Returns the logits (tokens - 1, vocabulary) of ids (1, tokens), those of the last token left out."""
     import torch
