@@ -38,6 +38,7 @@ from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress, quiet
 from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import (
+    OPSET23,
     PROCESSOR,
     DeviceProfile,
     OfferedFormats,
@@ -280,8 +281,9 @@ class _Device:
         if self.engine == "tensorrt":
             if gpu is None:
                 raise NotApplicable("there is no GPU, and TensorRT builds for that of its own machine alone")
-            if dialect != "primitive" and self.profile.dialect == "primitive":
-                raise NotApplicable(f"the parser of TensorRT {version} does not know {dialect}")
+            least = ".".join(map(str, OPSET23))
+            if dialect != "primitive" and _is_older(version, least):
+                raise NotApplicable(f"the parser of TensorRT {version} does not know {dialect}, which takes {least}")
             if offer is not None and offer.tensorrt is not None and _is_older(version, offer.tensorrt):
                 raise NotApplicable(f"TensorRT {version} does not run {form.name}, which takes {offer.tensorrt}")
         model = written(form)
