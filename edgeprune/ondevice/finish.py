@@ -57,8 +57,8 @@ def finish(
         plan = read_deployment(bundle / DEPLOYMENT)
         check_documents(bundle, plan)
         engine, facts = _engine(plan, session, where, on_progress)
-        room = build_room(facts["memory"], plan["build_memory"])
-        tried = _try_rungs(bundle, plan, engine, session, on_progress, room, where)
+        plan |= {"where": where, "room": build_room(facts["memory"], plan["build_memory"])}
+        tried = _try_rungs(bundle, plan, engine, session, on_progress)
         chosen = [rung for rung in tried if rung.performance is not None][-1]
         # Write all new files aside, then move them into place.
         measurement = _measurement(tried, chosen, engine, facts, where)
@@ -73,17 +73,11 @@ def finish(
 
 
 def _try_rungs(
-    bundle: Path,
-    plan: dict[str, Any],
-    engine: str,
-    session: Session,
-    on_progress: OnProgress,
-    room: int | None,
-    where: str,
+    bundle: Path, plan: dict[str, Any], engine: str, session: Session, on_progress: OnProgress
 ) -> list[MeasuredRung]:
     """Returns the rungs that were tried, largest first, up to the first that meets the budget.
 
-    room: the bytes that a build may take there, None where they are unknown; where: the device in words.
+    plan: also the device in words, and the bytes that a build may take there (`room`; None: unknown).
     At least one of them was measured. Raises EngineError otherwise, and at once where an engine computes wrongly, or
     the device cannot be reached or believed.
     """
@@ -92,7 +86,7 @@ def _try_rungs(
     # A rung that cannot be built, perhaps for lack of memory, is followed by a smaller one.
     for index in range(len(plan["rungs"])):
         try:
-            performance = _perform(bundle, index, plan, engine, session, on_progress, room, where)
+            performance = _perform(bundle, index, plan, engine, session, on_progress)
         except (WrongEngine, Unreachable, BadAnswer):
             raise
         except EngineError as error:
@@ -149,14 +143,7 @@ def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
 
 
 def _perform(
-    bundle: Path,
-    index: int,
-    plan: dict[str, Any],
-    engine: str,
-    session: Session,
-    on_progress: OnProgress,
-    room: int | None,
-    where: str,
+    bundle: Path, index: int, plan: dict[str, Any], engine: str, session: Session, on_progress: OnProgress
 ) -> Performance:
     """Builds, checks and measures one rung; its engine is written into the staged folder. Raises EngineError."""
     rung, workload = plan["rungs"][index], Workload(**plan["workload"])
@@ -175,9 +162,9 @@ def _perform(
         )
     needed, workspace = rung["build_bytes"], rung["workspace_bytes"]
     if needed is not None:
-        check_build(needed, room, where, f"the engine of rung {index}")
+        check_build(needed, plan["room"], plan["where"], f"the engine of rung {index}")
     if None not in (needed, workspace, plan["build_memory"]):
-        workspace = workspace_within(workspace, needed, room)
+        workspace = workspace_within(workspace, needed, plan["room"])
     path = staged / "engine" / f"model.sm{plan['sm']}.engine"
     path.parent.mkdir(parents=True, exist_ok=True)
     built = measure.build(session, engine, graph, path, workload, on_rung_progress, workspace_bytes=workspace)
