@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from edgeprune.engine.checkup import GPU_DIALECTS
+from edgeprune.profiles import load_profile, with_tensorrt
 from tests.support.commands import run
 from tests.support.device import Server, bare_python, script, ssh_server
 from tests.support.device_doubles import attentive_nvidia_smi, python_with_doubles
@@ -178,10 +180,15 @@ def test_a_double_of_a_board_passes_in_every_dialect_and_format(tmp_path: Path) 
         checks = checked(0, "--target", there.target, path=path_of(there))
         there.wait_until_quiet()
     assert "of SM 87 with the nearest memory" in checks["profile"]["detail"]
-    for form in ("float", "int8", "int4-32", "int4-64", "int4-128"):
-        assert {f"build opset23 {form}", f"logits opset23 {form}"} <= names(checks, "passed")
-    assert {"logits primitive float", "logits primitive int8", "graph capture", "clock"} <= names(checks, "passed")
-    assert {"memory accounting", "power and clocks", "temperatures"} <= names(checks, "passed")
+    own = with_tensorrt(load_profile("jetson-orin"), NEW).dialect
+    pairs = [(own, form) for form in ("float", "int8", "int4-32", "int4-64", "int4-128")]
+    pairs += [(dialect, form) for dialect in GPU_DIALECTS for form in ("float", "int8")]
+    assert len(GPU_DIALECTS) > 1
+    for dialect, form in pairs:
+        assert {f"build {dialect} {form}", f"logits {dialect} {form}"} <= names(checks, "passed")
+    assert {"graph capture", "clock", "memory accounting", "power and clocks", "temperatures"} <= names(
+        checks, "passed"
+    )
     assert "47 degrees" in checks["temperatures"]["detail"]
 
 
