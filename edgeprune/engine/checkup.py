@@ -125,7 +125,7 @@ def _profile_of(named: DeviceProfile | None, described: dict[str, Any]) -> tuple
     same = [one for one in list_profiles() if one.sm == gpu["sm"]]
     if not same:
         return load_profile(PROCESSOR), f"no profile is of SM {gpu['sm']}: tools/probe_profile.py writes one"
-    nearest = min(same, key=lambda one: abs(one.memory.si - gpu["memory"]))
+    nearest = min(same, key=lambda one: (abs(one.memory.si - gpu["memory"]), len(one.name)))
     return nearest, f"of SM {gpu['sm']} with the nearest memory; --device names another"
 
 
@@ -174,7 +174,13 @@ class _Device:
         run("clock", lambda limited: self._clock(limited, written))
         run("memory accounting", lambda limited: self._memory(limited, written))
         # The state of the machine, and its room.
-        state = cache(lambda limited: self._ask(limited, "state", {}))
+        told: dict[str, Any] = {}
+
+        def state(limited: Session) -> dict[str, Any]:
+            """Asks once for what several checks look at."""
+            told.update({} if told else self._ask(limited, "state", {}))
+            return told
+
         run("power and clocks", lambda limited: self._power(state(limited)))
         run("temperatures", lambda limited: self._heat(state(limited)))
         run("disk", lambda limited: self._disk(state(limited), need_of))
@@ -352,6 +358,8 @@ class _Device:
         if not self.on_gpu:
             raise NotApplicable("ONNX Runtime on a processor launches nothing")
         _, plan, _ = self._running()
+        if self.described["gpu"]["layer"].startswith("pycuda"):
+            raise NotApplicable("pycuda has no CUDA graphs: with cuda-python a small model's decode may be faster")
         answer = self._ask(limited, "capture", {"plan": plan})
         return judge_capture(answer, PRECISIONS[self.profile.precision].tolerance[1])
 

@@ -51,8 +51,8 @@ def judge_capture(answer: dict[str, Any], tolerance: float) -> str:
     if not answer["captured"]:
         raise EngineError(
             f"{answer['layer']} or the engine refuses to capture a step",
-            "Everything works without, but a small model's decode waits for the processor. With pycuda: pip install "
-            "cuda-python; else update TensorRT and the driver.",
+            "Everything works without, but a small model's decode waits for the processor. Update TensorRT and the "
+            "driver.",
         )
     if answer["error"] > tolerance:
         raise WrongEngine(
@@ -88,7 +88,7 @@ def judge_gpu_memory(answer: dict[str, Any], weights: int, runtime: float) -> st
             "Close what else runs there and check again; if it persists, correct runtime_memory in a profile of your "
             "own.",
         )
-    return f"{words}; the rest is the runtime's"
+    return f"{words}; the rest is the runtime's" if lost > known else words
 
 
 def judge_process_memory(answer: dict[str, Any], known: int) -> str:

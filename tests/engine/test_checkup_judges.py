@@ -44,8 +44,8 @@ def test_a_replay_computes_what_the_step_does():
     assert "replayed" in judge_capture(answer, 0.03)
     with pytest.raises(EngineError, match="replay's logits differ"):
         judge_capture(answer | {"error": 0.5}, 0.03)
-    with pytest.raises(EngineError, match="pycuda 2024.1 or the engine refuses"):
-        judge_capture({"captured": False, "layer": "pycuda 2024.1", "error": None}, 0.03)
+    with pytest.raises(EngineError, match="cuda-python 13 or the engine refuses"):
+        judge_capture({"captured": False, "layer": "cuda-python 13", "error": None}, 0.03)
 
 
 def test_the_parts_of_memory_sum_up_to_what_the_device_lost():
