@@ -18,7 +18,7 @@ VARIABLE = "EDGEPRUNE_TIMING"
 
 @dataclass(frozen=True)
 class Timing:
-    """The durations in seconds, but for block_ms. Of the limits that only a failure reaches, those of checks are here."""
+    """The durations in seconds, but for block_ms. Of limits that only a failure reaches, those of checks are here."""
 
     measure_seconds: float = 40.0  # of one model, or of two in turn, prefill and decode together, at most
     survey_seconds: float = 3.0  # of each of many models in turn, prefill and decode together, at most
