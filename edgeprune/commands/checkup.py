@@ -11,7 +11,8 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.build_memory import build_memory
-from edgeprune.engine.checkup import Checkup, Need, check_device
+from edgeprune.engine.checkup import Checkup, check_device
+from edgeprune.engine.checkup_room import Need
 from edgeprune.engine.estimate import estimate_memory
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import with_figures

@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgeprune.engine.build_memory import build_limit
 from edgeprune.engine.checks import Check, Checks, NotApplicable
 from edgeprune.engine.checkup_judges import (
     judge_cache,
@@ -20,17 +19,17 @@ from edgeprune.engine.checkup_judges import (
     judge_clock,
     judge_gpu_memory,
     judge_heat,
+    judge_power,
     judge_process_memory,
-    judge_room,
 )
 from edgeprune.engine.checkup_model import WORKLOAD, SmallModel, updates_in_place, write_small_model
+from edgeprune.engine.checkup_room import Need, building_room, disk_room, memory_room
 from edgeprune.engine.estimate import counted
 from edgeprune.engine.onnx.ops import OPERATORS
 from edgeprune.errors import BadAnswer, EngineError, Unreachable
 from edgeprune.files import scratch_folder
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import format_bytes
-from edgeprune.ondevice.build_room import build_room, check_build
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import CHECK_SECONDS, Session
 from edgeprune.ondevice.runtimes import RUNTIMES, preferred
@@ -50,20 +49,9 @@ from edgeprune.profiles import (
 
 PROCESSORS_DIALECT = "onnxruntime"
 GPU_DIALECTS = tuple(name for name in OPERATORS if name != PROCESSORS_DIALECT)
-LEAST_DISK = 64 * 2**20  # bytes, more than the checks themselves write
 LONG = Workload(batch=1, prompt=WORKLOAD.prompt, context=4096)  # whose cache is most of a small model's memory
-ASKED_SHARE = 0.95  # of the free memory, as a budget that leaves some
+BOARD = "jetson-orin"  # a profile of a device with TensorRT
 NAMED, NOT_DESCRIBED = "as named", "the device did not describe itself"
-
-
-@dataclass(frozen=True)
-class Need:
-    """The bytes that a stated model asks of a device. what: the model in words; building: None where it is unknown."""
-
-    what: str
-    running: float
-    disk: float
-    building: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +108,8 @@ def _profile_of(named: DeviceProfile | None, described: dict[str, Any]) -> tuple
     if named is not None:
         return named, NAMED
     gpu = described.get("gpu")
+    if gpu is None and described.get("modules", {}).get("tensorrt"):
+        return load_profile(BOARD), "which stands for any board with TensorRT, because no GPU is found"
     if gpu is None:
         return load_profile(PROCESSOR), "no GPU is found, and no device is named"
     same = [one for one in list_profiles() if one.sm == gpu["sm"]]
@@ -181,11 +171,12 @@ class _Device:
             told.update({} if told else self._ask(limited, "state", {}))
             return told
 
-        run("power and clocks", lambda limited: self._power(state(limited)))
-        run("temperatures", lambda limited: self._heat(state(limited)))
-        run("disk", lambda limited: self._disk(state(limited), need_of))
-        run("memory", lambda limited: self._room(state(limited), need_of))
-        run("memory to build", lambda _: self._build_room(need_of))
+        run("power and clocks", lambda limited: judge_power(state(limited)["conditions"]))
+        run("temperatures", lambda limited: judge_heat(state(limited)["conditions"]))
+        need = cache(lambda: need_of(self.profile) if need_of else None)
+        run("disk", lambda limited: disk_room(state(limited), self.profile, need()))
+        run("memory", lambda limited: memory_room(state(limited), self.described, self.profile, need()))
+        run("memory to build", lambda _: building_room(self.described, self.profile, need()))
 
     def _chosen_profile(self) -> str:
         """Takes the version of TensorRT that the device has instead of the one that the profile assumes."""
@@ -379,59 +370,6 @@ class _Device:
         graph, known = model.graphs[PROCESSORS_DIALECT], counted(model.decoder, self.profile.precision, LONG)
         process = measure.process_memory(limited, graph, LONG, quiet)
         return judge_process_memory(process, known.weights + known.cache + known.buffers)
-
-    def _power(self, state: dict[str, Any]) -> str:
-        names = ("power mode", "gpu clock range", "clocks sm", "clocks max sm", "power limit", "persistence mode")
-        told = {name: value for name in names if (value := state["conditions"].get(name))}
-        if not told:
-            raise NotApplicable("neither nvpmodel, nvidia-smi nor a GPU's clock is there to be read")
-        return "; ".join(f"{name} {value}" for name, value in told.items())
-
-    def _heat(self, state: dict[str, Any]) -> str:
-        words = judge_heat(state["conditions"])
-        if words is None:
-            raise NotApplicable("the machine tells no temperature")
-        return words
-
-    def _disk(self, state: dict[str, Any], need_of: Callable[[DeviceProfile], Need] | None) -> str:
-        need = need_of(self.profile) if need_of else None
-        files = ": its graphs, an engine, and one more while it is built" if self.on_gpu else ": its graphs"
-        what = f"for {need.what}{files}" if need else "for the checks"
-        return judge_room(
-            f"{what}, in {state['folder']}",
-            max(LEAST_DISK, need.disk if need else 0),
-            state["free"],
-            "Free some space there; EDGEPRUNE_CACHE names another folder.",
-        )
-
-    def _room(self, state: dict[str, Any], need_of: Callable[[DeviceProfile], Need] | None) -> str:
-        own = self.on_gpu and not self.profile.memory_shared_with_system
-        free = state["gpu_free"] if own else self.described.get("memory", {}).get("available")
-        if free is None:
-            raise NotApplicable("no free memory is told" + (", nvidia-smi is missing" if own else ""))
-        if need_of is None:
-            return f"{format_bytes(free)} free; --model tells whether that is enough"
-        need = need_of(self.profile)
-        return judge_room(
-            f"to run {need.what}",
-            need.running,
-            free,
-            "Close what else runs there, or fit the model into what is free: edgeprune fit MODEL --memory "
-            f"{format_bytes(ASKED_SHARE * free).replace(' ', '')}",
-        )
-
-    def _build_room(self, need_of: Callable[[DeviceProfile], Need] | None) -> str:
-        if not self.on_gpu:
-            raise NotApplicable("ONNX Runtime builds no engine")
-        self._need_description()
-        need = need_of(self.profile) if need_of else None
-        if need is None or need.building is None:
-            raise NotApplicable("--model with a model, not a size, tells whether it is enough")
-        room = build_room(self.described["memory"], build_limit(self.profile))
-        if room is None:
-            raise NotApplicable("no free memory is told")
-        check_build(need.building, room, "the device", f"the engine of {need.what}")
-        return f"{format_bytes(room)} free with the swap, about {format_bytes(need.building)} needed (estimated)"
 
 
 def _is_older(version: str, least: str) -> bool:

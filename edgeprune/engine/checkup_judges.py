@@ -1,6 +1,6 @@
 """The judgement of what the tasks of ondevice/checkup.py returned: words where it is right, an error where it is not.
 
-Pure: each function takes an answer and returns what it found, or raises EngineError with what to do.
+Pure: each function takes an answer and returns what it found, or raises EngineError with what to do, or NotApplicable.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from edgeprune.engine.checks import NotApplicable
 from edgeprune.errors import EngineError, WrongEngine
 from edgeprune.ondevice.budget import format_bytes, format_ms
 from edgeprune.ondevice.checkup import MANY, STEPS
@@ -16,6 +17,7 @@ SEEN = 0.9  # of the bytes that were allocated; a reading of the device's memory
 MOST_RUNTIME = 4  # times the profile's figure for the runtime, beyond which something else took memory
 MOST_PROCESS = 2**30  # bytes of a process beyond the parts of a small model, at most
 LATE_MS = 2.0  # by which the steps' times may exceed the host's clock, in all
+POWER = ("power mode", "gpu clock range", "clocks sm", "clocks max sm", "power limit", "persistence mode")
 HOT = 90.0  # degrees Celsius: boards slow their clocks down from there on
 
 
@@ -102,20 +104,21 @@ def judge_process_memory(answer: dict[str, Any], known: int) -> str:
     return words
 
 
-def judge_heat(conditions: dict[str, str]) -> str | None:
-    """Returns the temperatures in words, None where none is told. Raises EngineError where one is too high."""
+def judge_power(conditions: dict[str, str]) -> str:
+    """Returns power mode and clocks in words. Raises NotApplicable where none is told."""
+    told = {name: value for name in POWER if (value := conditions.get(name))}
+    if not told:
+        raise NotApplicable("neither nvpmodel, nvidia-smi nor a GPU's clock is there to be read")
+    return "; ".join(f"{name} {value}" for name, value in told.items())
+
+
+def judge_heat(conditions: dict[str, str]) -> str:
+    """Returns the temperatures in words. Raises EngineError where one is too high, NotApplicable where none is told."""
     words = "; ".join(conditions[name] for name in ("temperatures", "temperature gpu") if name in conditions)
     degrees = [float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.])", words)]
-    if degrees and max(degrees) >= HOT:
-        raise EngineError(
-            f"{max(degrees):.0f} degrees Celsius ({words})", "Let it cool down, or cool it better: it slows down."
-        )
-    return f"{max(degrees):.0f} degrees Celsius at most ({words})" if degrees else None
-
-
-def judge_room(what: str, needed: float, free: float, remedy: str) -> str:
-    """Judges whether bytes are free that are needed. what: for which, in words."""
-    words = f"{format_bytes(free)} free, {format_bytes(needed)} needed {what}"
-    if free < needed:
-        raise EngineError(words, remedy)
-    return words
+    if not degrees:
+        raise NotApplicable("the machine tells no temperature")
+    highest = f"{max(degrees):.0f} degrees Celsius"
+    if max(degrees) >= HOT:
+        raise EngineError(f"{highest} ({words})", "Let it cool down, or cool it better: it slows down.")
+    return f"{highest} at most ({words})"

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from edgeprune.engine.checkup import Checkup, Need, check_device
+from edgeprune.engine.checkup import Checkup, check_device
+from edgeprune.engine.checkup_room import Need
 from edgeprune.errors import EngineError, Unreachable
 from edgeprune.ondevice.worker import quiet
 from edgeprune.profiles import load_profile
@@ -61,10 +62,11 @@ def test_the_profile_is_of_the_sm_with_the_nearest_memory(gpu: dict[str, Any], p
 def test_without_a_gpu_it_is_the_processors_and_a_board_with_tensorrt_fails() -> None:
     board = DESCRIBED | {"gpu": None, "no_gpu": "no CUDA module works here"}
     found = checked(Told(board))
-    assert found.profile == "cpu"
+    assert (found.profile, found.engine) == ("jetson-orin", "tensorrt")
     assert outcome(found, "GPU") == ("failed", "no CUDA module works here")
     modules = DESCRIBED["modules"] | {"tensorrt": None}
     plain = board | {"modules": modules, "missing": DESCRIBED["missing"] | {"tensorrt": "ModuleNotFoundError: x"}}
+    assert checked(Told(plain)).profile == "cpu"
     assert outcome(checked(Told(plain)), "GPU")[0] == "not applicable"
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from edgeprune.engine.checks import NotApplicable
 from edgeprune.engine.checkup_judges import (
     judge_cache,
     judge_capture,
     judge_clock,
     judge_gpu_memory,
     judge_heat,
+    judge_power,
     judge_process_memory,
-    judge_room,
 )
 from edgeprune.errors import EngineError
 
@@ -80,14 +81,14 @@ def test_the_highest_temperature_is_told(conditions: dict[str, str], highest: st
 
 
 def test_a_hot_machine_fails_and_one_without_sensors_tells_nothing():
-    assert judge_heat({"power mode": "15W"}) is None
-    assert judge_heat({"temperatures": "zone "}) is None
+    for conditions in ({"power mode": "15W"}, {"temperatures": "zone "}):
+        with pytest.raises(NotApplicable):
+            judge_heat(conditions)
     with pytest.raises(EngineError, match="96 degrees"):
         judge_heat({"temperatures": "CPU-therm 47, GPU-therm 96"})
 
 
-def test_room_is_told_in_both_cases():
-    assert judge_room("to run x", MIB, 2 * MIB, "Buy more.") == "2.0 MiB free, 1.0 MiB needed to run x"
-    with pytest.raises(EngineError, match="1.0 MiB free, 2.0 MiB needed") as error:
-        judge_room("to run x", 2 * MIB, MIB, "Buy more.")
-    assert error.value.remedy == "Buy more."
+def test_power_and_clocks_are_told_as_they_are():
+    assert judge_power({"power mode": "MAXN", "clocks sm": "", "swapped out": "0"}) == "power mode MAXN"
+    with pytest.raises(NotApplicable, match="nvpmodel"):
+        judge_power({"temperatures": "CPU 40"})
