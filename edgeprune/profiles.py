@@ -36,7 +36,10 @@ UNITS: dict[str, dict[str, float]] = {
     "int8_compute": {"TOP/s": 1e12},
     "decode_efficiency": _SHARE,
     "decode_overhead": {"ms": 1e-3, "s": 1.0},
+    "layer_overhead": {"us": 1e-6},
     "prefill_efficiency": _SHARE,
+    "prefill_overhead": {"ms": 1e-3, "s": 1.0},
+    "token_overhead": {"ns": 1e-9},
 }
 """The hardware figures of a profile, and the units that each may have, in bytes, seconds, FLOP and operations."""
 
@@ -65,6 +68,26 @@ class HardwareFigure(_Strict):
     def si(self) -> float:
         """Returns the value in bytes, bytes/s, FLOP/s, operations/s, seconds, or as a plain number."""
         return next(units[self.unit] for units in UNITS.values() if self.unit in units) * self.value
+
+
+class FormatFigures(_Strict):
+    """What a device reaches with matrices of a weight format, where published points show it to differ from floats.
+
+    decode_efficiency: share of the bandwidth; prefill_efficiency: share of the fp16 rate, above 1 where products are of
+    the format itself.
+    """
+
+    decode_efficiency: HardwareFigure | None = None
+    prefill_efficiency: HardwareFigure | None = None
+
+    @model_validator(mode="after")
+    def _shares(self) -> FormatFigures:
+        for name, figure in (("decode", self.decode_efficiency), ("prefill", self.prefill_efficiency)):
+            if figure is not None and figure.unit not in _SHARE:
+                raise ValueError(f"{name}_efficiency.unit: {figure.unit!r} is not one of {', '.join(_SHARE)}")
+        if self.decode_efficiency is not None and self.decode_efficiency.value > 1:
+            raise ValueError(f"decode_efficiency.value: {self.decode_efficiency.value:g} must be at most 1")
+        return self
 
 
 class OfferedFormats(_Strict):
@@ -123,6 +146,7 @@ class DeviceProfile(_Strict):
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     tensorrt: Line | None = None  # the version that is assumed until the device says another
     weights: dict[Literal["int8", "int4"], OfferedFormats] = Field(default_factory=dict)
+    formats: dict[Literal["int8", "int4", "fp8", "nvfp4"], FormatFigures] = Field(default_factory=dict)
     memory: HardwareFigure | None = None
     system_reserve: HardwareFigure | None = None  # what the system keeps of a shared memory
     runtime_memory: HardwareFigure | None = None  # the runtime's fixed part, which no pruning changes
@@ -132,8 +156,11 @@ class DeviceProfile(_Strict):
     fp32_compute: HardwareFigure | None = None
     int8_compute: HardwareFigure | None = None
     decode_efficiency: HardwareFigure | None = None  # share of the bandwidth that decode reaches
-    decode_overhead: HardwareFigure | None = None  # time per step that does not scale with bytes
-    prefill_efficiency: HardwareFigure | None = None  # share of the compute rate that prefill reaches
+    decode_overhead: HardwareFigure | None = None  # time of a step or a prefill that scales with nothing
+    layer_overhead: HardwareFigure | None = None  # the same for each layer
+    prefill_efficiency: HardwareFigure | None = None  # share of the compute rate that the products of a prefill reach
+    prefill_overhead: HardwareFigure | None = None  # time of a prefill alone that scales with nothing
+    token_overhead: HardwareFigure | None = None  # time of each token in each layer of a prefill, products apart
     workload: DefaultWorkload
     budget: DefaultBudget
 
@@ -145,7 +172,8 @@ class DeviceProfile(_Strict):
                 raise ValueError(f"{name}.unit: {figure.unit!r} is not one of {', '.join(UNITS[name])}")
             if name.endswith("efficiency") and figure.value > 1:
                 raise ValueError(f"{name}.value: {figure.value:g} must be at most 1")
-        needed = {"memory", "runtime_memory", "build_memory", "bandwidth", "decode_efficiency", "decode_overhead"}
+        needed = {"memory", "runtime_memory", "build_memory", "bandwidth", "decode_efficiency"}
+        needed |= set() if self.layer_overhead else {"decode_overhead"}
         needed |= {"prefill_efficiency", "fp32_compute" if self.engine == "onnxruntime" else "fp16_compute"}
         if self.memory_shared_with_system and self.engine != "onnxruntime":
             needed.add("system_reserve")
@@ -157,8 +185,20 @@ class DeviceProfile(_Strict):
             raise ValueError("system_reserve and runtime_memory leave nothing of memory")
         return self
 
+    def figure_of(self, name: str, form: WeightFormat | None) -> HardwareFigure | None:
+        """Returns the figure of this name that a weight format has of its own, or None."""
+        figures = None if form is None else self.formats.get(form.name.split("-")[0])
+        return None if figures is None else getattr(figures, name)
+
+    def decode_factor(self, form: WeightFormat | None) -> float:
+        """Returns the time of reading a byte of a matrix in a weight format over that in floats."""
+        own = self.figure_of("decode_efficiency", form)
+        return 1.0 if own is None else self.decode_efficiency.value / own.value
+
     def prefill_factor(self, form: WeightFormat | None) -> float:
         """Returns the time of a product of many tokens in a weight format over that in floats."""
+        if (own := self.figure_of("prefill_efficiency", form)) is not None:
+            return self.prefill_efficiency.value / own.value
         offers = (offer for offer in self.weights.values() if form is not None and form.name in offer.formats)
         return next((offer.prefill for offer in offers), 1.0)
 
@@ -295,11 +335,13 @@ def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:
 def profile_toml(profile: DeviceProfile) -> str:
     """Returns the profile as TOML that `load_profile_file` reads back equal, measured figures included."""
     data = profile.model_dump(exclude_none=True)
-    weights = data.pop("weights")
+    weights, formats = data.pop("weights"), data.pop("formats")
     plain = {key: value for key, value in data.items() if not isinstance(value, dict)}
     lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
     tables = {name: table for name, table in data.items() if isinstance(table, dict)}
-    for name, table in (tables | {f"weights.{name}": offer for name, offer in weights.items()}).items():
+    tables |= {f"weights.{name}": offer for name, offer in weights.items()}
+    tables |= {f"formats.{form}.{name}": figure for form, own in formats.items() for name, figure in own.items()}
+    for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 

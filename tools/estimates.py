@@ -1,8 +1,9 @@
 """The figures of profiles/*.toml and the tables of docs/estimates.md, computed from the published points.
 
-    python tools/estimates.py
+    python -m tools.estimates
 
-Seconds; it changes nothing where all is up to date. The points and the fit are edgeprune/engine/published.py.
+Seconds; it changes nothing where all is up to date. The points are edgeprune/engine/published.json, the fits are
+edgeprune/engine/fits.py, which profile takes which is edgeprune/engine/calibration.py.
 """
 
 from __future__ import annotations
@@ -10,124 +11,189 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from edgeprune.engine.published import (
+from edgeprune.engine.calibration import (
+    DISCRETE,
+    FIRST_TOKENS,
     ORIGINS,
-    RUNTIME,
-    SETTING,
     Origin,
-    default_fit,
-    fit_of,
-    leave_one_out,
-    prefill_share,
+    decode_errors,
+    decode_fit,
+    discrete_fit,
+    discrete_points,
+    float_devices,
+    origin_of,
+    overhead_ratio,
+    prefill_errors,
+    prefill_figures,
+    same_module,
 )
-from edgeprune.profiles import Confidence, HardwareFigure, list_profiles, load_profile, profiles_folder
+from edgeprune.engine.fits import OTHER, TENSORRT, reads_like
+from edgeprune.engine.published import RUNTIMES, PublishedPoint
+from edgeprune.profiles import Confidence, HardwareFigure, list_profiles, profiles_folder
+from tools.estimate_tables import WRITERS
 from tools.pages import filled
 
 PAGE = Path(__file__).parents[1] / "docs" / "estimates.md"
-WITH_BOTH = " and ".join(label for label, origin in ORIGINS.items() if origin.shared is None)
-
-
-def origin_of(profile: str) -> Origin | None:
-    """Returns the device with points that a profile's figures rest on; None: the default."""
-    return next((origin for origin in ORIGINS.values() if profile in (origin.profile, *origin.others)), None)
+NAMES = (
+    "decode_efficiency",
+    "decode_overhead",
+    "layer_overhead",
+    "prefill_efficiency",
+    "prefill_overhead",
+    "token_overhead",
+)
+FORMATS = {"int4": "INT4 AWQ", "nvfp4": "NVFP4", "fp8": "FP8", "float": "fp16", "int8": "W8A16"}
+Errors = Sequence[tuple[PublishedPoint, float, float]]  # a point, its error, and that of a fit without it
+Sources = dict[str, tuple[str, Confidence]]  # by family of formats, and of the overhead
 
 
 def figures_of(profile: str) -> dict[str, HardwareFigure]:
-    """Returns decode_efficiency, decode_overhead and prefill_efficiency of a profile, rounded, each with its source
-    and confidence."""
-    origin = origin_of(profile)
-    decode, prefill = default_fit() if origin is None else fit_of(origin.label)
-    overhead_source = _decode_source(origin)
-    if origin is not None and origin.shared is not None:
-        overhead_source = f"shared from {origin.shared}: {_decode_source(ORIGINS[origin.shared])}"
-    trust: tuple[Confidence, Confidence] = ("low", "low")
-    if origin is not None and origin.shared is None:
-        # The same memory of the same device: only the module's own points make the figure sure.
-        own = _same_module(profile, origin)
-        trust = ("high" if own else "medium", "medium" if own and not origin.remark else "low")
-    return {
-        "decode_efficiency": _figure(round(decode.efficiency, 3), "1", _decode_source(origin), trust[0]),
-        "decode_overhead": _figure(round(decode.overhead_ms, 2), "ms", overhead_source, trust[0]),
-        "prefill_efficiency": _figure(round(prefill, 2), "1", _prefill_source(origin), trust[1]),
-    }
+    """Returns the figures of a profile that are fitted, rounded, each with its source and confidence.
+
+    Those of a format are named as formats.FORMAT.NAME.
+    """
+    decode, sources = decode_fit(_device_of(profile)), _decode_sources(profile)
+    figures = {"layer_overhead": _figure(round(1e3 * decode.layer_overhead_ms, 1), "us", *sources["overhead"])}
+    for family, value in decode.efficiencies.items():
+        name = "decode_efficiency" if family == OTHER else f"formats.{family}.decode_efficiency"
+        figures[name] = _figure(round(value, 3), "1", *sources[family])
+    return figures | _prefill(profile)
 
 
 def _figure(value: float, unit: str, source: str, confidence: Confidence) -> HardwareFigure:
     return HardwareFigure(value=value, unit=unit, source=source, confidence=confidence)
 
 
-def _same_module(profile: str, origin: Origin) -> bool:
-    """Returns whether a profile has the memory and the bandwidth of the device with points."""
-    own, other = load_profile(profile), load_profile(origin.profile)
-    return (own.memory, own.bandwidth) == (other.memory, other.bandwidth)
+def _device_of(profile: str) -> str | None:
+    """Returns the device with points whose decode figures a profile takes."""
+    origin = origin_of(profile)
+    return DISCRETE[profile] if origin is None else origin.device
 
 
-def _decode_source(origin: Origin | None) -> str:
-    """Returns the source of a profile's decode figures, with the worst errors of the fit."""
+def _errors(errors: Errors) -> str:
+    """Returns the worst errors of a fit in words."""
+    worst, out = max(abs(error) for _, error, _ in errors), max(abs(out) for _, _, out in errors)
+    return f"worst error {percent(worst)}, {percent(out)} for a point left out"
+
+
+def _models(errors: Errors) -> str:
+    return ", ".join(dict.fromkeys(point.model for point, _, _ in errors))
+
+
+def _formats(errors: Errors) -> str:
+    return ", ".join(dict.fromkeys(FORMATS[point.family] for point, _, _ in errors))
+
+
+def _of_family(errors: Errors, family: str) -> Errors:
+    return [entry for entry in errors if entry[0].family == family]
+
+
+def _decode_sources(profile: str) -> Sources:
+    """Returns the sources of a profile's efficiencies, by family of formats, and of its overhead."""
+    origin = origin_of(profile)
     if origin is None:
-        worst = max(abs(error) for label, o in ORIGINS.items() if o.shared is None for error in _exchange_errors(label))
+        return _discrete_sources(DISCRETE[profile])
+    if origin.sibling is not None:
+        return _sibling_sources(origin)
+    own = same_module(profile, origin.profiles[0])
+    trust: Confidence = "low" if origin.overhead_of else "high" if own else "medium"
+    errors, remark = decode_errors(origin.device), f"; {origin.remark}" if origin.remark else ""
+
+    def text(of: Errors) -> str:
+        given = f", given {origin.overhead_of}'s overhead" if origin.overhead_of else ""
         return (
-            f"default, no points of this device: mean of the fits of {WITH_BOTH}, published decode figures of "
-            f"{RUNTIME}; one of them predicts the other's points within {percent(worst)}"
+            f"fit of published decode figures, TensorRT-Edge-LLM, cache in place: {len(of)} points of {_models(of)} on "
+            f"{origin.device}, {_formats(of)}, batch 1{given}; {_errors(of)}{remark}"
         )
-    shared = f", given {origin.shared}'s overhead" if origin.shared else ""
-    remark = f"; {origin.remark}" if origin.remark else ""
-    return (
-        f"fit of published decode figures, {RUNTIME}: {_models(origin)} on {origin.label}, {SETTING}, past 2048"
-        f"{shared}; worst error {percent(max(map(abs, fit_errors(origin))))}, "
-        f"{percent(max(map(abs, left_out_errors(origin))))} for a point left out{remark}"
+
+    # The formats without an efficiency of their own have few points where others have one.
+    sources: Sources = {family: (text(_of_family(errors, family)), trust) for family in origin.own}
+    others = [entry for entry in errors if entry[0].family not in origin.own]
+    sources[OTHER] = text(others), "medium" if origin.own and own else trust
+    sources["overhead"] = text(errors), trust
+    if origin.overhead_of:
+        shared, _ = _decode_sources(ORIGINS[origin.overhead_of].profiles[0])["overhead"]
+        sources["overhead"] = f"shared from {origin.overhead_of}: {shared}", trust
+    return sources
+
+
+def _sibling_sources(origin: Origin) -> Sources:
+    """Returns the sources of a device whose points are of another runtime than TensorRT."""
+    other, runtime_class = origin.sibling
+    errors = decode_errors(origin.device)
+    sources = _decode_sources(ORIGINS[other].profiles[0])
+    same: Sources = {
+        family: (f"that of {other}, whose memory it has: {text}", "low") for family, (text, _) in sources.items()
+    }
+    overhead = (
+        f"that of {other} x {overhead_ratio(origin.device):.2f}, as {RUNTIMES[runtime_class]}'s is on both with one "
+        f"efficiency: {len(errors)} published points of {_models(errors)} on {origin.device}, {_errors(errors)}"
     )
+    return same | {"overhead": (overhead, "low")}
 
 
-def _prefill_source(origin: Origin | None) -> str:
-    """Returns the source of a profile's prefill efficiency, with the range of the points."""
-    if origin is None:
-        return (
-            f"default, no points of this device: mean of the fits of {WITH_BOTH}, published prefill figures of "
-            f"{RUNTIME}, 2048 tokens: shares of the dense fp16 peak"
+def _discrete_sources(device: str | None) -> Sources:
+    """Returns the sources of a discrete GPU; None: one without points."""
+    points = discrete_points()
+    fit = (
+        f"one fit to {len(points)} published decode figures of {len({point.device for point in points})} discrete GPUs"
+    )
+    overhead = f"TensorRT's for each layer, of {fit}; none of them is of TensorRT for RTX"
+    if device is None:
+        return {OTHER: (f"no points of this device: the mean device of {fit}", "low"), "overhead": (overhead, "low")}
+    errors = decode_errors(device)
+    counts = Counter(RUNTIMES[point.runtime_class] for point, _, _ in errors)
+    factors = sorted({reads_like(point) for point, _, _ in errors} - {TENSORRT})
+    stated = "".join(f", {discrete_fit().factors[name]:.2f} x it for {name}" for name in factors)
+    source = (
+        f"{fit}, {len(errors)} of them on {device} ({', '.join(f'{name} {count}' for name, count in counts.items())}); "
+        f"the efficiency of a runtime is TensorRT's for compiled ones{stated}; none is of TensorRT for RTX; "
+        f"{_errors(errors)}"
+    )
+    compiled = any(reads_like(point) == TENSORRT for point, _, _ in errors)
+    trust: Confidence = "medium" if compiled and len(errors) > 2 else "low"
+    return {OTHER: (source, trust), "overhead": (overhead, trust)}
+
+
+def _prefill(profile: str) -> dict[str, HardwareFigure]:
+    """Returns the figures of a prefill of a profile."""
+    taken = prefill_figures(profile)
+    if taken.device not in (*ORIGINS, *FIRST_TOKENS):
+        source = f"no points of this device: mean of the shares that products of floats reach on {taken.device}"
+        return {"prefill_efficiency": _figure(round(taken.share, 3), "1", source, "low")}
+    errors = prefill_errors(taken.device)
+    remark = f"; {ORIGINS[taken.device].remark}" if taken.device in ORIGINS and ORIGINS[taken.device].remark else ""
+    runtime = RUNTIMES[errors[0][0].runtime_class]
+    prompts = " and ".join(str(prompt) for prompt in sorted({point.prompt for point, _, _ in errors}))
+    source = (
+        f"fit of published prefill figures, {runtime}: {len(errors)} points of {_models(errors)} on {taken.device}, "
+        f"{_formats(errors)}, prompts of {prompts}; {_errors(errors)}{remark}"
+    )
+    trust: Confidence = "medium" if taken.own and not remark else "low"
+    floats, float_trust = source, trust
+    if "fp8" in taken.of_format:
+        floats, float_trust = f"half of what FP8 reaches, whose rate is twice that of fp16: {source}", "low"
+    if "nvfp4" in taken.of_format:
+        floats, float_trust = (
+            (
+                f"no points of this device with products of floats: mean share of {' and '.join(float_devices())}; "
+                f"published figures of INT4 that are not in the fit are slower: docs/estimates.md"
+            ),
+            "low",
         )
-    shares = shares_of(origin)
-    peak = f" of {origin.peak}" if origin.peak != origin.profile else ""
-    remark = f"; {origin.remark}" if origin.remark else ""
-    return (
-        f"fit of published prefill figures, {RUNTIME}: {_models(origin)} on {origin.label}, {SETTING}, 2048 tokens, "
-        f"which reached {min(shares):.2f} to {max(shares):.2f} of the dense fp16 peak{peak}{remark}"
-    )
-
-
-def _models(origin: Origin) -> str:
-    first, *rest = (point.model for point in origin.points)
-    return ", ".join([first, *(model.removeprefix("Qwen3-") for model in rest)])
-
-
-def _bandwidth(origin: Origin) -> float:
-    return load_profile(origin.profile).bandwidth.si
-
-
-def fit_errors(origin: Origin) -> list[float]:
-    """Returns the relative error of the fit at each point."""
-    return [fit_of(origin.label)[0].error(point, _bandwidth(origin)) for point in origin.points]
-
-
-def left_out_errors(origin: Origin) -> list[float]:
-    """Returns the relative error at each point of a fit without it."""
-    shared = fit_of(origin.shared)[0].overhead_ms if origin.shared else None
-    return leave_one_out(origin.points, _bandwidth(origin), shared)
-
-
-def shares_of(origin: Origin) -> list[float]:
-    """Returns the share of the dense fp16 peak that the prefill of each point reached."""
-    peak, (decode, _) = load_profile(origin.peak).fp16_compute.si, fit_of(origin.label)
-    return [prefill_share(point, peak, decode.overhead_ms) for point in origin.points]
-
-
-def _exchange_errors(label: str) -> list[float]:
-    """Returns the errors that the default would have on a device, had it no points."""
-    fit, _ = default_fit(without=label)
-    return [fit.error(point, _bandwidth(ORIGINS[label])) for point in ORIGINS[label].points]
+    figures = {"prefill_efficiency": _figure(round(taken.share, 3), "1", floats, float_trust)}
+    for family, share in taken.of_format.items():
+        name = f"formats.{family}.prefill_efficiency"
+        figures[name] = _figure(round(share, 3), "1", f"share of the fp16 peak: {source}", trust)
+    if taken.token_overhead_ns >= 0.5:
+        figures["token_overhead"] = _figure(round(taken.token_overhead_ns), "ns", source, trust)
+    if taken.overhead_ms >= 0.005:
+        figures["prefill_overhead"] = _figure(round(taken.overhead_ms, 2), "ms", source, trust)
+    return figures
 
 
 def percent(share: float, sign: str = "") -> str:
@@ -136,113 +202,29 @@ def percent(share: float, sign: str = "") -> str:
 
 
 def fill_profile(text: str, figures: dict[str, HardwareFigure]) -> str:
-    """Returns a profile's file with these figures; all else, comments too, stays as it is.
+    """Returns a profile's file with these figures in place of those it has; all else, comments too, stays as it is.
 
-    Raises ValueError where a figure's table does not stand in the file exactly once.
+    Raises ValueError where the figures do not stand in the file together, once.
     """
-    for name, figure in figures.items():
-        lines = (
-            f"[{name}]",
-            f"value = {figure.value:g}",
-            f"unit = {json.dumps(figure.unit)}",
-            f"source = {json.dumps(figure.source)}",
-            f"confidence = {json.dumps(figure.confidence)}",
-        )
-        block = "\n".join(lines) + "\n"
-        text, count = re.subn(rf"^\[{name}\]\n(?:\w+ = .*\n)+", lambda _, block=block: block, text, flags=re.MULTILINE)
-        if count != 1:
-            raise ValueError(f"[{name}] stands {count} times in the profile")
-    return text
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def write_fits() -> str:
-    """Returns the table of the fits and the profiles that take them."""
-    rows = []
-    for label, origin in ORIGINS.items():
-        decode, prefill = fit_of(label)
-        shared = f" (of {origin.shared})" if origin.shared else ""
-        rows.append(
-            [
-                label,
-                ", ".join((origin.profile, *origin.others)),
-                f"{decode.efficiency:.3f}",
-                f"{decode.overhead_ms:.2f} ms{shared}",
-                f"{prefill:.2f}",
-            ]
-        )
-    decode, prefill = default_fit()
-    rows.append(["default", "all others", f"{decode.efficiency:.3f}", f"{decode.overhead_ms:.2f} ms", f"{prefill:.2f}"])
-    return _table(["points of", "profiles", "decode efficiency", "decode overhead", "prefill efficiency"], rows)
-
-
-def write_decode() -> str:
-    """Returns the table of published decode figures against the fit."""
-    header = ["device", "model", "GB per step", "published tokens/s", "published", "fit", "error", "error, left out"]
-    return _table(
-        header,
-        [
-            [
-                label,
-                point.model,
-                f"{point.decode_bytes / 1e9:.3f}",
-                f"{1e3 / point.decode_ms:.1f}",
-                f"{point.decode_ms:.2f} ms",
-                f"{fit_of(label)[0].decode_ms(point, _bandwidth(origin)):.2f} ms",
-                percent(error, "+"),
-                percent(out, "+"),
-            ]
-            for label, origin in ORIGINS.items()
-            for point, error, out in zip(origin.points, fit_errors(origin), left_out_errors(origin), strict=True)
-        ],
-    )
-
-
-def write_default() -> str:
-    """Returns the table of the default's errors on devices with points."""
-    rows = []
-    for label, origin in ORIGINS.items():
-        rests = " and ".join(other for other, o in ORIGINS.items() if o.shared is None and other != label)
-        models = (point.model for point in origin.points)
-        errors = ", ".join(
-            f"{model} {percent(error, '+')}" for model, error in zip(models, _exchange_errors(label), strict=True)
-        )
-        rows.append([label, rests, errors])
-    return _table(["device, as if it had no points", "default from", "error of decode"], rows)
-
-
-def write_prefill() -> str:
-    """Returns the table of published prefill figures against the fit."""
-    rows = []
-    for label, origin in ORIGINS.items():
-        (decode, fitted), peak = fit_of(label), load_profile(origin.peak).fp16_compute
-        for point, share in zip(origin.points, shares_of(origin), strict=True):
-            predicted = 1e3 * point.prefill_flops / (fitted * peak.si) + decode.overhead_ms
-            rows.append(
-                [
-                    label,
-                    point.model,
-                    f"{point.prefill_flops / 1e12:.2f} TFLOP",
-                    f"{point.prefill_ms:g} ms",
-                    f"{share:.2f} of {peak.value:g} {peak.unit}",
-                    f"{predicted:.0f} ms",
-                    percent(predicted / point.prefill_ms - 1, "+"),
-                ]
+    order = [*NAMES, *sorted(name for name in figures if name.startswith("formats."))]
+    blocks = [
+        "\n".join(
+            (
+                f"[{name}]",
+                f"value = {figures[name].value:g}",
+                f"unit = {json.dumps(figures[name].unit)}",
+                f"source = {json.dumps(figures[name].source)}",
+                f"confidence = {json.dumps(figures[name].confidence)}\n",
             )
-    return _table(["device", "model", "work", "published", "reached", "fit", "error"], rows)
-
-
-WRITERS: dict[str, Callable[[], str]] = {
-    "fits": write_fits,
-    "decode": write_decode,
-    "default": write_default,
-    "prefill": write_prefill,
-}
+        )
+        for name in order
+        if name in figures
+    ]
+    one = rf"\[(?:{'|'.join(NAMES)}|formats\.\w+\.\w+)\]\n(?:\w+ = .*\n)+"
+    text, count = re.subn(rf"^{one}(?:\n{one})*", lambda _: "\n".join(blocks), text, flags=re.MULTILINE)
+    if count != 1:
+        raise ValueError(f"the fitted figures stand in {count} places of the profile")
+    return text
 
 
 def fill(page: str) -> str:

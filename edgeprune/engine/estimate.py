@@ -1,15 +1,16 @@
 """The estimator: memory and latency of a Decoder on a device, from its bytes and FLOPs and the profile's figures.
 
-    time = max(bytes / (decode_efficiency x bandwidth), FLOPs / (prefill_efficiency x compute)) + decode_overhead
+    decode  = max(bytes / (decode_efficiency x bandwidth), FLOPs / (prefill_efficiency x compute)) + overhead
+    prefill = FLOPs / (prefill_efficiency x compute) + weights / bandwidth + tokens x layers x token_overhead + overhead
 
-This is the time of one decode step, which is bound by bytes except for large batches, and that of a prefill, which is
-bound by FLOPs except for short prompts.
+for one decode step, which is bound by bytes except for large batches, and a prefill. The overhead is a constant, or a
+time for each layer: half of it for its attention and half for its MLP.
 
 Pure: it reads no file and measures nothing. Every figure that it returns is an Estimate, whose basis names the points
 that it rests on. Efficiency and overhead are fits of published points (published.py), whose runtime updates its KV
 cache in place. The copies of the KV cache that our graphs make are added explicitly, and named in the basis.
-A weight format changes the bytes of a matrix and the time of its products in a prefill, as the profile says; the
-products themselves are of floats.
+A weight format changes the bytes of a matrix, and the time of reading one and of its products in a prefill, as the
+profile says.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from math import prod
 
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.onnx.nodes import HEAD_MULTIPLE, head_width
+from edgeprune.engine.overheads import fixed_times, modules_in_layers, overhead_ms
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Estimate, Memory, Performance, Workload
@@ -47,18 +49,31 @@ class TokenBytes:
         return self.layers + self.head + self.cache + self.cache_copies
 
 
+FormatFactor = Callable[[WeightFormat | None], float]  # by which a matrix in a format counts more than in floats
+
+
+def _once(form: WeightFormat | None) -> float:
+    return 1.0
+
+
 def bytes_per_token(
-    decoder: Decoder, precision: GraphPrecision, workload: Workload, in_place: bool = False
+    decoder: Decoder,
+    precision: GraphPrecision,
+    workload: Workload,
+    in_place: bool = False,
+    factor: FormatFactor = _once,
 ) -> TokenBytes:
     """Returns the bytes that one decode step moves.
 
     in_place: the engine appends to one buffer of the KV cache, so that nothing is copied; our graphs for TensorRT copy.
+    factor: by which the bytes of matrices in a format count more.
     """
     size = PRECISIONS[precision].element_bytes
     cache = cache_bytes(decoder, precision, workload, in_place)
     head = stored_bytes(decoder.vocab_size, decoder.hidden_size, decoder.head_format, size)
+    head *= factor(decoder.head_format)
     return TokenBytes(
-        layers=layer_bytes(decoder, size),
+        layers=layer_bytes(decoder, size, factor),
         head=head + size * decoder.hidden_size,
         cache=cache,
         cache_copies=0 if in_place else 2 * cache,
@@ -81,15 +96,16 @@ def table_bytes(decoder: Decoder, precision: GraphPrecision) -> int:
     return embedding + stored_bytes(decoder.vocab_size, hidden, decoder.head_format, size)
 
 
-def layer_bytes(decoder: Decoder, element_bytes: int) -> int:
-    """Returns the bytes of the weights of all layers."""
+def layer_bytes(decoder: Decoder, element_bytes: int, factor: FormatFactor = _once) -> float:
+    """Returns the bytes of the weights of all layers; factor: by which matrices in a format count more."""
     total = 0
     for layer, count in Counter(decoder.layers).items():
         alone = replace(decoder, layers=(layer,))
         formats = alone.weight_formats
         for name, shape in alone.layer_shapes(0).items():
             out_features, in_features = shape if len(shape) == 2 else (1, shape[0])
-            total += count * stored_bytes(out_features, in_features, formats.get(name), element_bytes)
+            form = formats.get(name)
+            total += count * stored_bytes(out_features, in_features, form, element_bytes) * factor(form)
     return total
 
 
@@ -102,9 +118,7 @@ def cache_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload,
     return PRECISIONS[precision].element_bytes * decoder.cache_elements(workload.batch, workload.context, multiple)
 
 
-def prefill_flops(
-    decoder: Decoder, workload: Workload, factor: Callable[[WeightFormat | None], float] = lambda form: 1.0
-) -> float:
+def prefill_flops(decoder: Decoder, workload: Workload, factor: FormatFactor = _once) -> float:
     """Returns the FLOPs of a prefill, a multiply-add as two.
 
     They are those of the layers' matrices, of causal attention, and of the head at the last position. factor: by which
@@ -237,37 +251,56 @@ def estimate_performance(
     Its notes name the figures of low confidence. weight_bytes: the weights as an engine holds them, where known.
     Raises InputError for a profile without hardware figures or without a rate for this precision.
     """
-    # The seconds of the prefill that FLOPs take, and that reading the weights takes.
+    # Prefill: its parts add up.
     _require_figures(profile)
+    prefill, step = (
+        prefill_parts(decoder, profile, workload, precision),
+        decode_parts(decoder, profile, workload, precision),
+    )
+    flops, counted_flops = prefill_flops(decoder, workload), prefill_flops(decoder, workload, profile.prefill_factor)
+    dequantising = f" ({counted_flops / flops:.3g} x for its weight formats)" if counted_flops != flops else ""
+    computing = f"GFLOP{{}} / {_flops_per_second(profile, precision)[1]}"
     moved = bytes_per_token(decoder, precision, workload, _in_place(profile))
-    overhead = profile.decode_overhead.si
-    rate, rate_basis = _flops_per_second(profile, precision)
-    flops = prefill_flops(decoder, workload, profile.prefill_factor)
-    compute, weights = flops / rate, (moved.layers + moved.head) / _bytes_per_second(profile)
-    # The texts of the basis, by the resource that binds.
     bandwidth, efficiency = profile.bandwidth, profile.decode_efficiency
-    reading = f"({bandwidth.value:g} {bandwidth.unit} x {efficiency.value:g})"
-    fixed = f"{1e3 * overhead:.3g} ms"
-    points = f"rests on: {'; '.join(dict.fromkeys((efficiency.source, profile.decode_overhead.source)))}"
-    computing = f"GFLOP / {rate_basis} + {fixed}; rests on: {profile.prefill_efficiency.source}"
-    if compute >= weights:
-        counted_more = flops / prefill_flops(decoder, workload)
-        dequantising = f" ({counted_more:.3g} x for its weight formats)" if counted_more != 1 else ""
-        prefill_basis = f"{flops / 1e9:.4g}{dequantising} {computing}"
-    else:
-        prefill_basis = f"bound by bytes: {(moved.layers + moved.head) / 1e6:.4g} MB / {reading} + {fixed}; {points}"
+    prefill_basis = (
+        f"{flops / 1e9:.4g} {computing.format(dequantising)} + {(moved.layers + moved.head) / 1e6:.4g} MB / "
+        f"{bandwidth.value:g} {bandwidth.unit}{_in_words(prefill)}; "
+        f"{_rests_on(decoder, profile, 'prefill_efficiency', 'token_overhead', 'prefill_overhead', 'layer_overhead')}"
+    )
+    # Decode: the slower resource binds.
+    counted_more = bytes_per_token(decoder, precision, workload, _in_place(profile), profile.decode_factor).total
+    formats = f" ({counted_more / moved.total:.3g} x for its weight formats)" if counted_more != moved.total else ""
     copied = f", {moved.cache_copies / 1e6:.4g} MB of it our graph's copy of the cache," if moved.cache_copies else ""
-    decode_basis = f"{moved.total / 1e6:.4g} MB per step{copied} / {reading} + {fixed}; {points}"
-    step = decode_parts(decoder, profile, workload, precision)
+    decode_basis = (
+        f"{moved.total / 1e6:.4g} MB per step{copied}{formats} / ({bandwidth.value:g} {bandwidth.unit} x "
+        f"{efficiency.value:g}){_in_words(step)}; "
+        f"{_rests_on(decoder, profile, 'decode_efficiency', 'layer_overhead', 'decode_overhead')}"
+    )
     if step["compute"]:
-        decode_basis = f"bound by compute: {decode_flops(decoder, workload) / 1e9:.4g} {computing}"
-    # The slower resource binds.
+        decode_basis = (
+            f"bound by compute: {decode_flops(decoder, workload) / 1e9:.4g} {computing.format('')}{_in_words(step)}; "
+            f"{_rests_on(decoder, profile, 'prefill_efficiency', 'layer_overhead', 'decode_overhead')}"
+        )
     return Performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
-        prefill=Estimate(1e3 * (max(compute, weights) + overhead), "ms", profile.name, prefill_basis),
+        prefill=Estimate(sum(prefill.values()), "ms", profile.name, prefill_basis),
         decode=Estimate(sum(step.values()), "ms", profile.name, decode_basis),
         notes=low_confidence_notes(profile),
     )
+
+
+def _in_words(parts: dict[str, float]) -> str:
+    """Returns the parts of a latency that are not of bytes or FLOPs, as a sum in ms."""
+    tokens = f" + {parts['tokens']:.3g} ms for its tokens" if parts.get("tokens") else ""
+    return f"{tokens} + {parts['overhead']:.3g} ms"
+
+
+def _rests_on(decoder: Decoder, profile: DeviceProfile, *names: str) -> str:
+    """Returns the sources of figures of a profile, and of those that the decoder's weight formats have of their own."""
+    figures = [getattr(profile, name) for name in names]
+    forms = (*decoder.weight_formats.values(), decoder.head_format)
+    figures += [profile.figure_of(names[0], form) for form in dict.fromkeys(forms)]
+    return f"rests on: {'; '.join(dict.fromkeys(figure.source for figure in figures if figure is not None))}"
 
 
 def low_confidence_notes(profile: DeviceProfile) -> tuple[str, ...]:
@@ -282,33 +315,46 @@ def low_confidence_notes(profile: DeviceProfile) -> tuple[str, ...]:
 def resource_times(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
 ) -> dict[str, dict[str, float]]:
-    """Returns the ms that each resource alone would take, by prefill or decode and by resource, without the overhead.
+    """Returns the ms that each resource alone would take, by prefill or decode and by resource.
 
-    The slower resource binds. The time of each adds up over the modules of a model. Raises InputError as
+    The slower resource binds a decode step; the times of a prefill add up. The time of each adds up over the modules of
+    a model: what scales with nothing is left out (fixed_times). Raises InputError as estimate_performance does.
+    """
+    _require_figures(profile)
+    moved = bytes_per_token(decoder, precision, workload, _in_place(profile), profile.decode_factor).total
+    compute = decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
+    layers = overhead_ms(decoder, profile) - fixed_times(profile)["decode"]
+    prefill = sum(prefill_parts(decoder, profile, workload, precision).values()) - fixed_times(profile)["prefill"]
+    return {
+        "prefill": {"all": prefill},
+        "decode": {"compute": 1e3 * compute + layers, "bytes": 1e3 * moved / _bytes_per_second(profile) + layers},
+    }
+
+
+def prefill_parts(
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
+) -> dict[str, float]:
+    """Returns the estimated ms of each part of a prefill: compute, weights, tokens, overhead.
+
+    weights: reading them once; tokens: what each costs in each layer beside products. Raises InputError as
     estimate_performance does.
     """
     _require_figures(profile)
-    moved, rate = (
-        bytes_per_token(decoder, precision, workload, _in_place(profile)),
-        _flops_per_second(profile, precision),
-    )
-    milliseconds_per_byte = 1e3 / _bytes_per_second(profile)
+    moved, tokens = bytes_per_token(decoder, precision, workload, _in_place(profile)), workload.batch * workload.prompt
+    fixed, of_token = fixed_times(profile), profile.token_overhead.si if profile.token_overhead else 0.0
+    flops = prefill_flops(decoder, workload, profile.prefill_factor)
     return {
-        "prefill": {
-            "compute": 1e3 * prefill_flops(decoder, workload, profile.prefill_factor) / rate[0],
-            "bytes": (moved.layers + moved.head) * milliseconds_per_byte,
-        },
-        "decode": {
-            "compute": 1e3 * decode_flops(decoder, workload) / rate[0],
-            "bytes": moved.total * milliseconds_per_byte,
-        },
+        "compute": 1e3 * flops / _flops_per_second(profile, precision)[0],
+        "weights": 1e3 * (moved.layers + moved.head) / profile.bandwidth.si,
+        "tokens": 1e3 * tokens * modules_in_layers(decoder) * of_token,
+        "overhead": overhead_ms(decoder, profile) + fixed["prefill"] - fixed["decode"],
     }
 
 
 def latency_shares(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
 ) -> dict[str, float]:
-    """Returns the estimated decode ms by part; pruning layers removes neither `head_and_embedding` nor `overhead`."""
+    """Returns the estimated decode ms by part; pruning widths removes neither `head_and_embedding` nor `overhead`."""
     parts = decode_parts(decoder, profile, workload, precision)
     return {
         "layers": parts["layers"] + parts["compute"],
@@ -331,10 +377,11 @@ def decode_parts(
     Raises InputError as estimate_performance does.
     """
     _require_figures(profile)
-    moved = bytes_per_token(decoder, precision, workload, _in_place(profile) if in_place is None else in_place)
+    in_place = _in_place(profile) if in_place is None else in_place
+    moved = bytes_per_token(decoder, precision, workload, in_place, profile.decode_factor)
     parts = {name: 1e3 * value / _bytes_per_second(profile) for name, value in vars(moved).items()}
     compute = 1e3 * decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
-    return parts | {"compute": max(0.0, compute - sum(parts.values())), "overhead": 1e3 * profile.decode_overhead.si}
+    return parts | {"compute": max(0.0, compute - sum(parts.values())), "overhead": overhead_ms(decoder, profile)}
 
 
 def floor_decoder(dense: Decoder, channel_multiple: int) -> Decoder:

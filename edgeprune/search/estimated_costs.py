@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
+from edgeprune.engine.overheads import fixed_times
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
@@ -36,7 +37,7 @@ def estimated_costs(
         return np.array([resources[kind][bound[kind]] for kind in KINDS])
 
     attention, mlp, tables = _by_difference(dense, profile.channel_multiple, formats, times)
-    tables[..., 0, :] += 1e3 * profile.decode_overhead.si
+    tables[..., 0, :] += np.array([fixed_times(profile)[kind] for kind in KINDS])
     prefill, decode = (additive(attention[..., i], mlp[..., i], tables[..., i]) for i in (0, 1))
     return LatencyCosts(prefill, decode, {}, f"the estimator's formulas for {profile.name}")
 
