@@ -71,7 +71,7 @@ class HardwareFigure(_Strict):
 
 
 class FormatFigures(_Strict):
-    """What a device reaches with matrices of a weight format, where published points show it to differ from floats.
+    """Shares that a device reaches with matrices of a weight format, where published points show them to differ.
 
     decode_efficiency: share of the bandwidth; prefill_efficiency: share of the fp16 rate, above 1 where products are of
     the format itself.

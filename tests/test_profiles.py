@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from edgeprune.engine.probe import with_figures
 from edgeprune.errors import InputError
 from edgeprune.ondevice.budget import parse_budget
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import (
     UNITS,
     DeviceProfile,
@@ -78,10 +79,12 @@ def test_the_engine_exists_for_the_device(name: str) -> None:
 
 
 def test_only_devices_with_published_points_are_trusted() -> None:
+    """Those of NVIDIA's runtimes on the device, or of a compiled one among three and more on a discrete GPU."""
+    edge = ("agx-orin", "orin-nx", "jetson-orin.", "jetson-thor.", "dgx-spark", "rtx-4090", "a100-80gb")
     for profile in PROFILES.values():
-        for figure in ("decode_efficiency", "decode_overhead") if profile.is_probed else ():
+        for figure in ("decode_efficiency", "layer_overhead") if profile.is_probed else ():
             trusted = getattr(profile, figure).confidence != "low"
-            assert trusted == ("agx-orin" in profile.name or "orin-nx" in profile.name or profile.name == "jetson-orin")
+            assert trusted == any(name in f"{profile.name}." for name in edge)
 
 
 def test_usable_memory_is_what_system_and_runtime_leave() -> None:
@@ -97,7 +100,8 @@ def test_jetson_orin_is_the_64gb_developer_kit() -> None:
 def test_si_values() -> None:
     orin = PROFILES["jetson-orin"]
     assert (orin.bandwidth.si, orin.fp16_compute.si, orin.memory.si) == pytest.approx((204.8e9, 42e12, 64e9))
-    assert orin.decode_overhead.si == pytest.approx(1e-3 * orin.decode_overhead.value)
+    assert orin.layer_overhead.si == pytest.approx(1e-6 * orin.layer_overhead.value)
+    assert orin.token_overhead.si == pytest.approx(1e-9 * orin.token_overhead.value)
     for units in UNITS.values():
         for unit, factor in units.items():
             assert HardwareFigure(value=2, unit=unit, source="s", confidence="low").si == 2 * factor
@@ -109,6 +113,21 @@ def test_any_text_and_number_survive_the_bundles_copy(text: str, value: float) -
     figure = HardwareFigure(value=value, unit="GB/s", source=text, confidence="low")
     profile = PROFILES["l4"].model_copy(update={"description": text, "bandwidth": figure, "power_modes": (text, "15W")})
     assert DeviceProfile.model_validate(tomllib.loads(profile_toml(profile))) == profile
+
+
+def test_a_format_has_figures_of_its_own_where_the_profile_says_so() -> None:
+    """Its efficiency in decode, its share in prefill; another format, and floats, have the profile's."""
+    orin, thor, int4 = PROFILES["jetson-orin"], PROFILES["jetson-thor"], WEIGHT_FORMATS["int4-64"]
+    own = orin.formats["int4"].decode_efficiency.value
+    assert orin.decode_factor(int4) == pytest.approx(orin.decode_efficiency.value / own)
+    assert orin.decode_factor(None) == orin.decode_factor(WEIGHT_FORMATS["int8"]) == 1
+    nvfp4 = WeightFormat("nvfp4", 4, 16)
+    share = thor.formats["nvfp4"].prefill_efficiency.value
+    assert thor.prefill_factor(nvfp4) == pytest.approx(thor.prefill_efficiency.value / share)
+    assert share > 1
+    assert thor.decode_factor(nvfp4) == thor.prefill_factor(None) == 1
+    for profile in (orin, thor):
+        assert DeviceProfile.model_validate(tomllib.loads(profile_toml(profile))) == profile
 
 
 @pytest.mark.parametrize("name", ["RTX-4090", "Jetson-Orin", "CPU"])
@@ -132,6 +151,13 @@ def test_a_part_of_a_name_tells_apart_what_it_may_be(name: str, count: int) -> N
     assert all(line.split()[0] in PROFILES for line in told)
 
 
+NVFP4 = """
+[formats.nvfp4.decode_efficiency]
+value = 0.9
+unit = "1"
+source = "test"
+confidence = "low"
+"""
 BAD = {
     "not TOML": ("name = \n", "is not TOML: Invalid value (at line 1"),
     "negative": (L4.replace("value = 300", "value = -1"), "bandwidth.value: must be greater than"),
@@ -140,13 +166,22 @@ BAD = {
     "a word": (L4.replace("value = 300", 'value = "fast"'), "bandwidth.value: must be a valid number"),
     "unknown unit": (L4.replace('"GB/s"', '"GBps"'), "bandwidth.unit: 'GBps' is not one of MB/s, GB/s, TB/s"),
     "another quantity's unit": (L4.replace('"GB/s"', '"GB"'), "bandwidth.unit: 'GB' is not one of"),
-    "more than all": (L4.replace("value = 0.846", "value = 1.2"), "decode_efficiency.value: 1.2 must be at most 1"),
+    "more than all": (
+        re.sub(r"(?<=\[decode_efficiency\]\nvalue = ).*", "1.2", L4),
+        "decode_efficiency.value: 1.2 must be at most 1",
+    ),
     "no confidence": (L4.replace('confidence = "high"\n', "", 1), "memory.confidence: is missing"),
     "unknown confidence": (L4.replace('"high"', '"sure"', 1), "memory.confidence: must be 'high', 'medium' or 'low'"),
     "unknown field": ("colour = 'red'\n" + L4, "colour: is not a field of a profile"),
     "unknown engine": (L4.replace('"tensorrt-rtx"', '"openvino"'), "engine: must be 'tensorrt'"),
     "no sm": (L4.replace("sm = 89\n", ""), "sm is missing"),
-    "missing figure": (L4.replace("[decode_overhead]", "[system_reserve]").replace('"ms"', '"MB"'), "decode_overhead"),
+    "missing figure": (re.sub(r"\[layer_overhead\]\n(\w+ = .*\n)+", "", L4), "missing decode_overhead"),
+    "a format's unit": (
+        L4 + NVFP4.replace('"1"', '"ms"'),
+        "formats.nvfp4: decode_efficiency.unit: 'ms' is not one of 1",
+    ),
+    "a format's share": (L4 + NVFP4.replace("0.9", "1.1"), "decode_efficiency.value: 1.1 must be at most 1"),
+    "an unknown format": (L4 + NVFP4.replace("nvfp4", "int3"), "formats.int3"),
     "no reserve": (L4.replace("shared_with_system = false", "shared_with_system = true"), "missing system_reserve"),
     "nothing left": (L4.replace("value = 24\n", "value = 0.4\n"), "leave nothing of memory"),
     "a name that leads elsewhere": (

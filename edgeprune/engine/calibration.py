@@ -247,7 +247,7 @@ def leave_sizes_out(device: str, kind: Literal["decode", "prefill"]) -> list[flo
 
 @dataclass(frozen=True)
 class PrefillFigures:
-    """What a profile takes of a prefill fit.
+    """Prefill figures that a profile takes of a fit.
 
     share: of the fp16 peak, of products of floats; of_format: of those of a format of its own, by its family. own: the
     device that the fit is of is the profile's.

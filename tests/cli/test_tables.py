@@ -62,7 +62,7 @@ def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
         "cache copies",
         "decode in place",
         "Orin Nano 8 GB",
-        "TensorRT-Edge-LLM 0.10",
+        "TensorRT-Edge-LLM",
         "mind int4-64: the layers' matrices in 4 bits",
         "low confidence in the profile, which gives the reasons: ",
     ):

@@ -22,9 +22,11 @@ from edgeprune.engine.estimate import (
     floor_decoder,
     latency_shares,
     prefill_flops,
+    prefill_parts,
     table_bytes,
 )
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
+from edgeprune.engine.overheads import overhead_ms
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from edgeprune.ondevice.figures import Workload
@@ -35,7 +37,15 @@ from tests.support.shapes import SMOLLM2, uniform
 ORIN = load_profile("jetson-orin")
 WORKLOAD = Workload(1, 512, 2048)
 READING = ORIN.decode_efficiency.value * 204.8e9  # bytes/s
-OVERHEAD = ORIN.decode_overhead.value  # ms
+OVERHEAD = 30 * 1e-3 * ORIN.layer_overhead.value  # ms, of SMOLLM2's layers
+INT4_READING = ORIN.formats["int4"].decode_efficiency.value * 204.8e9
+RATE = ORIN.prefill_efficiency.value * 42e12  # FLOP/s
+
+
+def prefill_ms(tokens: int, flops: float, weight_bytes: float) -> float:
+    """SMOLLM2's prefill on ORIN, by hand."""
+    of_tokens = tokens * 30 * 1e-6 * ORIN.token_overhead.value
+    return 1e3 * (flops / RATE + weight_bytes / 204.8e9) + of_tokens + OVERHEAD
 
 
 def in_place(profile: DeviceProfile) -> DeviceProfile:
@@ -67,7 +77,12 @@ def test_weight_formats_shrink_the_matrices_alone(name: str, matrix_bytes: float
     saved = (2 - matrix_bytes) * SMOLLM2.layer_parameters
     assert half.memory.weights.value - few.memory.weights.value == saved
     assert half.memory.cache == few.memory.cache
-    assert half.decode.value - few.decode.value == pytest.approx(1e3 * saved / READING)
+    packed = matrix_bytes * SMOLLM2.layer_parameters
+    read = (2 * SMOLLM2.layer_parameters / READING) - packed / INT4_READING
+    assert half.decode.value - few.decode.value == pytest.approx(1e3 * read, rel=1e-2)  # norms stay floats
+    assert "x for its weight formats" in few.decode.basis
+    assert "weight formats" not in half.decode.basis
+    assert ORIN.formats["int4"].decode_efficiency.source in few.decode.basis
 
 
 def test_a_format_takes_its_time_in_a_prefill() -> None:
@@ -79,8 +94,9 @@ def test_a_format_takes_its_time_in_a_prefill() -> None:
         estimate_performance(decoder, slow, workload, "fp16").prefill
         for decoder in (SMOLLM2, SMOLLM2.with_format(WEIGHT_FORMATS["int8"]))
     )
-    rate = ORIN.prefill_efficiency.value * ORIN.fp16_compute.si
-    assert few.value - floats.value == pytest.approx(1e3 * 2 * 2048 * SMOLLM2.layer_parameters / rate)
+    saved = 1e3 * (2 - 1) * SMOLLM2.layer_parameters / 204.8e9  # a scale for each output apart
+    slower = 1e3 * 2 * 2048 * SMOLLM2.layer_parameters / RATE
+    assert few.value - floats.value == pytest.approx(slower - saved, rel=1e-3)
     assert "x for its weight formats" in few.basis
     assert "weight formats" not in floats.basis
 
@@ -96,7 +112,8 @@ def test_memory_and_decode_of_a_known_shape() -> None:
     expected = 1e3 * (2 * SMOLLM2.parameters + 3 * cache) / READING + OVERHEAD  # the cache is read, copied, written
     assert estimate.decode.value == pytest.approx(expected, rel=1e-9)
     copied = f"{2 * cache / 1e6:.4g} MB of it our graph's copy of the cache"
-    for point in (f"204.8 GB/s x {ORIN.decode_efficiency.value:g}", f"{OVERHEAD} ms", "AGX Orin", "Edge-LLM", copied):
+    read = f"204.8 GB/s x {ORIN.decode_efficiency.value:g}"
+    for point in (read, f"{OVERHEAD:.3g} ms", "AGX Orin", "Edge-LLM", copied):
         assert point in estimate.decode.basis
 
 
@@ -151,27 +168,52 @@ def test_decode_is_bound_by_bytes_or_in_a_large_batch_by_compute() -> None:
     parts, estimate = decode_parts(SMOLLM2, ORIN, many, "fp16"), estimate_performance(SMOLLM2, ORIN, many, "fp16")
     flops = decode_flops(SMOLLM2, many)
     assert parts["compute"] > 0
-    assert estimate.decode.value == pytest.approx(1e3 * flops / (ORIN.prefill_efficiency.value * 42e12) + OVERHEAD)
+    assert estimate.decode.value == pytest.approx(1e3 * flops / RATE + OVERHEAD)
     assert estimate.decode.value == pytest.approx(sum(parts.values()))
     assert estimate.decode.value == pytest.approx(sum(latency_shares(SMOLLM2, ORIN, many, "fp16").values()))
     assert "bound by compute" in estimate.decode.basis
 
 
-def test_prefill_is_bound_by_compute_or_by_bytes() -> None:
-    long, short = (estimate_performance(SMOLLM2, ORIN, Workload(1, p, 2048), "fp16").prefill for p in (1024, 1))
-    flops = prefill_flops(SMOLLM2, Workload(1, 1024, 2048))
-    assert long.value == pytest.approx(1e3 * flops / (ORIN.prefill_efficiency.value * 42e12) + OVERHEAD)
-    assert f"42 TFLOP/s x {ORIN.prefill_efficiency.value:g}" in long.basis
-    assert "Qwen3-0.6B" in long.basis
-    assert "Edge-LLM" in long.basis
-    assert short.value == pytest.approx(1e3 * 2 * SMOLLM2.parameters / READING + OVERHEAD, rel=1e-3)
-    assert "bound by bytes" in short.basis
+@pytest.mark.parametrize("prompt", [1, 1024])
+def test_the_parts_of_a_prefill_add_up(prompt: int) -> None:
+    """Products, the weights once, what each token and each layer takes beside them."""
+    workload = Workload(1, prompt, 2048)
+    estimate = estimate_performance(SMOLLM2, ORIN, workload, "fp16").prefill
+    flops, weight_bytes = prefill_flops(SMOLLM2, workload), 2 * SMOLLM2.parameters
+    assert estimate.value == pytest.approx(prefill_ms(prompt, flops, weight_bytes), rel=1e-3)
+    parts = prefill_parts(SMOLLM2, ORIN, workload, "fp16")
+    assert estimate.value == pytest.approx(sum(parts.values()))
+    assert parts["compute"] == pytest.approx(1e3 * flops / RATE)
+    assert parts["overhead"] == pytest.approx(OVERHEAD)
+    for word in (f"42 TFLOP/s x {ORIN.prefill_efficiency.value:g}", "MB / 204.8 GB/s", "Qwen3-0.6B", "Edge-LLM"):
+        assert word in estimate.basis
+
+
+def test_a_constant_of_a_prefill_is_its_own() -> None:
+    """As on H100: the same step, a longer prefill."""
+    constant = HardwareFigure(value=2.5, unit="ms", source="constant", confidence="low")
+    slower = ORIN.model_copy(update={"prefill_overhead": constant})
+    one, two = (estimate_performance(SMOLLM2, profile, WORKLOAD, "fp16") for profile in (ORIN, slower))
+    assert two.prefill.value == pytest.approx(one.prefill.value + 2.5)
+    assert two.decode == one.decode
+    assert "constant" in two.prefill.basis
+
+
+def test_the_overhead_is_that_of_the_layers_and_of_their_modules() -> None:
+    """A layer that has lost a module takes half; a processor's constant stands beside them."""
+    one = 1e-3 * ORIN.layer_overhead.value
+    halved = replace(SMOLLM2, layers=(*SMOLLM2.layers[:20], replace(SMOLLM2.layers[0], mlp=None)))
+    assert overhead_ms(SMOLLM2, ORIN) == pytest.approx(30 * one)
+    assert overhead_ms(halved, ORIN) == pytest.approx(20.5 * one)
+    constant = HardwareFigure(value=3, unit="ms", source="test", confidence="low")
+    measured = ORIN.model_copy(update={"layer_overhead": None, "decode_overhead": constant})
+    assert overhead_ms(SMOLLM2, measured) == overhead_ms(halved, measured) == pytest.approx(3)
 
 
 def test_fp32_on_tensor_cores_is_half_of_fp16_and_says_so() -> None:
-    half, single = (estimate_performance(SMOLLM2, ORIN, Workload(1, 1024, 2048), p).prefill for p in ("fp16", "fp32"))
-    assert single.value - OVERHEAD == pytest.approx(2 * (half.value - OVERHEAD))
-    assert "TF32" in single.basis
+    half, single = (prefill_parts(SMOLLM2, ORIN, Workload(1, 1024, 2048), p)["compute"] for p in ("fp16", "fp32"))
+    assert single == pytest.approx(2 * half)
+    assert "TF32" in estimate_performance(SMOLLM2, ORIN, Workload(1, 1024, 2048), "fp32").prefill.basis
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -186,10 +228,12 @@ def test_shares_add_up_to_the_decode_estimate(precision: str) -> None:
     assert decode_parts(SMOLLM2, in_place(ORIN), WORKLOAD, precision)["cache_copies"] == 0
 
 
-def test_no_pruning_of_layers_removes_head_and_overhead() -> None:
+def test_no_pruning_of_layers_removes_the_head_and_depth_alone_the_overhead() -> None:
     dense, floor = (latency_shares(d, ORIN, WORKLOAD, "fp16") for d in (SMOLLM2, floor_decoder(SMOLLM2, 64)))
     assert dense["head_and_embedding"] == floor["head_and_embedding"]
-    assert dense["overhead"] == floor["overhead"]
+    assert dense["overhead"] == pytest.approx(30 * floor["overhead"])  # the floor is one layer
+    narrow = latency_shares(SMOLLM2.with_widths(1, 1, 64), ORIN, WORKLOAD, "fp16")
+    assert dense["overhead"] == narrow["overhead"]
     assert floor["layers"] < 0.1 * dense["layers"]
 
 
