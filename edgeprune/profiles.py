@@ -208,6 +208,17 @@ class DeviceProfile(_Strict):
         return {name: figure for name in UNITS if (figure := getattr(self, name)) is not None}
 
     @property
+    def figures(self) -> dict[str, HardwareFigure]:
+        """Returns all that estimates rest on, by name: the hardware figures, and those of formats."""
+        of_formats = {
+            f"{name} of {form}": figure
+            for form, own in self.formats.items()
+            for name, figure in own
+            if figure is not None
+        }
+        return self.hardware | of_formats
+
+    @property
     def is_probed(self) -> bool:
         """Returns whether the hardware figures are there."""
         return bool(self.hardware)

@@ -81,7 +81,13 @@ def _errors(errors: Errors) -> str:
 
 
 def _models(errors: Errors) -> str:
-    return ", ".join(dict.fromkeys(point.model for point, _, _ in errors))
+    """Returns the models of points, those of a family together: Qwen3-0.6B, 1.7B, Qwen3-VL-2B."""
+    families: dict[str, list[str]] = {}
+    for point, _, _ in errors:
+        family, _, size = point.model.removesuffix("-2507").removesuffix("-Instruct").rpartition("-")
+        sizes = families.setdefault(family, [])
+        sizes += [size] if size not in sizes else []
+    return ", ".join(f"{family}-{', '.join(sizes)}" for family, sizes in families.items())
 
 
 def _formats(errors: Errors) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.commands.doctor import Finding
     from edgeprune.commands.plan import Plan
     from edgeprune.engine.checkup import Checkup
-    from edgeprune.profiles import DeviceProfile
+    from edgeprune.profiles import DeviceProfile, HardwareFigure
 
 
 def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
@@ -27,8 +27,8 @@ def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
     rows = [
         (
             profile.name,
-            _hardware(profile, "memory"),
-            _hardware(profile, "bandwidth"),
+            _value(profile.memory),
+            _value(profile.bandwidth),
             str(profile.sm or ""),
             profile.engine,
             profile.description,
@@ -38,9 +38,8 @@ def print_profiles(profiles: Sequence[DeviceProfile], console: Console) -> None:
     console.print(table(columns, rows, whole=columns[:-1]))
 
 
-def _hardware(profile: DeviceProfile, name: str) -> str:
-    """Returns a figure of the profile in its unit; `probed` where the profile leaves it to the machine."""
-    figure = getattr(profile, name)
+def _value(figure: HardwareFigure | None) -> str:
+    """Returns a figure of a profile in its unit; `probed` where the profile leaves it to the machine."""
     return "probed" if figure is None else f"{figure.value:g}{'' if figure.unit == '1' else f' {figure.unit}'}"
 
 
@@ -63,8 +62,8 @@ def print_profile(profile: DeviceProfile, console: Console) -> None:
         console.print("The profile holds no hardware figures: they are probed on first use and cached.")
         return
     rows = [
-        (name.replace("_", " "), _hardware(profile, name), figure.confidence, figure.source)
-        for name, figure in profile.hardware.items()
+        (name.replace("_", " "), _value(figure), figure.confidence, figure.source)
+        for name, figure in profile.figures.items()
     ]
     columns = ("figure", "value", "confidence", "source")
     console.print(table(columns, rows, whole=columns[:-1]))
@@ -145,7 +144,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     # What the latencies rest on, and what to mind.
     rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
     rests += [("mind", note) for note in plan.notes]
-    if weak := [name for name, figure in plan.profile.hardware.items() if figure.confidence == "low"]:
+    if weak := [name for name, figure in plan.profile.figures.items() if figure.confidence == "low"]:
         rests.append(("mind", f"of low confidence in the profile, which gives the reasons: {', '.join(weak)}"))
     console.print(table(("", ""), ((styled(name, "dim"), text) for name, text in rests)))
 

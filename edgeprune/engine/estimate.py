@@ -307,7 +307,7 @@ def low_confidence_notes(profile: DeviceProfile) -> tuple[str, ...]:
     """Returns a note for each figure of a profile that its estimates rest on and that is hardly known."""
     return tuple(
         f"{name} of {profile.name} is of low confidence: {figure.source}"
-        for name, figure in profile.hardware.items()
+        for name, figure in profile.figures.items()
         if figure.confidence == "low"
     )
 

@@ -46,7 +46,7 @@ class PublishedPoint:
     """One model's latencies in ms on one device, at batch 1; None where they are not published.
 
     bandwidth: of the device, bytes/s. weight_bytes: of the layers and the head in this format, as one step reads them.
-    past: tokens in the cache before the step, which is fp16. requests_ms: a whole request of `prompt` tokens and
+    past: tokens in the cache before the step, which is fp16. request_ms: a whole request of `prompt` tokens and
     `generated` ones. uncertain: the configuration or the conditions are partly assumed.
     """
 

@@ -76,7 +76,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         device={
             "name": setup.profile.name,
             "description": setup.profile.description,
-            "figures": {name: figure.model_dump() for name, figure in setup.profile.hardware.items()},
+            "figures": {name: figure.model_dump() for name, figure in setup.profile.figures.items()},
         },
         workload={"batch": setup.workload.batch, "prompt": setup.workload.prompt, "context": setup.workload.context},
         precision=setup.precision,

@@ -27,7 +27,7 @@ def test_one_device_with_source_and_confidence_of_each_figure(profile):
     text = words(lines)
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith(f"{profile.name}: ")
-    for name, figure in profile.hardware.items():
+    for name, figure in profile.figures.items():
         assert f"{name.replace('_', ' ')} {figure.value:g}" in text
         assert figure.confidence in text
     assert ("probed on first use" in text) == (not profile.is_probed)
