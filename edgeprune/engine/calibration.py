@@ -1,4 +1,4 @@
-"""Which published points each profile rests on, its figures by their fit, and the errors of that fit.
+"""The published points that each profile rests on, its figures by their fit, and the errors of that fit.
 
 TensorRT's own points come first. A device without any has those of another runtime: on a module with the memory of
 one that has both, or among the discrete GPUs, which are fitted together.
@@ -141,8 +141,13 @@ def _predict_decode(origin: Origin) -> Callable[[Sequence[PublishedPoint]], Pred
             return lambda point: fits[point.device == origin.device].decode_ms(point)
 
         return siblings
+    return lambda points: _fit_own(origin, points).decode_ms
+
+
+def _fit_own(origin: Origin, points: Sequence[PublishedPoint]) -> DecodeFit:
+    """Returns the fit of a device's own points of TensorRT."""
     overhead = None if origin.overhead_of is None else decode_fit(origin.overhead_of).layer_overhead_ms
-    return lambda points: fit_decode(points, origin.own, overhead).decode_ms
+    return fit_decode(points, origin.own, overhead)
 
 
 @cache
@@ -152,8 +157,7 @@ def decode_fit(device: str | None) -> DecodeFit:
     if origin is None:
         return discrete_fit().of(device)
     if origin.sibling is None:
-        overhead = None if origin.overhead_of is None else decode_fit(origin.overhead_of).layer_overhead_ms
-        return fit_decode(decode_points(device), origin.own, overhead)
+        return _fit_own(origin, decode_points(device))
     # The same memory, so the same efficiency; the overhead is slower as it is in the other runtime.
     known = decode_fit(origin.sibling[0])
     return DecodeFit(known.efficiencies, known.layer_overhead_ms * overhead_ratio(device))

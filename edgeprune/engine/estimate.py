@@ -31,6 +31,7 @@ from edgeprune.precision import PRECISIONS, GraphPrecision, WeightFormat
 from edgeprune.profiles import DeviceProfile
 
 ID_BYTES = 8
+OVERHEADS = ("layer_overhead", "decode_overhead")  # figures of a profile
 TENSORRT_WORKSPACE = 8 * 2**20  # for matrix products, as TensorRT for RTX's compiler reports it
 
 
@@ -253,10 +254,7 @@ def estimate_performance(
     """
     # Prefill: its parts add up.
     _require_figures(profile)
-    prefill, step = (
-        prefill_parts(decoder, profile, workload, precision),
-        decode_parts(decoder, profile, workload, precision),
-    )
+    prefill = prefill_parts(decoder, profile, workload, precision)
     flops, counted_flops = prefill_flops(decoder, workload), prefill_flops(decoder, workload, profile.prefill_factor)
     dequantising = f" ({counted_flops / flops:.3g} x for its weight formats)" if counted_flops != flops else ""
     computing = f"GFLOP{{}} / {_flops_per_second(profile, precision)[1]}"
@@ -265,21 +263,22 @@ def estimate_performance(
     prefill_basis = (
         f"{flops / 1e9:.4g} {computing.format(dequantising)} + {(moved.layers + moved.head) / 1e6:.4g} MB / "
         f"{bandwidth.value:g} {bandwidth.unit}{_in_words(prefill)}; "
-        f"{_rests_on(decoder, profile, 'prefill_efficiency', 'token_overhead', 'prefill_overhead', 'layer_overhead')}"
+        f"{_rests_on(decoder, profile, 'prefill_efficiency', 'token_overhead', 'prefill_overhead', *OVERHEADS)}"
     )
     # Decode: the slower resource binds.
+    step = decode_parts(decoder, profile, workload, precision)
     counted_more = bytes_per_token(decoder, precision, workload, _in_place(profile), profile.decode_factor).total
     formats = f" ({counted_more / moved.total:.3g} x for its weight formats)" if counted_more != moved.total else ""
     copied = f", {moved.cache_copies / 1e6:.4g} MB of it our graph's copy of the cache," if moved.cache_copies else ""
     decode_basis = (
         f"{moved.total / 1e6:.4g} MB per step{copied}{formats} / ({bandwidth.value:g} {bandwidth.unit} x "
         f"{efficiency.value:g}){_in_words(step)}; "
-        f"{_rests_on(decoder, profile, 'decode_efficiency', 'layer_overhead', 'decode_overhead')}"
+        f"{_rests_on(decoder, profile, 'decode_efficiency', *OVERHEADS)}"
     )
     if step["compute"]:
         decode_basis = (
             f"bound by compute: {decode_flops(decoder, workload) / 1e9:.4g} {computing.format('')}{_in_words(step)}; "
-            f"{_rests_on(decoder, profile, 'prefill_efficiency', 'layer_overhead', 'decode_overhead')}"
+            f"{_rests_on(decoder, profile, 'prefill_efficiency', *OVERHEADS)}"
         )
     return Performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
