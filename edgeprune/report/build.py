@@ -252,8 +252,8 @@ def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
 
 
 def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
-    """Returns how much of the dense model's time and weights no pruning of layers removes, and what of it is left where
-    embedding and head have the fewest bits that the search may take.
+    """Returns how much of the dense model's time and weights no narrowing of layers removes, and what of it is left
+    where embedding and head have the fewest bits that the search may take.
 
     shares: estimated decode ms of the dense model by part, as latency_shares returns them.
     """
@@ -264,7 +264,7 @@ def _unprunable(fitted: Fitted, shares: dict[str, float]) -> str:
     text = (
         f"{100 * fixed / total:.0f} % of the dense model's time per token ({format_ms(fixed)} of {format_ms(total)}, "
         f"estimated) is overhead, embedding and head; so are {100 * tables / dense.parameters:.0f} % of its weights: "
-        "no pruning of layers removes them."
+        "no narrowing of layers removes them."
     )
     if few := setup.weights.fewest_bits:
         small = replace(dense, embedding_format=few, head_format=few)

@@ -359,7 +359,7 @@ class Report(Strict):
     experience: Annotated[dict[SideName, Experience], keyed("dense", "fitted")] = Field(
         description="what a user notices of the dense and the fitted model"
     )
-    unprunable: str = Field(description="what of latency and weights no pruning of layers removes, and formats leave")
+    unprunable: str = Field(description="what of latency and weights no narrowing of layers removes, and formats leave")
     floor: dict[str, float] = Field(
         description="estimated, of the smallest model on the width grid: memory in bytes, prefill and decode in ms"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune.model.checkpoint.families import FAMILIES
-from edgeprune.profiles import list_profiles
+from edgeprune.profiles import list_profiles, load_profile
 from tests.support.commands import run
 from tests.support.published import PUBLISHED
 
@@ -134,7 +134,11 @@ def test_one_device(home):
     shown = json.loads(result.stdout)
     assert shown["fits"]
     assert 35e9 < shown["memory_bytes"] < 45e9
-    assert shown["decode_ms"] == pytest.approx(1e3 * (shown["work"]["decode_bytes"]) / (0.795 * 204.8e9) + 1.41)
+    parts, profile = shown["parts"]["decode_ms"], load_profile("jetson-orin")
+    assert shown["decode_ms"] == pytest.approx(sum(parts.values()))
+    assert parts["overhead"] == pytest.approx(80 * 1e-3 * profile.layer_overhead.value)
+    read = profile.formats["int4"].decode_efficiency.value * 204.8e9
+    assert parts["layers"] == pytest.approx(1e3 * 80 * 855_638_016 * (0.5 + 2 / 128) / read, rel=1e-3)
     text = run(*words, cwd=home).stdout
     for word in ("It fits", "estimated", "weights", "cache copies", "decode in place", "AGX Orin", "Edge-LLM", "mind"):
         assert word in text

@@ -134,7 +134,7 @@ def test_what_pruning_does_not_reach_is_less_where_embedding_and_head_may_have_f
     """The figures are the estimator's, of the whole vocabulary; those of a smaller one are not among them."""
     setup = fitted.setup
     text = build_report(fitted, {}, "").unprunable
-    assert "% of its weights: no pruning of layers removes them. With embedding and head in int8," in text
+    assert "% of its weights: no narrowing of layers removes them. With embedding and head in int8," in text
     dense = setup.model.decoder
     few = replace(dense, embedding_format=WEIGHT_FORMATS["int8"], head_format=WEIGHT_FORMATS["int8"])
     shares = latency_shares(few, setup.profile, setup.workload, setup.precision)

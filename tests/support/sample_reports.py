@@ -264,7 +264,7 @@ def estimated_content() -> dict[str, Any]:
         **sides,
         "experience": experience(sides, limit, "the memory budget", (1187, 2510), (0, 1)),
         "unprunable": "46 % of the dense model's time per token (1.88 ms of 4.04 ms, estimated) is overhead, embedding "
-        "and head; so are 21 % of its weights: no pruning of layers removes them. With embedding and head in int8, "
+        "and head; so are 21 % of its weights: no narrowing of layers removes them. With embedding and head in int8, "
         "which the search may take, 1.42 ms a token are left of that time, and 27.1 MiB of the 54.0 MiB of both.",
         "floor": {"memory": 566145784.0, "prefill": 1.976, "decode": 2.2585},
         "search": {
