@@ -123,7 +123,7 @@ def profile_of(probed: Probed, choice: Choice, base: DeviceProfile, name: str | 
     dialect = base.dialect
     if choice.gpu is not None and choice.flavour != base.engine:
         dialect = "primitive"  # the one that the parser of every release takes
-    defaults = base.model_dump(exclude=set(base.hardware)) | {
+    defaults = base.model_dump(exclude={*base.hardware, "formats"}) | {
         "name": name or _slug(choice.device),
         "description": f"{choice.device}, measured; {TAKEN} of {base.name}",
         "engine": choice.flavour,

@@ -82,7 +82,7 @@ class PublishedPoint:
     def decode_bytes(self) -> float:
         """Returns the bytes that one decode step moves: weights, and the cache with the step's own token."""
         workload = Workload(batch=1, prompt=1, context=self.past + 1)
-        return self.weight_bytes + cache_bytes(self.decoder, "fp16", workload, in_place=True)
+        return self.weight_bytes + cache_bytes(self.decoder, "fp16", workload, True)
 
     @property
     def matrix_bytes(self) -> float:

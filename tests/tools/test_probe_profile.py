@@ -44,6 +44,7 @@ def check_measured(profile: DeviceProfile, base: str) -> None:
         name: getattr(load_profile(base), name) for name in TAKEN
     }
     assert f"of {base}" in profile.description
+    assert profile.formats == {}  # shares of the figures of another device
 
 
 @pytest.fixture
