@@ -16,7 +16,9 @@ from edgeprune.ondevice.onnxruntime import open_session
 from tests.support.reference import decoder_of, weights_of
 
 VARIANTS = tuple(
-    GraphVariant(dialect, logits) for dialect in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last")
+    GraphVariant(dialect, logits)
+    for dialect in ("opset24", "opset23", "primitive", "onnxruntime")
+    for logits in ("all", "last")
 )
 
 
@@ -85,14 +87,22 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def run_steps(
     path: Path, batch: Sample, steps: list[int], capacity: int | None = None, exact: bool = True
 ) -> list[np.ndarray]:
-    """Logits of each step. The cache grows, or is one buffer of `capacity` tokens that the graph updates."""
+    """Logits of each step. The cache grows, or is one buffer of `capacity` tokens that the graph updates.
+
+    A graph of opset 24 has a capacity of its own.
+    """
     runner = open_session(path, 1, exact)
     binding = runner.io_binding()
-    caches = [value for value in runner.get_inputs() if value.name.startswith("past_key_values")]
+    inputs = {value.name: value for value in runner.get_inputs()}
+    written = "write_indices" in inputs
     cache = {}
-    for value in caches:
+    for value in inputs.values():
+        if not value.name.startswith("past_key_values"):
+            continue
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-        empty = np.full((2, value.shape[1], capacity or 0, value.shape[3]), np.nan, dtype)  # leftovers must not matter
+        capacity = value.shape[2] if written else capacity
+        leftover = 7.0 if written else np.nan  # must not matter; a mask hides no NaN
+        empty = np.full((2, value.shape[1], capacity or 0, value.shape[3]), leftover, dtype)
         cache[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
     names = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
     logits, start = [], 0
@@ -100,7 +110,11 @@ def run_steps(
         end = start + length
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(batch.ids[:, start:end]))
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(batch.positions[:, start:end]))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(batch.mask[:, :end]))
+        mask = batch.mask[:, :end]
+        if written:
+            mask = np.pad(mask, ((0, 0), (0, capacity - end)), constant_values=1)  # free slots are hidden anyway
+            binding.bind_cpu_input("write_indices", np.full(2, start))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
         binding.bind_output("logits")
         for name, value in cache.items():
             present = name.replace("past_key_values", "present")

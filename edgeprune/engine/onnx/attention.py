@@ -1,4 +1,4 @@
-"""Attention in the operators of three dialects: rotary embedding, masks and the KV cache.
+"""Attention in the operators of four dialects: rotary embedding, masks and the KV cache.
 
 It knows the names of weights and not their values. Notation as in ops.py.
 """
@@ -10,7 +10,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeprune.engine.onnx.data import rotary_tables, rotates_by_tables
-from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared, additive_masks, head_width, lengths, masked
+from edgeprune.engine.onnx.nodes import (
+    MICROSOFT,
+    WRITE_INDICES,
+    Nodes,
+    Shared,
+    additive_masks,
+    head_width,
+    lengths,
+    masked,
+)
 from edgeprune.model.decoder import Attention, Decoder, Rotary
 
 
@@ -64,7 +73,21 @@ def _rotary_name(decoder: Decoder, rotary: Rotary) -> str:
 
 def prepare_opset23(nodes: Nodes, decoder: Decoder) -> Shared:
     """Adds the masks (b, 1, s, t), and cos and sin (b, s, turned / 2) of every rotary embedding, for all layers."""
-    shared = additive_masks(nodes, decoder.windows)
+    return additive_masks(nodes, decoder.windows) | _standard_angles(nodes, decoder)
+
+
+def prepare_opset24(nodes: Nodes, decoder: Decoder) -> Shared:
+    """Adds what prepare_opset23 adds, with masks over the whole capacity of the KV cache, and names its write indices.
+
+    TensorRT 10.15 has no input for the number of keys (nonpad_kv_seqlen), so free slots are masked.
+    """
+    masks = additive_masks(nodes, decoder.windows, in_place=True)
+    return {"write_indices": WRITE_INDICES} | masks | _standard_angles(nodes, decoder)
+
+
+def _standard_angles(nodes: Nodes, decoder: Decoder) -> Shared:
+    """Adds cos and sin (b, s, turned / 2) of every rotary embedding, as the operator RotaryEmbedding takes them."""
+    shared: Shared = {}
     for rotary in decoder.rotaries:
         name = _rotary_name(decoder, rotary)
         cos, sin = _angles(nodes, rotary, name)
@@ -146,9 +169,9 @@ def _split_heads(nodes: Nodes, name: str, packed: str, attention: Attention) -> 
 
 
 def _with_cache(
-    nodes: Nodes, name: str, rotated: str, value: str, attention: Attention, cache: tuple[str, ...]
+    nodes: Nodes, name: str, rotated: str, value: str, attention: Attention, cache: tuple[str, ...], shared: Shared
 ) -> tuple[str, str, str]:
-    """Appends the new keys and values to the KV cache.
+    """Appends the new keys and values to the KV cache: written into its slots where shared has write indices.
 
     rotated: query and key heads (b, h + k, s, d); value: (b, k, s, d); cache: names as of _cache_names. Returns the
     query (b, h, s, d), and all keys and values (b, k, t, d).
@@ -156,6 +179,10 @@ def _with_cache(
     past_key, past_value, present_key, present_value = cache
     inputs = (rotated, nodes.sizes(attention.num_attention_heads, attention.num_key_value_heads))
     query, key = nodes.add_many("Split", f"{name}.split_qk", inputs, (f"{name}.query", f"{name}.key"), axis=1)
+    if indices := shared.get("write_indices"):
+        nodes.add_many("TensorScatter", f"{name}.keys", (past_key, key, indices), (present_key,), axis=2)
+        nodes.add_many("TensorScatter", f"{name}.values", (past_value, value, indices), (present_value,), axis=2)
+        return query, present_key, present_value
     (key,) = nodes.add_many("Concat", f"{name}.keys", (past_key, key), (present_key,), axis=2)
     (value,) = nodes.add_many("Concat", f"{name}.values", (past_value, value), (present_value,), axis=2)
     return query, key, value
@@ -200,14 +227,14 @@ def _rotated(
 def attention_opset23(
     nodes: Nodes, name: str, packed: str, attention: Attention, decoder: Decoder, cache: tuple[str, ...], shared: Shared
 ) -> str:
-    """Adds an attention in the operator Attention of opset 23, from packed (b, s, (h + 2k) * d) to (b, s, h * d).
+    """Adds an attention in the operator Attention, from packed (b, s, (h + 2k) * d) to (b, s, h * d).
 
-    It is written in operators of opset 17 in two cases. With a softcap, because Attention applies it after the mask in
-    this opset, which would make masked pairs visible; and with a single head, for which TensorRT for RTX has no kernel.
+    It serves opset 24 too, where shared has the write indices of the KV cache. It is written in operators of opset 17 in two cases. With a softcap, because Attention applies it after the mask in
+    opset 23, which would make masked pairs visible; and with a single head, for which TensorRT for RTX has no kernel.
     """
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=False)
-    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
+    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache, shared)
     mask = shared[f"mask.{attention.window}"]
     if attention.softcap is not None or attention.num_attention_heads == 1:
         context = _attend(nodes, name, query, key, value, attention, mask)
@@ -223,7 +250,7 @@ def attention_primitive(
     """Adds an attention in operators of opset 17, from packed (b, s, (h + 2k) * d) to (b, s, h * d)."""
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
-    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache)
+    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache, shared)
     context = _attend(nodes, name, query, key, value, attention, shared[f"mask.{attention.window}"])
     return _join_heads(nodes, name, context, attention)
 

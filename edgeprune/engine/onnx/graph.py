@@ -9,8 +9,12 @@ total = past + sequence. `i` is the layer's index: a layer without attention has
 number is left out.
 
 The variants of a graph are the same model in several dialects, all on the same data files:
-    opset23      RMSNormalization, RotaryEmbedding and Attention with one output; the keys and values
-                 of past and new tokens are joined by Concat
+    opset24      RMSNormalization, RotaryEmbedding and Attention with one output. TensorScatter writes the keys
+                 and values of new tokens into one buffer of the KV cache, which is bound as past and present:
+                 `past` and `total`, also of attention_mask, are its capacity, a number in the graph: that of
+                 max_positions. A further input says where a row's new tokens begin: write_indices (batch,)
+                 int64. The buffer must hold numbers, in free slots too: these are masked, and 0 times NaN is NaN
+    opset23      the same, but that the keys and values of past and new tokens are joined by Concat
     primitive    only operators of opset 17, for parsers that do not know newer ones; 19 for matrices of int8, 21 for
                  those with groups
     onnxruntime  com.microsoft.GroupQueryAttention. Where one buffer of any capacity is bound as past and
@@ -32,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, layout, write_data
-from edgeprune.engine.onnx.nodes import Dialect, Nodes, element_type, head_width
+from edgeprune.engine.onnx.nodes import WRITE_INDICES, Dialect, Nodes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
 from edgeprune.errors import InputError
@@ -83,20 +87,21 @@ def write_graphs(
 
     weights: by the names of decoder.py, any floating type, or codes for the names of decoder.weight_formats; each is
     read once. precision: of all other weights, scales, activations, KV cache and logits, for bf16 as above (sums of
-    squares stay in fp32). max_positions: rows of the rotary tables, which only the onnxruntime dialect has; at most
-    and by default decoder.max_position_embeddings. Returns the files. Raises InputError for a missing weight, a wrong
+    squares stay in fp32). max_positions: the longest context to serve, which is the rows of the onnxruntime dialect's
+    rotary tables and the capacity of opset24's KV cache; at most and by default decoder.max_position_embeddings. Returns the files. Raises InputError for a missing weight, a wrong
     shape or format, and NumericalError for a weight that is not finite in this precision; the files are then
     incomplete.
     """
     # The data files come first: the graphs refer to offsets in them.
     tables = any(variant.dialect == "onnxruntime" for variant in variants)
-    initializers = layout(decoder, precision, _table_rows(decoder, max_positions) if tables else None)
+    context = _longest_context(decoder, max_positions)
+    initializers = layout(decoder, precision, context if tables else None)
     folder.mkdir(parents=True, exist_ok=True)
     write_data(decoder, weights, folder, initializers)
     # One graph file for each variant.
     graphs = {variant: folder / variant.filename for variant in variants}
     for variant, path in graphs.items():
-        model = _model(decoder, precision, variant, initializers)
+        model = _model(decoder, precision, variant, initializers, context)
         path.write_bytes(model.SerializeToString(deterministic=True))
     names = (EMBEDDING_FILE, LAYERS_FILE)
     return GraphFiles(graphs, {folder / name: (folder / name).stat().st_size for name in names})
@@ -109,12 +114,12 @@ def graph_weight_bytes(
 
     The onnxruntime dialect may add rotary tables. Padding between initializers is not counted.
     """
-    rows = _table_rows(decoder, max_positions) if dialect == "onnxruntime" else None
+    rows = _longest_context(decoder, max_positions) if dialect == "onnxruntime" else None
     return sum(initializer.length for initializer in layout(decoder, precision, rows))
 
 
-def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
-    """Returns the rows of the rotary tables; raises InputError where max_positions is less than 1."""
+def _longest_context(decoder: Decoder, max_positions: int | None) -> int:
+    """Returns the longest context that a graph serves; raises InputError where max_positions is less than 1."""
     if max_positions is None:
         return decoder.max_position_embeddings
     if max_positions < 1:
@@ -123,9 +128,13 @@ def _table_rows(decoder: Decoder, max_positions: int | None) -> int:
 
 
 def _model(
-    decoder: Decoder, precision: GraphPrecision, variant: GraphVariant, initializers: Sequence[Initializer]
+    decoder: Decoder,
+    precision: GraphPrecision,
+    variant: GraphVariant,
+    initializers: Sequence[Initializer],
+    context: int,
 ) -> ModelProto:
-    """Returns the ONNX model of a variant."""
+    """Returns the ONNX model of a variant; context: the capacity of opset24's KV cache."""
     from onnx import helper
 
     tensors = [*initializers, *views(initializers, variant.dialect)]
@@ -135,7 +144,7 @@ def _model(
     opsets[""] = max(opsets[""], *map(least_opset, quantised.values()), 0)
     # ONNX Runtime computes bf16 weights in fp32 on a processor.
     computed: GraphPrecision = "fp32" if (precision, variant.dialect) == ("bf16", "onnxruntime") else precision
-    graph = _graph(Nodes(computed, opsets[""], quantised), decoder, variant, tensors)
+    graph = _graph(Nodes(computed, opsets[""], quantised), decoder, variant, tensors, context)
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     return helper.make_model(
         graph,
@@ -145,7 +154,9 @@ def _model(
     )
 
 
-def _graph(nodes: Nodes, decoder: Decoder, variant: GraphVariant, tensors: Sequence[Initializer]) -> GraphProto:
+def _graph(
+    nodes: Nodes, decoder: Decoder, variant: GraphVariant, tensors: Sequence[Initializer], context: int
+) -> GraphProto:
     """Returns the graph of a variant, with inputs, outputs, nodes and those of the tensors that these read."""
     from onnx import TensorProto, helper
 
@@ -162,14 +173,18 @@ def _graph(nodes: Nodes, decoder: Decoder, variant: GraphVariant, tensors: Seque
                 widened.append(_widened(external[-1], element))
     # Declare inputs and outputs.
     rows = "sequence" if variant.logits == "all" else 1
-    inputs, outputs = _caches(decoder, element, variant.dialect)
+    # The lengths of the cache before and after a step.
+    past, total = (context, context) if variant.dialect == "opset24" else ("past", "total")
+    inputs, outputs = _caches(decoder, element, variant.dialect, past, total)
+    if variant.dialect == "opset24":
+        inputs.append(helper.make_tensor_value_info(WRITE_INDICES, TensorProto.INT64, ["batch"]))
     return helper.make_graph(
         [*widened, *nodes.nodes],
         decoder.family or "decoder",
         [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
             helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "sequence"]),
-            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", total]),
             *inputs,
         ],
         [helper.make_tensor_value_info(logits, _logits_type(element), ["batch", rows, decoder.vocab_size]), *outputs],
@@ -177,8 +192,13 @@ def _graph(nodes: Nodes, decoder: Decoder, variant: GraphVariant, tensors: Seque
     )
 
 
-def _caches(decoder: Decoder, element: int, dialect: Dialect) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
-    """Returns the inputs and outputs of the KV cache, a key and a value of each for every layer with attention."""
+def _caches(
+    decoder: Decoder, element: int, dialect: Dialect, past: int | str, total: int | str
+) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
+    """Returns the inputs and outputs of the KV cache, a key and a value of each for every layer with attention.
+
+    past, total: the tokens of inputs and outputs, as a number or by name.
+    """
     from onnx import helper
 
     inputs, outputs = [], []
@@ -188,9 +208,9 @@ def _caches(decoder: Decoder, element: int, dialect: Dialect) -> tuple[list[Valu
         heads, width = attention.num_key_value_heads, head_width(attention.head_dim, dialect)
         past_key, past_value, present_key, present_value = _cache_names(index)
         for name in (past_key, past_value):
-            inputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, "past", width]))
+            inputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, past, width]))
         for name in (present_key, present_value):
-            outputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, "total", width]))
+            outputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, total, width]))
     return inputs, outputs
 
 
@@ -298,24 +318,23 @@ def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
             stream.add(update)
     # The last position alone is normed and multiplied with the head.
     if variant.logits == "last":
-        take_last = _last_position(nodes, decoder, variant)
+        take_last = _last_position(nodes, variant)
         stream.hidden = take_last("last.hidden", stream.hidden)  # (b, 1, c)
         if stream.update is not None:
             stream.update = take_last("last.update", stream.update)
     return _logits(nodes, decoder, stream.normed("norm"), head)
 
 
-def _last_position(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> Callable[[str, str], str]:
+def _last_position(nodes: Nodes, variant: GraphVariant) -> Callable[[str, str], str]:
     """Returns a function that adds the last position (b, 1, c) of a value (b, s, c), with a name for the result."""
     # TensorRT's builder dequantises a head before a product that it knows to have a single row (RTX 1.7). So it must
-    # not know: a slice begins at total - past - 1, of which it knows nothing but the bounds.
-    first_cache = next((_cache_names(i)[0] for i, layer in enumerate(decoder.layers) if layer.attention), None)
-    if "head.weight" in nodes.quantised and variant.dialect != "onnxruntime" and first_cache is not None:
-        lengths = []
-        for name, value, axis in (("last.total", "attention_mask", 1), ("last.past", first_cache, 2)):
-            shape = nodes.add("Shape", f"{name}_shape", value)
-            lengths.append(nodes.add("Slice", name, shape, nodes.sizes(axis), nodes.sizes(axis + 1)))
-        start = nodes.add("Sub", "last.start", nodes.add("Sub", "last.sequence", *lengths), nodes.sizes(1))
+    # not know: a slice takes the last (s + 2) / (s + 1) positions, which is 1, but not by the bounds of s alone.
+    if "head.weight" in nodes.quantised and variant.dialect != "onnxruntime":
+        shape = nodes.add("Shape", "last.ids_shape", "input_ids")
+        sequence = nodes.add("Slice", "last.sequence", shape, nodes.sizes(1), nodes.sizes(2))
+        dividend = nodes.add("Add", "last.dividend", sequence, nodes.sizes(2))
+        divisor = nodes.add("Add", "last.divisor", sequence, nodes.sizes(1))
+        start = nodes.add("Sub", "last.start", sequence, nodes.add("Div", "last.rows", dividend, divisor))
         bounds = (start, nodes.sizes(_ENDLESS), nodes.sizes(1))
         return lambda name, value: nodes.add("Slice", name, value, *bounds)
     position = nodes.constant("last.position", [-1])

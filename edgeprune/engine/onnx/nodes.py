@@ -17,7 +17,8 @@ from edgeprune.precision import PRECISIONS, GraphPrecision
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
-Dialect = Literal["opset23", "primitive", "onnxruntime"]
+Dialect = Literal["opset24", "opset23", "primitive", "onnxruntime"]
+WRITE_INDICES = "write_indices"  # an input of opset24: the slot of the cache that a row's first new token gets
 MICROSOFT = "com.microsoft"
 HEAD_MULTIPLE = 8  # GroupQueryAttention takes heads whose sizes are multiples of it
 Shared = dict[str, str]  # values made once and read by every layer: masks, angles, lengths
@@ -119,23 +120,29 @@ def masked(nodes: Nodes) -> str:
     return nodes.number("mask.minimum", float(least) / 2)
 
 
-def additive_masks(nodes: Nodes, windows: tuple[int | None, ...]) -> Shared:
+def additive_masks(nodes: Nodes, windows: tuple[int | None, ...], in_place: bool = False) -> Shared:
     """Adds the masks (b, 1, s, t) of these windows, by `mask.{window}`: 0 where the query may see the key.
 
     It may where the key is a real token, is not later than the query and, with a window, is less than so many
-    positions before it.
+    positions before it. in_place: t is the capacity of the KV cache, whose free slots count as later.
     """
     # The positions of keys and queries in the KV cache.
     sizes = lengths(nodes)
     zero, one = nodes.constant("zero", 0), nodes.constant("one", 1)
     total = nodes.add("Squeeze", "mask.total", sizes["total"], nodes.sizes(0))
     sequence = nodes.add("Squeeze", "mask.sequence", sizes["sequence"], nodes.sizes(0))
-    past = nodes.add("Sub", "mask.past", total, sequence)
     keys = nodes.add("Range", "mask.keys", zero, total, one)  # (t,)
-    queries = nodes.add("Range", "mask.query_range", past, total, one)
-    queries = nodes.add("Unsqueeze", "mask.queries", queries, nodes.sizes(1))  # (s, 1)
+    if in_place:
+        new = nodes.add("Range", "mask.new", zero, sequence, one)
+        new = nodes.add("Unsqueeze", "mask.new_rows", new, nodes.sizes(1))  # (s, 1)
+        begin = nodes.add("Unsqueeze", "mask.begin", WRITE_INDICES, nodes.sizes(1, 2, 3))  # (b, 1, 1, 1)
+        queries = nodes.add("Add", "mask.queries", begin, new)  # (b, 1, s, 1)
+    else:
+        past = nodes.add("Sub", "mask.past", total, sequence)
+        queries = nodes.add("Range", "mask.query_range", past, total, one)
+        queries = nodes.add("Unsqueeze", "mask.queries", queries, nodes.sizes(1))  # (s, 1)
     # Keys that are not later, and keys that are real tokens.
-    causal = nodes.add("LessOrEqual", "mask.causal", keys, queries)  # (s, t)
+    causal = nodes.add("LessOrEqual", "mask.causal", keys, queries)  # (s, t) or (b, 1, s, t)
     real = nodes.add("Greater", "mask.real_tokens", "attention_mask", zero)
     real = nodes.add("Unsqueeze", "mask.real", real, nodes.sizes(1, 2))  # (b, 1, 1, t)
     # One mask for each window.

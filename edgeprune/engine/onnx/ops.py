@@ -1,4 +1,4 @@
-"""The modules of a Decoder in ONNX operators: norms, activations, MLP and experts in three dialects.
+"""The modules of a Decoder in ONNX operators: norms, activations, MLP and experts in the dialects.
 
 It knows the names of weights and not their values; data.py decides where these are stored.
 Notation: b batch, s sequence (new tokens), t total (past + new), h query heads, k key/value heads,
@@ -20,6 +20,7 @@ from edgeprune.engine.onnx.attention import (
     attention_primitive,
     prepare_onnxruntime,
     prepare_opset23,
+    prepare_opset24,
     prepare_primitive,
 )
 from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, Shared
@@ -161,6 +162,7 @@ class Operators:
 
 
 OPERATORS: dict[Dialect, Operators] = {
+    "opset24": Operators({"": 24}, prepare_opset24, _norm_opset23, _layer_norm, _activate_opset23, attention_opset23),
     "opset23": Operators({"": 23}, prepare_opset23, _norm_opset23, _layer_norm, _activate_opset23, attention_opset23),
     "primitive": Operators({"": 17}, prepare_primitive, _norm_primitive, _layer_norm, _activate, attention_primitive),
     "onnxruntime": Operators(

@@ -102,12 +102,16 @@ def test_names_and_dimensions_of_the_contract(tmp_path: Path) -> None:
         inputs = {value.name: value.shape for value in runner.get_inputs()}
         outputs = {value.name: value.shape for value in runner.get_outputs()}
         wanted = {"input_ids": ["batch", "sequence"], "position_ids": ["batch", "sequence"]}
-        wanted["attention_mask"] = ["batch", "total"]
+        past, total = "past", "total"
+        if variant.dialect == "opset24":
+            past = total = 128  # the capacity of one buffer
+            wanted["write_indices"] = ["batch"]
+        wanted["attention_mask"] = ["batch", total]
         parts = [f"{index}.{part}" for index in range(3) for part in ("key", "value")]
-        assert inputs == wanted | {f"past_key_values.{part}": ["batch", 2, "past", 16] for part in parts}
+        assert inputs == wanted | {f"past_key_values.{part}": ["batch", 2, past, 16] for part in parts}
         rows = "sequence" if variant.logits == "all" else 1
         assert outputs == {"logits": ["batch", rows, 200]} | {
-            f"present.{part}": ["batch", 2, "total", 16] for part in parts
+            f"present.{part}": ["batch", 2, total, 16] for part in parts
         }
 
 
@@ -123,7 +127,7 @@ def test_graphs_are_valid_small_and_named_by_layer(tmp_path: Path) -> None:
             onnx.checker.check_model(path, full_check=True)
             assert {node.domain for node in model.graph.node} == {""}
             assert all(len(node.output) == 1 for node in model.graph.node if node.op_type != "Split")
-        assert {"opset23": 23, "primitive": 17, "onnxruntime": 17}[variant.dialect] == next(
+        assert {"opset24": 24, "opset23": 23, "primitive": 17, "onnxruntime": 17}[variant.dialect] == next(
             opset.version for opset in model.opset_import if not opset.domain
         )
 
@@ -161,6 +165,50 @@ def test_max_positions_caps_the_tables(tmp_path: Path) -> None:
     assert sum(files.data.values()) < 4 * decoder.parameters + 4 * 2 * 64 * 8 + 64 * 64
     logits = run_steps(files.graphs[variant], batch, [40])
     assert_same(logits, [40], variant, reference_logits(model, batch), batch, 1e-5)
+
+
+def test_a_cache_in_place_has_the_capacity_of_the_context(tmp_path: Path) -> None:
+    """The last token of it can be run; the mask is as wide, whatever the step."""
+    model, batch = llama(True), sample(40)
+    variant = GraphVariant("opset24", "all")
+    decoder = decoder_of(model.config)
+    path = write_graphs(decoder, weights_of(model), tmp_path, "fp32", [variant], max_positions=40).graphs[variant]
+    shapes = {value.name: value.shape for value in session(path).get_inputs()}
+    assert shapes["attention_mask"] == ["batch", 40]
+    assert shapes["past_key_values.2.value"] == ["batch", 2, 40, 16]
+    for walk in ([40], [20, 19, 1]):
+        assert_same(run_steps(path, batch, walk), walk, variant, reference_logits(model, batch), batch, 1e-5)
+
+
+def test_rows_of_a_batch_may_be_written_at_slots_of_their_own(tmp_path: Path) -> None:
+    """Each row's queries begin at its own write index: a row that is behind sees none of its later slots."""
+    model, batch = llama(True), sample(30, padding=0)
+    variant = GraphVariant("opset24", "all")
+    path = write_graphs(decoder_of(model.config), weights_of(model), tmp_path, "fp32", [variant]).graphs[variant]
+    runner = session(path)
+    cache = {
+        value.name: np.full((2, *value.shape[1:]), 5.0, np.float32)
+        for value in runner.get_inputs()
+        if value.name.startswith("past")
+    }
+    names = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
+    rows, begins = np.arange(2)[:, None], np.zeros(2, np.int64)
+    reference = reference_logits(model, batch)
+    # Row 0 runs 4 tokens twice, row 1 its first 4 twice: the second time over the same slots.
+    for begins in (np.array([0, 0]), np.array([4, 0])):
+        places = begins[:, None] + np.arange(4)
+        logits, *held = runner.run(
+            names,
+            {
+                "input_ids": batch.ids[rows, places],
+                "position_ids": batch.positions[rows, places],
+                "attention_mask": np.ones((2, 128), np.int64),
+                "write_indices": begins,
+            }
+            | cache,
+        )
+        cache = dict(zip(cache, held, strict=True))
+        np.testing.assert_allclose(logits, reference[rows, places], atol=1e-4)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
