@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from edgeprune.dialects import IN_PLACE, Dialect, dialect_for
 from edgeprune.errors import InputError
 from edgeprune.files import printable, read_text
 from edgeprune.precision import WEIGHT_FORMATS, GraphPrecision, WeightFormat
@@ -140,7 +141,7 @@ class DeviceProfile(_Strict):
     engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
     sm: int | None = Field(default=None, ge=50, le=200)  # CUDA compute capability x 10
     precision: GraphPrecision
-    dialect: Literal["opset23", "primitive", "onnxruntime"]  # the operators that the engine's parser takes
+    dialect: Dialect  # the operators that the engine's parser takes
     channel_multiple: Count  # of the MLP width; head structure needs none
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
@@ -203,6 +204,11 @@ class DeviceProfile(_Strict):
         return next((offer.prefill for offer in offers), 1.0)
 
     @property
+    def in_place(self) -> bool:
+        """Returns whether the engine appends to one buffer of the KV cache, so that none is copied."""
+        return self.dialect in IN_PLACE
+
+    @property
     def hardware(self) -> dict[str, HardwareFigure]:
         """Returns the hardware figures that are there, by name."""
         return {name: figure for name in UNITS if (figure := getattr(self, name)) is not None}
@@ -234,23 +240,8 @@ class DeviceProfile(_Strict):
         return self.available_bytes - self.runtime_memory.si
 
 
-OPSET23 = (10, 15)  # the first TensorRT whose parser knows Attention and RotaryEmbedding
-
-
-def version_of(text: str) -> tuple[int, ...]:
-    """Returns a version as numbers, as far as it has them. Raises InputError where it has none."""
-    numbers = []
-    for part in text.strip().split("."):
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    if not numbers:
-        raise InputError(f"{printable(text, 40)!r} is not a version of TensorRT", "Give one like 10.16.")
-    return tuple(numbers)
-
-
 def with_tensorrt(profile: DeviceProfile, version: str | None) -> DeviceProfile:
-    """Returns the profile for a version of TensorRT: older ones do not parse opset 23. None: as the profile says.
+    """Returns the profile for a version of TensorRT: older ones have other operators. None: as the profile says.
 
     Raises InputError for a device without TensorRT, and for what is no version.
     """
@@ -258,8 +249,14 @@ def with_tensorrt(profile: DeviceProfile, version: str | None) -> DeviceProfile:
         return profile
     if profile.tensorrt is None:
         raise InputError(f"{profile.name} does not run TensorRT of a version of its own", "Leave --tensorrt out.")
-    dialect = "opset23" if version_of(version) >= OPSET23 else "primitive"
-    return profile.model_copy(update={"tensorrt": version, "dialect": dialect})
+    return profile.model_copy(update={"tensorrt": version, "dialect": dialect_for(version, profile.dialect)})
+
+
+def in_precision(profile: DeviceProfile, precision: str) -> DeviceProfile:
+    """Returns the profile for a precision: TensorRT for RTX has no fp32 kernel for the operator Attention."""
+    if precision != "fp32" or profile.dialect not in ("opset24", "opset23"):
+        return profile
+    return profile.model_copy(update={"dialect": "primitive"})
 
 
 def profiles_folder() -> Path:

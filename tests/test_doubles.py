@@ -16,7 +16,7 @@ from tests.support import DATA
 from tests.support.doubles import double_cuda_python, double_pycuda, double_tensorrt, double_tensorrt_base
 from tests.support.doubles import double_tensorrt_builder as building
 from tests.support.doubles.double_device import Device, Fault, Work
-from tests.support.doubles.install import PRIMITIVE, VERSION, WORKLOAD, built, install
+from tests.support.doubles.install import IN_PLACE_VERSION, OPSET24, PRIMITIVE, VERSION, WORKLOAD, built, install
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
 
@@ -44,7 +44,7 @@ def test_the_tensorrt_double_has_no_name_that_a_recorded_release_misses() -> Non
         for name, kind in vars(module).items()
         if isinstance(kind, type)
         and kind.__module__.startswith("tests.support.doubles.double_tensorrt")
-        and name not in ("Strict", "Refused")
+        and name not in ("Strict", "Refused", "ICudaEngineInPlace")
     }
     assert len(kinds) > 15
     releases = recorded("tensorrt_names/*.json")
@@ -54,6 +54,9 @@ def test_the_tensorrt_double_has_no_name_that_a_recorded_release_misses() -> Non
         for name, kind in kinds.items():
             assert public(kind) <= names[name], (release, name)
         assert public(double_tensorrt_base.ILogger.Severity) <= names["ILogger.Severity"]
+        # The class of an engine is that of the release.
+        in_place = building.updates_in_place(release.partition("-")[2]) or release.startswith("tensorrt_rtx")
+        assert (public(double_tensorrt.ICudaEngineInPlace) <= names["ICudaEngine"]) == in_place, release
 
 
 def test_the_cuda_doubles_have_no_name_that_a_recorded_release_misses() -> None:
@@ -234,6 +237,52 @@ def test_a_step_that_is_refused(message: str, engine: Engine) -> None:
     assert len(engine.log) == 1
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(engine.log[0])
+
+
+def test_a_cache_in_place_must_be_one_memory_within_its_bounds(
+    graphs: dict[str, GraphFiles], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real runtime refuses an output at another address than its input; a write beyond the cache it may not see."""
+    device = Device()
+    device.retain()
+    device.pushed = 1
+    install(monkeypatch, device, (), IN_PLACE_VERSION)
+    trt, log = sys.modules["tensorrt"], []
+
+    class Logger(trt.ILogger):
+        def log(self, severity: object, msg: str) -> None:
+            log.append(msg)
+
+    runtime = trt.Runtime(Logger())
+    loaded = runtime.deserialize_cuda_engine(built(graphs["fp32"].graphs[OPSET24], tmp_path / "plan").read_bytes())
+    assert loaded.get_aliased_input_tensor("present.2.value") == "past_key_values.2.value"
+    assert loaded.get_aliased_input_tensor("logits") is None
+    context, stream = loaded.create_execution_context(), device.stream(True).handle
+    shapes = {"input_ids": (1, 2), "position_ids": (1, 2), "attention_mask": (1, 48), "write_indices": (1,)}
+    names = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
+    address = {name: device.allocate(2**14, "test") for name in names}
+    shapes |= {name: (1, 2, 48, 16) for name in names if name.startswith("past")}
+    assert context.set_input_shape("past_key_values.0.key", (1, 2, 47, 16)) is False  # the capacity is the engine's
+    for name in names:
+        assert context.set_tensor_address(name, address[name.replace("present", "past_key_values")])
+        if name in shapes:
+            assert context.set_input_shape(name, shapes[name])
+    assert context.set_tensor_address("present.1.key", address["present.1.key"])
+    assert context.execute_async_v3(stream) is False
+    assert "present.1.key must share the memory of past_key_values.1.key" in log[-1]
+    context.set_tensor_address("present.1.key", address["past_key_values.2.key"])
+    assert context.execute_async_v3(stream) is False
+    context.set_tensor_address("present.1.key", address["past_key_values.1.key"])
+    for begin, fits in ((46, True), (47, False)):
+        for name, value in (("input_ids", [1, 2]), ("position_ids", [0, 1]), ("attention_mask", [1] * 48)):
+            device.write(address[name], np.array(value, np.int64).tobytes())
+        device.write(address["write_indices"], np.array([begin], np.int64).tobytes())
+        assert context.execute_async_v3(stream)
+        if fits:
+            device.synchronize(stream)
+            continue
+        with pytest.raises(Fault, match="a write beyond the KV cache"):
+            device.synchronize(stream)
 
 
 def test_shapes_and_names_that_are_refused(engine: Engine) -> None:

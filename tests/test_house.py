@@ -25,7 +25,7 @@ ORDER = (
     ("search",),
     ("generate", "evaluate", "pruning", "engine"),
     ("model", "ondevice"),
-    ("errors", "files", "cache", "precision", "progress", "log", "profiles"),
+    ("errors", "files", "cache", "dialects", "precision", "progress", "log", "profiles"),
 )
 GROUND = ORDER[-1]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -141,14 +141,15 @@ def test_weight_formats(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
-def test_compiled_in_fp16(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dialect", ["opset24", "opset23"])
+def test_compiled_in_fp16(dialect: str, case: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     from edgeprune.ondevice.tensorrt import compile_plan
 
     model = parity.dense(tmp_path / "model", case).model
     decoder, weights = parity.pruned(model, parity.target_of(model.decoder))
-    variant = GraphVariant("opset23", "last")
-    graph = write_graphs(decoder, weights, tmp_path / "graphs", "fp16", [variant]).graphs[variant]
+    variant = GraphVariant(dialect, "last")
+    graph = write_graphs(decoder, weights, tmp_path / "graphs", "fp16", [variant], 64).graphs[variant]
     result = compile_plan(graph, tmp_path / "plan", Workload(1, 16, 64), 86, "tensorrt-rtx")
     assert result.weights_bytes > 0
 

@@ -74,7 +74,7 @@ def test_the_engine_exists_for_the_device(name: str) -> None:
         assert profile.sm in RTX_SM
     assert (profile.sm in {87, 110}) == name.startswith("jetson")
     if name.startswith("jetson"):
-        assert (profile.engine, profile.dialect, profile.memory_shared_with_system) == ("tensorrt", "opset23", True)
+        assert (profile.engine, profile.dialect, profile.memory_shared_with_system) == ("tensorrt", "opset24", True)
         assert profile.tensorrt == "10.16"
 
 

@@ -1,10 +1,12 @@
 """Engines that TensorRT for RTX builds without a GPU, for every SM that it offers: time, memory, weights.
 
-    python tools/bench_engines.py [--shapes smollm2,1.1b] [--sms 86,89]
+    python tools/bench_engines.py [--shapes smollm2,1.1b,qwen3-8b] [--sms 86,89] [--dialects opset24,opset23]
 
-Random weights in fp16 (a build does not depend on the values, but for zeros) of SmolLM2-135M's shape and of a
-Llama of 1.1 B parameters, at batch 1, prompt 512, context 2048. Peak memory is that of the process that builds.
-A weight ratio above 1.05 is a failure: something is stored twice.
+Random weights in fp16 (a build does not depend on the values, but for zeros) of SmolLM2-135M's shape, of a Llama of
+1.1 B parameters and of two of Qwen3-8B's layers behind a small vocabulary, at batch 1, prompt 512, context 2048 (4096
+for Qwen3-8B). Peak memory is that of the process that builds. A weight ratio above 1.05 is a failure: something is
+stored twice. The last two columns are computed, and of the whole model, with 36 layers for Qwen3-8B: the KV cache that
+is held, and the bytes that a decode step moves at a full context.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune.dialects import IN_PLACE
+from edgeprune.engine.estimate import bytes_per_token
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.ondevice.figures import Workload
@@ -27,7 +31,7 @@ from edgeprune.ondevice.worker import quiet
 if TYPE_CHECKING:
     import torch
 
-WORKLOAD = Workload(batch=1, prompt=512, context=2048)
+CONTEXTS = {"qwen3-8b": 4096}  # 2048 for the others
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
 SHAPES = {
     "smollm2": {
@@ -48,7 +52,21 @@ SHAPES = {
         "vocab_size": 32000,
         "tie_word_embeddings": False,
     },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 40960,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 4096,
+        "tie_word_embeddings": False,
+    },
 }
+WHOLE = {"qwen3-8b": {"num_hidden_layers": 36, "vocab_size": 151936}}  # what a shape lacks of its model
 
 
 class Random(Mapping):
@@ -78,29 +96,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--sms", default=",".join(map(str, offered_sms())))
-    parser.add_argument("--dialects", default="opset23,primitive")
+    parser.add_argument("--dialects", default="opset24,opset23,primitive")
     arguments = parser.parse_args()
     failed = False
-    print("| shape | SM | dialect | seconds | peak GiB | engine MiB | weights / graph | activations MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["shape", "SM", "dialect", "seconds", "peak GiB", "engine MiB", "weights / graph", "activations MiB"]
+    columns += ["cache MiB", "GB per step"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for shape in arguments.shapes.split(","):
         decoder = decoder_of(LLAMA | SHAPES[shape])
+        whole = decoder_of(LLAMA | SHAPES[shape] | WHOLE.get(shape, {}))
+        workload = Workload(batch=1, prompt=512, context=CONTEXTS.get(shape, 2048))
         for dialect in arguments.dialects.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 variant = GraphVariant(dialect, "last")
-                files = write_graphs(decoder, Random(decoder.shapes()), Path(folder), "fp16", [variant])
-                graph = files.graphs[variant]
-                held = graph_weight_bytes(decoder, "fp16", dialect, WORKLOAD.context)
+                weights, context = Random(decoder.shapes()), workload.context
+                graph = write_graphs(decoder, weights, Path(folder), "fp16", [variant], context).graphs[variant]
+                held = graph_weight_bytes(decoder, "fp16", dialect, context)
+                moved = bytes_per_token(whole, "fp16", workload, dialect in IN_PLACE)
+                cache = moved.cache * (1 if dialect in IN_PLACE else 2) / 2**20
                 for sm in map(int, arguments.sms.split(",")):
                     plan = Path(folder) / "model.engine"
-                    result = build(LocalSession(), "tensorrt-rtx", graph, plan, WORKLOAD, quiet, sm)
+                    result = build(LocalSession(), "tensorrt-rtx", graph, plan, workload, quiet, sm)
                     ratio = result.weights_bytes / held
                     failed |= ratio > WEIGHTS_TOLERANCE
                     activations = (result.activation_bytes + result.scratch_bytes) / 2**20
                     peak, size = result.peak_build_bytes / 2**30, plan.stat().st_size / 2**20
                     print(
                         f"| {shape} | {sm} | {dialect} | {result.seconds:.0f} | {peak:.2f} | {size:.0f} | "
-                        f"{ratio:.3f} | {activations:.0f} |",
+                        f"{ratio:.3f} | {activations:.0f} | {cache:.0f} | {moved.total / 1e9:.2f} |",
                         flush=True,
                     )
     return int(failed)

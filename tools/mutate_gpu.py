@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TESTS = {  # the file's own tests first, then those of what rests on it
     "cuda.py": ("test_cuda.py", "test_tensorrt_runner.py"),
-    "tensorrt_runner.py": ("test_tensorrt_runner.py", "test_reference.py"),
+    "tensorrt_runner.py": ("test_tensorrt_runner.py", "test_tensorrt_runner_in_place.py", "test_reference.py"),
     "reference.py": ("test_reference.py",),
-    "tensorrt.py": ("test_tensorrt.py", "test_tensorrt_runner.py", "test_reference.py"),
+    "tensorrt.py": ("test_tensorrt.py", "test_tensorrt_runner.py", "test_tensorrt_runner_in_place.py"),
 }
 OPTIONS = ("-k", "on_a_double or test_reference or test_the_node", "-p", "no:cacheprovider")
 COPIED = ("edgeprune", "tests", "profiles", "pyproject.toml")
@@ -42,18 +42,36 @@ class Mutation:
 
 
 MUTATIONS = (
-    Mutation(
-        "halves are not exchanged",
-        "tensorrt_runner.py",
-        "self._halves = [present, past]",
-        "self._halves = [past, present]",
-    ),
+    Mutation("halves are not exchanged", "tensorrt_runner.py", "self._sets.reverse()", "pass"),
     Mutation(
         "present is bound to the past's half",
         "tensorrt_runner.py",
-        '"present"), present[name])',
-        '"present"), past[name])',
+        "self._bind(_present(name), present[name])",
+        "self._bind(_present(name), past[name])",
     ),
+    Mutation(
+        "in place all is written at the first slot",
+        "tensorrt_runner.py",
+        "np.full(self.batch, self.past)",
+        "np.full(self.batch, 0)",
+    ),
+    Mutation("in place there are two caches", "tensorrt_runner.py", "range(1 if self.in_place else 2)", "range(2)"),
+    Mutation(
+        "in place the mask ends with the tokens", "tensorrt_runner.py", "(0, self._slots - mask.shape[1])", "(0, 0)"
+    ),
+    Mutation(
+        "in place the cache has room for what was asked alone",
+        "tensorrt_runner.py",
+        "self._slots = longest[1] if self.in_place else",
+        "self._slots = self.capacity if self.in_place else",
+    ),
+    Mutation(
+        "in place aliases are not compared",
+        "tensorrt_runner.py",
+        "self._engine.get_aliased_input_tensor(present)) != past:",
+        'self._engine.get_aliased_input_tensor(present)) == "":',
+    ),
+    Mutation("in place any context is built", "tensorrt.py", "0 <= slots[0] < workload.context", "0 <= slots[0] < 0"),
     Mutation("past is not advanced", "tensorrt_runner.py", "self.past += ids[:, part].shape[1]", "self.past += 0"),
     Mutation(
         "positions are off by one", "tensorrt_runner.py", "mask.cumsum(axis=1) - 1, 0)", "mask.cumsum(axis=1), 0)"
@@ -98,20 +116,20 @@ MUTATIONS = (
     Mutation(
         "the cache holds one sequence",
         "tensorrt_runner.py",
-        "return self.batch * heads * self.capacity * head_dim",
-        "return heads * self.capacity * head_dim",
+        "return self.batch * heads * self._slots * head_dim",
+        "return heads * self._slots * head_dim",
     ),
     Mutation(
         "logits of another memory",
         "tensorrt_runner.py",
         'self.cuda.download(self._logits, self._address["logits"])',
-        "self.cuda.download(self._logits, self._halves[0][self._caches[0]])",
+        "self.cuda.download(self._logits, self._sets[0][self._caches[0]])",
     ),
     Mutation(
         "the past's shape is not set",
         "tensorrt_runner.py",
-        "(self.batch, heads, self.past, head_dim)",
-        "(self.batch, heads, 0, head_dim)",
+        "heads, self._slots if self.in_place else self.past, head_dim)",
+        "heads, self._slots if self.in_place else 0, head_dim)",
     ),
     Mutation(
         "a refused step goes unnoticed",

@@ -34,6 +34,7 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
         "sm": setup.profile.sm,
         "precision": setup.precision,
         "graph": GraphVariant(setup.profile.dialect, "last").filename,
+        "older_graph": GraphVariant("primitive", "last").filename,
         "workload": dict(setup.workload.__dict__),
         "limits": {
             name: {"value": absolute[name], "asked": _asked(name, limit, first)}

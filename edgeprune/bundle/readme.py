@@ -93,6 +93,7 @@ def _cells(point: Dense | Rung) -> str:
 
 GRAPHS = (
     "| `onnx/model.onnx` | the model as ONNX, opset 23, all logits; its weights in the `.data` files beside it |",
+    "| `onnx/model.opset24*.onnx` | the same, its cache updated in place; its capacity is this fit's context |",
     "| `onnx/model.primitive*.onnx` | the same in operators of opset 17, for older parsers |",
     "| `onnx/model.onnxruntime*.onnx` | the same for ONNX Runtime, its cache updated in place |",
     "| `onnx/*.last.onnx` | the same with the logits of the last position only: what engines are built from |",

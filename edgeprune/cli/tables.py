@@ -143,6 +143,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     # What the latencies rest on, and what to mind.
     rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
+    rests.append(("dialect", f"{plan.profile.dialect} is assumed: {plan.dialect_reason}"))
     rests += [("mind", note) for note in plan.notes]
     if weak := [name for name, figure in plan.profile.figures.items() if figure.confidence == "low"]:
         rests.append(("mind", f"of low confidence in the profile, which gives the reasons: {', '.join(weak)}"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.commands.result import Result
+from edgeprune.dialects import reason_of
 from edgeprune.engine.build_memory import build_limit, build_memory, note_of_build
 from edgeprune.engine.estimate import (
     bytes_per_token,
@@ -33,7 +34,7 @@ from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.formats import FLOAT, weight_choice
 from edgeprune.precision import GraphPrecision
-from edgeprune.profiles import DeviceProfile, list_profiles, profile_of, with_tensorrt
+from edgeprune.profiles import DeviceProfile, in_precision, list_profiles, profile_of, with_tensorrt
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
 
@@ -59,9 +60,9 @@ class Plan:
     """One model's shape on one device.
 
     weights: the name of the format of its layers' matrices; decode_parts: ms by layers, head, cache, cache_copies,
-    compute, overhead; build_bytes: that building the engine takes, None for an engine that builds none;
-    decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the
-    points does.
+    compute, overhead; attended: the workload with the context that a step attends to, which is the cache's capacity
+    where the engine updates it in place; build_bytes: that building the engine takes, None for an engine that builds none;
+    decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the points does.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Plan:
     precision: GraphPrecision
     weights: str
     workload: Workload
+    attended: Workload
     performance: Performance
     build_bytes: float | None
     decode_parts: dict[str, float]
@@ -85,6 +87,11 @@ class Plan:
         return self.performance.memory.total <= self.profile.available_bytes
 
     @property
+    def dialect_reason(self) -> str:
+        """Returns why the graph's dialect is assumed, in words."""
+        return reason_of(self.profile.dialect, self.profile.engine, self.profile.tensorrt, self.precision)
+
+    @property
     def builds(self) -> bool | None:
         """Returns whether the device has the memory to build the engine; None where no profile tells."""
         limit = build_limit(self.profile)
@@ -93,14 +100,14 @@ class Plan:
     @property
     def work(self) -> dict[str, float]:
         """Returns bytes and FLOPs of one decode step, as our graph moves them and in place, and of the prefill."""
-        ours, in_place = (bytes_per_token(self.decoder, self.precision, self.workload, flag) for flag in (False, True))
-        moved = in_place if self.profile.dialect == "onnxruntime" else ours
+        ours, in_place = (bytes_per_token(self.decoder, self.precision, self.attended, flag) for flag in (False, True))
+        moved = in_place if self.profile.in_place else ours
         return {
             "decode_bytes": moved.total,
             "decode_bytes_in_place": in_place.total,
-            "decode_flops": decode_flops(self.decoder, self.workload),
+            "decode_flops": decode_flops(self.decoder, self.attended),
             "prefill_bytes": in_place.layers + in_place.head,
-            "prefill_flops": prefill_flops(self.decoder, self.workload),
+            "prefill_flops": prefill_flops(self.decoder, self.attended, dialect=self.profile.dialect),
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -113,6 +120,7 @@ class Plan:
             "model": self.model,
             "parameters": self.decoder.parameters,
             "device": self.profile.name,
+            "dialect": self.profile.dialect,
             "precision": self.precision,
             "weights": self.weights,
             "batch": self.workload.batch,
@@ -131,7 +139,11 @@ class Plan:
             "work": self.work,
             "parts": {"memory_bytes": memory_bytes, "decode_ms": self.decode_parts},
             "basis": {f"memory.{name}": part.basis for name, part in memory.items()}
-            | {"prefill": performance.prefill.basis, "decode": performance.decode.basis},
+            | {
+                "prefill": performance.prefill.basis,
+                "decode": performance.decode.basis,
+                "dialect": self.dialect_reason,
+            },
             "notes": [*self.notes, *performance.notes],
         }
 
@@ -195,13 +207,15 @@ def _check(question: Question) -> None:
 def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder, left_out: tuple[str, ...]) -> Plan:
     """Returns the plan for one device. left_out: in words, what of the model is not in its decoder."""
     precision = check_precision(profile, question.precision or profile.precision)
+    profile = in_precision(profile, precision)
     formats = weight_choice(question.weights, profile, decoder).layers
     if len(formats) > 1:
         raise InputError(f"--weights {question.weights} names several formats", "A plan is of one: --weights int4.")
     decoder = decoder.with_format(formats[0])
     asked = _workload(question, profile, decoder)
     held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
-    performance = estimate_performance(decoder, profile, asked, precision)
+    attended = held if profile.dialect == "opset24" else asked
+    performance = estimate_performance(decoder, profile, attended, precision)
     on_gpu = RUNTIMES[profile.engine].on_gpu
     note = note_of_build(decoder, profile, held, precision) if on_gpu else None
     return Plan(
@@ -211,10 +225,11 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
         precision,
         formats[0].name if formats[0] else FLOAT,
         asked,
+        attended,
         replace(performance, memory=estimate_memory(decoder, profile, held, precision)),
         build_memory(decoder, profile, held, precision).total if on_gpu else None,
-        decode_parts(decoder, profile, asked, precision),
-        sum(decode_parts(decoder, profile, asked, precision, in_place=True).values()),
+        decode_parts(decoder, profile, attended, precision),
+        sum(decode_parts(decoder, profile, attended, precision, in_place=True).values()),
         (*left_out, *_notes(decoder, held), *([note] if note else [])),
     )
 

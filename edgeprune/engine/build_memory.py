@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgeprune.dialects import version_of
 from edgeprune.engine.estimate import estimate_memory, table_bytes
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.model.decoder import Decoder
@@ -21,7 +22,7 @@ from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.build_room import can_build
 from edgeprune.ondevice.figures import Workload
 from edgeprune.precision import GraphPrecision
-from edgeprune.profiles import DeviceProfile, version_of
+from edgeprune.profiles import DeviceProfile
 
 BASE, EACH_LAYER = 271 * 2**20, 12.3 * 2**20  # bytes
 WEIGHTS, TIED_TABLE = 2.34, 1.48  # times the bytes

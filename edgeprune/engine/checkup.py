@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgeprune.dialects import LEAST_TENSORRT, is_in_place, version_of
 from edgeprune.engine.checks import Check, Checks, NotApplicable
 from edgeprune.engine.checkup_judges import (
     judge_cache,
@@ -36,16 +37,7 @@ from edgeprune.ondevice.runtimes import RUNTIMES, preferred
 from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress, quiet
 from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS, WeightFormat
-from edgeprune.profiles import (
-    OPSET23,
-    PROCESSOR,
-    DeviceProfile,
-    OfferedFormats,
-    list_profiles,
-    load_profile,
-    version_of,
-    with_tensorrt,
-)
+from edgeprune.profiles import PROCESSOR, DeviceProfile, OfferedFormats, list_profiles, load_profile, with_tensorrt
 
 PROCESSORS_DIALECT = "onnxruntime"
 GPU_DIALECTS = tuple(name for name in OPERATORS if name != PROCESSORS_DIALECT)
@@ -278,9 +270,10 @@ class _Device:
         if self.engine == "tensorrt":
             if gpu is None:
                 raise NotApplicable("there is no GPU, and TensorRT builds for that of its own machine alone")
-            least = ".".join(map(str, OPSET23))
-            if dialect != "primitive" and _is_older(version, least):
-                raise NotApplicable(f"the parser of TensorRT {version} does not know {dialect}, which takes {least}")
+            if dialect != "primitive" and not is_in_place(version):
+                raise NotApplicable(
+                    f"the parser of TensorRT {version} does not know {dialect}, which takes {LEAST_TENSORRT}"
+                )
             if offer is not None and offer.tensorrt is not None and _is_older(version, offer.tensorrt):
                 raise NotApplicable(f"TensorRT {version} does not run {form.name}, which takes {offer.tensorrt}")
         model = written(form)

@@ -15,7 +15,7 @@ from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES, preferred
 from edgeprune.ondevice.worker import quiet
-from edgeprune.profiles import DeviceProfile, with_tensorrt
+from edgeprune.profiles import DeviceProfile, in_precision, with_tensorrt
 
 NAMES = ("auto", *RUNTIMES)
 
@@ -57,7 +57,9 @@ def choose_engine(
         )
     described = measure.describe(ThisMachine(), quiet) if available else {"gpu": None}
     if (gpu := described["gpu"]) and gpu["sm"] == profile.sm:
+        version = described["modules"][RUNTIMES[profile.engine].module]
         reason = f"this machine has a {gpu['name']} and {why}"
+        setting = _reported(setting, profile.engine, version, is_version_asked)
         return TensorRT(*setting, reason=reason, name=profile.engine, state=described["memory"])
     return _without_gpu(setting, available, why)
 
@@ -116,9 +118,18 @@ def _on_target(
         )
     version = described["modules"][RUNTIMES[flavour].module]
     reason = f"{target} is a {described['machine']} with {gpu['name']}, {flavour} {version} and {gpu['layer']}"
-    if flavour == "tensorrt" and profile.tensorrt is not None and not is_version_asked:
-        setting = (with_tensorrt(profile, version), *setting[1:])
+    setting = _reported(setting, flavour, version, is_version_asked)
     return TensorRT(*setting, reason=reason, name=flavour, session=target, state=described["memory"], where=str(target))
+
+
+def _reported(
+    setting: tuple[DeviceProfile, Workload, str], flavour: str, version: str, is_version_asked: bool
+) -> tuple[DeviceProfile, Workload, str]:
+    """Returns a setting for the version of TensorRT that a device reports, unless another one was asked for."""
+    profile, workload, precision = setting
+    if flavour == "tensorrt" and profile.tensorrt is not None and not is_version_asked:
+        profile = in_precision(with_tensorrt(profile, version), precision)
+    return profile, workload, precision
 
 
 def _require(target: Session, described: dict[str, Any], engine: str) -> None:

@@ -8,7 +8,8 @@ time for each layer: half of it for its attention and half for its MLP.
 
 Pure: it reads no file and measures nothing. Every figure that it returns is an Estimate, whose basis names the points
 that it rests on. Efficiency and overhead are fits of published points (published.py), whose runtime updates its KV
-cache in place. The copies of the KV cache that our graphs make are added explicitly, and named in the basis.
+cache in place. The copies of the KV cache that graphs of older dialects make are added explicitly, and named in the
+basis.
 A weight format changes the bytes of a matrix, and the time of reading one and of its products in a prefill, as the
 profile says.
 """
@@ -66,7 +67,7 @@ def bytes_per_token(
 ) -> TokenBytes:
     """Returns the bytes that one decode step moves.
 
-    in_place: the engine appends to one buffer of the KV cache, so that nothing is copied; our graphs for TensorRT copy.
+    in_place: the engine appends to one buffer of the KV cache, so that nothing is copied, as in profile.in_place.
     factor: by which the bytes of matrices in a format count more.
     """
     size = PRECISIONS[precision].element_bytes
@@ -110,24 +111,29 @@ def layer_bytes(decoder: Decoder, element_bytes: int, factor: FormatFactor = _on
     return total
 
 
-def cache_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload, in_place: bool) -> int:
+def cache_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload, padded: bool) -> int:
     """Returns the bytes of one buffer of the KV cache at full context.
 
-    in_place: as ONNX Runtime holds it, with zeros behind heads of other sizes than it takes.
+    padded: as ONNX Runtime holds it, with zeros behind heads of other sizes than it takes.
     """
-    multiple = HEAD_MULTIPLE if in_place else 1
+    multiple = HEAD_MULTIPLE if padded else 1
     return PRECISIONS[precision].element_bytes * decoder.cache_elements(workload.batch, workload.context, multiple)
 
 
-def prefill_flops(decoder: Decoder, workload: Workload, factor: FormatFactor = _once) -> float:
+def prefill_flops(
+    decoder: Decoder, workload: Workload, factor: FormatFactor = _once, dialect: str | None = None
+) -> float:
     """Returns the FLOPs of a prefill, a multiply-add as two.
 
     They are those of the layers' matrices, of causal attention, and of the head at the last position. factor: by which
-    the products of matrices in a format count more.
+    the products of matrices in a format count more. dialect: in opset24 a prompt attends to the whole KV cache, free
+    slots included.
     """
     tokens = workload.batch * workload.prompt
     query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
     attention = 2.0 * tokens * workload.prompt * query_size  # scores and values, half of each masked
+    if dialect == "opset24":
+        attention = 4.0 * tokens * workload.context * query_size
     head = 2.0 * workload.batch * decoder.vocab_size * decoder.hidden_size * factor(decoder.head_format)
     matrices = 0.0
     for layer, count in Counter(decoder.layers).items():
@@ -155,29 +161,37 @@ def activation_bytes(decoder: Decoder, precision: GraphPrecision, workload: Work
     With T = batch x prompt and `total` keys: the residual stream and its normed copy (2 T hidden), for
     TensorRT the mask (T total), and the largest of
         mlp          gate, up, product                            3 T intermediate + workspace
+        opset24      q, k and the result, each twice, and, where
+                     several tokens come at once, all keys and
+                     values for each query head                   2 T (q + k) + 2 batch total q
         opset23      attention fused: packed q, k, v, rotated q, k
                      and the result, each twice                   2 T (3 q + 3 k) + workspace
         primitive    scores before and after the softmax,
                      q, k, v, and all keys transposed             T (2 heads total + q + 2 k) + batch total k
         onnxruntime  scores, softmax in place, q, k, v, result    T (heads total + 2 q + 2 k)
-    TensorRT reserves memory for the longest past that its engine admits (total = context - 1 + prompt), ONNX
-    Runtime allocates what it needs (total = prompt) and has no workspace. The logits are among the buffers.
+    TensorRT reserves memory for the longest past that its engine admits (total = context - 1 + prompt, in place the
+    capacity, which is the context), ONNX Runtime allocates what it needs (total = prompt) and has no workspace. The
+    logits are among the buffers.
 
     Against the `Total Activation Memory` of TensorRT for RTX's compiler (SM86, fp16), on 24 random shapes
-    that these formulas were not fitted to: median error 6 %, 22 within 21 %, the worst 48 % low. Where each
+    that these formulas were not fitted to: median error 6 %, 22 within 21 %, the worst 48 % low; that of opset24
+    on 48 (SM86 and 89): median 3 %, 46 within 21 %, the worst 31 % low. Where each
     query head has its own key head, that compiler fuses a primitive graph too, and the result is 3 times too high.
     """
     tokens = workload.batch * workload.prompt
     total = _total_tokens(workload, dialect)
-    size, in_place = PRECISIONS[precision].element_bytes, dialect == "onnxruntime"
-    workspace = 0 if in_place else TENSORRT_WORKSPACE
+    size, on_processor = PRECISIONS[precision].element_bytes, dialect == "onnxruntime"
+    workspace = 0 if on_processor else TENSORRT_WORKSPACE
     # The module that needs most.
     largest = 0
     for layer in decoder.layers:
         if (attention := layer.attention) is not None:
             heads, width = attention.num_attention_heads, head_width(attention.head_dim, dialect)
             query, key = heads * width, attention.num_key_value_heads * width
-            if dialect == "opset23":
+            if dialect == "opset24":
+                expanded = 2 * workload.batch * total * query if workload.prompt > 1 else 0
+                module_bytes = size * (2 * tokens * (query + key) + expanded)
+            elif dialect == "opset23":
                 module_bytes = size * 2 * tokens * (3 * query + 3 * key) + workspace
             elif dialect == "primitive":
                 module_bytes = size * (tokens * (2 * heads * total + query + 2 * key) + workload.batch * total * key)
@@ -187,17 +201,23 @@ def activation_bytes(decoder: Decoder, precision: GraphPrecision, workload: Work
         if layer.mlp is not None:
             largest = max(largest, size * 3 * tokens * layer.mlp.intermediate_size + workspace)
     # The residual stream, its normed copy and the mask are alive beside it.
-    return size * tokens * (2 * decoder.hidden_size + (0 if in_place else total)) + largest
+    return size * tokens * (2 * decoder.hidden_size + (0 if on_processor else total)) + largest
 
 
 def buffer_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload, dialect: str) -> int:
-    """Returns the bytes of inputs and outputs other than the KV cache: ids, positions, mask, the last logits."""
-    ids = ID_BYTES * workload.batch * (2 * workload.prompt + _total_tokens(workload, dialect))
+    """Returns the bytes of inputs and outputs other than the KV cache: ids, positions, mask, the last logits.
+
+    In opset 24 the index at which each sequence is written is one more.
+    """
+    more = 1 if dialect == "opset24" else 0
+    ids = ID_BYTES * workload.batch * (2 * workload.prompt + _total_tokens(workload, dialect) + more)
     return ids + PRECISIONS[precision].logit_bytes * workload.batch * decoder.vocab_size
 
 
 def _total_tokens(workload: Workload, dialect: str) -> int:
     """Returns the keys for which memory is reserved in a prefill: ONNX Runtime allocates only those of the prompt."""
+    if dialect == "opset24":
+        return workload.context
     return workload.prompt + (0 if dialect == "onnxruntime" else workload.context - 1)
 
 
@@ -219,8 +239,8 @@ def estimate_memory(
 
     # Graphs that do not update the KV cache in place hold two buffers of it.
     _require_figures(profile)
-    in_place = _in_place(profile)
-    cache = cache_bytes(decoder, precision, workload, in_place)
+    in_place = profile.in_place
+    cache = cache_bytes(decoder, precision, workload, profile.dialect == "onnxruntime")
     return Memory(
         weights=part(
             graph_weight_bytes(decoder, precision, profile.dialect, workload.context),
@@ -255,10 +275,11 @@ def estimate_performance(
     # Prefill: its parts add up.
     _require_figures(profile)
     prefill = prefill_parts(decoder, profile, workload, precision)
-    flops, counted_flops = prefill_flops(decoder, workload), prefill_flops(decoder, workload, profile.prefill_factor)
+    flops = prefill_flops(decoder, workload, dialect=profile.dialect)
+    counted_flops = prefill_flops(decoder, workload, profile.prefill_factor, profile.dialect)
     dequantising = f" ({counted_flops / flops:.3g} x for its weight formats)" if counted_flops != flops else ""
     computing = f"GFLOP{{}} / {_flops_per_second(profile, precision)[1]}"
-    moved = bytes_per_token(decoder, precision, workload, _in_place(profile))
+    moved = bytes_per_token(decoder, precision, workload, profile.in_place)
     bandwidth, efficiency = profile.bandwidth, profile.decode_efficiency
     prefill_basis = (
         f"{flops / 1e9:.4g} {computing.format(dequantising)} + {(moved.layers + moved.head) / 1e6:.4g} MB / "
@@ -267,7 +288,7 @@ def estimate_performance(
     )
     # Decode: the slower resource binds.
     step = decode_parts(decoder, profile, workload, precision)
-    counted_more = bytes_per_token(decoder, precision, workload, _in_place(profile), profile.decode_factor).total
+    counted_more = bytes_per_token(decoder, precision, workload, profile.in_place, profile.decode_factor).total
     formats = f" ({counted_more / moved.total:.3g} x for its weight formats)" if counted_more != moved.total else ""
     copied = f", {moved.cache_copies / 1e6:.4g} MB of it our graph's copy of the cache," if moved.cache_copies else ""
     decode_basis = (
@@ -320,7 +341,7 @@ def resource_times(
     a model: what scales with nothing is left out (fixed_times). Raises InputError as estimate_performance does.
     """
     _require_figures(profile)
-    moved = bytes_per_token(decoder, precision, workload, _in_place(profile), profile.decode_factor).total
+    moved = bytes_per_token(decoder, precision, workload, profile.in_place, profile.decode_factor).total
     compute = decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
     layers = overhead_ms(decoder, profile) - fixed_times(profile)["decode"]
     prefill = sum(prefill_parts(decoder, profile, workload, precision).values()) - fixed_times(profile)["prefill"]
@@ -339,9 +360,9 @@ def prefill_parts(
     estimate_performance does.
     """
     _require_figures(profile)
-    moved, tokens = bytes_per_token(decoder, precision, workload, _in_place(profile)), workload.batch * workload.prompt
+    moved, tokens = bytes_per_token(decoder, precision, workload, profile.in_place), workload.batch * workload.prompt
     fixed, of_token = fixed_times(profile), profile.token_overhead.si if profile.token_overhead else 0.0
-    flops = prefill_flops(decoder, workload, profile.prefill_factor)
+    flops = prefill_flops(decoder, workload, profile.prefill_factor, profile.dialect)
     return {
         "compute": 1e3 * flops / _flops_per_second(profile, precision)[0],
         "weights": 1e3 * (moved.layers + moved.head) / profile.bandwidth.si,
@@ -376,7 +397,7 @@ def decode_parts(
     Raises InputError as estimate_performance does.
     """
     _require_figures(profile)
-    in_place = _in_place(profile) if in_place is None else in_place
+    in_place = profile.in_place if in_place is None else in_place
     moved = bytes_per_token(decoder, precision, workload, in_place, profile.decode_factor)
     parts = {name: 1e3 * value / _bytes_per_second(profile) for name, value in vars(moved).items()}
     compute = 1e3 * decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
@@ -397,10 +418,6 @@ def estimate_floor(
     Embeddings, head and overhead dominate it. Raises InputError as estimate_performance does.
     """
     return estimate_performance(floor_decoder(dense, profile.channel_multiple), profile, workload, precision)
-
-
-def _in_place(profile: DeviceProfile) -> bool:
-    return profile.dialect == "onnxruntime"
 
 
 def _bytes_per_second(profile: DeviceProfile) -> float:
@@ -466,7 +483,7 @@ def counted(decoder: Decoder, precision: str, workload: Workload) -> Counted:
     """Returns the bytes that ONNX Runtime's graph holds, with its KV cache updated in place."""
     return Counted(
         weights=graph_weight_bytes(decoder, precision, "onnxruntime", workload.context),
-        cache=cache_bytes(decoder, precision, workload, in_place=True),
+        cache=cache_bytes(decoder, precision, workload, padded=True),
         buffers=buffer_bytes(decoder, precision, workload, "onnxruntime"),
     )
 

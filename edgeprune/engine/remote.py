@@ -32,6 +32,7 @@ GROUND = (
     "errors.py",
     "files.py",
     "cache.py",
+    "dialects.py",
     "precision.py",
 )  # the files that travel beside the folder ondevice/
 BOOT = """

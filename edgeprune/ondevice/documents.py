@@ -37,6 +37,7 @@ _DEPLOYMENT = {
     "sm": int | None,
     "precision": str,
     "graph": str,
+    "older_graph": str,  # for a TensorRT before those that update the KV cache in place
     "workload": _SIZES,
     "limits": dict,
     "runtime": _FIGURE,
@@ -76,7 +77,7 @@ def read_deployment(path: Path) -> dict[str, Any]:
         "engine": plan["engine"] not in ("onnxruntime", *RUNTIMES),
         "sm": plan["sm"] is None and plan["engine"] != "onnxruntime",
         "precision": plan["precision"] not in PRECISIONS,
-        "graph": Path(plan["graph"]).name != plan["graph"],
+        "graph": any(Path(plan[name]).name != plan[name] for name in ("graph", "older_graph")),
         "workload": min(size.values()) < 1 or size["prompt"] > size["context"],
         "limits": any(name not in CONSTRAINTS or limit["value"] <= 0 for name, limit in plan["limits"].items()),
         "runtime": plan["runtime"]["source"] not in ("measured", "built", "estimated"),

@@ -14,9 +14,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgeprune.dialects import is_in_place, reason_of
 from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, Unreachable, WrongEngine
 from edgeprune.files import read_json
 from edgeprune.ondevice import measure
@@ -58,6 +60,7 @@ def finish(
         check_documents(bundle, plan)
         engine, facts = _engine(plan, session, where, on_progress)
         plan |= {"where": where, "room": build_room(facts["memory"], plan["build_memory"])}
+        plan |= _graph(plan, engine, facts)
         tried = _try_rungs(bundle, plan, engine, session, on_progress)
         chosen = [rung for rung in tried if rung.performance is not None][-1]
         # Write all new files aside, then move them into place.
@@ -135,6 +138,16 @@ def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnP
     return engine, facts
 
 
+def _graph(plan: dict[str, Any], engine: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the `graph` that the device's release takes, and a `note` where it is not the one of the fit."""
+    version = facts["modules"][RUNTIMES[engine].module]
+    if engine != "tensorrt" or is_in_place(version) or plan["graph"] == plan["older_graph"]:
+        return {"note": ""}
+    older = plan["older_graph"]
+    reason = reason_of("primitive", engine, version, plan["precision"])
+    return {"graph": older, "note": f"{reason}; built from {older}, not from {plan['graph']}"}
+
+
 def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
     """Returns which modules are missing, in words; of modules that are there and do not load, the reason."""
     broken = [reason for name in modules if not (reason := facts["missing"][name]).startswith("ModuleNotFoundError")]
@@ -169,9 +182,10 @@ def _perform(
     path.parent.mkdir(parents=True, exist_ok=True)
     built = measure.build(session, engine, graph, path, workload, on_rung_progress, workspace_bytes=workspace)
     runtime = figure_from_json(plan["runtime"])
-    return measure.on_tensorrt(
+    performance = measure.on_tensorrt(
         session, engine, path, built, workload, runtime, reference, plan["precision"], on_rung_progress
     )
+    return replace(performance, notes=(*performance.notes, *filter(None, [plan["note"]])))
 
 
 def _measurement(

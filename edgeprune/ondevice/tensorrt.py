@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.cache import read_cached, write_cached
+from edgeprune.dialects import LEAST_TENSORRT
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes
@@ -30,6 +31,7 @@ _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel
     "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
     "HW-specific datatypes: b16": "Use --precision fp16: GPUs before SM 80 have no bf16.",
     "HW-specific datatypes: int4": "Use --weights int8: GPUs before SM 80 have no int4.",
+    "(TensorScatter)": f"TensorRT before {LEAST_TENSORRT} has no KV cache in place: fit with --tensorrt VERSION.",
     "Non-zero zero point": "Use a symmetric format, such as --weights int8 or --weights int4-64.",
 }
 _SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."
@@ -177,6 +179,7 @@ def _compile(
     if not parser.parse_from_file(str(graph)):
         errors = _parser_errors(parser, graph)
         raise EngineError(errors, _remedy(errors, "Export again; a newer TensorRT may support the operator."))
+    _check_capacity(network, workload)
     _let_attention_decompose(trt, network)
     # Configure the build: the GPU, the scratch memory, the timings of earlier builds, the progress.
     config = builder.create_builder_config()
@@ -214,6 +217,17 @@ def _compile(
         peak_build_bytes=peak_bytes(),
         warnings=_warnings(weights, graph),
     )
+
+
+def _check_capacity(network: Any, workload: Workload) -> None:
+    """Raises EngineError where the graph has a KV cache of a fixed capacity that the workload's context exceeds."""
+    inputs = (network.get_input(index) for index in range(network.num_inputs))
+    slots = [tensor.shape[2] for tensor in inputs if tensor.name.startswith("past_key_values.")]  # -1: grows
+    if slots and 0 <= slots[0] < workload.context:
+        raise EngineError(
+            f"the graph's KV cache has room for {slots[0]} tokens, not for a context of {workload.context}",
+            "Fit again with this --context: an engine that updates its cache in place is built for one.",
+        )
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:
@@ -292,10 +306,14 @@ def shapes(
     """
 
     def at(batch: int, sequence: int, past: int) -> tuple[int, ...]:
-        if name.startswith("past_key_values."):
-            return batch, shape[1], past, shape[3]  # (batch, num_key_value_heads, past, head_dim)
-        # (batch, past + sequence) or (batch, sequence)
-        return batch, past + sequence if name == "attention_mask" else sequence
+        if name.startswith("past_key_values."):  # (batch, num_key_value_heads, past or capacity, head_dim)
+            sizes = batch, shape[1], past, shape[3]
+        elif name == "attention_mask":  # (batch, past + sequence) or (batch, capacity)
+            sizes = batch, past + sequence
+        else:  # (batch, sequence), or (batch,) of write_indices
+            sizes = (batch, sequence)[: len(shape)]
+        # The capacity of a cache that is updated in place is a number in the graph.
+        return tuple(size if asked < 0 else asked for size, asked in zip(sizes, shape, strict=True))
 
     last = workload.context - 1
     return at(1, 1, 0), at(workload.batch, 1, last // 2), at(most or workload.batch, workload.prompt, last)

@@ -1,8 +1,9 @@
 """The runner of engines on the GPU, whose KV cache stays there, and their timing.
 
 This file also runs on the device: Python 3.10, numpy, TensorRT or TensorRT for RTX, and a CUDA module. It knows
-neither models nor tokenizers. The engine's past and present are two sets of buffers, which are swapped after every
-step without a copy: the next step reads what the last one wrote.
+neither models nor tokenizers. The next step reads what the last one wrote, without a copy of ours: an engine that
+updates its KV cache in place has one set of buffers, which is bound as past and present; one that joins past and new
+tokens has two sets, which are swapped after every step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
 
 IDS = ("input_ids", "position_ids", "attention_mask")
+WRITE_INDICES = "write_indices"  # of engines that update their KV cache in place: where a row's new tokens begin
 LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --context."
 LAUNCH_BOUND = 0.8  # share of a step's GPU time; where putting the step on the stream takes longer, a replay is tried
 
@@ -90,7 +92,7 @@ class EngineRunner:
         self._types = {name: np.dtype(elements[self._engine.get_tensor_dtype(name)]) for name in names}
         self._caches = [name for name in names if name.startswith("past_key_values.")]
         self._shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
-        # Read the largest shapes: input_ids (batch, tokens), attention_mask (batch, past + tokens).
+        # Read the largest shapes: input_ids (batch, tokens), attention_mask (batch, past + tokens) or (batch, slots).
         _, _, most = self._engine.get_tensor_profile_shape("input_ids", 0)
         _, _, longest = self._engine.get_tensor_profile_shape("attention_mask", 0)
         self.most_batch, self.most_tokens = most
@@ -98,22 +100,45 @@ class EngineRunner:
             raise EngineError(
                 f"the engine takes {self.most_batch} sequences at once, not {self.batch}", "Take a smaller --batch."
             )
-        self.capacity = min(self.capacity, longest[1] - self.most_tokens + 1)
+        self.in_place = WRITE_INDICES in names
+        self._slots = longest[1] if self.in_place else min(self.capacity, longest[1] - self.most_tokens + 1)
+        self.capacity = min(self.capacity, self._slots)
         self.vocab_size = self._shapes["logits"][-1]
+        if self.in_place:
+            self._check_aliases()
+
+    def _check_aliases(self) -> None:
+        """Raises EngineError where the engine does not write its cache into the buffer that it reads.
+
+        TensorRT has the call since the release that has such engines; a binding without it is taken at its word.
+        """
+        if not hasattr(self._engine, "get_aliased_input_tensor"):
+            return
+        for past in self._caches:
+            present = _present(past)
+            if (found := self._engine.get_aliased_input_tensor(present)) != past:
+                raise EngineError(
+                    f"the engine writes {present} over {found or 'no input'}, not over {past}",
+                    "Build it again from the bundle's graph; if it persists, use an own profile with the dialect "
+                    "opset23, which joins past and new tokens.",
+                )
 
     def _allocate(self) -> None:
-        """Allocates inputs, logits and both halves of the KV cache, and binds them to the engine."""
+        """Allocates inputs, logits and the KV cache, and binds them to the engine."""
         self._logits = np.empty((self.batch, 1, self.vocab_size), self._types["logits"])
-        # The inputs are int64: ids and positions (batch, most_tokens), the mask (batch, capacity).
+        # The inputs are int64: ids and positions (batch, most_tokens), the mask (batch, slots), write indices (batch,).
         self._address = {name: self.cuda.allocate(8 * self.batch * self.most_tokens) for name in IDS[:2]}
-        self._address[IDS[2]] = self.cuda.allocate(8 * self.batch * self.capacity)
+        self._address[IDS[2]] = self.cuda.allocate(8 * self.batch * self._slots)
+        if self.in_place:
+            self._address[WRITE_INDICES] = self.cuda.allocate(8 * self.batch)
         self._address["logits"] = self.cuda.allocate(self._logits.nbytes)
-        self._halves = [
+        # One set of buffers of the KV cache, or two that are swapped; all of it is zero, because 0 times NaN is NaN.
+        self._sets = [
             {name: self.cuda.allocate(self._cache_elements(name) * self._types[name].itemsize) for name in self._caches}
-            for _ in range(2)
+            for _ in range(1 if self.in_place else 2)
         ]
-        for name in (*IDS, "logits"):
-            self._bind(name, self._address[name])
+        for name, address in self._address.items():
+            self._bind(name, address)
         self._exchange()
 
     def __enter__(self) -> EngineRunner:
@@ -132,8 +157,8 @@ class EngineRunner:
 
     @property
     def cache_bytes(self) -> int:
-        """The bytes of both halves of the KV cache, as allocated."""
-        return sum(self.cuda.size_of(address) for half in self._halves for address in half.values())
+        """The bytes of the KV cache, of which an engine that is not in place has two, as allocated."""
+        return sum(self.cuda.size_of(address) for one in self._sets for address in one.values())
 
     @property
     def buffer_bytes(self) -> int:
@@ -165,7 +190,8 @@ class EngineRunner:
             self.stage(ids[:, part], positions[:, part], mask[:, : self.past + ids[:, part].shape[1]])
             self.step()
             self.past += ids[:, part].shape[1]
-            self._exchange()
+            if not self.in_place:
+                self._exchange()
         return self.last_logits()
 
     def last_logits(self) -> np.ndarray:
@@ -179,12 +205,16 @@ class EngineRunner:
         ids, positions: (batch, tokens). mask: (batch, past + tokens). Raises EngineError where the engine does not
         take such shapes.
         """
-        for name, value in zip(IDS, (ids, positions, mask), strict=True):
+        inputs = dict(zip(IDS, (ids, positions, mask), strict=True))
+        if self.in_place:
+            inputs[IDS[2]] = np.pad(mask, ((0, 0), (0, self._slots - mask.shape[1])))  # free slots
+            inputs[WRITE_INDICES] = np.full(self.batch, self.past)
+        for name, value in inputs.items():
             self._shape(name, value.shape)
             self.cuda.upload(self._address[name], value)
         for name in self._caches:
             _, heads, _, head_dim = self._shapes[name]
-            self._shape(name, (self.batch, heads, self.past, head_dim))
+            self._shape(name, (self.batch, heads, self._slots if self.in_place else self.past, head_dim))
 
     def step(self) -> None:
         """Puts the staged step on the stream, without waiting for it. Raises EngineError where TensorRT refuses it."""
@@ -192,17 +222,17 @@ class EngineRunner:
             raise EngineError(f"TensorRT refuses a step: {self._messages.errors()}", "Run `edgeprune doctor`.")
 
     def _cache_elements(self, name: str) -> int:
-        """Returns the elements of a cache (batch, num_key_value_heads, capacity, head_dim)."""
+        """Returns the elements of a cache (batch, num_key_value_heads, slots, head_dim)."""
         _, heads, _, head_dim = self._shapes[name]
-        return self.batch * heads * self.capacity * head_dim
+        return self.batch * heads * self._slots * head_dim
 
     def _exchange(self) -> None:
-        """Swaps the past and present buffers of the KV cache."""
-        past, present = self._halves
+        """Swaps the past and present buffers of the KV cache, or binds the one set as both."""
+        past, present = self._sets[0], self._sets[-1]
         for name in self._caches:
             self._bind(name, past[name])
-            self._bind(name.replace("past_key_values", "present"), present[name])
-        self._halves = [present, past]
+            self._bind(_present(name), present[name])
+        self._sets.reverse()
 
     def _bind(self, name: str, address: int) -> None:
         """Sets the address of a tensor. Raises EngineError where the engine has no such tensor."""
@@ -218,6 +248,11 @@ class EngineRunner:
                 f"the engine does not take {name} of {'x'.join(map(str, shape))}: {self._messages.errors()}",
                 "Build it again with a larger --context or --batch.",
             )
+
+
+def _present(past: str) -> str:
+    """Returns the name of the output that continues a cache."""
+    return past.replace("past_key_values", "present")
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+from edgeprune.dialects import version_of
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
-from edgeprune.profiles import DeviceProfile, OfferedFormats, version_of
+from edgeprune.profiles import DeviceProfile, OfferedFormats
 from edgeprune.search.dequantised import Dequantised
 from edgeprune.search.widths import Format
 

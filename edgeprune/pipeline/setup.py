@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
+from edgeprune.dialects import reason_of
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
 from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance, table_bytes
@@ -31,7 +32,7 @@ from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.precision import PRECISIONS
-from edgeprune.profiles import DeviceProfile, profile_of, with_tensorrt
+from edgeprune.profiles import DeviceProfile, in_precision, profile_of, with_tensorrt
 from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
@@ -131,9 +132,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     workload = kind.workload(request, profile.workload, shape)
     precision = request.precision or profile.precision
     choices = []
-    if precision == "fp32" and profile.dialect == "opset23":
-        profile = profile.model_copy(update={"dialect": "primitive"})
-        choices += [Choice("dialect", "primitive", "TensorRT for RTX has no fp32 kernel for opset 23's Attention")]
+    profile = in_precision(profile, precision)
     weight_choice(request.weights, profile, shape)  # refused before a device is asked
     engine = choose_engine(request.engine, profile, workload, precision, target, request.tensorrt is not None)
     if engine.compiles:
@@ -148,8 +147,11 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     if profile.tensorrt is not None:
         reason = "assumed until the device says another"
         if request.tensorrt or profile.tensorrt != assumed:
-            reason = "asked for" if request.tensorrt else f"reported by {target}"
-        choices.append(Choice("TensorRT", profile.tensorrt, f"{reason}; it parses the dialect {profile.dialect}"))
+            reason = "asked for" if request.tensorrt else f"reported by {target or 'this machine'}"
+        choices.append(Choice("TensorRT", profile.tensorrt, reason))
+    if profile.engine != "onnxruntime":
+        reason = reason_of(profile.dialect, engine.name, profile.tensorrt, precision)
+        choices.append(Choice("dialect", profile.dialect, reason))
     choices += [
         Choice("engine", engine.name, engine.reason),
         Choice(

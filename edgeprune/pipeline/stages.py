@@ -16,6 +16,7 @@ from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import computes_in
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
+from edgeprune.engine.onnx.ops import OPERATORS
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from edgeprune.search.solve import Allocation
     from edgeprune.search.widths import Sensitivities
 
-VARIANTS = tuple(GraphVariant(d, logits) for d in ("opset23", "primitive", "onnxruntime") for logits in ("all", "last"))
+VARIANTS = tuple(GraphVariant(dialect, logits) for dialect in OPERATORS for logits in ("all", "last"))
 REFERENCE, SENSITIVITIES = "reference.npz", "sensitivities.npz"
 WALKED = 8  # samples, at most, on which a fitted model is checked for overflow: its dense model was on all
 

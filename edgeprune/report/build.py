@@ -33,7 +33,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
     setup, judged = fitted.setup, fitted.verdict
     dense, small = setup.model.decoder, fitted.chosen.model.decoder
     # Estimate both models' decode step: bytes moved, and how its time divides.
-    moved = [bytes_per_token(d, setup.precision, setup.workload, _in_place(fitted)).total for d in (dense, small)]
+    moved = [bytes_per_token(d, setup.precision, setup.workload, setup.profile.in_place).total for d in (dense, small)]
     shares = [latency_shares(d, setup.profile, setup.workload, setup.precision) for d in (dense, small)]
     # Describe the dense and the fitted model side by side.
     label = "agreement with the dense model" if fitted.samples.self_generated else "perplexity"
@@ -139,11 +139,6 @@ def _widths(decoder: Decoder) -> list[dict[str, int]]:
         }
         for layer in decoder.layers
     ]
-
-
-def _in_place(fitted: Fitted) -> bool:
-    """Returns whether the device's graphs update the KV cache in place."""
-    return fitted.setup.profile.dialect == "onnxruntime"
 
 
 def _constraints(fitted: Fitted) -> list[schema.Constraint]:

@@ -42,7 +42,10 @@ def test_a_device_reads_back_what_it_needs(fitted):
     setup = fitted.setup
     assert (document["device"], document["engine"], document["sm"]) == ("jetson-orin", "tensorrt", 87)
     assert Workload(**document["workload"]) == setup.workload
-    assert (fitted.chosen.exported.graphs / document["graph"]).is_file()
+    graphs = {"graph": "model.opset24.last.onnx", "older_graph": "model.primitive.last.onnx"}
+    for name, filename in graphs.items():
+        assert document[name] == filename
+        assert (fitted.chosen.exported.graphs / filename).is_file()
     assert figure_from_json(document["runtime"]) == fitted.dense.memory.runtime
     assert document["precision"] == "fp16"
 

@@ -187,3 +187,44 @@ def test_on_a_double_a_device_of_another_sm_is_refused(
         result = run("measure", fitted, *words, path=path_to(server))
         assert result.returncode == 4, result.stderr
         assert "the bundle is for SM 87" in result.stderr
+
+
+def test_on_a_double_a_newer_tensorrt_updates_the_cache_in_place_and_an_older_one_joins_it(
+    home: Path, python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By the version that the device reports: fit, text from the engine, and the same bundle on an older device."""
+    folder = tmp_path_factory.mktemp("newer")
+    newer = python_with_doubles(folder / "python", version="10.16.1.11")
+    bundle = folder / "bundle"
+    words = ["fit", home / "model", "--device", "jetson-orin", "--memory", "99%"]
+    words += ["--calibration", home / "text.txt", "--output", bundle]
+    with ssh_server(tmp_path_factory.mktemp("device"), newer) as server:
+        nvidia_smi(server.folder / "device-bin")
+        result = run(*words, "--target", server.target, *SMALL, path=path_to(server))
+        assert result.returncode == 0, result.stderr
+        server.wait_until_quiet()
+    report = Report.model_validate_json((bundle / "report.json").read_text())
+    dialect = next(choice for choice in report.choices if choice.name == "dialect")
+    assert dialect.value == "opset24"
+    assert "TensorRT 10.16.1.11 writes new keys and values into the KV cache in place" in dialect.reason
+    # The engine generates what the processor does.
+    site, only = next((folder / "python" / "lib").glob("python3*")) / "site-packages", folder / "only-doubles"
+    only.mkdir()
+    for name in ("shared_double.py", "tensorrt.py", "cuda"):
+        (only / name).symlink_to(site / name)
+    asked = ["run", bundle, "--prompt", "the quick", "--max-new-tokens", "12"]
+    on_processor, on_engine = run_alone(*asked), run_alone(*asked, python_path=f"{only}:{ROOT}")
+    assert "not by the engine" in on_processor.stderr
+    assert "not by the engine" not in on_engine.stderr
+    assert on_engine.stdout == on_processor.stdout
+    # An older device builds the graph whose cache is joined, in two buffers, and the report says why.
+    with ssh_server(tmp_path_factory.mktemp("older"), python) as server:
+        nvidia_smi(server.folder / "device-bin")
+        result = run("measure", bundle, "--target", server.target, "--json", path=path_to(server))
+        assert result.returncode == 0, result.stderr
+        server.wait_until_quiet()
+    measured = Report.model_validate_json(result.stdout)
+    assert any("TensorRT 10.3.0 is older than 10.15" in text for text in measured.warnings)
+    assert any("built from model.primitive.last.onnx, not from model.opset24.last.onnx" in w for w in measured.warnings)
+    caches = [one.fitted.performance.memory["cache"].value for one in (report, measured)]
+    assert caches[1] == 2 * caches[0]

@@ -40,8 +40,8 @@ class Board:
         return "ssh://me@orin"
 
 
-def chosen(device: str, asked: str = "auto", target: Board | None = None) -> Engine:
-    return choose_engine(asked, load_profile(device), WORKLOAD, "fp16", target)
+def chosen(device: str, asked: str = "auto", target: Board | None = None, precision: str = "fp16") -> Engine:
+    return choose_engine(asked, load_profile(device), WORKLOAD, precision, target)
 
 
 @pytest.fixture
@@ -138,6 +138,36 @@ def test_a_target_runs_the_engine_that_it_has_or_that_was_asked_for(asked: str, 
     assert (type(engine), engine.name, engine.session) == (TensorRT, name, board)
     version = board.modules[name.replace("-", "_")]
     assert engine.reason == f"ssh://me@orin is a Jetson AGX Orin with Orin, {name} {version} and pycuda 2024.1"
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "dialect"),
+    [
+        ("10.3.0", "fp16", "primitive"),
+        ("10.14.1.48", "fp16", "primitive"),
+        ("10.15.1.29", "fp16", "opset24"),
+        ("11.4.0", "bf16", "opset24"),
+        ("10.16.1", "fp32", "primitive"),
+    ],
+)
+def test_the_version_of_the_device_decides_whether_the_cache_is_updated_in_place(
+    installed, version: str, precision: str, dialect: str
+) -> None:
+    """On a target, and on this machine where it has the GPU."""
+    there = chosen("jetson-orin", target=Board(MODULES | {"tensorrt": version}), precision=precision)
+    assert (there.profile.tensorrt, there.profile.dialect) == (version, dialect)
+    installed("tensorrt", gpu=ORIN)
+    here = chosen("jetson-orin", precision=precision)
+    assert isinstance(here, TensorRT)
+    assert here.profile.tensorrt == MODULES["tensorrt"]
+    assert here.profile.dialect == "primitive"
+
+
+def test_a_profile_that_joins_past_and_new_tokens_stays_so_where_tensorrt_knows_its_operators() -> None:
+    joining = load_profile("jetson-orin").model_copy(update={"dialect": "opset23"})
+    for version, dialect in (("10.16.1", "opset23"), ("10.3", "primitive")):
+        board = Board(MODULES | {"tensorrt": version})
+        assert choose_engine("auto", joining, WORKLOAD, "fp16", board).profile.dialect == dialect
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from edgeprune.engine.overheads import overhead_ms
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.tensorrt import shapes
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.profiles import DeviceProfile, HardwareFigure, list_profiles, load_profile
 from tests.support.shapes import SMOLLM2, uniform
@@ -48,14 +49,19 @@ def prefill_ms(tokens: int, flops: float, weight_bytes: float) -> float:
     return 1e3 * (flops / RATE + weight_bytes / 204.8e9) + of_tokens + OVERHEAD
 
 
-def in_place(profile: DeviceProfile) -> DeviceProfile:
-    """The device with a runtime that keeps its cache in place, as the one that the figures were published for."""
+def on_processor(profile: DeviceProfile) -> DeviceProfile:
+    """The device with ONNX Runtime's graphs."""
     return profile.model_copy(update={"dialect": "onnxruntime"})
+
+
+def joining(profile: DeviceProfile) -> DeviceProfile:
+    """The device with graphs that join past and new tokens, as older releases take them."""
+    return profile.model_copy(update={"dialect": "opset23"})
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("dialect", ["opset23", "primitive", "onnxruntime"])
+@pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive", "onnxruntime"])
 def test_weights_are_the_bytes_that_the_graph_stores(tied: bool, precision: str, dialect: str, tmp_path: Path) -> None:
     decoder = replace(uniform(64, 2, (4, 2, 16), 96, 200), tie_word_embeddings=tied)
     weights = {name: torch.zeros(shape) for name, shape in decoder.shapes().items()}
@@ -102,7 +108,7 @@ def test_a_format_takes_its_time_in_a_prefill() -> None:
 
 
 def test_memory_and_decode_of_a_known_shape() -> None:
-    estimate = estimate_performance(SMOLLM2, ORIN, WORKLOAD, "fp16")
+    estimate = estimate_performance(SMOLLM2, joining(ORIN), WORKLOAD, "fp16")
     assert SMOLLM2.parameters == 134_515_008
     cache = 30 * 2 * 3 * 64 * 2048 * 2
     assert estimate.memory.cache.value == 2 * cache  # past and present
@@ -130,7 +136,7 @@ def test_bytes_per_token_by_part() -> None:
     assert moved.head == 2 * (200 * 64 + 64)
     assert moved.cache == 3 * 2 * (2 * 2 * 16) * 32  # one layer has attention
     assert moved.cache_copies == 2 * moved.cache
-    assert bytes_per_token(decoder, "fp16", Workload(3, 8, 32), in_place=True).cache_copies == 0
+    assert bytes_per_token(decoder, "fp16", Workload(3, 8, 32), in_place=True) == replace(moved, cache_copies=0)
 
 
 def test_onnx_runtimes_cache_has_zeros_behind_odd_heads() -> None:
@@ -138,9 +144,10 @@ def test_onnx_runtimes_cache_has_zeros_behind_odd_heads() -> None:
     decoder, workload = uniform(80, 2, (4, 2, 20), 96, 200), Workload(3, 8, 32)
     held = 2 * 3 * 32 * 2 * 2 * 24
     assert counted(decoder, "fp32", workload).cache == 4 * held
-    assert estimate_performance(decoder, in_place(ORIN), workload, "fp16").memory.cache.value == 2 * held
+    assert estimate_performance(decoder, on_processor(ORIN), workload, "fp16").memory.cache.value == 2 * held
     assert bytes_per_token(decoder, "fp16", workload, in_place=True).cache == 2 * held
-    assert estimate_performance(decoder, ORIN, workload, "fp16").memory.cache.value == 2 * 2 * held * 20 / 24
+    assert estimate_performance(decoder, ORIN, workload, "fp16").memory.cache.value == 2 * held * 20 / 24
+    assert estimate_performance(decoder, joining(ORIN), workload, "fp16").memory.cache.value == 2 * 2 * held * 20 / 24
 
 
 @given(st.integers(1, 3), st.integers(1, 24), st.integers(1, 3))
@@ -224,8 +231,9 @@ def test_shares_add_up_to_the_decode_estimate(precision: str) -> None:
     assert shares["overhead"] == pytest.approx(OVERHEAD)
     parts = decode_parts(SMOLLM2, ORIN, WORKLOAD, precision)
     assert sum(parts.values()) == pytest.approx(sum(shares.values()))
-    assert parts["cache_copies"] == 2 * parts["cache"]  # ours reads and writes what the points' runtime holds in place
-    assert decode_parts(SMOLLM2, in_place(ORIN), WORKLOAD, precision)["cache_copies"] == 0
+    assert parts["cache_copies"] == 0
+    older = decode_parts(SMOLLM2, joining(ORIN), WORKLOAD, precision)
+    assert older["cache_copies"] == 2 * older["cache"] == 2 * parts["cache"]  # it reads and writes all once more
 
 
 def test_no_pruning_of_layers_removes_the_head_and_depth_alone_the_overhead() -> None:
@@ -317,13 +325,33 @@ def test_a_precision_is_checked_before_anything_is_probed() -> None:
 
 
 def test_onnx_runtime_holds_one_cache_and_no_mask() -> None:
-    here, there = (estimate_performance(SMOLLM2, p, WORKLOAD, "fp16") for p in (in_place(ORIN), ORIN))
+    here, there = (estimate_performance(SMOLLM2, p, WORKLOAD, "fp16") for p in (on_processor(ORIN), joining(ORIN)))
     assert 2 * here.memory.cache.value == there.memory.cache.value
     assert here.memory.activations.value == 2 * 512 * (2 * 576 + max(9 * 512 + 2 * 576 + 2 * 192, 3 * 1536))
     assert here.decode.value < there.decode.value
 
 
+def test_a_cache_in_place_is_held_once_not_copied_and_attended_to_as_a_whole() -> None:
+    """What its engine saves at each step, and what a prompt that is shorter than the context pays for it."""
+    here, there = (estimate_performance(SMOLLM2, p, WORKLOAD, "fp16") for p in (ORIN, joining(ORIN)))
+    assert 2 * here.memory.cache.value == there.memory.cache.value
+    copies = 2 * here.memory.cache.value / READING
+    assert there.decode.value - here.decode.value == pytest.approx(1e3 * copies)
+    assert "one buffer" in here.memory.cache.basis
+    assert "copy of the cache" in there.decode.basis
+    assert "copy" not in here.decode.basis
+    queries = 30 * 9 * 64
+    causal, whole = 2 * 512 * 512 * queries, 4 * 512 * 2048 * queries  # scores and values, a multiply-add as two
+    difference = prefill_flops(SMOLLM2, WORKLOAD, dialect="opset24") - prefill_flops(SMOLLM2, WORKLOAD)
+    assert difference == whole - causal
+    assert here.prefill.value > there.prefill.value
+
+
+NAMES = ["in place", "long", "one token", "opset23", "small", "primitive", "batch"]
 COMPILED = [  # dialect, decoder, workload
+    ("opset24", uniform(576, 2, (9, 3, 64), 1536, 512), Workload(1, 512, 2048)),
+    ("opset24", uniform(1024, 2, (16, 8, 128), 3072, 512), Workload(1, 128, 8192)),
+    ("opset24", uniform(1024, 2, (16, 8, 128), 3072, 512), Workload(2, 1, 1024)),
     ("opset23", uniform(576, 2, (9, 3, 64), 1536, 512), Workload(1, 512, 2048)),
     ("opset23", uniform(576, 2, (3, 1, 64), 512, 512), Workload(1, 128, 512)),
     ("primitive", uniform(576, 2, (9, 3, 64), 1536, 512), Workload(1, 512, 2048)),
@@ -331,7 +359,7 @@ COMPILED = [  # dialect, decoder, workload
 ]
 
 
-@pytest.mark.parametrize(("dialect", "decoder", "workload"), COMPILED, ids=["opset23", "small", "primitive", "batch"])
+@pytest.mark.parametrize(("dialect", "decoder", "workload"), COMPILED, ids=NAMES)
 def test_activations_agree_with_what_tensorrts_compiler_reports(
     dialect: str, decoder: Decoder, workload: Workload, tmp_path: Path
 ) -> None:
@@ -339,7 +367,7 @@ def test_activations_agree_with_what_tensorrts_compiler_reports(
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     variant = GraphVariant(dialect, "last")
     weights = {name: torch.zeros(shape) for name, shape in decoder.shapes().items()}
-    path = write_graphs(decoder, weights, tmp_path, "fp16", [variant]).graphs[variant]
+    path = write_graphs(decoder, weights, tmp_path, "fp16", [variant], workload.context).graphs[variant]
     lines: list[str] = []
 
     class KeepingLogger(trt.ILogger):
@@ -358,16 +386,7 @@ def test_activations_agree_with_what_tensorrts_compiler_reports(
     config.set_compute_capability(trt.ComputeCapability.SM86, 0)
     profile = builder.create_optimization_profile()
     for tensor in map(network.get_input, range(network.num_inputs)):
-        shapes = []
-        for batch, sequence, past in (
-            (1, 1, 0),
-            (1, 1, workload.context - 1),
-            (workload.batch, workload.prompt, workload.context - 1),
-        ):
-            total = past + sequence if tensor.name == "attention_mask" else sequence
-            cache = (batch, tensor.shape[1], past, tensor.shape[-1])
-            shapes.append(cache if tensor.name.startswith("past") else (batch, total))
-        profile.set_shape(tensor.name, *shapes)
+        profile.set_shape(tensor.name, *shapes(tensor.name, tuple(tensor.shape), workload))
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config) is not None
     (reported,) = (int(line.split()[3]) for line in lines if line.startswith("Total Activation Memory"))

@@ -134,7 +134,7 @@ def test_every_spelling_and_precision_that_the_builder_knows(tmp_path: Path) -> 
     model = llama(True)
     layers = (Layer(Attention(6, 2, 16), None), Layer(None, Mlp(128)), Layer(Attention(6, 2, 16), Mlp(128)))
     decoder = dataclasses.replace(decoder_of(model.config), layers=layers)
-    variants = [PRIMITIVE, GraphVariant("opset23", "last")]
+    variants = [PRIMITIVE, GraphVariant("opset23", "last"), GraphVariant("opset24", "last")]
     for precision in ("fp16", "fp32"):
         files = write_graphs(decoder, weights_of(model), tmp_path / precision, precision, variants)
         for variant in variants:

@@ -2,10 +2,11 @@
 
 import pytest
 
+from edgeprune.dialects import version_of
 from edgeprune.errors import InputError
 from edgeprune.pipeline.formats import weight_choice, without_dequantised, without_formats
 from edgeprune.precision import WEIGHT_FORMATS
-from edgeprune.profiles import list_profiles, load_profile, version_of, with_tensorrt
+from edgeprune.profiles import list_profiles, load_profile, with_tensorrt
 from edgeprune.search.dequantised import Dequantised
 from tests.support.shapes import SMOLLM2, uniform
 
@@ -99,7 +100,7 @@ def test_an_older_tensorrt_parses_another_dialect_and_fewer_formats():
     assert named(older) == ["float", "int8"]
     with pytest.raises(InputError, match="TensorRT 10.3.0.30 of jetson-orin does not run int4, which needs 10.15"):
         weight_choice("int4", older, SMOLLM2)
-    assert with_tensorrt(older, "10.16").dialect == "opset23"
+    assert with_tensorrt(older, "10.16").dialect == "opset24"
     assert with_tensorrt(ORIN, None) == ORIN
 
 

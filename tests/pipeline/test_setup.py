@@ -36,8 +36,11 @@ def test_what_is_left_out_is_the_profiles_and_each_choice_has_its_reason(small, 
     asked = {name: limit.asked for name, limit in setup.budget.limits.items()}
     assert asked == {"memory": default.memory, "prefill": default.prefill, "decode": default.decode}
     choices = {choice.name: choice for choice in setup.choices}
-    assert set(choices) == {"weights", "TensorRT", "engine", "precision", "budget", "calibration", "read notes.txt"}
+    engine = {"weights", "TensorRT", "dialect", "engine", "precision"}
+    assert set(choices) == engine | {"budget", "calibration", "read notes.txt"}
     assert choices["TensorRT"].value == "10.16"
+    assert choices["dialect"].value == "opset24"
+    assert choices["dialect"].reason.startswith("TensorRT 10.16 writes new keys and values into the KV cache in place")
     assert choices["weights"].value == "float, int8, int4-64"
     assert choices["budget"].reason == "none was given: the default of jetson-orin"
     read = choices["read notes.txt"]
@@ -50,10 +53,11 @@ def test_what_is_left_out_is_the_profiles_and_each_choice_has_its_reason(small, 
 
 
 def test_fp32_takes_the_dialect_that_has_kernels_for_it(small, tmp_path):
-    assert setup_of(small, tmp_path / "out", device="rtx-a4000").profile.dialect == "opset23"
+    assert setup_of(small, tmp_path / "out", device="rtx-a4000").profile.dialect == "opset24"
     setup = setup_of(small, tmp_path / "out", device="rtx-a4000", precision="fp32")
     assert setup.profile.dialect == "primitive"
-    assert "dialect" in [choice.name for choice in setup.choices]
+    (reason,) = (choice.reason for choice in setup.choices if choice.name == "dialect")
+    assert "no fp32 kernel" in reason
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from tests.support.shapes import SMOLLM2
 
 ORIN = load_profile("jetson-orin")
 PROFILES = {
-    dialect: ORIN.model_copy(update={"dialect": dialect}) for dialect in ("opset23", "primitive", "onnxruntime")
+    dialect: ORIN.model_copy(update={"dialect": dialect})
+    for dialect in ("opset24", "opset23", "primitive", "onnxruntime")
 }
 WORKLOAD = Workload(2, 64, 256)
 SMALL = replace(SMOLLM2, max_position_embeddings=600)

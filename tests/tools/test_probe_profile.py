@@ -209,7 +209,7 @@ def test_on_a_double_of_a_gpu(
     assert (profile.name, profile.engine, profile.sm, profile.dialect) == ("nvidia-l4", "tensorrt", 89, "primitive")
     assert profile.memory.si == gpu.memory
     check_measured(profile.model_copy(update={"dialect": load_profile("l4").dialect}), "l4")
-    assert "The dialect is not opset23 but primitive" in output.read_text()
+    assert "The dialect is not opset24 but primitive" in output.read_text()
 
 
 def test_on_a_double_that_tells_no_free_memory_the_file_names_what_is_not_measured(

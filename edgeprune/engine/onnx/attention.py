@@ -229,8 +229,9 @@ def attention_opset23(
 ) -> str:
     """Adds an attention in the operator Attention, from packed (b, s, (h + 2k) * d) to (b, s, h * d).
 
-    It serves opset 24 too, where shared has the write indices of the KV cache. It is written in operators of opset 17 in two cases. With a softcap, because Attention applies it after the mask in
-    opset 23, which would make masked pairs visible; and with a single head, for which TensorRT for RTX has no kernel.
+    It serves opset 24 too, where shared has the write indices of the KV cache. It is written in operators of opset 17
+    in two cases. With a softcap, because Attention applies it after the mask in opset 23, which would make masked pairs
+    visible; and with a single head, for which TensorRT for RTX has no kernel.
     """
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=False)

@@ -35,8 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from edgeprune.dialects import Dialect
 from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, layout, write_data
-from edgeprune.engine.onnx.nodes import WRITE_INDICES, Dialect, Nodes, element_type, head_width
+from edgeprune.engine.onnx.nodes import WRITE_INDICES, Nodes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
 from edgeprune.errors import InputError
@@ -88,9 +89,9 @@ def write_graphs(
     weights: by the names of decoder.py, any floating type, or codes for the names of decoder.weight_formats; each is
     read once. precision: of all other weights, scales, activations, KV cache and logits, for bf16 as above (sums of
     squares stay in fp32). max_positions: the longest context to serve, which is the rows of the onnxruntime dialect's
-    rotary tables and the capacity of opset24's KV cache; at most and by default decoder.max_position_embeddings. Returns the files. Raises InputError for a missing weight, a wrong
-    shape or format, and NumericalError for a weight that is not finite in this precision; the files are then
-    incomplete.
+    rotary tables and the capacity of opset24's KV cache; at most and by default decoder.max_position_embeddings.
+    Returns the files. Raises InputError for a missing weight, a wrong shape or format, and NumericalError for a weight
+    that is not finite in this precision; the files are then incomplete.
     """
     # The data files come first: the graphs refer to offsets in them.
     tables = any(variant.dialect == "onnxruntime" for variant in variants)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeprune.dialects import Dialect
 from edgeprune.engine.onnx.data import Initializer
 from edgeprune.precision import PRECISIONS, GraphPrecision
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
-Dialect = Literal["opset24", "opset23", "primitive", "onnxruntime"]
 WRITE_INDICES = "write_indices"  # an input of opset24: the slot of the cache that a row's first new token gets
 MICROSOFT = "com.microsoft"
 HEAD_MULTIPLE = 8  # GroupQueryAttention takes heads whose sizes are multiples of it

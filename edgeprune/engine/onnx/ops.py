@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeprune.dialects import Dialect
 from edgeprune.engine.onnx.attention import (
     attention_onnxruntime,
     attention_opset23,
@@ -23,7 +24,7 @@ from edgeprune.engine.onnx.attention import (
     prepare_opset24,
     prepare_primitive,
 )
-from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, Shared
+from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared
 from edgeprune.engine.onnx.quantised import expert, matrix
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 

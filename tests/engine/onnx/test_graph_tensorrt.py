@@ -23,7 +23,7 @@ from tests.support.roundings import rounded
 from tests.support.rtx import build, trt
 
 
-@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+@pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_builds_and_holds_each_weight_once(dialect: str, tied: bool, tmp_path: Path) -> None:
     """With 4000 tokens the head is most of the model: held twice it would double the weights."""
@@ -41,14 +41,14 @@ def test_builds_layers_of_different_widths(tmp_path: Path) -> None:
     model = llama(True)
     layers = (Layer(Attention(6, 2, 16), None), Layer(None, Mlp(128)), Layer(Attention(6, 2, 16), Mlp(128)))
     decoder = dataclasses.replace(decoder_of(model.config), layers=layers)
-    variants = [GraphVariant("opset23", "all"), GraphVariant("primitive", "all")]
+    variants = [GraphVariant(dialect, "all") for dialect in ("opset24", "opset23", "primitive")]
     files = write_graphs(decoder, weights_of(model), tmp_path, "fp16", variants)
     for path in files.graphs.values():
         weights = graph_weight_bytes(decoder, "fp16")
         assert weights <= build(path).figure("Total Weights Memory") <= 1.01 * weights
 
 
-@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+@pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 @pytest.mark.parametrize("decoder", [llamagen(head_dim=100), imagegpt()], ids=["heads of 100", "3 heads"])
 def test_builds_image_generators_to_read_one_token_at_a_time(decoder: Decoder, dialect: str, tmp_path: Path) -> None:
     """For a single query there is no kernel for these heads."""
@@ -57,6 +57,33 @@ def test_builds_image_generators_to_read_one_token_at_a_time(decoder: Decoder, d
     built = compile_plan(files.graphs[variant], tmp_path / "plan", Workload(2, 1, 16), 86, "tensorrt-rtx")
     weights = graph_weight_bytes(decoder, "fp16")
     assert weights <= built.weights_bytes <= 1.02 * weights
+
+
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
+def test_a_cache_in_place_builds_for_every_sm(sm: int, tmp_path: Path) -> None:
+    """With a window, a softcap and a single head, whose attention is written in other operators."""
+    rotary = Rotary(tuple(10000.0 ** (-pair / 16) for pair in range(16)))
+    attentions = (
+        Attention(8, 2, 32, rotary),
+        Attention(8, 4, 32, rotary, window=20),
+        Attention(4, 4, 32, rotary, softcap=30.0),
+        Attention(1, 1, 32, rotary),
+    )
+    layers = tuple(Layer(attention, Mlp(256)) for attention in attentions)
+    decoder = Decoder("llama", 128, 512, 128, 1e-5, False, layers)
+    variant = GraphVariant("opset24", "last")
+    graph = write_graphs(decoder, random_weights(decoder), tmp_path, "fp16", [variant], 96).graphs[variant]
+    result = compile_plan(graph, tmp_path / "plan", Workload(2, 32, 96), sm, "tensorrt-rtx")
+    weights = graph_weight_bytes(decoder, "fp16")
+    assert weights <= result.weights_bytes <= 1.02 * weights
+
+
+def test_a_cache_in_place_of_another_length_is_refused(tmp_path: Path) -> None:
+    """An engine is of one context, which the graph states; the real parser takes no other."""
+    decoder, variant = wide(), GraphVariant("opset24", "last")
+    graph = write_graphs(decoder, random_weights(decoder), tmp_path, "fp16", [variant], 64).graphs[variant]
+    with pytest.raises(EngineError, match="room for 64 tokens, not for a context of 96"):
+        compile_plan(graph, tmp_path / "plan", workload_of(1), 86, "tensorrt-rtx")
 
 
 def wide(tied: bool = False, experts: Experts | None = None) -> Decoder:
@@ -78,7 +105,8 @@ def built(
     variant = GraphVariant(dialect, "last")
     stored = rounded(decoder, random_weights(decoder))
     with TemporaryDirectory() as folder:
-        graph = write_graphs(decoder, stored, Path(folder), precision, [variant]).graphs[variant]
+        context = workload_of(batch).context
+        graph = write_graphs(decoder, stored, Path(folder), precision, [variant], context).graphs[variant]
         return compile_plan(graph, Path(folder) / "plan", workload_of(batch), sm, "tensorrt-rtx")
 
 
@@ -99,7 +127,7 @@ def judged(decoder: Decoder, **settings: object) -> bool:
         ("int4-128", "int8", 86),
     ],
 )
-@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+@pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 def test_codes_stay_packed_and_no_copy_is_made(layers: str, tables: str | None, sm: int, dialect: str) -> None:
     """For a batch of one too, in which the compiler dequantises a head of int8 if it knows that it has one row."""
     decoder = wide().with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS.get(tables))
@@ -129,7 +157,7 @@ def test_codes_stay_packed_in_every_float_type(precision: str, layers: str) -> N
 
 
 @pytest.mark.parametrize("layers", ["int8", "int4-32"])
-@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+@pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 def test_the_codes_of_experts_stay_packed(layers: str, dialect: str) -> None:
     decoder = wide(experts=Experts(3, 2)).with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS["int8"])
     weights = graph_weight_bytes(decoder, "fp16", dialect)

@@ -2,7 +2,8 @@
 
 An engine's bytes hold the graph with its weights, the profile, the release and the SM.
 The rules of the real runtime hold: a step is refused, with a message, for a shape that is not set or outside
-of the profile, for memory that is not there, too small or used twice, and on a stream that is gone.
+of the profile, for memory that is not there, too small or used twice, and on a stream that is gone. A KV cache that is
+updated in place must be one memory for the input and the output that share it, and what is written must fit there.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Runtime(Strict):
             address = device.allocate(plan["weights"], "TensorRT")
         except Fault as fault:
             return self._fail(f"[defaultAllocator.cpp::allocate::31] Cuda Runtime ({fault.why})")
-        return ICudaEngine(self, plan, model, address)
+        kind = ICudaEngineInPlace if building.updates_in_place(version) else ICudaEngine
+        return kind(self, plan, model, address)
 
     def _fail(self, text: str) -> None:
         self._logger.log(ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: {text}")
@@ -126,9 +128,17 @@ class ICudaEngine(Strict):
         return context
 
 
+class ICudaEngineInPlace(ICudaEngine):
+    """The class of releases that update a KV cache in place; there it has the same name."""
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self._plan["aliases"].get(name)
+
+
 class IExecutionContext(Strict):
     def __init__(self, engine: ICudaEngine, memory: int) -> None:
         self._tensors, self._profile = engine._plan["tensors"], engine._plan["profile"]
+        self._aliases = engine._plan["aliases"]
         self._device, self._logger, self._session = engine._device, engine._logger, engine._session
         self._engine_life, self._life, self._memory = engine._life, Life(), memory
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -198,7 +208,7 @@ class IExecutionContext(Strict):
             for label, size in zip(self._tensors[name]["shape"], self._shapes[name], strict=True):
                 if isinstance(label, str) and sizes.setdefault(label, size) != size:
                     raise Refused(f"{label} is {size} in {name} and {sizes[label]} elsewhere")
-        if sizes["past"] + sizes["sequence"] != sizes["total"]:
+        if "past" in sizes and sizes["past"] + sizes["sequence"] != sizes["total"]:
             raise Refused(f"{sizes['past']} and {sizes['sequence']} tokens with a mask of {sizes['total']}")
         return {name: tuple(sizes.get(label, label) for label in one["shape"]) for name, one in self._tensors.items()}
 
@@ -209,8 +219,11 @@ class IExecutionContext(Strict):
                 raise Refused(f"the address of {name} is not set")
             address = self._addresses[name]
             self._device.memory_at(address, _bytes(self._tensors[name], shape))
+            shared = self._aliases.get(name)
+            if shared is not None and address != self._addresses.get(shared):
+                raise Refused(f"{name} must share the memory of {shared}")
             other = regions.setdefault(address, name)
-            if other != name:
+            if other not in (name, shared) and self._aliases.get(other) != name:
                 raise Refused(f"{name} and {other} are the same memory")
 
 
@@ -244,6 +257,11 @@ def _compute(
             raise Fault("CUDA_ERROR_ILLEGAL_ADDRESS", f"{name} reads {reads} bytes where the last copy wrote {wrote}")
     device.read_by_steps.append({name: content(name).copy() for name in inputs if not name.startswith("past")})
     outputs = [name for name, one in tensors.items() if not one["input"]]
+    if "write_indices" in inputs:
+        begin, tokens, slots = content("write_indices"), shapes["input_ids"][1], shapes["attention_mask"][1]
+        if begin.min() < 0 or begin.max() + tokens > slots:
+            what = f"{tokens} tokens from slot {begin.max()} of {slots}, the lowest from {begin.min()}"
+            raise Fault("CUDA_ERROR_ILLEGAL_ADDRESS", f"a write beyond the KV cache: {what}")
     try:
         values = {name: content(name) for name in inputs}
         results = session.run(outputs, {n: widened(v) if v.dtype == np.uint16 else v for n, v in values.items()})

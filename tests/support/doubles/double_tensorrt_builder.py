@@ -107,9 +107,32 @@ class ParserError(Strict):
         return self._node.op_type if self._node else ""
 
 
+def updates_in_place(version: str) -> bool:
+    """Whether a release has KVCacheUpdate, its operator TensorScatter and the engine's aliases."""
+    return tuple(map(int, version.split(".")[:2])) >= (10, 15)
+
+
+def cache_updates(graph: onnx.GraphProto) -> dict[str, str]:
+    """Output -> the input whose memory it shares."""
+    return {node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
+
+
+def misused_update(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
+    """What the real layer asks of its cache; empty where all is well."""
+    inputs = {value.name: ITensor(value).shape for value in graph.input}
+    if node.input[0] not in inputs:
+        return "The KV cache tensor must be a network input."
+    if inputs[node.input[0]][2] < 0:
+        return "The KV cache tensor must have a static sequence length dimension."
+    if node.output[0] not in {value.name for value in graph.output}:
+        return "The updated KV cache must be a network output."
+    return ""
+
+
 class OnnxParser(Strict):
     def __init__(self, module: ModuleType, network: INetworkDefinition, logger: ILogger) -> None:
         self._network, self._errors = network, list[ParserError]()
+        self._in_place = updates_in_place(module.__version__)
         self._logger = checked(logger)
 
     @property
@@ -126,10 +149,14 @@ class OnnxParser(Strict):
         except Exception as error:  # no file, or no ONNX
             self._errors.append(ParserError(f"Failed to parse the ONNX model: {error}", None))
             return False
-        unknown = [node for node in graph.node if node.domain not in ("", "ai.onnx")]
-        self._errors += [ParserError("Plugin not found, are the plugin name and version correct?", n) for n in unknown]
+        for node in graph.node:
+            updates = node.op_type == "TensorScatter"
+            if node.domain not in ("", "ai.onnx") or (updates and not self._in_place):
+                self._errors.append(ParserError("Plugin not found, are the plugin name and version correct?", node))
+            elif updates and (misuse := misused_update(graph, node)):
+                self._errors.append(ParserError(misuse, node))
         self._network._graph, self._network._path = graph, Path(model)
-        return not unknown
+        return not self._errors
 
 
 def whole(path: Path) -> onnx.ModelProto:
@@ -250,6 +277,7 @@ class Builder(Strict):
             "weights": weights,
             "copies": copies,
             "tensors": tensors,
+            "aliases": cache_updates(network._graph),
             "profile": config._profiles[0]._shapes,
         }
         model = whole(network._path)

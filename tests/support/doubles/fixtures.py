@@ -21,9 +21,21 @@ from edgeprune.ondevice.reference import write_reference
 from edgeprune.ondevice.worker import OnProgress, quiet
 from tests.support.doubles import double_tensorrt
 from tests.support.doubles.double_device import Device, Work
-from tests.support.doubles.install import LAYERS, MODEL, PRIMITIVE, RUNTIME, built, install, on_the_processor
+from tests.support.doubles.install import (
+    IN_PLACE_VERSION,
+    LAYERS,
+    MODEL,
+    OPSET24,
+    PRIMITIVE,
+    RUNTIME,
+    WORKLOAD,
+    built,
+    install,
+    on_the_processor,
+)
 from tests.support.reference import decoder_of, weights_of
 
+VARIANTS = (OPSET24, PRIMITIVE, RUNTIME)
 IDS = np.random.default_rng(2).integers(0, 200, 100)
 
 
@@ -52,10 +64,12 @@ def device(monkeypatch: pytest.MonkeyPatch, layer: str) -> Iterator[Device]:
 
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GraphFiles]:
-    """Both variants that are needed, in fp32 and fp16."""
+    """The variants that are needed, in fp32 and fp16."""
     decoder, weights = decoder_of(MODEL.config), weights_of(MODEL)
     return {
-        precision: write_graphs(decoder, weights, tmp_path_factory.mktemp(precision), precision, [PRIMITIVE, RUNTIME])
+        precision: write_graphs(
+            decoder, weights, tmp_path_factory.mktemp(precision), precision, VARIANTS, WORKLOAD.context
+        )
         for precision in ("fp32", "fp16")
     }
 
@@ -64,6 +78,15 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GraphFiles]:
 def plan(device: Device, graphs: dict[str, GraphFiles], tmp_path: Path) -> Path:
     """An fp32 engine of the double."""
     return built(graphs["fp32"].graphs[PRIMITIVE], tmp_path / "model.engine")
+
+
+@pytest.fixture
+def plan_in_place(
+    device: Device, layer: str, graphs: dict[str, GraphFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The same of a release, and from a graph, that update the KV cache in place."""
+    install(monkeypatch, device, (layer,), IN_PLACE_VERSION)
+    return built(graphs["fp32"].graphs[OPSET24], tmp_path / "in_place.engine")
 
 
 @pytest.fixture

@@ -24,9 +24,11 @@ from tests.support.graph_models import llama
 LAYERS = ("pycuda", "cuda-python")
 CUDA_MODULES = ("pycuda", "pycuda.driver", "cuda", "cuda.cuda", "cuda.bindings", "cuda.bindings.driver")
 VERSION = "10.13.3.9"
+IN_PLACE_VERSION = "10.16.1.11"  # of a release that updates the KV cache in place
 WORKLOAD = Workload(batch=2, prompt=8, context=48)
 MODEL = llama(True)
 PRIMITIVE, RUNTIME = GraphVariant("primitive", "last"), GraphVariant("onnxruntime", "last")
+OPSET24 = GraphVariant("opset24", "last")
 
 
 def install(patch: pytest.MonkeyPatch, device: Device, layers: tuple[str, ...], version: str = VERSION) -> None:
