@@ -61,7 +61,7 @@ class Plan:
 
     weights: the name of the format of its layers' matrices; decode_parts: ms by layers, head, cache, cache_copies,
     compute, overhead; attended: the workload with the context that a step attends to, which is the cache's capacity
-    where the engine updates it in place; build_bytes: that building the engine takes, None for an engine that builds none;
+    where the engine updates it in place; build_bytes: that building the engine takes, None for one that builds none;
     decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the points does.
     """
 

@@ -186,7 +186,8 @@ def test_the_parts_of_a_prefill_add_up(prompt: int) -> None:
     """Products, the weights once, what each token and each layer takes beside them."""
     workload = Workload(1, prompt, 2048)
     estimate = estimate_performance(SMOLLM2, ORIN, workload, "fp16").prefill
-    flops, weight_bytes = prefill_flops(SMOLLM2, workload), 2 * SMOLLM2.parameters
+    flops = prefill_flops(SMOLLM2, workload, dialect=ORIN.dialect)
+    weight_bytes = 2 * SMOLLM2.parameters
     assert estimate.value == pytest.approx(prefill_ms(prompt, flops, weight_bytes), rel=1e-3)
     parts = prefill_parts(SMOLLM2, ORIN, workload, "fp16")
     assert estimate.value == pytest.approx(sum(parts.values()))
