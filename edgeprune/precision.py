@@ -65,12 +65,15 @@ class WeightFormat:
     """A way to store the matrix of a linear layer in few bits: whole numbers, of which each group shares a scale.
 
     group: inputs of an output that share a scale; None: all of them. asymmetric: a group has the code of 0.0 as well.
+    activation_bits: of what the layer reads, which is then rounded too, by one scale for all that is fixed beforehand;
+    None: floats.
     """
 
     name: str
     bits: int
     group: int | None = None
     asymmetric: bool = False
+    activation_bits: int | None = None
 
     @property
     def least(self) -> int:
@@ -102,6 +105,7 @@ WEIGHT_FORMATS = {
     form.name: form
     for form in (
         WeightFormat("int8", 8),
+        WeightFormat("w8a8", 8, activation_bits=8),
         *(WeightFormat(f"int4-{group}", 4, group) for group in (32, 64, 128)),
         WeightFormat("int4-32-asymmetric", 4, 32, asymmetric=True),
     )

@@ -92,7 +92,7 @@ class FormatFigures(_Strict):
 
 
 class OfferedFormats(_Strict):
-    """Weight formats that the engine runs well, of one number of bits.
+    """Weight formats that the engine runs well, of one number of bits of weights and activations.
 
     formats: by preference: a model takes the first whose groups divide its sizes; prefill: time of a product of many
     tokens over that of floats; tables: embedding and head may have it too; tensorrt: the least version that runs it.
@@ -146,7 +146,7 @@ class DeviceProfile(_Strict):
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     tensorrt: Line | None = None  # the version that is assumed until the device says another
-    weights: dict[Literal["int8", "int4"], OfferedFormats] = Field(default_factory=dict)
+    weights: dict[Literal["int8", "int4", "w8a8"], OfferedFormats] = Field(default_factory=dict)
     formats: dict[Literal["int8", "int4", "fp8", "nvfp4"], FormatFigures] = Field(default_factory=dict)
     memory: HardwareFigure | None = None
     system_reserve: HardwareFigure | None = None  # what the system keeps of a shared memory

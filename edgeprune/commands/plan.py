@@ -254,7 +254,10 @@ def _notes(decoder: Decoder, held: Workload) -> Sequence[str]:
     notes = []
     if form := next(iter(decoder.weight_formats.values()), None):
         group = f"for each group of {form.group} inputs" if form.group else "for each output"
-        notes.append(f"{form.name}: the layers' matrices in {form.bits} bits with a scale {group}; all else floats")
+        read = ", what they read in 8 bits with one scale" if form.activation_bits else ""
+        notes.append(
+            f"{form.name}: the layers' matrices in {form.bits} bits with a scale {group}{read}; all else floats"
+        )
     if held.context > decoder.max_position_embeddings:
         notes.append(f"{held.context} tokens are more than the model's {decoder.max_position_embeddings} positions")
     return notes

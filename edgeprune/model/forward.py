@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from edgeprune.errors import NumericalError
 from edgeprune.model.decoder import Attention, Decoder, Experts, Mlp, Rotary
 from edgeprune.model.model import Model
-from edgeprune.model.quantised import QuantisedWeight, as_float
+from edgeprune.model.quantised import QuantisedWeight, as_float, input_scale_of, rounded_inputs, values_by_name
 
 LayerWeights = dict[str, torch.Tensor]
 WeightStream = Iterable[tuple[str, torch.Tensor | QuantisedWeight]]
@@ -262,7 +262,9 @@ def module_activation(
 
     kind: `attention` or `mlp`. A mixture of experts has one such projection for each expert: see `experts_output`.
     """
-    x, layer = module_states(decoder, kind, weights, hidden), decoder.layers[index]
+    layer = decoder.layers[index]
+    first = f"mlp.{layer.mlp.inputs[0]}" if kind == "mlp" else "attention.q"
+    x = rounded_inputs(module_states(decoder, kind, weights, hidden), weights.get(input_scale_of(first)))
     if kind == "mlp":
         return mlp_activation(x, weights, layer.mlp)
     return attention_context(x, weights, layer.attention, tables, decoder.norm_eps)
@@ -278,6 +280,7 @@ def module_raw(
     if has_experts(decoder, index, kind):
         return experts_output(module_states(decoder, kind, weights, hidden), weights, decoder.layers[index].mlp)
     inputs = module_activation(decoder, index, kind, weights, hidden, tables)
+    inputs = rounded_inputs(inputs, weights.get(input_scale_of(OUTPUT[kind])))
     return F.linear(inputs, weights[OUTPUT[kind]], weights.get(BIAS[kind]))
 
 
@@ -391,7 +394,7 @@ def head_logits(decoder: Decoder, states: torch.Tensor, head: torch.Tensor) -> t
 
 def weight_stream(model: Model) -> WeightStream:
     """Returns all weights of a model in the order of decoder.shapes(), each read when it is asked for."""
-    return ((name, model.weights[name]) for name in model.decoder.shapes())
+    return ((name, model.stored[name]) for name in model.decoder.shapes())
 
 
 @torch.inference_mode()
@@ -481,7 +484,9 @@ def final_states(
     tables = Tables(decoder, ids.shape[1])
     for index in range(len(decoder.layers)):
         prefix = f"layers.{index}."
-        weights_of_layer = {name.removeprefix(prefix): as_float(take(name)) for name in decoder.layer_shapes(index)}
+        weights_of_layer = values_by_name(
+            (name.removeprefix(prefix), take(name)) for name in decoder.layer_shapes(index)
+        )
         add_layer(decoder, index, weights_of_layer, hidden, tables, chunk)
         on_layer()
     # Norm the states.

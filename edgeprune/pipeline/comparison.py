@@ -19,7 +19,7 @@ from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.model import Model
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
-from edgeprune.pipeline.formats import divides
+from edgeprune.pipeline.formats import refusal
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.progress import Progress
 from edgeprune.search.module_costs import additive
@@ -104,7 +104,7 @@ class ComparedMethod:
 def compared_method(name: str, decoder: Decoder) -> ComparedMethod:
     """Returns the method of a name: of the table of methods, a weight format, or both with a plus between.
 
-    Raises InputError for an unknown name, and for groups that do not divide the decoder's sizes.
+    Raises InputError for an unknown name, and for a format that the decoder's matrices cannot be in.
     """
     from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
 
@@ -112,9 +112,9 @@ def compared_method(name: str, decoder: Decoder) -> ComparedMethod:
     if name in METHODS or last not in FORMAT_WORDS:
         return ComparedMethod(name, method_named(name))
     for form in (WEIGHT_FORMATS[word] for word in FORMAT_WORDS[last]):
-        if divides(form, decoder):
+        if (reason := refusal(form, decoder)) is None:
             return ComparedMethod(name, method_named(before or DEFAULT), form, prunes=bool(before))
-    raise InputError(f"the groups of {last} do not divide this model's sizes", "Compare int8.")
+    raise InputError(reason, "Compare int8.")
 
 
 @dataclass

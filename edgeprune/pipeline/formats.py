@@ -56,8 +56,8 @@ def weight_choice(asked: str, profile: DeviceProfile, decoder: Decoder) -> Weigh
     """Returns the formats that a request may use of a model on a device.
 
     asked: `auto`, or `float`, `int8`, `int4` and names of formats, separated by commas. Raises InputError for a word
-    that is none of these, for a format that the device's engine does not run, and for one whose groups do not divide
-    the model's sizes.
+    that is none of these, for a format that the device's engine does not run, and for one that the model's matrices
+    cannot be in.
     """
     words = [word.strip() for word in asked.split(",")]
     offers = {word: offer for word, offer in profile.weights.items() if _runs(profile, offer)}
@@ -76,7 +76,7 @@ def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
     taken = [form.name for form in fitting.values() if form is not None]
     left_out = [word for word, form in fitting.items() if form is None]
     reason = f"{profile.name} runs {' and '.join(taken)} well" if taken else f"{profile.name} runs floats alone well"
-    return reason + (f"; the groups of {' and '.join(left_out)} do not divide this model's sizes" if left_out else "")
+    return reason + (f"; this model's matrices cannot be in {' or '.join(left_out)}" if left_out else "")
 
 
 def _runs(profile: DeviceProfile, offer: OfferedFormats) -> bool:
@@ -94,7 +94,7 @@ def _named(word: str, profile: DeviceProfile, offers: dict[str, OfferedFormats],
     if word in offers:
         form = _fitting(offers[word], decoder)
         if form is None:
-            raise _not_dividing(WEIGHT_FORMATS[offers[word].formats[0]], decoder, offers)
+            raise _refused(WEIGHT_FORMATS[offers[word].formats[0]], decoder, offers)
         return form
     if word in profile.weights:
         offer = profile.weights[word]
@@ -108,15 +108,17 @@ def _named(word: str, profile: DeviceProfile, offers: dict[str, OfferedFormats],
             raise InputError(
                 f"{profile.name} does not run weights in {word} well", f"It runs {', '.join(runs)}: --weights auto."
             )
-        if not divides(WEIGHT_FORMATS[word], decoder):
-            raise _not_dividing(WEIGHT_FORMATS[word], decoder, offers)
+        if refusal(WEIGHT_FORMATS[word], decoder) is not None:
+            raise _refused(WEIGHT_FORMATS[word], decoder, offers)
         return WEIGHT_FORMATS[word]
     raise InputError(f"unknown weights {word[:60]!r}", f"Give auto, or some of {', '.join(dict.fromkeys(known))}.")
 
 
 def _fitting(offer: OfferedFormats, decoder: Decoder) -> Format:
-    """Returns the first format of an offer whose groups divide the model's sizes; None where none does."""
-    return next((WEIGHT_FORMATS[name] for name in offer.formats if divides(WEIGHT_FORMATS[name], decoder)), None)
+    """Returns the first format of an offer that the model's matrices can be in; None where there is none."""
+    return next(
+        (WEIGHT_FORMATS[name] for name in offer.formats if refusal(WEIGHT_FORMATS[name], decoder) is None), None
+    )
 
 
 def _sizes(decoder: Decoder) -> dict[str, int]:
@@ -130,19 +132,20 @@ def _sizes(decoder: Decoder) -> dict[str, int]:
     return sizes
 
 
-def divides(form: WeightFormat, decoder: Decoder) -> bool:
-    """Returns whether the groups of a format divide the inputs of every matrix of a model."""
-    return all(size % (form.group or 1) == 0 for size in _sizes(decoder).values())
+def refusal(form: WeightFormat, decoder: Decoder) -> str | None:
+    """Returns why a model's matrices cannot all be in a format, in words; None where they can."""
+    for name, size in _sizes(decoder).items():
+        if size % (form.group or 1):
+            return f"{form.name} has groups of {form.group} inputs, which do not divide the {name} {size}"
+    if form.activation_bits is not None and any(layer.mlp and layer.mlp.experts for layer in decoder.layers):
+        return f"{form.name} has one scale for all that a matrix reads, and each expert reads other tokens"
+    return None
 
 
-def _not_dividing(form: WeightFormat, decoder: Decoder, offers: dict[str, OfferedFormats]) -> InputError:
-    """Returns the error for groups that do not divide the model's sizes."""
-    name, size = next((name, size) for name, size in _sizes(decoder).items() if size % (form.group or 1))
+def _refused(form: WeightFormat, decoder: Decoder, offers: dict[str, OfferedFormats]) -> InputError:
+    """Returns the error for a format that the model's matrices cannot be in."""
     fitting = [FLOAT, *(fit.name for offer in offers.values() if (fit := _fitting(offer, decoder)) is not None)]
-    return InputError(
-        f"{form.name} has groups of {form.group} inputs, which do not divide the {name} {size}",
-        f"This model takes {', '.join(fitting)}.",
-    )
+    return InputError(refusal(form, decoder), f"This model takes {', '.join(fitting)}.")
 
 
 def _tables(offers: dict[str, OfferedFormats], decoder: Decoder) -> tuple[Format, ...]:

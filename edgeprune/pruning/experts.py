@@ -110,7 +110,7 @@ def cut_experts(
         down, inputs = projection.weight[:, kept], expert.inputs[..., kept]  # (c, size), (1, n, size)
         # Round the matrices before the activation on the expert's tokens, and compute what comes behind again.
         if form is not None:
-            rounded, result = round_together(new, names, read[expert.tokens][None], form)
+            rounded, result = round_together(new, names, read[expert.tokens][None], torch.ones(1), form)
             new = {name: weight.dequantised() for name, weight in rounded.items()}
             inner = mlp_activation(read[expert.tokens], new, mlp, expert.prefix)  # (n, size)
             inputs = (inner * (expert.shares * scales[expert.tokens])[:, None])[None]

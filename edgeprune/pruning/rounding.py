@@ -8,12 +8,14 @@ Shapes: b samples, t tokens, c hidden_size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from edgeprune.model.forward import LayerWeights
-from edgeprune.model.quantised import QuantisedWeight
+from edgeprune.model.quantised import QuantisedWeight, rounded_inputs
 from edgeprune.precision import WeightFormat
+from edgeprune.pruning.activations import input_scale_for
 from edgeprune.pruning.moments import Moments, moments_of
 from edgeprune.pruning.quantize import Quantisation, quantise
 
@@ -34,8 +36,17 @@ def round_table(table: torch.Tensor, form: WeightFormat | None) -> torch.Tensor 
 
 
 def round_together(
-    weights: LayerWeights, names: Sequence[str], inputs: torch.Tensor, form: WeightFormat
+    weights: LayerWeights, names: Sequence[str], inputs: torch.Tensor, scale: torch.Tensor, form: WeightFormat
 ) -> tuple[dict[str, QuantisedWeight], Quantisation]:
-    """Returns the rounded weights of these names, which read the same inputs (b, t, c), and how good they are."""
-    result = round_on(torch.cat([weights[name] for name in names]), moments_of(inputs), form)
+    """Returns the rounded weights of these names, which read the same inputs (b, t, c), and how good they are.
+
+    scale: (b, 1, 1), the square roots of the tokens' weights. Where the format rounds the inputs, weights are rounded
+    on the rounded ones.
+    """
+    input_scale = None
+    if form.activation_bits is not None:
+        input_scale = input_scale_for(inputs)
+        inputs = rounded_inputs(inputs, input_scale)
+    result = round_on(torch.cat([weights[name] for name in names]), moments_of(inputs * scale), form)
+    result = replace(result, weight=replace(result.weight, input_scale=input_scale))
     return dict(zip(names, result.weight.split([len(weights[name]) for name in names]), strict=True)), result

@@ -28,12 +28,15 @@ from edgeprune.model.forward import (
     check_finite,
     entering,
     has_experts,
+    module_activation,
     module_inputs,
     module_output,
     module_raw,
     module_states,
     row_chunks,
 )
+from edgeprune.model.quantised import rounded_inputs, values_by_name
+from edgeprune.pruning.activations import input_scale_for, largest_of, names_before, smoothed
 from edgeprune.pruning.compensate import FIRST_DAMPING, compensate
 from edgeprune.pruning.experts import cut_experts
 from edgeprune.pruning.methods import Method, Recovery
@@ -224,17 +227,21 @@ class Walk:
         weights.clear()
         record = ModuleRecord(index, kind, module.weight.shape[1], size)
         # Round the matrices before the activation; what comes behind sees what they give now.
-        rounded, results = {}, []
+        rounded, results, input_scale = {}, [], None
         if (form := after.weight_format) is not None:
-            names = [f"{kind}.{name}" for name in (("q", "k", "v") if kind == "attention" else after.inputs)]
+            names = names_before(after)
+            if form.activation_bits is not None:
+                self._smooth(module, index, kind)
             read = module_states(self.dense, kind, module.weights, self.read_pruned)
-            rounded, result = round_together(module.weights, names, read * self.importance.sqrt(), form)
+            rounded, result = round_together(module.weights, names, read, self.importance.sqrt(), form)
             del read
             results.append(result)
-            module.weights |= {name: weight.dequantised() for name, weight in rounded.items()}
+            module.weights |= values_by_name(rounded.items())
             self._compute_again(module, index, kind, scale)
             for name in names:
                 del module.weights[name]
+            if form.activation_bits is not None:
+                input_scale = self._round_inputs(module, scale)
         # Update the kept columns toward the dense stream.
         moments = moments_of(module.inputs, module.total) if compensates or form is not None else None
         if compensates:
@@ -244,7 +251,8 @@ class Walk:
             result = round_on(module.weight, moments, form)
             del moments
             results.append(result)
-            rounded[OUTPUT[kind]], module.weights[OUTPUT[kind]] = result.weight, result.weight.dequantised()
+            rounded[OUTPUT[kind]] = replace(result.weight, input_scale=input_scale)
+            module.weights[OUTPUT[kind]] = result.weight.dequantised()
         # Move the pruned stream through the new module.
         output = F.linear(module.inputs, module.weight).div_(scale)  # (b, t, c)
         if BIAS[kind] in module.weights:
@@ -286,6 +294,28 @@ class Walk:
             keep_norms(self.dense, weights, new, rows, source, self.chunk)
             self._compute_again(module, index, kind, scale)
         return module
+
+    def _smooth(self, module: CutModule, index: int, kind: str) -> None:
+        """Brings the channels of what the module's matrices read to like size, by a function that stays the same."""
+        read, inputs = torch.zeros(self.dense.hidden_size), torch.zeros(module.weight.shape[1])
+        for hidden in row_chunks(self.read_pruned, self.chunk):
+            states = module_states(self.dense, kind, module.weights, hidden)
+            read = torch.maximum(read, largest_of(states))
+            activation = module_activation(self.target, index, kind, module.weights, hidden, self.tables)
+            inputs = torch.maximum(inputs, largest_of(activation))
+        module.weights, factors = smoothed(self.target, index, kind, module.weights, read, inputs)
+        if module.inputs is not None:
+            module.inputs /= factors
+            module.total = None
+
+    def _round_inputs(self, module: CutModule, scale: torch.Tensor) -> torch.Tensor:
+        """Rounds what the output projection reads, as its format does; returns the scale ()."""
+        input_scale = input_scale_for(module.inputs / scale)
+        inputs = rounded_inputs(module.inputs / scale, input_scale).mul_(scale)
+        if module.lost is not None:
+            module.lost += F.linear(module.inputs - inputs, module.weight)
+        module.inputs, module.total = inputs, None
+        return input_scale
 
     def _compute_again(self, module: CutModule, index: int, kind: str, scale: torch.Tensor) -> None:
         """Computes the inputs of the output projection and what is lost, after weights have changed."""

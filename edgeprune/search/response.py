@@ -2,7 +2,8 @@
 
 A prediction is of each change alone, to second order; one factor corrects all that they lose together. On real models
 it is about the same for groups, query heads and channels, so one pruning that cuts another of the three in each layer
-measures it; a second one rounds modules to the coarsest format. Both change the last fifth of the layers: the samples
+measures it; a second one rounds modules to the coarsest format, a third one to that which rounds activations too, where
+there is one. All change the last fifth of the layers: the samples
 pass the others once, and the factor of formats is within a fifth of that of all layers.
 """
 
@@ -32,7 +33,7 @@ POSITIONS = 1024  # at which the logits of both models are compared; a divergenc
 LOGIT_BYTES = 1 << 28  # of these logits, at most
 LEAST = 1e-9  # nats per token
 LEAST_PROBED = 6  # layers
-PROBES = 3  # models of measure_response: the dense one and two small ones
+PROBES = 4  # models of measure_response: the dense one and three small ones
 
 
 def probed_layers(layers: int) -> range:
@@ -91,13 +92,15 @@ def measure_response(
     predicted = sum(sensitivities.errors(layer, width).sum() for layer, width in zip(probed, widths, strict=True))
     factor = divergence(tail.decoder.with_layer_widths(widths), samples) / max(predicted, LEAST)
     sensitivities = replace(sensitivities, response=np.full(3, factor))
-    if not formats:
-        on_probe()
-        return sensitivities
-    # One that rounds modules.
-    form = coarsest(formats)
-    losses = sensitivities.roundings[form.name]
-    predicted = float(losses.attention[probed.start :].sum() + losses.mlp[probed.start :].sum())
-    factor = divergence(tail.decoder.with_format(form), samples[:ROUNDED_SAMPLES]) / max(predicted, LEAST)
-    roundings = {name: replace(other, response=factor) for name, other in sensitivities.roundings.items()}
+    # One that rounds modules, of the formats of each kind.
+    roundings = dict(sensitivities.roundings)
+    for kind in ([f for f in formats if not f.activation_bits], [f for f in formats if f.activation_bits]):
+        if not kind:
+            on_probe()
+            continue
+        form = coarsest(tuple(kind))
+        losses = roundings[form.name]
+        predicted = float(losses.attention[probed.start :].sum() + losses.mlp[probed.start :].sum())
+        factor = divergence(tail.decoder.with_format(form), samples[:ROUNDED_SAMPLES]) / max(predicted, LEAST)
+        roundings |= {one.name: replace(roundings[one.name], response=factor) for one in kind}
     return replace(sensitivities, roundings=roundings)

@@ -7,7 +7,7 @@ compensation makes of modules is in the measured response (response.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import numpy as np
@@ -30,6 +30,7 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
+from edgeprune.pruning.activations import rounded_module
 from edgeprune.pruning.moments import gram, held_out_rows
 from edgeprune.pruning.quantize import choose_grid, gptq_squares, probed_outputs
 from edgeprune.pruning.score import Projection
@@ -77,9 +78,12 @@ class ModuleRoundings:
         shares = [GptqShares(self._before(module), module_states(decoder, kind, weights, module.source))]
         if inputs is not None:
             shares.append(GptqShares(projection.weight, projection.inputs, projection.gram))
-        for form, changed in zip(
-            self.formats, _rounded(decoder, kind, weights, source, inputs, self.formats), strict=True
-        ):
+        for form in self.formats:
+            if form.activation_bits is None:
+                changed = _rounded(decoder, kind, weights, source, inputs, form)
+            else:
+                plain = rounded_module(decoder, index, kind, weights, source, self.tables)
+                changed = _rounded(decoder, kind, plain, source, None, form)
             total = 0.0
             # Some samples at a time.
             parts = (row_chunks(states, CHUNK_TOKENS) for states in (source, raw, energy))
@@ -87,7 +91,8 @@ class ModuleRoundings:
                 dense = module_output(decoder, kind, weights, raw_part)
                 off = _output(decoder, index, kind, changed, source_part, self.tables) - dense
                 total += float(off.square_().mul_(energy_part).sum())
-            left = np.mean([share.of(form) for share in shares])
+            # GPTQ makes up for the rounding of weights, which is the lesser part where activations are rounded too.
+            left = 1.0 if form.activation_bits else np.mean([share.of(form) for share in shares])
             self.found[form.name][kind].append(total * float(left))
 
     def _before(self, module: ModuleStates) -> torch.Tensor:
@@ -121,26 +126,26 @@ def _rounded(
     weights: LayerWeights,
     source: torch.Tensor,
     inputs: torch.Tensor | None,
-    formats: Sequence[WeightFormat],
-) -> Iterator[LayerWeights]:
-    """Yields the weights of a layer with the matrices of one module rounded, for each format.
+    form: WeightFormat,
+) -> LayerWeights:
+    """Returns the weights of a layer with the matrices of one module rounded.
 
-    source: (b, t, c), what the module reads; inputs: (b, t, in_features), what its output projection does.
+    source: (b, t, c), what the module reads; inputs: (b, t, in_features), what its output projection does; None where
+    that is not known.
     """
     # The mean squares of what the matrices read, on some samples.
     part = row_chunks(source, CHUNK_TOKENS)[0]
     of_states = module_states(decoder, kind, weights, part).flatten(0, 1).square().mean(dim=0)  # (c,)
     of_output = None if inputs is None else inputs[: len(part)].flatten(0, 1).square().mean(dim=0)  # (in_features,)
-    for form in formats:
-        changed = dict(weights)
-        for name, weight in weights.items():
-            if weight.dim() != 2 or not name.startswith(f"{kind}.") or name == "mlp.router":
-                continue
-            importance = of_output if name == OUTPUT[kind] else of_states
-            if importance is None or len(importance) != weight.shape[1]:  # the output projection of an expert
-                importance = torch.ones(weight.shape[1])
-            changed[name] = choose_grid(weight, importance, form, SHRINKS).nearest(weight).dequantised()
-        yield changed
+    changed = dict(weights)
+    for name, weight in weights.items():
+        if weight.dim() != 2 or not name.startswith(f"{kind}.") or name == "mlp.router":
+            continue
+        importance = of_output if name == OUTPUT[kind] else of_states
+        if importance is None or len(importance) != weight.shape[1]:  # the output projection of an expert
+            importance = torch.ones(weight.shape[1])
+        changed[name] = choose_grid(weight, importance, form, SHRINKS).nearest(weight).dequantised()
+    return changed
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ def named(profile, asked="auto", decoder=SMOLLM2):
 
 
 def test_auto_is_what_the_device_runs_well():
-    assert named(CPU) == ["float", "int8", "int4-32-asymmetric"]
+    assert named(CPU) == ["float", "int8", "int4-32-asymmetric", "w8a8"]
     assert named(ORIN) == named(RTX) == ["float", "int8", "int4-64"]
     assert "jetson-orin runs int8 and int4-64 well" in weight_choice("auto", ORIN, SMOLLM2).reason
 
@@ -27,7 +27,7 @@ def test_auto_is_what_the_device_runs_well():
 def test_auto_leaves_out_groups_that_do_not_divide_and_says_so():
     choice = weight_choice("auto", ORIN, NARROW)
     assert [form and form.name for form in choice.layers] == [None, "int8"]
-    assert "the groups of int4 do not divide this model's sizes" in choice.reason
+    assert "this model's matrices cannot be in int4" in choice.reason
 
 
 def test_the_first_group_that_divides_is_taken():

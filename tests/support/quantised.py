@@ -41,7 +41,9 @@ def random_codes(form: WeightFormat, rows: int, columns: int, seed: int = 0) -> 
 
     groups = form.groups_of(columns)
     scales = storable(torch.rand(rows, groups, generator=generator) + 0.1)
-    return QuantisedWeight(form, drawn(rows, columns), scales, drawn(rows, groups) if form.asymmetric else None)
+    zeros = drawn(rows, groups) if form.asymmetric else None
+    input_scale = storable(torch.rand((), generator=generator)) if form.activation_bits else None
+    return QuantisedWeight(form, drawn(rows, columns), scales, zeros, input_scale)
 
 
 def random_weights(decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -62,6 +64,7 @@ def assert_stored(model: Model, decoder: Decoder, weights: Stored) -> None:
             assert torch.equal(found.scales, weight.scales)
             assert (found.zeros is None) == (weight.zeros is None)
             assert weight.zeros is None or torch.equal(found.zeros, weight.zeros)
+            assert found.input_scale == weight.input_scale
             assert model.weights[name].dtype == torch.float32
             assert torch.equal(model.weights[name], weight.dequantised())
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,9 @@ from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.pruning.quantize import choose_grid
 
 Stored = dict[str, torch.Tensor | QuantisedWeight]
-INT8 = WEIGHT_FORMATS["int8"]
+INT8, W8A8 = WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["w8a8"]
+OF_WEIGHTS = [form for form in WEIGHT_FORMATS.values() if not form.activation_bits]  # which tables and experts take too
+INPUT_SCALE = torch.tensor(2.0**-5)  # reaches to 4
 ATTENTIONS = (INT8, WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"])
 MLPS = (WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"], None, INT8)
 
@@ -24,6 +27,8 @@ def rounded(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> Stored:
         weight, form = weights[name].detach().float(), decoder.weight_formats.get(name)
         even = torch.ones(weight.shape[-1])
         stored[name] = weight if form is None else choose_grid(weight, even, form).nearest(weight)
+        if form is not None and form.activation_bits:
+            stored[name] = replace(stored[name], input_scale=INPUT_SCALE)
     return stored
 
 

@@ -6,8 +6,9 @@ read, and all variants of a model's graph refer to the same two files.
     embedding.data      embedding and head (one initializer where they are tied)
     model.onnx.data     everything else, in the order of use; the rotary tables last
 
-A matrix in a weight format is two or three initializers: `codes`, two of 4 bits a byte, the first in the low half;
-`scales`, floats of the graph; and `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are.
+A matrix in a weight format is some initializers: `codes`, two of 4 bits a byte, the first in the low half;
+`scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are; and
+`input_scale`, one float, of what the product reads where the format rounds that.
 
 Weights are read one matrix at a time, each once, and written in pieces: the memory holds the weights of one fused
 matrix and one piece.
@@ -38,8 +39,8 @@ ALIGNMENT = 64  # bytes: a cache line, and more than any element
 PIECE_BYTES = 1 << 25  # that are converted and written at a time
 
 
-Role = Literal["values", "codes", "scales", "zeros"]
-ROLES: tuple[Role, ...] = ("codes", "scales", "zeros")  # of the initializers of a matrix in a weight format
+Role = Literal["values", "codes", "scales", "zeros", "input_scale"]
+SCALES: tuple[Role, ...] = ("scales", "input_scale")  # those of floats
 _OTHER_MODEL = "Load the model again: its weights and its configuration belong to different models."
 
 
@@ -74,7 +75,7 @@ class Initializer:
     @property
     def bits(self) -> int:
         """Returns the bits of an element."""
-        if self.form is None or self.role == "scales":
+        if self.form is None or self.role in SCALES:
             return 8 * PRECISIONS[self.precision].element_bytes
         return self.form.bits
 
@@ -86,7 +87,7 @@ class Initializer:
     @property
     def onnx_type(self) -> str:
         """Returns ONNX's name of the type of an element."""
-        if self.form is None or self.role == "scales":
+        if self.form is None or self.role in SCALES:
             return PRECISIONS[self.precision].onnx_type
         return f"INT{self.form.bits}"
 
@@ -185,9 +186,14 @@ def _quantised(whole: Initializer) -> Iterator[Initializer]:
     grouped = (*whole.shape[:inputs_axis], groups, *whole.shape[inputs_axis + 1 :])
     is_vector = whole.form.group is None and len(whole.shape) == 2
     outputs = (*whole.shape[:inputs_axis], *whole.shape[inputs_axis + 1 :])
-    shapes = {"codes": whole.shape, "scales": outputs if is_vector else grouped, "zeros": grouped}
-    for role in ROLES if whole.form.asymmetric else ROLES[:2]:
-        yield replace(whole, name=f"{whole.name}.{role}", role=role, shape=shapes[role])
+    shapes: dict[Role, tuple[int, ...]] = {"codes": whole.shape, "scales": outputs if is_vector else grouped}
+    if whole.form.asymmetric:
+        shapes["zeros"] = grouped
+    if whole.form.activation_bits is not None:
+        shapes["input_scale"] = ()
+    for role, shape in shapes.items():
+        transposed = whole.transposed and role != "input_scale"
+        yield replace(whole, name=f"{whole.name}.{role}", role=role, shape=shape, transposed=transposed)
 
 
 def largest_matrix_bytes(decoder: Decoder, precision: GraphPrecision) -> int:
@@ -263,7 +269,10 @@ def _write_matrix(
     for block, sources in enumerate(matrix[0].parts):
         tensors = {name: read(name) for name in sources}
         for initializer in matrix:
-            _write(file, initializer, block, {name: _held(name, one, initializer) for name, one in tensors.items()})
+            held = {name: _held(name, one, initializer) for name, one in tensors.items()}
+            if initializer.role == "input_scale":  # all weights of the matrix read the same
+                held = {name: scale.reshape(1) for name, scale in list(held.items())[:1]}
+            _write(file, initializer, block, held)
         tensors.clear()  # before the next are read
 
 

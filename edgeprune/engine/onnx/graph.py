@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgeprune.dialects import Dialect
-from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, layout, write_data
+from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, SCALES, Initializer, layout, write_data
 from edgeprune.engine.onnx.nodes import WRITE_INDICES, Nodes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
@@ -170,7 +170,7 @@ def _graph(
     for initializer in tensors:
         if initializer.name in used:
             external.append(_external(initializer))
-            if initializer.role in ("values", "scales") and external[-1].data_type != element:
+            if initializer.role in ("values", *SCALES) and external[-1].data_type != element:
                 widened.append(_widened(external[-1], element))
     # Declare inputs and outputs.
     rows = "sequence" if variant.logits == "all" else 1

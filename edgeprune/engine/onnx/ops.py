@@ -25,7 +25,7 @@ from edgeprune.engine.onnx.attention import (
     prepare_primitive,
 )
 from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared
-from edgeprune.engine.onnx.quantised import expert, matrix
+from edgeprune.engine.onnx.quantised import expert, matrix, rounded
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 
 Norm = Callable[[Nodes, str, str, "str | None", str, float], tuple[str, str]]
@@ -183,6 +183,7 @@ def linear(nodes: Nodes, name: str, x: str, weight: str, has_bias: bool) -> str:
 
     x: (..., in); weight: the name of the matrix (in, out) without `.weight`.
     """
+    x = rounded(nodes, x, f"{weight}.weight")
     values = matrix(nodes, f"{weight}.weight")
     if not has_bias:
         return nodes.add("MatMul", name, x, values)

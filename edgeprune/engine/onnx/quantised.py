@@ -1,4 +1,5 @@
-"""The operators that read matrices of few bits: DequantizeLinear before a product, and the rows of an embedding.
+"""The operators that read matrices of few bits: DequantizeLinear before a product, and the rows of an embedding; and
+those that round what a product reads.
 
 It knows neither the modules of a decoder nor how an engine fuses the operators. Notation as in ops.py.
 """
@@ -9,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgeprune.engine.onnx.data import ROLES, Initializer
+import numpy as np
+
+from edgeprune.engine.onnx.data import Initializer
 from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, element_type
 
 CODES = ".codes"
@@ -58,6 +61,19 @@ def matrix(nodes: Nodes, name: str) -> str:
     return nodes.add("DequantizeLinear", name, *_inputs(name, codes), **_attributes(codes))
 
 
+def rounded(nodes: Nodes, x: str, name: str) -> str:
+    """Returns what a product with a matrix reads of x, which is rounded to codes where the matrix' format says so.
+
+    The codes are signed, with 0 for 0.0, as TensorRT asks.
+    """
+    codes = nodes.quantised.get(name)
+    if codes is None or codes.form.activation_bits is None:
+        return x
+    scale, zero = f"{name}.input_scale", nodes.constant("zero.int8", 0, np.int8)
+    rounded_codes = nodes.add("QuantizeLinear", f"{name}.inputs", x, scale, zero)
+    return nodes.add("DequantizeLinear", f"{name}.rounded_inputs", rounded_codes, scale, zero)
+
+
 def embedded(nodes: Nodes, name: str, ids: str) -> str:
     """Adds the rows of ids (b, s) of a table of few bits, as (b, s, c), without dequantising the whole table.
 
@@ -86,7 +102,7 @@ def _by_token(nodes: Nodes, rows: str, axis: int) -> str:
 
 
 def _inputs(name: str, codes: Initializer) -> list[str]:
-    return [f"{name}.{role}" for role in (ROLES if codes.form.asymmetric else ROLES[:2])]
+    return [f"{name}.codes", f"{name}.scales", *([f"{name}.zeros"] if codes.form.asymmetric else [])]
 
 
 def _attributes(codes: Initializer) -> dict[str, Any]:

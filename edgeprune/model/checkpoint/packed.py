@@ -4,6 +4,7 @@
     weight_packed      int32 (rows, columns * bits / 32): codes + 2 ** (bits - 1), the first in the lowest bits
     weight_zero_point  int32 (rows * bits / 32, groups): the zeros of an asymmetric format, packed along the rows
     weight_scale       (rows, groups), in a float type
+    input_scale        (1,), in a float type, of a format that rounds what the layer reads
 
 The longest numbers come first, so that mapped files are read where they are aligned. A row of codes begins with a word
 of its own: whatever is done to rows can be done to packed ones. It knows neither configurations nor files.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from edgeprune.model.quantised import QuantisedWeight
 
 SHAPE, PACKED, ZEROS, SCALE = "weight_shape", "weight_packed", "weight_zero_point", "weight_scale"
+INPUT_SCALE = "input_scale"
 WORD_BITS = 32
 
 
@@ -34,6 +36,8 @@ def pack_quantized(weight: QuantisedWeight, scale_dtype: torch.dtype) -> dict[st
     if weight.zeros is not None:
         parts[ZEROS] = pack(weight.zeros.t(), bits).t()
     parts[SCALE] = weight.scales.to(scale_dtype)
+    if weight.input_scale is not None:
+        parts[INPUT_SCALE] = weight.input_scale.to(scale_dtype).reshape(1)
     return parts
 
 
@@ -52,7 +56,8 @@ def unpacked(tensor: StoredTensor, part: Callable[[str], torch.Tensor], name: st
     if form.asymmetric:
         stored_zeros = unpack(part(ZEROS).t(), form.bits, rows).t()  # (rows, groups)
         zeros = tensor.rows_of(stored_zeros, name).contiguous()
-    return QuantisedWeight(form, codes, scales, zeros)
+    input_scale = part(INPUT_SCALE).float().reshape(()) if form.activation_bits else None
+    return QuantisedWeight(form, codes, scales, zeros, input_scale)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

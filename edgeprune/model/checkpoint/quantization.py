@@ -123,9 +123,10 @@ def _format(group: Config) -> WeightFormat:
     weights = group["weights"]
     known = {"type": "int", "dynamic": False}
     odd = [name for name, value in known.items() if weights.get(name, value) != value]
-    odd += [name for name in ("input_activations", "output_activations") if group.get(name) is not None]
+    odd += ["output_activations"] * (group.get("output_activations") is not None)
     for form in WEIGHT_FORMATS.values():
-        if not odd and {name: weights.get(name) for name in _arguments(form)} == _arguments(form):
+        is_alike = {name: weights.get(name) for name in _arguments(form)} == _arguments(form)
+        if not odd and is_alike and group.get("input_activations") == _activations(form):
             return form
     raise InputError(f"{DETAILS[0]} has a format that is not known: {printable(weights, 200)}", RESTORE)
 
@@ -138,6 +139,13 @@ def _arguments(form: WeightFormat) -> dict[str, Any]:
         "strategy": "group" if form.group else "channel",
         "group_size": form.group,
     }
+
+
+def _activations(form: WeightFormat) -> dict[str, Any] | None:
+    """Returns how a format rounds what a layer reads, in compressed-tensors' words."""
+    if form.activation_bits is None:
+        return None
+    return {"num_bits": form.activation_bits, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def module_of(tensor: StoredTensor) -> str:
@@ -215,10 +223,12 @@ def _details(decoder: Decoder) -> dict[str, Any]:
             targets.setdefault(tensor.form, {}).update(dict.fromkeys(_targets(tensor)))
     # A reader that takes one format for all takes int8 first, and then stops at the size of the others.
     ordered = [form for form in WEIGHT_FORMATS.values() if form in targets]
-    groups = {
-        f"group_{index}": {"targets": list(targets[form]), "weights": {"type": "int", **_arguments(form)}}
-        for index, form in enumerate(ordered)
-    }
+    groups = {}
+    for index, form in enumerate(ordered):
+        group = {"targets": list(targets[form]), "weights": {"type": "int", **_arguments(form)}}
+        if form.activation_bits is not None:
+            group["input_activations"] = _activations(form)
+        groups[f"group_{index}"] = group
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -23,7 +23,7 @@ from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from tests.support.graph_models import VARIANTS, llama
 from tests.support.reference import decoder_of, weights_of
-from tests.support.roundings import INT8, Stored, mixed, rounded
+from tests.support.roundings import INT8, OF_WEIGHTS, Stored, mixed, rounded
 
 
 class CountingWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
@@ -183,7 +183,7 @@ def test_weights_that_do_not_fit_the_decoder_are_named(tmp_path: Path) -> None:
         write_graphs(decoder, short, tmp_path, "fp32", VARIANTS)
 
 
-forms = st.sampled_from([None, *WEIGHT_FORMATS.values()])
+forms = st.sampled_from([None, *OF_WEIGHTS])
 
 
 @st.composite

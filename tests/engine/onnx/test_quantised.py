@@ -20,9 +20,9 @@ from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from tests.support import parity
 from tests.support.graph_models import VARIANTS, Sample, run_steps
 from tests.support.graph_nodes import refused_types
-from tests.support.roundings import INT8, mixed, numbers, rounded
+from tests.support.roundings import INT8, OF_WEIGHTS, mixed, numbers, rounded
 
-FORMATS = pytest.mark.parametrize("form", WEIGHT_FORMATS.values(), ids=lambda form: form.name)
+FORMATS = pytest.mark.parametrize("form", OF_WEIGHTS, ids=lambda form: form.name)
 RUNTIME = GraphVariant("onnxruntime", "last")
 STANDARD = [variant for variant in VARIANTS if variant.dialect != "onnxruntime"]
 ROTARY = Rotary(tuple(1000.0 ** (-pair / 8) for pair in range(8)))
@@ -187,7 +187,7 @@ def test_all_variants_read_the_same_bytes(tmp_path: Path) -> None:
 
 def test_an_embedding_of_few_bits_is_exactly_codes_times_scales(tmp_path: Path) -> None:
     """A model of no layers whose final norm and head do nothing: what the head reads is the embedding's row."""
-    for form in WEIGHT_FORMATS.values():
+    for form in OF_WEIGHTS:
         decoder = replace(small(), vocab_size=128, layers=(Layer(None, None),), embedding_format=form)
         weights = random_weights(decoder) | {"head": torch.eye(128), "norm": torch.ones(128)}
         stored = rounded(decoder, weights)

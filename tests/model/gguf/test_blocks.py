@@ -13,7 +13,7 @@ from edgeprune.model.gguf.blocks import block_type, packed
 from edgeprune.model.quantised import SMALLEST_SCALE, QuantisedWeight, storable
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 
-BYTES = {"int8": 34, "int4-32": 18, "int4-64": 18, "int4-128": 18, "int4-32-asymmetric": 20}  # of a block
+BYTES = {"int8": 34, "w8a8": 34, "int4-32": 18, "int4-64": 18, "int4-128": 18, "int4-32-asymmetric": 20}  # of a block
 
 
 def random_codes(form: WeightFormat, seed: int, outputs: int = 6, inputs: int = 256) -> QuantisedWeight:
