@@ -21,9 +21,6 @@ GRAPH_FILE = "model.onnxruntime.last.onnx"  # the graph of a candidate in the di
 BY_CHANNEL_BLOCKS = ("session.qdq_matmulnbits_block_size", "-1")
 """The entry of a session's options with which a product of int8 codes runs in blocks as wide as its inputs allow, up to
 256, and not of 32: prefill then takes 0.8 of the time, and the scales are not repeated as often (1.32)."""
-SUMS_IN_FULL = ("session.x64quantprecision", "1")
-"""The entry with which products of activations in 8 bits never overflow: processors without VNNI add pairs of them in
-16 bits, where large ones are cut off, unless they are told to take the slower way (1.32). It changes no other one."""
 _EXACT = ("session.disable_quant_qdq", "1")
 DECODE_STEPS = 8  # steps over which the peak memory is measured
 
@@ -122,7 +119,6 @@ def open_session(graph: Path, threads: int | None, exact: bool = False) -> Any:
     # Threads that still spin take the processor from the next session that is timed, for tens of milliseconds.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry(*(_EXACT if exact else BY_CHANNEL_BLOCKS))
-
     if threads:
         options.intra_op_num_threads = threads
     try:

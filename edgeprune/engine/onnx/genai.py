@@ -22,7 +22,7 @@ from edgeprune.files import read_json, write_text
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer
-from edgeprune.ondevice.onnxruntime import BY_CHANNEL_BLOCKS, SUMS_IN_FULL
+from edgeprune.ondevice.onnxruntime import BY_CHANNEL_BLOCKS
 
 CONFIG, SETTINGS = "genai_config.json", "tokenizer_config.json"
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy")
@@ -121,7 +121,7 @@ def genai_config(decoder: Decoder, variant: GraphVariant, tokens: TokenIds, cont
         "pad_token_id": tokens.pad,
         "decoder": {
             "filename": variant.filename,
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **_for_products(decoder)},
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **_by_channel(decoder)},
             "hidden_size": decoder.hidden_size,
             "num_hidden_layers": len(decoder.layers),
             "num_attention_heads": heads or 0,
@@ -147,8 +147,6 @@ def genai_config(decoder: Decoder, variant: GraphVariant, tokens: TokenIds, cont
     return {"model": model, "search": search}
 
 
-def _for_products(decoder: Decoder) -> dict[str, str]:
-    """Returns the entries of a session's options with which products of codes of 8 bits are fast, and right."""
-    formats = decoder.weight_formats.values()
-    entries = [BY_CHANNEL_BLOCKS] * any(form.group is None for form in formats)
-    return dict(entries + [SUMS_IN_FULL] * any(form.activation_bits for form in formats))
+def _by_channel(decoder: Decoder) -> dict[str, str]:
+    """Returns the entries of a session's options that a model needs for the products of int8 codes to be fast."""
+    return dict([BY_CHANNEL_BLOCKS]) if any(form.group is None for form in decoder.weight_formats.values()) else {}
