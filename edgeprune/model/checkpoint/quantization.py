@@ -36,6 +36,7 @@ FIELDS = {
     "ignore": [str],
     ...: Any,
 }
+PACKED = "pack-quantized"
 CLASS = "Linear"  # of every module that has a format, as a target
 
 
@@ -110,7 +111,7 @@ def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat 
         return dict.fromkeys(modules)
     checked(details, FIELDS, DETAILS[0])
     stored = tuple(details[name] for name in ("quant_method", "format", "quantization_status"))
-    if stored != ("compressed-tensors", "pack-quantized", "compressed"):
+    if stored != ("compressed-tensors", PACKED, "compressed"):
         raise InputError(f"{DETAILS[0]} is of {printable(', '.join(stored), 60)}, which is not read", RESTORE)
     group_of = groups_by_module(details)
     formats = {id(group): _format(group) for group in details["config_groups"].values()}
@@ -227,11 +228,12 @@ def _details(decoder: Decoder) -> dict[str, Any]:
     for index, form in enumerate(ordered):
         group = {"targets": list(targets[form]), "weights": {"type": "int", **_arguments(form)}}
         if form.activation_bits is not None:
-            group["input_activations"] = _activations(form)
+            # Without a format of its own, readers take a group that rounds activations for one that is not packed.
+            group |= {"input_activations": _activations(form), "format": PACKED}
         groups[f"group_{index}"] = group
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": PACKED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(targets[None]),

@@ -25,6 +25,7 @@ from edgeprune.model.checkpoint.quantization import (
 )
 from edgeprune.model.decoder import Experts
 from tests.support.quantised import ASYMMETRIC, INT4, INT8, WITHOUT, packable, random_codes
+from tests.support.roundings import W8A8
 from tests.support.shapes import uniform
 
 DECODER = replace(uniform(64, 12, (4, 2, 16), 96, 50), tie_word_embeddings=False)
@@ -44,6 +45,7 @@ def fields_of(decoder):
     [
         MIXED,
         DECODER.with_format(INT8),
+        DECODER.with_formats([(W8A8, INT8), (INT8, None), (INT4, W8A8)] * 4, None, None),
         DECODER.with_format(None, INT4),
         DECODER.with_formats([(None, None)] * 12, INT8, None),
         replace(MIXED, family="phi3"),
