@@ -1,13 +1,13 @@
 """Speed of our graphs on a processor, by weight format, beside llama.cpp on the same codes and onnxruntime-genai.
 
-    python -m tools.bench_graph MODEL [--genai FOLDER]
+    python -m tools.bench_graph MODEL [--genai FOLDER] [--no-llama]
 
 MODEL is what `edgeprune fit` takes (`demo`, or a directory in the Hugging Face layout), or `random`: some layers of the
 1.1 B shape of tools/bench_memory.py. Its layers are rounded to each format, embedding and head to int8 (speed does not
 depend on the values), and written as graphs and as GGUF files. llama.cpp comes from `pip install llama-cpp-python`,
-which compiles it for the processor at hand. FOLDER is what `python -m onnxruntime_genai.models.builder -m MODEL
--i MODEL -o FOLDER -p fp32 -e cpu --extra_options hf_token=false` wrote from the same model (`pip install
-onnxruntime-genai`): our graphs of floats in all dialects are then compared with it. Its prefill gives the logits of all
+which compiles it for the processor at hand; --no-llama leaves it out. FOLDER is what `python -m
+onnxruntime_genai.models.builder -m MODEL -i MODEL -o FOLDER -p fp32 -e cpu --extra_options hf_token=false` wrote from
+the same model (`pip install onnxruntime-genai`): our graphs of floats in all dialects are then compared with it. Its prefill gives the logits of all
 tokens.
 
 A decode is one token behind others in the cache, a prefill many tokens in an empty one. All engines run in one process
@@ -42,6 +42,8 @@ from tools.pages import table
 
 LAYERS, TOKENS = 4, 49152  # of the random model; a GGUF file needs its tokenizer's vocabulary
 FORMATS = {"int8": "Q8_0", "int4-32": "Q4_0", "int4-32-asymmetric": "Q4_1"}  # and what llama.cpp has them in
+ACTIVATIONS = {"w8a8": "int8"}  # formats that round activations too, and which of the graphs they are compared with
+INPUT_SCALE = torch.tensor(2.0**-5)  # of these: the speed does not depend on it
 DIALECTS = ("onnxruntime", "opset23", "primitive")
 THREADS, PASTS, PREFILL = (1, 2), (128, 1024), 256
 CAPACITY = 2048  # tokens of the one buffer that past and present share
@@ -129,24 +131,26 @@ def rounded(model: Model, form: WeightFormat) -> Model:
     for name, own in decoder.weight_formats.items():
         weight = model.weights[name].float()
         codes[name] = choose_grid(weight, torch.ones(weight.shape[1]), own, (1.0,)).nearest(weight)
+        if own.activation_bits is not None:
+            codes[name] = replace(codes[name], input_scale=INPUT_SCALE)
     return replace(model, decoder=decoder, quantised=codes)
 
 
-def write_files(model: Model, folder: Path, genai: Path | None) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Writes the graphs and the GGUF files of all formats; returns their paths by name."""
+def write_files(model: Model, folder: Path, genai: Path | None, llama: bool) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Writes the graphs and, for llama.cpp, the GGUF files of all formats; returns their paths by name."""
     graphs, ggufs = {}, {}
     dialects = DIALECTS if genai else DIALECTS[:1]
     variants = [GraphVariant(dialect, "last") for dialect in dialects]
-    for name, kind in {"fp32": None, **FORMATS}.items():
-        stored = rounded(model, WEIGHT_FORMATS[name]) if kind else model
+    for name, kind in {"fp32": None, **FORMATS, **dict.fromkeys(ACTIVATIONS)}.items():
+        stored = model if name == "fp32" else rounded(model, WEIGHT_FORMATS[name])
         start = time.perf_counter()
         files = write_graphs(
-            stored.decoder, stored.stored, folder / name, "fp32", variants if kind is None else variants[:1]
+            stored.decoder, stored.stored, folder / name, "fp32", variants if name == "fp32" else variants[:1]
         )
         seconds, megabytes = time.perf_counter() - start, sum(files.data.values()) / 1e6
         typer.echo(f"{name}: {seconds:.2f} s for {megabytes:.0f} MB and {len(files.graphs)} graphs")
         graphs |= {name if v.dialect == "onnxruntime" else v.dialect: path for v, path in files.graphs.items()}
-        if kind:
+        if kind and llama:
             ggufs[kind] = export_gguf(stored, folder / f"{kind}.gguf")
     return graphs | ({"genai": genai / "model.onnx"} if genai else {}), ggufs
 
@@ -175,7 +179,7 @@ def interval(values: np.ndarray) -> str:
 
 def compared(steps: Mapping[str, Run], first: list[str], rounds: int, length: int) -> list[list[str]]:
     """Returns a row of the table for each of our graphs; first: its first columns."""
-    others = {"fp32": "genai"} | FORMATS | dict.fromkeys(DIALECTS[1:], "genai")
+    others = {"fp32": "genai"} | FORMATS | ACTIVATIONS | dict.fromkeys(DIALECTS[1:], "genai")
     times, rows = blocks(steps, rounds, length), []
     for name, other in others.items():
         if name not in steps:
@@ -187,7 +191,7 @@ def compared(steps: Mapping[str, Run], first: list[str], rounds: int, length: in
     return rows
 
 
-def main(model: str, genai: Path | None = None, rounds: int = 24, length: int = 4) -> None:
+def main(model: str, genai: Path | None = None, rounds: int = 24, length: int = 4, llama: bool = True) -> None:
     """Write MODEL in all formats, then compare decode and prefill."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -196,7 +200,7 @@ def main(model: str, genai: Path | None = None, rounds: int = 24, length: int = 
             write_checkpoint(folder / "random", LAYERS, "safetensors", TOKENS)
         loaded = load_model(str(folder / "random") if model == "random" else model)
         head_dim = next(layer.attention.head_dim for layer in loaded.decoder.layers if layer.attention)
-        graphs, ggufs = write_files(loaded, folder, genai)
+        graphs, ggufs = write_files(loaded, folder, genai, llama)
         ids = np.random.default_rng(0).integers(0, loaded.decoder.vocab_size, PREFILL)
         typer.echo(table(COLUMNS, []))
         for threads in THREADS:

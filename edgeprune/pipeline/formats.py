@@ -75,7 +75,11 @@ def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
     """Returns what `auto` took, in words."""
     taken = [form.name for form in fitting.values() if form is not None]
     left_out = [word for word, form in fitting.items() if form is None]
-    reason = f"{profile.name} runs {' and '.join(taken)} well" if taken else f"{profile.name} runs floats alone well"
+    reason = (
+        f"{profile.name} runs {', '.join(taken[:-1])}{' and ' * (len(taken) > 1)}{taken[-1]} well"
+        if taken
+        else f"{profile.name} runs floats alone well"
+    )
     return reason + (f"; this model's matrices cannot be in {' or '.join(left_out)}" if left_out else "")
 
 

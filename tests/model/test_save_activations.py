@@ -49,7 +49,6 @@ def test_transformers_rounds_the_same_activations(tmp_path, formats):
     decoder, weights, codes, _ = saved(tmp_path, "llama", formats)
     found = logits_of(in_transformers(codes), ids())[:, :-1]
     wanted = token_logits(decoder, weights.items(), ids())
-    plain = token_logits(decoder.with_format(None), numbers(weights).items(), ids())
     assert float((found - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
 
 

@@ -1,9 +1,12 @@
 """The weight formats that a request may use, by device and model."""
 
+from dataclasses import replace
+
 import pytest
 
 from edgeprune.dialects import version_of
 from edgeprune.errors import InputError
+from edgeprune.model.decoder import Experts, Layer, Mlp
 from edgeprune.pipeline.formats import weight_choice, without_dequantised, without_formats
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.profiles import list_profiles, load_profile, with_tensorrt
@@ -11,6 +14,7 @@ from edgeprune.search.dequantised import Dequantised
 from tests.support.shapes import SMOLLM2, uniform
 
 CPU, ORIN, RTX = (load_profile(name) for name in ("cpu", "jetson-orin", "rtx-4090"))
+MIXTURE = replace(SMOLLM2, layers=(Layer(SMOLLM2.layers[0].attention, Mlp(1536, experts=Experts(4, 2))),) * 2)
 NARROW = uniform(48, 2, (4, 2, 12), 96, 200)  # no multiple of 32
 
 
@@ -20,13 +24,13 @@ def named(profile, asked="auto", decoder=SMOLLM2):
 
 def test_auto_is_what_the_device_runs_well():
     assert named(CPU) == ["float", "int8", "int4-32-asymmetric", "w8a8"]
-    assert named(ORIN) == named(RTX) == ["float", "int8", "int4-64"]
-    assert "jetson-orin runs int8 and int4-64 well" in weight_choice("auto", ORIN, SMOLLM2).reason
+    assert named(ORIN) == named(RTX) == ["float", "int8", "int4-64", "w8a8"]
+    assert "jetson-orin runs int8, int4-64 and w8a8 well" in weight_choice("auto", ORIN, SMOLLM2).reason
 
 
 def test_auto_leaves_out_groups_that_do_not_divide_and_says_so():
     choice = weight_choice("auto", ORIN, NARROW)
-    assert [form and form.name for form in choice.layers] == [None, "int8"]
+    assert [form and form.name for form in choice.layers] == [None, "int8", "w8a8"]
     assert "this model's matrices cannot be in int4" in choice.reason
 
 
@@ -59,7 +63,8 @@ def test_tables_are_floats_or_lose_next_to_nothing():
 @pytest.mark.parametrize(
     ("profile", "asked", "decoder", "message", "remedy"),
     [
-        (CPU, "int4-64", SMOLLM2, "cpu does not run weights in int4-64 well", "float, int8, int4, int4-32-asymmetric"),
+        (CPU, "int4-64", SMOLLM2, "cpu does not run weights in int4-64 well", "float, int8, int4, w8a8, int4-32"),
+        (CPU, "w8a8", MIXTURE, "each expert reads other tokens", "float, int8, int4-32-asymmetric"),
         (ORIN, "int4-32-asymmetric", SMOLLM2, "jetson-orin does not run weights in int4-32-asymmetric", "int4-64"),
         (
             ORIN,
@@ -122,7 +127,8 @@ def test_a_model_that_no_file_holds_in_few_bits_stays_floats():
 
 
 @pytest.mark.parametrize(
-    ("in_layers", "left"), [(True, ([None, "int4-64"], [None, "int8"])), (False, ([None, "int8", "int4-64"], [None]))]
+    ("in_layers", "left"),
+    [(True, ([None, "int4-64", "w8a8"], [None, "int8"])), (False, ([None, "int8", "int4-64", "w8a8"], [None]))],
 )
 def test_auto_goes_on_without_what_a_builder_dequantises_and_what_was_asked_for_stays(in_layers, left):
     found = [Dequantised("int8", in_layers, 9 * 2**20, 5 * 2**20)]

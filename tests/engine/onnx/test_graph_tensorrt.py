@@ -165,6 +165,15 @@ def test_the_codes_of_experts_stay_packed(layers: str, dialect: str) -> None:
     assert not judged(decoder, dialect=dialect)
 
 
+@pytest.mark.parametrize("sm", [75, 86, 89, 120])
+@pytest.mark.parametrize("dialect", ["opset23", "primitive"])
+def test_products_of_rounded_activations_are_built_without_copies(sm: int, dialect: str) -> None:
+    decoder = wide(True).with_format(WEIGHT_FORMATS["w8a8"], WEIGHT_FORMATS["int8"])
+    weights = graph_weight_bytes(decoder, "fp16", dialect)
+    assert weights <= built(decoder, dialect, sm).weights_bytes <= 1.01 * weights
+    assert not judged(decoder, dialect=dialect, sm=sm)
+
+
 def test_copies_are_told_by_the_activations() -> None:
     """On SM 75 the compiler dequantises int8 in a batch of two; the weights do not show it."""
     decoder = wide(True).with_format(WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int8"])
