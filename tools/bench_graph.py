@@ -7,8 +7,8 @@ MODEL is what `edgeprune fit` takes (`demo`, or a directory in the Hugging Face 
 depend on the values), and written as graphs and as GGUF files. llama.cpp comes from `pip install llama-cpp-python`,
 which compiles it for the processor at hand; --no-llama leaves it out. FOLDER is what `python -m
 onnxruntime_genai.models.builder -m MODEL -i MODEL -o FOLDER -p fp32 -e cpu --extra_options hf_token=false` wrote from
-the same model (`pip install onnxruntime-genai`): our graphs of floats in all dialects are then compared with it. Its prefill gives the logits of all
-tokens.
+the same model (`pip install onnxruntime-genai`): our graphs of floats in all dialects are then compared with it. Its
+prefill gives the logits of all tokens.
 
 A decode is one token behind others in the cache, a prefill many tokens in an empty one. All engines run in one process
 with the same number of threads, in interleaved blocks whose order alternates: graphs in the sessions that edgeprune
