@@ -1,4 +1,4 @@
-"""What a format that rounds activations needs of a module: channels of like size, and the scales of what is read.
+"""Preparation of a module for a format that rounds activations: channels of like size, and scales of what is read.
 
 SmoothQuant (Xiao et al. 2023, arXiv 2211.10438) divides the channels of what a matrix reads by factors s and multiplies
 its columns with them, s_j = (max|x_j| / max|w_j|)^alpha, so that no few channels decide the scale of all. The division
