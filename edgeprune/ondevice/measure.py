@@ -185,10 +185,10 @@ def on_tensorrt(
 ) -> Performance:
     """Checks and measures an engine on the GPU that it was built for.
 
-    The weights are the builder's figure, activations and scratch what the engine asks for. The KV cache, both its
-    halves, and the buffers are what was allocated. The runtime's part is the other memory that the device lost
-    meanwhile, or `runtime` where the device does not report it. Raises EngineError where the engine's logits are not
-    the graph's, before anything is timed.
+    The weights are the builder's figure, activations and scratch what the engine asks for. The KV cache, of which an
+    engine that is not in place has two, and the buffers are what was allocated. The runtime's part is the other memory
+    that the device lost meanwhile, or `runtime` where the device does not report it. Raises EngineError where the
+    engine's logits are not the graph's, before anything is timed.
     """
     # Check the logits before anything is timed.
     files = {"plan": str(plan), "reference": str(reference)}

@@ -31,7 +31,8 @@ _REMEDIES = {  # what TensorRT for RTX 1.7 lacks (measured): an Attention kernel
     "FP32 GEMM is not supported": "Use --precision fp16: TensorRT for RTX has no fp32 on this GPU.",
     "HW-specific datatypes: b16": "Use --precision fp16: GPUs before SM 80 have no bf16.",
     "HW-specific datatypes: int4": "Use --weights int8: GPUs before SM 80 have no int4.",
-    "(TensorScatter)": f"TensorRT before {LEAST_TENSORRT} has no KV cache in place: fit with --tensorrt VERSION.",
+    "(TensorScatter)": f"TensorRT before {LEAST_TENSORRT} has no KV cache in place: fit with --tensorrt VERSION, or "
+    "update TensorRT for RTX.",
     "Non-zero zero point": "Use a symmetric format, such as --weights int8 or --weights int4-64.",
 }
 _SMALLER = "Try a smaller --context or --batch, or another release of TensorRT."

@@ -317,7 +317,17 @@ def test_one_profile_serves_prefill_and_decode(batch: int, prompt: int, generate
         "past_key_values.3.key": lambda sequence, past: (batch, 2, past, 16),
     }
     for name, of in inputs.items():
-        low, best, high = shapes(name, (-1, 2, -1, 16), workload)
+        asked = (-1, 2, -1, 16) if name.startswith("past") else (-1, -1)
+        low, best, high = shapes(name, asked, workload)
         assert all(a <= b <= c for a, b, c in zip(low, best, high, strict=True))
         for shape in (of(prompt, 0), of(1, workload.context - 1), of(1, prompt)):
             assert all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+
+def test_a_cache_in_place_has_one_length_in_all_shapes() -> None:
+    """What the graph states as a number is neither a minimum nor a maximum; the batch and the new tokens are."""
+    workload = Workload(3, 8, 48)
+    assert shapes("past_key_values.0.key", (-1, 2, 48, 16), workload) == ((1, 2, 48, 16), *[(3, 2, 48, 16)] * 2)
+    assert shapes("attention_mask", (-1, 48), workload, most=4) == ((1, 48), (3, 48), (4, 48))
+    assert shapes("write_indices", (-1,), workload) == ((1,), (3,), (3,))
+    assert shapes("input_ids", (-1, -1), workload) == ((1, 1), (3, 1), (3, 8))

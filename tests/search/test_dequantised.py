@@ -15,7 +15,7 @@ from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.profiles import load_profile
 from edgeprune.search.dequantised import Dequantised, dequantised_formats
 from tests.support.doubles.double_device import Device
-from tests.support.doubles.install import InProcess
+from tests.support.doubles.install import IN_PLACE_VERSION, InProcess, install
 from tests.support.shapes import uniform
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
@@ -39,8 +39,9 @@ def found(engine: BuiltAhead | TensorRT, workload: Workload, folder: Path) -> li
     ("form", "places"), [("int8", [True, False]), ("int4-64", [True]), (None, [])], ids=["int8", "int4", "neither"]
 )
 def test_on_a_double_that_dequantises_a_format_it_is_named_with_both_figures(
-    device: Device, layer: str, form: str | None, places: list[bool], tmp_path: Path
+    device: Device, layer: str, form: str | None, places: list[bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    install(monkeypatch, device, (layer,), IN_PLACE_VERSION)  # of ORIN's graphs
     device.dequantised = {INTS[form]} if form else set()
     workload, session = Workload(1, 64, 4096), InProcess()
     made = found(TensorRT(ORIN, workload, "fp16", "", "tensorrt", session), workload, tmp_path)

@@ -1,4 +1,4 @@
-"""Attention in three dialects: rope scalings, groups, and heads of any size."""
+"""Attention in every dialect: rope scalings, groups, and heads of any size."""
 
 from __future__ import annotations
 

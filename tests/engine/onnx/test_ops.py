@@ -1,4 +1,4 @@
-"""The modules of a decoder in three dialects, each against torch."""
+"""The modules of a decoder in every dialect, each against torch."""
 
 from __future__ import annotations
 
