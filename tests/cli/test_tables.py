@@ -59,20 +59,23 @@ def test_a_plan_says_whether_it_fits_by_part_and_on_what_it_rests(shape):
         "2.79 GiB that the system leaves",
         "All figures are estimated.",
         "weights",
-        "cache copies",
-        "decode in place",
+        "dialect opset24 is assumed: TensorRT 10.16 writes new keys and values into the KV cache in place",
         "Orin Nano 8 GB",
         "TensorRT-Edge-LLM",
         "mind int4-64: the layers' matrices in 4 bits",
         "low confidence in the profile, which gives the reasons: ",
     ):
         assert text in shown
+    assert "cache copies" not in shown
+    older = words(printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", tensorrt="10.3"))))
+    for text in ("cache copies", "decode in place", "dialect primitive is assumed: TensorRT 10.3 is older than 10.15"):
+        assert text in older
     shown = words(printed(print_plan, plan_one(Question(shape, "jetson-orin-nano-4gb", batch=64))))
     assert re.search(r"It does not fit: [\d.]+ GiB, but 2.79 GiB that the system leaves", shown)
 
 
 def test_plans_of_all_devices_fit_80_columns_with_whole_names(shape):
-    plans = plan_all(Question(shape, batch=24))
+    plans = plan_all(Question(shape, batch=48))
     lines = printed(print_plans, plans)
     assert max(map(len, lines)) <= 80
     rows = {line.split()[0]: line.split() for line in lines if line}

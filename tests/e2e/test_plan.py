@@ -140,8 +140,12 @@ def test_one_device(home):
     read = profile.formats["int4"].decode_efficiency.value * 204.8e9
     assert parts["layers"] == pytest.approx(1e3 * 80 * 855_638_016 * (0.5 + 2 / 128) / read, rel=1e-3)
     text = run(*words, cwd=home).stdout
-    for word in ("It fits", "estimated", "weights", "cache copies", "decode in place", "AGX Orin", "Edge-LLM", "mind"):
+    for word in ("It fits", "estimated", "weights", "opset24 is assumed", "AGX Orin", "Edge-LLM", "mind"):
         assert word in text
+    assert "cache copies" not in text
+    older = run(*words[:4], "--tensorrt", "10.3", cwd=home).stdout
+    for word in ("cache copies", "decode in place", "primitive is assumed", "older than 10.15"):
+        assert word in older
 
 
 def test_all_devices(home):

@@ -28,7 +28,7 @@ from edgeprune.pipeline.provenance import manifest_of
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Forwarded, Silent
 from edgeprune.search.search import QualityTrial, TrialRise
-from tests.support.doubles.install import InProcess
+from tests.support.doubles.install import IN_PLACE_VERSION, InProcess, install
 from tests.support.runs import finished, setup_of
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
@@ -152,8 +152,11 @@ def test_what_no_builder_dequantises_stays_as_it_was_chosen(made, tmp_path):
 
 @pytest.mark.parametrize("layer", ["pycuda"])
 @pytest.mark.parametrize("weights", ["auto", "int8"])
-def test_on_a_double_that_dequantises_int8_auto_goes_on_without_it(made, device, layer, weights, tmp_path, caplog):
+def test_on_a_double_that_dequantises_int8_auto_goes_on_without_it(
+    made, device, layer, weights, monkeypatch, tmp_path, caplog
+):
     """What was asked for stays. Both say so, and both are the runs that were begun."""
+    install(monkeypatch, device, (layer,), IN_PLACE_VERSION)  # of the profile's graphs
     device.dequantised = {onnx.TensorProto.INT8}
     setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out", weights=weights)
     engine = TensorRT(setup.profile, setup.workload, setup.precision, "", "tensorrt", InProcess())
