@@ -42,14 +42,27 @@ def dialect_for(tensorrt: str, wanted: Dialect) -> Dialect:
     return "opset23" if wanted == "opset23" else "opset24"
 
 
-def reason_of(dialect: Dialect, engine: str, tensorrt: str | None, precision: str) -> str:
-    """Returns why a graph has its dialect, in words; tensorrt: the version, where the engine has several."""
+def dialect_over(dialect: Dialect, cache: str | None) -> Dialect:
+    """Returns the dialect over a KV cache in a format, None for floats, where a cache of floats has this one.
+
+    TensorRT's TensorScatter is of floats alone: codes are joined at each step.
+    """
+    return "opset23" if dialect == "opset24" and cache is not None else dialect
+
+
+def reason_of(dialect: Dialect, engine: str, tensorrt: str | None, precision: str, cache: str | None = None) -> str:
+    """Returns why a graph has its dialect, in words.
+
+    tensorrt: the version, where the engine has several; cache: the format of the KV cache, None for floats.
+    """
     names = {"tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
     name = names.get(engine, " ".join(filter(None, ("TensorRT", tensorrt))))
     if dialect in IN_PLACE:
         whole = "; every step attends to all of its capacity" if dialect == "opset24" else ""
         return f"{name} writes new keys and values into the KV cache in place: one is held, none is copied{whole}"
     joined = "past and new tokens are joined at each step, from one cache into another"
+    if cache is not None and dialect == "opset23":
+        return f"{name} writes floats alone into the KV cache in place, not {cache}: {joined}"
     if engine == "tensorrt" and tensorrt is not None and not is_in_place(tensorrt):
         return f"{name} is older than {LEAST_TENSORRT}, the first that updates the KV cache in place: {joined}"
     if precision == "fp32" and dialect == "primitive":

@@ -1,4 +1,5 @@
-"""The precisions and the weight formats by name: what each takes, which GPUs compute in it, its names in libraries.
+"""The precisions, weight formats and cache formats by name: what each takes, which GPUs compute in it, its names in
+libraries.
 
 Everybody may import it, the device side too: Python 3.10, standard library only. A new precision is a new row here.
 """
@@ -108,5 +109,31 @@ WEIGHT_FORMATS = {
         WeightFormat("w8a8", 8, activation_bits=8),
         *(WeightFormat(f"int4-{group}", 4, group) for group in (32, 64, 128)),
         WeightFormat("int4-32-asymmetric", 4, 32, asymmetric=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """A way to store keys and values in codes of 8 bits; a scale belongs to each channel of a key/value head.
+
+    least, most: the codes that there are, beyond which values are cut off; least_sm: GPUs before it have no such type;
+    onnx_type, torch_dtype: of the codes, in these libraries.
+    """
+
+    name: str
+    least: float
+    most: float
+    least_sm: int
+    onnx_type: str
+    torch_dtype: str
+    element_bytes: int = 1
+
+
+CACHE_FORMATS = {
+    form.name: form
+    for form in (
+        CacheFormat("int8", -128.0, 127.0, 75, "INT8", "int8"),
+        CacheFormat("fp8", -448.0, 448.0, 89, "FLOAT8E4M3FN", "float8_e4m3fn"),
     )
 }

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edgeprune.dialects import IN_PLACE, Dialect, dialect_for
+from edgeprune.dialects import IN_PLACE, Dialect, dialect_for, dialect_over
 from edgeprune.errors import InputError
 from edgeprune.files import printable, read_text
-from edgeprune.precision import WEIGHT_FORMATS, GraphPrecision, WeightFormat
+from edgeprune.precision import WEIGHT_FORMATS, CacheFormat, GraphPrecision, WeightFormat
 
 PROCESSOR = "cpu"  # the profile of this machine's processor
 Confidence = Literal["high", "medium", "low"]
@@ -113,6 +113,17 @@ class OfferedFormats(_Strict):
         return self
 
 
+class OfferedCache(_Strict):
+    """A format of the KV cache that the engine runs; prefill: time of a prefill's attention over that in floats.
+
+    `auto` takes it where its confidence is not low: where its speed was measured.
+    """
+
+    prefill: float = Field(ge=0.01, le=100)
+    source: str = Field(min_length=1, max_length=2000)
+    confidence: Confidence
+
+
 class DefaultWorkload(_Strict):
     batch: Count
     prompt: Count
@@ -141,12 +152,13 @@ class DeviceProfile(_Strict):
     engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
     sm: int | None = Field(default=None, ge=50, le=200)  # CUDA compute capability x 10
     precision: GraphPrecision
-    dialect: Dialect  # the operators that the engine's parser takes
+    dialect: Dialect  # the operators that the engine's parser takes, over a KV cache of floats: see for_cache
     channel_multiple: Count  # of the MLP width; head structure needs none
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     tensorrt: Line | None = None  # the version that is assumed until the device says another
     weights: dict[Literal["int8", "int4", "w8a8"], OfferedFormats] = Field(default_factory=dict)
+    cache: dict[Literal["int8", "fp8"], OfferedCache] = Field(default_factory=dict)
     formats: dict[Literal["int8", "int4", "fp8", "nvfp4"], FormatFigures] = Field(default_factory=dict)
     memory: HardwareFigure | None = None
     system_reserve: HardwareFigure | None = None  # what the system keeps of a shared memory
@@ -202,6 +214,16 @@ class DeviceProfile(_Strict):
             return self.prefill_efficiency.value / own.value
         offers = (offer for offer in self.weights.values() if form is not None and form.name in offer.formats)
         return next((offer.prefill for offer in offers), 1.0)
+
+    def cache_prefill_factor(self, form: CacheFormat | None) -> float:
+        """Returns the time of a prefill's attention with a KV cache in a format over that in floats."""
+        offer = None if form is None else self.cache.get(form.name)
+        return 1.0 if offer is None else offer.prefill
+
+    def for_cache(self, form: CacheFormat | None) -> DeviceProfile:
+        """Returns the profile with the dialect of a model whose KV cache has a format: not all dialects have codes."""
+        dialect = dialect_over(self.dialect, None if form is None else form.name)
+        return self if dialect == self.dialect else self.model_copy(update={"dialect": dialect})
 
     @property
     def in_place(self) -> bool:
@@ -343,11 +365,12 @@ def _readable(place: tuple[str | int, ...], kind: str, message: str) -> str:
 def profile_toml(profile: DeviceProfile) -> str:
     """Returns the profile as TOML that `load_profile_file` reads back equal, measured figures included."""
     data = profile.model_dump(exclude_none=True)
-    weights, formats = data.pop("weights"), data.pop("formats")
+    formats = data.pop("formats")
+    offers = {name: data.pop(name) for name in ("weights", "cache")}
     plain = {key: value for key, value in data.items() if not isinstance(value, dict)}
     lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
     tables = {name: table for name, table in data.items() if isinstance(table, dict)}
-    tables |= {f"weights.{name}": offer for name, offer in weights.items()}
+    tables |= {f"{kind}.{name}": offer for kind, of_kind in offers.items() for name, offer in of_kind.items()}
     tables |= {f"formats.{form}.{name}": figure for form, own in formats.items() for name, figure in own.items()}
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]

@@ -33,7 +33,6 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
         "engine": setup.profile.engine,
         "sm": setup.profile.sm,
         "precision": setup.precision,
-        "graph": GraphVariant(setup.profile.dialect, "last").filename,
         "older_graph": GraphVariant("primitive", "last").filename,
         "workload": dict(setup.workload.__dict__),
         "limits": {
@@ -44,9 +43,13 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
         "runtime": figure_to_json(estimate_performance(setup.model.decoder, *deployed).memory.runtime),
         "rungs": [
             {
-                "counted": dict(counted(rung.chosen.model.decoder, setup.precision, setup.workload).__dict__),
-                "workspace_bytes": workspace_bytes(rung.chosen.model.decoder, *deployed),
-                "build_bytes": int(build_memory(rung.chosen.model.decoder, *deployed).total) if on_gpu else None,
+                "graph": GraphVariant(
+                    setup.profile.for_cache(rung.chosen.decoder.cache_format).dialect, "last"
+                ).filename,
+                "counted": dict(counted(rung.chosen.decoder, setup.precision, setup.workload).__dict__),
+                "cache": form.name if (form := rung.chosen.decoder.cache_format) else "float",
+                "workspace_bytes": workspace_bytes(rung.chosen.decoder, *deployed),
+                "build_bytes": int(build_memory(rung.chosen.decoder, *deployed).total) if on_gpu else None,
             }
             for rung in rungs
         ],

@@ -37,7 +37,8 @@ def readme(report: Report) -> str:
         f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",
         *RECORDS,
         "",
-        f"Inputs and outputs are those of Optimum and onnxruntime-genai; context {report.workload.context} at most.",
+        f"Inputs and outputs are those of Optimum and onnxruntime-genai; context {report.workload.context} at most."
+        + _cache_text(report.fitted.cache),
         "",
         *(HOW_TO_DRAW if report.quality.pictures else ()),
     ]
@@ -89,6 +90,16 @@ def _cells(point: Dense | Rung) -> str:
     """Returns the cells of decode, prefill and memory, each figure with its source."""
     figures = (point.decode, point.prefill, point.memory)
     return "".join(f" {number_text(figure.value, figure.unit)} ({figure.source}) |" for figure in figures)
+
+
+def _cache_text(cache: str) -> str:
+    """Returns what a program that runs the graphs has to know of a KV cache that is not of floats."""
+    if cache == "float":
+        return ""
+    return (
+        f" Past and present are codes in {cache}, but for the graphs of opset 24 and those in operators of opset "
+        "17; onnxruntime-genai does not run such a cache, so there is no `genai_config.json`."
+    )
 
 
 GRAPHS = (

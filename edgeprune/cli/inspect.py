@@ -45,6 +45,7 @@ def devices(
 def plan(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A config.json, or a model as for fit; no weights.")],
     weights: options.PlanWeights = "float",
+    cache: options.PlanCache = "float",
     past: Annotated[
         int | None,
         typer.Option(help="Tokens in the cache before a step. Default: the profile's.", rich_help_panel=DEVICE),
@@ -56,7 +57,7 @@ def plan(
     from edgeprune.cli.tables import print_plan, print_plans
     from edgeprune.commands.plan import plan as run
 
-    plans = run(model, weights=weights, past=past, **shape).report
+    plans = run(model, weights=weights, cache=cache, past=past, **shape).report
     is_one = shape["device"] is not None or shape["profile"] is not None
     if json_:
         devices = [planned.as_json() for planned in plans]

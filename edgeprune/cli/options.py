@@ -15,7 +15,7 @@ from edgeprune.files import at_home
 from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.request import DEFAULTS, SEVERAL, unknown_option
-from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS
+from edgeprune.precision import CACHE_FORMATS, PRECISIONS, WEIGHT_FORMATS
 
 MODEL, BUDGET, SEARCH = "Model and data", "Budget", "Search"
 IMAGES, DEVICE, OUTPUT = "Image generators", "Device", "Output"
@@ -113,6 +113,15 @@ OPTIONS: dict[str, Any] = {
             metavar="NAME,NAME",
         ),
     ],
+    "cache": Annotated[
+        str,
+        _option(
+            SEARCH,
+            "Formats to choose from for the KV cache: auto (floats and what the device's engine is known to run well), "
+            f"or several of {', '.join(('float', *CACHE_FORMATS))}.",
+            metavar="NAME,NAME",
+        ),
+    ],
     "rungs": Annotated[
         int, _option(SEARCH, "Models in the bundle; each further one is smaller, in case the device is slower.")
     ],
@@ -178,6 +187,7 @@ PlanWeights = Annotated[
         metavar="NAME",
     ),
 ]
+PlanCache = Annotated[str, _option(DEVICE, "Format of the KV cache.", metavar="|".join(("float", *CACHE_FORMATS)))]
 IMAGES_OF_RUN = ("--class", "--count", "--cfg", "--output", "--force")
 
 

@@ -185,9 +185,10 @@ def _fit(plan: Plan) -> str:
 
 def _shape(plan: Plan) -> str:
     """Returns the parameters, the precision and the workload in one line."""
-    workload, weights = plan.workload, "" if plan.weights == "float" else f", weights in {plan.weights}"
+    workload, formats = plan.workload, "" if plan.weights == "float" else f", weights in {plan.weights}"
+    formats += "" if plan.cache == "float" else f", KV cache in {plan.cache}"
     return (
-        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}{weights}, batch {workload.batch}, "
+        f"{plan.decoder.parameters / 1e9:.3g} B parameters, {plan.precision}{formats}, batch {workload.batch}, "
         f"prompt {workload.prompt}, past {plan.past}"
     )
 

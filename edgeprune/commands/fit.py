@@ -56,7 +56,7 @@ def _fitted(run: Run) -> list[Fitted]:
     setup = run.setup
     dense = run.dense.performance
     stop, outcome, gains, costs, levers = None, None, {}, None, None
-    if judge(setup.budget, dense, dense).met and None in setup.weights.layers:
+    if judge(setup.budget, dense, dense).met and None in setup.weights.layers and None in setup.cache.formats:
         run.progress.note("the dense model already meets the budget: it is exported as it is")
         rungs = [run.dense_candidate]
         if setup.request.rungs > 1:

@@ -32,6 +32,7 @@ from edgeprune.model.load import load_outline
 from edgeprune.ondevice.build_room import can_build
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.pipeline.cache_formats import cache_choice
 from edgeprune.pipeline.formats import FLOAT, weight_choice
 from edgeprune.precision import GraphPrecision
 from edgeprune.profiles import DeviceProfile, in_precision, list_profiles, profile_of, with_tensorrt
@@ -48,6 +49,7 @@ class Question:
     profile: Path | None = None
     precision: str | None = None
     weights: str = FLOAT
+    cache: str = FLOAT
     tensorrt: str | None = None
     prompt: int | None = None
     past: int | None = None
@@ -59,10 +61,11 @@ class Question:
 class Plan:
     """One model's shape on one device.
 
-    weights: the name of the format of its layers' matrices; decode_parts: ms by layers, head, cache, cache_copies,
-    compute, overhead; attended: the workload with the context that a step attends to, which is the cache's capacity
-    where the engine updates it in place; build_bytes: that building the engine takes, None for one that builds none;
-    decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the points does.
+    weights: the name of the format of its layers' matrices; cache: that of the KV cache; decode_parts: ms by layers,
+    head, cache, cache_copies, compute, overhead; attended: the workload with the context that a step attends to, which
+    is the cache's capacity where the engine updates it in place; build_bytes: that building the engine takes, None for
+    one that builds none; decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the
+    points does.
     """
 
     model: str
@@ -70,6 +73,7 @@ class Plan:
     profile: DeviceProfile
     precision: GraphPrecision
     weights: str
+    cache: str
     workload: Workload
     attended: Workload
     performance: Performance
@@ -89,7 +93,8 @@ class Plan:
     @property
     def dialect_reason(self) -> str:
         """Returns why the graph's dialect is assumed, in words."""
-        return reason_of(self.profile.dialect, self.profile.engine, self.profile.tensorrt, self.precision)
+        cache = None if self.cache == FLOAT else self.cache
+        return reason_of(self.profile.dialect, self.profile.engine, self.profile.tensorrt, self.precision, cache)
 
     @property
     def builds(self) -> bool | None:
@@ -123,6 +128,7 @@ class Plan:
             "dialect": self.profile.dialect,
             "precision": self.precision,
             "weights": self.weights,
+            "cache": self.cache,
             "batch": self.workload.batch,
             "prompt": self.workload.prompt,
             "past": self.past,
@@ -155,6 +161,7 @@ def plan(
     profile: str | Path | None = None,
     precision: str | None = None,
     weights: str = FLOAT,
+    cache: str = FLOAT,
     tensorrt: str | None = None,
     prompt: int | None = None,
     past: int | None = None,
@@ -165,11 +172,12 @@ def plan(
     """Estimates what a model's shape needs and reaches: on the one device that is named, or on all of them.
 
     model: a config.json, or a model as of fit, of which no weight is read. past: tokens in the cache before a step.
-    weights: the format of the layers' matrices; embedding and head are floats. Raises InputError.
+    weights: the format of the layers' matrices; embedding and head are floats. cache: that of the KV cache. Raises
+    InputError.
     """
     file = None if profile is None else Path(at_home(profile))
     hints = Hints(image_size, num_heads)
-    question = Question(str(model), device, file, precision, weights, tensorrt, prompt, past, batch, hints)
+    question = Question(str(model), device, file, precision, weights, cache, tensorrt, prompt, past, batch, hints)
     is_one = device is not None or profile is not None
     return Result(None, [plan_one(question)] if is_one else plan_all(question))
 
@@ -211,7 +219,10 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
     formats = weight_choice(question.weights, profile, decoder).layers
     if len(formats) > 1:
         raise InputError(f"--weights {question.weights} names several formats", "A plan is of one: --weights int4.")
-    decoder = decoder.with_format(formats[0])
+    caches = cache_choice(question.cache, profile).formats
+    if len(caches) > 1:
+        raise InputError(f"--cache {question.cache} names several formats", "A plan is of one: --cache int8.")
+    decoder, profile = decoder.with_format(formats[0]).with_cache(caches[0]), profile.for_cache(caches[0])
     asked = _workload(question, profile, decoder)
     held = replace(asked, context=max(asked.prompt + 1, asked.context))  # the cache has room for the prompt
     attended = held if profile.dialect == "opset24" else asked
@@ -224,6 +235,7 @@ def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder
         profile,
         precision,
         formats[0].name if formats[0] else FLOAT,
+        caches[0].name if caches[0] else FLOAT,
         asked,
         attended,
         replace(performance, memory=estimate_memory(decoder, profile, held, precision)),

@@ -47,7 +47,8 @@ def build_memory(
     decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision
 ) -> BuildMemory:
     """Returns the memory that building the engine of a model takes on its device. Raises InputError as estimates do."""
-    graph = graph_weight_bytes(decoder, precision, profile.dialect, workload.context)
+    dialect = profile.for_cache(decoder.cache_format).dialect
+    graph = graph_weight_bytes(decoder, precision, dialect, workload.context)
     is_tied = decoder.tie_word_embeddings and decoder.embedding_format is None
     host = BASE + EACH_LAYER * len(decoder.layers) + WEIGHTS * graph
     host += TIED_TABLE * table_bytes(decoder, precision) if is_tied else 0.0

@@ -215,7 +215,7 @@ class TensorRT:
     def _built(self, model: Exported, workload: Workload, on_progress: OnProgress) -> tuple[Path, BuildResult]:
         """Returns the file of a model's engine, which it builds, and the builder's figures. Raises EngineError."""
         need, room = self._need(model.decoder, workload)
-        graph, plan = model.graphs / GraphVariant(self.profile.dialect, "last").filename, _plan(model, self.profile)
+        graph, plan = _graph(model, self.profile), _plan(model, self.profile)
         workspace = workspace_bytes(model.decoder, self.profile, workload, self.precision)
         if self.profile.memory_shared_with_system:
             workspace = workspace_within(workspace, need.total, room)
@@ -292,7 +292,7 @@ class BuiltAhead:
         Raises EngineError.
         """
         self._check(model.decoder, workload)
-        graph = model.graphs / GraphVariant(self.profile.dialect, "last").filename
+        graph = _graph(model, self.profile)
         workspace = workspace_bytes(model.decoder, self.profile, workload, self.precision)
         with scratch_folder(model.graphs.parent, "check-") as folder:
             plan = _plan(model, self.profile) if self._is_own else folder / "check.engine"
@@ -387,8 +387,13 @@ def _with_note_of_build(
 
 def _engine_of(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision) -> str:
     """Returns an engine in words, by the bytes of its weights."""
-    weights = graph_weight_bytes(decoder, precision, profile.dialect, workload.context)
+    weights = graph_weight_bytes(decoder, precision, profile.for_cache(decoder.cache_format).dialect, workload.context)
     return f"the engine of {format_bytes(weights)} of weights"
+
+
+def _graph(candidate: Exported, profile: DeviceProfile) -> Path:
+    """Returns the graph of a candidate that the device's engine is built from."""
+    return candidate.graphs / GraphVariant(profile.for_cache(candidate.decoder.cache_format).dialect, "last").filename
 
 
 def _plan(candidate: Exported, profile: DeviceProfile) -> Path:

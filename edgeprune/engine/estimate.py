@@ -105,7 +105,7 @@ def layer_bytes(decoder: Decoder, element_bytes: int, factor: FormatFactor = _on
         alone = replace(decoder, layers=(layer,))
         formats = alone.weight_formats
         for name, shape in alone.layer_shapes(0).items():
-            out_features, in_features = shape if len(shape) == 2 else (1, shape[0])
+            out_features, in_features = shape if len(shape) == 2 else (1, prod(shape))
             form = formats.get(name)
             total += count * stored_bytes(out_features, in_features, form, element_bytes) * factor(form)
     return total
@@ -116,24 +116,30 @@ def cache_bytes(decoder: Decoder, precision: GraphPrecision, workload: Workload,
 
     padded: as ONNX Runtime holds it, with zeros behind heads of other sizes than it takes.
     """
-    multiple = HEAD_MULTIPLE if padded else 1
-    return PRECISIONS[precision].element_bytes * decoder.cache_elements(workload.batch, workload.context, multiple)
+    multiple, element_bytes = HEAD_MULTIPLE if padded else 1, PRECISIONS[precision].element_bytes
+    return decoder.cache_bytes(workload.batch, workload.context, element_bytes, multiple)
 
 
 def prefill_flops(
-    decoder: Decoder, workload: Workload, factor: FormatFactor = _once, dialect: str | None = None
+    decoder: Decoder,
+    workload: Workload,
+    factor: FormatFactor = _once,
+    dialect: str | None = None,
+    attention_factor: float = 1.0,
 ) -> float:
     """Returns the FLOPs of a prefill, a multiply-add as two.
 
     They are those of the layers' matrices, of causal attention, and of the head at the last position. factor: by which
     the products of matrices in a format count more. dialect: in opset24 a prompt attends to the whole KV cache, free
-    slots included.
+    slots included. attention_factor: by which attention counts more, over a KV cache in a format.
     """
+
     tokens = workload.batch * workload.prompt
     query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
     attention = 2.0 * tokens * workload.prompt * query_size  # scores and values, half of each masked
     if dialect == "opset24":
         attention = 4.0 * tokens * workload.context * query_size
+    attention *= attention_factor
     head = 2.0 * workload.batch * decoder.vocab_size * decoder.hidden_size * factor(decoder.head_format)
     matrices = 0.0
     for layer, count in Counter(decoder.layers).items():
@@ -143,6 +149,12 @@ def prefill_flops(
             if len(shape) == 2:
                 matrices += count * prod(shape) * factor(formats.get(name))
     return 2.0 * tokens * matrices + attention + head
+
+
+def _counted_flops(decoder: Decoder, workload: Workload, profile: DeviceProfile) -> float:
+    """Returns the FLOPs of a prefill on a device, where products and attention in formats count more."""
+    of_cache = profile.cache_prefill_factor(decoder.cache_format)
+    return prefill_flops(decoder, workload, profile.prefill_factor, profile.dialect, of_cache)
 
 
 def decode_flops(decoder: Decoder, workload: Workload) -> float:
@@ -239,6 +251,7 @@ def estimate_memory(
 
     # Graphs that do not update the KV cache in place hold two buffers of it.
     _require_figures(profile)
+    profile = profile.for_cache(decoder.cache_format)
     in_place = profile.in_place
     cache = cache_bytes(decoder, precision, workload, profile.dialect == "onnxruntime")
     return Memory(
@@ -274,10 +287,11 @@ def estimate_performance(
     """
     # Prefill: its parts add up.
     _require_figures(profile)
+    profile = profile.for_cache(decoder.cache_format)
     prefill = prefill_parts(decoder, profile, workload, precision)
     flops = prefill_flops(decoder, workload, dialect=profile.dialect)
-    counted_flops = prefill_flops(decoder, workload, profile.prefill_factor, profile.dialect)
-    dequantising = f" ({counted_flops / flops:.3g} x for its weight formats)" if counted_flops != flops else ""
+    counted_flops = _counted_flops(decoder, workload, profile)
+    dequantising = f" ({counted_flops / flops:.3g} x for its formats)" if counted_flops != flops else ""
     computing = f"GFLOP{{}} / {_flops_per_second(profile, precision)[1]}"
     moved = bytes_per_token(decoder, precision, workload, profile.in_place)
     bandwidth, efficiency = profile.bandwidth, profile.decode_efficiency
@@ -341,6 +355,7 @@ def resource_times(
     a model: what scales with nothing is left out (fixed_times). Raises InputError as estimate_performance does.
     """
     _require_figures(profile)
+    profile = profile.for_cache(decoder.cache_format)
     moved = bytes_per_token(decoder, precision, workload, profile.in_place, profile.decode_factor).total
     compute = decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
     layers = overhead_ms(decoder, profile) - fixed_times(profile)["decode"]
@@ -360,11 +375,11 @@ def prefill_parts(
     estimate_performance does.
     """
     _require_figures(profile)
+    profile = profile.for_cache(decoder.cache_format)
     moved, tokens = bytes_per_token(decoder, precision, workload, profile.in_place), workload.batch * workload.prompt
     fixed, of_token = fixed_times(profile), profile.token_overhead.si if profile.token_overhead else 0.0
-    flops = prefill_flops(decoder, workload, profile.prefill_factor, profile.dialect)
     return {
-        "compute": 1e3 * flops / _flops_per_second(profile, precision)[0],
+        "compute": 1e3 * _counted_flops(decoder, workload, profile) / _flops_per_second(profile, precision)[0],
         "weights": 1e3 * (moved.layers + moved.head) / profile.bandwidth.si,
         "tokens": 1e3 * tokens * modules_in_layers(decoder) * of_token,
         "overhead": overhead_ms(decoder, profile) + fixed["prefill"] - fixed["decode"],
@@ -397,6 +412,7 @@ def decode_parts(
     Raises InputError as estimate_performance does.
     """
     _require_figures(profile)
+    profile = profile.for_cache(decoder.cache_format)
     in_place = profile.in_place if in_place is None else in_place
     moved = bytes_per_token(decoder, precision, workload, in_place, profile.decode_factor)
     parts = {name: 1e3 * value / _bytes_per_second(profile) for name, value in vars(moved).items()}

@@ -15,6 +15,7 @@ the Decoder asks for them:
     layers.{i}.attention.[q_norm, k_norm]  (head_dim,), or as wide as all heads
     layers.{i}.attention.o          (hidden_size, num_attention_heads * head_dim)
     layers.{i}.attention.[o_bias, post_norm]  (hidden_size,)
+    layers.{i}.attention.[key_scale, value_scale]  (1, num_key_value_heads, 1, head_dim), of a KV cache in codes
     layers.{i}.mlp.[norm]           (hidden_size,)
     layers.{i}.mlp.[gate], .up      (intermediate_size, hidden_size)
     layers.{i}.mlp.[gate_bias, up_bias]
@@ -34,7 +35,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from edgeprune.precision import WeightFormat
+from edgeprune.precision import CacheFormat, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Attention:
     window: how many positions a query sees, its own included; None for all. softcap: scores become
     softcap * tanh(score / softcap). qk_norm: RMS norm of queries and keys before the rotation, of each `head` or of
     `all` heads at once. input_bias: of q, k and v; output_bias: of the output projection. weight_format: of q, k, v and
-    o; None for floats.
+    o; cache_format: of the keys and values that the KV cache holds; None for floats.
     """
 
     num_attention_heads: int
@@ -90,6 +91,7 @@ class Attention:
     input_bias: bool = False
     output_bias: bool = False
     weight_format: WeightFormat | None = None
+    cache_format: CacheFormat | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -307,6 +309,19 @@ class Decoder:
         """Returns the same model with one weight format in all layers, and one in embedding and head."""
         return self.with_formats([(layers, layers)] * len(self.layers), tables, tables)
 
+    def with_cache(self, form: CacheFormat | None) -> Decoder:
+        """Returns the same model with its KV cache in a format."""
+        layers = (
+            replace(layer, attention=layer.attention and replace(layer.attention, cache_format=form))
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
+    @property
+    def cache_format(self) -> CacheFormat | None:
+        """Returns the format of the KV cache, which is that of all layers."""
+        return next((layer.attention.cache_format for layer in self.layers if layer.attention), None)
+
     @property
     def weight_formats(self) -> dict[str, WeightFormat]:
         """Returns the format of every weight that is not stored in floats, by name, in the order of `shapes`."""
@@ -378,7 +393,7 @@ class Decoder:
     @property
     def parameters(self) -> int:
         """Returns the number of all parameters."""
-        return sum(map(prod, self.shapes().values()))
+        return sum(map(prod, self.with_cache(None).shapes().values()))
 
     @property
     def table_parameters(self) -> int:
@@ -395,13 +410,17 @@ class Decoder:
             if len(shape) == 2
         )
 
-    def cache_elements(self, batch: int, context: int, head_multiple: int = 1) -> int:
-        """Returns the number of elements of the KV cache: keys and values of all layers.
+    def cache_bytes(self, batch: int, context: int, element_bytes: int, head_multiple: int = 1) -> int:
+        """Returns the bytes of the KV cache: keys and values of all layers.
 
-        batch: sequences; context: tokens of each; head_multiple: every head is filled up to a multiple of this width.
+        batch: sequences; context: tokens of each; element_bytes: of a float; head_multiple: every head is filled up to
+        a multiple of this width.
         """
-        attentions = [layer.attention for layer in self.layers if layer.attention]
-        width = sum(a.num_key_value_heads * -(-a.head_dim // head_multiple) * head_multiple for a in attentions)
+        width = 0
+        for attention in (layer.attention for layer in self.layers if layer.attention):
+            form = attention.cache_format
+            head = -(-attention.head_dim // head_multiple) * head_multiple
+            width += attention.num_key_value_heads * head * (form.element_bytes if form else element_bytes)
         return 2 * batch * context * width
 
 
@@ -416,6 +435,9 @@ def _attention_shapes(attention: Attention, hidden: int) -> dict[str, tuple[int,
     shapes["o"] = (hidden, attention.query_size)
     if attention.output_bias:
         shapes["o_bias"] = (hidden,)
+    if attention.cache_format is not None:
+        of_heads = (1, attention.num_key_value_heads, 1, attention.head_dim)
+        shapes |= {"key_scale": of_heads, "value_scale": of_heads}
     return shapes
 
 

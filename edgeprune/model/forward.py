@@ -17,6 +17,7 @@ from edgeprune.errors import NumericalError
 from edgeprune.model.decoder import Attention, Decoder, Experts, Mlp, Rotary
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight, as_float, input_scale_of, rounded_inputs, values_by_name
+from edgeprune.precision import CacheFormat
 
 LayerWeights = dict[str, torch.Tensor]
 WeightStream = Iterable[tuple[str, torch.Tensor | QuantisedWeight]]
@@ -132,7 +133,8 @@ def attention_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the queries (b, h, t, d), keys (b, k, t, d) and values (b, k, t, d) of normed states x (b, t, c).
 
-    Queries and keys are normed and rotated where the attention asks for it. eps: of their norm.
+    Queries and keys are normed and rotated where the attention asks for it, keys and values rounded as the KV cache
+    holds them. eps: of their norm.
     """
     b, t, _ = x.shape
 
@@ -153,7 +155,21 @@ def attention_heads(
     if attention.rotary is not None:
         cos, sin = tables.rotary[attention.rotary]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    return query, key, heads("v")
+    value = heads("v")
+    if (form := attention.cache_format) is not None:
+        key = through_cache(key, weights["attention.key_scale"], form)
+        value = through_cache(value, weights["attention.value_scale"], form)
+    return query, key, value
+
+
+def through_cache(states: torch.Tensor, scale: torch.Tensor, form: CacheFormat) -> torch.Tensor:
+    """Returns keys or values (b, k, t, d) as a KV cache gives them back: each the nearest code times its scale.
+
+    scale: (1, k, 1, d).
+    """
+    codes = states.div(scale).clamp_(form.least, form.most)
+    codes = codes.round_() if form.name == "int8" else codes.to(getattr(torch, form.torch_dtype)).float()
+    return codes.mul_(scale)
 
 
 def attention_context(

@@ -36,7 +36,6 @@ _DEPLOYMENT = {
     "engine": str,
     "sm": int | None,
     "precision": str,
-    "graph": str,
     "older_graph": str,  # for a TensorRT before those that update the KV cache in place
     "workload": _SIZES,
     "limits": dict,
@@ -44,7 +43,9 @@ _DEPLOYMENT = {
     "build_memory": int | None,
     "rungs": [
         {
+            "graph": str,
             "counted": {field.name: int for field in fields(Counted)},
+            "cache": str,
             "workspace_bytes": int | None,
             "build_bytes": int | None,
         }
@@ -77,7 +78,9 @@ def read_deployment(path: Path) -> dict[str, Any]:
         "engine": plan["engine"] not in ("onnxruntime", *RUNTIMES),
         "sm": plan["sm"] is None and plan["engine"] != "onnxruntime",
         "precision": plan["precision"] not in PRECISIONS,
-        "graph": any(Path(plan[name]).name != plan[name] for name in ("graph", "older_graph")),
+        "graph": any(
+            Path(name).name != name for name in (plan["older_graph"], *(rung["graph"] for rung in plan["rungs"]))
+        ),
         "workload": min(size.values()) < 1 or size["prompt"] > size["context"],
         "limits": any(name not in CONSTRAINTS or limit["value"] <= 0 for name, limit in plan["limits"].items()),
         "runtime": plan["runtime"]["source"] not in ("measured", "built", "estimated"),

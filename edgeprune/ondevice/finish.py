@@ -60,7 +60,7 @@ def finish(
         check_documents(bundle, plan)
         engine, facts = _engine(plan, session, where, on_progress)
         plan |= {"where": where, "room": build_room(facts["memory"], plan["build_memory"])}
-        plan |= _graph(plan, engine, facts)
+        plan |= _graphs(plan, engine, facts)
         tried = _try_rungs(bundle, plan, engine, session, on_progress)
         chosen = [rung for rung in tried if rung.performance is not None][-1]
         # Write all new files aside, then move them into place.
@@ -138,14 +138,17 @@ def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnP
     return engine, facts
 
 
-def _graph(plan: dict[str, Any], engine: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Returns the `graph` that the device's release takes, and a `note` where it is not the one of the fit."""
-    version = facts["modules"][RUNTIMES[engine].module]
-    if engine != "tensorrt" or is_in_place(version) or plan["graph"] == plan["older_graph"]:
+def _graphs(plan: dict[str, Any], engine: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the `rungs` with the graphs that the device's release takes, and a `note` where the fit had others."""
+    version, older = facts["modules"][RUNTIMES[engine].module], plan["older_graph"]
+    others = dict.fromkeys(rung["graph"] for rung in plan["rungs"] if rung["graph"] != older)
+    if engine != "tensorrt" or is_in_place(version) or not others:
         return {"note": ""}
-    older = plan["older_graph"]
     reason = reason_of("primitive", engine, version, plan["precision"])
-    return {"graph": older, "note": f"{reason}; built from {older}, not from {plan['graph']}"}
+    note = f"{reason}; built from {older}, not from {' and '.join(others)}"
+    if any(rung["cache"] != "float" for rung in plan["rungs"]):
+        note += ", so its KV cache is of floats"
+    return {"rungs": [rung | {"graph": older} for rung in plan["rungs"]], "note": note}
 
 
 def _lacks(where: str, modules: list[str], facts: dict[str, Any]) -> str:
@@ -161,7 +164,7 @@ def _perform(
     """Builds, checks and measures one rung; its engine is written into the staged folder. Raises EngineError."""
     rung, workload = plan["rungs"][index], Workload(**plan["workload"])
     staged, folder = rung_folder(bundle / STAGED, index), rung_folder(bundle, index)
-    graph, reference = folder / "onnx" / plan["graph"], folder / "reference.npz"
+    graph, reference = folder / "onnx" / rung["graph"], folder / "reference.npz"
     check_files(bundle, open_bundle(bundle), (graph.parent, reference))
 
     def on_rung_progress(stage: str, done: int, total: int) -> None:

@@ -16,7 +16,7 @@ from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes
 from edgeprune.ondevice.timing import described, interleave, stopwatch
 
-ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 GRAPH_FILE = "model.onnxruntime.last.onnx"  # the graph of a candidate in the dialect that ONNX Runtime runs
 BY_CHANNEL_BLOCKS = ("session.qdq_matmulnbits_block_size", "-1")
 """The entry of a session's options with which a product of int8 codes runs in blocks as wide as its inputs allow, up to

@@ -86,7 +86,10 @@ class EngineRunner:
             trt.DataType.FLOAT: np.float32,
             trt.DataType.HALF: np.float16,
             trt.DataType.INT64: np.int64,
-            trt.DataType.BF16: np.uint16,  # numpy has no such type: the bits of such a cache are moved
+            # numpy has no such types: the bits of such a cache are moved.
+            trt.DataType.BF16: np.uint16,
+            trt.DataType.FP8: np.uint8,
+            trt.DataType.INT8: np.int8,
         }
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._types = {name: np.dtype(elements[self._engine.get_tensor_dtype(name)]) for name in names}

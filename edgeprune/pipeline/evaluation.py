@@ -117,10 +117,11 @@ class Evaluator:
         return losses
 
     def _deployed_losses(self, chosen: Candidate, windows: dict[str, list[list[np.ndarray]]]) -> dict[str, Losses]:
-        """Returns a candidate's losses on every text: where ONNX Runtime deploys weights of few bits, its own, because
-        it rounds activations too; else those of the weights in fp32."""
-        if self.setup.profile.engine != "onnxruntime" or not chosen.model.decoder.weight_formats:
-            return self._losses(chosen.model, windows)
+        """Returns a candidate's losses on every text: where ONNX Runtime deploys weights or a KV cache of few bits, its
+        own, because it rounds activations too; else those of the weights in fp32, over the cache as it is deployed."""
+        decoder = chosen.decoder
+        if self.setup.profile.engine != "onnxruntime" or not (decoder.weight_formats or decoder.cache_format):
+            return self._losses(chosen.deployed, windows)
         from edgeprune.evaluate.perplexity import graph_losses
 
         count = sum(len(document) for documents in windows.values() for document in documents)

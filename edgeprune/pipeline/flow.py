@@ -155,7 +155,8 @@ def planner_of(run: Run) -> Planner:
     sensitivities, losses = run.sensitivities, run.vocabulary_losses
     decoder, profile = setup.model.decoder, setup.profile
     weights = setup.weights
-    parts, formats = (decoder, profile, setup.workload, setup.precision), (weights.formats, weights.tables)
+    parts, caches = (decoder, profile, setup.workload, setup.precision), setup.cache.formats
+    formats = weights.formats, weights.tables, caches
     # What widths cost, measured on the engine where there is one.
     if setup.engine.measures:
         run.progress.stage("measure what a width costs")
@@ -165,12 +166,15 @@ def planner_of(run: Run) -> Planner:
         source = f"models of random weights on {setup.engine.name}"
         latency = fit(decoder, profile, setup.precision, times, source, *formats)
     else:
-        latency = estimated_costs(*parts, weights.formats)
-    memory = memory_costs(*parts, weights.formats)
+        latency = estimated_costs(*parts, weights.formats, caches)
+    costs = {
+        cache: {"memory": memory_costs(decoder.with_cache(cache), *parts[1:], weights.formats), **latency.of(cache)}
+        for cache in (None, *setup.cache.quantised)
+    }
     problem = Problem(
         dense_widths(decoder),
         sensitivities,
-        {"memory": memory, "prefill": latency.prefill, "decode": latency.decode},
+        costs[None],
         profile.channel_multiple,
         dict(losses),
         weights.formats,
@@ -178,6 +182,7 @@ def planner_of(run: Run) -> Planner:
         tuple(weights.formats.index(form) for form in weights.tables),
         decoder.tie_word_embeddings,
         one_mlp_format=decoder.layers[0].mlp.experts is not None,
+        caches={cache: costs[cache] for cache in caches},
     )
     estimator = corrected(problem.estimate, problem.everything, dense.values)
     return Planner(problem, setup.request.layout, latency, estimator)

@@ -48,6 +48,7 @@ class Request:
     layout: str = "uniform"
     vocabulary: str = "full"
     weights: str = "auto"
+    cache: str = "auto"
     rungs: int = 1
     seed: int = 0
     codec: Path | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from edgeprune.search.latency_table import LatencyCosts
 from edgeprune.search.planner import Levers
 from edgeprune.search.search import Outcome
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -34,13 +38,32 @@ class Samples:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model on disk with what it needs and reaches; records: what was done to each module."""
+    """A model on disk with what it needs and reaches.
+
+    model: its checkpoint, whose cache is of floats; records: what was done to each module; scales: of its KV cache,
+    where that is in a format.
+    """
 
     model: Model
     target: Decoder  # its widths with the dense model's layers, those without a module included
     exported: Exported
     performance: Performance
     records: tuple[dict[str, Any], ...]
+    scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def decoder(self) -> Decoder:
+        """Returns what is deployed: the checkpoint's decoder, with the format of its KV cache."""
+        return self.exported.decoder
+
+    @property
+    def deployed(self) -> Model:
+        """Returns the model as it is deployed, with the scales of its KV cache."""
+        if (form := self.decoder.cache_format) is None:
+            return self.model
+        from edgeprune.model.cache import with_cache
+
+        return with_cache(self.model, form, self.scales)
 
     @property
     def runnable_graph(self) -> Path:

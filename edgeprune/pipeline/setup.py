@@ -26,6 +26,7 @@ from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.reference import STEPS
+from edgeprune.pipeline.cache_formats import CacheChoice, cache_choice
 from edgeprune.pipeline.formats import WeightChoice, weight_choice, without_formats
 from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
@@ -70,6 +71,7 @@ class Setup:
     kind: Kind
     samples: UserSamples
     weights: WeightChoice
+    cache: CacheChoice
     output: Path
     floor: Performance
     choices: tuple[Choice, ...] = field(default=())
@@ -103,6 +105,7 @@ class Setup:
             "layout": request.layout,
             "vocabulary": request.vocabulary,
             "weights": request.weights,
+            "cache": request.cache,
             "seed": request.seed,
         }
 
@@ -134,6 +137,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     choices = []
     profile = in_precision(profile, precision)
     weight_choice(request.weights, profile, shape)  # refused before a device is asked
+    cache_choice(request.cache, profile)
     engine = choose_engine(request.engine, profile, workload, precision, target, request.tensorrt is not None)
     if engine.compiles:
         engine.check_build(shape)  # of the dense model, which is built first
@@ -143,7 +147,9 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         weights = without_formats(
             weights, f"no checkpoint format holds few bits of {shape.family}'s transposed matrices"
         )
+    cache = cache_choice(request.cache, profile)
     choices.append(Choice("weights", weights.names, weights.reason))
+    choices.append(Choice("KV cache", cache.names, cache.reason))
     if profile.tensorrt is not None:
         reason = "assumed until the device says another"
         if request.tensorrt or profile.tensorrt != assumed:
@@ -152,6 +158,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     if profile.engine != "onnxruntime":
         reason = reason_of(profile.dialect, engine.name, profile.tensorrt, precision)
         choices.append(Choice("dialect", profile.dialect, reason))
+        for form in cache.quantised:
+            other = profile.for_cache(form).dialect
+            reason = reason_of(other, engine.name, profile.tensorrt, precision, form.name)
+            choices.append(Choice(f"dialect of {form.name} cache", other, reason))
     choices += [
         Choice("engine", engine.name, engine.reason),
         Choice(
@@ -177,7 +187,8 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced, weights.layers)
     # What the smallest candidate needs, and room on the disk for all that will be written.
-    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced, weights, kind)
+    formats = weights, cache
+    floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced, *formats, kind)
     samples = kind.read_samples(request, model, documents)
     choices.append(_calibration_choice(samples, kind))
     choices += [Choice(source.name, source.taken, source.left_out) for source in samples.sources]
@@ -196,6 +207,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         kind,
         samples,
         weights,
+        cache,
         output,
         floor,
         tuple(choices),
@@ -208,7 +220,7 @@ def with_weights(setup: Setup, weights: WeightChoice) -> Setup:
     smallest = _smallest(setup.model.decoder, setup.request.vocabulary != "full", weights)
     named = Choice("weights", weights.names, weights.reason)
     choices = tuple(named if choice.name == named.name else choice for choice in setup.choices)
-    return replace(setup, weights=weights, floor=estimate_floor(smallest, *deployed), choices=choices)
+    return replace(setup, weights=weights, floor=_floor(smallest, setup.cache, *deployed), choices=choices)
 
 
 def _calibration_choice(samples: UserSamples, kind: Kind) -> Choice:
@@ -305,12 +317,13 @@ def _check_floor(
     measures: bool,
     reduced: bool,
     weights: WeightChoice,
+    cache: CacheChoice,
     kind: Kind,
 ) -> Performance:
     """Refuses a budget that the smallest candidate exceeds; returns that candidate's estimate."""
     dense = estimate_performance(model.decoder, profile, workload, precision)
     smallest = _smallest(model.decoder, reduced, weights)
-    floor = estimate_floor(smallest, profile, workload, precision)
+    floor = _floor(smallest, cache, profile, workload, precision)
     # Latencies that will be measured are refused here only where the estimate leaves no doubt.
     doubt = {"memory": 1.0, "prefill": 0.7, "decode": 0.7} if measures else {}
     for name, limit in budget.absolute(dense).limits.items():
@@ -324,6 +337,18 @@ def _check_floor(
             _floor_remedy(name, least, dense.values[name], kind, reduced),
         )
     return floor
+
+
+def _floor(
+    smallest: Decoder, cache: CacheChoice, profile: DeviceProfile, workload: Workload, precision: str
+) -> Performance:
+    """Returns the least memory, prefill and decode that any format of the KV cache leaves, each by itself.
+
+    Codes take fewer bytes, but the dialect that has them may hold and copy two caches.
+    """
+    floors = [estimate_floor(smallest.with_cache(form), profile, workload, precision) for form in cache.formats]
+    least = {name: min(floors, key=lambda floor: floor.values[name]) for name in floors[0].values}
+    return replace(floors[0], **{name: getattr(floor, name) for name, floor in least.items()})
 
 
 def _smallest(decoder: Decoder, reduced: bool, weights: WeightChoice) -> Decoder:

@@ -36,6 +36,7 @@ from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
+from edgeprune.precision import CacheFormat
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
     from edgeprune.search.widths import Sensitivities
 
 VARIANTS = tuple(GraphVariant(dialect, logits) for dialect in OPERATORS for logits in ("all", "last"))
-REFERENCE, SENSITIVITIES = "reference.npz", "sensitivities.npz"
-WALKED = 8  # samples, at most, on which a fitted model is checked for overflow: its dense model was on all
+REFERENCE, SENSITIVITIES, SCALES = "reference.npz", "sensitivities.npz", "cache.safetensors"
+WALKED = 8  # samples, at most, on which a fitted model is checked for overflow, and its KV cache scaled
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,16 @@ class Run:
         setup, ids = self.setup, self.samples.calibration
         formats = setup.weights.quantised
         tables = tuple(form for form in setup.weights.tables if form is not None)
+        caches = setup.cache.quantised
 
         def fill(folder: Path) -> None:
             how = setup.request.method, setup.request.seed, self.progress
-            (folder / SENSITIVITIES).write_bytes(encoded(sensitivities_of(setup.model, ids, *how, formats, tables)))
+            (folder / SENSITIVITIES).write_bytes(
+                encoded(sensitivities_of(setup.model, ids, *how, formats, tables, caches))
+            )
 
         data = (self.journal.folder_stage("sensitivities", fill) / SENSITIVITIES).read_bytes()
-        return decoded(data, setup.model.decoder, formats)
+        return decoded(data, setup.model.decoder, formats, caches)
 
     @cached_property
     def vocabularies(self) -> dict[int, Vocabulary | None]:
@@ -178,8 +182,13 @@ class Run:
         setup, source = self.setup, self.setup.model
         target = source.decoder if allocation is None else allocation.decoder(source.decoder)
         folder = self.journal.folder_stage(name, lambda folder: self._write_candidate(folder, target, allocation))
-        model = load_model(str(folder / "model"))
-        exported = Exported(model.decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE)
+        model, scales = load_model(str(folder / "model")), {}
+        decoder = model.decoder.with_cache(None if allocation is None else allocation.cache)
+        if decoder.cache_format is not None:
+            from edgeprune.model.cache import read_scales
+
+            scales = read_scales(folder / SCALES)
+        exported = Exported(decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE)
 
         def perform() -> dict[str, Any]:
             dense = self.dense
@@ -191,7 +200,7 @@ class Run:
 
         performance = performance_from_json(self.journal.stage(f"{name} performance", perform))
         records = tuple(json.loads((folder / "records.json").read_text()))
-        return Candidate(model, target, exported, performance, records)
+        return Candidate(model, target, exported, performance, records, scales)
 
     def _write_candidate(self, folder: Path, target: Decoder, allocation: Allocation | None) -> None:
         """Fills the folder of a candidate: checkpoint, graphs, reference, and what was done to each module."""
@@ -212,12 +221,24 @@ class Run:
         model = load_model(str(folder / "model"))
         if allocation is not None:
             ids = samples.calibration[:WALKED]
-            self._check_fp16(model, ids if vocabulary is None else vocabulary.reduce(ids))
+            ids = ids if vocabulary is None else vocabulary.reduce(ids)
+            self._check_fp16(model, ids)
+            if allocation.cache is not None:
+                model = self._with_cache(model, ids, allocation.cache, folder)
         self._write_graphs(model, folder, setup.precision)
         if setup.precision != "fp32":
             self._write_graphs(model, folder, "fp32")
-        self._write_reference(folder / "onnx-fp32", folder / REFERENCE, vocabulary)
+        self._write_reference(folder / "onnx-fp32", folder / REFERENCE, vocabulary, model)
         (folder / "records.json").write_text(json.dumps(records))
+
+    def _with_cache(self, model: Model, ids: np.ndarray, form: CacheFormat, folder: Path) -> Model:
+        """Returns a model with its KV cache in a format, whose scales it writes: those of samples (any, tokens)."""
+        from edgeprune.model.cache import cache_scales, with_cache, write_scales
+
+        advance = self.progress.stage("find the scales of the KV cache", len(model.decoder.layers))
+        scales = cache_scales(model, _tensor(ids), form, advance)
+        write_scales(scales, folder / SCALES)
+        return with_cache(model, form, scales)
 
     def _pruned(self, target: Decoder, records: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Returns the pruned weights by name as they are made, and records what was done to each module."""
@@ -262,16 +283,29 @@ class Run:
         target = folder / f"onnx-{precision}"
         context = max(self.setup.workload.context, length)
         write_graphs(model.decoder, model.stored, target, precision, VARIANTS, context)
-        write_genai(model.decoder, VARIANTS, target, model.directory, context)
+        if model.decoder.cache_format is None:  # onnxruntime-genai has no KV cache in codes on a processor
+            write_genai(model.decoder, VARIANTS, target, model.directory, context)
 
-    def _write_reference(self, graphs: Path, path: Path, vocabulary: Vocabulary | None = None) -> None:
-        """Writes the logits that an engine is checked against: of a graph in fp32 on a calibration sample."""
+    def _write_reference(
+        self, graphs: Path, path: Path, vocabulary: Vocabulary | None = None, model: Model | None = None
+    ) -> None:
+        """Writes the logits that an engine is checked against: of a graph in fp32 on a calibration sample.
+
+        model: of the graph. ONNX Runtime has no KV cache in fp8: then they are those of the model's own walk.
+        """
         from edgeprune.ondevice.onnxruntime import GraphRunner
-        from edgeprune.ondevice.reference import write_reference
+        from edgeprune.ondevice.reference import FLOAT, write_reference
 
-        runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context, exact=True)
+        cache = None if model is None else model.decoder.cache_format
+        if cache is not None and cache.name == "fp8":
+            from edgeprune.evaluate.walked import WalkRunner
+
+            runner = WalkRunner(model, self.setup.workload.context)
+        else:
+            runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context, exact=True)
         ids = self.samples.calibration[0]
-        write_reference(runner, ids if vocabulary is None else vocabulary.reduce(ids), path)
+        ids = ids if vocabulary is None else vocabulary.reduce(ids)
+        write_reference(runner, ids, path, cache.name if cache else FLOAT)
 
     @property
     def _checkpoint_dtype(self) -> Any:

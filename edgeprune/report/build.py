@@ -16,6 +16,7 @@ from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.provenance import now, versions
 from edgeprune.pipeline.results import Fitted, has_checkpoint
+from edgeprune.precision import CacheFormat
 from edgeprune.report import schema
 from edgeprune.report.deploy import deploy_steps
 from edgeprune.report.experience import Experience, experience_part
@@ -31,9 +32,12 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
     files: bytes of the bundle's files, by path; command: the command line that makes the bundle again.
     """
     setup, judged = fitted.setup, fitted.verdict
-    dense, small = setup.model.decoder, fitted.chosen.model.decoder
+    dense, small = setup.model.decoder, fitted.chosen.decoder
     # Estimate both models' decode step: bytes moved, and how its time divides.
-    moved = [bytes_per_token(d, setup.precision, setup.workload, setup.profile.in_place).total for d in (dense, small)]
+    moved = [
+        bytes_per_token(d, setup.precision, setup.workload, setup.profile.for_cache(d.cache_format).in_place).total
+        for d in (dense, small)
+    ]
     shares = [latency_shares(d, setup.profile, setup.workload, setup.precision) for d in (dense, small)]
     # Describe the dense and the fitted model side by side.
     label = "agreement with the dense model" if fitted.samples.self_generated else "perplexity"
@@ -46,6 +50,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
             latency_shares=share,
             widths=_widths(target),
             formats=_formats(decoder),
+            cache=_cache_name(decoder.cache_format),
         )
         for performance, decoder, target, bytes_moved, share in zip(
             (fitted.dense, fitted.chosen.performance),
@@ -111,7 +116,7 @@ def _experience(fitted: Fitted) -> dict[str, Experience]:
     """Returns what a user notices of the dense and of the fitted model, by side."""
     setup, chosen = fitted.setup, fitted.chosen
     deployed = (setup.profile, setup.workload, setup.precision)
-    sides = {"dense": (setup.model.decoder, fitted.dense), "fitted": (chosen.model.decoder, chosen.performance)}
+    sides = {"dense": (setup.model.decoder, fitted.dense), "fitted": (chosen.decoder, chosen.performance)}
     budget = setup.budget.absolute(fitted.dense)
     images = setup.kind.images_at_once(setup.workload.batch)
     return {
@@ -202,6 +207,7 @@ def _search(fitted: Fitted) -> schema.Search:
         candidates=[
             schema.Candidate(
                 widths=trial.allocation.summary,
+                cache=_cache_name(trial.allocation.cache),
                 predicted_loss=trial.allocation.loss,
                 predicted=trial.predicted,
                 obtained={name: trial.obtained.values[name] for name in trial.predicted},
@@ -231,6 +237,10 @@ def _formats(decoder: Decoder) -> dict[str, int]:
     modules = [module for layer in decoder.layers for module in (layer.attention, layer.mlp) if module is not None]
     names = [form.name if form else "float" for form in [*(module.weight_format for module in modules), *tables]]
     return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _cache_name(form: CacheFormat | None) -> str:
+    return form.name if form else "float"
 
 
 def _quality_stop(fitted: Fitted) -> schema.QualityStop | None:
@@ -301,6 +311,11 @@ def _warnings(fitted: Fitted) -> list[str]:
         warnings.append(
             "The checkpoint has asymmetric weights, which transformers reads with compressed-tensors up to 0.17.1; "
             "0.18 to 0.20 fail on them. Graphs, engine and GGUF are not affected."
+        )
+    if (cache := fitted.chosen.decoder.cache_format) and not fitted.chosen.decoder.picture:
+        warnings.append(
+            f"onnxruntime-genai does not run the KV cache in {cache.name}, `edgeprune run` does. For genai give "
+            "--cache float."
         )
     # What went wrong in measuring and in compensating.
     assumed = low_confidence_notes(fitted.setup.profile)

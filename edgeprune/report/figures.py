@@ -84,8 +84,11 @@ def alone_text(levers: Levers) -> str:
         rise = format_percent(100 * expm1(min(nats, 50.0))).removeprefix("+")
         return f"would raise perplexity {rise if rise.endswith('fold') else f'by {rise}'}"
 
+    formats = "weight formats"
+    if any(part.name.startswith("KV cache") for part in levers.parts):
+        formats += " and the KV cache's"
     text = f"Pruning alone {cost(levers.pruning_alone)}"
-    return f"{text}, weight formats alone {cost(levers.precision_alone)}, as predicted"
+    return f"{text}, {formats} alone {cost(levers.precision_alone)}, as predicted"
 
 
 def figure_text(figure: Figure | None) -> str:

@@ -171,6 +171,7 @@ class Side(Strict):
         default_factory=dict,
         description="modules by weight format, embedding and head among them; empty: all weights are floats",
     )
+    cache: str = Field("float", description="format of the KV cache")
 
 
 class Candidate(Strict):
@@ -180,6 +181,7 @@ class Candidate(Strict):
     """
 
     widths: dict[str, int] = Field(description="what stays of the layers, how wide, and the tokens of the vocabulary")
+    cache: str = Field("float", description="format of the KV cache")
     predicted_loss: float = Field(description="nats per token over the dense model, by the sensitivities")
     predicted: dict[str, float] = Field(description="by constraint, before it was built")
     obtained: dict[str, float] = Field(description="by constraint, of the pruned candidate")
@@ -210,7 +212,7 @@ class Search(Strict):
 class Lever(Strict):
     """One way to make the model smaller, and what it contributes to the fitted one."""
 
-    name: str = Field(description="pruning, vocabulary, or a weight format")
+    name: str = Field(description="pruning, vocabulary, a weight format, or `KV cache in` its format")
     saved_bytes: float = Field(description="of memory, estimated")
     nats: float = Field(description="predicted rise of the loss per token, by the sensitivities")
 
@@ -223,7 +225,8 @@ class Levers(Strict):
         description="predicted nats per token of the best model within the budget in floats; none: none is within it"
     )
     precision_alone: float | None = Field(
-        description="the same of the best model of the dense widths in weight formats alone; none: none is within it"
+        description="the same of the best model of the dense widths, in formats of weights and KV cache alone; none: "
+        "none is within it"
     )
 
 

@@ -70,7 +70,9 @@ def made_text(report: Report) -> str:
     pruned = "nothing removed"
     if report.fitted.parameters != report.dense.parameters:
         pruned = f"{percent_text(report.total_ratio)} of all weights removed"
-    return f"{pruned}, weights in {' and '.join(formats)}" if formats else pruned
+    weights = f", weights in {' and '.join(formats)}" if formats else ""
+    cache = f", KV cache in {report.fitted.cache}" if report.fitted.cache != "float" else ""
+    return f"{pruned}{weights}{cache}"
 
 
 def rise_text(percent: float) -> str:

@@ -19,33 +19,44 @@ from edgeprune.ondevice.figures import Workload
 from edgeprune.profiles import DeviceProfile
 from edgeprune.search.latency_table import KINDS, LatencyCosts
 from edgeprune.search.module_costs import ModuleCosts, additive, channel_options
-from edgeprune.search.widths import Format
+from edgeprune.search.widths import Cache, Format
 
 
 def estimated_costs(
-    dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str, formats: tuple[Format, ...] = (None,)
+    dense: Decoder,
+    profile: DeviceProfile,
+    workload: Workload,
+    precision: str,
+    formats: tuple[Format, ...] = (None,),
+    caches: tuple[Cache, ...] = (None,),
 ) -> LatencyCosts:
     """Returns the table from the estimator, for a device that is not reachable.
 
     It holds the times of the resource that binds the dense model, and is exact as long as that resource binds.
     """
-    setting = (profile, workload, precision)
-    bound = {kind: max(times, key=times.get) for kind, times in resource_times(dense, *setting).items()}
+    resources = resource_times(dense, profile, workload, precision)
+    bound = {kind: max(times, key=times.get) for kind, times in resources.items()}
 
-    def times(decoder: Decoder) -> np.ndarray:
-        resources = resource_times(decoder, *setting)
-        return np.array([resources[kind][bound[kind]] for kind in KINDS])
+    def costs(cache: Cache) -> dict[str, ModuleCosts]:
+        of_cache = profile.for_cache(cache)  # for models without attention too
 
-    attention, mlp, tables = _by_difference(dense, profile.channel_multiple, formats, times)
-    tables[..., 0, :] += np.array([fixed_times(profile)[kind] for kind in KINDS])
-    prefill, decode = (additive(attention[..., i], mlp[..., i], tables[..., i]) for i in (0, 1))
-    return LatencyCosts(prefill, decode, {}, f"the estimator's formulas for {profile.name}")
+        def times(decoder: Decoder) -> np.ndarray:
+            resources = resource_times(decoder, of_cache, workload, precision)
+            return np.array([resources[kind][bound[kind]] for kind in KINDS])
+
+        attention, mlp, tables = _by_difference(dense.with_cache(cache), profile.channel_multiple, formats, times)
+        tables[..., 0, :] += np.array([fixed_times(profile)[kind] for kind in KINDS])
+        return {kind: additive(attention[..., i], mlp[..., i], tables[..., i]) for i, kind in enumerate(KINDS)}
+
+    cached = {cache: costs(cache) for cache in caches if cache is not None}
+    return LatencyCosts(**costs(None), error={}, source=f"the estimator's formulas for {profile.name}", cached=cached)
 
 
 def memory_costs(
     dense: Decoder, profile: DeviceProfile, workload: Workload, precision: str, formats: tuple[Format, ...] = (None,)
 ) -> ModuleCosts:
     """Returns the bytes of weights, KV cache and buffers by module, and the peaks of the activations, as estimated."""
+    profile = profile.for_cache(dense.cache_format)  # for models without attention too
     # The activations that are there even without a module.
     empty = replace(dense, layers=dense.layers[:1]).with_layer_widths([(0, 1, 0)])
     floor = activation_bytes(empty, precision, workload, profile.dialect)

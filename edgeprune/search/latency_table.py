@@ -8,9 +8,10 @@ modules alone would fit into a cache and be measured too fast. The times are exp
     attention = a + b * groups * heads_per_group + c * groups        mlp: linear between the measured widths
 
 and of each weight format by a token of its own, attention = a + d * (share of the matrices that is kept), and an MLP
-that is linear between two widths; with no coefficient below zero. Cuts of several kinds save more together than one
-by one. So some models of mixed widths are among those of the fit, and the distance of each from the fit through all
-others is the table's stated error.
+that is linear between two widths; with no coefficient below zero. A format of the KV cache changes the time of each
+attention by the same amount for each query head, which may be less or more. Cuts of several kinds save more together
+than one by one. So some models of mixed widths are among those of the fit, and the distance of each from the fit
+through all others is the table's stated error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite, lcm
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,17 +34,17 @@ from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.worker import OnProgress
-from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS, CacheFormat, WeightFormat
 from edgeprune.profiles import DeviceProfile
 from edgeprune.search.module_costs import ModuleCosts, Widths, additive
-from edgeprune.search.widths import Format
+from edgeprune.search.widths import Cache, Format
 
 if TYPE_CHECKING:
     import torch
 
     from edgeprune.model.quantised import QuantisedWeight
 
-VERSION = 2  # of the kept times; another number measures again
+VERSION = 3  # of the kept times; another number measures again
 KINDS = ("prefill", "decode")
 VOLUME_BYTES = 192 * 2**20  # of the layers of `base`: more than a cache holds
 CHUNK_BYTES = 2 * 2**30  # of the graphs that are on disk and in memory at a time
@@ -62,13 +63,18 @@ class LatencyCosts:
 
     prefill, decode: on the scale of the times that they are fitted to, in ms where they are estimated; error: median
     and largest relative distance of the mixed models, each from the fit without it, by kind; source: a phrase for
-    where the tables come from.
+    where the tables come from; cached: the table of each kind with a KV cache in each of its formats.
     """
 
     prefill: ModuleCosts
     decode: ModuleCosts
     error: dict[str, tuple[float, float]]
     source: str
+    cached: Mapping[CacheFormat, Mapping[str, ModuleCosts]] = field(default_factory=dict)
+
+    def of(self, cache: Cache) -> dict[str, ModuleCosts]:
+        """Returns the tables by kind with a format of the KV cache."""
+        return {"prefill": self.prefill, "decode": self.decode} if cache is None else dict(self.cached[cache])
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class TimedModel:
     """A model to measure: the widths of its layers, and the size of its vocabulary.
 
     mixed: it differs from the base model in several kinds of width; attention, mlp, head: the names of the weight
-    formats of all attentions, all MLPs and the head, None for floats.
+    formats of all attentions, all MLPs and the head, None for floats; cache: that of the KV cache's format.
     """
 
     layers: tuple[Widths, ...]
@@ -85,13 +91,15 @@ class TimedModel:
     attention: str | None = None
     mlp: str | None = None
     head: str | None = None
+    cache: str | None = None
 
     def decoder(self, dense: Decoder) -> Decoder:
         """Returns the description of this model, made of the first layers of the dense one."""
         layers = dense.layers[: len(self.layers)]
         decoder = replace(dense, layers=layers, vocab_size=self.vocab_size).with_layer_widths(self.layers)
         attention, mlp, head = (WEIGHT_FORMATS.get(name or "") for name in (self.attention, self.mlp, self.head))
-        return decoder.with_formats([(attention, mlp)] * len(layers), None, head).compact()
+        decoder = decoder.with_formats([(attention, mlp)] * len(layers), None, head).compact()
+        return decoder.with_cache(CACHE_FORMATS.get(self.cache or ""))
 
 
 def design(
@@ -100,11 +108,13 @@ def design(
     multiple: int,
     formats: tuple[Format, ...] = (None,),
     table_formats: tuple[Format, ...] = (None,),
+    caches: tuple[Cache, ...] = (None,),
 ) -> dict[str, TimedModel]:
     """Returns the models to measure by name.
 
     The first is `base`, of as many dense layers as make VOLUME_BYTES. All others differ from it in one kind of width or
-    format, but for the mixed ones. multiple: of the MLP channels; formats: of the modules; table_formats: of the head.
+    format, but for the mixed ones. multiple: of the MLP channels; formats: of the modules; table_formats: of the head;
+    caches: of the KV cache.
     """
     # The base model.
     full, vocabulary = Widths(*dense.layer_widths[0]), dense.vocab_size
@@ -150,7 +160,15 @@ def design(
             sizes = [aligned(share * channels, step) for share in generator.uniform(0.3, 1.0, depth)]
             layers = tuple((groups, heads, size if size < channels else channels) for size in sizes)
             points[f"{name} mix {number}"] = TimedModel(layers, vocabulary, True, name, name, in_head)
+    # The same model with every format of the KV cache.
+    for cache in caches:
+        if cache is not None:
+            points[_cached(cache)] = TimedModel(whole, vocabulary, cache=cache.name)
     return points
+
+
+def _cached(form: CacheFormat) -> str:
+    return f"{form.name} cache"
 
 
 def multiple_of(multiple: int, form: WeightFormat) -> int:
@@ -233,6 +251,7 @@ def measured_times(
     on_progress: OnProgress,
     formats: tuple[Format, ...] = (None,),
     table_formats: tuple[Format, ...] = (None,),
+    caches: tuple[Cache, ...] = (None,),
 ) -> Times:
     """Returns the times that `fit` makes a table of, from the cache or measured now.
 
@@ -241,7 +260,7 @@ def measured_times(
     measured; on_progress: called with the progress. Raises EngineError.
     """
     # The key holds all that the times depend on.
-    points = design(dense, precision, profile.channel_multiple, formats, table_formats)
+    points = design(dense, precision, profile.channel_multiple, formats, table_formats, caches)
     shape = {
         "version": VERSION,
         "engine": engine.identity(on_progress),
@@ -293,7 +312,6 @@ def _measure(
 
     Some models are measured at a time, the base model always among them.
     """
-    variant = GraphVariant(profile.dialect, "last")
     times: Times = {kind: {BASE: 1.0} for kind in KINDS}
     for chunk in _chunks(dense, points, precision):
         with scratch_folder(folder, "costs-") as part:
@@ -302,6 +320,7 @@ def _measure(
             for index, point in enumerate(chunk):
                 decoder, graphs = points[point].decoder(dense), part / str(index)
                 graphs.mkdir()
+                variant = GraphVariant(profile.for_cache(decoder.cache_format).dialect, "last")
                 write_graphs(decoder, RandomWeights(decoder), graphs, precision, [variant], workload.context)
                 exported[point] = Exported(decoder, graphs, graphs / "engine", graphs / "none")
             # Measure them side by side.
@@ -334,12 +353,13 @@ def fit(
     source: str,
     formats: tuple[Format, ...] = (None,),
     table_formats: tuple[Format, ...] = (None,),
+    caches: tuple[Cache, ...] = (None,),
 ) -> LatencyCosts:
     """Returns the table that explains the times of the design's models best, by least squares of relative errors.
 
     Raises EngineError where the times cannot be explained.
     """
-    points = design(dense, precision, profile.channel_multiple, formats, table_formats)
+    points = design(dense, precision, profile.channel_multiple, formats, table_formats, caches)
     names = tuple(form.name for form in formats if form is not None)
     halves = {form.name: half_width(dense.layer_widths[0], profile.channel_multiple, form) for form in formats if form}
     # Count every coefficient in every model.
@@ -348,6 +368,7 @@ def fit(
         | {0, dense.layer_widths[0][2]}
     )
     counting = _Counting(dense, knots, names, halves)
+    in_cache = {cache: points.pop(_cached(cache)) for cache in caches if cache is not None}
     columns = {name: counting.columns(point) for name, point in points.items()}
     tables, errors = {}, {}
 
@@ -365,7 +386,21 @@ def fit(
             distances.append(abs(float(np.dot(columns[left_out], others)) / times[kind][left_out] - 1))
         if distances:
             errors[kind] = (float(np.median(distances)), max(distances))
-    return LatencyCosts(tables["prefill"], tables["decode"], errors, source)
+    cached = {
+        cache: {
+            kind: _with_cache(tables[kind], (times[kind][_cached(cache)] - times[kind][BASE]) / len(point.layers))
+            for kind in KINDS
+        }
+        for cache, point in in_cache.items()
+    }
+    return LatencyCosts(tables["prefill"], tables["decode"], errors, source, cached)
+
+
+def _with_cache(costs: ModuleCosts, change: float) -> ModuleCosts:
+    """Returns a table with another KV cache; change: of an attention of the dense widths, which query heads share."""
+    groups, heads = costs.attention.shape[1] - 1, costs.attention.shape[2]
+    share = np.arange(groups + 1)[:, None] * np.arange(1, heads + 1) / (groups * heads)  # (groups + 1, heads)
+    return replace(costs, attention=np.maximum(costs.attention + change * share, 0.0))
 
 
 @dataclass(frozen=True)

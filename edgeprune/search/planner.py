@@ -30,7 +30,8 @@ UNUSABLE = 1e3  # nats per token: the loss of a cut that is not to be chosen
 
 @dataclass(frozen=True)
 class Lever:
-    """One way to make the model smaller, and what it contributes; name: pruning, vocabulary, or a weight format."""
+    """One way to make the model smaller, and what it contributes; name: pruning, vocabulary, a weight format, or the
+    KV cache in its format."""
 
     name: str
     saved_bytes: float
@@ -124,6 +125,8 @@ class Planner:
             ]
             tables = [mine if mine == form else done for mine, done in zip(chosen.tables, last.tables, strict=True)]
             steps.append((form.name, replace(last, formats=tuple(formats), tables=tuple(tables))))
+        if chosen.cache is not None:
+            steps.append((f"KV cache in {chosen.cache.name}", replace(steps[-1][1], cache=chosen.cache)))
         parts, before = [], problem.everything
         for name, step in steps:
             saved = problem.estimate(before)["memory"] - problem.estimate(step)["memory"]
@@ -133,10 +136,12 @@ class Planner:
         # One kind alone, without the room that the chosen one leaves: it would seem to lose less than both kinds.
         costs = problem.estimate(chosen)
         room = {name: min(most, costs[name] * (1 + ROUNDING)) for name, most in self.estimator.room(limits).items()}
-        pruning = replace(self, problem=replace(problem, layer_formats=(0,), table_formats=(0,))).solve(room)
+        in_floats = replace(problem, layer_formats=(0,), table_formats=(0,), caches={None: problem.costs})
+        pruning = replace(self, problem=in_floats).solve(room)
         vocabulary = {max(problem.vocabularies): 0.0}
         whole = replace(problem, sensitivities=uncut(problem.sensitivities), vocabularies=vocabulary)
-        precision = replace(self, problem=whole).solve(room) if len(problem.formats) > 1 else None
+        has_formats = len(problem.formats) > 1 or any(problem.cache_formats)
+        precision = replace(self, problem=whole).solve(room) if has_formats else None
         is_usable = precision is not None and precision.loss < UNUSABLE
         return Levers(tuple(parts), pruning and pruning.loss, precision.loss if is_usable else None)
 

@@ -1,9 +1,9 @@
-"""The response: what small models really lose, over what the sensitivities predict, measured by two probes.
+"""The response: what small models really lose, over what the sensitivities predict, measured by probes.
 
 A prediction is of each change alone, to second order; one factor corrects all that they lose together. On real models
 it is about the same for groups, query heads and channels, so one pruning that cuts another of the three in each layer
 measures it; a second one rounds modules to the coarsest format, a third one to that which rounds activations too, where
-there is one. All change the last fifth of the layers: the samples
+there is one, and one more has the KV cache in each of its formats. All change the last fifth of the layers: the samples
 pass the others once, and the factor of formats is within a fifth of that of all layers.
 """
 
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edgeprune.model.cache import cache_scales, with_cache
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.forward import spread_logits, weight_stream
+from edgeprune.model.forward import WeightStream, spread_logits, weight_stream
 from edgeprune.model.model import Model
 from edgeprune.model.tail import tail_of
-from edgeprune.precision import WeightFormat
+from edgeprune.precision import CacheFormat, WeightFormat
 from edgeprune.pruning.methods import Method
 from edgeprune.pruning.prune import prune
 from edgeprune.search.roundings import coarsest
@@ -63,13 +64,15 @@ def measure_response(
     method: Method,
     seed: int,
     formats: tuple[WeightFormat, ...] = (),
+    caches: tuple[CacheFormat, ...] = (),
     on_probe: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
     """Returns the sensitivities with their responses, those of widths and those of formats.
 
     ids: calibration samples (samples, tokens) int64. Each probe is made with the first samples of the first half;
     its loss is the divergence of its logits from the dense model's, on the last PROBE_HELD_OUT of the second
-    half: to second order what a prediction is of. on_probe is called PROBES times.
+    half: to second order what a prediction is of. on_probe is called PROBES times, and once more for each of `caches`,
+    formats of the KV cache.
     """
     half = max(1, len(ids) // 2)
     probed = probed_layers(len(model.decoder.layers))
@@ -82,8 +85,10 @@ def measure_response(
     on_probe()
 
     def divergence(target: Decoder, samples: torch.Tensor) -> float:
-        small = prune(tail, target, samples, method, seed)
-        logits = spread_logits(target, small, held_out, count).log_softmax(dim=-1)
+        return divergence_of(target, prune(tail, target, samples, method, seed))
+
+    def divergence_of(target: Decoder, weights: WeightStream) -> float:
+        logits = spread_logits(target, weights, held_out, count).log_softmax(dim=-1)
         on_probe()
         return max(LEAST, float(F.kl_div(logits, expected, reduction="batchmean", log_target=True)))
 
@@ -92,6 +97,13 @@ def measure_response(
     predicted = sum(sensitivities.errors(layer, width).sum() for layer, width in zip(probed, widths, strict=True))
     factor = divergence(tail.decoder.with_layer_widths(widths), samples) / max(predicted, LEAST)
     sensitivities = replace(sensitivities, response=np.full(3, factor))
+    # One with the KV cache in each format.
+    of_caches = {}
+    for form in caches:
+        rounded, losses = with_cache(tail, form, cache_scales(tail, samples, form)), sensitivities.caches[form.name]
+        predicted = float(losses.attention[probed.start :].sum())
+        factor = divergence_of(rounded.decoder, weight_stream(rounded)) / max(predicted, LEAST)
+        of_caches[form.name] = replace(losses, response=factor)
     # One that rounds modules, of the formats of each kind.
     roundings = dict(sensitivities.roundings)
     for kind in ([f for f in formats if not f.activation_bits], [f for f in formats if f.activation_bits]):
@@ -103,4 +115,4 @@ def measure_response(
         predicted = float(losses.attention[probed.start :].sum() + losses.mlp[probed.start :].sum())
         factor = divergence(tail.decoder.with_format(form), samples[:ROUNDED_SAMPLES]) / max(predicted, LEAST)
         roundings |= {one.name: replace(roundings[one.name], response=factor) for one in kind}
-    return replace(sensitivities, roundings=roundings)
+    return replace(sensitivities, roundings=roundings, caches=of_caches)

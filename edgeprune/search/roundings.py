@@ -1,4 +1,5 @@
-"""The measurement of the loss that every weight format would cost in every module, and in embedding and head.
+"""The measurement of the loss that every weight format would cost in every module, and in embedding and head, and of
+that of every format of the KV cache.
 
 It does not know the budget, nor what a format saves. Weights are rounded to nearest here, on grids that the moments of
 their inputs weigh; the share of the error that GPTQ leaves follows from the inputs without any rounding. What
@@ -15,12 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.model.backward import ModuleStates
+from edgeprune.model.cache import scales_of
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     CHUNK_TOKENS,
     OUTPUT,
     LayerWeights,
     Tables,
+    attention_heads,
     head_logits,
     module_output,
     module_raw,
@@ -29,12 +32,12 @@ from edgeprune.model.forward import (
     row_chunks,
 )
 from edgeprune.model.model import Model
-from edgeprune.precision import WeightFormat
+from edgeprune.precision import CacheFormat, WeightFormat
 from edgeprune.pruning.activations import rounded_module
 from edgeprune.pruning.moments import gram, held_out_rows
 from edgeprune.pruning.quantize import choose_grid, gptq_squares, probed_outputs
 from edgeprune.pruning.score import Projection
-from edgeprune.search.widths import RoundingLosses
+from edgeprune.search.widths import CacheLosses, RoundingLosses
 
 SHRINKS = (1.0, 0.85, 0.7)  # a rough grid: the response corrects what a finer one gains
 HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about the same at all of them
@@ -55,11 +58,14 @@ class ModuleRoundings:
     former; yet with each part's own share, predictions of the parts of a real model were further apart.
     """
 
-    def __init__(self, decoder: Decoder, ids: torch.Tensor, formats: Sequence[WeightFormat]) -> None:
-        self.decoder, self.formats, self.samples = decoder, formats, len(ids)
+    def __init__(
+        self, decoder: Decoder, ids: torch.Tensor, formats: Sequence[WeightFormat], caches: Sequence[CacheFormat] = ()
+    ) -> None:
+        self.decoder, self.formats, self.caches, self.samples = decoder, formats, caches, len(ids)
         self.share = 1 / (2 * decoder.hidden_size * ids.numel())
         self.tables = Tables(decoder, ids.shape[1])
         self.found: dict[str, dict[str, list[float]]] = {form.name: {"attention": [], "mlp": []} for form in formats}
+        self.found_caches: dict[str, list[float]] = {form.name: [] for form in caches}
 
     @torch.inference_mode()
     def add(self, module: ModuleStates, projection: Projection) -> None:
@@ -69,10 +75,13 @@ class ModuleRoundings:
         of the tokens' weights.
         """
         decoder, index, kind, weights = self.decoder, module.index, module.kind, module.weights
+        source = module.source[: self.samples]  # (b, t, c)
+        for form in self.caches if kind == "attention" else ():
+            scales = self._scales(index, weights, source, form)
+            loss = self._loss(decoder.with_cache(form), module, weights | scales)
+            self.found_caches[form.name].append(loss)
         if not self.formats:
             return
-        source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
-        energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
         inputs = None if module.inputs is None else projection.inputs[: self.samples]
         # What GPTQ leaves; of experts, of the matrices of the first one, as if all tokens read them.
         shares = [GptqShares(self._before(module), module_states(decoder, kind, weights, module.source))]
@@ -84,16 +93,29 @@ class ModuleRoundings:
             else:
                 plain = rounded_module(decoder, index, kind, weights, source, self.tables)
                 changed = _rounded(decoder, kind, plain, source, None, form)
-            total = 0.0
-            # Some samples at a time.
-            parts = (row_chunks(states, CHUNK_TOKENS) for states in (source, raw, energy))
-            for source_part, raw_part, energy_part in zip(*parts, strict=True):
-                dense = module_output(decoder, kind, weights, raw_part)
-                off = _output(decoder, index, kind, changed, source_part, self.tables) - dense
-                total += float(off.square_().mul_(energy_part).sum())
             # GPTQ makes up for the rounding of weights, which is the lesser part where activations are rounded too.
             left = 1.0 if form.activation_bits else np.mean([share.of(form) for share in shares])
-            self.found[form.name][kind].append(total * float(left))
+            self.found[form.name][kind].append(self._loss(decoder, module, changed) * float(left))
+
+    def _loss(self, decoder: Decoder, module: ModuleStates, changed: LayerWeights) -> float:
+        """Returns the loss in nats per token of a module with changed weights, or of a decoder with another cache."""
+        source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
+        energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
+        total = 0.0
+        # Some samples at a time.
+        parts = (row_chunks(states, CHUNK_TOKENS) for states in (source, raw, energy))
+        for source_part, raw_part, energy_part in zip(*parts, strict=True):
+            dense = module_output(decoder, module.kind, module.weights, raw_part)
+            off = _output(decoder, module.index, module.kind, changed, source_part, self.tables) - dense
+            total += float(off.square_().mul_(energy_part).sum())
+        return total
+
+    def _scales(self, index: int, weights: LayerWeights, source: torch.Tensor, form: CacheFormat) -> LayerWeights:
+        """Returns the scales of a layer's KV cache, from what its attention reads (b, t, c)."""
+        decoder = self.decoder
+        states = module_states(decoder, "attention", weights, source)
+        attention = decoder.layers[index].attention
+        return scales_of(*attention_heads(states, weights, attention, self.tables, decoder.norm_eps)[1:], form)
 
     def _before(self, module: ModuleStates) -> torch.Tensor:
         """Returns the weights (out_features, c) of the matrices before the activation; of experts, the first one's."""
@@ -112,6 +134,10 @@ class ModuleRoundings:
             )
             for name, kinds in self.found.items()
         }
+
+    def cache_losses(self) -> dict[str, CacheLosses]:
+        """Returns the losses of each format of the KV cache in nats per token, by its name."""
+        return {name: CacheLosses(np.array(found[::-1])) for name, found in self.found_caches.items()}
 
 
 def _output(

@@ -32,7 +32,7 @@ from edgeprune.model.forward import (
     modules_of,
 )
 from edgeprune.model.model import Model
-from edgeprune.precision import WeightFormat
+from edgeprune.precision import CacheFormat, WeightFormat
 from edgeprune.progress import Progress
 from edgeprune.pruning.compensate import nested_errors
 from edgeprune.pruning.experts import expert_inputs, expert_projection
@@ -42,9 +42,9 @@ from edgeprune.pruning.score import Projection, Score
 from edgeprune.pruning.select import Rank, features_of, select_heads
 from edgeprune.search.response import PROBES, measure_response
 from edgeprune.search.roundings import ModuleRoundings, table_losses
-from edgeprune.search.widths import RoundingLosses, Sensitivities, dense_widths
+from edgeprune.search.widths import CacheLosses, RoundingLosses, Sensitivities, dense_widths
 
-VERSION = 12  # of the kept results; another number measures again
+VERSION = 14  # of the kept results; another number measures again
 SAMPLES = 12  # on which cuts are measured: their moments need several times as many tokens as the widest module's width
 ROUNDED_SAMPLES = 4  # of these, on which formats are measured, whose errors are averages over all tokens
 
@@ -57,17 +57,20 @@ def sensitivities_of(
     progress: Progress,
     formats: tuple[WeightFormat, ...] = (),
     table_formats: tuple[WeightFormat, ...] = (),
+    caches: tuple[CacheFormat, ...] = (),
 ) -> Sensitivities:
     """Returns the sensitivities with their measured response, from the cache or measured now.
 
     ids: calibration samples (samples, tokens) int64; method: the name of the pruning method whose score and recovery
-    are used; formats: that modules may be rounded to; table_formats: of these, that embedding and head may. Raises
-    InputError for an unknown method, and NumericalError where activations are not finite.
+    are used; formats: that modules may be rounded to; table_formats: of these, that embedding and head may; caches:
+    that the KV cache may have. Raises InputError for an unknown method, and NumericalError where activations are not
+    finite.
     """
     # The key holds all that the result depends on.
     how = method_named(method)
     named = f"{VERSION} {model.fingerprint} {how.score.__name__} {how.recovery.value} {seed}"
     named += "".join(f" {form.name}{' table' * (form in table_formats)}" for form in formats)
+    named += "".join(f" cache {form.name}" for form in caches)
     key = hashlib.sha256(named.encode() + ids.tobytes()).hexdigest()
     path = cache_folder() / "sensitivities" / f"{key}.npz"
 
@@ -75,11 +78,11 @@ def sensitivities_of(
         samples = torch.from_numpy(ids)
         advance = progress.stage("measure sensitivities", 2 * len(model.decoder.layers))
         some = _spread(samples, SAMPLES)
-        sensitivities = measure_sensitivities(model, some, how.score, seed, formats, table_formats, advance)
-        advance = progress.stage("probe the loss", PROBES)
-        return measure_response(model, samples, sensitivities, how, seed, formats, advance)
+        sensitivities = measure_sensitivities(model, some, how.score, seed, formats, table_formats, caches, advance)
+        advance = progress.stage("probe the loss", PROBES + len(caches))
+        return measure_response(model, samples, sensitivities, how, seed, formats, caches, advance)
 
-    return cached(path, lambda data: decoded(data, model.decoder, formats), measured, encoded)
+    return cached(path, lambda data: decoded(data, model.decoder, formats, caches), measured, encoded)
 
 
 def _spread(samples: torch.Tensor, most: int) -> torch.Tensor:
@@ -94,17 +97,23 @@ def encoded(sensitivities: Sensitivities) -> bytes:
     for name, losses in sensitivities.roundings.items():
         tables = np.array([losses.embedding, losses.head, losses.response])
         arrays |= {f"{name} attention": losses.attention, f"{name} mlp": losses.mlp, f"{name} tables": tables}
+    for name, of_cache in sensitivities.caches.items():
+        arrays |= {f"{name} cache": of_cache.attention, f"{name} cache response": np.array([of_cache.response])}
     np.savez(file, **arrays)
     return file.getvalue()
 
 
-def decoded(data: bytes, decoder: Decoder, formats: tuple[WeightFormat, ...]) -> Sensitivities:
+def decoded(
+    data: bytes, decoder: Decoder, formats: tuple[WeightFormat, ...], caches: tuple[CacheFormat, ...] = ()
+) -> Sensitivities:
     """Returns what encoded was given. Raises ValueError for arrays that are not those of this decoder."""
     groups, heads, channels = dense_widths(decoder)
     layers = len(decoder.layers)
     shapes = {"attention": (layers, groups + 1, heads), "mlp": (layers, channels + 1), "response": (3,)}
     for form in formats:
         shapes |= {f"{form.name} attention": (layers,), f"{form.name} mlp": (layers,), f"{form.name} tables": (3,)}
+    for form in caches:
+        shapes |= {f"{form.name} cache": (layers,), f"{form.name} cache response": (1,)}
     with np.load(io.BytesIO(data)) as stored:
         arrays = {name: stored[name] for name in shapes}
     for name, shape in shapes.items():
@@ -116,7 +125,11 @@ def decoded(data: bytes, decoder: Decoder, formats: tuple[WeightFormat, ...]) ->
         embedding, head, response = arrays.pop(f"{form.name} tables").tolist()
         modules = arrays.pop(f"{form.name} attention"), arrays.pop(f"{form.name} mlp")
         roundings[form.name] = RoundingLosses(*modules, embedding, head, response)
-    return Sensitivities(**arrays, roundings=roundings)
+    of_caches = {
+        form.name: CacheLosses(arrays.pop(f"{form.name} cache"), float(arrays.pop(f"{form.name} cache response")[0]))
+        for form in caches
+    }
+    return Sensitivities(**arrays, roundings=roundings, caches=of_caches)
 
 
 def attention_errors(weight: torch.Tensor, moments: torch.Tensor, attention: Attention, rank: Rank) -> np.ndarray:
@@ -146,6 +159,7 @@ def measure_sensitivities(
     seed: int,
     formats: tuple[WeightFormat, ...] = (),
     table_formats: tuple[WeightFormat, ...] = (),
+    caches: tuple[CacheFormat, ...] = (),
     on_layer: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
     """Returns the sensitivities of all modules on the calibration samples ids (samples, tokens) int64.
@@ -158,7 +172,7 @@ def measure_sensitivities(
     decoder = model.decoder
     generator = torch.Generator().manual_seed(seed)
     share = 1 / (2 * decoder.hidden_size * ids.numel())
-    roundings = ModuleRoundings(decoder, ids[:ROUNDED_SAMPLES], formats)
+    roundings = ModuleRoundings(decoder, ids[:ROUNDED_SAMPLES], formats, caches)
     errors: dict[str, list[np.ndarray]] = {"attention": [], "mlp": []}
 
     def measure(module: ModuleStates) -> None:
@@ -177,7 +191,7 @@ def measure_sensitivities(
     few = slice(ROUNDED_SAMPLES)
     tables = table_losses(model, ids[few], ends.last[few], ends.embedding_energy[few], table_formats)
     attention, mlp = (np.stack(errors[kind][::-1]) for kind in ("attention", "mlp"))
-    return Sensitivities(attention, mlp, roundings=roundings.losses(tables))
+    return Sensitivities(attention, mlp, roundings=roundings.losses(tables), caches=roundings.cache_losses())
 
 
 def _weighted(

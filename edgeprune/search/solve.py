@@ -19,7 +19,7 @@ import numpy as np
 from edgeprune.model.decoder import Decoder
 from edgeprune.search.knapsack import GAP, Knapsack, Options, Picks, bounds, can_fit
 from edgeprune.search.module_costs import ModuleCosts, channel_options
-from edgeprune.search.widths import Format, Sensitivities, Widths
+from edgeprune.search.widths import Cache, Format, Sensitivities, Widths
 
 GONE = Widths(0, 1, 0)
 MOST_SIZES = 64  # MLP widths that a knapsack chooses among; predictions are too rough for a finer grid
@@ -30,7 +30,8 @@ class Allocation:
     """The widths of every layer of the dense model (GONE: the layer is removed), the size of the vocabulary, and the
     predicted loss in nats per token.
 
-    formats: of each layer's attention and MLP, None for floats everywhere; tables: of embedding and head.
+    formats: of each layer's attention and MLP, None for floats everywhere; tables: of embedding and head; cache: of the
+    KV cache.
     """
 
     layers: tuple[Widths, ...]
@@ -38,6 +39,7 @@ class Allocation:
     loss: float
     formats: tuple[tuple[Format, Format], ...] | None = None
     tables: tuple[Format, Format] = (None, None)
+    cache: Cache = None
 
     def __post_init__(self) -> None:
         if self.formats is not None and not any(form for pair in self.formats for form in pair):
@@ -49,7 +51,8 @@ class Allocation:
         return replace(self, loss=0.0)
 
     def decoder(self, dense: Decoder) -> Decoder:
-        """Returns the target that this allocation makes of the dense model, with all of its vocabulary."""
+        """Returns the target that this allocation makes of the dense model, with all of its vocabulary and a KV cache
+        of floats: the scales of another are those of the fitted model."""
         target = dense.with_layer_widths(self.layers)
         return target.with_formats(self.formats or [(None, None)] * len(self.layers), *self.tables)
 
@@ -83,7 +86,8 @@ class Allocation:
         channels = str(summary["most channels"])
         if summary["fewest channels"] != summary["most channels"]:
             channels = f"{summary['fewest channels']} to {channels}"
-        counts = ", ".join(f"{count} modules in {name}" for name, count in self.format_counts.items())
+        counts = [f"{count} modules in {name}" for name, count in self.format_counts.items()]
+        counts = ", ".join([*counts, *([f"KV cache in {self.cache.name}"] if self.cache else [])])
         return (
             f"{summary['attentions']} of {layers} attention layers, {summary['key/value heads']} key/value heads each "
             f"with {summary['query heads per group']} query heads; {summary['MLPs']} of {layers} MLP layers, "
@@ -95,7 +99,8 @@ class Allocation:
 class Problem:
     """The allocation problem of a model whose layers are all alike.
 
-    dense: the widths of its layers; sensitivities: the predicted losses of all cuts and formats; costs: by constraint;
+    dense: the widths of its layers; sensitivities: the predicted losses of all cuts and formats; costs: by constraint,
+    with a KV cache of floats; caches: the formats that the KV cache may have, each with the costs by constraint;
     multiple: of the MLP channels; vocabularies: predicted loss in nats per token by size; formats: those that the costs
     speak of, floats first; layer_formats, table_formats: which of these the modules, and embedding and head, may have,
     by their places in the list; tied: embedding and head are one table; one_mlp_format: the MLPs of all layers
@@ -112,6 +117,16 @@ class Problem:
     table_formats: tuple[int, ...] = (0,)
     tied: bool = True
     one_mlp_format: bool = False
+    caches: Mapping[Cache, Mapping[str, ModuleCosts]] = field(default_factory=dict)
+
+    @property
+    def cache_formats(self) -> tuple[Cache, ...]:
+        """Returns the formats that the KV cache may have."""
+        return tuple(self.caches) or (None,)
+
+    def costs_of(self, cache: Cache) -> Mapping[str, ModuleCosts]:
+        """Returns the costs by constraint with a format of the KV cache."""
+        return self.caches.get(cache, self.costs)
 
     @property
     def depth(self) -> int:
@@ -125,7 +140,7 @@ class Problem:
         tables = places[allocation.tables[0]], places[allocation.tables[1]]
         return {
             name: cost.total(allocation.layers, allocation.vocab_size, formats, tables)
-            for name, cost in self.costs.items()
+            for name, cost in self.costs_of(allocation.cache).items()
         }
 
     def loss(self, allocation: Allocation) -> float:
@@ -134,6 +149,8 @@ class Problem:
         loss = sensitivities.loss(layers) + self.vocabularies[allocation.vocab_size]
         if allocation.formats is not None:
             loss += sensitivities.rounding_loss(layers, allocation.formats)
+        attends = np.array([widths.num_key_value_heads > 0 for widths in layers])
+        loss += float(sensitivities.cache_losses(allocation.cache)[attends].sum())
         return loss + self.table_loss(*allocation.tables)
 
     def table_loss(self, embedding: Format, head: Format) -> float:
@@ -149,15 +166,16 @@ class Problem:
     @property
     def smallest(self) -> Allocation:
         """Returns the smallest allocation: the layer that costs most to lose, of one head and the fewest channels, in
-        the formats of the fewest bits."""
+        the formats of the fewest bits, its KV cache too."""
         widths = Widths(1, 1, channel_options(self.dense.intermediate_size, self.multiple)[0])
         of_layers = self._fewest_bits(self.layer_formats, lambda cost, place: cost.attention[place, 1, 0])
         of_tables = self._fewest_bits(self.table_formats, lambda cost, place: cost.tables[place, place].sum())
         of_mlps = self._fewest_bits(self.mlp_formats, lambda cost, place: cost.mlp[place, widths.intermediate_size])
         formats = ((self.formats[of_layers], self.formats[of_mlps]),) * self.depth
         tables = (self.formats[of_tables],) * 2
+        cache = min(self.cache_formats, key=lambda form: form is None)
         choices = [
-            Allocation(tuple(layers), min(self.vocabularies), 0.0, formats, tables)
+            Allocation(tuple(layers), min(self.vocabularies), 0.0, formats, tables, cache)
             for kept in range(self.depth)
             for layers in [[widths if layer == kept else GONE for layer in range(self.depth)]]
         ]
@@ -195,18 +213,26 @@ def per_layer(problem: Problem, limits: Mapping[str, float]) -> Allocation | Non
 
 
 def _best(problem: Problem, limits: Mapping[str, float], sizes: list[int], joint: bool) -> Allocation | None:
-    """Returns the least of all knapsacks; where the MLPs have one format, over these formats."""
-    if not problem.one_mlp_format:
-        return _least(problem, limits, sizes, joint, problem.mlp_formats)
-    found = [_least(problem, limits, sizes, joint, (place,)) for place in problem.mlp_formats]
+    """Returns the least of all knapsacks: over the formats of the KV cache and, where the MLPs have one format, over
+    these formats."""
+    of_mlps = [(place,) for place in problem.mlp_formats] if problem.one_mlp_format else [problem.mlp_formats]
+    found = [
+        _least(problem, limits, sizes, joint, places, cache) for cache in problem.cache_formats for places in of_mlps
+    ]
     return min((one for one in found if one is not None), key=lambda one: one.loss, default=None)
 
 
 def _least(
-    problem: Problem, limits: Mapping[str, float], sizes: list[int], joint: bool, mlp_formats: tuple[int, ...]
+    problem: Problem,
+    limits: Mapping[str, float],
+    sizes: list[int],
+    joint: bool,
+    mlp_formats: tuple[int, ...],
+    cache: Cache,
 ) -> Allocation | None:
-    """Returns the least of all knapsacks. joint: one for each of the sizes, where layers go whole; else one for all."""
-    options = _options(problem, limits, sizes, mlp_formats)
+    """Returns the least of all knapsacks with one format of the KV cache. joint: one for each of the sizes, where
+    layers go whole; else one for all."""
+    options = _options(problem, limits, sizes, mlp_formats, cache)
     # A knapsack is open until it is solved, or cannot be better than the best.
     least = bounds(options, np.zeros(len(limits)), joint)  # (pairs, sizes) or (pairs, 1)
     least = np.where(can_fit(options, joint), least, np.inf)
@@ -234,11 +260,14 @@ def _least(
             best = picks.loss, int(pair), int(place), picks
     if best is None:
         return None
-    return _allocation(problem, options, best[1], sizes[best[2] :] if joint else sizes, best[3])
+    return _allocation(problem, options, best[1], sizes[best[2] :] if joint else sizes, best[3], cache)
 
 
-def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int], mlp_formats: tuple[int, ...]) -> Options:
-    """Returns the losses and costs of all options of the knapsacks' modules; mlp_formats: that MLPs may have."""
+def _options(
+    problem: Problem, limits: Mapping[str, float], sizes: list[int], mlp_formats: tuple[int, ...], cache: Cache
+) -> Options:
+    """Returns the losses and costs of all options of the knapsacks' modules; mlp_formats: that MLPs may have; cache:
+    the format of the KV cache."""
     sensitivities, dense = problem.sensitivities, problem.dense
     groups, heads = (
         array.ravel() + 1 for array in np.indices((dense.num_key_value_heads, dense.heads_per_group))
@@ -249,6 +278,7 @@ def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int], ml
     kept = _attention_losses(sensitivities, groups, heads)  # (layers, pairs)
     channels = sensitivities.response[2] * sensitivities.mlp  # (layers, intermediate_size + 1)
     of_attention = np.stack([rounding.response * rounding.attention for rounding in roundings], axis=1)
+    of_attention += sensitivities.cache_losses(cache)[:, None]
     of_mlp = np.stack([rounding.response * rounding.mlp for rounding in roundings], axis=1)  # (layers, formats)
     # Embedding and head: every vocabulary in every pair of formats.
     tables = [
@@ -261,7 +291,7 @@ def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int], ml
         problem.vocabularies[tokens] + problem.table_loss(problem.formats[embedding], problem.formats[head])
         for tokens, embedding, head in tables
     ]
-    costs = [problem.costs[name] for name in limits]
+    costs = [problem.costs_of(cache)[name] for name in limits]
     mlp_cost = np.stack([cost.mlp[places][:, sizes].T for cost in costs])  # (k, sizes, formats)
     mlp_cost[:, :, [place not in mlp_formats for place in places]] = np.inf
     return Options(
@@ -282,7 +312,9 @@ def _options(problem: Problem, limits: Mapping[str, float], sizes: list[int], ml
     )
 
 
-def _allocation(problem: Problem, options: Options, pair: int, sizes: list[int], picks: Picks) -> Allocation:
+def _allocation(
+    problem: Problem, options: Options, pair: int, sizes: list[int], picks: Picks, cache: Cache
+) -> Allocation:
     """Returns the allocation of a solution."""
     layers, formats = [], []
     for attention, mlp in zip(picks.attention, picks.mlp, strict=True):
@@ -293,7 +325,7 @@ def _allocation(problem: Problem, options: Options, pair: int, sizes: list[int],
         formats.append((of_attention, of_mlp))
     tokens, embedding, head = options.tables[picks.table]
     tables = problem.formats[embedding], problem.formats[head]
-    allocation = Allocation(tuple(layers), tokens, 0.0, tuple(formats), tables)
+    allocation = Allocation(tuple(layers), tokens, 0.0, tuple(formats), tables, cache)
     return replace(allocation, loss=problem.loss(allocation))
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeprune.model.decoder import Decoder
-from edgeprune.precision import WeightFormat
+from edgeprune.precision import CacheFormat, WeightFormat
 from edgeprune.search.module_costs import ModuleCosts, Widths, additive, channel_options
 
 Format = WeightFormat | None  # None: floats
+Cache = CacheFormat | None  # None: floats
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,38 @@ class RoundingLosses:
 
 
 @dataclass(frozen=True)
+class CacheLosses:
+    """The loss in nats per token that one format of the KV cache is predicted to cost.
+
+    attention: (layers,) fp64, of the keys and values of each layer at their full width; response: the ratio of measured
+    to predicted loss.
+    """
+
+    attention: np.ndarray
+    response: float = 1.0
+
+    @property
+    def by_layer(self) -> np.ndarray:
+        """Returns the corrected losses (layers,)."""
+        return self.response * self.attention
+
+
+@dataclass(frozen=True)
 class Sensitivities:
     """The loss in nats per token that each cut of one module, and each weight format, is predicted to cost.
 
     attention: (layers, num_key_value_heads + 1, heads_per_group) fp64, at [l, g, r - 1] for g kept groups of r query
     heads; mlp: (layers, intermediate_size + 1) fp64, at [l, k] for k kept channels; both after compensation; response:
     (3,), the ratio of measured to predicted loss, for removed groups, removed query heads and removed channels;
-    roundings: by the name of a weight format. Losses of widths and formats add up.
+    roundings: by the name of a weight format; caches: by that of a format of the KV cache. Losses of widths and formats
+    add up.
     """
 
     attention: np.ndarray
     mlp: np.ndarray
     response: np.ndarray = field(default_factory=lambda: np.ones(3))
     roundings: Mapping[str, RoundingLosses] = field(default_factory=dict)
+    caches: Mapping[str, CacheLosses] = field(default_factory=dict)
 
     def rounding(self, form: Format) -> RoundingLosses:
         """Returns the losses of a weight format; zeros for floats."""
@@ -54,6 +74,10 @@ class Sensitivities:
             nothing = np.zeros(len(self.mlp))
             return RoundingLosses(nothing, nothing, 0.0, 0.0)
         return self.roundings[form.name]
+
+    def cache_losses(self, form: Cache) -> np.ndarray:
+        """Returns the losses (layers,) of a format of the KV cache; zeros for floats."""
+        return np.zeros(len(self.mlp)) if form is None else self.caches[form.name].by_layer
 
     def errors(self, layer: int, widths: Widths) -> np.ndarray:
         """Returns the predicted losses (3,) of a layer's removed groups, query heads and channels, without response."""

@@ -12,6 +12,7 @@ from edgeprune.engine.estimate import counted, workspace_bytes
 from edgeprune.ondevice.budget import Budget, Limit, format_bytes, format_ms
 from edgeprune.ondevice.figures import Workload, figure_from_json
 from edgeprune.ondevice.measure import Counted
+from edgeprune.precision import CACHE_FORMATS
 from tests.support.runs import finished
 
 
@@ -42,19 +43,25 @@ def test_a_device_reads_back_what_it_needs(fitted):
     setup = fitted.setup
     assert (document["device"], document["engine"], document["sm"]) == ("jetson-orin", "tensorrt", 87)
     assert Workload(**document["workload"]) == setup.workload
-    graphs = {"graph": "model.opset24.last.onnx", "older_graph": "model.primitive.last.onnx"}
-    for name, filename in graphs.items():
-        assert document[name] == filename
+    graphs = document["rungs"][0]["graph"], document["older_graph"]
+    assert graphs == ("model.opset24.last.onnx", "model.primitive.last.onnx")
+    for filename in graphs:
         assert (fitted.chosen.exported.graphs / filename).is_file()
     assert figure_from_json(document["runtime"]) == fitted.dense.memory.runtime
     assert document["precision"] == "fp16"
 
 
 def test_every_rung_counts_its_own_model(fitted):
-    dense = replace(fitted.chosen, model=fitted.setup.model)
-    rungs = deployment([replace(fitted, chosen=dense), fitted])["rungs"]
+    whole = replace(fitted.chosen.exported, decoder=fitted.setup.model.decoder)
+    dense = replace(fitted.chosen, model=fitted.setup.model, exported=whole)
+    in_codes = fitted.chosen.decoder.with_cache(CACHE_FORMATS["int8"])
+    codes = replace(fitted.chosen, exported=replace(fitted.chosen.exported, decoder=in_codes))
+    *rungs, joined = deployment([replace(fitted, chosen=dense), fitted, replace(fitted, chosen=codes)])["rungs"]
     setup = fitted.setup
+    assert (joined["cache"], joined["graph"]) == ("int8", "model.last.onnx")
+    assert 2 * joined["counted"]["cache"] == rungs[1]["counted"]["cache"]
     for rung, decoder in zip(rungs, (setup.model.decoder, fitted.chosen.model.decoder), strict=True):
         assert Counted(**rung["counted"]) == counted(decoder, setup.precision, setup.workload)
+        assert (rung["cache"], rung["graph"]) == ("float", "model.opset24.last.onnx")
         assert rung["workspace_bytes"] == workspace_bytes(decoder, setup.profile, setup.workload, setup.precision)
     assert rungs[0]["counted"]["weights"] > rungs[1]["counted"]["weights"]

@@ -79,7 +79,7 @@ def test_what_fails_changes_nothing(bundle, monkeypatch):
         ("report.json", {"experience": None}, "report.json cannot be read .*: experience: "),
         ("rungs/0/report.json", {"invented": 1}, "rungs/0/report.json cannot be read .*: invented: "),
         ("deployment.json", {"rungs": []}, "deployment.json: rungs is not one of this version"),
-        ("deployment.json", {"graph": "../model.onnx"}, "deployment.json: graph is not one of this version"),
+        ("deployment.json", {"older_graph": "../model.onnx"}, "deployment.json: graph is not one of this version"),
         ("deployment.json", {"sm": "87"}, "deployment.json: sm is not a whole number or null"),
         ("deployment.json", {"limits": {"memory": {"value": -1, "asked": "-1"}}}, "deployment.json: limits is not one"),
         ("deployment.json", {"limits": {"memory": 3}}, "deployment.json: limits.memory: it is not an object"),

@@ -103,6 +103,18 @@ def test_an_older_tensorrt_copies_the_cache_and_the_plan_says_so(config: str) ->
     assert caches[0] == 2 * caches[1]
 
 
+def test_a_cache_in_codes_is_joined_where_one_of_floats_is_written_in_place(config: str) -> None:
+    plain, codes = (plan_one(Question(config, "jetson-orin", cache=form)).as_json() for form in ("float", "int8"))
+    assert (plain["dialect"], codes["dialect"]) == ("opset24", "opset23")
+    assert "writes floats alone into the KV cache in place, not int8" in codes["basis"]["dialect"]
+    copies = [one["parts"]["decode_ms"]["cache_copies"] for one in (plain, codes)]
+    assert copies[0] == 0
+    assert copies[1] == pytest.approx(2 * codes["parts"]["decode_ms"]["cache"])
+    caches = [one["parts"]["memory_bytes"]["cache"] for one in (plain, codes)]
+    assert caches[0] == caches[1]  # two bytes of a number once, and one twice
+    assert codes["decode_in_place_ms"] < plain["decode_ms"] < codes["decode_ms"]
+
+
 def test_in_fp32_the_plan_is_of_the_dialect_that_a_fit_takes(config: str) -> None:
     found = plan_one(Question(config, "rtx-a4000", precision="fp32"))
     assert found.profile.dialect == "primitive"

@@ -178,6 +178,7 @@ def test_a_candidate_on_the_processor_is_the_dense_figure_times_its_ratio(tmp_pa
         }
     )
     candidate = exported(tmp_path)
+    np.savez(candidate.reference, cache="float")
     engine = OnnxRuntime(load_profile("cpu"), TASK, "fp32", "", answers)
     alone = engine.performance(candidate, None, quiet)
     assert (alone.decode.value, alone.decode_ratio) == (9.0, None)

@@ -31,7 +31,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.tensorrt import shapes
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.profiles import DeviceProfile, HardwareFigure, list_profiles, load_profile
 from tests.support.shapes import SMOLLM2, uniform
 
@@ -103,7 +103,7 @@ def test_a_format_takes_its_time_in_a_prefill() -> None:
     saved = 1e3 * (2 - 1) * SMOLLM2.layer_parameters / 204.8e9  # a scale for each output apart
     slower = 1e3 * 2 * 2048 * SMOLLM2.layer_parameters / RATE
     assert few.value - floats.value == pytest.approx(slower - saved, rel=1e-3)
-    assert "x for its weight formats" in few.basis
+    assert "x for its formats" in few.basis
     assert "weight formats" not in floats.basis
 
 
@@ -392,3 +392,35 @@ def test_activations_agree_with_what_tensorrts_compiler_reports(
     assert builder.build_serialized_network(network, config) is not None
     (reported,) = (int(line.split()[3]) for line in lines if line.startswith("Total Activation Memory"))
     assert activation_bytes(decoder, "fp16", workload, dialect) == pytest.approx(reported, rel=0.25)
+
+
+def test_a_cache_in_int8_is_a_byte_a_number_and_slows_a_prefills_attention_as_the_profile_says():
+    decoder, int8 = SMOLLM2, CACHE_FORMATS["int8"]
+    workload, orin = Workload(1, 256, 1024), joining(ORIN)
+    plain, codes = (estimate_performance(d, orin, workload, "fp16") for d in (decoder, decoder.with_cache(int8)))
+    numbers = 2 * 30 * 3 * 64 * 1024
+    assert plain.memory.cache.value - codes.memory.cache.value == 2 * numbers  # of both halves
+    moved = [bytes_per_token(d, "fp16", workload) for d in (decoder, decoder.with_cache(int8))]
+    assert [one.cache + one.cache_copies for one in moved] == [6 * numbers, 3 * numbers]  # read; and copied
+    assert codes.decode.value < plain.decode.value
+    offer = orin.cache["int8"].model_copy(update={"prefill": 4.0})
+    slow = orin.model_copy(update={"cache": {"int8": offer}})
+    attention = 2.0 * 256 * 256 * 30 * 9 * 64
+    computing = [prefill_parts(d, slow, workload, "fp16")["compute"] for d in (decoder, decoder.with_cache(int8))]
+    assert computing[1] - computing[0] == pytest.approx(1e3 * 3 * attention / RATE)
+
+
+def test_a_cache_in_codes_is_joined_where_one_of_floats_is_written_in_place() -> None:
+    """On an Orin int8 holds two caches and copies, fp16 neither: the search weighs the dialects with the formats."""
+    int8 = SMOLLM2.with_cache(CACHE_FORMATS["int8"])
+    assert [ORIN.for_cache(d.cache_format).dialect for d in (SMOLLM2, int8)] == ["opset24", "opset23"]
+    floats, codes = (estimate_performance(decoder, ORIN, WORKLOAD, "fp16") for decoder in (SMOLLM2, int8))
+    numbers = 2 * 30 * 3 * 64 * 2048
+    assert floats.memory.cache.value == codes.memory.cache.value == 2 * numbers  # 2 bytes once; a byte twice
+    assert ("one buffer" in floats.memory.cache.basis, "both held" in codes.memory.cache.basis) == (True, True)
+    parts = [decode_parts(decoder, ORIN, WORKLOAD, "fp16") for decoder in (SMOLLM2, int8)]
+    assert parts[0]["cache_copies"] == 0
+    assert parts[1]["cache_copies"] == 2 * parts[1]["cache"] == parts[0]["cache"]
+    assert codes.decode.value > floats.decode.value
+    joined = estimate_performance(int8, joining(ORIN), WORKLOAD, "fp16")
+    assert (codes.memory, codes.prefill, codes.decode) == (joined.memory, joined.prefill, joined.decode)

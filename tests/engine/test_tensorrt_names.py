@@ -67,7 +67,7 @@ USED = {
         "create_network",
         "create_optimization_profile",
     },
-    "DataType": {"BF16", "FLOAT", "HALF", "INT64"},
+    "DataType": {"BF16", "FLOAT", "FP8", "HALF", "INT64", "INT8"},
     "IBuilderConfig": {
         "add_optimization_profile",
         "create_timing_cache",

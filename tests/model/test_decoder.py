@@ -18,7 +18,7 @@ def test_the_sizes_of_a_published_model_are_its_own():
     """SmolLM2-135M: 134,515,008 parameters with the tied table, 28,311,552 in it."""
     assert (SMOLLM2.parameters, SMOLLM2.table_parameters) == (134_515_008, 28_311_552)
     assert SMOLLM2.layer_parameters == SMOLLM2.parameters - SMOLLM2.table_parameters - 61 * 576
-    assert SMOLLM2.cache_elements(2, 100) == 2 * 2 * 100 * 30 * 3 * 64
+    assert SMOLLM2.cache_bytes(2, 100, 4) == 4 * 2 * 2 * 100 * 30 * 3 * 64
 
 
 @given(st.lists(widths, min_size=3, max_size=3))
@@ -91,4 +91,4 @@ def test_rotary_embeddings_and_windows_are_listed_once_in_their_order():
     decoder = Decoder("llama", 4, 5, 6, 1e-5, True, layers)
     assert decoder.rotaries == (first, second)
     assert decoder.windows == (None, 4)
-    assert decoder.cache_elements(1, 1, head_multiple=8) == 3 * 2 * 8
+    assert decoder.cache_bytes(1, 1, 2, head_multiple=8) == 2 * 3 * 2 * 8

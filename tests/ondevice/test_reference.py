@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 
 from edgeprune.engine.onnx.graph import GraphFiles, write_graphs
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, WrongEngine
 from edgeprune.ondevice import machine, measure
 from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
 from edgeprune.ondevice.onnxruntime import GraphRunner as ProcessorRunner
-from edgeprune.ondevice.reference import PROMPT, STEPS, compare_logits, judge_logits, read_reference, write_reference
+from edgeprune.ondevice.reference import (
+    PROMPT,
+    STEPS,
+    cache_of,
+    compare_logits,
+    judge_logits,
+    read_reference,
+    write_reference,
+)
 from edgeprune.ondevice.tensorrt_runner import EngineRunner
 from edgeprune.ondevice.worker import quiet
 from edgeprune.precision import PRECISIONS
@@ -249,3 +257,20 @@ def test_on_a_double_an_engine_of_pictures_is_checked_beyond_their_first_row(dev
             assert runner.most_tokens == 1
             found = compare_logits(runner, *read_reference(path), quiet)
         assert (found["cosine"] > 0.99999) == right
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_over_a_cache_in_codes_the_tolerance_is_wider_and_named(precision: str) -> None:
+    agreement = {"cosine": 0.992, "error": 0.08, "equal": 1.0, "positions": 9}
+    assert "cosine 0.992" in judge_logits(agreement, precision, "plan", "int8")
+    with pytest.raises(WrongEngine, match=f"{precision} over a KV cache in fp8 allows 0.99 and 0.1"):
+        judge_logits(agreement | {"error": 0.2}, precision, "plan", "fp8")
+    if precision != "bf16":
+        with pytest.raises(WrongEngine):
+            judge_logits(agreement, precision, "plan")
+
+
+def test_a_reference_says_over_which_cache_it_was_computed(reference: Path, tmp_path: Path) -> None:
+    assert cache_of(reference) == "float"
+    write_reference(Saying(np.zeros((80, 5))), IDS[:20], tmp_path / "reference.npz", "int8")
+    assert cache_of(tmp_path / "reference.npz") == "int8"

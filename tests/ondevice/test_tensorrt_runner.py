@@ -11,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from edgeprune.engine.onnx.graph import GraphFiles
+from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, write_graphs
 from edgeprune.errors import EngineError, NumericalError
 from edgeprune.ondevice.cuda import Cuda
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.sampling import generate
 from edgeprune.ondevice.tensorrt_runner import EngineRunner, Timed
+from edgeprune.precision import CACHE_FORMATS
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.double_tensorrt import CONTEXT_BYTES
-from tests.support.doubles.install import MODEL, PRIMITIVE, WORKLOAD, built, install, on_the_processor
+from tests.support.doubles.install import MODEL, PRIMITIVE, RUNTIME, WORKLOAD, built, install, on_the_processor
+from tests.support.reference import decoder_of, weights_of
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
 
@@ -65,6 +68,27 @@ def test_on_a_double_every_step_has_the_logits_of_onnx_runtime(
                 found, wanted = (one.run(ids[:, begin:end]) for one in (runner, reference))
                 np.testing.assert_allclose(found, wanted, atol=2e-4 if precision == "fp32" else 0.05)
                 assert runner.past == end
+
+
+def test_on_a_double_a_cache_in_int8_moves_codes(device: Device, precision: str, tmp_path: Path) -> None:
+    """The logits of ONNX Runtime's operator over the same codes; the cache is a half or a quarter of one of floats."""
+    decoder, weights = decoder_of(MODEL.config), dict(weights_of(MODEL))
+    quantised = decoder.with_cache(CACHE_FORMATS["int8"])
+    for name in set(quantised.shapes()) - set(decoder.shapes()):
+        weights[name] = torch.full(quantised.shapes()[name], 0.02)
+    opset23 = GraphVariant("opset23", "last")
+    files = write_graphs(quantised, weights, tmp_path / "codes", precision, [opset23])
+    reference = write_graphs(quantised, weights, tmp_path / "reference", "fp32", [RUNTIME])
+    ids = np.random.default_rng(0).integers(0, 200, (2, 24))
+    expected = on_the_processor(reference, 2)
+    with opened(built(files.graphs[opset23], tmp_path / "plan")) as runner:
+        in_codes = runner.cache_bytes
+        for begin, end in ((0, 16), (16, 19), *((place, place + 1) for place in range(19, 24))):
+            found, wanted = (one.run(ids[:, begin:end]) for one in (runner, expected))
+            np.testing.assert_allclose(found, wanted, atol=1e-3 if precision == "fp32" else 0.4)
+    floats = write_graphs(decoder, weights, tmp_path / "floats", precision, [opset23])
+    with opened(built(floats.graphs[opset23], tmp_path / "other")) as runner:
+        assert runner.cache_bytes == (4 if precision == "fp32" else 2) * in_codes
 
 
 def test_on_a_double_positions_count_the_real_tokens_from_zero(device: Device, plan: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.evaluate.perplexity import document_losses, rise
+from edgeprune.model.cache import cache_scales, with_cache
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
@@ -24,6 +25,7 @@ from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.results import Samples
+from edgeprune.precision import CACHE_FORMATS
 from edgeprune.profiles import load_profile
 from edgeprune.progress import Silent
 from tests.support.checkpoints import save_llama
@@ -70,7 +72,8 @@ def write(model: Model, folder: Path) -> Path:
 def candidate(model: Model, folder: Path) -> SimpleNamespace:
     """As the loop's: the fp32 graphs stand beside those of the device's precision."""
     write(model, folder / "onnx-fp32")
-    return SimpleNamespace(model=model, runnable_graph=folder / "onnx-fp32" / GRAPH_FILE)
+    graph = folder / "onnx-fp32" / GRAPH_FILE
+    return SimpleNamespace(model=model, deployed=model, decoder=model.decoder, runnable_graph=graph)
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +198,17 @@ def test_a_vocabulary_of_its_own_changes_the_spelling_and_not_the_text(home, tmp
     prompts = retokenized(home.prompts(), home.model.directory, reduced.directory)
     assert quality.answers["prompt_tokens"] == len(home.prompts()[0])
     assert quality.answers["identical"][0]["answers"] == sum(len(prompt) <= CONTEXT - 20 for prompt in prompts)
+
+
+def test_a_cache_in_codes_is_evaluated_as_it_is_deployed(home: Home, tmp_path: Path) -> None:
+    """Half of a channel's range is cut off, so that the difference is plain: on a GPU's profile by the walk."""
+    form = CACHE_FORMATS["int8"]
+    ids = torch.from_numpy(np.stack([document[:24] for document in home.tokens["notes"] if len(document) >= 24]))
+    scales = {name: scale / 2 for name, scale in cache_scales(home.model, ids, form).items()}
+    chosen = candidate(home.model, tmp_path / "other")
+    chosen.deployed = with_cache(home.model, form, scales)
+    chosen.decoder = chosen.deployed.decoder
+    text = home.evaluator(tmp_path / "run").quality("0", chosen).texts["notes"]
+    expected = document_losses(chosen.deployed, home.tokens["notes"], 256)
+    assert text["fitted"] == pytest.approx(expected.perplexity)
+    assert text["fitted"] != pytest.approx(text["dense"], rel=1e-4)

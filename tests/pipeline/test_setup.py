@@ -36,12 +36,12 @@ def test_what_is_left_out_is_the_profiles_and_each_choice_has_its_reason(small, 
     asked = {name: limit.asked for name, limit in setup.budget.limits.items()}
     assert asked == {"memory": default.memory, "prefill": default.prefill, "decode": default.decode}
     choices = {choice.name: choice for choice in setup.choices}
-    engine = {"weights", "TensorRT", "dialect", "engine", "precision"}
+    engine = {"weights", "KV cache", "TensorRT", "dialect", "engine", "precision"}
     assert set(choices) == engine | {"budget", "calibration", "read notes.txt"}
     assert choices["TensorRT"].value == "10.16"
     assert choices["dialect"].value == "opset24"
     assert choices["dialect"].reason.startswith("TensorRT 10.16 writes new keys and values into the KV cache in place")
-    assert choices["weights"].value == "float, int8, int4-64"
+    assert choices["weights"].value == "float, int8, int4-64, w8a8"
     assert choices["budget"].reason == "none was given: the default of jetson-orin"
     read = choices["read notes.txt"]
     assert read.value.startswith("text; 5 documents of ")

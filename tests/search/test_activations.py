@@ -49,7 +49,7 @@ def test_a_probe_of_its_own_corrects_it():
     model = small(num_hidden_layers=7)
     raw = measure_sensitivities(model, ids(), numerical, 0, (INT8, W8A8))
     calls = []
-    found = measure_response(model, ids(), raw, METHODS["default"], 0, (INT8, W8A8), lambda: calls.append(1))
+    found = measure_response(model, ids(), raw, METHODS["default"], 0, (INT8, W8A8), on_probe=lambda: calls.append(1))
     assert found.roundings["int8"].response != found.roundings["w8a8"].response
     assert len(calls) == 4
     again = decoded(encoded(found), model.decoder, (INT8, W8A8))

@@ -11,7 +11,7 @@ from edgeprune.engine.estimate import estimate_performance
 from edgeprune.engine.overheads import fixed_times
 from edgeprune.model.decoder import Attention, Decoder, Grid, Layer, Mlp, Picture, Rotary
 from edgeprune.ondevice.figures import Workload
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.profiles import list_profiles, load_profile
 from edgeprune.search.estimated_costs import estimated_costs, memory_costs
 from edgeprune.search.latency_table import KINDS
@@ -101,6 +101,21 @@ def test_memory_of_free_widths_is_exact() -> None:
     parts = (ORIN, WORKLOAD, "fp16")
     expected = estimate_performance(SMOLLM2.with_layer_widths(layers), *parts).memory.total
     assert memory_costs(SMOLLM2, *parts).total(layers, SMOLLM2.vocab_size) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_cache_in_codes_costs_what_its_own_dialect_does() -> None:
+    """On an Orin a cache of floats is in place and one of codes is not: each table is of its own graph."""
+    layers = [(2, 3, 512)] * 10 + [(0, 1, 1024)] * 5 + [(2, 3, 0)] * 5 + [(0, 1, 0)] * 10
+    parts, int8 = (ORIN, Workload(2, 128, 2048), "fp16"), CACHE_FORMATS["int8"]
+    latency = estimated_costs(SMOLLM2, *parts, caches=(None, int8))
+    for cache in (None, int8):
+        dense = SMOLLM2.with_cache(cache)
+        expected = estimate_performance(dense.with_layer_widths(layers), *parts)
+        assert ("both held" in expected.memory.cache.basis) == (cache is not None)
+        memory = memory_costs(dense, *parts).total(layers, dense.vocab_size)
+        assert memory == pytest.approx(expected.memory.total, rel=1e-9)
+        for kind, costs in latency.of(cache).items():
+            assert costs.total(layers, dense.vocab_size) == pytest.approx(getattr(expected, kind).value, rel=1e-6)
 
 
 FORMATS = (None, WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-64"])

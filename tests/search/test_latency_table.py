@@ -15,7 +15,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.worker import quiet
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.profiles import load_profile
 from edgeprune.search import latency_table
 from edgeprune.search.latency_table import BASE, KINDS, RandomWeights, design, fit, measured_times
@@ -49,6 +49,24 @@ def times_of(dense: Decoder, noise: float = 0.0) -> latency_table.Times:
         }
         for kind, scale in (("prefill", 5.0), ("decode", 1.0))
     }
+
+
+def test_the_change_by_a_format_of_the_cache_is_shared_by_query_heads() -> None:
+    """Slower in a prefill, faster at a step; the rest of the table is that of floats."""
+    int8, times, depth = CACHE_FORMATS["int8"], times_of(SMOLLM2), len(design(SMOLLM2, "fp32", 32)[BASE].layers)
+    points = design(SMOLLM2, "fp32", 32, caches=(None, int8))
+    assert [name for name in points if name not in design(SMOLLM2, "fp32", 32)] == ["int8 cache"]
+    assert points["int8 cache"].decoder(SMOLLM2).cache_format == int8
+    changes = {"prefill": 0.04, "decode": -0.01}
+    for kind, change in changes.items():
+        times[kind]["int8 cache"] = times[kind][BASE] + change * depth
+    costs = fit(SMOLLM2, PROFILE, "fp32", times, "test", caches=(None, int8))
+    for kind, table in costs.of(int8).items():
+        plain = costs.of(None)[kind]
+        assert np.isclose(table.attention[0, 3, 2] - plain.attention[0, 3, 2], changes[kind])
+        assert np.isclose(table.attention[0, 2, 0] - plain.attention[0, 2, 0], changes[kind] * 2 / 9)
+        assert table.attention[0, 0].tolist() == [0.0] * 3
+        assert np.array_equal(table.mlp, plain.mlp)
 
 
 def test_the_design_changes_one_width_at_a_time_and_holds_the_volume() -> None:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.search.latency_table import LatencyCosts
 from edgeprune.search.module_costs import ModuleCosts, additive
 from edgeprune.search.planner import STEP, Planner
 from edgeprune.search.search import corrected
 from edgeprune.search.solve import Problem
-from edgeprune.search.widths import RoundingLosses, Sensitivities, Widths
+from edgeprune.search.widths import CacheLosses, RoundingLosses, Sensitivities, Widths
 
 DENSE = Widths(2, 2, 64)
 LAYERS = 4
@@ -172,3 +172,31 @@ def test_beyond_the_fewest_bits_pruning_helps():
     assert "pruning" in [part.name for part in levers.parts]
     assert levers.precision_alone is None
     assert levers.pruning_alone is None or levers.pruning_alone > chosen.loss
+
+
+def test_the_cache_is_a_lever_of_its_own():
+    """Half of an attention's bytes are those of the cache, a quarter of which int8 leaves."""
+    planner = planner_with_formats()
+    problem, int8 = planner.problem, CACHE_FORMATS["int8"]
+    memory = problem.costs["memory"]
+    smaller = replace(memory, attention=memory.attention * 0.625)
+    losses = CacheLosses(np.full(3, 1e-4), 2.0)
+    problem = replace(
+        problem,
+        sensitivities=replace(problem.sensitivities, caches={"int8": losses}),
+        caches={None: problem.costs, int8: {"memory": smaller}},
+        layer_formats=(0,),
+        table_formats=(0,),
+    )
+    planner = replace(planner, problem=problem, estimator=replace(planner.estimator, estimate=problem.estimate))
+    whole = problem.estimate(problem.everything)["memory"]
+    limits = {"memory": 0.85 * whole}
+    chosen = planner.within(limits)
+    assert chosen.cache == int8
+    assert set(chosen.layers) == {problem.dense}
+    levers = planner.levers(limits, chosen)
+    (part,) = levers.parts
+    assert part.name == "KV cache in int8"
+    assert part.saved_bytes == pytest.approx(whole - problem.estimate(chosen)["memory"])
+    assert part.nats == pytest.approx(6e-4) == levers.precision_alone
+    assert levers.pruning_alone > 20 * part.nats

@@ -1,10 +1,13 @@
 """The measured response of widths and formats."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from edgeprune.model.cache import cache_scales, with_cache
 from edgeprune.model.forward import token_logits, weight_stream
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import numerical
@@ -34,7 +37,7 @@ def test_the_response_is_the_measured_divergence_over_the_predicted_loss():
     ids = torch.randint(0, 101, (8, 20), generator=torch.Generator().manual_seed(0))
     raw = measure_sensitivities(model, ids, numerical, 0, FORMATS)
     calls = []
-    found = measure_response(model, ids, raw, METHODS["default"], 0, FORMATS, lambda: calls.append(1))
+    found = measure_response(model, ids, raw, METHODS["default"], 0, FORMATS, on_probe=lambda: calls.append(1))
     assert len(calls) == PROBES
     # Widths: the prediction of the probe is what it was measured to lose.
     widths = [Widths(2, 3, 96), *probe_widths(Widths(2, 3, 96), 6)]
@@ -49,6 +52,32 @@ def test_the_response_is_the_measured_divergence_over_the_predicted_loss():
     assert np.isclose(
         factors.pop(), divergence(model, model.decoder.with_formats(pairs, None, None), ids) / predicted, rtol=1e-3
     )
+
+
+def test_the_response_of_a_cache_is_measured_on_the_last_layers():
+    """Predictions of the layers before take the same factor; the scales are those of the samples of the probe."""
+    settings = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, "head_dim": 16}
+    model = as_model(llama(num_hidden_layers=7, **settings))
+    ids = torch.randint(0, 101, (8, 20), generator=torch.Generator().manual_seed(0))
+    form = CACHE_FORMATS["int8"]
+    raw = measure_sensitivities(model, ids, numerical, 0, caches=(form,))
+    calls = []
+    found = measure_response(
+        model, ids, raw, METHODS["default"], 0, caches=(form,), on_probe=lambda: calls.append(1)
+    ).caches["int8"]
+    assert len(calls) == PROBES + 1
+    rounded = with_cache(model, form, cache_scales(model, ids[:4], form))
+    weights = dict(weight_stream(rounded))
+    whole = rounded.decoder.layers[0]
+    first = replace(whole, attention=replace(whole.attention, cache_format=None))  # it is not probed
+    decoder = replace(rounded.decoder, layers=(first, *rounded.decoder.layers[1:]))
+    expected, small = (
+        token_logits(d, ((name, weights[name]) for name in d.shapes()), ids[4:]).log_softmax(-1)
+        for d in (model.decoder, decoder)
+    )
+    measured = float((expected.exp() * (expected - small)).sum(-1).mean())
+    assert np.isclose(found.response, measured / raw.caches["int8"].attention[1:].sum(), rtol=0.02)
+    assert np.allclose(found.by_layer, found.response * raw.caches["int8"].attention)
 
 
 def test_probes_cut_another_kind_in_each_layer():

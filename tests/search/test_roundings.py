@@ -5,8 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_states, token_logits, weight_stream
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.model.forward import (
+    Tables,
+    add_module,
+    attend,
+    attention_heads,
+    embed,
+    layer_weights,
+    module_states,
+    token_logits,
+    weight_stream,
+)
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
@@ -16,9 +26,11 @@ from edgeprune.search import sensitivity
 from edgeprune.search.roundings import SHRINKS, GptqShares
 from edgeprune.search.sensitivity import measure_sensitivities
 from tests.support.gradients import module_energies
+from tests.support.rounded_cache import rounded
 from tests.support.tiny import as_model, llama
 
 FORMATS = (WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int4-32"])
+INT8 = CACHE_FORMATS["int8"]
 
 
 def model_of(**config):
@@ -167,3 +179,26 @@ def test_a_module_keeps_the_mean_of_the_shares_that_gptq_leaves(monkeypatch):
             [mine.attention[0], mine.mlp[0], mine.attention[1], mine.mlp[1]] / means,
             [whole_losses.attention[0], whole_losses.mlp[0], whole_losses.attention[1], whole_losses.mlp[1]],
         )
+
+
+def test_the_loss_of_a_cache_is_the_change_of_attentions_output_weighted_by_the_gradient():
+    """By numpy's codes: the scales are those of the samples' own keys and values."""
+    model, ids = model_of(num_key_value_heads=2), samples()
+    found = measure_sensitivities(model, ids, numerical, 0, caches=(INT8,)).caches["int8"].attention
+    decoder, weights, tables = model.decoder, layer_weights(model, 0), Tables(model.decoder, ids.shape[1])
+    attention = decoder.layers[0].attention
+    states = module_states(decoder, "attention", weights, embed(model, ids))
+    query, *cached = attention_heads(states, weights, attention, tables, decoder.norm_eps)
+    scales = [part.abs().amax(dim=(0, 2), keepdim=True).numpy() / 127 for part in cached]
+    held = [rounded(part, scale) for part, scale in zip(cached, scales, strict=True)]
+    off = (attend(query, *held, attention, None) - attend(query, *cached, attention, None)) @ weights["attention.o"].T
+    energy = module_energies(model, ids)[0]["attention"]
+    expected = (energy * off.square().sum(-1)).sum() / (2 * decoder.hidden_size * ids.numel())
+    assert np.isclose(found[0], float(expected), rtol=1e-3)
+    assert (found > 0).all()
+
+
+def test_a_cache_in_fp8_loses_more_than_one_in_int8():
+    """Three bits of a mantissa against seven of a number of one size."""
+    found = measure_sensitivities(model_of(), samples(), numerical, 0, caches=tuple(CACHE_FORMATS.values())).caches
+    assert (found["fp8"].attention > 2 * found["int8"].attention).all()

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs
+from edgeprune.precision import CACHE_FORMATS
 from edgeprune.progress import Silent
 from edgeprune.pruning.compensate import MOMENT_DAMPING
 from edgeprune.pruning.methods import METHODS
@@ -87,9 +88,15 @@ def test_what_is_kept_is_read_again_but_not_for_another_score(tmp_path, monkeypa
     again = sensitivities_of(model, ids, "default", 0, Silent())
     assert again.mlp.tolist() == first.mlp.tolist()
     assert len(list(tmp_path.rglob("*.npz"))) == 1
+    formats = tuple(CACHE_FORMATS.values())
+    cached = sensitivities_of(model, ids, "default", 0, Silent(), caches=formats).caches
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    read = sensitivities_of(model, ids, "default", 0, Silent(), caches=formats).caches
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    assert [one.by_layer.tolist() for one in read.values()] == [one.by_layer.tolist() for one in cached.values()]
     monkeypatch.setitem(METHODS, "default", METHODS["magnitude+ls"])
     other = sensitivities_of(model, ids, "default", 0, Silent())
-    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    assert len(list(tmp_path.rglob("*.npz"))) == 3
     assert other.mlp.tolist() != first.mlp.tolist()
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.search.module_costs import ModuleCosts
 from edgeprune.search.solve import GONE, Allocation, Problem, per_layer, uniform
 from edgeprune.search.widths import Widths, uniform_options
@@ -118,6 +118,60 @@ def test_widths_and_formats_together_are_the_least_loss_by_brute_force(seed, sha
         assert chosen.loss == pytest.approx(best, rel=2e-3)
         assert chosen.loss == pytest.approx(problem.loss(chosen))
         assert all(value <= limits[name] + 1e-9 for name, value in problem.estimate(chosen).items())
+
+
+INT8, FP8 = CACHE_FORMATS["int8"], CACHE_FORMATS["fp8"]
+
+
+def with_caches(problem: Problem, seed: int) -> Problem:
+    """The same with a KV cache that may have a format: each cheaper or dearer in every attention, by constraint."""
+    generator = np.random.default_rng(seed)
+    caches = {
+        cache: {
+            name: replace(cost, attention=cost.attention * (generator.uniform(0.3, 1.2) if cache else 1.0))
+            for name, cost in problem.costs.items()
+        }
+        for cache in (None, INT8, FP8)
+    }
+    return replace(problem, caches=caches)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_format_of_the_cache_is_that_of_least_loss_by_brute_force(seed):
+    problem = with_caches(problem_of(seed, layers=2), seed)
+    limits = limits_of(problem, [0.5 + 0.08 * seed] * 3)
+    best = None
+    for widths in uniform_options(FULL, 5):
+        for layers in ((widths, widths), (widths, GONE), (GONE, widths)):
+            for tokens, cache in itertools.product(VOCABULARIES, problem.cache_formats):
+                one = Allocation(layers, tokens, 0.0, cache=cache)
+                if all(value <= limits[name] + 1e-9 for name, value in problem.estimate(one).items()):
+                    one = replace(one, loss=problem.loss(one))
+                    best = one if best is None or one.loss < best.loss else best
+    chosen = uniform(problem, limits)
+    assert chosen.loss == pytest.approx(best.loss)
+    assert chosen.cache == best.cache
+
+
+def test_the_cache_stays_in_floats_where_the_budget_is_met_with_them():
+    problem = with_caches(problem_of(3, layers=2), 3)
+    chosen = per_layer(problem, limits_of(problem, [1.0] * 3))
+    assert chosen.cache is None
+    assert chosen.loss == 0.0
+    only = replace(problem, caches={INT8: problem.caches[INT8]})
+    forced = per_layer(only, {name: 2 * limit for name, limit in limits_of(problem, [1.0] * 3).items()})
+    assert forced.cache == INT8
+    assert forced.loss == pytest.approx(only.sensitivities.caches["int8"].by_layer.sum())
+    assert only.smallest.cache == INT8
+    assert "KV cache in int8" in str(forced)
+
+
+def test_a_layer_without_attention_loses_nothing_by_its_cache():
+    problem = with_caches(problem_of(3, layers=2), 3)
+    first = replace(problem.everything, layers=(Widths(0, 1, 20), FULL), cache=INT8)
+    both = replace(first, cache=None)
+    of_layers = problem.sensitivities.caches["int8"].by_layer
+    assert problem.loss(first) - problem.loss(both) == pytest.approx(of_layers[1])
 
 
 def test_formats_that_are_not_offered_are_not_chosen():

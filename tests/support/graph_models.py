@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, write_graphs
 from edgeprune.model.decoder import Decoder
-from edgeprune.ondevice.onnxruntime import open_session
+from edgeprune.ondevice.onnxruntime import ELEMENTS, open_session
 from tests.support.reference import decoder_of, weights_of
 
 VARIANTS = tuple(
@@ -99,10 +99,10 @@ def run_steps(
     for value in inputs.values():
         if not value.name.startswith("past_key_values"):
             continue
-        dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+        dtype = ELEMENTS[value.type]
         capacity = value.shape[2] if written else capacity
-        leftover = 7.0 if written else np.nan  # must not matter; a mask hides no NaN
-        empty = np.full((2, value.shape[1], capacity or 0, value.shape[3]), leftover, dtype)
+        left = 77 if dtype == np.int8 else 7.0 if written else np.nan  # must not matter; a mask hides no NaN
+        empty = np.full((2, value.shape[1], capacity or 0, value.shape[3]), left, dtype)
         cache[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
     names = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
     logits, start = [], 0

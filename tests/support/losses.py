@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from edgeprune.precision import WEIGHT_FORMATS
-from edgeprune.search.widths import RoundingLosses, Sensitivities
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
+from edgeprune.search.widths import CacheLosses, RoundingLosses, Sensitivities
 
 
 def sensitivities(seed: int, layers: int = 3) -> Sensitivities:
@@ -19,4 +19,5 @@ def sensitivities(seed: int, layers: int = 3) -> Sensitivities:
         name: RoundingLosses(generator.random(layers), generator.random(layers), *generator.random(3))
         for name in WEIGHT_FORMATS
     }
-    return Sensitivities(attention, mlp, generator.random(3) + 0.5, roundings)
+    caches = {name: CacheLosses(0.1 * generator.random(layers), 1.5) for name in CACHE_FORMATS}
+    return Sensitivities(attention, mlp, generator.random(3) + 0.5, roundings, caches)

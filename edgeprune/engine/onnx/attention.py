@@ -16,11 +16,13 @@ from edgeprune.engine.onnx.nodes import (
     Nodes,
     Shared,
     additive_masks,
+    cache_codes,
     head_width,
     lengths,
     masked,
 )
 from edgeprune.model.decoder import Attention, Decoder, Rotary
+from edgeprune.precision import CacheFormat
 
 
 def _angles(nodes: Nodes, rotary: Rotary, name: str) -> tuple[str, str]:
@@ -169,12 +171,20 @@ def _split_heads(nodes: Nodes, name: str, packed: str, attention: Attention) -> 
 
 
 def _with_cache(
-    nodes: Nodes, name: str, rotated: str, value: str, attention: Attention, cache: tuple[str, ...], shared: Shared
+    nodes: Nodes,
+    name: str,
+    rotated: str,
+    value: str,
+    attention: Attention,
+    cache: tuple[str, ...],
+    shared: Shared,
+    codes: CacheFormat | None = None,
 ) -> tuple[str, str, str]:
     """Appends the new keys and values to the KV cache: written into its slots where shared has write indices.
 
-    rotated: query and key heads (b, h + k, s, d); value: (b, k, s, d); cache: names as of _cache_names. Returns the
-    query (b, h, s, d), and all keys and values (b, k, t, d).
+    rotated: query and key heads (b, h + k, s, d); value: (b, k, s, d); cache: names as of _cache_names; codes: what the
+    cache holds, None for floats. Returns the query (b, h, s, d), and all keys and values (b, k, t, d), of codes as
+    floats.
     """
     past_key, past_value, present_key, present_value = cache
     inputs = (rotated, nodes.sizes(attention.num_attention_heads, attention.num_key_value_heads))
@@ -183,9 +193,39 @@ def _with_cache(
         nodes.add_many("TensorScatter", f"{name}.keys", (past_key, key, indices), (present_key,), axis=2)
         nodes.add_many("TensorScatter", f"{name}.values", (past_value, value, indices), (present_value,), axis=2)
         return query, present_key, present_value
+    if codes is not None:
+        key, value = (_codes(nodes, name, part, x, codes) for part, x in (("key", key), ("value", value)))
     (key,) = nodes.add_many("Concat", f"{name}.keys", (past_key, key), (present_key,), axis=2)
     (value,) = nodes.add_many("Concat", f"{name}.values", (past_value, value), (present_value,), axis=2)
+    if codes is not None:
+        one = nodes.number("one.float", 1.0)
+        key, value = (nodes.add("DequantizeLinear", f"{x}.floats", x, one) for x in (key, value))
     return query, key, value
+
+
+def _codes(nodes: Nodes, name: str, part: str, states: str, codes: CacheFormat) -> str:
+    """Adds the codes (b, k, s, d) of new keys or values of the same shape; part: `key` or `value`."""
+    from onnx import TensorProto, helper
+
+    scale = nodes.from_fp32(f"{name}.{part}_scale_cast", f"{name}.{part}_scale")
+    scaled = nodes.add("Div", f"{name}.{part}_scaled", states, scale)
+    zero = f"cache.zero_of_{codes.name}"
+    nodes.constants[zero] = helper.make_tensor(zero, getattr(TensorProto, codes.onnx_type), (), [0])
+    return nodes.add("QuantizeLinear", f"{name}.{part}_codes", scaled, nodes.number("one.float", 1.0), zero)
+
+
+def _scale_of_heads(nodes: Nodes, name: str, part: str, attention: Attention) -> str:
+    """Adds the scales (1, h, 1, d) of the channels that each query head reads; part: `key` or `value`."""
+    h, k, g, d = (
+        attention.num_attention_heads,
+        attention.num_key_value_heads,
+        attention.heads_per_group,
+        attention.head_dim,
+    )
+    scale = nodes.from_fp32(f"{name}.{part}_scale_of_queries", f"{name}.{part}_scale")  # (1, k, 1, d)
+    if g > 1:
+        scale = nodes.add("Expand", f"{name}.{part}_scale_of_group", scale, nodes.sizes(1, k, g, d))
+    return nodes.add("Reshape", f"{name}.{part}_scale_of_heads", scale, nodes.sizes(1, h, 1, d))
 
 
 def _join_heads(nodes: Nodes, name: str, context: str, attention: Attention) -> str:
@@ -232,16 +272,24 @@ def attention_opset23(
     It serves opset 24 too, where shared has the write indices of the KV cache. It is written in operators of opset 17
     in two cases. With a softcap, because Attention applies it after the mask in opset 23, which would make masked pairs
     visible; and with a single head, for which TensorRT for RTX has no kernel.
+
+    A KV cache in codes, which only opset 23 has, is dequantised with a scale of 1, because TensorRT takes one scale for
+    a whole tensor here; the scales of the channels are in the queries and in the context, whose channels they are too.
     """
     query_key, value = _split_heads(nodes, name, packed, attention)
     rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=False)
-    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache, shared)
+    codes = cache_codes(attention, "opset24" if "write_indices" in shared else "opset23")
+    query, key, value = _with_cache(nodes, name, rotated, value, attention, cache, shared, codes)
+    if codes is not None:
+        query = nodes.add("Mul", f"{name}.query_of_codes", query, _scale_of_heads(nodes, name, "key", attention))
     mask = shared[f"mask.{attention.window}"]
     if attention.softcap is not None or attention.num_attention_heads == 1:
         context = _attend(nodes, name, query, key, value, attention, mask)
     else:
         scale = attention.score_scale
         context = nodes.add("Attention", f"{name}.attend", query, key, value, mask, scale=scale)
+    if codes is not None:
+        context = nodes.add("Mul", f"{name}.context_values", context, _scale_of_heads(nodes, name, "value", attention))
     return _join_heads(nodes, name, context, attention)
 
 
@@ -317,8 +365,7 @@ def attention_onnxruntime(
         *positions,
         shared["bias"],
         "",
-        "",
-        "",
+        *_cache_scales(nodes, name, attention, width),
         "",
         "",
         shared["query_seqlens"],
@@ -333,6 +380,8 @@ def attention_onnxruntime(
         attributes["local_window_size"] = attention.window
     if attention.softcap is not None:
         attributes["softcap"] = attention.softcap
+    if cache_codes(attention, "onnxruntime") is not None:
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     outputs = (f"{name}.context", present_key, present_value)
     context = nodes.add_many("GroupQueryAttention", f"{name}.attend", inputs, outputs, MICROSOFT, **attributes)[0]
     # Cut the zeros off again.
@@ -342,6 +391,17 @@ def attention_onnxruntime(
     bounds = (nodes.sizes(0), nodes.sizes(attention.head_dim), nodes.sizes(3))
     context = nodes.add("Slice", f"{name}.own_heads", context, *bounds)  # (b, s, h, d)
     return nodes.add("Reshape", f"{name}.joined", context, nodes.sizes(0, 0, attention.query_size))
+
+
+def _cache_scales(nodes: Nodes, name: str, attention: Attention, width: int) -> tuple[str, str]:
+    """Returns the names of the scales (1, k, 1, width) of keys and values; empty where the KV cache is of floats."""
+    if cache_codes(attention, "onnxruntime") is None:
+        return "", ""
+    keys, values = (f"{name}.{part}_scale" for part in ("key", "value"))
+    if width == attention.head_dim:
+        return keys, values
+    ends, one = nodes.sizes(0, 0, 0, 0, 0, 0, 0, width - attention.head_dim), nodes.constant("one.fp32", 1, np.float32)
+    return tuple(nodes.add("Pad", f"{scale}_padded", scale, ends, one) for scale in (keys, values))
 
 
 def _turns_before(attention: Attention) -> bool:

@@ -39,8 +39,9 @@ ALIGNMENT = 64  # bytes: a cache line, and more than any element
 PIECE_BYTES = 1 << 25  # that are converted and written at a time
 
 
-Role = Literal["values", "codes", "scales", "zeros", "input_scale"]
+Role = Literal["values", "codes", "scales", "zeros", "input_scale", "cache scales"]
 SCALES: tuple[Role, ...] = ("scales", "input_scale")  # those of floats
+CACHE_SCALES = (".key_scale", ".value_scale")  # ends of the names of the scales of a KV cache in codes
 _OTHER_MODEL = "Load the model again: its weights and its configuration belong to different models."
 
 
@@ -52,7 +53,7 @@ class Initializer:
     transposed: from nn.Linear's (out, in) to MatMul's (in, out); offset: in bytes; precision: of floats; blocks: the
     matrices behind each other that the sources make, one for each expert; form, role: of a matrix in a weight format,
     and what of it this is. A rotary table is fp32 where the rest is bf16, because the dialect that reads it computes
-    in fp32 then.
+    in fp32 then; the scales of a KV cache are fp32 always.
     """
 
     name: str
@@ -131,6 +132,8 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
         """Appends a tensor at the end of its file, as one initializer or as those of its weight format."""
         own: GraphPrecision = "fp32" if precision == "bf16" and not sources else precision
         whole = Initializer(name, file, shape, sources, transposed and len(shape) > 1, 0, own, blocks)
+        if name.endswith(CACHE_SCALES):
+            whole = replace(whole, precision="fp32", role="cache scales", transposed=False)
         form = formats.get(sources[0]) if sources else None
         for part in [whole] if form is None else _quantised(replace(whole, form=form)):
             offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
@@ -218,6 +221,9 @@ def _attention(attention: Attention, hidden: int) -> Iterator[Part]:
     yield "o.weight", (attention.query_size, hidden), ("o",), 1
     if attention.output_bias:
         yield "o.bias", (hidden,), ("o_bias",), 1
+    if attention.cache_format is not None:
+        for name in ("key_scale", "value_scale"):
+            yield name, (1, attention.num_key_value_heads, 1, attention.head_dim), (name,), 1
 
 
 def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
@@ -288,7 +294,7 @@ def _held(name: str, weight: torch.Tensor | QuantisedWeight, initializer: Initia
 
     Raises NumericalError for a weight of few bits that overflows.
     """
-    if initializer.role == "values":
+    if initializer.role in ("values", "cache scales"):
         return weight
     if initializer.role == "scales":
         # The largest weight that the codes could stand for is seldom too large: then all are looked at.

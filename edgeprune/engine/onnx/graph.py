@@ -26,6 +26,7 @@ With logits `last` the last position is gathered before the final norm: logits (
 In bf16 the logits are cast to fp32, because not every consumer has bf16. ONNX Runtime has no bf16 on a
 processor: its dialect reads the same bf16 weights and computes in fp32, KV cache included.
 Matrices of a weight format are read through DequantizeLinear, which ONNX Runtime and TensorRT fuse with the product.
+A KV cache in a format is of its codes in the dialects that have it (nodes.cache_codes), with static scales.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgeprune.dialects import Dialect
 from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, SCALES, Initializer, layout, write_data
-from edgeprune.engine.onnx.nodes import WRITE_INDICES, Nodes, element_type, head_width
+from edgeprune.engine.onnx.nodes import WRITE_INDICES, Nodes, cache_codes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
 from edgeprune.errors import InputError
@@ -200,18 +201,20 @@ def _caches(
 
     past, total: the tokens of inputs and outputs, as a number or by name.
     """
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     inputs, outputs = [], []
     for index, layer in enumerate(decoder.layers):
         if (attention := layer.attention) is None:
             continue
         heads, width = attention.num_key_value_heads, head_width(attention.head_dim, dialect)
+        codes = cache_codes(attention, dialect)
+        held = element if codes is None else getattr(TensorProto, codes.onnx_type)
         past_key, past_value, present_key, present_value = _cache_names(index)
         for name in (past_key, past_value):
-            inputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, past, width]))
+            inputs.append(helper.make_tensor_value_info(name, held, ["batch", heads, past, width]))
         for name in (present_key, present_value):
-            outputs.append(helper.make_tensor_value_info(name, element, ["batch", heads, total, width]))
+            outputs.append(helper.make_tensor_value_info(name, held, ["batch", heads, total, width]))
     return inputs, outputs
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from edgeprune.dialects import Dialect
 from edgeprune.engine.onnx.data import Initializer
-from edgeprune.precision import PRECISIONS, GraphPrecision
+from edgeprune.model.decoder import Attention
+from edgeprune.precision import PRECISIONS, CacheFormat, GraphPrecision
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
@@ -28,6 +29,16 @@ def head_width(head_dim: int, dialect: Dialect) -> int:
     """Returns the width of one head in a dialect's KV cache, where zeros may fill it up."""
     multiple = HEAD_MULTIPLE if dialect == "onnxruntime" else 1
     return -(-head_dim // multiple) * multiple
+
+
+def cache_codes(attention: Attention, dialect: Dialect) -> CacheFormat | None:
+    """Returns the format of an attention's KV cache in a dialect; None: floats.
+
+    Q/DQ stand around a concatenation, so opset23 has them all; the operator of ONNX Runtime has int8 alone (1.32).
+    """
+    form = attention.cache_format
+    has_it = dialect == "opset23" or (dialect == "onnxruntime" and form is not None and form.name == "int8")
+    return form if has_it else None
 
 
 def element_type(precision: GraphPrecision) -> int:

@@ -32,7 +32,13 @@ from tests.support.doubles.double_tensorrt_base import (
 )
 
 CONTEXT_BYTES = 2**20
-NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT64: np.int64, DataType.BF16: np.uint16}
+NUMPY = {
+    DataType.FLOAT: np.float32,
+    DataType.HALF: np.float16,
+    DataType.INT8: np.int8,
+    DataType.INT64: np.int64,
+    DataType.BF16: np.uint16,
+}
 
 
 class Refused(Exception):

@@ -35,6 +35,7 @@ class DataType(enum.IntEnum):
     INT8 = 2
     INT32 = 3
     BOOL = 4
+    FP8 = 6
     BF16 = 7
     INT64 = 8
 

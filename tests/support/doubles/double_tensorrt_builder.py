@@ -25,6 +25,7 @@ ELEMENTS = {
     onnx.TensorProto.FLOAT: "FLOAT",
     onnx.TensorProto.FLOAT16: "HALF",
     onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.INT8: "INT8",
     onnx.TensorProto.INT64: "INT64",
 }
 HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
