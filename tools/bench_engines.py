@@ -1,6 +1,6 @@
 """Engines that TensorRT for RTX builds without a GPU, for every SM that it offers: time, memory, weights.
 
-    python tools/bench_engines.py [--shapes smollm2,1.1b,qwen3-8b] [--sms 86,89] [--dialects opset24,opset23] [--formats]
+    python tools/bench_engines.py [--shapes smollm2,1.1b,qwen3-8b] [--sms 86,89] [--dialects opset24] [--formats]
 
 Random weights in fp16 (a build does not depend on the values, but for zeros) of SmolLM2-135M's shape, of a Llama of
 1.1 B parameters and of two of Qwen3-8B's layers behind a small vocabulary, at batch 1, prompt 512, context 2048 (4096
