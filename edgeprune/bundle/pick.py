@@ -66,7 +66,7 @@ def pick(
     names = _names(bundle, index, manifest, measured)
     folder = Path("rungs") / str(index)
     plan = _plan(bundle, index, manifest)
-    if (graph := f"{folder}/onnx/{plan['graph']}") not in names:
+    if (graph := f"{folder}/onnx/{plan['rungs'][0]['graph']}") not in names:
         raise InputError(f"{bundle / MANIFEST} does not list the rung's graph {graph}", COPY_AGAIN)
     check_files(bundle, manifest, [*_shared(bundle, index), bundle / "profile.toml"])
     check_space(output, sum((bundle / name).stat().st_size for name in names))

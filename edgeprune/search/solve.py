@@ -166,14 +166,15 @@ class Problem:
     @property
     def smallest(self) -> Allocation:
         """Returns the smallest allocation: the layer that costs most to lose, of one head and the fewest channels, in
-        the formats of the fewest bits, its KV cache too."""
+        the formats of the fewest bits, and over the KV cache that takes the least memory."""
         widths = Widths(1, 1, channel_options(self.dense.intermediate_size, self.multiple)[0])
         of_layers = self._fewest_bits(self.layer_formats, lambda cost, place: cost.attention[place, 1, 0])
         of_tables = self._fewest_bits(self.table_formats, lambda cost, place: cost.tables[place, place].sum())
         of_mlps = self._fewest_bits(self.mlp_formats, lambda cost, place: cost.mlp[place, widths.intermediate_size])
         formats = ((self.formats[of_layers], self.formats[of_mlps]),) * self.depth
         tables = (self.formats[of_tables],) * 2
-        cache = min(self.cache_formats, key=lambda form: form is None)
+        # Codes may take no less than floats, where they are held twice.
+        cache = min(self.cache_formats, key=lambda form: self.costs_of(form)["memory"].attention[of_layers, 1, 0])
         choices = [
             Allocation(tuple(layers), min(self.vocabularies), 0.0, formats, tables, cache)
             for kept in range(self.depth)

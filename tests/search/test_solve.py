@@ -166,6 +166,15 @@ def test_the_cache_stays_in_floats_where_the_budget_is_met_with_them():
     assert "KV cache in int8" in str(forced)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_smallest_has_the_cache_that_takes_the_least_memory(seed):
+    """Codes that are held twice may take more than floats that are held once."""
+    problem = with_caches(problem_of(seed, layers=2), seed)
+    smallest = problem.smallest
+    held = {cache: problem.estimate(replace(smallest, cache=cache))["memory"] for cache in problem.caches}
+    assert held[smallest.cache] == min(held.values())
+
+
 def test_a_layer_without_attention_loses_nothing_by_its_cache():
     problem = with_caches(problem_of(3, layers=2), 3)
     first = replace(problem.everything, layers=(Widths(0, 1, 20), FULL), cache=INT8)
