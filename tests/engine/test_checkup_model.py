@@ -20,7 +20,9 @@ def test_every_format_gives_the_expected_logits(form, precision: str, tmp_path: 
     ids, expected = read_reference(model.reference)
     runner = GraphRunner(model.graphs["onnxruntime"], 1, ids.shape[1], exact=True)
     agreement = compare_logits(runner, ids, expected, quiet)
-    assert agreement["error"] < (0.02 if precision == "fp16" else 1e-4), agreement
+    # In fp16 an activation between two codes may take the other one.
+    of_fp16 = 0.1 if form and form.activation_bits else 0.02
+    assert agreement["error"] < (of_fp16 if precision == "fp16" else 1e-4), agreement
     assert agreement["positions"] > 1
 
 
