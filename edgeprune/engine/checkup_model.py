@@ -104,7 +104,8 @@ def write_small_model(
     files = write_graphs(decoder, weights, folder, precision, variants)
     # The walk gives no logits of the last token.
     ids = np.random.default_rng(0).integers(0, decoder.vocab_size, (1, PROMPT + STEPS + 1))
-    save_reference(ids[:, :-1], _logits(decoder, weights, ids)[PROMPT - 1 :], folder / "reference.npz")
+    logits = _logits(decoder, weights, ids)[PROMPT - 1 :]
+    save_reference(ids[:, :-1], logits, folder / "reference.npz", decoder.rounded_states)
     graphs = {variant.dialect: path for variant, path in files.graphs.items()}
     return SmallModel(decoder, graphs, folder / "reference.npz")
 

@@ -323,6 +323,14 @@ class Decoder:
         return next((layer.attention.cache_format for layer in self.layers if layer.attention), None)
 
     @property
+    def rounded_states(self) -> str:
+        """Returns which states the model rounds to codes, activations or those of its KV cache, in words; else ""."""
+        forms = self.weight_formats.values()
+        activations = "activations in 8 bits" if any(form.activation_bits for form in forms) else ""
+        cache = f"a KV cache in {form.name}" if (form := self.cache_format) else ""
+        return " and ".join(filter(None, (activations, cache)))
+
+    @property
     def weight_formats(self) -> dict[str, WeightFormat]:
         """Returns the format of every weight that is not stored in floats, by name, in the order of `shapes`."""
         formats = {"embedding": self.embedding_format}

@@ -13,7 +13,7 @@ from edgeprune.errors import BadAnswer
 from edgeprune.files import printable
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.figures import Built, Figure, Measured, Memory, Performance, Workload
-from edgeprune.ondevice.reference import cache_of, judge_logits
+from edgeprune.ondevice.reference import codes_of, judge_logits
 from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress, ask
 
@@ -243,7 +243,7 @@ def check_logits(
     request = {"task": f"the check of {name}", "do": "check", "engine": engine, "files": files}
     against = "logits against the fp32 graph" + (" of the bf16 weights" if precision == "bf16" else "")
     agreement = session.run(request, CHECK_SECONDS, on_progress)
-    return {against: judge_logits(agreement, precision, name, cache_of(Path(files["reference"])))}
+    return {against: judge_logits(agreement, precision, name, codes_of(Path(files["reference"])))}
 
 
 def _latency(

@@ -16,11 +16,10 @@ from edgeprune.errors import EngineError, WrongEngine
 from edgeprune.ondevice.worker import OnProgress
 from edgeprune.precision import PRECISIONS
 
-FLOAT = "float"
 CODES_TOLERANCE = (0.99, 0.1)
-"""Of logits over a KV cache in codes, as the least cosine and the largest error: the least difference before the cache
-makes another code of a number between two. On SmolLM2, weights in fp16 and in bf16 moved them by 0.9992 and 0.042 at
-most."""
+"""Of the logits of a model that rounds states to codes, as the least cosine and the largest error: the least difference
+before a rounding makes another code of a number between two. On SmolLM2 with a KV cache in codes, weights in fp16 and
+in bf16 moved them by 0.9992 and 0.042 at most; on a small random model in w8a8 fp16 did by 0.9977 and 0.075."""
 PROMPT, STEPS = 64, 8  # tokens of the reference's prompt and of the steps after it, at most
 # The errors of numpy for a file that is cut short, is empty, is not an archive, or holds one array alone.
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile)
@@ -37,25 +36,25 @@ class StepRunner(Protocol):
     def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
 
 
-def write_reference(runner: StepRunner, ids: np.ndarray, path: Path, cache: str = FLOAT) -> None:
+def write_reference(runner: StepRunner, ids: np.ndarray, path: Path, codes: str = "") -> None:
     """Writes the logits of a runner of one sequence, after a prompt of ids (tokens,) and after each of the last STEPS.
 
-    cache: the format of its KV cache. An engine that takes fewer tokens at once, as those of image generators do, reads
-    the prompt in parts.
+    codes: the states that it rounds, in words. An engine that takes fewer tokens at once, as those of image generators
+    do, reads the prompt in parts.
     """
     ids = ids[None, : min(len(ids), runner.capacity, PROMPT + STEPS)]  # (1, tokens)
     # (1, vocabulary) for each position that is kept
     logits = list(_logits(runner, ids, max(1, ids.shape[1] - STEPS)))
-    save_reference(ids, np.concatenate(logits), path, cache)
+    save_reference(ids, np.concatenate(logits), path, codes)
 
 
-def save_reference(ids: np.ndarray, logits: np.ndarray, path: Path, cache: str = FLOAT) -> None:
+def save_reference(ids: np.ndarray, logits: np.ndarray, path: Path, codes: str = "") -> None:
     """Writes ids (1, tokens) and the logits (steps, vocabulary) after the last `steps` of them.
 
-    cache: the format of the KV cache over which they were computed.
+    codes: the states that were rounded on the way, in words.
     """
     with path.open("wb") as file:
-        np.savez(file, ids=ids, logits=logits.astype(np.float32), cache=np.array(cache))
+        np.savez(file, ids=ids, logits=logits.astype(np.float32), codes=np.array(codes))
 
 
 def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -75,10 +74,10 @@ def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return ids, logits
 
 
-def cache_of(path: Path) -> str:
-    """Returns the format of the KV cache over which a reference was computed, which read_reference can read."""
+def codes_of(path: Path) -> str:
+    """Returns which states were rounded for a reference, in words, which read_reference can read."""
     with np.load(path, allow_pickle=False) as file:
-        return str(file["cache"]) if "cache" in file else FLOAT
+        return str(file["codes"]) if "codes" in file else ""
 
 
 def compare_logits(
@@ -114,13 +113,14 @@ def compare_logits(
     }
 
 
-def judge_logits(agreement: dict[str, Any], precision: str, what: str, cache: str = FLOAT) -> str:
+def judge_logits(agreement: dict[str, Any], precision: str, what: str, codes: str = "") -> str:
     """Returns the agreement that compare_logits measured, in words; what: the name of the engine or graph.
 
-    cache: the format of the KV cache. Raises WrongEngine where it is beyond the tolerance of the precision.
+    codes: the states that the model rounds, in words. Raises WrongEngine where it is beyond the tolerance of the
+    precision.
     """
     cosine, error = PRECISIONS[precision].tolerance
-    if cache != FLOAT:
+    if codes:
         cosine, error = min(cosine, CODES_TOLERANCE[0]), max(error, CODES_TOLERANCE[1])
     words = (
         f"cosine {agreement['cosine']:.6f}, largest error {agreement['error']:.2g} of the largest logit, "
@@ -129,7 +129,7 @@ def judge_logits(agreement: dict[str, Any], precision: str, what: str, cache: st
     if not (agreement["cosine"] >= cosine and agreement["error"] <= error):
         raise WrongEngine(
             f"the engine {what} computes something else than its graph: {words} "
-            f"({precision}{'' if cache == FLOAT else f' over a KV cache in {cache}'} allows {cosine} and {error})",
+            f"({precision}{f' with {codes}' if codes else ''} allows {cosine} and {error})",
             "Do not deploy it. Build with another release of the engine, or with --precision fp32 if it has another.",
         )
     return words

@@ -294,7 +294,7 @@ class Run:
         model: of the graph. ONNX Runtime has no KV cache in fp8: then they are those of the model's own walk.
         """
         from edgeprune.ondevice.onnxruntime import GraphRunner
-        from edgeprune.ondevice.reference import FLOAT, write_reference
+        from edgeprune.ondevice.reference import write_reference
 
         cache = None if model is None else model.decoder.cache_format
         if cache is not None and cache.name == "fp8":
@@ -305,7 +305,7 @@ class Run:
             runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context, exact=True)
         ids = self.samples.calibration[0]
         ids = ids if vocabulary is None else vocabulary.reduce(ids)
-        write_reference(runner, ids, path, cache.name if cache else FLOAT)
+        write_reference(runner, ids, path, "" if model is None else model.decoder.rounded_states)
 
     @property
     def _checkpoint_dtype(self) -> Any:

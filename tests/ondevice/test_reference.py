@@ -17,7 +17,7 @@ from edgeprune.ondevice.onnxruntime import GraphRunner as ProcessorRunner
 from edgeprune.ondevice.reference import (
     PROMPT,
     STEPS,
-    cache_of,
+    codes_of,
     compare_logits,
     judge_logits,
     read_reference,
@@ -260,17 +260,17 @@ def test_on_a_double_an_engine_of_pictures_is_checked_beyond_their_first_row(dev
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_over_a_cache_in_codes_the_tolerance_is_wider_and_named(precision: str) -> None:
+def test_of_states_in_codes_the_tolerance_is_wider_and_named(precision: str) -> None:
     agreement = {"cosine": 0.992, "error": 0.08, "equal": 1.0, "positions": 9}
-    assert "cosine 0.992" in judge_logits(agreement, precision, "plan", "int8")
-    with pytest.raises(WrongEngine, match=f"{precision} over a KV cache in fp8 allows 0.99 and 0.1"):
-        judge_logits(agreement | {"error": 0.2}, precision, "plan", "fp8")
+    assert "cosine 0.992" in judge_logits(agreement, precision, "plan", "activations in 8 bits")
+    with pytest.raises(WrongEngine, match=f"{precision} with a KV cache in fp8 allows 0.99 and 0.1"):
+        judge_logits(agreement | {"error": 0.2}, precision, "plan", "a KV cache in fp8")
     if precision != "bf16":
         with pytest.raises(WrongEngine):
             judge_logits(agreement, precision, "plan")
 
 
-def test_a_reference_says_over_which_cache_it_was_computed(reference: Path, tmp_path: Path) -> None:
-    assert cache_of(reference) == "float"
-    write_reference(Saying(np.zeros((80, 5))), IDS[:20], tmp_path / "reference.npz", "int8")
-    assert cache_of(tmp_path / "reference.npz") == "int8"
+def test_a_reference_says_which_states_were_rounded(reference: Path, tmp_path: Path) -> None:
+    assert codes_of(reference) == ""
+    write_reference(Saying(np.zeros((80, 5))), IDS[:20], tmp_path / "reference.npz", "a KV cache in int8")
+    assert codes_of(tmp_path / "reference.npz") == "a KV cache in int8"
