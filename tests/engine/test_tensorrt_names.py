@@ -81,6 +81,7 @@ USED = {
     "ICudaEngine": {
         "create_execution_context",
         "device_memory_size_v2",
+        "get_aliased_input_tensor",
         "get_tensor_dtype",
         "get_tensor_name",
         "get_tensor_profile_shape",
