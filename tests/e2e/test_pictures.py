@@ -70,6 +70,8 @@ def bundle(home: Path) -> Path:
         "85%",
         "--weights",
         "float",
+        "--cache",
+        "float",
         "--max-quality-loss",
         "off",
         "--samples",

@@ -115,9 +115,10 @@ RTX_ONLY = {
 # Used where the builder has the first of them; older releases give the whole engine at once.
 STREAMED = {("Builder", "build_serialized_network_to_stream"), ("", "IStreamWriter"), ("IStreamWriter", "write")}
 WITHOUT_STREAMS = ("tensorrt-10.3.0", "tensorrt-10.7.0")
-# Used where the module has the first of them; older parsers know no Attention.
+# Used where the module has the first of them; older parsers know no Attention, and no KV cache in place.
 ATTENTION = {
     ("", "IAttentionOutputLayer"),
+    ("ICudaEngine", "get_aliased_input_tensor"),
     ("IAttentionOutputLayer", "attention"),
     ("IAttention", "decomposable"),
     ("LayerType", "ATTENTION_OUTPUT"),
@@ -125,7 +126,12 @@ ATTENTION = {
 WITHOUT_ATTENTION = (*WITHOUT_STREAMS, "tensorrt-10.13")
 OTHERS = {  # what else has attributes in these files
     "_NO_DRIVER",
+    "inputs",
     "mmap",
+    "one",
+    "past",
+    "self._sets",
+    "tensor.name",
     "values.view(np.uint32) >> 16",
     "part",
     "temporaries[0]",
