@@ -103,6 +103,8 @@ def test_a_smaller_vocabulary_is_chosen_where_it_is_cheap(home: Path) -> None:
         "jetson-orin",
         "--memory",
         "85%",
+        "--weights",
+        "float",
         "--vocabulary",
         "samples",
         "--calibration",
