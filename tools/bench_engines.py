@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.dialects import IN_PLACE
-from edgeprune.engine.estimate import bytes_per_token
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
+from edgeprune.engine.work import bytes_per_token
 from edgeprune.errors import EngineError
 from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.ondevice.figures import Workload

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edgeprune.engine.estimate import layer_bytes
+from edgeprune.engine.work import layer_bytes
 from edgeprune.errors import InputError
 from edgeprune.evaluate.perplexity import Losses, log_rise
 from edgeprune.model.decoder import Decoder

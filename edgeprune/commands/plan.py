@@ -14,16 +14,9 @@ from typing import Any
 from edgeprune.commands.result import Result
 from edgeprune.dialects import reason_of
 from edgeprune.engine.build_memory import build_limit, build_memory, note_of_build
-from edgeprune.engine.estimate import (
-    bytes_per_token,
-    check_precision,
-    decode_flops,
-    decode_parts,
-    estimate_memory,
-    estimate_performance,
-    prefill_flops,
-)
+from edgeprune.engine.estimate import check_precision, decode_parts, estimate_memory, estimate_performance
 from edgeprune.engine.probe import with_figures
+from edgeprune.engine.work import bytes_per_token, decode_flops, prefill_flops
 from edgeprune.errors import InputError
 from edgeprune.files import at_home
 from edgeprune.model.checkpoint.llamagen import Hints

@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgeprune.dialects import version_of
-from edgeprune.engine.estimate import estimate_memory, table_bytes
+from edgeprune.engine.estimate import estimate_memory
 from edgeprune.engine.onnx.graph import graph_weight_bytes
+from edgeprune.engine.work import table_bytes
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.build_room import can_build

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgeprune.engine.estimate import cache_bytes, prefill_flops
+from edgeprune.engine.work import cache_bytes, prefill_flops
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
 from edgeprune.ondevice.figures import Workload
 from edgeprune.precision import WEIGHT_FORMATS

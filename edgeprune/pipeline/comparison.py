@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.engine.estimate import bytes_per_token
+from edgeprune.engine.work import bytes_per_token
 from edgeprune.errors import InputError
 from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder, ratio

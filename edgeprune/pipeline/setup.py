@@ -11,10 +11,11 @@ from edgeprune import __version__
 from edgeprune.dialects import reason_of
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
-from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance, table_bytes
+from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
+from edgeprune.engine.work import table_bytes
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.checkpoint.quantization import can_be_packed

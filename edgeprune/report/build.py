@@ -8,7 +8,8 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.engine.capacity import experience
-from edgeprune.engine.estimate import bytes_per_token, latency_shares, low_confidence_notes, table_bytes
+from edgeprune.engine.estimate import latency_shares, low_confidence_notes
+from edgeprune.engine.work import bytes_per_token, table_bytes
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.ondevice.budget import format_bytes, format_ms, in_parts, judge, memory_total, reported

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgeprune.engine.estimate import activation_bytes, estimate_performance, resource_times
+from edgeprune.engine.estimate import estimate_performance, resource_times
 from edgeprune.engine.overheads import fixed_times
+from edgeprune.engine.work import activation_bytes
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload

@@ -11,22 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.engine.estimate import (
-    activation_bytes,
-    bytes_per_token,
     check_precision,
     counted,
-    decode_flops,
     decode_parts,
     estimate_floor,
     estimate_performance,
     floor_decoder,
     latency_shares,
-    prefill_flops,
     prefill_parts,
-    table_bytes,
 )
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.overheads import overhead_ms
+from edgeprune.engine.work import activation_bytes, bytes_per_token, decode_flops, prefill_flops, table_bytes
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
 from edgeprune.ondevice.figures import Workload

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from edgeprune.engine.estimate import bytes_per_token, prefill_flops
 from edgeprune.engine.published import FAMILIES, FILE, RUNTIMES, PublishedPoint, points_of, published
+from edgeprune.engine.work import bytes_per_token, prefill_flops
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Workload
 from edgeprune.precision import WEIGHT_FORMATS

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from edgeprune.engine.estimate import latency_shares, table_bytes
+from edgeprune.engine.estimate import latency_shares
+from edgeprune.engine.work import table_bytes
 from edgeprune.model.decoder import ratio
 from edgeprune.ondevice.budget import Budget, Limit, format_bytes, format_ms
 from edgeprune.ondevice.figures import Measured

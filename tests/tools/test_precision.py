@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgeprune.engine.estimate import layer_bytes
+from edgeprune.engine.work import layer_bytes
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.quantised import as_float
 from edgeprune.precision import WEIGHT_FORMATS
