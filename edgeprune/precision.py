@@ -62,44 +62,99 @@ PRECISIONS: dict[str, Precision] = {
 
 
 @dataclass(frozen=True)
+class ScaleBlock:
+    """A way to store scales in few bits: those of a block's groups, and the offsets, are whole numbers of a unit.
+
+    inputs: of an output that share a unit in fp16, and another one for the offsets; bits: of a scale, and of an offset;
+    signed: a scale may be negative; an offset never is, and is taken away.
+    """
+
+    inputs: int
+    bits: int
+    signed: bool
+
+    @property
+    def least(self) -> int:
+        """Returns the least scale in units."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def most(self) -> int:
+        """Returns the largest scale in units."""
+        return 2 ** (self.bits - self.signed) - 1
+
+
+Offset = Literal["zero", "minimum"]
+Storage = Literal["packed", "gguf", "offset"]
+
+
+@dataclass(frozen=True)
 class WeightFormat:
     """A way to store the matrix of a linear layer in few bits: whole numbers, of which each group shares a scale.
 
-    group: inputs of an output that share a scale; None: all of them. asymmetric: a group has the code of 0.0 as well.
-    activation_bits: of what the layer reads, which is then rounded too, by one scale for all that is fixed beforehand;
-    None: floats.
+    group: inputs of an output that share a scale; None: all of them. offset: what a group has beside its scale: the
+    code of 0.0, `zero`, or the number that the code 0 stands for, `minimum`; None: 0 stands for 0.0. unsigned: codes
+    are from 0 on. block: how scales are stored in few bits; None: as floats. signed_scales: they may be negative, so
+    that the largest weight of a group can have the least code. activation_bits: of what the layer reads, which is then
+    rounded too, by one scale for all that is fixed beforehand; None: floats. storage: what a checkpoint holds it in.
     """
 
     name: str
     bits: int
     group: int | None = None
-    asymmetric: bool = False
+    offset: Offset | None = None
+    unsigned: bool = False
+    block: ScaleBlock | None = None
+    signed_scales: bool = False
     activation_bits: int | None = None
+    storage: Storage = "packed"
 
     @property
     def least(self) -> int:
         """Returns the least code; that of 8 bits is the negative of the largest, which engines ask for."""
-        return -(2 ** (self.bits - 1)) + (self.bits == 8)
+        return 0 if self.unsigned else -(2 ** (self.bits - 1)) + (self.bits == 8)
 
     @property
     def most(self) -> int:
         """Returns the largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return 2 ** (self.bits - (not self.unsigned)) - 1
+
+    @property
+    def multiple(self) -> int:
+        """Returns what the inputs of a matrix have to be a multiple of."""
+        return self.block.inputs if self.block else self.group or 1
 
     def groups_of(self, in_features: int) -> int:
         """Returns the groups of an output of so many inputs. Raises InputError where they do not divide them."""
-        if in_features % (self.group or 1):
+        if in_features % self.multiple:
             raise InputError(
-                f"{self.name} has groups of {self.group}, which do not divide {in_features} inputs",
-                f"Use widths in multiples of {self.group}, or another format.",
+                f"{self.name} has groups of {self.multiple}, which do not divide {in_features} inputs",
+                f"Use widths in multiples of {self.multiple}, or another format.",
             )
         return in_features // self.group if self.group else 1
 
     def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
-        """Returns the bytes of a matrix: its codes, and for each group a scale and the zero."""
-        groups = out_features * self.groups_of(in_features)
-        bits = self.bits * (out_features * in_features + groups * self.asymmetric) + 8 * scale_bytes * groups
-        return -(-bits // 8)
+        """Returns the bytes of a matrix: its codes, and for each group a scale and what it has beside.
+
+        scale_bytes: of a scale in the engine's floats; a block of ggml has its own.
+        """
+        groups, weights = out_features * self.groups_of(in_features), out_features * in_features
+        if self.block is not None:
+            numbers = 1 + (self.offset is not None)
+            scale_bits = numbers * (self.block.bits * groups + 16 * weights // self.block.inputs)
+        else:
+            number = 16 if self.storage == "gguf" else 8 * scale_bytes
+            scale_bits = groups * (number + {None: 0, "zero": self.bits, "minimum": number}[self.offset])
+        return -(-(self.bits * weights + scale_bits) // 8)
+
+
+def _of_gguf(
+    name: str, bits: int, group: int, block: ScaleBlock | None = None, has_minimum: bool = False
+) -> WeightFormat:
+    """Returns a format that is one of ggml's types of blocks."""
+    is_signed = not has_minimum and block is None and bits < 8
+    offset: Offset | None = "minimum" if has_minimum else None
+    return WeightFormat(name, bits, group, offset, has_minimum, block, is_signed, storage="gguf")
 
 
 WEIGHT_FORMATS = {
@@ -108,7 +163,17 @@ WEIGHT_FORMATS = {
         WeightFormat("int8", 8),
         WeightFormat("w8a8", 8, activation_bits=8),
         *(WeightFormat(f"int4-{group}", 4, group) for group in (32, 64, 128)),
-        WeightFormat("int4-32-asymmetric", 4, 32, asymmetric=True),
+        WeightFormat("int4-32-asymmetric", 4, 32, offset="zero"),
+        WeightFormat("int4-offset", 4, 64, offset="minimum", storage="offset"),
+        _of_gguf("q3_k", 3, 16, ScaleBlock(256, 6, signed=True)),
+        _of_gguf("q4_0", 4, 32),
+        _of_gguf("q4_1", 4, 32, has_minimum=True),
+        _of_gguf("q4_k", 4, 32, ScaleBlock(256, 6, signed=False), has_minimum=True),
+        _of_gguf("q5_0", 5, 32),
+        _of_gguf("q5_1", 5, 32, has_minimum=True),
+        _of_gguf("q5_k", 5, 32, ScaleBlock(256, 6, signed=False), has_minimum=True),
+        _of_gguf("q6_k", 6, 16, ScaleBlock(256, 8, signed=True)),
+        _of_gguf("q8_0", 8, 32),
     )
 }
 

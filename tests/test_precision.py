@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,14 +41,26 @@ def test_the_tolerance_grows_with_the_distance_between_numbers():
     assert list(errors) == sorted(errors)
 
 
-@given(st.sampled_from(sorted(WEIGHT_FORMATS)), st.integers(1, 40), st.integers(1, 8), st.sampled_from([2, 4]))
-def test_a_matrix_is_its_codes_scales_and_zeros(name, out_features, groups, scale_bytes):
+PLAIN = sorted(name for name, form in WEIGHT_FORMATS.items() if form.storage != "gguf")
+
+
+@given(st.sampled_from(PLAIN), st.integers(1, 40), st.integers(1, 8), st.sampled_from([2, 4]))
+def test_a_matrix_is_its_codes_scales_and_offsets(name, out_features, groups, scale_bytes):
     form = WEIGHT_FORMATS[name]
     in_features = groups * (form.group or 16)
     scales = out_features * (groups if form.group else 1)
-    bits = form.bits * (out_features * in_features + (scales if form.asymmetric else 0)) + 8 * scale_bytes * scales
+    offset_bits = {None: 0, "zero": form.bits, "minimum": 8 * scale_bytes}[form.offset]
+    bits = form.bits * out_features * in_features + scales * (8 * scale_bytes + offset_bits)
     assert form.stored_bytes(out_features, in_features, scale_bytes) == -(-bits // 8)
     assert form.most - form.least + 1 == 2**form.bits - (form.bits == 8)
+
+
+@pytest.mark.parametrize("name", [name for name, form in WEIGHT_FORMATS.items() if form.storage == "gguf"])
+def test_a_matrix_of_ggmls_blocks_has_their_bytes(name):
+    inputs, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
+    form = WEIGHT_FORMATS[name]
+    assert form.multiple == inputs
+    assert form.stored_bytes(3, 4 * inputs, scale_bytes=4) == 3 * 4 * block_bytes
 
 
 def test_groups_that_do_not_divide_are_refused_by_name():

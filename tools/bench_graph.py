@@ -36,7 +36,7 @@ from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.ondevice.onnxruntime import ELEMENTS, open_session
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
-from edgeprune.pruning.quantize import choose_grid
+from edgeprune.pruning.grids import choose_grid
 from tools.bench_memory import write_checkpoint
 from tools.pages import table
 

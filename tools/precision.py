@@ -28,9 +28,9 @@ from edgeprune.model.quantised import as_float
 from edgeprune.ondevice.machine import peak_bytes
 from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS
 from edgeprune.progress import Silent
+from edgeprune.pruning.grids import choose_grid
 from edgeprune.pruning.methods import DEFAULT, METHODS
 from edgeprune.pruning.prune import prune, result_of
-from edgeprune.pruning.quantize import choose_grid
 from edgeprune.search.module_costs import ModuleCosts, additive, channel_options
 from edgeprune.search.planner import uncut
 from edgeprune.search.sensitivity import sensitivities_of

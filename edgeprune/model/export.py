@@ -76,7 +76,11 @@ def check_exports(
         FORMATS[name].check(model, reduced)
     if "gptq" not in names:
         return
-    symmetric = [name for name, form in WEIGHT_FORMATS.items() if not form.asymmetric and not form.activation_bits]
+    symmetric = [
+        name
+        for name, form in WEIGHT_FORMATS.items()
+        if form.storage == "packed" and not form.offset and not form.activation_bits
+    ]
     if len(formats) != 1 or formats[0] is None or formats[0].name not in symmetric:
         raise InputError(
             "--export gptq holds the layers in one weight format, and the search would choose among others",

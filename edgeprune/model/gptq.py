@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from edgeprune.model.quantised import QuantisedWeight
 
 WORD = 32  # bits
-FORMATS = tuple(name for name, form in WEIGHT_FORMATS.items() if not form.asymmetric and not form.activation_bits)
+FORMATS = tuple(
+    name
+    for name, form in WEIGHT_FORMATS.items()
+    if form.storage == "packed" and not form.offset and not form.activation_bits
+)
 OTHERWISE = "Deploy the checkpoint, the ONNX graph or a GGUF file."
 
 

@@ -13,16 +13,19 @@ import torch
 from edgeprune.precision import WeightFormat
 
 SMALLEST_SCALE = 2.0**-24  # of fp16
+LARGEST_HALF = 65504.0
 ACTIVATION_STEPS = 127  # from 0 to the largest code of an activation; the least code, -128, is taken too
 
 
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """The weight of a linear layer on a grid: (code - zero) * scale, with one scale for each group of an output.
+    """The weight of a linear layer on a grid: (code - zero) * scale + minimum, with these for each group of an output.
 
-    codes: (out_features, in_features) int8; scales: (out_features, groups) fp32, as `storable` returns them; zeros:
-    (out_features, groups) int8, the code of 0.0, or None for a symmetric format, where it is 0; input_scale: () fp32,
-    of what the layer reads, where the format rounds it: as `storable` returns it.
+    codes: (out_features, in_features) int8; scales: (out_features, groups) fp32, as the format stores them; zeros:
+    (out_features, groups) int8, the code of 0.0, and minima: (out_features, groups) fp32, what the code 0 stands for;
+    None where the format has none, which is 0. units: (out_features, blocks) fp32, numbers of fp16, and minimum_units,
+    of the same shape: of which scales and minima, less their sign, are whole numbers, where the format has blocks.
+    input_scale: () fp32, of what the layer reads, where the format rounds it: as `storable` returns it.
     """
 
     form: WeightFormat
@@ -30,57 +33,72 @@ class QuantisedWeight:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
+    units: torch.Tensor | None = None
+    minimum_units: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors (out_features, ...) that the weight is made of, by their names."""
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
     def dequantised(self) -> torch.Tensor:
         """Returns the weight (out_features, in_features) fp32."""
         codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()  # (out, groups, group)
         if self.zeros is not None:
             codes -= self.zeros[..., None]
-        return codes.mul_(self.scales[..., None]).flatten(1)
+        codes *= self.scales[..., None]
+        if self.minima is not None:
+            codes += self.minima[..., None]
+        return codes.flatten(1)
 
     def rows(self, kept: torch.Tensor) -> QuantisedWeight:
         """Returns the weight of these outputs, (kept,) int64."""
-        zeros = None if self.zeros is None else self.zeros[kept]
-        return replace(self, codes=self.codes[kept], scales=self.scales[kept], zeros=zeros)
+        return replace(self, **{name: part[kept] for name, part in self.parts.items()})
 
     def padded(self, shape: Sequence[int]) -> QuantisedWeight:
         """Returns the weight with outputs and inputs of zeros behind its own, up to this shape.
 
         Raises InputError where the format's groups do not divide the inputs.
         """
-        pad = torch.nn.functional.pad
-        rows, columns = shape[0] - self.shape[0], shape[1] - self.shape[1]
-        groups = self.form.groups_of(shape[1]) - self.scales.shape[1]
-        zeros = None if self.zeros is None else pad(self.zeros, (0, groups, 0, rows))
-        scales = pad(self.scales, (0, groups, 0, rows), value=1.0)
-        return replace(self, codes=pad(self.codes, (0, columns, 0, rows)), scales=scales, zeros=zeros)
+        rows, columns = shape
+        padded = {}
+        for name, part in self.parts.items():
+            width, fill = self._width(name, columns), 1.0 if name == "scales" else 0
+            padded[name] = torch.nn.functional.pad(part, (0, width - part.shape[1], 0, rows - len(part)), value=fill)
+        return replace(self, **padded)
 
     def narrowed(self, shape: Sequence[int]) -> QuantisedWeight:
         """Returns the first outputs and inputs, up to this shape: what `padded` was given."""
         rows, columns = shape
+        parts = self.parts.items()
+        return replace(self, **{name: part[:rows, : self._width(name, columns)].contiguous() for name, part in parts})
+
+    def _width(self, name: str, columns: int) -> int:
+        """Returns the columns that a part has for so many inputs. Raises InputError where groups do not divide them."""
         groups = self.form.groups_of(columns)
-        zeros = None if self.zeros is None else self.zeros[:rows, :groups].contiguous()
-        codes, scales = self.codes[:rows, :columns].contiguous(), self.scales[:rows, :groups].contiguous()
-        return replace(self, codes=codes, scales=scales, zeros=zeros)
+        if name == "codes":
+            return columns
+        return columns // self.form.block.inputs if name in ("units", "minimum_units") else groups
 
     def split(self, rows: list[int]) -> list[QuantisedWeight]:
         """Returns the parts of these numbers of outputs, which share memory with the whole."""
-        zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
-        parts = zip(self.codes.split(rows), self.scales.split(rows), zeros, strict=True)
-        return [QuantisedWeight(self.form, *part, self.input_scale) for part in parts]
+        by_name = {name: part.split(rows) for name, part in self.parts.items()}
+        return [replace(self, **{name: parts[i] for name, parts in by_name.items()}) for i in range(len(rows))]
+
+
+PARTS = ("codes", "scales", "zeros", "minima", "units", "minimum_units")  # that have a row for each output
 
 
 def joined(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
     """Returns the weight of the outputs of all parts, which have one format and read the same inputs."""
     if len(parts) == 1:
         return parts[0]
-    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts])
-    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-    return QuantisedWeight(parts[0].form, codes, scales, zeros, parts[0].input_scale)
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].parts})
 
 
 def rounded_inputs(inputs: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -111,6 +129,11 @@ def values_by_name(weights: Iterable[tuple[str, torch.Tensor | QuantisedWeight]]
         if isinstance(weight, QuantisedWeight) and weight.input_scale is not None:
             values[input_scale_of(name)] = weight.input_scale
     return values
+
+
+def half_of(values: torch.Tensor) -> torch.Tensor:
+    """Returns values fp32 rounded to numbers of fp16, which stay within its range."""
+    return values.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
 
 
 def storable(scales: torch.Tensor, is_asymmetric: bool = False) -> torch.Tensor:

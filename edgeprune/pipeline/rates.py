@@ -39,8 +39,8 @@ def probed(decoder: Decoder, sequences: int) -> Rates:
     import torch
 
     from edgeprune.precision import WEIGHT_FORMATS
+    from edgeprune.pruning.grids import choose_grid
     from edgeprune.pruning.linear import cholesky
-    from edgeprune.pruning.quantize import choose_grid
 
     width = min(2 * WIDTH, decoder.hidden_size)
     # As many matrices as leave a processor's cache, so that few rows wait for the memory as they do in a model.

@@ -6,30 +6,25 @@ layer's inputs, the error of a rounded weight Q is sum_t ||x_t (W - Q)^T||^2 = t
 Rounding to nearest takes every weight by itself. GPTQ (Frantar et al. 2023, arXiv 2210.17323) rounds one input's
 weights after the other, and lets the inputs that are left make up for each: with U the upper Cholesky factor of G^-1,
 U^T U = G^-1, the rounding of column i changes all columns j > i by W_j -= (w_i - q_i) / U_ii * U_ij. Inputs of large
-moments go first. The grid is chosen before, on the weight as it was: of some scales for each group, the one that
-rounding to nearest loses least with, where the error of each weight counts by the moment of its input.
+moments go first. The grid is chosen before, on the weight as it was (grids.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from edgeprune.model.quantised import QuantisedWeight, joined, storable
+from edgeprune.model.quantised import QuantisedWeight, joined
 from edgeprune.precision import WeightFormat
+from edgeprune.pruning.grids import Grid, choose_grid
 from edgeprune.pruning.linear import cholesky
-
-SHRINKS = tuple(1 - 0.05 * step for step in range(8))
-"""Shares of a group's range that its grid spans: one that cuts off the largest weights is finer for all others."""
 
 DAMPING = 1e-2  # added to the moments as a share of their mean diagonal: few samples determine few directions
 BLOCK = 128  # columns whose changes of all later columns are gathered into one product
 ROWS = 4096  # outputs that are rounded at a time
-GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
 PROBED_OUTPUTS = 64  # on which GPTQ is compared with rounding, and the error is taken, at most
 
 Rounding = Literal["gptq", "nearest"]
@@ -46,89 +41,6 @@ class Quantisation:
     weight: QuantisedWeight
     rounding: Rounding
     error: float
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The scales (out_features, groups) fp32 and the zeros (out_features, groups) fp32, whole numbers, of a format."""
-
-    form: WeightFormat
-    scales: torch.Tensor
-    zeros: torch.Tensor
-
-    def nearest(self, weight: torch.Tensor) -> QuantisedWeight:
-        """Returns a weight (out_features, in_features) rounded to nearest."""
-        codes = _codes(self.form, _grouped(weight, self.scales), self.scales[..., None], self.zeros[..., None])
-        return self.with_codes(codes.flatten(1))
-
-    def with_codes(self, codes: torch.Tensor) -> QuantisedWeight:
-        """Returns the weight of codes (out_features, in_features), whole numbers of any type."""
-        zeros = self.zeros.to(torch.int8) if self.form.asymmetric else None
-        return QuantisedWeight(self.form, codes.to(torch.int8), self.scales, zeros)
-
-    def columns(self, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the scale and the zero of every input in this order, (in_features, out_features) each."""
-        groups = order // (len(order) // self.scales.shape[1])
-        return self.scales.T[groups], self.zeros.T[groups]
-
-
-def choose_grid(
-    weight: torch.Tensor, importance: torch.Tensor, form: WeightFormat, shrinks: Sequence[float] = SHRINKS
-) -> Grid:
-    """Returns the grid that rounding to nearest loses least with.
-
-    weight: (out_features, in_features) fp32; importance: (in_features,), the diagonal of the moments, which weighs the
-    errors; a group without importance counts all its inputs alike; shrinks: to choose from. Raises InputError where the
-    groups do not divide the inputs.
-    """
-    groups = form.groups_of(weight.shape[1])
-    importance = importance.to(weight.dtype).unflatten(0, (groups, -1))  # (groups, group)
-    importance = torch.where(importance.sum(dim=1, keepdim=True) > 0, importance, 1.0)
-    rows = max(1, GRID_WEIGHTS // weight.shape[1])
-    parts = [_best_grid(part.unflatten(1, (groups, -1)), importance, form, shrinks) for part in weight.split(rows)]
-    return Grid(form, torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
-
-
-def _best_grid(grouped: torch.Tensor, importance: torch.Tensor, form: WeightFormat, shrinks: Sequence[float]) -> Grid:
-    """Returns the grid of weights (out_features, groups, group); importance: (groups, group)."""
-    low, high = grouped.amin(dim=2).clamp_max_(0), grouped.amax(dim=2).clamp_min_(0)  # (out, groups)
-    least_error = torch.full_like(low, torch.inf)
-    best = Grid(form, torch.empty_like(low), torch.empty_like(low))
-    for scales, zeros in _grids(form, low, high, shrinks):
-        codes = _codes(form, grouped, scales[..., None], zeros[..., None])
-        off = codes.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(grouped)
-        error = off.square_().mul_(importance).sum(dim=2)  # (out, groups)
-        is_better = error < least_error
-        least_error[is_better] = error[is_better]
-        best.scales[is_better], best.zeros[is_better] = scales[is_better], zeros[is_better]
-    return best
-
-
-def _grids(
-    form: WeightFormat, low: torch.Tensor, high: torch.Tensor, shrinks: Sequence[float]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields the scales and zeros (out_features, groups) to choose from, of groups whose weights lie between low <= 0
-    and high >= 0, (out_features, groups) each."""
-    if form.asymmetric:
-        for shrink in shrinks:
-            scales = storable((high - low) * (shrink / (form.most - form.least)), is_asymmetric=True)
-            yield scales, (form.least - low * shrink / scales).round_().clamp_(form.least, form.most)
-        return
-    largest, zeros = torch.maximum(-low, high), torch.zeros_like(low)
-    # The code that the largest weight would have without a bound. Of 4 bits all whole numbers are among them, so that a
-    # weight that lies on a grid stays as it is.
-    exact = range(1, 1 - form.least) if form.bits == 4 else (form.most,)
-    for code in dict.fromkeys((*exact, *(form.most / shrink for shrink in shrinks))):
-        yield storable(largest / code), zeros
-
-
-def _grouped(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return weight.unflatten(1, (scales.shape[1], -1))
-
-
-def _codes(form: WeightFormat, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """Returns the nearest codes of weights, whole numbers in fp32."""
-    return (weight / scales).round_().add_(zeros).clamp_(form.least, form.most)
 
 
 def gptq(weight: torch.Tensor, moments: torch.Tensor, grid: Grid, less: torch.Tensor | None = None) -> QuantisedWeight:
@@ -174,17 +86,16 @@ def gptq_squares(moments: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 def _gptq(weight: torch.Tensor, changes: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Returns the codes (out_features, in_features) fp32; changes, order: as _changes returns them."""
-    form = grid.form
-    scales, zeros = grid.columns(order)  # (in, out)
+    steps = grid.by_column(order)
     left = weight.T[order].contiguous()  # (in, out), the weights as the roundings so far have changed them
     codes = torch.empty_like(left)
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))
         errors = torch.empty_like(left[start:end])  # (block, out)
         for i in range(start, end):
-            code = _codes(form, left[i], scales[i], zeros[i])
-            codes[i] = code
-            off = torch.sub(left[i], code.sub_(zeros[i]).mul_(scales[i]), out=errors[i - start])
+            step = steps.row(i)
+            codes[i] = code = step.codes(left[i])
+            off = torch.sub(left[i], step.values(code), out=errors[i - start])
             left[i + 1 : end].addr_(changes[i, i + 1 : end], off, alpha=-1)
         left[end:].addmm_(changes[start:end, end:].T, errors, alpha=-1)
     return torch.empty_like(weight).index_copy_(1, order, codes.T)

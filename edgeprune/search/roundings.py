@@ -34,8 +34,9 @@ from edgeprune.model.forward import (
 from edgeprune.model.model import Model
 from edgeprune.precision import CacheFormat, WeightFormat
 from edgeprune.pruning.activations import rounded_module
+from edgeprune.pruning.grids import choose_grid
 from edgeprune.pruning.moments import gram, held_out_rows
-from edgeprune.pruning.quantize import choose_grid, gptq_squares, probed_outputs
+from edgeprune.pruning.quantize import gptq_squares, probed_outputs
 from edgeprune.pruning.score import Projection
 from edgeprune.search.widths import CacheLosses, RoundingLosses
 
@@ -45,7 +46,7 @@ HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about
 
 def coarsest(formats: tuple[WeightFormat, ...]) -> WeightFormat:
     """Returns the format of the fewest bits, of these the one with the largest groups."""
-    return min(formats, key=lambda form: (form.bits, form.asymmetric, -(form.group or np.inf)))
+    return min(formats, key=lambda form: (form.bits, form.offset is not None, -(form.group or np.inf)))
 
 
 class ModuleRoundings:

@@ -187,7 +187,7 @@ class Problem:
         """Returns the places of the formats that MLPs may have."""
         if not self.one_mlp_format:
             return self.layer_formats
-        return tuple(p for p in self.layer_formats if (form := self.formats[p]) is None or not form.asymmetric)
+        return tuple(p for p in self.layer_formats if (form := self.formats[p]) is None or form.offset is None)
 
     def _fewest_bits(self, places: tuple[int, ...], price: Callable[[ModuleCosts, int], float]) -> int:
         """Returns the format of the fewest bits that a module can have: one whose groups do not divide costs inf."""

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from edgeprune.errors import InputError, NumericalError
 from edgeprune.model.quantised import QuantisedWeight, storable
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
-from edgeprune.pruning.quantize import DAMPING, choose_grid, gptq, gptq_squares, quantise, relative_error
+from edgeprune.pruning.grids import choose_grid
+from edgeprune.pruning.quantize import DAMPING, gptq, gptq_squares, quantise, relative_error
 
-SMALL = (WeightFormat("i8", 8), WeightFormat("i4", 4, 8), WeightFormat("a4", 4, 4, asymmetric=True))
+SMALL = (WeightFormat("i8", 8), WeightFormat("i4", 4, 8), WeightFormat("a4", 4, 4, offset="zero"))
 
 
 def case(seed: int, outputs: int = 5, inputs: int = 16, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,10 +36,13 @@ def brute_force(weight: torch.Tensor, moments: torch.Tensor, form: WeightFormat)
     weight, codes = weight.double(), torch.zeros_like(weight)
     while left:
         column, inverse = left[0], torch.linalg.inv(moments[left][:, left])
-        scale, zero = grid.scales[:, column // group].double(), grid.zeros[:, column // group].double()
-        code = (weight[:, column] / scale).round().add(zero).clamp(form.least, form.most)
+        scale, zero, minimum = (
+            0.0 if part is None else part[:, column // group].double()
+            for part in (grid.scales, grid.zeros, grid.minima)
+        )
+        code = ((weight[:, column] - minimum) / scale).round().add(zero).clamp(form.least, form.most)
         codes[:, column] = code
-        error = (weight[:, column] - (code - zero) * scale) / inverse[0, 0]
+        error = (weight[:, column] - (code - zero) * scale - minimum) / inverse[0, 0]
         weight = weight.clone()
         weight[:, left] -= error[:, None] * inverse[0]
         left = left[1:]
@@ -62,9 +66,9 @@ def on_a_grid(form: WeightFormat, seed: int, outputs: int = 4, inputs: int = 32)
     groups = form.groups_of(inputs)
     codes = torch.randint(form.least, form.most + 1, (outputs, groups, inputs // groups), generator=generator)
     codes[..., 0], codes[..., 1] = form.most, form.least
-    scales = storable(torch.rand(outputs, groups, generator=generator).add(1) * 2.0**-5, form.asymmetric)
+    scales = storable(torch.rand(outputs, groups, generator=generator).add(1) * 2.0**-5, form.offset is not None)
     zeros = torch.randint(form.least, form.most + 1, (outputs, groups), generator=generator).to(torch.int8)
-    return QuantisedWeight(form, codes.flatten(1).to(torch.int8), scales, zeros if form.asymmetric else None)
+    return QuantisedWeight(form, codes.flatten(1).to(torch.int8), scales, zeros if form.offset else None)
 
 
 @settings(max_examples=30, deadline=None)

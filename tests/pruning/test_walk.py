@@ -12,9 +12,9 @@ from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight, as_float
 from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.pruning.grids import choose_grid
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
-from edgeprune.pruning.quantize import choose_grid
 from tests.support.families import save_family
 from tests.support.tiny import as_model, llama
 

@@ -17,10 +17,11 @@ from edgeprune.model.forward import (
     weight_stream,
 )
 from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
+from edgeprune.pruning.grids import choose_grid
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
-from edgeprune.pruning.quantize import choose_grid, gptq, relative_error
+from edgeprune.pruning.quantize import gptq, relative_error
 from edgeprune.pruning.score import numerical
 from edgeprune.search import sensitivity
 from edgeprune.search.roundings import SHRINKS, GptqShares

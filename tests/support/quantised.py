@@ -41,7 +41,7 @@ def random_codes(form: WeightFormat, rows: int, columns: int, seed: int = 0) -> 
 
     groups = form.groups_of(columns)
     scales = storable(torch.rand(rows, groups, generator=generator) + 0.1)
-    zeros = drawn(rows, groups) if form.asymmetric else None
+    zeros = drawn(rows, groups) if form.offset else None
     input_scale = storable(torch.rand((), generator=generator)) if form.activation_bits else None
     return QuantisedWeight(form, drawn(rows, columns), scales, zeros, input_scale)
 

@@ -12,7 +12,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
-from edgeprune.pruning.quantize import choose_grid
+from edgeprune.pruning.grids import choose_grid
 
 
 def rounded(dense: Model, target: Decoder, folder: Path) -> Model:

@@ -10,7 +10,7 @@ import torch
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.quantised import QuantisedWeight, as_float
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
-from edgeprune.pruning.quantize import choose_grid
+from edgeprune.pruning.grids import choose_grid
 
 Stored = dict[str, torch.Tensor | QuantisedWeight]
 INT8, W8A8 = WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["w8a8"]

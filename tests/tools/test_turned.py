@@ -5,7 +5,7 @@ import torch
 
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.precision import WEIGHT_FORMATS
-from edgeprune.pruning.quantize import choose_grid
+from edgeprune.pruning.grids import choose_grid
 from tests.support.tiny import as_model, llama
 from tools.turned import check_turned, turned
 

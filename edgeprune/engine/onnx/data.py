@@ -190,7 +190,7 @@ def _quantised(whole: Initializer) -> Iterator[Initializer]:
     is_vector = whole.form.group is None and len(whole.shape) == 2
     outputs = (*whole.shape[:inputs_axis], *whole.shape[inputs_axis + 1 :])
     shapes: dict[Role, tuple[int, ...]] = {"codes": whole.shape, "scales": outputs if is_vector else grouped}
-    if whole.form.asymmetric:
+    if whole.form.offset:
         shapes["zeros"] = grouped
     if whole.form.activation_bits is not None:
         shapes["input_scale"] = ()

@@ -102,7 +102,7 @@ def _by_token(nodes: Nodes, rows: str, axis: int) -> str:
 
 
 def _inputs(name: str, codes: Initializer) -> list[str]:
-    return [f"{name}.codes", f"{name}.scales", *([f"{name}.zeros"] if codes.form.asymmetric else [])]
+    return [f"{name}.codes", f"{name}.scales", *([f"{name}.zeros"] if codes.form.offset else [])]
 
 
 def _attributes(codes: Initializer) -> dict[str, Any]:

@@ -24,7 +24,7 @@ EMBEDDING_SCALES = "embedding.scales"
 
 def scale_parts(form: WeightFormat) -> dict[str, str]:
     """Returns the names in the file of a format's embedding, and their dtypes."""
-    return {"scales": "F32"} | ({"zeros": "I8"} if form.asymmetric else {})
+    return {"scales": "F32"} | ({"zeros": "I8"} if form.offset else {})
 
 
 def with_embedding_values(weights: Iterable[tuple[str, Stored]], directory: Path) -> Iterator[tuple[str, Stored]]:

@@ -53,7 +53,7 @@ def unpacked(tensor: StoredTensor, part: Callable[[str], torch.Tensor], name: st
     scales = tensor.read(part(SCALE).float(), name)
     # Zeros are packed along the rows.
     zeros = None
-    if form.asymmetric:
+    if form.offset:
         stored_zeros = unpack(part(ZEROS).t(), form.bits, rows).t()  # (rows, groups)
         zeros = tensor.rows_of(stored_zeros, name).contiguous()
     input_scale = part(INPUT_SCALE).float().reshape(()) if form.activation_bits else None

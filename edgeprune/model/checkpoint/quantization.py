@@ -136,7 +136,7 @@ def _arguments(form: WeightFormat) -> dict[str, Any]:
     """Returns a format in compressed-tensors' words."""
     return {
         "num_bits": form.bits,
-        "symmetric": not form.asymmetric,
+        "symmetric": form.offset is None,
         "strategy": "group" if form.group else "channel",
         "group_size": form.group,
     }
@@ -179,7 +179,7 @@ def check_packable(decoder: Decoder) -> None:
         )
     experts = {formats.get(name) for name in decoder.shapes() if ".experts." in name}
     packs = any(name != "embedding" for name in formats)
-    if packs and experts and (len(experts) > 1 or None in experts or any(form.asymmetric for form in experts)):
+    if packs and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
         names = ", ".join(sorted(form.name if form else "float" for form in experts))
         raise InputError(
             f"the experts have the weight formats {names}: transformers reads one symmetric format for all",

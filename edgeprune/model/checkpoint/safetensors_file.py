@@ -100,7 +100,7 @@ def _without_memory(weight_format: WeightFormat, shape: Shape) -> QuantisedWeigh
     with torch.device("meta"):
         codes = torch.empty(shape, dtype=torch.int8)
         scales = torch.empty(shape[0], weight_format.groups_of(shape[1]))
-        zeros = torch.empty_like(scales, dtype=torch.int8) if weight_format.asymmetric else None
+        zeros = torch.empty_like(scales, dtype=torch.int8) if weight_format.offset == "zero" else None
         input_scale = torch.empty(()) if weight_format.activation_bits else None
     return QuantisedWeight(weight_format, codes, scales, zeros, input_scale)
 

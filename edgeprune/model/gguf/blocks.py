@@ -25,7 +25,7 @@ def block_type(form: WeightFormat) -> GGMLQuantizationType:
 
     if form.bits == 8:
         return GGMLQuantizationType.Q8_0
-    return GGMLQuantizationType.Q4_1 if form.asymmetric else GGMLQuantizationType.Q4_0
+    return GGMLQuantizationType.Q4_1 if form.offset else GGMLQuantizationType.Q4_0
 
 
 def packed(name: str, weight: QuantisedWeight) -> torch.Tensor:

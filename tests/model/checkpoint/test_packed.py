@@ -32,7 +32,7 @@ def test_compressed_tensors_reads_the_parts_as_the_same_weight(form):
     weight = random_codes(form, 13, 128)
     strategy = "group" if form.group else "channel"
     arguments = QuantizationArgs(
-        num_bits=form.bits, symmetric=not form.asymmetric, strategy=strategy, group_size=form.group
+        num_bits=form.bits, symmetric=form.offset is None, strategy=strategy, group_size=form.group
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
@@ -52,5 +52,5 @@ def test_stacked_codes_are_read_back_whatever_the_order_of_their_rows(form, by_h
         found = unpacked(tensor, parts.__getitem__, name)
         assert torch.equal(found.codes, weight.codes)
         assert torch.equal(found.scales, weight.scales)
-        assert form.asymmetric is (found.zeros is not None)
+        assert (form.offset is not None) is (found.zeros is not None)
         assert weight.zeros is None or torch.equal(found.zeros, weight.zeros)

@@ -47,7 +47,7 @@ def test_codes_move_as_their_numbers_do(form, by_head, neighbours):
     for name in QKV:
         codes = torch.randint(form.least, form.most + 1, (8, 256), generator=generator, dtype=torch.int8)
         scales = torch.rand(8, groups, generator=generator)
-        zeros = torch.ones_like(scales, dtype=torch.int8) if form.asymmetric else None
+        zeros = torch.ones_like(scales, dtype=torch.int8) if form.offset else None
         weights[name] = QuantisedWeight(form, codes, scales, zeros)
     stored = StoredTensor(
         "x", Place("x", QKV, by_head=by_head, neighbours=neighbours), QKV, ((8, 256),) * 3, head_dim=4

@@ -83,7 +83,7 @@ def test_compressed_tensors_finds_the_same_modules(decoder):
             assert not is_float
             arguments = schemes[targets[0]]
             assert (arguments.num_bits, arguments.group_size) == (tensor.form.bits, tensor.form.group)
-            assert arguments.symmetric != tensor.form.asymmetric
+            assert arguments.symmetric != (tensor.form.offset is not None)
 
 
 def test_a_decoder_of_floats_adds_nothing():

@@ -26,8 +26,8 @@ def random_codes(form: WeightFormat, seed: int, outputs: int = 6, inputs: int = 
     groups = form.groups_of(inputs)
     scales = 2 ** (torch.rand(outputs, groups, generator=generator) * 34 - 24)  # up to 1024
     scales[0] = SMALLEST_SCALE
-    zeros = whole(outputs, groups) if form.asymmetric else None
-    return QuantisedWeight(form, whole(outputs, inputs), storable(scales, form.asymmetric), zeros)
+    zeros = whole(outputs, groups) if form.offset else None
+    return QuantisedWeight(form, whole(outputs, inputs), storable(scales, form.offset is not None), zeros)
 
 
 @settings(max_examples=40, deadline=None)
