@@ -10,10 +10,10 @@ from edgeprune.engine.checkup_model import small_decoder, write_small_model
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.reference import compare_logits, read_reference
 from edgeprune.ondevice.worker import quiet
-from edgeprune.precision import WEIGHT_FORMATS
+from tests.support.quantised import PACKED_FORMATS
 
 
-@pytest.mark.parametrize("form", [None, *WEIGHT_FORMATS.values()], ids=lambda form: form.name if form else "float")
+@pytest.mark.parametrize("form", [None, *PACKED_FORMATS.values()], ids=lambda form: form.name if form else "float")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_format_gives_the_expected_logits(form, precision: str, tmp_path: Path) -> None:
     model = write_small_model(tmp_path, precision, ["onnxruntime"], form, form if form and form.bits == 8 else None)

@@ -18,6 +18,7 @@ from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from tests.support.roundings import INT8, Stored, numbers
 
 WITHOUT = "pip install edgeprune[runtimes]"  # compressed-tensors
+PACKED_FORMATS = {name: form for name, form in WEIGHT_FORMATS.items() if form.storage == "packed"}  # in checkpoints
 INT4, ASYMMETRIC = (WEIGHT_FORMATS[name] for name in ("int4-32", "int4-32-asymmetric"))
 
 

@@ -125,7 +125,7 @@ def _format(group: Config) -> WeightFormat:
     known = {"type": "int", "dynamic": False}
     odd = [name for name, value in known.items() if weights.get(name, value) != value]
     odd += ["output_activations"] * (group.get("output_activations") is not None)
-    for form in WEIGHT_FORMATS.values():
+    for form in (form for form in WEIGHT_FORMATS.values() if form.storage == "packed"):
         is_alike = {name: weights.get(name) for name in _arguments(form)} == _arguments(form)
         if not odd and is_alike and group.get("input_activations") == _activations(form):
             return form

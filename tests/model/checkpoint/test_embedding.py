@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from edgeprune.model.checkpoint.embedding import EMBEDDING_SCALES, codes_of, scale_parts, with_embedding_values
-from edgeprune.precision import WEIGHT_FORMATS
-from tests.support.quantised import random_codes
+from tests.support.quantised import PACKED_FORMATS, random_codes
 
 
-@pytest.mark.parametrize("form", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+@pytest.mark.parametrize("form", PACKED_FORMATS.values(), ids=PACKED_FORMATS)
 def test_codes_follow_from_values_and_scales(tmp_path, form):
     from safetensors.torch import load
 

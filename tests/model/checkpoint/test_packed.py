@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from edgeprune.model.checkpoint.packed import pack, pack_quantized, unpack, unpacked
 from edgeprune.model.checkpoint.places import Place, StoredTensor
-from edgeprune.precision import WEIGHT_FORMATS
-from tests.support.quantised import WITHOUT, random_codes
+from tests.support.quantised import PACKED_FORMATS, WITHOUT, random_codes
 
 QKV = ("layers.0.attention.q", "layers.0.attention.k", "layers.0.attention.v")
 
@@ -22,7 +21,7 @@ def test_codes_are_unpacked_as_they_were(bits, rows, columns, seed):
     assert torch.equal(unpack(words, bits, columns), codes)
 
 
-@pytest.mark.parametrize("form", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+@pytest.mark.parametrize("form", PACKED_FORMATS.values(), ids=PACKED_FORMATS)
 def test_compressed_tensors_reads_the_parts_as_the_same_weight(form):
     """Its own compressor, on 13 rows, which fill no word of zeros."""
     pytest.importorskip("compressed_tensors", reason=WITHOUT)
@@ -40,7 +39,7 @@ def test_compressed_tensors_reads_the_parts_as_the_same_weight(form):
     assert torch.equal(theirs["weight"], weight.dequantised())
 
 
-@given(form=st.sampled_from(list(WEIGHT_FORMATS.values())), by_head=st.booleans(), neighbours=st.booleans())
+@given(form=st.sampled_from(list(PACKED_FORMATS.values())), by_head=st.booleans(), neighbours=st.booleans())
 def test_stacked_codes_are_read_back_whatever_the_order_of_their_rows(form, by_head, neighbours):
     sizes = (3, 3, 3) if by_head else (3, 1, 1)
     weights = {name: random_codes(form, 4 * sizes[index], 128, index) for index, name in enumerate(QKV)}

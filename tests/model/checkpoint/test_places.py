@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edgeprune.model.checkpoint.places import Place, StoredTensor, stored_stream, stored_tensors
 from edgeprune.model.decoder import Decoder, Layer, Mlp, Picture
 from edgeprune.model.quantised import QuantisedWeight
-from edgeprune.precision import WEIGHT_FORMATS
+from tests.support.quantised import PACKED_FORMATS
 from tests.support.shapes import uniform
 
 QKV = ("layers.0.attention.q", "layers.0.attention.k", "layers.0.attention.v")
@@ -39,7 +39,7 @@ def test_what_is_written_is_read_back(heads, by_head, transposed, neighbours, sh
         assert torch.allclose(stored.read(tensor, name), weight, atol=1e-6)
 
 
-@given(form=st.sampled_from(list(WEIGHT_FORMATS.values())), by_head=st.booleans(), neighbours=st.booleans())
+@given(form=st.sampled_from(list(PACKED_FORMATS.values())), by_head=st.booleans(), neighbours=st.booleans())
 def test_codes_move_as_their_numbers_do(form, by_head, neighbours):
     generator = torch.Generator().manual_seed(0)
     groups = form.groups_of(256)

@@ -12,6 +12,7 @@ from edgeprune.errors import NumericalError
 from edgeprune.model.gguf.blocks import block_type, packed
 from edgeprune.model.quantised import SMALLEST_SCALE, QuantisedWeight, storable
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
+from tests.support.quantised import PACKED_FORMATS
 
 BYTES = {"int8": 34, "w8a8": 34, "int4-32": 18, "int4-64": 18, "int4-128": 18, "int4-32-asymmetric": 20}  # of a block
 
@@ -31,7 +32,7 @@ def random_codes(form: WeightFormat, seed: int, outputs: int = 6, inputs: int = 
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(list(WEIGHT_FORMATS.values())), st.integers(0, 10**6))
+@given(st.sampled_from(list(PACKED_FORMATS.values())), st.integers(0, 10**6))
 def test_blocks_stand_for_the_numbers_of_the_codes(form, seed):
     weight = random_codes(form, seed)
     blocks = packed("w", weight)
@@ -40,7 +41,7 @@ def test_blocks_stand_for_the_numbers_of_the_codes(form, seed):
     assert torch.equal(torch.from_numpy(values), weight.dequantised())
 
 
-@pytest.mark.parametrize("form", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+@pytest.mark.parametrize("form", PACKED_FORMATS.values(), ids=PACKED_FORMATS)
 def test_zero_bytes_are_zeros(form):
     blocks = torch.zeros(3, 2 * BYTES[form.name], dtype=torch.uint8)
     assert not dequantize(blocks.numpy(), block_type(form)).any()

@@ -24,6 +24,7 @@ from tests.support.checkpoints import save_llama
 from tests.support.families import EXPORTED
 from tests.support.gguf_models import LONGROPE, narrowed, saved, without_layers
 from tests.support.llamacpp import LlamaCpp
+from tests.support.quantised import PACKED_FORMATS
 from tests.support.rounded_models import as_floats, rounded
 
 PROMPT = [3, 5, 7, 11, 200, 100, 50, 25, 12, 6, 9, 8, 4]
@@ -218,7 +219,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("form", WEIGHT_FORMATS)
+@pytest.mark.parametrize("form", PACKED_FORMATS)
 def test_every_format_has_its_type(tmp_path, form):
     widths = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     dense = saved(tmp_path / "dense", "llama", tie_word_embeddings=True, **widths)
