@@ -13,6 +13,7 @@ has, (out, groups), meets all of its weights.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,14 @@ from edgeprune.precision import ScaleBlock, WeightFormat
 
 CUTS = (-0.5, -0.2, 0.1, 0.4, 0.9, 2.0)
 """Steps by which a grid falls short of the largest weight of a group: one that cuts it off is finer for all others.
-Those of less than half a step find a weight's own grid, by the least squares."""
+Those of less than half a step find a weight's own grid, by the least squares. A grid without an offset has a step at
+zero, and those of less than none would leave its largest code unused."""
 
 END_CUTS = 5  # the first so many are those of both ends of a group that has an offset, each with each
 
-LARGEST_CODES = 16
-"""So many codes may be a group's largest one, so that a weight on a grid stays as it is."""
+LARGEST_CODES = 4
+"""So many numbers at least may be a group's largest code, so that a weight on a grid stays as it is: of 4 bits all of
+them, since a grid of less than half is one of twice as many codes too."""
 
 NEIGHBOURS = (0, -1, 1)  # of how many units a scale is, which the weights choose from
 
@@ -152,10 +155,11 @@ class Weighed:
         if steps.zeros is not None:
             levels -= steps.zeros
         weighed = levels * self.importance
-        of_squares, of_products = (weighed * levels).sum(dim=0), (weighed * self.values).sum(dim=0)
+        of_products, of_levels = (levels * self.weighed).sum(dim=0), weighed.sum(dim=0)
+        of_squares = weighed.mul_(levels).sum(dim=0)
         if steps.minima is None:
             return replace(steps, scales=torch.where(of_squares > 0, of_products / of_squares, steps.scales))
-        of_levels, of_values, total = weighed.sum(dim=0), (self.values * self.importance).sum(dim=0), self.total
+        of_values, total = self.weighed.sum(dim=0), self.total
         scales = (total * of_products - of_levels * of_values) / (total * of_squares - of_levels.square())
         minima = (of_values - scales * of_levels) / total
         if steps.form.block is not None:  # which stores minima without a sign
@@ -164,7 +168,12 @@ class Weighed:
         is_known = scales.isfinite() & minima.isfinite() & (scales > 0)
         return replace(steps, scales=scales.where(is_known, steps.scales), minima=minima.where(is_known, steps.minima))
 
-    @property
+    @functools.cached_property
+    def weighed(self) -> torch.Tensor:
+        """Returns the values times their importance."""
+        return self.values * self.importance
+
+    @functools.cached_property
     def total(self) -> torch.Tensor:
         """Returns the importance of a whole group, in a shape that meets (out, groups)."""
         return self.importance.sum(dim=0)
@@ -216,9 +225,10 @@ def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequenc
     low, high = low.clamp_max(0), high.clamp_min(0)
     # The codes of the largest value above 0 and of that below, at least.
     below = -form.least or form.most
-    codes = [(form.most + cut, below + cut) for cut in cuts]
-    if isinstance(form, WeightFormat):  # half of all codes are enough: others are twice or more times these
-        codes += [(code, code) for code in range(max(form.most // 2, form.most - LARGEST_CODES) + 1, below + 1)]
+    codes = [(form.most + cut, below + cut) for cut in cuts if cut > 0]
+    if isinstance(form, WeightFormat):
+        first = max(form.most // 2, form.most - LARGEST_CODES) + 1
+        codes += [(code, code) for code in range(first, below + 1)]
     for most, least in codes:
         yield Steps(form, torch.maximum(high / most, -low / least))
         # A negative scale gives the largest value the least code, which there is one more of.
