@@ -201,7 +201,10 @@ def _search(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[fl
 
     The scales of a block are any numbers here.
     """
-    best = weighed.best_of(_stored(weighed.fitted(start)) for start in _starts(weighed.values, form, cuts))
+    starts = _starts(weighed.values, form, cuts)
+    if form.bits == 8:  # fine enough for the whole range
+        return _stored(next(starts))
+    best = weighed.best_of(_stored(weighed.fitted(start)) for start in starts)
     return weighed.best_of((best, _stored(weighed.fitted(best))))
 
 
@@ -225,7 +228,7 @@ def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequenc
     low, high = low.clamp_max(0), high.clamp_min(0)
     # The codes of the largest value above 0 and of that below, at least.
     below = -form.least or form.most
-    codes = [(form.most + cut, below + cut) for cut in cuts if cut > 0]
+    codes = [(form.most, below), *((form.most + cut, below + cut) for cut in cuts if cut > 0)]
     if isinstance(form, WeightFormat):
         first = max(form.most // 2, form.most - LARGEST_CODES) + 1
         codes += [(code, code) for code in range(first, below + 1)]

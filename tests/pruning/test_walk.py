@@ -171,13 +171,14 @@ def test_experts_in_floats_make_up_for_what_is_rounded_before_them(case, tmp_pat
 def test_experts_without_tokens_are_rounded_by_their_weights_alone(tmp_path):
     save_family(tmp_path, "mixtral")
     model = load_model(str(tmp_path))
-    target = model.decoder.with_format(INT8)
+    form = WeightFormat("i4", 4, 8)
+    target = model.decoder.with_format(form)
     weights, records = walked(model, target, torch.zeros((2, 3), dtype=torch.int64))
     roundings = {name: weights[name] for name in target.weight_formats if ".experts." in name}
     alone = 0
     for name, rounded in roundings.items():
         weight = model.weights[name].float()
-        nearest = choose_grid(weight, torch.ones(weight.shape[1]), INT8).nearest(weight)
+        nearest = choose_grid(weight, torch.ones(weight.shape[1]), form).nearest(weight)
         alone += torch.equal(rounded.codes, nearest.codes)
     assert 0 < alone < len(roundings)
     assert any(math.isnan(error) for record in records for error in record.rounding_errors)
