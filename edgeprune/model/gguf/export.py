@@ -237,7 +237,10 @@ def _file_type(types: Types, shapes: Mapping[str, tuple[int, ...]]) -> int:
         if not is_always_fp32(key):
             numbers[kind.name] += prod(shapes[key])
     most = numbers.most_common(1)[0][0]
-    return int(LlamaFileType.ALL_F32 if most == "F32" else LlamaFileType[f"MOSTLY_{most}"])
+    if most == "F32":
+        return int(LlamaFileType.ALL_F32)
+    names = LlamaFileType.__members__
+    return int(names.get(f"MOSTLY_{most}") or names[f"MOSTLY_{most}_S"])  # of K types S, M and L say how many are finer
 
 
 def _is_experts(key: str) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Heads:
-    """How the heads of a weight stand: groups and heads in each, the model's own and those of the file.
+    """The heads of a weight: groups and heads in each, the model's own and those of the file.
 
     by_input: along its inputs; otherwise along its rows.
     """
