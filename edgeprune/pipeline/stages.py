@@ -18,6 +18,7 @@ from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.onnx.ops import OPERATORS
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.weights import is_in_blocks
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.overflow import CLOSE, LIMIT, activation_peaks, check_fp16
@@ -280,6 +281,8 @@ class Run:
     def _write_graphs(self, model: Model, folder: Path, precision: str, length: int = 0) -> None:
         """Writes a model's graphs in a precision into a stage's folder; length: of sequences, where it is more than
         the context."""
+        if is_in_blocks(model.decoder):
+            model = model.as_floats  # no operator reads ggml's blocks; the graphs judge the same numbers
         target = folder / f"onnx-{precision}"
         context = max(self.setup.workload.context, length)
         write_graphs(model.decoder, model.stored, target, precision, VARIANTS, context)
