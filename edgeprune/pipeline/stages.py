@@ -37,7 +37,7 @@ from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
-from edgeprune.precision import CacheFormat
+from edgeprune.precision import PRECISIONS, CacheFormat
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Run:
             tensors = self._pruned(target, records)
         if vocabulary is not None:
             decoder = decoder.with_vocabulary(vocabulary.size)
-        save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype)
+        save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype(decoder))
         # The graphs are written of the checkpoint as it stands on the disk.
         model = load_model(str(folder / "model"))
         if allocation is not None:
@@ -310,12 +310,17 @@ class Run:
         ids = ids if vocabulary is None else vocabulary.reduce(ids)
         write_reference(runner, ids, path, "" if model is None else model.decoder.rounded_states)
 
-    @property
-    def _checkpoint_dtype(self) -> Any:
-        """Returns bf16 for an engine in it, so that quality is measured of its weights; else None, the source's."""
+    def _checkpoint_dtype(self, decoder: Decoder) -> Any:
+        """Returns the dtype of a checkpoint's floats; None: the source's.
+
+        It is the engine's where the engine runs the checkpoint itself, and bf16 for an engine in it: quality is
+        measured of its weights.
+        """
         import torch
 
-        return torch.bfloat16 if self.setup.precision == "bf16" else None
+        precision = self.setup.precision
+        is_engines = precision == "bf16" or is_in_blocks(decoder)
+        return getattr(torch, PRECISIONS[precision].torch_dtype) if is_engines else None
 
     def _check_fp16(self, model: Model, ids: np.ndarray) -> None:
         """Raises NumericalError where an fp16 graph would overflow on samples (any, tokens), before it is written."""
