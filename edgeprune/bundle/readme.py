@@ -115,8 +115,8 @@ TEXTS = (
 )
 CHECKPOINT = "| `model/` | a standard checkpoint for `from_pretrained` |"
 BLOCKS = (
-    "| `model/` | `model.gguf` holds the weights in ggml's formats, and llama.cpp runs it; transformers reads it as floats "
-    'with `from_pretrained("model", gguf_file="model.gguf")`, which needs `accelerate` |'
+    "| `model/` | `model.gguf` holds the weights in ggml's formats, and llama.cpp runs it; transformers reads it as "
+    'floats with `from_pretrained("model", gguf_file="model.gguf")`, which needs `accelerate` |'
 )
 PICTURES = (
     "| `codec/codec.onnx` | codes (batch, tokens) to pixels (batch, 3, height, width), about -1 to 1 |",
