@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from edgeprune.errors import InputError
+from edgeprune.evaluate.walked import WalkRunner
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.weights import MODEL_FILE
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.model.save import save_checkpoint
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.model.tokens.vocabulary import Vocabulary
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.pruning.grids import choose_grid
@@ -30,6 +32,7 @@ from tests.support.llamacpp import LlamaCpp
 
 PROMPT = [3, 5, 7, 11, 200]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+NEAR_TIE = 0.5  # of two logits
 CHANGED = ("gemma2", "gemma3_text")  # have a scale of the scores that llama.cpp does not know
 Stored = dict[str, torch.Tensor | QuantisedWeight]
 
@@ -245,3 +248,24 @@ def test_a_damaged_folder_is_one_message(tmp_path, damage, message):
         load_model(str(tmp_path / "blocks"))
     assert message in caught.value.message
     assert caught.value.remedy
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_llama_cpp_continues_with_the_tokens_of_our_own_walk(tmp_path):
+    """Of the demo in formats of 32, which its rows take; but for near ties, since llama.cpp rounds what it multiplies
+    with such matrices to 8 bits."""
+    dense = load_model("demo")
+    model, _ = write(dense, with_formats(dense.decoder, "q5_0", "q4_1", "q8_0"), tmp_path / "blocks")
+    prompt = load_tokenizer(dense.directory)("The capital of France is")["input_ids"]
+    theirs = [token["id"] for token in LlamaCpp(tmp_path / "blocks" / MODEL_FILE).generate(prompt, 8)]
+    runner = WalkRunner(model, 64)
+    logits = runner.run(np.array([prompt]))[0]
+    agreed = 0
+    for token in theirs:
+        ours = int(np.argmax(logits))
+        if ours != token:
+            assert logits[ours] - logits[token] < NEAR_TIE
+            break
+        logits, agreed = runner.run(np.array([[token]]))[0], agreed + 1
+    assert agreed >= 4
