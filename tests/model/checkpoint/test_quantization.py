@@ -14,10 +14,10 @@ from edgeprune.model.checkpoint.quantization import (
     EMBEDDING_FORMAT,
     can_be_packed,
     check_packable,
-    embedding_field,
     has_embedding_codes,
     is_own,
     module_of,
+    own_fields,
     packing_of,
     quantisation,
     with_stored_formats,
@@ -37,7 +37,7 @@ EXPERTS = replace(changed(DECODER, {}, {"experts": Experts(4, 2)}), family="mixt
 
 def fields_of(decoder):
     packing = packing_of(decoder, torch.bfloat16)
-    return embedding_field(decoder) | ({"quantization_config": packing.config} if packing else {})
+    return own_fields(decoder) | ({"quantization_config": packing.config} if packing else {})
 
 
 @pytest.mark.parametrize(
