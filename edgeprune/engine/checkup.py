@@ -361,7 +361,7 @@ class _Device:
         self._need_modules()
         model = written(None)
         graph, known = model.graphs[PROCESSORS_DIALECT], counted(model.decoder, self.profile.precision, LONG)
-        process = measure.process_memory(limited, graph, LONG, quiet)
+        process = measure.process_memory(limited, "onnxruntime", graph, LONG, quiet)
         return judge_process_memory(process, known.weights + known.cache + known.buffers)
 
 

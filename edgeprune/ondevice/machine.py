@@ -36,6 +36,22 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores() -> int:
+    """Returns the number of cores that this process may use, as llama.cpp counts them: two threads of a core are one.
+
+    Where the system does not tell, it is the number of threads.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return threads()
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings").read_text(encoding="utf-8"))
+        except OSError:
+            return threads()
+    return len(siblings)
+
+
 def machine() -> str:
     """Returns the board's name where the system has one (a Jetson), else the processor's."""
     with contextlib.suppress(OSError):
@@ -113,7 +129,8 @@ def conditions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Returns the machine, the versions of the modules (None: missing) and the GPU, or why there is none."""
+    """Returns the machine, the versions of the modules (None: missing), the GPU or why there is none, and the place of
+    llama-bench."""
     # Import every module that an engine may need.
     modules, missing = {}, {}
     for name in ("numpy", *(runtime.module for runtime in RUNTIMES.values())):
@@ -121,11 +138,14 @@ def describe() -> dict[str, Any]:
             modules[name] = str(importlib.import_module(name).__version__)
         except Exception as error:  # a missing library is not an ImportError in every release
             modules[name], missing[name] = None, f"{type(error).__name__}: {error}"
-    # Reach the GPU, which takes numpy.
-    gpu, no_gpu = None, ""
+    # Reach the GPU, and find llama.cpp's own program; both take numpy.
+    gpu, no_gpu, llama_bench = None, "", None
     if modules["numpy"]:
         from edgeprune.errors import EngineError
+        from edgeprune.ondevice import llama_bench as program
         from edgeprune.ondevice.cuda import find_gpu
+
+        llama_bench = program.find()
 
         try:
             gpu = dict(find_gpu().__dict__)
@@ -139,6 +159,7 @@ def describe() -> dict[str, Any]:
         "missing": missing,
         "gpu": gpu,
         "no_gpu": no_gpu,
+        "llama_bench": llama_bench,
         "memory": memory_state(),
         "platform": sys.platform,
     }

@@ -1,0 +1,216 @@
+"""llama.cpp as an engine: what its files offer, what a profile becomes for it, and the candidates that it measures.
+
+It knows no budget. On a processor the package xllamacpp runs the files, elsewhere llama-bench does, where it is
+installed. Its formats stand in OFFERED; model/gguf writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import lcm
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.engine.answers import ThisMachine
+from edgeprune.engine.calibration import discrete_fit
+from edgeprune.engine.engines import Exported
+from edgeprune.engine.estimate import counted
+from edgeprune.engine.fits import TENSORRT
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.export import check_exportable, export_gguf
+from edgeprune.model.model import Model
+from edgeprune.ondevice import measure
+from edgeprune.ondevice.durations import timing
+from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.ondevice.llamacpp import MODEL_FILE
+from edgeprune.ondevice.measure import Counted, Session
+from edgeprune.ondevice.runtimes import LLAMA_BENCH, LLAMA_CPP
+from edgeprune.ondevice.worker import OnProgress
+from edgeprune.precision import PRECISIONS
+from edgeprune.profiles import DeviceProfile, HardwareFigure, OfferedFormats
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeprune.model.quantised import QuantisedWeight
+
+_BESIDE_F16 = "llama.cpp beside its own F16 on one processor with AVX2"
+OFFERED = {
+    "int8": OfferedFormats(
+        formats=("int8",),
+        prefill=1.0,
+        tables=True,
+        source=f"{_BESIDE_F16}: Q8_0, of which an output's scale is that of all its blocks",
+        confidence="low",
+    ),
+    "int4": OfferedFormats(
+        formats=("int4-32-asymmetric", "int4-32"),
+        prefill=1.0,
+        tables=False,
+        source=f"{_BESIDE_F16}: Q4_1, whose minimum halves the loss of Q4_0; Q4_0 has the faster prefill",
+        confidence="low",
+    ),
+}
+"""The weight formats of a GGUF file that llama.cpp runs well, by the words that `--weights` takes."""
+BLOCK = 32  # inputs that share a scale: what the width of an MLP has to be a multiple of
+FACTOR, OVERHEAD = "llama.cpp of 2025 and 2026, Q4_K_M", "llama.cpp of 2025 and 2026"  # of the published points
+ROUNDED_INPUTS = "inputs of matrices of few bits in 8 bits"
+
+
+def on_llamacpp(profile: DeviceProfile) -> DeviceProfile:
+    """Returns a device's profile with llama.cpp as its engine, and that engine's formats, precision and figures.
+
+    On a GPU it reads and starts kernels as its published points say beside TensorRT's, over all GPUs that have both.
+    """
+    if profile.engine == LLAMA_CPP:
+        return profile
+    update: dict[str, Any] = {
+        "engine": LLAMA_CPP,
+        "description": _description(profile),
+        "precision": "fp16",
+        "dialect": "onnxruntime",  # of the graphs that this machine judges by; the cache is in place as well
+        "channel_multiple": lcm(profile.channel_multiple, BLOCK),
+        "tensorrt": None,
+        "weights": OFFERED,
+        "cache": {},
+        "formats": {},
+    }
+    if not profile.on_processor:
+        fit = discrete_fit()
+        update["decode_efficiency"] = _scaled(profile.decode_efficiency, fit.factors[FACTOR])
+        share = fit.overheads[OVERHEAD] / fit.overheads[TENSORRT]
+        for name in ("layer_overhead", "decode_overhead"):
+            if (figure := getattr(profile, name)) is not None:
+                update[name] = _scaled(figure, share)
+    return profile.model_copy(update=update)
+
+
+def _description(profile: DeviceProfile) -> str:
+    return profile.description.replace("with ONNX Runtime", "with llama.cpp")
+
+
+def _scaled(figure: HardwareFigure, factor: float) -> HardwareFigure:
+    """Returns a figure of TensorRT's as llama.cpp's."""
+    source = f"{figure.source}; times {factor:.2f}, of llama.cpp's published points beside TensorRT's over all GPUs"
+    value = min(figure.value * factor, 1.0) if figure.unit == "1" else figure.value * factor
+    return figure.model_copy(update={"value": value, "source": source, "confidence": "low"})
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp on a device, which measures candidates interleaved with the dense model.
+
+    tool: what measures there, the package xllamacpp (`llama.cpp`) or `llama-bench`; version: its own; checkpoint: the
+    folder of the model's configuration, once the model is known.
+    """
+
+    profile: DeviceProfile
+    workload: Workload
+    precision: str
+    reason: str
+    tool: str = LLAMA_CPP
+    version: str = ""
+    session: Session = ThisMachine()
+    checkpoint: Path | None = None
+    name: str = LLAMA_CPP
+    builds: bool = True
+    measures: bool = True
+    compiles: bool = False
+    one_width: bool = True
+
+    def of(self, model: Model, reduced: bool) -> LlamaCpp:
+        """Returns the engine for a model; reduced: its vocabulary may be cut down.
+
+        Raises InputError where llama.cpp cannot compute the model or has no pre-tokenizer for its texts.
+        """
+        check_exportable(model, reduced)
+        return replace(self, checkpoint=model.directory)
+
+    def performance(
+        self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
+    ) -> Performance:
+        """Returns the measured performance of a candidate; raises EngineError where its logits are wrong.
+
+        llama-bench gives no logits: the file is checked on this machine then.
+        """
+        path = candidate.engine / MODEL_FILE
+        checked = {}
+        if self.tool == LLAMA_BENCH:
+            files = {"graph": str(path), "reference": str(candidate.reference)}
+            agreement = measure.check_logits(ThisMachine(), LLAMA_CPP, files, self.precision, path.name, on_progress)
+            checked = {f"{what}, on the workstation": words for what, words in agreement.items()}
+        measured = measure.in_process(
+            self.session,
+            self.tool,
+            None if dense is None else dense[0].engine / MODEL_FILE,
+            path,
+            self.workload,
+            counted_of(path, candidate.decoder, self.workload),
+            on_progress,
+            None if checked else candidate.reference,
+            self.precision,
+        )
+        measured = replace(measured, conditions={**checked, **measured.conditions})
+        if dense is None:
+            return measured
+        # Normalised by the dense model's own figure, so that a candidate does not seem slow on a busy machine.
+        return replace(
+            measured,
+            prefill=measure.scaled(measured.prefill_ratio, dense[1].prefill),
+            decode=measure.scaled(measured.decode_ratio, dense[1].decode),
+        )
+
+    def identity(self, on_progress: OnProgress) -> dict[str, Any]:
+        """Returns the machine, its processor, and the release of llama.cpp."""
+        description = measure.describe(self.session, on_progress)
+        own = {name: description[name] for name in ("machine", "processor")}
+        return {**own, "gpu": (description["gpu"] or {}).get("name"), "tool": self.tool, "version": self.version}
+
+    def write(self, decoder: Decoder, weights: Mapping[str, Any], folder: Path) -> None:
+        """Writes a model of random weights to be timed, without a tokenizer."""
+        model = Model("random", self.checkpoint, decoder, weights, "", weights)
+        write_file(model, folder, self.precision, has_tokenizer=False)
+
+    def latencies(self, models: dict[str, Exported], on_progress: OnProgress) -> dict[str, dict[str, float]]:
+        """Returns the latencies of several models, measured in turns."""
+        files = {name: model.engine / MODEL_FILE for name, model in models.items()}
+        seconds = timing().survey_seconds * len(models)
+        return measure.relative_latencies(self.session, self.tool, files, self.workload, seconds, on_progress)
+
+
+def write_file(model: Model, folder: Path, precision: str, has_tokenizer: bool = True) -> None:
+    """Writes a model's file into the folder of its engine, which it makes. Raises InputError as export_gguf does.
+
+    precision: of the matrices that are floats.
+    """
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = replace(model, weights=_InType(model.weights, getattr(torch, PRECISIONS[precision].torch_dtype)))
+    export_gguf(stored, folder / MODEL_FILE, has_tokenizer)
+
+
+class _InType(Mapping[str, "torch.Tensor"]):
+    """Weights whose matrices of floats have another dtype; norms and biases, which a file has in fp32, stay."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor | QuantisedWeight], dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._weights[name]
+        return weight.to(self._dtype) if weight.dim() > 1 else weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def counted_of(path: Path, decoder: Decoder, workload: Workload) -> Counted:
+    """Returns the bytes of a file, and of the cache in fp16 and the buffers beside it."""
+    return replace(counted(decoder, "fp16", workload), weights=path.stat().st_size)

@@ -1,0 +1,93 @@
+"""The real command line with llama.cpp as the engine, the real one of xllamacpp, on small random models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+
+from edgeprune.model.gguf.blocks import block_type
+from edgeprune.ondevice.bundle import open_bundle, sha256
+from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.report.schema import Report
+from tests.support.checkpoints import save_llama
+from tests.support.commands import SMALL, run
+from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
+
+pytestmark = pytest.mark.slow
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it")
+ENGINE = ("--device", "cpu", "--engine", "llama.cpp")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    save_llama(
+        folder / "model",
+        vocab_size=len(VOCABULARY),
+        num_hidden_layers=2,
+        hidden_size=512,
+        num_attention_heads=8,
+        head_dim=64,
+        intermediate_size=1024,
+        initializer_range=0.05,
+    )
+    save_merging_tokenizer(folder / "model")
+    paragraphs = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}" for i in range(80)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(home: Path) -> Path:
+    """Of two rungs, the first within 60 % of the memory's prunable part."""
+    result = run(
+        *("fit", home / "model", *ENGINE, "--weights", "int8,int4-32", "--memory", "60%", "--rungs", "2"),
+        *("--calibration", home / "text.txt", "--output", home / "fitted", *SMALL),
+    )
+    assert result.returncode in (0, 3), result.stderr
+    return home / "fitted"
+
+
+def report_of(bundle: Path) -> Report:
+    hashes = open_bundle(bundle)["sha256"]
+    assert {name: sha256(bundle / name) for name in hashes} == hashes
+    return Report.model_validate_json((bundle / "report.json").read_text())
+
+
+def test_a_fit_measures_what_it_ships(bundle: Path) -> None:
+    """The file of the rung has the formats that the report names, its logits were checked, and all was measured."""
+    report = report_of(bundle)
+    assert (report.engine.name, report.rests_on) == ("llama.cpp", "measured")
+    assert any(choice.name == "engine" and "llama.cpp 20" in choice.reason for choice in report.choices)
+    assert any("logits against the fp32 graph" in name for name in report.fitted.conditions)
+    for figure in (report.fitted.prefill, report.fitted.decode, *report.fitted.memory.values()):
+        assert figure.source == "measured", figure
+    file = bundle / "engine" / "model.gguf"
+    kinds = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors if "norm" not in tensor.name}
+    assert kinds == {block_type(WEIGHT_FORMATS[name]).name for name in report.fitted.formats}
+    assert (bundle / "rungs" / "1" / "engine" / "model.gguf").is_file()
+
+
+def test_the_bundle_runs_in_llama_cpp(bundle: Path) -> None:
+    """Greedily, `edgeprune run` says what llama.cpp's own server does of the same file."""
+    result = run("run", bundle, "--prompt", "the quick brown", "--temperature", "0", "--max-new-tokens", "8")
+    assert result.returncode == 0, result.stderr
+    assert "ONNX" not in result.stderr
+    server = LlamaCpp(bundle / "engine" / "model.gguf")
+    assert result.stdout.strip("\n") in "".join(entry["token"] for entry in server.generate("the quick brown", 8))
+
+
+def test_measured_again(bundle: Path) -> None:
+    result = run("measure", bundle, "--json")
+    assert result.returncode in (0, 3), result.stderr
+    measured = report_of(bundle).measurement
+    assert (measured.engine, measured.where, measured.rungs[0].sources["decode"]) == (
+        "llama.cpp",
+        "this machine",
+        "measured",
+    )
+    assert json.loads((bundle / "measurement.json").read_text())["version"].startswith("20")
