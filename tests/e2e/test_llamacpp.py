@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,15 @@ pytestmark = pytest.mark.slow
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it")
 ENGINE = ("--device", "cpu", "--engine", "llama.cpp")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    """llama.cpp takes all cores, and its threads wait for each other in loops: other tests would hold them up."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +74,9 @@ def test_a_fit_measures_what_it_ships(bundle: Path) -> None:
     report = report_of(bundle)
     assert (report.engine.name, report.rests_on) == ("llama.cpp", "measured")
     assert any(choice.name == "engine" and "llama.cpp 20" in choice.reason for choice in report.choices)
-    assert any("logits against the fp32 graph" in name for name in report.fitted.conditions)
-    for figure in (report.fitted.prefill, report.fitted.decode, *report.fitted.memory.values()):
+    performance = report.fitted.performance
+    assert any("logits against the fp32 graph" in name for name in performance.conditions)
+    for figure in (performance.prefill, performance.decode, *performance.memory.values()):
         assert figure.source == "measured", figure
     file = bundle / "engine" / "model.gguf"
     kinds = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors if "norm" not in tensor.name}
