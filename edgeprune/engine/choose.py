@@ -95,7 +95,7 @@ def _llamacpp(setting: tuple[DeviceProfile, Workload, str], target: Session | No
     if target is None:
         reason = "llama-bench runs on the device itself, which is not reachable from here (--target ssh://USER@DEVICE)"
         return Estimated(*setting, reason=f"{reason}: latency and memory are estimates", name=LLAMA_CPP)
-    raise EngineError(f"{where} cannot measure with llama.cpp: {llama_bench.refusal_of(there)}", llama_bench.REMEDY)
+    raise InputError(f"{where} cannot measure with llama.cpp: {llama_bench.refusal_of(there)}", llama_bench.REMEDY)
 
 
 def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, why: str) -> Engine:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.dialects import is_in_place, reason_of
-from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, Unreachable, WrongEngine
+from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.files import read_json
 from edgeprune.ondevice import llama_bench, measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
@@ -121,7 +121,7 @@ def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnP
     if plan["engine"] == LLAMA_CPP:
         if (found := llama_bench.tool_of(facts, plan["sm"] is None)) is None:
             problem = llama_bench.refusal_of(facts)
-            raise EngineError(f"{where} cannot measure with llama.cpp: {problem}", llama_bench.REMEDY)
+            raise InputError(f"{where} cannot measure with llama.cpp: {problem}", llama_bench.REMEDY)
         return found[0], facts
     # A GPU's bundle takes the bundle's engine, or another one for GPUs.
     order = preferred(plan["engine"])
