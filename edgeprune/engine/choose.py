@@ -11,7 +11,7 @@ from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import BuiltAhead, Engine, Estimated, OnnxRuntime, TensorRT
 from edgeprune.engine.llamacpp import LlamaCpp
 from edgeprune.errors import EngineError, InputError
-from edgeprune.ondevice import llama_bench, measure, tensorrt
+from edgeprune.ondevice import llama_tools, measure, tensorrt
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import Session
 from edgeprune.ondevice.runtimes import GPU_RUNTIMES, LLAMA_CPP, RUNTIMES, preferred
@@ -36,14 +36,7 @@ def choose_engine(
     engine cannot serve the device or is not installed, or where the target is another device than the profile's;
     EngineError where the target does not answer or lacks a module.
     """
-    # Refuse an engine that does not belong to the device.
-    if asked not in NAMES:
-        raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(NAMES)}.")
-    if asked not in ("auto", profile.engine) and not (target and {asked, profile.engine} <= set(GPU_RUNTIMES)):
-        raise InputError(
-            f"{profile.name} runs {profile.engine}, not {asked}",
-            f"Leave --engine out, or choose a device of {asked} (`edgeprune devices`).",
-        )
+    check_engine(asked, profile, target is not None)
     # On the target, or on this machine: its processor, its GPU, or an engine without a GPU.
     setting = (profile, workload, precision)
     if profile.engine == LLAMA_CPP:
@@ -67,6 +60,17 @@ def choose_engine(
     return _without_gpu(setting, available, why)
 
 
+def check_engine(asked: str, profile: DeviceProfile, has_target: bool) -> None:
+    """Raises InputError for an engine that does not exist or does not belong to the device."""
+    if asked not in NAMES:
+        raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(NAMES)}.")
+    if asked not in ("auto", profile.engine) and not (has_target and {asked, profile.engine} <= set(GPU_RUNTIMES)):
+        raise InputError(
+            f"{profile.name} runs {profile.engine}, not {asked}",
+            f"Leave --engine out, or choose a device of {asked} (`edgeprune devices`).",
+        )
+
+
 def _llamacpp(setting: tuple[DeviceProfile, Workload, str], target: Session | None) -> Engine:
     """Picks what runs llama.cpp: xllamacpp on a processor that has it, else llama-bench, else the estimator.
 
@@ -85,7 +89,7 @@ def _llamacpp(setting: tuple[DeviceProfile, Workload, str], target: Session | No
         )
     where = "this machine" if target is None else str(target)
     there = here if target is None else measure.describe(target, quiet)
-    found = llama_bench.tool_of(there, profile.on_processor)
+    found = llama_tools.tool_of(there, profile.on_processor)
     session = target or ThisMachine()
     if found is not None:
         tool, version = found
@@ -95,7 +99,7 @@ def _llamacpp(setting: tuple[DeviceProfile, Workload, str], target: Session | No
     if target is None:
         reason = "llama-bench runs on the device itself, which is not reachable from here (--target ssh://USER@DEVICE)"
         return Estimated(*setting, reason=f"{reason}: latency and memory are estimates", name=LLAMA_CPP)
-    raise InputError(f"{where} cannot measure with llama.cpp: {llama_bench.refusal_of(there)}", llama_bench.REMEDY)
+    raise InputError(f"{where} cannot measure with llama.cpp: {llama_tools.refusal_of(there)}", llama_tools.REMEDY)
 
 
 def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, why: str) -> Engine:

@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.engine.answers import ThisMachine
-from edgeprune.engine.calibration import discrete_fit
 from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import counted
-from edgeprune.engine.fits import TENSORRT
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.gguf.export import check_exportable, export_gguf
 from edgeprune.model.model import Model
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.durations import timing
@@ -77,6 +74,9 @@ def on_llamacpp(profile: DeviceProfile) -> DeviceProfile:
         "formats": {},
     }
     if not profile.on_processor:
+        from edgeprune.engine.calibration import discrete_fit
+        from edgeprune.engine.fits import TENSORRT
+
         fit = discrete_fit()
         update["decode_efficiency"] = _scaled(profile.decode_efficiency, fit.factors[FACTOR])
         share = fit.overheads[OVERHEAD] / fit.overheads[TENSORRT]
@@ -118,14 +118,6 @@ class LlamaCpp:
     measures: bool = True
     compiles: bool = False
     one_width: bool = True
-
-    def of(self, model: Model, reduced: bool) -> LlamaCpp:
-        """Returns the engine for a model; reduced: its vocabulary may be cut down.
-
-        Raises InputError where llama.cpp cannot compute the model or has no pre-tokenizer for its texts.
-        """
-        check_exportable(model, reduced)
-        return replace(self, checkpoint=model.directory)
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
@@ -185,6 +177,8 @@ def write_file(model: Model, folder: Path, precision: str, has_tokenizer: bool =
     precision: of the matrices that are floats.
     """
     import torch
+
+    from edgeprune.model.gguf.export import export_gguf
 
     folder.mkdir(parents=True, exist_ok=True)
     stored = replace(model, weights=_InType(model.weights, getattr(torch, PRECISIONS[precision].torch_dtype)))

@@ -21,7 +21,7 @@ from typing import Any
 from edgeprune.dialects import is_in_place, reason_of
 from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.files import read_json
-from edgeprune.ondevice import llama_bench, measure
+from edgeprune.ondevice import llama_tools, measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
 from edgeprune.ondevice.build_room import build_room, check_build, workspace_within
 from edgeprune.ondevice.bundle import (
@@ -119,9 +119,9 @@ def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnP
             raise EngineError(_lacks(where, missing, facts), f"pip install {' '.join(missing)}")
         return "onnxruntime", facts
     if plan["engine"] == LLAMA_CPP:
-        if (found := llama_bench.tool_of(facts, plan["sm"] is None)) is None:
-            problem = llama_bench.refusal_of(facts)
-            raise InputError(f"{where} cannot measure with llama.cpp: {problem}", llama_bench.REMEDY)
+        if (found := llama_tools.tool_of(facts, plan["sm"] is None)) is None:
+            problem = llama_tools.refusal_of(facts)
+            raise InputError(f"{where} cannot measure with llama.cpp: {problem}", llama_tools.REMEDY)
         return found[0], facts
     # A GPU's bundle takes the bundle's engine, or another one for GPUs.
     order = preferred(plan["engine"])

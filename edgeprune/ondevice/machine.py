@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgeprune.ondevice import llama_tools
 from edgeprune.ondevice.runtimes import RUNTIMES
 
 _QUERY = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.limit,persistence_mode"
@@ -138,14 +139,11 @@ def describe() -> dict[str, Any]:
             modules[name] = str(importlib.import_module(name).__version__)
         except Exception as error:  # a missing library is not an ImportError in every release
             modules[name], missing[name] = None, f"{type(error).__name__}: {error}"
-    # Reach the GPU, and find llama.cpp's own program; both take numpy.
-    gpu, no_gpu, llama_bench = None, "", None
+    # Reach the GPU, which takes numpy.
+    gpu, no_gpu = None, ""
     if modules["numpy"]:
         from edgeprune.errors import EngineError
-        from edgeprune.ondevice import llama_bench as program
         from edgeprune.ondevice.cuda import find_gpu
-
-        llama_bench = program.find()
 
         try:
             gpu = dict(find_gpu().__dict__)
@@ -159,7 +157,7 @@ def describe() -> dict[str, Any]:
         "missing": missing,
         "gpu": gpu,
         "no_gpu": no_gpu,
-        "llama_bench": llama_bench,
+        "llama_bench": llama_tools.find(),
         "memory": memory_state(),
         "platform": sys.platform,
     }

@@ -21,7 +21,7 @@ from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.checkpoint.quantization import can_be_packed
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.export import check_exports
+from edgeprune.model.export import GGUF, check_exports
 from edgeprune.model.gguf.weights import check_in_blocks
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
@@ -131,6 +131,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     shape = load_shape(request.model, request.hints)[1].with_format(None)
+    if named.engine == LLAMA_CPP:
+        from edgeprune.model.gguf.metadata import check_family
+
+        check_family(shape)
     kind = kind_of(shape)
     kind.check_options(request, shape)
     _check_numbers(request)
@@ -179,8 +183,9 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     documents = kind.read_documents(request)
     model = load_dense(request.model, request.hints)
     reduced = request.vocabulary != "full"
-    if isinstance(engine, LlamaCpp):
-        engine = engine.of(model, reduced)
+    if profile.engine == LLAMA_CPP:
+        check_exports((GGUF,), model, request.layout, reduced)
+        engine = replace(engine, checkpoint=model.directory) if isinstance(engine, LlamaCpp) else engine
     if model.dequantised:
         choices.append(
             Choice("checkpoint", "dequantised", f"{model.dequantised}: its quality is what the rises refer to")

@@ -14,7 +14,7 @@ import numpy as np
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import computes_in
-from edgeprune.engine.llamacpp import ROUNDED_INPUTS, LlamaCpp, write_file
+from edgeprune.engine.llamacpp import ROUNDED_INPUTS, write_file
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.onnx.ops import OPERATORS
@@ -34,6 +34,7 @@ from edgeprune.ondevice.figures import (
     performance_to_json,
 )
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
@@ -106,7 +107,8 @@ class Run:
             self._check_fp16(setup.model, samples.calibration)
             if setup.engine.builds and setup.precision != "fp32":
                 self._write_graphs(setup.model, folder, setup.precision)
-            self._write_engine_file(setup.model, folder)
+            if setup.engine.builds:
+                self._write_engine_file(setup.model, folder)
             # The same bf16 weights: what rounding them costs, the evaluation measures.
             is_own_graph = setup.engine.builds and setup.precision == "bf16"
             self._write_reference(folder / "onnx-bf16" if is_own_graph else plain, folder / REFERENCE)
@@ -294,7 +296,7 @@ class Run:
 
     def _write_engine_file(self, model: Model, folder: Path) -> None:
         """Writes the file that llama.cpp runs, where it is the engine, into a stage's folder."""
-        if isinstance(self.setup.engine, LlamaCpp):
+        if self.setup.profile.engine == LLAMA_CPP:
             write_file(model, folder / "engine", self.setup.precision)
 
     def _write_reference(
@@ -320,8 +322,7 @@ class Run:
 
     def _rounded_states(self, decoder: Decoder) -> str:
         """Returns which states are rounded to codes where a model is deployed, in words."""
-        is_llamacpp = isinstance(self.setup.engine, LlamaCpp)
-        rounds = is_llamacpp and (decoder.weight_formats or decoder.head_format)
+        rounds = self.setup.profile.engine == LLAMA_CPP and (decoder.weight_formats or decoder.head_format)
         return decoder.rounded_states or (ROUNDED_INPUTS if rounds else "")
 
     def _checkpoint_dtype(self, decoder: Decoder) -> Any:

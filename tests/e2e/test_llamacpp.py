@@ -16,6 +16,7 @@ from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.schema import Report
 from tests.support.checkpoints import save_llama
 from tests.support.commands import SMALL, run
+from tests.support.families import save_family
 from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -103,3 +104,41 @@ def test_measured_again(bundle: Path) -> None:
         "measured",
     )
     assert json.loads((bundle / "measurement.json").read_text())["version"].startswith("20")
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "remedy"),
+    [
+        (("--layout", "per-layer"), "llama.cpp cannot run layers of different widths", "--layout uniform"),
+        (("--batch", "2"), "one sequence at once, not with 2", "--batch 1"),
+        (("--precision", "fp32"), "llama.cpp keeps its KV cache in fp16", "--precision fp16"),
+        (("--tensorrt", "10.3"), "does not run TensorRT", "Leave --tensorrt out"),
+        (("--weights", "int4-64"), "does not run weights in int4-64 well", "--weights auto"),
+        (("--cache", "int8"), "int8", "float"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(home: Path, options: tuple[str, ...], message: str, remedy: str) -> None:
+    """One message with a remedy, before any work."""
+    result = run("fit", home / "model", *ENGINE, "--output", home / "nothing", *SMALL, *options)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert remedy in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (home / "nothing").exists()
+
+
+def test_a_family_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
+    save_family(tmp_path / "model", "opt")
+    for command in (("fit", tmp_path / "model", "--output", tmp_path / "nothing"), ("plan", tmp_path / "model")):
+        result = run(*command, *ENGINE)
+        assert result.returncode == 2, result.stderr
+        assert "llama.cpp has no architecture for the family opt" in result.stderr
+
+
+def test_without_the_package_the_command_that_installs_it_is_told(home: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "xllamacpp.py").write_text("raise ImportError('libstdc++ is too old')")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run("fit", home / "model", *ENGINE, "--output", home / "nothing", *SMALL)
+    assert result.returncode == 2, result.stderr
+    assert "the engine llama.cpp is not usable here: ImportError: libstdc++ is too old" in result.stderr
+    assert 'pip install "edgeprune[llama]"' in result.stderr
