@@ -38,7 +38,7 @@ def measure_latency(files: dict[str, Path], workload: Workload, seconds: float) 
     """
     latency: dict[str, Any] = {}
     for kind in ("decode", "prefill"):
-        runs = {name: _run_of(path, workload, kind) for name, path in files.items()}
+        runs = {name: run_of(path, workload, kind) for name, path in files.items()}
         timings, latency["device"] = _in_turn(runs, seconds / 2)
         latency[kind] = described(timings, list(files))
     return latency
@@ -64,13 +64,19 @@ def _in_turn(
             return timings, device
 
 
-def _run_of(path: Path, workload: Workload, kind: str) -> Callable[[], tuple[list[float], str]]:
-    """Returns a run of the program, which returns the ms of its repetitions, and the device."""
+def run_of(
+    path: Path, workload: Workload, kind: str, threads: int | None = None
+) -> Callable[[], tuple[list[float], str]]:
+    """Returns a run of the program, which returns the ms of its repetitions, and the device.
+
+    threads: None for as many as the program takes by itself.
+    """
     steps = min(STEPS, workload.context - 1)
     sizes = {"prefill": (workload.prompt, 0, 0), "decode": (0, steps, workload.context - steps)}[kind]
 
     def run() -> tuple[list[float], str]:
-        test = _test(_answer_of(_started(path, *sizes)), sizes)
+        own = ["-t", str(threads)] if threads else []
+        test = _test(_answer_of([*_started(path, *sizes), *own]), sizes)
         return [1e-6 * ns / (sizes[1] or 1) for ns in test["samples_ns"]], test["gpu_info"] or test["cpu_info"]
 
     return run

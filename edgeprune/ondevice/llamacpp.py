@@ -221,7 +221,7 @@ class LlamaRunner:
         self.past += len(tokens)
 
 
-class _Timed:
+class Timed:
     """Prefill and decode of one file on random tokens, each as a function to be timed."""
 
     def __init__(self, path: Path, workload: Workload, threads: int | None, seed: int, library: Library) -> None:
@@ -250,7 +250,7 @@ def measure_latency(
 ) -> dict[str, Any]:
     """Times prefill and decode of files by name, in turn; returns what onnxruntime.measure_latency does."""
     library = Library()
-    timed = {name: _Timed(path, workload, threads, seed, library) for name, path in files.items()}
+    timed = {name: Timed(path, workload, threads, seed, library) for name, path in files.items()}
     latency = {}
     for one in timed.values():
         one.prepare_decode()
@@ -267,7 +267,7 @@ def measure_memory(path: Path, workload: Workload, threads: int | None = None, s
     """
     library = Library()
     baseline = peak_bytes()
-    timed = _Timed(path, workload, threads, seed, library)
+    timed = Timed(path, workload, threads, seed, library)
     timed.prefill()
     timed.prepare_decode()
     for _ in range(DECODE_STEPS):
