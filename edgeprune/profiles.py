@@ -197,7 +197,9 @@ class DeviceProfile(_Strict):
             raise ValueError("sm is missing; it is the compute capability, 87 for an Orin")
         if present and self.available_bytes <= self.runtime_memory.si:
             raise ValueError("system_reserve and runtime_memory leave nothing of memory")
-        in_blocks = {WEIGHT_FORMATS[name].storage == "gguf" for offer in self.weights.values() for name in offer.formats}
+        in_blocks = {
+            WEIGHT_FORMATS[name].storage == "gguf" for offer in self.weights.values() for name in offer.formats
+        }
         if len(in_blocks) > 1:
             raise ValueError("weights: formats of a GGUF file and others, which no file holds together")
         return self

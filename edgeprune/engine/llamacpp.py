@@ -6,11 +6,11 @@ installed. Its formats stand in OFFERED; model/gguf writes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import Exported
@@ -27,27 +27,20 @@ from edgeprune.ondevice.worker import OnProgress
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, HardwareFigure, OfferedFormats
 
-if TYPE_CHECKING:
-    import torch
 
-    from edgeprune.model.quantised import QuantisedWeight
+def _offered(*formats: str, tables: bool = False) -> OfferedFormats:
+    """Returns formats of a GGUF file; the others stand in for the first where its blocks do not divide the sizes."""
+    source = "llama.cpp has kernels of its own for this type on every device; none has been timed beside F16's"
+    return OfferedFormats(formats=formats, prefill=1.0, tables=tables, source=source, confidence="low")
 
-_BESIDE_F16 = "llama.cpp beside its own F16 on one processor with AVX2"
+
 OFFERED = {
-    "int8": OfferedFormats(
-        formats=("int8",),
-        prefill=1.0,
-        tables=True,
-        source=f"{_BESIDE_F16}: Q8_0, of which an output's scale is that of all its blocks",
-        confidence="low",
-    ),
-    "int4": OfferedFormats(
-        formats=("int4-32-asymmetric", "int4-32"),
-        prefill=1.0,
-        tables=False,
-        source=f"{_BESIDE_F16}: Q4_1, whose minimum halves the loss of Q4_0; Q4_0 has the faster prefill",
-        confidence="low",
-    ),
+    "int8": _offered("q8_0", tables=True),
+    "q6_k": _offered("q6_k", "q8_0", tables=True),
+    "q5_k": _offered("q5_k", "q5_1", "q5_0"),
+    "q4_k": _offered("q4_k", "q4_1", "q4_0"),
+    "int4": _offered("q4_k", "q4_1", "q4_0"),
+    "q3_k": _offered("q3_k", "q4_0"),
 }
 """The weight formats of a GGUF file that llama.cpp runs well, by the words that `--weights` takes."""
 BLOCK = 32  # inputs that share a scale: what the width of an MLP has to be a multiple of
@@ -174,35 +167,18 @@ class LlamaCpp:
 def write_file(model: Model, folder: Path, precision: str, has_tokenizer: bool = True) -> None:
     """Writes a model's file into the folder of its engine, which it makes. Raises InputError as export_gguf does.
 
-    precision: of the matrices that are floats.
+    A model in ggml's formats has its file in its own folder already. precision: of the matrices that are floats.
     """
     import torch
 
     from edgeprune.model.gguf.export import export_gguf
+    from edgeprune.model.gguf.weights import is_in_blocks
 
     folder.mkdir(parents=True, exist_ok=True)
-    stored = replace(model, weights=_InType(model.weights, getattr(torch, PRECISIONS[precision].torch_dtype)))
-    export_gguf(stored, folder / MODEL_FILE, has_tokenizer)
-
-
-class _InType(Mapping[str, "torch.Tensor"]):
-    """Weights whose matrices of floats have another dtype; norms and biases, which a file has in fp32, stay."""
-
-    def __init__(self, weights: Mapping[str, torch.Tensor | QuantisedWeight], dtype: torch.dtype) -> None:
-        self._weights, self._dtype = weights, dtype
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._weights[name]
-        return weight.to(self._dtype) if weight.dim() > 1 else weight
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+    if has_tokenizer and is_in_blocks(model.decoder):
+        (folder / MODEL_FILE).hardlink_to(model.directory / MODEL_FILE)
+    else:
+        export_gguf(model, folder / MODEL_FILE, getattr(torch, PRECISIONS[precision].torch_dtype), has_tokenizer)
 
 
 def counted_of(path: Path, decoder: Decoder, workload: Workload) -> Counted:

@@ -70,9 +70,7 @@ def _form(model: Model) -> Held:
     return held(decoder, read_config(model.directory))
 
 
-def export_gguf(
-    model: Model, path: Path, dtype: torch.dtype | None = None, has_tokenizer: bool = True
-) -> Path:
+def export_gguf(model: Model, path: Path, dtype: torch.dtype | None = None, has_tokenizer: bool = True) -> Path:
     """Writes a model of uniform layers as GGUF and returns the path.
 
     Weights of few bits keep their exact values, in ggml's types; of those of compressed-tensors whose blocks cannot
