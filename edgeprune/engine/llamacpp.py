@@ -45,6 +45,8 @@ OFFERED = {
 """The weight formats of a GGUF file that llama.cpp runs well, by the words that `--weights` takes."""
 BLOCK = 32  # inputs that share a scale: what the width of an MLP has to be a multiple of
 FACTOR, OVERHEAD = "llama.cpp of 2025 and 2026, Q4_K_M", "llama.cpp of 2025 and 2026"  # of the published points
+PREFILL = 0.5  # of TensorRT's share of the peak
+PREFILL_SOURCE = "of 0.3 to 0.6 in llama.cpp's published points (on an RTX 4090 as much as TensorRT's)"
 ROUNDED_INPUTS = "inputs of matrices of few bits in 8 bits"
 
 
@@ -71,11 +73,16 @@ def on_llamacpp(profile: DeviceProfile) -> DeviceProfile:
         from edgeprune.engine.fits import TENSORRT
 
         fit = discrete_fit()
-        update["decode_efficiency"] = _scaled(profile.decode_efficiency, fit.factors[FACTOR])
-        share = fit.overheads[OVERHEAD] / fit.overheads[TENSORRT]
-        for name in ("layer_overhead", "decode_overhead"):
+        launches = fit.overheads[OVERHEAD] / fit.overheads[TENSORRT]
+        beside = "of llama.cpp's published points beside TensorRT's, over all GPUs"
+        for name, factor, words in (
+            ("decode_efficiency", fit.factors[FACTOR], beside),
+            ("layer_overhead", launches, beside),
+            ("decode_overhead", launches, beside),
+            ("prefill_efficiency", PREFILL, PREFILL_SOURCE),
+        ):
             if (figure := getattr(profile, name)) is not None:
-                update[name] = _scaled(figure, share)
+                update[name] = _scaled(figure, factor, words)
     return profile.model_copy(update=update)
 
 
@@ -83,10 +90,10 @@ def _description(profile: DeviceProfile) -> str:
     return profile.description.replace("with ONNX Runtime", "with llama.cpp")
 
 
-def _scaled(figure: HardwareFigure, factor: float) -> HardwareFigure:
-    """Returns a figure of TensorRT's as llama.cpp's."""
-    source = f"{figure.source}; times {factor:.2f}, of llama.cpp's published points beside TensorRT's over all GPUs"
+def _scaled(figure: HardwareFigure, factor: float, words: str) -> HardwareFigure:
+    """Returns a figure of TensorRT's as llama.cpp's; words: where the factor is from."""
     value = min(figure.value * factor, 1.0) if figure.unit == "1" else figure.value * factor
+    source = f"{figure.source}; times {factor:.2f}, {words}"
     return figure.model_copy(update={"value": value, "source": source, "confidence": "low"})
 
 
