@@ -146,11 +146,11 @@ class DefaultBudget(_Strict):
 
 
 class DeviceProfile(_Strict):
-    """One device. A profile for ONNX Runtime has all its hardware figures or none, to be measured."""
+    """One device. A profile of a processor has all its hardware figures or none, to be measured."""
 
     name: Name
     description: Line
-    engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "llama.cpp"]
     sm: int | None = Field(default=None, ge=50, le=200)  # CUDA compute capability x 10
     precision: GraphPrecision
     dialect: Dialect  # the operators that the engine's parser takes, over a KV cache of floats: see for_cache
@@ -188,12 +188,12 @@ class DeviceProfile(_Strict):
                 raise ValueError(f"{name}.value: {figure.value:g} must be at most 1")
         needed = {"memory", "runtime_memory", "build_memory", "bandwidth", "decode_efficiency"}
         needed |= set() if self.layer_overhead else {"decode_overhead"}
-        needed |= {"prefill_efficiency", "fp32_compute" if self.engine == "onnxruntime" else "fp16_compute"}
-        if self.memory_shared_with_system and self.engine != "onnxruntime":
+        needed |= {"prefill_efficiency", "fp32_compute" if self.on_processor else "fp16_compute"}
+        if self.memory_shared_with_system and not self.on_processor:
             needed.add("system_reserve")
-        if (missing := sorted(needed - present.keys())) and (present or self.engine != "onnxruntime"):
+        if (missing := sorted(needed - present.keys())) and (present or not self.on_processor):
             raise ValueError(f"missing {', '.join(missing)}")
-        if self.engine != "onnxruntime" and self.sm is None:
+        if not self.on_processor and self.sm is None:
             raise ValueError("sm is missing; it is the compute capability, 87 for an Orin")
         if present and self.available_bytes <= self.runtime_memory.si:
             raise ValueError("system_reserve and runtime_memory leave nothing of memory")
@@ -230,6 +230,11 @@ class DeviceProfile(_Strict):
         """Returns the profile with the dialect of a model whose KV cache has a format: not all dialects have codes."""
         dialect = dialect_over(self.dialect, None if form is None else form.name)
         return self if dialect == self.dialect else self.model_copy(update={"dialect": dialect})
+
+    @property
+    def on_processor(self) -> bool:
+        """Returns whether the engine computes on a processor: ONNX Runtime always, llama.cpp where there is no GPU."""
+        return self.engine == "onnxruntime" or (self.engine == "llama.cpp" and self.sm is None)
 
     @property
     def in_place(self) -> bool:

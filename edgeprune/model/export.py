@@ -61,8 +61,9 @@ def _write_gptq(model: Model, folder: Path, stem: str, context: int) -> None:
     export_gptq(model, folder)
 
 
+GGUF = "gguf"
 FORMATS = {
-    "gguf": Format("the model for llama.cpp, and a Modelfile for `ollama create`", _check_gguf, _write_gguf),
+    GGUF: Format("the model for llama.cpp, and a Modelfile for `ollama create`", _check_gguf, _write_gguf),
     "gptq": Format("the checkpoint in GPTQ's layout, for vLLM and transformers", _check_gptq, _write_gptq),
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edgeprune.generate.text import BATCH
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.durations import timing
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.evaluation import ANSWER_TOKENS, PROMPTS, SAMPLE_TOKENS
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
@@ -217,7 +218,7 @@ def fitting_announced(setup: Setup, rungs: int) -> str:
     """Returns the line of a run of `fit`, or of a ladder of so many rungs."""
     samples = samples_of(setup.request, setup.samples, setup.kind, setup.model.decoder)
     told = announced(fitting(setup, rungs), setup.model.decoder, samples.generated)
-    builds = setup.engine.builds and setup.profile.engine != "onnxruntime"
+    builds = setup.engine.builds and RUNTIMES[setup.profile.engine].on_gpu
     return told + ("; builds of engines are not in it" if builds else "")
 
 
@@ -231,7 +232,7 @@ def _measured_seconds(setup: Setup, candidates: int) -> float:
         return durations.cross_check_seconds
     weights = setup.weights
     shape = setup.model.decoder, setup.precision, setup.profile.channel_multiple
-    points = design(*shape, weights.formats, weights.tables)
+    points = design(*shape, weights.formats, weights.tables, one_width=setup.engine.one_width)
     return durations.measure_seconds * (1 + candidates) + durations.survey_seconds * len(points)
 
 
