@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 from edgeprune.files import write_text
 from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config, with_final_outputs
-from edgeprune.model.checkpoint.embedding import with_embedding_values
 from edgeprune.model.checkpoint.padding import padded_heads
 from edgeprune.model.checkpoint.quantization import (
     check_packable,
-    embedding_field,
+    formats_field,
     has_embedding_codes,
     packing_of,
     without_quantization,
 )
 from edgeprune.model.checkpoint.safetensors_file import Packing, write_weights
+from edgeprune.model.checkpoint.values import with_values
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.bpe import read_object
@@ -69,11 +69,13 @@ def save_checkpoint(
     config = without_quantization(read_config(source.directory))
     if packing is None and decoder.weight_formats:
         check_packable(decoder)
-        packing, config = packing_of(decoder, dtype), config | embedding_field(decoder)
+        packing, config = packing_of(decoder, dtype), config | formats_field(decoder)
     # The configuration of the decoder as it is stored, which may have more heads than the decoder itself.
     directory.mkdir(parents=True)
     if packing is not None:
-        decoder, config = with_final_outputs(decoder, config | {"quantization_config": packing.config})
+        config |= {"quantization_config": packing.config}
+    if decoder.weight_formats.keys() - {"embedding"}:
+        decoder, config = with_final_outputs(decoder, config)
     stored = loadable(decoder, config)
     config = config_for(decoder, config)
     config.pop("torch_dtype", None)
@@ -88,7 +90,7 @@ def save_checkpoint(
         _write_whole_tokenizer(source, directory, config["model_type"])
     else:
         write_tokenizer_files(source.directory, directory, vocabulary)
-    tensors = padded_heads(decoder, stored, with_embedding_values(tensors, directory))
+    tensors = padded_heads(decoder, stored, with_values(decoder, tensors, directory))
     write_weights(stored, tensors, directory, dtype, packing)
 
 

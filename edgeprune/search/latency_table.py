@@ -231,8 +231,9 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
         codes = (weight * 50 * form.most).round_().clamp_(form.least, form.most).to(torch.int8)
         scales = torch.full((shape[0], form.groups_of(shape[1])), 2.0**-9)
         zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
+        minima = torch.full_like(scales, 2.0**-9) if form.offset == "minimum" else None
         input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
-        return QuantisedWeight(form, codes, scales, zeros, input_scale)
+        return QuantisedWeight(form, codes, scales, zeros, input_scale, minima)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

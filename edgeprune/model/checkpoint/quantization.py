@@ -1,7 +1,7 @@
 """The weight formats in a config.json: compressed-tensors' `quantization_config`, read into formats and written.
 
-A group of it has the format of some modules by their names in the checkpoint; our own field names the embedding's,
-whose values are stored as floats. It knows no tensors' values.
+A group of it has the format of some modules by their names in the checkpoint; our own field names those whose values
+are stored as floats, the embedding and formats that compressed-tensors does not have. It knows no tensors' values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgeprune.files import checked, printable
 from edgeprune.model.checkpoint.configuration import RESTORE, checkpoint_tensors
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.packed import pack_quantized
-from edgeprune.model.checkpoint.places import StoredTensor
+from edgeprune.model.checkpoint.places import StoredTensor, is_by_value
 from edgeprune.model.checkpoint.safetensors_file import Packing
 from edgeprune.model.checkpoint.targets import DETAILS, groups_by_module
 from edgeprune.model.decoder import Decoder
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-EMBEDDING_FORMAT = "edgeprune_embedding_format"  # `float` or a format; in every checkpoint of ours that has formats
+FORMATS = "edgeprune_formats"  # by module, of those that are not packed; in every checkpoint of ours that has formats
 FIELDS = {
     "quant_method": str,
     "format": str,
@@ -56,12 +56,12 @@ def quantisation(config: Config) -> str | None:
 
 def is_own(config: Config) -> bool:
     """Returns whether edgeprune quantised the weights of a configuration, whose codes are read then."""
-    return EMBEDDING_FORMAT in config
+    return FORMATS in config
 
 
 def has_embedding_codes(config: Config) -> bool:
     """Returns whether the embedding of a configuration has a format, so that its floats are the values of codes."""
-    return config.get(EMBEDDING_FORMAT, "float") != "float"
+    return "embedding" in config.get(FORMATS, {})
 
 
 def with_stored_formats(decoder: Decoder, config: Config) -> Decoder:
@@ -73,12 +73,16 @@ def with_stored_formats(decoder: Decoder, config: Config) -> Decoder:
     found = _formats([module_of(tensor) for tensor in tensors], config.get(DETAILS[0]))
     formats = {name: found[module_of(tensor)] for tensor in tensors for name in tensor.names}
     # Those of a layer's attention and MLP, and of the tables.
+    named = _named_formats(config[FORMATS], decoder)
     layers = [
-        (_common(f"layers.{index}.attention.", formats), _common(f"layers.{index}.mlp.", formats))
+        tuple(
+            named.get(f"layers.{index}.{kind}") or _common(f"layers.{index}.{kind}.", formats)
+            for kind in ("attention", "mlp")
+        )
         for index in range(len(decoder.layers))
     ]
-    embedding = _named(config[EMBEDDING_FORMAT])
-    head = embedding if decoder.tie_word_embeddings else formats["head"]
+    embedding = named.get("embedding")
+    head = embedding if decoder.tie_word_embeddings else named.get("head") or formats["head"]
     return decoder.with_formats(layers, embedding, head)
 
 
@@ -93,13 +97,17 @@ def _common(prefix: str, formats: Mapping[str, WeightFormat | None]) -> WeightFo
     return next(iter(of_module), None)
 
 
-def _named(name: object) -> WeightFormat | None:
-    """Returns the format of a name. Raises InputError for an unknown one."""
-    if name == "float":
-        return None
-    if not isinstance(name, str) or name not in WEIGHT_FORMATS:
-        raise InputError(f"{EMBEDDING_FORMAT} {printable(repr(name), 60)} is not a weight format", RESTORE)
-    return WEIGHT_FORMATS[name]
+def _named_formats(field: object, decoder: Decoder) -> dict[str, WeightFormat]:
+    """Returns the formats of our own field by module. Raises InputError for unknown ones, and for unknown modules."""
+    checked(field, {...: str}, FORMATS)
+    modules = {name.rsplit(".", 1)[0] for name in decoder.with_format(WEIGHT_FORMATS["int8"]).weight_formats}
+    modules = {module.partition(".experts.")[0] for module in modules} | {"embedding", "head"}
+    for module, name in field.items():
+        if module not in modules:
+            raise InputError(f"{FORMATS} names {printable(repr(module), 60)}, which the model does not have", RESTORE)
+        if name not in WEIGHT_FORMATS:
+            raise InputError(f"{FORMATS}: {printable(repr(name), 60)} is not a weight format", RESTORE)
+    return {module: WEIGHT_FORMATS[name] for module, name in field.items()}
 
 
 def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat | None]:
@@ -170,7 +178,7 @@ def check_packable(decoder: Decoder) -> None:
     transformers joins the experts of a layer and takes all that it joins, in all layers, for one symmetric format:
     that of the first group that names experts. Where they differ, some load as other numbers, without an error.
     """
-    formats = decoder.weight_formats
+    formats = {name: form for name, form in decoder.weight_formats.items() if not is_by_value(name, form)}
     if formats and not can_be_packed(decoder):
         raise InputError(
             f"a checkpoint of the family {decoder.family} cannot hold weights of few bits: it stores matrices as "
@@ -178,8 +186,7 @@ def check_packable(decoder: Decoder) -> None:
             "Use --weights float.",
         )
     experts = {formats.get(name) for name in decoder.shapes() if ".experts." in name}
-    packs = any(name != "embedding" for name in formats)
-    if packs and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
+    if formats and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
         names = ", ".join(sorted(form.name if form else "float" for form in experts))
         raise InputError(
             f"the experts have the weight formats {names}: transformers reads one symmetric format for all",
@@ -189,12 +196,17 @@ def check_packable(decoder: Decoder) -> None:
 
 def without_quantization(config: Config) -> dict[str, Any]:
     """Returns a configuration without what it says of weight formats."""
-    return {name: value for name, value in config.items() if name not in (*DETAILS, EMBEDDING_FORMAT)}
+    return {name: value for name, value in config.items() if name not in (*DETAILS, FORMATS)}
 
 
-def embedding_field(decoder: Decoder) -> dict[str, Any]:
+def formats_field(decoder: Decoder) -> dict[str, Any]:
     """Returns our own field of config.json for a decoder with weight formats."""
-    return {EMBEDDING_FORMAT: decoder.embedding_format.name if decoder.embedding_format else "float"}
+    found = {
+        name if name in ("embedding", "head") else ".".join(name.split(".", 3)[:3]): form.name
+        for name, form in decoder.weight_formats.items()
+        if name == "embedding" or form.storage != "packed"
+    }
+    return {FORMATS: found}
 
 
 def packing_of(decoder: Decoder, dtype: torch.dtype) -> Packing | None:

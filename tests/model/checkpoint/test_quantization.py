@@ -11,10 +11,10 @@ from edgeprune.model.checkpoint.adapt import changed
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.quantization import (
-    EMBEDDING_FORMAT,
+    FORMATS,
     can_be_packed,
     check_packable,
-    embedding_field,
+    formats_field,
     has_embedding_codes,
     is_own,
     module_of,
@@ -25,7 +25,7 @@ from edgeprune.model.checkpoint.quantization import (
 )
 from edgeprune.model.decoder import Experts
 from tests.support.quantised import ASYMMETRIC, INT4, INT8, WITHOUT, packable, random_codes
-from tests.support.roundings import W8A8
+from tests.support.roundings import OFFSET, W8A8
 from tests.support.shapes import uniform
 
 DECODER = replace(uniform(64, 12, (4, 2, 16), 96, 50), tie_word_embeddings=False)
@@ -37,7 +37,7 @@ EXPERTS = replace(changed(DECODER, {}, {"experts": Experts(4, 2)}), family="mixt
 
 def fields_of(decoder):
     packing = packing_of(decoder, torch.bfloat16)
-    return embedding_field(decoder) | ({"quantization_config": packing.config} if packing else {})
+    return formats_field(decoder) | ({"quantization_config": packing.config} if packing else {})
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,9 @@ def fields_of(decoder):
         MIXED,
         DECODER.with_format(INT8),
         DECODER.with_formats([(W8A8, INT8), (INT8, None), (INT4, W8A8)] * 4, None, None),
+        DECODER.with_formats([(OFFSET, INT8), (None, OFFSET), (INT4, OFFSET)] * 4, INT8, OFFSET),
+        replace(changed(DECODER, {}, {"gated": False}), family="gpt2").with_format(OFFSET),
+        EXPERTS.with_format(OFFSET, INT8),
         DECODER.with_format(None, INT4),
         DECODER.with_formats([(None, None)] * 12, INT8, None),
         replace(MIXED, family="phi3"),
@@ -131,8 +134,10 @@ BAD = {
     "not compressed": (edited("quantization_config", "quantization_status", value="frozen"), "frozen"),
     "no pattern": (edited(*GROUP, "targets", value=["re:("]), "is no pattern"),
     "half a module": (edited(*GROUP, "targets", value=["re:.*q_proj"]), "several formats in layers.0.attention"),
-    "a table of another": (edited(EMBEDDING_FORMAT, value="int5"), "is not a weight format"),
-    "a table of a list": (edited(EMBEDDING_FORMAT, value=["int8"]), "is not a weight format"),
+    "a table of another": (edited(FORMATS, value={"embedding": "int5"}), "is not a weight format"),
+    "a table of a list": (edited(FORMATS, value={"embedding": ["int8"]}), "embedding is not"),
+    "a list of tables": (edited(FORMATS, value=["embedding"]), "edgeprune_formats: it is not"),
+    "a module that is not there": (edited(FORMATS, value={"layers.12.mlp": "int8"}), "names 'layers.12.mlp'"),
     "a list": (edited("quantization_config", value=[]), "quantization_config: it is not"),
 }
 
@@ -152,7 +157,7 @@ def test_only_what_edgeprune_wrote_has_formats():
     assert has_embedding_codes(fields)
     assert not has_embedding_codes(fields_of(DECODER.with_formats([(INT8, INT8)] * 12, None, None)))
     assert quantisation(fields) == "compressed-tensors"
-    del fields[EMBEDDING_FORMAT]
+    del fields[FORMATS]
     assert not is_own(fields)
     assert with_stored_formats(DECODER, fields) is DECODER
     assert quantisation({"quantization_config": {}}) is None
@@ -162,6 +167,7 @@ def test_families_without_linear_layers_have_no_such_checkpoint():
     able = {family for family in FAMILIES if can_be_packed(replace(DECODER, family=family))}
     assert FAMILIES.keys() - able == {"gpt2", "imagegpt"}
     check_packable(replace(DECODER, family="gpt2"))
+    check_packable(replace(DECODER, family="gpt2").with_format(OFFSET))
     with pytest.raises(InputError, match="the family gpt2 cannot hold weights of few bits"):
         check_packable(replace(DECODER, family="gpt2").with_format(INT8))
 
@@ -171,6 +177,7 @@ def test_experts_have_one_symmetric_format():
     check_packable(EXPERTS)
     check_packable(EXPERTS.with_format(INT4, INT8))
     check_packable(EXPERTS.with_formats([(None, None)] * 12, INT8, None))
+    check_packable(EXPERTS.with_format(OFFSET))
     check_packable(EXPERTS.with_formats([(INT8, INT4), (None, INT4)] * 6, None, None))
     for layers in (
         [(INT8, INT4), (INT8, INT8)],
