@@ -1,7 +1,7 @@
 """The weight formats in a config.json: compressed-tensors' `quantization_config`, read into formats and written.
 
-A group of it has the format of some modules by their names in the checkpoint; our own field names those whose values
-are stored as floats, the embedding and formats that compressed-tensors does not have. It knows no tensors' values.
+A group of it has the format of some modules by their names in the checkpoint; our own fields name those that others
+take for floats: the embedding's, and formats that compressed-tensors does not have. It knows no tensors' values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-FORMATS = "edgeprune_formats"  # by module, of those that are not packed; in every checkpoint of ours that has formats
+EMBEDDING_FORMAT = "edgeprune_embedding_format"  # `float` or a format; in every checkpoint of ours that has formats
+MODULE_FORMATS = (
+    "edgeprune_formats"  # by module, such as `layers.3.attention` or `head`: those compressed-tensors lacks
+)
 FIELDS = {
     "quant_method": str,
     "format": str,
@@ -56,12 +59,12 @@ def quantisation(config: Config) -> str | None:
 
 def is_own(config: Config) -> bool:
     """Returns whether edgeprune quantised the weights of a configuration, whose codes are read then."""
-    return FORMATS in config
+    return EMBEDDING_FORMAT in config
 
 
 def has_embedding_codes(config: Config) -> bool:
     """Returns whether the embedding of a configuration has a format, so that its floats are the values of codes."""
-    return "embedding" in config.get(FORMATS, {})
+    return config.get(EMBEDDING_FORMAT, "float") != "float"
 
 
 def with_stored_formats(decoder: Decoder, config: Config) -> Decoder:
@@ -73,17 +76,30 @@ def with_stored_formats(decoder: Decoder, config: Config) -> Decoder:
     found = _formats([module_of(tensor) for tensor in tensors], config.get(DETAILS[0]))
     formats = {name: found[module_of(tensor)] for tensor in tensors for name in tensor.names}
     # Those of a layer's attention and MLP, and of the tables.
-    named = _named_formats(config[FORMATS], decoder)
+    own = _own_formats(config.get(MODULE_FORMATS, {}), decoder)
     layers = [
-        tuple(
-            named.get(f"layers.{index}.{kind}") or _common(f"layers.{index}.{kind}.", formats)
-            for kind in ("attention", "mlp")
-        )
+        tuple(own.get(module) or _common(f"{module}.", formats) for module in _modules_of(index))
         for index in range(len(decoder.layers))
     ]
-    embedding = named.get("embedding")
-    head = embedding if decoder.tie_word_embeddings else named.get("head") or formats["head"]
+    embedding = _named(config[EMBEDDING_FORMAT], EMBEDDING_FORMAT)
+    head = embedding if decoder.tie_word_embeddings else own.get("head") or formats["head"]
     return decoder.with_formats(layers, embedding, head)
+
+
+def _modules_of(index: int) -> tuple[str, str]:
+    """Returns the names of a layer's modules in MODULE_FORMATS."""
+    return f"layers.{index}.attention", f"layers.{index}.mlp"
+
+
+def _own_formats(named: object, decoder: Decoder) -> dict[str, WeightFormat]:
+    """Returns what the field MODULE_FORMATS says, by module. Raises InputError where it makes no sense."""
+    checked(named, {...: str}, MODULE_FORMATS)
+    modules = {module for index in range(len(decoder.layers)) for module in _modules_of(index)} | {"head"}
+    if unknown := sorted(named.keys() - modules):
+        raise InputError(
+            f"{MODULE_FORMATS} names {printable(unknown[0], 60)}, which is no module of the model", RESTORE
+        )
+    return {module: _named(name, MODULE_FORMATS) for module, name in named.items()}
 
 
 def _common(prefix: str, formats: Mapping[str, WeightFormat | None]) -> WeightFormat | None:
@@ -97,17 +113,13 @@ def _common(prefix: str, formats: Mapping[str, WeightFormat | None]) -> WeightFo
     return next(iter(of_module), None)
 
 
-def _named_formats(field: object, decoder: Decoder) -> dict[str, WeightFormat]:
-    """Returns the formats of our own field by module. Raises InputError for unknown ones, and for unknown modules."""
-    checked(field, {...: str}, FORMATS)
-    modules = {name.rsplit(".", 1)[0] for name in decoder.with_format(WEIGHT_FORMATS["int8"]).weight_formats}
-    modules = {module.partition(".experts.")[0] for module in modules} | {"embedding", "head"}
-    for module, name in field.items():
-        if module not in modules:
-            raise InputError(f"{FORMATS} names {printable(repr(module), 60)}, which the model does not have", RESTORE)
-        if name not in WEIGHT_FORMATS:
-            raise InputError(f"{FORMATS}: {printable(repr(name), 60)} is not a weight format", RESTORE)
-    return {module: WEIGHT_FORMATS[name] for module, name in field.items()}
+def _named(name: object, field: str) -> WeightFormat | None:
+    """Returns the format of a name in a field. Raises InputError for an unknown one."""
+    if name == "float":
+        return None
+    if not isinstance(name, str) or name not in WEIGHT_FORMATS:
+        raise InputError(f"{field} {printable(repr(name), 60)} is not a weight format", RESTORE)
+    return WEIGHT_FORMATS[name]
 
 
 def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat | None]:
@@ -196,17 +208,22 @@ def check_packable(decoder: Decoder) -> None:
 
 def without_quantization(config: Config) -> dict[str, Any]:
     """Returns a configuration without what it says of weight formats."""
-    return {name: value for name, value in config.items() if name not in (*DETAILS, FORMATS)}
+    return {name: value for name, value in config.items() if name not in (*DETAILS, EMBEDDING_FORMAT, MODULE_FORMATS)}
 
 
-def formats_field(decoder: Decoder) -> dict[str, Any]:
-    """Returns our own field of config.json for a decoder with weight formats."""
-    found = {
-        name if name in ("embedding", "head") else ".".join(name.split(".", 3)[:3]): form.name
-        for name, form in decoder.weight_formats.items()
-        if name == "embedding" or form.storage != "packed"
+def own_fields(decoder: Decoder) -> dict[str, Any]:
+    """Returns our own fields of config.json for a decoder with weight formats."""
+    modules = {
+        name: module.weight_format
+        for index, layer in enumerate(decoder.layers)
+        for name, module in zip(_modules_of(index), (layer.attention, layer.mlp), strict=True)
+        if module is not None
     }
-    return {FORMATS: found}
+    if not decoder.tie_word_embeddings:
+        modules["head"] = decoder.head_format
+    named = {name: form.name for name, form in modules.items() if form is not None and form.storage != "packed"}
+    embedding = decoder.embedding_format.name if decoder.embedding_format else "float"
+    return {EMBEDDING_FORMAT: embedding} | ({MODULE_FORMATS: named} if named else {})
 
 
 def packing_of(decoder: Decoder, dtype: torch.dtype) -> Packing | None:

@@ -39,6 +39,7 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a weights file, in its fingerpri
 SAFETENSORS = ".safetensors"
 LONGEST = 200  # characters of a file's name
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; the first that is there
+TORCH_ENDINGS = (".bin", ".pt", ".pth")
 Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
 
 
@@ -170,7 +171,7 @@ def stored_weights(
     weights = LazyWeights(stands, decoder, scales)
     if decoder.tie_word_embeddings:
         _check_tied(decoder, weights, stored)
-    return weights, _fingerprint(path / "config.json", files)
+    return weights, fingerprint(path / "config.json", files)
 
 
 def _check_scales(file: Path, entries: Mapping[str, tuple[torch.dtype, Shape]]) -> None:
@@ -386,7 +387,7 @@ def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
         )
 
 
-def _fingerprint(config: Path, files: set[Path]) -> str:
+def fingerprint(config: Path, files: set[Path]) -> str:
     """Returns a sha256 over the configuration and, of each weights file, its size, its header and evenly spaced blocks.
 
     So files of many gigabytes are distinguished without being read whole.
@@ -395,7 +396,7 @@ def _fingerprint(config: Path, files: set[Path]) -> str:
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
-        if not _is_safetensors(file):  # its list of members holds a checksum of each
+        if file.suffix in TORCH_ENDINGS:  # its list of members holds a checksum of each
             digest.update(repr(archive_members(file)).encode())
         with file.open("rb") as stream:
             if _is_safetensors(file):

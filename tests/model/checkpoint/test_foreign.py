@@ -331,7 +331,7 @@ def test_anything_else_is_refused_by_name(details, reason):
 def test_floats_and_edgeprunes_own_are_of_nobody_else():
     assert foreign_of({"vocab_size": 3}) is None
     assert foreign_of({"quantization_config": None}) is None
-    assert foreign_of(one_group() | {"edgeprune_formats": {}}) is None
+    assert foreign_of(one_group() | {"edgeprune_embedding_format": "float"}) is None
 
 
 def test_older_names_are_read():

@@ -11,13 +11,13 @@ from edgeprune.model.checkpoint.adapt import changed
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.quantization import (
-    FORMATS,
+    EMBEDDING_FORMAT,
     can_be_packed,
     check_packable,
-    formats_field,
     has_embedding_codes,
     is_own,
     module_of,
+    own_fields,
     packing_of,
     quantisation,
     with_stored_formats,
@@ -37,7 +37,7 @@ EXPERTS = replace(changed(DECODER, {}, {"experts": Experts(4, 2)}), family="mixt
 
 def fields_of(decoder):
     packing = packing_of(decoder, torch.bfloat16)
-    return formats_field(decoder) | ({"quantization_config": packing.config} if packing else {})
+    return own_fields(decoder) | ({"quantization_config": packing.config} if packing else {})
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,8 @@ BAD = {
     "not compressed": (edited("quantization_config", "quantization_status", value="frozen"), "frozen"),
     "no pattern": (edited(*GROUP, "targets", value=["re:("]), "is no pattern"),
     "half a module": (edited(*GROUP, "targets", value=["re:.*q_proj"]), "several formats in layers.0.attention"),
-    "a table of another": (edited(FORMATS, value={"embedding": "int5"}), "is not a weight format"),
-    "a table of a list": (edited(FORMATS, value={"embedding": ["int8"]}), "embedding is not"),
-    "a list of tables": (edited(FORMATS, value=["embedding"]), "edgeprune_formats: it is not"),
-    "a module that is not there": (edited(FORMATS, value={"layers.12.mlp": "int8"}), "names 'layers.12.mlp'"),
+    "a table of another": (edited(EMBEDDING_FORMAT, value="int5"), "is not a weight format"),
+    "a table of a list": (edited(EMBEDDING_FORMAT, value=["int8"]), "is not a weight format"),
     "a list": (edited("quantization_config", value=[]), "quantization_config: it is not"),
 }
 
@@ -157,7 +155,7 @@ def test_only_what_edgeprune_wrote_has_formats():
     assert has_embedding_codes(fields)
     assert not has_embedding_codes(fields_of(DECODER.with_formats([(INT8, INT8)] * 12, None, None)))
     assert quantisation(fields) == "compressed-tensors"
-    del fields[FORMATS]
+    del fields[EMBEDDING_FORMAT]
     assert not is_own(fields)
     assert with_stored_formats(DECODER, fields) is DECODER
     assert quantisation({"quantization_config": {}}) is None

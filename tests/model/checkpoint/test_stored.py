@@ -199,7 +199,7 @@ def test_the_codes_of_another_writer_are_floats(tmp_path):
     expected = dict(ours.weights)
     assert ours.as_floats.decoder == dense.decoder
     path = tmp_path / "small" / "config.json"
-    path.write_text(path.read_text().replace("edgeprune_formats", "embedding_format"))
+    path.write_text(path.read_text().replace("edgeprune_embedding_format", "embedding_format"))
     model = load_model(str(tmp_path / "small"))
     assert model.decoder == dense.decoder
     assert "8 bits with a scale for each output and 4 bits in groups of 32" in model.dequantised
@@ -255,12 +255,12 @@ BAD = {
         lambda folder: (folder / SCALES_FILE).write_bytes((folder / SCALES_FILE).read_bytes()[:-9]),
         "is not a safetensors file or is truncated",
     ),
-    "an embedding of another format": (configured(edgeprune_formats={"embedding": "int4-32"}), "config.json asks for"),
+    "an embedding of another format": (configured(edgeprune_embedding_format="int4-32"), "config.json asks for"),
     "scales of no weight": (
         edit(SCALES_FILE, lambda held: held.update({"head.scales": torch.ones(3)})),
         "as head.scales, but config.json asks for nothing",
     ),
-    "a table without scales": (configured(edgeprune_formats={"embedding": 8}), "embedding is not"),
+    "a table without scales": (configured(edgeprune_embedding_format=8), "is not a weight format"),
 }
 
 
