@@ -279,6 +279,7 @@ def _notes(decoder: Decoder, held: Workload) -> Sequence[str]:
     notes = []
     if form := next(iter(decoder.weight_formats.values()), None):
         group = f"for each group of {form.group} inputs" if form.group else "for each output"
+        group = f"and a minimum {group}" if form.offset == "minimum" else group
         read = ", what they read in 8 bits with one scale" if form.activation_bits else ""
         notes.append(
             f"{form.name}: the layers' matrices in {form.bits} bits with a scale {group}{read}; all else floats"

@@ -94,3 +94,9 @@ def test_the_coarsest_format_is_probed():
     names = ("int8", "int4-32", "int4-128", "int4-32-asymmetric")
     assert coarsest(tuple(WEIGHT_FORMATS[name] for name in names)).name == "int4-128"
     assert coarsest((WEIGHT_FORMATS["int8"],)).name == "int8"
+    for names, first in (
+        (("q5_k", "q3_k", "q4_0"), "q3_k"),
+        (("q5_0", "q4_1", "q5_1"), "q4_1"),
+        (("q4_k", "q4_0"), "q4_0"),
+    ):
+        assert coarsest(tuple(WEIGHT_FORMATS[name] for name in names)).name == first
