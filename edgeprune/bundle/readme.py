@@ -30,7 +30,7 @@ def readme(report: Report) -> str:
         "|---|---|",
         *GRAPHS,
         *(PICTURES if report.quality.pictures else (*TEXTS, BLOCKS if in_blocks(report) else CHECKPOINT)),
-        "| `engine/` | the built engine, where one could be built |",
+        "| `engine/` | the built engine, where one could be built; of llama.cpp `model.gguf` |",
         *(f"| `{name}/` | {form.purpose}, where `--export {name}` asked for it |" for name, form in FORMATS.items()),
         "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
         f"| `{FINISH}` | `python3 {FINISH}` on the device builds the engine, checks, measures and judges it |",

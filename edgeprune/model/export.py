@@ -61,8 +61,9 @@ def _write_gptq(model: Model, folder: Path, stem: str, context: int) -> None:
     export_gptq(model, folder)
 
 
+GGUF = "gguf"
 FORMATS = {
-    "gguf": Format("the model for llama.cpp, and a Modelfile for `ollama create`", _check_gguf, _write_gguf),
+    GGUF: Format("the model for llama.cpp, and a Modelfile for `ollama create`", _check_gguf, _write_gguf),
     "gptq": Format("the checkpoint in GPTQ's layout, for vLLM and transformers", _check_gptq, _write_gptq),
 }
 
@@ -82,6 +83,11 @@ def check_exports(
             raise InputError(f"--export {name} cannot hold layers of different widths", "Use --layout uniform.")
     for name in dict.fromkeys(names):
         FORMATS[name].check(model, reduced)
+    if "gguf" in names and (own := [form.name for form in formats if form is not None and form.storage == "offset"]):
+        raise InputError(
+            f"--export gguf cannot hold {own[0]}: the minima in llama.cpp's blocks are of fp16, which these are not",
+            "Use other --weights, of which int4 is held exactly, or leave --export gguf out.",
+        )
     if "gptq" not in names:
         return
     if blocks := [form.name for form in formats if form is not None and form.storage == "gguf"]:

@@ -104,13 +104,13 @@ def joined(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
 def of_one_scale(form: WeightFormat, codes: torch.Tensor, scale: float) -> QuantisedWeight:
     """Returns a weight of which all groups are alike: what engines are timed with.
 
-    codes: (out_features, in_features) int8; scale: a power of two. The code in the middle stands for 0.
+    codes: (out_features, in_features) int8; scale: a power of two. The code in the middle stands for 0, or next to it.
     """
     outputs, inputs = codes.shape
     scales = torch.full((outputs, form.groups_of(inputs)), scale)
     zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
     middle = scale * 2 ** (form.bits - 1) if form.unsigned else 0.0
-    minima = torch.full_like(scales, -middle) if form.offset == "minimum" else None
+    minima = torch.full_like(scales, -middle or scale) if form.offset == "minimum" else None
     input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
     units, minimum_units = None, None
     if form.block is not None:

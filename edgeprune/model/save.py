@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from edgeprune.files import write_text
 from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config, with_final_outputs
-from edgeprune.model.checkpoint.embedding import with_embedding_values
 from edgeprune.model.checkpoint.padding import padded_heads
 from edgeprune.model.checkpoint.quantization import (
     check_packable,
@@ -23,6 +22,7 @@ from edgeprune.model.checkpoint.quantization import (
     without_quantization,
 )
 from edgeprune.model.checkpoint.safetensors_file import Packing, write_weights
+from edgeprune.model.checkpoint.values import with_values
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.weights import form_in_blocks, is_in_blocks, write_blocks
 from edgeprune.model.model import Model
@@ -78,7 +78,7 @@ def save_checkpoint(
     directory.mkdir(parents=True)
     if packing is not None:
         config |= {"quantization_config": packing.config}
-    if packing is not None or in_blocks:
+    if in_blocks or decoder.weight_formats.keys() - {"embedding"}:
         decoder, config = with_final_outputs(decoder, config)
     stored = loadable(decoder, config)
     config = config_for(decoder, config)
@@ -98,7 +98,7 @@ def save_checkpoint(
     if form is not None:
         write_blocks(decoder, tensors, directory, form, dtype, source.name)
         return
-    tensors = padded_heads(decoder, stored, with_embedding_values(tensors, directory))
+    tensors = padded_heads(decoder, stored, with_values(decoder, tensors, directory))
     write_weights(stored, tensors, directory, dtype, packing)
 
 

@@ -45,7 +45,7 @@ class WeightChoice:
     @property
     def fewest_bits(self) -> Format:
         """Returns the format of fewest bits that embedding and head may have; None: floats."""
-        return min(self.tables, key=lambda form: form.bits if form else inf)
+        return min(self.tables, key=lambda form: form.weight_bits if form else inf)
 
     @property
     def is_asked(self) -> bool:
@@ -69,9 +69,11 @@ def weight_choice(asked: str, profile: DeviceProfile, decoder: Decoder) -> Weigh
     offers = {word: offer for word, offer in profile.weights.items() if _runs(profile, offer)}
     # All that the device runs well, as far as the model has sizes for it.
     if words == [AUTO]:
-        fitting = {word: _fitting(offer, decoder) for word, offer in offers.items()}
+        fitting = {word: _fitting(offer, decoder) for word, offer in offers.items() if offer.auto}
         layers = (None, *dict.fromkeys(form for form in fitting.values() if form is not None))
-        return WeightChoice(layers, _tables(offers, decoder), _reason(profile, fitting) + _instead(fitting, decoder))
+        untimed = [form.name for offer in offers.values() if not offer.auto and (form := _fitting(offer, decoder))]
+        reason = _reason(profile, fitting, untimed) + _instead(fitting, decoder)
+        return WeightChoice(layers, _tables(offers, decoder), reason)
     named = {word: _named(word, profile, offers, decoder) for word in words}
     layers = tuple(dict.fromkeys(named.values()))
     tables = (None,) if layers == (None,) else _tables(offers, decoder)
@@ -94,8 +96,8 @@ def _instead(taken: dict[str, Format], decoder: Decoder) -> str:
     return f"; {refusal(WEIGHT_FORMATS[next(iter(others))], decoder)}: {stand_ins}"
 
 
-def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
-    """Returns what `auto` took, in words."""
+def _reason(profile: DeviceProfile, fitting: dict[str, Format], untimed: Sequence[str]) -> str:
+    """Returns what `auto` took, in words; untimed: what it left out because its speed is not known."""
     taken = list(dict.fromkeys(form.name for form in fitting.values() if form is not None))
     left_out = [word for word, form in fitting.items() if form is None]
     reason = (
@@ -103,7 +105,8 @@ def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
         if taken
         else f"{profile.name} runs floats alone well"
     )
-    return reason + (f"; this model's matrices cannot be in {' or '.join(left_out)}" if left_out else "")
+    reason += f"; this model's matrices cannot be in {' or '.join(left_out)}" if left_out else ""
+    return reason + (f"; nobody timed {' or '.join(untimed)}, which --weights names" if untimed else "")
 
 
 def _runs(profile: DeviceProfile, offer: OfferedFormats) -> bool:
@@ -167,8 +170,11 @@ def refusal(form: WeightFormat, decoder: Decoder) -> str | None:
             return f"{form.name} has {kind} of {form.multiple} inputs, which do not divide the {name} {size}"
     if form.storage == "gguf":
         return refusal_in_blocks(form, decoder)
-    if form.activation_bits is not None and any(layer.mlp and layer.mlp.experts for layer in decoder.layers):
+    has_experts = any(layer.mlp and layer.mlp.experts for layer in decoder.layers)
+    if form.activation_bits is not None and has_experts:
         return f"{form.name} has one scale for all that a matrix reads, and each expert reads other tokens"
+    if form.storage == "offset" and has_experts:
+        return f"{form.name} is stored by values, and no checkpoint holds experts so beside attention of few bits"
     return None
 
 

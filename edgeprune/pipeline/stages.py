@@ -14,6 +14,7 @@ import numpy as np
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import computes_in
+from edgeprune.engine.llamacpp import ROUNDED_INPUTS, write_file
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.onnx.ops import OPERATORS
@@ -33,6 +34,7 @@ from edgeprune.ondevice.figures import (
     performance_to_json,
 )
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
@@ -105,6 +107,8 @@ class Run:
             self._check_fp16(setup.model, samples.calibration)
             if setup.engine.builds and setup.precision != "fp32":
                 self._write_graphs(setup.model, folder, setup.precision)
+            if setup.engine.builds:
+                self._write_engine_file(setup.model, folder)
             # The same bf16 weights: what rounding them costs, the evaluation measures.
             is_own_graph = setup.engine.builds and setup.precision == "bf16"
             self._write_reference(folder / "onnx-bf16" if is_own_graph else plain, folder / REFERENCE)
@@ -229,6 +233,7 @@ class Run:
         self._write_graphs(model, folder, setup.precision)
         if setup.precision != "fp32":
             self._write_graphs(model, folder, "fp32")
+        self._write_engine_file(model, folder)
         self._write_reference(folder / "onnx-fp32", folder / REFERENCE, vocabulary, model)
         (folder / "records.json").write_text(json.dumps(records))
 
@@ -289,6 +294,11 @@ class Run:
         if model.decoder.cache_format is None:  # onnxruntime-genai has no KV cache in codes on a processor
             write_genai(model.decoder, VARIANTS, target, model.directory, context)
 
+    def _write_engine_file(self, model: Model, folder: Path) -> None:
+        """Writes the file that llama.cpp runs, where it is the engine, into a stage's folder."""
+        if self.setup.profile.engine == LLAMA_CPP:
+            write_file(model, folder / "engine", self.setup.precision)
+
     def _write_reference(
         self, graphs: Path, path: Path, vocabulary: Vocabulary | None = None, model: Model | None = None
     ) -> None:
@@ -308,7 +318,12 @@ class Run:
             runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context, exact=True)
         ids = self.samples.calibration[0]
         ids = ids if vocabulary is None else vocabulary.reduce(ids)
-        write_reference(runner, ids, path, "" if model is None else model.decoder.rounded_states)
+        write_reference(runner, ids, path, "" if model is None else self._rounded_states(model.decoder))
+
+    def _rounded_states(self, decoder: Decoder) -> str:
+        """Returns which states are rounded to codes where a model is deployed, in words."""
+        rounds = self.setup.profile.engine == LLAMA_CPP and (decoder.weight_formats or decoder.head_format)
+        return decoder.rounded_states or (ROUNDED_INPUTS if rounds else "")
 
     def _checkpoint_dtype(self, decoder: Decoder) -> Any:
         """Returns the dtype of a checkpoint's floats; None: the source's.

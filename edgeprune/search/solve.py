@@ -23,7 +23,6 @@ from edgeprune.search.module_costs import ModuleCosts, channel_options
 from edgeprune.search.widths import Cache, Format, Sensitivities, Widths
 
 GONE = Widths(0, 1, 0)
-COMMON_INPUTS = 4096  # that the groups of every format divide
 MOST_SIZES = 64  # MLP widths that a knapsack chooses among; predictions are too rough for a finer grid
 
 
@@ -219,7 +218,7 @@ class Problem:
 
         def bits(place: int) -> float:
             form = self.formats[place]
-            return np.inf if form is None else form.stored_bytes(1, COMMON_INPUTS)
+            return np.inf if form is None else form.weight_bits
 
         possible = [place for place in places if all(np.isfinite(price(cost, place)) for cost in self.costs.values())]
         return min(possible or places, key=bits)

@@ -69,6 +69,13 @@ def test_a_model_in_blocks_is_exported_as_the_file_that_it_is(model, tmp_path):
         check_exports(["gptq"], model, "uniform", reduced=False, formats=[None, q4_0])
 
 
+@pytest.mark.parametrize("export", ["gguf", "gptq"])
+def test_minima_of_floats_are_refused_before_any_work(model, export):
+    with pytest.raises(InputError, match="int4-offset|one weight format") as caught:
+        check_exports([export], model, "uniform", reduced=False, formats=[WEIGHT_FORMATS["int4-offset"]])
+    assert "int4" in caught.value.remedy
+
+
 def test_a_checkpoint_of_gptq_is_a_folder_of_its_own(model, tmp_path):
     check_exports(["gptq"], model, "uniform", reduced=False, formats=[WEIGHT_FORMATS["int8"]])
     for formats in ([None], [None, WEIGHT_FORMATS["int8"]], [WEIGHT_FORMATS["int4-32-asymmetric"]]):

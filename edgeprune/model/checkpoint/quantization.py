@@ -1,7 +1,7 @@
 """The weight formats in a config.json: compressed-tensors' `quantization_config`, read into formats and written.
 
-A group of it has the format of some modules by their names in the checkpoint; our own field names the embedding's,
-whose values are stored as floats. It knows no tensors' values.
+A group of it has the format of some modules by their names in the checkpoint; our own fields name those that others
+take for floats: the embedding's, and formats that compressed-tensors does not have. It knows no tensors' values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgeprune.files import checked, printable
 from edgeprune.model.checkpoint.configuration import RESTORE, checkpoint_tensors
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.packed import pack_quantized
-from edgeprune.model.checkpoint.places import StoredTensor
+from edgeprune.model.checkpoint.places import StoredTensor, is_by_value
 from edgeprune.model.checkpoint.safetensors_file import Packing
 from edgeprune.model.checkpoint.targets import DETAILS, groups_by_module
 from edgeprune.model.decoder import Decoder
@@ -190,7 +190,7 @@ def check_packable(decoder: Decoder) -> None:
     transformers joins the experts of a layer and takes all that it joins, in all layers, for one symmetric format:
     that of the first group that names experts. Where they differ, some load as other numbers, without an error.
     """
-    formats = decoder.weight_formats
+    formats = {name: form for name, form in decoder.weight_formats.items() if not is_by_value(name, form)}
     if formats and not can_be_packed(decoder):
         raise InputError(
             f"a checkpoint of the family {decoder.family} cannot hold weights of few bits: it stores matrices as "
@@ -198,8 +198,7 @@ def check_packable(decoder: Decoder) -> None:
             "Use --weights float.",
         )
     experts = {formats.get(name) for name in decoder.shapes() if ".experts." in name}
-    packs = any(name != "embedding" for name in formats)
-    if packs and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
+    if formats and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
         names = ", ".join(sorted(form.name if form else "float" for form in experts))
         raise InputError(
             f"the experts have the weight formats {names}: transformers reads one symmetric format for all",

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     Types = Mapping[str, GGMLQuantizationType]  # by the keys of the file's tensors
 
 QUANTISATION_VERSION = 2
+TOKENS = "tokenizer.ggml.tokens"
+NO_TOKENIZER = {
+    "tokenizer.ggml.model": "none",
+    TOKENS: None,
+}  # only the number of tokens, which is a field of the model
 OUTPUTS = (".attention.o", ".mlp.down")  # the ends of the names of the projections that residual_scale multiplies
 
 
@@ -52,28 +57,33 @@ def check_exportable(model: Model, reduced: bool = False) -> Held:
 
 def _checked(model: Model, name: str, reduced: bool = False) -> tuple[Held, dict[str, Any]]:
     """Returns the form of the model in the file, and the fields of its tokenizer. Raises InputError."""
+    form = _form(model)
+    return form, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced, name)
+
+
+def _form(model: Model) -> Held:
+    """Returns the form of the model in the file. Raises InputError."""
     decoder = model.decoder.with_format(None)
     if any(weight.endswith(OUTPUTS) for weight in model.decoder.weight_formats):
         # Codes stand for the final values, in which the scale is multiplied already.
         decoder = replace(decoder, residual_scale=1.0)
-    form = held(decoder, read_config(model.directory))
-    return form, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced, name)
+    return held(decoder, read_config(model.directory))
 
 
-def export_gguf(model: Model, path: Path) -> Path:
+def export_gguf(model: Model, path: Path, dtype: torch.dtype | None = None, has_tokenizer: bool = True) -> Path:
     """Writes a model of uniform layers as GGUF and returns the path.
 
     Weights of few bits keep their exact values, in ggml's types; of those of compressed-tensors whose blocks cannot
-    hold them, which a warning names, fp32 does. The others have the dtype of the checkpoint; norms, biases and routers
-    are fp32. At most one layer's tensors are in memory at a time. The file is complete or absent. Raises InputError for
-    a model that llama.cpp cannot compute and for a file that cannot be written, NumericalError for a weight that the
-    type cannot hold.
+    hold them, which a warning names, fp32 does. The others have the dtype that is given, by default the checkpoint's;
+    norms, biases and routers are fp32. At most one layer's tensors are in memory at a time. The file is complete or
+    absent. has_tokenizer: without one the file can be timed only. Raises InputError for a model that llama.cpp cannot
+    compute and for a file that cannot be written, NumericalError for a weight that the type cannot hold.
     """
-    form, tokenizer = _checked(model, path.stem)
+    form, tokenizer = _checked(model, path.stem) if has_tokenizer else (_form(model), NO_TOKENIZER)
     decoder = model.decoder
     stored = {name: model.quantised if name in decoder.weight_formats else model.weights for name in decoder.shapes()}
     weights = ((name, place[name]) for name, place in stored.items())
-    return write_gguf(path, decoder, form, tokenizer, _float_dtype(model, form), weights)
+    return write_gguf(path, decoder, form, tokenizer, dtype or _float_dtype(model, form), weights)
 
 
 def write_gguf(
@@ -135,7 +145,7 @@ def _write(
             "general.file_type": _file_type(types, shapes),
         }
         for key, value in {**general, **form.fields, **tokenizer}.items():
-            if key != "general.architecture":  # which the writer adds itself
+            if key != "general.architecture" and value is not None:  # which the writer adds itself
                 _add(writer, key, value)
         # Descriptions of all tensors, rope factors first.
         for key, values in form.factors.items():
@@ -215,6 +225,8 @@ def _source(decoder: Decoder, name: str) -> str:
 
 def _keeps_values(decoder: Decoder, form: Held, weight_format: WeightFormat, name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether blocks of the file hold a weight of few bits as it is. shape: in the file."""
+    if weight_format.storage == "offset":  # what the least code stands for is seldom a number of fp16
+        return False
     multiple = format_of_blocks(weight_format).multiple
     if shape[1] % multiple or (form.factor != 1.0 and name.endswith(_scaled(form.decoder))):
         return False
