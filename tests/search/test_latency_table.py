@@ -303,3 +303,15 @@ class RunningText(DoubleEngine):
             runner = GraphRunner(model.graphs / GRAPH_FILE, 1, 24, threads=1)
             runner.run(np.zeros((1, 8), np.int64))
         return super().latencies(models, on_progress)
+
+
+def test_an_engine_of_one_width_gets_models_whose_layers_are_alike() -> None:
+    """And its table says of every such model what it takes."""
+    formats = (None, WEIGHT_FORMATS["q8_0"])
+    points = design(SMOLLM2, "fp16", 32, formats, formats, one_width=True)
+    models = {name: point.decoder(SMOLLM2) for name, point in points.items()}
+    assert all(model.is_uniform for model in models.values())
+    assert all(layer.attention and layer.mlp for model in models.values() for layer in model.layers)
+    times = {kind: {name: true_time(model, 1.0) for name, model in models.items()} for kind in KINDS}
+    costs = fit(SMOLLM2, PROFILE, "fp16", times, "test", formats, formats, one_width=True)
+    assert max(worst for _, worst in costs.error.values()) < 0.05
