@@ -226,14 +226,11 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
             return weight
         import torch
 
-        from edgeprune.model.quantised import QuantisedWeight
+        from edgeprune.model.quantised import of_one_scale
 
-        codes = (weight * 50 * form.most).round_().clamp_(form.least, form.most).to(torch.int8)
-        scales = torch.full((shape[0], form.groups_of(shape[1])), 2.0**-9)
-        zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
-        minima = torch.full_like(scales, 2.0**-9) if form.offset == "minimum" else None
-        input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
-        return QuantisedWeight(form, codes, scales, zeros, input_scale, minima)
+        middle = (form.least + form.most + 1) // 2
+        codes = (weight * 50 * (form.most - middle)).round_().add_(middle).clamp_(form.least, form.most).to(torch.int8)
+        return of_one_scale(form, codes, 2.0**-9)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
