@@ -22,7 +22,7 @@ from edgeprune.precision import WeightFormat
 from edgeprune.pruning.grids import Grid, choose_grid
 from edgeprune.pruning.linear import cholesky
 
-DAMPING = 1e-2  # added to the moments as a share of their mean diagonal: few samples determine few directions
+DAMPING = 0.1  # added to the moments as a share of their mean diagonal: samples say little about other kinds of text
 BLOCK = 128  # columns whose changes of all later columns are gathered into one product
 ROWS = 4096  # outputs that are rounded at a time
 PROBED_OUTPUTS = 64  # on which GPTQ is compared with rounding, and the error is taken, at most
