@@ -76,10 +76,11 @@ def _codes(form: WeightFormat, shape: Sequence[int], generator: torch.Generator)
     groups = form.groups_of(columns)
     step = DEVIATION * 3**0.5 / form.most  # of numbers from -most to most, each as likely
     scales = storable(step * (0.75 + 0.5 * torch.rand(rows, groups, generator=generator)), form.offset is not None)
-    zeros = drawn(-2, 2, rows, groups) if form.offset else None
+    zeros = drawn(-2, 2, rows, groups) if form.offset == "zero" else None
+    minima = scales * drawn(-2, 2, rows, groups) if form.offset == "minimum" else None
     # Fine: what lies beyond is cut off alike everywhere, and a code more or less, by which fp16 differs, matters less.
     of_inputs = torch.tensor(2.0**-7) if form.activation_bits else None
-    return QuantisedWeight(form, drawn(form.least, form.most, rows, columns), scales, zeros, of_inputs)
+    return QuantisedWeight(form, drawn(form.least, form.most, rows, columns), scales, zeros, of_inputs, minima)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Preparation of a module for a format that rounds activations: channels of like size, and scales of what is read.
 
 SmoothQuant (Xiao et al. 2023, arXiv 2211.10438) divides the channels of what a matrix reads by factors s and multiplies
-its columns with them, s_j = (max|x_j| / max|w_j|)^alpha, so that no few channels decide the scale of all. The division
-goes into what makes the channels: the norm before the module, the rows of `v` and of `up` before its output projection.
-The factors are powers of two: the function of the module stays the same to the last bit, in any type of floats. It does
-not know the residual streams.
+its columns with them, s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), so that no few channels decide the scale of all. The
+division goes into what makes the channels: the norm before the module, the rows of `v` and of `up` before its output
+projection. The factors are powers of two: the function of the module stays the same to the last bit, in any type of
+floats. It does not know the residual streams.
 Shapes: b samples, t tokens, c hidden_size, f input features of the output projection.
 """
 
@@ -20,6 +20,9 @@ from edgeprune.model.forward import OUTPUT, LayerWeights, Tables, module_inputs,
 from edgeprune.model.quantised import ACTIVATION_STEPS, input_scale_of, storable
 
 MOST_DOUBLINGS = 8  # of a channel, against the middle one
+ALPHA = 0.8
+"""How much of the unlikeness of channels goes into the weights. Their codes have a scale for each output, and GPTQ
+makes up for their errors; of what is read, single tokens have values a hundred times the usual, under one scale."""
 
 
 def smoothed(
@@ -86,7 +89,7 @@ def _by_group(features: torch.Tensor, attention: Attention) -> torch.Tensor:
 
 def _powers(of_inputs: torch.Tensor, of_weight: torch.Tensor) -> torch.Tensor:
     """Returns the factors (n,) of inputs and weights of these largest magnitudes (n,): powers of two around 1."""
-    doublings = (of_inputs / of_weight).log2() / 2
+    doublings = ALPHA * of_inputs.log2() - (1 - ALPHA) * of_weight.log2()
     is_known = doublings.isfinite()
     if not is_known.any():
         return torch.ones_like(of_inputs)

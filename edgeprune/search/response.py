@@ -9,7 +9,7 @@ pass the others once, and the factor of formats is within a fifth of that of all
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +34,19 @@ POSITIONS = 1024  # at which the logits of both models are compared; a divergenc
 LOGIT_BYTES = 1 << 28  # of these logits, at most
 LEAST = 1e-9  # nats per token
 LEAST_PROBED = 6  # layers
-PROBES = 4  # models of measure_response: the dense one and three small ones
+
+
+def kinds_of(formats: Sequence[WeightFormat]) -> list[tuple[WeightFormat, ...]]:
+    """Returns the formats by what one factor corrects: those of weights alone, and those that round activations too."""
+    by_kind: dict[bool, list[WeightFormat]] = {}
+    for form in formats:
+        by_kind.setdefault(form.activation_bits is not None, []).append(form)
+    return [tuple(kind) for kind in by_kind.values()]
+
+
+def probes_of(formats: Sequence[WeightFormat], caches: Sequence[CacheFormat]) -> int:
+    """Returns the models of measure_response: the dense one, and those of widths, of formats and of caches."""
+    return 2 + len(kinds_of(formats)) + len(caches)
 
 
 def probed_layers(layers: int) -> range:
@@ -71,8 +83,7 @@ def measure_response(
 
     ids: calibration samples (samples, tokens) int64. Each probe is made with the first samples of the first half;
     its loss is the divergence of its logits from the dense model's, on the last PROBE_HELD_OUT of the second
-    half: to second order what a prediction is of. on_probe is called PROBES times, and once more for each of `caches`,
-    formats of the KV cache.
+    half: to second order what a prediction is of. on_probe is called as often as probes_of says.
     """
     half = max(1, len(ids) // 2)
     probed = probed_layers(len(model.decoder.layers))
@@ -106,11 +117,8 @@ def measure_response(
         of_caches[form.name] = replace(losses, response=factor)
     # One that rounds modules, of the formats of each kind.
     roundings = dict(sensitivities.roundings)
-    for kind in ([f for f in formats if not f.activation_bits], [f for f in formats if f.activation_bits]):
-        if not kind:
-            on_probe()
-            continue
-        form = coarsest(tuple(kind))
+    for kind in kinds_of(formats):
+        form = coarsest(kind)
         losses = roundings[form.name]
         predicted = float(losses.attention[probed.start :].sum() + losses.mlp[probed.start :].sum())
         factor = divergence(tail.decoder.with_format(form), samples[:ROUNDED_SAMPLES]) / max(predicted, LEAST)

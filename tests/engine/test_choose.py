@@ -18,7 +18,7 @@ from edgeprune.profiles import load_profile
 
 WORKLOAD = Workload(batch=1, prompt=16, context=64)
 ORIN = {"name": "Orin", "sm": 87, "memory": 2**36, "driver": 12060, "layer": "pycuda 2024.1"}
-MODULES = {"numpy": "1.26.4", "onnxruntime": None, "tensorrt": "10.3.0", "tensorrt_rtx": None}
+MODULES = {"numpy": "1.26.4", "onnxruntime": None, "tensorrt": "10.3.0", "tensorrt_rtx": None, "xllamacpp": None}
 
 
 @dataclass

@@ -7,8 +7,9 @@ read, and all variants of a model's graph refer to the same two files.
     model.onnx.data     everything else, in the order of use; the rotary tables last
 
 A matrix in a weight format is some initializers: `codes`, two of 4 bits a byte, the first in the low half;
-`scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are; and
-`input_scale`, one float, of what the product reads where the format rounds that.
+`scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are;
+`offsets`, floats of the graph, a group's minimum times its inputs; and `input_scale`, one float, of what the product
+reads where the format rounds that.
 
 Weights are read one matrix at a time, each once, and written in pieces: the memory holds the weights of one fused
 matrix and one piece.
@@ -39,8 +40,8 @@ ALIGNMENT = 64  # bytes: a cache line, and more than any element
 PIECE_BYTES = 1 << 25  # that are converted and written at a time
 
 
-Role = Literal["values", "codes", "scales", "zeros", "input_scale", "cache scales"]
-SCALES: tuple[Role, ...] = ("scales", "input_scale")  # those of floats
+Role = Literal["values", "codes", "scales", "zeros", "offsets", "input_scale", "cache scales"]
+SCALES: tuple[Role, ...] = ("scales", "offsets", "input_scale")  # those of floats
 CACHE_SCALES = (".key_scale", ".value_scale")  # ends of the names of the scales of a KV cache in codes
 _OTHER_MODEL = "Load the model again: its weights and its configuration belong to different models."
 
@@ -191,7 +192,7 @@ def _quantised(whole: Initializer) -> Iterator[Initializer]:
     outputs = (*whole.shape[:inputs_axis], *whole.shape[inputs_axis + 1 :])
     shapes: dict[Role, tuple[int, ...]] = {"codes": whole.shape, "scales": outputs if is_vector else grouped}
     if whole.form.offset:
-        shapes["zeros"] = grouped
+        shapes["zeros" if whole.form.offset == "zero" else "offsets"] = grouped
     if whole.form.activation_bits is not None:
         shapes["input_scale"] = ()
     for role, shape in shapes.items():
@@ -300,8 +301,13 @@ def _held(name: str, weight: torch.Tensor | QuantisedWeight, initializer: Initia
         # The largest weight that the codes could stand for is seldom too large: then all are looked at.
         _convert(name, weight.scales, initializer.precision)
         largest = weight.scales.max() * (weight.form.most - weight.form.least)
+        if weight.minima is not None:
+            largest += weight.minima.abs().max()
         if largest > _largest(initializer.precision):
             _convert(name, weight.dequantised(), initializer.precision)
+    # Of the mean of a group's inputs, whose sum is beyond fp16 sooner.
+    if initializer.role == "offsets":
+        return weight.minima * weight.form.group
     return getattr(weight, initializer.role)
 
 
