@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from edgeprune.model.quantised import SMALLEST_SCALE, QuantisedWeight, half_of, storable
+from edgeprune.model.levels import codes_of, nearest, nearest_e4m3
+from edgeprune.model.quantised import SMALLEST_SCALE, QuantisedWeight, half_of, scale_unit_for, storable
 from edgeprune.precision import WeightFormat
 
 SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 """Shares of a group's range that its grid spans: one that cuts off the largest weights is finer for all others."""
 
 GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
+SMALLEST_E4M3 = 2.0**-9
 EXACT_BITS = 4  # of which all whole numbers are tried as the largest code, so that a weight on a grid stays as it is
 
 
@@ -34,22 +36,24 @@ class Grid:
     minima: torch.Tensor | None = None
     units: torch.Tensor | None = None
     minimum_units: torch.Tensor | None = None
+    scale_unit: torch.Tensor | None = None
 
     def nearest(self, weight: torch.Tensor) -> QuantisedWeight:
         """Returns a weight (out, in) rounded to nearest."""
         return self.with_codes(self.by_group().codes(weight.unflatten(1, (self.scales.shape[1], -1))).flatten(1))
 
     def with_codes(self, codes: torch.Tensor) -> QuantisedWeight:
-        """Returns the weight of codes (out, in), whole numbers of any type."""
+        """Returns the weight of codes (out, in), as Steps has them."""
         zeros = None if self.zeros is None else self.zeros.to(torch.int8)
         return QuantisedWeight(
             self.form,
-            codes.to(torch.int8),
+            codes_of(codes, self.form.levels),
             self.scales,
             zeros,
             minima=self.minima,
             units=self.units,
             minimum_units=self.minimum_units,
+            scale_unit=self.scale_unit,
         )
 
     def by_group(self) -> Steps:
@@ -76,14 +80,14 @@ class Steps:
     minima: torch.Tensor | None
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the nearest codes of weights, whole numbers in fp32."""
+        """Returns the nearest codes of weights, the levels that they stand for in fp32."""
         off = weight if self.minima is None else weight - self.minima
         # A scale of no unit makes all codes alike.
         scales = self.scales if self.form.block is None else torch.where(self.scales == 0, torch.inf, self.scales)
-        codes = (off / scales).round_()
+        levels = off / scales
         if self.zeros is not None:
-            codes += self.zeros
-        return codes.clamp_(self.form.least, self.form.most)
+            levels.round_().add_(self.zeros)
+        return nearest(levels, self.form.levels, self.form.least, self.form.most)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns what codes fp32 stand for, in their memory."""
@@ -99,27 +103,42 @@ class Steps:
 
 
 def choose_grid(
-    weight: torch.Tensor, importance: torch.Tensor, form: WeightFormat, shrinks: Sequence[float] = SHRINKS
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    form: WeightFormat,
+    shrinks: Sequence[float] = SHRINKS,
+    largest: torch.Tensor | None = None,
 ) -> Grid:
     """Returns the grid that rounding to nearest loses least with.
 
     weight: (out, in) fp32; importance: (in,), the diagonal of the moments, which weighs the errors; a group without
-    importance counts all its inputs alike; shrinks: to choose from. Raises InputError where the groups do not divide
-    the inputs.
+    importance counts all its inputs alike; shrinks: to choose from; largest: the largest magnitude () of all of the
+    matrix, where the weight is some of its rows: scales of e4m3 have one unit. Raises InputError where the groups do
+    not divide the inputs.
     """
     groups = form.groups_of(weight.shape[1])
     importance = importance.to(weight.dtype).unflatten(0, (groups, -1))  # (groups, group)
     importance = torch.where(importance.sum(dim=1, keepdim=True) > 0, importance, 1.0)
     rows = max(1, GRID_WEIGHTS // weight.shape[1])
-    parts = [_best_grid(part.unflatten(1, (groups, -1)), importance, form, shrinks) for part in weight.split(rows)]
+    unit = scale_unit_for(weight.abs().max() if largest is None else largest, form) if form.e4m3_scales else None
+    parts = [
+        _best_grid(part.unflatten(1, (groups, -1)), importance, form, shrinks, unit) for part in weight.split(rows)
+    ]
     names = ("scales", "zeros", "minima", "units", "minimum_units")
     found = {name: [getattr(part, name) for part in parts] for name in names}
-    return Grid(form, **{name: torch.cat(of_parts) for name, of_parts in found.items() if of_parts[0] is not None})
+    tensors = {name: torch.cat(of_parts) for name, of_parts in found.items() if of_parts[0] is not None}
+    return Grid(form, **tensors, scale_unit=unit)
 
 
-def _best_grid(grouped: torch.Tensor, importance: torch.Tensor, form: WeightFormat, shrinks: Sequence[float]) -> Grid:
-    """Returns the grid of weights (out, groups, group); importance: (groups, group)."""
-    best = _best_of(_grids(form, grouped, importance, shrinks), grouped, importance)
+def _best_grid(
+    grouped: torch.Tensor,
+    importance: torch.Tensor,
+    form: WeightFormat,
+    shrinks: Sequence[float],
+    unit: torch.Tensor | None,
+) -> Grid:
+    """Returns the grid of weights (out, groups, group); importance: (groups, group); unit: () of scales of e4m3."""
+    best = _best_of(_grids(form, grouped, importance, shrinks, unit), grouped, importance)
     return best if form.block is None else _in_units(best, grouped, importance)
 
 
@@ -148,7 +167,11 @@ def _error(grid: Grid, grouped: torch.Tensor, importance: torch.Tensor) -> torch
 
 
 def _grids(
-    form: WeightFormat, grouped: torch.Tensor, importance: torch.Tensor, shrinks: Sequence[float]
+    form: WeightFormat,
+    grouped: torch.Tensor,
+    importance: torch.Tensor,
+    shrinks: Sequence[float],
+    unit: torch.Tensor | None,
 ) -> Iterator[Grid]:
     """Yields the grids to choose from of weights (out, groups, group), with scales of any bits in blocks."""
     low, high = grouped.amin(dim=2), grouped.amax(dim=2)  # (out, groups)
@@ -165,13 +188,16 @@ def _grids(
     exact = range(1, 1 - form.least) if form.bits == EXACT_BITS else (form.most,)
     codes = tuple(dict.fromkeys((*exact, *(form.most / shrink for shrink in shrinks))))
     largest = torch.maximum(-low, high)
+    # Floats of 8 bits are as fine for the largest weights as for others: nothing is to be gained by cutting these off.
+    if form.levels == "e4m3":
+        codes = tuple(form.most * shrink for shrink in shrinks)
     # A negative scale gives the largest weight the least code, which there is one more of.
     is_signed = form.signed_scales or (form.block is not None and form.block.signed)
     if is_signed:
         largest = torch.where(-low > high, low, high)
         codes += tuple(form.least / shrink for shrink in shrinks)
     for code in codes:
-        yield Grid(form, _stored(form, largest / code))
+        yield Grid(form, _stored(form, largest / code, unit))
 
 
 def _with_minimum(
@@ -215,8 +241,10 @@ def _with_minimum(
         yield Grid(form, _stored(form, scales), minima=_stored_minima(form, minima))
 
 
-def _stored(form: WeightFormat, scales: torch.Tensor) -> torch.Tensor:
-    """Returns scales as the format stores them; those of blocks as they are."""
+def _stored(form: WeightFormat, scales: torch.Tensor, unit: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns scales as the format stores them; those of blocks as they are. unit: () of scales of e4m3."""
+    if unit is not None:
+        return nearest_e4m3(scales / unit).clamp_min_(SMALLEST_E4M3) * unit
     if form.block is not None:
         return scales
     if form.storage != "gguf":

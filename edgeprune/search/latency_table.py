@@ -226,13 +226,15 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
             return weight
         import torch
 
+        from edgeprune.model.levels import codes_of, nearest
         from edgeprune.model.quantised import QuantisedWeight
 
-        codes = (weight * 50 * form.most).round_().clamp_(form.least, form.most).to(torch.int8)
+        codes = codes_of(nearest(weight * 50 * form.most, form.levels, form.least, form.most), form.levels)
         scales = torch.full((shape[0], form.groups_of(shape[1])), 2.0**-9)
         zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
         input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
-        return QuantisedWeight(form, codes, scales, zeros, input_scale)
+        unit = torch.tensor(2.0**-12) if form.e4m3_scales else None
+        return QuantisedWeight(form, codes, scales, zeros, input_scale, scale_unit=unit)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
