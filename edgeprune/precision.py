@@ -6,6 +6,7 @@ Everybody may import it, the device side too: Python 3.10, standard library only
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,6 +138,12 @@ class WeightFormat:
         """Returns what the inputs of a matrix have to be a multiple of."""
         return self.block.inputs if self.block else self.group or 1
 
+    @property
+    def weight_bits(self) -> float:
+        """Returns the bits of a weight with its share of what its group has beside the codes, in floats of 16 bits;
+        without the scale of a whole output."""
+        return self.bits + (self._group_bits(2) / self.group if self.group else 0.0)
+
     def groups_of(self, in_features: int) -> int:
         """Returns the groups of an output of so many inputs. Raises InputError where they do not divide them."""
         if in_features % self.multiple:
@@ -152,13 +159,15 @@ class WeightFormat:
         scale_bytes: of a scale in the engine's floats; a block of ggml has its own, and so have scales of e4m3.
         """
         groups, weights = out_features * self.groups_of(in_features), out_features * in_features
+        return math.ceil((self.bits * weights + groups * self._group_bits(scale_bytes)) / 8)
+
+    def _group_bits(self, scale_bytes: int) -> float:
+        """Returns the bits that a group has beside its codes: a share of them where a block has some in common."""
         if self.block is not None:
             numbers = 1 + (self.offset is not None)
-            scale_bits = numbers * (self.block.bits * groups + 16 * weights // self.block.inputs)
-        else:
-            number = 8 if self.e4m3_scales else 16 if self.storage == "gguf" else 8 * scale_bytes
-            scale_bits = groups * (number + {None: 0, "zero": self.bits, "minimum": number}[self.offset])
-        return -(-(self.bits * weights + scale_bits) // 8)
+            return numbers * (self.block.bits + 16 * self.group / self.block.inputs)
+        number = 8 if self.e4m3_scales else 16 if self.storage == "gguf" else 8 * scale_bytes
+        return number + {None: 0, "zero": self.bits, "minimum": number}[self.offset]
 
 
 def _of_gguf(

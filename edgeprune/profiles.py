@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,13 +96,15 @@ class OfferedFormats(_Strict):
     """Weight formats that the engine runs well, of one number of bits of weights and activations.
 
     formats: by preference: a model takes the first whose groups divide its sizes; prefill: time of a product of many
-    tokens over that of floats; tables: embedding and head may have it too; tensorrt: the least version that runs it.
+    tokens over that of floats; tables: embedding and head may have it too; tensorrt: the least version that runs it;
+    auto: `--weights auto` may take it, since its speed rests on more than an assumption.
     """
 
     formats: tuple[Line, ...] = Field(min_length=1, max_length=16)
     prefill: float = Field(ge=0.01, le=100)
     tables: bool
     tensorrt: Line | None = None
+    auto: bool = True
     source: str = Field(min_length=1, max_length=2000)
     confidence: Confidence
 
@@ -157,7 +160,7 @@ class DeviceProfile(_Strict):
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     tensorrt: Line | None = None  # the version that is assumed until the device says another
-    weights: dict[Literal["int8", "int4", "w8a8"], OfferedFormats] = Field(default_factory=dict)
+    weights: dict[Literal["int8", "int4", "int4-offset", "w8a8"], OfferedFormats] = Field(default_factory=dict)
     cache: dict[Literal["int8", "fp8"], OfferedCache] = Field(default_factory=dict)
     formats: dict[Literal["int8", "int4", "fp8", "nvfp4"], FormatFigures] = Field(default_factory=dict)
     memory: HardwareFigure | None = None
@@ -214,6 +217,12 @@ class DeviceProfile(_Strict):
             return self.prefill_efficiency.value / own.value
         offers = (offer for offer in self.weights.values() if form is not None and form.name in offer.formats)
         return next((offer.prefill for offer in offers), 1.0)
+
+    def untimed(self, forms: Iterable[WeightFormat | None]) -> tuple[str, ...]:
+        """Returns the names of those formats whose speed on the device nobody timed."""
+        names = dict.fromkeys(form.name for form in forms if form is not None)
+        assumed = {name for offer in self.weights.values() if not offer.auto for name in offer.formats}
+        return tuple(name for name in names if name in assumed)
 
     def cache_prefill_factor(self, form: CacheFormat | None) -> float:
         """Returns the time of a prefill's attention with a KV cache in a format over that in floats."""

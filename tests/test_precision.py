@@ -63,6 +63,12 @@ def test_a_matrix_of_ggmls_blocks_has_their_bytes(name):
     form = WEIGHT_FORMATS[name]
     assert form.multiple == inputs
     assert form.stored_bytes(3, 4 * inputs, scale_bytes=4) == 3 * 4 * block_bytes
+    assert form.weight_bits == 8 * block_bytes / inputs
+
+
+def test_the_bits_of_a_weight_count_its_share_of_scales_and_offsets():
+    bits = {"int8": 8, "int4-64": 4.25, "int4-32": 4.5, "int4-32-asymmetric": 4.625, "int4-offset": 4.5}
+    assert {name: WEIGHT_FORMATS[name].weight_bits for name in bits} == bits
 
 
 def test_floats_of_few_bits_take_eight_bits_and_four_and_a_half():

@@ -124,7 +124,7 @@ def estimate_performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
         prefill=Estimate(sum(prefill.values()), "ms", profile.name, prefill_basis),
         decode=Estimate(sum(step.values()), "ms", profile.name, decode_basis),
-        notes=low_confidence_notes(profile),
+        notes=(*low_confidence_notes(profile), *_untimed_notes(decoder, profile)),
     )
 
 
@@ -154,6 +154,14 @@ def low_confidence_notes(profile: DeviceProfile) -> tuple[str, ...]:
         f"{name} of {profile.name} is of low confidence: {figure.source}"
         for name, figure in profile.figures.items()
         if figure.confidence == "low"
+    )
+
+
+def _untimed_notes(decoder: Decoder, profile: DeviceProfile) -> tuple[str, ...]:
+    """Returns a note for each weight format of a decoder whose speed on the device is assumed."""
+    return tuple(
+        f"the speed of {name} is estimated from its bytes and products alone: nobody timed it on {profile.name}"
+        for name in profile.untimed(decoder.weight_formats.values())
     )
 
 

@@ -44,7 +44,7 @@ class WeightChoice:
     @property
     def fewest_bits(self) -> Format:
         """Returns the format of fewest bits that embedding and head may have; None: floats."""
-        return min(self.tables, key=lambda form: form.bits if form else inf)
+        return min(self.tables, key=lambda form: form.weight_bits if form else inf)
 
     @property
     def names(self) -> str:
@@ -63,16 +63,17 @@ def weight_choice(asked: str, profile: DeviceProfile, decoder: Decoder) -> Weigh
     offers = {word: offer for word, offer in profile.weights.items() if _runs(profile, offer)}
     # All that the device runs well, as far as the model has sizes for it.
     if words == [AUTO]:
-        fitting = {word: _fitting(offer, decoder) for word, offer in offers.items()}
+        fitting = {word: _fitting(offer, decoder) for word, offer in offers.items() if offer.auto}
         layers = (None, *(form for form in fitting.values() if form is not None))
-        return WeightChoice(layers, _tables(offers, decoder), _reason(profile, fitting))
+        untimed = [form.name for offer in offers.values() if not offer.auto and (form := _fitting(offer, decoder))]
+        return WeightChoice(layers, _tables(offers, decoder), _reason(profile, fitting, untimed))
     layers = tuple(dict.fromkeys(_named(word, profile, offers, decoder) for word in words))
     tables = (None,) if layers == (None,) else _tables(offers, decoder)
     return WeightChoice(layers, tables, ASKED)
 
 
-def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
-    """Returns what `auto` took, in words."""
+def _reason(profile: DeviceProfile, fitting: dict[str, Format], untimed: Sequence[str]) -> str:
+    """Returns what `auto` took, in words; untimed: what it left out because its speed is not known."""
     taken = [form.name for form in fitting.values() if form is not None]
     left_out = [word for word, form in fitting.items() if form is None]
     reason = (
@@ -80,7 +81,8 @@ def _reason(profile: DeviceProfile, fitting: dict[str, Format]) -> str:
         if taken
         else f"{profile.name} runs floats alone well"
     )
-    return reason + (f"; this model's matrices cannot be in {' or '.join(left_out)}" if left_out else "")
+    reason += f"; this model's matrices cannot be in {' or '.join(left_out)}" if left_out else ""
+    return reason + (f"; nobody timed {' or '.join(untimed)}, which --weights names" if untimed else "")
 
 
 def _runs(profile: DeviceProfile, offer: OfferedFormats) -> bool:
@@ -139,10 +141,14 @@ def _sizes(decoder: Decoder) -> dict[str, int]:
 def refusal(form: WeightFormat, decoder: Decoder) -> str | None:
     """Returns why a model's matrices cannot all be in a format, in words; None where they can."""
     for name, size in _sizes(decoder).items():
-        if size % (form.group or 1):
-            return f"{form.name} has groups of {form.group} inputs, which do not divide the {name} {size}"
-    if form.activation_bits is not None and any(layer.mlp and layer.mlp.experts for layer in decoder.layers):
+        if size % form.multiple:
+            kind = "blocks" if form.block else "groups"
+            return f"{form.name} has {kind} of {form.multiple} inputs, which do not divide the {name} {size}"
+    has_experts = any(layer.mlp and layer.mlp.experts for layer in decoder.layers)
+    if form.activation_bits is not None and has_experts:
         return f"{form.name} has one scale for all that a matrix reads, and each expert reads other tokens"
+    if form.storage == "offset" and has_experts:
+        return f"{form.name} is stored by values, and no checkpoint holds experts so beside attention of few bits"
     return None
 
 

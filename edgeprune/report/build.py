@@ -308,7 +308,7 @@ def _warnings(fitted: Fitted) -> list[str]:
                 "number: graphs and engine are smaller than it."
             )
     forms = fitted.chosen.model.decoder.weight_formats.values()
-    if has_checkpoint(fitted) and any(form.offset for form in forms):
+    if has_checkpoint(fitted) and any(form.offset == "zero" for form in forms):
         warnings.append(
             "The checkpoint has asymmetric weights, which transformers reads with compressed-tensors up to 0.17.1; "
             "0.18 to 0.20 fail on them. Graphs, engine and GGUF are not affected."

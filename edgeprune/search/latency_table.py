@@ -173,7 +173,7 @@ def _cached(form: CacheFormat) -> str:
 
 def multiple_of(multiple: int, form: WeightFormat) -> int:
     """Returns the multiple of MLP channels that the engine and the groups of a format ask for."""
-    return lcm(multiple, form.group or 1)
+    return lcm(multiple, form.multiple)
 
 
 def half_width(full: Widths, multiple: int, form: WeightFormat) -> int:
@@ -232,9 +232,10 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
         codes = codes_of(nearest(weight * 50 * form.most, form.levels, form.least, form.most), form.levels)
         scales = torch.full((shape[0], form.groups_of(shape[1])), 2.0**-9)
         zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
+        minima = torch.full_like(scales, 2.0**-9) if form.offset == "minimum" else None
         input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
         unit = torch.tensor(2.0**-12) if form.e4m3_scales else None
-        return QuantisedWeight(form, codes, scales, zeros, input_scale, scale_unit=unit)
+        return QuantisedWeight(form, codes, scales, zeros, input_scale, minima, scale_unit=unit)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -465,9 +466,9 @@ class _Counting:
             form = by_name[name]
             of_attention = np.where(kept > 0, a + share * self._share(kept, of_group), 0.0)
             features = kept * of_group * self.dense.layers[0].attention.head_dim
-            attention.append(np.where(features % (form.group or 1) == 0, of_attention, np.inf))
+            attention.append(np.where(features % form.multiple == 0, of_attention, np.inf))
             of_mlp = np.interp(every, self._knots_of(name), np.concatenate([[0.0], np.cumsum(steps)]))
-            mlp.append(np.where(every % (form.group or 1) == 0, of_mlp, np.inf))
+            mlp.append(np.where(every % form.multiple == 0, of_mlp, np.inf))
             tokens[form] = of_token
         tables = np.full((len(formats), len(formats), 2), np.inf)
         for e, embedding in enumerate(formats):

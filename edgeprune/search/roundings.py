@@ -45,8 +45,8 @@ HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about
 
 
 def coarsest(formats: tuple[WeightFormat, ...]) -> WeightFormat:
-    """Returns the format of the fewest bits, of these the one with the largest groups."""
-    return min(formats, key=lambda form: (form.bits, form.offset is not None, -(form.group or np.inf)))
+    """Returns the format of the fewest bits a weight, scales included; of these one without offsets."""
+    return min(formats, key=lambda form: (form.weight_bits, form.offset is not None))
 
 
 class ModuleRoundings:

@@ -194,7 +194,7 @@ class Problem:
 
         def bits(place: int) -> float:
             form = self.formats[place]
-            return np.inf if form is None else form.bits + 16 / (form.group or np.inf)
+            return np.inf if form is None else form.weight_bits
 
         possible = [place for place in places if all(np.isfinite(price(cost, place)) for cost in self.costs.values())]
         return min(possible or places, key=bits)

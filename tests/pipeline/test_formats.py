@@ -28,6 +28,18 @@ def test_auto_is_what_the_device_runs_well():
     assert "jetson-orin runs int8, int4-64 and w8a8 well" in weight_choice("auto", ORIN, SMOLLM2).reason
 
 
+def test_what_nobody_timed_is_for_those_who_name_it():
+    assert named(RTX, "int4-offset") == ["int4-offset"]
+    assert named(ORIN, "int4,int4-offset") == ["int4-64", "int4-offset"]
+    for profile in list_profiles():
+        assert "int4-offset" not in named(profile)
+        on_tensorrt = profile.engine != "onnxruntime"
+        assert ("int4-offset" in profile.weights) == on_tensorrt
+        reason = weight_choice("auto", profile, SMOLLM2).reason
+        assert reason.endswith("nobody timed int4-offset, which --weights names") == on_tensorrt
+    assert RTX.untimed([None, *map(WEIGHT_FORMATS.get, ("int8", "int4-offset", "int4-64"))]) == ("int4-offset",)
+
+
 def test_auto_leaves_out_groups_that_do_not_divide_and_says_so():
     choice = weight_choice("auto", ORIN, NARROW)
     assert [form and form.name for form in choice.layers] == [None, "int8", "w8a8"]
@@ -64,6 +76,9 @@ def test_tables_are_floats_or_lose_next_to_nothing():
     ("profile", "asked", "decoder", "message", "remedy"),
     [
         (CPU, "int4-64", SMOLLM2, "cpu does not run weights in int4-64 well", "float, int8, int4, w8a8, int4-32"),
+        (CPU, "int4-offset", SMOLLM2, "cpu does not run weights in int4-offset well", "float, int8, int4"),
+        (RTX, "int4-offset", MIXTURE, "no checkpoint holds experts so", "float, int8, int4-64"),
+        (RTX, "int4-offset", NARROW, "int4-offset has groups of 64 inputs, which do not divide", "float, int8"),
         (CPU, "w8a8", MIXTURE, "each expert reads other tokens", "float, int8, int4-32-asymmetric"),
         (ORIN, "int4-32-asymmetric", SMOLLM2, "jetson-orin does not run weights in int4-32-asymmetric", "int4-64"),
         (

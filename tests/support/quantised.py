@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,16 @@ def random_codes(form: WeightFormat, rows: int, columns: int, seed: int = 0) -> 
 
     groups = form.groups_of(columns)
     scales = storable(torch.rand(rows, groups, generator=generator) + 0.1)
-    zeros = drawn(rows, groups) if form.offset else None
+    zeros = drawn(rows, groups) if form.offset == "zero" else None
     input_scale = storable(torch.rand((), generator=generator)) if form.activation_bits else None
     unit = torch.tensor(2.0**-7) if form.e4m3_scales else None
     if unit is not None:
         scales, input_scale = nearest_e4m3(scales / unit) * unit, torch.tensor(2.0**-9)
-    return QuantisedWeight(form, drawn(rows, columns), scales, zeros, input_scale, scale_unit=unit)
+    weight = QuantisedWeight(form, drawn(rows, columns), scales, zeros, input_scale, scale_unit=unit)
+    if form.offset != "minimum":
+        return weight
+    minima = torch.rand(rows, groups, generator=generator) - 0.5
+    return replace(weight, minima=storable(minima.abs()).copysign(minima))
 
 
 def random_weights(decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -68,9 +73,8 @@ def assert_stored(model: Model, decoder: Decoder, weights: Stored) -> None:
             assert found.form == weight.form
             assert found.codes.dtype == torch.int8
             assert torch.equal(found.codes, weight.codes)
-            assert torch.equal(found.scales, weight.scales)
-            assert (found.zeros is None) == (weight.zeros is None)
-            assert weight.zeros is None or torch.equal(found.zeros, weight.zeros)
+            assert found.parts.keys() == weight.parts.keys()
+            assert all(torch.equal(part, weight.parts[key]) for key, part in found.parts.items())
             assert found.input_scale == weight.input_scale
             assert found.scale_unit == weight.scale_unit
             assert model.weights[name].dtype == torch.float32

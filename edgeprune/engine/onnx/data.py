@@ -7,9 +7,9 @@ read, and all variants of a model's graph refer to the same two files.
     model.onnx.data     everything else, in the order of use; the rotary tables last
 
 A matrix in a weight format is some initializers: `codes`, two of 4 bits a byte, the first in the low half;
-`scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are; and
-`input_scale`, one float, of what the product reads where the format rounds that. Scales of e4m3 are `scale_codes` and
-`scale_unit`, one float.
+`scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are;
+`offsets`, floats of the graph, a group's minimum times its inputs; and `input_scale`, one float, of what the product
+reads where the format rounds that. Scales of e4m3 are `scale_codes` and `scale_unit`, one float.
 
 Weights are read one matrix at a time, each once, and written in pieces: the memory holds the weights of one fused
 matrix and one piece.
@@ -41,9 +41,18 @@ PIECE_BYTES = 1 << 25  # that are converted and written at a time
 
 
 Role = Literal[
-    "values", "codes", "numbers", "scales", "scale_codes", "scale_unit", "zeros", "input_scale", "cache scales"
+    "values",
+    "codes",
+    "numbers",
+    "scales",
+    "scale_codes",
+    "scale_unit",
+    "zeros",
+    "offsets",
+    "input_scale",
+    "cache scales",
 ]
-SCALES: tuple[Role, ...] = ("scales", "scale_unit", "input_scale")  # those of floats
+SCALES: tuple[Role, ...] = ("scales", "scale_unit", "offsets", "input_scale")  # those of floats
 OF_ALL: tuple[Role, ...] = ("scale_unit", "input_scale")  # one number for the matrix
 FLOAT_TYPES = {"e4m3": "FLOAT8E4M3FN", "e2m1": "FLOAT4E2M1"}
 CACHE_SCALES = (".key_scale", ".value_scale")  # ends of the names of the scales of a KV cache in codes
@@ -201,7 +210,7 @@ def _quantised(whole: Initializer) -> Iterator[Initializer]:
     if whole.form.e4m3_scales:
         shapes = {"codes": whole.shape, "scale_codes": grouped, "scale_unit": ()}
     if whole.form.offset:
-        shapes["zeros"] = grouped
+        shapes["zeros" if whole.form.offset == "zero" else "offsets"] = grouped
     if whole.form.activation_bits is not None:
         shapes["input_scale"] = ()
     for role, shape in shapes.items():
@@ -312,8 +321,13 @@ def _held(name: str, weight: torch.Tensor | QuantisedWeight, initializer: Initia
         # The largest weight that the codes could stand for is seldom too large: then all are looked at.
         _convert(name, weight.scales, initializer.precision)
         largest = weight.scales.max() * (weight.form.most - weight.form.least)
+        if weight.minima is not None:
+            largest += weight.minima.abs().max()
         if largest > _largest(initializer.precision):
             _convert(name, weight.dequantised(), initializer.precision)
+    # Of the mean of a group's inputs, whose sum is beyond fp16 sooner.
+    if initializer.role == "offsets":
+        return weight.minima * weight.form.group
     return getattr(weight, initializer.role)
 
 

@@ -5,7 +5,7 @@ It does not know the modules of a decoder. Notation as in ops.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,10 @@ class Nodes:
 
         self.nodes.append(helper.make_node(operator, inputs, outputs, name, domain=domain or None, **attributes))
         return outputs
+
+    def once(self, name: str, add: Callable[[str], str]) -> str:
+        """Adds a value by `add`, which is given its name, unless a node makes it already; returns the name."""
+        return name if any(node.name == name for node in self.nodes) else add(name)
 
     def constant(self, name: str, value: object, dtype: type[np.generic] = np.int64) -> str:
         """Adds a small constant inside the graph file, once for each name, and returns the name."""

@@ -1,5 +1,5 @@
-"""The operators that read matrices of few bits: DequantizeLinear before a product, and the rows of an embedding; and
-those that round what a product reads.
+"""The operators that read matrices of few bits: DequantizeLinear before a product, and the rows of an embedding; those
+that round what a product reads, and those that add the minima of groups to a product.
 
 It knows neither the modules of a decoder nor how an engine fuses the operators. Notation as in ops.py.
 """
@@ -81,6 +81,25 @@ def rounded(nodes: Nodes, x: str, name: str) -> str:
     return nodes.add("DequantizeLinear", f"{name}.rounded_inputs", rounded_codes, scale, zero)
 
 
+def offsets(nodes: Nodes, name: str, x: str, weight: str) -> list[str]:
+    """Returns the names of what is added to the product of x (b, s, in) with the scaled codes of a matrix: nothing, or
+    where groups have minima one value (b, s, out), each group's minimum times the sum of its inputs.
+
+    Engines take codes of a zero of 0 alone, so these are a small product of its own. The means of the groups' inputs
+    are made once for all matrices that read the same x.
+    """
+    codes = nodes.quantised.get(weight)
+    if codes is None or codes.form.offset != "minimum":
+        return []
+
+    def add_means(of_groups: str) -> str:
+        grouped = nodes.add("Reshape", f"{of_groups}.inputs", x, nodes.sizes(0, 0, -1, codes.form.group))
+        return nodes.add("ReduceMean", of_groups, grouped, nodes.sizes(-1), keepdims=0)
+
+    means = nodes.once(f"{x}.means", add_means)  # (b, s, groups)
+    return [nodes.add("MatMul", f"{name}.offset", means, f"{weight}.offsets")]
+
+
 def embedded(nodes: Nodes, name: str, ids: str) -> str:
     """Adds the rows of ids (b, s) of a table of few bits, as (b, s, c), without dequantising the whole table.
 
@@ -109,7 +128,7 @@ def _by_token(nodes: Nodes, rows: str, axis: int) -> str:
 
 
 def _inputs(name: str, codes: Initializer) -> list[str]:
-    return [f"{name}.codes", f"{name}.scales", *([f"{name}.zeros"] if codes.form.offset else [])]
+    return [f"{name}.codes", f"{name}.scales", *([f"{name}.zeros"] if codes.form.offset == "zero" else [])]
 
 
 def _attributes(codes: Initializer) -> dict[str, Any]:
