@@ -144,6 +144,11 @@ class WeightFormat:
         without the scale of a whole output."""
         return self.bits + (self._group_bits(2) / self.group if self.group else 0.0)
 
+    @property
+    def activations(self) -> str:
+        """Returns what is read is rounded to, in words."""
+        return f"{'' if self.levels == 'whole' else 'floats of '}{self.activation_bits} bits"
+
     def groups_of(self, in_features: int) -> int:
         """Returns the groups of an output of so many inputs. Raises InputError where they do not divide them."""
         if in_features % self.multiple:
