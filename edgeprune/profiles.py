@@ -161,7 +161,7 @@ class DeviceProfile(_Strict):
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     tensorrt: Line | None = None  # the version that is assumed until the device says another
-    weights: dict[Literal["int8", "int4", "int4-offset", "w8a8"] | GgmlWord, OfferedFormats] = Field(
+    weights: dict[Literal["int8", "int4", "int4-offset", "w8a8", "fp8", "nvfp4"] | GgmlWord, OfferedFormats] = Field(
         default_factory=dict
     )
     cache: dict[Literal["int8", "fp8"], OfferedCache] = Field(default_factory=dict)

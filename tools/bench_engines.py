@@ -109,7 +109,7 @@ def formats_table(shapes: list[str], sms: list[int]) -> None:
         floats: dict[int, BuildResult] = {}
         tables = graph_weight_bytes(replace(dense, layers=()), "fp16")
         for form in (None, *(form for form in WEIGHT_FORMATS.values() if form.storage != "gguf")):
-            if form is not None and form.offset == "zero":
+            if form is not None and form.offset == "zero":  # which TensorRT does not take
                 continue
             decoder, cells = dense.with_format(form), []
             with tempfile.TemporaryDirectory() as folder:

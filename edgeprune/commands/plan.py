@@ -280,10 +280,10 @@ def _notes(decoder: Decoder, held: Workload) -> Sequence[str]:
     if form := next(iter(decoder.weight_formats.values()), None):
         group = f"for each group of {form.group} inputs" if form.group else "for each output"
         group = f"and a minimum {group}" if form.offset == "minimum" else group
-        read = ", what they read in 8 bits with one scale" if form.activation_bits else ""
-        notes.append(
-            f"{form.name}: the layers' matrices in {form.bits} bits with a scale {group}{read}; all else floats"
-        )
+        bits = f"{'' if form.levels == 'whole' else 'floats of '}{form.bits} bits"
+        scales = f"a scale for each {form.group} of a token" if form.e4m3_scales else "one scale"
+        read = f", what they read in {form.activations} with {scales}" if form.activation_bits else ""
+        notes.append(f"{form.name}: the layers' matrices in {bits} with a scale {group}{read}; all else floats")
     if held.context > decoder.max_position_embeddings:
         notes.append(f"{held.context} tokens are more than the model's {decoder.max_position_embeddings} positions")
     return notes

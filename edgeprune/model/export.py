@@ -83,9 +83,14 @@ def check_exports(
             raise InputError(f"--export {name} cannot hold layers of different widths", "Use --layout uniform.")
     for name in dict.fromkeys(names):
         FORMATS[name].check(model, reduced)
-    if "gguf" in names and (own := [form.name for form in formats if form is not None and form.storage == "offset"]):
+    refused = {
+        "offset": "the minima in llama.cpp's blocks are of fp16, which these are not",
+        "floats": "llama.cpp rounds no activations so",
+    }
+    own = [form for form in formats if form is not None and form.storage in refused]
+    if "gguf" in names and own:
         raise InputError(
-            f"--export gguf cannot hold {own[0]}: the minima in llama.cpp's blocks are of fp16, which these are not",
+            f"--export gguf cannot hold {own[0].name}: {refused[own[0].storage]}",
             "Use other --weights, of which int4 is held exactly, or leave --export gguf out.",
         )
     if "gptq" not in names:

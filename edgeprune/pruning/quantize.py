@@ -114,10 +114,10 @@ def quantise(
     rounding: Rounding = "nearest"
     if held_out is not None and _is_gptq_better(weight, moments, held_out, form):
         rounding, changes = "gptq", _changes(moments)
-    parts = []
+    parts, largest = [], weight.abs().max().float()
     for rows in weight.split(ROWS):
         rows = rows.float()
-        grid = choose_grid(rows, moments.diagonal(), form)
+        grid = choose_grid(rows, moments.diagonal(), form, largest=largest)
         rounded = grid.nearest(rows) if rounding == "nearest" else grid.with_codes(_gptq(rows, *changes, grid))
         parts.append(rounded)
     result, some = joined(parts), probed_outputs(weight)

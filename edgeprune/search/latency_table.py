@@ -229,13 +229,13 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
         weight = self._buffer[offset : offset + int(np.prod(shape))].view(shape)
         if (form := self._formats.get(name)) is None:
             return weight
-        import torch
 
+        from edgeprune.model.levels import codes_of, nearest
         from edgeprune.model.quantised import of_one_scale
 
-        middle = (form.least + form.most + 1) // 2
-        codes = (weight * 50 * (form.most - middle)).round_().add_(middle).clamp_(form.least, form.most).to(torch.int8)
-        return of_one_scale(form, codes, 2.0**-9)
+        middle = (form.least + form.most + 1) // 2 if form.levels == "whole" else 0
+        levels = nearest(weight * 50 * (form.most - middle) + middle, form.levels, form.least, form.most)
+        return of_one_scale(form, codes_of(levels, form.levels), 2.0**-9)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

@@ -2,8 +2,8 @@
 
 A prediction is of each change alone, to second order; one factor corrects all that they lose together. On real models
 it is about the same for groups, query heads and channels, so one pruning that cuts another of the three in each layer
-measures it; a second one rounds modules to the coarsest format, a third one to that which rounds activations too, where
-there is one, and one more has the KV cache in each of its formats. All change the last fifth of the layers: the samples
+measures it; a second one rounds modules to the coarsest format, one more to each that rounds activations too, and one
+has the KV cache in each of its formats. All change the last fifth of the layers: the samples
 pass the others once, and the factor of formats is within a fifth of that of all layers.
 """
 
@@ -36,19 +36,6 @@ LEAST = 1e-9  # nats per token
 LEAST_PROBED = 6  # layers
 
 
-def kinds_of(formats: Sequence[WeightFormat]) -> list[tuple[WeightFormat, ...]]:
-    """Returns the formats by what one factor corrects: those of weights alone, and those that round activations too."""
-    by_kind: dict[bool, list[WeightFormat]] = {}
-    for form in formats:
-        by_kind.setdefault(form.activation_bits is not None, []).append(form)
-    return [tuple(kind) for kind in by_kind.values()]
-
-
-def probes_of(formats: Sequence[WeightFormat], caches: Sequence[CacheFormat]) -> int:
-    """Returns the models of measure_response: the dense one, and those of widths, of formats and of caches."""
-    return 2 + len(kinds_of(formats)) + len(caches)
-
-
 def probed_layers(layers: int) -> range:
     """Returns the layers that probes change: the last fifth."""
     return range(max(0, layers - max(LEAST_PROBED, -(-layers // 5))), layers)
@@ -68,6 +55,17 @@ def probe_widths(dense: Widths, layers: int) -> list[Widths]:
     return [kinds[layer % len(kinds)] for layer in range(layers)]
 
 
+def kinds_of(formats: Sequence[WeightFormat]) -> list[tuple[WeightFormat, ...]]:
+    """Returns the formats that have a response in common: all that keep activations, and each of the others."""
+    plain = tuple(form for form in formats if not form.activation_bits)
+    return [plain] * bool(plain) + [(form,) for form in formats if form.activation_bits]
+
+
+def probes_of(formats: Sequence[WeightFormat], caches: Sequence[CacheFormat]) -> int:
+    """Returns the models of measure_response: the dense one, and the small ones."""
+    return 2 + len(kinds_of(formats)) + len(caches)
+
+
 @torch.inference_mode()
 def measure_response(
     model: Model,
@@ -83,7 +81,7 @@ def measure_response(
 
     ids: calibration samples (samples, tokens) int64. Each probe is made with the first samples of the first half;
     its loss is the divergence of its logits from the dense model's, on the last PROBE_HELD_OUT of the second
-    half: to second order what a prediction is of. on_probe is called as often as probes_of says.
+    half: to second order what a prediction is of. caches: formats of the KV cache. on_probe is called probes_of times.
     """
     half = max(1, len(ids) // 2)
     probed = probed_layers(len(model.decoder.layers))

@@ -24,7 +24,8 @@ def named(profile, asked="auto", decoder=SMOLLM2):
 
 def test_auto_is_what_the_device_runs_well():
     assert named(CPU) == ["float", "int8", "int4-32-asymmetric", "w8a8"]
-    assert named(ORIN) == named(RTX) == ["float", "int8", "int4-64", "w8a8"]
+    assert named(ORIN) == ["float", "int8", "int4-64", "w8a8"]
+    assert named(RTX) == [*named(ORIN), "fp8"]
     assert "jetson-orin runs int8, int4-64 and w8a8 well" in weight_choice("auto", ORIN, SMOLLM2).reason
 
 
@@ -36,7 +37,8 @@ def test_what_nobody_timed_is_for_those_who_name_it():
         on_tensorrt = profile.engine != "onnxruntime"
         assert ("int4-offset" in profile.weights) == on_tensorrt
         reason = weight_choice("auto", profile, SMOLLM2).reason
-        assert reason.endswith("nobody timed int4-offset, which --weights names") == on_tensorrt
+        untimed = " or ".join(name for name, offer in profile.weights.items() if not offer.auto)
+        assert reason.endswith(f"nobody timed {untimed}, which --weights names") == on_tensorrt
     assert RTX.untimed([None, *map(WEIGHT_FORMATS.get, ("int8", "int4-offset", "int4-64"))]) == ("int4-offset",)
 
 
@@ -57,6 +59,26 @@ def test_every_shipped_device_offers_formats_with_their_source(profile):
     for offer in profile.weights.values():
         assert offer.source
         assert all(name in WEIGHT_FORMATS for name in offer.formats)
+
+
+@pytest.mark.parametrize("profile", list_profiles(), ids=lambda profile: profile.name)
+def test_floats_of_few_bits_are_offered_to_gpus_that_have_them(profile):
+    """`auto` takes them where published figures are of them."""
+    sm = profile.sm or 0
+    assert ("fp8" in profile.weights) is (sm >= 89)
+    assert ("nvfp4" in profile.weights) is (sm >= 100)
+    for name in {"fp8", "nvfp4"} & profile.weights.keys():
+        assert named(profile, name) == [name]
+        figured = name in profile.formats or (name == "nvfp4" and sm == 110)  # Thor T4000 has those of AGX Thor
+        assert profile.weights[name].auto is figured
+        assert profile.prefill_factor(WEIGHT_FORMATS[name]) < (0.6 if name == "fp8" else 0.4)
+
+
+def test_a_processor_and_a_gpu_without_them_refuse_floats_of_few_bits_by_name():
+    for profile, name in ((CPU, "fp8"), (CPU, "nvfp4"), (ORIN, "fp8"), (RTX, "nvfp4")):
+        with pytest.raises(InputError, match=f"does not run weights in {name} well") as caught:
+            named(profile, name)
+        assert "int8" in caught.value.remedy
 
 
 def test_what_is_asked_for_is_all_that_may_be_used():

@@ -38,7 +38,7 @@ def test_the_response_is_the_measured_divergence_over_the_predicted_loss():
     raw = measure_sensitivities(model, ids, numerical, 0, FORMATS)
     calls = []
     found = measure_response(model, ids, raw, METHODS["default"], 0, FORMATS, on_probe=lambda: calls.append(1))
-    assert len(calls) == probes_of(FORMATS, ())
+    assert len(calls) == probes_of(FORMATS, ()) == 3
     # Widths: the prediction of the probe is what it was measured to lose.
     widths = [Widths(2, 3, 96), *probe_widths(Widths(2, 3, 96), 6)]
     expected = divergence(model, model.decoder.with_layer_widths(widths), ids)
@@ -65,7 +65,7 @@ def test_the_response_of_a_cache_is_measured_on_the_last_layers():
     found = measure_response(
         model, ids, raw, METHODS["default"], 0, caches=(form,), on_probe=lambda: calls.append(1)
     ).caches["int8"]
-    assert len(calls) == probes_of((), (form,))
+    assert len(calls) == probes_of((), (form,)) == 3
     rounded = with_cache(model, form, cache_scales(model, ids[:4], form))
     weights = dict(weight_stream(rounded))
     whole = rounded.decoder.layers[0]

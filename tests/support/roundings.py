@@ -28,10 +28,13 @@ MLPS = (NARROW_OFFSET, WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymme
 def rounded(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> Stored:
     """The weights of a decoder with formats, each matrix that has one rounded to nearest."""
     stored: Stored = {}
+    largest = max(
+        weight.detach().abs().max().float() for weight in weights.values()
+    )  # matrices have one unit of scales
     for name in decoder.shapes():
         weight, form = weights[name].detach().float(), decoder.weight_formats.get(name)
         even = torch.ones(weight.shape[-1])
-        stored[name] = weight if form is None else choose_grid(weight, even, form).nearest(weight)
+        stored[name] = weight if form is None else choose_grid(weight, even, form, largest=largest).nearest(weight)
         if form is not None and form.activation_bits:
             stored[name] = replace(stored[name], input_scale=INPUT_SCALE)
     return stored

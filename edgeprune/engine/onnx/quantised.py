@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from edgeprune.engine.onnx.data import Initializer
+from edgeprune.engine.onnx.groups import grouped_inputs, grouped_matrix, numbers_of
 from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, element_type
 
 CODES = ".codes"
@@ -42,6 +41,8 @@ def views(initializers: Sequence[Initializer], dialect: Dialect) -> Iterator[Ini
             weight = one.name.removesuffix(f".weight.{one.role}")
             for index in range(one.blocks):
                 yield one.block(index, f"{expert(weight, index)}.weight.{one.role}")
+        if one.role == "codes" and one.form.e4m3_scales:
+            yield numbers_of(one)
         is_tied = one.form is not None and one.sources == ("embedding",)
         if is_tied and (name := f"embedding.weight.{one.role}") not in names:
             yield replace(one, name=name, sources=())
@@ -49,6 +50,8 @@ def views(initializers: Sequence[Initializer], dialect: Dialect) -> Iterator[Ini
 
 def least_opset(codes: Initializer) -> int:
     """Returns the first version of ONNX's operators whose DequantizeLinear takes a matrix."""
+    if codes.form.levels == "e2m1":
+        return 23
     by_channel = "block_size" not in _attributes(codes)
     return 19 if by_channel else 21  # float types beside fp32 with 19; blocks and 4 bits with 21
 
@@ -58,18 +61,22 @@ def matrix(nodes: Nodes, name: str) -> str:
     codes = nodes.quantised.get(name)
     if codes is None:
         return name
+    if codes.form.e4m3_scales:
+        return grouped_matrix(nodes, name, codes)
     return nodes.add("DequantizeLinear", name, *_inputs(name, codes), **_attributes(codes))
 
 
 def rounded(nodes: Nodes, x: str, name: str) -> str:
     """Returns what a product with a matrix reads of x, which is rounded to codes where the matrix' format says so.
 
-    The codes are signed, with 0 for 0.0, as TensorRT asks.
+    Whole numbers are signed, with 0 for 0.0, as TensorRT asks.
     """
     codes = nodes.quantised.get(name)
     if codes is None or codes.form.activation_bits is None:
         return x
-    scale, zero = f"{name}.input_scale", nodes.constant("zero.int8", 0, np.int8)
+    if codes.form.e4m3_scales:
+        return grouped_inputs(nodes, x, name, codes)
+    scale, zero = f"{name}.input_scale", nodes.zero(codes.onnx_type)
     rounded_codes = nodes.add("QuantizeLinear", f"{name}.inputs", x, scale, zero)
     return nodes.add("DequantizeLinear", f"{name}.rounded_inputs", rounded_codes, scale, zero)
 

@@ -15,7 +15,7 @@ from edgeprune.errors import InputError
 from edgeprune.files import checked, printable
 from edgeprune.model.checkpoint.configuration import RESTORE, checkpoint_tensors
 from edgeprune.model.checkpoint.families import FAMILIES
-from edgeprune.model.checkpoint.packed import pack_quantized
+from edgeprune.model.checkpoint.packed import packed_parts
 from edgeprune.model.checkpoint.places import StoredTensor, is_by_value
 from edgeprune.model.checkpoint.safetensors_file import Packing
 from edgeprune.model.checkpoint.targets import DETAILS, groups_by_module
@@ -39,7 +39,10 @@ FIELDS = {
     "ignore": [str],
     ...: Any,
 }
-PACKED = "pack-quantized"
+PACKED, MIXED = "pack-quantized", "mixed-precision"
+STORED_AS = {"whole": PACKED, "e4m3": "float-quantized", "e2m1": "nvfp4-pack-quantized"}  # by the levels of a format
+STORAGES = ("packed", "floats")  # of the formats that a checkpoint holds
+E4M3 = "torch.float8_e4m3fn"
 CLASS = "Linear"  # of every module that has a format, as a target
 
 
@@ -125,13 +128,13 @@ def _named(name: object, field: str) -> WeightFormat | None:
 def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat | None]:
     """Returns the format of each module, by its name in the checkpoint; None for floats.
 
-    Raises InputError for other than weights of whole numbers, packed.
+    Raises InputError for other than the formats that edgeprune stores.
     """
     if details is None:
         return dict.fromkeys(modules)
     checked(details, FIELDS, DETAILS[0])
     stored = tuple(details[name] for name in ("quant_method", "format", "quantization_status"))
-    if stored != ("compressed-tensors", PACKED, "compressed"):
+    if stored[1] not in (MIXED, *STORED_AS.values()) or stored[::2] != ("compressed-tensors", "compressed"):
         raise InputError(f"{DETAILS[0]} is of {printable(', '.join(stored), 60)}, which is not read", RESTORE)
     group_of = groups_by_module(details)
     formats = {id(group): _format(group) for group in details["config_groups"].values()}
@@ -142,11 +145,11 @@ def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat 
 def _format(group: Config) -> WeightFormat:
     """Returns the format of a group. Raises InputError where it is none of ours."""
     weights = group["weights"]
-    known = {"type": "int", "dynamic": False}
-    odd = [name for name, value in known.items() if weights.get(name, value) != value]
+    odd = ["dynamic"] * bool(weights.get("dynamic", False))
     odd += ["output_activations"] * (group.get("output_activations") is not None)
-    for form in (form for form in WEIGHT_FORMATS.values() if form.storage == "packed"):
-        is_alike = {name: weights.get(name) for name in _arguments(form)} == _arguments(form)
+    for form in (form for form in WEIGHT_FORMATS.values() if form.storage in STORAGES):
+        found = {name: weights.get(name) for name in _arguments(form)}
+        is_alike = found | {"type": weights.get("type", "int")} == _arguments(form)
         if not odd and is_alike and group.get("input_activations") == _activations(form):
             return form
     raise InputError(f"{DETAILS[0]} has a format that is not known: {printable(weights, 200)}", RESTORE)
@@ -156,17 +159,28 @@ def _arguments(form: WeightFormat) -> dict[str, Any]:
     """Returns a format in compressed-tensors' words."""
     return {
         "num_bits": form.bits,
+        "type": "int" if form.levels == "whole" else "float",
         "symmetric": form.offset is None,
-        "strategy": "group" if form.group else "channel",
+        "strategy": _strategy(form, "channel"),
         "group_size": form.group,
-    }
+    } | ({"scale_dtype": E4M3, "zp_dtype": E4M3} if form.e4m3_scales else {})
 
 
 def _activations(form: WeightFormat) -> dict[str, Any] | None:
     """Returns how a format rounds what a layer reads, in compressed-tensors' words."""
     if form.activation_bits is None:
         return None
-    return {"num_bits": form.activation_bits, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    arguments = {"num_bits": form.activation_bits, "strategy": _strategy(form, "tensor")}
+    # The scales of groups are found when the layer reads them, under a fixed one.
+    arguments["dynamic"] = "local" if form.e4m3_scales else False
+    return {name: value for name, value in (_arguments(form) | arguments).items() if value is not None}
+
+
+def _strategy(form: WeightFormat, of_one_scale: str) -> str:
+    """Returns compressed-tensors' word for what shares a scale."""
+    if form.group is None:
+        return of_one_scale
+    return "tensor_group" if form.e4m3_scales else "group"
 
 
 def module_of(tensor: StoredTensor) -> str:
@@ -221,7 +235,7 @@ def own_fields(decoder: Decoder) -> dict[str, Any]:
     }
     if not decoder.tie_word_embeddings:
         modules["head"] = decoder.head_format
-    named = {name: form.name for name, form in modules.items() if form is not None and form.storage != "packed"}
+    named = {name: form.name for name, form in modules.items() if form is not None and form.storage not in STORAGES}
     embedding = decoder.embedding_format.name if decoder.embedding_format else "float"
     return {EMBEDDING_FORMAT: embedding} | ({MODULE_FORMATS: named} if named else {})
 
@@ -237,7 +251,7 @@ def packing_of(decoder: Decoder, dtype: torch.dtype) -> Packing | None:
     if not any(tensor.form for tensor in checkpoint_tensors(decoder).values()):
         return None
     has_experts = any(layer.mlp and layer.mlp.experts for layer in decoder.layers)
-    return Packing(_details(decoder), partial(pack_quantized, scale_dtype=torch.float32 if has_experts else dtype))
+    return Packing(_details(decoder), partial(packed_parts, scale_dtype=torch.float32 if has_experts else dtype))
 
 
 def _details(decoder: Decoder) -> dict[str, Any]:
@@ -255,14 +269,15 @@ def _details(decoder: Decoder) -> dict[str, Any]:
     ordered = [form for form in WEIGHT_FORMATS.values() if form in targets]
     groups = {}
     for index, form in enumerate(ordered):
-        group = {"targets": list(targets[form]), "weights": {"type": "int", **_arguments(form)}}
+        group = {"targets": list(targets[form]), "weights": _arguments(form)}
         if form.activation_bits is not None:
             # Without a format of its own, readers take a group that rounds activations for one that is not packed.
-            group |= {"input_activations": _activations(form), "format": PACKED}
+            group |= {"input_activations": _activations(form), "format": STORED_AS[form.levels]}
         groups[f"group_{index}"] = group
+    stored_as = {STORED_AS[form.levels] for form in ordered}
     return {
         "quant_method": "compressed-tensors",
-        "format": PACKED,
+        "format": stored_as.pop() if len(stored_as) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(targets[None]),

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from edgeprune.model.quantised import QuantisedWeight
 
 SHARD_BYTES = 5 * 10**9  # of a file, at most
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int32": "I32", "int64": "I64"}
+NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "uint8": "U8",
+    "int8": "I8",
+    "int32": "I32",
+    "int64": "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,8 @@ def _without_memory(weight_format: WeightFormat, shape: Shape) -> QuantisedWeigh
         scales = torch.empty(shape[0], weight_format.groups_of(shape[1]))
         zeros = torch.empty_like(scales, dtype=torch.int8) if weight_format.offset == "zero" else None
         input_scale = torch.empty(()) if weight_format.activation_bits else None
-    return QuantisedWeight(weight_format, codes, scales, zeros, input_scale)
+        unit = torch.empty(()) if weight_format.e4m3_scales else None
+    return QuantisedWeight(weight_format, codes, scales, zeros, input_scale, scale_unit=unit)
 
 
 def _write_shards(

@@ -302,7 +302,10 @@ def _entries(
     for key, tensor in tensors.items():
         if (layout := layouts.get(key)) is None:
             entries[key] = {
-                name: (FLOATS if dtype.is_floating_point else (NAMES[str(dtype).removeprefix("torch.")],), (shape,))
+                name: (
+                    FLOATS if (stored_as := NAMES[str(dtype).removeprefix("torch.")]) in FLOATS else (stored_as,),
+                    (shape,),
+                )
                 for name, (dtype, shape) in entries_of(tensor, torch.float32, packing).items()
             }
             continue

@@ -225,7 +225,8 @@ def _source(decoder: Decoder, name: str) -> str:
 
 def _keeps_values(decoder: Decoder, form: Held, weight_format: WeightFormat, name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether blocks of the file hold a weight of few bits as it is. shape: in the file."""
-    if weight_format.storage == "offset":  # what the least code stands for is seldom a number of fp16
+    # What the least code of an offset stands for is seldom a number of fp16; floats of few bits have no blocks.
+    if weight_format.storage in ("offset", "floats"):
         return False
     multiple = format_of_blocks(weight_format).multiple
     if shape[1] % multiple or (form.factor != 1.0 and name.endswith(_scaled(form.decoder))):

@@ -175,6 +175,30 @@ def test_products_of_rounded_activations_are_built_without_copies(sm: int, diale
     assert not judged(decoder, dialect=dialect, sm=sm)
 
 
+@pytest.mark.parametrize(
+    ("layers", "sm", "dialect", "precision"),
+    [
+        ("fp8", 89, "opset24", "fp16"),
+        ("fp8", 120, "primitive", "fp32"),
+        ("nvfp4", 120, "opset24", "fp16"),
+        ("nvfp4", 121, "opset23", "bf16"),
+    ],
+)
+def test_products_of_floats_of_few_bits_are_built_without_copies(
+    layers: str, sm: int, dialect: str, precision: str
+) -> None:
+    decoder = wide(True).with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS["int8"])
+    weights = graph_weight_bytes(decoder, precision, dialect)
+    assert weights <= built(decoder, dialect, sm, precision=precision).weights_bytes <= 1.01 * weights
+    assert not judged(decoder, dialect=dialect, sm=sm, precision=precision)
+
+
+@pytest.mark.parametrize(("layers", "sm"), [("fp8", 86), ("nvfp4", 89)])
+def test_floats_of_few_bits_need_a_gpu_that_has_them(layers: str, sm: int) -> None:
+    with pytest.raises(EngineError, match="SM|sm|HW-specific"):
+        built(wide().with_format(WEIGHT_FORMATS[layers]), sm=sm)
+
+
 def test_copies_are_told_by_the_activations() -> None:
     """On SM 75 the compiler dequantises int8 in a batch of two; the weights do not show it."""
     decoder = wide(True).with_format(WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int8"])
