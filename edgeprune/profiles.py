@@ -205,8 +205,8 @@ class DeviceProfile(_Strict):
         in_blocks = {
             WEIGHT_FORMATS[name].storage == "gguf" for offer in self.weights.values() for name in offer.formats
         }
-        if len(in_blocks) > 1:
-            raise ValueError("weights: formats of a GGUF file and others, which no file holds together")
+        if in_blocks - {self.engine == "llama.cpp"}:
+            raise ValueError("weights: llama.cpp runs the formats of a GGUF file, and other engines all others")
         return self
 
     def figure_of(self, name: str, form: WeightFormat | None) -> HardwareFigure | None:

@@ -185,6 +185,8 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     reduced = request.vocabulary != "full"
     if profile.engine == LLAMA_CPP:
         check_exports((GGUF,), model, request.layout, reduced)
+        if weights.quantised:
+            check_in_blocks(model)
         engine = replace(engine, checkpoint=model.directory) if isinstance(engine, LlamaCpp) else engine
     if model.dequantised:
         choices.append(
@@ -197,7 +199,6 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
     check_exports(request.export, model, request.layout, reduced, weights.layers)
-    _check_blocks(weights, model, request.layout, reduced)
     # What the smallest candidate needs, and room on the disk for all that will be written.
     formats = weights, cache
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced, *formats, kind)
@@ -224,16 +225,6 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         floor,
         tuple(choices),
     )
-
-
-def _check_blocks(weights: WeightChoice, model: Model, layout: str, reduced: bool) -> None:
-    """Raises InputError for formats of ggml that no GGUF file holds the model in."""
-    form = next((form for form in weights.quantised if form.storage == "gguf"), None)
-    if form is None:
-        return
-    if layout != "uniform":
-        raise InputError(f"a GGUF file holds {form.name}, and no layers of different widths", "Use --layout uniform.")
-    check_in_blocks(model, reduced)
 
 
 def with_weights(setup: Setup, weights: WeightChoice) -> Setup:

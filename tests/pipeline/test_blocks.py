@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgeprune.engine.llamacpp import on_llamacpp
 from edgeprune.errors import InputError
 from edgeprune.model.gguf.weights import MODEL_FILE
 from edgeprune.model.load import load_model
@@ -19,7 +20,8 @@ from edgeprune.profiles import OfferedFormats, load_profile, profile_toml
 from edgeprune.progress import Silent
 from edgeprune.search.solve import Allocation
 from edgeprune.search.widths import Widths
-from tests.support.checkpoints import save_llama, save_tokenizer
+from tests.support.checkpoints import save_llama
+from tests.support.gguf_models import saved
 from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
 from tests.support.runs import journal_of, setup_of
 
@@ -36,7 +38,7 @@ def small(tmp_path_factory) -> Path:
     save_merging_tokenizer(folder / "model")
     texts = (f"the quick brown fox jumps over {number} lazy dogs and runs away " * 4 for number in range(40))
     (folder / "notes.txt").write_text("\n\n".join(texts))
-    profile = load_profile("jetson-orin")
+    profile = on_llamacpp(load_profile("jetson-orin"))
     offers = {
         name: OfferedFormats(formats=[name], prefill=1, tables=name == "q6_k", source="x", confidence="low")
         for name in ("q4_k", "q5_1", "q6_k")
@@ -52,7 +54,7 @@ def of_device(small: Path, output: Path, **changes: object):
 @pytest.mark.parametrize(
     ("changes", "message", "remedy"),
     [
-        ({"layout": "per-layer"}, "a GGUF file holds q4_k, and no layers of different widths", "--layout uniform"),
+        ({"layout": "per-layer"}, "llama.cpp cannot run layers of different widths", "--layout uniform"),
         ({"export": ["gptq"]}, "a GPTQ checkpoint has no format q4_k, which a GGUF file holds alone", "--export gguf"),
         ({"weights": "q4_0"}, "does not run weights in q4_0 well", "float, q4_k, q5_1, q6_k"),
         ({"weights": "q2_k"}, "unknown weights 'q2_k'", "float, q4_k, q5_1, q6_k"),
@@ -66,11 +68,13 @@ def test_what_no_gguf_file_holds_is_refused_before_any_work(small, tmp_path, cha
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_the_file_cannot_describe_is_refused_too(small, tmp_path):
-    save_llama(tmp_path / "model", hidden_size=256, head_dim=64, intermediate_size=512, num_attention_heads=4)
-    save_tokenizer(tmp_path / "model")
-    with pytest.raises(InputError, match="has no merges"):
+def test_a_scale_of_the_scores_that_llama_cpp_has_not_is_refused_in_few_bits_alone(small, tmp_path):
+    """In floats the queries make up for it."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 512}
+    saved(tmp_path / "model", "gemma2", **sizes)
+    with pytest.raises(InputError, match="holds gemma2 with another scale of the scores") as caught:
         of_device(small, tmp_path / "out", model=tmp_path / "model")
+    assert caught.value.remedy == "Use --weights float."
     assert of_device(small, tmp_path / "out", model=tmp_path / "model", weights="float").weights.layers == (None,)
 
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import InputError
-from edgeprune.model.checkpoint.configuration import decoder_of
+from edgeprune.model.checkpoint.configuration import decoder_of, read_config
 from edgeprune.model.checkpoint.places import StoredTensor
 from edgeprune.model.checkpoint.stored import fingerprint
 from edgeprune.model.checkpoint.unread import DO_NOT_MATCH
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.blocks import unpacked
 from edgeprune.model.gguf.convert import flat, reordered
-from edgeprune.model.gguf.export import check_exportable, plain_types, types_of, write_gguf
+from edgeprune.model.gguf.export import plain_types, types_of, write_gguf
 from edgeprune.model.gguf.file import RESTORE, GgufFile, read_gguf
 from edgeprune.model.gguf.heads import heads_differ, without_filling
 from edgeprune.model.gguf.metadata import BY_FAMILY, Held, held
@@ -60,9 +60,9 @@ def refusal_in_blocks(form: WeightFormat, decoder: Decoder) -> str | None:
     return None
 
 
-def check_in_blocks(model: Model, reduced: bool) -> None:
-    """Raises InputError for a model that no file holds in formats of ggml. reduced: its vocabulary may be cut down."""
-    _check_unchanged(model.decoder, check_exportable(model, reduced))
+def check_in_blocks(model: Model) -> None:
+    """Raises InputError for a model that no file holds in formats of ggml."""
+    _check_unchanged(model.decoder, held(model.decoder.with_format(None), read_config(model.directory)))
 
 
 def form_in_blocks(decoder: Decoder, config: Mapping[str, Any]) -> Held:
