@@ -88,7 +88,9 @@ def _llama_bench() -> Finding:
         return Finding(LLAMA_BENCH, False, "not on the PATH", remedy)
     if program["problem"]:
         return Finding(LLAMA_BENCH, False, program["problem"], llama_tools.REMEDY)
-    return Finding(LLAMA_BENCH, True, program["path"])
+    return Finding(
+        LLAMA_BENCH, True, f"{program['path']} of {program['release']}; GPUs: {program['gpus'] or 'not told'}"
+    )
 
 
 def _ssh() -> Finding:

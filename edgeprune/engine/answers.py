@@ -133,6 +133,8 @@ class Gpu(Message):
 
 class LlamaBench(Message):
     path: Text
+    release: Text
+    gpus: Text
     problem: Text
 
 

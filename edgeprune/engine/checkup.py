@@ -188,10 +188,9 @@ class _Device:
     def _llamacpp(self) -> str:
         """Returns what can measure with llama.cpp. Raises NotApplicable where nothing can, which is no fault."""
         self._need_description()
-        found = tool_of(self.described, not self.on_gpu)
-        if found is None:
-            raise NotApplicable(refusal_of(self.described))
-        return f"{found[0]} {found[1]}"
+        if (refusal := refusal_of(self.described, self.profile.sm)) is not None:
+            raise NotApplicable(refusal)
+        return " ".join(tool_of(self.described, self.profile.sm))
 
     def _module(self, name: str) -> str:
         """Returns the version of a module. Raises EngineError where it is missing, broken or too old."""

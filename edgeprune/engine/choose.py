@@ -89,17 +89,18 @@ def _llamacpp(setting: tuple[DeviceProfile, Workload, str], target: Session | No
         )
     where = "this machine" if target is None else str(target)
     there = here if target is None else measure.describe(target, quiet)
-    found = llama_tools.tool_of(there, profile.on_processor)
-    session = target or ThisMachine()
-    if found is not None:
-        tool, version = found
+    refusal = llama_tools.refusal_of(there, profile.sm)
+    is_device = target is not None or profile.on_processor or (there["gpu"] or {}).get("sm") == profile.sm
+    if is_device and refusal is None:
+        tool, version = llama_tools.tool_of(there, profile.sm)
         device = there["processor"] if profile.on_processor else there["machine"]
         reason = f"{where} is a {device} with {tool} {version}"
+        session = target or ThisMachine()
         return LlamaCpp(*setting, reason=reason, tool=tool, version=version, session=session)
     if target is None:
         reason = "llama-bench runs on the device itself, which is not reachable from here (--target ssh://USER@DEVICE)"
         return Estimated(*setting, reason=f"{reason}: latency and memory are estimates", name=LLAMA_CPP)
-    raise InputError(f"{where} cannot measure with llama.cpp: {llama_tools.refusal_of(there)}", llama_tools.REMEDY)
+    raise InputError(f"{where} cannot measure with llama.cpp: {refusal}", llama_tools.REMEDY)
 
 
 def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, why: str) -> Engine:

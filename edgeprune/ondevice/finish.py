@@ -119,10 +119,9 @@ def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnP
             raise EngineError(_lacks(where, missing, facts), f"pip install {' '.join(missing)}")
         return "onnxruntime", facts
     if plan["engine"] == LLAMA_CPP:
-        if (found := llama_tools.tool_of(facts, plan["sm"] is None)) is None:
-            problem = llama_tools.refusal_of(facts)
-            raise InputError(f"{where} cannot measure with llama.cpp: {problem}", llama_tools.REMEDY)
-        return found[0], facts
+        if (refusal := llama_tools.refusal_of(facts, plan["sm"])) is not None:
+            raise InputError(f"{where} cannot measure with llama.cpp: {refusal}", llama_tools.REMEDY)
+        return llama_tools.tool_of(facts, plan["sm"])[0], facts
     # A GPU's bundle takes the bundle's engine, or another one for GPUs.
     order = preferred(plan["engine"])
     engine = next((name for name in order if modules[RUNTIMES[name].module]), None)
@@ -239,7 +238,7 @@ def _measurement(
 
 
 def _version(engine: str, facts: dict[str, Any]) -> str:
-    return f"of {facts['llama_bench']['path']}" if engine == LLAMA_BENCH else facts["modules"][RUNTIMES[engine].module]
+    return facts["llama_bench"]["release"] if engine == LLAMA_BENCH else facts["modules"][RUNTIMES[engine].module]
 
 
 def _sources(performance: Performance) -> dict[str, str]:

@@ -75,20 +75,32 @@ def test_what_cannot_be_is_an_error(program: Path, answer: str, reason: str) -> 
     assert raised.value.remedy
 
 
-def facts(found: dict[str, str] | None, version: str | None = None) -> dict:
-    return {"modules": {"xllamacpp": version}, "llama_bench": found}
+def facts(found: dict[str, str] | None, version: str | None = None, sm: int | None = None) -> dict:
+    gpu = None if sm is None else {"name": "Orin", "sm": sm}
+    return {"modules": {"xllamacpp": version}, "llama_bench": found, "gpu": gpu}
 
 
 def test_what_measures_is_the_package_on_a_processor_and_else_the_program(program: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DOUBLE_GPU", "CUDA0: Orin (62841 MiB, 60000 MiB free)")
     found = llama_tools.find()
-    assert found == {"path": str(program / "llama-bench"), "problem": ""}
-    assert llama_tools.tool_of(facts(found, "2026.10"), True) == ("llama.cpp", "2026.10")
-    for known in (facts(found, "2026.10"), facts(found)):
-        assert llama_tools.tool_of(known, False) == ("llama-bench", str(program / "llama-bench"))
+    assert (found["path"], found["problem"]) == (str(program / "llama-bench"), "")
+    assert found["gpus"].startswith("CUDA0: Orin")
+    assert llama_tools.refusal_of(facts(None, "2026.10"), None) is None
+    assert llama_tools.tool_of(facts(found, "2026.10"), None) == ("llama.cpp", "2026.10")
+    for known, sm in ((facts(found, "2026.10"), 87), (facts(found, None, 87), 87), (facts(found), None)):
+        assert llama_tools.refusal_of(known, sm) is None
+        tool, version = llama_tools.tool_of(known, sm)
+        assert tool == "llama-bench"
+        assert version.startswith(found["path"])
+
+
+def test_what_cannot_measure_is_told(program: Path, monkeypatch) -> None:
+    found = llama_tools.find()
+    assert "was built without a GPU, or finds none" in llama_tools.refusal_of(facts(found, "2026.10"), 87)
+    gpu = found | {"gpus": "CUDA0: Orin"}
+    assert llama_tools.refusal_of(facts(gpu, None, 87), 101) == "it has a Orin of SM 87, not of SM 101"
     monkeypatch.setenv("DOUBLE_RELEASE", "old")
-    old = llama_tools.find()
-    assert "is too old: it has no -d" in llama_tools.refusal_of(facts(old))
-    assert llama_tools.tool_of(facts(old), True) is None
+    assert "is too old: it has no -d" in llama_tools.refusal_of(facts(llama_tools.find()), None)
     monkeypatch.setenv("PATH", "/nowhere")
     assert llama_tools.find() is None
-    assert llama_tools.refusal_of(facts(None)) == "it has no llama-bench on its PATH"
+    assert llama_tools.refusal_of(facts(None), None) == "it has no llama-bench on its PATH"

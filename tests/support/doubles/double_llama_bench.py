@@ -4,7 +4,7 @@
 
 It computes nothing: a token of a prompt takes a nanosecond for each byte of the file, a step of decode ten, and a
 hundred more for each token before it. Every command line is added to the file `llama-bench.calls` in the home folder.
-The release in DOUBLE_RELEASE=old has no option -d, as those before April of 2025.
+The release in DOUBLE_RELEASE=old has no option -d, as those before April of 2025; DOUBLE_GPU names a GPU.
 """
 
 import json
@@ -14,13 +14,21 @@ import time
 from pathlib import Path
 
 OPTIONS = {"-m": "", "-p": "512", "-n": "128", "-d": "0", "-r": "5", "-o": "md"}
-HELP = "  -p, --n-prompt <n>\n  -n, --n-gen <n>\n  -d, --n-depth <n>\n  -o, --output <csv|json|jsonl|md|sql>\n"
+HELP = """  -p, --n-prompt <n>
+  -n, --n-gen <n>
+  -d, --n-depth <n>
+  -o, --output <csv|json|jsonl|md|sql>
+  --list-devices
+"""
 
 
 def main(words: list[str]) -> int:
     old = os.environ.get("DOUBLE_RELEASE") == "old"
     if words == ["--help"]:
         print("\n".join(line for line in HELP.splitlines() if not (old and "depth" in line)))
+        return 0
+    if words == ["--list-devices"]:
+        print(f"Available devices:\n  {os.environ.get('DOUBLE_GPU', '(none)')}")
         return 0
     with (Path.home() / "llama-bench.calls").open("a") as file:
         file.write(json.dumps(words) + "\n")
