@@ -118,7 +118,7 @@ def quantise(
     rounding: Rounding = "nearest"
     if held_out is not None and _is_gptq_better(weight, moments, held_out, form):
         rounding, changes = "gptq", _changes(moments)
-    parts, largest = [], weight.abs().max().float()
+    parts, largest = [], torch.maximum(weight.max(), -weight.min()).float()
     for rows in weight.split(ROWS):
         rows = rows.float()
         if rounding == "nearest":
