@@ -55,7 +55,7 @@ def reason_of(dialect: Dialect, engine: str, tensorrt: str | None, precision: st
 
     tensorrt: the version, where the engine has several; cache: the format of the KV cache, None for floats.
     """
-    names = {"tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
+    names = {"tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime", "llama.cpp": "llama.cpp"}
     name = names.get(engine, " ".join(filter(None, ("TensorRT", tensorrt))))
     if dialect in IN_PLACE:
         whole = "; every step attends to all of its capacity" if dialect == "opset24" else ""

@@ -6,6 +6,7 @@ Everybody may import it, the device side too: Python 3.10, standard library only
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,20 +84,32 @@ class ScaleBlock:
         """Returns the largest scale in units."""
         return 2 ** (self.bits - self.signed) - 1
 
+    @property
+    def levels(self) -> Levels:
+        """Returns what the numbers of units are."""
+        return "whole"
+
 
 Offset = Literal["zero", "minimum"]
-Storage = Literal["packed", "gguf", "offset"]
+Storage = Literal["packed", "floats", "gguf", "offset"]
+Levels = Literal["whole", "e4m3", "e2m1"]
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the levels that are not negative, by their bits
+LARGEST_LEVEL: dict[Levels, int] = {"e4m3": 448, "e2m1": 6}
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """A way to store the matrix of a linear layer in few bits: whole numbers, of which each group shares a scale.
+    """A way to store the matrix of a linear layer in few bits: levels, of which each group shares a scale.
 
+    levels: whole numbers, which are codes themselves, or floats of 8 or 4 bits by their exponent and mantissa, whose
+    bits are the codes.
     group: inputs of an output that share a scale; None: all of them. offset: what a group has beside its scale: the
     code of 0.0, `zero`, or the number that the code 0 stands for, `minimum`; None: 0 stands for 0.0. unsigned: codes
     are from 0 on. block: how scales are stored in few bits; None: as floats. signed_scales: they may be negative, so
     that the largest weight of a group can have the least code. activation_bits: of what the layer reads, which is then
-    rounded too, by one scale for all that is fixed beforehand; None: floats. storage: what a checkpoint holds it in.
+    rounded to such levels too, by one scale for all that is fixed beforehand; None: floats. e4m3_scales: scales are
+    numbers of e4m3 times one unit of the matrix; so are those of what it reads, of which each group of a token's has
+    its own, found when it is read, and the unit is fixed. storage: what a checkpoint holds it in.
     """
 
     name: str
@@ -107,22 +120,39 @@ class WeightFormat:
     block: ScaleBlock | None = None
     signed_scales: bool = False
     activation_bits: int | None = None
+    levels: Levels = "whole"
+    e4m3_scales: bool = False
     storage: Storage = "packed"
 
     @property
     def least(self) -> int:
-        """Returns the least code; that of 8 bits is the negative of the largest, which engines ask for."""
+        """Returns the least level; that of 8 bits is the negative of the largest, which engines ask for."""
+        if self.levels != "whole":
+            return -self.most
         return 0 if self.unsigned else -(2 ** (self.bits - 1)) + (self.bits == 8)
 
     @property
     def most(self) -> int:
-        """Returns the largest code."""
+        """Returns the largest level."""
+        if self.levels != "whole":
+            return LARGEST_LEVEL[self.levels]
         return 2 ** (self.bits - (not self.unsigned)) - 1
 
     @property
     def multiple(self) -> int:
         """Returns what the inputs of a matrix have to be a multiple of."""
         return self.block.inputs if self.block else self.group or 1
+
+    @property
+    def weight_bits(self) -> float:
+        """Returns the bits of a weight with its share of what its group has beside the codes, in floats of 16 bits;
+        without the scale of a whole output."""
+        return self.bits + (self._group_bits(2) / self.group if self.group else 0.0)
+
+    @property
+    def activations(self) -> str:
+        """Returns what is read is rounded to, in words."""
+        return f"{'' if self.levels == 'whole' else 'floats of '}{self.activation_bits} bits"
 
     def groups_of(self, in_features: int) -> int:
         """Returns the groups of an output of so many inputs. Raises InputError where they do not divide them."""
@@ -136,16 +166,18 @@ class WeightFormat:
     def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
         """Returns the bytes of a matrix: its codes, and for each group a scale and what it has beside.
 
-        scale_bytes: of a scale in the engine's floats; a block of ggml has its own.
+        scale_bytes: of a scale in the engine's floats; a block of ggml has its own, and so have scales of e4m3.
         """
         groups, weights = out_features * self.groups_of(in_features), out_features * in_features
+        return math.ceil((self.bits * weights + groups * self._group_bits(scale_bytes)) / 8)
+
+    def _group_bits(self, scale_bytes: int) -> float:
+        """Returns the bits that a group has beside its codes: a share of them where a block has some in common."""
         if self.block is not None:
             numbers = 1 + (self.offset is not None)
-            scale_bits = numbers * (self.block.bits * groups + 16 * weights // self.block.inputs)
-        else:
-            number = 16 if self.storage == "gguf" else 8 * scale_bytes
-            scale_bits = groups * (number + {None: 0, "zero": self.bits, "minimum": number}[self.offset])
-        return -(-(self.bits * weights + scale_bits) // 8)
+            return numbers * (self.block.bits + 16 * self.group / self.block.inputs)
+        number = 8 if self.e4m3_scales else 16 if self.storage == "gguf" else 8 * scale_bytes
+        return number + {None: 0, "zero": self.bits, "minimum": number}[self.offset]
 
 
 def _of_gguf(
@@ -162,6 +194,8 @@ WEIGHT_FORMATS = {
     for form in (
         WeightFormat("int8", 8),
         WeightFormat("w8a8", 8, activation_bits=8),
+        WeightFormat("fp8", 8, activation_bits=8, levels="e4m3", storage="floats"),
+        WeightFormat("nvfp4", 4, 16, activation_bits=4, levels="e2m1", e4m3_scales=True, storage="floats"),
         *(WeightFormat(f"int4-{group}", 4, group) for group in (32, 64, 128)),
         WeightFormat("int4-32-asymmetric", 4, 32, offset="zero"),
         WeightFormat("int4-offset", 4, 64, offset="minimum", storage="offset"),

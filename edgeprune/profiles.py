@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from edgeprune.files import printable, read_text
 from edgeprune.precision import WEIGHT_FORMATS, CacheFormat, GraphPrecision, WeightFormat
 
 PROCESSOR = "cpu"  # the profile of this machine's processor
+GgmlWord = Literal["q3_k", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"]
 Confidence = Literal["high", "medium", "low"]
 
 _BYTES = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -95,13 +97,15 @@ class OfferedFormats(_Strict):
     """Weight formats that the engine runs well, of one number of bits of weights and activations.
 
     formats: by preference: a model takes the first whose groups divide its sizes; prefill: time of a product of many
-    tokens over that of floats; tables: embedding and head may have it too; tensorrt: the least version that runs it.
+    tokens over that of floats; tables: embedding and head may have it too; tensorrt: the least version that runs it;
+    auto: `--weights auto` may take it, since its speed rests on more than an assumption.
     """
 
     formats: tuple[Line, ...] = Field(min_length=1, max_length=16)
     prefill: float = Field(ge=0.01, le=100)
     tables: bool
     tensorrt: Line | None = None
+    auto: bool = True
     source: str = Field(min_length=1, max_length=2000)
     confidence: Confidence
 
@@ -145,11 +149,11 @@ class DefaultBudget(_Strict):
 
 
 class DeviceProfile(_Strict):
-    """One device. A profile for ONNX Runtime has all its hardware figures or none, to be measured."""
+    """One device. A profile of a processor has all its hardware figures or none, to be measured."""
 
     name: Name
     description: Line
-    engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    engine: Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "llama.cpp"]
     sm: int | None = Field(default=None, ge=50, le=200)  # CUDA compute capability x 10
     precision: GraphPrecision
     dialect: Dialect  # the operators that the engine's parser takes, over a KV cache of floats: see for_cache
@@ -157,7 +161,9 @@ class DeviceProfile(_Strict):
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     tensorrt: Line | None = None  # the version that is assumed until the device says another
-    weights: dict[Literal["int8", "int4", "w8a8"], OfferedFormats] = Field(default_factory=dict)
+    weights: dict[Literal["int8", "int4", "int4-offset", "w8a8", "fp8", "nvfp4"] | GgmlWord, OfferedFormats] = Field(
+        default_factory=dict
+    )
     cache: dict[Literal["int8", "fp8"], OfferedCache] = Field(default_factory=dict)
     formats: dict[Literal["int8", "int4", "fp8", "nvfp4"], FormatFigures] = Field(default_factory=dict)
     memory: HardwareFigure | None = None
@@ -187,15 +193,20 @@ class DeviceProfile(_Strict):
                 raise ValueError(f"{name}.value: {figure.value:g} must be at most 1")
         needed = {"memory", "runtime_memory", "build_memory", "bandwidth", "decode_efficiency"}
         needed |= set() if self.layer_overhead else {"decode_overhead"}
-        needed |= {"prefill_efficiency", "fp32_compute" if self.engine == "onnxruntime" else "fp16_compute"}
-        if self.memory_shared_with_system and self.engine != "onnxruntime":
+        needed |= {"prefill_efficiency", "fp32_compute" if self.on_processor else "fp16_compute"}
+        if self.memory_shared_with_system and not self.on_processor:
             needed.add("system_reserve")
-        if (missing := sorted(needed - present.keys())) and (present or self.engine != "onnxruntime"):
+        if (missing := sorted(needed - present.keys())) and (present or not self.on_processor):
             raise ValueError(f"missing {', '.join(missing)}")
-        if self.engine != "onnxruntime" and self.sm is None:
+        if not self.on_processor and self.sm is None:
             raise ValueError("sm is missing; it is the compute capability, 87 for an Orin")
         if present and self.available_bytes <= self.runtime_memory.si:
             raise ValueError("system_reserve and runtime_memory leave nothing of memory")
+        in_blocks = {
+            WEIGHT_FORMATS[name].storage == "gguf" for offer in self.weights.values() for name in offer.formats
+        }
+        if in_blocks - {self.engine == "llama.cpp"}:
+            raise ValueError("weights: llama.cpp runs the formats of a GGUF file, and other engines all others")
         return self
 
     def figure_of(self, name: str, form: WeightFormat | None) -> HardwareFigure | None:
@@ -215,6 +226,12 @@ class DeviceProfile(_Strict):
         offers = (offer for offer in self.weights.values() if form is not None and form.name in offer.formats)
         return next((offer.prefill for offer in offers), 1.0)
 
+    def untimed(self, forms: Iterable[WeightFormat | None]) -> tuple[str, ...]:
+        """Returns the names of those formats whose speed on the device nobody timed."""
+        names = dict.fromkeys(form.name for form in forms if form is not None)
+        assumed = {name for offer in self.weights.values() if not offer.auto for name in offer.formats}
+        return tuple(name for name in names if name in assumed)
+
     def cache_prefill_factor(self, form: CacheFormat | None) -> float:
         """Returns the time of a prefill's attention with a KV cache in a format over that in floats."""
         offer = None if form is None else self.cache.get(form.name)
@@ -224,6 +241,11 @@ class DeviceProfile(_Strict):
         """Returns the profile with the dialect of a model whose KV cache has a format: not all dialects have codes."""
         dialect = dialect_over(self.dialect, None if form is None else form.name)
         return self if dialect == self.dialect else self.model_copy(update={"dialect": dialect})
+
+    @property
+    def on_processor(self) -> bool:
+        """Returns whether the engine computes on a processor: ONNX Runtime always, llama.cpp where there is no GPU."""
+        return self.engine == "onnxruntime" or (self.engine == "llama.cpp" and self.sm is None)
 
     @property
     def in_place(self) -> bool:

@@ -173,7 +173,7 @@ def test_the_device_side_is_python_3_10_and_little_else(name):
             roots = {node.module.split(".")[0]}
         else:
             continue
-        known = {*sys.stdlib_module_names, "edgeprune", "numpy", "onnxruntime", "platformdirs"}
+        known = {*sys.stdlib_module_names, "edgeprune", "numpy", "onnxruntime", "platformdirs", "xllamacpp"}
         assert roots <= known, f"line {node.lineno}: the device has no {roots - known}"
 
 

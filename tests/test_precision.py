@@ -50,9 +50,11 @@ def test_a_matrix_is_its_codes_scales_and_offsets(name, out_features, groups, sc
     in_features = groups * (form.group or 16)
     scales = out_features * (groups if form.group else 1)
     offset_bits = {None: 0, "zero": form.bits, "minimum": 8 * scale_bytes}[form.offset]
-    bits = form.bits * out_features * in_features + scales * (8 * scale_bytes + offset_bits)
+    own = 8 if form.e4m3_scales else 8 * scale_bytes
+    bits = form.bits * out_features * in_features + scales * (own + offset_bits)
     assert form.stored_bytes(out_features, in_features, scale_bytes) == -(-bits // 8)
-    assert form.most - form.least + 1 == 2**form.bits - (form.bits == 8)
+    if form.levels == "whole":
+        assert form.most - form.least + 1 == 2**form.bits - (form.bits == 8)
 
 
 @pytest.mark.parametrize("name", [name for name, form in WEIGHT_FORMATS.items() if form.storage == "gguf"])
@@ -61,6 +63,19 @@ def test_a_matrix_of_ggmls_blocks_has_their_bytes(name):
     form = WEIGHT_FORMATS[name]
     assert form.multiple == inputs
     assert form.stored_bytes(3, 4 * inputs, scale_bytes=4) == 3 * 4 * block_bytes
+    assert form.weight_bits == 8 * block_bytes / inputs
+
+
+def test_the_bits_of_a_weight_count_its_share_of_scales_and_offsets():
+    bits = {"int8": 8, "int4-64": 4.25, "int4-32": 4.5, "int4-32-asymmetric": 4.625, "int4-offset": 4.5}
+    assert {name: WEIGHT_FORMATS[name].weight_bits for name in bits} == bits
+
+
+def test_floats_of_few_bits_take_eight_bits_and_four_and_a_half():
+    fp8, nvfp4 = WEIGHT_FORMATS["fp8"], WEIGHT_FORMATS["nvfp4"]
+    assert fp8.stored_bytes(64, 256) == 64 * 256 + 64 * 2
+    assert nvfp4.stored_bytes(64, 256) == 64 * 256 * 4.5 / 8
+    assert (fp8.least, fp8.most, nvfp4.least, nvfp4.most) == (-448, 448, -6, 6)
 
 
 def test_groups_that_do_not_divide_are_refused_by_name():

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeprune.engine.llamacpp import on_llamacpp
 from edgeprune.engine.probe import with_figures
 from edgeprune.errors import InputError
 from edgeprune.ondevice.budget import parse_budget
@@ -263,3 +264,16 @@ def test_toml_that_cannot_be_read_is_one_message_with_the_files_name(tmp_path: P
         read_toml(path, "Restore it.")
     path.write_bytes(b"a = 1")
     assert read_toml(path, "Restore it.") == {"a": 1}
+
+
+@pytest.mark.parametrize(("device", "form"), [("jetson-orin", "q4_k"), ("cpu", "q8_0")])
+def test_formats_of_a_gguf_file_are_llama_cpps_alone(device, form):
+    profile = load_profile(device)
+    offer = profile.weights["int8"].model_copy(update={"formats": (form,)})
+    for weights in ({"q4_k": offer}, {**profile.weights, "q4_k": offer}):
+        text = profile_toml(profile.model_copy(update={"weights": weights}))
+        with pytest.raises(ValueError, match="llama.cpp runs the formats of a GGUF file, and other engines all others"):
+            DeviceProfile.model_validate(tomllib.loads(text))
+    other = profile_toml(on_llamacpp(profile).model_copy(update={"weights": profile.weights}))
+    with pytest.raises(ValueError, match="and other engines all others"):
+        DeviceProfile.model_validate(tomllib.loads(other))

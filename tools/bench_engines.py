@@ -108,8 +108,8 @@ def formats_table(shapes: list[str], sms: list[int]) -> None:
         dense = decoder_of(LLAMA | SHAPES[shape] | {"num_hidden_layers": 2, "tie_word_embeddings": False})
         floats: dict[int, BuildResult] = {}
         tables = graph_weight_bytes(replace(dense, layers=()), "fp16")
-        for form in (None, *(form for form in WEIGHT_FORMATS.values() if form.storage == "packed")):
-            if form is not None and form.offset:
+        for form in (None, *(form for form in WEIGHT_FORMATS.values() if form.storage != "gguf")):
+            if form is not None and form.offset == "zero":  # which TensorRT does not take
                 continue
             decoder, cells = dense.with_format(form), []
             with tempfile.TemporaryDirectory() as folder:

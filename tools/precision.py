@@ -1,6 +1,6 @@
 """The cells and tables of docs/precision.md: what weight formats lose, with pruning and without.
 
-They are run by tools/quality.py (--tables precision) on its texts and samples. The model is the demo's, turned
+They are run by tools/quality.py (`precision`) on its texts and samples. The model is the demo's, turned
 (tools/turned.py): as it comes its layers lie on a grid of 4 bits already.
 """
 
@@ -124,6 +124,9 @@ def _formats(names: Sequence[str]) -> tuple[Format, ...]:
 class PrecisionBench:
     """Runs cells on the turned model, which it compares with on the texts."""
 
+    formats: tuple[str, ...] = (*MIXED, *ASYMMETRIC.formats)  # that modules may have
+    table_formats: tuple[str, ...] = (TABLES_IN,)  # that are measured of embedding and head
+
     def __init__(self, texts: Texts) -> None:
         demo = load_model("demo")
         self.model = turned(demo)
@@ -137,8 +140,7 @@ class PrecisionBench:
     @functools.cached_property
     def problem(self) -> Problem:
         """Returns the problem whose one cost is the layers' bytes."""
-        decoder, forms = self.model.decoder, (*_formats(MIXED), *_formats(ASYMMETRIC.formats))
-        table_forms = _formats([TABLES_IN])
+        decoder, forms, table_forms = self.model.decoder, _formats(self.formats), _formats(self.table_formats)
         sensitivities = sensitivities_of(self.model, self.ids.numpy(), DEFAULT, 0, Silent(), forms[1:], table_forms)
         return Problem(
             dense_widths(decoder),
@@ -199,21 +201,27 @@ class PrecisionBench:
         else:
             method = METHODS[DEFAULT]
             result, stream = result_of(target, method), prune(self.model, target, self.ids, method, 0)
-        tokens = self.excerpts.shape[1] - 1  # that are predicted of each excerpt
-        nats, divergences = self._compared(result, *self._states(result, stream))
         return {
             "bytes": _bytes(target) / _bytes(decoder),
             "predicted": None if cell.way == "nearest" else allocation.loss,
+            **self.losses(result, stream),
+            "choice": allocation.summary | allocation.format_counts,
+            "formats": [[form.name if form else FLOAT for form in pair] for pair in allocation.formats or ()],
+            "seconds": time.monotonic() - start,
+            "peak_bytes": peak_bytes(),
+        }
+
+    def losses(self, decoder: Decoder, stream: WeightStream) -> dict[str, Any]:
+        """Returns rise and divergence of a model from the dense one, by text and by excerpt."""
+        tokens = self.excerpts.shape[1] - 1  # that are predicted of each excerpt
+        nats, divergences = self._compared(decoder, *self._states(decoder, stream))
+        return {
             "rise": {
                 text: log_rise(_losses(self._dense_nats[text], tokens), _losses(nats[text], tokens), 0) for text in nats
             },
             "kl": {text: [np.mean(row), np.std(row, ddof=1) / len(row) ** 0.5] for text, row in divergences.items()},
             "nats": nats,
             "kl_of": divergences,
-            "choice": allocation.summary | allocation.format_counts,
-            "formats": [[form.name if form else FLOAT for form in pair] for pair in allocation.formats or ()],
-            "seconds": time.monotonic() - start,
-            "peak_bytes": peak_bytes(),
         }
 
     @functools.cached_property

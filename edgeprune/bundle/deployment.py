@@ -10,10 +10,13 @@ from typing import Any
 
 from edgeprune.engine.build_memory import build_limit, build_memory
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
+from edgeprune.engine.llamacpp import counted_of
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.ondevice.budget import Limit, in_parts
 from edgeprune.ondevice.figures import figure_to_json
-from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.ondevice.llamacpp import MODEL_FILE
+from edgeprune.ondevice.measure import Counted
+from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES
 from edgeprune.pipeline.results import Fitted
 
 
@@ -46,7 +49,7 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
                 "graph": GraphVariant(
                     setup.profile.for_cache(rung.chosen.decoder.cache_format).dialect, "last"
                 ).filename,
-                "counted": dict(counted(rung.chosen.decoder, setup.precision, setup.workload).__dict__),
+                "counted": dict(_counted(rung).__dict__),
                 "cache": form.name if (form := rung.chosen.decoder.cache_format) else "float",
                 "workspace_bytes": workspace_bytes(rung.chosen.decoder, *deployed),
                 "build_bytes": int(build_memory(rung.chosen.decoder, *deployed).total) if on_gpu else None,
@@ -54,6 +57,14 @@ def deployment(rungs: Sequence[Fitted]) -> dict[str, Any]:
             for rung in rungs
         ],
     }
+
+
+def _counted(fitted: Fitted) -> Counted:
+    """Returns the bytes of the graph or the file that the engine runs."""
+    setup, exported = fitted.setup, fitted.chosen.exported
+    if setup.profile.engine == LLAMA_CPP:
+        return counted_of(exported.engine / MODEL_FILE, exported.decoder, setup.workload)
+    return counted(exported.decoder, setup.precision, setup.workload)
 
 
 def _asked(name: str, limit: Limit, fitted: Fitted) -> str:

@@ -41,7 +41,7 @@ def devices(
         print_profile(load_profile(name), console())
 
 
-@takes("device", "profile", "precision", "tensorrt", "prompt", "batch", "image_size", "num_heads")
+@takes("device", "profile", "engine", "precision", "tensorrt", "prompt", "batch", "image_size", "num_heads")
 def plan(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A config.json, or a model as for fit; no weights.")],
     weights: options.PlanWeights = "float",

@@ -152,7 +152,12 @@ OPTIONS: dict[str, Any] = {
     "prompt": Annotated[int | None, _option(DEVICE, "Tokens of the prompt. Default: the profile's.")],
     "context": Annotated[int | None, _option(DEVICE, "Prompt and generated tokens. Default: the profile's.")],
     "engine": Annotated[
-        str, _option(DEVICE, f"Engine to build with: {', '.join(('auto', *RUNTIMES))}.", metavar="NAME")
+        str,
+        _option(
+            DEVICE,
+            f"What runs the model: auto (the device's own), or one of {', '.join(RUNTIMES)}; llama.cpp runs on all.",
+            metavar="NAME",
+        ),
     ],
     "target": Annotated[
         str | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgeprune.engine.estimate import low_confidence_notes
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.figures import number_text
@@ -144,7 +145,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     # What the latencies rest on, and what to mind.
     rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
     rests.append(("dialect", f"{plan.profile.dialect} is assumed: {plan.dialect_reason}"))
-    rests += [("mind", note) for note in plan.notes]
+    in_words = low_confidence_notes(plan.profile)
+    rests += [("mind", note) for note in (*plan.notes, *performance.notes) if note not in in_words]
     if weak := [name for name, figure in plan.profile.figures.items() if figure.confidence == "low"]:
         rests.append(("mind", f"of low confidence in the profile, which gives the reasons: {', '.join(weak)}"))
     console.print(table(("", ""), ((styled(name, "dim"), text) for name, text in rests)))

@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edgeprune.errors import EngineError
-from edgeprune.ondevice import tensorrt
+from edgeprune.ondevice import llama_tools, tensorrt
 from edgeprune.ondevice.cuda import find_gpu
-from edgeprune.ondevice.runtimes import RUNTIMES, preferred
+from edgeprune.ondevice.llamacpp import Library
+from edgeprune.ondevice.runtimes import LLAMA_BENCH, LLAMA_CPP, RUNTIMES, preferred
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 
@@ -36,7 +37,7 @@ def examine() -> list[Finding]:
         if usable and RUNTIMES[name].builds_ahead:
             detail += f"; builds engines for SM {_offered()}, no GPU needed"
         findings.append(Finding(f"engine {name}", usable, detail, "" if usable else RUNTIMES[name].install_here))
-    findings += [_gpu(), _ssh()]
+    findings += [_llamacpp(), _llama_bench(), _gpu(), _ssh()]
     findings.append(_demo())
     return findings
 
@@ -63,6 +64,33 @@ def _gpu() -> Finding:
             "Pruning needs none. Engines are measured where the GPU is: --target ssh://USER@DEVICE, or finish.pyz.",
         )
     return Finding("NVIDIA GPU", True, f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 2**30:.0f} GiB, {gpu.layer}")
+
+
+def _llamacpp() -> Finding:
+    name, runtime = f"engine {LLAMA_CPP}", RUNTIMES[LLAMA_CPP]
+    try:
+        found = version(runtime.package)
+    except PackageNotFoundError:
+        return Finding(name, False, f"no module {runtime.module} is installed", runtime.install_here)
+    try:
+        Library()
+    except EngineError as error:
+        return Finding(name, False, error.message, error.remedy)
+    return Finding(name, True, f"{runtime.package} {found}; runs and measures on this machine's processor")
+
+
+def _llama_bench() -> Finding:
+    program = llama_tools.find()
+    if program is None:
+        remedy = (
+            "It is needed on devices only, to measure llama.cpp there: --engine llama.cpp --target ssh://USER@DEVICE."
+        )
+        return Finding(LLAMA_BENCH, False, "not on the PATH", remedy)
+    if program["problem"]:
+        return Finding(LLAMA_BENCH, False, program["problem"], llama_tools.REMEDY)
+    return Finding(
+        LLAMA_BENCH, True, f"{program['path']} of {program['release']}; GPUs: {program['gpus'] or 'not told'}"
+    )
 
 
 def _ssh() -> Finding:

@@ -14,7 +14,9 @@ from typing import Any
 from edgeprune.commands.result import Result
 from edgeprune.dialects import reason_of
 from edgeprune.engine.build_memory import build_limit, build_memory, note_of_build
+from edgeprune.engine.choose import check_engine
 from edgeprune.engine.estimate import check_precision, decode_parts, estimate_memory, estimate_performance
+from edgeprune.engine.llamacpp import on_llamacpp
 from edgeprune.engine.probe import with_figures
 from edgeprune.engine.work import bytes_per_token, decode_flops, prefill_flops
 from edgeprune.errors import InputError
@@ -24,7 +26,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_outline
 from edgeprune.ondevice.build_room import can_build
 from edgeprune.ondevice.figures import Performance, Workload
-from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES
 from edgeprune.pipeline.cache_formats import cache_choice
 from edgeprune.pipeline.formats import FLOAT, weight_choice
 from edgeprune.precision import GraphPrecision
@@ -47,6 +49,7 @@ class Question:
     prompt: int | None = None
     past: int | None = None
     batch: int | None = None
+    engine: str = "auto"
     hints: Hints = Hints()
 
 
@@ -159,18 +162,20 @@ def plan(
     prompt: int | None = None,
     past: int | None = None,
     batch: int | None = None,
+    engine: str = "auto",
     image_size: int | None = None,
     num_heads: int | None = None,
 ) -> Result[list[Plan]]:
     """Estimates what a model's shape needs and reaches: on the one device that is named, or on all of them.
 
     model: a config.json, or a model as of fit, of which no weight is read. past: tokens in the cache before a step.
-    weights: the format of the layers' matrices; embedding and head are floats. cache: that of the KV cache. Raises
-    InputError.
+    weights: the format of the layers' matrices; embedding and head are floats. cache: that of the KV cache. engine:
+    the device's own, or llama.cpp. Raises InputError.
     """
     file = None if profile is None else Path(at_home(profile))
     hints = Hints(image_size, num_heads)
-    question = Question(str(model), device, file, precision, weights, cache, tensorrt, prompt, past, batch, hints)
+    of_device = precision, weights, cache, tensorrt, prompt, past, batch, engine
+    question = Question(str(model), device, file, *of_device, hints)
     is_one = device is not None or profile is not None
     return Result(None, [plan_one(question)] if is_one else plan_all(question))
 
@@ -178,7 +183,7 @@ def plan(
 def plan_one(question: Question) -> Plan:
     """Returns the plan for the one device that was named. Raises InputError."""
     _check(question)
-    profile = with_tensorrt(profile_of(question.device, question.profile), question.tensorrt)
+    profile = with_tensorrt(_with_engine(question, profile_of(question.device, question.profile)), question.tensorrt)
     check_precision(profile, question.precision or profile.precision)  # before a probe takes its time
     model, decoder, notes = load_outline(question.model, question.hints)
     return _on(question, with_figures(profile), model, decoder, notes)
@@ -188,12 +193,23 @@ def plan_all(question: Question) -> list[Plan]:
     """Returns a plan for every shipped device with hardware figures: all but this machine's processor."""
     _check(question)
     profiles = [profile for profile in list_profiles() if profile.is_probed]
+    if question.engine == LLAMA_CPP:
+        profiles = [on_llamacpp(profile) for profile in profiles]
+    elif question.engine != "auto":
+        raise InputError(f"--engine {question.engine} is of one device", "Name it: --device jetson-orin.")
     if question.tensorrt is not None:
         raise InputError("--tensorrt is of one device", "Name it: --device jetson-orin.")
     for profile in profiles:
         check_precision(profile, question.precision or profile.precision)
     model, decoder, notes = load_outline(question.model, question.hints)
     return [_on(question, profile, model, decoder, notes) for profile in profiles]
+
+
+def _with_engine(question: Question, profile: DeviceProfile) -> DeviceProfile:
+    """Returns the profile with the engine that was asked for. Raises InputError where it is not the device's."""
+    profile = on_llamacpp(profile) if question.engine == LLAMA_CPP else profile
+    check_engine(question.engine, profile, has_target=False)
+    return profile
 
 
 def _check(question: Question) -> None:
@@ -208,6 +224,10 @@ def _check(question: Question) -> None:
 def _on(question: Question, profile: DeviceProfile, model: str, decoder: Decoder, left_out: tuple[str, ...]) -> Plan:
     """Returns the plan for one device. left_out: in words, what of the model is not in its decoder."""
     precision = check_precision(profile, question.precision or profile.precision)
+    if profile.engine == LLAMA_CPP:
+        from edgeprune.model.gguf.metadata import check_family
+
+        check_family(decoder)
     profile = in_precision(profile, precision)
     formats = weight_choice(question.weights, profile, decoder).layers
     if len(formats) > 1:
@@ -259,10 +279,11 @@ def _notes(decoder: Decoder, held: Workload) -> Sequence[str]:
     notes = []
     if form := next(iter(decoder.weight_formats.values()), None):
         group = f"for each group of {form.group} inputs" if form.group else "for each output"
-        read = ", what they read in 8 bits with one scale" if form.activation_bits else ""
-        notes.append(
-            f"{form.name}: the layers' matrices in {form.bits} bits with a scale {group}{read}; all else floats"
-        )
+        group = f"and a minimum {group}" if form.offset == "minimum" else group
+        bits = f"{'' if form.levels == 'whole' else 'floats of '}{form.bits} bits"
+        scales = f"a scale for each {form.group} of a token" if form.e4m3_scales else "one scale"
+        read = f", what they read in {form.activations} with {scales}" if form.activation_bits else ""
+        notes.append(f"{form.name}: the layers' matrices in {bits} with a scale {group}{read}; all else floats")
     if held.context > decoder.max_position_embeddings:
         notes.append(f"{held.context} tokens are more than the model's {decoder.max_position_embeddings} positions")
     return notes

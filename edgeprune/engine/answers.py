@@ -14,7 +14,7 @@ from edgeprune.errors import BadAnswer
 from edgeprune.files import printable
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.lines import MOST_TEXT
-from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES
 from edgeprune.ondevice.worker import OnProgress
 
 REMEDY = (
@@ -131,6 +131,13 @@ class Gpu(Message):
     layer: Text
 
 
+class LlamaBench(Message):
+    path: Text
+    release: Text
+    gpus: Text
+    problem: Text
+
+
 class Description(Message):
     machine: Text
     processor: Text
@@ -139,6 +146,7 @@ class Description(Message):
     missing: Named
     gpu: Gpu | None
     no_gpu: Text
+    llama_bench: LlamaBench | None = None
     memory: Annotated[dict[Text, Annotated[int, Field(ge=-(1 << 50), le=1 << 50)]], Field(max_length=100)]
     platform: Text
 
@@ -309,7 +317,7 @@ def read_answer(request: dict[str, Any], answer: Any, where: str) -> dict[str, A
     steps = _STEPS.get(request["do"])
     kind = steps[request["step"]] if steps else _TASKS.get(request["do"])
     if request["do"] == "measure":
-        kind = Latencies if request["engine"] == "onnxruntime" else OnGpu
+        kind = OnGpu if request["engine"] in GPU_RUNTIMES else Latencies
     message = read_message(kind, answer, where)
     if isinstance(message, Latencies):
         names = ["candidate"] if isinstance(message, OnGpu) else list(request["files"])

@@ -32,8 +32,9 @@ from edgeprune.files import scratch_folder
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.llama_tools import refusal_of, tool_of
 from edgeprune.ondevice.measure import CHECK_SECONDS, Session
-from edgeprune.ondevice.runtimes import RUNTIMES, preferred
+from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES, preferred
 from edgeprune.ondevice.tensorrt import BuildResult
 from edgeprune.ondevice.worker import OnProgress, quiet
 from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS, WeightFormat
@@ -147,6 +148,7 @@ class _Device:
         run("numpy", lambda _: self._module("numpy"))
         run(self.engine, lambda _: self._module(RUNTIMES[self.engine].module))
         run("GPU", lambda _: self._gpu())
+        run(LLAMA_CPP, lambda _: self._llamacpp())
         # Engines, and what they are measured with.
         written = cache(lambda form: self._write(folder, form))
         for dialect, form in self._pairs():
@@ -182,6 +184,13 @@ class _Device:
         """Raises NotApplicable where the device did not describe itself."""
         if not self.described:
             raise NotApplicable(NOT_DESCRIBED)
+
+    def _llamacpp(self) -> str:
+        """Returns what can measure with llama.cpp. Raises NotApplicable where nothing can, which is no fault."""
+        self._need_description()
+        if (refusal := refusal_of(self.described, self.profile.sm)) is not None:
+            raise NotApplicable(refusal)
+        return " ".join(tool_of(self.described, self.profile.sm))
 
     def _module(self, name: str) -> str:
         """Returns the version of a module. Raises EngineError where it is missing, broken or too old."""
@@ -361,7 +370,7 @@ class _Device:
         self._need_modules()
         model = written(None)
         graph, known = model.graphs[PROCESSORS_DIALECT], counted(model.decoder, self.profile.precision, LONG)
-        process = measure.process_memory(limited, graph, LONG, quiet)
+        process = measure.process_memory(limited, "onnxruntime", graph, LONG, quiet)
         return judge_process_memory(process, known.weights + known.cache + known.buffers)
 
 

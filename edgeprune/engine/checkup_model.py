@@ -67,19 +67,25 @@ def _codes(form: WeightFormat, shape: Sequence[int], generator: torch.Generator)
     """Returns a matrix of codes (out_features, in_features) that are spread evenly, with scales of about one size."""
     import torch
 
+    from edgeprune.model.levels import codes_of, nearest, nearest_e4m3
     from edgeprune.model.quantised import QuantisedWeight, storable
 
     def drawn(least: int, most: int, *size: int) -> torch.Tensor:
-        return torch.randint(least, most + 1, size, generator=generator).to(torch.int8)
+        return torch.randint(least, most + 1, size, generator=generator)
 
     rows, columns = shape
     groups = form.groups_of(columns)
     step = DEVIATION * 3**0.5 / form.most  # of numbers from -most to most, each as likely
     scales = storable(step * (0.75 + 0.5 * torch.rand(rows, groups, generator=generator)), form.offset is not None)
-    zeros = drawn(-2, 2, rows, groups) if form.offset else None
+    zeros = drawn(-2, 2, rows, groups).to(torch.int8) if form.offset == "zero" else None
+    minima = scales * drawn(-2, 2, rows, groups) if form.offset == "minimum" else None
+    unit = torch.tensor(2.0**-12) if form.e4m3_scales else None
+    if unit is not None:
+        scales = nearest_e4m3(scales / unit) * unit
     # Fine: what lies beyond is cut off alike everywhere, and a code more or less, by which fp16 differs, matters less.
     of_inputs = torch.tensor(2.0**-7) if form.activation_bits else None
-    return QuantisedWeight(form, drawn(form.least, form.most, rows, columns), scales, zeros, of_inputs)
+    levels = nearest(drawn(form.least, form.most, rows, columns).float(), form.levels, form.least, form.most)
+    return QuantisedWeight(form, codes_of(levels, form.levels), scales, zeros, of_inputs, minima, scale_unit=unit)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import BuiltAhead, Engine, Estimated, OnnxRuntime, TensorRT
+from edgeprune.engine.llamacpp import LlamaCpp
 from edgeprune.errors import EngineError, InputError
-from edgeprune.ondevice import measure, tensorrt
+from edgeprune.ondevice import llama_tools, measure, tensorrt
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import Session
-from edgeprune.ondevice.runtimes import GPU_RUNTIMES, RUNTIMES, preferred
+from edgeprune.ondevice.runtimes import GPU_RUNTIMES, LLAMA_CPP, RUNTIMES, preferred
 from edgeprune.ondevice.worker import quiet
 from edgeprune.profiles import DeviceProfile, in_precision, with_tensorrt
 
@@ -35,16 +36,11 @@ def choose_engine(
     engine cannot serve the device or is not installed, or where the target is another device than the profile's;
     EngineError where the target does not answer or lacks a module.
     """
-    # Refuse an engine that does not belong to the device.
-    if asked not in NAMES:
-        raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(NAMES)}.")
-    if asked not in ("auto", profile.engine) and not (target and {asked, profile.engine} <= set(GPU_RUNTIMES)):
-        raise InputError(
-            f"{profile.name} runs {profile.engine}, not {asked}",
-            f"Leave --engine out, or choose a device of {asked} (`edgeprune devices`).",
-        )
+    check_engine(asked, profile, target is not None)
     # On the target, or on this machine: its processor, its GPU, or an engine without a GPU.
     setting = (profile, workload, precision)
+    if profile.engine == LLAMA_CPP:
+        return _llamacpp(setting, target)
     if target is not None:
         return _on_target(asked, setting, target, is_version_asked)
     if profile.engine == "onnxruntime":
@@ -62,6 +58,49 @@ def choose_engine(
         setting = _reported(setting, profile.engine, version, is_version_asked)
         return TensorRT(*setting, reason=reason, name=profile.engine, state=described["memory"])
     return _without_gpu(setting, available, why)
+
+
+def check_engine(asked: str, profile: DeviceProfile, has_target: bool) -> None:
+    """Raises InputError for an engine that does not exist or does not belong to the device."""
+    if asked not in NAMES:
+        raise InputError(f"unknown engine {asked!r}", f"Engines are: {', '.join(NAMES)}.")
+    if asked not in ("auto", profile.engine) and not (has_target and {asked, profile.engine} <= set(GPU_RUNTIMES)):
+        raise InputError(
+            f"{profile.name} runs {profile.engine}, not {asked}",
+            f"Leave --engine out, or choose a device of {asked} (`edgeprune devices`).",
+        )
+
+
+def _llamacpp(setting: tuple[DeviceProfile, Workload, str], target: Session | None) -> Engine:
+    """Picks what runs llama.cpp: xllamacpp on a processor that has it, else llama-bench, else the estimator.
+
+    xllamacpp is needed here too: it checks each file before anything is measured.
+    """
+    profile, workload, _ = setting
+    if workload.batch != 1:
+        raise InputError(
+            f"llama.cpp is measured with one sequence at once, not with {workload.batch}", "Use --batch 1."
+        )
+    here = measure.describe(ThisMachine(), quiet)
+    if here["modules"][RUNTIMES[LLAMA_CPP].module] is None:
+        raise InputError(
+            f"the engine llama.cpp is not usable here: {here['missing'][RUNTIMES[LLAMA_CPP].module]}",
+            f"Install it with `{RUNTIMES[LLAMA_CPP].install_here}`.",
+        )
+    where = "this machine" if target is None else str(target)
+    there = here if target is None else measure.describe(target, quiet)
+    refusal = llama_tools.refusal_of(there, profile.sm)
+    is_device = target is not None or profile.on_processor or (there["gpu"] or {}).get("sm") == profile.sm
+    if is_device and refusal is None:
+        tool, version = llama_tools.tool_of(there, profile.sm)
+        device = there["processor"] if profile.on_processor else there["machine"]
+        reason = f"{where} is a {device} with {tool} {version}"
+        session = target or ThisMachine()
+        return LlamaCpp(*setting, reason=reason, tool=tool, version=version, session=session)
+    if target is None:
+        reason = "llama-bench runs on the device itself, which is not reachable from here (--target ssh://USER@DEVICE)"
+        return Estimated(*setting, reason=f"{reason}: latency and memory are estimates", name=LLAMA_CPP)
+    raise InputError(f"{where} cannot measure with llama.cpp: {refusal}", llama_tools.REMEDY)
 
 
 def _without_gpu(setting: tuple[DeviceProfile, Workload, str], available: bool, why: str) -> Engine:

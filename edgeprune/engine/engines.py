@@ -5,6 +5,7 @@ They do not know the budget, nor which candidates there are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.build_memory import BuildMemory, build_limit, build_memory, note_of_build
 from edgeprune.engine.estimate import counted, estimate_performance, workspace_bytes
 from edgeprune.engine.onnx.data import largest_matrix_bytes
-from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes
+from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
@@ -55,6 +56,7 @@ class Engine(Protocol):
     builds: bool  # whether a performance needs the exported graphs; an estimate needs the Decoder alone
     measures: bool  # whether latencies are measured
     compiles: bool  # whether a builder of its own chooses how weights are held
+    one_width: bool  # whether it runs only models whose layers are alike
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
@@ -79,6 +81,9 @@ class Measuring(Engine, Protocol):
     def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the device and the engine's version, for which a latency holds."""
 
+    def write(self, decoder: Decoder, weights: Mapping[str, Any], folder: Path) -> None:
+        """Writes what `latencies` needs of a model into a folder, which is that of its graphs and of its engine."""
+
     def latencies(self, models: dict[str, Exported], on_progress: OnProgress) -> dict[str, dict[str, float]]:
         """Returns prefill and decode of several models by kind and name, all on one scale. Raises EngineError."""
 
@@ -96,13 +101,15 @@ class OnnxRuntime:
     builds: bool = True
     measures: bool = True
     compiles: bool = False
+    one_width: bool = False
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
     ) -> Performance:
         """Returns the measured performance of a candidate; raises EngineError where its logits are wrong."""
-        measured = measure.on_onnxruntime(
+        measured = measure.in_process(
             self.session,
+            self.name,
             None if dense is None else dense[0].graphs / GRAPH_FILE,
             candidate.graphs / GRAPH_FILE,
             self.workload,
@@ -125,11 +132,15 @@ class OnnxRuntime:
         description = measure.describe(self.session, on_progress)
         return {"processor": description["processor"], "onnxruntime": description["modules"]["onnxruntime"]}
 
+    def write(self, decoder: Decoder, weights: Mapping[str, Any], folder: Path) -> None:
+        """Writes the graph of a model."""
+        _write_graph(decoder, weights, folder, self.profile, self.precision, self.workload)
+
     def latencies(self, models: dict[str, Exported], on_progress: OnProgress) -> dict[str, dict[str, float]]:
         """Returns the latencies of several models, measured in turns."""
         graphs = {name: model.graphs / GRAPH_FILE for name, model in models.items()}
         seconds = timing().survey_seconds * len(models)
-        return measure.relative_latencies(self.session, graphs, self.workload, seconds, on_progress)
+        return measure.relative_latencies(self.session, self.name, graphs, self.workload, seconds, on_progress)
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,7 @@ class TensorRT:
     builds: bool = True
     measures: bool = True
     compiles: bool = True
+    one_width: bool = False
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
@@ -189,6 +201,10 @@ class TensorRT:
             "engine": self.name,
             "version": version,
         }
+
+    def write(self, decoder: Decoder, weights: Mapping[str, Any], folder: Path) -> None:
+        """Writes the graph of a model."""
+        _write_graph(decoder, weights, folder, self.profile, self.precision, self.workload)
 
     def latencies(self, models: dict[str, Exported], on_progress: OnProgress) -> dict[str, dict[str, float]]:
         """Returns the latencies of several models in ms, built and measured one after the other."""
@@ -241,6 +257,7 @@ class BuiltAhead:
     builds: bool = True
     measures: bool = False
     compiles: bool = True
+    one_width: bool = False
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
@@ -336,6 +353,7 @@ class Estimated:
     builds: bool = False
     measures: bool = False
     compiles: bool = False
+    one_width: bool = False
 
     def performance(
         self, candidate: Exported, dense: tuple[Exported, Performance] | None, on_progress: OnProgress
@@ -389,6 +407,19 @@ def _engine_of(decoder: Decoder, profile: DeviceProfile, workload: Workload, pre
     """Returns an engine in words, by the bytes of its weights."""
     weights = graph_weight_bytes(decoder, precision, profile.for_cache(decoder.cache_format).dialect, workload.context)
     return f"the engine of {format_bytes(weights)} of weights"
+
+
+def _write_graph(
+    decoder: Decoder,
+    weights: Mapping[str, Any],
+    folder: Path,
+    profile: DeviceProfile,
+    precision: GraphPrecision,
+    workload: Workload,
+) -> None:
+    """Writes the graph of a model that the device's engine takes."""
+    variant = GraphVariant(profile.for_cache(decoder.cache_format).dialect, "last")
+    write_graphs(decoder, weights, folder, precision, [variant], workload.context)
 
 
 def _graph(candidate: Exported, profile: DeviceProfile) -> Path:

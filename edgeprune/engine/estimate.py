@@ -33,7 +33,7 @@ from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.figures import Estimate, Memory, Performance, Workload
 from edgeprune.ondevice.measure import Counted
 from edgeprune.precision import PRECISIONS, GraphPrecision
-from edgeprune.profiles import DeviceProfile
+from edgeprune.profiles import DeviceProfile, HardwareFigure
 
 OVERHEADS = ("layer_overhead", "decode_overhead")  # figures of a profile
 
@@ -124,7 +124,7 @@ def estimate_performance(
         memory=estimate_memory(decoder, profile, workload, precision, weight_bytes),
         prefill=Estimate(sum(prefill.values()), "ms", profile.name, prefill_basis),
         decode=Estimate(sum(step.values()), "ms", profile.name, decode_basis),
-        notes=low_confidence_notes(profile),
+        notes=(*low_confidence_notes(profile), *_untimed_notes(decoder, profile)),
     )
 
 
@@ -154,6 +154,14 @@ def low_confidence_notes(profile: DeviceProfile) -> tuple[str, ...]:
         f"{name} of {profile.name} is of low confidence: {figure.source}"
         for name, figure in profile.figures.items()
         if figure.confidence == "low"
+    )
+
+
+def _untimed_notes(decoder: Decoder, profile: DeviceProfile) -> tuple[str, ...]:
+    """Returns a note for each weight format of a decoder whose speed on the device is assumed."""
+    return tuple(
+        f"the speed of {name} is estimated from its bytes and products alone: nobody timed it on {profile.name}"
+        for name in profile.untimed(decoder.weight_formats.values())
     )
 
 
@@ -254,7 +262,7 @@ def _bytes_per_second(profile: DeviceProfile) -> float:
 def _flops_per_second(profile: DeviceProfile, precision: GraphPrecision) -> tuple[float, str]:
     """Returns the rate that prefill reaches, and its terms in words; raises InputError where the profile has none."""
     efficiency = profile.prefill_efficiency.value
-    figure = getattr(profile, PRECISIONS[precision].compute)
+    figure = _rate_of(profile, precision)
     if figure is not None:
         of_fp16 = " of fp16, which is bf16's too," if precision == "bf16" else ""
         return figure.si * efficiency, f"({figure.value:g} {figure.unit}{of_fp16} x {efficiency:g})"
@@ -278,14 +286,32 @@ def check_precision(profile: DeviceProfile, precision: str) -> GraphPrecision:
         raise InputError(
             f"{profile.name} has no {precision}: {lacking} computes no product in it", f"Use --precision {other}."
         )
-    if PRECISIONS[precision].compute == "fp16_compute" and profile.fp16_compute is None:
+    if profile.engine == "llama.cpp" and precision == "fp32":
+        raise InputError(
+            "llama.cpp keeps its KV cache in fp16, and floats in 16 bits",
+            "Use --precision fp16 or bf16, or leave it out.",
+        )
+    is_measured_later = profile.engine == "llama.cpp" and not profile.is_probed
+    if (
+        PRECISIONS[precision].compute == "fp16_compute"
+        and _rate_of(profile, precision) is None
+        and not is_measured_later
+    ):
         raise _no_rate(profile, precision)
     return precision
+
+
+def _rate_of(profile: DeviceProfile, precision: str) -> HardwareFigure | None:
+    """Returns the rate of products in a precision; llama.cpp computes on a processor at fp32's, whatever it reads."""
+    of_fp32 = profile.engine == "llama.cpp" and profile.on_processor
+    return getattr(profile, "fp32_compute" if of_fp32 else PRECISIONS[precision].compute)
 
 
 def computes_in(profile: DeviceProfile, precision: str) -> bool:
     """Returns whether the device's engine has products in a precision."""
     least = PRECISIONS[precision].least_sm
+    if profile.engine == "llama.cpp" and profile.on_processor:
+        return True
     return least is None or (profile.engine != "onnxruntime" and profile.sm is not None and profile.sm >= least)
 
 

@@ -123,14 +123,21 @@ def prefill_flops(
         attention = 4.0 * tokens * workload.context * query_size
     attention *= attention_factor
     head = 2.0 * workload.batch * decoder.vocab_size * decoder.hidden_size * factor(decoder.head_format)
-    matrices = 0.0
+    return 2.0 * tokens * _multiplications(decoder, factor) + attention + head
+
+
+def _multiplications(decoder: Decoder, factor: FormatFactor = _once) -> float:
+    """Returns the multiply-adds of a token in the matrices of all layers, and in those of the minima beside them."""
+    total = 0.0
     for layer, count in Counter(decoder.layers).items():
         alone = replace(decoder, layers=(layer,))
         formats = alone.weight_formats
         for name, shape in alone.layer_shapes(0).items():
             if len(shape) == 2:
-                matrices += count * prod(shape) * factor(formats.get(name))
-    return 2.0 * tokens * matrices + attention + head
+                form = formats.get(name)
+                of_minima = 1 / form.group if form is not None and form.storage == "offset" else 0.0
+                total += count * prod(shape) * (factor(form) + of_minima)
+    return total
 
 
 def decode_flops(decoder: Decoder, workload: Workload) -> float:
@@ -139,7 +146,7 @@ def decode_flops(decoder: Decoder, workload: Workload) -> float:
     They are those of the matrices, of the head, and of attention over `context` keys.
     """
     query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
-    matrices = decoder.layer_parameters + decoder.vocab_size * decoder.hidden_size
+    matrices = _multiplications(decoder) + decoder.vocab_size * decoder.hidden_size
     return 2.0 * workload.batch * (matrices + 2 * workload.context * query_size)
 
 

@@ -73,7 +73,7 @@ def _largest(
     largest: dict[str, torch.Tensor] = {}
     for part in row_chunks(hidden, CHUNK_TOKENS):
         states = module_states(model.decoder, "attention", weights, part)
-        states = rounded_inputs(states, weights.get(input_scale_of("attention.q")))
+        states = rounded_inputs(states, weights.get(input_scale_of("attention.q")), attention.weight_format)
         _, key, value = attention_heads(states, weights, attention, tables, model.decoder.norm_eps)
         for name, scale in scales_of(key, value, form).items():
             largest[name] = torch.maximum(largest[name], scale) if name in largest else scale

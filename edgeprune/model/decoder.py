@@ -325,8 +325,9 @@ class Decoder:
     @property
     def rounded_states(self) -> str:
         """Returns which states the model rounds to codes, activations or those of its KV cache, in words; else ""."""
-        forms = self.weight_formats.values()
-        activations = "activations in 8 bits" if any(form.activation_bits for form in forms) else ""
+        rounding = [form for form in self.weight_formats.values() if form.activation_bits]
+        coarsest = min(rounding, key=lambda form: (form.activation_bits, form.levels == "whole"), default=None)
+        activations = f"activations in {coarsest.activations}" if coarsest else ""
         cache = f"a KV cache in {form.name}" if (form := self.cache_format) else ""
         return " and ".join(filter(None, (activations, cache)))
 

@@ -280,7 +280,8 @@ def module_activation(
     """
     layer = decoder.layers[index]
     first = f"mlp.{layer.mlp.inputs[0]}" if kind == "mlp" else "attention.q"
-    x = rounded_inputs(module_states(decoder, kind, weights, hidden), weights.get(input_scale_of(first)))
+    form, scale = getattr(layer, kind).weight_format, weights.get(input_scale_of(first))
+    x = rounded_inputs(module_states(decoder, kind, weights, hidden), scale, form)
     if kind == "mlp":
         return mlp_activation(x, weights, layer.mlp)
     return attention_context(x, weights, layer.attention, tables, decoder.norm_eps)
@@ -296,7 +297,8 @@ def module_raw(
     if has_experts(decoder, index, kind):
         return experts_output(module_states(decoder, kind, weights, hidden), weights, decoder.layers[index].mlp)
     inputs = module_activation(decoder, index, kind, weights, hidden, tables)
-    inputs = rounded_inputs(inputs, weights.get(input_scale_of(OUTPUT[kind])))
+    form = getattr(decoder.layers[index], kind).weight_format
+    inputs = rounded_inputs(inputs, weights.get(input_scale_of(OUTPUT[kind])), form)
     return F.linear(inputs, weights[OUTPUT[kind]], weights.get(BIAS[kind]))
 
 

@@ -153,7 +153,12 @@ def load_directory(path: Path, name: str) -> Model:
             raise pointer_error(file)
     configured_ends(path)  # what is read of it later, checked before any work
     decoder, stored = (with_stored_formats(described(config), config) for described in (decoder_of, stored_decoder))
-    weights, fingerprint = stored_weights(path, decoder, stored, foreign)
+    if any(form.storage == "gguf" for form in decoder.weight_formats.values()):
+        from edgeprune.model.gguf.weights import weights_in_blocks
+
+        weights, fingerprint = weights_in_blocks(path, decoder, config)
+    else:
+        weights, fingerprint = stored_weights(path, decoder, stored, foreign)
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if decoder.picture is None and not any((path / file).is_file() for file in tokenizers):
         raise InputError(f"{path} has no tokenizer", "Add the checkpoint's tokenizer.json.")

@@ -10,22 +10,27 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from edgeprune.precision import WeightFormat
+from edgeprune.model.levels import codes_of, nearest, nearest_e4m3, values_of
+from edgeprune.precision import LARGEST_LEVEL, WeightFormat
 
 SMALLEST_SCALE = 2.0**-24  # of fp16
 LARGEST_HALF = 65504.0
-ACTIVATION_STEPS = 127  # from 0 to the largest code of an activation; the least code, -128, is taken too
+ACTIVATION_STEPS = 127  # from 0 to the largest code of an activation in whole numbers; the least, -128, is taken too
+SMALLEST_UNIT = 2.0**-14  # of which every number of e4m3 is one of fp16
 
 
 @dataclass(frozen=True)
 class QuantisedWeight:
     """The weight of a linear layer on a grid: (code - zero) * scale + minimum, with these for each group of an output.
 
-    codes: (out_features, in_features) int8; scales: (out_features, groups) fp32, as the format stores them; zeros:
-    (out_features, groups) int8, the code of 0.0, and minima: (out_features, groups) fp32, what the code 0 stands for;
-    None where the format has none, which is 0. units: (out_features, blocks) fp32, numbers of fp16, and minimum_units,
-    of the same shape: of which scales and minima, less their sign, are whole numbers, where the format has blocks.
-    input_scale: () fp32, of what the layer reads, where the format rounds it: as `storable` returns it.
+    codes: (out_features, in_features) int8, which levels.py makes floats of where they are no whole numbers; scales:
+    (out_features, groups) fp32, as the format stores them; zeros: (out_features, groups) int8, the code of 0.0, and
+    minima: (out_features, groups) fp32, what the code 0 stands for; None where the format has none, which is 0. units:
+    (out_features, blocks) fp32, numbers of fp16, and minimum_units, of the same shape: of which scales and minima, less
+    their sign, are whole numbers, where the format has blocks.
+    input_scale: () fp32, of what the layer reads, where the format rounds it: as `storable` returns it, or a power of
+    two where levels are floats. scale_unit: () fp32, a power of two, of which the scales are numbers of e4m3, where the
+    format has them so.
     """
 
     form: WeightFormat
@@ -36,6 +41,7 @@ class QuantisedWeight:
     minima: torch.Tensor | None = None
     units: torch.Tensor | None = None
     minimum_units: torch.Tensor | None = None
+    scale_unit: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -46,9 +52,14 @@ class QuantisedWeight:
         """Returns the tensors (out_features, ...) that the weight is made of, by their names."""
         return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
+    @property
+    def scale_codes(self) -> torch.Tensor:
+        """Returns the bits (out_features, groups) int8 of the numbers of e4m3 that the scales are of their unit."""
+        return codes_of(self.scales / self.scale_unit, "e4m3")
+
     def dequantised(self) -> torch.Tensor:
         """Returns the weight (out_features, in_features) fp32."""
-        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()  # (out, groups, group)
+        codes = values_of(self.codes, self.form.levels).unflatten(1, (self.scales.shape[1], -1))  # (out, groups, group)
         if self.zeros is not None:
             codes -= self.zeros[..., None]
         codes *= self.scales[..., None]
@@ -95,20 +106,61 @@ PARTS = ("codes", "scales", "zeros", "minima", "units", "minimum_units")  # that
 
 
 def joined(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
-    """Returns the weight of the outputs of all parts, which have one format and read the same inputs."""
+    """Returns the weight of the outputs of all parts, which have one format and read the same inputs.
+
+    Raises ValueError for scales of e4m3 that are of different units.
+    """
     if len(parts) == 1:
         return parts[0]
+    if len({float(part.scale_unit) for part in parts if part.scale_unit is not None}) > 1:
+        raise ValueError("the parts of a matrix have scales of different units")
     return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].parts})
 
 
-def rounded_inputs(inputs: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Returns what a layer computes with of its inputs fp32: the nearest codes of 8 bits times their scale () fp32.
+def of_one_scale(form: WeightFormat, codes: torch.Tensor, scale: float) -> QuantisedWeight:
+    """Returns a weight of which all groups are alike: what engines are timed with.
 
-    scale: None where the layer's format keeps its inputs.
+    codes: (out_features, in_features) int8; scale: a power of two. The code in the middle stands for 0, or next to it.
+    """
+    outputs, inputs = codes.shape
+    scales = torch.full((outputs, form.groups_of(inputs)), scale)
+    zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
+    middle = scale * 2 ** (form.bits - 1) if form.unsigned else 0.0
+    minima = torch.full_like(scales, -middle or scale) if form.offset == "minimum" else None
+    input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
+    units, minimum_units = None, None
+    if form.block is not None:
+        units = torch.full((outputs, inputs // form.block.inputs), scale)
+        minimum_units = None if minima is None else torch.full_like(units, middle)
+    scale_unit = torch.tensor(scale / 8) if form.e4m3_scales else None
+    return QuantisedWeight(form, codes, scales, zeros, input_scale, minima, units, minimum_units, scale_unit)
+
+
+def rounded_inputs(inputs: torch.Tensor, scale: torch.Tensor | None, form: WeightFormat | None = None) -> torch.Tensor:
+    """Returns what a layer in a format computes with of its inputs (..., in_features) fp32: levels times their scale.
+
+    scale: () fp32, or the unit of the scales of each token's groups, which are the best that the group's largest number
+    has, in e4m3; None where the layer's format keeps its inputs.
     """
     if scale is None:
         return inputs
-    return (inputs / scale).round_().clamp_(-ACTIVATION_STEPS - 1, ACTIVATION_STEPS).mul_(scale)
+    if form.e4m3_scales:
+        groups = inputs.unflatten(-1, (-1, form.group))
+        scales = nearest_e4m3(groups.abs().amax(dim=-1, keepdim=True) / (form.most * scale)) * scale
+        groups = groups / torch.where(scales == 0, torch.inf, scales)
+        return (nearest(groups, form.levels, form.least, form.most) * scales).flatten(-2)
+    least, most = (-ACTIVATION_STEPS - 1, ACTIVATION_STEPS) if form.levels == "whole" else (form.least, form.most)
+    return nearest(inputs / scale, form.levels, least, most) * scale
+
+
+def scale_unit_for(largest: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """Returns the unit () of scales of e4m3, the largest of which makes the format's largest level this magnitude."""
+    return unit_above(largest / (form.most * LARGEST_LEVEL["e4m3"]))
+
+
+def unit_above(value: torch.Tensor) -> torch.Tensor:
+    """Returns the least power of two, SMALLEST_UNIT at least, that is not below a value () fp32."""
+    return torch.exp2(value.double().clamp_min(SMALLEST_UNIT).log2().ceil()).float()
 
 
 def as_float(weight: torch.Tensor | QuantisedWeight) -> torch.Tensor:

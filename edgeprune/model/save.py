@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 
 from edgeprune.files import write_text
 from edgeprune.model.checkpoint.configuration import config_for, loadable, read_config, with_final_outputs
-from edgeprune.model.checkpoint.embedding import with_embedding_values
 from edgeprune.model.checkpoint.padding import padded_heads
 from edgeprune.model.checkpoint.quantization import (
     check_packable,
-    embedding_field,
     has_embedding_codes,
+    own_fields,
     packing_of,
     without_quantization,
 )
 from edgeprune.model.checkpoint.safetensors_file import Packing, write_weights
+from edgeprune.model.checkpoint.values import with_values
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.weights import form_in_blocks, is_in_blocks, write_blocks
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.bpe import read_object
 from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -67,13 +68,18 @@ def save_checkpoint(
         raise ValueError(f"the vocabulary of {vocabulary.size} tokens is not that of the decoder, or not of the source")
     dtype = dtype or _dtype_of(source)
     config = without_quantization(read_config(source.directory))
+    in_blocks = packing is None and is_in_blocks(decoder)
     if packing is None and decoder.weight_formats:
-        check_packable(decoder)
-        packing, config = packing_of(decoder, dtype), config | embedding_field(decoder)
+        config |= own_fields(decoder)
+        if not in_blocks:
+            check_packable(decoder)
+            packing = packing_of(decoder, dtype)
     # The configuration of the decoder as it is stored, which may have more heads than the decoder itself.
     directory.mkdir(parents=True)
     if packing is not None:
-        decoder, config = with_final_outputs(decoder, config | {"quantization_config": packing.config})
+        config |= {"quantization_config": packing.config}
+    if in_blocks or decoder.weight_formats.keys() - {"embedding"}:
+        decoder, config = with_final_outputs(decoder, config)
     stored = loadable(decoder, config)
     config = config_for(decoder, config)
     config.pop("torch_dtype", None)
@@ -82,13 +88,17 @@ def save_checkpoint(
     if vocabulary is not None:
         config = reduced_config(config, vocabulary)
         tensors = _kept_rows(tensors, vocabulary, source.decoder.vocab_size)
+    form = form_in_blocks(decoder, config) if in_blocks else None
     # Configuration and tokenizer first, then the weights as they come.
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if vocabulary is None:
         _write_whole_tokenizer(source, directory, config["model_type"])
     else:
         write_tokenizer_files(source.directory, directory, vocabulary)
-    tensors = padded_heads(decoder, stored, with_embedding_values(tensors, directory))
+    if form is not None:
+        write_blocks(decoder, tensors, directory, form, dtype, source.name)
+        return
+    tensors = padded_heads(decoder, stored, with_values(decoder, tensors, directory))
     write_weights(stored, tensors, directory, dtype, packing)
 
 

@@ -16,7 +16,7 @@ from edgeprune.ondevice.bundle import OTHER_VERSION, REPORT, rung_folder, rungs_
 from edgeprune.ondevice.experience import Room
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.measure import Counted
-from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES
 from edgeprune.precision import PRECISIONS
 
 DEPLOYMENT = "deployment.json"
@@ -75,8 +75,8 @@ def read_deployment(path: Path) -> dict[str, Any]:
         checked(limit, {"value": float, "asked": str}, f"{path}: limits.{name}", OTHER_VERSION)
     size = plan["workload"]
     wrong = {
-        "engine": plan["engine"] not in ("onnxruntime", *RUNTIMES),
-        "sm": plan["sm"] is None and plan["engine"] != "onnxruntime",
+        "engine": plan["engine"] not in RUNTIMES,
+        "sm": plan["sm"] is None and plan["engine"] not in ("onnxruntime", LLAMA_CPP),
         "precision": plan["precision"] not in PRECISIONS,
         "graph": any(
             Path(name).name != name for name in (plan["older_graph"], *(rung["graph"] for rung in plan["rungs"]))

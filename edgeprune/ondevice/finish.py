@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.dialects import is_in_place, reason_of
-from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, Unreachable, WrongEngine
+from edgeprune.errors import BadAnswer, BudgetError, EdgepruneError, EngineError, InputError, Unreachable, WrongEngine
 from edgeprune.files import read_json
-from edgeprune.ondevice import measure
+from edgeprune.ondevice import llama_tools, measure
 from edgeprune.ondevice.budget import STATUS_TEXT, Budget, Limit, judge, memory_total
 from edgeprune.ondevice.build_room import build_room, check_build, workspace_within
 from edgeprune.ondevice.bundle import (
@@ -38,9 +38,10 @@ from edgeprune.ondevice.documents import DEPLOYMENT, PAGE, check_documents, read
 from edgeprune.ondevice.figures import Performance, Workload, figure_from_json, performance_to_json
 from edgeprune.ondevice.finish_report import BANNER, MeasuredRung, banner, limit_text, merged
 from edgeprune.ondevice.lines import one_line
+from edgeprune.ondevice.llamacpp import MODEL_FILE
 from edgeprune.ondevice.measure import Counted, LocalSession, Session
 from edgeprune.ondevice.renewal import STAGED, put_into_place, renewing
-from edgeprune.ondevice.runtimes import RUNTIMES, preferred
+from edgeprune.ondevice.runtimes import IN_PROCESS, LLAMA_BENCH, LLAMA_CPP, RUNTIMES, preferred
 from edgeprune.ondevice.worker import OnProgress
 
 
@@ -117,6 +118,10 @@ def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnP
         if missing := [name for name in ("numpy", "onnxruntime") if modules[name] is None]:
             raise EngineError(_lacks(where, missing, facts), f"pip install {' '.join(missing)}")
         return "onnxruntime", facts
+    if plan["engine"] == LLAMA_CPP:
+        if (refusal := llama_tools.refusal_of(facts, plan["sm"])) is not None:
+            raise InputError(f"{where} cannot measure with llama.cpp: {refusal}", llama_tools.REMEDY)
+        return llama_tools.tool_of(facts, plan["sm"])[0], facts
     # A GPU's bundle takes the bundle's engine, or another one for GPUs.
     order = preferred(plan["engine"])
     engine = next((name for name in order if modules[RUNTIMES[name].module]), None)
@@ -140,9 +145,9 @@ def _engine(plan: dict[str, Any], session: Session, where: str, on_progress: OnP
 
 def _graphs(plan: dict[str, Any], engine: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Returns the `rungs` with the graphs that the device's release takes, and a `note` where the fit had others."""
-    version, older = facts["modules"][RUNTIMES[engine].module], plan["older_graph"]
+    older = plan["older_graph"]
     others = dict.fromkeys(rung["graph"] for rung in plan["rungs"] if rung["graph"] != older)
-    if engine != "tensorrt" or is_in_place(version) or not others:
+    if engine != "tensorrt" or is_in_place(version := _version(engine, facts)) or not others:
         return {"note": ""}
     reason = reason_of("primitive", engine, version, plan["precision"])
     note = f"{reason}; built from {older}, not from {' and '.join(others)}"
@@ -165,17 +170,29 @@ def _perform(
     rung, workload = plan["rungs"][index], Workload(**plan["workload"])
     staged, folder = rung_folder(bundle / STAGED, index), rung_folder(bundle, index)
     graph, reference = folder / "onnx" / rung["graph"], folder / "reference.npz"
+    if plan["engine"] == LLAMA_CPP:
+        graph = folder / "engine" / MODEL_FILE
     check_files(bundle, open_bundle(bundle), (graph.parent, reference))
 
     def on_rung_progress(stage: str, done: int, total: int) -> None:
         on_progress(f"rung {index}: {stage}" if len(plan["rungs"]) > 1 else stage, done, total)
 
-    # ONNX Runtime runs the graph itself, a GPU an engine that is built first.
-    if engine == "onnxruntime":
-        counted = Counted(**rung["counted"])
-        return measure.on_onnxruntime(
-            session, None, graph, workload, counted, on_rung_progress, reference, plan["precision"]
+    # ONNX Runtime runs the graph itself, llama.cpp its file, a GPU an engine that is built first.
+    if engine in (*IN_PROCESS, LLAMA_BENCH):
+        has_logits = engine != LLAMA_BENCH
+        performance = measure.in_process(
+            session,
+            engine,
+            None,
+            graph,
+            workload,
+            Counted(**rung["counted"]),
+            on_rung_progress,
+            reference if has_logits else None,
+            plan["precision"],
         )
+        notes = () if has_logits else ("llama-bench gives no logits: they were checked where the bundle was made",)
+        return replace(performance, notes=(*performance.notes, *notes))
     needed, workspace = rung["build_bytes"], rung["workspace_bytes"]
     if needed is not None:
         check_build(needed, plan["room"], plan["where"], f"the engine of rung {index}")
@@ -202,7 +219,7 @@ def _measurement(
         "machine": facts["machine"],
         "gpu": (facts["gpu"] or {}).get("name"),
         "engine": engine,
-        "version": facts["modules"][RUNTIMES[engine].module],
+        "version": _version(engine, facts),
         "rung": chosen.index,
         "status": chosen.status,
         "rests_on": chosen.verdict.source,
@@ -218,6 +235,10 @@ def _measurement(
         ],
         "performance": performance_to_json(chosen.performance),
     }
+
+
+def _version(engine: str, facts: dict[str, Any]) -> str:
+    return facts["llama_bench"]["release"] if engine == LLAMA_BENCH else facts["modules"][RUNTIMES[engine].module]
 
 
 def _sources(performance: Performance) -> dict[str, str]:

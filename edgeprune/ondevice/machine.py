@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgeprune.ondevice import llama_tools
 from edgeprune.ondevice.runtimes import RUNTIMES
 
 _QUERY = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.limit,persistence_mode"
@@ -34,6 +35,22 @@ def processor() -> str:
 def threads() -> int:
     """Returns the number of threads that this process may use at once."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use, as llama.cpp counts them: two threads of a core are one.
+
+    Where the system does not tell, it is the number of threads.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return threads()
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings").read_text(encoding="utf-8"))
+        except OSError:
+            return threads()
+    return len(siblings)
 
 
 def machine() -> str:
@@ -113,7 +130,8 @@ def conditions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Returns the machine, the versions of the modules (None: missing) and the GPU, or why there is none."""
+    """Returns the machine, the versions of the modules (None: missing), the GPU or why there is none, and the place of
+    llama-bench."""
     # Import every module that an engine may need.
     modules, missing = {}, {}
     for name in ("numpy", *(runtime.module for runtime in RUNTIMES.values())):
@@ -139,6 +157,7 @@ def describe() -> dict[str, Any]:
         "missing": missing,
         "gpu": gpu,
         "no_gpu": no_gpu,
+        "llama_bench": llama_tools.find(),
         "memory": memory_state(),
         "platform": sys.platform,
     }

@@ -40,7 +40,7 @@ class LocalSession:
 
 @dataclass(frozen=True)
 class Counted:
-    """The bytes that are known from the graph alone."""
+    """The bytes that are known from a graph or a file alone."""
 
     weights: int
     cache: int
@@ -52,8 +52,9 @@ def describe(session: Session, on_progress: OnProgress) -> dict[str, Any]:
     return session.run({"task": "the inspection of the device", "do": "describe"}, DESCRIBE_SECONDS, on_progress)
 
 
-def on_onnxruntime(
+def in_process(
     session: Session,
+    engine: str,
     dense: Path | None,
     candidate: Path,
     workload: Workload,
@@ -63,21 +64,21 @@ def on_onnxruntime(
     precision: str = "fp32",
     seconds: float | None = None,
 ) -> Performance:
-    """Measures memory and latency of a candidate; with `dense` both are timed in turn, and ratios to it are returned.
+    """Measures memory and latency of a candidate in an engine that reads a model's file in a process of its own.
 
-    dense, candidate: graphs of the onnxruntime dialect with `last` logits. Weights, cache and buffers are the graph's
-    exact bytes. The peak of the whole process beyond them and beyond the runtime counts as activations, so it
-    includes the weights that ONNX Runtime holds again in a packed layout. With a reference the graph's logits are
-    checked first. Raises EngineError.
+    With `dense` both are timed in turn, and ratios to it are returned. dense, candidate: of ONNX Runtime graphs of its
+    dialect with `last` logits, of llama.cpp GGUF files. Weights, cache and buffers are exact bytes. The peak of the
+    whole process beyond them and beyond the runtime counts as activations, so it includes the weights that an engine
+    holds again in a packed layout. With a reference the logits are checked first. Raises EngineError.
     """
     # Check the logits before anything is timed.
     checked = {}
     if reference is not None:
         files = {"graph": str(candidate), "reference": str(reference)}
-        checked = check_logits(session, "onnxruntime", files, precision, candidate.name, on_progress)
+        checked = check_logits(session, engine, files, precision, candidate.name, on_progress)
     # Time the candidate, in turn with the dense model where there is one.
     graphs = {"candidate": candidate} if dense is None else {"dense": dense, "candidate": candidate}
-    latency = _latency(session, graphs, workload, seconds, on_progress)
+    latency = _latency(session, engine, graphs, workload, seconds, on_progress)
     figures = {kind: latency[kind]["candidate"] for kind in ("prefill", "decode")}
     device = latency["device"]
     ratios = {}
@@ -85,7 +86,7 @@ def on_onnxruntime(
         ratios = {f"{kind}_ratio": _measured(figure["ratio"], "1", device) for kind, figure in figures.items()}
     # Measure the memory of the candidate alone, in a fresh process.
     return Performance(
-        memory=_process_memory(session, candidate, workload, counted, device, on_progress),
+        memory=_process_memory(session, engine, candidate, workload, counted, device, on_progress),
         prefill=_measured(figures["prefill"]["median"], "ms", device),
         decode=_measured(figures["decode"]["median"], "ms", device),
         percentiles={kind: figure["percentiles"] for kind, figure in figures.items()},
@@ -101,7 +102,8 @@ def ratios_on_onnxruntime(
 
     Raises EngineError.
     """
-    latency = _latency(session, {"dense": dense, "candidate": candidate}, workload, seconds, on_progress)
+    graphs = {"dense": dense, "candidate": candidate}
+    latency = _latency(session, "onnxruntime", graphs, workload, seconds, on_progress)
     return {
         f"{kind}_ratio": _measured(latency[kind]["candidate"]["ratio"], "1", latency["device"])
         for kind in ("prefill", "decode")
@@ -109,16 +111,16 @@ def ratios_on_onnxruntime(
 
 
 def relative_latencies(
-    session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, on_progress: OnProgress
+    session: Session, engine: str, files: dict[str, Path], workload: Workload, seconds: float, on_progress: OnProgress
 ) -> dict[str, dict[str, float]]:
-    """Returns the median latencies of graphs relative to the first one's, {"decode": {NAME: RATIO}, ...}.
+    """Returns the median latencies of models relative to the first one's, {"decode": {NAME: RATIO}, ...}.
 
-    The graphs are timed in turn in ONNX Runtime. Raises EngineError.
+    Their files are as of in_process, and are timed in turn. Raises EngineError.
     """
-    latency = _latency(session, graphs, workload, seconds, on_progress)
-    first = next(iter(graphs))
+    latency = _latency(session, engine, files, workload, seconds, on_progress)
+    first = next(iter(files))
     return {
-        kind: {name: 1.0 if name == first else _ratio(latency[kind][name], latency["device"]) for name in graphs}
+        kind: {name: 1.0 if name == first else _ratio(latency[kind][name], latency["device"]) for name in files}
         for kind in ("prefill", "decode")
     }
 
@@ -247,37 +249,50 @@ def check_logits(
 
 
 def _latency(
-    session: Session, graphs: dict[str, Path], workload: Workload, seconds: float, on_progress: OnProgress
+    session: Session,
+    engine: str,
+    files: dict[str, Path],
+    workload: Workload,
+    seconds: float | None,
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
-    """Returns latencies of graphs timed in turn, as the task answers them; seconds 0 or None: the default."""
+    """Returns latencies of files timed in turn, as the task answers them; seconds 0 or None: the default."""
     request = {
         "task": "the measurement",
         "do": "measure",
-        "engine": "onnxruntime",
+        "engine": engine,
         "workload": asdict(workload),
-        "files": {name: str(path) for name, path in graphs.items()},
+        "files": {name: str(path) for name, path in files.items()},
         "seconds": seconds or timing().measure_seconds,
     }
     return session.run(request, MEASURE_SECONDS, on_progress)
 
 
-def process_memory(session: Session, graph: Path, workload: Workload, on_progress: OnProgress) -> dict[str, int]:
-    """Returns the bytes of a fresh process in ONNX Runtime as the task answers them: `baseline` and `peak`."""
+def process_memory(
+    session: Session, engine: str, path: Path, workload: Workload, on_progress: OnProgress
+) -> dict[str, int]:
+    """Returns the bytes of a fresh process with a file as the task answers them: `baseline` and `peak`."""
     request = {
         "task": "the measurement of memory",
         "do": "memory",
-        "engine": "onnxruntime",
+        "engine": engine,
         "workload": asdict(workload),
-        "files": {"candidate": str(graph)},
+        "files": {"candidate": str(path)},
     }
     return session.run(request, MEASURE_SECONDS, on_progress)
 
 
 def _process_memory(
-    session: Session, graph: Path, workload: Workload, counted: Counted, device: str, on_progress: OnProgress
+    session: Session,
+    engine: str,
+    path: Path,
+    workload: Workload,
+    counted: Counted,
+    device: str,
+    on_progress: OnProgress,
 ) -> Memory:
-    """Measures a fresh process with the graph; its bytes beyond the known ones and the runtime are activations."""
-    process = process_memory(session, graph, workload, on_progress)
+    """Measures a fresh process with the file; its bytes beyond the known ones and the runtime are activations."""
+    process = process_memory(session, engine, path, workload, on_progress)
     known = counted.weights + counted.cache + counted.buffers
     activations = max(0, process["peak"] - process["baseline"] - known)
 

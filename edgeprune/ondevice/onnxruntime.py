@@ -129,7 +129,7 @@ def open_session(graph: Path, threads: int | None, exact: bool = False) -> Any:
         ) from None
 
 
-class _Timed:
+class Timed:
     """Prefill and decode of one graph on random tokens, each as a function to be timed."""
 
     def __init__(self, graph: Path, workload: Workload, threads: int | None, seed: int) -> None:
@@ -159,7 +159,7 @@ def measure_latency(
     Returns, for `decode` and `prefill` and each graph, the percentiles and the interval of the median in ms and, for
     all but the first graph, the interval of the ratio to it.
     """
-    timed = {name: _Timed(graph, workload, threads, seed) for name, graph in graphs.items()}
+    timed = {name: Timed(graph, workload, threads, seed) for name, graph in graphs.items()}
     return {
         kind: described(
             interleave({name: stopwatch(getattr(graph, kind)) for name, graph in timed.items()}, seconds / 2),
@@ -177,7 +177,7 @@ def measure_memory(graph: Path, workload: Workload, threads: int | None = None, 
     import onnxruntime  # noqa: F401
 
     baseline = peak_bytes()
-    timed = _Timed(graph, workload, threads, seed)
+    timed = Timed(graph, workload, threads, seed)
     timed.prefill()
     for _ in range(DECODE_STEPS):
         timed.decode()

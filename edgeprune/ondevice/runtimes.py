@@ -31,6 +31,8 @@ class Runtime:
         return self.on_device or f"python3 -m pip install {self.package}"
 
 
+LLAMA_CPP = "llama.cpp"
+LLAMA_BENCH = "llama-bench"  # its own program, which measures on devices that have it on their PATH
 RUNTIMES: dict[str, Runtime] = {
     "tensorrt": Runtime(
         "tensorrt",
@@ -42,7 +44,9 @@ RUNTIMES: dict[str, Runtime] = {
     ),
     "tensorrt-rtx": Runtime("tensorrt_rtx", "tensorrt-rtx", "rtx", "1.2", on_gpu=True, builds_ahead=True),
     "onnxruntime": Runtime("onnxruntime", "onnxruntime", "", "1.32", on_gpu=False),
+    LLAMA_CPP: Runtime("xllamacpp", "xllamacpp", "llama", "2026.10", on_gpu=False),
 }
+IN_PROCESS = tuple(name for name, runtime in RUNTIMES.items() if not runtime.on_gpu)
 GPU_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.on_gpu)
 
 

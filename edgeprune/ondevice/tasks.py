@@ -7,6 +7,7 @@ request names its work in `do`, its engine, and its files by their role: {"do": 
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +15,16 @@ from typing import Any
 
 from edgeprune.ondevice import machine
 from edgeprune.ondevice.figures import Workload
+from edgeprune.ondevice.runtimes import LLAMA_BENCH, LLAMA_CPP
 from edgeprune.ondevice.worker import OnProgress, serve
 
 SETTLED = 0.03  # relative half width of an interval beyond which a figure is measured again
 MIN_RUNS = 100
+_IN_PROCESS = {
+    "onnxruntime": "edgeprune.ondevice.onnxruntime",
+    LLAMA_CPP: "edgeprune.ondevice.llamacpp",
+    LLAMA_BENCH: "edgeprune.ondevice.llama_bench",
+}  # the engines that read a model's file, and the modules that measure it
 
 
 def answer(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
@@ -60,6 +67,10 @@ def _check(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
 
         runner = GraphRunner(Path(request["files"]["graph"]), 1, ids.shape[1], exact=True)
         return compare_logits(runner, ids, logits, on_progress)
+    if request["engine"] == LLAMA_CPP:
+        from edgeprune.ondevice.llamacpp import LlamaRunner
+
+        return compare_logits(LlamaRunner(Path(request["files"]["graph"]), ids.shape[1]), ids, logits, on_progress)
     from edgeprune.ondevice.tensorrt_runner import EngineRunner
 
     with EngineRunner(Path(request["files"]["plan"]), 1, ids.shape[1], request["engine"]) as runner:
@@ -67,16 +78,15 @@ def _check(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
 
 
 def _measure(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """Measures the latency of graphs in ONNX Runtime, or latency and memory of one engine on a GPU."""
+    """Measures the latency of models in turn by their files, or latency and memory of one engine on a GPU."""
     on_progress("measure", 0, 0)
     workload = Workload(**request["workload"])
-    if request["engine"] != "onnxruntime":
+    if request["engine"] not in _IN_PROCESS:
         return _measure_gpu(request, workload)
-    from edgeprune.ondevice.onnxruntime import measure_latency
-
-    graphs = {name: Path(path) for name, path in request["files"].items()}
-    latency = measure_latency(graphs, workload, request["seconds"])
-    return {**latency, "device": machine.processor(), "conditions": machine.conditions()}
+    files = {name: Path(path) for name, path in request["files"].items()}
+    module = importlib.import_module(_IN_PROCESS[request["engine"]])
+    latency = module.measure_latency(files, workload, request["seconds"])
+    return {"device": machine.processor(), **latency, "conditions": machine.conditions()}
 
 
 def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
@@ -116,10 +126,9 @@ def _measure_gpu(request: dict[str, Any], workload: Workload) -> dict[str, Any]:
 
 
 def _memory(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    from edgeprune.ondevice.onnxruntime import measure_memory
-
     on_progress("measure the memory", 0, 0)
-    return measure_memory(Path(request["files"]["candidate"]), Workload(**request["workload"]))
+    module = importlib.import_module(_IN_PROCESS[request["engine"]])
+    return module.measure_memory(Path(request["files"]["candidate"]), Workload(**request["workload"]))
 
 
 def _probe(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:

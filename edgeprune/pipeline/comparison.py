@@ -180,7 +180,7 @@ class Comparison:
         """
         compared, target = compared_method(name, self.model.decoder), self.model.decoder
         if compared.prunes:
-            group = 1 if compared.form is None else compared.form.group or 1
+            group = 1 if compared.form is None else compared.form.multiple
             target = self.target(wanted, layout, allocation, math.lcm(CHANNEL_MULTIPLE, group))
         return self.run_to(
             target.with_format(compared.form), name, wanted if compared.prunes else 0.0, layout, allocation

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edgeprune.generate.text import BATCH
 from edgeprune.model.decoder import Decoder
 from edgeprune.ondevice.durations import timing
+from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.evaluation import ANSWER_TOKENS, PROMPTS, SAMPLE_TOKENS
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from edgeprune.pipeline.request import Request
     from edgeprune.pipeline.samples import UserSamples
     from edgeprune.pipeline.setup import Setup
+    from edgeprune.precision import CacheFormat, WeightFormat
 
 # Passes of calibration tokens through the dense model's layers; a backward pass is two.
 CHECK_PASSES = 1  # the check for overflow
@@ -115,9 +117,16 @@ def _rounding(decoder: Decoder, tokens: int) -> Work:
     return work
 
 
-def sensing(decoder: Decoder, samples: int, length: int, formats: int = 0) -> Work:
-    """Returns the measurement of what every cut and every one of so many formats loses, with its probes."""
-    from edgeprune.search.response import PROBE_HELD_OUT, PROBE_SAMPLES, probed_layers
+def sensing(
+    decoder: Decoder,
+    samples: int,
+    length: int,
+    formats: Sequence[WeightFormat] = (),
+    caches: Sequence[CacheFormat] = (),
+) -> Work:
+    """Returns the measurement of what every cut and every one of these formats loses, with its probes."""
+    from edgeprune.search.response import PROBE_HELD_OUT, PROBE_SAMPLES, kinds_of, probed_layers
+    from edgeprune.search.response import ROUNDED_SAMPLES as MOST_ROUNDED
     from edgeprune.search.sensitivity import ROUNDED_SAMPLES, SAMPLES
 
     tokens, few = min(samples, SAMPLES) * length, min(samples, ROUNDED_SAMPLES) * length
@@ -126,12 +135,18 @@ def sensing(decoder: Decoder, samples: int, length: int, formats: int = 0) -> Wo
     for layer in decoder.layers:
         for width, _ in _inputs(layer):
             work += _factoring(width, WIDTH_FACTORS)
-    work += (passing(decoder, few) + Work(weights=float(decoder.layer_parameters))) * formats
+    work += (passing(decoder, few) + Work(weights=float(decoder.layer_parameters))) * len(formats)
+    work += passing(decoder, few) * len(caches)
     # The probes: the samples to the last layers, and what is pruned or rounded there.
-    of_probes = (min(samples // 2, PROBE_SAMPLES) + PROBE_HELD_OUT) * length
+    pruned, rounded = (min(samples // 2, most) * length for most in (PROBE_SAMPLES, MOST_ROUNDED))
+    held_out = PROBE_HELD_OUT * length
     share = len(probed_layers(len(decoder.layers))) / len(decoder.layers)
-    work += passing(decoder, of_probes) + pruning(decoder, of_probes) * share
-    return work + (pruning(decoder, of_probes, rounds=True) * share if formats else Work())
+    work += passing(decoder, pruned + held_out) + pruning(decoder, pruned) * share
+    kinds = len(kinds_of(formats))
+    # A cache's are the scales' pass and that of the samples that it is compared on, as every probe's.
+    compared = held_out * (2 + kinds + len(caches))
+    work += passing(decoder, compared + pruned * len(caches)) * share
+    return work + pruning(decoder, rounded, rounds=True) * (share * kinds)
 
 
 def _moments(decoder: Decoder, tokens: int) -> Work:
@@ -183,14 +198,14 @@ def samples_of(request: Request, given: UserSamples, kind: Kind, decoder: Decode
 def fitting(setup: Setup, rungs: int) -> Work:
     """Returns the work of `fit`, or of a ladder of so many rungs; without a search within the quality limit."""
     decoder, measures = setup.model.decoder, setup.engine.measures
-    formats = len(setup.weights.formats)
+    formats = setup.weights.quantised
     samples = samples_of(setup.request, setup.samples, setup.kind, decoder)
     tokens = samples.count * samples.length
     candidates = rungs * (MEASURED_CANDIDATES if measures else 1)
     work = generating(decoder, samples.generated * samples.length)
-    work += sensing(decoder, samples.count, samples.length, formats)
+    work += sensing(decoder, samples.count, samples.length, formats, setup.cache.quantised)
     work += passing(decoder, tokens) * (CHECK_PASSES if setup.precision == "fp16" else 0)
-    work += pruning(decoder, samples.pruned, rounds=formats > 0) * candidates
+    work += pruning(decoder, samples.pruned, rounds=bool(formats)) * candidates
     # The dense model and every rung are evaluated.
     answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if setup.kind.writes_text else Work()
     work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)
@@ -203,7 +218,7 @@ def fitting_announced(setup: Setup, rungs: int) -> str:
     """Returns the line of a run of `fit`, or of a ladder of so many rungs."""
     samples = samples_of(setup.request, setup.samples, setup.kind, setup.model.decoder)
     told = announced(fitting(setup, rungs), setup.model.decoder, samples.generated)
-    builds = setup.engine.builds and setup.profile.engine != "onnxruntime"
+    builds = setup.engine.builds and RUNTIMES[setup.profile.engine].on_gpu
     return told + ("; builds of engines are not in it" if builds else "")
 
 
@@ -217,7 +232,7 @@ def _measured_seconds(setup: Setup, candidates: int) -> float:
         return durations.cross_check_seconds
     weights = setup.weights
     shape = setup.model.decoder, setup.precision, setup.profile.channel_multiple
-    points = design(*shape, weights.formats, weights.tables)
+    points = design(*shape, weights.formats, weights.tables, one_width=setup.engine.one_width)
     return durations.measure_seconds * (1 + candidates) + durations.survey_seconds * len(points)
 
 

@@ -164,7 +164,7 @@ def planner_of(run: Run) -> Planner:
             "costs", lambda: measured_times(setup.engine, *parts, run.journal.scratch, run.progress.track, *formats)
         )
         source = f"models of random weights on {setup.engine.name}"
-        latency = fit(decoder, profile, setup.precision, times, source, *formats)
+        latency = fit(decoder, profile, setup.precision, times, source, *formats, setup.engine.one_width)
     else:
         latency = estimated_costs(*parts, weights.formats, caches)
     costs = {

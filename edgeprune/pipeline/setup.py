@@ -12,6 +12,7 @@ from edgeprune.dialects import reason_of
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
 from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance
+from edgeprune.engine.llamacpp import LlamaCpp, on_llamacpp
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
@@ -20,13 +21,15 @@ from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.checkpoint.quantization import can_be_packed
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.export import check_exports
+from edgeprune.model.export import GGUF, check_exports
+from edgeprune.model.gguf.weights import check_in_blocks
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.reference import STEPS
+from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES
 from edgeprune.pipeline.cache_formats import CacheChoice, cache_choice
 from edgeprune.pipeline.formats import WeightChoice, weight_choice, without_formats
 from edgeprune.pipeline.kind import Kind, kind_of
@@ -128,6 +131,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     shape = load_shape(request.model, request.hints)[1].with_format(None)
+    if named.engine == LLAMA_CPP:
+        from edgeprune.model.gguf.metadata import check_family
+
+        check_family(shape)
     kind = kind_of(shape)
     kind.check_options(request, shape)
     _check_numbers(request)
@@ -144,7 +151,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         engine.check_build(shape)  # of the dense model, which is built first
     profile, assumed = engine.profile, profile.tensorrt
     weights = weight_choice(request.weights, profile, shape)
-    if not can_be_packed(shape):
+    if not can_be_packed(shape) and any(form.storage == "packed" for form in weights.quantised):
         weights = without_formats(
             weights, f"no checkpoint format holds few bits of {shape.family}'s transposed matrices"
         )
@@ -156,7 +163,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         if request.tensorrt or profile.tensorrt != assumed:
             reason = "asked for" if request.tensorrt else f"reported by {target or 'this machine'}"
         choices.append(Choice("TensorRT", profile.tensorrt, reason))
-    if profile.engine != "onnxruntime":
+    if RUNTIMES[profile.engine].on_gpu:
         reason = reason_of(profile.dialect, engine.name, profile.tensorrt, precision)
         choices.append(Choice("dialect", profile.dialect, reason))
         for form in cache.quantised:
@@ -175,6 +182,12 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     # The model, after the samples' files were found readable.
     documents = kind.read_documents(request)
     model = load_dense(request.model, request.hints)
+    reduced = request.vocabulary != "full"
+    if profile.engine == LLAMA_CPP:
+        check_exports((GGUF,), model, request.layout, reduced)
+        if weights.quantised:
+            check_in_blocks(model)
+        engine = replace(engine, checkpoint=model.directory) if isinstance(engine, LlamaCpp) else engine
     if model.dequantised:
         choices.append(
             Choice("checkpoint", "dequantised", f"{model.dequantised}: its quality is what the rises refer to")
@@ -185,7 +198,6 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
             f"context {workload.context} exceeds the model's {model.decoder.max_position_embeddings} positions",
             f"Try --context {model.decoder.max_position_embeddings}.",
         )
-    reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced, weights.layers)
     # What the smallest candidate needs, and room on the disk for all that will be written.
     formats = weights, cache
@@ -247,7 +259,12 @@ def load_dense(spec: str, hints: Hints) -> Model:
 
 def _named_profile(request: Request) -> DeviceProfile:
     """Returns the profile, which may still be without figures. Raises InputError for a precision it does not run."""
-    named = with_tensorrt(profile_of(request.device, request.profile), request.tensorrt)
+    named = profile_of(request.device, request.profile)
+    if request.engine == LLAMA_CPP:
+        named = on_llamacpp(named)
+    if named.engine == LLAMA_CPP and request.layout != "uniform":
+        raise InputError("llama.cpp cannot run layers of different widths", "Use --layout uniform.")
+    named = with_tensorrt(named, request.tensorrt)
     if request.target is not None and request.device is not None and not named.is_probed:
         raise InputError(
             f"the profile {request.device} has no figures of {request.target}",

@@ -14,10 +14,12 @@ import numpy as np
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import computes_in
+from edgeprune.engine.llamacpp import ROUNDED_INPUTS, write_file
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.onnx.ops import OPERATORS
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.weights import is_in_blocks
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.overflow import CLOSE, LIMIT, activation_peaks, check_fp16
@@ -32,11 +34,12 @@ from edgeprune.ondevice.figures import (
     performance_to_json,
 )
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
-from edgeprune.precision import CacheFormat
+from edgeprune.precision import PRECISIONS, CacheFormat
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -104,6 +107,8 @@ class Run:
             self._check_fp16(setup.model, samples.calibration)
             if setup.engine.builds and setup.precision != "fp32":
                 self._write_graphs(setup.model, folder, setup.precision)
+            if setup.engine.builds:
+                self._write_engine_file(setup.model, folder)
             # The same bf16 weights: what rounding them costs, the evaluation measures.
             is_own_graph = setup.engine.builds and setup.precision == "bf16"
             self._write_reference(folder / "onnx-bf16" if is_own_graph else plain, folder / REFERENCE)
@@ -216,7 +221,7 @@ class Run:
             tensors = self._pruned(target, records)
         if vocabulary is not None:
             decoder = decoder.with_vocabulary(vocabulary.size)
-        save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype)
+        save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype(decoder))
         # The graphs are written of the checkpoint as it stands on the disk.
         model = load_model(str(folder / "model"))
         if allocation is not None:
@@ -228,6 +233,7 @@ class Run:
         self._write_graphs(model, folder, setup.precision)
         if setup.precision != "fp32":
             self._write_graphs(model, folder, "fp32")
+        self._write_engine_file(model, folder)
         self._write_reference(folder / "onnx-fp32", folder / REFERENCE, vocabulary, model)
         (folder / "records.json").write_text(json.dumps(records))
 
@@ -280,11 +286,18 @@ class Run:
     def _write_graphs(self, model: Model, folder: Path, precision: str, length: int = 0) -> None:
         """Writes a model's graphs in a precision into a stage's folder; length: of sequences, where it is more than
         the context."""
+        if is_in_blocks(model.decoder):
+            model = model.as_floats  # no operator reads ggml's blocks; the graphs judge the same numbers
         target = folder / f"onnx-{precision}"
         context = max(self.setup.workload.context, length)
         write_graphs(model.decoder, model.stored, target, precision, VARIANTS, context)
         if model.decoder.cache_format is None:  # onnxruntime-genai has no KV cache in codes on a processor
             write_genai(model.decoder, VARIANTS, target, model.directory, context)
+
+    def _write_engine_file(self, model: Model, folder: Path) -> None:
+        """Writes the file that llama.cpp runs, where it is the engine, into a stage's folder."""
+        if self.setup.profile.engine == LLAMA_CPP:
+            write_file(model, folder / "engine", self.setup.precision)
 
     def _write_reference(
         self, graphs: Path, path: Path, vocabulary: Vocabulary | None = None, model: Model | None = None
@@ -305,14 +318,24 @@ class Run:
             runner = GraphRunner(graphs / GRAPH_FILE, 1, self.setup.workload.context, exact=True)
         ids = self.samples.calibration[0]
         ids = ids if vocabulary is None else vocabulary.reduce(ids)
-        write_reference(runner, ids, path, "" if model is None else model.decoder.rounded_states)
+        write_reference(runner, ids, path, "" if model is None else self._rounded_states(model.decoder))
 
-    @property
-    def _checkpoint_dtype(self) -> Any:
-        """Returns bf16 for an engine in it, so that quality is measured of its weights; else None, the source's."""
+    def _rounded_states(self, decoder: Decoder) -> str:
+        """Returns which states are rounded to codes where a model is deployed, in words."""
+        rounds = self.setup.profile.engine == LLAMA_CPP and (decoder.weight_formats or decoder.head_format)
+        return decoder.rounded_states or (ROUNDED_INPUTS if rounds else "")
+
+    def _checkpoint_dtype(self, decoder: Decoder) -> Any:
+        """Returns the dtype of a checkpoint's floats; None: the source's.
+
+        It is the engine's where the engine runs the checkpoint itself, and bf16 for an engine in it: quality is
+        measured of its weights.
+        """
         import torch
 
-        return torch.bfloat16 if self.setup.precision == "bf16" else None
+        precision = self.setup.precision
+        is_engines = precision == "bf16" or is_in_blocks(decoder)
+        return getattr(torch, PRECISIONS[precision].torch_dtype) if is_engines else None
 
     def _check_fp16(self, model: Model, ids: np.ndarray) -> None:
         """Raises NumericalError where an fp16 graph would overflow on samples (any, tokens), before it is written."""

@@ -1,10 +1,10 @@
 """Preparation of a module for a format that rounds activations: channels of like size, and scales of what is read.
 
 SmoothQuant (Xiao et al. 2023, arXiv 2211.10438) divides the channels of what a matrix reads by factors s and multiplies
-its columns with them, s_j = (max|x_j| / max|w_j|)^alpha, so that no few channels decide the scale of all. The division
-goes into what makes the channels: the norm before the module, the rows of `v` and of `up` before its output projection.
-The factors are powers of two: the function of the module stays the same to the last bit, in any type of floats. It does
-not know the residual streams.
+its columns with them, s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), so that no few channels decide the scale of all. The
+division goes into what makes the channels: the norm before the module, the rows of `v` and of `up` before its output
+projection. The factors are powers of two: the function of the module stays the same to the last bit, in any type of
+floats. It does not know the residual streams.
 Shapes: b samples, t tokens, c hidden_size, f input features of the output projection.
 """
 
@@ -17,9 +17,20 @@ import torch
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.decoder import Attention, Decoder, Mlp
 from edgeprune.model.forward import OUTPUT, LayerWeights, Tables, module_inputs, module_states
-from edgeprune.model.quantised import ACTIVATION_STEPS, input_scale_of, storable
+from edgeprune.model.quantised import ACTIVATION_STEPS, input_scale_of, scale_unit_for, storable, unit_above
+from edgeprune.precision import WeightFormat
 
 MOST_DOUBLINGS = 8  # of a channel, against the middle one
+ALPHA = 0.8
+"""How much of the unlikeness of channels goes into the weights. Their codes have a scale for each output, and GPTQ
+makes up for their errors; of what is read, single tokens have values a hundred times the usual, under one scale."""
+
+
+def is_smoothed(form: WeightFormat) -> bool:
+    """Returns whether channels are brought to like size for a format."""
+    import os
+
+    return form.levels == "whole" or bool(os.environ.get("SMOOTH"))
 
 
 def smoothed(
@@ -86,7 +97,7 @@ def _by_group(features: torch.Tensor, attention: Attention) -> torch.Tensor:
 
 def _powers(of_inputs: torch.Tensor, of_weight: torch.Tensor) -> torch.Tensor:
     """Returns the factors (n,) of inputs and weights of these largest magnitudes (n,): powers of two around 1."""
-    doublings = (of_inputs / of_weight).log2() / 2
+    doublings = ALPHA * of_inputs.log2() - (1 - ALPHA) * of_weight.log2()
     is_known = doublings.isfinite()
     if not is_known.any():
         return torch.ones_like(of_inputs)
@@ -100,25 +111,37 @@ def largest_of(states: torch.Tensor) -> torch.Tensor:
     return states.abs().amax(dim=(0, 1))
 
 
-def input_scale_for(inputs: torch.Tensor) -> torch.Tensor:
-    """Returns the scale () of the codes of inputs, the largest of which has the largest code.
+def input_scale_for(inputs: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """Returns the scale () of the codes of inputs in a format, the largest of which has the largest code.
 
     The largest belong to the few tokens on which all others rest: a finer scale that cuts them off loses more on texts
-    of another kind.
+    of another kind. Floats lose nothing by a scale that is a power of two, and by one they are exact in all types.
     """
-    return storable(inputs.abs().amax() / ACTIVATION_STEPS)
+    largest = inputs.abs().amax()
+    if form.levels == "whole":
+        return storable(largest / ACTIVATION_STEPS)
+    return scale_unit_for(largest, form) if form.e4m3_scales else unit_above(largest / form.most)
 
 
 def rounded_module(
-    decoder: Decoder, index: int, kind: str, weights: LayerWeights, source: torch.Tensor, tables: Tables
+    decoder: Decoder,
+    index: int,
+    kind: str,
+    weights: LayerWeights,
+    source: torch.Tensor,
+    tables: Tables,
+    form: WeightFormat,
 ) -> LayerWeights:
-    """Returns the weights of a module in floats, smoothed, with the scales of what its matrices read.
+    """Returns the weights of a module in floats, smoothed where its format needs it, with the scales of what its
+    matrices read.
 
     source: (b, t, c), the stream that the module reads; a sample of it gives the scales.
     """
     read = module_states(decoder, kind, weights, source)
-    inputs = module_inputs(decoder, index, kind, weights, source, tables)
-    new, factors = smoothed(decoder, index, kind, weights, largest_of(read), largest_of(inputs))
-    of_read = input_scale_for(module_states(decoder, kind, new, source))
-    new |= {input_scale_of(name): of_read for name in names_before(getattr(decoder.layers[index], kind))}
-    return new | {input_scale_of(OUTPUT[kind]): input_scale_for(inputs / factors)}
+    inputs, new = module_inputs(decoder, index, kind, weights, source, tables), weights
+    if is_smoothed(form):
+        new, factors = smoothed(decoder, index, kind, weights, largest_of(read), largest_of(inputs))
+        read, inputs = module_states(decoder, kind, new, source), inputs / factors
+    scales = dict.fromkeys(names_before(getattr(decoder.layers[index], kind)), input_scale_for(read, form))
+    scales[OUTPUT[kind]] = input_scale_for(inputs, form)
+    return new | {input_scale_of(name): scale for name, scale in scales.items()}

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from edgeprune.model.quantised import SMALLEST_SCALE, QuantisedWeight, half_of, storable
+from edgeprune.model.levels import codes_of, nearest, nearest_e4m3
+from edgeprune.model.quantised import SMALLEST_SCALE, QuantisedWeight, half_of, scale_unit_for, storable
 from edgeprune.precision import ScaleBlock, WeightFormat
 
 CUTS = (-0.5, -0.2, 0.1, 0.4, 0.9, 2.0)
@@ -37,6 +38,7 @@ them, since a grid of less than half is one of twice as many codes too."""
 NEIGHBOURS = (0, -1, 1)  # of how many units a scale is, which the weights choose from
 
 GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
+SMALLEST_E4M3 = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Grid:
     minima: torch.Tensor | None = None
     units: torch.Tensor | None = None
     minimum_units: torch.Tensor | None = None
+    scale_unit: torch.Tensor | None = None
 
     def nearest(self, weight: torch.Tensor) -> QuantisedWeight:
         """Returns a weight (out, in) rounded to nearest."""
@@ -56,16 +59,17 @@ class Grid:
         return self.with_codes(steps.codes(_by_place(weight, self.scales.shape[1])).permute(1, 2, 0).flatten(1))
 
     def with_codes(self, codes: torch.Tensor) -> QuantisedWeight:
-        """Returns the weight of codes (out, in), whole numbers of any type."""
+        """Returns the weight of codes (out, in), as Steps has them."""
         zeros = None if self.zeros is None else self.zeros.to(torch.int8)
         return QuantisedWeight(
             self.form,
-            codes.to(torch.int8),
+            codes_of(codes, self.form.levels),
             self.scales,
             zeros,
             minima=self.minima,
             units=self.units,
             minimum_units=self.minimum_units,
+            scale_unit=self.scale_unit,
         )
 
     def by_column(self, order: torch.Tensor) -> Steps:
@@ -91,13 +95,13 @@ class Steps:
     minima: torch.Tensor | None = None
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the nearest codes of weights, whole numbers in fp32."""
+        """Returns the nearest codes of weights, the levels that they stand for in fp32."""
         off = weight if self.minima is None else weight - self.minima
         # A scale of no unit makes all codes alike.
-        codes = (off / self.scales.where(self.scales != 0, torch.inf)).round_()
+        levels = off / self.scales.where(self.scales != 0, torch.inf)
         if self.zeros is not None:
-            codes += self.zeros
-        return codes.clamp_(self.form.least, self.form.most)
+            levels.round_().add_(self.zeros)
+        return nearest(levels, self.form.levels, self.form.least, self.form.most)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns what codes fp32 stand for, in their memory."""
@@ -113,22 +117,29 @@ class Steps:
 
 
 def choose_grid(
-    weight: torch.Tensor, importance: torch.Tensor, form: WeightFormat, cuts: Sequence[float] = CUTS
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    form: WeightFormat,
+    cuts: Sequence[float] = CUTS,
+    largest: torch.Tensor | None = None,
 ) -> Grid:
     """Returns the grid that rounding to nearest loses least with.
 
     weight: (out, in) fp32; importance: (in,), the diagonal of the moments, which weighs the errors; a group without
-    importance counts all its inputs alike; cuts: to start from. Raises InputError where the groups do not divide the
-    inputs.
+    importance counts all its inputs alike; cuts: to start from; largest: the largest magnitude () of all of the matrix,
+    where the weight is some of its rows: scales of e4m3 have one unit. Raises InputError where the groups do not divide
+    the inputs.
     """
     groups = form.groups_of(weight.shape[1])
     importance = _by_place(importance.to(weight.dtype)[None], groups)  # (places, 1, groups)
     importance = torch.where(importance.sum(dim=0) > 0, importance, 1.0)
     rows = max(1, GRID_WEIGHTS // weight.shape[1])
-    parts = [_best_grid(Weighed(_by_place(part, groups), importance), form, cuts) for part in weight.split(rows)]
+    unit = scale_unit_for(weight.abs().max() if largest is None else largest, form) if form.e4m3_scales else None
+    parts = [_best_grid(Weighed(_by_place(part, groups), importance), form, cuts, unit) for part in weight.split(rows)]
     names = ("scales", "zeros", "minima", "units", "minimum_units")
     found = {name: [getattr(part, name) for part in parts] for name in names}
-    return Grid(form, **{name: torch.cat(of_parts) for name, of_parts in found.items() if of_parts[0] is not None})
+    tensors = {name: torch.cat(of_parts) for name, of_parts in found.items() if of_parts[0] is not None}
+    return Grid(form, **tensors, scale_unit=unit)
 
 
 def _by_place(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -196,16 +207,18 @@ class Weighed:
 PARTS = ("scales", "zeros", "minima")  # of Steps
 
 
-def _search(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Steps:
+def _search(
+    weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[float], unit: torch.Tensor | None = None
+) -> Steps:
     """Returns the steps (out, groups) that lose least, of those that fit to the codes of some starts.
 
-    The scales of a block are any numbers here.
+    The scales of a block are any numbers here. unit: () of scales of e4m3.
     """
     starts = _starts(weighed.values, form, cuts)
     if form.bits == 8:  # fine enough for the whole range
-        return _stored(next(starts))
-    best = weighed.best_of(_stored(weighed.fitted(start)) for start in starts)
-    return weighed.best_of((best, _stored(weighed.fitted(best))))
+        return _stored(next(starts), unit)
+    best = weighed.best_of(_stored(weighed.fitted(start), unit) for start in starts)
+    return weighed.best_of((best, _stored(weighed.fitted(best), unit)))
 
 
 def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Iterator[Steps]:
@@ -232,7 +245,7 @@ def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequenc
     codes += [(form.most + cut, below + cut) for cut in cuts if cut > 0]
     if isinstance(form, WeightFormat):
         first = max(form.most // 2, form.most - LARGEST_CODES) + 1
-        codes += [(code, code) for code in range(first, below + 1)]
+        codes += [(code, code) for code in range(int(first), int(below) + 1)]
     for most, least in codes:
         yield Steps(form, torch.maximum(high / most, -low / least))
         # A negative scale gives the largest value the least code, which there is one more of.
@@ -247,9 +260,11 @@ def _is_signed(form: WeightFormat | ScaleBlock) -> bool:
     return form.signed_scales or (form.block is not None and form.block.signed)
 
 
-def _stored(steps: Steps) -> Steps:
-    """Returns steps as their format stores them; scales in few bits as they are."""
+def _stored(steps: Steps, unit: torch.Tensor | None = None) -> Steps:
+    """Returns steps as their format stores them; scales in few bits as they are. unit: () of scales of e4m3."""
     form = steps.form
+    if unit is not None:
+        return replace(steps, scales=nearest_e4m3(steps.scales / unit).clamp_min_(SMALLEST_E4M3) * unit)
     if isinstance(form, WeightFormat) and form.block is not None:
         return steps
     if isinstance(form, ScaleBlock) or form.storage == "gguf":
@@ -260,9 +275,9 @@ def _stored(steps: Steps) -> Steps:
     return replace(steps, scales=storable(steps.scales, form.offset == "zero"), minima=minima)
 
 
-def _best_grid(weighed: Weighed, form: WeightFormat, cuts: Sequence[float]) -> Grid:
-    """Returns the grid of weights (places, out, groups)."""
-    best = _search(weighed, form, cuts)
+def _best_grid(weighed: Weighed, form: WeightFormat, cuts: Sequence[float], unit: torch.Tensor | None) -> Grid:
+    """Returns the grid of weights (places, out, groups). unit: () of scales of e4m3."""
+    best = _search(weighed, form, cuts, unit)
     if form.block is None:
         return Grid(form, best.scales, best.zeros, best.minima)
     # An error of a scale counts by the squares of the codes, and one of a minimum by the weights.

@@ -118,13 +118,13 @@ def quantise(
     rounding: Rounding = "nearest"
     if held_out is not None and _is_gptq_better(weight, moments, held_out, form):
         rounding, changes = "gptq", _changes(moments)
-    parts = []
+    parts, largest = [], torch.maximum(weight.max(), -weight.min()).float()
     for rows in weight.split(ROWS):
         rows = rows.float()
         if rounding == "nearest":
-            parts.append(choose_grid(rows, moments.diagonal(), form).nearest(rows))
+            parts.append(choose_grid(rows, moments.diagonal(), form, largest=largest).nearest(rows))
         else:
-            grid = choose_grid(rows, moments.diagonal(), form, GPTQ_CUTS)
+            grid = choose_grid(rows, moments.diagonal(), form, GPTQ_CUTS, largest)
             parts.append(grid.with_codes(_gptq(rows, *changes, grid)))
     result, some = joined(parts), probed_outputs(weight)
     error = relative_error(weight[some].float(), result.rows(some).dequantised(), moments)

@@ -45,8 +45,8 @@ def round_together(
     """
     input_scale = None
     if form.activation_bits is not None:
-        input_scale = input_scale_for(inputs)
-        inputs = rounded_inputs(inputs, input_scale)
+        input_scale = input_scale_for(inputs, form)
+        inputs = rounded_inputs(inputs, input_scale, form)
     result = round_on(torch.cat([weights[name] for name in names]), moments_of(inputs * scale), form)
     result = replace(result, weight=replace(result.weight, input_scale=input_scale))
     return dict(zip(names, result.weight.split([len(weights[name]) for name in names]), strict=True)), result

@@ -37,7 +37,8 @@ from edgeprune.model.forward import (
     row_chunks,
 )
 from edgeprune.model.quantised import rounded_inputs, values_by_name
-from edgeprune.pruning.activations import input_scale_for, largest_of, names_before, smoothed
+from edgeprune.precision import WeightFormat
+from edgeprune.pruning.activations import input_scale_for, is_smoothed, largest_of, names_before, smoothed
 from edgeprune.pruning.compensate import FIRST_DAMPING, compensate
 from edgeprune.pruning.experts import cut_experts
 from edgeprune.pruning.methods import Method, Recovery
@@ -241,7 +242,7 @@ class Walk:
         rounded, results, input_scale = {}, [], None
         if (form := after.weight_format) is not None:
             names = names_before(after)
-            if form.activation_bits is not None:
+            if form.activation_bits is not None and is_smoothed(form):
                 self._smooth(module, index, kind)
             read = module_states(self.dense, kind, module.weights, self.read_pruned)
             rounded, result = round_together(module.weights, names, read, self.importance.sqrt(), form)
@@ -252,7 +253,7 @@ class Walk:
             for name in names:
                 del module.weights[name]
             if form.activation_bits is not None:
-                input_scale = self._round_inputs(module, scale)
+                input_scale = self._round_inputs(module, scale, form)
         # Update the kept columns toward the dense stream.
         moments = moments_of(module.inputs, module.total) if compensates or form is not None else None
         if compensates:
@@ -319,10 +320,10 @@ class Walk:
             module.inputs /= factors
             module.total = None
 
-    def _round_inputs(self, module: CutModule, scale: torch.Tensor) -> torch.Tensor:
+    def _round_inputs(self, module: CutModule, scale: torch.Tensor, form: WeightFormat) -> torch.Tensor:
         """Rounds what the output projection reads, as its format does; returns the scale ()."""
-        input_scale = input_scale_for(module.inputs / scale)
-        inputs = rounded_inputs(module.inputs / scale, input_scale).mul_(scale)
+        input_scale = input_scale_for(module.inputs / scale, form)
+        inputs = rounded_inputs(module.inputs / scale, input_scale, form).mul_(scale)
         if module.lost is not None:
             module.lost += F.linear(module.inputs - inputs, module.weight)
         module.inputs, module.total = inputs, None

@@ -140,6 +140,6 @@ def interpolated(every: np.ndarray, sizes: list[int], values: np.ndarray, form: 
     """
     known = np.isfinite(values)
     costs = np.interp(every, np.array(sizes)[known], values[known])
-    if form is not None and form.group:
-        costs[every % form.group != 0] = np.inf
+    if form is not None:
+        costs[every % form.multiple != 0] = np.inf
     return costs

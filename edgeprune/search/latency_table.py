@@ -28,7 +28,7 @@ import numpy as np
 
 from edgeprune.cache import cache_folder, cached
 from edgeprune.engine.engines import Exported, Measuring
-from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
+from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.errors import EngineError
 from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
@@ -109,12 +109,13 @@ def design(
     formats: tuple[Format, ...] = (None,),
     table_formats: tuple[Format, ...] = (None,),
     caches: tuple[Cache, ...] = (None,),
+    one_width: bool = False,
 ) -> dict[str, TimedModel]:
     """Returns the models to measure by name.
 
     The first is `base`, of as many dense layers as make VOLUME_BYTES. All others differ from it in one kind of width or
     format, but for the mixed ones. multiple: of the MLP channels; formats: of the modules; table_formats: of the head;
-    caches: of the KV cache.
+    caches: of the KV cache; one_width: the engine runs only models whose layers are alike.
     """
     # The base model.
     full, vocabulary = Widths(*dense.layer_widths[0]), dense.vocab_size
@@ -131,17 +132,20 @@ def design(
     for share in SHARES:
         if aligned(share * channels, multiple) < channels:
             add(f"mlp {aligned(share * channels, multiple)}", (groups, heads, aligned(share * channels, multiple)))
-    add("mlp 0", (groups, heads, 0))
+    if not one_width:
+        add("mlp 0", (groups, heads, 0))
     for g, r in _head_points(groups, heads):
         add(f"attention {g}x{r}", (g, r, channels))
-    if depth > 1:  # one attention stays: no engine is built for a graph without a KV cache
+    if depth > 1 and not one_width:  # one attention stays: no engine is built for a graph without a KV cache
         points["attention 1"] = TimedModel((full, *(Widths(0, 1, channels),) * (depth - 1)), vocabulary)
     add("depth", full, layers=max(1, depth // 2))
     add("vocabulary", full, tokens=max(64, vocabulary // 4))
     # Mixed widths, the same ones in every run.
     generator = np.random.default_rng(0)
     for number in range(MIXES):
-        points[f"mix {number}"] = TimedModel(_mixed(full, depth, multiple, generator), vocabulary, mixed=True)
+        widths = _mixed(full, depth, multiple, generator)
+        widths = widths[:1] * len(widths) if one_width else widths
+        points[f"mix {number}"] = TimedModel(widths, vocabulary, mixed=True)
     # The same modules in every format.
     whole = (full,) * depth
     for form in formats:
@@ -158,6 +162,7 @@ def design(
         step = multiple_of(multiple, form)
         for number in range(MIXES_OF_A_FORMAT):
             sizes = [aligned(share * channels, step) for share in generator.uniform(0.3, 1.0, depth)]
+            sizes = sizes[:1] * depth if one_width else sizes
             layers = tuple((groups, heads, size if size < channels else channels) for size in sizes)
             points[f"{name} mix {number}"] = TimedModel(layers, vocabulary, True, name, name, in_head)
     # The same model with every format of the KV cache.
@@ -173,7 +178,7 @@ def _cached(form: CacheFormat) -> str:
 
 def multiple_of(multiple: int, form: WeightFormat) -> int:
     """Returns the multiple of MLP channels that the engine and the groups of a format ask for."""
-    return lcm(multiple, form.group or 1)
+    return lcm(multiple, form.multiple)
 
 
 def half_width(full: Widths, multiple: int, form: WeightFormat) -> int:
@@ -224,15 +229,13 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
         weight = self._buffer[offset : offset + int(np.prod(shape))].view(shape)
         if (form := self._formats.get(name)) is None:
             return weight
-        import torch
 
-        from edgeprune.model.quantised import QuantisedWeight
+        from edgeprune.model.levels import codes_of, nearest
+        from edgeprune.model.quantised import of_one_scale
 
-        codes = (weight * 50 * form.most).round_().clamp_(form.least, form.most).to(torch.int8)
-        scales = torch.full((shape[0], form.groups_of(shape[1])), 2.0**-9)
-        zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
-        input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
-        return QuantisedWeight(form, codes, scales, zeros, input_scale)
+        middle = (form.least + form.most + 1) // 2 if form.levels == "whole" else 0
+        levels = nearest(weight * 50 * (form.most - middle) + middle, form.levels, form.least, form.most)
+        return of_one_scale(form, codes_of(levels, form.levels), 2.0**-9)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -260,7 +263,7 @@ def measured_times(
     measured; on_progress: called with the progress. Raises EngineError.
     """
     # The key holds all that the times depend on.
-    points = design(dense, precision, profile.channel_multiple, formats, table_formats, caches)
+    points = design(dense, precision, profile.channel_multiple, formats, table_formats, caches, engine.one_width)
     shape = {
         "version": VERSION,
         "engine": engine.identity(on_progress),
@@ -281,7 +284,7 @@ def measured_times(
     return cached(
         path,
         decode,
-        lambda: _measure(engine, dense, points, profile, workload, precision, folder, on_progress),
+        lambda: _measure(engine, dense, points, precision, folder, on_progress),
         lambda times: (json.dumps({"of": shape, "times": times}, indent=1) + "\n").encode(),
     )
 
@@ -302,8 +305,6 @@ def _measure(
     engine: Measuring,
     dense: Decoder,
     points: Mapping[str, TimedModel],
-    profile: DeviceProfile,
-    workload: Workload,
     precision: str,
     folder: Path,
     on_progress: OnProgress,
@@ -315,14 +316,13 @@ def _measure(
     times: Times = {kind: {BASE: 1.0} for kind in KINDS}
     for chunk in _chunks(dense, points, precision):
         with scratch_folder(folder, "costs-") as part:
-            # Write the graphs of a chunk.
+            # Write the models of a chunk.
             exported = {}
             for index, point in enumerate(chunk):
-                decoder, graphs = points[point].decoder(dense), part / str(index)
-                graphs.mkdir()
-                variant = GraphVariant(profile.for_cache(decoder.cache_format).dialect, "last")
-                write_graphs(decoder, RandomWeights(decoder), graphs, precision, [variant], workload.context)
-                exported[point] = Exported(decoder, graphs, graphs / "engine", graphs / "none")
+                decoder, own = points[point].decoder(dense), part / str(index)
+                own.mkdir()
+                engine.write(decoder, RandomWeights(decoder), own)
+                exported[point] = Exported(decoder, own, own, own / "none")
             # Measure them side by side.
             for kind, latencies in engine.latencies(exported, on_progress).items():
                 times[kind] |= {point: value / latencies[BASE] for point, value in latencies.items()}
@@ -354,12 +354,13 @@ def fit(
     formats: tuple[Format, ...] = (None,),
     table_formats: tuple[Format, ...] = (None,),
     caches: tuple[Cache, ...] = (None,),
+    one_width: bool = False,
 ) -> LatencyCosts:
     """Returns the table that explains the times of the design's models best, by least squares of relative errors.
 
     Raises EngineError where the times cannot be explained.
     """
-    points = design(dense, precision, profile.channel_multiple, formats, table_formats, caches)
+    points = design(dense, precision, profile.channel_multiple, formats, table_formats, caches, one_width)
     names = tuple(form.name for form in formats if form is not None)
     halves = {form.name: half_width(dense.layer_widths[0], profile.channel_multiple, form) for form in formats if form}
     # Count every coefficient in every model.
@@ -463,9 +464,9 @@ class _Counting:
             form = by_name[name]
             of_attention = np.where(kept > 0, a + share * self._share(kept, of_group), 0.0)
             features = kept * of_group * self.dense.layers[0].attention.head_dim
-            attention.append(np.where(features % (form.group or 1) == 0, of_attention, np.inf))
+            attention.append(np.where(features % form.multiple == 0, of_attention, np.inf))
             of_mlp = np.interp(every, self._knots_of(name), np.concatenate([[0.0], np.cumsum(steps)]))
-            mlp.append(np.where(every % (form.group or 1) == 0, of_mlp, np.inf))
+            mlp.append(np.where(every % form.multiple == 0, of_mlp, np.inf))
             tokens[form] = of_token
         tables = np.full((len(formats), len(formats), 2), np.inf)
         for e, embedding in enumerate(formats):

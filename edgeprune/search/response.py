@@ -2,14 +2,14 @@
 
 A prediction is of each change alone, to second order; one factor corrects all that they lose together. On real models
 it is about the same for groups, query heads and channels, so one pruning that cuts another of the three in each layer
-measures it; a second one rounds modules to the coarsest format, a third one to that which rounds activations too, where
-there is one, and one more has the KV cache in each of its formats. All change the last fifth of the layers: the samples
+measures it; a second one rounds modules to the coarsest format, one more to each that rounds activations too, and one
+has the KV cache in each of its formats. All change the last fifth of the layers: the samples
 pass the others once, and the factor of formats is within a fifth of that of all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +34,6 @@ POSITIONS = 1024  # at which the logits of both models are compared; a divergenc
 LOGIT_BYTES = 1 << 28  # of these logits, at most
 LEAST = 1e-9  # nats per token
 LEAST_PROBED = 6  # layers
-PROBES = 4  # models of measure_response: the dense one and three small ones
 
 
 def probed_layers(layers: int) -> range:
@@ -56,6 +55,17 @@ def probe_widths(dense: Widths, layers: int) -> list[Widths]:
     return [kinds[layer % len(kinds)] for layer in range(layers)]
 
 
+def kinds_of(formats: Sequence[WeightFormat]) -> list[tuple[WeightFormat, ...]]:
+    """Returns the formats that have a response in common: all that keep activations, and each of the others."""
+    plain = tuple(form for form in formats if not form.activation_bits)
+    return [plain] * bool(plain) + [(form,) for form in formats if form.activation_bits]
+
+
+def probes_of(formats: Sequence[WeightFormat], caches: Sequence[CacheFormat]) -> int:
+    """Returns the models of measure_response: the dense one, and the small ones."""
+    return 2 + len(kinds_of(formats)) + len(caches)
+
+
 @torch.inference_mode()
 def measure_response(
     model: Model,
@@ -71,8 +81,7 @@ def measure_response(
 
     ids: calibration samples (samples, tokens) int64. Each probe is made with the first samples of the first half;
     its loss is the divergence of its logits from the dense model's, on the last PROBE_HELD_OUT of the second
-    half: to second order what a prediction is of. on_probe is called PROBES times, and once more for each of `caches`,
-    formats of the KV cache.
+    half: to second order what a prediction is of. caches: formats of the KV cache. on_probe is called probes_of times.
     """
     half = max(1, len(ids) // 2)
     probed = probed_layers(len(model.decoder.layers))
@@ -106,11 +115,8 @@ def measure_response(
         of_caches[form.name] = replace(losses, response=factor)
     # One that rounds modules, of the formats of each kind.
     roundings = dict(sensitivities.roundings)
-    for kind in ([f for f in formats if not f.activation_bits], [f for f in formats if f.activation_bits]):
-        if not kind:
-            on_probe()
-            continue
-        form = coarsest(tuple(kind))
+    for kind in kinds_of(formats):
+        form = coarsest(kind)
         losses = roundings[form.name]
         predicted = float(losses.attention[probed.start :].sum() + losses.mlp[probed.start :].sum())
         factor = divergence(tail.decoder.with_format(form), samples[:ROUNDED_SAMPLES]) / max(predicted, LEAST)

@@ -44,8 +44,8 @@ HEAD_POSITIONS = 512  # whose logits are compared: the loss of the head is about
 
 
 def coarsest(formats: tuple[WeightFormat, ...]) -> WeightFormat:
-    """Returns the format of the fewest bits, of these the one with the largest groups."""
-    return min(formats, key=lambda form: (form.bits, form.offset is not None, -(form.group or np.inf)))
+    """Returns the format of the fewest bits a weight, scales included; of these one without offsets."""
+    return min(formats, key=lambda form: (form.weight_bits, form.offset is not None))
 
 
 class ModuleRoundings:
@@ -91,14 +91,15 @@ class ModuleRoundings:
             if form.activation_bits is None:
                 changed = _rounded(decoder, kind, weights, source, inputs, form)
             else:
-                plain = rounded_module(decoder, index, kind, weights, source, self.tables)
+                plain = rounded_module(decoder, index, kind, weights, source, self.tables, form)
                 changed = _rounded(decoder, kind, plain, source, None, form)
             # GPTQ makes up for the rounding of weights, which is the lesser part where activations are rounded too.
             left = 1.0 if form.activation_bits else np.mean([share.of(form) for share in shares])
-            self.found[form.name][kind].append(self._loss(decoder, module, changed) * float(left))
+            loss = self._loss(decoder.with_format(form), module, changed)
+            self.found[form.name][kind].append(loss * float(left))
 
     def _loss(self, decoder: Decoder, module: ModuleStates, changed: LayerWeights) -> float:
-        """Returns the loss in nats per token of a module with changed weights, or of a decoder with another cache."""
+        """Returns the loss in nats per token of a module with changed weights, or of a decoder with other formats."""
         source, raw = module.source[: self.samples], module.raw[: self.samples]  # (b, t, c) each
         energy = (module.energy[: self.samples] * self.share)[..., None]  # (b, t, 1)
         total = 0.0

@@ -40,7 +40,7 @@ from edgeprune.pruning.methods import method_named
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.score import Projection, Score
 from edgeprune.pruning.select import Rank, features_of, select_heads
-from edgeprune.search.response import PROBES, measure_response
+from edgeprune.search.response import measure_response, probes_of
 from edgeprune.search.roundings import ModuleRoundings, table_losses
 from edgeprune.search.widths import CacheLosses, RoundingLosses, Sensitivities, dense_widths
 
@@ -79,7 +79,7 @@ def sensitivities_of(
         advance = progress.stage("measure sensitivities", 2 * len(model.decoder.layers))
         some = _spread(samples, SAMPLES)
         sensitivities = measure_sensitivities(model, some, how.score, seed, formats, table_formats, caches, advance)
-        advance = progress.stage("probe the loss", PROBES + len(caches))
+        advance = progress.stage("probe the loss", probes_of(formats, caches))
         return measure_response(model, samples, sensitivities, how, seed, formats, caches, advance)
 
     return cached(path, lambda data: decoded(data, model.decoder, formats, caches), measured, encoded)

@@ -10,6 +10,7 @@ import pytest
 from edgeprune.engine.answers import read_answer
 from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import BuiltAhead, Engine, Estimated, OnnxRuntime, TensorRT
+from edgeprune.engine.llamacpp import on_llamacpp
 from edgeprune.errors import EngineError, InputError
 from edgeprune.ondevice import measure, tensorrt
 from edgeprune.ondevice.figures import Workload
@@ -18,7 +19,7 @@ from edgeprune.profiles import load_profile
 
 WORKLOAD = Workload(batch=1, prompt=16, context=64)
 ORIN = {"name": "Orin", "sm": 87, "memory": 2**36, "driver": 12060, "layer": "pycuda 2024.1"}
-MODULES = {"numpy": "1.26.4", "onnxruntime": None, "tensorrt": "10.3.0", "tensorrt_rtx": None}
+MODULES = {"numpy": "1.26.4", "onnxruntime": None, "tensorrt": "10.3.0", "tensorrt_rtx": None, "xllamacpp": None}
 
 
 @dataclass
@@ -191,3 +192,41 @@ def test_a_target_of_another_gpu_needs_its_own_profile() -> None:
     with pytest.raises(InputError, match="has a Orin of SM 87, but the profile jetson-thor is for SM 110") as caught:
         chosen("jetson-thor", target=Board())
     assert "tools/probe_profile.py --target ssh://me@orin" in caught.value.remedy
+
+
+PROGRAM = {"path": "/usr/local/bin/llama-bench", "release": "2026-01-01, 1 bytes", "gpus": "CUDA0: Orin", "problem": ""}
+
+
+@dataclass
+class LlamaBoard(Board):
+    """One with llama.cpp's program, or without; this machine's modules have the package."""
+
+    program: dict[str, str] | None = None
+
+    def run(self, request: dict[str, Any], timeout_seconds: float, tell: object) -> dict[str, Any]:
+        return {**super().run(request, timeout_seconds, tell), "llama_bench": self.program}
+
+
+def llamacpp(
+    monkeypatch: pytest.MonkeyPatch, device: str, here: LlamaBoard, target: LlamaBoard | None = None
+) -> Engine:
+    monkeypatch.setattr(measure.LocalSession, "run", lambda self, *_: LlamaBoard.run(here, *_))
+    return choose_engine("llama.cpp", on_llamacpp(load_profile(device)), WORKLOAD, "fp16", target)
+
+
+def test_llama_cpp_measures_where_the_device_is_and_else_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = MODULES | {"xllamacpp": "2026.10"}
+    here = LlamaBoard(modules, gpu=None, program=PROGRAM)
+    found = llamacpp(monkeypatch, "cpu", here)
+    assert (found.tool, found.version) == ("llama.cpp", "2026.10")
+    there = llamacpp(monkeypatch, "jetson-orin", here, LlamaBoard(program=PROGRAM))
+    assert (there.name, there.tool) == ("llama.cpp", "llama-bench")
+    assert "Jetson AGX Orin with llama-bench /usr/local/bin/llama-bench" in there.reason
+    # A llama-bench of this machine says nothing of a Jetson; one beside that GPU does.
+    assert isinstance(llamacpp(monkeypatch, "jetson-orin", here), Estimated)
+    assert llamacpp(monkeypatch, "jetson-orin", LlamaBoard(modules, program=PROGRAM)).tool == "llama-bench"
+    with pytest.raises(InputError, match="cannot measure with llama.cpp: it has no llama-bench on its PATH"):
+        llamacpp(monkeypatch, "jetson-orin", here, LlamaBoard())
+    with pytest.raises(InputError, match="the engine llama.cpp is not usable here") as error:
+        llamacpp(monkeypatch, "jetson-orin", LlamaBoard(), LlamaBoard(program=PROGRAM))
+    assert "edgeprune[llama]" in error.value.remedy

@@ -72,7 +72,9 @@ def test_weights_are_the_bytes_that_the_graph_stores(tied: bool, precision: str,
     assert estimated == size * decoder.parameters + (2 if precision == "fp16" else 4) * tables
 
 
-@pytest.mark.parametrize(("name", "matrix_bytes"), [("int4-32", 0.5 + 2 / 32), ("int4-64", 0.5 + 2 / 64)])
+@pytest.mark.parametrize(
+    ("name", "matrix_bytes"), [("int4-32", 0.5 + 2 / 32), ("int4-64", 0.5 + 2 / 64), ("int4-offset", 0.5 + 4 / 64)]
+)
 def test_weight_formats_shrink_the_matrices_alone(name: str, matrix_bytes: float) -> None:
     formatted = SMOLLM2.with_format(WEIGHT_FORMATS[name])
     half, few = (estimate_performance(decoder, ORIN, WORKLOAD, "fp16") for decoder in (SMOLLM2, formatted))
@@ -162,6 +164,24 @@ def test_decode_flops_by_counting_products() -> None:
     decoder, workload = uniform(32, 2, (4, 2, 8), 48, 100), Workload(3, 1, 24)
     weights = 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48) + 32 * 100
     assert decode_flops(decoder, workload) == 2 * 3 * (weights + 2 * 4 * 2 * 8 * 24)
+
+
+def test_minima_are_multiplied_with_one_number_for_each_group() -> None:
+    decoder, workload = uniform(64, 2, (4, 2, 16), 128, 100), Workload(3, 8, 24)
+    matrices = 64 * (2 * 64 + 2 * 32 + 3 * 128)
+    codes, offset = (decoder.with_format(WEIGHT_FORMATS[name]) for name in ("int4-64", "int4-offset"))
+    more = 2 * 3 * 2 * matrices / 64
+    assert decode_flops(offset, workload) - decode_flops(codes, workload) == pytest.approx(more)
+    assert prefill_flops(offset, workload) - prefill_flops(codes, workload) == pytest.approx(8 * more)
+
+
+def test_a_speed_that_nobody_timed_is_told() -> None:
+    offset, codes = (SMOLLM2.with_format(WEIGHT_FORMATS[name]) for name in ("int4-offset", "int4-64"))
+    told, silent = (estimate_performance(decoder, ORIN, WORKLOAD, "fp16").notes for decoder in (offset, codes))
+    (note,) = set(told) - set(silent)
+    assert note == (
+        "the speed of int4-offset is estimated from its bytes and products alone: nobody timed it on jetson-orin"
+    )
 
 
 def test_decode_is_bound_by_bytes_or_in_a_large_batch_by_compute() -> None:

@@ -81,7 +81,9 @@ def device(server: Server, keep: bool = False) -> Device:
 
 
 def measured(session: measure.Session, graph: Path, on_progress: Watch, seconds: float = 0.2) -> measure.Performance:
-    return measure.on_onnxruntime(session, None, graph, WORKLOAD, Counted(1000, 200, 30), on_progress, seconds=seconds)
+    return measure.in_process(
+        session, "onnxruntime", None, graph, WORKLOAD, Counted(1000, 200, 30), on_progress, seconds=seconds
+    )
 
 
 def data_bytes(graph: Path) -> int:

@@ -34,8 +34,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def measure(
     dense: Path | None, candidate: Path, counted: tuple[int, int, int], session: perform.Session | None = None
 ) -> Performance:
-    return perform.on_onnxruntime(
-        session or perform.LocalSession(), dense, candidate, WORKLOAD, perform.Counted(*counted), quiet, seconds=1.0
+    return perform.in_process(
+        session or perform.LocalSession(),
+        "onnxruntime",
+        dense,
+        candidate,
+        WORKLOAD,
+        perform.Counted(*counted),
+        quiet,
+        seconds=1.0,
     )
 
 

@@ -25,13 +25,14 @@ from edgeprune.ondevice.reference import (
 )
 from edgeprune.ondevice.tensorrt_runner import EngineRunner
 from edgeprune.ondevice.worker import quiet
-from edgeprune.precision import PRECISIONS
+from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS
 from tests.support.doubles.double_device import Device
 from tests.support.doubles.double_tensorrt import CONTEXT_BYTES
 from tests.support.doubles.fixtures import IDS
 from tests.support.doubles.install import MODEL, PRIMITIVE, RUNTIME, VERSION, WORKLOAD, InProcess, built
 from tests.support.graph_pictures import SIDE, drawn, llamagen, random_weights
 from tests.support.reference import decoder_of, weights_of
+from tests.support.shapes import uniform
 
 pytest_plugins = ("tests.support.doubles.fixtures",)
 
@@ -268,6 +269,25 @@ def test_of_states_in_codes_the_tolerance_is_wider_and_named(precision: str) -> 
     if precision != "bf16":
         with pytest.raises(WrongEngine):
             judge_logits(agreement, precision, "plan")
+
+
+def test_floats_of_few_bits_have_tolerances_of_their_own() -> None:
+    """By the words of the model's coarsest format."""
+    decoder, words = uniform(96, 3, (4, 2, 24), 192, 200), {}
+    for layers in (("w8a8", "int8"), ("fp8", "w8a8"), ("nvfp4", "fp8")):
+        one, other = (WEIGHT_FORMATS[name] for name in layers)
+        words[layers[0]] = decoder.with_formats([(one, None), (None, other), (other, one)], None, None).rounded_states
+    assert words == {
+        "w8a8": "activations in 8 bits",
+        "fp8": "activations in floats of 8 bits",
+        "nvfp4": "activations in floats of 4 bits",
+    }
+    for error, passes in ((0.09, "w8a8"), (0.19, "fp8"), (0.49, "nvfp4")):
+        agreement = {"cosine": 0.99, "error": error, "equal": 1.0, "positions": 9}
+        assert judge_logits(agreement, "fp16", "plan", words[passes])
+        for narrower in list(words)[: list(words).index(passes)]:
+            with pytest.raises(WrongEngine):
+                judge_logits(agreement, "fp16", "plan", words[narrower])
 
 
 def test_a_reference_says_which_states_were_rounded(reference: Path, tmp_path: Path) -> None:

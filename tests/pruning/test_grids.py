@@ -17,7 +17,7 @@ from tests.support.ggml import rounded_by_ggml
 
 SMALL = (WeightFormat("i8", 8), WeightFormat("i4", 4, 8), WeightFormat("a4", 4, 4, "zero"))
 GGML = {name: form for name, form in WEIGHT_FORMATS.items() if form.storage == "gguf"}
-FORMATS = [*SMALL, *WEIGHT_FORMATS.values()]
+FORMATS = [*SMALL, *(form for form in WEIGHT_FORMATS.values() if form.levels == "whole")]
 
 
 def loss(weight: torch.Tensor, rounded: torch.Tensor, importance: torch.Tensor) -> float:

@@ -13,12 +13,13 @@ from edgeprune.report.figures import (
     figure_text,
     headroom_text,
     interval_text,
+    levers_text,
     number_text,
     perplexity_text,
     room_text,
 )
 from edgeprune.report.images import Interval
-from edgeprune.report.schema import Levers
+from edgeprune.report.schema import Lever, Levers
 from tests.support.sample_reports import estimated_content, measured, measured_content, report_of
 
 
@@ -105,6 +106,17 @@ def test_no_room_names_the_limit_that_leaves_none():
     room = noticed.room.model_copy(update={"reason": "what the system leaves on jetson-orin"})
     noticed = noticed.model_copy(update={"room": room})
     assert room_text(noticed.sequences, noticed) == "no room within what the system leaves on jetson-orin"
+
+
+def test_levers_are_named_by_their_formats():
+    names = ("pruning", "q3_k", "int4-offset")
+    levers = Levers(
+        parts=[Lever(name=name, saved_bytes=2**20, nats=0.01) for name in names],
+        pruning_alone=None,
+        precision_alone=None,
+    )
+    of_each = ", ".join(f"{name} 1.0 MiB (+1 % perplexity)" for name in names)
+    assert levers_text(levers) == f"{of_each}; memory saved as estimated, perplexity as predicted"
 
 
 def test_what_one_lever_alone_would_cost():

@@ -153,6 +153,11 @@ class DoubleEngine:
     version: str = "1"
     measured: list[list[str]] = field(default_factory=list)
     name: str = "double"
+    one_width: bool = False
+    setting: tuple[Workload, str] = (WORKLOAD, "fp32")
+
+    def write(self, decoder: Decoder, weights: Any, folder: Path) -> None:
+        OnnxRuntime(PROFILE, *self.setting, "test").write(decoder, weights, folder)
 
     def identity(self, on_progress: Any) -> dict[str, Any]:
         return {"engine": self.version}
@@ -173,7 +178,7 @@ def measured(
     folder: Path, dense: Decoder = SMALL, version: str = "1", workload: Workload = WORKLOAD, precision: str = "fp32"
 ) -> tuple[list[list[str]], latency_table.Times]:
     """The names of the models that were measured, by call of the engine; and the times."""
-    engine = DoubleEngine(version)
+    engine = DoubleEngine(version, setting=(workload, precision))
     times = measured_times(engine, dense, PROFILE, workload, precision, folder, quiet)
     assert not list(folder.glob("costs-*"))  # the graphs are gone
     return engine.measured, times
@@ -242,7 +247,7 @@ class RunningEngine(DoubleEngine):
 @pytest.mark.parametrize("dense", [llamagen(6, 2, 20), imagegpt()], ids=["classes", "no classes"])
 def test_every_model_of_an_image_generator_s_design_draws(dense: Decoder, cache: Path) -> None:
     """From the class on, one token at a time, two streams: positions stay on the grid whatever the model's depth."""
-    engine = RunningEngine()
+    engine = RunningEngine(setting=(DRAWN, "fp32"))
     times = measured_times(engine, dense, PROFILE, DRAWN, "fp32", cache, quiet)
     assert set(sum(engine.measured, [])) == set(design(dense, "fp32", PROFILE.channel_multiple))
     assert measured_times(engine, dense, PROFILE, DRAWN, "fp32", cache, quiet) == times
@@ -298,3 +303,15 @@ class RunningText(DoubleEngine):
             runner = GraphRunner(model.graphs / GRAPH_FILE, 1, 24, threads=1)
             runner.run(np.zeros((1, 8), np.int64))
         return super().latencies(models, on_progress)
+
+
+def test_an_engine_of_one_width_gets_models_whose_layers_are_alike() -> None:
+    """And its table says of every such model what it takes."""
+    formats = (None, WEIGHT_FORMATS["q8_0"])
+    points = design(SMOLLM2, "fp16", 32, formats, formats, one_width=True)
+    models = {name: point.decoder(SMOLLM2) for name, point in points.items()}
+    assert all(model.is_uniform for model in models.values())
+    assert all(layer.attention and layer.mlp for model in models.values() for layer in model.layers)
+    times = {kind: {name: true_time(model, 1.0) for name, model in models.items()} for kind in KINDS}
+    costs = fit(SMOLLM2, PROFILE, "fp16", times, "test", formats, formats, one_width=True)
+    assert max(worst for _, worst in costs.error.values()) < 0.05

@@ -154,6 +154,51 @@ def test_precision_comes_before_pruning_and_the_levers_say_what_each_gave():
     assert "pruning" not in [part.name for part in levers.parts]
 
 
+Q3, Q4 = WEIGHT_FORMATS["q3_k"], WEIGHT_FORMATS["q4_k"]
+
+
+def planner_below_four_bits(ratio: float, layout: str) -> Planner:
+    """Of every module 4 bits cost next to nothing, and 3 bits `ratio` times what as many bytes of channels cost."""
+    formats, layers, nats = (None, Q4, Q3), 4, 1e-3  # nats of a channel, whose bytes in floats are 1
+    shares = np.array([1.0, Q4.weight_bits / 16, Q3.weight_bits / 16])
+    groups, heads = np.indices((3, 2))
+    attention, mlp = 256.0 * groups * (heads + 1), np.arange(2049.0)
+    tables = np.full((3, 3, 2), np.inf)
+    tables[0, 0] = 0.0
+    memory = ModuleCosts(shares[:, None, None] * attention, shares[:, None] * mlp, 0 * attention, 0 * mlp, tables)
+    cut = np.full((layers, 3, 2), 9.0)
+    cut[:, 2, 1] = 0.0
+    of_channel = ratio * nats * (shares[1] - shares[2]) / shares[1]  # for the bytes of a channel that 3 bits save
+    roundings = {
+        "q4_k": RoundingLosses(np.full(layers, 1e-6), np.full(layers, 1e-6), np.inf, np.inf),
+        "q3_k": RoundingLosses(np.full(layers, 1024 * of_channel), np.full(layers, 2048 * of_channel), np.inf, np.inf),
+    }
+    losses = Sensitivities(cut, nats * (2048 - np.arange(2049.0))[None].repeat(layers, 0), np.ones(3), roundings)
+    problem = Problem(Widths(2, 2, 2048), losses, {"memory": memory}, 256, {0: 0.0}, formats, (0, 1, 2), (0,), True)
+    dense = problem.estimate(problem.everything)
+    return Planner(problem, layout, None, corrected(problem.estimate, problem.everything, dense))
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_below_four_bits_the_lever_of_less_loss_for_each_byte_is_taken(layout: str) -> None:
+    for ratio, lever, other in ((0.7, "q3_k", "pruning"), (1.4, "pruning", "q3_k")):
+        planner = planner_below_four_bits(ratio, layout)
+        whole = planner.problem.estimate(planner.problem.everything)["memory"]
+        in_three_bits = replace(planner.problem.everything, formats=((Q4, Q3),) * 4)  # the MLPs
+        limits = {"memory": planner.problem.estimate(in_three_bits)["memory"]}
+        chosen = planner.within(limits)
+        parts = {part.name: part for part in planner.levers(limits, chosen).parts}
+        assert set(parts) == {"q4_k", lever}, ratio
+        assert other not in parts
+        assert limits["memory"] < Q4.weight_bits / 16 * whole
+        assert sum(part.saved_bytes for part in parts.values()) == pytest.approx(
+            whole - planner.problem.estimate(chosen)["memory"]
+        )
+        assert parts[lever].nats > 0.9 * chosen.loss
+        assert (Q3 in {form for pair in chosen.formats for form in pair}) == (lever == "q3_k")
+        assert (set(chosen.layers) == {planner.problem.dense}) == (lever == "q3_k")
+
+
 def test_formats_alone_are_no_better_than_a_choice_of_formats_that_leaves_room():
     planner = planner_with_formats()
     whole = planner.problem.estimate(planner.problem.everything)["memory"]

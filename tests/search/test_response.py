@@ -11,7 +11,7 @@ from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune
 from edgeprune.pruning.score import numerical
-from edgeprune.search.response import PROBES, measure_response, probe_widths, probed_layers
+from edgeprune.search.response import measure_response, probe_widths, probed_layers, probes_of
 from edgeprune.search.roundings import coarsest
 from edgeprune.search.sensitivity import measure_sensitivities
 from edgeprune.search.widths import Widths
@@ -38,7 +38,7 @@ def test_the_response_is_the_measured_divergence_over_the_predicted_loss():
     raw = measure_sensitivities(model, ids, numerical, 0, FORMATS)
     calls = []
     found = measure_response(model, ids, raw, METHODS["default"], 0, FORMATS, on_probe=lambda: calls.append(1))
-    assert len(calls) == PROBES
+    assert len(calls) == probes_of(FORMATS, ()) == 3
     # Widths: the prediction of the probe is what it was measured to lose.
     widths = [Widths(2, 3, 96), *probe_widths(Widths(2, 3, 96), 6)]
     expected = divergence(model, model.decoder.with_layer_widths(widths), ids)
@@ -65,7 +65,7 @@ def test_the_response_of_a_cache_is_measured_on_the_last_layers():
     found = measure_response(
         model, ids, raw, METHODS["default"], 0, caches=(form,), on_probe=lambda: calls.append(1)
     ).caches["int8"]
-    assert len(calls) == PROBES + 1
+    assert len(calls) == probes_of((), (form,)) == 3
     rounded = with_cache(model, form, cache_scales(model, ids[:4], form))
     weights = dict(weight_stream(rounded))
     whole = rounded.decoder.layers[0]
@@ -94,3 +94,9 @@ def test_the_coarsest_format_is_probed():
     names = ("int8", "int4-32", "int4-128", "int4-32-asymmetric")
     assert coarsest(tuple(WEIGHT_FORMATS[name] for name in names)).name == "int4-128"
     assert coarsest((WEIGHT_FORMATS["int8"],)).name == "int8"
+    for names, first in (
+        (("q5_k", "q3_k", "q4_0"), "q3_k"),
+        (("q5_0", "q4_1", "q5_1"), "q4_1"),
+        (("q4_k", "q4_0"), "q4_0"),
+    ):
+        assert coarsest(tuple(WEIGHT_FORMATS[name] for name in names)).name == first

@@ -20,6 +20,7 @@ from edgeprune.report.schema import Report
 from tests.support.bundles import contents
 from tests.support.durations import durations
 
+ABSENT = ("tensorrt_rtx", "onnxruntime", "xllamacpp")  # of the modules
 TIMED = {
     "percentiles": {"p50": 2.0, "p90": 2.2, "p99": 2.4, "mad": 0.1},
     "median": {"value": 2.0, "low": 1.9, "high": 2.1},
@@ -34,8 +35,8 @@ TRUE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "machine": "a board",
             "processor": "Cortex, 8 threads",
             "python": "3.10.12",
-            "modules": {"numpy": "1.26", "tensorrt": "10.3", "tensorrt_rtx": None, "onnxruntime": None},
-            "missing": {"tensorrt_rtx": "ModuleNotFoundError: x", "onnxruntime": "ModuleNotFoundError: x"},
+            "modules": {"numpy": "1.26", "tensorrt": "10.3", **dict.fromkeys(ABSENT)},
+            "missing": dict.fromkeys(ABSENT, "ModuleNotFoundError: x"),
             "gpu": GPU,
             "no_gpu": "",
             "memory": {"total": 8 << 30, "available": 6 << 30, "swapped": 0},

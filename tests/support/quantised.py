@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.levels import codes_of, nearest, nearest_e4m3
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight, storable
 from edgeprune.model.save import save_checkpoint
@@ -19,6 +21,7 @@ from tests.support.roundings import INT8, Stored, numbers
 
 WITHOUT = "pip install edgeprune[runtimes]"  # compressed-tensors
 PACKED_FORMATS = {name: form for name, form in WEIGHT_FORMATS.items() if form.storage == "packed"}  # in checkpoints
+FLOAT_FORMATS = {name: form for name, form in WEIGHT_FORMATS.items() if form.storage == "floats"}  # there too
 INT4, ASYMMETRIC = (WEIGHT_FORMATS[name] for name in ("int4-32", "int4-32-asymmetric"))
 
 
@@ -38,13 +41,21 @@ def random_codes(form: WeightFormat, rows: int, columns: int, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
-        return torch.randint(form.least, form.most + 1, shape, generator=generator).to(torch.int8)
+        levels = torch.randint(form.least, form.most + 1, shape, generator=generator).float()
+        return codes_of(nearest(levels, form.levels, form.least, form.most), form.levels)
 
     groups = form.groups_of(columns)
     scales = storable(torch.rand(rows, groups, generator=generator) + 0.1)
-    zeros = drawn(rows, groups) if form.offset else None
+    zeros = drawn(rows, groups) if form.offset == "zero" else None
     input_scale = storable(torch.rand((), generator=generator)) if form.activation_bits else None
-    return QuantisedWeight(form, drawn(rows, columns), scales, zeros, input_scale)
+    unit = torch.tensor(2.0**-7) if form.e4m3_scales else None
+    if unit is not None:
+        scales, input_scale = nearest_e4m3(scales / unit) * unit, torch.tensor(2.0**-9)
+    weight = QuantisedWeight(form, drawn(rows, columns), scales, zeros, input_scale, scale_unit=unit)
+    if form.offset != "minimum":
+        return weight
+    minima = torch.rand(rows, groups, generator=generator) - 0.5
+    return replace(weight, minima=storable(minima.abs()).copysign(minima))
 
 
 def random_weights(decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -62,10 +73,10 @@ def assert_stored(model: Model, decoder: Decoder, weights: Stored) -> None:
             assert found.form == weight.form
             assert found.codes.dtype == torch.int8
             assert torch.equal(found.codes, weight.codes)
-            assert torch.equal(found.scales, weight.scales)
-            assert (found.zeros is None) == (weight.zeros is None)
-            assert weight.zeros is None or torch.equal(found.zeros, weight.zeros)
+            assert found.parts.keys() == weight.parts.keys()
+            assert all(torch.equal(part, weight.parts[key]) for key, part in found.parts.items())
             assert found.input_scale == weight.input_scale
+            assert found.scale_unit == weight.scale_unit
             assert model.weights[name].dtype == torch.float32
             assert torch.equal(model.weights[name], weight.dequantised())
         else:
@@ -73,11 +84,11 @@ def assert_stored(model: Model, decoder: Decoder, weights: Stored) -> None:
 
 
 def in_transformers(folder: Path, **options: object) -> PreTrainedModel:
-    """The checkpoint as `from_pretrained` loads it in fp32, with no tensor missing or left over."""
+    """The checkpoint as `from_pretrained` loads it, in fp32 by default, with no tensor missing or left over."""
     pytest.importorskip("compressed_tensors", reason=WITHOUT)
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     model, notes = getattr(transformers, name).from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32, **options
+        folder, output_loading_info=True, **({"dtype": torch.float32} | options)
     )
     assert not notes["missing_keys"] | notes["unexpected_keys"] | notes["mismatched_keys"], notes
     return model.eval()

@@ -14,19 +14,27 @@ from edgeprune.pruning.grids import choose_grid
 
 Stored = dict[str, torch.Tensor | QuantisedWeight]
 INT8, W8A8 = WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["w8a8"]
-OF_WEIGHTS = [form for form in WEIGHT_FORMATS.values() if not form.activation_bits]  # which tables and experts take too
+OF_WEIGHTS = [  # which tables and experts take too
+    form for form in WEIGHT_FORMATS.values() if form.storage == "packed" and not form.activation_bits
+]
+OFFSET = WEIGHT_FORMATS["int4-offset"]
+OF_LAYERS = [*OF_WEIGHTS, OFFSET]  # which graphs hold
 INPUT_SCALE = torch.tensor(2.0**-5)  # reaches to 4
-ATTENTIONS = (INT8, WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"])
-MLPS = (WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"], None, INT8)
+NARROW_OFFSET = replace(OFFSET, group=32)  # for widths that no groups of 64 divide
+ATTENTIONS = (INT8, WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"], NARROW_OFFSET)
+MLPS = (NARROW_OFFSET, WEIGHT_FORMATS["int4-32"], WEIGHT_FORMATS["int4-32-asymmetric"], None, INT8)
 
 
 def rounded(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> Stored:
     """The weights of a decoder with formats, each matrix that has one rounded to nearest."""
     stored: Stored = {}
+    largest = max(
+        weight.detach().abs().max().float() for weight in weights.values()
+    )  # matrices have one unit of scales
     for name in decoder.shapes():
         weight, form = weights[name].detach().float(), decoder.weight_formats.get(name)
         even = torch.ones(weight.shape[-1])
-        stored[name] = weight if form is None else choose_grid(weight, even, form).nearest(weight)
+        stored[name] = weight if form is None else choose_grid(weight, even, form, largest=largest).nearest(weight)
         if form is not None and form.activation_bits:
             stored[name] = replace(stored[name], input_scale=INPUT_SCALE)
     return stored

@@ -205,13 +205,10 @@ def _with_cache(
 
 def _codes(nodes: Nodes, name: str, part: str, states: str, codes: CacheFormat) -> str:
     """Adds the codes (b, k, s, d) of new keys or values of the same shape; part: `key` or `value`."""
-    from onnx import TensorProto, helper
-
     scale = nodes.from_fp32(f"{name}.{part}_scale_cast", f"{name}.{part}_scale")
     scaled = nodes.add("Div", f"{name}.{part}_scaled", states, scale)
-    zero = f"cache.zero_of_{codes.name}"
-    nodes.constants[zero] = helper.make_tensor(zero, getattr(TensorProto, codes.onnx_type), (), [0])
-    return nodes.add("QuantizeLinear", f"{name}.{part}_codes", scaled, nodes.number("one.float", 1.0), zero)
+    inputs = (scaled, nodes.number("one.float", 1.0), nodes.zero(codes.onnx_type))
+    return nodes.add("QuantizeLinear", f"{name}.{part}_codes", *inputs)
 
 
 def _scale_of_heads(nodes: Nodes, name: str, part: str, attention: Attention) -> str:

@@ -7,8 +7,9 @@ read, and all variants of a model's graph refer to the same two files.
     model.onnx.data     everything else, in the order of use; the rotary tables last
 
 A matrix in a weight format is some initializers: `codes`, two of 4 bits a byte, the first in the low half;
-`scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are; and
-`input_scale`, one float, of what the product reads where the format rounds that.
+`scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are;
+`offsets`, floats of the graph, a group's minimum times its inputs; and `input_scale`, one float, of what the product
+reads where the format rounds that. Scales of e4m3 are `scale_codes` and `scale_unit`, one float.
 
 Weights are read one matrix at a time, each once, and written in pieces: the memory holds the weights of one fused
 matrix and one piece.
@@ -39,8 +40,21 @@ ALIGNMENT = 64  # bytes: a cache line, and more than any element
 PIECE_BYTES = 1 << 25  # that are converted and written at a time
 
 
-Role = Literal["values", "codes", "scales", "zeros", "input_scale", "cache scales"]
-SCALES: tuple[Role, ...] = ("scales", "input_scale")  # those of floats
+Role = Literal[
+    "values",
+    "codes",
+    "numbers",
+    "scales",
+    "scale_codes",
+    "scale_unit",
+    "zeros",
+    "offsets",
+    "input_scale",
+    "cache scales",
+]
+SCALES: tuple[Role, ...] = ("scales", "scale_unit", "offsets", "input_scale")  # those of floats
+OF_ALL: tuple[Role, ...] = ("scale_unit", "input_scale")  # one number for the matrix
+FLOAT_TYPES = {"e4m3": "FLOAT8E4M3FN", "e2m1": "FLOAT4E2M1"}
 CACHE_SCALES = (".key_scale", ".value_scale")  # ends of the names of the scales of a KV cache in codes
 _OTHER_MODEL = "Load the model again: its weights and its configuration belong to different models."
 
@@ -78,7 +92,7 @@ class Initializer:
         """Returns the bits of an element."""
         if self.form is None or self.role in SCALES:
             return 8 * PRECISIONS[self.precision].element_bytes
-        return self.form.bits
+        return 8 if self.role == "scale_codes" else self.form.bits
 
     @property
     def length(self) -> int:
@@ -90,7 +104,10 @@ class Initializer:
         """Returns ONNX's name of the type of an element."""
         if self.form is None or self.role in SCALES:
             return PRECISIONS[self.precision].onnx_type
-        return f"INT{self.form.bits}"
+        if self.role == "numbers":
+            return f"UINT{self.form.bits}"
+        levels = "e4m3" if self.role == "scale_codes" else self.form.levels
+        return FLOAT_TYPES.get(levels, f"INT{self.form.bits}")
 
     def block(self, index: int, name: str) -> Initializer:
         """Returns one of the blocks as an initializer of its own, on the same bytes."""
@@ -115,7 +132,8 @@ def rotary_tables(number: int) -> tuple[str, str]:
 def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | None) -> tuple[Initializer, ...]:
     """Returns all initializers in the order of the files.
 
-    max_positions: rows of the rotary tables; None: without tables.
+    max_positions: rows of the rotary tables; None: without tables. Raises InputError for embedding and head in a format
+    whose groups have minima, and for groups that do not divide.
     """
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
     initializers: list[Initializer] = []
@@ -135,6 +153,8 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
         if name.endswith(CACHE_SCALES):
             whole = replace(whole, precision="fp32", role="cache scales", transposed=False)
         form = formats.get(sources[0]) if sources else None
+        if form is not None and form.offset == "minimum" and file == EMBEDDING_FILE:
+            raise InputError(f"graphs have no embedding and head in {form.name}", "Give these int8 or floats.")
         for part in [whole] if form is None else _quantised(replace(whole, form=form)):
             offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
             initializers.append(replace(part, offset=offset))
@@ -190,12 +210,14 @@ def _quantised(whole: Initializer) -> Iterator[Initializer]:
     is_vector = whole.form.group is None and len(whole.shape) == 2
     outputs = (*whole.shape[:inputs_axis], *whole.shape[inputs_axis + 1 :])
     shapes: dict[Role, tuple[int, ...]] = {"codes": whole.shape, "scales": outputs if is_vector else grouped}
+    if whole.form.e4m3_scales:
+        shapes = {"codes": whole.shape, "scale_codes": grouped, "scale_unit": ()}
     if whole.form.offset:
-        shapes["zeros"] = grouped
+        shapes["zeros" if whole.form.offset == "zero" else "offsets"] = grouped
     if whole.form.activation_bits is not None:
         shapes["input_scale"] = ()
     for role, shape in shapes.items():
-        transposed = whole.transposed and role != "input_scale"
+        transposed = whole.transposed and role not in OF_ALL
         yield replace(whole, name=f"{whole.name}.{role}", role=role, shape=shape, transposed=transposed)
 
 
@@ -276,8 +298,10 @@ def _write_matrix(
         tensors = {name: read(name) for name in sources}
         for initializer in matrix:
             held = {name: _held(name, one, initializer) for name, one in tensors.items()}
-            if initializer.role == "input_scale":  # all weights of the matrix read the same
-                held = {name: scale.reshape(1) for name, scale in list(held.items())[:1]}
+            if initializer.role in OF_ALL:
+                if len({float(number) for number in held.values()}) > 1:
+                    raise ValueError(f"the weights of {initializer.name} have several numbers")
+                held = {name: number.reshape(1) for name, number in list(held.items())[:1]}
             _write(file, initializer, block, held)
         tensors.clear()  # before the next are read
 
@@ -296,12 +320,17 @@ def _held(name: str, weight: torch.Tensor | QuantisedWeight, initializer: Initia
     """
     if initializer.role in ("values", "cache scales"):
         return weight
-    if initializer.role == "scales":
+    if initializer.role in ("scales", "scale_codes"):
         # The largest weight that the codes could stand for is seldom too large: then all are looked at.
         _convert(name, weight.scales, initializer.precision)
         largest = weight.scales.max() * (weight.form.most - weight.form.least)
+        if weight.minima is not None:
+            largest += weight.minima.abs().max()
         if largest > _largest(initializer.precision):
             _convert(name, weight.dequantised(), initializer.precision)
+    # Of the mean of a group's inputs, whose sum is beyond fp16 sooner.
+    if initializer.role == "offsets":
+        return weight.minima * weight.form.group
     return getattr(weight, initializer.role)
 
 
@@ -329,7 +358,7 @@ def _lines(elements: int, initializer: Initializer) -> int:
 
 def _converted(name: str, tensor: torch.Tensor, initializer: Initializer) -> torch.Tensor:
     """Returns floats in the initializer's precision, and codes as they are; raises NumericalError as `_convert`."""
-    if initializer.role in ("codes", "zeros"):
+    if initializer.role in ("codes", "zeros", "scale_codes"):
         return tensor
     return _convert(name, tensor, initializer.precision)
 

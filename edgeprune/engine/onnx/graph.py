@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgeprune.dialects import Dialect
 from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, SCALES, Initializer, layout, write_data
+from edgeprune.engine.onnx.groups import TENSORRT
 from edgeprune.engine.onnx.nodes import WRITE_INDICES, Nodes, cache_codes, element_type, head_width
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
 from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
@@ -146,7 +147,10 @@ def _model(
     opsets[""] = max(opsets[""], *map(least_opset, quantised.values()), 0)
     # ONNX Runtime computes bf16 weights in fp32 on a processor.
     computed: GraphPrecision = "fp32" if (precision, variant.dialect) == ("bf16", "onnxruntime") else precision
-    graph = _graph(Nodes(computed, opsets[""], quantised), decoder, variant, tensors, context)
+    if any(codes.form.e4m3_scales for codes in quantised.values()) and variant.dialect != "onnxruntime":
+        opsets[TENSORRT] = 1
+    nodes = Nodes(computed, opsets[""], variant.dialect, quantised)
+    graph = _graph(nodes, decoder, variant, tensors, context)
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     return helper.make_model(
         graph,

@@ -5,7 +5,7 @@ It does not know the modules of a decoder. Notation as in ops.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,7 @@ class Nodes:
 
     precision: GraphPrecision  # of weights, activations and KV cache
     opset: int = 17
+    dialect: Dialect = "opset23"
     quantised: Mapping[str, Initializer] = field(default_factory=dict)
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
@@ -80,6 +81,10 @@ class Nodes:
         self.nodes.append(helper.make_node(operator, inputs, outputs, name, domain=domain or None, **attributes))
         return outputs
 
+    def once(self, name: str, add: Callable[[str], str]) -> str:
+        """Adds a value by `add`, which is given its name, unless a node makes it already; returns the name."""
+        return name if any(node.name == name for node in self.nodes) else add(name)
+
     def constant(self, name: str, value: object, dtype: type[np.generic] = np.int64) -> str:
         """Adds a small constant inside the graph file, once for each name, and returns the name."""
         from onnx import numpy_helper
@@ -88,12 +93,23 @@ class Nodes:
             self.constants[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
         return name
 
-    def number(self, name: str, value: float) -> str:
-        """Adds a constant of the graph's own precision, once for each name, and returns the name."""
+    def number(self, name: str, value: float | Sequence[float]) -> str:
+        """Adds a constant of the graph's own precision, or a vector, once for each name, and returns the name."""
         from onnx import helper
 
         if name not in self.constants:
-            self.constants[name] = helper.make_tensor(name, element_type(self.precision), (), [value])
+            values = [value] if isinstance(value, (int, float)) else value
+            shape = () if values is not value else (len(values),)
+            self.constants[name] = helper.make_tensor(name, element_type(self.precision), shape, values)
+        return name
+
+    def zero(self, onnx_type: str) -> str:
+        """Adds the code of 0.0 in a type of ONNX, once for each, and returns its name."""
+        from onnx import TensorProto, helper
+
+        name = f"zero.{onnx_type.lower()}"
+        if name not in self.constants:
+            self.constants[name] = helper.make_tensor(name, getattr(TensorProto, onnx_type), (), [0])
         return name
 
     def sizes(self, *values: int) -> str:

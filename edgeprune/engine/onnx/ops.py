@@ -25,7 +25,7 @@ from edgeprune.engine.onnx.attention import (
     prepare_primitive,
 )
 from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared
-from edgeprune.engine.onnx.quantised import expert, matrix, rounded
+from edgeprune.engine.onnx.quantised import expert, matrix, offsets, rounded
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 
 Norm = Callable[[Nodes, str, str, "str | None", str, float], tuple[str, str]]
@@ -185,9 +185,12 @@ def linear(nodes: Nodes, name: str, x: str, weight: str, has_bias: bool) -> str:
     """
     x = rounded(nodes, x, f"{weight}.weight")
     values = matrix(nodes, f"{weight}.weight")
-    if not has_bias:
-        return nodes.add("MatMul", name, x, values)
-    return nodes.add("Add", name, nodes.add("MatMul", f"{name}.product", x, values), f"{weight}.bias")
+    terms = offsets(nodes, name, x, f"{weight}.weight") + [f"{weight}.bias"] * has_bias
+    names = [*(f"{name}.product", f"{name}.moved")[: len(terms)], name]  # the last one is that of the result
+    result = nodes.add("MatMul", names[0], x, values)
+    for sum_name, term in zip(names[1:], terms, strict=True):
+        result = nodes.add("Add", sum_name, result, term)
+    return result
 
 
 def normed_queries_and_keys(

@@ -1,5 +1,5 @@
-"""The operators that read matrices of few bits: DequantizeLinear before a product, and the rows of an embedding; and
-those that round what a product reads.
+"""The operators that read matrices of few bits: DequantizeLinear before a product, and the rows of an embedding; those
+that round what a product reads, and those that add the minima of groups to a product.
 
 It knows neither the modules of a decoder nor how an engine fuses the operators. Notation as in ops.py.
 """
@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from edgeprune.engine.onnx.data import Initializer
+from edgeprune.engine.onnx.groups import grouped_inputs, grouped_matrix, numbers_of
 from edgeprune.engine.onnx.nodes import MICROSOFT, Dialect, Nodes, element_type
 
 CODES = ".codes"
@@ -42,6 +41,8 @@ def views(initializers: Sequence[Initializer], dialect: Dialect) -> Iterator[Ini
             weight = one.name.removesuffix(f".weight.{one.role}")
             for index in range(one.blocks):
                 yield one.block(index, f"{expert(weight, index)}.weight.{one.role}")
+        if one.role == "codes" and one.form.e4m3_scales:
+            yield numbers_of(one)
         is_tied = one.form is not None and one.sources == ("embedding",)
         if is_tied and (name := f"embedding.weight.{one.role}") not in names:
             yield replace(one, name=name, sources=())
@@ -49,6 +50,8 @@ def views(initializers: Sequence[Initializer], dialect: Dialect) -> Iterator[Ini
 
 def least_opset(codes: Initializer) -> int:
     """Returns the first version of ONNX's operators whose DequantizeLinear takes a matrix."""
+    if codes.form.levels == "e2m1":
+        return 23
     by_channel = "block_size" not in _attributes(codes)
     return 19 if by_channel else 21  # float types beside fp32 with 19; blocks and 4 bits with 21
 
@@ -58,20 +61,43 @@ def matrix(nodes: Nodes, name: str) -> str:
     codes = nodes.quantised.get(name)
     if codes is None:
         return name
+    if codes.form.e4m3_scales:
+        return grouped_matrix(nodes, name, codes)
     return nodes.add("DequantizeLinear", name, *_inputs(name, codes), **_attributes(codes))
 
 
 def rounded(nodes: Nodes, x: str, name: str) -> str:
     """Returns what a product with a matrix reads of x, which is rounded to codes where the matrix' format says so.
 
-    The codes are signed, with 0 for 0.0, as TensorRT asks.
+    Whole numbers are signed, with 0 for 0.0, as TensorRT asks.
     """
     codes = nodes.quantised.get(name)
     if codes is None or codes.form.activation_bits is None:
         return x
-    scale, zero = f"{name}.input_scale", nodes.constant("zero.int8", 0, np.int8)
+    if codes.form.e4m3_scales:
+        return grouped_inputs(nodes, x, name, codes)
+    scale, zero = f"{name}.input_scale", nodes.zero(codes.onnx_type)
     rounded_codes = nodes.add("QuantizeLinear", f"{name}.inputs", x, scale, zero)
     return nodes.add("DequantizeLinear", f"{name}.rounded_inputs", rounded_codes, scale, zero)
+
+
+def offsets(nodes: Nodes, name: str, x: str, weight: str) -> list[str]:
+    """Returns the names of what is added to the product of x (b, s, in) with the scaled codes of a matrix: nothing, or
+    where groups have minima one value (b, s, out), each group's minimum times the sum of its inputs.
+
+    Engines take codes of a zero of 0 alone, so these are a small product of its own. The means of the groups' inputs
+    are made once for all matrices that read the same x.
+    """
+    codes = nodes.quantised.get(weight)
+    if codes is None or codes.form.offset != "minimum":
+        return []
+
+    def add_means(of_groups: str) -> str:
+        grouped = nodes.add("Reshape", f"{of_groups}.inputs", x, nodes.sizes(0, 0, -1, codes.form.group))
+        return nodes.add("ReduceMean", of_groups, grouped, nodes.sizes(-1), keepdims=0)
+
+    means = nodes.once(f"{x}.means", add_means)  # (b, s, groups)
+    return [nodes.add("MatMul", f"{name}.offset", means, f"{weight}.offsets")]
 
 
 def embedded(nodes: Nodes, name: str, ids: str) -> str:
@@ -102,7 +128,7 @@ def _by_token(nodes: Nodes, rows: str, axis: int) -> str:
 
 
 def _inputs(name: str, codes: Initializer) -> list[str]:
-    return [f"{name}.codes", f"{name}.scales", *([f"{name}.zeros"] if codes.form.offset else [])]
+    return [f"{name}.codes", f"{name}.scales", *([f"{name}.zeros"] if codes.form.offset == "zero" else [])]
 
 
 def _attributes(codes: Initializer) -> dict[str, Any]:

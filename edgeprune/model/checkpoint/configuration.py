@@ -244,7 +244,7 @@ def loadable(decoder: Decoder, source: Config) -> Decoder:
     # Otherwise add key/value heads until the rule is met, and the groups of a format are whole.
     groups, heads = attention.num_key_value_heads, attention.heads_per_group
     formats = [layer.attention.weight_format for layer in decoder.layers]
-    multiple = max((form.group for form in formats if form and form.group), default=1)
+    multiple = max((form.multiple for form in formats if form), default=1)
     if head_rule == "fixed":
         groups = decoder.hidden_size // attention.head_dim // heads
     while decoder.hidden_size % (groups * heads) or groups * heads * attention.head_dim % multiple:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeprune.errors import InputError
-from edgeprune.model.checkpoint.embedding import EMBEDDING_SCALES
+from edgeprune.model.checkpoint.values import SCALES_FILE
 
 CONFIG = ("config.json",)
-OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt", EMBEDDING_SCALES)
+OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt", SCALES_FILE)
 WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}  # the first that is there
 NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
 FILES = (".gguf", ".pt", ".pth", ".bin", ".safetensors")  # endings that no repository has

@@ -3,8 +3,8 @@
 A checkpoint may stack q, k and v in one tensor, keep an embedding in two, keep matrices transposed, store a norm's
 weight minus one, or rotate other pairs of channels. That is undone on reading and done again on writing; the rest of
 the program sees the weights of decoder.py alone. Codes, scales and zeros of a weight have its rows, and go the same
-way; an embedding of few bits is stored by its values, since no other loader takes its codes. It knows no family: their
-tables are in names.py.
+way; weights whose codes no other loader takes are stored by their values. It knows no family: their tables are in
+names.py.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
     They come in the order in which the last of their weights comes in decoder.shapes().
     """
     shapes, formats, tensors = decoder.shapes(), decoder.weight_formats, {}
+    by_value = {name for name, form in formats.items() if is_by_value(name, form)}
     for name in shapes:
         prefix, part, numbers = _taken_apart(name)
         place = places[part]
@@ -175,7 +176,7 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
             for part_key, (first, count) in parts.items():
                 part_shapes = ((count, size),)
                 tensors[part_key] = StoredTensor(
-                    part_key, place, names, part_shapes, first=first, exact="embedding" in formats
+                    part_key, place, names, part_shapes, first=first, exact=name in by_value
                 )
             continue
         # Any other tensor; output projections may have a factor.
@@ -187,10 +188,18 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
             tuple(shapes[weight] for weight in names),
             attention.head_dim if attention else 0,
             decoder.residual_scale if _is_output(part) else 1.0,
-            form=None if part == "embedding" else formats.get(names[0]),
-            exact=part == "embedding" and part in formats,
+            form=None if name in by_value else formats.get(name),
+            exact=name in by_value,
         )
     return tensors
+
+
+def is_by_value(name: str, form: WeightFormat) -> bool:
+    """Returns whether the values of a weight in a format are stored as floats, because no other loader takes its codes.
+
+    name: of decoder.py. transformers loads no packed embedding, and compressed-tensors has no minima of floats.
+    """
+    return name == "embedding" or form.storage == "offset"
 
 
 def _turns(name: str) -> bool:

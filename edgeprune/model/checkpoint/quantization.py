@@ -1,7 +1,7 @@
 """The weight formats in a config.json: compressed-tensors' `quantization_config`, read into formats and written.
 
-A group of it has the format of some modules by their names in the checkpoint; our own field names the embedding's,
-whose values are stored as floats. It knows no tensors' values.
+A group of it has the format of some modules by their names in the checkpoint; our own fields name those that others
+take for floats: the embedding's, and formats that compressed-tensors does not have. It knows no tensors' values.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from edgeprune.errors import InputError
 from edgeprune.files import checked, printable
 from edgeprune.model.checkpoint.configuration import RESTORE, checkpoint_tensors
 from edgeprune.model.checkpoint.families import FAMILIES
-from edgeprune.model.checkpoint.packed import pack_quantized
-from edgeprune.model.checkpoint.places import StoredTensor
+from edgeprune.model.checkpoint.packed import packed_parts
+from edgeprune.model.checkpoint.places import StoredTensor, is_by_value
 from edgeprune.model.checkpoint.safetensors_file import Packing
 from edgeprune.model.checkpoint.targets import DETAILS, groups_by_module
 from edgeprune.model.decoder import Decoder
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 
 EMBEDDING_FORMAT = "edgeprune_embedding_format"  # `float` or a format; in every checkpoint of ours that has formats
+MODULE_FORMATS = (
+    "edgeprune_formats"  # by module, such as `layers.3.attention` or `head`: those compressed-tensors lacks
+)
 FIELDS = {
     "quant_method": str,
     "format": str,
@@ -36,7 +39,10 @@ FIELDS = {
     "ignore": [str],
     ...: Any,
 }
-PACKED = "pack-quantized"
+PACKED, MIXED = "pack-quantized", "mixed-precision"
+STORED_AS = {"whole": PACKED, "e4m3": "float-quantized", "e2m1": "nvfp4-pack-quantized"}  # by the levels of a format
+STORAGES = ("packed", "floats")  # of the formats that a checkpoint holds
+E4M3 = "torch.float8_e4m3fn"
 CLASS = "Linear"  # of every module that has a format, as a target
 
 
@@ -73,13 +79,30 @@ def with_stored_formats(decoder: Decoder, config: Config) -> Decoder:
     found = _formats([module_of(tensor) for tensor in tensors], config.get(DETAILS[0]))
     formats = {name: found[module_of(tensor)] for tensor in tensors for name in tensor.names}
     # Those of a layer's attention and MLP, and of the tables.
+    own = _own_formats(config.get(MODULE_FORMATS, {}), decoder)
     layers = [
-        (_common(f"layers.{index}.attention.", formats), _common(f"layers.{index}.mlp.", formats))
+        tuple(own.get(module) or _common(f"{module}.", formats) for module in _modules_of(index))
         for index in range(len(decoder.layers))
     ]
-    embedding = _named(config[EMBEDDING_FORMAT])
-    head = embedding if decoder.tie_word_embeddings else formats["head"]
+    embedding = _named(config[EMBEDDING_FORMAT], EMBEDDING_FORMAT)
+    head = embedding if decoder.tie_word_embeddings else own.get("head") or formats["head"]
     return decoder.with_formats(layers, embedding, head)
+
+
+def _modules_of(index: int) -> tuple[str, str]:
+    """Returns the names of a layer's modules in MODULE_FORMATS."""
+    return f"layers.{index}.attention", f"layers.{index}.mlp"
+
+
+def _own_formats(named: object, decoder: Decoder) -> dict[str, WeightFormat]:
+    """Returns what the field MODULE_FORMATS says, by module. Raises InputError where it makes no sense."""
+    checked(named, {...: str}, MODULE_FORMATS)
+    modules = {module for index in range(len(decoder.layers)) for module in _modules_of(index)} | {"head"}
+    if unknown := sorted(named.keys() - modules):
+        raise InputError(
+            f"{MODULE_FORMATS} names {printable(unknown[0], 60)}, which is no module of the model", RESTORE
+        )
+    return {module: _named(name, MODULE_FORMATS) for module, name in named.items()}
 
 
 def _common(prefix: str, formats: Mapping[str, WeightFormat | None]) -> WeightFormat | None:
@@ -93,25 +116,25 @@ def _common(prefix: str, formats: Mapping[str, WeightFormat | None]) -> WeightFo
     return next(iter(of_module), None)
 
 
-def _named(name: object) -> WeightFormat | None:
-    """Returns the format of a name. Raises InputError for an unknown one."""
+def _named(name: object, field: str) -> WeightFormat | None:
+    """Returns the format of a name in a field. Raises InputError for an unknown one."""
     if name == "float":
         return None
     if not isinstance(name, str) or name not in WEIGHT_FORMATS:
-        raise InputError(f"{EMBEDDING_FORMAT} {printable(repr(name), 60)} is not a weight format", RESTORE)
+        raise InputError(f"{field} {printable(repr(name), 60)} is not a weight format", RESTORE)
     return WEIGHT_FORMATS[name]
 
 
 def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat | None]:
     """Returns the format of each module, by its name in the checkpoint; None for floats.
 
-    Raises InputError for other than weights of whole numbers, packed.
+    Raises InputError for other than the formats that edgeprune stores.
     """
     if details is None:
         return dict.fromkeys(modules)
     checked(details, FIELDS, DETAILS[0])
     stored = tuple(details[name] for name in ("quant_method", "format", "quantization_status"))
-    if stored != ("compressed-tensors", PACKED, "compressed"):
+    if stored[1] not in (MIXED, *STORED_AS.values()) or stored[::2] != ("compressed-tensors", "compressed"):
         raise InputError(f"{DETAILS[0]} is of {printable(', '.join(stored), 60)}, which is not read", RESTORE)
     group_of = groups_by_module(details)
     formats = {id(group): _format(group) for group in details["config_groups"].values()}
@@ -122,11 +145,11 @@ def _formats(modules: Iterable[str], details: object) -> dict[str, WeightFormat 
 def _format(group: Config) -> WeightFormat:
     """Returns the format of a group. Raises InputError where it is none of ours."""
     weights = group["weights"]
-    known = {"type": "int", "dynamic": False}
-    odd = [name for name, value in known.items() if weights.get(name, value) != value]
+    odd = ["dynamic"] * bool(weights.get("dynamic", False))
     odd += ["output_activations"] * (group.get("output_activations") is not None)
-    for form in (form for form in WEIGHT_FORMATS.values() if form.storage == "packed"):
-        is_alike = {name: weights.get(name) for name in _arguments(form)} == _arguments(form)
+    for form in (form for form in WEIGHT_FORMATS.values() if form.storage in STORAGES):
+        found = {name: weights.get(name) for name in _arguments(form)}
+        is_alike = found | {"type": weights.get("type", "int")} == _arguments(form)
         if not odd and is_alike and group.get("input_activations") == _activations(form):
             return form
     raise InputError(f"{DETAILS[0]} has a format that is not known: {printable(weights, 200)}", RESTORE)
@@ -136,17 +159,28 @@ def _arguments(form: WeightFormat) -> dict[str, Any]:
     """Returns a format in compressed-tensors' words."""
     return {
         "num_bits": form.bits,
+        "type": "int" if form.levels == "whole" else "float",
         "symmetric": form.offset is None,
-        "strategy": "group" if form.group else "channel",
+        "strategy": _strategy(form, "channel"),
         "group_size": form.group,
-    }
+    } | ({"scale_dtype": E4M3, "zp_dtype": E4M3} if form.e4m3_scales else {})
 
 
 def _activations(form: WeightFormat) -> dict[str, Any] | None:
     """Returns how a format rounds what a layer reads, in compressed-tensors' words."""
     if form.activation_bits is None:
         return None
-    return {"num_bits": form.activation_bits, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    arguments = {"num_bits": form.activation_bits, "strategy": _strategy(form, "tensor")}
+    # The scales of groups are found when the layer reads them, under a fixed one.
+    arguments["dynamic"] = "local" if form.e4m3_scales else False
+    return {name: value for name, value in (_arguments(form) | arguments).items() if value is not None}
+
+
+def _strategy(form: WeightFormat, of_one_scale: str) -> str:
+    """Returns compressed-tensors' word for what shares a scale."""
+    if form.group is None:
+        return of_one_scale
+    return "tensor_group" if form.e4m3_scales else "group"
 
 
 def module_of(tensor: StoredTensor) -> str:
@@ -170,7 +204,7 @@ def check_packable(decoder: Decoder) -> None:
     transformers joins the experts of a layer and takes all that it joins, in all layers, for one symmetric format:
     that of the first group that names experts. Where they differ, some load as other numbers, without an error.
     """
-    formats = decoder.weight_formats
+    formats = {name: form for name, form in decoder.weight_formats.items() if not is_by_value(name, form)}
     if formats and not can_be_packed(decoder):
         raise InputError(
             f"a checkpoint of the family {decoder.family} cannot hold weights of few bits: it stores matrices as "
@@ -178,8 +212,7 @@ def check_packable(decoder: Decoder) -> None:
             "Use --weights float.",
         )
     experts = {formats.get(name) for name in decoder.shapes() if ".experts." in name}
-    packs = any(name != "embedding" for name in formats)
-    if packs and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
+    if formats and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
         names = ", ".join(sorted(form.name if form else "float" for form in experts))
         raise InputError(
             f"the experts have the weight formats {names}: transformers reads one symmetric format for all",
@@ -189,12 +222,22 @@ def check_packable(decoder: Decoder) -> None:
 
 def without_quantization(config: Config) -> dict[str, Any]:
     """Returns a configuration without what it says of weight formats."""
-    return {name: value for name, value in config.items() if name not in (*DETAILS, EMBEDDING_FORMAT)}
+    return {name: value for name, value in config.items() if name not in (*DETAILS, EMBEDDING_FORMAT, MODULE_FORMATS)}
 
 
-def embedding_field(decoder: Decoder) -> dict[str, Any]:
-    """Returns our own field of config.json for a decoder with weight formats."""
-    return {EMBEDDING_FORMAT: decoder.embedding_format.name if decoder.embedding_format else "float"}
+def own_fields(decoder: Decoder) -> dict[str, Any]:
+    """Returns our own fields of config.json for a decoder with weight formats."""
+    modules = {
+        name: module.weight_format
+        for index, layer in enumerate(decoder.layers)
+        for name, module in zip(_modules_of(index), (layer.attention, layer.mlp), strict=True)
+        if module is not None
+    }
+    if not decoder.tie_word_embeddings:
+        modules["head"] = decoder.head_format
+    named = {name: form.name for name, form in modules.items() if form is not None and form.storage not in STORAGES}
+    embedding = decoder.embedding_format.name if decoder.embedding_format else "float"
+    return {EMBEDDING_FORMAT: embedding} | ({MODULE_FORMATS: named} if named else {})
 
 
 def packing_of(decoder: Decoder, dtype: torch.dtype) -> Packing | None:
@@ -208,7 +251,7 @@ def packing_of(decoder: Decoder, dtype: torch.dtype) -> Packing | None:
     if not any(tensor.form for tensor in checkpoint_tensors(decoder).values()):
         return None
     has_experts = any(layer.mlp and layer.mlp.experts for layer in decoder.layers)
-    return Packing(_details(decoder), partial(pack_quantized, scale_dtype=torch.float32 if has_experts else dtype))
+    return Packing(_details(decoder), partial(packed_parts, scale_dtype=torch.float32 if has_experts else dtype))
 
 
 def _details(decoder: Decoder) -> dict[str, Any]:
@@ -226,14 +269,15 @@ def _details(decoder: Decoder) -> dict[str, Any]:
     ordered = [form for form in WEIGHT_FORMATS.values() if form in targets]
     groups = {}
     for index, form in enumerate(ordered):
-        group = {"targets": list(targets[form]), "weights": {"type": "int", **_arguments(form)}}
+        group = {"targets": list(targets[form]), "weights": _arguments(form)}
         if form.activation_bits is not None:
             # Without a format of its own, readers take a group that rounds activations for one that is not packed.
-            group |= {"input_activations": _activations(form), "format": PACKED}
+            group |= {"input_activations": _activations(form), "format": STORED_AS[form.levels]}
         groups[f"group_{index}"] = group
+    stored_as = {STORED_AS[form.levels] for form in ordered}
     return {
         "quant_method": "compressed-tensors",
-        "format": PACKED,
+        "format": stored_as.pop() if len(stored_as) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(targets[None]),

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from edgeprune.model.quantised import QuantisedWeight
 
 SHARD_BYTES = 5 * 10**9  # of a file, at most
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"}
+NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "uint8": "U8",
+    "int8": "I8",
+    "int32": "I32",
+    "int64": "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,9 @@ def write_weights(
 ) -> None:
     """Writes weights into safetensors files of at most SHARD_BYTES, with an index where there are several.
 
-    weights: in the order of decoder.shapes(), with codes for the names of decoder.weight_formats but the embedding,
-    which packing stores; they are stored as the family's tensors, floats in dtype. Raises ValueError for a wrong name
-    or shape, and NumericalError for a weight that dtype cannot hold.
+    weights: in the order of decoder.shapes(), with codes for those of decoder.weight_formats that packing stores; they
+    are stored as the family's tensors, floats in dtype. Raises ValueError for a wrong name or shape, and NumericalError
+    for a weight that dtype cannot hold.
     """
     places = checkpoint_tensors(decoder)
     entries = {name: entry for place in places.values() for name, entry in entries_of(place, dtype, packing).items()}
@@ -102,7 +111,8 @@ def _without_memory(weight_format: WeightFormat, shape: Shape) -> QuantisedWeigh
         scales = torch.empty(shape[0], weight_format.groups_of(shape[1]))
         zeros = torch.empty_like(scales, dtype=torch.int8) if weight_format.offset == "zero" else None
         input_scale = torch.empty(()) if weight_format.activation_bits else None
-    return QuantisedWeight(weight_format, codes, scales, zeros, input_scale)
+        unit = torch.empty(()) if weight_format.e4m3_scales else None
+    return QuantisedWeight(weight_format, codes, scales, zeros, input_scale, scale_unit=unit)
 
 
 def _write_shards(
@@ -126,13 +136,13 @@ def _write_shards(
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
         with (directory / file).open("wb") as out:
-            _write_header(out, {name: entries[name] for name in shard})
+            write_header(out, {name: entries[name] for name in shard})
             for name in shard:
                 dtype, shape = entries[name]
                 next_name, tensor = next(stream, ("nothing", None))
                 if next_name != name or tuple(tensor.shape) != shape:
                     raise ValueError(f"expected {name} {shape}, got {next_name}")
-                out.write(_bytes(as_stored(name, tensor, dtype)))
+                out.write(tensor_bytes(as_stored(name, tensor, dtype)))
                 del tensor  # a table is freed before the next tensor is made
     if (extra := next(stream, None)) is not None:
         raise ValueError(f"{extra[0]} is not a weight of this model")
@@ -157,7 +167,7 @@ def as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return converted
 
 
-def _write_header(out: BinaryIO, entries: Mapping[str, tuple[torch.dtype, Shape]]) -> None:
+def write_header(out: BinaryIO, entries: Mapping[str, tuple[torch.dtype, Shape]]) -> None:
     """Writes the header of a file: its length in 8 bytes, then JSON, padded so that the data is aligned to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -169,7 +179,7 @@ def _write_header(out: BinaryIO, entries: Mapping[str, tuple[torch.dtype, Shape]
     out.write(len(text).to_bytes(8, "little") + text)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Returns the bytes of a tensor."""
     import torch
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from edgeprune.errors import InputError
 from edgeprune.files import is_pointer, pointer_error, printable, read_json
 from edgeprune.model.checkpoint.configuration import checkpoint_tensors
-from edgeprune.model.checkpoint.embedding import EMBEDDING_SCALES, codes_of, scale_parts
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.folder import no_weights
 from edgeprune.model.checkpoint.foreign import Foreign, is_of_activations
@@ -23,11 +22,12 @@ from edgeprune.model.checkpoint.layouts import FLOATS, Layout, Part
 from edgeprune.model.checkpoint.llamagen import COMPILED
 from edgeprune.model.checkpoint.packed import SHAPE, unpacked
 from edgeprune.model.checkpoint.padding import without_padding
-from edgeprune.model.checkpoint.places import Shape, StoredTensor
+from edgeprune.model.checkpoint.places import Shape, StoredTensor, is_by_value
 from edgeprune.model.checkpoint.quantization import packing_of
 from edgeprune.model.checkpoint.safetensors_file import NAMES, entries_of
 from edgeprune.model.checkpoint.torch_file import AGAIN, TorchFiles, archive_members, torch_header
 from edgeprune.model.checkpoint.unread import DO_NOT_MATCH, check_unread
+from edgeprune.model.checkpoint.values import SCALES_FILE, codes_of, parts_of, scale_entries
 from edgeprune.model.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a weights file, in its fingerpri
 SAFETENSORS = ".safetensors"
 LONGEST = 200  # characters of a file's name
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; the first that is there
+TORCH_ENDINGS = (".bin", ".pt", ".pth")
 Stored = dict[str, tuple[Path, str, tuple[int, ...]]]  # by name in the checkpoint: file, dtype, shape
 
 
@@ -65,10 +66,10 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
     stored as codes is fp32; `quantised` has the codes themselves where edgeprune wrote them.
     """
 
-    def __init__(self, stands: dict[str, list[Stand]], decoder: Decoder, embedding_scales: Path | None = None) -> None:
+    def __init__(self, stands: dict[str, list[Stand]], decoder: Decoder, scales: Path | None = None) -> None:
         self._stands, self._shapes = stands, decoder.shapes()
         self._torch_files = TorchFiles()
-        self.quantised = LazyCodes(self, decoder, embedding_scales)
+        self.quantised = LazyCodes(self, decoder, scales)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stands = self._stands[name]
@@ -116,14 +117,14 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
 class LazyCodes(Mapping[str, "QuantisedWeight"]):
     """Codes, scales and zeros of the weights that have a format, by the names of decoder.py, read at each access."""
 
-    def __init__(self, weights: LazyWeights, decoder: Decoder, embedding_scales: Path | None) -> None:
-        self._weights, self._formats, self._embedding_scales = weights, decoder.weight_formats, embedding_scales
+    def __init__(self, weights: LazyWeights, decoder: Decoder, scales: Path | None) -> None:
+        self._weights, self._formats, self._scales = weights, decoder.weight_formats, scales
 
     def __getitem__(self, name: str) -> QuantisedWeight:
         form = self._formats[name]
-        if name != "embedding":
+        if not is_by_value(name, form):
             return self._weights.codes(name)
-        parts = {part: self._weights.stored(self._embedding_scales, part) for part in scale_parts(form)}
+        parts = {part: self._weights.stored(self._scales, f"{name}.{part}") for part in parts_of(form)}
         return codes_of(form, self._weights[name], **parts)
 
     def __iter__(self) -> Iterator[str]:
@@ -137,7 +138,7 @@ class LazyCodes(Mapping[str, "QuantisedWeight"]):
 
 
 def _is_safetensors(file: Path) -> bool:
-    return file.suffix == SAFETENSORS or file.name == EMBEDDING_SCALES
+    return file.suffix == SAFETENSORS or file.name == SCALES_FILE
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -163,25 +164,28 @@ def stored_weights(
     stored = {name: (file, *entry) for file in files for name, entry in header_of(file).items()}
     stands, files = _checked(stored_decoder, stored, foreign), {place[0] for place in stored.values()}
     scales = None
-    if decoder.embedding_format is not None:
-        scales = path / EMBEDDING_SCALES
-        _check_embedding_scales(scales, decoder)
+    if entries := scale_entries(decoder):
+        scales = path / SCALES_FILE
+        _check_scales(scales, entries)
         files.add(scales)
     weights = LazyWeights(stands, decoder, scales)
     if decoder.tie_word_embeddings:
         _check_tied(decoder, weights, stored)
-    return weights, _fingerprint(path / "config.json", files)
+    return weights, fingerprint(path / "config.json", files)
 
 
-def _check_embedding_scales(file: Path, decoder: Decoder) -> None:
-    """Raises InputError where the file with the scales of the embedding is not as the decoder says."""
+def _check_scales(file: Path, entries: Mapping[str, tuple[torch.dtype, Shape]]) -> None:
+    """Raises InputError where the file with the scales of values does not hold these types and shapes."""
     if not file.is_file():
         raise InputError(f"{file.parent} has no {file.name}, which config.json asks for", AGAIN)
-    rows, columns = decoder.shapes()["embedding"]
-    parts, form = header_of(file), decoder.embedding_format
-    expected = {name: (dtype, (rows, form.groups_of(columns))) for name, dtype in scale_parts(form).items()}
-    if parts != expected:
-        raise InputError(f"{file} holds {printable(parts)}, but config.json asks for {expected}", DO_NOT_MATCH)
+    found = header_of(file)
+    expected = {name: (NAMES[str(dtype).removeprefix("torch.")], shape) for name, (dtype, shape) in entries.items()}
+    if odd := {**found, **expected}.keys() - {name for name in expected if found.get(name) == expected[name]}:
+        name = min(odd)
+        held, asked = found.get(name, "nothing"), expected.get(name, "nothing")
+        raise InputError(
+            f"{file} holds {printable(held)} as {printable(name)}, but config.json asks for {asked}", DO_NOT_MATCH
+        )
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -298,7 +302,10 @@ def _entries(
     for key, tensor in tensors.items():
         if (layout := layouts.get(key)) is None:
             entries[key] = {
-                name: (FLOATS if dtype.is_floating_point else (NAMES[str(dtype).removeprefix("torch.")],), (shape,))
+                name: (
+                    FLOATS if (stored_as := NAMES[str(dtype).removeprefix("torch.")]) in FLOATS else (stored_as,),
+                    (shape,),
+                )
                 for name, (dtype, shape) in entries_of(tensor, torch.float32, packing).items()
             }
             continue
@@ -383,7 +390,7 @@ def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:
         )
 
 
-def _fingerprint(config: Path, files: set[Path]) -> str:
+def fingerprint(config: Path, files: set[Path]) -> str:
     """Returns a sha256 over the configuration and, of each weights file, its size, its header and evenly spaced blocks.
 
     So files of many gigabytes are distinguished without being read whole.
@@ -392,7 +399,7 @@ def _fingerprint(config: Path, files: set[Path]) -> str:
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
-        if not _is_safetensors(file):  # its list of members holds a checksum of each
+        if file.suffix in TORCH_ENDINGS:  # its list of members holds a checksum of each
             digest.update(repr(archive_members(file)).encode())
         with file.open("rb") as stream:
             if _is_safetensors(file):

@@ -79,7 +79,7 @@ def _check(source: GgufFile, places: dict[str, Place], family: str, path: Path) 
     """Raises InputError for a tensor that is missing, unexpected or of a type that cannot be dequantised."""
     for name, place in places.items():
         tensor = source.tensors.get(name)
-        if tensor is None or _flat(tensor.shape) != place.shape:
+        if tensor is None or flat(tensor.shape) != place.shape:
             raise InputError(f"{path} has no tensor {name} of shape {place.shape}", RESTORE)
         tensor.rows(0, 1)
     if unknown := source.tensors.keys() - places.keys() - set(ROPE_TENSORS):
@@ -89,7 +89,7 @@ def _check(source: GgufFile, places: dict[str, Place], family: str, path: Path) 
         )
 
 
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+def flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of stacked experts as one matrix, (experts * out_features, in_features)."""
     return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -20,21 +20,30 @@ from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.configuration import read_config
 from edgeprune.model.checkpoint.places import stored_stream
 from edgeprune.model.checkpoint.safetensors_file import as_stored
-from edgeprune.model.decoder import Attention, Decoder
-from edgeprune.model.gguf.blocks import BLOCK, block_type, packed
+from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.blocks import BLOCK, block_type, format_of_blocks, packed
 from edgeprune.model.gguf.convert import reordered
+from edgeprune.model.gguf.heads import filled, heads_differ
 from edgeprune.model.gguf.metadata import Held, held
 from edgeprune.model.gguf.names import is_always_fp32
 from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
 from edgeprune.model.model import Model
+from edgeprune.precision import WeightFormat
 
 if TYPE_CHECKING:
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
 
+    from edgeprune.model.model import Stored
+
     Types = Mapping[str, GGMLQuantizationType]  # by the keys of the file's tensors
 
 QUANTISATION_VERSION = 2
+TOKENS = "tokenizer.ggml.tokens"
+NO_TOKENIZER = {
+    "tokenizer.ggml.model": "none",
+    TOKENS: None,
+}  # only the number of tokens, which is a field of the model
 OUTPUTS = (".attention.o", ".mlp.down")  # the ends of the names of the projections that residual_scale multiplies
 
 
@@ -48,27 +57,51 @@ def check_exportable(model: Model, reduced: bool = False) -> Held:
 
 def _checked(model: Model, name: str, reduced: bool = False) -> tuple[Held, dict[str, Any]]:
     """Returns the form of the model in the file, and the fields of its tokenizer. Raises InputError."""
+    form = _form(model)
+    return form, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced, name)
+
+
+def _form(model: Model) -> Held:
+    """Returns the form of the model in the file. Raises InputError."""
     decoder = model.decoder.with_format(None)
     if any(weight.endswith(OUTPUTS) for weight in model.decoder.weight_formats):
         # Codes stand for the final values, in which the scale is multiplied already.
         decoder = replace(decoder, residual_scale=1.0)
-    form = held(decoder, read_config(model.directory))
-    return form, tokenizer_fields(model.directory, model.decoder.vocab_size, reduced, name)
+    return held(decoder, read_config(model.directory))
 
 
-def export_gguf(model: Model, path: Path) -> Path:
+def export_gguf(model: Model, path: Path, dtype: torch.dtype | None = None, has_tokenizer: bool = True) -> Path:
     """Writes a model of uniform layers as GGUF and returns the path.
 
-    Weights of few bits keep their exact values, in Q8_0, Q4_0 or Q4_1; of those whose blocks cannot hold them, which a
-    warning names, fp32 does. The others have the dtype of the checkpoint; norms, biases and routers are fp32. At most
-    one layer's tensors are in memory at a time. The file is complete or absent. Raises InputError for a model that
-    llama.cpp cannot compute and for a file that cannot be written, NumericalError for a weight that the type cannot
-    hold.
+    Weights of few bits keep their exact values, in ggml's types; of those of compressed-tensors whose blocks cannot
+    hold them, which a warning names, fp32 does. The others have the dtype that is given, by default the checkpoint's;
+    norms, biases and routers are fp32. At most one layer's tensors are in memory at a time. The file is complete or
+    absent. has_tokenizer: without one the file can be timed only. Raises InputError for a model that llama.cpp cannot
+    compute and for a file that cannot be written, NumericalError for a weight that the type cannot hold.
     """
-    form, tokenizer = _checked(model, path.stem)
+    form, tokenizer = _checked(model, path.stem) if has_tokenizer else (_form(model), NO_TOKENIZER)
+    decoder = model.decoder
+    stored = {name: model.quantised if name in decoder.weight_formats else model.weights for name in decoder.shapes()}
+    weights = ((name, place[name]) for name, place in stored.items())
+    return write_gguf(path, decoder, form, tokenizer, dtype or _float_dtype(model, form), weights)
+
+
+def write_gguf(
+    path: Path,
+    decoder: Decoder,
+    form: Held,
+    tokenizer: Mapping[str, Any],
+    dtype: torch.dtype,
+    weights: Iterable[tuple[str, Stored]],
+) -> Path:
+    """Writes the file of weights as they come, and returns its path.
+
+    decoder: with the formats of the weights; dtype: of the matrices that are floats; weights: in the order of
+    decoder.shapes(). Complete or absent, and raises, as export_gguf.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        _write(model, form, tokenizer, part)
+        _write(part, decoder, form, tokenizer, dtype, weights)
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}", "Free some space there.") from None
@@ -77,13 +110,31 @@ def export_gguf(model: Model, path: Path) -> Path:
     return path
 
 
-def _write(model: Model, form: Held, tokenizer: Mapping[str, Any], path: Path) -> None:
+def _float_dtype(model: Model, form: Held) -> torch.dtype:
+    """Returns the dtype of the matrices that are floats: those of a checkpoint have one."""
+    import torch
+
+    formats = model.decoder.weight_formats
+    for key, stored in form.tensors.items():
+        if not is_always_fp32(key) and (source := _source(model.decoder, stored.names[0])) not in formats:
+            return model.weights[source].dtype
+    return torch.float32
+
+
+def _write(
+    path: Path,
+    decoder: Decoder,
+    form: Held,
+    tokenizer: Mapping[str, Any],
+    dtype: torch.dtype,
+    weights: Iterable[tuple[str, Stored]],
+) -> None:
     """Writes the whole file: header, fields, descriptions of the tensors, then their data in the same order."""
     import torch
     from gguf import GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape
 
-    tensors, types = form.tensors, _types(model, form)
+    tensors, types = form.tensors, types_of(decoder, form, dtype)
     shapes = {key: _stacked(s.shape, len(s.names)) if _is_experts(key) else s.shape for key, s in tensors.items()}
     writer = GGUFWriter(path, form.architecture.name)
     try:
@@ -94,7 +145,7 @@ def _write(model: Model, form: Held, tokenizer: Mapping[str, Any], path: Path) -
             "general.file_type": _file_type(types, shapes),
         }
         for key, value in {**general, **form.fields, **tokenizer}.items():
-            if key != "general.architecture":  # which the writer adds itself
+            if key != "general.architecture" and value is not None:  # which the writer adds itself
                 _add(writer, key, value)
         # Descriptions of all tensors, rope factors first.
         for key, values in form.factors.items():
@@ -108,15 +159,15 @@ def _write(model: Model, form: Held, tokenizer: Mapping[str, Any], path: Path) -
         writer.write_ti_data_to_file()
         for values in form.factors.values():
             writer.write_tensor_data(values)
-        dtypes = {kind: dtype for dtype, kind in _plain_types().items()}
-        for key, tensor in stored_stream(tensors, _weights(model, form, types)):
+        dtypes = {kind: plain for plain, kind in plain_types().items()}
+        for key, tensor in stored_stream(tensors, _as_held(decoder, form, types, weights)):
             stored = as_stored(key, tensor, dtypes[types[key]]) if types[key] in dtypes else tensor
             writer.write_tensor_data(stored.contiguous().view(torch.uint8).numpy())
     finally:
         writer.close()
 
 
-def _plain_types() -> dict[torch.dtype, GGMLQuantizationType]:
+def plain_types() -> dict[torch.dtype, GGMLQuantizationType]:
     """Returns the types of the file that store floats, by their dtype."""
     import torch
     from gguf import GGMLQuantizationType
@@ -128,21 +179,32 @@ def _plain_types() -> dict[torch.dtype, GGMLQuantizationType]:
     }
 
 
-def _types(model: Model, form: Held) -> Types:
-    """Returns the type of every tensor of the file; warns of weights of few bits that become fp32."""
+def types_of(decoder: Decoder, form: Held, dtype: torch.dtype) -> Types:
+    """Returns the type of every tensor of the file; warns of weights of compressed-tensors that become fp32.
+
+    dtype: of the matrices that are floats. Raises InputError where blocks of ggml cannot hold what was rounded to them.
+    """
     import torch
 
-    formats, plain = model.decoder.weight_formats, _plain_types()
-    dtype, types, unpacked = None, {}, []
+    formats, plain = decoder.weight_formats, plain_types()
+    types, unpacked = {}, []
     for key, stored in form.tensors.items():
-        weight_format = formats.get(source := _source(model, stored.names[0]))
+        weight_format = formats.get(_source(decoder, stored.names[0]))
         if is_always_fp32(key):
             types[key] = plain[torch.float32]
         elif weight_format is None:
-            dtype = dtype or model.weights[source].dtype  # the floats of a checkpoint have one
             types[key] = plain[dtype]
-        elif all(_keeps_values(model.decoder, form, *named) for named in zip(stored.names, stored.shapes, strict=True)):
+        elif all(
+            _keeps_values(decoder, form, weight_format, *named)
+            for named in zip(stored.names, stored.shapes, strict=True)
+        ):
             types[key] = block_type(weight_format)
+        elif weight_format.storage == "gguf":
+            raise InputError(
+                f"blocks of {weight_format.name} do not hold {key}: llama.cpp's {form.architecture.name} needs other "
+                "heads, or another scale of the scores, than the model has",
+                "Use --weights float.",
+            )
         else:
             types[key] = plain[torch.float32]
             unpacked.append(key)
@@ -156,27 +218,27 @@ def _types(model: Model, form: Held) -> Types:
     return types
 
 
-def _source(model: Model, name: str) -> str:
+def _source(decoder: Decoder, name: str) -> str:
     """Returns the name of the model's weight for one of the file's: a tied head may be written a second time."""
-    return "embedding" if name == "head" and name not in model.weights else name
+    return "embedding" if name == "head" and decoder.tie_word_embeddings else name
 
 
-def _keeps_values(decoder: Decoder, form: Held, name: str, shape: tuple[int, ...]) -> bool:
+def _keeps_values(decoder: Decoder, form: Held, weight_format: WeightFormat, name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether blocks of the file hold a weight of few bits as it is. shape: in the file."""
-    if shape[1] % BLOCK or (form.factor != 1.0 and name.endswith(_scaled(form.decoder))):
+    # What the least code of an offset stands for is seldom a number of fp16; floats of few bits have no blocks.
+    if weight_format.storage in ("offset", "floats"):
+        return False
+    multiple = format_of_blocks(weight_format).multiple
+    if shape[1] % multiple or (form.factor != 1.0 and name.endswith(_scaled(form.decoder))):
         return False
     if ".attention." not in name:
         return True
     # Heads of zeros must fill whole blocks of `o`, and may change the values of q and k.
     index, part = int(name.split(".")[1]), name.rsplit(".", 1)[-1]
     own, wanted = decoder.layers[index].attention, form.decoder.layers[index].attention
-    if _heads(own) == _heads(wanted):
+    if not heads_differ(own, wanted):
         return True
-    return own.head_dim % BLOCK == 0 if part == "o" else part == "v" or own.qk_norm != "all"
-
-
-def _heads(attention: Attention) -> tuple[int, int]:
-    return attention.num_attention_heads, attention.num_key_value_heads
+    return own.head_dim % multiple == 0 if part == "o" else part == "v" or own.qk_norm != "all"
 
 
 def _file_type(types: Types, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -188,7 +250,10 @@ def _file_type(types: Types, shapes: Mapping[str, tuple[int, ...]]) -> int:
         if not is_always_fp32(key):
             numbers[kind.name] += prod(shapes[key])
     most = numbers.most_common(1)[0][0]
-    return int(LlamaFileType.ALL_F32 if most == "F32" else LlamaFileType[f"MOSTLY_{most}"])
+    if most == "F32":
+        return int(LlamaFileType.ALL_F32)
+    names = LlamaFileType.__members__
+    return int(names.get(f"MOSTLY_{most}") or names[f"MOSTLY_{most}_S"])  # of K types S, M and L say how many are finer
 
 
 def _is_experts(key: str) -> bool:
@@ -215,62 +280,37 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(key, list(value))
 
 
-def _weights(model: Model, form: Held, types: Types) -> Iterator[tuple[str, torch.Tensor]]:
-    """Returns the weights that the file holds, by name, in the order of the decoder's shapes.
+def _as_held(
+    decoder: Decoder, form: Held, types: Types, weights: Iterable[tuple[str, Stored]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights that the file holds, by name, in the order of the shapes of its decoder.
 
     Those of few bits come as blocks, (out_features, bytes of a row) uint8. All that follows moves whole rows, or whole
     heads of zero bytes, which are zeros.
     """
-    plain, blocks = set(_plain_types().values()), set()
+    from edgeprune.model.quantised import QuantisedWeight
+
+    plain, blocks = set(plain_types().values()), set()
     for key, stored in form.tensors.items():
         if types[key] not in plain:
             blocks.update(stored.names)
-    for name in form.decoder.shapes():
-        source = _source(model, name)
-        weight = packed(name, model.quantised[source]) if name in blocks else model.weights[source]
+    table, is_twice = None, decoder.tie_word_embeddings and not form.decoder.tie_word_embeddings
+    for name, weight in weights:
+        if isinstance(weight, QuantisedWeight):
+            weight = packed(name, weight) if name in blocks else weight.dequantised()
+        if name == "embedding" and is_twice:
+            table = weight
         # Heads of zeros, the scale of the scores, and the order of rotary pairs.
-        weight = filled(model.decoder, form.decoder, name, weight)
+        weight = filled(decoder, form.decoder, name, weight)
         if form.factor != 1.0 and name.endswith(_scaled(form.decoder)):
             weight = weight.float() * form.factor
         yield name, reordered(form.decoder, name, weight) if form.architecture.interleaved else weight
+        del weight  # freed before the next one is made
+    if table is not None:
+        yield "head", table
 
 
 def _scaled(decoder: Decoder) -> tuple[str, ...]:
     """Returns the ends of the names of the weights that scale the queries: their norm where they have one."""
     attention = decoder.layers[0].attention
     return (".attention.q_norm",) if attention.qk_norm is not None else (".attention.q", ".attention.q_bias")
-
-
-def filled(decoder: Decoder, target: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Returns a weight, or its blocks as bytes, with the heads of the target; those that the decoder does not have are
-    zeros.
-
-    In each group the decoder's own query heads come first, and its own groups come before the new ones. A norm over all
-    heads divides by their number, so the projection grows and the norm's weight shrinks by as much.
-    """
-    # Only the attention has heads; output biases and norms of single heads stay as they are.
-    if ".attention." not in name:
-        return weight
-    index = int(name.split(".")[1])
-    own, wanted = decoder.layers[index].attention, target.layers[index].attention
-    part = name.rsplit(".", 1)[-1]
-    matrix, is_norm = part.removesuffix("_bias").removesuffix("_norm"), part.endswith("_norm")
-    if _heads(own) == _heads(wanted) or matrix not in ("q", "k", "v", "o") or part == "o_bias":
-        return weight
-    if is_norm and own.qk_norm != "all":
-        return weight
-    # Query heads of a group, or its one key/value head; groups are along the first axis.
-    queries = matrix in ("q", "o")
-    heads, target_heads = (attention.heads_per_group if queries else 1 for attention in (own, wanted))
-    groups, target_groups = own.num_key_value_heads, wanted.num_key_value_heads
-    rows = weight.t() if matrix == "o" else weight  # (groups * heads * head_dim, ...)
-    shaped = rows.reshape(groups, heads, -1, *rows.shape[1:])  # (groups, heads, head_dim or bytes of a head, ...)
-    # (target_groups, target_heads, head_dim, ...)
-    padded = shaped.new_zeros(target_groups, target_heads, *shaped.shape[2:])
-    padded[:groups, :heads] = shaped
-    result = padded.flatten(0, 2)  # (target_groups * target_heads * head_dim, ...)
-    # Keep the norm over all heads as it was before.
-    if own.qk_norm == "all" and matrix in ("q", "k"):
-        growth = ((target_groups * target_heads) / (groups * heads)) ** 0.5
-        result = result.float() / growth if is_norm else result.float() * growth
-    return (result.t() if matrix == "o" else result).contiguous()

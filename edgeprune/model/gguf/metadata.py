@@ -70,14 +70,19 @@ class Held:
         return stored_tensors(self.decoder, places)
 
 
+def check_family(decoder: Decoder) -> None:
+    """Raises InputError for a family that llama.cpp does not know."""
+    if decoder.family not in BY_FAMILY:
+        raise InputError(f"llama.cpp has no architecture for the family {decoder.family}", REMEDY)
+
+
 def held(decoder: Decoder, config: Mapping[str, Any]) -> Held:
     """Returns the form in which a GGUF file holds the decoder of a checkpoint's configuration.
 
     Raises InputError where no architecture of llama.cpp can compute the model.
     """
     # Every architecture has one width for all layers.
-    if decoder.family not in BY_FAMILY:
-        raise InputError(f"llama.cpp has no architecture for the family {decoder.family}", REMEDY)
+    check_family(decoder)
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
     if not decoder.is_uniform or attention is None or mlp is None:
         raise InputError("layers differ in width: a GGUF file has one width for all", REMEDY)

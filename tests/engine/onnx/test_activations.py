@@ -11,12 +11,18 @@ import onnxruntime
 import pytest
 import torch
 
-from edgeprune.engine.onnx.graph import write_graphs
+from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import token_logits
+from edgeprune.model.quantised import rounded_inputs
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from tests.engine.onnx.test_quantised import MODULES, RUNTIME, fused, operators, random_weights, small
 from tests.support import parity
 from tests.support.graph_models import VARIANTS, Sample, run_steps
+from tests.support.nvfp4_double import product
 from tests.support.roundings import INT8, W8A8, Stored, rounded
+
+FP8, NVFP4 = WEIGHT_FORMATS["fp8"], WEIGHT_FORMATS["nvfp4"]
 
 
 def scaled(stored: Stored, scales: dict[str, float]) -> Stored:
@@ -29,23 +35,63 @@ def scaled(stored: Stored, scales: dict[str, float]) -> Stored:
     }
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "deployed"])
-def test_graphs_give_the_logits_of_our_own_walk_on_rounded_activations(tied: bool, exact: bool, tmp_path: Path) -> None:
-    """In all dialects, and far from those of activations that are not rounded. The head stays float: ONNX Runtime
-    rounds the inputs of a head in int8 by itself where it is deployed."""
-    decoder = small(tied, attention={"input_bias": True}).with_format(W8A8)
+def expected(form: WeightFormat, tied: bool = True) -> tuple[Decoder, Stored, np.ndarray, Sample]:
+    """A small model that rounds what it reads, the logits (2, 20, vocabulary) of our own walk over the ids, and these.
+
+    The logits are far from those of activations that are not rounded.
+    """
+    decoder = small(tied, attention={"input_bias": True}).with_format(form)
     stored = scaled(rounded(decoder, random_weights(decoder)), {"in": 2.0**-5, "o": 2.0**-8})
     ids = parity.calibration()[:2, :21] % decoder.vocab_size
     wanted = token_logits(decoder, stored.items(), ids).numpy()
     plain = {name: getattr(weight, "dequantised", lambda w=weight: w)() for name, weight in stored.items()}
     floats = token_logits(decoder.with_format(None), plain.items(), ids).numpy()
     assert parity.distance(floats, wanted) > 1e-3
-    whole = Sample(ids[:, :20].numpy(), np.ones((2, 20), np.int64), np.arange(20)[None].repeat(2, 0))
+    return (
+        decoder,
+        stored,
+        wanted,
+        Sample(ids[:, :20].numpy(), np.ones((2, 20), np.int64), np.arange(20)[None].repeat(2, 0)),
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "deployed"])
+def test_graphs_give_the_logits_of_our_own_walk_on_rounded_activations(tied: bool, exact: bool, tmp_path: Path) -> None:
+    """In all dialects. The head stays float: ONNX Runtime rounds the inputs of a head in int8 by itself where it is
+    deployed."""
+    decoder, stored, wanted, whole = expected(W8A8, tied)
     for variant, path in write_graphs(decoder, stored, tmp_path, "fp32", VARIANTS).graphs.items():
         found = np.concatenate(run_steps(path, whole, [18, 1, 1], exact=exact), axis=1)
         # A value next to the middle of two codes may fall on the other side.
         assert parity.distance(found, wanted[:, 20 - found.shape[1] :]) < 1e-3, variant
+
+
+@pytest.mark.parametrize("form", [FP8, NVFP4], ids=lambda form: form.name)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "deployed"])
+def test_graphs_of_floats_of_few_bits_give_the_logits_of_our_own_walk(
+    form: WeightFormat, exact: bool, tmp_path: Path
+) -> None:
+    """ONNX Runtime has kernels for e4m3, and the same arithmetic in its own dialect for groups of e2m1."""
+    decoder, stored, wanted, whole = expected(form)
+    variants = VARIANTS if form is FP8 else [variant for variant in VARIANTS if variant.dialect == "onnxruntime"]
+    for variant, path in write_graphs(decoder, stored, tmp_path, "fp32", variants).graphs.items():
+        found = np.concatenate(run_steps(path, whole, [18, 1, 1], exact=exact), axis=1)
+        assert parity.distance(found, wanted[:, 20 - found.shape[1] :]) < 1e-5, variant
+
+
+@pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
+def test_tensorrts_graphs_of_groups_are_the_same_by_a_double_of_its_operator(dialect: str, tmp_path: Path) -> None:
+    """Each matrix of a module, and what it reads, in ONNX's reference evaluator against our own rounding."""
+    decoder, stored, _, _ = expected(NVFP4)
+    variant = GraphVariant(dialect, "last")
+    model = onnx.load(write_graphs(decoder, stored, tmp_path, "fp32", [variant]).graphs[variant])
+    assert {"trt": 1}.items() <= {one.domain: one.version for one in model.opset_import}.items()
+    x = np.random.default_rng(0).standard_normal((2, 3, 128)).astype(np.float32) * 20
+    weight = stored["layers.1.attention.o"]
+    found = product(model, "layers.1.attention.o", x)
+    inputs = rounded_inputs(torch.from_numpy(x), weight.input_scale, NVFP4)
+    np.testing.assert_allclose(found, (inputs @ weight.dequantised().T).numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -23,7 +23,7 @@ from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from tests.support.graph_models import VARIANTS, llama
 from tests.support.reference import decoder_of, weights_of
-from tests.support.roundings import INT8, OF_WEIGHTS, Stored, mixed, rounded
+from tests.support.roundings import INT8, OF_LAYERS, OF_WEIGHTS, Stored, mixed, rounded
 
 
 class CountingWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
@@ -183,14 +183,14 @@ def test_weights_that_do_not_fit_the_decoder_are_named(tmp_path: Path) -> None:
         write_graphs(decoder, short, tmp_path, "fp32", VARIANTS)
 
 
-forms = st.sampled_from([None, *OF_WEIGHTS])
+forms, of_layers = (st.sampled_from([None, *of]) for of in (OF_WEIGHTS, OF_LAYERS))
 
 
 @st.composite
 def formatted_decoders(draw: st.DrawFn) -> Decoder:
     """One layer of a width that groups of 128 divide, and odd numbers of outputs."""
     experts = draw(st.sampled_from([None, Experts(3, 2)]))
-    attention, mlp = draw(forms), draw(forms)
+    attention, mlp = draw(of_layers), draw(of_layers)
     layer = Layer(Attention(8, 1, 16, input_bias=True), Mlp(128, gated=draw(st.booleans()), experts=experts))
     decoder = Decoder("llama", 128, draw(st.sampled_from([3, 6])), 8, 1e-5, draw(st.booleans()), (layer,))
     return decoder.with_formats([(attention, mlp)], draw(forms), draw(forms))
@@ -203,6 +203,11 @@ def codes_of(data: bytes, shape: tuple[int, ...], form: WeightFormat) -> np.ndar
     packed = np.frombuffer(data, np.uint8)
     halves = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[: np.prod(shape)]
     return ((halves ^ 8).astype(np.int8) - 8).reshape(shape)
+
+
+def held_of(weight: QuantisedWeight, role: str) -> torch.Tensor:
+    """Minima are those of a group's sum, times its mean."""
+    return weight.form.group * weight.minima if role == "offsets" else getattr(weight, role)
 
 
 @given(decoder=formatted_decoders(), piece_bytes=st.integers(1, 3000))
@@ -224,10 +229,10 @@ def test_data_files_hold_codes_scales_and_zeros_whatever_the_piece(
         held |= set(initializer.sources)
         assert {formats[source] for source in initializer.sources} == {initializer.form}
         data = (folder / initializer.file).read_bytes()[initializer.offset : initializer.offset + initializer.length]
-        parts = [[getattr(stored[source], initializer.role) for source in part] for part in initializer.parts]
+        parts = [[held_of(stored[source], initializer.role) for source in part] for part in initializer.parts]
         blocks = [torch.cat(part).numpy() for part in parts]  # (out, in) or (out, groups)
         wanted = np.stack([block.T for block in blocks] if initializer.transposed else blocks)
-        if initializer.role == "scales":
+        if initializer.role in ("scales", "offsets"):
             found = np.frombuffer(data, np.float16)
         else:
             found = codes_of(data, initializer.shape, initializer.form)
@@ -279,6 +284,14 @@ def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     decoder = decoder_of(model.config).with_format(WEIGHT_FORMATS["int4-64"])
     with pytest.raises(InputError, match="groups of 64, which do not divide 96 inputs"):
         graph_weight_bytes(decoder, "fp16")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_with_minima_are_refused(tied: bool) -> None:
+    """Their rows are looked up, and the head's product has no second one beside it."""
+    decoder = dataclasses.replace(decoder_of(llama(True).config), tie_word_embeddings=tied, hidden_size=64)
+    with pytest.raises(InputError, match="no embedding and head in int4-offset"):
+        graph_weight_bytes(decoder.with_formats([(None, None)] * 3, None, WEIGHT_FORMATS["int4-offset"]), "fp16")
 
 
 def test_the_largest_matrix_counts_only_where_it_has_a_format() -> None:

@@ -125,6 +125,7 @@ def judged(decoder: Decoder, **settings: object) -> bool:
         ("int4-32", "int8", 86),
         ("int4-64", "int4-64", 86),
         ("int4-128", "int8", 86),
+        ("int4-offset", "int8", 86),
     ],
 )
 @pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
@@ -156,7 +157,7 @@ def test_codes_stay_packed_in_every_float_type(precision: str, layers: str) -> N
     assert not judged(decoder, dialect=dialect, precision=precision)
 
 
-@pytest.mark.parametrize("layers", ["int8", "int4-32"])
+@pytest.mark.parametrize("layers", ["int8", "int4-32", "int4-offset"])
 @pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 def test_the_codes_of_experts_stay_packed(layers: str, dialect: str) -> None:
     decoder = wide(experts=Experts(3, 2)).with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS["int8"])
@@ -172,6 +173,30 @@ def test_products_of_rounded_activations_are_built_without_copies(sm: int, diale
     weights = graph_weight_bytes(decoder, "fp16", dialect)
     assert weights <= built(decoder, dialect, sm).weights_bytes <= 1.01 * weights
     assert not judged(decoder, dialect=dialect, sm=sm)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sm", "dialect", "precision"),
+    [
+        ("fp8", 89, "opset24", "fp16"),
+        ("fp8", 120, "primitive", "fp32"),
+        ("nvfp4", 120, "opset24", "fp16"),
+        ("nvfp4", 121, "opset23", "bf16"),
+    ],
+)
+def test_products_of_floats_of_few_bits_are_built_without_copies(
+    layers: str, sm: int, dialect: str, precision: str
+) -> None:
+    decoder = wide(True).with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS["int8"])
+    weights = graph_weight_bytes(decoder, precision, dialect)
+    assert weights <= built(decoder, dialect, sm, precision=precision).weights_bytes <= 1.01 * weights
+    assert not judged(decoder, dialect=dialect, sm=sm, precision=precision)
+
+
+@pytest.mark.parametrize(("layers", "sm"), [("fp8", 86), ("nvfp4", 89)])
+def test_floats_of_few_bits_need_a_gpu_that_has_them(layers: str, sm: int) -> None:
+    with pytest.raises(EngineError, match="SM|sm|HW-specific"):
+        built(wide().with_format(WEIGHT_FORMATS[layers]), sm=sm)
 
 
 def test_copies_are_told_by_the_activations() -> None:

@@ -20,9 +20,10 @@ from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from tests.support import parity
 from tests.support.graph_models import VARIANTS, Sample, run_steps
 from tests.support.graph_nodes import refused_types
-from tests.support.roundings import INT8, OF_WEIGHTS, mixed, numbers, rounded
+from tests.support.roundings import INT8, OF_LAYERS, OF_WEIGHTS, OFFSET, mixed, numbers, rounded
 
 FORMATS = pytest.mark.parametrize("form", OF_WEIGHTS, ids=lambda form: form.name)
+LAYERS = pytest.mark.parametrize("form", OF_LAYERS, ids=lambda form: form.name)
 RUNTIME = GraphVariant("onnxruntime", "last")
 STANDARD = [variant for variant in VARIANTS if variant.dialect != "onnxruntime"]
 ROTARY = Rotary(tuple(1000.0 ** (-pair / 8) for pair in range(8)))
@@ -57,15 +58,15 @@ def operators(graph: onnx.GraphProto) -> list[str]:
     return [node.op_type for node in graph.node]
 
 
-@FORMATS
+@LAYERS
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_every_format_gives_our_own_walks_logits(form: WeightFormat, tied: bool, tmp_path: Path) -> None:
-    decoder = small(tied).with_format(form, form)
+    decoder = small(tied).with_format(form, form if form in OF_WEIGHTS else INT8)
     errors = parity.stored_errors(decoder, rounded(decoder, random_weights(decoder)), tmp_path)
     assert max(errors.values()) < 1e-5, errors
 
 
-@FORMATS
+@LAYERS
 def test_experts_of_every_format_give_our_own_walks_logits(form: WeightFormat, tmp_path: Path) -> None:
     decoder = small(experts=Experts(3, 2)).with_format(form)
     errors = parity.stored_errors(decoder, rounded(decoder, random_weights(decoder)), tmp_path)
@@ -100,6 +101,25 @@ def test_onnx_runtime_fuses_every_product(form: WeightFormat, tied: bool, precis
     assert {one["bits"] for one in settings} == {form.bits}
     assert {one["accuracy_level"] for one in settings} == {4}
     assert {one["block_size"] for one in settings} == {form.group or 128}
+
+
+def test_the_means_of_groups_are_made_once_for_what_reads_the_same(tmp_path: Path) -> None:
+    """Of queries, keys and values, of gate and up, of all experts; their products with the minima are small ones."""
+    biases = {"input_bias": True, "output_bias": True}
+    for name, decoder, means, products in (
+        ("plain", small(layers=1, attention=biases, **biases), 4, 4),
+        ("experts", small(layers=1, experts=Experts(3, 2)), 2 + 1 + 3, 2 + 3 * 2),
+    ):
+        stored = rounded(decoder.with_format(OFFSET), random_weights(decoder))
+        written = write_graphs(decoder.with_format(OFFSET), stored, tmp_path / name, "fp16", [RUNTIME])
+        graph = onnx.load(written.graphs[RUNTIME], load_external_data=False).graph
+        assert operators(graph).count("ReduceMean") == means
+        small_ones = [node for node in graph.node if node.op_type == "MatMul" and node.name.endswith(".offset")]
+        assert len(small_ones) == products
+        offsets = {one.name: one for one in graph.initializer if one.name.endswith(".offsets")}
+        assert {node.input[1] for node in small_ones} == set(offsets)
+        assert {one.data_type for one in offsets.values()} == {TensorProto.FLOAT16}
+        assert operators(fused(written.graphs[RUNTIME], tmp_path / name)).count("MatMulNBits") == products
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "gelu_quick"])

@@ -14,10 +14,10 @@ from edgeprune.model.checkpoint.quantization import (
     EMBEDDING_FORMAT,
     can_be_packed,
     check_packable,
-    embedding_field,
     has_embedding_codes,
     is_own,
     module_of,
+    own_fields,
     packing_of,
     quantisation,
     with_stored_formats,
@@ -25,7 +25,7 @@ from edgeprune.model.checkpoint.quantization import (
 )
 from edgeprune.model.decoder import Experts
 from tests.support.quantised import ASYMMETRIC, INT4, INT8, WITHOUT, packable, random_codes
-from tests.support.roundings import W8A8
+from tests.support.roundings import OFFSET, W8A8
 from tests.support.shapes import uniform
 
 DECODER = replace(uniform(64, 12, (4, 2, 16), 96, 50), tie_word_embeddings=False)
@@ -37,7 +37,7 @@ EXPERTS = replace(changed(DECODER, {}, {"experts": Experts(4, 2)}), family="mixt
 
 def fields_of(decoder):
     packing = packing_of(decoder, torch.bfloat16)
-    return embedding_field(decoder) | ({"quantization_config": packing.config} if packing else {})
+    return own_fields(decoder) | ({"quantization_config": packing.config} if packing else {})
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,9 @@ def fields_of(decoder):
         MIXED,
         DECODER.with_format(INT8),
         DECODER.with_formats([(W8A8, INT8), (INT8, None), (INT4, W8A8)] * 4, None, None),
+        DECODER.with_formats([(OFFSET, INT8), (None, OFFSET), (INT4, OFFSET)] * 4, INT8, OFFSET),
+        replace(changed(DECODER, {}, {"gated": False}), family="gpt2").with_format(OFFSET),
+        EXPERTS.with_format(OFFSET, INT8),
         DECODER.with_format(None, INT4),
         DECODER.with_formats([(None, None)] * 12, INT8, None),
         replace(MIXED, family="phi3"),
@@ -162,6 +165,7 @@ def test_families_without_linear_layers_have_no_such_checkpoint():
     able = {family for family in FAMILIES if can_be_packed(replace(DECODER, family=family))}
     assert FAMILIES.keys() - able == {"gpt2", "imagegpt"}
     check_packable(replace(DECODER, family="gpt2"))
+    check_packable(replace(DECODER, family="gpt2").with_format(OFFSET))
     with pytest.raises(InputError, match="the family gpt2 cannot hold weights of few bits"):
         check_packable(replace(DECODER, family="gpt2").with_format(INT8))
 
@@ -171,6 +175,7 @@ def test_experts_have_one_symmetric_format():
     check_packable(EXPERTS)
     check_packable(EXPERTS.with_format(INT4, INT8))
     check_packable(EXPERTS.with_formats([(None, None)] * 12, INT8, None))
+    check_packable(EXPERTS.with_format(OFFSET))
     check_packable(EXPERTS.with_formats([(INT8, INT4), (None, INT4)] * 6, None, None))
     for layers in (
         [(INT8, INT4), (INT8, INT8)],

@@ -9,15 +9,25 @@ from safetensors.torch import load, load_file, save_file
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint import safetensors_file
-from edgeprune.model.checkpoint.embedding import EMBEDDING_SCALES
 from edgeprune.model.checkpoint.quantization import can_be_packed
+from edgeprune.model.checkpoint.values import SCALES_FILE
 from edgeprune.model.load import load_model, load_outline, load_shape
 from edgeprune.model.save import save_checkpoint
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.checkpoints import save_llama
 from tests.support.families import CASES, save_family
-from tests.support.parity import uneven_target
-from tests.support.quantised import ASYMMETRIC, INT4, INT8, assert_stored, packable, random_weights
-from tests.support.roundings import rounded
+from tests.support.parity import distance, target_of, torch_logits, uneven_target
+from tests.support.quantised import (
+    ASYMMETRIC,
+    INT4,
+    INT8,
+    assert_stored,
+    in_transformers,
+    logits_of,
+    packable,
+    random_weights,
+)
+from tests.support.roundings import NARROW_OFFSET, OFFSET, numbers, rounded
 
 PACKED = [case for case in CASES if case.partition(",")[0] not in ("gpt2", "imagegpt")]
 HEAD, DOWN = "lm_head.weight", "model.layers.0.mlp.down_proj.weight"
@@ -46,6 +56,37 @@ def test_every_family_gives_back_its_codes(tmp_path, case):
         assert load_outline(str(tmp_path / name)) == (name, decoder, ())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_gives_back_codes_of_which_it_holds_the_values(tmp_path, monkeypatch, case):
+    """Stacked, turned and transposed tensors, heads of zeros and Granite's factor; others read the floats."""
+    monkeypatch.setitem(WEIGHT_FORMATS, OFFSET.name, NARROW_OFFSET)  # whose groups divide the widths
+    save_family(tmp_path / "dense", case)
+    dense = load_model(str(tmp_path / "dense"))
+    for name, target in (("same", dense.decoder), ("cut", target_of(dense.decoder))):
+        attention, mlp = (
+            None if target.hidden_size % 32 or width % 32 else NARROW_OFFSET
+            for width in (target.layers[0].attention.query_size, target.layers[0].mlp.intermediate_size)
+        )
+        decoder = target.with_formats([(attention, mlp)] * len(target.layers), None, None)
+        weights = saved(tmp_path / name, decoder, dense, dtype=torch.bfloat16 if name == "cut" else None)
+        floats = {name: weight for name, weight in weights.items() if name in decoder.weight_formats}
+        model = load_model(str(tmp_path / name))
+        assert_stored(model, decoder, floats)
+        assert model.decoder == replace(decoder, residual_scale=1.0, family=model.decoder.family)
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
+
+
+def test_others_read_the_values_of_offsets_beside_packed_codes(tmp_path):
+    save_llama(tmp_path / "dense", hidden_size=128, num_attention_heads=8, intermediate_size=192)
+    dense = load_model(str(tmp_path / "dense"))
+    decoder = dense.decoder.with_formats([(OFFSET, INT8), (INT4, OFFSET)], INT8, INT8)
+    weights = saved(tmp_path / "small", decoder, dense)
+    assert_stored(load_model(str(tmp_path / "small")), decoder, weights)
+    ids = torch.randint(2, 257, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = logits_of(in_transformers(tmp_path / "small"), ids)[:, :-1]
+    assert distance(found.numpy(), torch_logits(decoder, numbers(weights), ids)) < 1e-5
+
+
 @pytest.mark.parametrize("case", ["gpt2", "imagegpt"])
 def test_a_family_that_has_no_linear_layers_is_refused(tmp_path, case):
     save_family(tmp_path / "dense", case)
@@ -72,7 +113,7 @@ def test_tables_have_formats_of_their_own(tmp_path, tied, embedding, head, layer
     assert_stored(model, decoder, weights | floats)
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert ("quantization_config" in config) == bool(layers or (head and not tied))
-    assert (tmp_path / "small" / EMBEDDING_SCALES).exists() == (embedding is not None)
+    assert (tmp_path / "small" / SCALES_FILE).exists() == (embedding is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -205,16 +246,20 @@ BAD = {
     "floats beside codes": (put(DOWN, torch.zeros(96, 64)), "does not have: model.layers.0.mlp.down_proj.weight"),
     "codes without a configuration": (configured(quantization_config=None), "is quantised: it has"),
     "widths that no group divides": (configured(intermediate_size=80), "do not divide 80 inputs"),
-    "no scales of the embedding": (lambda folder: (folder / EMBEDDING_SCALES).unlink(), f"has no {EMBEDDING_SCALES}"),
+    "no scales of the embedding": (lambda folder: (folder / SCALES_FILE).unlink(), f"has no {SCALES_FILE}"),
     "scales of another embedding": (
-        edit(EMBEDDING_SCALES, lambda held: held.update(scales=torch.ones(256, 1))),
+        edit(SCALES_FILE, lambda held: held.update({"embedding.scales": torch.ones(256, 1)})),
         "(256, 1)",
     ),
     "scales that are cut": (
-        lambda folder: (folder / EMBEDDING_SCALES).write_bytes((folder / EMBEDDING_SCALES).read_bytes()[:-9]),
+        lambda folder: (folder / SCALES_FILE).write_bytes((folder / SCALES_FILE).read_bytes()[:-9]),
         "is not a safetensors file or is truncated",
     ),
     "an embedding of another format": (configured(edgeprune_embedding_format="int4-32"), "config.json asks for"),
+    "scales of no weight": (
+        edit(SCALES_FILE, lambda held: held.update({"head.scales": torch.ones(3)})),
+        "as head.scales, but config.json asks for nothing",
+    ),
     "a table without scales": (configured(edgeprune_embedding_format=8), "is not a weight format"),
 }
 
@@ -244,7 +289,7 @@ def test_the_scales_of_the_embedding_belong_to_the_fingerprint(tmp_path, whole):
 
     for name in ("a", "b"):
         shutil.copytree(whole, tmp_path / name)
-    edit(EMBEDDING_SCALES, lambda held: held["scales"].mul_(2))(tmp_path / "b")
+    edit(SCALES_FILE, lambda held: held["embedding.scales"].mul_(2))(tmp_path / "b")
     first, second = (load_model(str(tmp_path / name)).fingerprint for name in ("a", "b"))
     assert first != second == load_model(str(tmp_path / "b")).fingerprint
 

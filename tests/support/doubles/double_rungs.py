@@ -66,6 +66,7 @@ class Double:
             "onnxruntime": "1.20",
             "tensorrt": "10.3" if self.gpu else None,
             "tensorrt_rtx": None,
+            "xllamacpp": None,
         }
         return {
             "machine": "a board",

@@ -1,0 +1,86 @@
+"""Heads of zeros, where an architecture of llama.cpp asks for more of them than a model has left.
+
+In each group the model's own query heads come first, and its own groups come before the new ones. It knows weights in
+floats as well as their blocks as bytes, of which zeros are zeros too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeprune.model.decoder import Attention, Decoder
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The heads of a weight: groups and heads in each, the model's own and those of the file.
+
+    by_input: along its inputs; otherwise along its rows.
+    """
+
+    groups: int
+    heads: int
+    target_groups: int
+    target_heads: int
+    by_input: bool
+
+
+def filled(decoder: Decoder, target: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Returns a weight, or its blocks as bytes, with the heads of the target; those that the decoder does not have are
+    zeros.
+
+    A norm over all heads divides by their number, so the projection grows and the norm's weight shrinks by as much.
+    """
+    heads = _heads_of(decoder, target, name)
+    if heads is None:
+        return weight
+    rows = weight.t() if heads.by_input else weight  # (groups * heads * head_dim, ...)
+    # (groups, heads, head_dim or bytes of a head, ...)
+    shaped = rows.reshape(heads.groups, heads.heads, -1, *rows.shape[1:])
+    padded = shaped.new_zeros(heads.target_groups, heads.target_heads, *shaped.shape[2:])
+    padded[: heads.groups, : heads.heads] = shaped
+    result = padded.flatten(0, 2)  # (target_groups * target_heads * head_dim, ...)
+    # Keep the norm over all heads as it was before.
+    own, part = decoder.layers[int(name.split(".")[1])].attention, name.rsplit(".", 1)[-1]
+    if own.qk_norm == "all" and part.split("_")[0] in ("q", "k"):
+        growth = ((heads.target_groups * heads.target_heads) / (heads.groups * heads.heads)) ** 0.5
+        result = result.float() / growth if part.endswith("_norm") else result.float() * growth
+    return (result.t() if heads.by_input else result).contiguous()
+
+
+def without_filling(decoder: Decoder, target: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Returns what `filled` was given, of a model without a norm over all heads."""
+    heads = _heads_of(decoder, target, name)
+    if heads is None:
+        return weight
+    rows = weight.t() if heads.by_input else weight
+    shaped = rows.reshape(heads.target_groups, heads.target_heads, -1, *rows.shape[1:])
+    own = shaped[: heads.groups, : heads.heads].flatten(0, 2)
+    return (own.t() if heads.by_input else own).contiguous()
+
+
+def heads_differ(own: Attention, wanted: Attention) -> bool:
+    """Returns whether an attention has other heads in the file."""
+    pairs = [(attention.num_attention_heads, attention.num_key_value_heads) for attention in (own, wanted)]
+    return pairs[0] != pairs[1]
+
+
+def _heads_of(decoder: Decoder, target: Decoder, name: str) -> _Heads | None:
+    """Returns how the heads of a weight stand; None where it has none, or the same in the file."""
+    # Only the attention has heads; output biases and norms of single heads stay as they are.
+    if ".attention." not in name:
+        return None
+    index, part = int(name.split(".")[1]), name.rsplit(".", 1)[-1]
+    own, wanted = decoder.layers[index].attention, target.layers[index].attention
+    matrix, is_norm = part.removesuffix("_bias").removesuffix("_norm"), part.endswith("_norm")
+    if not heads_differ(own, wanted) or matrix not in ("q", "k", "v", "o") or part == "o_bias":
+        return None
+    if is_norm and own.qk_norm != "all":
+        return None
+    # Query heads of a group, or its one key/value head.
+    heads, target_heads = (attention.heads_per_group if matrix in ("q", "o") else 1 for attention in (own, wanted))
+    return _Heads(own.num_key_value_heads, heads, wanted.num_key_value_heads, target_heads, matrix == "o")
