@@ -37,8 +37,8 @@ def _offered(*formats: str, tables: bool = False) -> OfferedFormats:
 OFFERED = {
     "int8": _offered("q8_0", tables=True),
     "q6_k": _offered("q6_k", "q8_0", tables=True),
-    "q5_k": _offered("q5_k", "q5_1", "q5_0"),
-    "q4_k": _offered("q4_k", "q4_1", "q4_0"),
+    "q5_k": _offered("q5_k", "q5_1"),
+    "q4_k": _offered("q4_k", "q5_0"),
     "int4": _offered("q4_k", "q4_1", "q4_0"),
     "q3_k": _offered("q3_k", "q4_0"),
 }
