@@ -241,14 +241,15 @@ def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequenc
     low, high = low.clamp_max(0), high.clamp_min(0)
     # The codes of the largest value above 0 and of that below, at least.
     below = -form.least or form.most
-    codes = [(form.most, below), *((form.most + cut, below + cut) for cut in cuts if cut > 0)]
+    codes = [(form.most, below)] if form.bits == 8 else []
+    codes += [(form.most + cut, below + cut) for cut in cuts if cut > 0]
     if isinstance(form, WeightFormat):
         first = max(form.most // 2, form.most - LARGEST_CODES) + 1
         codes += [(code, code) for code in range(int(first), int(below) + 1)]
     for most, least in codes:
         yield Steps(form, torch.maximum(high / most, -low / least))
         # A negative scale gives the largest value the least code, which there is one more of.
-        if _is_signed(form):
+        if _is_signed(form) and least > form.most:
             yield Steps(form, -torch.maximum(-low / most, high / least))
 
 
