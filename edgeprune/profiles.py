@@ -22,6 +22,7 @@ from edgeprune.files import printable, read_text
 from edgeprune.precision import WEIGHT_FORMATS, CacheFormat, GraphPrecision, WeightFormat
 
 PROCESSOR = "cpu"  # the profile of this machine's processor
+GgmlWord = Literal["q3_k", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"]
 Confidence = Literal["high", "medium", "low"]
 
 _BYTES = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -160,7 +161,7 @@ class DeviceProfile(_Strict):
     memory_shared_with_system: bool
     power_modes: tuple[Line, ...] = Field(default=(), max_length=64)
     tensorrt: Line | None = None  # the version that is assumed until the device says another
-    weights: dict[Literal["int8", "int4", "int4-offset", "w8a8", "fp8", "nvfp4"], OfferedFormats] = Field(
+    weights: dict[Literal["int8", "int4", "int4-offset", "w8a8", "fp8", "nvfp4"] | GgmlWord, OfferedFormats] = Field(
         default_factory=dict
     )
     cache: dict[Literal["int8", "fp8"], OfferedCache] = Field(default_factory=dict)
@@ -201,6 +202,11 @@ class DeviceProfile(_Strict):
             raise ValueError("sm is missing; it is the compute capability, 87 for an Orin")
         if present and self.available_bytes <= self.runtime_memory.si:
             raise ValueError("system_reserve and runtime_memory leave nothing of memory")
+        in_blocks = {
+            WEIGHT_FORMATS[name].storage == "gguf" for offer in self.weights.values() for name in offer.formats
+        }
+        if len(in_blocks) > 1:
+            raise ValueError("weights: formats of a GGUF file and others, which no file holds together")
         return self
 
     def figure_of(self, name: str, form: WeightFormat | None) -> HardwareFigure | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.finish import DEPLOYMENT
-from edgeprune.report.deploy import FINISH
+from edgeprune.report.deploy import FINISH, in_blocks
 from edgeprune.report.figures import number_text, rise_of
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.schema import Report
@@ -29,7 +29,7 @@ def readme(report: Report) -> str:
         "| file | what it is |",
         "|---|---|",
         *GRAPHS,
-        *(PICTURES if report.quality.pictures else TEXTS),
+        *(PICTURES if report.quality.pictures else (*TEXTS, BLOCKS if in_blocks(report) else CHECKPOINT)),
         "| `engine/` | the built engine, where one could be built |",
         *(f"| `{name}/` | {form.purpose}, where `--export {name}` asked for it |" for name, form in FORMATS.items()),
         "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
@@ -111,8 +111,12 @@ GRAPHS = (
 )
 TEXTS = (
     "| `onnx/genai_config.json` | lets onnxruntime-genai load the folder; the tokenizer's files are beside it |",
-    "| `model/` | a standard checkpoint for `from_pretrained` |",
     "| `tokenizer/` | what `edgeprune run` reads and writes texts with |",
+)
+CHECKPOINT = "| `model/` | a standard checkpoint for `from_pretrained` |"
+BLOCKS = (
+    "| `model/` | `model.gguf` holds the weights in ggml's formats, and llama.cpp runs it; transformers reads it as "
+    'floats with `from_pretrained("model", gguf_file="model.gguf")`, which needs `accelerate` |'
 )
 PICTURES = (
     "| `codec/codec.onnx` | codes (batch, tokens) to pixels (batch, 3, height, width), about -1 to 1 |",

@@ -81,7 +81,8 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
     exported = fitted.chosen.exported
     if has_checkpoint(fitted):
         (folder / "model").symlink_to(fitted.chosen.model.directory)
-    write_exports(fitted.setup.request.export, fitted.chosen.model, folder, fitted.setup.model.name)
+    setup = fitted.setup
+    write_exports(setup.request.export, fitted.chosen.model, folder, setup.model.name, setup.workload.context)
     (folder / "onnx").symlink_to(exported.graphs)
     if exported.engine.is_dir():
         (folder / "engine").symlink_to(exported.engine)

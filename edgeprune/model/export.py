@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import InputError
+from edgeprune.files import link_or_copy
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Format:
     """check(model, reduced): raises InputError where the format cannot hold the model, with a reduced vocabulary where
-    `reduced`; write(model, folder, stem): makes the folder and writes files of that name into it. purpose: for the
-    bundle's README."""
+    `reduced`; write(model, folder, stem, context): makes the folder and writes files of that name into it, for so many
+    tokens. purpose: for the bundle's README."""
 
     purpose: str
     check: Callable[[Model, bool], None]
-    write: Callable[[Model, Path, str], None]
+    write: Callable[[Model, Path, str, int], None]
 
 
 def _check_gguf(model: Model, reduced: bool) -> None:
@@ -34,11 +35,18 @@ def _check_gguf(model: Model, reduced: bool) -> None:
     check_exportable(model, reduced)
 
 
-def _write_gguf(model: Model, folder: Path, stem: str) -> None:
+def _write_gguf(model: Model, folder: Path, stem: str, context: int) -> None:
     from edgeprune.model.gguf.export import export_gguf
+    from edgeprune.model.gguf.modelfile import write_modelfile
+    from edgeprune.model.gguf.weights import MODEL_FILE, is_in_blocks
 
     folder.mkdir()
-    export_gguf(model, folder / f"{stem}.gguf")
+    path = folder / f"{stem}.gguf"
+    if is_in_blocks(model.decoder):
+        link_or_copy(model.directory / MODEL_FILE, path)  # the model is that file
+    else:
+        export_gguf(model, path)
+    write_modelfile(model.directory, path, context)
 
 
 def _check_gptq(model: Model, reduced: bool) -> None:
@@ -47,14 +55,14 @@ def _check_gptq(model: Model, reduced: bool) -> None:
     check_gptq(model.decoder)
 
 
-def _write_gptq(model: Model, folder: Path, stem: str) -> None:
+def _write_gptq(model: Model, folder: Path, stem: str, context: int) -> None:
     from edgeprune.model.gptq import export_gptq
 
     export_gptq(model, folder)
 
 
 FORMATS = {
-    "gguf": Format("the model for llama.cpp", _check_gguf, _write_gguf),
+    "gguf": Format("the model for llama.cpp, and a Modelfile for `ollama create`", _check_gguf, _write_gguf),
     "gptq": Format("the checkpoint in GPTQ's layout, for vLLM and transformers", _check_gptq, _write_gptq),
 }
 
@@ -86,6 +94,10 @@ def check_exports(
         )
     if "gptq" not in names:
         return
+    if blocks := [form.name for form in formats if form is not None and form.storage == "gguf"]:
+        raise InputError(
+            f"a GPTQ checkpoint has no format {blocks[0]}, which a GGUF file holds alone", "Give --export gguf."
+        )
     symmetric = [
         name
         for name, form in WEIGHT_FORMATS.items()
@@ -98,10 +110,11 @@ def check_exports(
         )
 
 
-def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str) -> None:
+def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str, context: int) -> None:
     """Writes each format into a folder of its name.
 
-    model: pruned, with layers of one width, as loaded from its checkpoint. stem: of the files' names.
+    model: pruned, with layers of one width, as loaded from its checkpoint. stem: of the files' names; context: tokens
+    that it is to hold at once.
     """
     for name in dict.fromkeys(names):
-        FORMATS[name].write(model, folder / name, stem)
+        FORMATS[name].write(model, folder / name, stem, context)

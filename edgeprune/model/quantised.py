@@ -117,6 +117,25 @@ def joined(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
     return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].parts})
 
 
+def of_one_scale(form: WeightFormat, codes: torch.Tensor, scale: float) -> QuantisedWeight:
+    """Returns a weight of which all groups are alike: what engines are timed with.
+
+    codes: (out_features, in_features) int8; scale: a power of two. The code in the middle stands for 0.
+    """
+    outputs, inputs = codes.shape
+    scales = torch.full((outputs, form.groups_of(inputs)), scale)
+    zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
+    middle = scale * 2 ** (form.bits - 1) if form.unsigned else 0.0
+    minima = torch.full_like(scales, -middle) if form.offset == "minimum" else None
+    input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
+    units, minimum_units = None, None
+    if form.block is not None:
+        units = torch.full((outputs, inputs // form.block.inputs), scale)
+        minimum_units = None if minima is None else torch.full_like(units, middle)
+    unit = torch.tensor(scale) if form.e4m3_scales else None
+    return QuantisedWeight(form, codes, scales, zeros, input_scale, minima, units, minimum_units, unit)
+
+
 def rounded_inputs(inputs: torch.Tensor, scale: torch.Tensor | None, form: WeightFormat | None = None) -> torch.Tensor:
     """Returns what a layer in a format computes with of its inputs (..., in_features) fp32: levels times their scale.
 

@@ -12,6 +12,7 @@ from math import inf
 from edgeprune.dialects import version_of
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.weights import refusal_in_blocks
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import DeviceProfile, OfferedFormats
@@ -20,7 +21,7 @@ from edgeprune.search.widths import Format
 
 AUTO, FLOAT = "auto", "float"
 ASKED = "asked for"
-FEW_BITS = 8  # embedding and head in fewer lose as much as all layers together
+FEW_BITS = 6  # embedding and head in fewer lose as much as all layers together
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class WeightChoice:
         return min(self.tables, key=lambda form: form.weight_bits if form else inf)
 
     @property
+    def is_asked(self) -> bool:
+        """Returns whether the formats are what was asked for, not what `auto` took."""
+        return self.reason.startswith(ASKED)
+
+    @property
     def names(self) -> str:
         """Returns the names of the modules' formats."""
         return ", ".join(form.name if form else FLOAT for form in self.layers)
@@ -64,17 +70,35 @@ def weight_choice(asked: str, profile: DeviceProfile, decoder: Decoder) -> Weigh
     # All that the device runs well, as far as the model has sizes for it.
     if words == [AUTO]:
         fitting = {word: _fitting(offer, decoder) for word, offer in offers.items() if offer.auto}
-        layers = (None, *(form for form in fitting.values() if form is not None))
+        layers = (None, *dict.fromkeys(form for form in fitting.values() if form is not None))
         untimed = [form.name for offer in offers.values() if not offer.auto and (form := _fitting(offer, decoder))]
-        return WeightChoice(layers, _tables(offers, decoder), _reason(profile, fitting, untimed))
-    layers = tuple(dict.fromkeys(_named(word, profile, offers, decoder) for word in words))
+        reason = _reason(profile, fitting, untimed) + _instead(fitting, decoder)
+        return WeightChoice(layers, _tables(offers, decoder), reason)
+    named = {word: _named(word, profile, offers, decoder) for word in words}
+    layers = tuple(dict.fromkeys(named.values()))
     tables = (None,) if layers == (None,) else _tables(offers, decoder)
-    return WeightChoice(layers, tables, ASKED)
+    return WeightChoice(layers, tables, ASKED + _instead(named, decoder))
+
+
+def _instead(taken: dict[str, Format], decoder: Decoder) -> str:
+    """Returns in words which formats stand in for those that were meant, whose blocks do not divide the sizes.
+
+    taken: by the word; a word that is no format's own name, as `int4`, means whatever fits.
+    """
+    others = {
+        word: form.name
+        for word, form in taken.items()
+        if form is not None and word in WEIGHT_FORMATS and form != WEIGHT_FORMATS[word]
+    }
+    if not others:
+        return ""
+    stand_ins = ", ".join(f"{name} for {word}" for word, name in others.items())
+    return f"; {refusal(WEIGHT_FORMATS[next(iter(others))], decoder)}: {stand_ins}"
 
 
 def _reason(profile: DeviceProfile, fitting: dict[str, Format], untimed: Sequence[str]) -> str:
     """Returns what `auto` took, in words; untimed: what it left out because its speed is not known."""
-    taken = [form.name for form in fitting.values() if form is not None]
+    taken = list(dict.fromkeys(form.name for form in fitting.values() if form is not None))
     left_out = [word for word, form in fitting.items() if form is None]
     reason = (
         f"{profile.name} runs {', '.join(taken[:-1])}{' and ' * (len(taken) > 1)}{taken[-1]} well"
@@ -140,10 +164,12 @@ def _sizes(decoder: Decoder) -> dict[str, int]:
 
 def refusal(form: WeightFormat, decoder: Decoder) -> str | None:
     """Returns why a model's matrices cannot all be in a format, in words; None where they can."""
+    kind = "groups" if form.block is None else "blocks"
     for name, size in _sizes(decoder).items():
         if size % form.multiple:
-            kind = "blocks" if form.block else "groups"
             return f"{form.name} has {kind} of {form.multiple} inputs, which do not divide the {name} {size}"
+    if form.storage == "gguf":
+        return refusal_in_blocks(form, decoder)
     has_experts = any(layer.mlp and layer.mlp.experts for layer in decoder.layers)
     if form.activation_bits is not None and has_experts:
         return f"{form.name} has one scale for all that a matrix reads, and each expert reads other tokens"
@@ -161,13 +187,13 @@ def _refused(form: WeightFormat, decoder: Decoder, offers: dict[str, OfferedForm
 def _tables(offers: dict[str, OfferedFormats], decoder: Decoder) -> tuple[Format, ...]:
     """Returns the formats of embedding and head: floats, and those that lose next to nothing there."""
     formats = (_fitting(offer, decoder) for offer in offers.values() if offer.tables)
-    return (None, *(form for form in formats if form is not None and form.bits >= FEW_BITS))
+    return (None, *dict.fromkeys(form for form in formats if form is not None and form.bits >= FEW_BITS))
 
 
 def without_formats(choice: WeightChoice, reason: str) -> WeightChoice:
     """Returns floats alone, for a model whose weights cannot be stored otherwise. Raises InputError where formats were
     asked for."""
-    if choice.reason == ASKED and choice.quantised:
+    if choice.is_asked and choice.quantised:
         raise InputError(f"{reason}, so its weights stay floats", "Give --weights float, or leave it out.")
     return replace(choice, layers=(None,), tables=(None,), reason=reason)
 
@@ -185,8 +211,8 @@ def without_dequantised(choice: WeightChoice, engine: str, dequantised: Sequence
         for one in dequantised
     )
     copies = f"{engine} dequantises into copies at each step: {shown}"
-    if choice.reason == ASKED:
-        return replace(choice, reason=f"{ASKED}, though {copies}")
+    if choice.is_asked:
+        return replace(choice, reason=f"{choice.reason}, though {copies}")
     in_layers, in_tables = ({one.form for one in dequantised if one.in_layers is place} for place in (True, False))
     return WeightChoice(
         tuple(form for form in choice.layers if form is None or form.name not in in_layers),

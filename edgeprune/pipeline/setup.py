@@ -18,9 +18,10 @@ from edgeprune.engine.remote import target_of
 from edgeprune.engine.work import table_bytes
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.checkpoint.llamagen import Hints
-from edgeprune.model.checkpoint.quantization import can_be_packed
+from edgeprune.model.checkpoint.quantization import STORAGES, can_be_packed
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.export import check_exports
+from edgeprune.model.gguf.weights import check_in_blocks
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import tokenizer_files
@@ -144,7 +145,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         engine.check_build(shape)  # of the dense model, which is built first
     profile, assumed = engine.profile, profile.tensorrt
     weights = weight_choice(request.weights, profile, shape)
-    if not can_be_packed(shape):
+    if not can_be_packed(shape) and any(form.storage in STORAGES for form in weights.quantised):
         weights = without_formats(
             weights, f"no checkpoint format holds few bits of {shape.family}'s transposed matrices"
         )
@@ -187,6 +188,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         )
     reduced = request.vocabulary != "full"
     check_exports(request.export, model, request.layout, reduced, weights.layers)
+    _check_blocks(weights, model, request.layout, reduced)
     # What the smallest candidate needs, and room on the disk for all that will be written.
     formats = weights, cache
     floor = _check_floor(model, profile, workload, precision, budget, engine.measures, reduced, *formats, kind)
@@ -213,6 +215,16 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         floor,
         tuple(choices),
     )
+
+
+def _check_blocks(weights: WeightChoice, model: Model, layout: str, reduced: bool) -> None:
+    """Raises InputError for formats of ggml that no GGUF file holds the model in."""
+    form = next((form for form in weights.quantised if form.storage == "gguf"), None)
+    if form is None:
+        return
+    if layout != "uniform":
+        raise InputError(f"a GGUF file holds {form.name}, and no layers of different widths", "Use --layout uniform.")
+    check_in_blocks(model, reduced)
 
 
 def with_weights(setup: Setup, weights: WeightChoice) -> Setup:

@@ -18,6 +18,7 @@ from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.onnx.ops import OPERATORS
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.gguf.weights import is_in_blocks
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.overflow import CLOSE, LIMIT, activation_peaks, check_fp16
@@ -36,7 +37,7 @@ from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
-from edgeprune.precision import CacheFormat
+from edgeprune.precision import PRECISIONS, CacheFormat
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class Run:
             tensors = self._pruned(target, records)
         if vocabulary is not None:
             decoder = decoder.with_vocabulary(vocabulary.size)
-        save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype)
+        save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype(decoder))
         # The graphs are written of the checkpoint as it stands on the disk.
         model = load_model(str(folder / "model"))
         if allocation is not None:
@@ -280,6 +281,8 @@ class Run:
     def _write_graphs(self, model: Model, folder: Path, precision: str, length: int = 0) -> None:
         """Writes a model's graphs in a precision into a stage's folder; length: of sequences, where it is more than
         the context."""
+        if is_in_blocks(model.decoder):
+            model = model.as_floats  # no operator reads ggml's blocks; the graphs judge the same numbers
         target = folder / f"onnx-{precision}"
         context = max(self.setup.workload.context, length)
         write_graphs(model.decoder, model.stored, target, precision, VARIANTS, context)
@@ -307,12 +310,17 @@ class Run:
         ids = ids if vocabulary is None else vocabulary.reduce(ids)
         write_reference(runner, ids, path, "" if model is None else model.decoder.rounded_states)
 
-    @property
-    def _checkpoint_dtype(self) -> Any:
-        """Returns bf16 for an engine in it, so that quality is measured of its weights; else None, the source's."""
+    def _checkpoint_dtype(self, decoder: Decoder) -> Any:
+        """Returns the dtype of a checkpoint's floats; None: the source's.
+
+        It is the engine's where the engine runs the checkpoint itself, and bf16 for an engine in it: quality is
+        measured of its weights.
+        """
         import torch
 
-        return torch.bfloat16 if self.setup.precision == "bf16" else None
+        precision = self.setup.precision
+        is_engines = precision == "bf16" or is_in_blocks(decoder)
+        return getattr(torch, PRECISIONS[precision].torch_dtype) if is_engines else None
 
     def _check_fp16(self, model: Model, ids: np.ndarray) -> None:
         """Raises NumericalError where an fp16 graph would overflow on samples (any, tokens), before it is written."""

@@ -12,6 +12,7 @@ from edgeprune.engine.estimate import latency_shares, low_confidence_notes
 from edgeprune.engine.work import bytes_per_token, table_bytes
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
+from edgeprune.model.gguf.weights import is_in_blocks
 from edgeprune.ondevice.budget import format_bytes, format_ms, in_parts, judge, memory_total, reported
 from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
@@ -300,7 +301,7 @@ def _warnings(fitted: Fitted) -> list[str]:
     # Which files hold the fitted model's widths and which cannot.
     if not fitted.chosen.model.decoder.is_uniform:
         warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
-    elif has_checkpoint(fitted):
+    elif has_checkpoint(fitted) and not is_in_blocks(fitted.chosen.model.decoder):
         model = fitted.chosen.model
         if loadable(model.decoder, read_config(model.directory)) != model.decoder:
             warnings.append(
@@ -308,7 +309,7 @@ def _warnings(fitted: Fitted) -> list[str]:
                 "number: graphs and engine are smaller than it."
             )
     forms = fitted.chosen.model.decoder.weight_formats.values()
-    if has_checkpoint(fitted) and any(form.offset == "zero" for form in forms):
+    if has_checkpoint(fitted) and any(form.storage == "packed" and form.offset for form in forms):
         warnings.append(
             "The checkpoint has asymmetric weights, which transformers reads with compressed-tensors up to 0.17.1; "
             "0.18 to 0.20 fail on them. Graphs, engine and GGUF are not affected."

@@ -6,10 +6,17 @@ import shlex
 from collections.abc import Sequence
 
 from edgeprune.ondevice.runtimes import RUNTIMES
+from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.schema import Report, Step
 
 FINISH = "finish.pyz"
 LOADERS = {"imagegpt": "ImageGPTForCausalImageModeling", "llamagen": None}  # of transformers; others: Auto...
+
+
+def in_blocks(report: Report) -> bool:
+    """Returns whether a bundle's checkpoint is a GGUF file, which alone holds formats of ggml."""
+    forms = (WEIGHT_FORMATS.get(name) for name in report.fitted.formats)
+    return any(form is not None and form.storage == "gguf" for form in forms)
 
 
 def deploy_steps(
@@ -53,6 +60,7 @@ def deploy_steps(
     steps.append(Step(title="Try it on this machine", command=f"edgeprune run {name} {subject}"))
     loader = LOADERS.get(report.model.family, "AutoModelForCausalLM")
     if checkpoint and loader is not None:
-        command = f'transformers.{loader}.from_pretrained("{bundle}/model")'
+        file = ', gguf_file="model.gguf"' if in_blocks(report) else ""
+        command = f'transformers.{loader}.from_pretrained("{bundle}/model"{file})'
         steps.append(Step(title="Load the checkpoint in Python", command=command))
     return steps

@@ -224,18 +224,13 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
         weight = self._buffer[offset : offset + int(np.prod(shape))].view(shape)
         if (form := self._formats.get(name)) is None:
             return weight
-        import torch
 
         from edgeprune.model.levels import codes_of, nearest
-        from edgeprune.model.quantised import QuantisedWeight
+        from edgeprune.model.quantised import of_one_scale
 
-        codes = codes_of(nearest(weight * 50 * form.most, form.levels, form.least, form.most), form.levels)
-        scales = torch.full((shape[0], form.groups_of(shape[1])), 2.0**-9)
-        zeros = torch.zeros(scales.shape, dtype=torch.int8) if form.offset == "zero" else None
-        minima = torch.full_like(scales, 2.0**-9) if form.offset == "minimum" else None
-        input_scale = torch.tensor(2.0**-5) if form.activation_bits else None
-        unit = torch.tensor(2.0**-12) if form.e4m3_scales else None
-        return QuantisedWeight(form, codes, scales, zeros, input_scale, minima, scale_unit=unit)
+        middle = (form.least + form.most + 1) // 2
+        levels = nearest(weight * 50 * (form.most - middle) + middle, form.levels, form.least, form.most)
+        return of_one_scale(form, codes_of(levels, form.levels), 2.0**-9)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

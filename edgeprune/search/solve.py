@@ -11,8 +11,9 @@ bounds, until a bound is no better than the best solution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -165,16 +166,29 @@ class Problem:
 
     @property
     def smallest(self) -> Allocation:
-        """Returns the smallest allocation: the layer that costs most to lose, of one head and the fewest channels, in
-        the formats of the fewest bits, and over the KV cache that takes the least memory."""
-        widths = Widths(1, 1, channel_options(self.dense.intermediate_size, self.multiple)[0])
-        of_layers = self._fewest_bits(self.layer_formats, lambda cost, place: cost.attention[place, 1, 0])
+        """Returns the smallest allocation: the layer that costs most to lose, of the fewest heads and channels that a
+        format takes, in the formats of the fewest bits, and over the KV cache that takes the least memory."""
+        pairs = [
+            (g, r)
+            for g in range(1, self.dense.num_key_value_heads + 1)
+            for r in range(1, self.dense.heads_per_group + 1)
+        ]
+        pairs.sort(key=lambda pair: (pair[0] * (pair[1] + 1), pair))
+        sizes = channel_options(self.dense.intermediate_size, self.multiple)
+        groups, heads = self._first(
+            pairs, self.layer_formats, lambda pair, cost, place: cost.attention[place, pair[0], pair[1] - 1]
+        )
+        size = self._first(sizes, self.mlp_formats, lambda size, cost, place: cost.mlp[place, size])
+        widths = Widths(groups, heads, size)
+        of_layers = self._fewest_bits(self.layer_formats, lambda cost, place: cost.attention[place, groups, heads - 1])
         of_tables = self._fewest_bits(self.table_formats, lambda cost, place: cost.tables[place, place].sum())
-        of_mlps = self._fewest_bits(self.mlp_formats, lambda cost, place: cost.mlp[place, widths.intermediate_size])
+        of_mlps = self._fewest_bits(self.mlp_formats, lambda cost, place: cost.mlp[place, size])
         formats = ((self.formats[of_layers], self.formats[of_mlps]),) * self.depth
         tables = (self.formats[of_tables],) * 2
         # Codes may take no less than floats, where they are held twice.
-        cache = min(self.cache_formats, key=lambda form: self.costs_of(form)["memory"].attention[of_layers, 1, 0])
+        cache = min(
+            self.cache_formats, key=lambda form: self.costs_of(form)["memory"].attention[of_layers, groups, heads - 1]
+        )
         choices = [
             Allocation(tuple(layers), min(self.vocabularies), 0.0, formats, tables, cache)
             for kept in range(self.depth)
@@ -188,6 +202,16 @@ class Problem:
         if not self.one_mlp_format:
             return self.layer_formats
         return tuple(p for p in self.layer_formats if (form := self.formats[p]) is None or form.offset is None)
+
+    def _first(
+        self, options: Sequence[Any], places: tuple[int, ...], price: Callable[[Any, ModuleCosts, int], float]
+    ) -> Any:
+        """Returns the first of the widths that one of the formats takes."""
+
+        def is_taken(option: Any) -> bool:
+            return any(all(np.isfinite(price(option, cost, p)) for cost in self.costs.values()) for p in places)
+
+        return next(filter(is_taken, options), options[0])
 
     def _fewest_bits(self, places: tuple[int, ...], price: Callable[[ModuleCosts, int], float]) -> int:
         """Returns the format of the fewest bits that a module can have: one whose groups do not divide costs inf."""

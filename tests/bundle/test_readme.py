@@ -43,6 +43,15 @@ def test_the_files_are_those_of_the_kind(content, kind):
     assert ("`onnx/genai_config.json`" in files) == (kind == "texts")
 
 
+def test_a_model_in_ggmls_formats_is_a_gguf_file():
+    report = report_of(measured_content())
+    fitted = report.fitted.model_copy(update={"formats": {"float": 1, "q4_k": 3}})
+    (rows,) = tables(readme(report.model_copy(update={"fitted": fitted})))
+    files = dict(rows)
+    assert 'from_pretrained("model", gguf_file="model.gguf")' in files["`model/`"]
+    assert dict(tables(readme(report))[0])["`model/`"] == "a standard checkpoint for `from_pretrained`"
+
+
 @pytest.mark.parametrize("content", [estimated_content, measured_content])
 def test_a_ladder_has_a_row_for_each_rung_with_the_source_of_every_figure(content):
     frontier = frontier_of(ladder(content))

@@ -60,6 +60,19 @@ def test_a_bundles_own_quantised_checkpoint_is_fitted_again_from_its_floats(smal
     assert {weight.dtype for weight in fitted.weights.values()} == {torch.bfloat16}
 
 
+def test_a_format_with_minima_is_fitted_stored_and_named(small, tmp_path):
+    with short_durations():
+        result = fit(**options(small, tmp_path / "out", weights="int4-offset", memory="99.95%"))
+    report = result.report
+    assert report.fitted.formats["int4-offset"] == 4
+    assert [part.name for part in report.levers.parts] == ["int4-offset"]
+    assert any(warning.startswith("the speed of int4-offset is estimated") for warning in report.warnings)
+    fitted = load_model(str(tmp_path / "out" / "model"))
+    offset = [weight for weight in fitted.quantised.values() if weight.form.name == "int4-offset"]
+    assert len(offset) == 2 * 7
+    assert all(weight.minima is not None for weight in offset)
+
+
 def test_a_checkpoint_that_others_quantised_is_fitted(small, tmp_path):
     details = {"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False}
     requantised(

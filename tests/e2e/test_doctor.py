@@ -184,7 +184,7 @@ def test_a_double_of_a_board_passes_in_every_dialect_and_format(tmp_path: Path) 
         there.wait_until_quiet()
     assert "of SM 87 with the nearest memory" in checks["profile"]["detail"]
     own = with_tensorrt(load_profile("jetson-orin"), NEW).dialect
-    pairs = [(own, form) for form in ("float", "int8", "int4-32", "int4-64", "int4-128")]
+    pairs = [(own, form) for form in ("float", "int8", "int4-32", "int4-64", "int4-128", "int4-offset")]
     pairs += [(dialect, form) for dialect in GPU_DIALECTS for form in ("float", "int8")]
     assert len(GPU_DIALECTS) > 1
     for dialect, form in pairs:

@@ -6,10 +6,10 @@ import pytest
 
 from edgeprune.dialects import version_of
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Experts, Layer, Mlp
+from edgeprune.model.decoder import Decoder, Experts, Layer, Mlp
 from edgeprune.pipeline.formats import weight_choice, without_dequantised, without_formats
 from edgeprune.precision import WEIGHT_FORMATS
-from edgeprune.profiles import list_profiles, load_profile, with_tensorrt
+from edgeprune.profiles import OfferedFormats, list_profiles, load_profile, with_tensorrt
 from edgeprune.search.dequantised import Dequantised
 from tests.support.shapes import SMOLLM2, uniform
 
@@ -144,6 +144,74 @@ def test_an_older_tensorrt_parses_another_dialect_and_fewer_formats():
         weight_choice("int4", older, SMOLLM2)
     assert with_tensorrt(older, "10.16").dialect == "opset24"
     assert with_tensorrt(ORIN, None) == ORIN
+
+
+def offering(**formats: list[str]):
+    """A device that runs formats of ggml, by word; those of 6 bits and more in the tables too."""
+    offers = {
+        word: OfferedFormats(formats=names, prefill=1, tables=word in ("q6_k", "q8_0"), source="x", confidence="low")
+        for word, names in formats.items()
+    }
+    return CPU.model_copy(update={"weights": offers})
+
+
+LLAMA_CPP = offering(q3_k=["q3_k", "q4_0"], q4_k=["q4_k", "q5_0"], q4_0=["q4_0"], q6_k=["q6_k", "q8_0"], q8_0=["q8_0"])
+WIDE = uniform(2048, 2, (8, 2, 128), 8192, 200)
+
+
+def test_blocks_of_256_are_taken_where_they_divide_all_sizes():
+    assert named(LLAMA_CPP, "auto", WIDE) == ["float", "q3_k", "q4_k", "q4_0", "q6_k", "q8_0"]
+    choice = weight_choice("q4_k", LLAMA_CPP, WIDE)
+    assert (choice.names, choice.reason, choice.is_asked) == ("q4_k", "asked for", True)
+    assert [form and form.name for form in choice.tables] == [None, "q6_k", "q8_0"]
+
+
+def test_blocks_of_32_stand_in_for_those_that_do_not_and_words_say_so():
+    assert named(LLAMA_CPP) == ["float", "q4_0", "q5_0", "q8_0"]
+    reason = weight_choice("auto", LLAMA_CPP, SMOLLM2).reason
+    assert reason.startswith(
+        "cpu runs q4_0, q5_0 and q8_0 well; q3_k has blocks of 256 inputs, which do not divide the"
+    )
+    assert "hidden_size 576: q4_0 for q3_k, q5_0 for q4_k, q8_0 for q6_k" in reason
+    choice = weight_choice("q4_k", LLAMA_CPP, SMOLLM2)
+    assert (choice.names, choice.is_asked) == ("q5_0", True)
+    assert choice.reason.endswith(
+        "q4_k has blocks of 256 inputs, which do not divide the hidden_size 576: q5_0 for q4_k"
+    )
+    assert [form and form.name for form in choice.tables] == [None, "q8_0"]
+
+
+def test_widths_in_between_decide_too():
+    narrow_mlp = uniform(2048, 2, (8, 2, 128), 8192 + 32, 200)
+    assert named(LLAMA_CPP, "q6_k", narrow_mlp) == ["q8_0"]
+    with pytest.raises(InputError, match="q4_0 has groups of 32 inputs, which do not divide the hidden_size 48"):
+        weight_choice("q4_0", LLAMA_CPP, NARROW)
+
+
+def with_family(decoder: Decoder, family: str, **attention: object) -> Decoder:
+    layers = tuple(Layer(replace(layer.attention, **attention), layer.mlp) for layer in decoder.layers)
+    return replace(decoder, family=family, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (with_family(WIDE, "opt"), "llama.cpp has no architecture for the family opt"),
+        (with_family(WIDE, "olmo2", qk_norm="all"), "a norm over all heads, which changes weights of few bits"),
+    ],
+)
+def test_a_model_that_no_gguf_file_holds_in_few_bits_stays_in_floats(decoder, message):
+    assert named(LLAMA_CPP, "auto", decoder) == ["float"]
+    with pytest.raises(InputError) as caught:
+        weight_choice("q4_0", LLAMA_CPP, decoder)
+    assert message in caught.value.message
+    assert caught.value.remedy == "This model takes float."
+
+
+def test_heads_of_zeros_have_to_be_whole_blocks():
+    """Those that stand for removed ones where the file must have as many as fill the hidden size."""
+    assert named(LLAMA_CPP, "q4_k", with_family(WIDE, "starcoder2")) == ["q5_0"]
+    assert named(LLAMA_CPP, "q4_k", with_family(WIDE, "qwen2")) == ["q4_k"]
 
 
 def test_versions_are_compared_by_number():

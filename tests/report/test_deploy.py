@@ -51,3 +51,10 @@ def test_pictures_are_drawn_and_only_a_checkpoint_that_transformers_knows_is_loa
     assert shlex.split(run) == ["edgeprune", "run", BUNDLE, "--count", "16", "--output", "grid.png"]
     known = report_of(content | {"model": content["model"] | {"family": "imagegpt"}})
     assert "transformers.ImageGPTForCausalImageModeling.from_pretrained" in commands(known, "onnxruntime")[-1]
+
+
+def test_a_gguf_file_is_loaded_by_its_name():
+    report = report_of(measured_content())
+    fitted = report.fitted.model_copy(update={"formats": {"q4_0": 3}})
+    load = commands(report.model_copy(update={"fitted": fitted}), "onnxruntime")[-1]
+    assert load.endswith(f'.from_pretrained("{BUNDLE}/model", gguf_file="model.gguf")')

@@ -194,6 +194,16 @@ def test_formats_that_are_not_offered_are_not_chosen():
     assert set(smallest.formats) == {(FORMATS[1], FORMATS[1])}
 
 
+def test_the_smallest_has_widths_that_the_formats_take():
+    """Where there is one format, and its groups divide neither the fewest heads nor the fewest channels."""
+    problem = replace(problem_with_formats(5, 2, tied=True), layer_formats=(2,))
+    for cost in problem.costs.values():
+        cost.attention[2, 1, :] = np.inf
+    smallest = problem.smallest
+    assert {widths for widths in smallest.layers if widths.num_key_value_heads} == {Widths(2, 1, 20)}
+    assert set(smallest.formats) == {(FORMATS[2], FORMATS[2])}
+
+
 def test_the_smallest_has_formats_that_its_widths_take():
     problem = problem_with_formats(5, 2, tied=True)
     assert set(problem.smallest.formats) == {(FORMATS[2], FORMATS[1])}  # 10 channels are no whole group

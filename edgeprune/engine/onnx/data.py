@@ -132,7 +132,8 @@ def rotary_tables(number: int) -> tuple[str, str]:
 def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | None) -> tuple[Initializer, ...]:
     """Returns all initializers in the order of the files.
 
-    max_positions: rows of the rotary tables; None: without tables.
+    max_positions: rows of the rotary tables; None: without tables. Raises InputError for embedding and head in a format
+    whose groups have minima, and for groups that do not divide.
     """
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
     initializers: list[Initializer] = []
@@ -152,6 +153,8 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
         if name.endswith(CACHE_SCALES):
             whole = replace(whole, precision="fp32", role="cache scales", transposed=False)
         form = formats.get(sources[0]) if sources else None
+        if form is not None and form.offset == "minimum" and file == EMBEDDING_FILE:
+            raise InputError(f"graphs have no embedding and head in {form.name}", "Give these int8 or floats.")
         for part in [whole] if form is None else _quantised(replace(whole, form=form)):
             offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
             initializers.append(replace(part, offset=offset))

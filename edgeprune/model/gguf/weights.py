@@ -20,11 +20,14 @@ from edgeprune.model.checkpoint.unread import DO_NOT_MATCH
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.blocks import unpacked
 from edgeprune.model.gguf.convert import flat, reordered
-from edgeprune.model.gguf.export import plain_types, types_of, write_gguf
+from edgeprune.model.gguf.export import check_exportable, plain_types, types_of, write_gguf
 from edgeprune.model.gguf.file import RESTORE, GgufFile, read_gguf
 from edgeprune.model.gguf.heads import heads_differ, without_filling
-from edgeprune.model.gguf.metadata import Held, held
+from edgeprune.model.gguf.metadata import BY_FAMILY, Held, held
+from edgeprune.model.gguf.names import ARCHITECTURES
 from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
+from edgeprune.model.model import Model
+from edgeprune.precision import WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,28 @@ def is_in_blocks(decoder: Decoder) -> bool:
     return any(form.storage == "gguf" for form in decoder.weight_formats.values())
 
 
+def refusal_in_blocks(form: WeightFormat, decoder: Decoder) -> str | None:
+    """Returns why no file holds a model in a format of ggml, whichever heads are removed, in words; else None."""
+    if decoder.family not in BY_FAMILY:
+        return f"llama.cpp has no architecture for the family {decoder.family}"
+    architectures = [ARCHITECTURES[name] for name in BY_FAMILY[decoder.family]]
+    attention = decoder.layers[0].attention
+    if attention is None or not all(architecture.whole for architecture in architectures):
+        return None
+    # Heads of zeros stand for those that are removed.
+    filling = f"llama.cpp's {architectures[0].name} has heads of zeros for those that are removed"
+    if attention.qk_norm == "all":
+        return f"{filling}, and a norm over all heads, which changes weights of few bits"
+    if attention.head_dim % form.multiple:
+        return f"{filling}, and blocks of {form.multiple} inputs do not divide those of {attention.head_dim}"
+    return None
+
+
+def check_in_blocks(model: Model, reduced: bool) -> None:
+    """Raises InputError for a model that no file holds in formats of ggml. reduced: its vocabulary may be cut down."""
+    _check_unchanged(model.decoder, check_exportable(model, reduced))
+
+
 def form_in_blocks(decoder: Decoder, config: Mapping[str, Any]) -> Held:
     """Returns the form in which the file of a folder holds a decoder, from which it is read back exactly.
 
@@ -47,6 +72,15 @@ def form_in_blocks(decoder: Decoder, config: Mapping[str, Any]) -> Held:
     the model, or the file would hold other numbers than those of its weights.
     """
     form = held(decoder_of(dict(config)), config)
+    _check_unchanged(decoder, form)
+    if any(other.storage != "gguf" for other in decoder.weight_formats.values()):
+        names = ", ".join(dict.fromkeys(other.name for other in decoder.weight_formats.values()))
+        raise InputError(f"no file holds the weight formats {names} together", "Use those of one kind.")
+    return form
+
+
+def _check_unchanged(decoder: Decoder, form: Held) -> None:
+    """Raises InputError where a file holds other numbers than those of a model's weights."""
     attention = decoder.layers[0].attention
     is_changed = attention.qk_norm == "all" and heads_differ(attention, form.decoder.layers[0].attention)
     if is_changed or form.factor != 1.0:
@@ -54,10 +88,6 @@ def form_in_blocks(decoder: Decoder, config: Mapping[str, Any]) -> Held:
         raise InputError(
             f"a GGUF file holds {decoder.family} with {what}, which changes weights of few bits", "Use --weights float."
         )
-    if any(other.storage != "gguf" for other in decoder.weight_formats.values()):
-        names = ", ".join(dict.fromkeys(other.name for other in decoder.weight_formats.values()))
-        raise InputError(f"no file holds the weight formats {names} together", "Use those of one kind.")
-    return form
 
 
 def write_blocks(

@@ -286,6 +286,14 @@ def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         graph_weight_bytes(decoder, "fp16")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_with_minima_are_refused(tied: bool) -> None:
+    """Their rows are looked up, and the head's product has no second one beside it."""
+    decoder = dataclasses.replace(decoder_of(llama(True).config), tie_word_embeddings=tied, hidden_size=64)
+    with pytest.raises(InputError, match="no embedding and head in int4-offset"):
+        graph_weight_bytes(decoder.with_formats([(None, None)] * 3, None, WEIGHT_FORMATS["int4-offset"]), "fp16")
+
+
 def test_the_largest_matrix_counts_only_where_it_has_a_format() -> None:
     decoder = decoder_of(llama(True).config)  # the table has 200 x 96 numbers, gate and up 256 x 96
     assert data_module.largest_matrix_bytes(decoder, "fp16") == 0
