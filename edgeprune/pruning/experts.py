@@ -29,8 +29,8 @@ class ExpertsCut:
 
     output: (b, t, c), the output of all cut experts together; weights: the new weights by name; few: the experts to
     which fewer tokens are routed than they keep channels, and which have no update for that; errors: (before, after)
-    of the others, relative to their own dense output, on held-out tokens; roundings: of each expert's matrices before
-    the activation and of its output projection, where they are rounded.
+    of the others, relative to what they aim at, on held-out tokens; roundings: of each expert's matrices before the
+    activation and of its output projection, where they are rounded.
     """
 
     output: torch.Tensor
@@ -85,47 +85,51 @@ def cut_experts(
     mlp: Mlp,
     size: int,
     score: Score,
-    compensates: bool,
+    missing: torch.Tensor | None,
     scale: torch.Tensor,
     generator: torch.Generator,
     form: WeightFormat | None = None,
 ) -> ExpertsCut:
     """Cuts every expert to `size` channels by its own scores; one to which no token is routed, by its weights alone.
 
-    states: (b, t, c), the states that the module reads, normed; scale: (b, t, 1), square roots of the tokens'
-    weights; form: of all matrices but the router, None for floats. The target of an update is the expert's own dense
-    output on its tokens: the attentions behind make up for what the layers before have lost.
+    states: (b, t, c), the states that the module reads, normed; missing: (b, t, c), what the uncut experts would have
+    to give beside their output, consumed; None: no updates; scale: (b, t, 1), square roots of the tokens' weights;
+    form: of all matrices but the router, None for floats. Every expert aims at its own dense output and all that is
+    still missing of its tokens, the errors of the experts before it among that.
     """
     cut = ExpertsCut(torch.zeros_like(states), {"mlp.router": weights["mlp.router"]})
-    read = states.flatten(0, 1)  # (b * t, c)
+    read, missing = states.flatten(0, 1), None if missing is None else missing.flatten(0, 1)  # (b * t, c) each
     # (b * t, c), (b * t,)
     flat, scales = cut.output.view(-1, states.shape[-1]), scale.expand(*states.shape[:2], 1).flatten()
     for expert in expert_inputs(states, weights, mlp, scale):
+        tokens, own_scale = expert.tokens, scales[expert.tokens, None]  # (n,), (n, 1)
         # Select the channels, and cut the rows and columns of the weights.
         projection = expert_projection(expert, weights, generator)
-        scores = (score if len(expert.tokens) else magnitude)(projection, 1, size)
-        kept = top_units(scores, size)
+        kept = torch.arange(size)
+        if size < mlp.intermediate_size:
+            kept = top_units((score if len(tokens) else magnitude)(projection, 1, size), size)
         names = [expert.prefix + name for name in mlp.inputs]
         new = {name: weights[name][kept] for name in names}
         down, inputs = projection.weight[:, kept], expert.inputs[..., kept]  # (c, size), (1, n, size)
         # Round the matrices before the activation on the expert's tokens, and compute what comes behind again.
         if form is not None:
-            rounded, result = round_together(new, names, read[expert.tokens][None], torch.ones(1), form)
+            rounded, result = round_together(new, names, read[tokens][None], torch.ones(1), form)
             new = {name: weight.dequantised() for name, weight in rounded.items()}
-            inner = mlp_activation(read[expert.tokens], new, mlp, expert.prefix)  # (n, size)
-            inputs = (inner * (expert.shares * scales[expert.tokens])[:, None])[None]
+            inner = mlp_activation(read[tokens], new, mlp, expert.prefix)  # (n, size)
+            inputs = (inner * expert.shares[:, None] * own_scale)[None]
             cut.roundings.append(result)
         cut.weights |= rounded if form is not None else new
         # Update the down projection, where the expert has tokens enough.
         moments = None
-        if compensates or form is not None:
+        if missing is not None or form is not None:
             moments = moments_of(inputs, None if form is not None else projection.gram[kept[:, None], kept])
-        if compensates and (size < mlp.intermediate_size or form is not None):
-            if len(expert.tokens) < size:
+        if missing is not None:
+            own = F.linear(expert.inputs, projection.weight)  # (1, n, c), of the dense expert
+            if len(tokens) < size:
                 cut.few.append(expert.expert)
             else:
-                whole = F.linear(expert.inputs, projection.weight)  # (1, n, c)
-                solved = compensate(down, moments, inputs, whole - F.linear(inputs, down), whole)
+                target = own + missing[tokens] * own_scale
+                solved = compensate(down, moments, inputs, own - F.linear(inputs, down), target)
                 down = solved.weight
                 cut.errors.append((solved.error_before, solved.error_after))
         cut.weights[expert.prefix + "down"] = down
@@ -134,5 +138,8 @@ def cut_experts(
             cut.weights[expert.prefix + "down"], down = result.weight, result.weight.dequantised()
             cut.roundings.append(result)
         # Add the expert's output to that of its tokens.
-        flat.index_add_(0, expert.tokens, F.linear(inputs[0], down) / scales[expert.tokens, None])
+        output = F.linear(inputs[0], down)  # (n, c)
+        flat.index_add_(0, tokens, output / own_scale)
+        if missing is not None:
+            missing.index_add_(0, tokens, (own[0] - output) / own_scale)
     return cut

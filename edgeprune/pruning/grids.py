@@ -1,29 +1,51 @@
 """The grids that a weight of few bits may lie on: of each group of inputs a scale, and a zero or a minimum.
 
 A grid is chosen on the weight as it is: of some for each group, the one that rounding to nearest loses least with,
-where the error of each weight counts by the moment of its input. Where an engine stores scales in few bits, those of a
-block are whole numbers of one unit, chosen once more under that bound. It does not know how weights are rounded to it.
+where the error of each weight counts by the moment of its input. Each starts at the ends of the group, or some steps
+within, and gets the least squares on the codes that it makes. Where an engine stores the scales of a block in few bits,
+they are whole numbers of one unit: to the same search they are the weights of a group, and the unit is its scale. It
+does not know how weights are rounded to a grid.
 
-Shapes: out and in are the features of the weight, groups those of an output, blocks those that share units.
+Shapes: out and in are the features of the weight, groups those of an output, blocks those that share units; places are
+those within a group (of weights) or a block (of groups). They come first, (places, out, groups), so that what a group
+has, (out, groups), meets all of its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from edgeprune.model.levels import codes_of, nearest, nearest_e4m3
 from edgeprune.model.quantised import SMALLEST_SCALE, QuantisedWeight, half_of, scale_unit_for, storable
-from edgeprune.precision import WeightFormat
+from edgeprune.precision import ScaleBlock, WeightFormat
 
-SHRINKS = tuple(1 - 0.05 * step for step in range(8))
-"""Shares of a group's range that its grid spans: one that cuts off the largest weights is finer for all others."""
+CUTS = (-0.5, -0.2, 0.1, 0.4, 0.9, 2.0)
+"""Steps by which a grid falls short of the largest weight of a group: one that cuts it off is finer for all others.
+Those of less than half a step find a weight's own grid, by the least squares. A grid without an offset has a step at
+zero, and those of less than none would leave its largest code unused."""
 
-GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
+END_CUTS = 5  # the first so many are those of both ends of a group that has an offset, each with each
+
+LARGEST_CODES = 4
+"""So many numbers at least may be a group's largest code, so that a weight on a grid stays as it is: of 4 bits all of
+them, since a grid of less than half is one of twice as many codes too."""
+
+NEIGHBOURS = (0, -1, 1)  # of how many units a scale is, which the weights choose from
+
+LARGEST_FLOATS = {
+    "e4m3": tuple(448 * (1 - 0.05 * step) for step in range(8)),
+    "e2m1": (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 6.5, 7.0, 7.5, 8.0, 9.0),
+}
+"""What the largest weight of a group becomes where levels are floats. Those of 8 bits are as fine for large weights as
+for others: nothing is gained by cutting these off."""
+
 SMALLEST_E4M3 = 2.0**-9
-EXACT_BITS = 4  # of which all whole numbers are tried as the largest code, so that a weight on a grid stays as it is
+GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -40,7 +62,8 @@ class Grid:
 
     def nearest(self, weight: torch.Tensor) -> QuantisedWeight:
         """Returns a weight (out, in) rounded to nearest."""
-        return self.with_codes(self.by_group().codes(weight.unflatten(1, (self.scales.shape[1], -1))).flatten(1))
+        steps = Steps(self.form, *self._parts)
+        return self.with_codes(steps.codes(_by_place(weight, self.scales.shape[1])).permute(1, 2, 0).flatten(1))
 
     def with_codes(self, codes: torch.Tensor) -> QuantisedWeight:
         """Returns the weight of codes (out, in), as Steps has them."""
@@ -56,10 +79,6 @@ class Grid:
             scale_unit=self.scale_unit,
         )
 
-    def by_group(self) -> Steps:
-        """Returns the steps of weights (out, groups, group)."""
-        return Steps(self.form, *(None if part is None else part[..., None] for part in self._parts))
-
     def by_column(self, order: torch.Tensor) -> Steps:
         """Returns the steps of every input in this order, of weights (in, out)."""
         groups = order // (len(order) // self.scales.shape[1])
@@ -72,19 +91,21 @@ class Grid:
 
 @dataclass(frozen=True)
 class Steps:
-    """A grid in the shape of the weights that are rounded to it: value = (code - zero) * scale + minimum."""
+    """A grid in the shape of the values that are rounded to it: value = (code - zero) * scale + minimum.
 
-    form: WeightFormat
+    form: whose codes these are, of weights or of the scales of a block.
+    """
+
+    form: WeightFormat | ScaleBlock
     scales: torch.Tensor
-    zeros: torch.Tensor | None
-    minima: torch.Tensor | None
+    zeros: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the nearest codes of weights, the levels that they stand for in fp32."""
         off = weight if self.minima is None else weight - self.minima
         # A scale of no unit makes all codes alike.
-        scales = self.scales if self.form.block is None else torch.where(self.scales == 0, torch.inf, self.scales)
-        levels = off / scales
+        levels = off / self.scales.where(self.scales != 0, torch.inf)
         if self.zeros is not None:
             levels.round_().add_(self.zeros)
         return nearest(levels, self.form.levels, self.form.least, self.form.most)
@@ -106,200 +127,213 @@ def choose_grid(
     weight: torch.Tensor,
     importance: torch.Tensor,
     form: WeightFormat,
-    shrinks: Sequence[float] = SHRINKS,
+    cuts: Sequence[float] = CUTS,
     largest: torch.Tensor | None = None,
 ) -> Grid:
     """Returns the grid that rounding to nearest loses least with.
 
     weight: (out, in) fp32; importance: (in,), the diagonal of the moments, which weighs the errors; a group without
-    importance counts all its inputs alike; shrinks: to choose from; largest: the largest magnitude () of all of the
+    importance counts all its inputs alike; cuts: to start from; largest: the largest magnitude () of all of the
     matrix, where the weight is some of its rows: scales of e4m3 have one unit. Raises InputError where the groups do
     not divide the inputs.
     """
     groups = form.groups_of(weight.shape[1])
-    importance = importance.to(weight.dtype).unflatten(0, (groups, -1))  # (groups, group)
-    importance = torch.where(importance.sum(dim=1, keepdim=True) > 0, importance, 1.0)
+    importance = _by_place(importance.to(weight.dtype)[None], groups)  # (places, 1, groups)
+    importance = torch.where(importance.sum(dim=0) > 0, importance, 1.0)
     rows = max(1, GRID_WEIGHTS // weight.shape[1])
     unit = scale_unit_for(weight.abs().max() if largest is None else largest, form) if form.e4m3_scales else None
-    parts = [
-        _best_grid(part.unflatten(1, (groups, -1)), importance, form, shrinks, unit) for part in weight.split(rows)
-    ]
+    parts = [_best_grid(Weighed(_by_place(part, groups), importance), form, cuts, unit) for part in weight.split(rows)]
     names = ("scales", "zeros", "minima", "units", "minimum_units")
     found = {name: [getattr(part, name) for part in parts] for name in names}
     tensors = {name: torch.cat(of_parts) for name, of_parts in found.items() if of_parts[0] is not None}
     return Grid(form, **tensors, scale_unit=unit)
 
 
-def _best_grid(
-    grouped: torch.Tensor,
-    importance: torch.Tensor,
-    form: WeightFormat,
-    shrinks: Sequence[float],
-    unit: torch.Tensor | None,
-) -> Grid:
-    """Returns the grid of weights (out, groups, group); importance: (groups, group); unit: () of scales of e4m3."""
-    best = _best_of(_grids(form, grouped, importance, shrinks, unit), grouped, importance)
-    return best if form.block is None else _in_units(best, grouped, importance)
+def _by_place(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """Returns a weight (out, in) by place (places, out, groups)."""
+    return weight.unflatten(1, (groups, -1)).permute(2, 0, 1).contiguous()
 
 
-def _best_of(grids: Iterator[Grid], grouped: torch.Tensor, importance: torch.Tensor) -> Grid:
-    """Returns for each group the one of all grids that loses least."""
-    best, least_error = next(grids), None
-    least_error = _error(best, grouped, importance)
-    for grid in grids:
-        error = _error(grid, grouped, importance)
-        is_better = error < least_error
-        least_error = torch.where(is_better, error, least_error)
-        chosen = {
-            name: torch.where(is_better, getattr(grid, name), part)
-            for name in ("scales", "zeros", "minima")
-            if (part := getattr(best, name)) is not None
-        }
-        best = replace(best, **chosen)
-    return best
+@dataclass(frozen=True)
+class Weighed:
+    """Values (places, out, groups) fp32 to be rounded, and what the square of each one's error counts, in a shape that
+    meets theirs."""
 
+    values: torch.Tensor
+    importance: torch.Tensor
 
-def _error(grid: Grid, grouped: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """Returns the weighted error (out, groups) of rounding to nearest."""
-    steps = grid.by_group()
-    off = steps.values(steps.codes(grouped)).sub_(grouped)
-    return off.square_().mul_(importance).sum(dim=2)
+    def error(self, steps: Steps) -> torch.Tensor:
+        """Returns the weighted error (out, groups) of rounding to nearest."""
+        off = steps.values(steps.codes(self.values)).sub_(self.values)
+        return off.square_().mul_(self.importance).sum(dim=0)
 
-
-def _grids(
-    form: WeightFormat,
-    grouped: torch.Tensor,
-    importance: torch.Tensor,
-    shrinks: Sequence[float],
-    unit: torch.Tensor | None,
-) -> Iterator[Grid]:
-    """Yields the grids to choose from of weights (out, groups, group), with scales of any bits in blocks."""
-    low, high = grouped.amin(dim=2), grouped.amax(dim=2)  # (out, groups)
-    if form.offset == "minimum":
-        yield from _with_minimum(form, grouped, importance, low, high, shrinks)
-        return
-    low, high = low.clamp_max_(0), high.clamp_min_(0)
-    if form.offset == "zero":
-        for shrink in shrinks:
-            scales = storable((high - low) * (shrink / (form.most - form.least)), is_asymmetric=True)
-            zeros = (form.least - low * shrink / scales).round_().clamp_(form.least, form.most)
-            yield Grid(form, scales, zeros)
-        return
-    exact = range(1, 1 - form.least) if form.bits == EXACT_BITS else (form.most,)
-    codes = tuple(dict.fromkeys((*exact, *(form.most / shrink for shrink in shrinks))))
-    largest = torch.maximum(-low, high)
-    # Floats of 8 bits are as fine for the largest weights as for others: nothing is to be gained by cutting these off.
-    if form.levels == "e4m3":
-        codes = tuple(form.most * shrink for shrink in shrinks)
-    # A negative scale gives the largest weight the least code, which there is one more of.
-    is_signed = form.signed_scales or (form.block is not None and form.block.signed)
-    if is_signed:
-        largest = torch.where(-low > high, low, high)
-        codes += tuple(form.least / shrink for shrink in shrinks)
-    for code in codes:
-        yield Grid(form, _stored(form, largest / code, unit))
-
-
-def _with_minimum(
-    form: WeightFormat,
-    grouped: torch.Tensor,
-    importance: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    shrinks: Sequence[float],
-) -> Iterator[Grid]:
-    """Yields grids whose ends are some shares of a group's range, each with the least squares on its codes.
-
-    The minimum of a block is stored without its sign: it is 0 at most.
-    """
-    highest = torch.inf if form.block is None else 0.0
-    weights = importance.expand_as(grouped)
-    total = weights.sum(dim=2)
-    for shrink in shrinks:
-        cut = (high - low) * ((1 - shrink) / 2)
-        first = (low + cut).clamp_max(highest)
-        scales = (high - cut - first) / (form.most - form.least)
-        grid = Grid(form, _stored(form, scales), minima=_stored_minima(form, first - form.least * scales))
-        yield grid
-        # Least squares for scale and minimum: weighted sums of codes and weights.
-        codes = grid.by_group().codes(grouped)
-        weighed = codes * weights
-        of_codes, of_squares, of_weights = (
-            weighed.sum(dim=2),
-            (weighed * codes).sum(dim=2),
-            (grouped * weights).sum(dim=2),
-        )
-        of_products = weighed.mul_(grouped).sum(dim=2)
-        spread = total * of_squares - of_codes.square()
-        scales = (total * of_products - of_codes * of_weights) / spread
-        minima = (of_weights - scales * of_codes) / total
-        through_zero = of_products / of_squares
-        scales = torch.where(minima > highest, through_zero, scales)
-        minima = minima.clamp_max_(highest)
+    def fitted(self, steps: Steps) -> Steps:
+        """Returns steps with the least squares on their codes; as they were where these are all alike."""
+        levels = steps.codes(self.values)
+        if steps.zeros is not None:
+            levels -= steps.zeros
+        weighed = levels * self.importance
+        of_products, of_levels = (levels * self.weighed).sum(dim=0), weighed.sum(dim=0)
+        of_squares = weighed.mul_(levels).sum(dim=0)
+        if steps.minima is None:
+            return replace(steps, scales=torch.where(of_squares > 0, of_products / of_squares, steps.scales))
+        of_values, total = self.weighed.sum(dim=0), self.total
+        scales = (total * of_products - of_levels * of_values) / (total * of_squares - of_levels.square())
+        minima = (of_values - scales * of_levels) / total
+        if steps.form.block is not None:  # which stores minima without a sign
+            scales = torch.where(minima > 0, of_products / of_squares, scales)
+            minima = minima.clamp_max(0)
         is_known = scales.isfinite() & minima.isfinite() & (scales > 0)
-        scales, minima = torch.where(is_known, scales, grid.scales), torch.where(is_known, minima, grid.minima)
-        yield Grid(form, _stored(form, scales), minima=_stored_minima(form, minima))
+        return replace(steps, scales=scales.where(is_known, steps.scales), minima=minima.where(is_known, steps.minima))
 
+    @functools.cached_property
+    def weighed(self) -> torch.Tensor:
+        """Returns the values times their importance."""
+        return self.values * self.importance
 
-def _stored(form: WeightFormat, scales: torch.Tensor, unit: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns scales as the format stores them; those of blocks as they are. unit: () of scales of e4m3."""
-    if unit is not None:
-        return nearest_e4m3(scales / unit).clamp_min_(SMALLEST_E4M3) * unit
-    if form.block is not None:
-        return scales
-    if form.storage != "gguf":
-        return storable(scales)
-    halves = half_of(scales)
-    return torch.where(halves.abs() < SMALLEST_SCALE, SMALLEST_SCALE, halves)
+    @functools.cached_property
+    def total(self) -> torch.Tensor:
+        """Returns the importance of a whole group, in a shape that meets (out, groups)."""
+        return self.importance.sum(dim=0)
 
-
-def _stored_minima(form: WeightFormat, minima: torch.Tensor) -> torch.Tensor:
-    """Returns minima as the format stores them; those of blocks as they are."""
-    if form.block is not None:
-        return minima
-    if form.storage == "gguf":
-        return half_of(minima)
-    return storable(minima.abs()).copysign_(minima)
-
-
-def _in_units(grid: Grid, grouped: torch.Tensor, importance: torch.Tensor) -> Grid:
-    """Returns a grid whose scales and minima are whole numbers of the units of their blocks.
-
-    The units give the largest of a block the most steps; each scale, and with it each minimum, is then the best of
-    those next to it.
-    """
-    block = grid.form.block
-    of_block = block.inputs // grid.form.group  # groups
-    units, steps = _units(grid.scales, of_block, block.least, block.most)
-    minimum_units, minimum_steps = None, None
-    if grid.minima is not None:
-        minimum_units, minimum_steps = _units(-grid.minima, of_block, 0, block.most)
-
-    def grids() -> Iterator[Grid]:
-        for change in (0, -1, 1):
-            scales = _of_units((steps + change).clamp(block.least, block.most), units)
-            if minimum_steps is None:
-                yield Grid(grid.form, scales)
+    def best_of(self, choice: Iterable[Steps]) -> Steps:
+        """Returns for each group the steps that lose least, the first of those that lose the same."""
+        best, least = None, None
+        for steps in choice:
+            error = self.error(steps)
+            if best is None:
+                best, least = steps, error
                 continue
-            for minimum_change in (0, -1, 1):
-                minima = -_of_units((minimum_steps + minimum_change).clamp(0, block.most), minimum_units)
-                yield Grid(grid.form, scales, minima=minima)
-
-    best = _best_of(grids(), grouped, importance)
-    return replace(best, units=units, minimum_units=minimum_units)
-
-
-def _units(values: torch.Tensor, of_block: int, least: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the units (out, blocks) fp32, numbers of fp16, of values (out, groups), and how many each is, whole
-    numbers in fp32."""
-    blocks = values.unflatten(1, (-1, of_block))  # (out, blocks, groups of one)
-    places = blocks.abs().argmax(dim=2, keepdim=True)
-    # With signs, the largest has the least number, of which there is one more.
-    units = half_of(blocks.gather(2, places).squeeze(2) / (least or most))
-    divisors = torch.where(units == 0, torch.inf, units)
-    return units, (blocks / divisors[..., None]).round_().clamp_(least, most).flatten(1)
+            is_better = error < least
+            least = torch.where(is_better, error, least)
+            parts = {name: (part, getattr(best, name)) for name in PARTS if (part := getattr(steps, name)) is not None}
+            best = replace(best, **{name: torch.where(is_better, *pair) for name, pair in parts.items()})
+        return best
 
 
-def _of_units(steps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Returns so many units (out, groups)."""
-    return (steps.unflatten(1, (units.shape[1], -1)) * units[..., None]).flatten(1)
+PARTS = ("scales", "zeros", "minima")  # of Steps
+
+
+def _search(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Steps:
+    """Returns the steps (out, groups) that lose least, of those that fit to the codes of some starts.
+
+    The scales of a block are any numbers here.
+    """
+    starts = _starts(weighed.values, form, cuts)
+    if form.bits == 8:  # fine enough for the whole range
+        return _stored(next(starts))
+    best = weighed.best_of(_stored(weighed.fitted(start)) for start in starts)
+    return weighed.best_of((best, _stored(weighed.fitted(best))))
+
+
+def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Iterator[Steps]:
+    """Yields steps (out, groups) whose ends lie near those of the values (places, out, groups)."""
+    low, high = values.amin(dim=0), values.amax(dim=0)  # (out, groups)
+    if isinstance(form, WeightFormat) and form.offset is not None:
+        if form.offset == "zero" or form.block is not None:
+            low = low.clamp_max(0)
+        if form.offset == "zero":
+            high = high.clamp_min(0)
+        for below, above in itertools.product(cuts[:END_CUTS], repeat=2):
+            scales = (high - low) / (form.most - form.least + below + above)
+            minima = low + (below - form.least) * scales
+            if form.offset == "minimum":
+                yield Steps(form, scales, minima=minima)
+            else:
+                zeros = (-minima / scales.where(scales != 0, torch.inf)).round_().clamp_(form.least, form.most)
+                yield Steps(form, scales, zeros)
+        return
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    # The codes of the largest value above 0 and of that below, at least.
+    below = -form.least or form.most
+    codes = [(form.most, below)] if form.bits == 8 else []
+    codes += [(form.most + cut, below + cut) for cut in cuts if cut > 0]
+    if isinstance(form, WeightFormat):
+        first = max(form.most // 2, form.most - LARGEST_CODES) + 1
+        codes += [(code, code) for code in range(first, below + 1)]
+    for most, least in codes:
+        yield Steps(form, torch.maximum(high / most, -low / least))
+        # A negative scale gives the largest value the least code, which there is one more of.
+        if _is_signed(form) and least > form.most:
+            yield Steps(form, -torch.maximum(-low / most, high / least))
+
+
+def _is_signed(form: WeightFormat | ScaleBlock) -> bool:
+    """Returns whether scales, or the units of a block, may be negative."""
+    if isinstance(form, ScaleBlock):
+        return form.signed
+    return form.signed_scales or (form.block is not None and form.block.signed)
+
+
+def _stored(steps: Steps) -> Steps:
+    """Returns steps as their format stores them; scales in few bits as they are."""
+    form = steps.form
+    if isinstance(form, WeightFormat) and form.block is not None:
+        return steps
+    if isinstance(form, ScaleBlock) or form.storage == "gguf":
+        halves = half_of(steps.scales)
+        scales = torch.where(halves.abs() < SMALLEST_SCALE, SMALLEST_SCALE, halves)
+        return replace(steps, scales=scales, minima=None if steps.minima is None else half_of(steps.minima))
+    minima = None if steps.minima is None else storable(steps.minima.abs()).copysign_(steps.minima)
+    return replace(steps, scales=storable(steps.scales, form.offset == "zero"), minima=minima)
+
+
+def _of_floats(values: torch.Tensor, form: WeightFormat, unit: torch.Tensor | None) -> Iterator[Steps]:
+    """Yields steps (out, groups) of values (places, out, groups) where levels are floats; unit: () of their scales."""
+    largest = values.abs().amax(dim=0)
+    for level in LARGEST_FLOATS[form.levels]:
+        if unit is None:
+            yield Steps(form, storable(largest / level))
+        else:
+            yield Steps(form, nearest_e4m3(largest / (level * unit)).clamp_min_(SMALLEST_E4M3) * unit)
+
+
+def _best_grid(weighed: Weighed, form: WeightFormat, cuts: Sequence[float], unit: torch.Tensor | None) -> Grid:
+    """Returns the grid of weights (places, out, groups); unit: () of scales of e4m3."""
+    if form.levels != "whole":
+        return Grid(form, weighed.best_of(_of_floats(weighed.values, form, unit)).scales)
+    best = _search(weighed, form, cuts)
+    if form.block is None:
+        return Grid(form, best.scales, best.zeros, best.minima)
+    # An error of a scale counts by the squares of the codes, and one of a minimum by the weights.
+    counts = best.codes(weighed.values).square_().mul_(weighed.importance).sum(dim=0)
+    units, numbers = _units(best.scales, counts, form)
+    minimum_units, minimum_numbers = None, None
+    if best.minima is not None:
+        minimum_units, minimum_numbers = _units(-best.minima, weighed.total.expand_as(best.minima), form)
+    best = weighed.best_of(_in_units(form, units, numbers, minimum_units, minimum_numbers))
+    return Grid(form, best.scales, None, best.minima, units, minimum_units)
+
+
+def _units(values: torch.Tensor, importance: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the units (out, blocks) of values (out, groups), and how many each is, whole numbers in fp32.
+
+    importance: (out, groups), what the squares of their errors count.
+    """
+    blocks = values.shape[1] * form.group // form.block.inputs
+    weighed = Weighed(_by_place(values, blocks), _by_place(importance, blocks))
+    steps = _search(weighed, form.block, CUTS)
+    return steps.scales, steps.codes(weighed.values).permute(1, 2, 0).flatten(1)
+
+
+def _in_units(
+    form: WeightFormat,
+    units: torch.Tensor,
+    numbers: torch.Tensor,
+    minimum_units: torch.Tensor | None,
+    minimum_numbers: torch.Tensor | None,
+) -> Iterator[Steps]:
+    """Yields steps (out, groups) of about so many units."""
+    block = form.block
+
+    def of(numbers: torch.Tensor, units: torch.Tensor, least: int) -> Iterator[torch.Tensor]:
+        for change in NEIGHBOURS:
+            yield (
+                (numbers + change).clamp_(least, block.most).unflatten(1, (units.shape[1], -1)) * units[..., None]
+            ).flatten(1)
+
+    if minimum_numbers is None:
+        yield from (Steps(form, scales) for scales in of(numbers, units, block.least))
+        return
+    pairs = itertools.product(of(numbers, units, block.least), of(minimum_numbers, minimum_units, 0))
+    yield from (Steps(form, scales, minima=-minima) for scales, minima in pairs)

@@ -27,6 +27,7 @@ from edgeprune.model.forward import (
     add_module,
     check_finite,
     entering,
+    experts_output,
     has_experts,
     module_activation,
     module_inputs,
@@ -148,7 +149,7 @@ class Walk:
         compensates = self.method.recovery is Recovery.LEAST_SQUARES
         self.drifted |= before != after
         # An uncut module keeps its weights, unless its update can make up for what the modules before have lost.
-        if before == after and not (self.drifted and compensates and not has_experts(self.dense, index, kind)):
+        if before == after and not (self.drifted and compensates):
             self._add(weights, index, kind, self.pruned, self.read_pruned)
             if compensates:
                 if self.drifted:
@@ -162,7 +163,7 @@ class Walk:
         if after is None:
             return {}, ModuleRecord(index, kind, 0, size)
         if has_experts(self.dense, index, kind):
-            return self._cut_experts(weights, index)
+            return self._cut_experts(weights, index, raw)
         return self._cut(weights, index, kind, raw)
 
     def _add(self, weights: LayerWeights, index: int, kind: str, hidden: torch.Tensor, source: torch.Tensor) -> None:
@@ -182,17 +183,27 @@ class Walk:
         self.whole += module_output(self.dense, kind, weights, raw)
         return raw
 
-    def _cut_experts(self, weights: LayerWeights, index: int) -> tuple[LayerWeights, ModuleRecord]:
-        """Cuts every expert of an MLP to the target's width; returns the new weights and the record."""
+    def _cut_experts(
+        self, weights: LayerWeights, index: int, raw: torch.Tensor | None
+    ) -> tuple[LayerWeights, ModuleRecord]:
+        """Cuts every expert of an MLP to the target's width; returns the new weights and the record.
+
+        raw: as in `_cut`.
+        """
         before, after = (decoder.layers[index].mlp for decoder in (self.dense, self.target))
-        compensates = self.method.recovery is Recovery.LEAST_SQUARES
         states = module_states(self.dense, "mlp", weights, self.read_pruned)  # (b, t, c)
-        # Square roots of the tokens' weights in least squares.
-        scale = token_scale(self.whole) * self.importance.sqrt() if compensates else torch.ones(1, 1, 1)  # (b, t, 1)
+        # Square roots of the tokens' weights in least squares, and what the dense experts would have to give besides.
+        scale, missing = torch.ones(1, 1, 1), None
+        if self.method.recovery is Recovery.LEAST_SQUARES:
+            target = self.whole if raw is None else raw
+            scale = token_scale(target) * self.importance.sqrt()  # (b, t, 1)
+            missing = target - experts_output(states, weights, before)  # (b, t, c)
+            if raw is None:
+                missing -= self.pruned
         # Cut the experts, and move the pruned stream by what they now give.
         size = after.intermediate_size
         cut = cut_experts(
-            states, weights, before, size, self.method.score, compensates, scale, self.generator, after.weight_format
+            states, weights, before, size, self.method.score, missing, scale, self.generator, after.weight_format
         )
         norms = {name: weight for name, weight in weights.items() if name.startswith("mlp.") and "norm" in name}
         check_finite(cut.output, index, "mlp")

@@ -11,7 +11,7 @@ from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight, as_float
-from edgeprune.precision import WEIGHT_FORMATS
+from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.pruning.grids import choose_grid
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
@@ -152,16 +152,33 @@ def test_every_kind_of_module_is_rounded_and_stays_near(case, tmp_path):
     assert F.cosine_similarity(dense.flatten(0, 1), fitted.flatten(0, 1), dim=-1).quantile(0.1) > 0.97
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+def test_experts_in_floats_make_up_for_what_is_rounded_before_them(case, tmp_path):
+    save_family(tmp_path, case)
+    model = load_model(str(tmp_path))
+    vocabulary, generator = model.decoder.vocab_size, torch.Generator().manual_seed(0)
+    samples, held_out = (torch.randint(0, vocabulary, (48, 24), generator=generator) for _ in range(2))
+    coarse = WeightFormat("coarse", 2, 8)
+    target = model.decoder.with_formats([(coarse, None)] * len(model.decoder.layers), None, None)
+    weights, records = walked(model, target, samples)
+    downs = [name for name in weights if ".experts." in name and name.endswith(".down")]
+    assert not all(torch.equal(weights[name], model.weights[name].float()) for name in downs)
+    assert all(record.error_after < record.error_before for record in records)
+    own = weights | {name: model.weights[name] for name in downs}
+    assert divergence(model, target, weights, held_out) < divergence(model, target, own, held_out)
+
+
 def test_experts_without_tokens_are_rounded_by_their_weights_alone(tmp_path):
     save_family(tmp_path, "mixtral")
     model = load_model(str(tmp_path))
-    target = model.decoder.with_format(INT8)
+    form = WeightFormat("i4", 4, 8)
+    target = model.decoder.with_format(form)
     weights, records = walked(model, target, torch.zeros((2, 3), dtype=torch.int64))
     roundings = {name: weights[name] for name in target.weight_formats if ".experts." in name}
     alone = 0
     for name, rounded in roundings.items():
         weight = model.weights[name].float()
-        nearest = choose_grid(weight, torch.ones(weight.shape[1]), INT8).nearest(weight)
+        nearest = choose_grid(weight, torch.ones(weight.shape[1]), form).nearest(weight)
         alone += torch.equal(rounded.codes, nearest.codes)
     assert 0 < alone < len(roundings)
     assert any(math.isnan(error) for record in records for error in record.rounding_errors)
