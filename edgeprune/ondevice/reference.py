@@ -21,11 +21,7 @@ CODES_TOLERANCE = (0.99, 0.1)
 before a rounding makes another code of a number between two. On SmolLM2 with a KV cache in codes, weights in fp16 and
 in bf16 moved them by 0.9992 and 0.042 at most; on a small random model in w8a8 fp16 did by 0.9977 and 0.075."""
 ROUNDED_INPUTS = "inputs of matrices of few bits in 8 bits"
-TOLERANCES_OF_CODES = {
-    "floats of 4 bits": (0.9, 0.5),
-    "floats of 8 bits": (0.95, 0.2),
-    ROUNDED_INPUTS: (0.95, 0.3),
-}
+TOLERANCES_OF_CODES = {"floats of 4 bits": (0.9, 0.5), "floats of 8 bits": (0.95, 0.2), ROUNDED_INPUTS: (0.95, 0.3)}
 """The same where a model's words say that these are what it rounds, in all its layers. The steps of floats are coarse:
 SmolLM2's graph in fp16 and in bf16 moved by 0.983 and 0.25 in 4 bits, and by 0.983 and 0.094 in 8, from the one in
 fp32; a small random model in fp16 by 0.94 and 0.36, and by 0.996 and 0.095. llama.cpp rounds what a matrix of few bits
