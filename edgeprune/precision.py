@@ -75,6 +75,11 @@ class ScaleBlock:
     signed: bool
 
     @property
+    def levels(self) -> Levels:
+        """Returns that these are whole numbers."""
+        return "whole"
+
+    @property
     def least(self) -> int:
         """Returns the least scale in units."""
         return -(2 ** (self.bits - 1)) if self.signed else 0

@@ -47,7 +47,6 @@ BLOCK = 32  # inputs that share a scale: what the width of an MLP has to be a mu
 FACTOR, OVERHEAD = "llama.cpp of 2025 and 2026, Q4_K_M", "llama.cpp of 2025 and 2026"  # of the published points
 PREFILL = 0.5  # of TensorRT's share of the peak
 PREFILL_SOURCE = "of 0.3 to 0.6 in llama.cpp's published points (on an RTX 4090 as much as TensorRT's)"
-ROUNDED_INPUTS = "inputs of matrices of few bits in 8 bits"
 
 
 def on_llamacpp(profile: DeviceProfile) -> DeviceProfile:

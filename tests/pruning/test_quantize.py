@@ -18,8 +18,8 @@ SMALL = (
     WeightFormat("i8", 8),
     WeightFormat("i4", 4, 8),
     WeightFormat("a4", 4, 4, "zero"),
-    WeightFormat("k3", 3, 2, block=ScaleBlock(8, 6, signed=True)),
-    WeightFormat("k4", 4, 4, "minimum", unsigned=True, block=ScaleBlock(8, 6, signed=False)),
+    WeightFormat("k3", 3, 4, block=ScaleBlock(16, 6, signed=True)),
+    WeightFormat("k4", 4, 8, "minimum", unsigned=True, block=ScaleBlock(16, 6, signed=False)),
 )
 
 
