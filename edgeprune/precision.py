@@ -89,11 +89,6 @@ class ScaleBlock:
         """Returns the largest scale in units."""
         return 2 ** (self.bits - self.signed) - 1
 
-    @property
-    def levels(self) -> Levels:
-        """Returns what the numbers of units are."""
-        return "whole"
-
 
 Offset = Literal["zero", "minimum"]
 Storage = Literal["packed", "floats", "gguf", "offset"]
