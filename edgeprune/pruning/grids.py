@@ -247,7 +247,7 @@ def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequenc
     # The codes of the largest value above 0 and of that below, at least.
     below = -form.least or form.most
     codes = [(form.most, below)] if form.bits == 8 else []
-    codes += [(form.most + cut, below + cut) for cut in cuts if cut > 0]
+    codes += [(form.most + cut, below + cut) for cut in cuts if cut > 0 or isinstance(form, ScaleBlock)]
     if isinstance(form, WeightFormat):
         first = max(form.most // 2, form.most - LARGEST_CODES) + 1
         codes += [(code, code) for code in range(first, below + 1)]

@@ -31,7 +31,8 @@ def drawn(kind: str, seed: int, rows: int, columns: int) -> torch.Tensor:
     if kind == "heavy tails":  # Student's t of three degrees of freedom
         weight /= torch.randn(3, rows, columns, generator=generator).square().mean(dim=0).sqrt()
     elif kind == "unequal rows and columns":
-        weight *= torch.randn(rows, 1, generator=generator).exp() * torch.randn(1, columns, generator=generator).exp()
+        weight *= torch.randn(rows, 1, generator=generator).exp()
+        weight *= torch.randn(1, columns, generator=generator).mul(0.5).exp()
     elif kind == "off zero":
         weight += 0.7
     return weight * 0.02
