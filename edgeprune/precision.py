@@ -75,6 +75,11 @@ class ScaleBlock:
     signed: bool
 
     @property
+    def levels(self) -> Levels:
+        """Returns that these are whole numbers."""
+        return "whole"
+
+    @property
     def least(self) -> int:
         """Returns the least scale in units."""
         return -(2 ** (self.bits - 1)) if self.signed else 0
@@ -83,11 +88,6 @@ class ScaleBlock:
     def most(self) -> int:
         """Returns the largest scale in units."""
         return 2 ** (self.bits - self.signed) - 1
-
-    @property
-    def levels(self) -> Levels:
-        """Returns what the numbers of units are."""
-        return "whole"
 
 
 Offset = Literal["zero", "minimum"]

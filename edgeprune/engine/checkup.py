@@ -32,7 +32,7 @@ from edgeprune.files import scratch_folder
 from edgeprune.ondevice import measure
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.figures import Workload
-from edgeprune.ondevice.llama_tools import refusal_of, tool_of
+from edgeprune.ondevice.llama_tools import REMEDY, refusal_of, tool_of
 from edgeprune.ondevice.measure import CHECK_SECONDS, Session
 from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES, preferred
 from edgeprune.ondevice.tensorrt import BuildResult
@@ -146,17 +146,20 @@ class _Device:
         # Modules and GPU.
         run("profile", lambda _: self._chosen_profile())
         run("numpy", lambda _: self._module("numpy"))
-        run(self.engine, lambda _: self._module(RUNTIMES[self.engine].module))
+        runs_graphs = self.profile.engine != LLAMA_CPP
+        if runs_graphs:
+            run(self.engine, lambda _: self._module(RUNTIMES[self.engine].module))
         run("GPU", lambda _: self._gpu())
         run(LLAMA_CPP, lambda _: self._llamacpp())
         # Engines, and what they are measured with.
-        written = cache(lambda form: self._write(folder, form))
-        for dialect, form in self._pairs():
-            self._check_engine(folder, written, dialect, form)
-        run("cache in place", lambda limited: self._cache(limited, written))
-        run("graph capture", self._capture)
-        run("clock", lambda limited: self._clock(limited, written))
-        run("memory accounting", lambda limited: self._memory(limited, written))
+        if runs_graphs:
+            written = cache(lambda form: self._write(folder, form))
+            for dialect, form in self._pairs():
+                self._check_engine(folder, written, dialect, form)
+            run("cache in place", lambda limited: self._cache(limited, written))
+            run("graph capture", self._capture)
+            run("clock", lambda limited: self._clock(limited, written))
+            run("memory accounting", lambda limited: self._memory(limited, written))
         # The state of the machine, and its room.
         told: dict[str, Any] = {}
 
@@ -186,10 +189,13 @@ class _Device:
             raise NotApplicable(NOT_DESCRIBED)
 
     def _llamacpp(self) -> str:
-        """Returns what can measure with llama.cpp. Raises NotApplicable where nothing can, which is no fault."""
+        """Returns what can measure with llama.cpp.
+
+        Raises EngineError where nothing can and the profile is of that engine; else NotApplicable, as it is no fault.
+        """
         self._need_description()
         if (refusal := refusal_of(self.described, self.profile.sm)) is not None:
-            raise NotApplicable(refusal)
+            raise EngineError(refusal, REMEDY) if self.profile.engine == LLAMA_CPP else NotApplicable(refusal)
         return " ".join(tool_of(self.described, self.profile.sm))
 
     def _module(self, name: str) -> str:

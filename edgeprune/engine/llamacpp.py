@@ -37,8 +37,8 @@ def _offered(*formats: str, tables: bool = False) -> OfferedFormats:
 OFFERED = {
     "int8": _offered("q8_0", tables=True),
     "q6_k": _offered("q6_k", "q8_0", tables=True),
-    "q5_k": _offered("q5_k", "q5_1", "q5_0"),
-    "q4_k": _offered("q4_k", "q4_1", "q4_0"),
+    "q5_k": _offered("q5_k", "q5_1"),
+    "q4_k": _offered("q4_k", "q5_0"),
     "int4": _offered("q4_k", "q4_1", "q4_0"),
     "q3_k": _offered("q3_k", "q4_0"),
 }
@@ -47,7 +47,6 @@ BLOCK = 32  # inputs that share a scale: what the width of an MLP has to be a mu
 FACTOR, OVERHEAD = "llama.cpp of 2025 and 2026, Q4_K_M", "llama.cpp of 2025 and 2026"  # of the published points
 PREFILL = 0.5  # of TensorRT's share of the peak
 PREFILL_SOURCE = "of 0.3 to 0.6 in llama.cpp's published points (on an RTX 4090 as much as TensorRT's)"
-ROUNDED_INPUTS = "inputs of matrices of few bits in 8 bits"
 
 
 def on_llamacpp(profile: DeviceProfile) -> DeviceProfile:

@@ -132,8 +132,8 @@ def of_one_scale(form: WeightFormat, codes: torch.Tensor, scale: float) -> Quant
     if form.block is not None:
         units = torch.full((outputs, inputs // form.block.inputs), scale)
         minimum_units = None if minima is None else torch.full_like(units, middle)
-    scale_unit = torch.tensor(scale / 8) if form.e4m3_scales else None
-    return QuantisedWeight(form, codes, scales, zeros, input_scale, minima, units, minimum_units, scale_unit)
+    unit = torch.tensor(scale) if form.e4m3_scales else None
+    return QuantisedWeight(form, codes, scales, zeros, input_scale, minima, units, minimum_units, unit)
 
 
 def rounded_inputs(inputs: torch.Tensor, scale: torch.Tensor | None, form: WeightFormat | None = None) -> torch.Tensor:

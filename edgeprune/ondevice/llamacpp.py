@@ -11,6 +11,7 @@ a cache in fp16, flash attention where the model allows it, batches of 2048 toke
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,10 @@ class LlamaRunner:
 
     def __init__(self, path: Path, capacity: int, threads: int | None = None, library: Library | None = None) -> None:
         self.capacity, self.past = capacity, 0
-        self._model = self._context = self._pool = None
         self._library = library or Library()
+        self._held: list[tuple[Any, int]] = []  # what frees it, and the handle
+        # Freed before the interpreter and the library's log are gone, to which llama.cpp tells it.
+        self._free = weakref.finalize(self, _free, self._held, self._library)
         self._open(path, threads or cores())
 
     def _open(self, path: Path, threads: int) -> None:
@@ -141,45 +144,37 @@ class LlamaRunner:
         # The model, on no device but the processor: the list of devices is empty.
         model = library.model_default_params()
         model.devices = ctypes.addressof(nothing := ctypes.c_void_p(None))
-        self._model = library.model_load_from_file(str(path).encode(), model)
+        loaded = library.model_load_from_file(str(path).encode(), model)
         del nothing
-        if not self._model:
+        if not loaded:
             raise EngineError(f"llama.cpp cannot load {path}: {library.reason}", f"Write the file again. {_UPDATE}")
-        self.vocab_size = int(library.vocab_n_tokens(library.model_get_vocab(self._model)))
+        self._held.append((library.model_free, loaded))
+        self.vocab_size = int(library.vocab_n_tokens(library.model_get_vocab(loaded)))
         # The context.
         params = library.context_default_params()
         if (found := (params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max)) != _DEFAULTS:
             raise _other_interface(f"a context begins with {found}")
         params.n_ctx, self._part = self.capacity, params.n_batch
-        self._context = library.init_from_model(self._model, params)
+        self._context = library.init_from_model(loaded, params)
         if not self._context:
             raise EngineError(
                 f"llama.cpp cannot hold {self.capacity} tokens of {path}: {library.reason}", "Try a shorter --context."
             )
+        self._held.append((library.free, self._context))
         if library.n_ctx(self._context) < self.capacity:
             raise _other_interface("a context is shorter than was asked for")
         # Threads of its own, which wait between the steps; without them llama.cpp starts new ones at every step.
         library.set_n_threads(self._context, threads, threads)
         pool = (ctypes.c_uint64 * 1024)()
         library.ggml_threadpool_params_init(pool, threads)
-        self._pool = library.ggml_threadpool_new(pool)
-        library.attach_threadpool(self._context, self._pool, None)
+        threadpool = library.ggml_threadpool_new(pool)
+        self._held.insert(1, (library.ggml_threadpool_free, threadpool))  # behind the context, which uses it
+        library.attach_threadpool(self._context, threadpool, None)
         self._memory = library.get_memory(self._context)
 
     def close(self) -> None:
-        """Frees all that llama.cpp holds."""
-        for handle, free in (
-            (self._context, self._library.free),
-            (self._pool, self._library.ggml_threadpool_free),
-            (self._model, self._library.model_free),
-        ):
-            if handle:
-                free(handle)
-        self._model = self._context = self._pool = None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_library"):
-            self.close()
+        """Frees all that llama.cpp holds, as the end of the runner or of the process does."""
+        self._free()
 
     def reset(self, past: int = 0) -> None:
         """Continues behind `past` tokens: those that the cache holds, or as many others."""
@@ -219,6 +214,13 @@ class LlamaRunner:
                 )
         self._library.synchronize(self._context)
         self.past += len(tokens)
+
+
+def _free(held: list[tuple[Any, int]], library: Library) -> None:
+    """Frees what is held, the last first; library: kept until then."""
+    while held:
+        free, handle = held.pop()
+        free(handle)
 
 
 class Timed:

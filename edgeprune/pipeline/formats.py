@@ -83,12 +83,12 @@ def weight_choice(asked: str, profile: DeviceProfile, decoder: Decoder) -> Weigh
 def _instead(taken: dict[str, Format], decoder: Decoder) -> str:
     """Returns in words which formats stand in for those that were meant, whose blocks do not divide the sizes.
 
-    taken: by the word; a word that is no format's own name, as `int4`, means whatever fits.
+    taken: by the word; one that means whatever fits, as `int4`, is no format that was meant.
     """
     others = {
         word: form.name
         for word, form in taken.items()
-        if form is not None and word in WEIGHT_FORMATS and form != WEIGHT_FORMATS[word]
+        if form is not None and word in WEIGHT_FORMATS and refusal(WEIGHT_FORMATS[word], decoder) is not None
     }
     if not others:
         return ""

@@ -19,7 +19,7 @@ from edgeprune.engine.remote import target_of
 from edgeprune.engine.work import table_bytes
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.model.checkpoint.llamagen import Hints
-from edgeprune.model.checkpoint.quantization import can_be_packed
+from edgeprune.model.checkpoint.quantization import STORAGES, can_be_packed
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.export import GGUF, check_exports
 from edgeprune.model.gguf.weights import check_in_blocks
@@ -151,7 +151,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         engine.check_build(shape)  # of the dense model, which is built first
     profile, assumed = engine.profile, profile.tensorrt
     weights = weight_choice(request.weights, profile, shape)
-    if not can_be_packed(shape) and any(form.storage == "packed" for form in weights.quantised):
+    if not can_be_packed(shape) and any(form.storage in STORAGES for form in weights.quantised):
         weights = without_formats(
             weights, f"no checkpoint format holds few bits of {shape.family}'s transposed matrices"
         )

@@ -14,7 +14,7 @@ import numpy as np
 from edgeprune.engine.answers import ThisMachine
 from edgeprune.engine.engines import Exported
 from edgeprune.engine.estimate import computes_in
-from edgeprune.engine.llamacpp import ROUNDED_INPUTS, write_file
+from edgeprune.engine.llamacpp import write_file
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.onnx.ops import OPERATORS
@@ -34,6 +34,7 @@ from edgeprune.ondevice.figures import (
     performance_to_json,
 )
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.ondevice.reference import ROUNDED_INPUTS
 from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal

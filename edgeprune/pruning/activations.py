@@ -27,10 +27,8 @@ makes up for their errors; of what is read, single tokens have values a hundred 
 
 
 def is_smoothed(form: WeightFormat) -> bool:
-    """Returns whether channels are brought to like size for a format."""
-    import os
-
-    return form.levels == "whole" or bool(os.environ.get("SMOOTH"))
+    """Returns whether channels are brought to like size for a format: floats of 8 bits have range for all of them."""
+    return form.levels != "e4m3"
 
 
 def smoothed(

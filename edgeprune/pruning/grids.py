@@ -37,8 +37,15 @@ them, since a grid of less than half is one of twice as many codes too."""
 
 NEIGHBOURS = (0, -1, 1)  # of how many units a scale is, which the weights choose from
 
-GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
+LARGEST_FLOATS = {
+    "e4m3": tuple(448 * (1 - 0.05 * step) for step in range(8)),
+    "e2m1": (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 6.5, 7.0, 7.5, 8.0, 9.0),
+}
+"""What the largest weight of a group becomes where levels are floats. Those of 8 bits are as fine for large weights as
+for others: nothing is gained by cutting these off."""
+
 SMALLEST_E4M3 = 2.0**-9
+GRID_WEIGHTS = 1 << 17  # whose grids are chosen at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -207,18 +214,16 @@ class Weighed:
 PARTS = ("scales", "zeros", "minima")  # of Steps
 
 
-def _search(
-    weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[float], unit: torch.Tensor | None = None
-) -> Steps:
+def _search(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Steps:
     """Returns the steps (out, groups) that lose least, of those that fit to the codes of some starts.
 
-    The scales of a block are any numbers here. unit: () of scales of e4m3.
+    The scales of a block are any numbers here.
     """
     starts = _starts(weighed.values, form, cuts)
     if form.bits == 8:  # fine enough for the whole range
-        return _stored(next(starts), unit)
-    best = weighed.best_of(_stored(weighed.fitted(start), unit) for start in starts)
-    return weighed.best_of((best, _stored(weighed.fitted(best), unit)))
+        return _stored(next(starts))
+    best = weighed.best_of(_stored(weighed.fitted(start)) for start in starts)
+    return weighed.best_of((best, _stored(weighed.fitted(best))))
 
 
 def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Iterator[Steps]:
@@ -245,7 +250,7 @@ def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequenc
     codes += [(form.most + cut, below + cut) for cut in cuts if cut > 0 or isinstance(form, ScaleBlock)]
     if isinstance(form, WeightFormat):
         first = max(form.most // 2, form.most - LARGEST_CODES) + 1
-        codes += [(code, code) for code in range(int(first), int(below) + 1)]
+        codes += [(code, code) for code in range(first, below + 1)]
     for most, least in codes:
         yield Steps(form, torch.maximum(high / most, -low / least))
         # A negative scale gives the largest value the least code, which there is one more of.
@@ -260,11 +265,9 @@ def _is_signed(form: WeightFormat | ScaleBlock) -> bool:
     return form.signed_scales or (form.block is not None and form.block.signed)
 
 
-def _stored(steps: Steps, unit: torch.Tensor | None = None) -> Steps:
-    """Returns steps as their format stores them; scales in few bits as they are. unit: () of scales of e4m3."""
+def _stored(steps: Steps) -> Steps:
+    """Returns steps as their format stores them; scales in few bits as they are."""
     form = steps.form
-    if unit is not None:
-        return replace(steps, scales=nearest_e4m3(steps.scales / unit).clamp_min_(SMALLEST_E4M3) * unit)
     if isinstance(form, WeightFormat) and form.block is not None:
         return steps
     if isinstance(form, ScaleBlock) or form.storage == "gguf":
@@ -275,9 +278,21 @@ def _stored(steps: Steps, unit: torch.Tensor | None = None) -> Steps:
     return replace(steps, scales=storable(steps.scales, form.offset == "zero"), minima=minima)
 
 
+def _of_floats(values: torch.Tensor, form: WeightFormat, unit: torch.Tensor | None) -> Iterator[Steps]:
+    """Yields steps (out, groups) of values (places, out, groups) where levels are floats; unit: () of their scales."""
+    largest = values.abs().amax(dim=0)
+    for level in LARGEST_FLOATS[form.levels]:
+        if unit is None:
+            yield Steps(form, storable(largest / level))
+        else:
+            yield Steps(form, nearest_e4m3(largest / (level * unit)).clamp_min_(SMALLEST_E4M3) * unit)
+
+
 def _best_grid(weighed: Weighed, form: WeightFormat, cuts: Sequence[float], unit: torch.Tensor | None) -> Grid:
-    """Returns the grid of weights (places, out, groups). unit: () of scales of e4m3."""
-    best = _search(weighed, form, cuts, unit)
+    """Returns the grid of weights (places, out, groups); unit: () of scales of e4m3."""
+    if form.levels != "whole":
+        return Grid(form, weighed.best_of(_of_floats(weighed.values, form, unit)).scales)
+    best = _search(weighed, form, cuts)
     if form.block is None:
         return Grid(form, best.scales, best.zeros, best.minima)
     # An error of a scale counts by the squares of the codes, and one of a minimum by the weights.

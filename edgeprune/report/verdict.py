@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 
+from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.report.deploy import FINISH
 from edgeprune.report.figures import (
     no_interval_text,
@@ -144,4 +145,5 @@ def _frontier_command(report: Report) -> str:
         return ""
     if len(words) < 3 or words[0] != "edgeprune" or words[2].startswith("-"):
         return ""
-    return shlex.join(["edgeprune", "frontier", words[2], "--device", report.device.name])
+    engine = ["--engine", LLAMA_CPP] if report.engine.name == LLAMA_CPP else []
+    return shlex.join(["edgeprune", "frontier", words[2], "--device", report.device.name, *engine])

@@ -233,7 +233,7 @@ class RandomWeights(Mapping[str, "torch.Tensor | QuantisedWeight"]):
         from edgeprune.model.levels import codes_of, nearest
         from edgeprune.model.quantised import of_one_scale
 
-        middle = (form.least + form.most + 1) // 2 if form.levels == "whole" else 0
+        middle = (form.least + form.most + 1) // 2
         levels = nearest(weight * 50 * (form.most - middle) + middle, form.levels, form.least, form.most)
         return of_one_scale(form, codes_of(levels, form.levels), 2.0**-9)
 

@@ -10,7 +10,7 @@ import pytest
 from edgeprune.commands import doctor
 from edgeprune.commands.doctor import Finding, examine
 from edgeprune.errors import EngineError
-from edgeprune.ondevice.runtimes import GPU_RUNTIMES
+from edgeprune.ondevice.runtimes import RUNTIMES
 from tests.support.device import script
 
 
@@ -22,7 +22,7 @@ def test_every_package_and_engine_is_there_once_and_what_is_missing_has_a_remedy
     findings = examine()
     names = [finding.name for finding in findings]
     assert len(set(names)) == len(names)
-    assert {f"engine {name}" for name in (*GPU_RUNTIMES, "onnxruntime")} | {"NVIDIA GPU", "ssh"} <= set(names)
+    assert {f"engine {name}" for name in RUNTIMES} | {"llama-bench", "NVIDIA GPU", "ssh"} <= set(names)
     assert all(bool(finding.remedy) != finding.usable and finding.detail for finding in findings)
     for name in doctor.PACKAGES:
         assert found()[name] == Finding(name, True, version(name))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.engine.llamacpp import on_llamacpp
 from edgeprune.engine.probe import with_figures
 from edgeprune.ondevice.bundle import sha256
-from edgeprune.profiles import profile_of, profile_toml
+from edgeprune.profiles import load_profile_file, profile_of, profile_toml
 from edgeprune.report.schema import Report
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
@@ -118,3 +119,17 @@ def test_a_device_that_cannot_measure(home: Path, server: Server, path: str, cha
     assert "whose llama-bench has the option -d" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (home / "nothing").exists()
+
+
+def test_doctor_says_what_it_finds(home: Path, server: Server, path: str) -> None:
+    """Beside a processor's own engine, which is missing here, and alone for a profile of llama.cpp."""
+    result = run("doctor", "--target", server.target, "--json", path=path)
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert checks["llama.cpp"]["state"] == "passed"
+    assert f"llama-bench {server.folder}/device-bin/llama-bench of 20" in checks["llama.cpp"]["detail"]
+    profile = home / "llamacpp.toml"
+    profile.write_text(profile_toml(on_llamacpp(load_profile_file(home / "device.toml"))))
+    result = run("doctor", "--target", server.target, "--profile", profile, "--json", path=path)
+    names = {check["name"] for check in json.loads(result.stdout)["checks"]}
+    assert "llama.cpp" in names
+    assert "clock" not in names

@@ -44,3 +44,12 @@ def test_its_formats_are_those_of_a_gguf_file() -> None:
     names = [name for offer in OFFERED.values() for name in offer.formats]
     assert {WEIGHT_FORMATS[name].storage for name in names} == {"gguf"}
     assert set(names) == {name for name, form in WEIGHT_FORMATS.items() if form.storage == "gguf"}
+
+
+def test_a_format_is_replaced_as_llama_cpp_replaces_it() -> None:
+    """For rows that are no multiple of 256: src/llama-quant.cpp, tensor_type_fallback."""
+    others = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+    assert {word: offer.formats for word, offer in OFFERED.items() if word in others} == {
+        word: (word, other) for word, other in others.items()
+    }
+    assert all(WEIGHT_FORMATS[offer.formats[-1]].multiple == 32 for offer in OFFERED.values())

@@ -16,6 +16,7 @@ from edgeprune.ondevice.figures import Built, Estimate, Measured, Workload
 from edgeprune.ondevice.onnxruntime import GraphRunner as ProcessorRunner
 from edgeprune.ondevice.reference import (
     PROMPT,
+    ROUNDED_INPUTS,
     STEPS,
     codes_of,
     compare_logits,
@@ -294,3 +295,14 @@ def test_a_reference_says_which_states_were_rounded(reference: Path, tmp_path: P
     assert codes_of(reference) == ""
     write_reference(Saying(np.zeros((80, 5))), IDS[:20], tmp_path / "reference.npz", "a KV cache in int8")
     assert codes_of(tmp_path / "reference.npz") == "a KV cache in int8"
+
+
+def test_inputs_in_blocks_of_8_bits_have_a_tolerance_of_their_own() -> None:
+    """As far as a large input in a block moves the logits, and no further."""
+    agreement = {"cosine": 0.96, "error": 0.25, "equal": 1.0, "positions": 9}
+    assert "cosine 0.96" in judge_logits(agreement, "fp16", "model.gguf", ROUNDED_INPUTS)
+    for worse in ({"cosine": 0.94}, {"error": 0.31}):
+        with pytest.raises(WrongEngine, match=ROUNDED_INPUTS):
+            judge_logits(agreement | worse, "fp16", "model.gguf", ROUNDED_INPUTS)
+    with pytest.raises(WrongEngine):
+        judge_logits(agreement, "fp16", "model.gguf")

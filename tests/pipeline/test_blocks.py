@@ -95,7 +95,7 @@ def test_a_candidate_is_one_file_with_what_the_walk_rounded(small, tmp_path):
     logits = runner.run(np.array([PROMPT]))[0].astype(np.float64)
     expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
     found = LlamaCpp(folder / MODEL_FILE).log_probabilities(PROMPT)
-    assert np.abs(found - expected).max() < 0.05
+    assert np.abs(found - expected).max() < 0.15
     # A resumed run takes the file as it stands.
     run.journal.close()
     before = (folder / MODEL_FILE).stat().st_mtime_ns

@@ -181,6 +181,11 @@ def test_blocks_of_32_stand_in_for_those_that_do_not_and_words_say_so():
     assert [form and form.name for form in choice.tables] == [None, "q8_0"]
 
 
+def test_a_word_for_a_number_of_bits_needs_no_words():
+    assert weight_choice("int8", offering(int8=["q8_0"]), SMOLLM2).reason == "asked for"
+    assert weight_choice("auto", offering(int8=["q8_0"]), SMOLLM2).reason == "cpu runs q8_0 well"
+
+
 def test_widths_in_between_decide_too():
     narrow_mlp = uniform(2048, 2, (8, 2, 128), 8192 + 32, 200)
     assert named(LLAMA_CPP, "q6_k", narrow_mlp) == ["q8_0"]

@@ -184,6 +184,15 @@ def test_smoothing_saves_a_model_of_large_channels():
         assert distance(outliers, target, walked(outliers, target)) > 4 * plain
 
 
+def test_floats_of_8_bits_need_no_smoothing():
+    """Channels of all sizes are within their range: the weights stay as they are, and so does the loss."""
+    model = as_model(llama(hidden_size=96, intermediate_size=128, num_attention_heads=6, head_dim=16))
+    outliers, target = with_outliers(model), model.decoder.with_format(WEIGHT_FORMATS["fp8"])
+    weights = walked(outliers, target)
+    assert torch.equal(weights["layers.0.mlp.norm"], outliers.weights["layers.0.mlp.norm"].float())
+    assert distance(outliers, target, weights) < 2 * distance(model, target, walked(model, target))
+
+
 def test_widths_and_activations_are_rounded_in_one_walk():
     model = as_model(llama(hidden_size=96, intermediate_size=128, num_attention_heads=6, head_dim=16))
     narrow = model.decoder.with_layer_widths([(groups, heads, 96) for groups, heads, _ in model.decoder.layer_widths])
