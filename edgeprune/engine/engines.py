@@ -118,14 +118,7 @@ class OnnxRuntime:
             candidate.reference,
             self.precision,
         )
-        if dense is None:
-            return measured
-        # Normalised by the dense model's own figure, so that a candidate does not seem slow on a busy machine.
-        return replace(
-            measured,
-            prefill=measure.scaled(measured.prefill_ratio, dense[1].prefill),
-            decode=measure.scaled(measured.decode_ratio, dense[1].decode),
-        )
+        return measured if dense is None else normalised(measured, dense[1])
 
     def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the processor and the version of ONNX Runtime."""
@@ -361,6 +354,18 @@ class Estimated:
         """Returns the estimated performance of a candidate."""
         setting = (self.profile, self.workload, self.precision)
         return _with_note_of_build(estimate_performance(candidate.decoder, *setting), candidate.decoder, *setting)
+
+
+def normalised(measured: Performance, dense: Performance) -> Performance:
+    """Returns what was measured of a candidate, as its ratios of the dense model's own figures.
+
+    So a candidate does not seem slow on a machine that is busier than it was.
+    """
+    return replace(
+        measured,
+        prefill=measure.scaled(measured.prefill_ratio, dense.prefill),
+        decode=measure.scaled(measured.decode_ratio, dense.decode),
+    )
 
 
 def dequantises(

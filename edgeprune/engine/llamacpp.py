@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.engine.answers import ThisMachine
-from edgeprune.engine.engines import Exported
+from edgeprune.engine.engines import Exported, normalised
 from edgeprune.engine.estimate import counted
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
@@ -143,14 +143,7 @@ class LlamaCpp:
             self.precision,
         )
         measured = replace(measured, conditions={**checked, **measured.conditions})
-        if dense is None:
-            return measured
-        # Normalised by the dense model's own figure, so that a candidate does not seem slow on a busy machine.
-        return replace(
-            measured,
-            prefill=measure.scaled(measured.prefill_ratio, dense[1].prefill),
-            decode=measure.scaled(measured.decode_ratio, dense[1].decode),
-        )
+        return measured if dense is None else normalised(measured, dense[1])
 
     def identity(self, on_progress: OnProgress) -> dict[str, Any]:
         """Returns the machine, its processor, and the release of llama.cpp."""

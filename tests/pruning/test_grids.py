@@ -13,7 +13,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.quantised import QuantisedWeight, half_of, storable
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.pruning.grids import choose_grid
-from tests.support.ggml import rounded_by_ggml
+from tools.ggml_files import rounded_by_ggml
 
 SMALL = (WeightFormat("i8", 8), WeightFormat("i4", 4, 8), WeightFormat("a4", 4, 4, "zero"))
 GGML = {name: form for name, form in WEIGHT_FORMATS.items() if form.storage == "gguf"}
@@ -52,7 +52,7 @@ def test_it_never_loses_more_than_ggml(form, kind, seed, spread):
     weight = drawn(kind, seed, 16, 512)
     importance = (spread * torch.randn(512, generator=torch.Generator().manual_seed(seed))).exp()
     rounded = choose_grid(weight, importance, form).nearest(weight).dequantised()
-    by_ggml = loss(weight, rounded_by_ggml(weight, importance, form.name), importance)
+    by_ggml = loss(weight, rounded_by_ggml(weight, importance, form.name.upper()), importance)
     assert loss(weight, rounded, importance) <= share * by_ggml
 
 
