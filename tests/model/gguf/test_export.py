@@ -206,7 +206,7 @@ def test_llama_cpp_rounds_the_inputs_to_8_bits_and_nothing_else(tmp_path, case):
     found = LlamaCpp(export_gguf(model, tmp_path / "m.gguf")).log_probabilities(prompt_of(model))
     plain, expected = (reference(model.directory, prompt_of(model), rounds) for rounds in (False, True))
     # Of the inputs, one that lies between two codes may fall on either side.
-    assert np.abs(found - expected).max() < 0.25 * np.abs(plain - expected).max()
+    assert np.abs(found - expected).max() < 0.5 * np.abs(plain - expected).max()
 
 
 KINDS = {
