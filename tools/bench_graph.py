@@ -4,17 +4,16 @@
 
 MODEL is what `edgeprune fit` takes (`demo`, or a directory in the Hugging Face layout), or `random`: some layers of the
 1.1 B shape of tools/bench_memory.py. Its layers are rounded to each format, embedding and head to int8 (speed does not
-depend on the values), and written as graphs and as GGUF files. llama.cpp comes from `pip install llama-cpp-python`,
-which compiles it for the processor at hand; --no-llama leaves it out. FOLDER is what `python -m
-onnxruntime_genai.models.builder -m MODEL -i MODEL -o FOLDER -p fp32 -e cpu --extra_options hf_token=false` wrote from
-the same model (`pip install onnxruntime-genai`): our graphs of floats in all dialects are then compared with it. Its
-prefill gives the logits of all tokens.
+depend on the values), and written as graphs and as GGUF files; --no-llama leaves llama.cpp out. FOLDER is what
+`python -m onnxruntime_genai.models.builder -m MODEL -i MODEL -o FOLDER -p fp32 -e cpu --extra_options hf_token=false`
+wrote from the same model (`pip install onnxruntime-genai`): our graphs of floats in all dialects are then compared with
+it. Its prefill gives the logits of all tokens.
 
 A decode is one token behind others in the cache, a prefill many tokens in an empty one. All engines run in one process
 with the same number of threads, in interleaved blocks whose order alternates: graphs in the sessions that edgeprune
-deploys, llama.cpp with its defaults (cache in fp16), but without flash attention, with which a token behind 1024 others
-takes twice as long on a processor. A block counts as its least time, since other work on the machine only adds; ratios
-are of blocks that ran next to each other, with the 95 % bootstrap interval of their median.
+deploys, llama.cpp as `--engine llama.cpp` runs it (its defaults: cache in fp16, flash attention). A block counts as its
+least time, since other work on the machine only adds; ratios are of blocks that ran next to each other, with the 95 %
+bootstrap interval of their median.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.gguf.export import export_gguf
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
+from edgeprune.ondevice.llamacpp import Library, LlamaRunner
 from edgeprune.ondevice.onnxruntime import ELEMENTS, open_session
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.pruning.grids import choose_grid
@@ -91,38 +91,20 @@ class Graph:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp."""
+    """A GGUF file in llama.cpp, as `--engine llama.cpp` runs it."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        import llama_cpp
-
-        llama_cpp._logger.set_verbose(False)
-        self.llama = llama_cpp
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = CAPACITY, threads, threads
-        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = llama_cpp.llama_init_from_model(model, parameters)
+    def __init__(self, path: Path, threads: int, library: Library) -> None:
+        self.runner = LlamaRunner(path, CAPACITY, threads, library)
 
     def step(self, past: int, ids: np.ndarray) -> Run:
         """Returns a function that runs ids (tokens,) behind `past` tokens, which the cache keeps."""
-        memory = self.llama.llama_get_memory(self.context)
-        self.llama.llama_memory_seq_rm(memory, 0, 0, -1)
-        if past:
-            self._decode(np.resize(ids, past))
+        self.runner.reset()
 
-        def run() -> object:
-            self.llama.llama_memory_seq_rm(memory, 0, past, -1)
-            self._decode(ids)
-            return self.llama.llama_get_logits_ith(self.context, -1)
+        def run() -> np.ndarray:
+            self.runner.reset(past)
+            return self.runner.run(ids[None])
 
         return run
-
-    def _decode(self, ids: np.ndarray) -> None:
-        """Adds ids (tokens,) to the cache and computes the logits of the last one."""
-        tokens = (self.llama.llama_token * len(ids))(*ids.tolist())
-        if status := self.llama.llama_decode(self.context, self.llama.llama_batch_get_one(tokens, len(ids))):
-            raise RuntimeError(f"llama_decode returned {status}")
 
 
 def rounded(model: Model, form: WeightFormat) -> Model:
@@ -202,10 +184,11 @@ def main(model: str, genai: Path | None = None, rounds: int = 24, length: int = 
         head_dim = next(layer.attention.head_dim for layer in loaded.decoder.layers if layer.attention)
         graphs, ggufs = write_files(loaded, folder, genai, llama)
         ids = np.random.default_rng(0).integers(0, loaded.decoder.vocab_size, PREFILL)
+        library = Library() if llama else None
         typer.echo(table(COLUMNS, []))
         for threads in THREADS:
             engines = {n: Graph(path, threads, head_dim, n not in DIALECTS) for n, path in graphs.items()}
-            engines |= {n: LlamaCpp(path, threads) for n, path in ggufs.items()}
+            engines |= {n: LlamaCpp(path, threads, library) for n, path in ggufs.items()}
             for past, count in (*((past, 1) for past in PASTS), (0, PREFILL)):
                 steps = {n: engine.step(past, ids[:count]) for n, engine in engines.items()}
                 first = [str(threads), f"{past} + {count}"]
