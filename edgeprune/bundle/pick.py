@@ -35,7 +35,6 @@ from edgeprune.ondevice.bundle import (
     tokenizer_of,
 )
 from edgeprune.ondevice.documents import DEPLOYMENT, read_deployment
-from edgeprune.ondevice.runtimes import GPU_RUNTIMES
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.output import check_output, check_space, work_folder
 from edgeprune.pipeline.provenance import now
@@ -64,9 +63,8 @@ def pick(
     _check_apart(bundle, output)
     check_output(output, force)
     measured = MEASUREMENT in manifest["sha256"]
-    plan = _plan(bundle, index, manifest)
-    names = _names(bundle, index, manifest, measured and plan["engine"] in GPU_RUNTIMES)
-    folder = Path("rungs") / str(index)
+    names = _names(bundle, index, manifest, measured)
+    folder, plan = Path("rungs") / str(index), _plan(bundle, index, manifest)
     if (graph := f"{folder}/onnx/{plan['rungs'][0]['graph']}") not in names:
         raise InputError(f"{bundle / MANIFEST} does not list the rung's graph {graph}", COPY_AGAIN)
     check_files(bundle, manifest, [*_shared(bundle, index), bundle / "profile.toml"])
@@ -151,12 +149,13 @@ def _check_apart(bundle: Path, output: Path) -> None:
 def _names(bundle: Path, index: int, manifest: dict[str, Any], measured: bool) -> list[str]:
     """Returns the rung's files to copy, as the manifest names them.
 
-    Documents are written anew and tokenizers are shared. measured: whether `edgeprune measure` built an
-    engine, so that it is that of a device and not this run's.
+    Documents are written anew and tokenizers are shared. measured: whether `edgeprune measure` ran, so that an engine
+    that was built is that of a device and not this run's.
     """
     folder = bundle / "rungs" / str(index)
     names = (str(path.relative_to(bundle)) for path in sorted(folder.rglob("*")) if path.is_file())
-    left_out = {folder / REPORT, folder / DEPLOYMENT, folder / TOKENIZER, *([folder / "engine"] if measured else [])}
+    left_out = {folder / REPORT, folder / DEPLOYMENT, folder / TOKENIZER}
+    left_out |= set(folder.glob("engine/*.engine")) if measured else set()
     return [
         name for name in names if name in manifest["sha256"] and not left_out & {bundle / name, (bundle / name).parent}
     ]
