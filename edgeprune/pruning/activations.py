@@ -56,7 +56,7 @@ def smoothed(
     rows = _powers(*by_row)
     for name in (source, f"{source}_bias"):
         if name in new:
-            new[name] = (new[name].T / rows).T
+            new[name] = new[name] / rows.view(-1, *(1,) * (new[name].dim() - 1))
     factors = rows
     if isinstance(module, Attention):
         factors = rows.unflatten(0, (-1, 1, module.head_dim)).expand(-1, module.heads_per_group, -1).flatten()
