@@ -14,6 +14,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.weights import refusal_in_blocks
 from edgeprune.ondevice.budget import format_bytes
+from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
 from edgeprune.profiles import DeviceProfile, OfferedFormats
 from edgeprune.search.dequantised import Dequantised
@@ -134,9 +135,10 @@ def _named(word: str, profile: DeviceProfile, offers: dict[str, OfferedFormats],
         )
     if word in WEIGHT_FORMATS or word in ("int8", "int4"):
         if not any(word in offer.formats for offer in offers.values()):
+            who = f"llama.cpp on {profile.name}" if profile.engine == LLAMA_CPP else profile.name
             runs = dict.fromkeys((FLOAT, *offers, *(name for offer in offers.values() for name in offer.formats)))
             raise InputError(
-                f"{profile.name} does not run weights in {word} well", f"It runs {', '.join(runs)}: --weights auto."
+                f"{who} does not run weights in {word} well", f"It runs {', '.join(runs)}: --weights auto."
             )
         if refusal(WEIGHT_FORMATS[word], decoder) is not None:
             raise _refused(WEIGHT_FORMATS[word], decoder, offers)
