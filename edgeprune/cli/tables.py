@@ -103,8 +103,9 @@ def print_checkup(checkup: Checkup, console: Console) -> None:
 def print_methods(console: Console) -> None:
     """Prints a line for each method of compare."""
     from edgeprune.pruning.methods import METHODS
+    from edgeprune.pruning.slicegpt import SLICEGPT, WORDS
 
-    rows = [(name, method.words) for name, method in METHODS.items()]
+    rows = [(name, method.words) for name, method in METHODS.items()] + [(SLICEGPT, WORDS)]
     console.print(table(("method", "what it removes first; rest refitted: by least squares"), rows, whole=("method",)))
     console.print()
     formats = ", ".join(WEIGHT_FORMATS)

@@ -8,14 +8,15 @@ from typing import Any
 
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
+from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_shape
 from edgeprune.pipeline.comparison import (
     DENSE,
-    FORMAT_WORDS,
+    ComparedMethod,
     Comparison,
     Layout,
     Row,
-    WidthRule,
+    check_method,
     compared_method,
     generate_samples,
 )
@@ -45,32 +46,41 @@ def compare(
     weight formats are methods too (int8, int4), and may follow another one (default+int4); options: those of samples
     and images, as of fit. Returns a row for the dense model and one for each layout, ratio and method. Every method
     gets the widths of the least predicted loss, but FLAP's in the layout `per-layer` come from its own cut over all
-    layers. Raises InputError.
+    layers. SliceGPT has one width for all layers: it stands in the first layout alone, and `all` leaves it out for
+    models that it does not take. Raises InputError.
     """
-    from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
+    from edgeprune.pruning.methods import DEFAULT, METHODS
+    from edgeprune.pruning.slicegpt import SLICEGPT, check_sliceable
 
     # What is asked for, checked before any long work.
     request = request_of(model=model, **options)
     asked, ratios = _names(methods), _numbers(ratios)
-    names = [name for name in dict.fromkeys(METHODS if ALL in asked else asked) if name != DENSE]
+    names = [name for name in dict.fromkeys([*METHODS, SLICEGPT] if ALL in asked else asked) if name != DENSE]
     if not names:
         raise InputError(
             f"--methods {methods!r} names nothing to compare with the dense model",
-            f"Methods are: {', '.join(METHODS)}; or {ALL}.",
+            f"Methods are: {', '.join((*METHODS, SLICEGPT))}; or {ALL}.",
         )
     names.sort(key=lambda name: name != DEFAULT)
     for name in names:
-        if name.rpartition("+")[2] not in FORMAT_WORDS:
-            method_named(name)
+        check_method(name)
     for value in ratios:
         if not 0 < value < 100:
             raise InputError(f"the ratio {value:g} is not between 0 and 100 percent", "Try --ratios 20,30,50.")
     if layout not in (*Layout, BOTH):
         raise InputError(f"unknown layout {layout!r}", f"Layouts are: {', '.join((*Layout, BOTH))}.")
+    progress = progress_of(progress)
+    shape = load_shape(request.model, request.hints)[1].with_format(None)
+    if ALL in asked:
+        try:
+            check_sliceable(shape)
+        except InputError as refused:
+            progress.note(refused.message)
+            names.remove(SLICEGPT)
+    chosen = [compared_method(name, shape) for name in names]
     # The dense model first: every rise refers to it.
     layouts = list(Layout) if layout == BOTH else [Layout(layout)]
-    comparison = _comparison(request, progress_of(progress), names, len(ratios) * len(layouts))
-    chosen = [compared_method(name, comparison.model.decoder) for name in names]
+    comparison = _comparison(request, progress, shape, chosen, len(ratios) * len(layouts))
     rows = [comparison.dense]
     first = layouts[0], ratios[0]
     for each in layouts:
@@ -78,23 +88,24 @@ def compare(
             for compared in chosen:
                 if not compared.prunes and (each, value) != first:
                     continue  # a weight format by itself is the same at every ratio
-                own_cut = compared.method.standardised and each is Layout.PER_LAYER
-                allocation = WidthRule.SCORE if own_cut else WidthRule.SENSITIVITY
-                row = comparison.run(compared.name, value / 100, each, allocation)
+                if compared.slices and each is not layouts[0]:
+                    continue
+                row = comparison.run(compared.name, value / 100, each, compared.rule(each))
                 rows.append(comparison.over_default(row))
     return Result(None, rows)
 
 
-def _comparison(request: Request, progress: Progress, names: Sequence[str], times: int) -> Comparison:
+def _comparison(
+    request: Request, progress: Progress, shape: Decoder, methods: Sequence[ComparedMethod], times: int
+) -> Comparison:
     """Loads model and samples: the user's, beside some that the model makes; of pictures those alone suffice.
 
-    names: of the methods, each of which runs so many times; for the estimate of how long it takes.
+    shape: of the model, in floats; methods: each of which runs so many times; for the estimate of how long it takes.
     """
     import torch
 
     from edgeprune.pipeline.packing import GENERATED
 
-    shape = load_shape(request.model, request.hints)[1].with_format(None)
     kind = kind_of(shape)
     kind.check_options(request, shape)
     own = request.calibration != SELF
@@ -112,7 +123,7 @@ def _comparison(request: Request, progress: Progress, names: Sequence[str], time
     for source in texts.sources:
         progress.note(str(source))
     samples = samples_of(request, texts, kind, shape)
-    work = comparing(shape, samples, [compared_method(name, shape) for name in names], times)
+    work = comparing(shape, samples, methods, times)
     progress.note(announced(work, shape, samples.generated))
     held_out = 0 if own or texts.evaluation else max(1, request.samples // 4)
     count = GENERATED if own else request.samples + held_out

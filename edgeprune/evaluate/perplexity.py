@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.forward import WeightStream, token_predictions, weight_stream
+from edgeprune.model.forward import CHUNK_TOKENS, WeightStream, final_states, predictions, weight_stream
 from edgeprune.model.model import Model
 from edgeprune.ondevice.onnxruntime import GraphRunner
 
 Windows = Sequence[Sequence[np.ndarray]]  # token ids, by document
+Predict = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,14 @@ def text_losses(
     return _losses(decoder, weights, {name: cut(documents, length) for name, documents in texts.items()}, on_layer)
 
 
+def predicted_losses(predict: Predict, texts: Mapping[str, Sequence[np.ndarray]], length: int) -> dict[str, Losses]:
+    """Returns the losses of several texts, each of documents of token ids, by a model with a forward pass of its own.
+
+    predict: losses and likeliest tokens of rows of ids (b, t), both (b, t - 1).
+    """
+    return _predicted(predict, {name: cut(documents, length) for name, documents in texts.items()})
+
+
 def graph_losses(graph: Path, windows: Windows, on_window: Callable[[], None] = lambda: None) -> Losses:
     """Returns the losses of documents that are already cut into windows, by a graph in ONNX Runtime as it is deployed.
 
@@ -123,10 +132,18 @@ def _losses(
     decoder: Decoder, weights: WeightStream, texts: Mapping[str, Windows], on_layer: Callable[[], None]
 ) -> dict[str, Losses]:
     """Returns the losses of several texts, each of documents cut into windows, in one pass over the weights."""
+
+    def predict(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return predictions(decoder, *final_states(decoder, weights, ids, CHUNK_TOKENS, on_layer), ids)
+
+    return _predicted(predict, texts)
+
+
+@torch.inference_mode()
+def _predicted(predict: Predict, texts: Mapping[str, Windows]) -> dict[str, Losses]:
     # All windows are rows of one batch: losses and likeliest tokens, (windows, longest - 1) each.
     ids = _padded([window for documents in texts.values() for windows in documents for window in windows])
-    predictions = token_predictions(decoder, weights, torch.from_numpy(ids), on_layer=on_layer)
-    return _gathered(texts, zip(*(values.numpy() for values in predictions), strict=True))
+    return _gathered(texts, zip(*(values.numpy() for values in predict(torch.from_numpy(ids))), strict=True))
 
 
 def _gathered(texts: Mapping[str, Windows], predicted: Iterator[tuple[np.ndarray, np.ndarray]]) -> dict[str, Losses]:

@@ -434,19 +434,19 @@ def token_losses(
 
 
 @torch.inference_mode()
-def token_predictions(
-    decoder: Decoder,
-    weights: WeightStream,
-    ids: torch.Tensor,
-    chunk: int = CHUNK_TOKENS,
-    on_layer: Callable[[], None] = lambda: None,
+def predictions(
+    decoder: Decoder, states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the losses of `token_losses` and the likeliest tokens, (b, t - 1) int64, from the same pass."""
-    labels = ids[:, 1:].flatten().split(LOGIT_ROWS)
+    """Returns the losses as of `token_losses` and the likeliest tokens, (b, t - 1) int64, of what `final_states` gives.
+
+    ids: (b, t) int64.
+    """
     losses, likeliest = [], []
-    for chunk_logits, chunk_labels in zip(_logit_chunks(decoder, weights, ids, chunk, on_layer), labels, strict=True):
-        losses.append(_losses_of(chunk_logits, chunk_labels))
-        likeliest.append(chunk_logits.argmax(dim=-1))
+    labels = ids[:, 1:].flatten().split(LOGIT_ROWS)
+    for chunk_states, chunk_labels in zip(states.split(LOGIT_ROWS), labels, strict=True):
+        logits = head_logits(decoder, chunk_states, head)
+        losses.append(_losses_of(logits, chunk_labels))
+        likeliest.append(logits.argmax(dim=-1))
     return torch.cat(losses).view(len(ids), -1), torch.cat(likeliest).view(len(ids), -1)
 
 

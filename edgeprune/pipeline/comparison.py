@@ -20,7 +20,7 @@ from edgeprune.model.model import Model
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
 from edgeprune.pipeline.formats import refusal
-from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
+from edgeprune.precision import PRECISIONS, WEIGHT_FORMATS, WeightFormat
 from edgeprune.progress import Progress
 from edgeprune.search.module_costs import additive
 
@@ -93,21 +93,55 @@ class Row:
 
 @dataclass(frozen=True)
 class ComparedMethod:
-    """A method, and the weight format that the layers' matrices are rounded to, if any; prunes: it removes weights."""
+    """A method, and the weight format that the layers' matrices are rounded to, if any; prunes: it removes weights.
+
+    method: None for SliceGPT, which cuts the residual stream and no heads or channels.
+    """
 
     name: str
-    method: Method
+    method: Method | None
     form: WeightFormat | None = None
     prunes: bool = True
+
+    @property
+    def slices(self) -> bool:
+        """Returns whether this is SliceGPT."""
+        return self.method is None
+
+    def rule(self, layout: Layout) -> WidthRule:
+        """Returns what gives the widths: the least loss; FLAP has a cut of its own, SliceGPT one width everywhere."""
+        if self.method is None:
+            return WidthRule.EVEN
+        own_cut = self.method.standardised and layout is Layout.PER_LAYER
+        return WidthRule.SCORE if own_cut else WidthRule.SENSITIVITY
+
+
+def check_method(name: str) -> None:
+    """Raises InputError for a name that stands for no method, whatever the model."""
+    from edgeprune.pruning.methods import METHODS
+    from edgeprune.pruning.slicegpt import SLICEGPT
+
+    before, _, last = name.rpartition("+")
+    if name in (*METHODS, SLICEGPT) or (last in FORMAT_WORDS and before in ("", *METHODS)):
+        return
+    if before == SLICEGPT and last in FORMAT_WORDS:
+        raise InputError(f"the method {name}: what SliceGPT keeps stays in floats here", f"Compare {SLICEGPT} alone.")
+    raise InputError(f"unknown method {name!r}", f"Methods are: {', '.join((*METHODS, SLICEGPT))}.")
 
 
 def compared_method(name: str, decoder: Decoder) -> ComparedMethod:
     """Returns the method of a name: of the table of methods, a weight format, or both with a plus between.
 
-    Raises InputError for an unknown name, and for a format that the decoder's matrices cannot be in.
+    Raises InputError for an unknown name, for a format that the decoder's matrices cannot be in, and for a decoder that
+    SliceGPT does not take.
     """
     from edgeprune.pruning.methods import DEFAULT, METHODS, method_named
+    from edgeprune.pruning.slicegpt import SLICEGPT, check_sliceable
 
+    check_method(name)
+    if name == SLICEGPT:
+        check_sliceable(decoder)
+        return ComparedMethod(name, None)
     before, _, last = name.rpartition("+")
     if name in METHODS or last not in FORMAT_WORDS:
         return ComparedMethod(name, method_named(name))
@@ -134,6 +168,36 @@ class TimedStream:
             finally:
                 self.seconds += time.monotonic() - start
             yield item
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a model's parameters, those of its attention and MLP matrices and all, and its decode bytes as in
+    a Row."""
+
+    layer_parameters: int
+    parameters: int
+    decode_bytes: int
+
+
+def size_of(decoder: Decoder) -> Size:
+    """Returns the size of a Decoder."""
+    moved = bytes_per_token(decoder, "fp16", DECODE_WORKLOAD, in_place=True).total
+    return Size(decoder.layer_parameters, decoder.parameters, int(moved))
+
+
+def sliced_size(decoder: Decoder, width: int) -> Size:
+    """Returns the size of what SliceGPT makes of a Decoder: shortcuts and an untied head count, as they are read."""
+    from edgeprune.pruning.slicegpt import sliced_layer_parameters, sliced_shapes
+
+    moved = bytes_per_token(decoder, "fp16", DECODE_WORKLOAD, in_place=True)
+    numbers = {name: math.prod(shape) for name, shape in sliced_shapes(decoder, width).items()}
+    of_layers = sum(number for name, number in numbers.items() if name.startswith("layers."))
+    return Size(
+        sliced_layer_parameters(decoder, width),
+        sum(numbers.values()),
+        int(moved.total - moved.layers + PRECISIONS["fp16"].element_bytes * of_layers),
+    )
 
 
 @dataclass(frozen=True)
@@ -171,14 +235,17 @@ class Comparison:
             advance = self.progress.stage(DENSE, len(decoder.layers))
             stream = weight_stream(self.model)
             self.losses[DENSE_KEY] = text_losses(decoder, stream, self.texts, self.window, advance)
-        return self._row(DENSE, "", "", 0.0, decoder, self.losses[DENSE_KEY], 0.0, 0)
+        return self._row(DENSE, "", "", 0.0, size_of(decoder), self.losses[DENSE_KEY], 0.0, 0)
 
     def run(self, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
         """Prunes with a method to a ratio (0 to 1), rounds where it has a format, and evaluates, in one walk.
 
-        A weight format by itself prunes nothing, whatever the ratio. Raises InputError.
+        A weight format by itself prunes nothing, whatever the ratio. SliceGPT has one width for all layers, whatever
+        the layout and the allocation. Raises InputError.
         """
         compared, target = compared_method(name, self.model.decoder), self.model.decoder
+        if compared.slices:
+            return self._run_sliced(name, wanted, layout, allocation)
         if compared.prunes:
             group = 1 if compared.form is None else compared.form.multiple
             target = self.target(wanted, layout, allocation, math.lcm(CHANNEL_MULTIPLE, group))
@@ -211,9 +278,40 @@ class Comparison:
         )
         decoder = result_of(target, method)
         losses = text_losses(decoder, stream, self.texts, self.window)
-        row = self._row(name, layout, allocation, wanted, decoder, losses, stream.seconds, sum(fell_back))
-        self.losses[row.key] = losses
-        return row
+        return self._row(name, layout, allocation, wanted, size_of(decoder), losses, stream.seconds, sum(fell_back))
+
+    def _run_sliced(self, name: str, wanted: float, layout: Layout, allocation: WidthRule) -> Row:
+        """Slices the residual stream and evaluates in one walk: the most features that leave the ratio to be removed.
+
+        Raises InputError where not one does.
+        """
+        from edgeprune.evaluate.perplexity import predicted_losses
+        from edgeprune.model.forward import predictions
+        from edgeprune.pruning.slicegpt import SHORTCUT, slice_model, sliced_states, widest_slice
+
+        decoder = self.model.decoder
+        width = widest_slice(decoder, int(decoder.layer_parameters * (1 - wanted)))
+        if not width:
+            raise InputError(
+                f"one feature of this model's residual stream is more than {100 * (1 - wanted):g} % of its parameters",
+                "Try a lower ratio: the shortcuts of slicegpt count too.",
+            )
+        advance = self.progress.stage(f"{name} at {100 * wanted:g} %", 2 * len(decoder.layers))
+        _ = self.dense  # what the rise refers to
+        reset_peak_bytes()
+        stream = TimedStream(slice_model(self.model, width, self.ids))
+
+        def shown() -> Iterator[tuple[str, torch.Tensor]]:
+            for weight_name, weight in stream:
+                if weight_name.endswith(SHORTCUT):
+                    advance()
+                yield weight_name, weight
+
+        def predict(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return predictions(decoder, *sliced_states(decoder, shown(), ids), ids)
+
+        losses = predicted_losses(predict, self.texts, self.window)
+        return self._row(name, layout, allocation, wanted, sliced_size(decoder, width), losses, stream.seconds, 0)
 
     def target(self, wanted: float, layout: Layout, allocation: WidthRule, multiple: int = CHANNEL_MULTIPLE) -> Decoder:
         """Returns the Decoder to reach: at most 1 - wanted of the parameters, to half a point. Raises InputError.
@@ -280,30 +378,33 @@ class Comparison:
         layout: str,
         allocation: str,
         wanted: float,
-        decoder: Decoder,
+        size: Size,
         losses: dict[str, Losses],
         seconds: float,
         fell_back: int,
     ) -> Row:
+        """Returns a row, and keeps the losses under its key."""
         from edgeprune.evaluate.perplexity import log_rise
 
         dense, reference = self.model.decoder, self.losses[DENSE_KEY]
-        return Row(
+        row = Row(
             method=name,
             layout=layout,
             allocation=allocation,
             asked=wanted,
-            ratio=ratio(decoder, dense),
-            total_ratio=1 - decoder.parameters / dense.parameters,
+            ratio=1 - size.layer_parameters / dense.layer_parameters,
+            total_ratio=1 - size.parameters / dense.parameters,
             perplexity={text: _finite(fitted.perplexity) for text, fitted in losses.items()},
             rise={text: log_rise(reference[text], fitted, self.seed) for text, fitted in losses.items()},
             over_default={},
-            parameters=decoder.parameters,
-            decode_bytes=int(bytes_per_token(decoder, "fp16", DECODE_WORKLOAD, in_place=True).total),
+            parameters=size.parameters,
+            decode_bytes=size.decode_bytes,
             seconds=seconds,
             peak_bytes=peak_bytes(),
             fell_back=fell_back,
         )
+        self.losses[row.key] = losses
+        return row
 
 
 def _finite(value: float) -> float | None:

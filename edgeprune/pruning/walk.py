@@ -114,7 +114,7 @@ class Walk:
     """The two residual streams of the samples, (b, t, c) fp32, on their way through the modules.
 
     whole: the stream of the dense model; pruned: the stream behind the modules that are pruned already. Both are
-    updated in place. A method that does not compensate needs no dense stream: there both are the same tensor.
+    updated in place. A method without least squares has one stream: there both are the same tensor.
     importance: (b, 1, 1), the weight of each sample's tokens in the least squares problems; chunk: tokens that are
     computed at a time; drifted: a module was cut, so that the streams differ; dampings: by kind, what the last module
     chose, where the next one's search starts.
@@ -142,8 +142,18 @@ class Walk:
     def module(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
         """Returns the module's new weights, none where the whole module goes, and its record; moves both streams.
 
-        weights: of the module alone; consumed.
+        weights: of the module alone; consumed. FLAP takes scores and means from the dense model: there the one stream
+        moves as if nothing were cut.
         """
+        if self.method.recovery is not Recovery.BIAS:
+            return self._module(weights, index, kind)
+        dense = self.pruned.clone()
+        self._add(weights, index, kind, dense, self.read_pruned)
+        made = self._module(weights, index, kind)
+        self.pruned.copy_(dense)
+        return made
+
+    def _module(self, weights: LayerWeights, index: int, kind: str) -> tuple[LayerWeights, ModuleRecord]:
         before, after = (getattr(decoder.layers[index], kind) for decoder in (self.dense, self.target))
         size = before.query_size if kind == "attention" else before.intermediate_size
         compensates = self.method.recovery is Recovery.LEAST_SQUARES

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from edgeprune.commands.compare import compare
 from edgeprune.errors import InputError
+from edgeprune.model.load import load_shape
+from edgeprune.progress import Silent
 from edgeprune.pruning.methods import METHODS
 from tests.support.checkpoints import save_llama
+from tests.support.families import save_family
 from tests.support.runs import home
 
 
@@ -58,7 +62,8 @@ def test_without_texts_the_model_makes_its_own_and_the_table_says_so(given):
         ({"methods": " , "}, "names nothing to compare", "or all."),
         ({"methods": "dense"}, "--methods 'dense' names nothing to compare", "or all."),
         ({"layout": "diagonal"}, "unknown layout 'diagonal'", "uniform, per-layer, both"),
-        ({"methods": "magic"}, "unknown method 'magic'", ""),
+        ({"methods": "magic"}, "unknown method 'magic'", "slicegpt"),
+        ({"methods": "slicegpt+int8"}, "stays in floats", "Compare slicegpt alone."),
         ({"samples": 0}, "--samples 0 is less than 1", "at least 1"),
         ({"cfg": 2.0}, "--cfg is for image generators", "Leave --cfg out."),
     ],
@@ -71,17 +76,40 @@ def test_what_cannot_be_compared_is_refused(given, changes, message, remedy):
 
 
 @pytest.mark.parametrize("methods", ["all", "wanda,all", ["all"]])
-def test_all_is_every_method_wherever_it_stands(given, monkeypatch, methods):
-    asked = []
+@pytest.mark.parametrize("norms", ["before", "both"])
+def test_all_is_every_method_that_the_model_admits_wherever_it_stands(given, monkeypatch, methods, norms):
+    asked, notes = [], []
 
     class Asked(Exception):
         pass
 
-    def comparison(request, progress, names, times):
+    def comparison(request, progress, shape, chosen, times):
+        asked.extend(compared.name for compared in chosen)
         raise Asked
 
+    def shaped(model, hints):
+        return "", replace(load_shape(model, hints)[1], norms=norms)
+
     monkeypatch.setattr("edgeprune.commands.compare._comparison", comparison)
-    monkeypatch.setattr("edgeprune.pruning.methods.method_named", asked.append)
+    monkeypatch.setattr("edgeprune.commands.compare.load_shape", shaped)
+    monkeypatch.setattr(Silent, "note", lambda self, text: notes.append(text))
     with pytest.raises(Asked):
         compare(**given, methods=methods)
-    assert sorted(asked) == sorted(METHODS)
+    assert sorted(asked) == sorted([*METHODS] + ["slicegpt"] * (norms == "before"))
+    assert [note for note in notes if "slicegpt does not take" in note] == notes
+    assert len(notes) == (norms == "both")
+
+
+def test_slicegpt_has_one_row_for_each_ratio(given, monkeypatch):
+    monkeypatch.setattr("edgeprune.pipeline.packing.GENERATED", 2)
+    rows = compare(**given, ratios=[20, 40], methods="slicegpt,flap", layout="both").report
+    assert [row.key for row in rows if row.method == "slicegpt"] == [
+        ("slicegpt", "uniform", "0.2"),
+        ("slicegpt", "uniform", "0.4"),
+    ]
+
+
+def test_slicegpt_is_refused_where_the_norms_do_not_commute_with_it(given, tmp_path):
+    save_family(tmp_path, "gpt2")
+    with pytest.raises(InputError, match="slicegpt does not take models of the family gpt2"):
+        compare(**given | {"model": tmp_path}, methods="slicegpt")

@@ -22,6 +22,7 @@ from edgeprune.pipeline.comparison import (
 )
 from edgeprune.pipeline.kind import Language
 from edgeprune.progress import Silent
+from edgeprune.pruning.slicegpt import slice_model, sliced_states, widest_slice
 from tests.support.runs import home
 from tests.support.tiny import as_model, llama
 
@@ -78,6 +79,36 @@ def test_a_row_holds_what_was_removed_and_the_rise_over_the_default(comparison):
     assert comparison.over_default(row).over_default == expected
     assert comparison.over_default(rows["default"]).over_default == {}
     assert rows["random"].as_json()["asked"] == 0.3
+
+
+def test_what_slicegpt_adds_counts_too(comparison):
+    """Shortcuts and a head of its own: a tied model of this size has more parameters than before."""
+    row, dense = comparison.run("slicegpt", 0.2, Layout.UNIFORM, WidthRule.EVEN), comparison.dense
+    decoder = comparison.model.decoder
+    width = widest_slice(decoder, int(0.8 * decoder.layer_parameters))
+    weights = dict(slice_model(comparison.model, width, comparison.ids))
+    in_layers = [weight for name, weight in weights.items() if name.startswith("layers.")]
+    kept = sum(weight.numel() for weight in in_layers if weight.ndim == 2)
+    assert row.key == ("slicegpt", "uniform", "0.2")
+    assert row.ratio == pytest.approx(1 - kept / decoder.layer_parameters)
+    assert 0.2 <= row.ratio < 0.25  # one feature of so few is more than half a point
+    assert row.parameters == sum(weight.numel() for weight in weights.values())
+    assert row.total_ratio == 1 - row.parameters / dense.parameters
+    # Two bytes less for every parameter of the layers that went; head, norm and KV cache are read as before.
+    norms = 2 * len(decoder.layers) * decoder.hidden_size
+    of_layers = decoder.layer_parameters + norms - sum(weight.numel() for weight in in_layers)
+    assert dense.decode_bytes - row.decode_bytes == 2 * of_layers
+    for name, documents in comparison.texts.items():
+        ids = torch.from_numpy(np.stack(documents))
+        states, head = sliced_states(decoder, weights.items(), ids)
+        losses = torch.nn.functional.cross_entropy(states @ head.T, ids[:, 1:].flatten())
+        assert row.perplexity[name] == pytest.approx(float(losses.exp()), rel=1e-4)
+
+
+def test_a_ratio_that_no_slice_reaches_is_refused(comparison):
+    with pytest.raises(InputError, match=r"one feature of this model's residual stream is more than 1 %") as caught:
+        comparison.run("slicegpt", 0.99, Layout.UNIFORM, WidthRule.EVEN)
+    assert "lower ratio" in caught.value.remedy
 
 
 @pytest.mark.timing
