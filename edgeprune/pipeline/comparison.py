@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgeprune.evaluate.perplexity import Losses
     from edgeprune.pipeline.kind import Kind
     from edgeprune.pruning.methods import Method
+    from edgeprune.pruning.score import Score
     from edgeprune.search.widths import Sensitivities, Widths
 
 CHANNEL_MULTIPLE = 8  # fine enough to realise a ratio within half a point
@@ -49,7 +50,10 @@ class Layout(StrEnum):
 
 
 class WidthRule(StrEnum):
-    """The rule that gives the widths: equal shares, FLAP's one cut over standardised scores, or the least loss."""
+    """The rule that gives the widths: equal shares, FLAP's one cut over standardised scores, or the least loss.
+
+    The scores are the method's own where they are standardised, else FLAP's metric.
+    """
 
     EVEN = "even"
     SCORE = "score"
@@ -248,7 +252,8 @@ class Comparison:
             return self._run_sliced(name, wanted, layout, allocation)
         if compared.prunes:
             group = 1 if compared.form is None else compared.form.multiple
-            target = self.target(wanted, layout, allocation, math.lcm(CHANNEL_MULTIPLE, group))
+            multiple = math.lcm(CHANNEL_MULTIPLE, group)
+            target = self.target(wanted, layout, allocation, multiple, compared.method.cut_score)
         return self.run_to(
             target.with_format(compared.form), name, wanted if compared.prunes else 0.0, layout, allocation
         )
@@ -313,12 +318,19 @@ class Comparison:
         losses = predicted_losses(predict, self.texts, self.window)
         return self._row(name, layout, allocation, wanted, sliced_size(decoder, width), losses, stream.seconds, 0)
 
-    def target(self, wanted: float, layout: Layout, allocation: WidthRule, multiple: int = CHANNEL_MULTIPLE) -> Decoder:
+    def target(
+        self,
+        wanted: float,
+        layout: Layout,
+        allocation: WidthRule,
+        multiple: int = CHANNEL_MULTIPLE,
+        cut_score: Score | None = None,
+    ) -> Decoder:
         """Returns the Decoder to reach: at most 1 - wanted of the parameters, to half a point. Raises InputError.
 
-        multiple: of the MLP channels.
+        multiple: of the MLP channels; cut_score: of one cut over all modules, None for FLAP's metric.
         """
-        from edgeprune.pruning import score
+        from edgeprune.pruning.score import fluctuation
         from edgeprune.search.sensitivity import measure_scores
         from edgeprune.search.widths import dense_widths, even, layer_parameters, standardised_cut
 
@@ -332,7 +344,7 @@ class Comparison:
             widths = even(full, layers, cost, capacity, multiple, least)
         elif allocation is WidthRule.SCORE:
             advance = self.progress.stage("scores of every layer", layers)
-            scores = measure_scores(self.model, self.ids, score.flap, self.seed, advance)
+            scores = measure_scores(self.model, self.ids, cut_score or fluctuation, self.seed, advance)
             widths = standardised_cut(*scores, full, cost, capacity)
         else:
             widths = self._least_loss(capacity, least, layout, multiple)

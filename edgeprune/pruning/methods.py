@@ -17,7 +17,7 @@ class Recovery(Enum):
     """The ways in which the kept weights make up for the removed ones."""
 
     NONE = "none"
-    BIAS = "bias"  # the mean output of the removed features, as a bias of the output projection (FLAP)
+    BIAS = "bias"  # the mean output of the removed features on the dense model, as a bias of the projection (FLAP)
     LEAST_SQUARES = "least squares"
 
 
@@ -33,6 +33,11 @@ class Method:
     standardised: bool = False
 
     @property
+    def cut_score(self) -> Score:
+        """Returns the score of one cut over all modules: its own where it is standardised, else FLAP's metric."""
+        return self.score if self.standardised else score.fluctuation
+
+    @property
     def words(self) -> str:
         """Returns in a line which units go first, and what the kept weights do about them."""
         return f"{SCORE_WORDS[self.score]}{RECOVERY_WORDS[self.recovery]}"
@@ -42,7 +47,8 @@ SCORE_WORDS = {
     score.obs: "least cost of removal (Optimal Brain Surgeon)",
     score.numerical: "least mask, closed form (Shen et al. 2025)",
     score.numerical_box: "least mask, within 0 and 1",
-    score.flap: "least fluctuation (FLAP, An et al. 2024)",
+    score.flap: "least fluctuation on the dense model (FLAP, An et al. 2024)",
+    score.fluctuation: "least fluctuation (FLAP's score)",
     score.wanda: "least weight times input (Wanda-sp)",
     score.magnitude: "smallest weights",
     score.random: "random units: what a score has to beat",
@@ -58,7 +64,7 @@ METHODS = {
     "obs": Method(score.obs, Recovery.NONE),
     "obs+ls": Method(score.obs, Recovery.LEAST_SQUARES),
     "flap": Method(score.flap, Recovery.BIAS, standardised=True),
-    "flap+ls": Method(score.flap, Recovery.LEAST_SQUARES, standardised=True),
+    "flap+ls": Method(score.fluctuation, Recovery.LEAST_SQUARES, standardised=True),
     "wanda": Method(score.wanda, Recovery.NONE),
     "wanda+ls": Method(score.wanda, Recovery.LEAST_SQUARES),
     "magnitude": Method(score.magnitude, Recovery.NONE),

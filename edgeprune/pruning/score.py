@@ -46,6 +46,23 @@ class Projection:
         tokens = self.inputs.shape[0] * self.inputs.shape[1]
         return (self.gram.diagonal() / tokens - self.mean.square()).clamp_min(0.0)
 
+    @property
+    def running_variance(self) -> torch.Tensor:
+        """Returns the variance of each input feature, (in_features,) fp64, up to a factor, as FLAP's program runs it.
+
+        It reads a sample at a time: with S_k the squares of sample k around the mean m_k of the first k samples, the
+        result is sum_{k>1} (k - 1) / k S_k, so that the first sample moves the means alone (`BiasGPT.add_batch` in
+        github.com/CASIA-IVA-Lab/FLAP). Of a single sample it is the variance.
+        """
+        if len(self.inputs) == 1:
+            return self.variance
+        mean = torch.zeros(self.inputs.shape[-1], dtype=torch.float64)
+        total = torch.zeros_like(mean)
+        for count, sample in enumerate(self.inputs, start=1):  # (tokens, in_features)
+            mean += (sample.mean(dim=0, dtype=torch.float64) - mean) / count
+            total += (sample - mean).square().sum(dim=0) * ((count - 1) / count)
+        return total
+
     def units(self, unit: int) -> int:
         """Returns how many units of `unit` features the projection has."""
         return self.weight.shape[1] // unit
@@ -104,13 +121,23 @@ def wanda(projection: Projection, unit: int, keep: int) -> torch.Tensor:
     return energy.view(-1, unit).sum(dim=1).sqrt()
 
 
-def flap(projection: Projection, unit: int, keep: int) -> torch.Tensor:
-    """Returns FLAP's fluctuation metric Var(X_j) ||W_j||^2 (An et al. 2024, arXiv 2312.11983), standardised.
+def fluctuation(projection: Projection, unit: int, keep: int) -> torch.Tensor:
+    """Returns FLAP's fluctuation metric Var(X_j) ||W_j||^2 (An et al. 2024, arXiv 2312.11983), standardised."""
+    return _standardised(projection.variance, projection, unit)
 
-    It is standardised over the module, so that values of different modules compare. The metric of an attention is
-    squared first, as in the authors' program, and the standardised values are averaged over each head or group.
+
+def flap(projection: Projection, unit: int, keep: int) -> torch.Tensor:
+    """Returns the fluctuation metric as FLAP's program has it, with its running estimate of the variance."""
+    return _standardised(projection.running_variance, projection, unit)
+
+
+def _standardised(variance: torch.Tensor, projection: Projection, unit: int) -> torch.Tensor:
+    """Returns the fluctuation metric of each unit, standardised over the module: modules compare.
+
+    The metric of an attention is squared first, as in the authors' program, and the standardised values are averaged
+    over each head or group.
     """
-    metric = projection.variance * projection.weight.double().square().sum(dim=0)  # (in_features,)
+    metric = variance * projection.weight.double().square().sum(dim=0)  # (in_features,)
     if unit > 1:
         metric = metric.square()
     deviation = metric.std().clamp_min(torch.finfo(torch.float64).tiny)

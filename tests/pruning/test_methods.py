@@ -3,6 +3,7 @@
 import pytest
 
 from edgeprune.errors import InputError
+from edgeprune.pruning import score
 from edgeprune.pruning.methods import METHODS, Recovery, method_named
 
 
@@ -17,7 +18,8 @@ def test_a_repaired_method_has_the_score_of_the_bare_one():
     assert repaired.keys() == METHODS.keys() - {"default"} - {name for name in METHODS if name.endswith("+ls")}
     for name, method in repaired.items():
         bare = METHODS[name]
-        assert (method.score, method.standardised) == (bare.score, bare.standardised)
+        own = score.fluctuation if name == "flap" else bare.score  # FLAP's program has its own estimate of it
+        assert (method.score, method.standardised) == (own, bare.standardised)
         assert method.recovery == Recovery.LEAST_SQUARES != bare.recovery
     assert method_named("default") == METHODS["obs+ls"]
-    assert len({method.score for method in METHODS.values()}) == len(repaired)
+    assert len({method.score for method in METHODS.values()}) == len(repaired) + 1

@@ -70,7 +70,7 @@ def test_scores_are_finite_for_rank_deficient_moments_and_dead_channels(seed, to
 def test_a_dead_channel_is_the_first_to_go():
     weight, inputs, _ = problem(3)
     inputs[:, 5] = 0
-    for rank in (score.numerical, score.numerical_box, score.obs, score.wanda, score.flap):
+    for rank in (score.numerical, score.numerical_box, score.obs, score.wanda, score.fluctuation, score.flap):
         assert int(rank(projection(weight, inputs), 1, 4).argmin()) == 5
 
 
@@ -97,11 +97,19 @@ def test_wanda_is_the_norm_of_the_weights_times_the_norm_of_their_inputs():
     assert torch.allclose(score.wanda(projection(weight, inputs), 2, 2), pairs, rtol=1e-5)
 
 
-def test_flap_is_the_standardised_fluctuation_whatever_the_inputs_mean():
+def test_the_fluctuation_is_standardised_whatever_the_inputs_mean():
     weight, inputs, _ = problem(7)
     metric = inputs.double().var(dim=0, correction=0) * weight.double().square().sum(dim=0)
     expected = (metric - metric.mean()) / metric.std()
-    assert torch.allclose(score.flap(projection(weight, inputs), 1, 4), expected, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(score.flap(projection(weight, inputs + 3), 1, 4), expected, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(score.fluctuation(projection(weight, inputs), 1, 4), expected, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(score.fluctuation(projection(weight, inputs + 3), 1, 4), expected, rtol=1e-3, atol=1e-4)
     heads = ((metric**2 - (metric**2).mean()) / (metric**2).std()).view(2, 4).mean(dim=1)
-    assert torch.allclose(score.flap(projection(weight, inputs), 4, 1), heads, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(score.fluctuation(projection(weight, inputs), 4, 1), heads, rtol=1e-4, atol=1e-6)
+
+
+def test_flap_s_own_estimate_of_a_single_sample_is_the_variance():
+    """Its program would find none: every channel were as good as any other."""
+    weight, inputs, _ = problem(7)
+    given = projection(weight, inputs)
+    assert len(given.inputs) == 1
+    assert torch.equal(score.flap(given, 1, 4), score.fluctuation(given, 1, 4))
