@@ -39,6 +39,16 @@ Bundle = Annotated[
 Seed = Annotated[int, _option(SEARCH, "Seed of everything drawn.")]
 KeepRemote = Annotated[bool, _option(DEVICE, "Leave the working folder on the device.", "--keep-remote")]
 Cfg = Annotated[float | None, _option(IMAGES, "Guidance of images in deployment; 1: none. Default: the model's.")]
+Tasks = Annotated[
+    str,
+    _option(
+        MODEL,
+        "Tasks of lm-evaluation-harness with commas between (`lm-eval ls tasks`), or files of your own: .yaml as the "
+        "harness has them, .jsonl of question, choices, answer.",
+        metavar="NAMES|FILE",
+    ),
+]
+Questions = Annotated[int | None, _option(MODEL, "Of each task, at most. Default: all.", metavar="N")]
 Config = Annotated[
     Path | None,
     _option(
