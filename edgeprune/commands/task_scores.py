@@ -14,7 +14,7 @@ from edgeprune.cache import cache_folder, cached
 from edgeprune.commands.result import Result
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.errors import InputError
-from edgeprune.evaluate.tasks import load_tasks, names_of
+from edgeprune.evaluate.tasks import check_questions, load_tasks, names_of
 from edgeprune.files import at_home
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.ondevice.bundle import CODEC, MANIFEST, open_to_run
@@ -62,8 +62,7 @@ def task_scores(
     progress, name = progress_of(progress), at_home(model)
     # What can be refused before the questions are loaded.
     names_of(tasks)
-    if questions is not None and questions < 1:
-        raise InputError(f"--questions {questions} is less than 1", "Give a positive number, or leave it out for all.")
+    check_questions(questions)
     bundle = Path(name) if is_bundle(Path(name)) else None
     if bundle is not None:
         before = _origin(bundle) if dense is None else at_home(dense)

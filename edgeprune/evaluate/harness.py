@@ -26,7 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from edgeprune.errors import InputError
 from edgeprune.evaluate.likelihoods import Continuation, Likelihood, Likelihoods
-from edgeprune.evaluate.tasks import is_file, read_questions
+from edgeprune.evaluate.tasks import is_file, read_questions, title_of
 from edgeprune.files import printable
 from edgeprune.model.tokens.chat import check_ids, encode
 
@@ -58,13 +58,13 @@ def load(name: str, note: Callable[[str], None]) -> Task:
     Raises InputError for a name that does not exist, questions that cannot be loaded, and a task without a score of
     each question that likelihoods decide.
     """
-    path = Path(name)
+    path, title = Path(name), title_of(name)
     if path.suffix.lower() == ".jsonl":
-        spec, title, manager = _own(path), path.stem, _manager(False)
+        spec, manager = _own(path), _manager(False)
     elif is_file(name):
-        spec, title, manager = name, path.stem, _manager(False)
+        spec, manager = name, _manager(False)
     else:
-        spec, title, manager = name, name, _manager(True)
+        spec, manager = name, _manager(True)
         if name not in manager.task_index:
             raise InputError(f"lm-evaluation-harness has no task {printable(name, 60)}", _near(name, manager))
     if sources := sorted(set(_hub_datasets(spec, manager))):

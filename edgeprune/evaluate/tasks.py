@@ -77,6 +77,17 @@ def is_file(name: str) -> bool:
     return Path(name).suffix.lower() in FILES
 
 
+def title_of(name: str) -> str:
+    """Returns the name of a task: of a file its own without the ending."""
+    return Path(name).stem if is_file(name) else name
+
+
+def check_questions(count: int | None) -> None:
+    """Raises InputError for a number of questions below 1."""
+    if count is not None and count < 1:
+        raise InputError(f"--questions {count} is less than 1", "Give a positive number, or leave it out for all.")
+
+
 def load_tasks(asked: str, note: Callable[[str], None]) -> list[Task]:
     """Returns the tasks of --tasks with their questions; note: called before questions are downloaded.
 

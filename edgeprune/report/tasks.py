@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
@@ -81,11 +81,6 @@ def shown_text(difference: Points) -> str:
     return "better" if difference.low_points > 0 else "neither"
 
 
-def worst_task(tasks: Sequence[TaskScore]) -> TaskScore | None:
-    """Returns the task that loses most points; None where no task has a difference."""
-    return min((task for task in tasks if task.difference), key=lambda task: task.difference.points, default=None)
-
-
 TASK_COLUMNS = ("task", "score", "questions", "dense", "fitted", "difference", "shown")
 
 
@@ -96,3 +91,9 @@ def task_row(task: TaskScore) -> tuple[str, ...]:
         return (*named, "–", f"{own.percent:.1f} % ({own.low_percent:.1f} to {own.high_percent:.1f} %)", "–", "")
     figures = (f"{task.dense.percent:.1f} %", f"{own.percent:.1f} %", points_text(task.difference))
     return (*named, *figures, shown_text(task.difference))
+
+
+def task_text(task: TaskScore) -> str:
+    """Returns `arc_easy: 41.1 % (dense 42.5 %), -1.4 points (-4.0 to +1.2), 282 questions, measured`."""
+    name, *_, dense, fitted, lost, _ = task_row(task)
+    return f"{name}: {fitted} (dense {dense}), {lost}, {task.questions:,} questions, measured"

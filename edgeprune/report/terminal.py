@@ -32,7 +32,7 @@ from edgeprune.report.figures import (
     times_text,
 )
 from edgeprune.report.schema import Figure, Quality, Report
-from edgeprune.report.tasks import TASK_COLUMNS, task_row
+from edgeprune.report.tasks import TASK_COLUMNS, task_row, task_text
 from edgeprune.report.verdict import broken_text, cost_text, is_broken, made_text, next_step, verdict
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         ("times", times_text(report)),
         ("quality", _quality(quality)),
         *_same(quality),
+        *(("task", task_text(task)) for task in quality.tasks),
         *(_pictures(quality.pictures) if quality.pictures else []),
         ("made", f"{made_text(report)}; {percent_text(report.decode_bytes_ratio)} fewer bytes are moved per token"),
         *([("levers", levers_text(report.levers)), ("alone", alone_text(report.levers))] if report.levers else []),

@@ -31,7 +31,7 @@ def test_the_graph_that_runs_here_is_in_fp32_whatever_the_devices_is(fitted):
 def test_the_text_that_rises_most_counts():
     of = quality(a=(1.0, 2.0, 3.0), b=(-9.0, 4.0, 20.0), c=(0.0, 0.5, 1.0))
     assert of.worst_percent == 4.0
-    assert of.rises == [(1.0, 3.0), (-9.0, 20.0), (0.0, 1.0)]
+    assert of.losses("perplexity") == [(1.0, 3.0), (-9.0, 20.0), (0.0, 1.0)]
 
 
 @pytest.mark.parametrize(("limit", "status"), [(None, "met"), (20.0, "met"), (10.0, "noisy"), (0.5, "missed")])
