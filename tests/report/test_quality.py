@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgeprune.report.quality import quality_part
 from edgeprune.evaluate.grades import grade_of
+from edgeprune.report.quality import quality_part
 
 
 def test_an_evaluation_as_it_stands_in_the_report():
