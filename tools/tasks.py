@@ -33,14 +33,14 @@ from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.evaluate.agreement import agreement
 from edgeprune.evaluate.likelihoods import GraphLikelihoods
 from edgeprune.evaluate.perplexity import Losses, cut, graph_losses, rise, window_losses
-from edgeprune.evaluate.tasks import difference, load_tasks, score
+from edgeprune.evaluate.tasks import difference, score
 from edgeprune.files import scratch_folder
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.pipeline.comparison import generate_samples
 from edgeprune.pipeline.kind import Language
-from edgeprune.pipeline.task_scores import task_scores
+from edgeprune.pipeline.task_scores import load_tasks, task_scores
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.progress import Silent
 from edgeprune.pruning.methods import DEFAULT, METHODS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,14 @@ from edgeprune.cache import cache_folder, cached
 from edgeprune.commands.result import Result
 from edgeprune.engine.onnx.graph import GraphVariant
 from edgeprune.errors import InputError
-from edgeprune.evaluate.tasks import check_questions, load_tasks, names_of
+from edgeprune.evaluate.tasks import check_questions, names_of
 from edgeprune.files import at_home
 from edgeprune.model.load import load_model, load_shape
 from edgeprune.ondevice.bundle import CODEC, MANIFEST, open_to_run
 from edgeprune.pipeline.ownership import is_bundle
 from edgeprune.pipeline.provenance import now
 from edgeprune.pipeline.run_file import RUN_FILE, read_run_file
-from edgeprune.pipeline.task_scores import compared
+from edgeprune.pipeline.task_scores import compared, load_tasks
 from edgeprune.pipeline.task_scores import task_scores as scores_of
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.tasks import TaskScores, task_score
@@ -78,7 +78,7 @@ def task_scores(
     if bundle is not None and dense is None:
         _check_origin(bundle, other)
     if other is not None and other.likelihoods.capacity < fitted.likelihoods.capacity:
-        fitted = _of_model(name, other.likelihoods.capacity)
+        fitted = replace(fitted, likelihoods=replace(fitted.likelihoods, capacity=other.likelihoods.capacity))
     sides = [side for side in (other, fitted) if side is not None]
     results = []
     for task in loaded:

@@ -37,7 +37,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Loss:
-    """What was lost, in the unit of the metric's scale, with its 95 % interval."""
+    """A loss, in the unit of the metric's scale, with its 95 % interval."""
 
     name: str
     value: float

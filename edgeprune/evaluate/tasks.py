@@ -5,11 +5,10 @@ It knows no model: lm-evaluation-harness asks the questions in harness.py, which
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +16,7 @@ from edgeprune.errors import InputError
 from edgeprune.evaluate.agreement import NORMAL_95, wilson
 from edgeprune.files import parse_json, printable, read_text
 
-if TYPE_CHECKING:
-    from edgeprune.evaluate.harness import Task
-
 FILES = (".yaml", ".yml", ".jsonl")  # of a task's own definition
-INSTALL = 'Install it with: pip install "edgeprune[eval]"'
 FORM = 'Write one question a line: {"question": "...", "choices": ["...", "..."], "answer": 0}'
 
 
@@ -86,26 +81,6 @@ def check_questions(count: int | None) -> None:
     """Raises InputError for a number of questions below 1."""
     if count is not None and count < 1:
         raise InputError(f"--questions {count} is less than 1", "Give a positive number, or leave it out for all.")
-
-
-def load_tasks(asked: str, note: Callable[[str], None]) -> list[Task]:
-    """Returns the tasks of --tasks with their questions; note: called before questions are downloaded.
-
-    Raises InputError where lm-evaluation-harness is not installed, and for tasks that cannot be scored.
-    """
-    names = names_of(asked)
-    for name in names:
-        if is_file(name) and not Path(name).is_file():
-            raise InputError(f"there is no file {name}", "Give the path of a .jsonl or .yaml file.")
-    try:
-        from edgeprune.evaluate.harness import load
-    except ImportError as error:
-        raise InputError(f"lm-evaluation-harness is not installed: no module {error.name}", INSTALL) from None
-    tasks = [load(name, note) for name in names]
-    titles = [task.name for task in tasks]
-    if again := next((title for title in titles if titles.count(title) > 1), None):
-        raise InputError(f"two of the tasks are named {again}", "Rename one of the files.")
-    return tasks
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:

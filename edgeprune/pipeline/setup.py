@@ -20,7 +20,7 @@ from edgeprune.engine.remote import target_of
 from edgeprune.engine.work import table_bytes
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.evaluate.grades import check_metric, scale_of
-from edgeprune.evaluate.tasks import check_questions, load_tasks, names_of, title_of
+from edgeprune.evaluate.tasks import check_questions, names_of, title_of
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.checkpoint.quantization import STORAGES, can_be_packed
 from edgeprune.model.decoder import Decoder
@@ -39,6 +39,7 @@ from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import UserSamples, samples_hash
+from edgeprune.pipeline.task_scores import load_tasks
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, in_precision, profile_of, with_tensorrt
 from edgeprune.search.latency_table import CHUNK_BYTES

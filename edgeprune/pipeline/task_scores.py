@@ -1,24 +1,47 @@
-"""The scores of a model on tasks, question by question, and the comparison of two models' scores.
+"""The tasks that were asked for, the scores of a model question by question, and the comparison of two models.
 
 It knows neither runs nor bundles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.evaluate.tasks import difference, score
+from edgeprune.errors import InputError
+from edgeprune.evaluate.tasks import difference, is_file, names_of, score
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
     from edgeprune.evaluate.harness import Task
     from edgeprune.evaluate.likelihoods import Likelihoods
+
+INSTALL = 'Install it with: pip install "edgeprune[eval]"'
+
+
+def load_tasks(asked: str, note: Callable[[str], None]) -> list[Task]:
+    """Returns the tasks of --tasks with their questions; note: called before questions are downloaded.
+
+    Raises InputError where lm-evaluation-harness is not installed, and for tasks that cannot be scored.
+    """
+    names = names_of(asked)
+    for name in names:
+        if is_file(name) and not Path(name).is_file():
+            raise InputError(f"there is no file {name}", "Give the path of a .jsonl or .yaml file.")
+    try:
+        from edgeprune.evaluate.harness import load
+    except ImportError as error:
+        raise InputError(f"lm-evaluation-harness is not installed: no module {error.name}", INSTALL) from None
+    tasks = [load(name, note) for name in names]
+    titles = [task.name for task in tasks]
+    if again := next((title for title in titles if titles.count(title) > 1), None):
+        raise InputError(f"two of the tasks are named {again}", "Rename one of the files.")
+    return tasks
 
 
 def task_scores(

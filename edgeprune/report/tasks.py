@@ -40,7 +40,7 @@ class TaskScore(Strict):
 
 
 class TaskScores(Strict):
-    """What `edgeprune evaluate --json` prints; all figures are measured on this machine."""
+    """The document that `edgeprune evaluate --json` prints; all figures are measured on this machine."""
 
     edgeprune: str = Field(description="version")
     created: str = Field(description="UTC, ISO 8601")

@@ -54,6 +54,14 @@ def test_two_models_are_paired_question_by_question_and_each_answers_once(folder
     assert len(seen) == 4
 
 
+def test_both_models_have_the_room_of_the_smaller_one(folder, tmp_path):
+    save_llama(tmp_path / "short", max_position_embeddings=24)
+    tasks = str(folder / "own.jsonl")
+    report = edgeprune.task_scores(folder / "dense", tasks=tasks, dense=tmp_path / "short").report
+    assert report.context == 24
+    assert edgeprune.task_scores(folder / "dense", tasks=tasks).report.context == 256
+
+
 def test_the_command_line_prints_a_table_and_json(folder):
     result = run("evaluate", folder / "other", "--dense", folder / "dense", "--tasks", folder / "own.jsonl", "--json")
     assert result.returncode == 0, result.stderr

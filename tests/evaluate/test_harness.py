@@ -10,9 +10,9 @@ from lm_eval.models.huggingface import HFLM
 from edgeprune.errors import InputError
 from edgeprune.evaluate.harness import HarnessModel, scores
 from edgeprune.evaluate.likelihoods import ModelLikelihoods
-from edgeprune.evaluate.tasks import load_tasks
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
+from edgeprune.pipeline.task_scores import load_tasks
 from tests.support.checkpoints import save_llama
 from tests.support.questions import question_rows, write_questions, write_task
 

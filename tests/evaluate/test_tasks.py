@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.errors import InputError
-from edgeprune.evaluate.tasks import difference, is_file, load_tasks, names_of, read_questions, score
+from edgeprune.evaluate.tasks import difference, is_file, names_of, read_questions, score
 
 ROW = {"question": "Which is a fruit?", "choices": ["an apple", "a stone"], "answer": 0}
 
@@ -91,21 +91,7 @@ def test_a_bad_line_is_named(tmp_path, row, message):
     assert str(path) in caught.value.message and "choices" in caught.value.remedy
 
 
-def test_no_question_and_no_file_are_told(tmp_path):
+def test_a_file_without_questions_is_told(tmp_path):
     (tmp_path / "own.jsonl").write_text("\n")
     with pytest.raises(InputError, match="holds no question"):
         read_questions(tmp_path / "own.jsonl")
-    with pytest.raises(InputError, match="there is no file"):
-        load_tasks(str(tmp_path / "other.jsonl"), print)
-
-
-def test_a_missing_harness_is_one_message(tmp_path, monkeypatch):
-    import sys
-
-    (tmp_path / "own.jsonl").write_text(json.dumps(ROW))
-    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or name.endswith("evaluate.harness")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match="not installed") as caught:
-        load_tasks(str(tmp_path / "own.jsonl"), print)
-    assert "edgeprune[eval]" in caught.value.remedy
