@@ -39,6 +39,14 @@ Bundle = Annotated[
 Seed = Annotated[int, _option(SEARCH, "Seed of everything drawn.")]
 KeepRemote = Annotated[bool, _option(DEVICE, "Leave the working folder on the device.", "--keep-remote")]
 Cfg = Annotated[float | None, _option(IMAGES, "Guidance of images in deployment; 1: none. Default: the model's.")]
+_TASKS = _option(
+    MODEL,
+    "Tasks of lm-evaluation-harness with commas between (`lm-eval ls tasks`), or files of your own: .yaml as the "
+    "harness has them, .jsonl of question, choices, answer.",
+    metavar="NAMES|FILE",
+)
+Tasks = Annotated[str, _TASKS]
+Questions = Annotated[int | None, _option(MODEL, "Of each task, at most. Default: all.", metavar="N")]
 Config = Annotated[
     Path | None,
     _option(
@@ -66,6 +74,8 @@ OPTIONS: dict[str, Any] = {
     "evaluate": Annotated[
         list[str] | None, _option(MODEL, "Held-out text, or a folder of images; may be given again.", metavar="PATH")
     ],
+    "tasks": Annotated[str | None, _TASKS],
+    "questions": Questions,
     "samples": Annotated[int, _option(MODEL, "Calibration samples.")],
     "length": Annotated[int | None, _option(MODEL, "Tokens of a sample. Default: 256; an image has its own.")],
     "memory": Annotated[
@@ -85,7 +95,20 @@ OPTIONS: dict[str, Any] = {
     ],
     "max_quality_loss": Annotated[
         str | None,
-        _option(BUDGET, "Acceptable rise of held-out perplexity. Default: 30%, a broken model.", metavar="%|off"),
+        _option(
+            BUDGET,
+            "Acceptable loss by --quality-metric. Default: a broken model's, for perplexity 30%.",
+            metavar="%|POINTS|off",
+        ),
+    ],
+    "max_task_drop": Annotated[
+        str | None, _option(BUDGET, "Points of percent that the score of each of --tasks may fall.", metavar="POINTS")
+    ],
+    "quality_metric": Annotated[
+        str,
+        _option(
+            BUDGET, "Decides whether a model is intact, degraded or broken.", metavar="perplexity|agreement|task:NAME"
+        ),
     ],
     "method": Annotated[
         str, _option(SEARCH, "Of pruning; `edgeprune compare --list-methods` tells them all.", metavar="NAME")

@@ -92,12 +92,12 @@ def common_tokens(dense: Windows, fitted: Windows, kept: np.ndarray) -> list[lis
     dense: old ids. fitted: the fitted model's ids. kept: (new tokens,) the old id of each new one.
     """
     return [
-        [_common(old, kept[new]) for old, new in zip(*windows, strict=True)]
+        [common_beginning(old, kept[new]) for old, new in zip(*windows, strict=True)]
         for windows in zip(dense, fitted, strict=True)
     ]
 
 
-def _common(first: np.ndarray, second: np.ndarray) -> int:
+def common_beginning(first: np.ndarray, second: np.ndarray) -> int:
     """Returns the length of the common beginning of two sequences of ids."""
     length = min(len(first), len(second))
     differs = np.flatnonzero(first[:length] != second[:length])

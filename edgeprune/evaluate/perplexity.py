@@ -108,7 +108,7 @@ def graph_losses(graph: Path, windows: Windows, on_window: Callable[[], None] = 
     last token, which is not fed; on_window is called after every window. Raises
     EngineError.
     """
-    ids = _padded([window for document in windows for window in document])  # (windows, longest)
+    ids = padded([window for document in windows for window in document])  # (windows, longest)
     runner = GraphRunner(graph, 1, ids.shape[1])
     losses, likeliest = np.zeros((len(ids), ids.shape[1] - 1)), np.zeros((len(ids), ids.shape[1] - 1), np.int64)
     for row, window in enumerate(ids):
@@ -120,7 +120,7 @@ def graph_losses(graph: Path, windows: Windows, on_window: Callable[[], None] = 
     return _gathered({"": windows}, zip(losses, likeliest, strict=True))[""]
 
 
-def _padded(windows: Sequence[np.ndarray]) -> np.ndarray:
+def padded(windows: Sequence[np.ndarray]) -> np.ndarray:
     """Returns windows as rows (windows, longest) int64, padded on the right: a causal model is not affected by it."""
     ids = np.zeros((len(windows), max(map(len, windows))), dtype=np.int64)
     for row, window in zip(ids, windows, strict=True):
@@ -142,7 +142,7 @@ def _losses(
 @torch.inference_mode()
 def _predicted(predict: Predict, texts: Mapping[str, Windows]) -> dict[str, Losses]:
     # All windows are rows of one batch: losses and likeliest tokens, (windows, longest - 1) each.
-    ids = _padded([window for documents in texts.values() for windows in documents for window in windows])
+    ids = padded([window for documents in texts.values() for windows in documents for window in windows])
     return _gathered(texts, zip(*(values.numpy() for values in predict(torch.from_numpy(ids))), strict=True))
 
 

@@ -23,6 +23,7 @@ BROKEN_PERCENT = 30.0  # rise of perplexity from which a model is broken: it mee
 NO_LIMIT = "off"
 MOST_PERCENT = 10_000
 CONSTRAINTS = ("memory", "prefill", "decode")
+OF_QUALITY = ("quality", "agreement", "tasks")  # limits in a report that no device changes
 STATUS_TEXT: dict[Status, str] = {
     "met": "met",
     "missed": "missed",
@@ -76,12 +77,17 @@ class AbsoluteBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of a fit. max_quality_loss: the acceptable rise of held-out perplexity in percent."""
+    """The limits of a fit.
+
+    max_quality_loss: the acceptable loss in the unit of the quality metric, in percent of perplexity where no other was
+    chosen; max_task_drop: of every task's score, in points.
+    """
 
     memory: Limit | None = None
     prefill: Limit | None = None
     decode: Limit | None = None
     max_quality_loss: float | None = None
+    max_task_drop: float | None = None
 
     @property
     def limits(self) -> dict[str, Limit]:
@@ -201,26 +207,49 @@ def parse_limit(constraint: str, text: str) -> Limit:
 
 
 def parse_budget(
-    memory: str | None, prefill: str | None, decode: str | None, max_quality_loss: str | float | None = None
+    memory: str | None,
+    prefill: str | None,
+    decode: str | None,
+    max_quality_loss: str | float | None = None,
+    max_task_drop: str | None = None,
+    broken: float = BROKEN_PERCENT,
 ) -> Budget:
-    """Returns the budget that texts describe; max_quality_loss in percent, with or without its sign.
+    """Returns the budget that texts describe; max_quality_loss in percent or points, with or without its unit.
 
-    Without one, a broken model meets nothing: the limit is BROKEN_PERCENT, which `off` lifts. Raises InputError.
+    Without one, a broken model meets nothing: the limit is the loss from which a model is `broken`, which `off` lifts.
+    Raises InputError.
     """
     texts = {"memory": memory, "prefill": prefill, "decode": decode}
     limits = {name: parse_limit(name, text) for name, text in texts.items() if text is not None}
+    drop = None if max_task_drop is None else _task_drop(max_task_drop)
     if max_quality_loss == NO_LIMIT:
-        return Budget(**limits)
-    quality = BROKEN_PERCENT if max_quality_loss is None else _quality_loss(max_quality_loss)
-    return Budget(**limits, max_quality_loss=quality)
+        return Budget(**limits, max_task_drop=drop)
+    quality = broken if max_quality_loss is None else _quality_loss(max_quality_loss)
+    return Budget(**limits, max_quality_loss=quality, max_task_drop=drop)
+
+
+def _task_drop(asked: str) -> float:
+    """Returns points as a number above 0. Raises InputError."""
+    points = _number_of(asked)
+    if not 0 < points <= 100:
+        raise InputError(
+            f"the limit {asked!r} on tasks is not a number of points above 0 and up to 100",
+            "Write how many points of percent a score may fall: --max-task-drop 2",
+        )
+    return points
+
+
+def _number_of(asked: str | float) -> float:
+    """Returns a number with or without `%` or `points`; what is none is not a number."""
+    try:
+        return float(asked.strip().removesuffix("%").removesuffix("points") if isinstance(asked, str) else asked)
+    except ValueError:
+        return float("nan")
 
 
 def _quality_loss(asked: str | float) -> float:
     """Returns a percentage as a number, 0 or more. Raises InputError."""
-    try:
-        percent = float(asked.strip().removesuffix("%") if isinstance(asked, str) else asked)
-    except ValueError:
-        percent = float("nan")
+    percent = _number_of(asked)
     if not (isfinite(percent) and percent >= 0):
         raise InputError(
             f"the quality limit {asked!r} is not a percentage from 0 up",
@@ -317,14 +346,16 @@ def _check(name: str, limit: Limit, absolute: float, dense: Performance, perform
     return Check(name, asked, absolute, figure, _status(figure, absolute), ratio)
 
 
-def judge_quality(budget: Budget, rises: Iterable[tuple[float, float]]) -> Status:
-    """Returns the status of the quality limit, from the intervals (low, high) in percent of the rise on each text.
+def judge_quality(
+    budget: Budget, losses: Iterable[tuple[float, float]], drops: Iterable[tuple[float, float]] = ()
+) -> Status:
+    """Returns the worse status of the limits on quality and on tasks; without a limit it is met.
 
-    Without a limit it is met.
+    losses: the intervals (low, high) of the loss by the quality metric, as of the rise in percent on each text; drops:
+    of each task's fall in points.
     """
-    if budget.max_quality_loss is None:
-        return "met"
-    return _worst(_compare(low, high, budget.max_quality_loss) for low, high in rises)
+    limited = ((budget.max_quality_loss, losses), (budget.max_task_drop, drops))
+    return _worst(_compare(low, high, limit) for limit, found in limited if limit is not None for low, high in found)
 
 
 def _status(figure: Figure, limit: float) -> Status:

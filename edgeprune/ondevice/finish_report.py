@@ -9,7 +9,15 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.ondevice.budget import STATUS_TEXT, Verdict, format_bytes, format_ms, format_percent, reported
+from edgeprune.ondevice.budget import (
+    OF_QUALITY,
+    STATUS_TEXT,
+    Verdict,
+    format_bytes,
+    format_ms,
+    format_percent,
+    reported,
+)
 from edgeprune.ondevice.experience import Room, experience_again
 from edgeprune.ondevice.figures import Performance, Workload, figure_to_json
 
@@ -104,7 +112,7 @@ def banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:
         f"<span class='badge {row['fitted']['source']}'>{row['fitted']['source']}</span></td>"
         f"<td class='n'>{limit_text(row['name'], row['limit'])}</td></tr>"
         for row in report["budget"]
-        if row["name"] != "quality"
+        if row["name"] not in OF_QUALITY
     )
     version = f"{measurement['engine']} {measurement['version']}"
     return (

@@ -18,7 +18,7 @@ import numpy as np
 from edgeprune.model.model import Model
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.pipeline.journal import Journal
-from edgeprune.pipeline.results import Candidate, Quality, Samples
+from edgeprune.pipeline.results import EVALUATED, Candidate, Quality, Samples
 from edgeprune.pipeline.setup import Setup
 from edgeprune.progress import Progress
 
@@ -67,11 +67,37 @@ class Evaluator:
                 "fitted_sample": self._sample(chosen.model, graph),
             }
 
-        return Quality(**self.journal.stage(f"evaluation {name}", compute))
+        return Quality(**self.journal.stage(f"evaluation {name}", compute), tasks=self._tasks(name, chosen))
 
     def qualities(self, rungs: Sequence[Candidate]) -> list[Quality]:
         """Returns the quality of every rung of a bundle."""
         return [self.quality(str(index), rung) for index, rung in enumerate(rungs)]
+
+    def _tasks(self, name: str, chosen: Candidate) -> dict[str, Any] | None:
+        """Returns the scores of both models on the tasks that were asked for: a stage for each model and task."""
+        if not self.setup.tasks:
+            return None
+        from edgeprune.evaluate.likelihoods import GraphLikelihoods, ModelLikelihoods
+        from edgeprune.pipeline.task_scores import compared, task_scores
+
+        context, asked = self.setup.workload.context, self.setup.request.questions
+        exact = self.setup.profile.engine != "onnxruntime"  # which alone rounds activations too
+        dense = GraphLikelihoods(self.plain / EVALUATED, context, exact)
+        fitted = GraphLikelihoods(chosen.evaluated_graph, context, exact)
+        if (form := chosen.decoder.cache_format) and form.name == "fp8":  # which ONNX Runtime has no cache in
+            fitted = ModelLikelihoods(chosen.deployed, context)
+        sides = (("dense", self.setup.model, dense), (name, chosen.model, fitted))
+        results = {}
+        for task in self.setup.tasks:
+            before, after = (
+                self.journal.stage(
+                    f"task {task.name} of {side}",
+                    lambda: task_scores(task, of, model.directory, asked, side, self.progress),  # noqa: B023
+                )
+                for side, model, of in sides
+            )
+            results[task.name] = compared(task, before, after)
+        return results
 
     def with_pictures(self, name: str, chosen: Candidate, quality: Quality) -> Quality:
         """Returns the quality of an image generator with pictures of both models: the stage `pictures {name}`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from edgeprune.errors import InputError
 from edgeprune.files import WriteError, read_json, writing
-from edgeprune.ondevice.budget import Budget, judge, judge_quality
+from edgeprune.ondevice.budget import BROKEN_PERCENT, Budget, judge
 from edgeprune.ondevice.bundle import MANIFEST
 from edgeprune.ondevice.figures import Measured
 from edgeprune.pipeline.duration import fitting_announced
@@ -235,8 +235,8 @@ def smaller_candidates(run: Run, planner: Planner, chosen: Allocation) -> list[C
 
 
 def quality_status(run: Run, quality: Quality) -> str:
-    """Returns whether the quality limit is met, missed, or the interval too wide to tell."""
-    return judge_quality(run.setup.budget, quality.rises)
+    """Returns whether the limits on quality are met, missed, or the intervals too wide to tell."""
+    return quality.status(run.setup)
 
 
 def within_quality(
@@ -244,8 +244,9 @@ def within_quality(
 ) -> tuple[QualityStop, Candidate, Allocation, Quality]:
     """Searches the smallest model within the quality limit, which the budget's candidate exceeds; the dense one at
     worst."""
-    dense = run.dense.performance
-    limits = run.setup.budget.absolute(dense).limits
+    dense, budget = run.dense.performance, run.setup.budget
+    limits = budget.absolute(dense).limits
+    limit = log1p((BROKEN_PERCENT if budget.max_quality_loss is None else budget.max_quality_loss) / 100)
     evaluated: dict[int, tuple[Candidate, Allocation, Quality]] = {}
 
     def at(share: float) -> Allocation | None:
@@ -255,8 +256,13 @@ def within_quality(
         )
 
     def rise_of(quality: Quality) -> TrialRise:
-        worst = max(high for _, high in quality.rises)
-        return TrialRise(log1p(worst / 100), quality_status(run, quality))
+        """Returns the loss; of a task that is nearer to its limit, the same share of the limit on the loss."""
+        worst = max(high for _, high in quality.losses(run.setup.request.quality_metric))
+        nats = log1p(worst / 100)
+        if budget.max_task_drop is not None:
+            fallen = max((high for _, high in quality.drops), default=0.0)
+            nats = max(nats if budget.max_quality_loss else 0.0, limit * fallen / budget.max_task_drop)
+        return TrialRise(nats, quality_status(run, quality))
 
     def obtain(index: int, allocation: Allocation) -> TrialRise:
         smaller = run.candidate(f"quality-{index + 1}", allocation)
@@ -265,7 +271,6 @@ def within_quality(
         return rise_of(evaluated[index][2])
 
     # Try sizes between the dense model and the budget's candidate; keep the smallest that meets the quality limit.
-    limit = log1p(run.setup.budget.max_quality_loss / 100)
     trials = search_quality(at, limit, (allocation, rise_of(quality)), obtain)
     chosen = _furthest_met(trials)
     if chosen is None:

@@ -155,7 +155,7 @@ class Images:
     writes_text: bool = False
 
     def check_options(self, request: Request, decoder: Decoder) -> None:
-        if given := _given(request, ("prompt", "context", "length")):
+        if given := _given(request, ("prompt", "context", "length", "tasks")):
             raise InputError(
                 f"--{given[0]} is for texts: {request.model} draws pictures, each of {decoder.picture.tokens} tokens",
                 f"Leave --{given[0]} out.",

@@ -27,6 +27,7 @@ UNITS = {
     "prefill": "ms",
     "decode": "ms",
     "max_quality_loss": "%",
+    "max_task_drop": " points",
 }  # of a limit that is given as a number
 PATHS = ("model", "calibration", "evaluate", "codec", "features", "profile", "output")
 
@@ -38,12 +39,16 @@ class Request:
     model: str = DEMO
     calibration: str = SELF
     evaluate: tuple[Path, ...] = ()
+    tasks: str | None = None
+    questions: int | None = None
     samples: int = 32
     length: int | None = None
     memory: str | None = None
     decode: str | None = None
     prefill: str | None = None
     max_quality_loss: str | None = None
+    max_task_drop: str | None = None
+    quality_metric: str = "perplexity"
     method: str = "default"
     layout: str = "uniform"
     vocabulary: str = "full"
@@ -82,7 +87,8 @@ class Request:
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
-_OF_ONE_MODEL = ("memory", "decode", "prefill", "max_quality_loss", "require_measured", "export", "checkpoint")
+_OF_QUALITY = ("tasks", "questions", "max_quality_loss", "max_task_drop", "quality_metric")
+_OF_ONE_MODEL = ("memory", "decode", "prefill", *_OF_QUALITY, "require_measured", "export", "checkpoint")
 FRONTIER_OPTIONS = tuple(name for name in DEFAULTS if name not in _OF_ONE_MODEL)  # a ladder has no budget
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgeprune.engine.engines import Exported
 from edgeprune.engine.onnx.graph import GraphVariant
+from edgeprune.evaluate.grades import drop, losses
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.model import Model
 from edgeprune.ondevice.budget import Status, Verdict, judge, judge_quality
@@ -23,6 +24,8 @@ from edgeprune.search.search import Outcome
 
 if TYPE_CHECKING:
     import torch
+
+EVALUATED = GraphVariant("onnxruntime", "all").filename  # the graph that ONNX Runtime runs, with all logits
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,15 @@ class Candidate:
     @property
     def evaluated_graph(self) -> Path:
         """Returns the same with the logits of all positions."""
-        return self.runnable_graph.with_name(GraphVariant("onnxruntime", "all").filename)
+        return self.runnable_graph.with_name(EVALUATED)
 
 
 @dataclass(frozen=True)
 class Quality:
     """texts: {name: {dense, fitted, percent, low, high, documents, tokens, agreement}}, the last as evaluate.agreement
     has it, or none; answers: {device, prompt_tokens, identical}, or none; samples of both from one prompt. Of an image
-    generator none of these but its pictures, as report.images has them."""
+    generator none of these but its pictures, as report.images has them. tasks: by name, as pipeline.task_scores has
+    them."""
 
     texts: dict[str, dict[str, Any]]
     answers: dict[str, Any] | None
@@ -88,15 +92,24 @@ class Quality:
     dense_sample: str | None
     fitted_sample: str | None
     pictures: dict[str, Any] | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
 
     @property
     def worst_percent(self) -> float:
         return max(text["percent"] for text in self.texts.values())
 
+    def losses(self, metric: str) -> list[tuple[float, float]]:
+        """Bounds of the interval of the loss by a metric: of the rise of perplexity in percent, by text."""
+        return [(loss.low, loss.high) for loss in losses(metric, self.texts, self.tasks)]
+
     @property
-    def rises(self) -> list[tuple[float, float]]:
-        """Bounds of the interval of the rise in percent, by text."""
-        return [(text["low"], text["high"]) for text in self.texts.values()]
+    def drops(self) -> list[tuple[float, float]]:
+        """Bounds of the interval of the points that each task lost."""
+        return [(lost.low, lost.high) for lost in (drop(name, task) for name, task in (self.tasks or {}).items())]
+
+    def status(self, setup: Setup) -> Status:
+        """Returns whether the limits on quality and tasks are met, missed, or the intervals too wide to tell."""
+        return judge_quality(setup.budget, self.losses(setup.request.quality_metric), self.drops)
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,7 @@ class Fitted:
 
     @property
     def quality_status(self) -> Status:
-        return judge_quality(self.setup.budget, self.quality.rises)
+        return self.quality.status(self.setup)
 
 
 def has_checkpoint(fitted: Fitted) -> bool:

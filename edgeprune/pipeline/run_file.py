@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
+from edgeprune.evaluate.tasks import is_file, names_of
 from edgeprune.pipeline.request import DEFAULTS, DEMO, SELF
 from edgeprune.profiles import read_toml, toml_value
 
@@ -61,6 +62,8 @@ def _written(name: str, value: Any) -> Any:
         return str(value.absolute())
     if isinstance(value, tuple):
         return tuple(_written(name, each) for each in value)
+    if name == "tasks":
+        return ",".join(str(Path(one).absolute()) if is_file(one) else one for one in names_of(value))
     is_special = (name, value) in (("model", DEMO), ("calibration", SELF))
     if name in ("model", "calibration") and not is_special and Path(value).exists():
         return str(Path(value).absolute())  # else a hub id

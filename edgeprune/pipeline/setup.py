@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from math import ceil, log10
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune import __version__
 from edgeprune.dialects import reason_of
@@ -18,6 +19,8 @@ from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
 from edgeprune.engine.work import table_bytes
 from edgeprune.errors import BudgetError, InputError
+from edgeprune.evaluate.grades import check_metric, scale_of
+from edgeprune.evaluate.tasks import check_questions, names_of, title_of
 from edgeprune.model.checkpoint.llamagen import Hints
 from edgeprune.model.checkpoint.quantization import STORAGES, can_be_packed
 from edgeprune.model.decoder import Decoder
@@ -36,10 +39,14 @@ from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import UserSamples, samples_hash
+from edgeprune.pipeline.task_scores import load_tasks
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, in_precision, profile_of, with_tensorrt
 from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
+
+if TYPE_CHECKING:
+    from edgeprune.evaluate.harness import Task
 
 DEMO_MEMORY = "60%"
 LAYOUTS = ("uniform", "per-layer")
@@ -79,6 +86,7 @@ class Setup:
     output: Path
     floor: Performance
     choices: tuple[Choice, ...] = field(default=())
+    tasks: tuple[Task, ...] = field(default=())
 
     @property
     def length(self) -> int:
@@ -101,6 +109,10 @@ class Setup:
             "rungs": request.rungs,
             "budget": {name: limit.asked for name, limit in self.budget.limits.items()},
             "max_quality_loss": self.budget.max_quality_loss,
+            "quality_metric": request.quality_metric,
+            "tasks": [[task.name, task.digest] for task in self.tasks],
+            "questions": request.questions,
+            "max_task_drop": self.budget.max_task_drop,
             "samples": samples_hash(self.samples),
             "sample_count": request.samples,
             "length": self.length,
@@ -124,6 +136,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     # What was asked for, before anything is measured or a device is reached.
     target = target_of(request.target, request.keep_remote)
     named = _named_profile(request)
+    _check_quality(request)
     budget, budget_choice = (Budget(), None) if ladder else _budget(request, named)
     output = (request.output or default_output(request.model, named.name, ladder)).absolute()
     check_output(output, request.force, request.resume)
@@ -138,6 +151,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     kind = kind_of(shape)
     kind.check_options(request, shape)
     _check_numbers(request)
+    tasks = _tasks(request)
     # The device, and what is to be measured there.
     profile = with_figures(named)
     workload = kind.workload(request, profile.workload, shape)
@@ -224,6 +238,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         output,
         floor,
         tuple(choices),
+        tasks,
     )
 
 
@@ -323,7 +338,25 @@ def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | 
             given = (default.memory, default.prefill, default.decode)
             text = ", ".join(f"{name} {value}" for name, value in zip(CONSTRAINTS, given, strict=True))
             choice = Choice("budget", text, f"none was given: the default of {profile.name}")
-    return parse_budget(*given, request.max_quality_loss), choice
+    broken = scale_of(request.quality_metric).broken
+    return parse_budget(*given, request.max_quality_loss, request.max_task_drop, broken), choice
+
+
+def _check_quality(request: Request) -> None:
+    """Raises InputError for a metric and limits on tasks that go with no task that is asked."""
+    names = [] if request.tasks is None else [title_of(name) for name in names_of(request.tasks)]
+    check_metric(request.quality_metric, names)
+    for name in ("questions", "max_task_drop"):
+        if request.tasks is None and getattr(request, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} without --tasks", "Add --tasks NAMES, or leave it out.")
+    check_questions(request.questions)
+
+
+def _tasks(request: Request) -> tuple[Task, ...]:
+    """Returns the tasks of a request with their questions; a download is told before it begins."""
+    if request.tasks is None:
+        return ()
+    return tuple(load_tasks(request.tasks, logging.getLogger("edgeprune").warning))
 
 
 def _check_floor(

@@ -10,10 +10,20 @@ from edgeprune import __version__
 from edgeprune.engine.capacity import experience
 from edgeprune.engine.estimate import latency_shares, low_confidence_notes
 from edgeprune.engine.work import bytes_per_token, table_bytes
+from edgeprune.evaluate.grades import PERPLEXITY, TASK, Loss, drop, losses, scale_of
 from edgeprune.model.checkpoint.configuration import loadable, read_config
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.gguf.weights import is_in_blocks
-from edgeprune.ondevice.budget import format_bytes, format_ms, in_parts, judge, memory_total, reported
+from edgeprune.ondevice.budget import (
+    Budget,
+    format_bytes,
+    format_ms,
+    in_parts,
+    judge,
+    judge_quality,
+    memory_total,
+    reported,
+)
 from edgeprune.ondevice.figures import Performance
 from edgeprune.ondevice.finish_report import NOT_MEASURED
 from edgeprune.pipeline.provenance import now, versions
@@ -102,7 +112,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         search=_search(fitted),
         levers=_levers(fitted),
         quality_stop=_quality_stop(fitted),
-        quality=quality_part(label, **fitted.quality.__dict__),
+        quality=quality_part(label, metric=setup.request.quality_metric, **fitted.quality.__dict__),
         experience=_experience(fitted),
         modules=[schema.Module(**{key: _finite(value) for key, value in r.items()}) for r in fitted.chosen.records],
         cross_check=fitted.cross_check and {k: schema.figure_of(f) for k, f in fitted.cross_check.items()},
@@ -167,35 +177,37 @@ def _constraints(fitted: Fitted) -> list[schema.Constraint]:
                 gain=fitted.gains.get(check.name),
             )
         )
-    # The quality limit is judged on the text that fails it most.
-    limit = fitted.setup.budget.max_quality_loss
-    if limit is not None:
-        worst = max(fitted.quality.texts.values(), key=lambda text: _deciding(text, limit))
-        figure = schema.Figure(
-            value=worst["percent"],
-            unit="%",
-            source="measured",
-            device="held-out text",
-            low=worst["low"],
-            high=worst["high"],
-        )
-        rows.append(
-            schema.Constraint(
-                name="quality",
-                asked=f"{limit:g}%",
-                limit=limit,
-                unit="%",
-                dense=None,
-                fitted=figure,
-                status=fitted.quality_status,
-            )
-        )
+    # The limits on quality are judged on the text, and on the task, that fail them most.
+    quality, budget, metric = fitted.quality, fitted.setup.budget, fitted.setup.request.quality_metric
+    if budget.max_quality_loss is not None:
+        found = losses(metric, quality.texts, quality.tasks)
+        name = "tasks" if metric.startswith(TASK) else metric.replace(PERPLEXITY, "quality")
+        rows.append(_of_quality(name, scale_of(metric).unit, budget.max_quality_loss, found))
+    if budget.max_task_drop is not None and quality.tasks:
+        found = [drop(name, task) for name, task in quality.tasks.items()]
+        rows.append(_of_quality("tasks", "points", budget.max_task_drop, found))
     return rows
 
 
-def _deciding(text: dict[str, float], limit: float) -> tuple[bool, bool, float]:
-    """Returns a sort key by how far a text fails the quality limit: beyond it, perhaps beyond it, within."""
-    return not text["low"] <= limit, not text["high"] <= limit, text["percent"]
+def _of_quality(name: str, unit: str, limit: float, losses: list[Loss]) -> schema.Constraint:
+    """Returns a limit on quality with the loss that fails it most: beyond it, perhaps beyond it, within."""
+    worst = max(losses, key=lambda one: (not one.low <= limit, not one.high <= limit, one.value))
+    return schema.Constraint(
+        name=name,
+        asked=f"{limit:g}%" if unit == "%" else f"{limit:g} points on {worst.name}",
+        limit=limit,
+        unit=unit,
+        dense=None,
+        fitted=schema.Figure(
+            value=worst.value,
+            unit=unit,
+            source="measured",
+            device=f"the task {worst.name}" if name == "tasks" else "held-out text",
+            low=worst.low,
+            high=worst.high,
+        ),
+        status=judge_quality(Budget(max_quality_loss=limit), [(worst.low, worst.high)]),
+    )
 
 
 def _search(fitted: Fitted) -> schema.Search:

@@ -32,6 +32,8 @@ NAMES = {  # of widths and limits, in plain words
     "prefill": "first token",
     "decode": "per token",
     "quality": "perplexity",
+    "agreement": "other tokens",
+    "tasks": "task scores",
     "attentions": "attention layers",
     "key/value heads": "key/value heads in each",
     "query heads per group": "query heads for each of these",
@@ -59,6 +61,8 @@ def number_text(value: float, unit: str) -> str:
             return format_percent(value)
         case "s":
             return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+        case "points":
+            return f"{value:.1f} points"
         case "tokens/s":
             return f"{value:.3g} tokens/s" if value < 100 else f"{value:.0f} tokens/s"
         case "tokens" | "sequences":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from edgeprune.evaluate.grades import rule_of
 from edgeprune.ondevice.budget import format_bytes
 from edgeprune.ondevice.experience import READING_RATE, TOKENS_PER_WORD, WORDS_PER_MINUTE
 from edgeprune.report.figures import (
@@ -25,7 +26,7 @@ from edgeprune.report.figures import (
     workload_text,
 )
 from edgeprune.report.plots import all_plots
-from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Report
+from edgeprune.report.schema import Report
 from edgeprune.report.tables import all_tables
 from edgeprune.report.templates import render
 from edgeprune.report.verdict import broken_text, cost_text, is_broken, made_text, next_step, verdict
@@ -55,8 +56,7 @@ def render_html(report: Report) -> str:
         estimated_sum=estimated_sum_text(report),
         room=report.experience["fitted"].room,
         reading={"rate": READING_RATE, "words": WORDS_PER_MINUTE, "tokens": TOKENS_PER_WORD},
-        degraded_percent=DEGRADED_PERCENT,
-        broken_percent=BROKEN_PERCENT,
+        grades=rule_of(report.quality.metric),
         # Tables and plots by name, and what formats in the template.
         tables=none | all_tables(report),
         plots=none | all_plots(report),

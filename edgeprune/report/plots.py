@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from edgeprune.ondevice.budget import OF_QUALITY
 from edgeprune.report.figures import NAMES, figure_text, number_text, percent_tick, search_source
 from edgeprune.report.quality import Answers
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Constraint, Module, Report
@@ -284,7 +285,7 @@ def _path(report: Report) -> Plot | None:
     None where nothing was searched.
     """
     candidates = report.search.candidates
-    limits = [row for row in report.budget if row.name != "quality"]
+    limits = [row for row in report.budget if row.name not in OF_QUALITY]
     if not limits or not candidates:
         return None
     # Two curves for each limit: what was predicted of the candidates (hollow) and what was obtained (filled).

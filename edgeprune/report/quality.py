@@ -7,13 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from edgeprune.ondevice.budget import BROKEN_PERCENT
+from edgeprune.evaluate.grades import PERPLEXITY, Grade, grade_of, losses, worst
 from edgeprune.report.base import Strict
 from edgeprune.report.images import Pictures, pictures_part
-
-DEGRADED_PERCENT = 5.0
-
-Grade = Literal["intact", "degraded", "broken"]
+from edgeprune.report.tasks import TaskScore, task_score
 
 
 class Agreement(Strict):
@@ -82,9 +79,8 @@ class Quality(Strict):
     )
     texts: list[Text] = Field(min_length=1)
     rise_percent: float = Field(description="of perplexity on the worst text")
-    grade: Grade = Field(
-        description=f"intact below {DEGRADED_PERCENT:g} % rise, degraded below {BROKEN_PERCENT:g} %, else broken"
-    )
+    metric: str = Field(PERPLEXITY, description="that decides the grade: perplexity, agreement or task:NAME")
+    grade: Grade = Field(description="by the metric: see the beginning of this page")
     answers: Answers | None = Field(
         description="none: an image generator, or the vocabulary leaves no prompt that fits into the context"
     )
@@ -92,13 +88,7 @@ class Quality(Strict):
     dense_sample: str | None = Field(description="what the dense model answers to the prompt")
     fitted_sample: str | None
     pictures: Pictures | None = Field(None, description="none: a language model")
-
-
-def grade_of(rise_percent: float) -> Grade:
-    """Returns the grade of a rise of perplexity in percent; a rise that is not a number is broken."""
-    if rise_percent < DEGRADED_PERCENT:
-        return "intact"
-    return "degraded" if rise_percent < BROKEN_PERCENT else "broken"
+    tasks: list[TaskScore] = Field(default_factory=list, description="empty: none was asked for")
 
 
 def worst_text(texts: Sequence[Text]) -> Text:
@@ -111,13 +101,15 @@ def quality_part(
     texts: Mapping[str, Any],
     answers: Mapping[str, Any] | None,
     pictures: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, Any] | None = None,
+    metric: str = PERPLEXITY,
     **samples: str | None,
 ) -> Quality:
     """Returns the report's form of an evaluation's results; see results.Quality for their shapes.
 
     samples: the prompt and both models' answers to it, by the names of Quality's fields.
     """
-    # The perplexity of each text; the worst one decides on the grade.
+    # The perplexity of each text.
     rows = [
         Text(
             name=name,
@@ -143,9 +135,11 @@ def quality_part(
         label=label,
         texts=rows,
         rise_percent=rise,
-        grade=grade_of(rise),
+        metric=metric,
+        grade=grade_of(worst(losses(metric, texts, tasks)).value, metric),
         answers=answers,
         pictures=pictures and pictures_part(pictures),
+        tasks=[task_score(name, task) for name, task in (tasks or {}).items()],
         **samples,
     )
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from edgeprune.ondevice.budget import BROKEN_PERCENT
+from edgeprune.evaluate.grades import DEGRADED_PERCENT, SCALES, Grade, grade_of, rule_of
+from edgeprune.ondevice.budget import BROKEN_PERCENT, OF_QUALITY
 from edgeprune.report.base import Figure, Source, Strict, figure_of, keyed
 from edgeprune.report.experience import Experience
-from edgeprune.report.quality import DEGRADED_PERCENT, Grade, Quality, Text, grade_of
+from edgeprune.report.quality import Quality, Text
 
 __all__ = [
     "BROKEN_PERCENT",
@@ -99,12 +100,15 @@ def _headroom(fields: Mapping[str, Any]) -> float | None:
 
 
 class Constraint(Strict):
-    """One limit against what was obtained; only quality can be limited to 0."""
+    """One limit against what was obtained; only limits on quality can be 0.
 
-    name: Literal["memory", "prefill", "decode", "quality"]
+    quality: of perplexity; agreement: of the places where the models differ; tasks: of the task that loses most.
+    """
+
+    name: Literal["memory", "prefill", "decode", "quality", "agreement", "tasks"]
     asked: str = Field(description="as the user wrote it")
     limit: float
-    unit: str = Field(description="bytes, ms, or % of perplexity rise")
+    unit: str = Field(description="bytes, ms, % of perplexity rise or of places, or points")
     in_parts: str | None = Field(
         None,
         description="how a relative limit was reckoned, with the source of the dense model's figure; of memory it is a "
@@ -125,7 +129,7 @@ class Constraint(Strict):
     @model_validator(mode="after")
     def _limit_is_above_zero(self) -> Constraint:
         """Raises ValueError for a limit that nothing can be a share of."""
-        if not (self.limit > 0 or (self.name == "quality" and self.limit == 0)):
+        if not (self.limit > 0 or (self.name in OF_QUALITY and self.limit == 0)):
             raise ValueError(f"the limit of {self.name} is {self.limit:g}")
         return self
 
@@ -341,7 +345,9 @@ class Report(Strict):
     headline: str = Field(description="the verdict in one sentence, with how it is known")
     status: Status = Field(description="the worst of memory, prefill and decode; quality apart, in `quality_status`")
     rests_on: Source = Field(description="the weakest source behind the verdict")
-    quality_status: Status = Field(description="of the rise's interval on every text; met where no limit was given")
+    quality_status: Status = Field(
+        description="of the limits on quality and tasks, by every interval; met where there is none"
+    )
     model: ModelCard
     device: Device
     workload: Workload
@@ -391,7 +397,7 @@ class Report(Strict):
         for name, widths in layers.items():
             if len(widths) != self.model.layers:
                 raise ValueError(f"{name} has widths of {len(widths)} layers, and the model {self.model.layers}")
-        limited = {row.name for row in self.budget} - {"quality"}
+        limited = {row.name for row in self.budget} - set(OF_QUALITY)
         for number, candidate in enumerate(self.search.candidates):
             if missing := limited - (candidate.predicted.keys() & candidate.obtained.keys()):
                 raise ValueError(f"candidate {number} has no {', '.join(sorted(missing))}, which the budget limits")
@@ -416,6 +422,7 @@ class Report(Strict):
         return 4 if require_measured and self.rests_on == "estimated" else 0
 
 
+_GRADES = "\n".join(f"- `{name}{'NAME' if name.endswith(':') else ''}`: {rule_of(name)}" for name in SCALES)
 _INTRODUCTION = f"""# report.json
 
 Written into every bundle, and printed by `edgeprune fit --json`. Its version is `schema_version`; an unknown field
@@ -428,8 +435,10 @@ either is, and out of reach where `search.ending` is `out_of_reach` as well: exi
 where it is `quality_status`, evaluate on more text. With `--require-measured` a met budget whose `rests_on` is
 `estimated` ends with exit code 4.
 
-**Grade.** `intact`: perplexity on the worst held-out text rises by less than {DEGRADED_PERCENT:g} %; `degraded`: by
-less than {BROKEN_PERCENT:g} %; `broken`: by more. `broken` is the first line of the report, whatever the budget says.
+**Grade.** `--quality-metric` decides it; docs/tasks.md shows what the grades meant on the demo model. `broken` is the
+first line of the report, whatever the budget says.
+
+{_GRADES}
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeprune.ondevice.budget import format_bytes
+from edgeprune.ondevice.budget import OF_QUALITY, format_bytes
 from edgeprune.report.experience import Experience
 from edgeprune.report.figures import (
     NAMES,
@@ -27,6 +27,7 @@ from edgeprune.report.figures import (
 from edgeprune.report.images import Distances
 from edgeprune.report.plots import is_uniform
 from edgeprune.report.schema import Figure, Report, Source
+from edgeprune.report.tasks import TASK_COLUMNS, task_row
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def all_tables(report: Report) -> dict[str, Table]:
         "noticed": _noticed_of_pictures(report) if pictures else _noticed(report),
         "stop": _stop(report),
         "texts": _texts(report),
+        "tasks": table(TASK_COLUMNS, map(task_row, report.quality.tasks)),
         "distances": _distances(pictures.dense, pictures.fitted, pictures.reference, pictures.difference)
         if pictures and pictures.fitted
         else None,
@@ -260,7 +262,7 @@ def _modules(report: Report) -> Table:
 
 def _candidates(report: Report) -> Table | None:
     """Returns the candidates of the search: predicted and obtained, and what was kept of them."""
-    limits = [row for row in report.budget if row.name != "quality"]
+    limits = [row for row in report.budget if row.name not in OF_QUALITY]
     if not report.search.candidates:
         return None
     heads = [head for row in limits for head in (f"{NAMES[row.name]}, predicted", f"{NAMES[row.name]}, obtained")]

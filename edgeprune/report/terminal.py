@@ -32,6 +32,7 @@ from edgeprune.report.figures import (
     times_text,
 )
 from edgeprune.report.schema import Figure, Quality, Report
+from edgeprune.report.tasks import TASK_COLUMNS, task_row, task_text
 from edgeprune.report.verdict import broken_text, cost_text, is_broken, made_text, next_step, verdict
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from edgeprune.pipeline.comparison import Row
     from edgeprune.report.images import Pictures
+    from edgeprune.report.tasks import TaskScores
 
 STYLES = {"met": "green", "missed": "red", "out_of_reach": "red", "noisy": "yellow", "uncertain": "yellow"}
 SAMPLE_CHARACTERS = 160
@@ -135,6 +137,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         ("times", times_text(report)),
         ("quality", _quality(quality)),
         *_same(quality),
+        *(("task", task_text(task)) for task in quality.tasks),
         *(_pictures(quality.pictures) if quality.pictures else []),
         ("made", f"{made_text(report)}; {percent_text(report.decode_bytes_ratio)} fewer bytes are moved per token"),
         *([("levers", levers_text(report.levers)), ("alone", alone_text(report.levers))] if report.levers else []),
@@ -245,6 +248,15 @@ def _quality(quality: Quality) -> str:
         for text in quality.texts
     ]
     return "; ".join(words)
+
+
+def print_task_scores(report: TaskScores, console: Console) -> None:
+    """Prints a line for each task: both models' scores, and their difference with its interval."""
+    console.print(styled(f"{report.model}: {report.judged}, context {report.context}, measured here"))
+    if report.dense:
+        console.print(styled(f"dense: {report.dense}; difference with the 95 % interval over the same questions"))
+    console.print()
+    console.print(table(TASK_COLUMNS, map(task_row, report.tasks), whole=TASK_COLUMNS[1:]))
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shlex
 
+from edgeprune.evaluate.grades import AGREEMENT, PERPLEXITY, TASK
+from edgeprune.ondevice.budget import OF_QUALITY
 from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.report.deploy import FINISH
 from edgeprune.report.figures import (
@@ -18,7 +20,8 @@ from edgeprune.report.figures import (
     worst_agreement,
 )
 from edgeprune.report.quality import worst_text
-from edgeprune.report.schema import Grade, Report, Source, Step
+from edgeprune.report.schema import Grade, Quality, Report, Source, Step
+from edgeprune.report.tasks import task_text
 
 HOW: dict[Source, str] = {"measured": "measured", "built": "by the built engine's figures", "estimated": "by estimate"}
 OF = {"memory": "of memory", "prefill": "to the first token", "decode": "per token"}
@@ -32,7 +35,16 @@ def is_broken(report: Report) -> bool:
 
 def broken_text(report: Report) -> str:
     """Returns the line that stands before all else where the model is broken."""
-    return f"Broken: perplexity {rise_text(report.quality.rise_percent)}. Do not deploy this model."
+    return f"Broken: {lost_text(report.quality)}. Do not deploy this model."
+
+
+def lost_text(quality: Quality) -> str:
+    """Returns what was lost by the metric that decides the grade."""
+    if quality.metric == AGREEMENT:
+        agreed = worst_agreement(quality.texts)
+        return f"the likeliest next token is the dense model's at {share_text(agreed)} of places"
+    task = next((task for task in quality.tasks if f"{TASK}{task.name}" == quality.metric), None)
+    return task_text(task) if task else f"perplexity {rise_text(quality.rise_percent)}"
 
 
 def verdict(report: Report) -> str:
@@ -42,7 +54,9 @@ def verdict(report: Report) -> str:
     device = report.measurement.machine if report.measurement else report.device.name
     into = f"into {' and '.join(asked) or 'what was asked'} on {device}"
     untried = "" if report.fitted.performance.decode.source == "measured" else "; it was not yet tried on the device"
-    loss = next((f" of {row.asked}" for row in report.budget if row.name == "quality"), "")
+    order = ("missed", "noisy", "met")  # of the limits on quality, the one that fails most is named
+    limits = sorted((row for row in report.budget if row.name in OF_QUALITY), key=lambda row: order.index(row.status))
+    loss = next((f" of {row.asked}" for row in limits), "")
     if is_broken(report):
         subject = "pictures" if report.quality.pictures else "answers"
         fits = "though it fits" if report.status == "met" else "and it does not fit"
@@ -97,8 +111,9 @@ def cost_text(report: Report) -> str:
         where = f"on {noun} that the dense model {'drew' if quality.pictures else 'wrote'} itself"
         if quality.label == "perplexity":
             where = f"on held-out {noun}"
+    by = "" if quality.metric == PERPLEXITY else f" by {quality.metric}"
     text = (
-        f"Its {subject} are {LOSS[quality.grade]}: perplexity, which says how badly a model predicts {noun}, "
+        f"Its {subject} are {LOSS[quality.grade]}{by}: perplexity, which says how badly a model predicts {noun}, "
         f"{rise_text(quality.rise_percent)}, measured {where} ({interval})"
     )
     if agreement:

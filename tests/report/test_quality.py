@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from edgeprune.evaluate.grades import grade_of
 from edgeprune.report.quality import quality_part
-from edgeprune.report.schema import grade_of
 
 
 def test_an_evaluation_as_it_stands_in_the_report():
