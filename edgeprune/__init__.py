@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from edgeprune.commands.load_bundle import load_bundle
     from edgeprune.commands.measure import measure
     from edgeprune.commands.plan import plan
+    from edgeprune.commands.samples import samples
 
     __version__: str
 
-__all__ = ["__version__", "compare", "fit", "frontier", "load_bundle", "measure", "plan"]
+__all__ = ["__version__", "compare", "fit", "frontier", "load_bundle", "measure", "plan", "samples"]
 
 
 def __getattr__(name: str) -> Any:
