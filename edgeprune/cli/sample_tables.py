@@ -1,4 +1,4 @@
-"""What `samples` did, for the terminal: what was masked and removed, the balance, the choice, and how many are enough.
+"""The report of `samples` for the terminal: masked, removed, the balance, the choice, and how many are enough.
 
 It adds no figure to the report.
 """

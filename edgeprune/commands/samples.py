@@ -27,7 +27,10 @@ COUNT = 32  # samples, as a fit takes
 
 @dataclass(frozen=True)
 class SamplesReport:
-    """What was read, masked, removed and chosen; next_command: that fits a model with it, None without a model."""
+    """The report of what was read, masked, removed and chosen.
+
+    next_command: that fits a model with it, None where no model was named.
+    """
 
     output: Path
     held_out: Path | None

@@ -20,8 +20,8 @@ Pick = Callable[[np.ndarray], int]  # of the candidates (numbers), the one to ta
 def languages_of(texts: Sequence[str], sources: Sequence[str], on_text: Callable[[], None] = lambda: None) -> list[str]:
     """Returns the language of each text as ISO 639-1 has it, by py3langid.
 
-    Single words and code are mistaken for any language: one that has less than RARE of a source's characters is no group
-    of its own, its texts count as the language that the source has most of.
+    Single words and code are mistaken for any language: one that has less than RARE of a source's characters is no
+    group of its own, its texts count as the language that the source has most of.
     """
     from py3langid import classify
 

@@ -13,7 +13,7 @@ from edgeprune.files import printable
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.chat import check_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.pipeline.balance import Group, balanced, shares_of
+from edgeprune.pipeline.balance import Group, Pick, balanced, shares_of
 from edgeprune.pipeline.kit import BYTES_PER_TOKEN, Sample
 from edgeprune.pipeline.packing import HELD_OUT_EVERY, HELD_OUT_TOKENS, tokenize
 from edgeprune.progress import Progress
@@ -28,7 +28,7 @@ RANDOM_DRAWS = 20  # subsets of equal size and balance that the chosen one is co
 
 @dataclass(frozen=True)
 class Coverage:
-    """How far the moments of the chosen subset are from those of all candidates (see pruning/coverage.py).
+    """The distance of the chosen subset's moments from those of all candidates (see pruning/coverage.py).
 
     random, least_random, most_random: the mean, least and largest distance of random subsets of equal size and balance.
     """
@@ -54,7 +54,7 @@ class GroupCount:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, in the order of the choice: the first n samples are the choice of n.
+    """The choice, in the order in which it was made: the first n samples are the choice of n.
 
     chosen, held_out: numbers of samples; tokens: of the chosen together, about where no model counted them; coverage,
     curve: None and empty where no model was given; enough: samples, None where the curve has not flattened.
@@ -95,8 +95,8 @@ def select(
     # Held out before all else and at random, so that nothing was chosen by them.
     held_out: list[int] = []
     if is_held_out or model is not None:
-        most = min(int(tokens.sum()) // HELD_OUT_EVERY, HELD_OUT_TOKENS if is_held_out else CURVE_HELD_OUT * length)
-        held_out = balanced(groups, tokens, shares, most, pick, largest=length)
+        most = HELD_OUT_TOKENS if is_held_out else CURVE_HELD_OUT * length
+        held_out = balanced(groups, tokens, shares, most, pick, _spare(groups, pick), length)
     rest = sorted(set(range(len(samples))) - set(held_out))
     if model is None:
         chosen = balanced(groups, tokens, shares, needed, pick, rest, length)
@@ -169,7 +169,18 @@ def _covering(
     return Selection(chosen, held_out, total, counts, coverage, tuple(curve), enough(curve))
 
 
-def _random(count: int, seed: Any) -> Any:
+def _spare(groups: Sequence[Group], pick: Pick) -> list[int]:
+    """Returns the documents that may be held out: of each group one in HELD_OUT_EVERY, one at least, never the last."""
+    spare = []
+    for group in sorted(set(groups)):
+        own = np.array([number for number, other in enumerate(groups) if other == group])
+        for _ in range(min(len(own) - 1, max(1, len(own) // HELD_OUT_EVERY))):
+            spare.append(pick(own))
+            own = own[own != spare[-1]]
+    return spare
+
+
+def _random(count: int, seed: Any) -> Pick:
     """Returns a pick of the candidate that comes first in a drawn order of so many documents."""
     rank = np.random.default_rng(seed).permutation(count)
     return lambda candidates: int(candidates[int(np.argmin(rank[candidates]))])

@@ -1,4 +1,4 @@
-"""How much a module loses on unseen text by the number of samples that its cut was chosen and refitted on.
+"""The error of cut modules on unseen text by the number of samples that they were chosen and refitted on.
 
 It does not know how the samples were chosen.
 """

@@ -1,4 +1,4 @@
-"""What some modules' output projections read of documents, on the dense model: what subsets are judged by.
+"""The inputs of some modules' output projections on the dense model, by which subsets of documents are judged.
 
 It does not know what the documents are chosen for.
 
