@@ -13,6 +13,7 @@ import numpy as np
 
 RARE = 0.01  # of a source's characters: what is written in less is taken for a mistake
 READ_CHARACTERS = 1000  # of a text, to tell its language by
+OVERSHOOT = 0.5  # of the tokens that are needed, by which a document may exceed them
 Group = tuple[str, str]  # source, language
 Pick = Callable[[np.ndarray], int]  # of the candidates (numbers), the one to take
 
@@ -55,22 +56,19 @@ def balanced(
     needed: int,
     pick: Pick,
     allowed: Sequence[int] | None = None,
-    largest: int | None = None,
 ) -> list[int]:
     """Returns numbers of documents with `needed` tokens together, or all there are, each the pick of a group.
 
     The group whose turn it is has the least of its share so far. groups, tokens: (documents,) of all; allowed: the
-    numbers to choose among, None for all; largest: tokens that a document may add beyond what is still needed.
+    numbers to choose among, None for all.
     """
     numbers = np.arange(len(groups)) if allowed is None else np.asarray(allowed, dtype=np.int64)
     left = {group: np.array([n for n in numbers if groups[n] == group], dtype=np.int64) for group in shares}
     taken, chosen, total = dict.fromkeys(shares, 0), [], 0
     while total < needed:
         # A document that is far larger than the rest of the need would be cut off: it is passed over.
-        fitting = {
-            group: rest if largest is None else rest[tokens[rest] <= needed - total + largest]
-            for group, rest in left.items()
-        }
+        most = needed - total + int(OVERSHOOT * needed)
+        fitting = {group: rest[tokens[rest] <= most] for group, rest in left.items()}
         waiting = [group for group, rest in fitting.items() if len(rest)]
         if not waiting:
             break

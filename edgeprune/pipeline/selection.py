@@ -96,12 +96,12 @@ def select(
     held_out: list[int] = []
     if is_held_out or model is not None:
         most = HELD_OUT_TOKENS if is_held_out else CURVE_HELD_OUT * length
-        held_out = balanced(groups, tokens, shares, most, pick, _spare(groups, pick), length)
+        held_out = balanced(groups, tokens, shares, most, pick, _spare(groups, pick))
     rest = sorted(set(range(len(samples))) - set(held_out))
     if model is None:
-        chosen = balanced(groups, tokens, shares, needed, pick, rest, length)
+        chosen = balanced(groups, tokens, shares, needed, pick, rest)
         return Selection(chosen, held_out, int(tokens[chosen].sum()), _counts(groups, tokens, shares, chosen))
-    pool = balanced(groups, tokens, shares, CANDIDATES * 2 * needed, pick, rest, CANDIDATES * needed)
+    pool = balanced(groups, tokens, shares, CANDIDATES * 2 * needed, pick, rest)
     if not pool:
         raise InputError("nothing is left to choose from once some is held out", "Give more text.")
     return _covering(samples, groups, tokens, shares, pool, held_out, count, length, model, seed, progress)
@@ -141,14 +141,12 @@ def _covering(
     own_groups, own_tokens = [groups[number] for number in pool], tokens[pool]
     own_shares = {group: share for group, share in shares.items() if group in own_groups}
     # One choice for all sizes: what is chosen for few samples is the beginning of what is chosen for more.
-    order = balanced(own_groups, own_tokens, own_shares, 2 * needed, Herd(features, own_tokens), largest=length)
+    order = balanced(own_groups, own_tokens, own_shares, 2 * needed, Herd(features, own_tokens))
     reached = np.cumsum(own_tokens[order])
     first = order[: int(np.searchsorted(reached, needed)) + 1]
     draws = [
         distance(
-            features,
-            own_tokens,
-            balanced(own_groups, own_tokens, own_shares, needed, _random(len(pool), (seed, draw)), largest=length),
+            features, own_tokens, balanced(own_groups, own_tokens, own_shares, needed, _random(len(pool), (seed, draw)))
         )
         for draw in range(RANDOM_DRAWS)
     ]
