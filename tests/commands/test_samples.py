@@ -17,12 +17,17 @@ from edgeprune.pipeline.samples import pack_texts, read_texts
 from tests.support.commands import run
 from tests.support.runs import home
 
-WORDS = "river stone lamp cloud paper green winter seven music garden window letter silver morning table".split()
-JAPANESE = "これは日本語で書かれた文書で、設定の方法をいくつか説明しています。"
+WORDS = ["river", "stone", "lamp", "cloud", "paper", "green", "winter", "seven", "music", "garden", "window", "letter", "silver", "morning", "table"]
+JAPANESE = ["設定", "方法", "文書", "接続", "画面", "時間", "世界", "言葉", "説明", "記録", "手紙", "場所", "部屋", "道路", "天気", "音楽"]
 
 
 def prose(seed: int, count: int = 40) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, size=count))
+
+
+def japanese(seed: int) -> str:
+    chosen = np.random.default_rng(seed).choice(JAPANESE, size=24)
+    return "".join(f"{one}は{other}を{third}します。" for one, other, third in chosen.reshape(-1, 3))
 
 
 @pytest.fixture
@@ -32,13 +37,13 @@ def data(tmp_path):
     (folder / "notes").mkdir(parents=True)
     (folder / "server.log").write_text("\n\n".join(f"The server says: {prose(n)}" for n in range(12)))
     (folder / "notes" / "long.txt").write_text(" ".join(prose(100 + n) for n in range(30)))
-    (folder / "notes" / "ja.txt").write_text("\n".join(f"{JAPANESE}{n}番、{prose(200 + n, 3)}。" * 6 for n in range(8)))
+    (folder / "notes" / "ja.txt").write_text("\n\n".join(map(japanese, range(8))))
     chats = [
         {"messages": [{"role": "user", "content": f"{prose(300 + n)} from user{n}@example.org"}]} for n in range(8)
     ]
     chats += [chats[0], {"messages": [{"role": "user", "content": f"{prose(301).upper()} from another@example.org"}]}]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    rows = "".join(f'{n},"Call +49 30 1234567{n} about {prose(400 + n)} for Ann Smith"\n' for n in range(6))
+    rows = "".join(f'{n},"Call +49 30 1234567{n} about {prose(400 + n, 15)} for Ann Smith"\n' for n in range(6))
     (tmp_path / "answers.csv").write_text(f"id,Answer\n{rows}")
     (tmp_path / "names.txt").write_text("Ann Smith\n")
     return tmp_path
@@ -90,9 +95,7 @@ def test_without_a_model_all_else_is_done(data):
     for group in groups.values():
         assert group.chosen_tokens >= min(group.tokens / 2, group.share * report.selection.tokens / 2)
     assert report.selection.tokens >= 8 * 64
-    assert ("find near duplicates", 0, seen[-1][2]) in seen or any(
-        name == "find near duplicates" for name, _, _ in seen
-    )
+    assert ("find near duplicates", 0) in {step[:2] for step in seen}
 
 
 def test_with_a_model_the_choice_covers_and_a_fit_takes_it(data, model):
@@ -145,10 +148,7 @@ def test_the_command_line_reads_a_column_masks_names_and_prints_one_document(dat
     assert "--force" in again.stderr
     shown = run(*words, "--output", data / "out.jsonl", "--mask", "none", "--force", "--count", "2", "--length", "64")
     assert shown.returncode == 0, shown.stderr
-    assert (
-        "masked   6 names, in 6 documents" in " ".join(shown.stdout.split(" ")).replace("  ", "  ")
-        or "6 names" in shown.stdout
-    )
+    assert "6 names, in 6 documents" in shown.stdout
     assert "+49 30 1234567" in (data / "out.jsonl").read_text()
     (data / "out.jsonl").write_text('{"text": "my own"}\n')
     assert run(*words, "--output", data / "out.jsonl", "--force").returncode == 2

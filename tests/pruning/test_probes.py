@@ -34,40 +34,34 @@ def test_the_inputs_are_those_of_transformers_weighed_by_the_stream(reference, d
     )
     assert sorted({layer for layer, _ in seen}) == [0, 1, 2]
     for number, ids in enumerate(documents):
-        read, stream = {}, {}
-        handles = []
-        for index, layer in enumerate(reference.model.layers):
-            for kind, module, after in (
-                ("attention", layer.self_attn.o_proj, layer.post_attention_layernorm),
-                ("mlp", layer.mlp.down_proj, None),
-            ):
-                handles.append(
-                    module.register_forward_pre_hook(lambda m, x, k=(index, kind): read.update({k: x[0][0]}))
-                )
-                if after is not None:
-                    handles.append(
-                        after.register_forward_pre_hook(lambda m, x, k=(index, kind): stream.update({k: x[0][0]}))
-                    )
-            handles.append(
-                layer.register_forward_hook(lambda m, x, y, k=(index, "mlp"): stream.update({k: _states(y)}))
-            )
-        with torch.inference_mode():
-            reference(torch.from_numpy(ids)[None])
-        for handle in handles:
-            handle.remove()
+        expected = _expected(reference, ids)
         for (index, kind), visits in seen.items():
-            numbers = [n for n, _, _ in visits]
-            assert numbers == list(range(len(documents)))
+            assert [n for n, _, _ in visits] == list(range(len(documents)))
             _, weight, inputs = visits[number]
-            expected = read[index, kind] / stream[index, kind].norm(dim=-1, keepdim=True)
-            torch.testing.assert_close(inputs, expected, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(inputs, expected[index, kind], rtol=1e-3, atol=1e-5)
             layer = reference.model.layers[index]
             module = layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj
             assert torch.equal(weight, module.weight)
 
 
-def _states(output):
-    return (output[0] if isinstance(output, tuple) else output)[0]
+def _expected(reference, ids):
+    """By layer and kind, what the output projections read, over the length of the stream behind them."""
+    read, stream, handles = {}, {}, []
+
+    def keep(kept, key, module):
+        handles.append(module.register_forward_pre_hook(lambda _, args: kept.update({key: args[0][0]})))
+
+    for index, layer in enumerate(reference.model.layers):
+        keep(read, (index, "attention"), layer.self_attn.o_proj)
+        keep(stream, (index, "attention"), layer.post_attention_layernorm)
+        keep(read, (index, "mlp"), layer.mlp.down_proj)
+        if index:
+            keep(stream, (index - 1, "mlp"), layer.input_layernorm)
+    with torch.inference_mode():
+        reference(torch.from_numpy(ids)[None])
+    for handle in handles:
+        handle.remove()
+    return {key: read[key] / stream[key].norm(dim=-1, keepdim=True) for key in stream}
 
 
 def test_probes_stand_within_the_depth_and_experts_have_none():
