@@ -113,7 +113,7 @@ def samples(
         _write(kept, [collection.samples[number] for number in selection.held_out], "held out")
     command = None
     if model is not None:
-        command = _next_command(str(model), written, kept, collection, selection, length)
+        command = _next_command(str(model), written, kept, collection, selection, count, length)
     name = None if model is None else str(model)
     return Result(None, SamplesReport(written, kept, name, count, length, collection, selection, command))
 
@@ -156,7 +156,13 @@ def _write(path: Path, chosen: Sequence[Sample], role: str) -> None:
 
 
 def _next_command(
-    model: str, output: Path, held_out: Path | None, collection: Collection, selection: Selection, length: int
+    model: str,
+    output: Path,
+    held_out: Path | None,
+    collection: Collection,
+    selection: Selection,
+    count: int,
+    length: int,
 ) -> str:
     """Returns the command that fits a model with the files, with as many samples as they hold."""
     words, tokens = ["edgeprune", "fit", model, "--calibration", str(output)], selection.tokens
@@ -166,4 +172,4 @@ def _next_command(
         left, _ = hold_out(selection.chosen, seed=0)
         chosen = [collection.samples[number] for number in selection.chosen]
         tokens = int(tokens * sum(collection.samples[number].bytes for number in left) / sum(s.bytes for s in chosen))
-    return shlex.join([*words, "--samples", str(max(1, tokens // length)), "--length", str(length)])
+    return shlex.join([*words, "--samples", str(max(1, min(count, tokens // length))), "--length", str(length)])

@@ -68,6 +68,8 @@ def balanced(
     while total < needed:
         # A document that is far larger than the rest of the need would be cut off: it is passed over.
         most = needed - total + int(OVERSHOOT * needed)
+        if not chosen and len(numbers):  # one at least is taken, however large all are
+            most = max(most, int(tokens[numbers].min()))
         fitting = {group: rest[tokens[rest] <= most] for group, rest in left.items()}
         waiting = [group for group, rest in fitting.items() if len(rest)]
         if not waiting:

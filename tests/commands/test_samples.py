@@ -17,8 +17,25 @@ from edgeprune.pipeline.samples import pack_texts, read_texts
 from tests.support.commands import run
 from tests.support.runs import home
 
-WORDS = ["river", "stone", "lamp", "cloud", "paper", "green", "winter", "seven", "music", "garden", "window", "letter", "silver", "morning", "table"]
-JAPANESE = ["設定", "方法", "文書", "接続", "画面", "時間", "世界", "言葉", "説明", "記録", "手紙", "場所", "部屋", "道路", "天気", "音楽"]
+WORDS = tuple("river stone lamp cloud paper green winter seven music garden window letter".split())
+JAPANESE = [
+    "設定",
+    "方法",
+    "文書",
+    "接続",
+    "画面",
+    "時間",
+    "世界",
+    "言葉",
+    "説明",
+    "記録",
+    "手紙",
+    "場所",
+    "部屋",
+    "道路",
+    "天気",
+    "音楽",
+]
 
 
 def prose(seed: int, count: int = 40) -> str:

@@ -56,5 +56,7 @@ def test_only_what_is_allowed_and_fits_is_taken() -> None:
     shares = shares_of(groups, tokens)
     assert balanced(groups, tokens, shares, 30, min) == [0, 2, 3]
     assert balanced(groups, tokens, shares, 1000, min) == [0, 1]
+    assert balanced(groups, tokens, shares, 4, min) == [0]  # one at least
+    assert balanced(groups, tokens, shares, 4, min, []) == []
     assert balanced(groups, tokens, shares, 30, max, [0, 2, 4]) == [4, 2, 0]
     assert balanced(groups, tokens, shares, 99, min, [0, 2]) == [0, 2]
