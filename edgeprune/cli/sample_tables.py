@@ -40,7 +40,7 @@ def print_samples(report: SamplesReport, console: Console) -> None:
         facts.append(("distance", f"{coverage.chosen:.2f} from the moments of the whole; {random}"))
     console.print(table(("", ""), ((styled(name, "dim"), value) for name, value in facts)))
     console.print()
-    columns = ("source", "language", "documents", f"{about}tokens", "share", "chosen")
+    columns = ("source", "language", "documents", "about tokens", "share", "chosen")
     rows = [
         (
             group.source,

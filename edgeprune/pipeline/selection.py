@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,33 @@ class Selection:
         return document
 
 
+@dataclass(frozen=True)
+class Balance:
+    """Documents by their groups and tokens (documents,) int64, and each group's share of what is taken."""
+
+    groups: list[Group]
+    tokens: np.ndarray
+    shares: dict[Group, float]
+
+    def take(self, needed: int, pick: Pick, allowed: Sequence[int] | None = None) -> list[int]:
+        """Returns the numbers of documents with so many tokens, in the order in which they were taken."""
+        return balanced(self.groups, self.tokens, self.shares, needed, pick, allowed)
+
+    def of(self, numbers: Sequence[int]) -> Balance:
+        """Returns the balance of some of the documents alone, with the shares of all."""
+        groups = [self.groups[number] for number in numbers]
+        return Balance(groups, self.tokens[numbers], {g: share for g, share in self.shares.items() if g in groups})
+
+    def counts(self, chosen: Sequence[int]) -> list[GroupCount]:
+        """Returns each group with what it has and what was chosen of it."""
+        has, tokens, taken = Counter(self.groups), Counter[Group](), Counter[Group]()
+        for number, group in enumerate(self.groups):
+            tokens[group] += int(self.tokens[number])
+        for number in chosen:
+            taken[self.groups[number]] += int(self.tokens[number])
+        return [GroupCount(*g, has[g], tokens[g], share, taken[g]) for g, share in self.shares.items()]
+
+
 def select(
     samples: Sequence[Sample],
     count: int,
@@ -90,120 +118,103 @@ def select(
     """
     groups = [sample.group for sample in samples]
     tokens = np.array([-(-sample.bytes // BYTES_PER_TOKEN) for sample in samples], dtype=np.int64)
-    shares, needed = shares_of(groups, tokens), count * length
-    pick = _random(len(samples), seed)
+    balance, needed = Balance(groups, tokens, shares_of(groups, tokens)), count * length
+    rank = _drawn(len(samples), seed)
     # Held out before all else and at random, so that nothing was chosen by them.
     held_out: list[int] = []
     if is_held_out or model is not None:
         most = HELD_OUT_TOKENS if is_held_out else CURVE_HELD_OUT * length
-        held_out = balanced(groups, tokens, shares, most, pick, _spare(groups, pick))
+        held_out = balance.take(most, _first(rank), _spare(groups, rank))
     rest = sorted(set(range(len(samples))) - set(held_out))
     if model is None:
-        chosen = balanced(groups, tokens, shares, needed, pick, rest)
-        return Selection(chosen, held_out, int(tokens[chosen].sum()), _counts(groups, tokens, shares, chosen))
-    pool = balanced(groups, tokens, shares, CANDIDATES * 2 * needed, pick, rest)
+        chosen = balance.take(needed, _first(rank), rest)
+        return Selection(chosen, held_out, int(tokens[chosen].sum()), balance.counts(chosen))
+    # Candidates, and their tokens as the model counts them.
+    pool = balance.take(CANDIDATES * 2 * needed, _first(rank), rest)
+    numbers = [*held_out, *pool]
+    ids = dict(zip(numbers, _tokenized(samples, numbers, model), strict=True))
+    pool, held_out = ([number for number in part if len(ids[number])] for part in (pool, held_out))
     if not pool:
-        raise InputError("nothing is left to choose from once some is held out", "Give more text.")
-    return _covering(samples, groups, tokens, shares, pool, held_out, count, length, model, seed, progress)
+        raise InputError("the samples hold no token", "Give more text.")
+    tokens[numbers] = [len(ids[number]) for number in numbers]
+    progress.note(
+        f"coverage: chosen among {len(pool):,} of {len(samples):,} documents, {int(tokens[pool].sum()):,} tokens"
+    )
+    order, chosen, coverage = _covering([ids[n] for n in pool], balance.of(pool), needed, model, seed, progress)
+    curve, enough = _curve([ids[n] for n in held_out], [ids[pool[place]] for place in order], length, model, progress)
+    chosen = [pool[place] for place in chosen]
+    counts, total = balance.counts(chosen), int(tokens[chosen].sum())
+    return Selection(chosen, held_out, total, counts, coverage, curve, enough)
 
 
 def _covering(
-    samples: Sequence[Sample],
-    groups: Sequence[Group],
-    tokens: np.ndarray,
-    shares: dict[Group, float],
-    pool: list[int],
-    held_out: list[int],
-    count: int,
-    length: int,
-    model: Model,
-    seed: int,
-    progress: Progress,
-) -> Selection:
-    """Chooses among the pool by the model's moments; arguments as in `select`, held_out and pool numbers of samples."""
+    ids: Sequence[np.ndarray], balance: Balance, needed: int, model: Model, seed: int, progress: Progress
+) -> tuple[list[int], list[int], Coverage]:
+    """Returns documents of twice the tokens that are needed in the order of their choice, the first of them, which are
+    enough, and how these cover all.
+
+    ids: (tokens,) int64 of each document of the balance. One choice serves all sizes: that of few is the beginning of
+    that of more.
+    """
     from edgeprune.pruning.coverage import Herd, distance, sketches
+    from edgeprune.pruning.probes import layers_visited
+
+    advance = progress.stage("moments of candidates", layers_visited(model.decoder))
+    features, tokens = sketches(model, ids, seed, advance), balance.tokens
+    order = balance.take(2 * needed, Herd(features, tokens))
+    chosen = order[: int(np.searchsorted(np.cumsum(tokens[order]), needed)) + 1]
+    draws = [
+        distance(features, tokens, balance.take(needed, _first(_drawn(len(ids), (seed, draw)))))
+        for draw in range(RANDOM_DRAWS)
+    ]
+    own = distance(features, tokens, chosen)
+    return order, chosen, Coverage(len(ids), own, float(np.mean(draws)), min(draws), max(draws))
+
+
+def _curve(
+    held_out: Sequence[np.ndarray], documents: Sequence[np.ndarray], length: int, model: Model, progress: Progress
+) -> tuple[tuple[CurvePoint, ...], int | None]:
+    """Returns the learning curve of documents in their order, on CURVE_HELD_OUT samples of those held out, and how many
+    samples are enough by it."""
     from edgeprune.pruning.learning_curve import enough, learning_curve
     from edgeprune.pruning.probes import layers_visited
 
-    tokenizer, limit, needed = load_tokenizer(model.directory), model.decoder.max_position_embeddings, count * length
-    numbers = [*held_out, *pool]
-    ids = dict(zip(numbers, _tokenized([samples[number] for number in numbers], tokenizer, model), strict=True))
-    ids = {number: row[:limit] for number, row in ids.items()}
-    tokens = tokens.copy()
-    tokens[numbers] = [len(ids[number]) for number in numbers]
-    # The moments of each candidate, from one pass over the model.
-    layers = layers_visited(model.decoder)
-    progress.note(
-        f"coverage: {len(pool):,} of {len(samples):,} documents, {int(tokens[pool].sum()):,} tokens, "
-        f"through {layers} of {len(model.decoder.layers)} layers"
-    )
-    features = sketches(model, [ids[number] for number in pool], seed, progress.stage("moments of candidates", layers))
-    own_groups, own_tokens = [groups[number] for number in pool], tokens[pool]
-    own_shares = {group: share for group, share in shares.items() if group in own_groups}
-    # One choice for all sizes: what is chosen for few samples is the beginning of what is chosen for more.
-    order = balanced(own_groups, own_tokens, own_shares, 2 * needed, Herd(features, own_tokens))
-    reached = np.cumsum(own_tokens[order])
-    first = order[: int(np.searchsorted(reached, needed)) + 1]
-    draws = [
-        distance(
-            features, own_tokens, balanced(own_groups, own_tokens, own_shares, needed, _random(len(pool), (seed, draw)))
-        )
-        for draw in range(RANDOM_DRAWS)
-    ]
-    coverage = Coverage(
-        len(pool), distance(features, own_tokens, first), float(np.mean(draws)), float(min(draws)), float(max(draws))
-    )
-    # How the error on what was held out falls with the samples.
-    judges = [ids[number] for number in held_out]
-    enough_judges = int(np.searchsorted(np.cumsum([len(row) for row in judges]), CURVE_HELD_OUT * length)) + 1
-    curve = []
-    if judges and reached[-1] >= 2 * length:
-        advance = progress.stage("learning curve", layers)
-        ordered = [ids[pool[number]] for number in order]
-        curve = learning_curve(model, judges[:enough_judges], ordered, length, advance)
-    chosen = [pool[number] for number in first]
-    counts = _counts(groups, tokens, shares, chosen)
-    total = int(tokens[chosen].sum())
-    return Selection(chosen, held_out, total, counts, coverage, tuple(curve), enough(curve))
+    if not held_out or sum(map(len, documents)) < 2 * length:
+        return (), None
+    judges = int(np.searchsorted(np.cumsum([len(row) for row in held_out]), CURVE_HELD_OUT * length)) + 1
+    advance = progress.stage("learning curve", layers_visited(model.decoder))
+    curve = learning_curve(model, held_out[:judges], documents, length, advance)
+    return tuple(curve), enough(curve)
 
 
-def _spare(groups: Sequence[Group], pick: Pick) -> list[int]:
+def _spare(groups: Sequence[Group], rank: np.ndarray) -> list[int]:
     """Returns the documents that may be held out: of each group one in HELD_OUT_EVERY, one at least, never the last."""
-    spare = []
+    spare: list[int] = []
     for group in sorted(set(groups)):
         own = np.array([number for number, other in enumerate(groups) if other == group])
-        for _ in range(min(len(own) - 1, max(1, len(own) // HELD_OUT_EVERY))):
-            spare.append(pick(own))
-            own = own[own != spare[-1]]
+        count = min(len(own) - 1, max(1, len(own) // HELD_OUT_EVERY))
+        spare += own[np.argsort(rank[own])][:count].tolist()
     return spare
 
 
-def _random(count: int, seed: Any) -> Pick:
-    """Returns a pick of the candidate that comes first in a drawn order of so many documents."""
-    rank = np.random.default_rng(seed).permutation(count)
+def _drawn(count: int, seed: Any) -> np.ndarray:
+    """Returns the places (count,) of documents in a drawn order."""
+    return np.random.default_rng(seed).permutation(count)
+
+
+def _first(rank: np.ndarray) -> Pick:
+    """Returns the pick of the candidate that has the first place."""
     return lambda candidates: int(candidates[int(np.argmin(rank[candidates]))])
 
 
-def _tokenized(samples: Sequence[Sample], tokenizer: Any, model: Model) -> list[np.ndarray]:
-    """Returns the token ids of samples. Raises InputError, with the place of the sample."""
-    rows = []
-    for sample in samples:
+def _tokenized(samples: Sequence[Sample], numbers: Sequence[int], model: Model) -> list[np.ndarray]:
+    """Returns the token ids of some samples, as many as the model has positions. Raises InputError with the place."""
+    tokenizer, rows = load_tokenizer(model.directory), []
+    for sample in (samples[number] for number in numbers):
         try:
             (row,) = tokenize([sample.document], tokenizer)
             check_ids([row], model.decoder.vocab_size, tokenizer, "it")
         except InputError as error:
             raise InputError(f"{printable(sample.place)}: {error.message}", error.remedy) from None
-        rows.append(row)
+        rows.append(row[: model.decoder.max_position_embeddings])
     return rows
-
-
-def _counts(
-    groups: Sequence[Group], tokens: np.ndarray, shares: dict[Group, float], chosen: Sequence[int]
-) -> list[GroupCount]:
-    """Returns each group with what it has and what was chosen of it."""
-    counts = []
-    for group, share in shares.items():
-        own = [number for number, other in enumerate(groups) if other == group]
-        taken = sum(int(tokens[number]) for number in chosen if groups[number] == group)
-        counts.append(GroupCount(*group, len(own), int(tokens[own].sum()), share, taken))
-    return counts

@@ -17,7 +17,7 @@ from edgeprune.pipeline.samples import pack_texts, read_texts
 from tests.support.commands import run
 from tests.support.runs import home
 
-WORDS = tuple("river stone lamp cloud paper green winter seven music garden window letter".split())
+WORDS = ["river", "stone", "lamp", "cloud", "paper", "green", "winter", "music", "garden", "window", "letter"]
 JAPANESE = [
     "設定",
     "方法",

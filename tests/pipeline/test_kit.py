@@ -31,7 +31,8 @@ def test_parts_end_at_white_space_and_count_what_is_masked_in_them() -> None:
     words = [word for part in parts for word in part.text.split()]
     assert words == text.split()
     assert sum(part.masked.get("emails", 0) for part in parts) == 20
-    assert len({len(part.text) // 30 for part in parts}) == 1  # no short rest
+    sizes = [len(part.text) for part in parts]
+    assert min(sizes) > max(sizes) / 2  # no short rest
 
 
 def test_a_chat_stays_whole_and_its_record_is_read_as_it_was(tmp_path) -> None:
