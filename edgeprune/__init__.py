@@ -12,11 +12,22 @@ if TYPE_CHECKING:
     from edgeprune.commands.load_bundle import load_bundle
     from edgeprune.commands.measure import measure
     from edgeprune.commands.plan import plan
+    from edgeprune.commands.samples import samples
     from edgeprune.commands.task_scores import task_scores
 
     __version__: str
 
-__all__ = ["__version__", "compare", "fit", "frontier", "load_bundle", "measure", "plan", "task_scores"]
+__all__ = [
+    "__version__",
+    "compare",
+    "fit",
+    "frontier",
+    "load_bundle",
+    "measure",
+    "plan",
+    "samples",
+    "task_scores",
+]
 
 
 def __getattr__(name: str) -> Any:

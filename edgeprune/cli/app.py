@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, evaluate, fit, generate, inspect
+from edgeprune.cli import compare, evaluate, fit, generate, inspect, samples
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -72,6 +72,14 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         (
             "edgeprune frontier ./my-model --device jetson-orin --rungs 6",
             "edgeprune fit --from my-model-jetson-orin-frontier --pick 2",
+        ),
+    ),
+    (
+        MAKE,
+        samples.samples,
+        (
+            "edgeprune samples ./logs ./chats.jsonl --model ./my-model --output samples.jsonl",
+            "edgeprune samples answers.csv --column answer --names customers.txt --output samples.jsonl",
         ),
     ),
     (LEARN, inspect.devices, ("edgeprune devices", "edgeprune devices jetson-orin")),

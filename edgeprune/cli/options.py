@@ -207,6 +207,7 @@ OPTIONS: dict[str, Any] = {
     "resume": Annotated[bool, _option(OUTPUT, "Go on with an unfinished run.", "--resume")],
     "force": Annotated[bool, _option(OUTPUT, "Replace an older bundle or unfinished run.", "--force")],
 }
+Length = OPTIONS["length"]
 PlanWeights = Annotated[
     str,
     _option(

@@ -12,7 +12,8 @@ Document = TypeVar("Document")
 @dataclass(frozen=True)
 class Result(Generic[Document]):
     """bundle: the folder that was written or read, None for a command that writes none. report: of fit, measure and
-    load_bundle a Report (docs/report.md), of frontier a Frontier, of compare its rows, of plan one Plan a device."""
+    load_bundle a Report (docs/report.md), of frontier a Frontier, of compare its rows, of plan one Plan a device, of
+    samples a SamplesReport."""
 
     bundle: Path | None
     report: Document

@@ -20,7 +20,7 @@ from edgeprune.errors import InputError
 from edgeprune.files import printable
 from edgeprune.pipeline.chats import Chat, chat_of, is_bare
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".log")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DOCUMENT_CHARACTERS = 2000  # paragraphs, or lines, are joined up to this size
@@ -51,12 +51,14 @@ Document = str | Chat
 class Reading:
     """The content of a file or a folder: its documents, duplicates removed, and how they came about.
 
-    formats: files of each; duplicates, empty: documents that were dropped; halved: documents with half of a surrogate
-    pair in them, which becomes U+FFFD; left_out: files, with the reason.
+    places: of each document, the file and the line or number in it; formats: files of each; duplicates, empty:
+    documents that were dropped; halved: documents with half of a surrogate pair in them, which becomes U+FFFD;
+    left_out: files, with the reason.
     """
 
     path: Path
     documents: list[Document] = field(default_factory=list)
+    places: list[tuple[Path, str]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     empty: int = 0
@@ -91,9 +93,10 @@ def read_documents(path: Path) -> list[Document]:
     return read(path).documents
 
 
-def read(path: Path) -> Reading:
+def read(path: Path, column: str | None = None) -> Reading:
     """Reads a file, or the files of a folder in a fixed order; what is hidden there, or of other kinds, is left out.
 
+    column: of tables, or field of records, that holds the text; None: those of TEXT_FIELDS, prompt and completion.
     Raises InputError, which names file and line, for what is missing, empty, binary or malformed.
     """
     reading = Reading(path)
@@ -108,13 +111,13 @@ def read(path: Path) -> Reading:
                 reading.left_out.append(name)
                 continue
             try:
-                _add(reading, file)
+                _add(reading, file, column)
             except _NoSamples as error:
                 reading.left_out.append(f"{name} ({error.reason})")
         if not reading.formats:
             raise InputError(f"{path} holds no file of text or records{_but(reading.left_out)}", READABLE)
     elif path.exists():
-        _add(reading, path)
+        _add(reading, path, column)
     else:
         raise InputError(f"no such file or folder of samples: {path}", READABLE)
     _drop_duplicates(reading)
@@ -137,31 +140,35 @@ class _NoSamples(InputError):
 
 def _drop_duplicates(reading: Reading) -> None:
     """Keeps the first of equal documents, and those that hold text."""
-    unique: dict[str, Document] = {}
-    for document in reading.documents:
+    unique: dict[str, tuple[Document, tuple[Path, str]]] = {}
+    for document, place in zip(reading.documents, reading.places, strict=True):
         tools = document.tools if isinstance(document, Chat) else None
-        unique.setdefault(json.dumps([document, tools], ensure_ascii=False), document)
+        unique.setdefault(json.dumps([document, tools], ensure_ascii=False), (document, place))
     reading.halved = sum(1 for content in unique if _HALF_CHARACTER.search(content))
-    kept = [document for document in unique.values() if not isinstance(document, str) or document.strip()]
+    kept = [pair for pair in unique.values() if not isinstance(pair[0], str) or pair[0].strip()]
     reading.duplicates = len(reading.documents) - len(unique)
     reading.empty += len(unique) - len(kept)
-    reading.documents = kept
+    reading.documents, reading.places = [document for document, _ in kept], [place for _, place in kept]
 
 
-def _add(reading: Reading, path: Path) -> None:
+def _add(reading: Reading, path: Path, column: str | None) -> None:
     """Adds the documents of a file, by the format that its content shows."""
     text = _decoded(path)
     # Line ends of every system; a form feed and a paragraph separator end a paragraph.
     text = re.sub(r"\r\n?", "\n", text)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        kind, documents = "table", _of_table(path, text, "\t" if suffix == ".tsv" else ",")
+        kind, documents = "table", _of_table(path, text, "\t" if suffix == ".tsv" else ",", column)
+        places = [f"row {number}" for number in range(1, len(documents) + 1)]
     elif (records := _records(path, text, suffix)) is not None:
-        kind, documents = "JSON", [_document(record, place, path) for place, record in records]
+        kind, documents = "JSON", [_document(record, place, path, column) for place, record in records]
+        places = [place.removeprefix(f"{path}").removeprefix(", ") for place, _ in records]
     else:
         kind, documents = _split(text)
+        places = [f"part {number}" for number in range(1, len(documents) + 1)]
     reading.formats[kind] += 1
     reading.documents += documents
+    reading.places += [(path, place) for place in places]
 
 
 def _decoded(path: Path) -> str:
@@ -242,24 +249,30 @@ def _json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _document(record: Any, place: str, path: Path) -> Document:
-    """Returns the document of a record: its text, a prompt with its completion, or a chat."""
+def _document(record: Any, place: str, path: Path, column: str | None) -> Document:
+    """Returns the document of a record: its text, a prompt with its completion, or a chat; or the named field alone."""
     if isinstance(record, str):
         return record
     if is_bare(record):
         record = {"messages": record}
     if not isinstance(record, dict):
         raise InputError(f"{place}, is neither an object nor a text: {printable(repr(record), 60)}", READABLE)
+    fields = ", ".join(printable(name, 40) for name in list(record)[:8]) or "no fields"
+    if column is not None:
+        if column not in record:
+            reason = f"{place.rpartition(', ')[2]} has no `{printable(column, 40)}`, but {fields}"
+            raise _NoSamples(path, reason, "Name the field that holds the text.")
+        is_chat = is_bare(record[column])
+        record = {"messages": record[column], "tools": record.get("tools")} if is_chat else {column: record[column]}
     if (chat := chat_of(record, place)) is not None:
         return chat
-    for name in TEXT_FIELDS:
+    for name in TEXT_FIELDS if column is None else (column,):
         if name in record:
             if not isinstance(record[name], str):
                 raise InputError(f"{place}: `{name}` is {printable(repr(record[name]), 60)}, not a text", READABLE)
             return record[name]
     if all(isinstance(record.get(name), str) for name in ("prompt", "completion")):
         return record["prompt"] + record["completion"]
-    fields = ", ".join(printable(name, 40) for name in list(record)[:8]) or "no fields"
     raise _NoSamples(
         path,
         f"{place.rpartition(', ')[2]} has neither `text` nor `messages`, but {fields}",
@@ -267,8 +280,8 @@ def _document(record: Any, place: str, path: Path) -> Document:
     )
 
 
-def _of_table(path: Path, text: str, delimiter: str) -> list[Document]:
-    """Returns the column `text` or `content` of a table, or `prompt` and `completion` joined."""
+def _of_table(path: Path, text: str, delimiter: str, column: str | None) -> list[Document]:
+    """Returns the named column of a table; None: `text` or `content`, or `prompt` and `completion` joined."""
     first = text.partition("\n")[0]
     if delimiter not in first and ";" in first:  # as spreadsheets write it where the comma is decimal
         delimiter = ";"
@@ -279,14 +292,13 @@ def _of_table(path: Path, text: str, delimiter: str) -> list[Document]:
         raise InputError(f"{path} is not a table: {error}", READABLE) from None
     columns = [name for name in (rows[0] if rows else {}) if name is not None]
     known = {name.strip().lower(): name for name in columns}
-    chosen = next(
-        (names for names in (("text",), ("content",), ("prompt", "completion")) if {*names} <= {*known}), None
-    )
+    wanted = (("text",), ("content",), ("prompt", "completion")) if column is None else ((column.strip().lower(),),)
+    chosen = next((names for names in wanted if {*names} <= {*known}), None)
     if chosen is None:
         held = ", ".join(printable(name, 40) for name in columns[:8]) or "none"
-        raise _NoSamples(
-            path, f"no column `text`, the columns are: {held}", "Rename the column that holds the text to `text`."
-        )
+        name = "text" if column is None else printable(column, 40)
+        remedy = "Name one of these." if column else "Rename the column that holds the text to `text`."
+        raise _NoSamples(path, f"no column `{name}`, the columns are: {held}", remedy)
     return ["".join(row[known[name]] or "" for name in chosen) for row in rows]
 
 

@@ -263,3 +263,41 @@ def test_a_pointer_of_git_lfs_is_no_text(tmp_path):
     with pytest.raises(InputError, match="Git LFS pointer") as caught:
         read_documents(tmp_path / "a.txt")
     assert "git lfs pull" in caught.value.remedy
+
+
+def test_every_document_has_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": " "}\n{"text": "two"}\n')
+    (tmp_path / "b.csv").write_text("text\nthree\none\nfour\n")
+    (tmp_path / "c.log").write_text("\n\n".join(paragraphs(12)))
+    reading = read(tmp_path)
+    places = [(file.name, place) for file, place in reading.places]
+    assert places == [
+        ("a.jsonl", "line 1"),
+        ("a.jsonl", "line 4"),
+        ("b.csv", "row 1"),
+        ("b.csv", "row 3"),
+        *(("c.log", f"part {number}") for number in (1, 2, 3)),
+    ]
+    assert reading.documents[:4] == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'id,Reply Text,text\n1,"yes, we can",no\n'),
+        ("a.jsonl", '{"Reply Text": "yes, we can", "text": "no", "messages": []}\n'),
+        ("a.json", '[{"Reply Text": "yes, we can"}]'),
+    ],
+)
+def test_a_named_column_is_taken_in_place_of_all_others(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read(tmp_path / name, "Reply Text").documents == ["yes, we can"]
+    with pytest.raises(InputError, match="`answer`") as error:
+        read(tmp_path / name, "answer")
+    assert "Reply Text" in error.value.message
+
+
+def test_a_named_field_may_hold_a_chat(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"log": [{"role": "user", "content": "hello"}], "text": "no"}\n')
+    (chat,) = read(tmp_path / "a.jsonl", "log").documents
+    assert list(chat) == [{"role": "user", "content": "hello"}]
