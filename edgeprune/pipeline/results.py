@@ -125,6 +125,7 @@ class Fitted:
     costs: LatencyCosts | None  # that the search began with
     stop: QualityStop | None = None
     levers: Levers | None = None
+    robustness: list[dict[str, Any]] | None = None  # of the first rung, as pipeline.robustness.judged returns it
 
     @property
     def verdict(self) -> Verdict:

@@ -36,6 +36,12 @@ def broken_text(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
+    """Returns whether the model fits what was asked, and how that is known; then the odd input that it fails on."""
+    finding = report.robustness.finding if report.robustness and not is_broken(report) else ""
+    return f"{_fits(report)} {finding}".rstrip()
+
+
+def _fits(report: Report) -> str:
     """Returns whether the model fits what was asked, and how that is known, in one sentence."""
     name, how = report.model.name, HOW[report.rests_on]
     asked = [f"{number_text(row.limit, row.unit)} {OF[row.name]}" for row in report.budget if row.name in OF]
