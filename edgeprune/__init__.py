@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeprune.commands.compare import compare
+    from edgeprune.commands.drift import drift
     from edgeprune.commands.fit import fit
     from edgeprune.commands.frontier import frontier
     from edgeprune.commands.load_bundle import load_bundle
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["__version__", "compare", "fit", "frontier", "load_bundle", "measure", "plan"]
+__all__ = ["__version__", "compare", "drift", "fit", "frontier", "load_bundle", "measure", "plan"]
 
 
 def __getattr__(name: str) -> Any:

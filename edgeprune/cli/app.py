@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, fit, generate, inspect
+from edgeprune.cli import compare, drift, fit, generate, inspect
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -101,6 +101,14 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "edgeprune compare demo --ratios 20,30 --methods default,wanda",
             "edgeprune compare ./my-model --calibration ./texts --html methods.html",
             "edgeprune compare --list-methods",
+        ),
+    ),
+    (
+        USE,
+        drift.drift,
+        (
+            "edgeprune drift my-model-cpu --texts ./texts-of-june",
+            "edgeprune drift my-model-cpu --texts new.jsonl --since ./texts --model ./my-model",
         ),
     ),
     (USE, inspect.report, ("edgeprune report my-model-cpu",)),

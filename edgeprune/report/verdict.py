@@ -120,7 +120,7 @@ def next_step(report: Report) -> Step:
         return Step(
             title=f"Do not deploy it. {_smallest(report)}See what each size costs, then give it more room or take "
             "another model",
-            command=_frontier_command(report) or again,
+            command=frontier_command(report) or again,
         )
     if report.outcome == "noisy":
         return Step(title="Measure again while nothing else runs on the machine", command=again)
@@ -143,7 +143,7 @@ def _smallest(report: Report) -> str:
     return f"The smallest size needs {' and '.join(needs)}, estimated. " if needs else ""
 
 
-def _frontier_command(report: Report) -> str:
+def frontier_command(report: Report) -> str:
     """Returns the command that shows what each size costs; empty where the report's own names no model."""
     try:
         words = shlex.split(report.command)
