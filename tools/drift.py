@@ -3,8 +3,9 @@
     python -m tools.drift --sotu package/data --handbook handbook/usr/share/doc/debian-handbook/html \\
         --novel novel/package/data --cells docs/drift.jsonl --write docs/drift.md
 
-tools/quality.py says where the texts come from. Some minutes on an idle core. The demo is pruned by 30 % with widths that
-are the same everywhere, on SAMPLES samples of half of the speeches before 1990; the pruned model then reads all texts. Made from --cells where that is there.
+tools/quality.py says where the texts come from. Some minutes on an idle core. The demo is pruned by 30 % with widths
+that are the same everywhere, on SAMPLES samples of half of the speeches before 1990; the pruned model then reads all
+texts. Made from --cells where that is there.
 """
 
 from __future__ import annotations

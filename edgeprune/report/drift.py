@@ -110,7 +110,8 @@ def print_drift(report: DriftReport, console: Console) -> None:
     console.print(
         styled(
             f"Measured on {report.samples} samples of {report.length} tokens of {report.texts} against "
-            f"{report.calibration_samples} of {report.since}, as the {report.reader} model reads them; p = {report.p:.2g}."
+            f"{report.calibration_samples} of {report.since}, as the {report.reader} model reads them; p = "
+            f"{report.p:.2g}."
         )
     )
     console.print()
