@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeprune.commands.compare import compare
+    from edgeprune.commands.drift import drift
     from edgeprune.commands.fit import fit
     from edgeprune.commands.frontier import frontier
     from edgeprune.commands.load_bundle import load_bundle
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "compare",
+    "drift",
     "fit",
     "frontier",
     "load_bundle",

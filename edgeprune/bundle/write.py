@@ -87,6 +87,8 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
     if exported.engine.is_dir():
         (folder / "engine").symlink_to(exported.engine)
     (folder / exported.reference.name).symlink_to(exported.reference)
+    if fitted.sketch is not None:
+        (folder / fitted.sketch.name).symlink_to(fitted.sketch)
     # Add the rung's own tokenizer and report.
     if (own := tokenizer_folder(fitted)) != tokenizer:
         (folder / TOKENIZER).mkdir()

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, evaluate, fit, generate, inspect, samples
+from edgeprune.cli import compare, drift, evaluate, fit, generate, inspect, samples
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -117,6 +117,14 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         (
             "edgeprune evaluate my-model-cpu --tasks arc_easy,hellaswag --questions 500",
             "edgeprune evaluate ./pruned --dense ./my-model --tasks questions.jsonl",
+        ),
+    ),
+    (
+        USE,
+        drift.drift,
+        (
+            "edgeprune drift my-model-cpu --texts ./texts-of-june",
+            "edgeprune drift my-model-cpu --texts new.jsonl --since ./texts --model ./my-model",
         ),
     ),
     (USE, inspect.report, ("edgeprune report my-model-cpu",)),

@@ -8,6 +8,7 @@ Every step is a stage of the journal: a killed run goes on after the last one th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from edgeprune.pipeline.flow import (
 from edgeprune.pipeline.provenance import command_line
 from edgeprune.pipeline.request import DEMO, request_of
 from edgeprune.pipeline.results import Fitted
+from edgeprune.pipeline.robustness import robustness
 from edgeprune.pipeline.setup import prepare
+from edgeprune.pipeline.sketch import sketch_file
 from edgeprune.pipeline.stages import Run
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.schema import Report
@@ -82,8 +85,12 @@ def _fitted(run: Run) -> list[Fitted]:
     pairs = zip(rungs, qualities, strict=True)
     qualities = [run.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
     cross_check = None if outcome is None else run.cross_check(rungs[0])
+    odd = robustness(run, rungs[0])
+    sketched = [sketch_file(run, index, rung) for index, rung in enumerate(rungs)]
     seconds = run.journal.seconds
-    return [
+    fitted = [
         Fitted(setup, run.samples, dense, rung, outcome, quality, cross_check, seconds, gains, costs, stop, levers)
         for rung, quality in zip(rungs, qualities, strict=True)
     ]
+    fitted = [replace(rung, sketch=sketch) for rung, sketch in zip(fitted, sketched, strict=True)]
+    return [replace(fitted[0], robustness=odd), *fitted[1:]]

@@ -14,6 +14,7 @@ from edgeprune.pipeline.provenance import command_line
 from edgeprune.pipeline.request import DEMO, FRONTIER_RUNGS, request_of
 from edgeprune.pipeline.results import Fitted
 from edgeprune.pipeline.setup import prepare
+from edgeprune.pipeline.sketch import sketch_file
 from edgeprune.pipeline.stages import Run
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.frontier import Frontier
@@ -71,6 +72,8 @@ def _fitted(run: Run) -> list[Fitted]:
         quality = run.evaluator.quality(f"of rung {index}", chosen)
         quality = run.evaluator.with_pictures(f"of rung {index}", chosen, quality)
         rung = replace(setup, budget=budget)
+        sketch = sketch_file(run, index, chosen)
         seconds = run.journal.seconds
-        fitted.append(Fitted(rung, run.samples, dense, chosen, outcome, quality, None, seconds, gains, planner.latency))
+        one = Fitted(rung, run.samples, dense, chosen, outcome, quality, None, seconds, gains, planner.latency)
+        fitted.append(replace(one, sketch=sketch))
     return fitted

@@ -101,7 +101,8 @@ def _headline(report: dict[str, Any], measurement: dict[str, Any], chosen: Measu
         return f"No: {name} meets {asked} on {place}, {how} there, but only beyond the quality limit: {cost}."
     if report["quality_status"] == "noisy":
         return f"Not clear: {name} meets {asked} on {place}, its quality is too uncertain to tell ({cost})."
-    return f"Yes, {how} there: {name} meets {asked} on {place}, {cost}."
+    odd = (report.get("robustness") or {}).get("finding", "")  # the odd input that it fails on, in words
+    return f"Yes, {how} there: {name} meets {asked} on {place}, {cost}. {odd}".rstrip()
 
 
 def banner(report: dict[str, Any], measurement: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.evaluation import ANSWER_TOKENS, PROMPTS, SAMPLE_TOKENS
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
+from edgeprune.pipeline.robustness import read_tokens
+from edgeprune.pipeline.sketch import SAMPLES as SKETCHED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -209,6 +211,10 @@ def fitting(setup: Setup, rungs: int) -> Work:
     # The dense model and every rung are evaluated.
     answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if setup.kind.writes_text else Work()
     work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)
+    if setup.kind.writes_text:
+        others = max(0, len(setup.samples.evaluation) - 1)
+        work += passing(decoder, read_tokens(others), head=True) * 2  # of odd input, by the dense model and one rung
+        work += passing(decoder, min(samples.count, SKETCHED) * samples.length) * rungs
     if imaging := setup.kind.imaging:
         work += generating(decoder, imaging.count * samples.length * imaging.sampling.streams) * (1 + rungs)
     return work + Work(seconds=_measured_seconds(setup, candidates))

@@ -6,7 +6,7 @@ dense model's tokens; a fitted model with a vocabulary of its own gets the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -30,6 +30,50 @@ WINDOW = 256  # tokens, at least, that a held-out document is cut into
 SAMPLE_PROMPT = "Explain in a few sentences why the sky is blue."
 SAMPLE_TOKENS = 80
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 32, 32  # whose answers are compared, at most
+
+
+def windows_in_tokens_of(
+    fitted: Model, windows: Mapping[str, Sequence[Sequence[np.ndarray]]], dense: Model
+) -> dict[str, list[list[np.ndarray]]]:
+    """Returns windows of the dense model's tokens, by text and document, in those of a model with a vocabulary of its
+    own."""
+    from edgeprune.model.tokens.vocabulary import retokenized
+
+    flat = [window for documents in windows.values() for document in documents for window in document]
+    renewed = iter(retokenized(flat, dense.directory, fitted.directory))
+    return {
+        name: [list(islice(renewed, len(document))) for document in documents] for name, documents in windows.items()
+    }
+
+
+def compared(
+    dense: Losses,
+    fitted: Losses,
+    seed: int,
+    dense_windows: Sequence[Sequence[np.ndarray]],
+    fitted_windows: Sequence[Sequence[np.ndarray]],
+    vocabulary: Vocabulary | None,
+) -> dict[str, Any]:
+    """Returns what results.Quality holds of a text, by the losses of both models on its windows, in their own tokens.
+
+    vocabulary: the fitted model's, where it has one of its own.
+    """
+    from edgeprune.evaluate.agreement import agreement, common_tokens
+    from edgeprune.evaluate.perplexity import rise
+
+    kept = common = None
+    if vocabulary is not None:
+        kept = vocabulary.kept
+        common = common_tokens(dense_windows, fitted_windows, kept)
+    agreed = agreement(dense, fitted, seed, common, kept)
+    return {
+        "dense": dense.perplexity,
+        "fitted": fitted.perplexity_per(dense),
+        "documents": len(dense.tokens),
+        "tokens": int(dense.tokens.sum()),
+        **asdict(rise(dense, fitted, seed)),
+        "agreement": agreed and asdict(agreed),
+    }
 
 
 @dataclass(frozen=True)
@@ -158,34 +202,14 @@ class Evaluator:
         self, dense: dict[str, Losses], chosen: Candidate, vocabulary: Vocabulary | None
     ) -> dict[str, dict[str, Any]]:
         """Returns what results.Quality holds of every text."""
-        from edgeprune.evaluate.agreement import agreement, common_tokens
-        from edgeprune.evaluate.perplexity import rise
-
-        windows, common, kept, seed = self._windows, {}, None, self.setup.request.seed
+        windows, seed = self._windows, self.setup.request.seed
         if vocabulary is not None:
-            kept = vocabulary.kept
-            windows = {name: self._retokenized(of, chosen.model) for name, of in self._windows.items()}
-            common = {name: common_tokens(self._windows[name], of, kept) for name, of in windows.items()}
-        texts = {}
-        for name, fitted in self._deployed_losses(chosen, windows).items():
-            agreed = agreement(dense[name], fitted, seed, common.get(name), kept)
-            texts[name] = {
-                "dense": dense[name].perplexity,
-                "fitted": fitted.perplexity_per(dense[name]),
-                "documents": len(dense[name].tokens),
-                "tokens": int(dense[name].tokens.sum()),
-                **asdict(rise(dense[name], fitted, seed)),
-                "agreement": agreed and asdict(agreed),
-            }
-        return texts
-
-    def _retokenized(self, documents: Sequence[Sequence[np.ndarray]], model: Model) -> list[list[np.ndarray]]:
-        """Returns windows of the dense model's tokens in those of a model with a vocabulary of its own."""
-        from edgeprune.model.tokens.vocabulary import retokenized
-
-        flat = [window for windows in documents for window in windows]
-        windows_of_fitted = iter(retokenized(flat, self.setup.model.directory, model.directory))
-        return [list(islice(windows_of_fitted, len(windows))) for windows in documents]
+            windows = windows_in_tokens_of(chosen.model, windows, self.setup.model)
+        fitted = self._deployed_losses(chosen, windows)
+        return {
+            name: compared(dense[name], fitted[name], seed, self._windows[name], windows[name], vocabulary)
+            for name in windows
+        }
 
     def _sample(self, model: Model, graph: Path) -> str:
         from edgeprune.generate.text import sample_text

@@ -138,6 +138,8 @@ class Fitted:
     costs: LatencyCosts | None  # that the search began with
     stop: QualityStop | None = None
     levers: Levers | None = None
+    robustness: list[dict[str, Any]] | None = None  # of the first rung, as pipeline.robustness.judged returns it
+    sketch: Path | None = None  # the file of the calibration data's moments, as pipeline.sketch writes it
 
     @property
     def verdict(self) -> Verdict:
@@ -149,5 +151,11 @@ class Fitted:
 
 
 def has_checkpoint(fitted: Fitted) -> bool:
-    """Returns whether a bundle has a standard checkpoint: layers of different widths fit into no configuration."""
-    return fitted.setup.request.checkpoint and fitted.chosen.model.decoder.is_uniform
+    """Returns whether a bundle has a standard checkpoint."""
+    return keeps_checkpoint(fitted.setup, fitted.chosen)
+
+
+def keeps_checkpoint(setup: Setup, chosen: Candidate) -> bool:
+    """Returns whether a candidate's checkpoint goes into the bundle: layers of different widths fit into no
+    configuration."""
+    return setup.request.checkpoint and chosen.model.decoder.is_uniform

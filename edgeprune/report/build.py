@@ -33,6 +33,7 @@ from edgeprune.report import schema
 from edgeprune.report.deploy import deploy_steps
 from edgeprune.report.experience import Experience, experience_part
 from edgeprune.report.quality import quality_part
+from edgeprune.report.robustness import robustness_part
 from edgeprune.report.verdict import verdict
 
 LARGE_TABLES = 0.1  # share of the weights in embedding and head from which a smaller vocabulary is worth a word
@@ -113,6 +114,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         levers=_levers(fitted),
         quality_stop=_quality_stop(fitted),
         quality=quality_part(label, metric=setup.request.quality_metric, **fitted.quality.__dict__),
+        robustness=robustness_part(fitted.robustness),
         experience=_experience(fitted),
         modules=[schema.Module(**{key: _finite(value) for key, value in r.items()}) for r in fitted.chosen.records],
         cross_check=fitted.cross_check and {k: schema.figure_of(f) for k, f in fitted.cross_check.items()},

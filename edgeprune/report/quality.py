@@ -96,6 +96,16 @@ def worst_text(texts: Sequence[Text]) -> Text:
     return max(texts, key=lambda text: (text.rise_percent != text.rise_percent, text.rise_percent))
 
 
+def text_part(name: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of Text for what results.Quality holds of a text."""
+    return {
+        "name": name,
+        **{field: text[field] for field in ("documents", "tokens", "dense", "fitted")},
+        **{f"{to}_percent": text[field] for to, field in (("rise", "percent"), ("low", "low"), ("high", "high"))},
+        "agreement": text["agreement"] and Agreement(**_percent(text["agreement"])),
+    }
+
+
 def quality_part(
     label: str,
     texts: Mapping[str, Any],
@@ -109,21 +119,7 @@ def quality_part(
 
     samples: the prompt and both models' answers to it, by the names of Quality's fields.
     """
-    # The perplexity of each text.
-    rows = [
-        Text(
-            name=name,
-            documents=text["documents"],
-            tokens=text["tokens"],
-            dense=text["dense"],
-            fitted=text["fitted"],
-            rise_percent=text["percent"],
-            low_percent=text["low"],
-            high_percent=text["high"],
-            agreement=text["agreement"] and Agreement(**_percent(text["agreement"])),
-        )
-        for name, text in texts.items()
-    ]
+    rows = [Text(**text_part(name, text)) for name, text in texts.items()]
     rise = max(row.rise_percent for row in rows)
     # The answers, with counts turned into shares.
     if answers is not None:

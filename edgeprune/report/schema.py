@@ -15,6 +15,7 @@ from edgeprune.ondevice.budget import BROKEN_PERCENT, OF_QUALITY
 from edgeprune.report.base import Figure, Source, Strict, figure_of, keyed
 from edgeprune.report.experience import Experience
 from edgeprune.report.quality import Quality, Text
+from edgeprune.report.robustness import Robustness
 
 __all__ = [
     "BROKEN_PERCENT",
@@ -376,6 +377,9 @@ class Report(Strict):
     levers: Levers | None = Field(None, description="none: nothing was searched")
     quality_stop: QualityStop | None = Field(description="where the budget lies beyond the quality limit")
     quality: Quality
+    robustness: Robustness | None = Field(
+        None, description="none: a smaller rung, a frontier's, an image generator or the dense model itself"
+    )
     modules: list[Module]
     cross_check: dict[str, Figure] | None = Field(
         description="prefill_ratio and decode_ratio, fitted / dense, on this machine's processor: not the device's"

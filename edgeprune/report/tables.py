@@ -26,6 +26,7 @@ from edgeprune.report.figures import (
 )
 from edgeprune.report.images import Distances
 from edgeprune.report.plots import is_uniform
+from edgeprune.report.robustness import Robustness
 from edgeprune.report.schema import Figure, Report, Source
 from edgeprune.report.tasks import TASK_COLUMNS, task_row
 
@@ -66,6 +67,7 @@ def all_tables(report: Report) -> dict[str, Table]:
         "stop": _stop(report),
         "texts": _texts(report),
         "tasks": table(TASK_COLUMNS, map(task_row, report.quality.tasks)),
+        "odd": _odd(report.robustness) if report.robustness else None,
         "distances": _distances(pictures.dense, pictures.fitted, pictures.reference, pictures.difference)
         if pictures and pictures.fitted
         else None,
@@ -186,6 +188,23 @@ def _texts(report: Report) -> Table:
     unit = "code" if report.quality.pictures else "token"
     heads = (f"held-out {noun}", "rise", "95 % interval", f"{document}s", "dense", "fitted", f"{unit}s")
     return table((*heads, f"same next {unit}", "of places"), rows)
+
+
+def _odd(robustness: Robustness) -> Table:
+    """Returns the rise of perplexity on each variant of the held-out text."""
+    rows = [
+        (
+            Cell(variant.name, note=variant.words),
+            Cell(number_text(variant.rise_percent, "%"), strong=True),
+            rise_interval(variant) or no_interval_text(variant, "window"),
+            f"{variant.dense:.2f}",
+            f"{variant.fitted:.2f}",
+            f"{variant.tokens:,}",
+            share_text(variant.agreement),
+        )
+        for variant in robustness.variants
+    ]
+    return table(("held-out text", "rise", "95 % interval", "dense", "fitted", "tokens", "same next token"), rows)
 
 
 def _distances(dense: Distances, fitted: Distances, reference: str, difference: object) -> Table:

@@ -138,6 +138,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         ("quality", _quality(quality)),
         *_same(quality),
         *(("task", task_text(task)) for task in quality.tasks),
+        *_odd(report),
         *(_pictures(quality.pictures) if quality.pictures else []),
         ("made", f"{made_text(report)}; {percent_text(report.decode_bytes_ratio)} fewer bytes are moved per token"),
         *([("levers", levers_text(report.levers)), ("alone", alone_text(report.levers))] if report.levers else []),
@@ -234,6 +235,16 @@ def _same(quality: Quality) -> list[tuple[str, str]]:
     step = half_identical(quality.answers)
     same = f"{step.same} of {step.answers} answers"
     return [("", f"{same} begin with the same {number_text(step.tokens, 'tokens')}, on this machine")]
+
+
+def _odd(report: Report) -> list[tuple[str, str]]:
+    """Returns the rise of perplexity on each kind of odd input, the worst first."""
+    if not report.robustness:
+        return []
+    clean, *others = report.robustness.variants
+    worst_first = sorted(others, key=lambda variant: -variant.rise_percent)
+    rises = ", ".join(f"{variant.name} {number_text(variant.rise_percent, '%')}" for variant in worst_first)
+    return [("odd input", f"{rises}; the same text as it is {number_text(clean.rise_percent, '%')}, measured")]
 
 
 def _quality(quality: Quality) -> str:

@@ -48,6 +48,12 @@ def lost_text(quality: Quality) -> str:
 
 
 def verdict(report: Report) -> str:
+    """Returns whether the model fits what was asked, and how that is known; then the odd input that it fails on."""
+    finding = report.robustness.finding if report.robustness and not is_broken(report) else ""
+    return f"{_fits(report)} {finding}".rstrip()
+
+
+def _fits(report: Report) -> str:
     """Returns whether the model fits what was asked, and how that is known, in one sentence."""
     name, how = report.model.name, HOW[report.rests_on]
     asked = [f"{number_text(row.limit, row.unit)} {OF[row.name]}" for row in report.budget if row.name in OF]
@@ -129,7 +135,7 @@ def next_step(report: Report) -> Step:
         return Step(
             title=f"Do not deploy it. {_smallest(report)}See what each size costs, then give it more room or take "
             "another model",
-            command=_frontier_command(report) or again,
+            command=frontier_command(report) or again,
         )
     if report.outcome == "noisy":
         return Step(title="Measure again while nothing else runs on the machine", command=again)
@@ -152,7 +158,7 @@ def _smallest(report: Report) -> str:
     return f"The smallest size needs {' and '.join(needs)}, estimated. " if needs else ""
 
 
-def _frontier_command(report: Report) -> str:
+def frontier_command(report: Report) -> str:
     """Returns the command that shows what each size costs; empty where the report's own names no model."""
     try:
         words = shlex.split(report.command)
