@@ -17,11 +17,11 @@ from typing import Any
 import datasets
 import lm_eval.api.task
 import numpy as np
+import yaml
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from edgeprune.errors import InputError
@@ -32,6 +32,7 @@ from edgeprune.model.tokens.chat import check_ids, encode
 
 METRICS = ("acc_norm", "acc", "exact_match")  # the first of them that a task has is its score
 KINDS = ("multiple_choice", "loglikelihood")  # of tasks that likelihoods answer
+FORMATS = ("json", "csv", "text", "parquet", "arrow", "pandas", "xml")  # of files that `datasets` reads
 OFFLINE = "Download them where there is a connection (HF_HOME names the folder), or give a .jsonl file of your own."
 
 FEWSHOT_SEED = 1234  # the harness's own: every model sees the same examples
@@ -122,24 +123,50 @@ def _own(path: Path) -> dict[str, Any]:
     }
 
 
-def _hub_datasets(spec: str | dict[str, Any], manager: TaskManager) -> Iterator[str]:
-    """Yields the datasets of a task that are not files of this machine."""
-    if isinstance(spec, dict):
+def _hub_datasets(spec: Any, manager: TaskManager) -> Iterator[str]:
+    """Yields the datasets of a task, of a group's members or of a tag's tasks that are not files of this machine."""
+    if isinstance(spec, dict):  # a member of a group, with settings of its own
+        spec = spec.get("task", [])
+    if not isinstance(spec, str):
+        for member in spec:
+            yield from _hub_datasets(member, manager)
         return
     entry = manager.task_index.get(spec)
-    if entry is not None and entry.tags and entry.yaml_path is None:  # a tag: the names of its tasks
-        for name in sorted(entry.tags):
-            yield from _hub_datasets(name, manager)
+    if entry is not None and entry.yaml_path is None:  # a tag
+        yield from _hub_datasets(sorted(entry.tags), manager)
         return
-    config = load_yaml(entry.yaml_path if entry else Path(spec), resolve_func=False, recursive=True)
-    members = config.get("task")
-    for member in members if isinstance(members, list) else ():
-        yield from _hub_datasets(member if isinstance(member, str) else member.get("task", member), manager)
-    source = config.get("dataset_path")
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    is_local = source in datasets.packaged_modules._PACKAGED_DATASETS_MODULES and files and "://" not in str(files)
+    config = _definition(Path(spec) if entry is None else entry.yaml_path)
+    if isinstance(members := config.get("task"), list):  # a group
+        yield from _hub_datasets(members, manager)
+    source, files = config.get("dataset_path"), (config.get("dataset_kwargs") or {}).get("data_files")
+    is_local = source in FORMATS and files and "://" not in str(files)
     if source and not is_local and not Path(source).exists():
         yield source
+
+
+class _Loader(yaml.SafeLoader):
+    """A reader of definitions that runs nothing: a function in them is its name."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, tag, node: node.value)
+
+
+def _definition(path: Path) -> dict[str, Any]:
+    """Returns the definition of a task or a group with what it includes; empty for what is no definition.
+
+    The harness itself says what is wrong with that.
+    """
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, OSError, ValueError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    others = config.pop("include", None) or []
+    merged: dict[str, Any] = {}
+    for other in [others] if isinstance(others, str) else others:
+        merged |= _definition(path.parent / other)
+    return merged | config
 
 
 def _metric(title: str, parts: Mapping[str, Any]) -> str:

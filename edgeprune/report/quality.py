@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from edgeprune.evaluate.grades import PERPLEXITY, Grade, grade_of, losses, worst
+from edgeprune.evaluate.grades import AGREEMENT, PERPLEXITY, TASK, Grade, grade_of, losses, worst
 from edgeprune.report.base import Strict
 from edgeprune.report.images import Pictures, pictures_part
 from edgeprune.report.tasks import TaskScore, task_score
@@ -79,7 +79,11 @@ class Quality(Strict):
     )
     texts: list[Text] = Field(min_length=1)
     rise_percent: float = Field(description="of perplexity on the worst text")
-    metric: str = Field(PERPLEXITY, description="that decides the grade: perplexity, agreement or task:NAME")
+    metric: str = Field(
+        PERPLEXITY,
+        pattern=f"^({PERPLEXITY}|{AGREEMENT}|{TASK}.+)$",
+        description="that decides the grade: perplexity, agreement or task:NAME",
+    )
     grade: Grade = Field(description="by the metric: see the beginning of this page")
     answers: Answers | None = Field(
         description="none: an image generator, or the vocabulary leaves no prompt that fits into the context"

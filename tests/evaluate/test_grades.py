@@ -3,7 +3,7 @@ import math
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.evaluate.grades import SCALES, check_metric, grade_of, losses, rule_of, scale_of, worst
+from edgeprune.evaluate.grades import check_metric, grade_of, losses, rule_of, scale_of, worst
 
 TEXTS = {
     "a": {"percent": 3.0, "low": 2.0, "high": 4.0, "agreement": {"share": 0.8, "low": 0.7, "high": 0.85}},
@@ -34,7 +34,6 @@ def test_grades_change_at_the_thresholds_that_the_rule_names(metric):
         assert (grade_of(math.nextafter(edge, 0), metric), grade_of(edge, metric)) == (below, above)
         assert f"{edge:g} {scale.unit}" in rule_of(metric)
     assert grade_of(math.nan, metric) == "broken"
-    assert SCALES
 
 
 def test_a_text_without_a_place_to_compare_is_worst_by_agreement():

@@ -85,7 +85,9 @@ def test_a_task_is_known_by_its_questions(folder, tmp_path):
 
 def test_questions_of_the_hub_are_told_before_they_are_loaded(tmp_path, monkeypatch):
     """Without a connection the load fails; what matters is what was said before."""
-    write_task(tmp_path / "far.yaml", None)
+    write_task(tmp_path / "base.yaml", None)
+    (tmp_path / "far.yaml").write_text("include: base.yaml\ntask: far\nprocess_docs: !function own.process\n")
+    (tmp_path / "own.py").write_text("def process(documents):\n    return documents\n")
     monkeypatch.setattr("datasets.load_dataset", _no_connection)
     notes = []
     with pytest.raises(InputError, match="task far cannot be loaded: no connection") as caught:

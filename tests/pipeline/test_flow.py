@@ -14,6 +14,7 @@ from edgeprune.engine.engines import TensorRT
 from edgeprune.errors import InputError
 from edgeprune.files import WriteError
 from edgeprune.ondevice.figures import Measured
+from edgeprune.pipeline import flow
 from edgeprune.pipeline.flow import (
     MEASUREMENT_MARGIN,
     _furthest_met,
@@ -204,6 +205,22 @@ def test_a_quality_limit_that_nothing_pruned_meets_leaves_the_dense_model(made):
     assert kept.model.decoder == run.setup.model.decoder
     assert allocation == made.planner.problem.everything
     assert (quality_status(run, quality), quality_status(run, found)) == ("missed", "met")
+
+
+@pytest.mark.parametrize(("limit", "percent"), [(21.0, 5.0), (None, 500.0)])
+def test_a_task_beyond_its_limit_counts_as_that_share_of_the_limit_on_perplexity(made, monkeypatch, limit, percent):
+    """Here one and a half times; where perplexity has no limit, its rise does not count at all."""
+    seen, budget = [], replace(made.run.setup.budget, max_quality_loss=limit, max_task_drop=4.0)
+    run = replace(made.run, setup=replace(made.run.setup, budget=budget))
+    texts = {"a": {"percent": percent, "low": percent, "high": percent}}
+    tasks = {"own": {"difference": {"value": -0.05, "low": -0.06, "high": -0.045}}}
+    quality = replace(made.fitted.quality, texts=texts, tasks=tasks)
+    run.__dict__["evaluator"] = SimpleNamespace(quality=lambda name, candidate: quality)
+    monkeypatch.setattr(flow, "search_quality", lambda at, limit, beyond, obtain: seen.append((limit, beyond[1])) or ())
+    within_quality(run, made.planner, made.fitted.chosen, made.allocation, quality)
+    ((nats, rise),) = seen
+    assert rise.nats == pytest.approx(1.5 * nats)
+    assert rise.status == "missed"
 
 
 def test_figures_that_are_measured_are_kept_below_their_limits(made):
