@@ -78,8 +78,8 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         MAKE,
         samples.samples,
         (
-            "edgeprune samples ./logs ./chats.jsonl --model ./my-model --output samples.jsonl",
-            "edgeprune samples answers.csv --column answer --names customers.txt --output samples.jsonl",
+            "edgeprune samples ./logs --model ./my-model --output samples.jsonl",
+            "edgeprune samples a.csv --column answer --mask none --output b.jsonl",
         ),
     ),
     (LEARN, inspect.devices, ("edgeprune devices", "edgeprune devices jetson-orin")),

@@ -15,13 +15,12 @@ from edgeprune.cli.options import OUTPUT, PATH
 from edgeprune.cli.streams import console, made, show
 
 CHOICE, PRIVACY = "Choice", "Secrets and personal data"
-PATHS = {**PATH, "metavar": "PATHS..."}
 
 
 def samples(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Texts, logs, chats as jsonl, tables, or folders of these; each is a source.", **PATHS),
+        typer.Argument(help="Texts, logs, chats as jsonl, tables, or folders of these; each is a source.", **PATH),
     ],
     output: Annotated[
         Path, typer.Option(help="Write the samples there, as jsonl for --calibration.", rich_help_panel=OUTPUT, **PATH)

@@ -14,8 +14,8 @@ from edgeprune.model.load import load_model
 from edgeprune.pipeline.documents import read
 from edgeprune.pipeline.request import request_of
 from edgeprune.pipeline.samples import pack_texts, read_texts
+from tests.support.checkpoints import save_llama
 from tests.support.commands import run
-from tests.support.runs import home
 
 WORDS = ["river", "stone", "lamp", "cloud", "paper", "green", "winter", "music", "garden", "window", "letter"]
 JAPANESE = [
@@ -68,7 +68,9 @@ def data(tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return home(tmp_path_factory) / "model"
+    folder = tmp_path_factory.mktemp("model")
+    save_llama(folder, num_hidden_layers=2)
+    return folder
 
 
 def records(path: Path) -> list[dict]:
