@@ -197,7 +197,7 @@ class _Rows:
 
 
 def _rows(reading: Reading, model: Model, samples: int, length: int, seed: int) -> _Rows:
-    """Returns samples as calibration data is packed, as many as there is text for.
+    """Returns samples of parts of the documents in a drawn order, packed as calibration data, as many as there are.
 
     Raises InputError where that is less than LEAST_SAMPLES.
     """
@@ -208,24 +208,27 @@ def _rows(reading: Reading, model: Model, samples: int, length: int, seed: int) 
 
     tokenizer = load_tokenizer(model.directory)
     separator = tokenizer.eos_token_id
-    taken: list[np.ndarray] = []
-    documents, needed = shuffled(reading.documents, seed), samples * length
-    ends: list[int] = []
-    for ids in tokenize(documents, tokenizer):
-        taken.append(ids)
-        ends.append((ends[-1] if ends else 0) + len(ids) + (separator is not None))
-        if ends[-1] >= needed:
-            break
-    count = min(samples, ends[-1] // length)
+    extra = separator is not None  # a token behind each document
+    documents = shuffled(reading.documents, seed)
+    tokens = list(tokenize(documents, tokenizer))
+    # Samples of many documents stand for the texts better than those of one: each gives a part, as long as that does.
+    most, whole = length * -(-samples // len(tokens)), max(map(len, tokens))
+    while most < whole and sum(min(len(ids), most) + extra for ids in tokens) < samples * length:
+        most *= 2
+    generator = np.random.default_rng(seed)
+    starts = [int(generator.integers(max(1, len(ids) - most + 1))) for ids in tokens]
+    taken = [ids[start : start + most] for ids, start in zip(tokens, starts, strict=True)]
+    ends = np.cumsum([len(ids) + extra for ids in taken])
+    count = min(samples, int(ends[-1]) // length)
     if count < LEAST_SAMPLES:
         raise InputError(
             f"{reading.path} has {ends[-1]:,} tokens: fewer than {LEAST_SAMPLES} samples of {length}", "Add text."
         )
     packed = pack(taken, count, length, separator)
     check_ids(packed, model.decoder.vocab_size, tokenizer, str(reading.path))
-    starts = np.searchsorted(ends, np.arange(count) * length, side="right")
-    stops = np.searchsorted(ends, np.arange(1, count + 1) * length, side="left")
-    names = [[_name(of) for of in documents[start : stop + 1]] for start, stop in zip(starts, stops, strict=True)]
+    firsts = np.searchsorted(ends, np.arange(count) * length, side="right")
+    lasts = np.searchsorted(ends, np.arange(1, count + 1) * length, side="left")
+    names = [[_name(of) for of in documents[first : last + 1]] for first, last in zip(firsts, lasts, strict=True)]
     return _Rows(packed, names)
 
 
@@ -244,7 +247,7 @@ def _cost(dense: Model, fitted: Model, ids: np.ndarray, seed: int, name: str, ad
     """Returns perplexity and agreement of both models on the new samples (n, length) int64 of the dense tokens."""
     from edgeprune.pipeline.robustness import Variant, judged
 
-    ((row),) = judged(dense, fitted, [Variant(name, "", list(ids))], seed, advance)
+    (row,) = judged(dense, fitted, [Variant(name, "", list(ids))], seed, advance)
     return Text(**text_part(name, row))
 
 
