@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ def drift(
     model: the dense one, for the cost; by default that of the fit where it is on this machine. samples: of the new
     texts, at most. Raises InputError.
     """
-    from edgeprune.evaluate.drift import LEAST_SAMPLES
+    from edgeprune.evaluate.drift import LEAST_SAMPLES, module_names
     from edgeprune.evaluate.drift import drift as compared
     from edgeprune.pipeline.documents import read
 
@@ -90,7 +89,6 @@ def drift(
     elif dense is not None:
         advance = shown.stage("evaluate both models", layers + len(dense.decoder.layers))
         cost = _cost(dense, fitted, _rows(new, dense, samples, length, seed).ids, seed, str(texts), advance)
-    names = [(index, kind) for index in range(layers) for kind in _kinds(reader, index)]
     report = DriftReport(
         bundle=str(folder),
         model=fitted_report.model.name,
@@ -112,7 +110,7 @@ def drift(
                 limit_percent=100 * of.limit,
                 drifted=of.is_drift,
             )
-            for (index, kind), of in zip(names, found.modules, strict=True)
+            for (index, kind), of in zip(module_names(reader.decoder), found.modules, strict=True)
         ],
         cost=cost,
         no_cost="" if cost else no_cost,
@@ -210,11 +208,18 @@ def _rows(reading: Reading, model: Model, samples: int, length: int, seed: int) 
     separator = tokenizer.eos_token_id
     extra = separator is not None  # a token behind each document
     documents = shuffled(reading.documents, seed)
-    tokens = list(tokenize(documents, tokenizer))
-    # Samples of many documents stand for the texts better than those of one: each gives a part, as long as that does.
-    most, whole = length * -(-samples // len(tokens)), max(map(len, tokens))
-    while most < whole and sum(min(len(ids), most) + extra for ids in tokens) < samples * length:
+    # Samples of many documents stand for the texts better than those of one: each gives a part, a sample at most where
+    # there are enough documents.
+    tokens: list[np.ndarray] = []
+    most, missing = length, samples * length
+    for ids in tokenize(documents, tokenizer):
+        tokens.append(ids)
+        missing -= min(len(ids), most) + extra
+        if missing <= 0:
+            break
+    while missing > 0 and most < max(map(len, tokens)):
         most *= 2
+        missing = samples * length - sum(min(len(ids), most) + extra for ids in tokens)
     generator = np.random.default_rng(seed)
     starts = [int(generator.integers(max(1, len(ids) - most + 1))) for ids in tokens]
     taken = [ids[start : start + most] for ids, start in zip(tokens, starts, strict=True)]
@@ -249,12 +254,6 @@ def _cost(dense: Model, fitted: Model, ids: np.ndarray, seed: int, name: str, ad
 
     (row,) = judged(dense, fitted, [Variant(name, "", list(ids))], seed, advance)
     return Text(**text_part(name, row))
-
-
-def _kinds(model: Model, index: int) -> Sequence[str]:
-    from edgeprune.model.forward import modules_of
-
-    return modules_of(model.decoder, index)
 
 
 def _larger(chosen: Chosen, report: Report) -> str:
