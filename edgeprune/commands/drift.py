@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ def drift(
     model: the dense one, for the cost; by default that of the fit where it is on this machine. samples: of the new
     texts, at most. Raises InputError.
     """
-    from edgeprune.evaluate.drift import LEAST_SAMPLES
+    from edgeprune.evaluate.drift import LEAST_SAMPLES, module_names
     from edgeprune.evaluate.drift import drift as compared
     from edgeprune.pipeline.documents import read
 
@@ -90,7 +89,6 @@ def drift(
     elif dense is not None:
         advance = shown.stage("evaluate both models", layers + len(dense.decoder.layers))
         cost = _cost(dense, fitted, _rows(new, dense, samples, length, seed).ids, seed, str(texts), advance)
-    names = [(index, kind) for index in range(layers) for kind in _kinds(reader, index)]
     report = DriftReport(
         bundle=str(folder),
         model=fitted_report.model.name,
@@ -112,7 +110,7 @@ def drift(
                 limit_percent=100 * of.limit,
                 drifted=of.is_drift,
             )
-            for (index, kind), of in zip(names, found.modules, strict=True)
+            for (index, kind), of in zip(module_names(reader.decoder), found.modules, strict=True)
         ],
         cost=cost,
         no_cost="" if cost else no_cost,
@@ -197,7 +195,7 @@ class _Rows:
 
 
 def _rows(reading: Reading, model: Model, samples: int, length: int, seed: int) -> _Rows:
-    """Returns samples as calibration data is packed, as many as there is text for.
+    """Returns samples of parts of the documents in a drawn order, packed as calibration data, as many as there are.
 
     Raises InputError where that is less than LEAST_SAMPLES.
     """
@@ -208,24 +206,34 @@ def _rows(reading: Reading, model: Model, samples: int, length: int, seed: int) 
 
     tokenizer = load_tokenizer(model.directory)
     separator = tokenizer.eos_token_id
-    taken: list[np.ndarray] = []
-    documents, needed = shuffled(reading.documents, seed), samples * length
-    ends: list[int] = []
+    extra = separator is not None  # a token behind each document
+    documents = shuffled(reading.documents, seed)
+    # Samples of many documents stand for the texts better than those of one: each gives a part, a sample at most where
+    # there are enough documents.
+    tokens: list[np.ndarray] = []
+    most, missing = length, samples * length
     for ids in tokenize(documents, tokenizer):
-        taken.append(ids)
-        ends.append((ends[-1] if ends else 0) + len(ids) + (separator is not None))
-        if ends[-1] >= needed:
+        tokens.append(ids)
+        missing -= min(len(ids), most) + extra
+        if missing <= 0:
             break
-    count = min(samples, ends[-1] // length)
+    while missing > 0 and most < max(map(len, tokens)):
+        most *= 2
+        missing = samples * length - sum(min(len(ids), most) + extra for ids in tokens)
+    generator = np.random.default_rng(seed)
+    starts = [int(generator.integers(max(1, len(ids) - most + 1))) for ids in tokens]
+    taken = [ids[start : start + most] for ids, start in zip(tokens, starts, strict=True)]
+    ends = np.cumsum([len(ids) + extra for ids in taken])
+    count = min(samples, int(ends[-1]) // length)
     if count < LEAST_SAMPLES:
         raise InputError(
             f"{reading.path} has {ends[-1]:,} tokens: fewer than {LEAST_SAMPLES} samples of {length}", "Add text."
         )
     packed = pack(taken, count, length, separator)
     check_ids(packed, model.decoder.vocab_size, tokenizer, str(reading.path))
-    starts = np.searchsorted(ends, np.arange(count) * length, side="right")
-    stops = np.searchsorted(ends, np.arange(1, count + 1) * length, side="left")
-    names = [[_name(of) for of in documents[start : stop + 1]] for start, stop in zip(starts, stops, strict=True)]
+    firsts = np.searchsorted(ends, np.arange(count) * length, side="right")
+    lasts = np.searchsorted(ends, np.arange(1, count + 1) * length, side="left")
+    names = [[_name(of) for of in documents[first : last + 1]] for first, last in zip(firsts, lasts, strict=True)]
     return _Rows(packed, names)
 
 
@@ -244,14 +252,8 @@ def _cost(dense: Model, fitted: Model, ids: np.ndarray, seed: int, name: str, ad
     """Returns perplexity and agreement of both models on the new samples (n, length) int64 of the dense tokens."""
     from edgeprune.pipeline.robustness import Variant, judged
 
-    ((row),) = judged(dense, fitted, [Variant(name, "", list(ids))], seed, advance)
+    (row,) = judged(dense, fitted, [Variant(name, "", list(ids))], seed, advance)
     return Text(**text_part(name, row))
-
-
-def _kinds(model: Model, index: int) -> Sequence[str]:
-    from edgeprune.model.forward import modules_of
-
-    return modules_of(model.decoder, index)
 
 
 def _larger(chosen: Chosen, report: Report) -> str:

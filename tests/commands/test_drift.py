@@ -27,13 +27,13 @@ NEW = "0123456789 {}[]() == != #"
 def bundle(tmp_path_factory) -> Path:
     """A bundle for a device that is not here, so that nothing is measured."""
     home = tmp_path_factory.mktemp("home")
-    save_llama(home / "model")
-    paragraphs = [" ".join(OLD[(i * j) % len(OLD)] for j in range(1, 60)) + f" {i}" for i in range(40)]
-    (home / "text.txt").write_text("\n\n".join(paragraphs))
-    words = ("--device", "jetson-orin", "--memory", "90%", "--calibration", home / "text.txt", "--weights", "float")
+    shape = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "intermediate_size": 2048}
+    save_llama(home / "model", num_hidden_layers=2, initializer_range=0.05, **shape)
+    (home / "text.jsonl").write_text(lines(words_of(1, 120)))
+    words = ("--device", "jetson-orin", "--memory", "90%", "--calibration", home / "text.jsonl", "--weights", "float")
     small = ("--samples", "8", "--length", "32", "--prompt", "16", "--context", "64")
     made = run("fit", home / "model", *words, "--method", "magnitude", "--output", home / "bundle", *small)
-    assert made.returncode in (0, 3), made.stderr
+    assert made.returncode == 0, made.stderr
     return home / "bundle"
 
 
@@ -41,11 +41,19 @@ def bundle(tmp_path_factory) -> Path:
 def texts(tmp_path_factory) -> dict[str, Path]:
     folder, generator = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
     other = ["".join(generator.choice(list(NEW), 300)) for _ in range(12)]
-    more = [" ".join(OLD[(i * j) % len(OLD)] for j in range(1, 60)) + f" {i}" for i in range(40, 80)]
-    for name, paragraphs in (("other", other), ("more", more)):
-        lines = [json.dumps({"text": paragraph}) for paragraph in paragraphs]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    for name, documents in (("other", other), ("more", words_of(2, 80))):
+        (folder / f"{name}.jsonl").write_text(lines(documents))
     return {name: folder / f"{name}.jsonl" for name in ("other", "more")}
+
+
+def words_of(seed: int, count: int) -> list[str]:
+    """Documents of a few words in any order."""
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(OLD, 8)) for _ in range(count)]
+
+
+def lines(documents: list[str]) -> str:
+    return "\n".join(json.dumps({"text": document}) for document in documents)
 
 
 def test_the_bundle_holds_what_its_checkpoint_reads_of_the_calibration_samples(bundle):
@@ -104,15 +112,15 @@ def test_each_sample_names_the_documents_that_it_holds(bundle, texts):
     rows = _rows(read(texts["more"]), model, 8, 32, 0)
     documents = read(texts["more"]).documents
     for ids, names in zip(rows.ids, rows.names, strict=True):
-        held = "".join(tokenizer.decode(ids).split())
-        starts = ["".join(name.split()) for name in names]
-        whole = ["".join(of.split()) for of in documents if any("".join(of.split()).startswith(s) for s in starts)]
-        assert any(held[:10] in of for of in whole)
-        assert any(held[-5:] in of or held[-3:] in of for of in whole)
+        parts = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id))
+        held = [text for part in parts if (text := tokenizer.decode(part, skip_special_tokens=True))]
+        assert len(names) - 1 <= len(held) <= len(names)  # of one there may be its end alone
+        whole = [of for of in documents if any(of.startswith(name) for name in names)]
+        assert all(any(text in of for of in whole) for text in held)
 
 
 def test_since_reads_the_calibration_data_again(bundle, texts):
-    text = bundle.parent / "text.txt"
+    text = bundle.parent / "text.jsonl"
     report = edgeprune.drift(bundle, texts=texts["more"], since=text, samples=8).report
     assert report.since == str(text)
     assert report.calibration_samples >= 8
