@@ -50,6 +50,7 @@ class Request:
     weights: str = "auto"
     cache: str = "auto"
     rungs: int = 1
+    recover: str = "off"
     seed: int = 0
     codec: Path | None = None
     image_size: int | None = None
@@ -82,7 +83,16 @@ class Request:
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
-_OF_ONE_MODEL = ("memory", "decode", "prefill", "max_quality_loss", "require_measured", "export", "checkpoint")
+_OF_ONE_MODEL = (
+    "memory",
+    "decode",
+    "prefill",
+    "max_quality_loss",
+    "require_measured",
+    "export",
+    "checkpoint",
+    "recover",
+)
 FRONTIER_OPTIONS = tuple(name for name in DEFAULTS if name not in _OF_ONE_MODEL)  # a ladder has no budget
 
 

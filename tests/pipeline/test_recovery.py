@@ -1,0 +1,104 @@
+"""`--recover` from the request to the bundle, on a small run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgeprune.commands.fit import fit
+from edgeprune.errors import InputError
+from edgeprune.model.forward import token_logits, weight_stream
+from edgeprune.model.load import load_model
+from edgeprune.ondevice import machine
+from edgeprune.pipeline import setup as setup_module
+from edgeprune.pruning.effort import Effort, effort_of, needed_bytes
+from tests.support.runs import home, options, setup_of, short_durations
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    with short_durations():
+        yield home(tmp_path_factory)
+
+
+def fitted(small: Path, output: Path, progress=None, **changes):
+    return fit(
+        progress=progress, **options(small, output, memory="75%", max_quality_loss="off", recover="12", **changes)
+    )
+
+
+def divergence(small: Path, bundle: Path) -> float:
+    dense, model = load_model(str(small / "model")), load_model(str(bundle / "model"))
+    ids = torch.randint(0, dense.decoder.vocab_size, (8, 24), generator=torch.Generator().manual_seed(3))
+    expected, logits = (token_logits(one.decoder, weight_stream(one), ids).double() for one in (dense, model))
+    return float((expected.softmax(-1) * (expected.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean())
+
+
+def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeypatch):
+    from edgeprune.pruning import recover
+
+    monkeypatch.setattr(recover, "SAVE_SECONDS", 0.0)
+    whole = fitted(small, tmp_path / "whole")
+
+    class Ended(Exception):
+        pass
+
+    def end(stage: str, done: int, total: int) -> None:
+        if stage == "recover" and done == 7:
+            raise Ended
+
+    with pytest.raises(Ended):
+        fitted(small, tmp_path / "again", progress=end)
+    steps = []
+    again = fitted(small, tmp_path / "again", progress=lambda stage, done, _: steps.append((stage, done)), resume=True)
+    assert min(done for stage, done in steps if stage == "recover") == 7  # the state of the sixth step was saved
+    assert not (tmp_path / "again.work").exists()
+    one, other = ((result.bundle / "model" / "model.safetensors").read_bytes() for result in (whole, again))
+    assert one == other
+    # What the report states is what the bundle's model is.
+    recovery = whole.report.recovery
+    assert (recovery.steps, recovery.rows, recovery.row_tokens) == (12, 24, 24)
+    assert 0 < recovery.after.value < recovery.before.value
+    assert [choice.value for choice in whole.report.choices if choice.name == "recovery"] == ["12 steps"]
+    assert "KL" in type(recovery).model_fields["before"].description
+    plain = fit(**options(small, tmp_path / "plain", memory="75%", max_quality_loss="off"))
+    assert plain.report.recovery is None
+    assert plain.report.fitted.widths == whole.report.fitted.widths
+    assert divergence(small, whole.bundle) != divergence(small, plain.bundle)
+    page = (whole.bundle / "report.html").read_text()
+    assert "unseen rows of its text; 12 steps" in page
+    assert json.loads((whole.bundle / "report.json").read_text())["recovery"]["taken"] == recovery.taken
+
+
+def test_a_model_of_codes_and_a_smaller_vocabulary_is_recovered_as_it_is_deployed(small, tmp_path):
+    result = fitted(small, tmp_path / "out", memory="50%", weights="int8", vocabulary="samples", method="default")
+    recovery = result.report.recovery
+    assert recovery.after.value <= recovery.before.value
+    decoder = load_model(str(result.bundle / "model")).decoder
+    assert {form.name for form in decoder.weight_formats.values()} == {"int8"}
+    assert decoder.vocab_size < load_model(str(small / "model")).decoder.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("text", "effort"),
+    [("off", None), ("60", Effort(steps=60)), ("20min", Effort(minutes=20.0)), (" 1.5 MIN ", Effort(minutes=1.5))],
+)
+def test_efforts(text, effort):
+    assert effort_of(text) == effort
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "0min", "minutes", "1e9", "12345678901", "20 h", "\u0663"])
+def test_bad_efforts_are_refused_before_any_work(small, tmp_path, text):
+    with pytest.raises(InputError, match="--recover") as caught:
+        setup_of(small, tmp_path / "out", recover=text)
+    assert "20min" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_of_too_little_memory_is_told_before_any_work(small, tmp_path, monkeypatch):
+    needed = needed_bytes(load_model(str(small / "model")).decoder, 24)
+    monkeypatch.setattr(setup_module, "memory_state", lambda: machine.memory_state() | {"total": needed - 1})
+    with pytest.raises(InputError, match="--recover holds about"):
+        setup_of(small, tmp_path / "out", recover="60")
+    setup_of(small, tmp_path / "out")
