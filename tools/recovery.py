@@ -1,8 +1,8 @@
 """The cells and the table of docs/quality.md about recovery: what a training toward the dense model wins back.
 
 They are run by tools/quality.py (`recover`) on its texts and samples. The model is the demo's, turned
-(tools/turned.py), so that no weight lies on an old grid. The training reads the 16 calibration samples and text that the
-dense model writes; the held-out rows that choose are of the latter.
+(tools/turned.py), so that no weight lies on an old grid. The training reads the 16 calibration samples and text that
+the dense model writes; the held-out rows that choose are of the latter.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ CHANNELS = 1216  # of 1536: 20 % of them are cut
 
 @dataclass(frozen=True)
 class RecoveryCell:
-    """One model and one training. ratio: of attention and MLP parameters that go, 0: only channels do, down to CHANNELS;
-    form: that the layers' matrices are rounded to; steps: 0: none."""
+    """One model and one training. ratio: of attention and MLP parameters that go, 0: only channels do, down to
+    CHANNELS; form: that the layers' matrices are rounded to; steps: 0: none."""
 
     ratio: float
     form: str | None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from edgeprune.model.forward import (
     normed,
     weight_stream,
 )
+from edgeprune.model.levels import values_of
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight, StraightThrough, as_float, input_scale_of
 from edgeprune.pruning.effort import EVERY, LOGIT_ROWS, ROWS, Effort, needed_bytes
@@ -97,26 +98,21 @@ def rows_of(samples: torch.Tensor, length: int) -> torch.Tensor:
     return samples[:, : samples.shape[1] // length * length].reshape(-1, length)
 
 
-@dataclass
 class Trained:
-    """A weight on its way: where it began, and the numbers that are trained.
+    """A weight on its way.
 
-    start: as it is stored; value: fp32, of its shape; gains: (out_features, groups) fp32, the logarithms of how much
-    larger the scales of its grid have become, where they are floats; dtype: that the file rounds a float to.
+    start: as it is stored; dtype: that the file rounds a float to. grid: where it began, None of a float; value: fp32,
+    what is trained of its shape; gains: (out_features, groups) fp32, what is trained of the grid's scales where these
+    are floats: the logarithms of how much larger they have become.
     """
 
-    start: Stored
-    dtype: torch.dtype
-    value: torch.Tensor = field(init=False)
-    gains: torch.Tensor | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.value = as_float(self.start).clone().requires_grad_()
-        if isinstance(self.start, QuantisedWeight):
-            form, parts = self.start.form, self.start.parts
-            self.start = replace(self.start, **{name: differentiable(part) for name, part in parts.items()})
-            if form.block is None and not form.e4m3_scales:
-                self.gains = torch.zeros_like(self.start.scales).requires_grad_()
+    def __init__(self, start: Stored, dtype: torch.dtype) -> None:
+        self.dtype, self.grid, self.gains = dtype, None, None
+        self.value = as_float(start).clone().requires_grad_()
+        if isinstance(start, QuantisedWeight):
+            self.grid = replace(start, **{name: differentiable(part) for name, part in start.parts.items()})
+            if start.form.block is None and not start.form.e4m3_scales:
+                self.gains = torch.zeros_like(self.grid.scales).requires_grad_()
 
     @property
     def numbers(self) -> list[torch.Tensor]:
@@ -126,59 +122,54 @@ class Trained:
     def deployed(self) -> torch.Tensor:
         """Returns the weight fp32 as it is stored now, whose gradient reaches what is trained.
 
-        Rounding passes gradients on as they are (Bengio et al. 2013, arXiv 1308.3432) except beyond the ends of a
+        Rounding passes gradients on as they are (Bengio et al. 2013, arXiv 1308.3432), but none beyond the ends of a
         group, which makes that of a scale the one of LSQ (Esser et al. 2020, arXiv 1902.08153).
         """
-        if not isinstance(self.start, QuantisedWeight):
+        if self.grid is None:
             if self.dtype == torch.float32:
                 return self.value
             return StraightThrough.apply(self.value, self.value.detach().to(self.dtype).float())
-        form, steps = self.start.form, self._steps()
-        values = self.value.unflatten(1, (self.start.scales.shape[1], -1))  # (out, groups, group)
-        by_group = Steps(form, *(None if part is None else part[..., None] for part in _parts(steps)))
-        zeros = 0.0 if by_group.zeros is None else by_group.zeros
-        minima = 0.0 if by_group.minima is None else by_group.minima
+        steps, form = self._steps(), self.grid.form
+        zeros, minima = (0.0 if part is None else part[..., None] for part in (steps.zeros, steps.minima))
+        scales = steps.scales[..., None]  # (out, groups, 1)
+        values = self.value.unflatten(1, (scales.shape[1], -1))  # (out, groups, group)
+        exact = (values - minima) / scales.where(scales != 0, 1.0)
+        within = exact.clamp(min=form.least - zeros, max=form.most - zeros)
         with torch.no_grad():
-            levels = by_group.codes(values.clone()) - zeros
-        scales = by_group.scales.where(by_group.scales != 0, 1.0)
-        between = ((values - minima) / scales).clamp(min=form.least - zeros, max=form.most - zeros)
-        return (StraightThrough.apply(between, levels) * by_group.scales + minima).flatten(1)
+            codes = self._stored_on(steps).codes
+            levels = values_of(codes, form.levels).unflatten(1, (scales.shape[1], -1)) - zeros
+        return (StraightThrough.apply(within, levels) * scales + minima).flatten(1)
 
     @torch.no_grad()
     def as_stored(self) -> Stored:
         """Returns the weight as it is stored."""
-        if not isinstance(self.start, QuantisedWeight):
+        if self.grid is None:
             return self.value.detach().to(self.dtype)
-        start, steps = self.start, self._steps()
-        grid = Grid(start.form, steps.scales, steps.zeros, steps.minima, *_units(start))
-        return replace(grid.nearest(self.value.detach().clone()), input_scale=start.input_scale)
+        return self._stored_on(self._steps())
+
+    def _stored_on(self, steps: Steps) -> QuantisedWeight:
+        """Returns the weight rounded to nearest on these steps."""
+        grid = self.grid
+        units = grid.units, grid.minimum_units, grid.scale_unit
+        rounded = Grid(grid.form, steps.scales.detach(), steps.zeros, steps.minima, *units).nearest(self.value.detach())
+        return replace(rounded, input_scale=grid.input_scale)
 
     def _steps(self) -> Steps:
         """Returns the steps (out, groups) of the grid now, whose scales have gradients where they are trained."""
-        start = self.start
-        zeros = None if start.zeros is None else start.zeros.float()
-        steps = Steps(start.form, start.scales, zeros, start.minima)
+        grid = self.grid
+        steps = Steps(grid.form, grid.scales, None if grid.zeros is None else grid.zeros.float(), grid.minima)
         if self.gains is None:
             return steps
-        scales = start.scales * self.gains.exp()
+        scales = grid.scales * self.gains.exp()
         with torch.no_grad():
-            # As long as nothing has moved, the scales are those of the closed form to the last bit.
             rounded = stored(replace(steps, scales=scales.detach())).scales
-            rounded = rounded.where(self.gains != 0, start.scales)
-        return replace(steps, scales=StraightThrough.apply(scales, rounded))
+        # As long as nothing has moved, they are those of the closed form to the last bit.
+        return replace(steps, scales=StraightThrough.apply(scales, rounded.where(self.gains != 0, grid.scales)))
 
 
 def differentiable(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a tensor that a computation with gradients may use: a copy of one that was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _parts(steps: Steps) -> tuple[torch.Tensor | None, ...]:
-    return steps.scales, steps.zeros, steps.minima
-
-
-def _units(weight: QuantisedWeight) -> tuple[torch.Tensor | None, ...]:
-    return weight.units, weight.minimum_units, weight.scale_unit
 
 
 class Student:
@@ -229,8 +220,8 @@ class Student:
         prefix, weights = f"layers.{index}.", {}
         for name, one in self.layers[index].items():
             weights[name.removeprefix(prefix)] = one.deployed()
-            if isinstance(one.start, QuantisedWeight) and one.start.input_scale is not None:
-                weights[input_scale_of(name.removeprefix(prefix))] = one.start.input_scale
+            if one.grid is not None and one.grid.input_scale is not None:
+                weights[input_scale_of(name.removeprefix(prefix))] = one.grid.input_scale
         entered = hidden
         for kind in modules_of(self.decoder, index):
             source = entered if self.decoder.parallel else hidden
