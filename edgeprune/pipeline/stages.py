@@ -229,7 +229,8 @@ class Run:
 
             scales = read_scales(folder / SCALES)
         exported = Exported(decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE)
-        records, recovery = (json.loads((folder / file).read_text()) for file in (RECORDS, RECOVERY))
+        records, done = json.loads((folder / RECORDS).read_text()), folder / RECOVERY
+        recovery = json.loads(done.read_text()) if done.exists() else None
 
         def perform() -> dict[str, Any]:
             dense = self.dense
@@ -257,7 +258,6 @@ class Run:
         if vocabulary is not None:
             decoder = decoder.with_vocabulary(vocabulary.size)
         save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype(decoder))
-        (folder / RECOVERY).write_text(json.dumps(None))
         self._write_deployed(folder, vocabulary, None if allocation is None else allocation.cache, records)
 
     def _write_deployed(

@@ -11,7 +11,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_model
 from edgeprune.ondevice import machine
-from edgeprune.pipeline import setup as setup_module
+from edgeprune.pipeline import setup as preparing
 from edgeprune.pruning.effort import Effort, effort_of, needed_bytes
 from tests.support.runs import home, options, setup_of, short_durations
 
@@ -23,9 +23,7 @@ def small(tmp_path_factory):
 
 
 def fitted(small: Path, output: Path, progress=None, **changes):
-    return fit(
-        progress=progress, **options(small, output, memory="75%", max_quality_loss="off", recover="12", **changes)
-    )
+    return fit(progress=progress, **options(small, output, max_quality_loss="off", recover="12", **changes))
 
 
 def divergence(small: Path, bundle: Path) -> float:
@@ -62,7 +60,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeyp
     assert 0 < recovery.after.value < recovery.before.value
     assert [choice.value for choice in whole.report.choices if choice.name == "recovery"] == ["12 steps"]
     assert "KL" in type(recovery).model_fields["before"].description
-    plain = fit(**options(small, tmp_path / "plain", memory="75%", max_quality_loss="off"))
+    plain = fit(**options(small, tmp_path / "plain", max_quality_loss="off"))
     assert plain.report.recovery is None
     assert plain.report.fitted.widths == whole.report.fitted.widths
     assert divergence(small, whole.bundle) != divergence(small, plain.bundle)
@@ -72,7 +70,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeyp
 
 
 def test_a_model_of_codes_and_a_smaller_vocabulary_is_recovered_as_it_is_deployed(small, tmp_path):
-    result = fitted(small, tmp_path / "out", memory="50%", weights="int8", vocabulary="samples", method="default")
+    result = fitted(small, tmp_path / "out", weights="int8", vocabulary="samples", method="default")
     recovery = result.report.recovery
     assert recovery.after.value <= recovery.before.value
     decoder = load_model(str(result.bundle / "model")).decoder
@@ -98,7 +96,7 @@ def test_bad_efforts_are_refused_before_any_work(small, tmp_path, text):
 
 def test_a_machine_of_too_little_memory_is_told_before_any_work(small, tmp_path, monkeypatch):
     needed = needed_bytes(load_model(str(small / "model")).decoder, 24)
-    monkeypatch.setattr(setup_module, "memory_state", lambda: machine.memory_state() | {"total": needed - 1})
+    monkeypatch.setattr(preparing, "memory_state", lambda: machine.memory_state() | {"total": needed - 1})
     with pytest.raises(InputError, match="--recover holds about"):
         setup_of(small, tmp_path / "out", recover="60")
     setup_of(small, tmp_path / "out")
