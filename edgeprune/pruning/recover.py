@@ -310,7 +310,7 @@ class Training:
         self.block: tuple[int, torch.Tensor, torch.Tensor] | None = None  # place of its first row, rows, their states
         self.block_seconds = self.check_seconds = 0.0
 
-    def run(self, on_step: Callable[[int, int], None], save_seconds: float) -> None:
+    def run(self, on_step: Callable[[int, int], None]) -> None:
         """Trains to the end, or until a loss is not finite.
 
         on_step: called with the steps that are done and those in all, 0 while they are unknown. Raises NumericalError
@@ -337,7 +337,7 @@ class Training:
             on_step(self.at.step, self.at.steps)
             if self.at.step % CHECK_EVERY == 0 or self.at.step == self.at.steps:
                 self._keep_best()
-            if time.monotonic() - saved >= save_seconds:
+            if time.monotonic() - saved >= SAVE_SECONDS:
                 self._save()
                 saved = time.monotonic()
 
@@ -441,7 +441,6 @@ def recover(
     dtype: torch.dtype,
     kept: torch.Tensor | None = None,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
-    save_seconds: float = SAVE_SECONDS,
 ) -> tuple[Iterator[tuple[str, Stored]], Recovered]:
     """Returns the weights of a pruned model after its recovery, in the order of its decoder's shapes, and its record.
 
@@ -451,7 +450,7 @@ def recover(
     """
     student, teacher = Student(model, dense, kept, dtype, rows.length - 1), Teacher(dense, kept)
     training = Training(student, teacher, rows, effort, folder)
-    training.run(on_step, save_seconds)
+    training.run(on_step)
     at, trained = training.at, training.best() or {}
     done = Recovered(
         at.step,

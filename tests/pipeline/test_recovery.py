@@ -13,7 +13,9 @@ from edgeprune.model.load import load_model
 from edgeprune.ondevice import machine
 from edgeprune.pipeline import setup as preparing
 from edgeprune.pruning.effort import Effort, effort_of, needed_bytes
+from tests.support.checkpoints import save_llama
 from tests.support.runs import home, options, setup_of, short_durations
+from tests.support.vocabularies import CORPUS, byte_level
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +72,17 @@ def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeyp
 
 
 def test_a_model_of_codes_and_a_smaller_vocabulary_is_recovered_as_it_is_deployed(small, tmp_path):
-    result = fitted(small, tmp_path / "out", weights="int8", vocabulary="samples", method="default")
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+    save_llama(tmp_path / "model", **sizes, num_hidden_layers=1, intermediate_size=256, vocab_size=602)
+    byte_level(tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("\n\n".join(line for line in CORPUS if line))
+    given = {"model": tmp_path / "model", "calibration": tmp_path / "notes.txt", "evaluate": tmp_path / "notes.txt"}
+    result = fitted(small, tmp_path / "out", **given, memory="60%", weights="int8", vocabulary="samples")
     recovery = result.report.recovery
-    assert recovery.after.value <= recovery.before.value
+    assert recovery.steps == 12 and recovery.after.value <= recovery.before.value
     decoder = load_model(str(result.bundle / "model")).decoder
     assert {form.name for form in decoder.weight_formats.values()} == {"int8"}
-    assert decoder.vocab_size < load_model(str(small / "model")).decoder.vocab_size
+    assert decoder.vocab_size < 602
 
 
 @pytest.mark.parametrize(

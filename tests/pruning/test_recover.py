@@ -152,7 +152,8 @@ def test_gradients_of_a_grid_are_those_of_lsq():
     assert torch.allclose(trained.gains.grad, expected, atol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_weights_however_often_the_run_is_ended(tmp_path):
+def test_the_same_seed_gives_the_same_weights_however_often_the_run_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "SAVE_SECONDS", 0.0)
     dense = dense_model()
     model, users = small(dense), drawn(5, 3)
     whole, done = run(dense, model, tmp_path / "a", steps=12, users=users)
@@ -167,8 +168,8 @@ def test_the_same_seed_gives_the_same_weights_however_often_the_run_is_ended(tmp
                 raise Ended
 
         with pytest.raises(Ended):
-            run(dense, model, tmp_path / "b", steps=12, users=users, on_step=end, save_seconds=0.0)
-    again, done_again = run(dense, model, tmp_path / "b", steps=12, users=users, save_seconds=0.0)
+            run(dense, model, tmp_path / "b", steps=12, users=users, on_step=end)
+    again, done_again = run(dense, model, tmp_path / "b", steps=12, users=users)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert (done.before, done.after, done.taken) == (done_again.before, done_again.after, done_again.taken)
     other, _ = run(dense, model, tmp_path / "c", steps=12, users=drawn(6, 3))
