@@ -39,7 +39,7 @@ from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
 from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, in_precision, profile_of, with_tensorrt
-from edgeprune.pruning.effort import ROW, Effort, effort_of, needed_bytes
+from edgeprune.pruning.effort import ROW, STATE_BYTES, Effort, effort_of, needed_bytes
 from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
@@ -225,7 +225,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
     exports = len(request.export) * request.rungs
-    check_space(output, _bytes_written(model, precision, engine, candidates, exports, samples))
+    states = 0
+    if effort is not None:
+        candidates, states = candidates + request.rungs, STATE_BYTES * model.decoder.layer_parameters
+    check_space(output, states + _bytes_written(model, precision, engine, candidates, exports, samples))
     return Setup(
         request,
         profile,
