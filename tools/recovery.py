@@ -153,7 +153,8 @@ def _nats(losses: Mapping[str, Losses]) -> dict[str, list[float]]:
 
 
 def recovery_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the table of rises before and after each training, and the share of the rise that it won back."""
+    """Returns the table of rises before and after each training, and the share of the rise that it won back; nothing
+    where no cell was run."""
     texts, rows = (), []
     for cell in recovery_cells():
         row, start = cells.get(cell.key), cells.get(cell.start.key)
@@ -176,6 +177,8 @@ def recovery_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         else:
             columns += ["", "", ""]
         rows.append(columns)
+    if not rows:
+        return ""
     return table(["removed", "steps", *texts, "KL, held-out rows", "CPU minutes", "peak memory"], rows)
 
 

@@ -1,6 +1,7 @@
 """`--recover` from the request to the bundle, on a small run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,17 @@ import torch
 
 from edgeprune.commands.fit import fit
 from edgeprune.errors import InputError
-from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_model
 from edgeprune.ondevice import machine
 from edgeprune.pipeline import setup as preparing
+from edgeprune.pipeline.journal import open_journal
+from edgeprune.pipeline.stages import Run
+from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
+from edgeprune.progress import Silent
 from edgeprune.pruning import recover as training
 from edgeprune.pruning.effort import Effort, effort_of, needed_bytes
+from edgeprune.search.solve import Allocation
+from edgeprune.search.widths import dense_widths
 from tests.support.checkpoints import save_llama
 from tests.support.runs import options, setup_of, short_durations
 from tests.support.vocabularies import CORPUS, byte_level
@@ -41,13 +47,6 @@ def quick(monkeypatch):
 
 def fitted(small: Path, output: Path, progress=None, **changes):
     return fit(progress=progress, **options(small, output, max_quality_loss="off", recover="12", **changes))
-
-
-def divergence(small: Path, bundle: Path) -> float:
-    dense, model = load_model(str(small / "model")), load_model(str(bundle / "model"))
-    ids = torch.randint(0, dense.decoder.vocab_size, (8, 24), generator=torch.Generator().manual_seed(3))
-    expected, logits = (token_logits(one.decoder, weight_stream(one), ids).double() for one in (dense, model))
-    return float((expected.softmax(-1) * (expected.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean())
 
 
 def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeypatch):
@@ -81,22 +80,31 @@ def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeyp
     assert 0 < recovery.after.value < recovery.before.value
     assert [choice.value for choice in whole.report.choices if choice.name == "recovery"] == ["12 steps"]
     assert "KL" in type(recovery).model_fields["before"].description
-    plain = fit(**options(small, tmp_path / "plain", max_quality_loss="off", weights="float"))
-    assert plain.report.recovery is None
-    assert plain.report.fitted.widths == whole.report.fitted.widths
-    assert divergence(small, whole.bundle) < divergence(small, plain.bundle)
     page = (whole.bundle / "report.html").read_text()
     assert "unseen rows of its text; 12 steps" in page
     assert json.loads((whole.bundle / "report.json").read_text())["recovery"]["taken"] == recovery.taken
 
 
 def test_a_model_of_codes_and_a_smaller_vocabulary_is_recovered_as_it_is_deployed(small, tmp_path):
-    result = fitted(small, tmp_path / "out", memory="85%", weights="int8", vocabulary="samples")
-    recovery = result.report.recovery
-    assert recovery.steps == 12 and recovery.after.value <= recovery.before.value
-    decoder = load_model(str(result.bundle / "model")).decoder
-    assert {form.name for form in decoder.weight_formats.values()} == {"int8"}
-    assert decoder.vocab_size < 602
+    setup = setup_of(small, tmp_path / "out", weights="int8", cache="int8", vocabulary="samples", recover="12")
+    run = Run(setup, open_journal(tmp_path / "out.work", setup.fingerprint, False, False), Silent())
+    int8, size = WEIGHT_FORMATS["int8"], min(run.vocabularies)
+    widths = dense_widths(setup.model.decoder)._replace(intermediate_size=256)
+    cut = Allocation((widths,) * 2, size, 0.0, ((int8, int8),) * 2, (int8, int8), CACHE_FORMATS["int8"])
+    candidate = run.candidate("candidate-1", cut)
+    recovered = run.recovered(candidate)
+    assert recovered.model.decoder == candidate.model.decoder
+    assert recovered.decoder == candidate.decoder  # its cache too, whose scales are those of the trained model
+    assert (size, recovered.decoder.vocab_size) == (recovered.decoder.vocab_size, candidate.decoder.vocab_size)
+    assert size < setup.model.decoder.vocab_size
+    assert recovered.recovery["after"] < recovered.recovery["before"]
+    assert recovered.records == candidate.records and recovered.scales.keys() == candidate.scales.keys()
+    name = "layers.1.mlp.down"
+    before, after = (one.model.quantised[name] for one in (candidate, recovered))
+    assert not torch.equal(before.scales, after.scales)
+    # Nothing is trained twice, and nothing that was not pruned.
+    assert run.recovered(candidate).model.fingerprint == recovered.model.fingerprint
+    assert run.recovered(replace(candidate, records=())).recovery is None
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ def test_a_training_is_compared_with_the_same_model_before_it():
         "| 30 % | 60 | 0.450 [0.440, 0.460], 25 % won back | 0.900 [0.450, 1.350], 25 % won back "
         "| 0.610 to 0.420 | 11 | 3.0 GiB |"
     )
-    assert len(recovery_table(dict([cell(60, 0.45, **trained)])).splitlines()) == 2  # of what was it won back?
+    assert recovery_table(dict([cell(60, 0.45, **trained)])) == ""  # of what was it won back?
 
 
 def test_the_table_is_that_of_the_figures_beside_it():
     page = (DOCS / "quality.md").read_text(encoding="utf-8")
-    cells = read_cells(DOCS / "recovery.jsonl")
+    cells = read_cells(DOCS / "recovery.jsonl") if (DOCS / "recovery.jsonl").is_file() else {}
     assert all(f"<!-- {name} -->" in page for name in WRITERS)
     assert filled(page, {name: write(cells) for name, write in WRITERS.items()}) == page
