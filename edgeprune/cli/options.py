@@ -148,6 +148,14 @@ OPTIONS: dict[str, Any] = {
     "rungs": Annotated[
         int, _option(SEARCH, "Models in the bundle; each further one is smaller, in case the device is slower.")
     ],
+    "recover": Annotated[
+        str,
+        _option(
+            SEARCH,
+            "Train the pruned model toward the dense one, end to end: so many steps (240), or minutes (20min).",
+            metavar="off|STEPS|MINUTES",
+        ),
+    ],
     "seed": Seed,
     "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file, which its generators need.", **PATH)],
     "image_size": Annotated[

@@ -1,7 +1,7 @@
 """fit(): the way through the house. Read this file first.
 
     formats -> samples -> dense -> sensitivities -> costs -> search (plan, prune, export, build, measure)
-    -> evaluation -> cross-check -> bundle and report
+    -> recovery -> evaluation -> cross-check -> bundle and report
 
 Every step is a stage of the journal: a killed run goes on after the last one that finished.
 """
@@ -64,21 +64,23 @@ def _fitted(run: Run) -> list[Fitted]:
         rungs = [run.dense_candidate]
         if setup.request.rungs > 1:
             planner = planner_of(run)
-            rungs += smaller_candidates(run, planner, planner.problem.everything)
+            rungs += map(run.recovered, smaller_candidates(run, planner, planner.problem.everything))
         qualities = run.evaluator.qualities(rungs)
     else:
-        # Search the budget, then judge the quality of what was found.
+        # Search the budget, train what was found where that was asked for, then judge its quality.
         planner = planner_of(run)
         costs = planner.latency
         outcome, chosen, allocation = search_budget(run, planner, setup.budget)
         limits = setup.budget.absolute(dense).limits
         gains = planner.gains(limits, allocation)
+        chosen = run.recovered(chosen)
         rungs, qualities = [chosen], [run.evaluator.quality("0", chosen)]
         if quality_status(run, qualities[0]) == "missed":
             stop, chosen, allocation, quality = within_quality(run, planner, chosen, allocation, qualities[0])
-            rungs, qualities = [chosen], [quality]
+            rungs = [run.recovered(chosen)]
+            qualities = [quality if rungs[0] is chosen else run.evaluator.quality("recovered", rungs[0])]
         elif judge(setup.budget, dense, chosen.performance).met:
-            rungs += smaller_candidates(run, planner, allocation)
+            rungs += map(run.recovered, smaller_candidates(run, planner, allocation))
             qualities = run.evaluator.qualities(rungs)
         levers = planner.levers(limits, allocation)
     # Images are drawn of what the bundle will hold, not of all that was tried.

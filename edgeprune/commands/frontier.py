@@ -68,6 +68,7 @@ def _fitted(run: Run) -> list[Fitted]:
             run.progress.note(f"the ladder ends after {index} rungs: the width grid holds nothing smaller")
             break
         last = allocation
+        chosen = run.recovered(chosen)
         gains = planner.gains(budget.absolute(dense).limits, allocation)
         quality = run.evaluator.quality(f"of rung {index}", chosen)
         quality = run.evaluator.with_pictures(f"of rung {index}", chosen, quality)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -144,13 +145,28 @@ def rounded_inputs(inputs: torch.Tensor, scale: torch.Tensor | None, form: Weigh
     """
     if scale is None:
         return inputs
+    exact = inputs.detach()
     if form.e4m3_scales:
-        groups = inputs.unflatten(-1, (-1, form.group))
+        groups = exact.unflatten(-1, (-1, form.group))
         scales = nearest_e4m3(groups.abs().amax(dim=-1, keepdim=True) / (form.most * scale)) * scale
         groups = groups / torch.where(scales == 0, torch.inf, scales)
-        return (nearest(groups, form.levels, form.least, form.most) * scales).flatten(-2)
-    least, most = (-ACTIVATION_STEPS - 1, ACTIVATION_STEPS) if form.levels == "whole" else (form.least, form.most)
-    return nearest(inputs / scale, form.levels, least, most) * scale
+        rounded = (nearest(groups, form.levels, form.least, form.most) * scales).flatten(-2)
+    else:
+        least, most = (-ACTIVATION_STEPS - 1, ACTIVATION_STEPS) if form.levels == "whole" else (form.least, form.most)
+        rounded = nearest(exact / scale, form.levels, least, most) * scale
+    return StraightThrough.apply(inputs, rounded) if inputs.requires_grad else rounded
+
+
+class StraightThrough(torch.autograd.Function):
+    """Gives rounded values, whose gradient is that of the exact ones."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 def scale_unit_for(largest: torch.Tensor, form: WeightFormat) -> torch.Tensor:

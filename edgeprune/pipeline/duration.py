@@ -18,6 +18,7 @@ from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
 from edgeprune.pipeline.robustness import read_tokens
 from edgeprune.pipeline.sketch import SAMPLES as SKETCHED
+from edgeprune.pruning.effort import EVERY, ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
     from edgeprune.pipeline.samples import UserSamples
     from edgeprune.pipeline.setup import Setup
     from edgeprune.precision import CacheFormat, WeightFormat
+    from edgeprune.pruning.effort import Effort
 
 # Passes of calibration tokens through the dense model's layers; a backward pass is two.
 CHECK_PASSES = 1  # the check for overflow
 SENSITIVITY_PASSES = 4  # forward, forward again layer by layer, and backward
 STREAMS = 2  # of a pruning: the dense one and the pruned one
+STEP_PASSES = 4  # of a step of a recovery: forward, forward again layer by layer, and backward
 PRODUCTS = 4  # of the inputs of a projection with what it should give: two residuals, and their part in its update
 HEAD_PASSES = 3  # of the sensitivities: forward and backward
 # Factorisations of a matrix of moments: of an update, at the dampings that are tried and at the best one; of a module's
@@ -151,6 +154,17 @@ def sensing(
     return work + pruning(decoder, rounded, rounds=True) * (share * kinds)
 
 
+def recovering(decoder: Decoder, effort: Effort | None, row_tokens: int) -> Work:
+    """Returns one recovery: of each step a pass, another one on the way back and its gradients, a row that is drawn and
+    the dense model's pass of that."""
+    if effort is None or effort.steps is None:
+        return Work(seconds=60 * effort.minutes if effort else 0.0)
+    tokens = ROWS * row_tokens
+    head = Work(products=2.0 * (tokens // EVERY) * decoder.vocab_size * decoder.hidden_size * HEAD_PASSES)
+    step = passing(decoder, tokens) * STEP_PASSES + head
+    return (step + generating(decoder, row_tokens) + passing(decoder, row_tokens)) * effort.steps
+
+
 def _moments(decoder: Decoder, tokens: int) -> Work:
     """Returns half of the moments of output projections' inputs, which is computed."""
     inputs = (each for layer in decoder.layers for each in _inputs(layer))
@@ -208,6 +222,7 @@ def fitting(setup: Setup, rungs: int) -> Work:
     work += sensing(decoder, samples.count, samples.length, formats, setup.cache.quantised)
     work += passing(decoder, tokens) * (CHECK_PASSES if setup.precision == "fp16" else 0)
     work += pruning(decoder, samples.pruned, rounds=bool(formats)) * candidates
+    work += recovering(decoder, setup.effort, setup.recovery_tokens) * rungs
     # The dense model and every rung are evaluated.
     answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if setup.kind.writes_text else Work()
     work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)

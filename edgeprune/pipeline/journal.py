@@ -25,6 +25,7 @@ from edgeprune.pipeline.ownership import (
     JOURNAL,
     LOCK,
     LOCK_MARK,
+    MADE,
     REPLACED,
     SCRATCH,
     check_work,
@@ -107,6 +108,14 @@ class Journal:
         folder = self.folder / SCRATCH
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
+        return folder
+
+    def state_folder(self, name: str) -> Path:
+        """Returns the folder of a stage's state, from which it goes on where it was ended; the stage removes it."""
+        folder = self.folder / name
+        if not (folder / MADE).exists():
+            folder.mkdir(exist_ok=True)
+            mark_stage(folder, is_complete=False)
         return folder
 
     def folder_stage(self, name: str, fill: Callable[[Path], Any]) -> Path:

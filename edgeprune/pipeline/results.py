@@ -44,7 +44,7 @@ class Candidate:
     """A model on disk with what it needs and reaches.
 
     model: its checkpoint, whose cache is of floats; records: what was done to each module; scales: of its KV cache,
-    where that is in a format.
+    where that is in a format; recovery: what its training did, as pruning.recover.Recovered has it, none without one.
     """
 
     model: Model
@@ -53,6 +53,7 @@ class Candidate:
     performance: Performance
     records: tuple[dict[str, Any], ...]
     scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    recovery: dict[str, Any] | None = None
 
     @property
     def decoder(self) -> Decoder:

@@ -31,6 +31,7 @@ from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
+from edgeprune.ondevice.machine import memory_state
 from edgeprune.ondevice.reference import STEPS
 from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES
 from edgeprune.pipeline.cache_formats import CacheChoice, cache_choice
@@ -42,6 +43,7 @@ from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.pipeline.task_scores import load_tasks
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, in_precision, profile_of, with_tensorrt
+from edgeprune.pruning.effort import ROW, STATE_BYTES, Effort, effort_of, needed_bytes
 from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
@@ -94,6 +96,16 @@ class Setup:
         return self.kind.sample_length(self.request, self.model.decoder)
 
     @property
+    def effort(self) -> Effort | None:
+        """Returns the work of a recovery; None where there is none."""
+        return effort_of(self.request.recover)
+
+    @property
+    def recovery_tokens(self) -> int:
+        """Returns the tokens of a row of a recovery: a part of a text's sample, all that is fed of a picture's."""
+        return self.model.decoder.most_fed or min(ROW, self.length)
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """Returns what makes two runs the same run: the first line of the journal."""
         request = self.request
@@ -120,6 +132,7 @@ class Setup:
             "method": request.method,
             "layout": request.layout,
             "vocabulary": request.vocabulary,
+            "recover": request.recover,
             "weights": request.weights,
             "cache": request.cache,
             "seed": request.seed,
@@ -141,6 +154,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     output = (request.output or default_output(request.model, named.name, ladder)).absolute()
     check_output(output, request.force, request.resume)
     _check_method(request.method)
+    effort = effort_of(request.recover)
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     shape = load_shape(request.model, request.hints)[1].with_format(None)
@@ -219,10 +233,16 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     samples = kind.read_samples(request, model, documents)
     choices.append(_calibration_choice(samples, kind))
     choices += [Choice(source.name, source.taken, source.left_out) for source in samples.sources]
+    if effort is not None:
+        tokens = model.decoder.most_fed or min(ROW, kind.sample_length(request, model.decoder))
+        choices.append(_recovery_choice(effort, needed_bytes(model.decoder, tokens)))
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
     exports = len(request.export) * request.rungs
-    check_space(output, _bytes_written(model, precision, engine, candidates, exports, samples))
+    states = 0
+    if effort is not None:
+        candidates, states = candidates + request.rungs, STATE_BYTES * model.decoder.layer_parameters
+    check_space(output, states + _bytes_written(model, precision, engine, candidates, exports, samples))
     return Setup(
         request,
         profile,
@@ -256,6 +276,17 @@ def _calibration_choice(samples: UserSamples, kind: Kind) -> Choice:
         return Choice("calibration", SELF, kind.own_samples_reason)
     reason = f"{kind.noun} of the model's own, at the same weight, hold in place what yours do not cover"
     return Choice("calibration", f"{samples.origin}, and generated {kind.noun}", reason)
+
+
+def _recovery_choice(effort: Effort, needed: int) -> Choice:
+    """Returns the work of a recovery with the memory that it holds. Raises InputError where the machine has less."""
+    total = memory_state().get("total", needed)
+    if needed > total:
+        raise InputError(
+            f"--recover holds about {format_bytes(needed)} in memory, this machine has {format_bytes(total)}",
+            "Leave --recover out, or use a machine with more memory.",
+        )
+    return Choice("recovery", str(effort), f"asked for; it holds up to about {format_bytes(needed)} in memory")
 
 
 def load_dense(spec: str, hints: Hints) -> Model:

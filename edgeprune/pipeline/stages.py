@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ from edgeprune.ondevice.reference import ROUNDED_INPUTS
 from edgeprune.ondevice.runtimes import LLAMA_CPP
 from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import Journal
+from edgeprune.pipeline.ownership import remove_ours
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
 from edgeprune.precision import PRECISIONS, CacheFormat
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 VARIANTS = tuple(GraphVariant(dialect, logits) for dialect in OPERATORS for logits in ("all", "last"))
 REFERENCE, SENSITIVITIES, SCALES = "reference.npz", "sensitivities.npz", "cache.safetensors"
+RECORDS, RECOVERY = "records.json", "recovery.json"
 WALKED = 8  # samples, at most, on which a fitted model is checked for overflow, and its KV cache scaled
 
 
@@ -185,32 +187,65 @@ class Run:
 
     def _built(self, name: str, allocation: Allocation | None) -> Candidate:
         """Returns the candidate of an allocation; None: the dense model as it is."""
-        setup, source = self.setup, self.setup.model
-        target = source.decoder if allocation is None else allocation.decoder(source.decoder)
-        folder = self.journal.folder_stage(name, lambda folder: self._write_candidate(folder, target, allocation))
+        source = self.setup.model.decoder
+        target = source if allocation is None else allocation.decoder(source)
+        cache = None if allocation is None else allocation.cache
+        return self._obtained(name, target, cache, lambda folder: self._write_candidate(folder, target, allocation))
+
+    def recovered(self, candidate: Candidate) -> Candidate:
+        """Returns a candidate trained toward the dense model where that was asked for, built and measured again."""
+        effort, name = self.setup.effort, candidate.model.directory.parent.name
+        if effort is None or not candidate.records:
+            return candidate
+        form = candidate.decoder.cache_format
+
+        def fill(folder: Path) -> None:
+            from edgeprune.model.tokens.vocabulary import read_vocabulary
+            from edgeprune.pipeline.recovery import recovered_weights
+
+            source, model = self.setup.model, candidate.model
+            state = self.journal.state_folder(f"{name}-recovery")
+            given = self.setup, self.samples, self.plain / GRAPH_FILE, model, effort, state, self.progress
+            tensors, done = recovered_weights(*given)
+            vocabulary = read_vocabulary(model.directory)
+            dtype = self._checkpoint_dtype(model.decoder)
+            save_checkpoint(model.decoder, tensors, source, folder / "model", vocabulary, dtype)
+            (folder / RECOVERY).write_text(json.dumps(done))
+            self._write_deployed(folder, vocabulary, form, candidate.records)
+            remove_ours(state)
+
+        return self._obtained(f"{name}-recovered", candidate.target, form, fill)
+
+    def _obtained(
+        self, name: str, target: Decoder, cache: CacheFormat | None, fill: Callable[[Path], None]
+    ) -> Candidate:
+        """Returns the candidate in the folder of a stage, which is filled, built and measured where it is not yet."""
+        setup = self.setup
+        folder = self.journal.folder_stage(name, fill)
         model, scales = load_model(str(folder / "model")), {}
-        decoder = model.decoder.with_cache(None if allocation is None else allocation.cache)
+        decoder = model.decoder.with_cache(cache)
         if decoder.cache_format is not None:
             from edgeprune.model.cache import read_scales
 
             scales = read_scales(folder / SCALES)
         exported = Exported(decoder, folder / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE)
+        records, done = json.loads((folder / RECORDS).read_text()), folder / RECOVERY
+        recovery = json.loads(done.read_text()) if done.exists() else None
 
         def perform() -> dict[str, Any]:
             dense = self.dense
             self.progress.stage(f"{name}: build and measure")
-            if allocation is None and not setup.engine.builds:
+            if not records and not setup.engine.builds:
                 return performance_to_json(dense.performance)
-            reference = None if allocation is None else (dense.exported, dense.performance)
+            reference = (dense.exported, dense.performance) if records else None
             return performance_to_json(setup.engine.performance(exported, reference, self.progress.track))
 
         performance = performance_from_json(self.journal.stage(f"{name} performance", perform))
-        records = tuple(json.loads((folder / "records.json").read_text()))
-        return Candidate(model, target, exported, performance, records, scales)
+        return Candidate(model, target, exported, performance, tuple(records), scales, recovery)
 
     def _write_candidate(self, folder: Path, target: Decoder, allocation: Allocation | None) -> None:
         """Fills the folder of a candidate: checkpoint, graphs, reference, and what was done to each module."""
-        setup, source, samples = self.setup, self.setup.model, self.samples
+        source = self.setup.model
         records: list[dict[str, Any]] = []
         # The checkpoint is written while the weights are pruned, layer by layer.
         decoder = target.compact()
@@ -223,20 +258,27 @@ class Run:
         if vocabulary is not None:
             decoder = decoder.with_vocabulary(vocabulary.size)
         save_checkpoint(decoder, tensors, source, folder / "model", vocabulary, self._checkpoint_dtype(decoder))
-        # The graphs are written of the checkpoint as it stands on the disk.
+        self._write_deployed(folder, vocabulary, None if allocation is None else allocation.cache, records)
+
+    def _write_deployed(
+        self, folder: Path, vocabulary: Vocabulary | None, cache: CacheFormat | None, records: Sequence[dict[str, Any]]
+    ) -> None:
+        """Writes all that is made of the checkpoint in a candidate's folder, as it stands on the disk: graphs, engine
+        file and reference. records: of each module, none of the dense model."""
+        setup = self.setup
         model = load_model(str(folder / "model"))
-        if allocation is not None:
-            ids = samples.calibration[:WALKED]
+        if records:
+            ids = self.samples.calibration[:WALKED]
             ids = ids if vocabulary is None else vocabulary.reduce(ids)
             self._check_fp16(model, ids)
-            if allocation.cache is not None:
-                model = self._with_cache(model, ids, allocation.cache, folder)
+            if cache is not None:
+                model = self._with_cache(model, ids, cache, folder)
         self._write_graphs(model, folder, setup.precision)
         if setup.precision != "fp32":
             self._write_graphs(model, folder, "fp32")
         self._write_engine_file(model, folder)
         self._write_reference(folder / "onnx-fp32", folder / REFERENCE, vocabulary, model)
-        (folder / "records.json").write_text(json.dumps(records))
+        (folder / RECORDS).write_text(json.dumps(list(records)))
 
     def _with_cache(self, model: Model, ids: np.ndarray, form: CacheFormat, folder: Path) -> Model:
         """Returns a model with its KV cache in a format, whose scales it writes: those of samples (any, tokens)."""

@@ -221,9 +221,9 @@ def _search(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[fl
     """
     starts = _starts(weighed.values, form, cuts)
     if form.bits == 8:  # fine enough for the whole range
-        return _stored(next(starts))
-    best = weighed.best_of(_stored(weighed.fitted(start)) for start in starts)
-    return weighed.best_of((best, _stored(weighed.fitted(best))))
+        return stored(next(starts))
+    best = weighed.best_of(stored(weighed.fitted(start)) for start in starts)
+    return weighed.best_of((best, stored(weighed.fitted(best))))
 
 
 def _starts(values: torch.Tensor, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Iterator[Steps]:
@@ -265,7 +265,7 @@ def _is_signed(form: WeightFormat | ScaleBlock) -> bool:
     return form.signed_scales or (form.block is not None and form.block.signed)
 
 
-def _stored(steps: Steps) -> Steps:
+def stored(steps: Steps) -> Steps:
     """Returns steps as their format stores them; scales in few bits as they are."""
     form = steps.form
     if isinstance(form, WeightFormat) and form.block is not None:

@@ -37,7 +37,7 @@ class Figure(Strict):
     """A number with its unit and where it comes from."""
 
     value: float
-    unit: str = Field(description="bytes, ms, s, tokens/s, tokens, sequences, %, points, or 1 for a ratio")
+    unit: str = Field(description="bytes, ms, s, tokens/s, tokens, sequences, nats, %, points, or 1 for a ratio")
     source: Source = Field(
         description="measured: ran on `device`; built: the compiler's figure for a real engine; estimated: a model's"
     )

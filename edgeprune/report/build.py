@@ -112,6 +112,7 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
         floor=setup.floor.values,
         search=_search(fitted),
         levers=_levers(fitted),
+        recovery=_recovery(fitted),
         quality_stop=_quality_stop(fitted),
         quality=quality_part(label, metric=setup.request.quality_metric, **fitted.quality.__dict__),
         robustness=robustness_part(fitted.robustness),
@@ -243,6 +244,23 @@ def _levers(fitted: Fitted) -> schema.Levers | None:
         return None
     parts = [schema.Lever(**vars(part)) for part in levers.parts]
     return schema.Levers(parts=parts, pruning_alone=levers.pruning_alone, precision_alone=levers.precision_alone)
+
+
+def _recovery(fitted: Fitted) -> schema.Recovery | None:
+    """Returns what the training of the fitted model did; none where there was none."""
+    if (done := fitted.chosen.recovery) is None:
+        return None
+    before, after = (
+        schema.Figure(value=done[name], unit="nats", source="measured", device="text of the dense model's own")
+        for name in ("before", "after")
+    )
+    return schema.Recovery(
+        **{name: done[name] for name in ("steps", "taken", "rows", "held_out", "row_tokens")},
+        before=before,
+        after=after,
+        minutes=done["seconds"] / 60,
+        memory_bytes=done["bytes"],
+    )
 
 
 def _formats(decoder: Decoder) -> dict[str, int]:

@@ -13,7 +13,7 @@ from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms, form
 from edgeprune.report.experience import Experience
 from edgeprune.report.images import Interval, Pictures
 from edgeprune.report.quality import Agreement, Answers, Identical
-from edgeprune.report.schema import Constraint, Figure, Levers, Outcome, Report, Search, Source, Text
+from edgeprune.report.schema import Constraint, Figure, Levers, Outcome, Recovery, Report, Search, Source, Text
 
 if TYPE_CHECKING:
     from edgeprune.report.frontier import Rung
@@ -93,6 +93,17 @@ def alone_text(levers: Levers) -> str:
         formats += " and the KV cache's"
     text = f"Pruning alone {cost(levers.pruning_alone)}"
     return f"{text}, {formats} alone {cost(levers.precision_alone)}, as predicted"
+
+
+def recovery_text(recovery: Recovery) -> str:
+    """Returns what a training toward the dense model did, how long it took, and on what it was judged."""
+    before, after = recovery.before.value, recovery.after.value
+    changed = f"divergence from the dense model {before:.3f} to {after:.3f} nats a token"
+    if not recovery.taken:
+        changed = f"no step bettered the divergence of {before:.3f} nats a token: the weights stayed as they were"
+    minutes = recovery.minutes
+    took = f"{minutes:.0f} minutes" if minutes >= 1.5 else number_text(60 * minutes, "s")
+    return f"{changed}, measured on {recovery.held_out} unseen rows of its text; {recovery.steps} steps in {took}"
 
 
 def figure_text(figure: Figure | None) -> str:

@@ -22,6 +22,7 @@ from edgeprune.report.figures import (
     levers_text,
     number_text,
     pictures_text,
+    recovery_text,
     times_text,
     workload_text,
 )
@@ -51,6 +52,7 @@ def render_html(report: Report) -> str:
         by_source=by_source(report.fitted.performance.memory),
         levers=levers_text(report.levers) if report.levers else "",
         alone=alone_text(report.levers) if report.levers else "",
+        recovery=recovery_text(report.recovery) if report.recovery else "",
         deciding=deciding_text(report.budget),
         costs=costs_text(report.search),
         estimated_sum=estimated_sum_text(report),

@@ -235,6 +235,24 @@ class Levers(Strict):
     )
 
 
+class Recovery(Strict):
+    """The training of the fitted model toward the dense one, after pruning and rounding."""
+
+    steps: int = Field(description="that were made, of the rows' tokens each")
+    taken: int = Field(
+        description="after how many of them the weights were taken; 0: none were better than before, which stayed"
+    )
+    before: Figure = Field(
+        description="KL divergence from the dense model's distribution to the fitted one's on the held-out rows"
+    )
+    after: Figure = Field(description="the same of the weights that were taken")
+    minutes: float
+    rows: int = Field(description="of text that the steps read: the user's and the dense model's own, in turn")
+    held_out: int = Field(description="rows of the dense model's own that no solve and no step has read, which chose")
+    row_tokens: int
+    memory_bytes: float = Field(description="estimated, that it held at its peak")
+
+
 class QualityStop(Strict):
     """The candidate nearest to a budget beyond the quality limit; `fitted` is the smallest model within that limit."""
 
@@ -375,6 +393,7 @@ class Report(Strict):
     )
     search: Search
     levers: Levers | None = Field(None, description="none: nothing was searched")
+    recovery: Recovery | None = Field(None, description="of the fitted model; none: it was not asked for")
     quality_stop: QualityStop | None = Field(description="where the budget lies beyond the quality limit")
     quality: Quality
     robustness: Robustness | None = Field(

@@ -22,14 +22,17 @@ from edgeprune.pipeline.duration import (
     in_words,
     passing,
     pruning,
+    recovering,
     sensing,
 )
 from edgeprune.pipeline.flow import working
 from edgeprune.pipeline.rates import Rates, probed
 from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.progress import Silent
+from edgeprune.pruning.effort import Effort
 from edgeprune.pruning.methods import method_named
 from edgeprune.pruning.prune import prune
+from edgeprune.pruning.recover import HELD_OUT, Rows, Student, Teacher, Training
 from edgeprune.search.response import measure_response
 from edgeprune.search.sensitivity import measure_sensitivities
 from tests.support.checkpoints import save_llama
@@ -109,6 +112,19 @@ def test_products_of_all_probes_are_those_that_torch_counts(wide):
         sensitivities = measure_sensitivities(wide, ids[:12], how.score, 0, FORMATS, (), CACHES)
         measure_response(wide, ids, sensitivities, how, 0, FORMATS, CACHES)
     assert work.passes + work.products == pytest.approx(counter.get_total_flops(), rel=0.25)
+
+
+def test_products_of_a_step_of_a_recovery_are_those_that_torch_counts(wide, tmp_path):
+    rows = Rows(None, lambda first, count: torch.randint(0, 640, (count, 129)), 129, 0)
+    student, teacher = Student(wide, wide, None, torch.float32, 128), Teacher(wide, None)
+    training = Training(student, teacher, rows, Effort(2), tmp_path)
+    training._own_rows(HELD_OUT, 2)  # they and the dense model's pass are apart
+    work = recovering(wide.decoder, Effort(1), 128) + (generating(wide.decoder, 128) + passing(wide.decoder, 128)) * -1
+    with FlopCounterMode(display=False) as counter:
+        training._step()
+    assert work.passes + work.products == pytest.approx(counter.get_total_flops(), rel=0.25)
+    assert recovering(wide.decoder, None, 128) == Work()
+    assert recovering(wide.decoder, Effort(minutes=2.0), 128) == Work(seconds=120.0)
 
 
 def test_seconds_are_work_over_rates_and_the_measurements():

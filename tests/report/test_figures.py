@@ -16,10 +16,11 @@ from edgeprune.report.figures import (
     levers_text,
     number_text,
     perplexity_text,
+    recovery_text,
     room_text,
 )
 from edgeprune.report.images import Interval
-from edgeprune.report.schema import Lever, Levers
+from edgeprune.report.schema import Lever, Levers, Recovery
 from tests.support.sample_reports import estimated_content, measured, measured_content, report_of
 
 
@@ -136,3 +137,22 @@ def test_what_one_lever_alone_would_cost():
 def test_what_more_of_a_limit_would_buy(gain, bought):
     rows = [row.model_copy(update={"gain": gain}) for row in report_of(estimated_content()).budget[:1]]
     assert f"5 % more of {rows[0].name} would {bought}" in deciding_text(rows)
+
+
+def recovery(taken: int, minutes: float = 12.4) -> Recovery:
+    before, after = (
+        {"value": value, "unit": "nats", "source": "measured", "device": "text"}
+        for value in (0.6104, 0.4521 if taken else 0.6104)
+    )
+    counts = {"steps": 240, "rows": 480, "held_out": 16, "row_tokens": 256, "memory_bytes": 2e9}
+    return Recovery(taken=taken, before=before, after=after, minutes=minutes, **counts)
+
+
+def test_a_recovery_says_what_it_won_and_what_judged_it():
+    assert recovery_text(recovery(240)) == (
+        "divergence from the dense model 0.610 to 0.452 nats a token, measured on 16 unseen rows of its text; "
+        "240 steps in 12 minutes"
+    )
+    words = recovery_text(recovery(0, 0.5))
+    assert words.startswith("no step bettered the divergence of 0.610 nats a token: the weights stayed as they were")
+    assert words.endswith("240 steps in 30 s")
