@@ -5,7 +5,7 @@
     python tools/tasks.py --sotu package/data --handbook handbook/usr/share/doc/debian-handbook/html \\
         --cells docs/tasks.jsonl --write docs/tasks.md
 
-About ten minutes a model on two idle cores. Every finished model is one line of --cells: started again, it goes on with
+Some minutes a model on two idle cores. Every finished model is one line of --cells: started again, it goes on with
 the missing ones. The model is the demo's, turned (tools/turned.py), since its own layers lie on a grid of 4 bits; all
 models answer as graphs in ONNX Runtime.
 

@@ -19,6 +19,7 @@ def fitted(tmp_path_factory):
     home, folder = runs.home(tmp_path_factory), tmp_path_factory.mktemp("tasks")
     own = write_questions(folder / "own.jsonl")
     asked = {"tasks": str(own), "questions": 8, "max_task_drop": 99, "quality_metric": "task:own", "context": 64}
+    asked |= {"weights": "float", "cache": "float"}  # the search is not what is tested
     with runs.short_durations():
         result = edgeprune.fit(**runs.options(home, folder / "bundle", **asked))
     return result, own
