@@ -4,8 +4,8 @@
         --novel novel/package/data --cells docs/drift.jsonl --write docs/drift.md
 
 tools/quality.py says where the texts come from. Some minutes on an idle core. The demo is pruned by 30 % with widths
-that are the same everywhere, on SAMPLES samples of half of the speeches before 1990; the pruned model then reads all
-texts. Made from --cells where that is there.
+that are the same everywhere, on SAMPLES samples of half of the speeches before 1990; the dense model reads all
+texts, as in `edgeprune drift`. Made from --cells where that is there.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def measured(model: Model, texts: Texts) -> list[dict[str, Any]]:
 
     fitted = pruned(model, texts.calibration)
     _tell(" pruned ")
-    moments = sketches(fitted, np.concatenate([texts.calibration, *texts.new.values()]), lambda: _tell(":"))
+    moments = sketches(model, np.concatenate([texts.calibration, *texts.new.values()]), lambda: _tell(":"))
     ends = np.cumsum([SAMPLES, *map(len, texts.new.values())])
     calibration, *new = np.split(moments, ends[:-1], axis=1)
     _tell(" read ")

@@ -29,7 +29,7 @@ def drift(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The dense model, to tell the cost. Default: that of the fit, where it is on this machine.",
+            help="The dense model. Default: that of the fit, where it is on this machine.",
             rich_help_panel=MODEL,
         ),
     ] = None,

@@ -16,7 +16,7 @@ from edgeprune.files import at_home, check_text
 from edgeprune.ondevice.bundle import Chosen, open_to_run
 from edgeprune.pipeline.request import DEMO, check_seed
 from edgeprune.pipeline.run_file import RUN_FILE, read_run_file
-from edgeprune.pipeline.sketch import DENSE, FITTED, SAMPLES, SKETCH_FILE, Sketch, read_sketch
+from edgeprune.pipeline.sketch import SAMPLES, SKETCH_FILE, Sketch, read_sketch
 from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.drift import DriftReport, Module, Sample, concluded
 from edgeprune.report.quality import Text, text_part, worst_text
@@ -44,8 +44,8 @@ def drift(
     """Compares new texts with the calibration data of a bundle that fit wrote.
 
     texts, since: files or folders as calibration data is; since: None for the sketch that the bundle holds of it.
-    model: the dense one, for the cost; by default that of the fit where it is on this machine. samples: of the new
-    texts, at most. Raises InputError.
+    model: the dense one, by default that of the fit where it is on this machine; without it there is no cost, and since
+    is needed. samples: of the new texts, at most. Raises InputError.
     """
     from edgeprune.evaluate.drift import LEAST_SAMPLES, module_names
     from edgeprune.evaluate.drift import drift as compared
@@ -94,7 +94,7 @@ def drift(
         model=fitted_report.model.name,
         texts=str(texts),
         since=f"{since}" if since is not None else "the calibration data of the fit",
-        reader=DENSE if reader is dense else FITTED,
+        reader="dense" if reader is dense else "fitted",
         samples=len(rows.ids),
         calibration_samples=moments.shape[1],
         length=length,
@@ -175,15 +175,15 @@ def _dense(chosen: Chosen, report: Report, given: str | Path | None) -> tuple[Mo
 
 
 def _reader(chosen: Chosen, sketch: Sketch | None, fitted: Model | None, dense: Model | None, no_dense: str) -> Model:
-    """Returns the model that reads the samples: that of the sketch. Raises InputError where it is not there."""
-    wanted = sketch.reader if sketch else (FITTED if fitted is not None else DENSE)
-    model = fitted if wanted == FITTED else dense
-    if model is None:
-        raise InputError(
-            f"{chosen.bundle} holds no checkpoint, and {no_dense or 'the sketch is of the fitted model'}",
-            "Give the dense model with --model, or fit again with a checkpoint and --layout uniform.",
-        )
-    return model
+    """Returns the model that reads the samples: the dense one, or the fitted one where the calibration data is read
+    again. Raises InputError where it is not there."""
+    if dense is not None:
+        return dense
+    if sketch is not None:
+        raise InputError(no_dense, "Or give the calibration data with --since: then the fitted model reads both.")
+    if fitted is None:
+        raise InputError(f"{chosen.bundle} holds no checkpoint, and {no_dense}", "Give the dense model with --model.")
+    return fitted
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,11 @@ def _fitted(run: Run) -> list[Fitted]:
     qualities = [run.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
     cross_check = None if outcome is None else run.cross_check(rungs[0])
     odd = robustness(run, rungs[0])
-    sketched = [sketch_file(run, index, rung) for index, rung in enumerate(rungs)]
+    sketch = sketch_file(run)
     seconds = run.journal.seconds
     fitted = [
         Fitted(setup, run.samples, dense, rung, outcome, quality, cross_check, seconds, gains, costs, stop, levers)
         for rung, quality in zip(rungs, qualities, strict=True)
     ]
-    fitted = [replace(rung, sketch=sketch) for rung, sketch in zip(fitted, sketched, strict=True)]
+    fitted = [replace(rung, sketch=sketch) for rung in fitted]
     return [replace(fitted[0], robustness=odd), *fitted[1:]]

@@ -73,7 +73,7 @@ def _fitted(run: Run) -> list[Fitted]:
         quality = run.evaluator.quality(f"of rung {index}", chosen)
         quality = run.evaluator.with_pictures(f"of rung {index}", chosen, quality)
         rung = replace(setup, budget=budget)
-        sketch = sketch_file(run, index, chosen)
+        sketch = sketch_file(run)
         seconds = run.journal.seconds
         one = Fitted(rung, run.samples, dense, chosen, outcome, quality, None, seconds, gains, planner.latency)
         fitted.append(replace(one, sketch=sketch))

@@ -229,7 +229,7 @@ def fitting(setup: Setup, rungs: int) -> Work:
     if setup.kind.writes_text:
         others = max(0, len(setup.samples.evaluation) - 1)
         work += passing(decoder, read_tokens(others), head=True) * 2  # of odd input, by the dense model and one rung
-        work += passing(decoder, min(samples.count, SKETCHED) * samples.length) * rungs
+        work += passing(decoder, min(samples.count, SKETCHED) * samples.length)
     if imaging := setup.kind.imaging:
         work += generating(decoder, imaging.count * samples.length * imaging.sampling.streams) * (1 + rungs)
     return work + Work(seconds=_measured_seconds(setup, candidates))

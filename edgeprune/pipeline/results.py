@@ -152,11 +152,5 @@ class Fitted:
 
 
 def has_checkpoint(fitted: Fitted) -> bool:
-    """Returns whether a bundle has a standard checkpoint."""
-    return keeps_checkpoint(fitted.setup, fitted.chosen)
-
-
-def keeps_checkpoint(setup: Setup, chosen: Candidate) -> bool:
-    """Returns whether a candidate's checkpoint goes into the bundle: layers of different widths fit into no
-    configuration."""
-    return setup.request.checkpoint and chosen.model.decoder.is_uniform
+    """Returns whether a bundle has a standard checkpoint: layers of different widths fit into no configuration."""
+    return fitted.setup.request.checkpoint and fitted.chosen.model.decoder.is_uniform

@@ -56,9 +56,9 @@ def lines(documents: list[str]) -> str:
     return "\n".join(json.dumps({"text": document}) for document in documents)
 
 
-def test_the_bundle_holds_what_its_checkpoint_reads_of_the_calibration_samples(bundle):
+def test_the_bundle_holds_what_the_dense_model_reads_of_the_calibration_samples(bundle):
     sketch = read_sketch(bundle / "rungs/0" / SKETCH_FILE)
-    assert (sketch.reader, sketch.length) == ("fitted", 32)
+    assert sketch.length == 32
     assert sketch.moments.shape == (4, 8, 136)
     assert f"rungs/0/{SKETCH_FILE}" in json.loads((bundle / "manifest.json").read_text())["sha256"]
 
@@ -85,8 +85,8 @@ def test_distance_and_cost_are_those_of_the_models_themselves(bundle, texts):
     from edgeprune.commands.drift import _rows
     from edgeprune.pipeline.documents import read
 
-    rows = _rows(read(texts["other"]), small, 6, 32, 5)
-    old, new = read_sketch(bundle / "rungs/0" / SKETCH_FILE).moments, sketches(small, rows.ids)
+    rows = _rows(read(texts["other"]), dense, 6, 32, 5)
+    old, new = read_sketch(bundle / "rungs/0" / SKETCH_FILE).moments, sketches(dense, rows.ids)
     gaps = []
     for a, b in zip(old.astype(float), new.astype(float), strict=True):
 
@@ -137,12 +137,16 @@ def test_the_command_line_prints_verdict_modules_cost_and_advice(bundle, texts):
     assert document == json.loads(again.model_dump_json())
 
 
-def test_without_the_dense_model_the_distance_stands_and_the_advice_is_to_recalibrate(bundle, texts, tmp_path):
+def test_without_the_dense_model_the_fitted_one_reads_both_texts(bundle, texts, tmp_path):
     copy = copy_of(bundle, tmp_path / "bundle")
     toml = (copy / "run.toml").read_text().replace(str(bundle.parent / "model"), "/no/such/model")
     rewrite(copy, "run.toml", toml.encode())
-    report = edgeprune.drift(copy, texts=texts["other"], samples=8).report
-    assert report.cost is None
+    with pytest.raises(InputError) as caught:
+        edgeprune.drift(copy, texts=texts["other"], samples=8)
+    assert "name it with --model" in caught.value.message
+    assert "--since" in caught.value.remedy
+    report = edgeprune.drift(copy, texts=texts["other"], since=bundle.parent / "text.jsonl", samples=8).report
+    assert (report.reader, report.cost) == ("fitted", None)
     assert "name it with --model" in report.no_cost
     assert "--calibration FOLDER" in report.steps[0].command
     assert report.steps[0].command.startswith("edgeprune fit --config ")
