@@ -1,4 +1,4 @@
-"""How long a recovery may train, as people write it, and what it holds in memory. Standard library only."""
+"""The work of a recovery as people write it, and its memory. It knows no torch: requests are checked by it."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ Draw = Callable[[int, int], torch.Tensor]  # (place of the first, count) -> rows
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a recovery did. before, after: mean KL(dense || model) in nats a token on the held-out rows; steps: that
+    """The record of a recovery. before, after: mean KL(dense || model) in nats a token on the held-out rows; steps: that
     were made; taken: after how many of them the weights were taken, 0: none were better than those before."""
 
     steps: int
@@ -285,8 +286,8 @@ def rate_at(step: int, steps: int) -> float:
 
 
 @dataclass
-class Progressed:
-    """How far a training is, but for its numbers. steps: in all, 0 while they are unknown."""
+class Place:
+    """The place of a training, but for its numbers. steps: in all, 0 while they are unknown."""
 
     step: int = 0
     steps: int = 0
@@ -300,8 +301,9 @@ class Training:
     """A training on its way, whose state a folder holds."""
 
     def __init__(self, student: Student, teacher: Teacher, rows: Rows, effort: Effort, folder: Path) -> None:
+        self.begun = time.monotonic()
         self.student, self.teacher, self.rows, self.effort, self.folder = student, teacher, rows, effort, folder
-        self.at = Progressed(steps=effort.steps or 0)
+        self.at = Place(steps=effort.steps or 0)
         self.numbers = [number for one in student.trained.values() for number in one.numbers]
         self.optimizer = torch.optim.AdamW(self.numbers, lr=RATE, betas=BETAS, weight_decay=0.0)
         self.held_out = rows.draw(0, HELD_OUT)
@@ -317,7 +319,7 @@ class Training:
         where the model to begin with gives no finite distribution.
         """
         self._resume()
-        begun, saved = time.monotonic() - self.at.seconds, time.monotonic()
+        begun, saved = self.begun - self.at.seconds, time.monotonic()
         if not self.at.step:
             self.at.before = self.at.best = self._checked()
             if not math.isfinite(self.at.before):
@@ -333,7 +335,7 @@ class Training:
             self.at.step += 1
             self.at.seconds = time.monotonic() - begun
             if not self.at.steps and len(times) == TIMED:
-                self.at.steps = self._steps_within(min(times[1:]))
+                self.at.steps = self._steps_within(median(times[1:]))
             on_step(self.at.step, self.at.steps)
             if self.at.step % CHECK_EVERY == 0 or self.at.step == self.at.steps:
                 self._keep_best()
@@ -407,7 +409,7 @@ class Training:
         if not path.exists():
             return
         state = torch.load(path, weights_only=True)
-        self.at = Progressed(**state["at"])
+        self.at = Place(**state["at"])
         self.take(state["values"])
         self.optimizer.load_state_dict(state["optimizer"])
 
