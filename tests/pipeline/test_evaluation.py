@@ -50,6 +50,7 @@ class Home:
             length=32,
             kind=Language(),
             profile=load_profile("rtx-4090"),
+            tasks=(),
         )
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
         journal = open_journal(folder, {}, resume, False)
