@@ -124,7 +124,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         drift.drift,
         (
             "edgeprune drift my-model-cpu --texts ./texts-of-june",
-            "edgeprune drift my-model-cpu --texts new.jsonl --since ./texts --model ./my-model",
+            "edgeprune drift my-model-cpu --texts new.jsonl --since ./texts",
         ),
     ),
     (USE, inspect.report, ("edgeprune report my-model-cpu",)),

@@ -39,7 +39,7 @@ def drift(
     seed: options.Seed = 0,
     json_: options.Json = False,
 ) -> None:
-    """How far new texts lie from a bundle's calibration data, what that costs, and what to do."""
+    """Tell how far new texts lie from a bundle's calibration data, what that costs, and what to do."""
     from edgeprune.commands.drift import drift as run
     from edgeprune.report.drift import print_drift
 

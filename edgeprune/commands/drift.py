@@ -69,7 +69,7 @@ def drift(
     dense, no_dense = _dense(chosen, fitted_report, model)
     fitted = _fitted(chosen)
     reader = _reader(chosen, sketch, fitted, dense, no_dense)
-    length = LENGTH if sketch is None else sketch.length
+    length = sketch.length if sketch else min(LENGTH, reader.decoder.max_position_embeddings)
     rows = _rows(new, reader, samples, length, seed)
     # Moments of what its modules read.
     layers = len(reader.decoder.layers)
