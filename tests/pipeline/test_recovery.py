@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from edgeprune.commands.fit import fit
+from edgeprune.commands.frontier import frontier
 from edgeprune.errors import InputError
 from edgeprune.model.load import load_model
 from edgeprune.ondevice import machine
@@ -129,3 +130,11 @@ def test_a_machine_of_too_little_memory_is_told_before_any_work(small, tmp_path,
     with pytest.raises(InputError, match="--recover holds about"):
         setup_of(small, tmp_path / "out", recover="60")
     setup_of(small, tmp_path / "out")
+
+
+def test_every_rung_of_a_frontier_is_trained(small, tmp_path):
+    seen = []
+    given = options(small, tmp_path / "out", memory=None, recover="12", weights="float")
+    result = frontier(**given, rungs=2, progress=lambda stage, done, total: seen.append((stage, done, total)))
+    assert seen.count(("recover", 12, 12)) == len(result.report.rungs) == 2
+    assert result.bundle is not None
