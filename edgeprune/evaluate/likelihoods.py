@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from edgeprune.evaluate.agreement import common_beginning
 from edgeprune.evaluate.perplexity import padded
-from edgeprune.model.forward import final_states, predictions, weight_stream
+from edgeprune.model.forward import CHUNK_TOKENS, final_states, predictions, weight_stream
 from edgeprune.model.model import Model
 from edgeprune.ondevice.onnxruntime import GraphRunner
 
@@ -103,7 +103,7 @@ class ModelLikelihoods:
             count = max(1, WALK_TOKENS // len(asked[order[-1]].ids))
             places, order = order[-count:], order[:-count]
             ids = torch.from_numpy(padded([asked[place].ids for place in places]))  # (count, longest)
-            states = final_states(self.model.decoder, weight_stream(self.model), ids)
+            states = final_states(self.model.decoder, weight_stream(self.model), ids, CHUNK_TOKENS, lambda: None)
             losses, likeliest = predictions(self.model.decoder, *states, ids)
             for row, place in enumerate(places):
                 span = slice(asked[place].start - 1, len(asked[place].ids) - 1)

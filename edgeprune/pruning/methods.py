@@ -47,7 +47,7 @@ SCORE_WORDS = {
     score.obs: "least cost of removal (Optimal Brain Surgeon)",
     score.numerical: "least mask, closed form (Shen et al. 2025)",
     score.numerical_box: "least mask, within 0 and 1",
-    score.flap: "least fluctuation on the dense model (FLAP, An et al. 2024)",
+    score.flap: "least fluctuation in the dense model (FLAP)",
     score.fluctuation: "least fluctuation (FLAP's score)",
     score.wanda: "least weight times input (Wanda-sp)",
     score.magnitude: "smallest weights",

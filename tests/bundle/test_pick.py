@@ -126,6 +126,7 @@ def test_a_frontiers_bundle_is_whole_and_chooses_nothing(made):
             "reference.npz",
             "report.json",
             "deployment.json",
+            "moments.npz",
         }
         assert [step.command for step in report.deploy] == [f"edgeprune fit --from 'a ladder' --pick {index}"]
         assert report.command == manifest["command"]
