@@ -77,8 +77,10 @@ class CostModel:
             slope = (self._points[high] - self._points[low]) / (high - low)
             if slope > 0:
                 return self._points[low] + slope * (estimated - low)
-        # Else the estimate, scaled as that of the nearest point.
-        nearest = min(xs, key=lambda x: abs(x - estimated))
+        # Else the estimate, scaled as that of the nearest point; one that was estimated to cost nothing has no scale.
+        if not (scaled := [x for x in xs if x > 0]):
+            return self._points[xs[0]]
+        nearest = min(scaled, key=lambda x: abs(x - estimated))
         return self._points[nearest] * estimated / nearest
 
     def room(self, limit: float) -> float:

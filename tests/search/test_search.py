@@ -186,6 +186,17 @@ def test_the_cost_model_does_not_follow_noise_downhill() -> None:
     assert model.predict(5.0) < 20.0
 
 
+def test_a_candidate_that_is_estimated_to_cost_nothing_scales_no_other_one() -> None:
+    """As in a tiny model on a busy machine: no width was seen to cost anything, and later ones took less."""
+    model = CostModel(10.0, 20.0)
+    model.correct(0.0, 21.0)
+    assert model.predict(4.0) == 8.0
+    assert model.predict(0.0) == 0.0
+    assert model.room(10.0) == pytest.approx(5.0)
+    assert CostModel(0.0, 20.0).predict(4.0) == 20.0
+    assert CostModel(0.0, 20.0).room(10.0) == 0.0
+
+
 @given(
     points=st.lists(st.tuples(st.floats(1, 100), st.floats(0.5, 2.0)), min_size=1, max_size=4), limit=st.floats(1, 150)
 )
