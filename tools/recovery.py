@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from edgeprune.evaluate.perplexity import Losses, log_rise, text_losses
 from edgeprune.model.forward import WeightStream, weight_stream
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
-from edgeprune.model.quantised import QuantisedWeight, as_float
+from edgeprune.model.save import save_checkpoint
 from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
 from edgeprune.pipeline.comparison import Comparison, Layout, WidthRule, generate_samples
 from edgeprune.pipeline.kind import Language
@@ -128,9 +129,9 @@ class RecoveryBench:
         return torch.from_numpy(np.load(path))
 
     def _pruned(self, cell: RecoveryCell) -> Model:
-        """Returns the pruned model of a cell, from its file where that is there."""
+        """Returns the pruned model of a cell, from its checkpoint where that is there."""
         generated = self._written(0, GENERATED, LENGTH, 0)
-        path, dense = self.work / f"pruned-{cell.ratio:g}-{cell.form}.pt", self.model.decoder
+        path, dense = self.work / f"pruned-{cell.ratio:g}-{cell.form}", self.model.decoder
         if not path.exists():
             if cell.ratio:
                 given = self.model, self.ids, generated, self.texts.evaluation, LENGTH, 0, Silent()
@@ -140,12 +141,12 @@ class RecoveryBench:
                 groups, heads = attention.num_key_value_heads, attention.heads_per_group
                 target = dense.with_widths(groups, heads, CHANNELS)
             target = target.with_format(None if cell.form is None else WEIGHT_FORMATS[cell.form])
-            weights = dict(prune(self.model, target, self.ids, METHODS[DEFAULT], 0, generated=generated))
-            torch.save((result_of(target, METHODS[DEFAULT]), weights), path)
-        decoder, stored = torch.load(path, weights_only=False)
-        quantised = {name: weight for name, weight in stored.items() if isinstance(weight, QuantisedWeight)}
-        floats = {name: as_float(weight) for name, weight in stored.items()}
-        return replace(self.model, decoder=decoder, weights=floats, quantised=quantised)
+            stream = prune(self.model, target, self.ids, METHODS[DEFAULT], 0, generated=generated)
+            part = path.with_name(path.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            save_checkpoint(result_of(target, METHODS[DEFAULT]), stream, self.model, part, dtype=torch.float32)
+            part.rename(path)
+        return load_model(str(path))
 
 
 def _nats(losses: Mapping[str, Losses]) -> dict[str, list[float]]:

@@ -10,16 +10,18 @@ Shapes: b rows, t tokens, p positions that are compared, c hidden_size.
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from edgeprune.errors import NumericalError
@@ -47,6 +49,7 @@ RATE, BETAS, CLIP = 3e-4, (0.9, 0.99), 1.0  # of AdamW, without decay
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the whole rate; its share at the end of the cosine
 CHECK_EVERY = 60  # steps between two looks at the held-out rows
 TIMED = 4  # steps, the first without, from whose time the number of steps within minutes follows
+STATE, BEST = "state.safetensors", "best.safetensors"
 SAVE_SECONDS = 120.0  # between two states on the disk
 
 Stored = torch.Tensor | QuantisedWeight
@@ -397,43 +400,51 @@ class Training:
         loss = self._checked()
         if loss < self.at.best:
             self.at.best, self.at.taken = loss, self.at.step
-            _write(self.folder / "best.pt", self._values())
+            _write(self.folder / BEST, self._values())
 
-    def _values(self) -> list[torch.Tensor]:
-        return [number.detach() for number in self.numbers]
+    def _values(self) -> dict[str, torch.Tensor]:
+        return {str(place): number.detach() for place, number in enumerate(self.numbers)}
 
     def _save(self) -> None:
-        state = {"at": vars(self.at), "values": self._values(), "optimizer": self.optimizer.state_dict()}
-        _write(self.folder / "state.pt", state)
+        moments = {
+            f"{place}.{name}": part
+            for place, number in enumerate(self.numbers)
+            for name, part in self.optimizer.state[number].items()
+        }
+        _write(self.folder / STATE, self._values() | moments, {"at": json.dumps(vars(self.at))})
 
     def _resume(self) -> None:
         """Goes on where the folder's state ends, if there is one."""
-        path = self.folder / "state.pt"
+        path = self.folder / STATE
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
-        self.at = Place(**state["at"])
-        self.take(state["values"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with safe_open(path, "pt") as file:
+            self.at = Place(**json.loads(file.metadata()["at"]))
+        tensors = load_file(path)
+        self.take(tensors)
+        for name, part in tensors.items():
+            place, _, of = name.partition(".")
+            if of:
+                self.optimizer.state[self.numbers[int(place)]][of] = part
 
     @torch.no_grad()
-    def take(self, values: list[torch.Tensor]) -> None:
-        """Sets all that is trained to these values."""
-        for number, value in zip(self.numbers, values, strict=True):
-            number.copy_(value)
+    def take(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Sets all that is trained to the values of its places."""
+        for place, number in enumerate(self.numbers):
+            number.copy_(values[str(place)])
 
     def best(self) -> dict[str, Stored] | None:
         """Returns the trained weights that were best, as they are stored; None where those before were."""
         if not self.at.taken:
             return None
-        self.take(torch.load(self.folder / "best.pt", weights_only=True))
+        self.take(load_file(self.folder / BEST))
         return {name: one.as_stored() for name, one in self.student.trained.items()}
 
 
-def _write(path: Path, values: Any) -> None:
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a file that is there as a whole or not at all."""
     part = path.with_name(path.name + ".part")
-    torch.save(values, part)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
     part.replace(path)
 
 
