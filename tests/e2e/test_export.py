@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from gguf import GGUFReader
 
@@ -19,12 +18,11 @@ from edgeprune.report.schema import Report
 from tests.support.checkpoints import save_llama
 from tests.support.commands import SMALL, run
 from tests.support.families import save_family
-from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
+from tests.support.llamacpp import VOCABULARY, LlamaCpp, assert_same_choices, save_merging_tokenizer
 
 pytestmark = pytest.mark.slow
 
 PROMPT, COUNT = "the quick brown", 12
-NEAR_TIE = 0.2  # of two logits; those of the two differ by 0.16 at most
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it")
 
 
@@ -83,14 +81,7 @@ def test_llama_cpp_runs_the_file_in_the_bundle(home):
     ids = [int(tokens[0]) for tokens in generate(runner, [prompt], COUNT)]
     said = run("run", bundle, "--prompt", PROMPT, "--max-new-tokens", str(COUNT))
     assert said.stdout.rstrip("\n") == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd\n")
-    llama, decided = LlamaCpp(file), 0
-    for index, taken in enumerate(ids):
-        runner.reset()
-        logits = runner.run(np.array([prompt + ids[:index]]))[0]
-        if np.ptp(np.sort(logits)[-2:]) >= NEAR_TIE:
-            assert int(np.argmax(llama.log_probabilities(prompt + ids[:index]))) == taken
-            decided += 1
-    assert decided >= COUNT // 2
+    assert_same_choices(runner, LlamaCpp(file), prompt, ids)
 
 
 REFUSED = {

@@ -11,16 +11,20 @@ import pytest
 from gguf import GGUFReader
 
 from edgeprune.model.gguf.blocks import block_type
+from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.bundle import open_bundle, sha256
+from edgeprune.ondevice.llamacpp import MODEL_FILE, LlamaRunner
+from edgeprune.ondevice.sampling import generate
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.schema import Report
 from tests.support.checkpoints import save_llama
 from tests.support.commands import SMALL, run
 from tests.support.families import save_family
-from tests.support.llamacpp import VOCABULARY, LlamaCpp, save_merging_tokenizer
+from tests.support.llamacpp import VOCABULARY, LlamaCpp, assert_same_choices, save_merging_tokenizer
 
 pytestmark = pytest.mark.slow
 
+PROMPT, COUNT = "the quick brown", 8
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it")
 ENGINE = ("--device", "cpu", "--engine", "llama.cpp")
 
@@ -86,12 +90,15 @@ def test_a_fit_measures_what_it_ships(bundle: Path) -> None:
 
 
 def test_the_bundle_runs_in_llama_cpp(bundle: Path) -> None:
-    """Greedily, `edgeprune run` says what llama.cpp's own server does of the same file."""
-    result = run("run", bundle, "--prompt", "the quick brown", "--temperature", "0", "--max-new-tokens", "8")
+    """Greedily, `edgeprune run` says what our runner of llama.cpp does, and that what llama.cpp's own server does."""
+    result = run("run", bundle, "--prompt", PROMPT, "--temperature", "0", "--max-new-tokens", str(COUNT))
     assert result.returncode == 0, result.stderr
     assert "ONNX" not in result.stderr
-    server = LlamaCpp(bundle / "engine" / "model.gguf")
-    assert result.stdout.strip("\n") in "".join(entry["token"] for entry in server.generate("the quick brown", 8))
+    file, tokenizer = bundle / "engine" / MODEL_FILE, load_tokenizer(bundle / "model")
+    prompt, runner = tokenizer(PROMPT)["input_ids"], LlamaRunner(file, 64)
+    ids = [int(tokens[0]) for tokens in generate(runner, [prompt], COUNT)]
+    assert result.stdout.rstrip("\n") == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd\n")
+    assert_same_choices(runner, LlamaCpp(file), prompt, ids)
 
 
 def test_measured_again(bundle: Path) -> None:

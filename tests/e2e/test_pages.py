@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ from tests.support.commands import run
 from tests.support.device import Server, ssh_server
 from tests.support.device_doubles import nvidia_smi, path_to, python_with_doubles
 from tests.support.llamagen import random_llamagen
+from tests.support.questions import write_questions
 from tests.support.vocabularies import byte_level
 from tests.support.vq import small_vq
 
@@ -35,6 +37,7 @@ ROOM = ("--memory", "1GiB")  # of so small a model nearly all memory is the runt
 FEWER = {
     "fit": SMALL,
     "fit ./my-model --device rtx-4090": (*SMALL, *ROOM),
+    "fit ./my-model --device cpu --decode 70% --recover": (*SMALL, "--recover", "2"),
     "fit --from": (),
     "fit ./imagegpt-small": ("--samples", "8", "--images", "8"),
     "fit c2i.pt": ("--samples", "8", "--images", "8", "--num-heads", "2", *ROOM),
@@ -74,6 +77,11 @@ def home(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tmp_path / "our-texts").mkdir()
     paragraphs = [TEXT.format(number) * (3 + number % 5) for number in range(40)]
     (tmp_path / "our-texts" / "notes.txt").write_text("\n\n".join(paragraphs))
+    for folder in ("logs", "texts-of-june"):
+        shutil.copytree(tmp_path / "our-texts", tmp_path / folder)
+    said = [{"messages": [{"role": "user", "content": paragraph}]} for paragraph in paragraphs[20:]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in said))
+    write_questions(tmp_path / "questions.jsonl")
     shutil.copytree(fitted(tmp_path_factory), tmp_path / "demo-bundle", symlinks=True)
     gpt = random_llamagen(dim=128, heads=2, channels=384, layers=2, vocabulary=64, classes=1001, side=4)
     args = argparse.Namespace(num_classes=1000, image_size=16, downsample_size=4, vocab_size=64, cls_token_num=1)
@@ -96,6 +104,7 @@ def test_the_commands_of_a_page_run_in_its_order(name: str, home: Path, server: 
     for command in written:
         command = command.replace("ssh://me@orin", server.target).replace("MODEL", "./my-model")
         command = command.replace("c2i_B_384", "c2i")  # a name that would contradict so small a model
+        command = command.replace("arc_easy,", "")  # which has to be downloaded
         beginnings = [beginning for beginning in FEWER if command.startswith(f"edgeprune {beginning}")]
         fewer = FEWER[max(beginnings, key=len)] if beginnings else ()
         result = run(*shlex.split(command)[1:], *fewer, cwd=home, path=path_to(server))
