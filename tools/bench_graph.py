@@ -112,7 +112,7 @@ def rounded(model: Model, form: WeightFormat) -> Model:
     decoder, codes = model.decoder.with_format(form, WEIGHT_FORMATS["int8"]), {}
     for name, own in decoder.weight_formats.items():
         weight = model.weights[name].float()
-        codes[name] = choose_grid(weight, torch.ones(weight.shape[1]), own, (0.4,)).nearest(weight)
+        codes[name] = choose_grid(weight, torch.ones(weight.shape[1]), own, "ends").nearest(weight)
         if own.activation_bits is not None:
             codes[name] = replace(codes[name], input_scale=INPUT_SCALE)
     return replace(model, decoder=decoder, quantised=codes)

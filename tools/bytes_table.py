@@ -133,7 +133,7 @@ def by_gptq(form: WeightFormat) -> Rounder:
 
     def rounder(index: int, weights: LayerWeights, inputs: torch.Tensor) -> LayerWeights:
         moments, weight = gram(inputs), torch.cat(list(weights.values()))
-        rounded = gptq(weight, moments, choose_grid(weight, moments.diagonal(), form)).dequantised()
+        rounded = gptq(weight, moments, choose_grid(weight, moments.diagonal(), form, "starts")).dequantised()
         return dict(zip(weights, rounded.split([len(one) for one in weights.values()]), strict=True))
 
     return rounder

@@ -264,7 +264,7 @@ def rounded_stream(model: Model, target: Decoder) -> WeightStream:
     for name, weight in weight_stream(model):
         if (form := formats.get(name)) is not None:
             weight = as_float(weight)
-            weight = choose_grid(weight, torch.ones(weight.shape[1]), form).nearest(weight)
+            weight = choose_grid(weight, torch.ones(weight.shape[1]), form, "starts").nearest(weight)
         yield name, weight
 
 

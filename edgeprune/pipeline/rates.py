@@ -56,7 +56,9 @@ def probed(decoder: Decoder, sequences: int) -> Rates:
             factors=WIDTH**3 / 3 * _per_second(lambda turn: cholesky(moments, 1.0)),
             steps=2.0 * few.numel() * width * _per_second(lambda turn: few @ matrices[turn % len(matrices)]),
             weights=square.numel()
-            * _per_second(lambda turn: choose_grid(square, square[0], WEIGHT_FORMATS["int4-64"]).nearest(square)),
+            * _per_second(
+                lambda turn: choose_grid(square, square[0], WEIGHT_FORMATS["int4-64"], "starts").nearest(square)
+            ),
         )
 
 

@@ -19,17 +19,14 @@ import torch
 
 from edgeprune.model.quantised import QuantisedWeight, joined
 from edgeprune.precision import WeightFormat
-from edgeprune.pruning.grids import Grid, choose_grid
+from edgeprune.pruning.grids import Grid, Search, choose_grid
 from edgeprune.pruning.linear import cholesky
 
 DAMPING = 0.1  # added to the moments as a share of their mean diagonal: samples say little about other kinds of text
-GPTQ_CUTS = (-0.2, 0.5)
-"""As CUTS of grids.py: GPTQ moves weights beyond the ends of their group, so that its grids cut less off; and a finer
-search of them gains nothing."""
-
 BLOCK = 128  # columns whose changes of all later columns are gathered into one product
 ROWS = 4096  # outputs that are rounded at a time
 PROBED_OUTPUTS = 64  # on which GPTQ is compared with rounding, and the error is taken, at most
+EXACT_WEIGHTS = 1 << 20  # of a matrix, at most, whose grid is searched for exactly: some seconds
 
 Rounding = Literal["gptq", "nearest"]
 
@@ -118,14 +115,12 @@ def quantise(
     rounding: Rounding = "nearest"
     if held_out is not None and _is_gptq_better(weight, moments, held_out, form):
         rounding, changes = "gptq", _changes(moments)
+    search: Search = "ends" if rounding == "gptq" else "exact" if weight.numel() <= EXACT_WEIGHTS else "starts"
     parts, largest = [], torch.maximum(weight.max(), -weight.min()).float()
     for rows in weight.split(ROWS):
         rows = rows.float()
-        if rounding == "nearest":
-            parts.append(choose_grid(rows, moments.diagonal(), form, largest=largest).nearest(rows))
-        else:
-            grid = choose_grid(rows, moments.diagonal(), form, GPTQ_CUTS, largest)
-            parts.append(grid.with_codes(_gptq(rows, *changes, grid)))
+        grid = choose_grid(rows, moments.diagonal(), form, search, largest)
+        parts.append(grid.nearest(rows) if rounding == "nearest" else grid.with_codes(_gptq(rows, *changes, grid)))
     result, some = joined(parts), probed_outputs(weight)
     error = relative_error(weight[some].float(), result.rows(some).dequantised(), moments)
     return Quantisation(result, rounding, error)
@@ -134,8 +129,8 @@ def quantise(
 def _is_gptq_better(weight: torch.Tensor, moments: torch.Tensor, held_out: torch.Tensor, form: WeightFormat) -> bool:
     """Returns whether GPTQ on the other samples leaves a smaller error on the held-out ones; on some outputs."""
     rows = weight[probed_outputs(weight)].float()
-    grid = choose_grid(rows, moments.diagonal(), form, GPTQ_CUTS)
-    tried = (gptq(rows, moments, grid, held_out), choose_grid(rows, moments.diagonal(), form).nearest(rows))
+    ends, starts = (choose_grid(rows, moments.diagonal(), form, search) for search in ("ends", "starts"))
+    tried = gptq(rows, moments, ends, held_out), starts.nearest(rows)
     by_gptq, by_nearest = (_energy(rows - rounded.dequantised(), held_out.float()) for rounded in tried)
     return by_gptq < by_nearest
 

@@ -41,7 +41,8 @@ from edgeprune.model.levels import values_of
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight, StraightThrough, as_float, input_scale_of
 from edgeprune.pruning.effort import EVERY, LOGIT_ROWS, ROWS, Effort, needed_bytes
-from edgeprune.pruning.grids import Grid, Steps, stored
+from edgeprune.pruning.grids import Grid
+from edgeprune.pruning.steps import Steps, stored
 
 FRESH = 32  # rows of the model's own that are drawn at a time
 HELD_OUT = 16  # rows of the model's own that no step sees, which choose

@@ -36,7 +36,7 @@ from edgeprune.precision import CacheFormat, WeightFormat
 from edgeprune.pruning.activations import rounded_module
 from edgeprune.pruning.grids import choose_grid
 from edgeprune.pruning.moments import gram, held_out_rows
-from edgeprune.pruning.quantize import GPTQ_CUTS, gptq_squares, probed_outputs
+from edgeprune.pruning.quantize import gptq_squares, probed_outputs
 from edgeprune.pruning.score import Projection
 from edgeprune.search.widths import CacheLosses, RoundingLosses
 
@@ -171,7 +171,7 @@ def _rounded(
         importance = of_output if name == OUTPUT[kind] else of_states
         if importance is None or len(importance) != weight.shape[1]:  # the output projection of an expert
             importance = torch.ones(weight.shape[1])
-        changed[name] = choose_grid(weight, importance, form, GPTQ_CUTS).nearest(weight).dequantised()
+        changed[name] = choose_grid(weight, importance, form, "ends").nearest(weight).dequantised()
     return changed
 
 
@@ -201,11 +201,11 @@ def table_losses(
         alike = torch.ones(embedding.shape[1])
         rows = embedding[ids.flatten()]  # (b * t, c)
         used, places = ids.flatten().unique(return_inverse=True)
-        off = choose_grid(embedding[used], alike, form, GPTQ_CUTS).nearest(embedding[used]).dequantised()[places] - rows
+        off = choose_grid(embedding[used], alike, form, "ends").nearest(embedding[used]).dequantised()[places] - rows
         of_embedding = float((off.mul_(decoder.embedding_scale).square().sum(dim=1) * energy.flatten()).sum())
         # A tied table has no say about the moments of what it reads.
         importance = alike if decoder.tie_word_embeddings else moments
-        changed = choose_grid(head, importance, form, GPTQ_CUTS).nearest(head).dequantised()
+        changed = choose_grid(head, importance, form, "ends").nearest(head).dequantised()
         logits = head_logits(decoder, states, changed).log_softmax(dim=-1)
         of_head = float(F.kl_div(logits, likely, reduction="sum")) / len(states)
         if decoder.tie_word_embeddings:
@@ -235,7 +235,7 @@ class GptqShares:
         """Returns the share in a format, on held-out inputs, 1 at most."""
         if self.left is None:
             return 1.0
-        grid = choose_grid(self.rows, self.importance, form, GPTQ_CUTS)
+        grid = choose_grid(self.rows, self.importance, form, "ends")
         off = self.rows - grid.nearest(self.rows).dequantised()
         by_nearest = float((self.held_out @ off.T).square_().sum())
         # By GPTQ each weight is off by up to half a step, evenly: those before have moved it anywhere.

@@ -44,16 +44,12 @@ KINDS = ("normal", "heavy tails", "unequal rows and columns", "off zero")
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(GGML.values())), st.sampled_from(KINDS), st.integers(0, 10**6), st.floats(0, 2))
 def test_it_never_loses_more_than_ggml(form, kind, seed, spread):
-    """Over a matrix; by the errors weighed with the mean squares of the inputs, which ggml is given too.
-
-    Where one row has nearly all of the error, its few blocks decide, whose units are searched on the scales alone.
-    """
-    share = 1.03 if form.block is not None and kind == "unequal rows and columns" else 1.0
+    """Over a matrix; by the errors weighed with the mean squares of the inputs, which ggml is given too."""
     weight = drawn(kind, seed, 16, 512)
     importance = (spread * torch.randn(512, generator=torch.Generator().manual_seed(seed))).exp()
     rounded = choose_grid(weight, importance, form).nearest(weight).dequantised()
     by_ggml = loss(weight, rounded_by_ggml(weight, importance, form.name.upper()), importance)
-    assert loss(weight, rounded, importance) <= share * by_ggml
+    assert loss(weight, rounded, importance) <= by_ggml
 
 
 def on_a_grid(form: WeightFormat, seed: int, outputs: int = 4, inputs: int = 512) -> QuantisedWeight:
@@ -105,12 +101,64 @@ def test_a_symmetric_grid_of_4_bits_is_found_whatever_its_largest_code(name):
         assert torch.equal(grid.nearest(weight).dequantised(), weight), most
 
 
-SCANNED = {WeightFormat("i3", 3, 8): 1.005, WeightFormat("i4", 4, 16): 1.005, WeightFormat("a4", 4, 16, "zero"): 1.06}
+def brute_force(weight: torch.Tensor, importance: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """The least error (out, groups) fp64 of all codes with all zeros, each with the least squares of scale and minimum.
+
+    The scales are any numbers, of one sign unless the format has both.
+    """
+    values = weight.double().unflatten(1, (-1, form.group))
+    weights = importance.double().unflatten(0, (-1, form.group))
+    total, best = weights.sum(-1), torch.full(values.shape[:2], torch.inf, dtype=torch.float64)
+    zeros = range(form.least, form.most + 1) if form.offset == "zero" else (0,)
+    for codes in itertools.product(range(form.least, form.most + 1), repeat=form.group):
+        for zero in zeros:
+            levels = torch.tensor(codes, dtype=torch.float64) - zero
+            of_levels, of_squares = (weights * levels).sum(-1), (weights * levels**2).sum(-1)
+            of_values, of_products = (values * weights).sum(-1), (values * weights * levels).sum(-1)
+            if form.offset == "minimum":
+                common = total * of_squares - of_levels**2
+                scales = torch.where(common > 1e-9, (total * of_products - of_levels * of_values) / common, 0.0)
+                minima = (of_values - scales * of_levels) / total
+            else:
+                scales = torch.where(of_squares > 0, of_products / of_squares, 0.0)
+                minima = torch.zeros(())
+            scales = scales if form.signed_scales else scales.clamp_min(0)
+            off = scales[..., None] * levels + minima[..., None] - values
+            error = (off**2 * weights).sum(-1)
+            best = torch.minimum(best, error)
+    return best
+
+
+TINY = [
+    WeightFormat("i2", 2, 6),
+    WeightFormat("i3", 3, 4),
+    WeightFormat("s3", 3, 4, signed_scales=True, storage="gguf"),
+    WeightFormat("z2", 2, 4, "zero"),
+    WeightFormat("z3", 3, 3, "zero"),
+    WeightFormat("m2", 2, 4, "minimum", unsigned=True, storage="gguf"),
+    WeightFormat("m3", 3, 3, "minimum", unsigned=True, storage="gguf"),
+]
+
+
+@pytest.mark.parametrize("form", TINY, ids=[form.name for form in TINY])
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(0, 10**6), st.floats(0, 2))
+def test_it_is_the_best_of_all_codes_on_tiny_blocks(form, kind, seed, spread):
+    """But for what storing the scales in fp16 adds."""
+    weight = drawn(kind, seed, 8, form.group * 16)
+    importance = (spread * torch.randn(form.group * 16, generator=torch.Generator().manual_seed(seed))).exp()
+    rounded = choose_grid(weight, importance, form).nearest(weight).dequantised()
+    assert loss(weight, rounded, importance) <= 1.002 * float(
+        brute_force(weight, importance, form).sum()
+    ) + 2e-5 * loss(weight, torch.zeros(()), importance)
+
+
+SCANNED = {WeightFormat("i3", 3, 8): 1.001, WeightFormat("i4", 4, 16): 1.001, WeightFormat("a4", 4, 16, "zero"): 1.005}
 
 
 @pytest.mark.parametrize(("form", "share"), SCANNED.items(), ids=[form.name for form in SCANNED])
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_it_is_near_the_best_of_a_fine_scan(form, share, kind):
+def test_it_is_the_best_of_a_fine_scan(form, share, kind):
     """Two thousand scales, and every zero."""
     weight, importance = drawn(kind, 0, 40, 32), torch.randn(32, generator=torch.Generator().manual_seed(0)).exp()
     grouped, weights = weight.unflatten(1, (-1, form.group)), importance.unflatten(0, (-1, form.group))
@@ -147,7 +195,7 @@ def test_the_numbers_of_units_are_nearly_the_best_there_are(name, kind):
             codes = ((grouped - start) / (number * units)).round_().clamp_(form.least, form.most)
             off = codes.mul_(number * units).add_(start).sub_(grouped)
             least = torch.minimum(least, off.square_().mul_(weights).sum(2))
-    assert loss(weight, grid.nearest(weight).dequantised(), importance) <= 1.1 * float(least.sum())
+    assert loss(weight, grid.nearest(weight).dequantised(), importance) <= 1.03 * float(least.sum())
 
 
 @settings(max_examples=30, deadline=None)

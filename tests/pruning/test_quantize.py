@@ -78,7 +78,7 @@ def test_gptq_loses_less_than_rounding_where_inputs_are_correlated():
     weight, moments = case(0, outputs=64, inputs=64, tokens=1000)
     for form in SMALL:
         result = quantise(weight, moments, case(0, 64, 64, 1000)[1] / 4, form)
-        nearest = choose_grid(weight, moments.diagonal(), form).nearest(weight).dequantised()
+        nearest = choose_grid(weight, moments.diagonal(), form, "starts").nearest(weight).dequantised()
         assert result.rounding == "gptq"
         assert result.error < (0.8 if form.offset is None and form.block is None else 0.95) * relative_error(
             weight, nearest, moments

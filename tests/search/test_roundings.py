@@ -22,7 +22,7 @@ from edgeprune.pruning.grids import choose_grid
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.moments import gram
 from edgeprune.pruning.prune import prune
-from edgeprune.pruning.quantize import GPTQ_CUTS, gptq, relative_error
+from edgeprune.pruning.quantize import gptq, relative_error
 from edgeprune.pruning.score import numerical
 from edgeprune.search import sensitivity
 from edgeprune.search.roundings import GptqShares
@@ -65,7 +65,7 @@ def test_the_loss_of_a_module_is_the_change_of_its_output_weighted_by_the_gradie
     energy = module_energies(model, ids)[0]["mlp"]
     read = {"mlp.gate": states, "mlp.up": states, "mlp.down": inner * energy.sqrt()[..., None]}
     rounded = {
-        name: choose_grid(weights[name], inputs.flatten(0, 1).square().mean(0), FORMATS[1], GPTQ_CUTS).nearest(
+        name: choose_grid(weights[name], inputs.flatten(0, 1).square().mean(0), FORMATS[1], "ends").nearest(
             weights[name]
         )
         for name, inputs in read.items()
@@ -131,7 +131,7 @@ def test_the_share_that_gptq_leaves_holds_on_other_inputs(name, tolerance):
     weight = torch.randn(1000, 32, generator=torch.Generator().manual_seed(1))
     share = GptqShares(weight, inputs[:8]).of(form)
     moments, others = (gram(part.flatten(0, 1)) for part in (inputs[:8], inputs[8:]))
-    grid = choose_grid(weight, moments.diagonal(), form, GPTQ_CUTS)
+    grid = choose_grid(weight, moments.diagonal(), form, "ends")
     errors = [
         relative_error(weight, rounded.dequantised(), others)
         for rounded in (gptq(weight, moments, grid), grid.nearest(weight))

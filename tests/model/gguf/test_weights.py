@@ -134,7 +134,7 @@ def test_llama_cpp_and_transformers_read_every_format(tmp_path, form):
             block = 256 if name == "lm_head" else GGML_FORMATS[form].multiple
             module.register_forward_pre_hook(partial(rounded_inputs, block=block))
     expected = log_probabilities(transformers_model)
-    share = 2.0 if form in ("q4_1", "q5_1") else 0.3  # of these it has the sums of inputs in fp16 too
+    share = 2.0 if form in ("q4_1", "q5_1") else 0.8  # of these it has the sums of inputs in fp16 too
     assert np.abs(found.log_probabilities(PROMPT) - expected).max() < share * np.abs(plain - expected).max()
 
 
