@@ -31,7 +31,7 @@ from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.recovery import FIRST_SEED
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.progress import Silent
-from edgeprune.pruning.effort import ROW, Effort
+from edgeprune.pruning.effort import RANK, ROW, Effort
 from edgeprune.pruning.methods import DEFAULT, METHODS
 from edgeprune.pruning.prune import prune, result_of
 from edgeprune.pruning.recover import Rows, recover, rows_of
@@ -50,20 +50,23 @@ CHANNELS = 1216  # of 1536: 20 % of them are cut
 @dataclass(frozen=True)
 class RecoveryCell:
     """One model and one training. ratio: of attention and MLP parameters that go, 0: only channels do, down to
-    CHANNELS; form: that the layers' matrices are rounded to; steps: 0: none."""
+    CHANNELS; form: that the layers' matrices are rounded to; steps: 0: none; rank: of what matrices are changed by,
+    None where they are trained whole."""
 
     ratio: float
     form: str | None
     steps: int
+    rank: int | None = None
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self))
+        cell = asdict(self)
+        return json.dumps(cell if self.rank else {name: cell[name] for name in ("ratio", "form", "steps")})
 
     @property
     def start(self) -> RecoveryCell:
         """Returns the same model before its training."""
-        return replace(self, steps=0)
+        return replace(self, steps=0, rank=None)
 
 
 def recovery_cells() -> Iterator[RecoveryCell]:
@@ -71,6 +74,7 @@ def recovery_cells() -> Iterator[RecoveryCell]:
     for ratio, form in ((0.3, None), (0.2, None), (0.0, "int4-64")):
         for steps in (0, *STEPS):
             yield RecoveryCell(ratio, form, steps)
+    yield RecoveryCell(0.3, None, STEPS[0], RANK)
 
 
 class RecoveryBench:
@@ -100,7 +104,7 @@ class RecoveryBench:
         model, row = self._pruned(cell), {}
         stream: WeightStream = weight_stream(model)
         if cell.steps:
-            state = self.work / f"state-{cell.ratio:g}-{cell.form}-{cell.steps}"
+            state = self.work / f"state-{cell.ratio:g}-{cell.form}-{cell.steps}-{cell.rank}"
             state.mkdir(exist_ok=True)
             reset_peak_bytes()
             start, rows = time.process_time(), Rows(rows_of(self.ids, ROW), self._draw, ROW, 0)
@@ -111,6 +115,7 @@ class RecoveryBench:
                 Effort(cell.steps),
                 state,
                 torch.float32,
+                rank=cell.rank,
                 on_step=lambda *at: print(*at, flush=True),
             )
             row = asdict(done) | {"cpu_seconds": time.process_time() - start, "peak_bytes": peak_bytes()}
@@ -164,7 +169,7 @@ def recovery_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         texts = tuple(row["rise"])
         what = f"{100 * cell.ratio:.0f} %" if cell.ratio else "20 % of the channels"
         what += f", {cell.form}" if cell.form else ""
-        columns = [what, str(cell.steps)]
+        columns = [what, str(cell.steps) + (f", of rank {cell.rank}" if cell.rank else "")]
         for text in texts:
             rise, before = row["rise"][text], start["rise"][text]
             won = f", {100 * (1 - rise[0] / before[0]):.0f} % won back" if cell.steps else ""

@@ -57,6 +57,7 @@ def recovered_weights(
         folder,
         model.weights["norm"].dtype,
         None if vocabulary is None else torch.from_numpy(vocabulary.kept),
+        setup.recovery_rank,
         lambda step, steps: progress.track("recover", step, steps),
     )
     return weights, asdict(done)

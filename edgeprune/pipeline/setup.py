@@ -43,7 +43,7 @@ from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.pipeline.task_scores import load_tasks
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, in_precision, profile_of, with_tensorrt
-from edgeprune.pruning.effort import ROW, STATE_BYTES, Effort, effort_of, needed_bytes
+from edgeprune.pruning.effort import RANK, ROW, STATE_BYTES, Effort, effort_of, needed_bytes
 from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
@@ -89,6 +89,7 @@ class Setup:
     floor: Performance
     choices: tuple[Choice, ...] = field(default=())
     tasks: tuple[Task, ...] = field(default=())
+    recovery_rank: int | None = None  # of what a recovery changes matrices by, where memory is short
 
     @property
     def length(self) -> int:
@@ -132,7 +133,7 @@ class Setup:
             "method": request.method,
             "layout": request.layout,
             "vocabulary": request.vocabulary,
-            "recover": request.recover,
+            "recover": [request.recover, self.recovery_rank],
             "weights": request.weights,
             "cache": request.cache,
             "seed": request.seed,
@@ -233,9 +234,11 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     samples = kind.read_samples(request, model, documents)
     choices.append(_calibration_choice(samples, kind))
     choices += [Choice(source.name, source.taken, source.left_out) for source in samples.sources]
+    rank = None
     if effort is not None:
         tokens = model.decoder.most_fed or min(ROW, kind.sample_length(request, model.decoder))
-        choices.append(_recovery_choice(effort, needed_bytes(model.decoder, tokens)))
+        rank, choice = _recovery_choice(effort, model.decoder, tokens)
+        choices.append(choice)
     candidates = (MAX_CANDIDATES if engine.builds else 1) + request.rungs - 1
     candidates = RUNG_CANDIDATES * request.rungs if ladder else candidates
     exports = len(request.export) * request.rungs
@@ -259,6 +262,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         floor,
         tuple(choices),
         tasks,
+        rank,
     )
 
 
@@ -278,15 +282,23 @@ def _calibration_choice(samples: UserSamples, kind: Kind) -> Choice:
     return Choice("calibration", f"{samples.origin}, and generated {kind.noun}", reason)
 
 
-def _recovery_choice(effort: Effort, needed: int) -> Choice:
-    """Returns the work of a recovery with the memory that it holds. Raises InputError where the machine has less."""
-    total = memory_state().get("total", needed)
-    if needed > total:
-        raise InputError(
-            f"--recover holds about {format_bytes(needed)} in memory, this machine has {format_bytes(total)}",
-            "Leave --recover out, or use a machine with more memory.",
+def _recovery_choice(effort: Effort, decoder: Decoder, row_tokens: int) -> tuple[int | None, Choice]:
+    """Returns the rank of what a recovery changes matrices by, None where memory holds the training of whole ones, and
+    the choice with its memory. Raises InputError where the machine has too little for either."""
+    whole, low = (needed_bytes(decoder, row_tokens, rank) for rank in (None, RANK))
+    total = memory_state().get("total", whole)
+    if whole <= total:
+        return None, Choice("recovery", str(effort), f"asked for; it holds up to about {format_bytes(whole)} in memory")
+    if low <= total:
+        reason = (
+            f"asked for; training whole matrices would hold about {format_bytes(whole)} in memory, this machine has "
+            f"{format_bytes(total)}: they are changed by products of rank {RANK}, with about {format_bytes(low)}"
         )
-    return Choice("recovery", str(effort), f"asked for; it holds up to about {format_bytes(needed)} in memory")
+        return RANK, Choice("recovery", str(effort), reason)
+    raise InputError(
+        f"--recover holds about {format_bytes(low)} in memory, this machine has {format_bytes(total)}",
+        "Leave --recover out, or use a machine with more memory.",
+    )
 
 
 def load_dense(spec: str, hints: Hints) -> Model:

@@ -14,6 +14,7 @@ ROW = 256  # tokens of a row, at most
 ROWS = 2  # of a step: one of the user's and one of the model's own, or two of these
 EVERY = 2  # positions of a row, of which one is compared
 STATE_BYTES = 28  # of each weight on the disk: it and two moments, those of the state before meanwhile, and the best
+RANK = 16  # of what matrices are changed by, where memory does not hold the training of whole ones
 LOGIT_ROWS = 128  # positions whose logits are in memory at a time
 MOST_STEPS, MOST_MINUTES = 1_000_000, 10_000.0
 _MINUTES = re.compile(r"(\d+(?:\.\d+)?)\s*min")
@@ -43,19 +44,22 @@ def effort_of(text: str) -> Effort | None:
     raise InputError(f"--recover {text[:40]!r} is neither off, steps nor minutes", "Try --recover 20min, or 240 steps.")
 
 
-def needed_bytes(decoder: Decoder, row_tokens: int) -> int:
+def needed_bytes(decoder: Decoder, row_tokens: int, rank: int | None = None) -> int:
     """Returns about the bytes that a recovery of a model holds at its peak, all in fp32.
 
-    Of each weight of the layers itself, its gradient and two moments; of one layer the weights as they are deployed;
-    embedding and head, and the dense model's; of a step the stream behind every layer and the states of one, and some
-    logits of both models.
+    Of each weight of the layers itself, and of what is trained, it or the factors of a rank, gradient and two moments;
+    of one layer the weights as they are deployed; embedding and head, and the dense model's; of a step the stream
+    behind every layer and the states of one, and some logits of both models.
     """
+    shapes = [shape for i in range(len(decoder.layers)) for shape in decoder.layer_shapes(i).values()]
+    trained = sum(math.prod(shape) if rank is None or len(shape) < 2 else rank * sum(shape) for shape in shapes)
     of_layers = [sum(map(math.prod, decoder.layer_shapes(i).values())) for i in range(len(decoder.layers))]
     tokens = ROWS * row_tokens
     states = tokens * (decoder.hidden_size * (len(decoder.layers) + 8) + 6 * max(map(_widest, decoder.layers)))
     tables = 2 * decoder.table_parameters
     logits = 6 * LOGIT_ROWS * decoder.vocab_size
-    return 4 * (4 * sum(of_layers) + 2 * max(of_layers) + states + tables + logits)
+    weights = sum(of_layers) + (3 if rank is None else 4) * trained + 2 * max(of_layers)
+    return 4 * (weights + states + tables + logits)
 
 
 def _widest(layer: Layer) -> int:

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -37,23 +37,21 @@ from edgeprune.model.forward import (
     normed,
     weight_stream,
 )
-from edgeprune.model.levels import values_of
 from edgeprune.model.model import Model
-from edgeprune.model.quantised import QuantisedWeight, StraightThrough, as_float, input_scale_of
+from edgeprune.model.quantised import as_float, input_scale_of
 from edgeprune.pruning.effort import EVERY, LOGIT_ROWS, ROWS, Effort, needed_bytes
-from edgeprune.pruning.grids import Grid
-from edgeprune.pruning.steps import Steps, stored
+from edgeprune.pruning.trained import Stored, Trained, differentiable, low_rank
 
 FRESH = 32  # rows of the model's own that are drawn at a time
 HELD_OUT = 16  # rows of the model's own that no step sees, which choose
 RATE, BETAS, CLIP = 3e-4, (0.9, 0.99), 1.0  # of AdamW, without decay
+LOW_RANK_RATE = 2e-3  # where matrices are changed by products of low rank
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the whole rate; its share at the end of the cosine
 CHECK_EVERY = 60  # steps between two looks at the held-out rows
 TIMED = 4  # steps, the first without, from whose time the number of steps within minutes follows
 STATE, BEST = "state.safetensors", "best.safetensors"
 SAVE_SECONDS = 120.0  # between two states on the disk
 
-Stored = torch.Tensor | QuantisedWeight
 Draw = Callable[[int, int], torch.Tensor]  # (place of the first, count) -> rows (count, t) int64 of the dense model's
 
 
@@ -62,7 +60,8 @@ class Recovered:
     """The record of a recovery.
 
     steps: that were made; taken: after how many of them the weights were taken, 0: none were better than those before;
-    before, after: mean KL(dense || model) in nats a token on the held-out rows; bytes: as needed_bytes has it.
+    before, after: mean KL(dense || model) in nats a token on the held-out rows; bytes: as needed_bytes has it; rank: of
+    the products that matrices were changed by, None where they were trained whole.
     """
 
     steps: int
@@ -74,6 +73,7 @@ class Recovered:
     held_out: int
     row_tokens: int
     bytes: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,89 +106,30 @@ def rows_of(samples: torch.Tensor, length: int) -> torch.Tensor:
     return samples[:, : samples.shape[1] // length * length].reshape(-1, length)
 
 
-class Trained:
-    """A weight on its way.
-
-    start: as it is stored; dtype: that the file rounds a float to. grid: where it began, None of a float; value: fp32,
-    what is trained of its shape; gains: (out_features, groups) fp32, what is trained of the grid's scales where these
-    are floats: the logarithms of how much larger they have become.
-    """
-
-    def __init__(self, start: Stored, dtype: torch.dtype) -> None:
-        self.dtype, self.grid, self.gains = dtype, None, None
-        self.value = as_float(start).clone().requires_grad_()
-        if isinstance(start, QuantisedWeight):
-            self.grid = replace(start, **{name: differentiable(part) for name, part in start.parts.items()})
-            if start.form.block is None and not start.form.e4m3_scales:
-                self.gains = torch.zeros_like(self.grid.scales).requires_grad_()
-
-    @property
-    def numbers(self) -> list[torch.Tensor]:
-        """Returns what is trained."""
-        return [self.value] if self.gains is None else [self.value, self.gains]
-
-    def deployed(self) -> torch.Tensor:
-        """Returns the weight fp32 as it is stored now, whose gradient reaches what is trained.
-
-        Rounding passes gradients on as they are (Bengio et al. 2013, arXiv 1308.3432), but none beyond the ends of a
-        group, which makes that of a scale the one of LSQ (Esser et al. 2020, arXiv 1902.08153).
-        """
-        if self.grid is None:
-            if self.dtype == torch.float32:
-                return self.value
-            return StraightThrough.apply(self.value, self.value.detach().to(self.dtype).float())
-        steps, form = self._steps(), self.grid.form
-        zeros, minima = (0.0 if part is None else part[..., None] for part in (steps.zeros, steps.minima))
-        scales = steps.scales[..., None]  # (out, groups, 1)
-        values = self.value.unflatten(1, (scales.shape[1], -1))  # (out, groups, group)
-        exact = (values - minima) / scales.where(scales != 0, 1.0)
-        within = exact.clamp(min=form.least - zeros, max=form.most - zeros)
-        with torch.no_grad():
-            codes = self._stored_on(steps).codes
-            levels = values_of(codes, form.levels).unflatten(1, (scales.shape[1], -1)) - zeros
-        return (StraightThrough.apply(within, levels) * scales + minima).flatten(1)
-
-    @torch.no_grad()
-    def as_stored(self) -> Stored:
-        """Returns the weight as it is stored."""
-        if self.grid is None:
-            return self.value.detach().to(self.dtype)
-        return self._stored_on(self._steps())
-
-    def _stored_on(self, steps: Steps) -> QuantisedWeight:
-        """Returns the weight rounded to nearest on these steps."""
-        grid = self.grid
-        units = grid.units, grid.minimum_units, grid.scale_unit
-        rounded = Grid(grid.form, steps.scales.detach(), steps.zeros, steps.minima, *units).nearest(self.value.detach())
-        return replace(rounded, input_scale=grid.input_scale)
-
-    def _steps(self) -> Steps:
-        """Returns the steps (out, groups) of the grid now, whose scales have gradients where they are trained."""
-        grid = self.grid
-        steps = Steps(grid.form, grid.scales, None if grid.zeros is None else grid.zeros.float(), grid.minima)
-        if self.gains is None:
-            return steps
-        scales = grid.scales * self.gains.exp()
-        with torch.no_grad():
-            rounded = stored(replace(steps, scales=scales.detach())).scales
-        # As long as nothing has moved, they are those of the closed form to the last bit.
-        return replace(steps, scales=StraightThrough.apply(scales, rounded.where(self.gains != 0, grid.scales)))
-
-
-def differentiable(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor that a computation with gradients may use: a copy of one that was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
 class Student:
     """The model that is trained, on the dense model's tokens.
 
     kept: (vocab_size,) int64, the tokens of the dense model that it has left, None for all; others enter it by the
-    dense model's embedding, and its distribution is compared with theirs.
+    dense model's embedding, and its distribution is compared with theirs. rank: of what matrices are changed by, None
+    to train them whole.
     """
 
-    def __init__(self, model: Model, dense: Model, kept: torch.Tensor | None, dtype: torch.dtype, length: int) -> None:
-        self.decoder, weights = model.decoder, model.stored
+    def __init__(
+        self,
+        model: Model,
+        dense: Model,
+        kept: torch.Tensor | None,
+        dtype: torch.dtype,
+        length: int,
+        rank: int | None = None,
+    ) -> None:
+        self.decoder, self.rank, weights = model.decoder, rank, model.stored
+        generator = torch.Generator().manual_seed(0)
+
+        def trained(name: str, shape: tuple[int, ...]) -> Trained:
+            start = weights[name]
+            return Trained(start, dtype, None if rank is None else low_rank(shape, rank, generator))
+
         self.embedding = differentiable(as_float(weights["embedding"]))  # (dense tokens, c)
         tied = self.decoder.tie_word_embeddings
         self.head = self.embedding if tied else differentiable(as_float(weights["head"]))
@@ -197,9 +138,9 @@ class Student:
             whole[kept] = self.embedding
             self.embedding = whole
         self.positions = weights["positions"] if self.decoder.learned_positions else None
-        self.norm = {name: Trained(weights[name], dtype) for name in self.decoder.norm_shapes("norm")}
+        self.norm = {name: trained(name, shape) for name, shape in self.decoder.norm_shapes("norm").items()}
         self.layers = [
-            {name: Trained(weights[name], dtype) for name in self.decoder.layer_shapes(index)}
+            {name: trained(name, shape) for name, shape in self.decoder.layer_shapes(index).items()}
             for index in range(len(self.decoder.layers))
         ]
         self.tables = Tables(self.decoder, length)
@@ -311,8 +252,9 @@ class Training:
         self.begun = time.monotonic()
         self.student, self.teacher, self.rows, self.effort, self.folder = student, teacher, rows, effort, folder
         self.at = Place(steps=effort.steps or 0)
+        self.rate = RATE if student.rank is None else LOW_RANK_RATE
         self.numbers = [number for one in student.trained.values() for number in one.numbers]
-        self.optimizer = torch.optim.AdamW(self.numbers, lr=RATE, betas=BETAS, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.numbers, lr=self.rate, betas=BETAS, weight_decay=0.0)
         self.held_out = rows.draw(0, HELD_OUT)
         self.expected = teacher.states(self.held_out)
         self.users = None if rows.users is None else teacher.states(rows.users)
@@ -358,7 +300,7 @@ class Training:
             places = self.rows.users_of(step)
             ids, expected = torch.cat([self.rows.users[places], ids]), torch.cat([self.users[places], expected])
         for group in self.optimizer.param_groups:
-            group["lr"] = RATE * rate_at(step, self.at.steps or WARM_UP)
+            group["lr"] = self.rate * rate_at(step, self.at.steps or WARM_UP)
         states = self.student.states(ids)
         loss, gradient = divergence(self.student, states, self.teacher, expected, with_gradient=True)
         if not math.isfinite(loss):
@@ -457,15 +399,17 @@ def recover(
     folder: Path,
     dtype: torch.dtype,
     kept: torch.Tensor | None = None,
+    rank: int | None = None,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
 ) -> tuple[Iterator[tuple[str, Stored]], Recovered]:
     """Returns the weights of a pruned model after its recovery, in the order of its decoder's shapes, and its record.
 
     model: the pruned one, its weights as they are stored; rows: of the dense model's tokens; effort: how long; folder:
     an empty one, or that of the same recovery, which was ended before; dtype: that floats are stored in; kept: as of
-    Student. The best weights on held-out rows are taken: those of `model` where no others were. Raises NumericalError.
+    Student; rank: of what matrices are changed by, where memory is short, None to train them whole. The best weights on
+    held-out rows are taken: those of `model` where no others were. Raises NumericalError.
     """
-    student, teacher = Student(model, dense, kept, dtype, rows.length - 1), Teacher(dense, kept)
+    student, teacher = Student(model, dense, kept, dtype, rows.length - 1, rank), Teacher(dense, kept)
     training = Training(student, teacher, rows, effort, folder)
     training.run(on_step)
     at, trained = training.at, training.best() or {}
@@ -478,7 +422,8 @@ def recover(
         at.step * ROWS,
         HELD_OUT,
         rows.length,
-        needed_bytes(model.decoder, rows.length),
+        needed_bytes(model.decoder, rows.length, rank),
+        rank,
     )
     weights = model.stored
     return ((name, trained[name] if name in trained else weights[name]) for name in model.decoder.shapes()), done

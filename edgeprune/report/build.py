@@ -255,7 +255,7 @@ def _recovery(fitted: Fitted) -> schema.Recovery | None:
         for name in ("before", "after")
     )
     return schema.Recovery(
-        **{name: done[name] for name in ("steps", "taken", "rows", "held_out", "row_tokens")},
+        **{name: done[name] for name in ("steps", "taken", "rows", "held_out", "row_tokens", "rank")},
         before=before,
         after=after,
         minutes=done["seconds"] / 60,

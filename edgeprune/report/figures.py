@@ -103,7 +103,8 @@ def recovery_text(recovery: Recovery) -> str:
         changed = f"no step bettered the divergence of {before:.3f} nats a token: the weights stayed as they were"
     minutes = recovery.minutes
     took = f"{minutes:.0f} minutes" if minutes >= 1.5 else number_text(60 * minutes, "s")
-    return f"{changed}, measured on {recovery.held_out} unseen rows of its text; {recovery.steps} steps in {took}"
+    how = "" if recovery.rank is None else f" of products of rank {recovery.rank}, for want of memory,"
+    return f"{changed}, measured on {recovery.held_out} unseen rows of its text; {recovery.steps} steps{how} in {took}"
 
 
 def figure_text(figure: Figure | None) -> str:

@@ -251,6 +251,9 @@ class Recovery(Strict):
     held_out: int = Field(description="rows of the dense model's own that no solve and no step has read, which chose")
     row_tokens: int
     memory_bytes: float = Field(description="estimated, that it held at its peak")
+    rank: int | None = Field(
+        None, description="of the products that matrices were changed by, for want of memory; none: trained whole"
+    )
 
 
 class QualityStop(Strict):

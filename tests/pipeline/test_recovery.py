@@ -18,7 +18,7 @@ from edgeprune.pipeline.stages import Run
 from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.progress import Silent
 from edgeprune.pruning import recover as training
-from edgeprune.pruning.effort import Effort, effort_of, needed_bytes
+from edgeprune.pruning.effort import RANK, Effort, effort_of, needed_bytes
 from edgeprune.search.solve import Allocation
 from edgeprune.search.widths import dense_widths
 from tests.support.checkpoints import save_llama
@@ -124,12 +124,27 @@ def test_bad_efforts_are_refused_before_any_work(small, tmp_path, text):
     assert not list(tmp_path.iterdir())
 
 
+def with_memory(monkeypatch, total: int) -> None:
+    monkeypatch.setattr(preparing, "memory_state", lambda: machine.memory_state() | {"total": total})
+
+
 def test_a_machine_of_too_little_memory_is_told_before_any_work(small, tmp_path, monkeypatch):
-    needed = needed_bytes(load_model(str(small / "model")).decoder, 24)
-    monkeypatch.setattr(preparing, "memory_state", lambda: machine.memory_state() | {"total": needed - 1})
+    with_memory(monkeypatch, needed_bytes(load_model(str(small / "model")).decoder, 24, RANK) - 1)
     with pytest.raises(InputError, match="--recover holds about"):
         setup_of(small, tmp_path / "out", recover="60")
     setup_of(small, tmp_path / "out")
+
+
+def test_where_memory_is_short_matrices_are_changed_by_products_of_low_rank(small, tmp_path, monkeypatch):
+    whole, low = (needed_bytes(load_model(str(small / "model")).decoder, 24, rank) for rank in (None, RANK))
+    assert low < 0.6 * whole
+    with_memory(monkeypatch, whole - 1)
+    report = fitted(small, tmp_path / "out", weights="float").report
+    assert (report.recovery.rank, report.recovery.memory_bytes) == (RANK, pytest.approx(low, rel=0.5))
+    assert report.recovery.after.value < report.recovery.before.value
+    [choice] = [choice for choice in report.choices if choice.name == "recovery"]
+    assert "they are changed by products of rank 16" in choice.reason
+    assert "12 steps of products of rank 16, for want of memory, in" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_every_rung_of_a_frontier_is_trained(small, tmp_path):

@@ -15,7 +15,8 @@ from edgeprune.pruning import recover as recovery
 from edgeprune.pruning.effort import Effort
 from edgeprune.pruning.methods import METHODS
 from edgeprune.pruning.prune import prune, result_of
-from edgeprune.pruning.recover import HELD_OUT, Rows, Trained, recover, rows_of
+from edgeprune.pruning.recover import HELD_OUT, Rows, recover, rows_of
+from edgeprune.pruning.trained import Trained
 from tests.support.tiny import as_model, llama
 
 LENGTH = 33
@@ -115,6 +116,23 @@ def test_what_is_judged_is_what_is_stored_on_its_grid(form, tmp_path):
         for of, part in one.parts.items()
     ]
     assert any(changed)
+
+
+@pytest.mark.parametrize("form", [None, "int4-32", "q8_0"])
+def test_matrices_are_changed_by_products_of_a_rank_where_that_is_asked_for(form, tmp_path):
+    """It starts at the closed form's numbers, and what it adds to a matrix of floats has that rank."""
+    dense = dense_model()
+    model = small(dense, form)
+    weights, done = run(dense, model, tmp_path / "a", users=drawn(5, 6), rank=4)
+    assert done.rank == 4
+    assert done.before == pytest.approx(divergence(dense, model, drawn(0, HELD_OUT)), rel=1e-4)
+    assert done.taken and done.after < done.before
+    recovered = with_weights(model, weights)
+    assert done.after == pytest.approx(divergence(dense, recovered, drawn(0, HELD_OUT)), rel=1e-4)
+    if form is None:
+        change = weights["layers.1.mlp.down"] - model.weights["layers.1.mlp.down"]
+        assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) == 4
+        assert not torch.equal(weights["layers.1.mlp.norm"], model.weights["layers.1.mlp.norm"])
 
 
 def test_a_grid_of_blocks_keeps_its_scales(tmp_path):
