@@ -156,6 +156,14 @@ OPTIONS: dict[str, Any] = {
             metavar="off|STEPS|MINUTES",
         ),
     ],
+    "recover_candidates": Annotated[
+        int,
+        _option(
+            SEARCH,
+            "Candidates within the budget that --recover trains, the best of them afterwards being kept: the search's "
+            "own, and the best by pruning alone and by formats alone.",
+        ),
+    ],
     "seed": Seed,
     "codec": Annotated[Path | None, _option(IMAGES, "LlamaGen's VQ file, which its generators need.", **PATH)],
     "image_size": Annotated[

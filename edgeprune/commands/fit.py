@@ -26,6 +26,7 @@ from edgeprune.pipeline.flow import (
 from edgeprune.pipeline.provenance import command_line
 from edgeprune.pipeline.request import DEMO, request_of
 from edgeprune.pipeline.results import Fitted
+from edgeprune.pipeline.rivals import best_recovered
 from edgeprune.pipeline.robustness import robustness
 from edgeprune.pipeline.setup import prepare
 from edgeprune.pipeline.sketch import sketch_file
@@ -58,7 +59,7 @@ def _fitted(run: Run) -> list[Fitted]:
     run = with_packed_formats(run)
     setup = run.setup
     dense = run.dense.performance
-    stop, outcome, gains, costs, levers = None, None, {}, None, None
+    stop, outcome, gains, costs, levers, rivals = None, None, {}, None, None, ()
     if judge(setup.budget, dense, dense).met and None in setup.weights.layers and None in setup.cache.formats:
         run.progress.note("the dense model already meets the budget: it is exported as it is")
         rungs = [run.dense_candidate]
@@ -70,18 +71,19 @@ def _fitted(run: Run) -> list[Fitted]:
         # Search the budget, train what was found where that was asked for, then judge its quality.
         planner = planner_of(run)
         costs = planner.latency
-        outcome, chosen, allocation = search_budget(run, planner, setup.budget)
+        outcome, _, allocation = search_budget(run, planner, setup.budget)
         limits = setup.budget.absolute(dense).limits
         gains = planner.gains(limits, allocation)
-        chosen = run.recovered(chosen)
-        rungs, qualities = [chosen], [run.evaluator.quality("0", chosen)]
+        best = best_recovered(run, planner, outcome)
+        chosen, allocation, rivals = best.candidate, best.allocation, best.rivals
+        rungs, qualities = [chosen], [best.quality]
         if quality_status(run, qualities[0]) == "missed":
             stop, chosen, allocation, quality = within_quality(run, planner, chosen, allocation, qualities[0])
             rungs = [run.recovered(chosen)]
             qualities = [quality if rungs[0] is chosen else run.evaluator.quality("recovered", rungs[0])]
         elif judge(setup.budget, dense, chosen.performance).met:
             rungs += map(run.recovered, smaller_candidates(run, planner, allocation))
-            qualities = run.evaluator.qualities(rungs)
+            qualities += [run.evaluator.quality(str(index), rung) for index, rung in enumerate(rungs[1:], 1)]
         levers = planner.levers(limits, allocation)
     # Images are drawn of what the bundle will hold, not of all that was tried.
     pairs = zip(rungs, qualities, strict=True)
@@ -95,4 +97,4 @@ def _fitted(run: Run) -> list[Fitted]:
         for rung, quality in zip(rungs, qualities, strict=True)
     ]
     fitted = [replace(rung, sketch=sketch) for rung in fitted]
-    return [replace(fitted[0], robustness=odd), *fitted[1:]]
+    return [replace(fitted[0], robustness=odd, rivals=rivals), *fitted[1:]]

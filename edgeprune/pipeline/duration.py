@@ -222,7 +222,8 @@ def fitting(setup: Setup, rungs: int) -> Work:
     work += sensing(decoder, samples.count, samples.length, formats, setup.cache.quantised)
     work += passing(decoder, tokens) * (CHECK_PASSES if setup.precision == "fp16" else 0)
     work += pruning(decoder, samples.pruned, rounds=bool(formats)) * candidates
-    work += recovering(decoder, setup.effort, setup.recovery_tokens) * rungs
+    others = setup.request.recover_candidates - 1
+    work += recovering(decoder, setup.effort, setup.recovery_tokens) * (rungs + others)
     # The dense model and every rung are evaluated.
     answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if setup.kind.writes_text else Work()
     work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)

@@ -56,6 +56,7 @@ class Request:
     cache: str = "auto"
     rungs: int = 1
     recover: str = "off"
+    recover_candidates: int = 1
     seed: int = 0
     codec: Path | None = None
     image_size: int | None = None
@@ -89,7 +90,10 @@ class Request:
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
 _OF_QUALITY = ("tasks", "questions", "max_quality_loss", "max_task_drop", "quality_metric")
-_OF_ONE_MODEL = ("memory", "decode", "prefill", *_OF_QUALITY, "require_measured", "export", "checkpoint")
+_OF_ONE_MODEL = (
+    *("memory", "decode", "prefill", *_OF_QUALITY),
+    *("recover_candidates", "require_measured", "export", "checkpoint"),
+)
 FRONTIER_OPTIONS = tuple(name for name in DEFAULTS if name not in _OF_ONE_MODEL)  # a ladder has no budget
 
 

@@ -124,6 +124,16 @@ class QualityStop:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """A candidate that was trained beside others. name: in words; before, after: its worst loss by the run's metric
+    without and with its recovery."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Fitted:
     """Everything that the report is made of. outcome is None where the dense model meets the budget."""
 
@@ -141,6 +151,7 @@ class Fitted:
     levers: Levers | None = None
     robustness: list[dict[str, Any]] | None = None  # of the first rung, as pipeline.robustness.judged returns it
     sketch: Path | None = None  # the file of the calibration data's moments, as pipeline.sketch writes it
+    rivals: tuple[Rival, ...] = ()  # that a recovery trained beside each other, the best first
 
     @property
     def verdict(self) -> Verdict:

@@ -58,6 +58,7 @@ TIMED_MODELS = 30  # of random weights, about, whose graphs stand on the disk at
 SLACK_BYTES = 32 << 20  # reports, pages, the journal
 FILE_ENDINGS = (".gguf", ".pt", ".pth", ".safetensors")  # of a model in one file, which its bundle's name leaves out
 FLOOR_ROOM = 0.1  # of the way from a floor to the dense model: what a refused budget is told to try
+MOST_RECOVERED = 8  # candidates
 LEAST_TOKENS = 300  # of a vocabulary: the bytes and some special tokens
 
 
@@ -133,7 +134,7 @@ class Setup:
             "method": request.method,
             "layout": request.layout,
             "vocabulary": request.vocabulary,
-            "recover": [request.recover, self.recovery_rank],
+            "recover": [request.recover, request.recover_candidates, self.recovery_rank],
             "weights": request.weights,
             "cache": request.cache,
             "seed": request.seed,
@@ -155,7 +156,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     output = (request.output or default_output(request.model, named.name, ladder)).absolute()
     check_output(output, request.force, request.resume)
     _check_method(request.method)
-    effort = effort_of(request.recover)
+    effort = _effort(request)
     _check_choice("layout", request.layout, LAYOUTS)
     _check_choice("vocabulary", request.vocabulary, VOCABULARIES)
     shape = load_shape(request.model, request.hints)[1].with_format(None)
@@ -244,7 +245,8 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     exports = len(request.export) * request.rungs
     states = 0
     if effort is not None:
-        candidates, states = candidates + request.rungs, STATE_BYTES * model.decoder.layer_parameters
+        candidates += request.rungs + 2 * (request.recover_candidates - 1)
+        states = STATE_BYTES * model.decoder.layer_parameters
     check_space(output, states + _bytes_written(model, precision, engine, candidates, exports, samples))
     return Setup(
         request,
@@ -383,6 +385,16 @@ def _budget(request: Request, profile: DeviceProfile) -> tuple[Budget, Choice | 
             choice = Choice("budget", text, f"none was given: the default of {profile.name}")
     broken = scale_of(request.quality_metric).broken
     return parse_budget(*given, request.max_quality_loss, request.max_task_drop, broken), choice
+
+
+def _effort(request: Request) -> Effort | None:
+    """Returns the work of a recovery. Raises InputError, also for candidates that nothing is to train."""
+    effort, count = effort_of(request.recover), request.recover_candidates
+    if not 1 <= count <= MOST_RECOVERED:
+        raise InputError(f"--recover-candidates {count} is not from 1 to {MOST_RECOVERED}", "Try 3.")
+    if effort is None and count > 1:
+        raise InputError("--recover-candidates without --recover", "Add --recover 20min, or leave it out.")
+    return effort
 
 
 def _check_quality(request: Request) -> None:

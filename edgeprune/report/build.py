@@ -260,6 +260,7 @@ def _recovery(fitted: Fitted) -> schema.Recovery | None:
         after=after,
         minutes=done["seconds"] / 60,
         memory_bytes=done["bytes"],
+        rivals=[schema.Rival(name=one.name, before=one.before, after=one.after) for one in fitted.rivals],
     )
 
 

@@ -107,6 +107,24 @@ def recovery_text(recovery: Recovery) -> str:
     return f"{changed}, measured on {recovery.held_out} unseen rows of its text; {recovery.steps} steps{how} in {took}"
 
 
+def rivals_text(report: Report) -> str:
+    """Returns whether a training changed the ranking of the candidates within the budget, with each one's losses;
+    nothing where it trained one."""
+    rivals = report.recovery.rivals if report.recovery else []
+    if not rivals:
+        return ""
+    order = sorted(rivals, key=lambda rival: rival.before)
+    unit = "points" if report.quality.metric.startswith("task:") else "%"
+    losses = "; ".join(f"{rival.name}: {rival.before:+.1f} to {rival.after:+.1f} {unit}" for rival in rivals)
+    if order == rivals:
+        changed = f"the ranking of {len(order)} candidates within the budget stayed as it was"
+    elif order[0] is rivals[0]:
+        changed = f"the best of {len(order)} candidates within the budget stayed the best, others changed places"
+    else:
+        changed = f"another of {len(order)} candidates within the budget became the best"
+    return f"{changed} (worst loss without and with the training: {losses})"
+
+
 def figure_text(figure: Figure | None) -> str:
     """Returns a figure in its unit, with its interval where it was measured; a dash where there is none."""
     if figure is None:

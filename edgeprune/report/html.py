@@ -23,6 +23,7 @@ from edgeprune.report.figures import (
     number_text,
     pictures_text,
     recovery_text,
+    rivals_text,
     times_text,
     workload_text,
 )
@@ -53,6 +54,7 @@ def render_html(report: Report) -> str:
         levers=levers_text(report.levers) if report.levers else "",
         alone=alone_text(report.levers) if report.levers else "",
         recovery=recovery_text(report.recovery) if report.recovery else "",
+        rivals=rivals_text(report),
         deciding=deciding_text(report.budget),
         costs=costs_text(report.search),
         estimated_sum=estimated_sum_text(report),

@@ -235,6 +235,16 @@ class Levers(Strict):
     )
 
 
+class Rival(Strict):
+    """A candidate within the budget that was trained beside others, of which the best is the fitted model."""
+
+    name: str
+    before: float = Field(
+        description="its worst loss by the report's quality metric, without the training: % or points"
+    )
+    after: float = Field(description="the same with it")
+
+
 class Recovery(Strict):
     """The training of the fitted model toward the dense one, after pruning and rounding."""
 
@@ -254,6 +264,7 @@ class Recovery(Strict):
     rank: int | None = Field(
         None, description="of the products that matrices were changed by, for want of memory; none: trained whole"
     )
+    rivals: list[Rival] = Field([], description="all candidates that were trained, the best first; none: it was one")
 
 
 class QualityStop(Strict):

@@ -133,17 +133,22 @@ class Planner:
             if step.choice != before.choice:
                 parts.append(Lever(name, saved, problem.loss(step) - problem.loss(before)))
             before = step
-        # One kind alone, without the room that the chosen one leaves: it would seem to lose less than both kinds.
+        pruning, precision = self.one_kind(limits, chosen)
+        is_usable = precision is not None and precision.loss < UNUSABLE
+        return Levers(tuple(parts), pruning and pruning.loss, precision.loss if is_usable else None)
+
+    def one_kind(self, limits: Mapping[str, float], chosen: Allocation) -> tuple[Allocation | None, Allocation | None]:
+        """Returns the best allocation by pruning alone and that by formats alone, without the room that the chosen one
+        leaves: they would seem to lose less than both kinds. None: nothing fits, or there are no formats."""
+        problem = self.problem
         costs = problem.estimate(chosen)
         room = {name: min(most, costs[name] * (1 + ROUNDING)) for name, most in self.estimator.room(limits).items()}
         in_floats = replace(problem, layer_formats=(0,), table_formats=(0,), caches={None: problem.costs})
-        pruning = replace(self, problem=in_floats).solve(room)
         vocabulary = {max(problem.vocabularies): 0.0}
         whole = replace(problem, sensitivities=uncut(problem.sensitivities), vocabularies=vocabulary)
         has_formats = len(problem.formats) > 1 or any(problem.cache_formats)
         precision = replace(self, problem=whole).solve(room) if has_formats else None
-        is_usable = precision is not None and precision.loss < UNUSABLE
-        return Levers(tuple(parts), pruning and pruning.loss, precision.loss if is_usable else None)
+        return replace(self, problem=in_floats).solve(room), precision
 
 
 def _pairs(allocation: Allocation) -> tuple:

@@ -153,3 +153,22 @@ def test_every_rung_of_a_frontier_is_trained(small, tmp_path):
     result = frontier(**given, rungs=2, progress=lambda stage, done, total: seen.append((stage, done, total)))
     assert seen.count(("recover", 12, 12)) == len(result.report.rungs) == 2
     assert result.bundle is not None
+
+
+def test_the_best_of_several_candidates_after_their_recovery_is_kept(small, tmp_path):
+    """All are within the budget; what ranked them before and afterwards stands in the report."""
+    whole = fitted(small, tmp_path / "out", memory="99%", weights="auto", recover_candidates=3)
+    assert whole.met
+    rivals, [text] = whole.report.recovery.rivals, whole.report.quality.texts
+    assert {rival.name for rival in rivals} == {"chosen by the search", "pruned alone"}
+    assert [rival.after for rival in rivals] == sorted(rival.after for rival in rivals)
+    assert any(rival.after != rival.before for rival in rivals)
+    assert (text.low_percent + text.high_percent) / 2 == pytest.approx(rivals[0].after)  # which is the bundle's
+    assert "of 2 candidates within the budget" in (whole.bundle / "report.html").read_text()
+    assert "--recover-candidates 3" in whole.report.command
+
+
+@pytest.mark.parametrize(("count", "recover", "message"), [(2, "off", "without --recover"), (0, "12", "from 1 to 8")])
+def test_candidates_that_nothing_trains_are_refused(small, tmp_path, count, recover, message):
+    with pytest.raises(InputError, match=message):
+        setup_of(small, tmp_path / "out", recover=recover, recover_candidates=count)

@@ -17,10 +17,11 @@ from edgeprune.report.figures import (
     number_text,
     perplexity_text,
     recovery_text,
+    rivals_text,
     room_text,
 )
 from edgeprune.report.images import Interval
-from edgeprune.report.schema import Lever, Levers, Recovery
+from edgeprune.report.schema import Lever, Levers, Recovery, Rival
 from tests.support.sample_reports import estimated_content, measured, measured_content, report_of
 
 
@@ -146,6 +147,24 @@ def recovery(taken: int, minutes: float = 12.4) -> Recovery:
     )
     counts = {"steps": 240, "rows": 480, "held_out": 16, "row_tokens": 256, "memory_bytes": 2e9}
     return Recovery(taken=taken, before=before, after=after, minutes=minutes, **counts)
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ((5.0, 6.0, 7.0), "the ranking of 3 candidates within the budget stayed as it was"),
+        ((5.0, 7.0, 6.0), "the best of 3 candidates within the budget stayed the best, others changed places"),
+        ((6.0, 5.0, 7.0), "another of 3 candidates within the budget became the best"),
+    ],
+)
+def test_a_ranking_says_what_the_training_changed(before, words):
+    rivals = [Rival(name=f"c{i}", before=loss, after=loss - 3 if i == 0 else loss) for i, loss in enumerate(before)]
+    report = report_of(estimated_content())
+    trained = recovery(240).model_copy(update={"rivals": sorted(rivals, key=lambda rival: rival.name)})
+    text = rivals_text(report.model_copy(update={"recovery": trained}))
+    assert text.startswith(f"{words} (worst loss without and with the training: c0: {before[0]:+.1f} to ")
+    assert text.endswith("c2: +7.0 to +7.0 %)") or text.endswith("c2: +6.0 to +6.0 %)")
+    assert rivals_text(report) == ""
 
 
 def test_a_recovery_says_what_it_won_and_what_judged_it():
