@@ -71,10 +71,10 @@ def _fitted(run: Run) -> list[Fitted]:
         # Search the budget, train what was found where that was asked for, then judge its quality.
         planner = planner_of(run)
         costs = planner.latency
-        outcome, _, allocation = search_budget(run, planner, setup.budget)
+        outcome, chosen, allocation = search_budget(run, planner, setup.budget)
         limits = setup.budget.absolute(dense).limits
         gains = planner.gains(limits, allocation)
-        best = best_recovered(run, planner, outcome)
+        best = best_recovered(run, planner, outcome, chosen)
         chosen, allocation, rivals = best.candidate, best.allocation, best.rivals
         rungs, qualities = [chosen], [best.quality]
         if quality_status(run, qualities[0]) == "missed":

@@ -25,14 +25,13 @@ class Recovered:
     rivals: tuple[Rival, ...] = ()
 
 
-def best_recovered(run: Run, planner: Planner, outcome: Outcome) -> Recovered:
-    """Returns the best of the search's candidates after their recovery: the chosen one where no others are asked for.
+def best_recovered(run: Run, planner: Planner, outcome: Outcome, chosen: Candidate) -> Recovered:
+    """Returns the best of the search's candidates after their recovery: `chosen` where no others are asked for.
 
     The chosen one comes first, then the best by pruning alone and by formats alone, then the search's others; each is
     built and measured, and those beyond the budget are left out.
     """
     trial, wanted = outcome.trials[outcome.chosen], run.setup.request.recover_candidates
-    chosen = run.candidate(f"candidate-{outcome.chosen + 1}", trial.allocation)
     if wanted == 1 or trial.obtained.status != "met":
         recovered = run.recovered(chosen)
         return Recovered(recovered, trial.allocation, run.evaluator.quality("0", recovered))
@@ -57,8 +56,9 @@ def _others(run: Run, planner: Planner, outcome: Outcome) -> list[tuple[str, Can
     wanted, dense = run.setup.request.recover_candidates - 1, run.dense.performance
     limits = run.setup.budget.absolute(dense).limits
     allocation = outcome.trials[outcome.chosen].allocation
-    kinds = zip(("pruned alone", "in formats alone"), planner.one_kind(limits, allocation), strict=True)
-    options = [(words, f"rival-{words.split()[0]}", one) for words, one in kinds if one is not None]
+    kinds = (("pruned alone", "rival-pruned"), ("in formats alone", "rival-formats"))
+    of_kinds = zip(kinds, planner.one_kind(limits, allocation), strict=True)
+    options = [(*names, one) for names, one in of_kinds if one is not None]
     met = [(i, trial) for i, trial in enumerate(outcome.trials) if trial.obtained.status == "met"]
     met.sort(key=lambda numbered: numbered[1].allocation.loss)
     options += [(f"candidate {i + 1} of the search", f"candidate-{i + 1}", trial.allocation) for i, trial in met]

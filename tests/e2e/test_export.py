@@ -22,7 +22,7 @@ from tests.support.llamacpp import VOCABULARY, LlamaCpp, assert_same_choices, sa
 
 pytestmark = pytest.mark.slow
 
-PROMPT, COUNT = "the quick brown", 12
+PROMPT, COUNT = "the quick brown", 16
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away", "from", "it")
 
 
