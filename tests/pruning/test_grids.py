@@ -141,7 +141,7 @@ TINY = [
 
 
 @pytest.mark.parametrize("form", TINY, ids=[form.name for form in TINY])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.floats(0, 2))
 def test_it_is_the_best_of_all_codes_on_tiny_blocks(form, kind, seed, spread):
     """But for what storing the scales in fp16 adds; scale and minimum are searched for in turn, and may miss some."""
