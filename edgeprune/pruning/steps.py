@@ -2,7 +2,8 @@
 
 Each of some starts lies at the ends of a group, or some steps within, and gets the least squares on the codes that it
 makes; the one that rounding to nearest loses least with is taken. From it on an exact search finds the best scale there
-is (sweep.py), which takes five to fifty times as long and gains a few hundredths. The same search serves weights and
+is (sweep.py), or goes along lines of scales and of minima, which takes five to a hundred times as long and gains a few
+hundredths. The same search serves weights and
 the scales of a block, whose scale is their unit.
 
 Shapes: out and in are the features of the weight, groups those of an output, blocks those that share units; places are
@@ -23,7 +24,7 @@ import torch
 from edgeprune.model.levels import nearest
 from edgeprune.model.quantised import SMALLEST_SCALE, half_of, storable
 from edgeprune.precision import ScaleBlock, WeightFormat
-from edgeprune.pruning.sweep import best_scales
+from edgeprune.pruning.sweep import best_scales, fits_of_minima, fits_of_scales
 
 Search = Literal["exact", "starts", "ends"]
 """How a grid is searched for: `ends` from GPTQ_CUTS, `starts` from CUTS, `exact` from the best of these on."""
@@ -43,8 +44,12 @@ GPTQ_CUTS = (-0.2, 0.5)
 """As CUTS, for GPTQ, which moves weights beyond the ends of their group, so that its grids cut less off; and a finer
 search of them gains nothing."""
 
-MINIMUM_CHANGES = (0, 0.5, -0.5, 0.25, -0.25, 0.75, -0.75)  # of a minimum in scales, that an exact search tries
-ZERO_CHANGES = (1, -1, 2, -2)  # of its zero
+FEW_BITS = 3
+"""Grids of at most so few bits are searched from more starts: a sweep of few codes is cheap, and misses more."""
+
+PIVOTS, FEW_PIVOTS = (0, 1), (0, 1, 0.5)  # codes, as shares of the largest, beside whose values scales are swept
+PIVOT_CHANGES, FEW_PIVOT_CHANGES = (0, 0.5, -0.5), (0, 0.5, -0.5, 0.25, -0.25)  # of these codes
+ZERO_CHANGES = (1, -1, 2, -2)  # of the best start's zero, that an exact search tries; in few bits it tries all
 EXACT_BITS = 5  # at most: of finer grids the best start loses less than a hundredth more than the best there is
 
 
@@ -134,6 +139,31 @@ class Weighed:
         ends = [torch.full_like(steps.scales, 0.0) + side for side in (zeros - form.least, form.most - zeros)]
         return replace(steps, scales=best_scales(values, self.importance, *ends))
 
+    def scales_swept(self, steps: Steps, code: float) -> Steps:
+        """Returns steps with the scales and minima that lose least, of the codes at all scales beside the value that
+        the steps have at a code, the least of which is 0 here."""
+        form = steps.form
+        most, below = form.most - form.least, round(code)
+        below = min(max(below, 0), most)
+        pivot = steps.minima + (form.least + code) * steps.scales
+        return self._with_fits(steps, *fits_of_scales(self.values, self.importance, pivot, below, most - below))
+
+    def minima_swept(self, steps: Steps) -> Steps:
+        """Returns steps with the scales and minima that lose least, of the codes at all minima with the scales."""
+        form = steps.form
+        return self._with_fits(
+            steps, *fits_of_minima(self.values, self.importance, steps.scales, form.most - form.least)
+        )
+
+    def _with_fits(self, steps: Steps, scales: torch.Tensor, minima: torch.Tensor) -> Steps:
+        """Returns steps with scales and minima of the least code, where a scale was found."""
+        is_known, least = scales > 0, steps.form.least
+        scales = torch.where(is_known, scales, steps.scales)
+        minima = torch.where(is_known, minima - least * scales, steps.minima)
+        if steps.form.block is None:
+            return replace(steps, scales=scales, minima=minima)
+        return self.fitted(replace(steps, scales=scales, minima=minima.clamp_max(0)))  # stored without a sign
+
     def best_of(self, choice: Iterable[Steps], together: int = 1) -> Steps:
         """Returns for each group the steps that lose least, the first of those that lose the same.
 
@@ -174,20 +204,24 @@ def fitted_starts(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Seque
 
 
 def exact(weighed: Weighed, best: Steps) -> Steps:
-    """Returns the steps (out, groups) that lose least: with the zeros near those of `best`, or from its minima on."""
+    """Returns the steps (out, groups) that lose least: with the zeros near those of `best`, or from its values on."""
     form = best.form
     if form.bits > EXACT_BITS:
         return best
     if best.minima is not None:
-        for change in MINIMUM_CHANGES:
-            minima = best.minima + change * best.scales
-            moved = replace(best, minima=minima if form.block is None else minima.clamp_max(0))
-            best = weighed.best_of((best, stored(weighed.fitted(weighed.swept(moved)))))
+        is_few, most = form.bits <= FEW_BITS, form.most - form.least
+        pivots, changes = (FEW_PIVOTS, FEW_PIVOT_CHANGES) if is_few else (PIVOTS, PIVOT_CHANGES)
+        for share, change in itertools.product(pivots, changes):
+            best = weighed.best_of((best, stored(weighed.scales_swept(best, share * most + change))))
+            best = weighed.best_of((best, stored(weighed.minima_swept(best))))
         return best
     choice = [best, stored(weighed.swept(best))]
     if best.zeros is not None:
-        moved = ((best.zeros + change).clamp_(form.least, form.most) for change in ZERO_CHANGES)
-        choice += [stored(weighed.swept(replace(best, zeros=zeros))) for zeros in moved]
+        if form.bits <= FEW_BITS:
+            tried = (torch.full_like(best.zeros, zero) for zero in range(form.least, form.most + 1))
+        else:
+            tried = ((best.zeros + change).clamp_(form.least, form.most) for change in ZERO_CHANGES)
+        choice += [stored(weighed.swept(replace(best, zeros=zeros))) for zeros in tried]
     if _is_signed(form):
         turned = Weighed(-weighed.values, weighed.importance).swept(best)
         choice.append(stored(replace(turned, scales=-turned.scales)))
