@@ -72,6 +72,21 @@ def moments_of(inputs: torch.Tensor, total: torch.Tensor | None = None) -> Momen
     return Moments(len(rows), total, held_out)
 
 
+def evened(moments: Moments, inputs: torch.Tensor, first: float) -> Moments:
+    """Returns moments in which the first token of each sample counts as one, not as so many; consumes those given.
+
+    inputs: (samples, tokens, features) fp32, that the moments are of.
+    """
+    if first == 1:
+        return moments
+    rows, excess = inputs[:, 0], 1 - 1 / first
+    is_held_out = held_out_rows(*inputs.shape[:2]).view(inputs.shape[:2])[:, 0]
+    held_out = rows[is_held_out]
+    moments.all.sub_(gram(rows), alpha=excess)
+    moments.held_out.sub_(held_out.T @ held_out, alpha=excess)
+    return moments
+
+
 def cross(inputs: torch.Tensor, outputs: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
     """Returns X^T Y (features, out_features) fp64 of X (n, features) and Y (n, out_features), both fp32."""
     total = torch.zeros(inputs.shape[1], outputs.shape[1], dtype=torch.float64)

@@ -42,7 +42,7 @@ from edgeprune.pruning.activations import input_scale_for, is_smoothed, largest_
 from edgeprune.pruning.compensate import FIRST_DAMPING, compensate
 from edgeprune.pruning.experts import cut_experts
 from edgeprune.pruning.methods import Method, Recovery
-from edgeprune.pruning.moments import Moments, gram, moments_of
+from edgeprune.pruning.moments import Moments, evened, gram, moments_of
 from edgeprune.pruning.quantize import Quantisation, Rounding
 from edgeprune.pruning.rounding import round_on, round_together
 from edgeprune.pruning.score import Projection
@@ -73,6 +73,8 @@ class ModuleRecord:
     roundings: tuple[Rounding, ...] = ()
     rounding_errors: tuple[float, ...] = ()
 
+
+FIRST_SHARE = 1 / 2  # of a sample's tokens, that its first one counts as
 
 NO_STATE = 1e-3  # of the least scale of all tokens: some models embed a padding token as zeros
 
@@ -133,6 +135,23 @@ class Walk:
     dampings: dict[str, float] = field(default_factory=dict)
     read_pruned: torch.Tensor = field(init=False)  # (b, t, c), the streams as the layer's modules read them
     read_whole: torch.Tensor = field(init=False)
+
+    @functools.cached_property
+    def first(self) -> float:
+        """Returns how many tokens the first one of a sample counts as where an output projection is updated.
+
+        Models let attention rest on it (Xiao et al. 2023, arXiv 2309.17453): all later tokens read what became of it.
+        Rounding alone leaves it near enough.
+        """
+        if self.dense.layer_widths == self.target.layer_widths:
+            return 1.0
+        return max(1.0, FIRST_SHARE * self.whole.shape[1])
+
+    def _scale(self, aim: torch.Tensor) -> torch.Tensor:
+        """Returns the square roots (b, t, 1) of the tokens' weights where an update aims at (b, t, c)."""
+        scale = token_scale(aim) * self.importance.sqrt()
+        scale[:, 0] *= math.sqrt(self.first)
+        return scale
 
     def enter(self) -> None:
         """Prepares both streams for the modules of the next layer."""
@@ -206,7 +225,7 @@ class Walk:
         scale, missing = torch.ones(1, 1, 1), None
         if self.method.recovery is Recovery.LEAST_SQUARES:
             target = self.whole if raw is None else raw
-            scale = token_scale(target) * self.importance.sqrt()  # (b, t, 1)
+            scale = self._scale(target)  # (b, t, 1)
             missing = target - experts_output(states, weights, before)  # (b, t, c)
             if raw is None:
                 missing -= self.pruned
@@ -244,7 +263,7 @@ class Walk:
         # Square roots of the tokens' weights in least squares.
         scale = torch.ones(1)
         if compensates:
-            scale = token_scale(self.whole if raw is None else raw) * self.importance.sqrt()  # (b, t, 1)
+            scale = self._scale(self.whole if raw is None else raw)  # (b, t, 1)
         module = self._selected(weights, index, kind, scale)
         weights.clear()
         record = ModuleRecord(index, kind, module.weight.shape[1], size)
@@ -268,8 +287,10 @@ class Walk:
         moments = moments_of(module.inputs, module.total) if compensates or form is not None else None
         if compensates:
             record = self._compensate(module, kind, moments, raw, scale, record)
-        # Round the output projection last, on the same inputs.
+        # Round the output projection last, on the same inputs, of which none counts more.
         if form is not None:
+            if compensates:
+                moments = evened(moments, module.inputs, self.first)
             result = round_on(module.weight, moments, form)
             del moments
             results.append(result)

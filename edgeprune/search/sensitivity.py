@@ -44,7 +44,7 @@ from edgeprune.search.response import measure_response, probes_of
 from edgeprune.search.roundings import ModuleRoundings, table_losses
 from edgeprune.search.widths import CacheLosses, RoundingLosses, Sensitivities, dense_widths
 
-VERSION = 14  # of the kept results; another number measures again
+VERSION = 15  # of the kept results; another number measures again
 SAMPLES = 12  # on which cuts are measured: their moments need several times as many tokens as the widest module's width
 ROUNDED_SAMPLES = 4  # of these, on which formats are measured, whose errors are averages over all tokens
 

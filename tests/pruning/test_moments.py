@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.pruning.moments import gram, held_out_rows, moments_of
+from edgeprune.pruning.moments import evened, gram, held_out_rows, moments_of
 
 
 @settings(max_examples=25, deadline=None)
@@ -39,3 +39,15 @@ def test_moments_of_all_and_of_the_held_out_tokens():
     known = moments_of(inputs, total)
     assert known.all is total
     assert torch.equal(known.held_out, found.held_out)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), samples=st.integers(1, 9), first=st.sampled_from([1.0, 3.0, 256.0]))
+def test_evened_moments_are_those_in_which_no_token_counts_more(seed, samples, first):
+    inputs = torch.randn(samples, 7, 5, generator=torch.Generator().manual_seed(seed))
+    weighed = inputs.clone()
+    weighed[:, 0] *= first**0.5
+    found, expected = evened(moments_of(weighed), weighed, first), moments_of(inputs)
+    assert found.tokens == expected.tokens
+    assert torch.allclose(found.all, expected.all, rtol=1e-5, atol=2e-3)
+    assert torch.allclose(found.held_out, expected.held_out, rtol=1e-4, atol=2e-3)
