@@ -26,7 +26,7 @@ DAMPING = 0.1  # added to the moments as a share of their mean diagonal: samples
 BLOCK = 128  # columns whose changes of all later columns are gathered into one product
 ROWS = 4096  # outputs that are rounded at a time
 PROBED_OUTPUTS = 64  # on which GPTQ is compared with rounding, and the error is taken, at most
-EXACT_WEIGHTS = 1 << 20  # of a matrix, at most, whose grid is searched for exactly: some seconds
+EXACT_WEIGHTS = 1 << 16  # of a matrix, at most, whose grid is searched for exactly: a second or two
 
 Rounding = Literal["gptq", "nearest"]
 
