@@ -56,7 +56,9 @@ def test_a_model_in_blocks_is_exported_as_the_file_that_it_is(model, tmp_path):
     q4_0 = WEIGHT_FORMATS["q4_0"]
     decoder = model.decoder.with_format(q4_0)
     weights = dict(model.weights) | {
-        name: choose_grid(model.weights[name], torch.ones(decoder.shapes()[name][1]), form).nearest(model.weights[name])
+        name: choose_grid(model.weights[name], torch.ones(decoder.shapes()[name][1]), form, "starts").nearest(
+            model.weights[name]
+        )
         for name, form in decoder.weight_formats.items()
     }
     save_checkpoint(decoder, ((name, weights[name]) for name in decoder.shapes()), model, tmp_path / "blocks")

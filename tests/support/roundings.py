@@ -34,7 +34,7 @@ def rounded(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> Stored:
     for name in decoder.shapes():
         weight, form = weights[name].detach().float(), decoder.weight_formats.get(name)
         even = torch.ones(weight.shape[-1])
-        stored[name] = weight if form is None else choose_grid(weight, even, form, largest=largest).nearest(weight)
+        stored[name] = weight if form is None else choose_grid(weight, even, form, "starts", largest).nearest(weight)
         if form is not None and form.activation_bits:
             stored[name] = replace(stored[name], input_scale=INPUT_SCALE)
     return stored

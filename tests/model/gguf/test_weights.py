@@ -49,7 +49,7 @@ def rounded(dense: Model, decoder: Decoder) -> Stored:
     for name, shape in decoder.shapes().items():
         weight = dense.weights[name][tuple(map(slice, shape))]
         if form := decoder.weight_formats.get(name):
-            weight = choose_grid(weight.float(), torch.ones(shape[1]), form).nearest(weight.float())
+            weight = choose_grid(weight.float(), torch.ones(shape[1]), form, "starts").nearest(weight.float())
         weights[name] = weight
     return weights
 
