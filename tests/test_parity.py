@@ -119,6 +119,7 @@ def test_fields_are_read_as_transformers_reads_them(case: str, changes: dict[str
     assert compare_with(tmp_path, case, changes)[0] < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_pruned(case: str, tmp_path: Path) -> None:
     model = parity.dense(tmp_path / "model", case).model
@@ -129,6 +130,7 @@ def test_pruned(case: str, tmp_path: Path) -> None:
     assert parity.uneven_error(model, tmp_path / "uneven") < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_weight_formats(case: str, tmp_path: Path) -> None:
     """Another format in every module, floats among them, in every graph."""

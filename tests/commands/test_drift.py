@@ -56,6 +56,7 @@ def lines(documents: list[str]) -> str:
     return "\n".join(json.dumps({"text": document}) for document in documents)
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_what_the_dense_model_reads_of_the_calibration_samples(bundle):
     sketch = read_sketch(bundle / "rungs/0" / SKETCH_FILE)
     assert sketch.length == 32

@@ -36,6 +36,7 @@ def bundle(tmp_path_factory, tmp_path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("figures", "met"), [({"peak": 10**5}, True), (LARGE, False)])
 def test_the_report_and_its_page_have_the_devices_figures(bundle, monkeypatch, figures, met):
     assert load_bundle(bundle).report.rests_on == "estimated"
@@ -73,6 +74,7 @@ def test_what_fails_changes_nothing(bundle, monkeypatch):
         measure(bundle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
@@ -134,6 +136,7 @@ def interval(value: float) -> dict[str, float]:
     return {"value": value, "low": value, "high": value}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [-5, 0, 5e-324, float("nan"), float("inf"), "2", None])
 def test_a_latency_that_cannot_be_is_a_failed_measurement(bundle, board, value):
     lie = JETSON["measure"] | {"decode": {"candidate": TIMED | {"median": interval(value)}}}
@@ -142,6 +145,7 @@ def test_a_latency_that_cannot_be_is_a_failed_measurement(bundle, board, value):
     assert "answers what cannot be: decode.candidate.median.value" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("message", "lie", "words"),
     [

@@ -25,6 +25,7 @@ def fitted(tmp_path_factory):
     return result, own
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_scores_the_limits_and_the_grade(fitted):
     result, own = fitted
     report = result.report

@@ -376,6 +376,7 @@ COMPILED = [  # dialect, decoder, workload
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dialect", "decoder", "workload"), COMPILED, ids=NAMES)
 def test_activations_agree_with_what_tensorrts_compiler_reports(
     dialect: str, decoder: Decoder, workload: Workload, tmp_path: Path

@@ -53,6 +53,7 @@ def test_it_is_measured_once(small_probe: ModuleType, tmp_path: Path, monkeypatc
             with_figures(profile_of("cpu", None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil", [lambda text: text[:40], lambda text: "[]", lambda text: text.replace('"GB/s"', '"kg"')]
 )

@@ -314,6 +314,7 @@ def test_a_module_that_is_missing(server: Server, graph: Path, tmp_path: Path, p
     assert caught.value.remedy == f"pip install {name}"
 
 
+@pytest.mark.slow
 def test_a_measurement_that_hangs(server: Server, graph: Path, monkeypatch) -> None:
     """The process is stopped in the middle: it cannot even hear that it is to end."""
     monkeypatch.setattr(measure, "MEASURE_SECONDS", 3.0)

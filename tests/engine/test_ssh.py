@@ -273,6 +273,7 @@ def our_ssh() -> int:
     raise AssertionError("no ssh runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["client", "server", "agent", "shell"])
 def test_a_connection_that_is_killed(server: Server, end: str) -> None:
     """Each of the processes that the task hangs on."""
@@ -297,6 +298,7 @@ def test_a_connection_that_is_killed(server: Server, end: str) -> None:
     server.wait_until_quiet()
 
 
+@pytest.mark.slow
 def test_signs_of_life_while_a_task_runs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is told that silence of a second is too long."""
     monkeypatch.setenv(*durations(alive_seconds=0.2).popitem())
@@ -381,6 +383,7 @@ LIARS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("said", "message"), LIARS.values(), ids=list(LIARS))
 def test_whatever_a_stranger_says_it_is_one_error_in_time(tmp_path: Path, monkeypatch, said, message: str) -> None:
     device = stranger(tmp_path, monkeypatch, *said)
@@ -392,6 +395,7 @@ def test_whatever_a_stranger_says_it_is_one_error_in_time(tmp_path: Path, monkey
     assert f"{caught.value.message} {caught.value.remedy}".isprintable()
 
 
+@pytest.mark.slow
 def test_a_process_that_outlives_ssh_and_holds_its_output_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
     """A wrapper of ssh, or its ProxyCommand, may leave one behind: the pipe does not end with ssh."""
     device = stranger(tmp_path, monkeypatch)

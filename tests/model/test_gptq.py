@@ -29,6 +29,7 @@ def with_format(folder: Path, dense, form: str, tables: str | None = "int8"):
     return rounded(dense, dense.decoder.with_format(WEIGHT_FORMATS[form], tables and WEIGHT_FORMATS[tables]), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("case", ["llama", "qwen2", "gemma3_text"])
 def test_another_library_unpacks_the_same_numbers(tmp_path, case, form):

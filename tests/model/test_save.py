@@ -283,6 +283,7 @@ def in_few_bits(tmp_path, case, **options):
 PACKED_TEXTS = [case for case in TEXTS if case != "gpt2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PACKED_TEXTS)
 def test_transformers_computes_the_same_from_codes_as_from_their_values(tmp_path, case):
     """Bit by bit: code times scale has 15 bits at most, so fp32 has no error, whoever multiplies.

@@ -346,6 +346,7 @@ def test_it_ends_though_the_exception_of_a_signal_was_lost(tmp_path: Path) -> No
     assert far.works() == []
 
 
+@pytest.mark.slow
 def test_signs_of_life_and_a_long_upload_keep_it(start: Callable[..., Far]) -> None:
     far = start(silence_seconds=0.8)
     data = os.urandom(1000)

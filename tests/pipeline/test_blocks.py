@@ -78,6 +78,7 @@ def test_a_scale_of_the_scores_that_llama_cpp_has_not_is_refused_in_few_bits_alo
     assert of_device(small, tmp_path / "out", model=tmp_path / "model", weights="float").weights.layers == (None,)
 
 
+@pytest.mark.slow
 def test_a_candidate_is_one_file_with_what_the_walk_rounded(small, tmp_path):
     setup = of_device(small, tmp_path / "out")
     run = Run(setup, journal_of(tmp_path / "work"), Silent())

@@ -105,6 +105,7 @@ def test_products_of_the_sensitivities_are_those_that_torch_counts(wide):
     assert work.passes + work.products == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
+@pytest.mark.slow
 def test_products_of_all_probes_are_those_that_torch_counts(wide):
     ids, how = torch.randint(0, 640, (24, 128)), method_named("default")
     work = sensing(wide.decoder, 24, 128, FORMATS, CACHES)

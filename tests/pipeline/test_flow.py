@@ -54,6 +54,7 @@ def made(tmp_path_factory):
     return finished(tmp_path_factory)
 
 
+@pytest.mark.slow
 def test_a_run_begins_beside_its_output_and_tells_what_was_chosen(made, tmp_path, caplog):
     setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")
     caplog.set_level("INFO", "edgeprune")
@@ -143,6 +144,7 @@ def test_the_chosen_candidate_is_the_best_that_fits(made):
     assert estimate == pytest.approx(made.fitted.chosen.performance.memory.total, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_no_builder_dequantises_stays_as_it_was_chosen(made, tmp_path):
     """TensorRT for RTX where it is installed; nothing is built where there is no builder."""
     setup = setup_of(made.run.setup.model.directory.parent, tmp_path / "out")

@@ -50,6 +50,7 @@ def fitted(small: Path, output: Path, progress=None, **changes):
     return fit(progress=progress, **options(small, output, max_quality_loss="off", recover="12", **changes))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     whole = fitted(small, tmp_path / "whole", weights="float")
@@ -86,6 +87,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_model(small, tmp_path, monkeyp
     assert json.loads((whole.bundle / "report.json").read_text())["recovery"]["taken"] == recovery.taken
 
 
+@pytest.mark.slow
 def test_a_model_of_codes_and_a_smaller_vocabulary_is_recovered_as_it_is_deployed(small, tmp_path):
     setup = setup_of(small, tmp_path / "out", weights="int8", cache="int8", vocabulary="samples", recover="12")
     run = Run(setup, open_journal(tmp_path / "out.work", setup.fingerprint, False, False), Silent())
@@ -135,6 +137,7 @@ def test_a_machine_of_too_little_memory_is_told_before_any_work(small, tmp_path,
     setup_of(small, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_matrices_are_changed_by_products_of_low_rank(small, tmp_path, monkeypatch):
     whole, low = (needed_bytes(load_model(str(small / "model")).decoder, 24, rank) for rank in (None, RANK))
     assert low < 0.6 * whole
@@ -147,6 +150,7 @@ def test_where_memory_is_short_matrices_are_changed_by_products_of_low_rank(smal
     assert "12 steps of products of rank 16, for want of memory, in" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_every_rung_of_a_frontier_is_trained(small, tmp_path):
     seen = []
     given = options(small, tmp_path / "out", memory=None, recover="12", weights="float")
@@ -155,6 +159,7 @@ def test_every_rung_of_a_frontier_is_trained(small, tmp_path):
     assert result.bundle is not None
 
 
+@pytest.mark.slow
 def test_the_best_of_several_candidates_after_their_recovery_is_kept(small, tmp_path):
     """All are within the budget; what ranked them before and afterwards stands in the report."""
     whole = fitted(small, tmp_path / "out", memory="99%", weights="auto", recover_candidates=3)

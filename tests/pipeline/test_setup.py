@@ -139,6 +139,7 @@ def test_other_formats_make_another_floor_and_another_choice(small, tmp_path):
     assert floats.fingerprint == setup.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_what_a_run_holds_on_the_disk_is_within_the_sum_checked_at_its_start(small, precision, tmp_path, monkeypatch):
     """The largest sum of the files, links counted once, at the end of every stage."""

@@ -41,6 +41,7 @@ def drawn(kind: str, seed: int, rows: int, columns: int) -> torch.Tensor:
 KINDS = ("normal", "heavy tails", "unequal rows and columns", "off zero")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(GGML.values())), st.sampled_from(KINDS), st.integers(0, 10**6), st.floats(0, 2))
 def test_it_never_loses_more_than_ggml(form, kind, seed, spread):
@@ -140,6 +141,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TINY, ids=[form.name for form in TINY])
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.floats(0, 2))

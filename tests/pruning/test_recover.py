@@ -95,6 +95,7 @@ def test_divergence_falls_on_rows_that_nothing_has_seen(tmp_path):
 FORMATS = ("int8", "w8a8", "fp8", "nvfp4", "int4-32", "int4-32-asymmetric", "int4-offset", "q4_0", "q5_1", "q8_0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_is_judged_is_what_is_stored_on_its_grid(form, tmp_path):
     """The training starts at the closed form's numbers to the last bit, and ends at numbers of the same grid."""

@@ -162,6 +162,7 @@ def test_self_generated_text_is_not_called_quality():
     assert "nor how it does on your data" not in render_frontier(measured_ladder(), BUNDLE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])
 def test_texts_cannot_inject_markup(made):
     safe = Parsed(render_frontier(made(), BUNDLE))

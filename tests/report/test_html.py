@@ -273,6 +273,7 @@ def test_numbers_beyond_floating_point_are_shown(value):
     assert f"Broken: perplexity is {words}" in render_html(report_of(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS)
 def test_texts_cannot_inject_markup(content):
     safe, attacked = parsed(content()), parsed(hostile(content(), ATTACK))
@@ -291,6 +292,7 @@ def elements(text: str) -> tuple[int, set[str]]:
     return len([tag for tag in tags if tag not in ("g", "text")]), set(tags)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.text(alphabet="<>&\"'/{}%-!=script\n\0é", min_size=1, max_size=40))
 def test_any_text_leaves_the_pages_structure_alone(text):

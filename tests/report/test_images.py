@@ -160,6 +160,7 @@ def test_a_language_model_has_no_word_of_pictures():
     assert "picture" not in words(printed(print_report, report_of(estimated_content())))
 
 
+@pytest.mark.slow
 def test_texts_of_the_pictures_cannot_inject_markup():
     hostile = distances(0.01, 12.0, 0.5, 0.5) | {"network": ATTACK}
     for changes in ({"reference": ATTACK, "fitted": hostile}, MISSING | {"missing": ATTACK}):

@@ -96,6 +96,7 @@ def every_allocation(problem: Problem, joint: bool):
                         yield Allocation(widths, tokens, 0.0, formats, (embedding, head))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -111,6 +111,7 @@ def test_plain_gptq_leaves_less_of_a_matrix_output_than_rounding_does(bench):
         assert (inputs @ (by_gptq_ - dense).T).norm() < (inputs @ (nearest - dense).T).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "bits"),
     [

@@ -151,6 +151,7 @@ def test_scales_are_floats_of_32_bits_in_every_precision(tmp_path: Path) -> None
     assert decoder.with_cache(INT8).parameters == decoder.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "form", "sm"),
     [

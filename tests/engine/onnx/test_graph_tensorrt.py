@@ -59,6 +59,7 @@ def test_builds_image_generators_to_read_one_token_at_a_time(decoder: Decoder, d
     assert weights <= built.weights_bytes <= 1.02 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
 def test_a_cache_in_place_builds_for_every_sm(sm: int, tmp_path: Path) -> None:
     """With a window, a softcap and a single head, whose attention is written in other operators."""
@@ -116,6 +117,7 @@ def judged(decoder: Decoder, **settings: object) -> bool:
     return dequantises(*figures, decoder, workload_of(settings.get("batch", 1)), settings.get("precision", "fp16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "tables", "sm"),
     [
@@ -147,6 +149,7 @@ def test_a_tied_table_of_int8_is_held_once_and_one_of_int4_twice() -> None:
     assert built(int4).weights_bytes == pytest.approx(twice, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layers", ["int8", "int4-32"])
 def test_codes_stay_packed_in_every_float_type(precision: str, layers: str) -> None:
@@ -157,6 +160,7 @@ def test_codes_stay_packed_in_every_float_type(precision: str, layers: str) -> N
     assert not judged(decoder, dialect=dialect, precision=precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["int8", "int4-32", "int4-offset"])
 @pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 def test_the_codes_of_experts_stay_packed(layers: str, dialect: str) -> None:
@@ -166,6 +170,7 @@ def test_the_codes_of_experts_stay_packed(layers: str, dialect: str) -> None:
     assert not judged(decoder, dialect=dialect)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [75, 86, 89, 120])
 @pytest.mark.parametrize("dialect", ["opset23", "primitive"])
 def test_products_of_rounded_activations_are_built_without_copies(sm: int, dialect: str) -> None:
@@ -175,6 +180,7 @@ def test_products_of_rounded_activations_are_built_without_copies(sm: int, diale
     assert not judged(decoder, dialect=dialect, sm=sm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "sm", "dialect", "precision"),
     [

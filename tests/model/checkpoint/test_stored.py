@@ -39,6 +39,7 @@ def saved(folder, decoder, source, **options):
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PACKED)
 def test_every_family_gives_back_its_codes(tmp_path, case):
     """Formats differ between layers, and so do the widths of the second checkpoint."""
@@ -56,6 +57,7 @@ def test_every_family_gives_back_its_codes(tmp_path, case):
         assert load_outline(str(tmp_path / name)) == (name, decoder, ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_family_gives_back_codes_of_which_it_holds_the_values(tmp_path, monkeypatch, case):
     """Stacked, turned and transposed tensors, heads of zeros and Granite's factor; others read the floats."""

@@ -44,6 +44,7 @@ def _shard(folder, count, suffix):
     (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_shards_and_pickles_of_every_family_hold_its_weights(tmp_path, case):
     save_family(tmp_path, case)
@@ -220,6 +221,7 @@ def test_the_command_line_refuses_a_harmful_checkpoint(tmp_path):
     assert not (tmp_path / "done").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_reading_holds_a_layer_not_the_file(tmp_path, suffix):
     """Eight fused layers of 46 MB, each weight read by itself, in a process whose peak is its own."""

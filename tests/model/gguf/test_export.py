@@ -86,6 +86,7 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path, case):
     check_parity(saved(tmp_path / "dense", case), tmp_path / "m.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXPORTED)
 def test_and_of_a_narrower_model_too(tmp_path, case):
     dense = saved(tmp_path / "dense", case)
@@ -187,6 +188,7 @@ def check_values(model, path: Path) -> dict[str, str]:
     return {name: tensor.tensor_type.name for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXPORTED)
 def test_weights_of_few_bits_keep_their_values(tmp_path, case):
     """llama.cpp rounds the inputs to 8 bits, which changes the logits of these small models by up to 0.65 nats; another

@@ -96,6 +96,7 @@ def log_probabilities(model: torch.nn.Module) -> np.ndarray:
         return torch.log_softmax(model(torch.tensor([PROMPT])).logits[0, -1].double(), -1).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in EXPORTED if case not in CHANGED])
 def test_every_family_reads_back_as_what_was_written(tmp_path, case):
     dense = saved(tmp_path / "dense", case, dtype=torch.float32)
@@ -113,6 +114,7 @@ def test_every_family_reads_back_as_what_was_written(tmp_path, case):
     assert load_model(str(tmp_path / "again")).decoder == model.decoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", GGML_FORMATS)
 def test_llama_cpp_and_transformers_read_every_format(tmp_path, form):
     dense = saved(tmp_path / "dense", "llama", **WIDE)

@@ -123,6 +123,7 @@ def test_a_chat_is_tokenised_as_before(case, prompted):
     check_same(case, text, add_special_tokens=False)
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 @settings(deadline=None)
 @given(words=st.lists(st.sampled_from(WORDS), max_size=8), text=unicode_text)
