@@ -6,7 +6,6 @@ It knows no weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,12 @@ def generate_documents(
 ) -> np.ndarray:
     """Returns token ids (count, length) int64 that the model draws: a user's turn, the answer, and so on.
 
-    Without a chat template such a sample begins after the begin (or end) token; where there is none of these, with the
-    first token of each of the given samples (any, tokens) in turn. Every second sample begins with any token of the
-    vocabulary instead, each as likely: a model that chats in one language of few things knows others, and least squares
-    distorts what no sample shows. An end token does not end a sample: the model goes on with whatever follows. length:
-    at least 2; an opening that leaves no room for text is cut to its first token. Raises InputError where nothing can
-    begin a sample.
+    Without a chat template a sample begins after the begin (or end) token; where there is none of these, with the first
+    token of each of the given samples (any, tokens) in turn. An end token does not end a sample: the model goes on with
+    whatever follows. length: at least 2; an opening that leaves no room for text is cut to its first token. Raises
+    InputError where nothing can begin a sample.
     """
-    # The tokens that each sample starts with.
+    # The tokens that every sample starts with.
     tokenizer = load_tokenizer(directory)
     runner = GraphRunner(graph, 1, length)
     try:
@@ -59,44 +56,22 @@ def generate_documents(
             raise
         openings = [[token] for token in given[:, 0].tolist()]
         progress.note(f"samples of the model's own begin with a token of yours: {error.message}")
-    prompts = [openings[sample // 2 % len(openings)] for sample in range(count)]
-    before = _before_text(tokenizer, runner.vocab_size)[: length - 2]
-    tokens = np.random.default_rng(seed).choice(_tokens_of_text(tokenizer, runner.vocab_size), count)
-    prompts[1::2] = [[*before, int(token)] for token in tokens[1::2]]
-    # Draw those of one length together, as many at once as memory allows; every batch has a seed of its own.
-    most = max(1, min(BATCH, CACHE_BYTES // max(1, runner.cache_bytes)))
-    batches: list[np.ndarray] = []
-    for size in sorted({len(prompt) for prompt in prompts}, reverse=True):
-        alike = np.array([sample for sample, prompt in enumerate(prompts) if len(prompt) == size])
-        batches += np.array_split(alike, -(-len(alike) // most))
-    steps = [length - len(prompts[batch[0]]) for batch in batches]
-    advance = progress.stage("generate samples", sum(steps))
-    ids = np.empty((count, length), np.int64)
-    for batch, new_tokens in zip(batches, steps, strict=True):
-        if len(batch) != runner.batch:
-            runner.hold(len(batch))
-        some = [prompts[sample] for sample in batch]
+    new_tokens = length - len(openings[0])
+    # Draw the samples in batches, step by step; every batch has a seed of its own.
+    batches = -(-count // max(1, min(BATCH, CACHE_BYTES // max(1, runner.cache_bytes))))
+    advance = progress.stage("generate samples", new_tokens * batches)
+    rows = []
+    for part in np.array_split(np.arange(count), batches):
+        first, size = int(part[0]), len(part)
+        prompts = [openings[(first + row) % len(openings)] for row in range(size)]
+        if size != runner.batch:
+            runner.hold(size)
         drawn = []
-        first = seed + int(batch[0])
-        for step in generate(runner, some, new_tokens, temperature=1.0, top_p=SAMPLE_TOP_P, seed=first):
-            drawn.append(step)  # (len(batch),)
+        for tokens in generate(runner, prompts, new_tokens, temperature=1.0, top_p=SAMPLE_TOP_P, seed=seed + first):
+            drawn.append(tokens)  # (size,)
             advance()
-        ids[batch] = np.concatenate([np.array(some), np.stack(drawn, axis=1)], axis=1)
-    return ids
-
-
-def _before_text(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Returns the tokens that the tokenizer puts before a text, those that the model has an embedding for."""
-    special = set(tokenizer.all_special_ids)
-    return [token for token in takewhile(special.__contains__, encode(tokenizer, MARK)) if token < vocab_size]
-
-
-def _tokens_of_text(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """Returns the ids (any,) of the tokens that texts are made of, without added and special ones; all where no other
-    is left."""
-    kept = np.ones(min(vocab_size, len(tokenizer)), dtype=bool)
-    kept[[token for token in tokenizer.added_tokens_decoder if token < len(kept)]] = False
-    return np.flatnonzero(kept) if kept.any() else np.arange(len(kept))
+        rows.append(np.concatenate([np.array(prompts), np.stack(drawn, axis=1)], axis=1))  # (size, length)
+    return np.concatenate(rows)
 
 
 def opening_of(tokenizer: Any, vocab_size: int, note: Callable[[str], None] | None = None) -> list[int]:
