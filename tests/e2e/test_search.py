@@ -61,7 +61,7 @@ def test_a_budget_beyond_the_quality_limit_ends_with_both_points(home: Path) -> 
         "--weights",
         "float",
         "--max-quality-loss",
-        "20",
+        "10",
         "--output",
         bundle,
         *OWN,
@@ -72,8 +72,8 @@ def test_a_budget_beyond_the_quality_limit_ends_with_both_points(home: Path) -> 
     limit = report.budget[0].limit
     assert stop.performance.memory_total.value <= limit < report.fitted.performance.memory_total.value
     assert report.fitted.performance.memory_total.value <= report.dense.performance.memory_total.value
-    assert stop.rise_percent > 20 >= report.quality.rise_percent
-    assert "within the quality limit of 20%; the smallest within it is kept" in report.headline
+    assert stop.rise_percent > 10 >= report.quality.rise_percent
+    assert "within the quality limit of 10%; the smallest within it is kept" in report.headline
     page = (bundle / "report.html").read_text()
     assert "smallest model within the quality limit" in page
     spoken = run("report", bundle)
