@@ -185,6 +185,7 @@ def test_an_expert_that_saw_too_few_tokens_is_named_and_left_as_it_is(tmp_path: 
             assert all(any(torch.equal(column, other) for other in dense.T) for column in weights[name].T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if "," not in case])
 def test_the_update_brings_the_logits_nearer(case: str, tmp_path: Path) -> None:
     """On samples that it has not seen, against the same cut without it."""

@@ -17,6 +17,7 @@ from tests.support.sample_reports import measured_content, report_of
 from tests.support.small_bundles import write_ladder, write_report
 
 
+@pytest.mark.slow
 def test_the_page_of_a_report_is_written_again_and_hashed_again(tmp_path):
     report = report_of(measured_content())
     bundle = write_report(tmp_path / "fitted", report)

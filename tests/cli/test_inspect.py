@@ -34,6 +34,7 @@ def printed(*words: object) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_all_devices_or_one_as_a_table_and_as_a_document():
     names = [profile.name for profile in list_profiles()]
     assert [profile["name"] for profile in json.loads(printed("devices", "--json"))] == names

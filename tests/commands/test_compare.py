@@ -26,6 +26,7 @@ def given(tmp_path_factory):
     return {"model": folder / "model", "calibration": folder / "notes.txt", "samples": 4, "length": 16}
 
 
+@pytest.mark.slow
 def test_a_row_for_each_layout_ratio_and_method_the_default_first(given, monkeypatch):
     monkeypatch.setattr("edgeprune.pipeline.packing.GENERATED", 2)
     result = compare(**given, ratios=[20, 40, 20.0], methods="random, default,dense,random", layout="both")

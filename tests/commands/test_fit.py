@@ -21,6 +21,7 @@ def small(tmp_path_factory):
     return home(tmp_path_factory)
 
 
+@pytest.mark.slow
 def test_a_bundle_is_within_the_budget_and_the_work_is_gone(small, tmp_path):
     stages = []
     with short_durations():
@@ -36,6 +37,7 @@ def test_a_bundle_is_within_the_budget_and_the_work_is_gone(small, tmp_path):
         fit(**options(small, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_as_it_is_is_not_pruned(small, tmp_path):
     report = fit(**options(small, tmp_path / "out", memory="1GiB")).report
     assert report.search.ending == "dense"
@@ -44,6 +46,7 @@ def test_a_model_that_fits_as_it_is_is_not_pruned(small, tmp_path):
     assert " as it is; it was not yet tried on the device." in report.headline
 
 
+@pytest.mark.slow
 def test_a_bundles_own_quantised_checkpoint_is_fitted_again_from_its_floats(small, tmp_path):
     """In the type of its floats, which its embedding's values are not stored in."""
     dense = load_model(str(small / "model"))
@@ -60,6 +63,7 @@ def test_a_bundles_own_quantised_checkpoint_is_fitted_again_from_its_floats(smal
     assert {weight.dtype for weight in fitted.weights.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_a_format_with_minima_is_fitted_stored_and_named(small, tmp_path):
     with short_durations():
         result = fit(**options(small, tmp_path / "out", weights="int4-offset", memory="99.95%"))
@@ -73,6 +77,7 @@ def test_a_format_with_minima_is_fitted_stored_and_named(small, tmp_path):
     assert all(weight.minima is not None for weight in offset)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_others_quantised_is_fitted(small, tmp_path):
     details = {"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False}
     requantised(

@@ -10,6 +10,7 @@ from edgeprune.errors import InputError
 from tests.support.runs import home, options
 
 
+@pytest.mark.slow
 def test_no_rung_is_slower_than_the_last_and_each_is_within_its_share(tmp_path_factory, tmp_path):
     given = options(home(tmp_path_factory), tmp_path / "out", memory=None)
     result = frontier(**given, rungs=2)
@@ -29,6 +30,7 @@ def test_no_rung_is_slower_than_the_last_and_each_is_within_its_share(tmp_path_f
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_no_rung_even_where_every_cut_costs_too_much(tmp_path_factory, tmp_path, monkeypatch):
     """The shares of such a ladder are all 1, which the dense model itself meets."""
     monkeypatch.setattr("edgeprune.commands.frontier.WORST_FRONTIER_NATS", -1.0)

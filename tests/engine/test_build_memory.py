@@ -30,6 +30,7 @@ def untied(decoder: Decoder) -> Decoder:
     return replace(decoder, tie_word_embeddings=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [None, INT8, INT4], ids=["float", "int8", "int4"])
 def test_a_real_build_takes_what_is_estimated(form, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")

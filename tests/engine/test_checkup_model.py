@@ -15,6 +15,7 @@ from tests.support.quantised import FLOAT_FORMATS, PACKED_FORMATS
 FORMATS = [None, *PACKED_FORMATS.values(), *FLOAT_FORMATS.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name if form else "float")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_format_gives_the_expected_logits(form, precision: str, tmp_path: Path) -> None:

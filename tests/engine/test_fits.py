@@ -104,6 +104,7 @@ def test_siblings_share_the_efficiency(efficiency: float, overheads: tuple[float
         assert fits[first].layer_overhead_ms == pytest.approx(overhead, abs=1e-3)
 
 
+@pytest.mark.slow
 @given(share=st.floats(0.05, 1.6), tokens=st.floats(0, 2000), constant=st.floats(0, 10), layer=OVERHEAD)
 def test_a_fit_finds_the_figures_of_prefill_again(share: float, tokens: float, constant: float, layer: float) -> None:
     """A time for each token from one length of prompt, a constant from several, the share alone from two points."""

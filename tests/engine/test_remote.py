@@ -304,6 +304,7 @@ def test_files_of_other_runs_make_room(server: Server, graph: Path, tmp_path: Pa
     assert kept == others[: len(kept)]  # the oldest went
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packages", [(), ("numpy",)])
 def test_a_module_that_is_missing(server: Server, graph: Path, tmp_path: Path, packages: tuple[str, ...]) -> None:
     script(tmp_path / "python3", f'exec "{bare_python(tmp_path / "venv", packages)}" "$@"')

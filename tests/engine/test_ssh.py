@@ -214,6 +214,7 @@ def test_no_ssh_here(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyP
         run(server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", ["echo Welcome", "printf 'no end of line'", "echo '{\"motd\": 1}'; echo '[1]'; echo", "seq 900"]
 )
@@ -306,6 +307,7 @@ def test_signs_of_life_while_a_task_runs(server: Server, monkeypatch: pytest.Mon
         assert run(server, seconds=3)["folder"]
 
 
+@pytest.mark.slow
 def test_a_workstation_that_stops(server: Server) -> None:
     """Its ssh is alive and says nothing any longer: the device ends by itself."""
 

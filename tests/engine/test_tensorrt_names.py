@@ -355,6 +355,7 @@ def users() -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_code_uses() -> None:
     assert {"tensorrt.py", "tensorrt_runner.py"} <= set(users())
     pairs = [pair for name in users() for pair in accesses(tree(name))]
@@ -381,6 +382,7 @@ def test_every_recorded_release_has_the_names(release: str) -> None:
                 assert name in names[kind], f"{release} has no {kind}.{name}"
 
 
+@pytest.mark.slow
 def test_names_of_rtx_alone_are_used_for_a_named_sm_alone() -> None:
     """Or to say which it offers; another flavour is refused before, with a named SM."""
     everywhere = [pair for name in users() for pair in accesses(tree(name))]

@@ -235,6 +235,7 @@ def test_a_task_that_fails_is_one_message(start: Callable[..., Far], do: str, me
     assert far.ask(do="bye") == {"left": None}
 
 
+@pytest.mark.slow
 def test_a_task_that_hangs_is_ended(start: Callable[..., Far]) -> None:
     far = start()
     far.say(

@@ -60,6 +60,7 @@ def test_a_candidate_beside_the_dense_model(models: dict[str, Path]) -> None:
     assert set(found.percentiles) == {"prefill", "decode"}
 
 
+@pytest.mark.slow
 def test_memory_adds_up_to_the_process_s_peak(models: dict[str, Path]) -> None:
     """The known parts are what was given, the runtime is its own, the rest of the peak are activations."""
     peaks: list[dict] = []
@@ -91,6 +92,7 @@ def test_of_the_dense_model_alone(models: dict[str, Path]) -> None:
     assert found.memory.activations.value == 0
 
 
+@pytest.mark.slow
 def test_ratios_alone(models: dict[str, Path]) -> None:
     ratios = perform.ratios_on_onnxruntime(
         perform.LocalSession(), models["wide"], models["narrow"], WORKLOAD, 1.0, quiet

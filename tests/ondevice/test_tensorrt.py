@@ -128,6 +128,7 @@ def test_the_workspace_limit_reaches_the_builder(files: GraphFiles, tmp_path: Pa
     assert compiled(files.graphs[PRIMITIVE], tmp_path / "plan", Limits(2**26)).scratch_bytes <= 2**26
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_every_spelling_and_precision_that_the_builder_knows(tmp_path: Path) -> None:
     """With layers of different widths; the Attention operator of opset 23 has no kernel in fp32: it is decomposed."""

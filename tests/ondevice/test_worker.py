@@ -72,6 +72,7 @@ def test_progress_that_is_none_is_passed_over() -> None:
     assert states == [("s", 1, 2)]
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_ended() -> None:
     start = time.monotonic()
     with pytest.raises(EngineError, match="did not end within 2 s"):

@@ -106,6 +106,7 @@ def test_a_candidate_is_one_file_with_what_the_walk_rounded(small, tmp_path):
     again.journal.close()
 
 
+@pytest.mark.slow
 def test_a_fitted_model_is_a_dense_one_in_floats_of_the_same_values(small, tmp_path):
     setup = of_device(small, tmp_path / "out")
     run = Run(setup, journal_of(tmp_path / "work"), Silent())

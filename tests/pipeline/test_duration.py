@@ -85,6 +85,7 @@ def wide(tmp_path_factory):
     return load_model(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [False, True])
 def test_products_of_a_pruning_are_those_that_torch_counts(wide, rounds):
     decoder, ids = wide.decoder, torch.randint(0, 640, (8, 128))

@@ -22,6 +22,7 @@ def made(tmp_path_factory):
     return finished(tmp_path_factory)
 
 
+@pytest.mark.slow
 def test_a_candidate_is_the_allocation_on_the_disk(made):
     chosen = made.fitted.chosen
     folder = chosen.model.directory.parent

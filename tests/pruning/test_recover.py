@@ -119,6 +119,7 @@ def test_what_is_judged_is_what_is_stored_on_its_grid(form, tmp_path):
     assert any(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [None, "int4-32", "q8_0"])
 def test_matrices_are_changed_by_products_of_a_rank_where_that_is_asked_for(form, tmp_path):
     """It starts at the closed form's numbers, and what it adds to a matrix of floats has that rank."""

@@ -32,6 +32,7 @@ from tests.support.sample_reports import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS)
 def test_the_verdict_comes_first(content):
     report, texts = report_of(content()), parsed(content()).texts
@@ -43,6 +44,7 @@ def test_the_verdict_comes_first(content):
     assert texts[0] == verdict(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS)
 def test_who_decides_is_answered_first_and_engineers_have_the_rest_folded(content):
     page = render_html(report_of(content()))
@@ -73,6 +75,7 @@ def test_the_first_screen_has_one_pair_of_answers_the_next_step_and_all_warnings
     assert "warning 0 warning 1 warning 2 warning 3 warning 4 warning 5 warning 6 warning 7 warning 8" in step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["met", "missed"])
 def test_a_broken_model_has_no_green_mark(status):
     """Green is the colour of `met` and of measured figures; a broken model's page has neither of them."""
@@ -96,6 +99,7 @@ def test_a_broken_model_has_no_green_mark(status):
     assert not re.findall(r"\x1b\[[\d;]*32m", lines.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS)
 def test_no_figure_is_a_percentage_beyond_sense(content):
     shares = [share for text in parsed(content()).texts for share in re.findall(r"(\d[\d,.]*) ?%", text)]
@@ -112,6 +116,7 @@ def test_every_cell_is_named_where_tables_stack():
             assert [unescape(label) for label in re.findall(r'<td[^>]*data-label="(.*?)"', row)] == heads
 
 
+@pytest.mark.slow
 def test_times_are_said_to_be_the_ratio_of_both_models():
     """The p50 of the fitted model's own run is another figure, which stands on the same page."""
     cards = sections(measured_content())
@@ -139,6 +144,7 @@ def test_figures_of_candidates_keep_their_source_after_the_device_was_measured()
     assert "measured" not in search
 
 
+@pytest.mark.slow
 def test_only_a_broken_model_is_called_broken_in_the_first_line():
     assert "Broken:" in " ".join(parsed(broken_content()).texts)
     for content in (estimated_content, measured_content):
@@ -152,6 +158,7 @@ def test_a_noisy_verdict_says_what_to_do():
     assert texts[1].startswith("Not clear: whether SmolLM2-135M-Instruct fits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [estimated_content, broken_content])
 def test_a_model_not_to_deploy_is_not_offered_for_deployment(content):
     note = "what follows is for trying it, not for deploying it"
@@ -200,6 +207,7 @@ def test_agreement_stands_beside_the_rise():
     assert "measured in ONNX Runtime on AMD EPYC, 2 threads, fp32" in sections(measured_content())[quality]
 
 
+@pytest.mark.slow
 def test_what_a_vocabulary_leaves_out_is_said():
     content = measured_content()
     first, second = content["quality"]["texts"]
@@ -299,6 +307,7 @@ def test_any_text_leaves_the_pages_structure_alone(text):
     assert elements(text) == elements("plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS)
 def test_one_light_file_that_opens_offline(content):
     text = render_html(report_of(content()))

@@ -57,6 +57,7 @@ def test_a_grid_is_an_image_and_nothing_else(grid):
         pictures_part(found(fitted_grid=grid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, MISSING, {"difference": None, "classes": []}])
 def test_it_reads_back_equal_and_follows_the_schema(changes):
     report = report_of(pictures_content(**changes))

@@ -80,6 +80,7 @@ def problem(least: float) -> Problem:
     return Problem(widths, sensitivities, costs, 64, {SMOLLM2.vocab_size: 0.0}, FORMATS, (0, 1, 2), (0,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solve", [uniform, per_layer])
 def test_a_prefill_budget_that_floats_and_int8_do_not_meet_takes_it_where_it_loses_least(solve):
     own = problem(1e-3)

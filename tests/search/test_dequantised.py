@@ -51,6 +51,7 @@ def test_on_a_double_that_dequantises_a_format_it_is_named_with_both_figures(
     assert session.done == ["build"] * 4
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize(("sm", "batch", "places"), [(86, 1, []), (86, 2, []), (75, 2, [("int8", False)])])
 def test_what_the_compiler_holds_packed_stays_and_a_head_that_it_dequantises_is_named(

@@ -24,6 +24,7 @@ PROBED = [profile for profile in list_profiles() if profile.is_probed]
 WIDTHS = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 24).map(lambda n: 64 * n))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(widths=WIDTHS, depth=st.integers(1, 30), tokens=st.sampled_from([49152, 8192]), place=st.integers(0, 99))
 def test_the_estimators_table_adds_up_to_the_estimate(
@@ -73,6 +74,7 @@ HEADS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 LAYER = st.tuples(st.booleans(), st.integers(0, 24).map(lambda n: 64 * n))  # whether attention stays, MLP channels
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(heads=HEADS, layers=st.lists(LAYER, min_size=30, max_size=30), place=st.integers(0, 99))
 def test_the_estimators_table_adds_up_for_free_widths(

@@ -24,6 +24,7 @@ def samples_of(model, texts: list[str], length: int) -> np.ndarray:  # noqa: ANN
     return ids[: rows * length].reshape(rows, length)
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_vocabularies_hold_the_samples_and_grow(demo) -> None:  # noqa: ANN001
     samples = samples_of(demo, ["The quick brown fox jumps over the lazy dog. " * 8], 16)

@@ -71,6 +71,7 @@ def test_the_processors_profile_is_complete(small: None, tmp_path: Path, capsys:
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_busy_device_is_told_so(
     busy: bool, small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -52,6 +52,7 @@ def rounded() -> LlamaForCausalLM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_operator_admits_bf16_in_both_opsets(case: str, tmp_path: Path) -> None:
     save_family(tmp_path / "model", case)

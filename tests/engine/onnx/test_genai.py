@@ -99,6 +99,7 @@ def transformers_own(reference: torch.nn.Module, prompt: list[int], count: int) 
     return ids[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [OURS, OPSET], ids=["shared buffer", "concatenated"])
 @pytest.mark.parametrize("case", CONTINUED)
 def test_families_continue_as_in_transformers(tmp_path: Path, case: str, variant: GraphVariant) -> None:

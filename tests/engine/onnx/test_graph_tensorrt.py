@@ -23,6 +23,7 @@ from tests.support.roundings import rounded
 from tests.support.rtx import build, trt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_builds_and_holds_each_weight_once(dialect: str, tied: bool, tmp_path: Path) -> None:
@@ -48,6 +49,7 @@ def test_builds_layers_of_different_widths(tmp_path: Path) -> None:
         assert weights <= build(path).figure("Total Weights Memory") <= 1.01 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 @pytest.mark.parametrize("decoder", [llamagen(head_dim=100), imagegpt()], ids=["heads of 100", "3 heads"])
 def test_builds_image_generators_to_read_one_token_at_a_time(decoder: Decoder, dialect: str, tmp_path: Path) -> None:
@@ -139,6 +141,7 @@ def test_codes_stay_packed_and_no_copy_is_made(layers: str, tables: str | None, 
     assert not judged(decoder, dialect=dialect, sm=sm)
 
 
+@pytest.mark.slow
 def test_a_tied_table_of_int8_is_held_once_and_one_of_int4_twice() -> None:
     """Of int4 the compiler keeps one copy for the product and one for the embedding: as much as untied."""
     int8, int4 = (wide(True).with_format(WEIGHT_FORMATS[name], WEIGHT_FORMATS[name]) for name in ("int8", "int4-64"))
@@ -205,6 +208,7 @@ def test_floats_of_few_bits_need_a_gpu_that_has_them(layers: str, sm: int) -> No
         built(wide().with_format(WEIGHT_FORMATS[layers]), sm=sm)
 
 
+@pytest.mark.slow
 def test_copies_are_told_by_the_activations() -> None:
     """On SM 75 the compiler dequantises int8 in a batch of two; the weights do not show it."""
     decoder = wide(True).with_format(WEIGHT_FORMATS["int8"], WEIGHT_FORMATS["int8"])

@@ -58,6 +58,7 @@ def operators(graph: onnx.GraphProto) -> list[str]:
     return [node.op_type for node in graph.node]
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_every_format_gives_our_own_walks_logits(form: WeightFormat, tied: bool, tmp_path: Path) -> None:
@@ -82,6 +83,7 @@ def test_on_rounded_inputs_the_logits_are_near(form: WeightFormat, tmp_path: Pat
     assert all(1e-3 < errors[variant] < 0.05 for variant in VARIANTS if variant.dialect == "onnxruntime"), errors
 
 
+@pytest.mark.slow
 @FORMATS
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

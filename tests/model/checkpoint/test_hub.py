@@ -243,6 +243,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "reason", "remedy"), REFUSALS.values(), ids=REFUSALS)
 def test_a_refusal_names_what_to_do(serve, tmp_path, how, reason, remedy):
     serve(Hub(_files(tmp_path / "model"), **how))

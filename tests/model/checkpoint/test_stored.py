@@ -150,6 +150,7 @@ PADDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [INT8, INT4, ASYMMETRIC], ids=lambda form: form.name)
 @pytest.mark.parametrize(("case", "widths"), PADDED.items(), ids=PADDED)
 def test_heads_of_zeros_are_added_to_codes_and_taken_off(tmp_path, case, widths, form):

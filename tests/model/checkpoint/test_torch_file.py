@@ -203,6 +203,7 @@ def test_the_harmful_file_would_have_done_it(tmp_path):
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_a_harmful_checkpoint(tmp_path):
     save_llama(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()

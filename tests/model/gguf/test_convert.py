@@ -174,6 +174,7 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path, size):
         converted(tmp_path / "cut.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_demo_is_read_as_its_package_says():
     model = load_model("demo")

@@ -81,6 +81,7 @@ def check_parity(model, path: Path) -> None:
     assert np.abs(again - expected).max() < (5e-3 if rounded else 2e-5), np.abs(again - expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXPORTED)
 def test_llama_cpp_computes_what_transformers_does(tmp_path, case):
     check_parity(saved(tmp_path / "dense", case), tmp_path / "m.gguf")
@@ -221,6 +222,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", PACKED_FORMATS)
 def test_every_format_has_its_type(tmp_path, form):
     widths = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}

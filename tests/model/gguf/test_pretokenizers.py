@@ -65,6 +65,7 @@ def test_every_hash_names_a_known_pre_tokenizer():
     assert all(len(digest) == 64 for digest in HASHES)
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_demo_is_known_by_its_tokens_as_llama_cpps_converter_knows_it():
     tokenizer = load_tokenizer(load_model("demo").directory)
