@@ -3,8 +3,7 @@
 Each of some starts lies at the ends of a group, or some steps within, and gets the least squares on the codes that it
 makes; the one that rounding to nearest loses least with is taken. From it on an exact search finds the best scale there
 is (sweep.py), or goes along lines of scales and of minima, which takes five to a hundred times as long and gains a few
-hundredths. The same search serves weights and
-the scales of a block, whose scale is their unit.
+hundredths. The same search serves weights and the scales of a block, whose scale is their unit.
 
 Shapes: out and in are the features of the weight, groups those of an output, blocks those that share units; places are
 those within a group (of weights) or a block (of groups). They come first, (places, out, groups), so that what a group
@@ -133,11 +132,10 @@ class Weighed:
         return self.importance.sum(dim=0)
 
     def swept(self, steps: Steps) -> Steps:
-        """Returns steps with the scales that lose least beside their zeros or minima."""
-        form, values = steps.form, self.values if steps.minima is None else self.values - steps.minima
-        zeros = 0.0 if steps.zeros is None else steps.zeros
+        """Returns steps without minima with the scales that lose least beside their zeros."""
+        form, zeros = steps.form, 0.0 if steps.zeros is None else steps.zeros
         ends = [torch.full_like(steps.scales, 0.0) + side for side in (zeros - form.least, form.most - zeros)]
-        return replace(steps, scales=best_scales(values, self.importance, *ends))
+        return replace(steps, scales=best_scales(self.values, self.importance, *ends))
 
     def scales_swept(self, steps: Steps, code: float) -> Steps:
         """Returns steps with the scales and minima that lose least, of the codes at all scales beside the value that
