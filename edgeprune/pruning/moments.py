@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 CHUNK = 2048  # tokens of one fp32 product
-BLOCK = 512  # features of one product
+BLOCK = 256  # features of one product
 
 
 def gram(inputs: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:

@@ -87,18 +87,21 @@ def gptq_squares(moments: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 def _gptq(weight: torch.Tensor, changes: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Returns the codes (out_features, in_features) fp32; changes, order: as _changes returns them."""
-    steps = grid.by_column(order)
+    steps = grid.by_column(order).rows()
     left = weight.T[order].contiguous()  # (in, out), the weights as the roundings so far have changed them
     codes = torch.empty_like(left)
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))
-        errors = torch.empty_like(left[start:end])  # (block, out)
-        for i in range(start, end):
-            step = steps.row(i)
-            codes[i] = code = step.codes(left[i])
-            off = torch.sub(left[i], step.values(code), out=errors[i - start])
-            left[i + 1 : end].addr_(changes[i, i + 1 : end], off, alpha=-1)
-        left[end:].addmm_(changes[start:end, end:].T, errors, alpha=-1)
+        block, of_block = left[start:end], changes[start:end]
+        errors = torch.empty_like(block)
+        # Most of the time goes into calls on few numbers: a block is taken apart into rows once.
+        rows = (part.unbind() for part in (block, codes[start:end], errors, of_block[:, start:end]))
+        for i, (row, code, error, changed) in enumerate(zip(*rows, strict=True), 1):
+            step, divisors = next(steps)
+            code.copy_(step.codes(row, divisors, out=code))
+            torch.sub(row, step.values(code.clone()), out=error)
+            block[i:].addr_(changed[i:], error, alpha=-1)
+        left[end:].addmm_(of_block[:, end:].T, errors, alpha=-1)
     return torch.empty_like(weight).index_copy_(1, order, codes.T)
 
 

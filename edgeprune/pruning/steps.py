@@ -67,11 +67,20 @@ class Steps:
     units: torch.Tensor | None = None
     minimum_units: torch.Tensor | None = None
 
-    def codes(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the nearest codes of weights, the levels that they stand for in fp32."""
+    @property
+    def divisors(self) -> torch.Tensor:
+        """Returns what weights are divided by for their codes: a scale of no unit makes all codes alike."""
+        return self.scales.where(self.scales != 0, torch.inf)
+
+    def codes(
+        self, weight: torch.Tensor, divisors: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the nearest codes of weights, the levels that they stand for in fp32.
+
+        divisors: where they are known; out: memory for the levels before they are rounded.
+        """
         off = weight if self.minima is None else weight - self.minima
-        # A scale of no unit makes all codes alike.
-        levels = off / self.scales.where(self.scales != 0, torch.inf)
+        levels = torch.div(off, self.divisors if divisors is None else divisors, out=out)
         if self.zeros is not None:
             levels.round_().add_(self.zeros)
         return nearest(levels, self.form.levels, self.form.least, self.form.most)
@@ -83,10 +92,12 @@ class Steps:
         codes *= self.scales
         return codes if self.minima is None else codes.add_(self.minima)
 
-    def row(self, index: int) -> Steps:
-        """Returns the steps of the weights at one place of the first axis."""
+    def rows(self) -> Iterator[tuple[Steps, torch.Tensor]]:
+        """Yields the steps of the weights at each place of the first axis, and their divisors."""
         parts = (self.scales, self.zeros, self.minima)
-        return Steps(self.form, *(None if part is None else part[index] for part in parts))
+        columns = (itertools.repeat(None) if part is None else part.unbind() for part in parts)
+        for divisors, *row in zip(self.divisors.unbind(), *columns, strict=False):
+            yield Steps(self.form, *row), divisors
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,8 @@ class Weighed:
         if steps.zeros is not None:
             levels -= steps.zeros
         weighed = levels * self.importance
-        of_products, of_levels = (levels * self.weighed).sum(dim=0), weighed.sum(dim=0)
+        of_products = (levels * self.weighed).sum(dim=0)
+        of_levels = None if steps.minima is None else weighed.sum(dim=0)
         of_squares = weighed.mul_(levels).sum(dim=0)
         if steps.minima is None:
             return replace(steps, scales=torch.where(of_squares > 0, of_products / of_squares, steps.scales))
@@ -167,19 +179,25 @@ class Weighed:
 
         together: so many groups after each other get those that all of them lose least with.
         """
-        best, least = None, None
+        kept = None
         for steps in choice:
-            error = self.error(steps)
-            if together > 1:
-                error = error.unflatten(1, (-1, together)).sum(dim=2).repeat_interleave(together, dim=1)
-            if best is None:
-                best, least = steps, error
-                continue
-            is_better = error < least
-            least = torch.where(is_better, error, least)
-            parts = {name: (part, getattr(best, name)) for name in PARTS if (part := getattr(steps, name)) is not None}
-            best = replace(best, **{name: torch.where(is_better, *pair) for name, pair in parts.items()})
-        return best
+            kept = self.better(kept, steps, together)
+        return kept[0]
+
+    def better(
+        self, kept: tuple[Steps, torch.Tensor] | None, steps: Steps, together: int = 1
+    ) -> tuple[Steps, torch.Tensor]:
+        """Returns for each group the steps that lose less, and what they lose, of those kept so far and others."""
+        error = self.error(steps)
+        if together > 1:
+            error = error.unflatten(1, (-1, together)).sum(dim=2).repeat_interleave(together, dim=1)
+        if kept is None:
+            return steps, error
+        best, least = kept
+        is_better = error < least
+        parts = {name: (part, getattr(best, name)) for name in PARTS if (part := getattr(steps, name)) is not None}
+        best = replace(best, **{name: torch.where(is_better, *pair) for name, pair in parts.items()})
+        return best, torch.where(is_better, error, least)
 
 
 PARTS = ("scales", "zeros", "minima", "units", "minimum_units")  # of Steps
@@ -192,8 +210,8 @@ def search_steps(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequen
     """
     if form.bits == 8:  # fine enough for the whole range
         return stored(next(_starts(weighed.values, form, cuts)))
-    best = weighed.best_of(fitted_starts(weighed, form, cuts))
-    return weighed.best_of((best, stored(weighed.fitted(best))))
+    kept = functools.reduce(weighed.better, fitted_starts(weighed, form, cuts), None)
+    return weighed.better(kept, stored(weighed.fitted(kept[0])))[0]
 
 
 def fitted_starts(weighed: Weighed, form: WeightFormat | ScaleBlock, cuts: Sequence[float]) -> Iterator[Steps]:
