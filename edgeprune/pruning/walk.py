@@ -95,8 +95,8 @@ class CutModule:
     """A module on its way to the target: its weights so far, by name and fp32, and what its output projection reads.
 
     inputs: (b, t, kept) fp32, times the square roots of the tokens' weights; total: (kept, kept) fp64, the moments of
-    these where they are known; lost: (b, t, c), what the module gave on the pruned stream before, less what the
-    projection gives now.
+    these where they are known; lost: (b, t, c), what the removed inputs gave, and what was lost of the others
+    since they were computed.
     """
 
     kind: str
@@ -326,16 +326,22 @@ class Walk:
             removed = projection.mean  # (in_features,)
             removed[kept] = 0.0
             new[BIAS[kind]] = (weight.double() @ removed).float() + (0.0 if bias is None else bias)
-        total = projection.gram[kept[:, None], kept]  # (kept, kept)
+        module = CutModule(kind, new)
+        # The inputs (b, t, kept) that the cut projection has; later, where the matrices before are rounded first. A
+        # norm over all heads changes with the cut, and so do the inputs behind it.
+        has_norms = "attention.q_norm" in rows and len(kept) < weight.shape[1]
+        if not has_norms and after.weight_format is None:
+            module.inputs, module.total = inputs[..., kept], projection.gram[kept[:, None], kept]
         del projection  # the largest array of the walk: freed before those of the solve are made
-        # The inputs (b, t, kept) that the cut projection has, and the output (b, t, c) that is lost with the others.
-        module = CutModule(kind, new, inputs[..., kept], total)
-        if self.method.recovery is Recovery.LEAST_SQUARES:
-            module.lost = _without(inputs, kept, weight)
-        # A norm over all heads changes with the cut, and so do the inputs behind it.
-        if "attention.q_norm" in rows and len(kept) < weight.shape[1]:
+        if has_norms:
             keep_norms(self.dense, weights, new, rows, source, self.chunk)
             self._compute_again(module, index, kind, scale)
+        # The output (b, t, c) that is lost with the other inputs.
+        if self.method.recovery is Recovery.LEAST_SQUARES:
+            if has_norms:
+                module.lost = F.linear(inputs, weight).sub_(F.linear(module.inputs, module.weight))
+            else:
+                module.lost = _without(inputs, kept, weight)
         return module
 
     def _smooth(self, module: CutModule, index: int, kind: str) -> None:
@@ -361,14 +367,12 @@ class Walk:
         return input_scale
 
     def _compute_again(self, module: CutModule, index: int, kind: str, scale: torch.Tensor) -> None:
-        """Computes the inputs of the output projection and what is lost, after weights have changed."""
+        """Computes the inputs of the output projection after weights before it have changed."""
+        module.inputs = module.total = None  # freed before
         inputs = module_inputs(self.target, index, kind, module.weights, self.read_pruned, self.tables, self.chunk)
-        inputs.mul_(scale)
-        if module.lost is not None:
-            module.lost += F.linear(module.inputs - inputs, module.weight)
-        elif self.method.recovery is Recovery.LEAST_SQUARES:
+        module.inputs = inputs.mul_(scale)
+        if module.lost is None and self.method.recovery is Recovery.LEAST_SQUARES:
             module.lost = torch.zeros_like(self.pruned)
-        module.inputs, module.total = inputs, None
 
     def _compensate(
         self,
