@@ -250,9 +250,10 @@ def _moments(model: Model, ids: np.ndarray, progress: Progress, which: str) -> n
 
 def _cost(dense: Model, fitted: Model, ids: np.ndarray, seed: int, name: str, advance: Any) -> Text:
     """Returns perplexity and agreement of both models on the new samples (n, length) int64 of the dense tokens."""
-    from edgeprune.pipeline.robustness import Variant, judged
+    from edgeprune.pipeline.robustness import Variant, judged, variant_losses
 
-    (row,) = judged(dense, fitted, [Variant(name, "", list(ids))], seed, advance)
+    variants = [Variant(name, "", list(ids))]
+    (row,) = judged(dense, variant_losses(dense, variants, advance), fitted, variants, seed, advance)
     return Text(**text_part(name, row))
 
 

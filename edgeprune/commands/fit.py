@@ -89,12 +89,12 @@ def _fitted(run: Run) -> list[Fitted]:
     pairs = zip(rungs, qualities, strict=True)
     qualities = [run.evaluator.with_pictures(str(index), *pair) for index, pair in enumerate(pairs)]
     cross_check = None if outcome is None else run.cross_check(rungs[0])
-    odd = robustness(run, rungs[0])
+    odd = robustness(run, rungs)
     sketch = sketch_file(run)
     seconds = run.journal.seconds
     fitted = [
         Fitted(setup, run.samples, dense, rung, outcome, quality, cross_check, seconds, gains, costs, stop, levers)
         for rung, quality in zip(rungs, qualities, strict=True)
     ]
-    fitted = [replace(rung, sketch=sketch) for rung in fitted]
-    return [replace(fitted[0], robustness=odd, rivals=rivals), *fitted[1:]]
+    fitted = [replace(rung, sketch=sketch, robustness=of) for rung, of in zip(fitted, odd, strict=True)]
+    return [replace(fitted[0], rivals=rivals), *fitted[1:]]

@@ -13,6 +13,7 @@ from edgeprune.pipeline.flow import planner_of, search_budget, with_packed_forma
 from edgeprune.pipeline.provenance import command_line
 from edgeprune.pipeline.request import DEMO, FRONTIER_RUNGS, request_of
 from edgeprune.pipeline.results import Fitted
+from edgeprune.pipeline.robustness import robustness
 from edgeprune.pipeline.setup import prepare
 from edgeprune.pipeline.sketch import sketch_file
 from edgeprune.pipeline.stages import Run
@@ -77,4 +78,5 @@ def _fitted(run: Run) -> list[Fitted]:
         seconds = run.journal.seconds
         one = Fitted(rung, run.samples, dense, chosen, outcome, quality, None, seconds, gains, planner.latency)
         fitted.append(replace(one, sketch=sketch))
-    return fitted
+    odd = robustness(run, [rung.chosen for rung in fitted])
+    return [replace(rung, robustness=of) for rung, of in zip(fitted, odd, strict=True)]

@@ -36,6 +36,7 @@ FORMATS = ("json", "csv", "text", "parquet", "arrow", "pandas", "xml")  # of fil
 OFFLINE = "Download them where there is a connection (HF_HOME names the folder), or give a .jsonl file of your own."
 
 FEWSHOT_SEED = 1234  # the harness's own: every model sees the same examples
+SAMPLED = 16  # questions whose tokens are counted, of each part of a task
 
 lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)  # its bars have no other switch
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it advises those who run it by itself
@@ -202,6 +203,22 @@ def scores(task: Task, model: HarnessModel, questions: int | None) -> np.ndarray
         rows = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
         values += [float(row[task.metric]) for row in sorted(rows, key=lambda row: row["doc_id"])]
     return np.array(values)
+
+
+def read_tokens(task: Task, tokenizer: Any, questions: int | None) -> int:
+    """Returns about how many tokens a model reads for a task, by some of its questions.
+
+    The context of a question is read once, and each of its answers. questions: as of scores.
+    """
+    total = 0.0
+    for part in task.parts.values():
+        part.set_fewshot_seed(FEWSHOT_SEED)
+        part.build_all_requests(limit=SAMPLED)
+        contexts = {request.doc_id: request.args[0] for request in part.instances}
+        read = [*contexts.values(), *(request.args[1] for request in part.instances)]
+        asked = len(part.eval_docs) if questions is None else min(len(part.eval_docs), questions)
+        total += asked / len(contexts) * sum(len(encode(tokenizer, text)) for text in read)
+    return round(total)
 
 
 class HarnessModel(TemplateLM):

@@ -23,6 +23,7 @@ from edgeprune.pruning.effort import EVERY, ROWS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgeprune.evaluate.harness import Task
     from edgeprune.model.decoder import Layer
     from edgeprune.pipeline.comparison import ComparedMethod
     from edgeprune.pipeline.kind import Kind
@@ -229,8 +230,10 @@ def fitting(setup: Setup, rungs: int) -> Work:
     work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)
     if setup.kind.writes_text:
         others = max(0, len(setup.samples.evaluation) - 1)
-        work += passing(decoder, read_tokens(others), head=True) * 2  # of odd input, by the dense model and one rung
+        work += passing(decoder, read_tokens(others), head=True) * (1 + rungs)  # of odd input
         work += passing(decoder, min(samples.count, SKETCHED) * samples.length)
+    for task in setup.tasks:
+        work += passing(decoder, _task_tokens(setup, task), head=True) * (1 + rungs)
     if imaging := setup.kind.imaging:
         work += generating(decoder, imaging.count * samples.length * imaging.sampling.streams) * (1 + rungs)
     return work + Work(seconds=_measured_seconds(setup, candidates))
@@ -242,6 +245,13 @@ def fitting_announced(setup: Setup, rungs: int) -> str:
     told = announced(fitting(setup, rungs), setup.model.decoder, samples.generated)
     builds = setup.engine.builds and RUNTIMES[setup.profile.engine].on_gpu
     return told + ("; builds of engines are not in it" if builds else "")
+
+
+def _task_tokens(setup: Setup, task: Task) -> int:
+    from edgeprune.evaluate.harness import read_tokens
+    from edgeprune.model.tokens.tokenizer import load_tokenizer
+
+    return read_tokens(task, load_tokenizer(setup.model.directory), setup.request.questions)
 
 
 def _measured_seconds(setup: Setup, candidates: int) -> float:

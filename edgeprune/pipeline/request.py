@@ -89,9 +89,8 @@ class Request:
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
-_OF_QUALITY = ("tasks", "questions", "max_quality_loss", "max_task_drop", "quality_metric")
 _OF_ONE_MODEL = (
-    *("memory", "decode", "prefill", *_OF_QUALITY),
+    *("memory", "decode", "prefill", "max_quality_loss", "max_task_drop", "quality_metric"),
     *("recover_candidates", "require_measured", "export", "checkpoint"),
 )
 FRONTIER_OPTIONS = tuple(name for name in DEFAULTS if name not in _OF_ONE_MODEL)  # a ladder has no budget

@@ -149,7 +149,7 @@ class Fitted:
     costs: LatencyCosts | None  # that the search began with
     stop: QualityStop | None = None
     levers: Levers | None = None
-    robustness: list[dict[str, Any]] | None = None  # of the first rung, as pipeline.robustness.judged returns it
+    robustness: list[dict[str, Any]] | None = None  # as pipeline.robustness.judged returns it
     sketch: Path | None = None  # the file of the calibration data's moments, as pipeline.sketch writes it
     rivals: tuple[Rival, ...] = ()  # that a recovery trained beside each other, the best first
 

@@ -5,8 +5,9 @@ Both models read a few windows of each variant; their intervals are wide, and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,19 +96,25 @@ def _long(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
 
 
 def judged(
-    dense: Model, fitted: Model, variants: Sequence[Variant], seed: int, on_layer: Callable[[], None] = lambda: None
+    dense: Model,
+    before: Mapping[str, Losses],
+    fitted: Model,
+    variants: Sequence[Variant],
+    seed: int,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Returns name, words and what results.Quality holds of a text, for each variant.
 
-    fitted: as it is deployed; where it has a vocabulary of its own, it gets the same windows in its own tokens.
+    before: what `variant_losses` gives of the dense model; fitted: as it is deployed; where it has a vocabulary of its
+    own, it gets the same windows in its own tokens.
     """
     from edgeprune.model.tokens.vocabulary import read_vocabulary
 
-    windows = {variant.name: [[row] for row in variant.windows] for variant in variants}
+    windows = _windows(variants)
     vocabulary, own = read_vocabulary(fitted.directory), windows
     if vocabulary is not None:
         own = windows_in_tokens_of(fitted, windows, dense)
-    before, after = _losses(dense, windows, on_layer), _losses(fitted, own, on_layer)
+    after = _losses(fitted, own, on_layer)
     rows = []
     for name, words in ((variant.name, variant.words) for variant in variants):
         quality = compared(before[name], after[name], seed, windows[name], own[name], vocabulary)
@@ -115,22 +122,47 @@ def judged(
     return rows
 
 
-def robustness(run: Run, chosen: Candidate) -> list[dict[str, Any]] | None:
-    """Returns what `judged` does of a run's candidate: the stage `odd input`. None for an image generator, and where
-    nothing was removed or rounded."""
-    setup, texts = run.setup, run.samples.evaluation
-    if not setup.kind.writes_text or not chosen.records:
-        return None
+def variant_losses(
+    model: Model, variants: Sequence[Variant], on_layer: Callable[[], None] = lambda: None
+) -> dict[str, Losses]:
+    """Returns the losses of a model, whose tokens the windows are in, by variant."""
+    return _losses(model, _windows(variants), on_layer)
 
-    def compute() -> list[dict[str, Any]]:
-        seed = setup.request.seed
-        variants = variants_of(setup.model, texts, setup.workload.context, seed)
-        passes = 1 + any(variant.name == LONG for variant in variants)
-        layers = len(setup.model.decoder.layers) + len(chosen.model.decoder.layers)
-        advance = run.progress.stage("evaluate on odd input", passes * layers)
-        return judged(setup.model, chosen.deployed, variants, seed, advance)
 
-    return run.journal.stage("odd input", compute)
+def robustness(run: Run, rungs: Sequence[Candidate]) -> list[list[dict[str, Any]] | None]:
+    """Returns what `judged` does of each rung of a run: the stage `odd input of rung K`.
+
+    None for rungs of an image generator, and for those where nothing was removed or rounded.
+    """
+    setup = run.setup
+
+    def advance(model: Model) -> Callable[[], None]:
+        passes = 1 + any(variant.name == LONG for variant in variants())
+        return run.progress.stage("evaluate on odd input", passes * len(model.decoder.layers))
+
+    @cache
+    def variants() -> list[Variant]:
+        return variants_of(setup.model, run.samples.evaluation, setup.workload.context, setup.request.seed)
+
+    @cache
+    def before() -> dict[str, Losses]:
+        return variant_losses(setup.model, variants(), advance(setup.model))
+
+    def rows(chosen: Candidate) -> list[dict[str, Any]]:
+        dense, seed = before(), setup.request.seed
+        return judged(setup.model, dense, chosen.deployed, variants(), seed, advance(chosen.model))
+
+    def has_changed(chosen: Candidate) -> bool:
+        return setup.kind.writes_text and bool(chosen.records)
+
+    return [
+        run.journal.stage(f"odd input of rung {index}", lambda: rows(chosen)) if has_changed(chosen) else None  # noqa: B023
+        for index, chosen in enumerate(rungs)
+    ]
+
+
+def _windows(variants: Sequence[Variant]) -> dict[str, list[list[np.ndarray]]]:
+    return {variant.name: [[row] for row in variant.windows] for variant in variants}
 
 
 def _losses(model: Model, texts: dict[str, list[list[np.ndarray]]], on_layer: Callable[[], None]) -> dict[str, Losses]:

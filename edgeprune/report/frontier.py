@@ -16,6 +16,7 @@ from edgeprune.report import schema
 from edgeprune.report.base import Strict
 from edgeprune.report.quality import worst_text
 from edgeprune.report.schema import Figure, Grade, Report, Side, Source, grade_of
+from edgeprune.report.tasks import TaskScore
 
 SCHEMA_VERSION = 1
 KIND: Literal["frontier"] = "frontier"
@@ -51,6 +52,8 @@ class Rung(Strict):
     total_ratio: float = Field(description="share of all parameters removed")
     decode_bytes_ratio: float = Field(description="share of decode bytes removed")
     texts: list[schema.Text] = Field(description="perplexity of every held-out text, measured")
+    tasks: list[TaskScore] = Field(default_factory=list, description="measured; empty: none was asked for")
+    finding: str = Field(default="", description="the odd input that it fails on, in words")
     rise_percent: float = Field(description="of perplexity on the worst text, measured")
     low_percent: float = Field(description="lower bound of its 95 % interval; equal to `high_percent`: no interval")
     high_percent: float
@@ -147,6 +150,8 @@ def _rung(index: int, report: Report) -> Rung:
         total_ratio=report.total_ratio,
         decode_bytes_ratio=report.decode_bytes_ratio,
         texts=report.quality.texts,
+        tasks=report.quality.tasks,
+        finding=report.robustness.finding if report.robustness else "",
         rise_percent=worst.rise_percent,
         low_percent=worst.low_percent,
         high_percent=worst.high_percent,

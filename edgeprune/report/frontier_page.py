@@ -10,6 +10,7 @@ from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.frontier_plot import AXES, agreement_of, drawn_rungs, frontier_plots
 from edgeprune.report.schema import BROKEN_PERCENT, DEGRADED_PERCENT, Figure
 from edgeprune.report.tables import Cell, Table, table
+from edgeprune.report.tasks import points_text
 from edgeprune.report.templates import render
 
 COLUMNS = {  # field: head of its column in the table
@@ -55,12 +56,15 @@ def rung_table(frontier: Frontier) -> Table:
     perplexities = [f"perplexity, {name}" if len(texts) > 1 else "perplexity" for name in texts]
     heads = ["rung", "quality", *(f"{head}, measured" for head in perplexities)]
     heads += ["same next token, measured"] if agreements else []
+    tasks = frontier.rungs[0].tasks if frontier.rungs else []
+    heads += [f"{task.name}, measured" for task in tasks]
     for field, name in COLUMNS.items():
         sources = frontier.sources(field)
         heads.append(f"{name}, {sources[0]}" if len(sources) == 1 else name)
     dense = frontier.rungs[0].texts if frontier.rungs else []
     rows: list[list[Cell | str]] = [
         ["dense", "", *(f"{text.dense:.2f}" for text in dense), *([""] if agreements else [])]
+        + [f"{task.dense.percent:.1f} %" if task.dense else "" for task in tasks]
         + _figure_cells(frontier, frontier.dense)
         + ["", ""]
     ]
@@ -77,6 +81,8 @@ def rung_table(frontier: Frontier) -> Table:
         if agreements:
             agreed, interval = agreement_of(rung) or ("", "")
             cells.append(Cell(agreed, note=interval))
+        for task in rung.tasks:
+            cells.append(Cell(f"{task.fitted.percent:.1f} %", note=points_text(task.difference)))
         rows.append([*cells, *_figure_cells(frontier, rung), percent_text(rung.ratio), percent_text(rung.total_ratio)])
     return table([*heads, "pruned", "of all"], rows)
 
@@ -103,7 +109,7 @@ def basis_table(frontier: Frontier) -> Table:
         return Cell(figure.basis or figure.device, figure.source)
 
     return table(
-        ("rung", "fitted to", "reached", "per token rests on", "memory rests on"),
+        ("rung", "fitted to", "reached", "per token rests on", "memory rests on", "odd input"),
         (
             (
                 str(rung.index),
@@ -111,6 +117,7 @@ def basis_table(frontier: Frontier) -> Table:
                 Cell(rung.status.replace("_", " "), rung.rests_on),
                 basis(rung.decode),
                 basis(rung.memory),
+                rung.finding or "none is far worse",
             )
             for rung in frontier.rungs
         ),

@@ -9,6 +9,7 @@ from edgeprune.report.figures import NAMES, interval_of, no_interval_text, numbe
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.quality import worst_text
 from edgeprune.report.schema import Figure
+from edgeprune.report.tasks import points_text
 from edgeprune.report.terminal import styled, table
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def print_frontier(frontier: Frontier, bundle: Path, console: Console) -> None:
     rows = [_row(frontier, point) for point in (frontier.dense, *frontier.rungs)]
     console.print(table(columns, rows, whole=("rung", "pruned", "rise", "quality")))
     console.print()
+    if tasks := task_rows(frontier):
+        console.print(table(tasks[0], tasks[1:], whole=("rung",)))
+        console.print()
     for line in (_ends(frontier), _sources(frontier), *_notes(frontier)):
         console.print(styled(line))
     console.print()
@@ -63,6 +67,19 @@ def _row(frontier: Frontier, point: Dense | Rung) -> tuple[str | Text, ...]:
         interval_of(point).removesuffix(" %"),
         styled(f"{point.grade}{mark}", STYLES[point.grade]),
     )
+
+
+def task_rows(frontier: Frontier) -> list[tuple[str, ...]]:
+    """Returns the heads and the rows of the table of task scores, the dense model first; empty: none was asked for."""
+    asked = frontier.rungs[0].tasks if frontier.rungs else []
+    if not asked:
+        return []
+    dense = [f"{task.dense.percent:.1f} %" if task.dense else "" for task in asked]
+    rows = [
+        (str(rung.index), *(f"{task.fitted.percent:.1f} %, {points_text(task.difference)}" for task in rung.tasks))
+        for rung in frontier.rungs
+    ]
+    return [("rung", *(task.name for task in asked)), ("dense", *dense), *rows]
 
 
 def _ends(frontier: Frontier) -> str:
@@ -98,6 +115,11 @@ def _notes(frontier: Frontier) -> list[str]:
     if frontier.label != "perplexity":
         own = "pictures" if frontier.dense.grid else "text"
         notes.append(f"Quality is agreement with the dense model, on {own} of its own.")
+    if any(rung.tasks for rung in frontier.rungs):
+        notes.append("Task scores: measured, with what the rung gains in points, of the same questions, 95 % interval.")
+    notes += [
+        f"rung {rung.index}: {rung.finding}" for rung in frontier.rungs if rung.finding and rung.grade != "broken"
+    ]
     notes += [f"{reason}." for reason in dict.fromkeys(filter(None, map(_no_interval, frontier.rungs)))]
     if any(len(rung.grades) > 1 for rung in frontier.rungs):
         notes.append("?: the interval reaches into another grade.")

@@ -411,7 +411,7 @@ class Report(Strict):
     quality_stop: QualityStop | None = Field(description="where the budget lies beyond the quality limit")
     quality: Quality
     robustness: Robustness | None = Field(
-        None, description="none: a smaller rung, a frontier's, an image generator or the dense model itself"
+        None, description="none: an image generator, or nothing was removed or rounded"
     )
     modules: list[Module]
     cross_check: dict[str, Figure] | None = Field(

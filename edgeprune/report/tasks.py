@@ -69,8 +69,10 @@ def task_score(name: str, result: Mapping[str, Any]) -> TaskScore:
     )
 
 
-def points_text(difference: Points) -> str:
-    """Returns `-1.4 points (-4.0 to +1.2)`."""
+def points_text(difference: Points | None) -> str:
+    """Returns `-1.4 points (-4.0 to +1.2)`; empty where no dense model was named."""
+    if difference is None:
+        return ""
     return f"{difference.points:+.1f} points ({difference.low_points:+.1f} to {difference.high_points:+.1f})"
 
 

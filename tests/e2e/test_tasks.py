@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 import edgeprune
+from edgeprune.bundle.pick import pick
+from edgeprune.bundle.read import read_report
 from edgeprune.errors import InputError
 from edgeprune.pipeline.request import request_of
 from edgeprune.pipeline.setup import prepare
@@ -52,6 +54,19 @@ def test_the_bundle_answers_as_it_did_in_the_fit(fitted):
     assert found.tasks == result.report.quality.tasks
     assert (found.dense, found.context) == ("model", 64)
     assert found.judged == "the graph dequantised, in ONNX Runtime"
+
+
+@pytest.mark.slow
+def test_every_rung_of_a_frontier_answers_and_reads_odd_input(tmp_path_factory, tmp_path):
+    home, own = runs.home(tmp_path_factory), write_questions(tmp_path / "own.jsonl")
+    asked = {"tasks": str(own), "questions": 8, "context": 64, "memory": None, "weights": "float", "cache": "float"}
+    result = edgeprune.frontier(**runs.options(home, tmp_path / "out", **asked), rungs=2)
+    assert [[(task.name, task.questions) for task in rung.tasks] for rung in result.report.rungs] == [[("own", 8)]] * 2
+    report = read_report(pick(result.bundle, 1, tmp_path / "picked"))
+    assert report.quality.tasks == result.report.rungs[1].tasks
+    assert report.robustness.variants
+    assert result.report.rungs[1].finding == report.robustness.finding
+    assert f'tasks = "{own}"' in (result.bundle / "run.toml").read_text()
 
 
 def test_a_bundle_whose_model_is_gone_or_another_asks_for_it(fitted, tmp_path):

@@ -8,7 +8,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from edgeprune.errors import InputError
-from edgeprune.evaluate.harness import HarnessModel, scores
+from edgeprune.evaluate.harness import HarnessModel, read_tokens, scores
 from edgeprune.evaluate.likelihoods import ModelLikelihoods
 from edgeprune.model.load import load_model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
@@ -71,6 +71,16 @@ def test_scores_of_every_question_are_those_of_the_harness(folder, ours, theirs,
     assert found.tolist() == expected
     assert len(expected) == len(question_rows()) and 0 < sum(expected) < len(expected)
     assert scores(task, ours, 3).tolist() == expected[:3]
+
+
+def test_the_tokens_of_a_task_are_a_context_and_the_answers_of_each_question(folder):
+    (task,), tokenizer = load_tasks(str(folder / "own.jsonl"), print), load_tokenizer(folder / "model")
+    texts = [
+        [f"Question: {row['question']}\nAnswer:", *(f" {one}" for one in row["choices"])] for row in question_rows()
+    ]
+    counts = [sum(len(tokenizer(text)["input_ids"]) for text in of_question) for of_question in texts]
+    assert read_tokens(task, tokenizer, None) == pytest.approx(sum(counts), rel=0.1)
+    assert read_tokens(task, tokenizer, 3) == pytest.approx(3 / len(counts) * sum(counts), rel=0.1)
 
 
 def test_a_task_is_known_by_its_questions(folder, tmp_path):

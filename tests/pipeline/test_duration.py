@@ -36,6 +36,7 @@ from edgeprune.pruning.recover import HELD_OUT, Rows, Student, Teacher, Training
 from edgeprune.search.response import measure_response
 from edgeprune.search.sensitivity import measure_sensitivities
 from tests.support.checkpoints import save_llama
+from tests.support.questions import write_questions
 from tests.support.runs import home, setup_of
 
 FORMATS = tuple(WEIGHT_FORMATS[name] for name in ("int8", "int4-32", "w8a8"))
@@ -147,6 +148,9 @@ def test_more_samples_methods_formats_or_rungs_are_more_work(small, decoder, tmp
     setup = setup_of(small, tmp_path / "out")
     assert fitting(setup, 1).flops < fitting(setup, 3).flops
     assert fitting(setup, 1).seconds > 0  # the cross-check
+    own = str(write_questions(tmp_path / "own.jsonl"))
+    few, many = (setup_of(small, tmp_path / "out", tasks=own, questions=count) for count in (2, 8))
+    assert fitting(setup, 1).flops < fitting(few, 1).flops < fitting(many, 1).flops
 
 
 def test_all_rates_are_timed(decoder):

@@ -95,9 +95,13 @@ def test_a_seed_gives_the_same_windows_and_another_one_others(home):
     assert typos(3) == typos(3) != typos(4)
 
 
+def judged(home: Home, fitted: Model, chosen: list[odd.Variant]) -> list[dict]:
+    return odd.judged(home.dense, odd.variant_losses(home.dense, chosen), fitted, chosen, seed=0)
+
+
 def test_each_variant_is_judged_as_by_itself(home):
     chosen = [variant for name, variant in variants(home).items() if name in ("unchanged", "numbers", "long")]
-    for row, variant in zip(odd.judged(home.dense, home.fitted, chosen, seed=0), chosen, strict=True):
+    for row, variant in zip(judged(home, home.fitted, chosen), chosen, strict=True):
         dense, fitted = (document_losses(of, variant.windows, CONTEXT) for of in (home.dense, home.fitted))
         assert row["percent"] == pytest.approx(rise(dense, fitted, seed=0).percent)
         assert row["dense"] == pytest.approx(dense.perplexity)
@@ -110,12 +114,12 @@ def test_a_model_with_a_vocabulary_of_its_own_reads_the_same_texts(home):
     vocabulary = needed(home.dense.directory, ids_of(tokenizer, CORPUS))
     reduced = scaled(home.dense, home.folder / "reduced", vocabulary)
     chosen = list(variants(home).values())[:2]
-    whole, fewer = (odd.judged(home.dense, model, chosen, seed=0) for model in (home.fitted, reduced))
+    whole, fewer = (judged(home, model, chosen) for model in (home.fitted, reduced))
     assert [row["dense"] for row in whole] == [row["dense"] for row in fewer]
     assert [row["tokens"] for row in whole] == [row["tokens"] for row in fewer]
 
 
-def test_a_run_is_not_judged_where_it_removed_nothing_or_draws_pictures(home, tmp_path):
+def test_rungs_are_judged_but_those_that_removed_nothing_or_draw_pictures(home, tmp_path, monkeypatch):
     def run(kind: object) -> SimpleNamespace:
         setup = SimpleNamespace(
             kind=kind, model=home.dense, request=SimpleNamespace(seed=0), workload=SimpleNamespace(context=CONTEXT)
@@ -127,8 +131,13 @@ def test_a_run_is_not_judged_where_it_removed_nothing_or_draws_pictures(home, tm
     def candidate(records: tuple) -> SimpleNamespace:
         return SimpleNamespace(model=home.fitted, deployed=home.fitted, records=records)
 
-    language, images = run(Language()), run(Images())
-    assert odd.robustness(images, candidate(({},))) is None
-    assert odd.robustness(language, candidate(())) is None
-    assert len(odd.robustness(language, candidate(({},)))) == len(variants(home))
-    assert "odd input" in language.journal.seconds
+    language, images, read = run(Language()), run(Images()), odd.variant_losses
+    of_dense = []
+    monkeypatch.setattr(odd, "variant_losses", lambda model, *rest: of_dense.append(model) or read(model, *rest))
+    assert odd.robustness(images, [candidate(({},))]) == [None]
+    nothing, one, other = odd.robustness(language, [candidate(()), candidate(({},)), candidate(({},))])
+    assert nothing is None
+    assert one == other
+    assert [row["name"] for row in one] == list(variants(home))
+    assert of_dense == [home.dense]  # which all rungs share
+    assert set(language.journal.seconds) - {"all else"} == {"odd input of rung 1", "odd input of rung 2"}

@@ -13,7 +13,7 @@ from edgeprune.report.frontier import frontier_of
 from edgeprune.report.frontier_page import render_frontier
 from tests.support import MOST_PAGE_BYTES
 from tests.support.pages import ATTACK, Parsed
-from tests.support.sample_ladders import BUNDLE, estimated_ladder, hostile, ladder, measured_ladder, printed
+from tests.support.sample_ladders import BUNDLE, estimated_ladder, hostile, ladder, measured_ladder, printed, with_tasks
 from tests.support.sample_reports import built, estimated_content
 
 
@@ -29,6 +29,18 @@ def rows(page: str) -> list[list[str]]:
 def headings(page: str) -> list[str]:
     head = re.search(r'<table id="rungs" class="stack">\s*<thead>(.*?)</thead>', page, re.DOTALL)[1]
     return [" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in re.findall(r"<th>(.*?)</th>", head)]
+
+
+def test_the_table_has_a_column_for_each_task():
+    page = render_frontier(with_tasks(measured_ladder(rises=(1.4, 4.6)), "arc_easy"), BUNDLE)
+    column = headings(page).index("arc_easy, measured")
+    assert [row[column] for row in rows(page)] == [
+        "42.5 %",
+        "40.5 % -2.0 points (-4.5 to +0.5)",
+        "38.5 % -4.0 points (-6.5 to -1.5)",
+    ]
+    assert page.count("none is far worse") == 1
+    assert page.count("On odd input it is far worse.") == 1
 
 
 def test_the_table_has_every_figure_under_its_source():
@@ -165,8 +177,9 @@ def test_self_generated_text_is_not_called_quality():
 @pytest.mark.slow
 @pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])
 def test_texts_cannot_inject_markup(made):
-    safe = Parsed(render_frontier(made(), BUNDLE))
-    attacked = Parsed(render_frontier(hostile(made(), ATTACK), ATTACK))
+    ladder = with_tasks(made(), "own")
+    safe = Parsed(render_frontier(ladder, BUNDLE))
+    attacked = Parsed(render_frontier(hostile(ladder, ATTACK), ATTACK))
     assert [tag for tag, _ in attacked.elements] == [tag for tag, _ in safe.elements]
     assert not [attributes for _, attributes in attacked.elements if any(a.startswith("on") for a in attributes)]
     assert attacked.scripts == safe.scripts  # no text of a user is in a script

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.support.sample_ladders import RISES, estimated_ladder, hostile, measured_ladder, printed
+from tests.support.sample_ladders import RISES, estimated_ladder, hostile, measured_ladder, printed, with_tasks
 
 
 @pytest.mark.parametrize("made", [estimated_ladder, measured_ladder])
@@ -46,6 +46,21 @@ def test_the_terminal_says_where_quality_ends_and_what_it_rests_on():
     assert "per token, first token, memory, rise: measured." in several
     assert "rise: of perplexity on the worst text, with its 95 % interval." in several
     assert not [line for line in several if line.startswith(("?:", "Quality is agreement"))]
+
+
+def test_the_terminal_shows_scores_on_tasks_and_the_odd_input_that_a_rung_fails_on():
+    lines = printed(with_tasks(estimated_ladder(rises=(1.4, 4.6)), "arc_easy", "own"))
+    assert max(map(len, lines[:-1])) <= 80
+    table = lines[lines.index(next(line for line in lines if "arc_easy" in line)) :]
+    assert [re.split(r"\s{2,}", line) for line in table[:4]] == [
+        ["rung", "arc_easy", "own"],
+        ["dense", "42.5 %", "42.5 %"],
+        ["0", *["40.5 %, -2.0 points (-4.5 to +0.5)"] * 2],
+        ["1", *["38.5 %, -4.0 points (-6.5 to -1.5)"] * 2],
+    ]
+    assert "rung 1: On odd input it is far worse." in lines
+    assert not [line for line in lines if line.startswith("rung 0: ")]
+    assert not [line for line in printed(estimated_ladder()) if "Task scores" in line]
 
 
 def test_the_terminal_is_not_steered():

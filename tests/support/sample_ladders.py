@@ -11,6 +11,7 @@ from rich.console import Console
 from edgeprune.report.frontier import Frontier, frontier_of
 from edgeprune.report.frontier_terminal import print_frontier
 from edgeprune.report.schema import Report
+from edgeprune.report.tasks import Points, Share, TaskScore
 from tests.support.sample_reports import (
     estimated,
     estimated_content,
@@ -85,6 +86,20 @@ def measured_ladder(**changes) -> Frontier:
     return frontier_of(ladder(measured_content, **changes))
 
 
+def with_tasks(frontier: Frontier, *names: str) -> Frontier:
+    """Scores on tasks of these names, which fall by two points a rung, and odd input that the last one fails on."""
+    tasks = [[_task(name, -2.0 * index) for name in names] for index, _ in enumerate(frontier.rungs, 1)]
+    rungs = [rung.model_copy(update={"tasks": of}) for rung, of in zip(frontier.rungs, tasks, strict=True)]
+    rungs[-1] = rungs[-1].model_copy(update={"finding": "On odd input it is far worse."})
+    return frontier.model_copy(update={"rungs": rungs})
+
+
+def _task(name: str, points: float) -> TaskScore:
+    dense, fitted = (Share(percent=of, low_percent=of - 6, high_percent=of + 6) for of in (42.5, 42.5 + points))
+    lost = Points(points=points, low_points=points - 2.5, high_points=points + 2.5)
+    return TaskScore(name=name, metric="acc", questions=282, dense=dense, fitted=fitted, difference=lost)
+
+
 def hostile(frontier: Frontier, text: str) -> Frontier:
     """The text wherever a user, a file or a model has a say."""
     rungs = [
@@ -94,6 +109,8 @@ def hostile(frontier: Frontier, text: str) -> Frontier:
                 "sample": text,
                 "texts": [one.model_copy(update={"name": text}) for one in rung.texts],
                 "decode": rung.decode.model_copy(update={"device": text, "basis": text}),
+                "tasks": [task.model_copy(update={"name": text}) for task in rung.tasks],
+                "finding": text,
             }
         )
         for rung in frontier.rungs
