@@ -237,6 +237,14 @@ class Decoder:
         return self.picture.tokens if self.picture else None
 
     @property
+    def first_attention(self) -> Attention:
+        """Returns the attention of the first layer that has one. Raises ValueError where none has."""
+        for layer in self.layers:
+            if layer.attention is not None:
+                return layer.attention
+        raise ValueError("no layer has an attention")
+
+    @property
     def is_uniform(self) -> bool:
         """Returns whether all layers have the same widths, so that a standard configuration describes them."""
         return len(set(self.layer_widths)) <= 1

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """check(model, reduced): raises InputError where the format cannot hold the model, with a reduced vocabulary where
-    `reduced`; write(model, folder, stem, context): makes the folder and writes files of that name into it, for so many
-    tokens. purpose: for the bundle's README."""
+    """check(model, reduced, by_layer): raises InputError where the format cannot hold the model, with a reduced
+    vocabulary where `reduced`, with layers of different widths where `by_layer`; write(model, folder, stem, context):
+    makes the folder and writes files of that name into it, for so many tokens. purpose: for the bundle's README."""
 
     purpose: str
-    check: Callable[[Model, bool], None]
+    check: Callable[[Model, bool, bool], None]
     write: Callable[[Model, Path, str, int], None]
 
 
-def _check_gguf(model: Model, reduced: bool) -> None:
+def _check_gguf(model: Model, reduced: bool, by_layer: bool) -> None:
     from edgeprune.model.gguf.export import check_exportable
 
-    check_exportable(model, reduced)
+    check_exportable(model, reduced, by_layer)
 
 
 def _write_gguf(model: Model, folder: Path, stem: str, context: int) -> None:
@@ -49,10 +49,10 @@ def _write_gguf(model: Model, folder: Path, stem: str, context: int) -> None:
     write_modelfile(model.directory, path, context)
 
 
-def _check_gptq(model: Model, reduced: bool) -> None:
+def _check_gptq(model: Model, reduced: bool, by_layer: bool) -> None:
     from edgeprune.model.gptq import check_gptq
 
-    check_gptq(model.decoder)
+    check_gptq(model.decoder, by_layer)
 
 
 def _write_gptq(model: Model, folder: Path, stem: str, context: int) -> None:
@@ -74,15 +74,13 @@ def check_exports(
     """Raises InputError for a format that is not known or cannot hold what will be pruned from the model.
 
     reduced: whether the vocabulary will be reduced; formats: that the modules may have. The widths that are left do not
-    matter: a format that holds the dense model holds every model whose layers are alike.
+    matter: a format that holds the dense model holds every model of its layout.
     """
     for name in names:
         if name not in FORMATS:
             raise InputError(f"unknown export {name!r}", f"Give one of: {', '.join(FORMATS)}.")
-        if layout != "uniform":
-            raise InputError(f"--export {name} cannot hold layers of different widths", "Use --layout uniform.")
     for name in dict.fromkeys(names):
-        FORMATS[name].check(model, reduced)
+        FORMATS[name].check(model, reduced, layout != "uniform")
     refused = {
         "offset": "the minima in llama.cpp's blocks are of fp16, which these are not",
         "floats": "llama.cpp rounds no activations so",
@@ -114,7 +112,7 @@ def check_exports(
 def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str, context: int) -> None:
     """Writes each format into a folder of its name.
 
-    model: pruned, with layers of one width, as loaded from its checkpoint. stem: of the files' names; context: tokens
+    model: pruned, as loaded from its checkpoint. stem: of the files' names; context: tokens
     that it is to hold at once.
     """
     for name in dict.fromkeys(names):

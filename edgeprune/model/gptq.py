@@ -35,11 +35,14 @@ FORMATS = tuple(
 OTHERWISE = "Deploy the checkpoint, the ONNX graph or a GGUF file."
 
 
-def check_gptq(decoder: Decoder) -> None:
-    """Raises InputError for a model whose layers the layout cannot hold, whatever their format."""
+def check_gptq(decoder: Decoder, by_layer: bool = False) -> None:
+    """Raises InputError for a model whose layers the layout cannot hold, whatever their format.
+
+    by_layer: they will differ in width.
+    """
     if decoder.picture is not None:
         raise InputError(f"GPTQ checkpoints hold language models, {decoder.family} makes pictures", OTHERWISE)
-    if not decoder.is_uniform or None in (decoder.layers[0].attention, decoder.layers[0].mlp):
+    if by_layer or not decoder.is_uniform or None in (decoder.layers[0].attention, decoder.layers[0].mlp):
         raise InputError("a GPTQ checkpoint cannot hold layers of different widths", "Use --layout uniform.")
     if decoder.layers[0].mlp.experts is not None:
         raise InputError(f"GPTQ checkpoints of experts, as {decoder.family} has them, are not written", OTHERWISE)

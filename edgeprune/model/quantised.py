@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from edgeprune.errors import InputError
 from edgeprune.model.levels import codes_of, nearest, nearest_e4m3, values_of
 from edgeprune.precision import LARGEST_LEVEL, WeightFormat
 
@@ -96,6 +97,28 @@ class QuantisedWeight:
         if name == "codes":
             return columns
         return columns // self.form.block.inputs if name in ("units", "minimum_units") else groups
+
+    def with_rows_in(self, order: Sequence[int]) -> QuantisedWeight:
+        """Returns the weight whose outputs, in blocks of one size, stand in this order of blocks."""
+        return self.rows(torch.arange(self.shape[0]).view(len(order), -1)[list(order)].flatten())
+
+    def with_inputs_in(self, order: Sequence[int]) -> QuantisedWeight:
+        """Returns the weight whose inputs, in blocks of one size, stand in this order of blocks.
+
+        Raises InputError where a block is no whole number of the format's groups.
+        """
+        parts = {}
+        for name, part in self.parts.items():
+            if part.shape[1] == 1:  # one scale for all inputs
+                continue
+            if part.shape[1] % len(order):
+                raise InputError(
+                    f"{self.form.name} has groups across the heads of {self.shape[1] // len(order)}, and the "
+                    "checkpoint's format needs heads of zeros between them",
+                    "Leave the checkpoint out with --no-checkpoint, or choose other --weights.",
+                )
+            parts[name] = part.unflatten(1, (len(order), -1))[:, list(order)].flatten(1)
+        return replace(self, **parts)
 
     def split(self, rows: list[int]) -> list[QuantisedWeight]:
         """Returns the parts of these numbers of outputs, which share memory with the whole."""

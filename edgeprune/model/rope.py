@@ -85,7 +85,7 @@ def rotary_of(parameters: Parameters, config: Parameters, head_dim: int, theta: 
             factor = float(parameters["factor"])
             return Rotary(tuple(frequency / factor for frequency in frequencies))
         case "llama3":
-            context = _original(parameters, config)
+            context = original_context(parameters, config)
             return Rotary(tuple(_llama3(frequency, parameters, context) for frequency in frequencies))
         case "yarn":
             return _yarn(frequencies, base, parameters, config)
@@ -102,10 +102,10 @@ def longrope_context(parameters: Parameters, config: Parameters) -> int | None:
     """
     if (parameters.get("rope_type") or parameters.get("type")) not in ("longrope", "su"):
         return None
-    return _original(parameters, config)
+    return original_context(parameters, config)
 
 
-def _original(parameters: Parameters, config: Parameters) -> int:
+def original_context(parameters: Parameters, config: Parameters) -> int:
     """Returns the context that the model was trained with before its rope was scaled.
 
     That beside the parameters takes precedence, as in transformers.
@@ -132,7 +132,11 @@ def _yarn(frequencies: tuple[float, ...], base: float, parameters: Parameters, c
 
     Pairs that turn fast keep their frequency, slow ones are interpolated.
     """
-    factor, context, rotary_dim = float(parameters["factor"]), _original(parameters, config), 2 * len(frequencies)
+    factor, context, rotary_dim = (
+        float(parameters["factor"]),
+        original_context(parameters, config),
+        2 * len(frequencies),
+    )
 
     def pair(rotations: float) -> float:
         """Returns the pair, as a fraction, that turns this often within the original context."""
@@ -176,7 +180,7 @@ def _longrope(frequencies: tuple[float, ...], parameters: Parameters, config: Pa
     for name, factors in (("short_factor", short), ("long_factor", long)):
         if len(factors) != len(frequencies):
             raise SenselessError(f"{len(factors)} {name} values for {len(frequencies)} pairs")
-    original = _original(parameters, config)
+    original = original_context(parameters, config)
     factor = int(config["max_position_embeddings"]) / original
     scaling = parameters.get("attention_factor")
     if scaling is None:

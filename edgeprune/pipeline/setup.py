@@ -214,6 +214,8 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     model = load_dense(request.model, request.hints)
     reduced = request.vocabulary != "full"
     if profile.engine == LLAMA_CPP:
+        if request.layout != "uniform":
+            raise InputError("llama.cpp is measured with layers of one width", "Use --layout uniform.")
         check_exports((GGUF,), model, request.layout, reduced)
         if weights.quantised:
             check_in_blocks(model)

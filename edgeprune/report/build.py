@@ -333,7 +333,9 @@ def _warnings(fitted: Fitted) -> list[str]:
         )
     # Which files hold the fitted model's widths and which cannot.
     if not fitted.chosen.model.decoder.is_uniform:
-        warnings.append("Layers differ in width: ONNX graphs and engine carry that, a standard checkpoint cannot.")
+        warnings.append(
+            "Layers differ in width: ONNX graphs, engine and GGUF carry that, a standard checkpoint cannot."
+        )
     elif has_checkpoint(fitted) and not is_in_blocks(fitted.chosen.model.decoder):
         model = fitted.chosen.model
         if loadable(model.decoder, read_config(model.directory)) != model.decoder:

@@ -79,13 +79,32 @@ def test_llama_cpp_runs_the_file_in_the_bundle(home):
     tokenizer, runner = load_tokenizer(bundle / "model"), GraphRunner(bundle / "onnx" / GRAPH_FILE, 1, 64)
     prompt = tokenizer(PROMPT)["input_ids"]
     ids = [int(tokens[0]) for tokens in generate(runner, [prompt], COUNT)]
+    ids = ids[: ids.index(end)] if (end := tokenizer.eos_token_id) in ids else ids  # where `run` ends
     said = run("run", bundle, "--prompt", PROMPT, "--max-new-tokens", str(COUNT))
     assert said.stdout.rstrip("\n") == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd\n")
     assert_same_choices(runner, LlamaCpp(file), prompt, ids)
 
 
+def test_llama_cpp_runs_layers_of_different_widths(home):
+    """The search takes what loses least; greedily llama.cpp says of it what our own engine says."""
+    bundle = home / "uneven"
+    options = ("--device", "jetson-orin", "--memory", "80%", "--weights", "float", "--layout", "per-layer")
+    result = fit(home, home / "model", *options, "--output", bundle)
+    assert result.returncode == 0, result.stderr
+    report = Report.model_validate_json((bundle / "report.json").read_text())
+    assert report.ratio > 0
+    tokenizer, runner = load_tokenizer(home / "model"), GraphRunner(bundle / "onnx" / GRAPH_FILE, 1, 64)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    ids = [int(tokens[0]) for tokens in generate(runner, [prompt], COUNT)]
+    assert_same_choices(runner, LlamaCpp(bundle / "gguf" / "model.gguf"), prompt, ids)
+
+
 REFUSED = {
-    "layers of different widths": ("model", ("--layout", "per-layer"), "cannot hold layers of different widths"),
+    "layers of different widths": (
+        "model",
+        ("--export", "gptq", "--layout", "per-layer"),
+        "a GPTQ checkpoint cannot hold layers of different widths",
+    ),
     "a family that llama.cpp lacks": ("opt", (), "no architecture for the family opt"),
     "a format that is none": ("model", ("--export", "pickle"), "unknown export 'pickle'"),
 }

@@ -31,7 +31,7 @@ def model(tmp_path):
     ("names", "layout", "reason", "remedy"),
     [
         (["gguf", "onnx2"], "uniform", "unknown export 'onnx2'", "Give one of: gguf, gptq."),
-        (["gguf"], "per-layer", "--export gguf cannot hold layers of different widths", "Use --layout uniform."),
+        (["gptq"], "per-layer", "a GPTQ checkpoint cannot hold layers of different widths", "Use --layout uniform."),
     ],
 )
 def test_an_export_that_cannot_be_is_refused_before_any_work(model, names, layout, reason, remedy):
@@ -41,9 +41,16 @@ def test_an_export_that_cannot_be_is_refused_before_any_work(model, names, layou
     assert caught.value.remedy == remedy
 
 
+def test_of_most_families_a_gguf_file_has_one_width_for_all_layers(tmp_path):
+    with pytest.raises(InputError, match="cannot hold layers of different widths of the family gemma2") as caught:
+        check_exports(["gguf"], saved(tmp_path / "gemma2", "gemma2"), "per-layer", reduced=False)
+    assert "llama.cpp takes them of llama, mistral" in caught.value.remedy
+
+
 def test_a_format_is_written_once_into_a_folder_of_its_name(model, tmp_path):
     check_exports(["gguf"], model, "uniform", reduced=False)
     check_exports([], model, "per-layer", reduced=False)
+    check_exports(["gguf"], model, "per-layer", reduced=False)
     (tmp_path / "out").mkdir()
     write_exports(["gguf", "gguf"], model, tmp_path / "out", "small", 128)
     (path,) = (tmp_path / "out").rglob("*.gguf")

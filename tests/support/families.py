@@ -50,6 +50,10 @@ LONGROPE = {
 }
 
 
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+
+
 def _rope(**parameters: object) -> dict[str, object]:
     return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0} | parameters
 
@@ -64,17 +68,13 @@ CASES: dict[str, dict[str, object]] = {
     "mistral, sliding window": {"sliding_window": 7},
     "qwen2": {"tie_word_embeddings": True},
     "qwen2, yarn, late windows": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 2.0,
-            "original_max_position_embeddings": 64,
-            "rope_theta": 10000.0,
-        },
+        "rope_parameters": YARN,
         "use_sliding_window": True,
         "sliding_window": 5,
         "max_window_layers": 1,
     },
     "qwen3": {},
+    "gemma": {},
     "gemma2": EVEN
     | {"sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     "gemma3_text": EVEN | {"sliding_window": 6, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
@@ -90,6 +90,30 @@ CASES: dict[str, dict[str, object]] = {
     },
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},
     "olmo2": {},
+    "olmo3": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT_ROPE},
+    },
+    "exaone4": {"layer_types": ["full_attention"] * 3},
+    "exaone4, windows, others without rope": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "ernie4_5": {},
+    "ernie4_5, biases": {"use_bias": True},
+    "ministral3": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+    "granitemoehybrid": {
+        "shared_intermediate_size": 96,
+        "num_local_experts": 0,
+        "layer_types": ["full_attention"] * 3,
+        "position_embedding_type": "rope",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 4.0,
+    },
+    "stablelm": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": None, "use_qkv_bias": True},
     "granite": {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.3,
@@ -113,7 +137,8 @@ TEXTS = [case for case in CASES if case.partition(",")[0] not in PICTURES]
 # What other runtimes are tried with; docs/families.md names them.
 COMPILED = [case for case in CASES if "," not in case or case.startswith("mistral") or "rotary" in case]
 CONTINUED = [case for case in TEXTS if "," not in case or case.startswith("mistral")]
-EXPORTED = [case for case in TEXTS if case != "opt"]
+NOT_EXPORTED = ("opt", "ernie4_5, biases", "exaone4, windows, others without rope")
+EXPORTED = [case for case in TEXTS if case not in NOT_EXPORTED]
 
 
 def random_model(case: str, **changes: object) -> PreTrainedModel | llamagen.LlamaGen:
@@ -125,6 +150,8 @@ def random_model(case: str, **changes: object) -> PreTrainedModel | llamagen.Lla
     config = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
     if model_type in ("gpt2", "imagegpt"):
         config.n_inner = 96
+    if case == "exaone4":
+        config.sliding_window = None
     torch.manual_seed(0)
     model = getattr(transformers, FAMILIES[model_type].architecture)(config).eval()
     with torch.no_grad():

@@ -16,7 +16,9 @@ LONGROPE = "phi3, longrope, partial rotary, sliding window"
 CHANGES = {
     "qwen2": {"num_attention_heads": 4},
     "olmo2": {"num_attention_heads": 4},
+    "exaone4": {"num_attention_heads": 4},
     "starcoder2": {"num_attention_heads": 4},
+    "olmo3": {"num_attention_heads": 4, "num_hidden_layers": 4, "layer_types": None},  # llama.cpp has no other pattern
     "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
     # llama.cpp gives a context 256 places at least, and takes the long factors beyond the original context
     LONGROPE: {

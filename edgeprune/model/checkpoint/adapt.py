@@ -12,10 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 from edgeprune.model.decoder import Decoder, Experts, Grid, Layer, Picture, Rotary
-from edgeprune.model.rope import ORIGINAL_CONTEXT, SenselessError, longrope_context, rope_parameters, rotary_of
+from edgeprune.model.rope import (
+    ORIGINAL_CONTEXT,
+    SenselessError,
+    longrope_context,
+    original_context,
+    rope_parameters,
+    rotary_of,
+)
 
 Config = Mapping[str, Any]
 LAYER_TYPES = ("full_attention", "sliding_attention")
+FORMER_TYPES = {"attention": "full_attention"}  # names of older files, which transformers reads
 LLAMAGEN_PREFIX = 1  # the class
 
 
@@ -53,9 +61,18 @@ def _by_layer(config: Config, name: str, decoder: Decoder, known: tuple[Any, ...
     values = config.get(name)
     if values is None:
         return None
+    if name == "layer_types" and isinstance(values, list):
+        values = [FORMER_TYPES.get(value, value) if isinstance(value, str) else value for value in values]
     if not isinstance(values, list) or len(values) != len(decoder.layers) or not set(values) <= set(known):
         raise SenselessError(f"{name} {values!r} for {len(decoder.layers)} layers")
     return values
+
+
+def _sliding(decoder: Decoder, config: Config, every: int) -> list[bool]:
+    """Returns which layers have a window: those of `layer_types`, or else all but one in so many."""
+    if types := _by_layer(config, "layer_types", decoder, LAYER_TYPES):
+        return [kind == "sliding_attention" for kind in types]
+    return [(index + 1) % every != 0 for index in range(len(decoder.layers))]
 
 
 def biases(decoder: Decoder, config: Config) -> Decoder:
@@ -119,6 +136,10 @@ def _cap(config: Config, name: str) -> float | None:
     return None if config.get(name) is None else float(config[name])
 
 
+def gemma(decoder: Decoder, config: Config) -> Decoder:
+    return replace(_attention_biases(decoder, config), embedding_scale=math.sqrt(decoder.hidden_size))
+
+
 def gemma2(decoder: Decoder, config: Config) -> Decoder:
     decoder = windowed(decoder, config, lambda index: index % 2 == 0)
     return _gemma(changed(decoder, {"softcap": _cap(config, "attn_logit_softcapping")}), config)
@@ -126,20 +147,22 @@ def gemma2(decoder: Decoder, config: Config) -> Decoder:
 
 def gemma3(decoder: Decoder, config: Config) -> Decoder:
     """Returns a Gemma 3's decoder; layers with a window have a theta of their own, however long the window is."""
-    pattern = int(config.get("sliding_window_pattern") or 6)
-    types = _by_layer(config, "layer_types", decoder, LAYER_TYPES)
-    local = (
-        [kind == "sliding_attention" for kind in types]
-        if types
-        else [(index + 1) % pattern != 0 for index in range(len(decoder.layers))]
-    )
-    rotaries = _gemma3_rotaries(config, decoder.layers[0].attention.head_dim)
-    window = int(config["sliding_window"])
-    decoder = changed(decoder, lambda i: {"rotary": rotaries[local[i]], "window": window if local[i] else None})
+    thetas = config.get("rope_theta") or 1_000_000.0, config.get("rope_local_base_freq") or 10000.0
+    decoder = _by_kind(decoder, config, int(config.get("sliding_window_pattern") or 6), thetas)
     return _gemma(changed(decoder, {"qk_norm": "head"}), config)
 
 
-def _gemma3_rotaries(config: Config, head_dim: int) -> tuple[Rotary, Rotary]:
+def _by_kind(decoder: Decoder, config: Config, every: int, thetas: tuple[float, float]) -> Decoder:
+    """Returns the decoder with windows, however long, in all layers but one in `every`, and rotary embeddings by kind.
+
+    thetas: of the full and of the sliding layers, where no set of parameters names one.
+    """
+    slides, window = _sliding(decoder, config, every), int(config["sliding_window"])
+    rotaries = _rotaries(config, decoder.layers[0].attention.head_dim, thetas)
+    return changed(decoder, lambda i: {"rotary": rotaries[slides[i]], "window": window if slides[i] else None})
+
+
+def _rotaries(config: Config, head_dim: int, thetas: tuple[float, float]) -> tuple[Rotary, Rotary]:
     """Returns the rotary embeddings of the full and of the sliding layers, from newer or older fields.
 
     rope_scaling is that of the full layers; of rope_parameters only the sets by kind of layer are read.
@@ -147,7 +170,6 @@ def _gemma3_rotaries(config: Config, head_dim: int) -> tuple[Rotary, Rotary]:
     sets, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     full, local = (sets.get(name) or {} for name in LAYER_TYPES)
     base = {name: value for name, value in config.items() if name not in ("rope_theta", ORIGINAL_CONTEXT)}
-    thetas = config.get("rope_theta") or 1_000_000.0, config.get("rope_local_base_freq") or 10000.0
     full = {"rope_type": "default", **full, **scaling}
     return rotary_of(full, base, head_dim, thetas[0]), rotary_of(local, base, head_dim, thetas[1])
 
@@ -172,6 +194,51 @@ def smollm3(decoder: Decoder, config: Config) -> Decoder:
 
 def olmo2(decoder: Decoder, config: Config) -> Decoder:
     return replace(changed(_attention_biases(decoder, config), {"qk_norm": "all"}), norms="after")
+
+
+def olmo3(decoder: Decoder, config: Config) -> Decoder:
+    """Returns an OLMo 3's decoder; a rope_theta beside the parameters is that of the full layers alone."""
+    return olmo2(_by_kind(decoder, config, 4, (config.get("rope_theta") or 500_000.0, 500_000.0)), config)
+
+
+def exaone4(decoder: Decoder, config: Config) -> Decoder:
+    """Returns an EXAONE 4's decoder; where some layers have a window, the others have no rotary positions."""
+    decoder = replace(changed(decoder, {"qk_norm": "head"}), norms="after")
+    if config.get("sliding_window") is None:
+        return decoder
+    # A pattern of letters comes with layer_types.
+    every = 1 if config.get("layer_types") else int(config["sliding_window_pattern"])
+    slides, window = _sliding(decoder, config, every), int(config["sliding_window"])
+    if window < 1:
+        raise SenselessError(f"sliding_window {window}")
+    rotary = decoder.layers[0].attention.rotary
+    return changed(
+        decoder, lambda i: {"window": window if slides[i] else None, "rotary": rotary if slides[i] else None}
+    )
+
+
+def ernie(decoder: Decoder, config: Config) -> Decoder:
+    has = bool(config.get("use_bias"))
+    return biases(decoder, {"attention_bias": has, "mlp_bias": has})
+
+
+def ministral3(decoder: Decoder, config: Config) -> Decoder:
+    """Returns a Ministral 3's decoder, with the positions of the original context: beyond them queries would grow."""
+    parameters, decoder = rope_parameters(config), all_slide(decoder, config)
+    if not parameters.get("llama_4_scaling_beta"):
+        return decoder
+    return replace(
+        decoder, max_position_embeddings=min(decoder.max_position_embeddings, original_context(parameters, config))
+    )
+
+
+def granite_hybrid(decoder: Decoder, config: Config) -> Decoder:
+    decoder = granite(decoder, {**config, "mlp_bias": False})
+    return decoder if config.get("position_embedding_type") == "rope" else changed(decoder, {"rotary": None})
+
+
+def stablelm(decoder: Decoder, config: Config) -> Decoder:
+    return replace(changed(decoder, {"input_bias": bool(config.get("use_qkv_bias"))}), norm="layer")
 
 
 def granite(decoder: Decoder, config: Config) -> Decoder:
@@ -284,6 +351,20 @@ def refuse_opt(config: Config) -> str | None:
 def refuse_mixed(config: Config) -> str | None:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         return "layers without experts among those with them (mlp_only_layers, decoder_sparse_step)"
+    return None
+
+
+def refuse_hybrid(config: Config) -> str | None:
+    if count := config.get("num_local_experts"):
+        return f"num_local_experts {count} (0 is supported)"
+    kinds = {FORMER_TYPES.get(kind, kind) for kind in config.get("layer_types") or ["linear_attention"]}
+    return "layers of Mamba-2 (attention is supported)" if kinds != {"full_attention"} else None
+
+
+def refuse_stablelm(config: Config) -> str | None:
+    for name in ("qk_layernorm", "use_parallel_residual"):
+        if config.get(name):
+            return f"{name} true (false is supported)"
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import printable, read_json
-from edgeprune.model.checkpoint.adapt import LAYER_TYPES
+from edgeprune.model.checkpoint.adapt import FORMER_TYPES, LAYER_TYPES
 from edgeprune.model.checkpoint.families import FAMILIES, Family
 from edgeprune.model.checkpoint.nested import text_part
 from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
@@ -27,6 +27,8 @@ MAX_LAYERS, MAX_SIZE = 10_000, 2**31  # beyond any model; a damaged file must no
 MAX_EXPERTS = 200_000  # of all layers together
 HEADS = "edgeprune_heads"  # key/value heads, query heads per group, of a checkpoint that holds more, which are zeros
 LAYER_WIDTHS = "edgeprune_layer_widths"  # key/value heads, query heads per group, MLP channels of every layer
+UNNAMED_WIDTHS = {"fixed": ("num_key_value_heads", "head_dim"), "whole": ("head_dim",)}
+"""The widths that a configuration does not name, by the rule that a family has for its heads: others give them."""
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -73,7 +75,9 @@ def _refuse(config: Config, family: Family) -> str | None:
     activation = config.get(family.activation) or "silu"
     if activation not in ACTIVATIONS:
         return f"{family.activation} {activation!r} ({', '.join(ACTIVATIONS)} are supported)"
-    if isinstance(kinds := config.get("layer_types"), list) and (unknown := set(map(str, kinds)) - set(LAYER_TYPES)):
+    if isinstance(kinds := config.get("layer_types"), list) and (
+        unknown := set(map(str, kinds)) - {*LAYER_TYPES, *FORMER_TYPES}
+    ):
         return f"layer_types {min(unknown)!r} ({', '.join(LAYER_TYPES)} are supported)"
     return None
 
@@ -141,7 +145,7 @@ def _without_padding(decoder: Decoder, heads: object) -> Decoder:
         groups, heads_per_group = map(int, heads)
     except (TypeError, ValueError) as error:
         raise _senseless(f"{HEADS}: {error}") from None
-    if not 0 < groups <= stored_groups or heads_per_group != stored_heads:
+    if not (0 < groups <= stored_groups and 0 < heads_per_group <= stored_heads):
         raise _senseless(f"{HEADS} {heads!r} of {stored_groups} x {stored_heads}")
     return decoder.with_widths(groups, heads_per_group, channels)
 
@@ -153,6 +157,7 @@ def _llama(config: Config, family: Family) -> Decoder:
     key_value_heads, head_dim = heads, hidden // heads
     if family.heads != "fixed":
         key_value_heads = int(config.get("num_key_value_heads") or key_value_heads)
+    if family.heads not in ("fixed", "whole"):
         head_dim = int(config.get("head_dim") or head_dim)
     attention = Attention(heads, key_value_heads, head_dim)
     _check_sizes(config, attention)
@@ -233,23 +238,30 @@ def loadable(decoder: Decoder, source: Config) -> Decoder:
     """Returns the decoder as a standard configuration like `source` can describe its widths.
 
     It adds heads of zeros to a uniform decoder where transformers derives head_dim from the number of heads, or
-    requires that this number divides hidden_size; as many as fill the groups of a weight format.
+    requires that this number divides hidden_size; as many as fill the groups of a weight format: whole groups of heads
+    where these are enough, else query heads in every group too. Raises InputError where no number will do.
     """
     attention, mlp, head_rule = decoder.layers[0].attention, decoder.layers[0].mlp, FAMILIES[decoder.family].heads
     # Where any number of heads can be described, or the layers differ, nothing is added.
     if longrope_context(rope_parameters(source), source) is not None:
-        head_rule = "fixed"  # its validation takes hidden_size over their number for head_dim
+        head_rule = "whole"  # its validation takes hidden_size over their number for head_dim
     if not decoder.is_uniform or None in (attention, mlp) or head_rule == "free" or _is_mistral(decoder):
         return decoder
-    # Otherwise add key/value heads until the rule is met, and the groups of a format are whole.
-    groups, heads = attention.num_key_value_heads, attention.heads_per_group
+    # Otherwise add heads until the rule is met, and the groups of a format are whole.
+    hidden, head_dim = decoder.hidden_size, attention.head_dim
     formats = [layer.attention.weight_format for layer in decoder.layers]
     multiple = max((form.multiple for form in formats if form), default=1)
-    if head_rule == "fixed":
-        groups = decoder.hidden_size // attention.head_dim // heads
-    while decoder.hidden_size % (groups * heads) or groups * heads * attention.head_dim % multiple:
-        groups += 1
-    return decoder.with_widths(groups, heads, mlp.intermediate_size)
+    for heads in range(attention.heads_per_group, hidden + 1):
+        for groups in range(attention.num_key_value_heads, hidden // heads + 1):
+            is_whole = groups * heads * head_dim == hidden
+            if head_rule == "divide":
+                is_whole = hidden % (groups * heads) == 0
+            if is_whole and groups * heads * head_dim % multiple == 0:
+                return decoder.with_widths(groups, heads, mlp.intermediate_size)
+    raise InputError(
+        f"no {decoder.family} has a number of heads of {head_dim} that holds these {attention.num_attention_heads}",
+        "Leave the checkpoint out with --no-checkpoint.",
+    )
 
 
 def _is_mistral(decoder: Decoder) -> bool:
@@ -293,8 +305,8 @@ def config_for(decoder: Decoder, source: Config) -> Config:
         "head_dim": layer.attention.head_dim,
         "intermediate_size": layer.mlp.intermediate_size,
     }
-    if family.heads == "fixed":
-        del widths["num_key_value_heads"], widths["head_dim"]
+    for name in UNNAMED_WIDTHS.get(family.heads, ()):
+        del widths[name]
     config.setdefault(
         family.fields.get("max_position_embeddings", "max_position_embeddings"), decoder.max_position_embeddings
     )

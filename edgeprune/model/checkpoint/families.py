@@ -23,7 +23,8 @@ class Family:
     adapt: makes this family's Decoder from that of a plain Llama with the configuration's widths and rotary embedding.
     defaults: the values that transformers uses for fields that config.json leaves out. fields: this family's names for
     some of Llama's fields. activation, norm_eps: the fields with these. heads: which numbers of heads a configuration
-    can have: any (`free`), one that divides hidden_size (`divide`), or only hidden_size over head_dim (`fixed`). plain:
+    can have: any (`free`), one that divides hidden_size (`divide`), only hidden_size over head_dim (`whole`), each of
+    which has keys and values of its own (`fixed`). plain:
     further fields in Llama's words, where more than a name differs. by_layer: the fields with one value for each layer
     that a configuration always has. rotates_part: it reads partial_rotary_factor. refuse: returns why a configuration,
     with its defaults, cannot be handled, or None.
@@ -37,7 +38,7 @@ class Family:
     fields: Mapping[str, str] = field(default_factory=dict)
     activation: str = "hidden_act"
     norm_eps: str = "rms_norm_eps"
-    heads: Literal["free", "divide", "fixed"] = "free"
+    heads: Literal["free", "divide", "whole", "fixed"] = "free"
     plain: Callable[[Config], Config] = lambda config: {}
     by_layer: tuple[str, ...] = ()
     rotates_part: bool = False
@@ -45,6 +46,19 @@ class Family:
 
 
 GRANITE_SCALES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+MINISTRAL_ROPE = {
+    "type": "yarn",
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "max_position_embeddings": 262144,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 CONTEXT = {"max_position_embeddings": 2048}
 GPT2_FIELDS = {
     "hidden_size": "n_embd",
@@ -96,6 +110,20 @@ FAMILIES = {
                 "sliding_window": 4096,
                 "max_window_layers": 28,
             },
+        ),
+        Family(
+            "gemma",
+            "GemmaForCausalLM",
+            names.GEMMA,
+            adapt.gemma,
+            {
+                "max_position_embeddings": 8192,
+                "num_key_value_heads": 16,
+                "head_dim": 256,
+                "hidden_act": "gelu_pytorch_tanh",
+                "tie_word_embeddings": True,
+            },
+            refuse=adapt.refuse_bidirectional,
         ),
         Family(
             "gemma2",
@@ -159,6 +187,76 @@ FAMILIES = {
             by_layer=("no_rope_layers",),
         ),
         Family("olmo2", "Olmo2ForCausalLM", names.OLMO2, adapt.olmo2, CONTEXT | {"rms_norm_eps": 1e-5}),
+        Family(
+            "olmo3",
+            "Olmo3ForCausalLM",
+            names.OLMO2,
+            adapt.olmo3,
+            CONTEXT | {"rms_norm_eps": 1e-5, "sliding_window": 4096},
+            by_layer=("layer_types",),
+        ),
+        Family(
+            "exaone4",
+            "Exaone4ForCausalLM",
+            names.OLMO2,
+            adapt.exaone4,
+            CONTEXT
+            | {"num_key_value_heads": 32, "rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
+            by_layer=("layer_types",),
+        ),
+        Family(
+            "ernie4_5",
+            "Ernie4_5ForCausalLM",
+            names.ERNIE,
+            adapt.ernie,
+            {
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 2,
+                "head_dim": 128,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 500000.0,
+                "tie_word_embeddings": True,
+            },
+        ),
+        Family(
+            "ministral3",
+            "Ministral3ForCausalLM",
+            names.LLAMA,
+            adapt.ministral3,
+            {
+                "max_position_embeddings": 262144,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "rms_norm_eps": 1e-5,
+                "rope_parameters": MINISTRAL_ROPE,
+            },
+        ),
+        Family(
+            "granitemoehybrid",
+            "GraniteMoeHybridForCausalLM",
+            names.GRANITE_HYBRID,
+            adapt.granite_hybrid,
+            CONTEXT | {"num_local_experts": 8, "shared_intermediate_size": 1024} | dict.fromkeys(GRANITE_SCALES, 1.0),
+            {"intermediate_size": "shared_intermediate_size"},
+            by_layer=("layer_types",),
+            refuse=adapt.refuse_hybrid,
+        ),
+        Family(
+            "stablelm",
+            "StableLmForCausalLM",
+            names.LLAMA,
+            adapt.stablelm,
+            {
+                "max_position_embeddings": 4096,
+                "num_key_value_heads": 32,
+                "layer_norm_eps": 1e-5,
+                "partial_rotary_factor": 0.25,
+            },
+            norm_eps="layer_norm_eps",
+            heads="whole",
+            rotates_part=True,
+            refuse=adapt.refuse_stablelm,
+        ),
         Family(
             "granite", "GraniteForCausalLM", names.LLAMA, adapt.granite, CONTEXT | dict.fromkeys(GRANITE_SCALES, 1.0)
         ),

@@ -81,6 +81,12 @@ MIXTRAL = _under(
         },
     },
 )
+GEMMA = _under(
+    "model",
+    "model.layers.{i}",
+    ATTENTION | MLP | _norms(1.0, attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
+    norm=Place("model.norm.weight", shift=1.0),
+)
 GEMMA2 = _under(
     "model",
     "model.layers.{i}",
@@ -117,6 +123,24 @@ PHI3 = _under(
         **{name: Place("self_attn.qkv_proj.weight", FUSED_QKV) for name in FUSED_QKV},
         **{name: Place("mlp.gate_up_proj.weight", ("mlp.gate", "mlp.up")) for name in ("mlp.gate", "mlp.up")},
     },
+)
+ERNIE = _under(
+    "model",
+    "model.layers.{i}",
+    LLAMA_LAYER
+    | {
+        f"attention.{part}{end}": replace(ATTENTION[f"attention.{part}{end}"], neighbours=True)
+        for part in ("q", "k")
+        for end in ("", "_bias")
+    },
+)
+GRANITE_HYBRID = _under(
+    "model",
+    "model.layers.{i}",
+    TWO_NORMS
+    | ATTENTION
+    | {name: Place("shared_mlp.input_linear.weight", ("mlp.gate", "mlp.up")) for name in ("mlp.gate", "mlp.up")}
+    | {"mlp.down": Place("shared_mlp.output_linear.weight")},
 )
 STARCODER2 = _under(
     "model", "model.layers.{i}", TWO_NORMS | ATTENTION | _projections("mlp", "mlp", up="c_fc", down="c_proj")

@@ -203,8 +203,8 @@ def is_by_value(name: str, form: WeightFormat) -> bool:
 
 
 def _turns(name: str) -> bool:
-    """Returns whether a weight is a projection to queries or keys, whose channels are rotated."""
-    return name.rsplit(".", 1)[-1] in ("q", "k")
+    """Returns whether a weight is a projection to queries or keys, whose channels are rotated, or its bias."""
+    return name.rsplit(".", 1)[-1].removesuffix("_bias") in ("q", "k")
 
 
 def _is_output(part: str) -> bool:

@@ -21,7 +21,6 @@ from edgeprune.model.checkpoint.foreign import Foreign, is_of_activations
 from edgeprune.model.checkpoint.layouts import FLOATS, Layout, Part
 from edgeprune.model.checkpoint.llamagen import COMPILED
 from edgeprune.model.checkpoint.packed import SHAPE, unpacked
-from edgeprune.model.checkpoint.padding import without_padding
 from edgeprune.model.checkpoint.places import Shape, StoredTensor, is_by_value
 from edgeprune.model.checkpoint.quantization import packing_of
 from edgeprune.model.checkpoint.safetensors_file import NAMES, entries_of
@@ -29,6 +28,7 @@ from edgeprune.model.checkpoint.torch_file import AGAIN, TorchFiles, archive_mem
 from edgeprune.model.checkpoint.unread import DO_NOT_MATCH, check_unread
 from edgeprune.model.checkpoint.values import SCALES_FILE, codes_of, parts_of, scale_entries
 from edgeprune.model.decoder import Decoder
+from edgeprune.model.heads import without_filling
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +66,10 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
     stored as codes is fp32; `quantised` has the codes themselves where edgeprune wrote them.
     """
 
-    def __init__(self, stands: dict[str, list[Stand]], decoder: Decoder, scales: Path | None = None) -> None:
-        self._stands, self._shapes = stands, decoder.shapes()
+    def __init__(
+        self, stands: dict[str, list[Stand]], decoder: Decoder, stored_decoder: Decoder, scales: Path | None = None
+    ) -> None:
+        self._stands, self._decoder, self._stored_decoder = stands, decoder, stored_decoder
         self._torch_files = TorchFiles()
         self.quantised = LazyCodes(self, decoder, scales)
 
@@ -76,7 +78,7 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         if stands[0].tensor.form is not None:
             return self.quantised[name].dequantised()
         tensors = [stand.tensor.read(self._values(stand), name) for stand in stands]
-        return without_padding(_joined(tensors), self._shapes[name])
+        return without_filling(self._decoder, self._stored_decoder, name, _joined(tensors)).contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stands)
@@ -91,7 +93,7 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         """Returns a weight that is stored as codes."""
         stand = self._stands[name][0]
         weight = unpacked(stand.tensor, lambda part: self.stored(*stand.place(part)), name)
-        return weight if tuple(weight.shape) == self._shapes[name] else weight.narrowed(self._shapes[name])
+        return without_filling(self._decoder, self._stored_decoder, name, weight)
 
     def _values(self, stand: Stand) -> torch.Tensor:
         """Returns a tensor of the files in floats."""
@@ -168,7 +170,7 @@ def stored_weights(
         scales = path / SCALES_FILE
         _check_scales(scales, entries)
         files.add(scales)
-    weights = LazyWeights(stands, decoder, scales)
+    weights = LazyWeights(stands, decoder, stored_decoder, scales)
     if decoder.tie_word_embeddings:
         _check_tied(decoder, weights, stored)
     return weights, fingerprint(path / "config.json", files)

@@ -10,13 +10,16 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import printable
+from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS, UNNAMED_WIDTHS
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.gguf.file import RESTORE, Metadata
 from edgeprune.model.gguf.rope import rope_of, shortest
 
 Config = dict[str, Any]
-OUTPUT_BIASES = ("blk.0.attn_output.bias", "blk.0.ffn_down.bias")
+OUTPUT_BIASES = ("attn_output.bias", "ffn_down.bias")
 GELU = "gelu_pytorch_tanh"
+OLMO_PERIOD = 4  # layers of an OLMo 3, the last of which has no window
+EXAONE_WINDOWED = 64  # layers of the EXAONE 4 that has windows
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores have another scale
 
 
@@ -34,10 +37,13 @@ def config_of(metadata: Metadata, where: object) -> Config:
         config = plain | _SPECIAL[architecture.name](metadata, plain)
         family = FAMILIES[config["model_type"]]
         config["architectures"] = [family.architecture]
-        # Rotary positions; Gemma 3 has others in its sliding layers, GPT-2 has none.
+        # Rotary positions; Gemma 3 and OLMo 3 have others in their sliding layers, GPT-2 has none.
         config["rope_parameters"] = rope_of(metadata, plain["head_dim"], where)
         if architecture.name == "gemma3":
             local = {"rope_type": "default", "rope_theta": shortest(metadata.get("rope.freq_base_swa", 10000.0))}
+            config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+        if config["model_type"] == "olmo3":
+            local = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
             config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
         if architecture.name == "gpt2":
             del config["rope_parameters"]
@@ -50,8 +56,8 @@ def config_of(metadata: Metadata, where: object) -> Config:
     config[family.norm_eps], config[family.activation] = eps, activation
     for name, own in family.fields.items():
         config[own] = config.pop(name)
-    if family.heads == "fixed":
-        del config["num_key_value_heads"], config["head_dim"]
+    for name in UNNAMED_WIDTHS.get(family.heads, ()):
+        del config[name]
     return config
 
 
@@ -88,11 +94,17 @@ def _plain(metadata: Metadata) -> Config:
 
 
 def _has_biases(metadata: Metadata) -> bool:
-    return "blk.0.attn_q.bias" in metadata.names or "blk.0.attn_qkv.bias" in metadata.names
+    return _has(metadata, "attn_q.bias") or _has(metadata, "attn_qkv.bias")
+
+
+def _has(metadata: Metadata, tensor: str) -> bool:
+    """Returns whether layers have a tensor: the first, or where layers differ any."""
+    layers = range(metadata.number("block_count") if metadata.architecture.by_layer else 1)
+    return any(f"blk.{index}.{tensor}" in metadata.names for index in layers)
 
 
 def _biases(metadata: Metadata) -> Config:
-    return {"attention_bias": _has_biases(metadata), "mlp_bias": OUTPUT_BIASES[1] in metadata.names}
+    return {"attention_bias": _has_biases(metadata), "mlp_bias": _has(metadata, OUTPUT_BIASES[1])}
 
 
 def _llama(metadata: Metadata, plain: Config) -> Config:
@@ -104,11 +116,33 @@ def _llama(metadata: Metadata, plain: Config) -> Config:
         experts = {"num_local_experts": count, "num_experts_per_tok": metadata.number("expert_used_count")}
         return {"model_type": "mixtral", "sliding_window": None, **experts}
     biases = _biases(metadata)
-    if biases["attention_bias"] and OUTPUT_BIASES[0] not in metadata.names:
+    if biases["attention_bias"] and not _has(metadata, OUTPUT_BIASES[0]):
         return {"model_type": "qwen2", "use_sliding_window": False}
     if plain["hidden_size"] % plain["num_attention_heads"] and not any(biases.values()):
         return {"model_type": "mistral", "sliding_window": None}
     return {"model_type": "llama", **biases}
+
+
+def _deci(metadata: Metadata, plain: Config) -> Config:
+    """Returns the fields of a Llama whose layers differ in width.
+
+    Where a layer has no MLP, llama.cpp leaves its attention out as well; where it has query heads alone, there is one
+    matrix in the place of its attention.
+    """
+    depth = plain["num_hidden_layers"]
+    keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    layers = list(zip(*(metadata.numbers(key, depth) for key in keys), strict=True))
+    for index, (heads, groups, channels) in enumerate(layers):
+        if heads and not (groups and channels):
+            what = "MLP" if groups else "key/value heads"
+            raise InputError(
+                f"unsupported GGUF architecture 'deci' with attention but no {what} in layer {index}",
+                "Give another model.",
+            )
+    widths = [(groups if heads else 0, heads // groups if heads else 1, channels) for heads, groups, channels in layers]
+    widest = {"num_key_value_heads": max(groups for groups, _, _ in widths)}
+    widest["num_attention_heads"] = widest["num_key_value_heads"] * max(heads for _, heads, _ in widths)
+    return _llama(metadata, plain | widest) | widest | {LAYER_WIDTHS: widths}
 
 
 def _qwen2(metadata: Metadata, plain: Config) -> Config:
@@ -205,9 +239,33 @@ def _smollm3(metadata: Metadata, plain: Config) -> Config:
 
 
 def _olmo2(metadata: Metadata, plain: Config) -> Config:
-    if metadata.get("attention.sliding_window"):
-        raise InputError("unsupported GGUF architecture 'olmo2' with sliding windows (OLMo 3)", "Give another model.")
-    return {"model_type": "olmo2", "attention_bias": _has_biases(metadata)}
+    """Returns the fields of olmo2; with a window it is an OLMo 3, in which every fourth layer has none."""
+    biases = {"attention_bias": _has_biases(metadata)}
+    if not (window := int(metadata.get("attention.sliding_window") or 0)):
+        return {"model_type": "olmo2", **biases}
+    slides = [(index + 1) % OLMO_PERIOD != 0 for index in range(plain["num_hidden_layers"])]
+    types = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in slides]
+    return {"model_type": "olmo3", "sliding_window": window, "layer_types": types, **biases}
+
+
+def _exaone4(metadata: Metadata, plain: Config) -> Config:
+    """Returns the fields of exaone4; llama.cpp gives windows to its model of 64 layers alone."""
+    if plain["num_hidden_layers"] == EXAONE_WINDOWED:
+        raise InputError("unsupported GGUF architecture 'exaone4' with sliding windows", "Give another model.")
+    types = ["full_attention"] * plain["num_hidden_layers"]
+    return {"model_type": "exaone4", "sliding_window": None, "layer_types": types}
+
+
+def _ernie(metadata: Metadata, plain: Config) -> Config:
+    return {"model_type": "ernie4_5", "use_bias": _has_biases(metadata)}
+
+
+def _stablelm(metadata: Metadata, plain: Config) -> Config:
+    return {"model_type": "stablelm", "use_qkv_bias": _has_biases(metadata)}
+
+
+def _gemma1(metadata: Metadata, plain: Config) -> Config:
+    return {"model_type": "gemma", "activation": GELU, "attention_bias": False, "tie_word_embeddings": True}
 
 
 def _granite(metadata: Metadata, plain: Config) -> Config:
@@ -245,14 +303,19 @@ def _starcoder2(metadata: Metadata, plain: Config) -> Config:
 
 _SPECIAL: dict[str, Callable[[Metadata, Config], Config]] = {
     "llama": _llama,
+    "deci": _deci,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3moe,
+    "gemma": _gemma1,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
     "smollm3": _smollm3,
     "olmo2": _olmo2,
+    "exaone4": _exaone4,
+    "ernie4_5": _ernie,
+    "stablelm": _stablelm,
     "granite": _granite,
     "gpt2": _gpt2,
     "gptneox": _gptneox,

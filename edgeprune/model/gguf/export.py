@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -23,10 +23,10 @@ from edgeprune.model.checkpoint.safetensors_file import as_stored
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.blocks import BLOCK, block_type, format_of_blocks, packed
 from edgeprune.model.gguf.convert import reordered
-from edgeprune.model.gguf.heads import filled, heads_differ
-from edgeprune.model.gguf.metadata import Held, held
+from edgeprune.model.gguf.metadata import Held, check_by_layer, held
 from edgeprune.model.gguf.names import is_always_fp32
 from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
+from edgeprune.model.heads import filled, heads_differ
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
 
@@ -47,11 +47,15 @@ NO_TOKENIZER = {
 OUTPUTS = (".attention.o", ".mlp.down")  # the ends of the names of the projections that residual_scale multiplies
 
 
-def check_exportable(model: Model, reduced: bool = False) -> Held:
-    """Returns the form in which a GGUF file will hold the model. reduced: its vocabulary will be cut down.
+def check_exportable(model: Model, reduced: bool = False, by_layer: bool = False) -> Held:
+    """Returns the form in which a GGUF file will hold the model.
+
+    reduced: its vocabulary will be cut down; by_layer: its layers will differ in width.
 
     Raises InputError, before any work, where llama.cpp cannot compute the model or has no pre-tokenizer for its texts.
     """
+    if by_layer:
+        check_by_layer(model.decoder)
     return _checked(model, model.name, reduced)[0]
 
 
@@ -71,7 +75,7 @@ def _form(model: Model) -> Held:
 
 
 def export_gguf(model: Model, path: Path, dtype: torch.dtype | None = None, has_tokenizer: bool = True) -> Path:
-    """Writes a model of uniform layers as GGUF and returns the path.
+    """Writes a model as GGUF and returns the path.
 
     Weights of few bits keep their exact values, in ggml's types; of those of compressed-tensors whose blocks cannot
     hold them, which a warning names, fp32 does. The others have the dtype that is given, by default the checkpoint's;
@@ -295,7 +299,7 @@ def _as_held(
         if types[key] not in plain:
             blocks.update(stored.names)
     table, is_twice = None, decoder.tie_word_embeddings and not form.decoder.tie_word_embeddings
-    for name, weight in weights:
+    for name, weight in _with_filling(form.decoder, decoder.shapes().keys(), weights):
         if isinstance(weight, QuantisedWeight):
             weight = packed(name, weight) if name in blocks else weight.dequantised()
         if name == "embedding" and is_twice:
@@ -310,7 +314,24 @@ def _as_held(
         yield "head", table
 
 
+def _with_filling(
+    held: Decoder, own: Collection[str], weights: Iterable[tuple[str, Stored]]
+) -> Iterator[tuple[str, Stored]]:
+    """Yields the weights, and zeros in the places of those that the file holds and the model does not have.
+
+    held: the file's decoder; own: the names of the weights, which come in the order of its shapes.
+    """
+    import torch
+
+    shapes, came = held.shapes(), iter(weights)
+    for name, shape in shapes.items():
+        if name in own:
+            yield next(came)
+        elif name != "head":  # a tied table that is written twice
+            yield name, torch.zeros(shape)
+
+
 def _scaled(decoder: Decoder) -> tuple[str, ...]:
     """Returns the ends of the names of the weights that scale the queries: their norm where they have one."""
-    attention = decoder.layers[0].attention
+    attention = decoder.first_attention
     return (".attention.q_norm",) if attention.qk_norm is not None else (".attention.q", ".attention.q_bias")

@@ -229,13 +229,22 @@ class Metadata:
         return self.fields.get(f"{self.architecture.name}.{key}", default)
 
     def number(self, key: str) -> int:
-        """Returns an integer field; of one that is given for each layer, the number that all layers share.
+        """Returns an integer field; of one that is given for each layer, the number that all layers share, or the
+        largest where the architecture takes different ones.
 
         Raises KeyError, TypeError or ValueError.
         """
         value = self.fields[f"{self.architecture.name}.{key}"]
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if len(set(value)) != 1 and not self.architecture.by_layer:
                 raise ValueError(f"{key} {value} differs between layers")
-            value = value[0]
+            value = max(value)
         return int(value)
+
+    def numbers(self, key: str, count: int) -> list[int]:
+        """Returns an integer field for each of so many layers. Raises KeyError, TypeError or ValueError."""
+        value = self.fields[f"{self.architecture.name}.{key}"]
+        values = value if isinstance(value, list) else [value] * count
+        if len(values) != count:
+            raise ValueError(f"{key} of {len(values)} layers, not {count}")
+        return list(map(int, values))

@@ -18,7 +18,7 @@ from edgeprune.model.checkpoint.configuration import decoder_of
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
 from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp, Rotary
-from edgeprune.model.gguf.config import config_of
+from edgeprune.model.gguf.config import OLMO_PERIOD, config_of
 from edgeprune.model.gguf.file import Metadata
 from edgeprune.model.gguf.names import ARCHITECTURES, FREQUENCIES, LONG, SHORT, Architecture, places_of
 from edgeprune.model.rope import longrope_context, rope_parameters
@@ -30,12 +30,19 @@ BY_FAMILY = {
     "qwen2": ("qwen2", "llama"),
     "qwen3": ("qwen3",),
     "qwen3_moe": ("qwen3moe",),
+    "gemma": ("gemma",),
     "gemma2": ("gemma2",),
     "gemma3_text": ("gemma3",),
     "phi3": ("phi3", "llama"),
     "smollm3": ("smollm3",),
     "olmo2": ("olmo2",),
+    "olmo3": ("olmo2",),
+    "exaone4": ("exaone4",),
+    "ernie4_5": ("ernie4_5",),
+    "ministral3": ("llama",),
     "granite": ("granite",),
+    "granitemoehybrid": ("granite",),
+    "stablelm": ("stablelm",),
     "gpt2": ("gpt2",),
     "gpt_neox": ("gptneox",),
     "starcoder2": ("starcoder2",),
@@ -44,6 +51,9 @@ BY_FAMILY = {
 
 The others hold, among others, a model whose remaining heads do not fill the hidden size.
 """
+BY_LAYER = {"llama": "deci", "mistral": "deci", "ministral3": "deci", "qwen2": "deci"}
+"""The architecture that computes a family whose layers differ in width."""
+FILLING = 32  # channels of an MLP of zeros
 REMEDY = "Deploy the checkpoint or the ONNX graph; a GGUF file cannot hold this model."
 PRECISION = 1e-4  # relative, of frequencies and scales, which llama.cpp computes in fp32
 
@@ -81,11 +91,11 @@ def held(decoder: Decoder, config: Mapping[str, Any]) -> Held:
 
     Raises InputError where no architecture of llama.cpp can compute the model.
     """
-    # Every architecture has one width for all layers.
     check_family(decoder)
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
     if not decoder.is_uniform or attention is None or mlp is None:
-        raise InputError("layers differ in width: a GGUF file has one width for all", REMEDY)
+        check_by_layer(decoder)
+        return _held(ARCHITECTURES[BY_LAYER[decoder.family]], _with_modules(decoder), config)
     # Architectures that compute the decoder as it is; as a last resort the preferred one, filled with heads of zeros.
     wanted = [ARCHITECTURES[name] for name in BY_FAMILY[decoder.family]]
     whole = attention.query_size == decoder.hidden_size
@@ -110,6 +120,28 @@ def held(decoder: Decoder, config: Mapping[str, Any]) -> Held:
     )
 
 
+def check_by_layer(decoder: Decoder) -> None:
+    """Raises InputError for a family whose layers have one width in every architecture of llama.cpp."""
+    if decoder.family not in BY_LAYER:
+        raise InputError(
+            f"a GGUF file cannot hold layers of different widths of the family {decoder.family}",
+            f"Use --layout uniform; llama.cpp takes them of {', '.join(BY_LAYER)}.",
+        )
+
+
+def _with_modules(decoder: Decoder) -> Decoder:
+    """Returns the decoder with modules of zeros where llama.cpp needs them.
+
+    It leaves out the attention of a layer without MLP, and takes the width of a head from the first layer's.
+    """
+    mlp = replace(next(layer.mlp for layer in decoder.layers if layer.mlp), intermediate_size=FILLING)
+    first, *others = decoder.layers
+    attention = first.attention or replace(decoder.first_attention, num_attention_heads=1, num_key_value_heads=1)
+    layers = (replace(first, attention=attention), *others)
+    layers = (Layer(layer.attention, layer.mlp or (layer.attention and mlp)) for layer in layers)
+    return replace(decoder, layers=tuple(layers))
+
+
 def _filled(decoder: Decoder) -> Decoder | None:
     """Returns the decoder with heads of zeros that fill the hidden size; None where heads of this width cannot.
 
@@ -129,7 +161,9 @@ def _held(architecture: Architecture, decoder: Decoder, config: Mapping[str, Any
     if not architecture.windows and (windows := [window for window in decoder.windows if window is not None]):
         # Without windows every query sees all positions: the same within a context as short as the window.
         context = min(decoder.max_position_embeddings, *windows)
-        layers = tuple(Layer(replace(layer.attention, window=None), layer.mlp) for layer in decoder.layers)
+        layers = tuple(
+            Layer(layer.attention and replace(layer.attention, window=None), layer.mlp) for layer in decoder.layers
+        )
         decoder = replace(decoder, layers=layers, max_position_embeddings=context)
     if architecture.head and decoder.tie_word_embeddings:
         decoder = replace(decoder, tie_word_embeddings=False)
@@ -137,10 +171,12 @@ def _held(architecture: Architecture, decoder: Decoder, config: Mapping[str, Any
     metadata = _metadata(architecture, decoder, config)
     understood = decoder_of(config_of(metadata, "the file"))
     # The queries make up for another scale of the scores.
-    scale = understood.layers[0].attention.score_scale
-    factor = decoder.layers[0].attention.score_scale / scale
+    scale = understood.first_attention.score_scale
+    factor = decoder.first_attention.score_scale / scale
     if abs(factor - 1) > 1e-7:
-        layers = tuple(Layer(replace(layer.attention, scale=scale), layer.mlp) for layer in decoder.layers)
+        layers = tuple(
+            Layer(layer.attention and replace(layer.attention, scale=scale), layer.mlp) for layer in decoder.layers
+        )
         decoder = replace(decoder, layers=layers)
     else:
         factor = 1.0
@@ -159,7 +195,7 @@ def _held(architecture: Architecture, decoder: Decoder, config: Mapping[str, Any
 def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str, Any]) -> Metadata:
     """Returns the metadata that the file will have for the decoder; of the tokens only the number."""
     # Sizes that every architecture states.
-    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
+    attention, mlp = decoder.first_attention, next(layer.mlp for layer in decoder.layers if layer.mlp)
     kind = "rms_" if decoder.norm == "rms" else ""
     own: dict[str, Any] = {
         "block_count": len(decoder.layers),
@@ -173,6 +209,13 @@ def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str,
         f"attention.layer_norm_{kind}epsilon": decoder.norm_eps,
         "vocab_size": decoder.vocab_size,
     }
+    if architecture.by_layer:
+        groups_and_heads = [(groups, groups * heads) for groups, heads, _ in decoder.layer_widths]
+        own |= {
+            "feed_forward_length": [channels for *_, channels in decoder.layer_widths],
+            "attention.head_count": [heads for _, heads in groups_and_heads],
+            "attention.head_count_kv": [groups for groups, _ in groups_and_heads],
+        }
     # Experts, windows, caps and scales, where the architecture has them.
     if mlp.experts is not None:
         own |= {"expert_count": mlp.experts.num_experts, "expert_used_count": mlp.experts.num_experts_per_tok}
@@ -194,10 +237,9 @@ def _metadata(architecture: Architecture, decoder: Decoder, config: Mapping[str,
         own["use_parallel_residual"] = decoder.parallel
     # Rotary positions.
     factors: dict[str, np.ndarray] = {}
-    rotary = next((layer.attention.rotary for layer in reversed(decoder.layers) if layer.attention.rotary), None)
-    if rotary is not None:
+    if decoder.rotaries:
         rope_fields, factors = _rope(architecture, decoder, config)
-        own |= {"rope.dimension_count": 2 * len(rotary.inverse_frequencies), **rope_fields}
+        own |= {"rope.dimension_count": 2 * len(decoder.rotaries[0].inverse_frequencies), **rope_fields}
     # Under the names and in the fp32 of the file.
     names = set(stored_tensors(decoder, places_of(architecture, decoder, False))) | factors.keys()
     fields = {f"{architecture.name}.{key}": _as_stored(value) for key, value in own.items()}
@@ -216,12 +258,12 @@ def _windows(architecture: Architecture, decoder: Decoder) -> dict[str, Any]:
     # Without any sliding layer: no field, or a window as long as the context.
     is_sliding = [layer.attention.window is not None for layer in decoder.layers]
     if not any(is_sliding):
-        if architecture.name == "gemma3":
+        if architecture.name in ("gemma3", "olmo2"):
             return {}
         return {"attention.sliding_window": decoder.max_position_embeddings}
     # The period is implied where the layers follow it.
     window = max(window for window in decoder.windows if window is not None)
-    period = {"gemma2": 2, "gemma3": 6}[architecture.name]
+    period = {"gemma2": 2, "gemma3": 6, "olmo2": OLMO_PERIOD}[architecture.name]
     default = [(index + 1) % period != 0 for index in range(len(is_sliding))]
     pattern = {} if is_sliding == default else {"attention.sliding_window_pattern": is_sliding}
     return {"attention.sliding_window": window, **pattern}
@@ -235,15 +277,17 @@ def _rope(
     config = {**FAMILIES[decoder.family].defaults, **config}
     parameters = rope_parameters(config)
     own, factors = {}, {}
-    rotaries = [layer.attention.rotary for layer in decoder.layers]
-    if decoder.family == "gemma3_text":
+    attentions = [layer.attention for layer in decoder.layers if layer.attention and layer.attention.rotary]
+    rotary = next((attention.rotary for attention in attentions if not attention.window), attentions[0].rotary)
+    if decoder.family in ("gemma3_text", "olmo3"):
         parameters = parameters.get("full_attention", parameters)
-        local = next((layer.attention.rotary for layer in decoder.layers if layer.attention.window), None)
+    if decoder.family == "gemma3_text":
+        local = next((attention.rotary for attention in attentions if attention.window), None)
         if local is not None:
             own["rope.freq_base_swa"] = _theta(local)
     theta = parameters.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base")
     if theta is None:
-        theta = 1_000_000.0 if decoder.family == "gemma3_text" else 10000.0
+        theta = {"gemma3_text": 1_000_000.0, "olmo3": 500_000.0}.get(decoder.family, 10000.0)
     own["rope.freq_base"] = float(theta)
     # Kinds of scaling that have fields of their own.
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
@@ -257,13 +301,12 @@ def _rope(
             "rope.scaling.factor": float(parameters["factor"]),
             "rope.scaling.original_context_length": int(original),
         }
-        if abs(rotaries[0].scaling / default - 1) > PRECISION:
-            own["rope.scaling.attn_factor"] = rotaries[0].scaling / default
+        if abs(rotary.scaling / default - 1) > PRECISION:
+            own["rope.scaling.attn_factor"] = rotary.scaling / default
     elif kind not in ("default", "dynamic"):
         if not architecture.frequencies:
             raise InputError(f"llama.cpp's {architecture.name} has no rope scaling {kind}", REMEDY)
         # Any other kind as factors of the frequencies, in fp32.
-        rotary = next(rotary for rotary in rotaries if rotary)
         rotary_dim = 2 * len(rotary.inverse_frequencies)
         plain = float(theta) ** (-np.arange(0, rotary_dim, 2) / rotary_dim)  # (rotary_dim / 2,)
         short = (plain / np.array(rotary.inverse_frequencies)).astype(np.float32)
@@ -297,6 +340,8 @@ def _difference(meant: Decoder, understood: Decoder) -> str | None:
             ("attention", layer.attention, understood_layer.attention),
             ("MLP", layer.mlp, understood_layer.mlp),
         ):
+            if module is None and understood_module is None:
+                continue
             if (name := _part_difference(module, understood_module)) is not None:
                 return f"{kind} of layer {index}: {name.replace('_', ' ')} {_short(getattr(module, name))}"
     return None

@@ -54,6 +54,7 @@ class Architecture:
     that it loads. whole: the query heads must fill hidden_size. partial: it may rotate a part of a head only. windows:
     it applies sliding windows; otherwise every query sees all positions before it. head: it needs an output matrix that
     is not tied to the embedding. frequencies: the tensors of rope factors that it applies.
+    by_layer: heads and MLP channels may differ from layer to layer, and a layer may have no attention.
     """
 
     name: str
@@ -66,15 +67,18 @@ class Architecture:
     windows: bool = False
     head: bool = False
     frequencies: tuple[str, ...] = ()
+    by_layer: bool = False
 
 
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("llama", interleaved=True, biases=LAYER_BIASES, frequencies=ROPE_TENSORS),
+        Architecture("deci", interleaved=True, biases=LAYER_BIASES, frequencies=(FREQUENCIES,), by_layer=True),
         Architecture("qwen2", whole=True),
         Architecture("qwen3"),
         Architecture("qwen3moe"),
+        Architecture("gemma", biases=frozenset()),
         Architecture("gemma2", windows=True),
         Architecture("gemma3", windows=True),
         Architecture(
@@ -87,7 +91,10 @@ ARCHITECTURES = {
             frequencies=(LONG, SHORT),
         ),
         Architecture("smollm3", interleaved=True),
-        Architecture("olmo2", whole=True, head=True),
+        Architecture("olmo2", whole=True, windows=True, head=True),
+        Architecture("exaone4", biases=frozenset(), whole=True, frequencies=(FREQUENCIES,)),
+        Architecture("ernie4_5", interleaved=True),
+        Architecture("stablelm", whole=True, partial=True, head=True),
         Architecture("granite", interleaved=True, biases=LAYER_BIASES, frequencies=(FREQUENCIES,)),
         Architecture("gpt2", fused_qkv=True, biases=LAYER_BIASES, whole=True),
         Architecture("gptneox", fused_qkv=True, biases=LAYER_BIASES, whole=True, partial=True, head=True),

@@ -22,10 +22,10 @@ from edgeprune.model.gguf.blocks import unpacked
 from edgeprune.model.gguf.convert import flat, reordered
 from edgeprune.model.gguf.export import plain_types, types_of, write_gguf
 from edgeprune.model.gguf.file import RESTORE, GgufFile, read_gguf
-from edgeprune.model.gguf.heads import heads_differ, without_filling
 from edgeprune.model.gguf.metadata import BY_FAMILY, Held, held
 from edgeprune.model.gguf.names import ARCHITECTURES
 from edgeprune.model.gguf.tokenizer_write import tokenizer_fields
+from edgeprune.model.heads import heads_differ, without_filling
 from edgeprune.model.model import Model
 from edgeprune.precision import WeightFormat
 
@@ -81,8 +81,8 @@ def form_in_blocks(decoder: Decoder, config: Mapping[str, Any]) -> Held:
 
 def _check_unchanged(decoder: Decoder, form: Held) -> None:
     """Raises InputError where a file holds other numbers than those of a model's weights."""
-    attention = decoder.layers[0].attention
-    is_changed = attention.qk_norm == "all" and heads_differ(attention, form.decoder.layers[0].attention)
+    attention = decoder.first_attention
+    is_changed = attention.qk_norm == "all" and heads_differ(attention, form.decoder.first_attention)
     if is_changed or form.factor != 1.0:
         what = "a norm over more heads" if is_changed else "another scale of the scores"
         raise InputError(

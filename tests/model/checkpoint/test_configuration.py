@@ -243,7 +243,7 @@ def test_a_damaged_field_of_our_own_is_refused(widths):
         decoder_of(source)
 
 
-@pytest.mark.parametrize("heads", [None, 7, [1], ["x", 1], [0, 3], [3, 3], [2, 2], [-1, 3]])
+@pytest.mark.parametrize("heads", [None, 7, [1], ["x", 1], [0, 3], [3, 3], [2, 0], [2, 4], [-1, 3]])
 def test_damaged_heads_of_a_padded_checkpoint_are_refused(heads):
     source = config().to_dict() | {"architectures": ["LlamaForCausalLM"], HEADS: heads}
     with pytest.raises(InputError, match="edgeprune_heads"):
@@ -257,3 +257,20 @@ def test_added_heads_fill_the_groups_of_a_format():
     assert loadable(decoder.with_format(WEIGHT_FORMATS["int8"]), {}).layer_widths[0] == (15, 1, 64)
     one = decoder.with_formats([(None, None), (WEIGHT_FORMATS["int4-32"], None)], None, None)
     assert loadable(one, {}).layer_widths == [(16, 1, 64)] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "dense", "left", "stored"),
+    [
+        ("gemma3_text", (4, 1, 256), (1, 3), (1, 4)),  # 3 heads divide no hidden size of 640
+        ("gemma3_text", (4, 1, 256), (1, 2), (1, 2)),
+        ("gemma2", (8, 4, 256), (3, 2), (4, 2)),
+        ("phi3", (20, 5, 32), (5, 3), (5, 4)),  # with LongRoPE all 20 have to be there
+        ("phi3", (20, 5, 32), (3, 4), (5, 4)),
+    ],
+)
+def test_where_groups_of_zeros_do_not_do_heads_stand_in_every_group(family, dense, left, stored):
+    """A search for more groups alone would never end."""
+    source = {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 64}} if family == "phi3" else {}
+    decoder = replace(uniform(640, 2, dense, 64, 50).with_widths(*left, 64), family=family)
+    assert loadable(decoder, source).layer_widths[0] == (*stored, 64)

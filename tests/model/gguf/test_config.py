@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import InputError
-from edgeprune.model.checkpoint.configuration import decoder_of
+from edgeprune.model.checkpoint.configuration import LAYER_WIDTHS, decoder_of
 from edgeprune.model.gguf.config import config_of
 from edgeprune.model.gguf.file import RESTORE, Metadata
 from edgeprune.model.gguf.names import ARCHITECTURES
@@ -44,7 +44,7 @@ def test_every_architecture_gives_a_decoder_of_its_sizes(name):
     assert (attention.num_attention_heads, attention.head_dim) == (6, 16)
     assert attention.num_key_value_heads == (6 if name in ("gpt2", "gptneox") else 2)
     assert decoder.norm_eps == 1e-6  # not 9.999999974752427e-07
-    assert decoder.tie_word_embeddings == (name == "gemma2")
+    assert decoder.tie_word_embeddings == (name in ("gemma", "gemma2"))
     assert (attention.rotary is None) == (name == "gpt2")
 
 
@@ -70,9 +70,19 @@ def test_windows_follow_the_files_pattern_or_the_architectures():
     assert sliding("gemma2") == [0, 2, 4, 6, 8, 10]
     assert sliding("gemma3") == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert sliding("gemma3", **{"attention.sliding_window_pattern": 3}) == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert sliding("olmo2") == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     listed = [True] + [False] * 11
     assert sliding("gemma2", **{"attention.sliding_window_pattern": listed}) == [0]
     assert sliding("gemma3", **{"attention.sliding_window": None}) == []
+
+
+def test_layers_of_deci_have_widths_of_their_own():
+    changes = {"attention.head_count": [6, 0] * 6, "attention.head_count_kv": [2, 0] * 6}
+    described = config("deci", **changes, feed_forward_length=[96, 32] * 6)
+    assert described["model_type"] == "llama"
+    assert described[LAYER_WIDTHS] == [(2, 3, 96), (0, 1, 32)] * 6
+    assert (described["num_attention_heads"], described["num_key_value_heads"]) == (6, 2)
+    assert [layer.attention is None for layer in decoder_of(described).layers] == [False, True] * 6
 
 
 def test_older_files_leave_out_what_follows_from_other_fields():
@@ -89,8 +99,11 @@ def test_older_files_leave_out_what_follows_from_other_fields():
         ("llama", {"attention.value_length": 8}, "value_length 8 differs from attention.key_length 16"),
         ("llama", {"attention.head_count_kv": [2] * 11 + [1]}, "differs between layers"),
         ("llama", {"attention.head_count": 0}, "missing or unusable metadata: ZeroDivisionError"),
-        ("olmo2", {"attention.sliding_window": 8}, "'olmo2' with sliding windows (OLMo 3)"),
         ("granite", {"expert_count": 8}, "'granite' with experts"),
+        ("exaone4", {"block_count": 64}, "'exaone4' with sliding windows"),
+        ("deci", {"feed_forward_length": [96] * 11 + [0]}, "'deci' with attention but no MLP in layer 11"),
+        ("deci", {"attention.head_count_kv": [0] + [2] * 11}, "attention but no key/value heads in layer 0"),
+        ("deci", {"feed_forward_length": [96] * 11}, "feed_forward_length of 11 layers, not 12"),
         ("mamba", {}, "unsupported GGUF architecture 'mamba'"),
     ],
 )

@@ -15,7 +15,9 @@ from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.errors import InputError
 from edgeprune.model.gguf.export import check_exportable, export_gguf
 from edgeprune.model.gguf.file import read_gguf
+from edgeprune.model.gguf.metadata import FILLING
 from edgeprune.model.load import load_model
+from edgeprune.model.save import save_checkpoint
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.sampling import generate
@@ -24,11 +26,19 @@ from tests.support.checkpoints import save_llama
 from tests.support.families import EXPORTED
 from tests.support.gguf_models import LONGROPE, narrowed, saved, without_layers
 from tests.support.llamacpp import LlamaCpp
+from tests.support.parity import torch_logits
 from tests.support.quantised import PACKED_FORMATS
 from tests.support.rounded_models import as_floats, rounded
 
 PROMPT = [3, 5, 7, 11, 200, 100, 50, 25, 12, 6, 9, 8, 4]
-TABLE = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "starcoder2")  # llama.cpp has their GELU in a table of fp16
+TABLE = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "starcoder2",
+)  # llama.cpp has their GELU in a table of fp16
 ROUNDED = {torch.float32: 0.0, torch.float16: 0.03, torch.bfloat16: 0.1}  # it rounds what such a matrix multiplies
 MIXED = ("int8", "int4-32", "int8")  # attention, MLP, tables
 NARROWER = {
@@ -101,6 +111,51 @@ def test_layers_may_go_and_those_that_are_left_keep_their_windows(tmp_path, case
     check_parity(without_layers(saved(tmp_path / "dense", case), tmp_path / "small", kept), tmp_path / "m.gguf")
 
 
+def test_heads_of_zeros_between_a_models_own_change_nothing(tmp_path):
+    """6 heads divide no hidden size of 64: the checkpoint has 4 in each group, the graph and the file 3."""
+    dense = saved(tmp_path / "dense", "gemma3_text", num_attention_heads=8, num_key_value_heads=2, dtype=torch.float32)
+    small = narrowed(dense, tmp_path / "small", (2, 3, 80))
+    assert small.decoder.layer_widths[0] == (2, 3, 80)
+    expected = own_log_probabilities(small, PROMPT)
+    assert np.abs(reference(small.directory, PROMPT) - expected).max() < 2e-5
+    file = export_gguf(small, tmp_path / "m.gguf")
+    assert np.abs(LlamaCpp(file).log_probabilities(PROMPT) - expected).max() < 6e-3
+
+
+UNEVEN = {
+    "all differ": [(2, 2, 64), (1, 1, 96), (2, 1, 32)],
+    "without attention": [(0, 1, 96), (2, 2, 64), (0, 1, 32)],
+    "without MLP": [(2, 2, 0), (1, 2, 96), (2, 1, 0)],
+    "without both": [(2, 2, 64), (0, 1, 0), (0, 1, 96)],
+}
+
+
+@pytest.mark.parametrize("case", ["llama", "llama, llama3 rope, biases, untied", "mistral, sliding window", "qwen2"])
+@pytest.mark.parametrize("widths", UNEVEN.values(), ids=UNEVEN)
+def test_layers_of_different_widths_are_those_of_our_own_walk(tmp_path, case, widths):
+    """In llama.cpp's architecture of layers that differ, and in the checkpoint that the file reads back as."""
+    dense = saved(tmp_path / "dense", case)
+    target = dense.decoder.with_layer_widths(widths)
+    tensors = ((name, dense.weights[name][tuple(map(slice, shape))]) for name, shape in target.shapes().items())
+    save_checkpoint(target, tensors, dense, tmp_path / "small")
+    model = load_model(str(tmp_path / "small"))
+    export_gguf(model, tmp_path / "m.gguf")
+    again = load_model(str(tmp_path / "m.gguf"))
+    first, *others = widths
+    needed = [first if first[0] else (1, *first[1:]), *others]
+    filled = [(groups, heads, channels or (FILLING if groups else 0)) for groups, heads, channels in needed]
+    assert again.decoder.layer_widths == filled
+    prompt = prompt_of(model)
+    expected = own_log_probabilities(model, prompt)
+    assert np.abs(LlamaCpp(tmp_path / "m.gguf").log_probabilities(prompt) - expected).max() < 5e-5
+    assert np.abs(own_log_probabilities(again, prompt) - expected).max() < 2e-5
+
+
+def own_log_probabilities(model, prompt: list[int]) -> np.ndarray:
+    logits = torch_logits(model.decoder, model.weights, torch.tensor([[*prompt, 0]]))
+    return torch.log_softmax(torch.from_numpy(logits)[0, -1].double(), -1).numpy()
+
+
 def rope(**parameters: object) -> dict[str, object]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | parameters}
 
@@ -112,6 +167,12 @@ REFUSED = {
     "biases": ("qwen3", {"attention_bias": True}, "qwen3 does not load attention.o bias"),
     "llama3 rope": ("qwen3", rope(original_max_position_embeddings=64, **LLAMA3), "qwen3 has no rope scaling llama3"),
     "no biases": ("starcoder2", {"use_bias": False, "num_attention_heads": 4}, "starcoder2 cannot compute this model"),
+    "output biases": ("ernie4_5", {"use_bias": True}, "ernie4_5 does not load attention.o bias"),
+    "no rope beside windows": (
+        "exaone4, windows, others without rope",
+        {"num_attention_heads": 4},
+        "exaone4 cannot compute this model: attention of layer 1: rotary",
+    ),
     "heads beyond": ("olmo2", {"num_attention_heads": 6}, "6 of 16 do not"),
 }
 

@@ -1,18 +1,20 @@
-"""Heads of zeros, where an architecture of llama.cpp asks for more of them than a model has left.
+"""Heads of zeros, where a file's format asks for more heads than a model has left.
 
 In each group the model's own query heads come first, and its own groups come before the new ones. It knows weights in
-floats as well as their blocks as bytes, of which zeros are zeros too.
+floats, weights of few bits, and their blocks as bytes, of which zeros are zeros too; not how many heads are needed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 from edgeprune.model.decoder import Attention, Decoder
 
 if TYPE_CHECKING:
-    import torch
+    from edgeprune.model.model import Stored
+    from edgeprune.model.quantised import QuantisedWeight
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,31 @@ class _Heads:
     target_heads: int
     by_input: bool
 
+    @property
+    def order(self) -> list[int]:
+        """Returns the heads in the order of the file, where the model's own come first of all and zeros behind them."""
+        zeros = count(self.groups * self.heads)
+        return [
+            group * self.heads + head if group < self.groups and head < self.heads else next(zeros)
+            for group in range(self.target_groups)
+            for head in range(self.target_heads)
+        ]
 
-def filled(decoder: Decoder, target: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
+
+def filled(decoder: Decoder, target: Decoder, name: str, weight: Stored) -> Stored:
     """Returns a weight, or its blocks as bytes, with the heads of the target; those that the decoder does not have are
     zeros.
 
     A norm over all heads divides by their number, so the projection grows and the norm's weight shrinks by as much.
+    Raises InputError where the groups of a weight of few bits do not divide its new inputs, or a head's.
     """
+    from edgeprune.model.quantised import QuantisedWeight
+
     heads = _heads_of(decoder, target, name)
     if heads is None:
         return weight
+    if isinstance(weight, QuantisedWeight):
+        return _in_order(weight.padded(target.shapes()[name]), heads, heads.order)
     rows = weight.t() if heads.by_input else weight  # (groups * heads * head_dim, ...)
     # (groups, heads, head_dim or bytes of a head, ...)
     shaped = rows.reshape(heads.groups, heads.heads, -1, *rows.shape[1:])
@@ -52,15 +69,27 @@ def filled(decoder: Decoder, target: Decoder, name: str, weight: torch.Tensor) -
     return (result.t() if heads.by_input else result).contiguous()
 
 
-def without_filling(decoder: Decoder, target: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
+def without_filling(decoder: Decoder, target: Decoder, name: str, weight: Stored) -> Stored:
     """Returns what `filled` was given, of a model without a norm over all heads."""
+    from edgeprune.model.quantised import QuantisedWeight
+
     heads = _heads_of(decoder, target, name)
     if heads is None:
         return weight
+    if isinstance(weight, QuantisedWeight):
+        places = sorted(range(len(heads.order)), key=heads.order.__getitem__)
+        return _in_order(weight, heads, places).narrowed(decoder.shapes()[name])
     rows = weight.t() if heads.by_input else weight
     shaped = rows.reshape(heads.target_groups, heads.target_heads, -1, *rows.shape[1:])
     own = shaped[: heads.groups, : heads.heads].flatten(0, 2)
     return (own.t() if heads.by_input else own).contiguous()
+
+
+def _in_order(weight: QuantisedWeight, heads: _Heads, order: list[int]) -> QuantisedWeight:
+    """Returns a weight of few bits with its heads in another order, along its inputs or its rows."""
+    if order == sorted(order):
+        return weight
+    return weight.with_inputs_in(order) if heads.by_input else weight.with_rows_in(order)
 
 
 def heads_differ(own: Attention, wanted: Attention) -> bool:
@@ -70,14 +99,14 @@ def heads_differ(own: Attention, wanted: Attention) -> bool:
 
 
 def _heads_of(decoder: Decoder, target: Decoder, name: str) -> _Heads | None:
-    """Returns how the heads of a weight stand; None where it has none, or the same in the file."""
+    """Returns how the heads of a weight stand; None where it has none, the same in the file, or is the file's own."""
     # Only the attention has heads; output biases and norms of single heads stay as they are.
     if ".attention." not in name:
         return None
     index, part = int(name.split(".")[1]), name.rsplit(".", 1)[-1]
     own, wanted = decoder.layers[index].attention, target.layers[index].attention
     matrix, is_norm = part.removesuffix("_bias").removesuffix("_norm"), part.endswith("_norm")
-    if not heads_differ(own, wanted) or matrix not in ("q", "k", "v", "o") or part == "o_bias":
+    if own is None or not heads_differ(own, wanted) or matrix not in ("q", "k", "v", "o") or part == "o_bias":
         return None
     if is_norm and own.qk_norm != "all":
         return None
