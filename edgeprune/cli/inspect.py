@@ -69,6 +69,17 @@ def plan(
         print_plans(plans, console())
 
 
+def _show_families(is_json: bool) -> None:
+    from edgeprune.cli.tables import print_families
+    from edgeprune.commands.families import families
+
+    rows = families()
+    if is_json:
+        show(json.dumps([row.as_json() for row in rows], indent=2))
+    else:
+        print_families(rows, console())
+
+
 def doctor(
     deep: Annotated[
         bool, typer.Option("--deep", help="Check every part of the way to a figure on this machine, in two minutes.")
@@ -99,12 +110,20 @@ def doctor(
             rich_help_panel=DEVICE,
         ),
     ] = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="The model families, and how near each is to transformers.")
+    ] = False,
     json_: options.Json = False,
 ) -> None:
     """Show which engines build and run here; with --deep or --target, check every part of a device."""
+    asked = {"--device": device, "--profile": profile, "--model": model, "--target": target, "--deep": deep or None}
+    if families:
+        if names := [name for name, value in asked.items() if value is not None]:
+            raise InputError(f"--families with {names[0]}", "Leave one of them out.")
+        _show_families(json_)
+        return
     if deep or target is not None:
         _check_up(target, device, profile, model, json_)
-    asked = {"--device": device, "--profile": profile, "--model": model}
     if names := [name for name, value in asked.items() if value is not None]:
         raise InputError(f"{names[0]} is given without --deep or --target", "Add --deep for this machine, or --target.")
     from edgeprune.cli.tables import print_doctor

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from edgeprune.commands.doctor import Finding
+    from edgeprune.commands.families import FamilyRow
     from edgeprune.commands.plan import Plan
     from edgeprune.engine.checkup import Checkup
     from edgeprune.profiles import DeviceProfile, HardwareFigure
@@ -68,6 +69,28 @@ def print_profile(profile: DeviceProfile, console: Console) -> None:
     ]
     columns = ("figure", "value", "confidence", "source")
     console.print(table(columns, rows, whole=columns[:-1]))
+
+
+def print_families(families: Sequence[FamilyRow], console: Console) -> None:
+    """Prints one line for each family, and what its figures are."""
+    rows = [
+        (
+            row.family,
+            *(f"{error:.0e}" for error in (row.dense, row.uniform, row.per_layer)),
+            "yes" if row.packed else "floats",
+            row.llama_cpp or "–",
+            row.by_layer or "–",
+            ", ".join(row.runtimes),
+        )
+        for row in families
+    ]
+    columns = ("family", "dense", "uniform", "per layer", "checkpoint in few bits", "llama.cpp", "by layer", "tried")
+    console.print(table(columns, rows, whole=columns[:4]))
+    console.print(
+        styled(
+            "dense, uniform, per layer: max|a - b| / max|b| of logits to transformers', fp32, measured on small models."
+        )
+    )
 
 
 def print_doctor(findings: Sequence[Finding], console: Console) -> None:

@@ -1,6 +1,6 @@
 """Logits of a family's graphs against transformers', dense and pruned.
 
-`python -m tests.support.parity` writes the table in docs/families.md.
+`python -m tests.support.parity` writes the table in docs/families.md, and what `edgeprune doctor --families` shows.
 
 Errors are max|a - b| / max|b| over all real positions of a batch of two, the second padded on the left, over a
 prefill and 16 decode steps and all variants.
@@ -12,9 +12,10 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from edgeprune.commands.families import PARITY
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.decoder import Decoder
@@ -40,6 +42,7 @@ from tests.support.roundings import Stored, numbers
 WALK = [20, *[1] * 16]
 METHOD = METHODS["default"]
 PAGE = DOCS / "families.md"
+LAYOUTS = ("dense", "uniform", "per_layer")
 MARKS = "<!-- parity: begin -->", "<!-- parity: end -->"
 Weights = Mapping[str, torch.Tensor]
 
@@ -160,18 +163,28 @@ def uneven_error(model: Model, folder: Path) -> float:
     return max(distance(logits[:, :-1], wanted) for logits in found)
 
 
-def table() -> str:
+def measured() -> Iterator[dict[str, Any]]:
+    """A row for every case, as edgeprune's own file has it."""
+    for case in CASES:
+        family, _, variant = case.partition(", ")
+        with tempfile.TemporaryDirectory() as folder:
+            errors = (float(f"{error:.0e}") for error in row(case, Path(folder)))
+            layouts = dict(zip(LAYOUTS, errors, strict=True))
+        yield {"family": family, "case": variant or "plain", **layouts, "runtimes": runtimes_tried(case)}
+        sys.stderr.write(f"{case}: {layouts}\n")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "| family | class | case | dense | uniform | per layer | other runtimes tried |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case in CASES:
-        family, _, variant = case.partition(", ")
-        with tempfile.TemporaryDirectory() as folder:
-            errors = " | ".join(f"{error:.0e}" for error in row(case, Path(folder)))
-        runtimes = ", ".join(runtimes_tried(case)) or "none"
-        lines.append(f"| {family} | {FAMILIES[family].architecture} | {variant or 'plain'} | {errors} | {runtimes} |")
-        sys.stderr.write(lines[-1] + "\n")
+    for of in rows:
+        errors = " | ".join(f"{of[layout]:.0e}" for layout in LAYOUTS)
+        runtimes = ", ".join(of["runtimes"]) or "none"
+        lines.append(
+            f"| {of['family']} | {FAMILIES[of['family']].architecture} | {of['case']} | {errors} | {runtimes} |"
+        )
     return "\n".join(lines)
 
 
@@ -185,7 +198,9 @@ def main() -> None:
     logging.set_verbosity_error()
     begin, end = MARKS
     text = PAGE.read_text(encoding="utf-8")
-    made = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", text, flags=re.DOTALL)
+    rows = list(measured())
+    PARITY.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    made = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table(rows)}\n{end}", text, flags=re.DOTALL)
     PAGE.write_text(made, encoding="utf-8")
 
 
