@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import at_home, is_pointer, pointer_error, printable, read_json
-from edgeprune.model.checkpoint.configuration import RESTORE, decoder_of, read_config, stored_decoder
+from edgeprune.model.checkpoint.configuration import RESTORE, decoder_of, read_whole_config, stored_decoder
 from edgeprune.model.checkpoint.folder import read_folder_config
 from edgeprune.model.checkpoint.foreign import foreign_of
 from edgeprune.model.checkpoint.hub import fetch_checkpoint, fetch_config
@@ -91,7 +91,8 @@ def load_shape(spec: str, hints: Hints = NO_HINTS) -> tuple[str, Decoder]:
     It imports torch only for PyTorch's own files, and never transformers. Raises InputError for everything that is
     missing, broken or unsupported, and where the weights could not be loaded because of how they are quantised.
     """
-    name, config = _described(spec, hints)
+    name, whole = _described(spec, hints)
+    config = _text_part(whole)
     foreign_of(config)
     decoder = with_stored_formats(decoder_of(config), config)
     check_hints(hints, decoder, spec)
@@ -138,7 +139,18 @@ def _described(spec: str, hints: Hints) -> tuple[str, dict[str, Any]]:
         return path.resolve().name, read_folder_config(path)
     if spec.endswith(".json"):
         raise InputError(f"no such file: {spec}", f"Give a config.json, its directory, or {FILES}.")
-    return path.name, read_config(fetch_config(spec))
+    return path.name, read_whole_config(fetch_config(spec))
+
+
+def _text_part(whole: dict[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of what is loaded. Raises InputError for a quantised model of images and text."""
+    config = text_part(whole)
+    if config is not whole and (method := quantisation(whole)):
+        raise InputError(
+            f"the text part of a quantised {printable(whole.get('model_type'), 60)} ({method}) is not read",
+            "Give the checkpoint that it was made from, in fp32, fp16 or bf16.",
+        )
+    return config
 
 
 def load_directory(path: Path, name: str) -> Model:
@@ -146,7 +158,8 @@ def load_directory(path: Path, name: str) -> Model:
 
     Weights that edgeprune quantised have their codes, those that others quantised are floats.
     """
-    config = read_folder_config(path)
+    whole = read_folder_config(path)
+    config = _text_part(whole)
     foreign = foreign_of(config)
     for file in (path / name for name in TOKENIZER_FILES):
         if is_pointer(file):
@@ -158,9 +171,10 @@ def load_directory(path: Path, name: str) -> Model:
 
         weights, fingerprint = weights_in_blocks(path, decoder, config)
     else:
-        weights, fingerprint = stored_weights(path, decoder, stored, foreign)
+        weights, fingerprint = stored_weights(path, decoder, stored, foreign, is_part=config is not whole)
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if decoder.picture is None and not any((path / file).is_file() for file in tokenizers):
         raise InputError(f"{path} has no tokenizer", "Add the checkpoint's tokenizer.json.")
     words = foreign.words if foreign else ""
-    return Model(name, path, decoder, weights, fingerprint, weights.quantised, words)
+    part_of = "" if config is whole else printable(whole.get("model_type"), 60)
+    return Model(name, path, decoder, weights, fingerprint, weights.quantised, words, part_of)

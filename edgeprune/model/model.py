@@ -30,7 +30,8 @@ class Model:
     `weights` maps the names of decoder.py to tensors in the checkpoint's own dtype. Each access reads the file, and
     nothing is kept, so that a walk through the model holds one layer at a time. `quantised` maps the names of
     decoder.weight_formats to codes and scales, read in the same way; `weights` has these names too, as fp32.
-    `dequantised` says in words what the weights were quantised to, where they are given as floats of fp32.
+    `dequantised` says in words what the weights were quantised to, where they are given as floats of fp32; `part_of` is
+    the model_type of a model of images and text whose text part this is, of which the other parts are not read.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Model:
     fingerprint: str  # sha256 over names, sizes and contents of config and weights; identifies a run
     quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
     dequantised: str = ""
+    part_of: str = ""
 
     @property
     def stored(self) -> StoredWeights:

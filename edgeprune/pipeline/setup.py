@@ -220,6 +220,9 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         if weights.quantised:
             check_in_blocks(model)
         engine = replace(engine, checkpoint=model.directory) if isinstance(engine, LlamaCpp) else engine
+    if model.part_of:
+        reason = f"of {model.part_of}: images are left out, and quality with them is not measured"
+        choices.append(Choice("model", "the text part", reason))
     if model.dequantised:
         choices.append(
             Choice("checkpoint", "dequantised", f"{model.dequantised}: its quality is what the rises refer to")

@@ -331,6 +331,8 @@ def _warnings(fitted: Fitted) -> list[str]:
         warnings.append(
             f"Quality was measured on {fitted.setup.kind.noun} {own}: agreement with the dense model, not quality."
         )
+    if whole := fitted.setup.model.part_of:
+        warnings.append(f"This is the text part of {whole}: images are left out, quality with them was not measured.")
     # Which files hold the fitted model's widths and which cannot.
     if not fitted.chosen.model.decoder.is_uniform:
         warnings.append(

@@ -45,8 +45,6 @@ def family_of(config: Config) -> Family:
     """Returns the family of a configuration. Raises InputError that names what is not supported, and what is."""
     model_type = config.get("model_type")
     supported = f"Supported are: {', '.join(FAMILIES)} (decoder-only)."
-    if (text := text_part(config)) is not config:
-        supported = f"`edgeprune plan` estimates its text part, {text['model_type']}. {supported}"
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         named = printable(repr(model_type or config.get("architectures")))
         raise InputError(f"unsupported architecture {named}", supported)
@@ -337,6 +335,14 @@ def _layer_kinds(decoder: Decoder, source: Config) -> Config:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the content of a directory's config.json, or the text part of a model of images and text.
+
+    Raises InputError where it is missing or cannot be read.
+    """
+    return text_part(read_whole_config(directory))
+
+
+def read_whole_config(directory: Path) -> dict[str, Any]:
     """Returns the content of a directory's config.json. Raises InputError where it is missing or cannot be read."""
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} has no config.json", "Give a directory that transformers can load.")

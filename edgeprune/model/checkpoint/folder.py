@@ -11,7 +11,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import printable, read_json
-from edgeprune.model.checkpoint.configuration import read_config
+from edgeprune.model.checkpoint.configuration import read_whole_config
 
 CONFIG = "config.json"
 BUNDLE_FILE = "finish.pyz"  # that a bundle has, and no model
@@ -25,7 +25,7 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
         _check_adapter(folder)
         _check_place(folder)
         raise _named(folder, f"{folder} has no {CONFIG}", "Give a directory that transformers can load.")
-    return read_config(folder)
+    return read_whole_config(folder)
 
 
 def no_weights(folder: Path, expected: str) -> InputError:

@@ -59,6 +59,10 @@ class Stand:
         return self.parts[_part_name(self.tensor, part)]
 
 
+TEXT = "language_model."  # before what a text model of its own would have, in some models of images and text
+TEXT_PREFIXES = ("model.language_model.", "model.text_model.")  # in the place of `model.`, in others
+
+
 class LazyWeights(Mapping[str, "torch.Tensor"]):
     """Tensors by the names of decoder.py, read from safetensors or PyTorch's own files at each access.
 
@@ -150,12 +154,13 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def stored_weights(
-    path: Path, decoder: Decoder, stored_decoder: Decoder, foreign: Foreign | None = None
+    path: Path, decoder: Decoder, stored_decoder: Decoder, foreign: Foreign | None = None, is_part: bool = False
 ) -> tuple[LazyWeights, str]:
     """Returns the weights of a folder's files, none of which is read, and the model's fingerprint.
 
     decoder: the model's; stored_decoder: that of the tensors, which may have heads of zeros. foreign: how another
-    program quantised them. Raises InputError for what is missing, damaged, or not as the decoders say.
+    program quantised them; is_part: the files hold other parts beside this model. Raises InputError for what is
+    missing, damaged, or not as the decoders say.
     """
     files = _weight_files(path)
     if foreign is not None and not all(map(_is_safetensors, files)):
@@ -164,7 +169,7 @@ def stored_weights(
             "Save them so where they were made: save_pretrained(..., safe_serialization=True).",
         )
     stored = {name: (file, *entry) for file in files for name, entry in header_of(file).items()}
-    stands, files = _checked(stored_decoder, stored, foreign), {place[0] for place in stored.values()}
+    stands, files = _checked(stored_decoder, stored, foreign, is_part), {place[0] for place in stored.values()}
     scales = None
     if entries := scale_entries(decoder):
         scales = path / SCALES_FILE
@@ -237,9 +242,11 @@ def header_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise InputError(f"{file} is not a safetensors file or is truncated: {printable(error)}", AGAIN) from None
 
 
-def _checked(decoder: Decoder, stored: Stored, foreign: Foreign | None) -> dict[str, list[Stand]]:
+def _checked(
+    decoder: Decoder, stored: Stored, foreign: Foreign | None, is_part: bool = False
+) -> dict[str, list[Stand]]:
     """Returns the stored tensors that hold each weight. Raises InputError for one that is missing or does not fit, and
-    for stored ones that the model does not explain.
+    for stored ones that the model does not explain; of a part, for those beside its own.
     """
     tensors, head = checkpoint_tensors(decoder), _present(_head(decoder), stored)
     layouts = _layouts(tensors, stored, foreign)
@@ -254,7 +261,11 @@ def _checked(decoder: Decoder, stored: Stored, foreign: Foreign | None) -> dict[
         explained |= {name for name in stored if is_of_activations(name)}
         explained |= _zero_biases(stored.keys() - explained, stored, layouts)
     missing = [name for name, key in keys.items() if key is None]
-    check_unread(decoder.family, len(decoder.layers), stored.keys() - explained, missing)
+    unread = stored.keys() - explained
+    if is_part and (table := keys.get(embedding)):
+        beside = table.removesuffix(embedding.partition(".")[2])
+        unread = {name for name in unread if name.startswith(beside)}
+    check_unread(decoder.family, len(decoder.layers), unread, missing)
     # Shapes and types.
     stands: dict[str, list[Stand]] = {}
     for key, tensor in tensors.items():
@@ -370,9 +381,12 @@ def _head(decoder: Decoder) -> str:
 def _present(key: str, stored: Stored) -> str | None:
     """Returns the key as it is in the file, or None.
 
-    Checkpoints of a base model leave out the base model's own name, those of a compiled model add a prefix.
+    Checkpoints of a base model leave out the base model's own name, those of a compiled model add a prefix, and those
+    of images and text have one for the text.
     """
-    return next((name for name in (key, key.partition(".")[2], COMPILED + key) if name in stored), None)
+    first, _, rest = key.partition(".")
+    names = [key, rest, COMPILED + key, *(prefix + rest for prefix in TEXT_PREFIXES if first == "model"), TEXT + key]
+    return next((name for name in names if name in stored), None)
 
 
 def _check_tied(decoder: Decoder, weights: LazyWeights, stored: Stored) -> None:

@@ -1,0 +1,25 @@
+"""A fit of a model of images and text: of its text part, which the bundle holds as a model of its own."""
+
+import json
+
+import pytest
+
+from edgeprune.model.load import load_model
+from edgeprune.report.schema import Report
+from tests.support.commands import SMALL, run
+from tests.support.wholes import save_whole
+
+
+@pytest.mark.slow
+def test_the_text_part_is_fitted_and_the_report_says_so(tmp_path):
+    save_whole(tmp_path / "whole", "gemma3")
+    asked = ("--decode", "99.99%", "--weights", "float", "--max-quality-loss", "off", "--output", tmp_path / "out")
+    result = run("fit", tmp_path / "whole", "--device", "jetson-orin", *SMALL, *asked)
+    assert result.returncode in (0, 3), result.stderr
+    assert "the text part (of gemma3: images are left out" in result.stderr
+    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
+    assert any(warning.startswith("This is the text part of gemma3") for warning in report.warnings)
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    fitted = load_model(str(tmp_path / "out" / "model"))
+    assert fitted.part_of == "" and fitted.decoder.layer_parameters < report.dense.parameters
