@@ -82,7 +82,8 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
     if has_checkpoint(fitted):
         (folder / "model").symlink_to(fitted.chosen.model.directory)
     setup = fitted.setup
-    write_exports(setup.request.export, fitted.chosen.model, folder, setup.model.name, setup.workload.context)
+    models = fitted.chosen.model, setup.model
+    write_exports(setup.request.export, *models, folder, setup.model.name, setup.workload.context)
     (folder / "onnx").symlink_to(exported.graphs)
     if exported.engine.is_dir():
         (folder / "engine").symlink_to(exported.engine)

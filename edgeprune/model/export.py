@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Format:
     """check(model, reduced, by_layer): raises InputError where the format cannot hold the model, with a reduced
-    vocabulary where `reduced`, with layers of different widths where `by_layer`; write(model, folder, stem, context):
-    makes the folder and writes files of that name into it, for so many tokens. purpose: for the bundle's README."""
+    vocabulary where `reduced`, with layers of different widths where `by_layer`; write(model, source, folder, stem,
+    context): makes the folder and writes files of that name into it, for so many tokens; source: what the model was
+    pruned from. purpose: for the bundle's README."""
 
     purpose: str
     check: Callable[[Model, bool, bool], None]
-    write: Callable[[Model, Path, str, int], None]
+    write: Callable[[Model, Model, Path, str, int], None]
 
 
 def _check_gguf(model: Model, reduced: bool, by_layer: bool) -> None:
@@ -35,7 +36,7 @@ def _check_gguf(model: Model, reduced: bool, by_layer: bool) -> None:
     check_exportable(model, reduced, by_layer)
 
 
-def _write_gguf(model: Model, folder: Path, stem: str, context: int) -> None:
+def _write_gguf(model: Model, source: Model, folder: Path, stem: str, context: int) -> None:
     from edgeprune.model.gguf.export import export_gguf
     from edgeprune.model.gguf.modelfile import write_modelfile
     from edgeprune.model.gguf.weights import MODEL_FILE, is_in_blocks
@@ -55,16 +56,29 @@ def _check_gptq(model: Model, reduced: bool, by_layer: bool) -> None:
     check_gptq(model.decoder, by_layer)
 
 
-def _write_gptq(model: Model, folder: Path, stem: str, context: int) -> None:
+def _write_gptq(model: Model, source: Model, folder: Path, stem: str, context: int) -> None:
     from edgeprune.model.gptq import export_gptq
 
     export_gptq(model, folder)
 
 
-GGUF = "gguf"
+def _check_whole(model: Model, reduced: bool, by_layer: bool) -> None:
+    from edgeprune.model.whole import check_whole
+
+    check_whole(model, reduced, by_layer)
+
+
+def _write_whole(model: Model, source: Model, folder: Path, stem: str, context: int) -> None:
+    from edgeprune.model.whole import export_whole
+
+    export_whole(model, source, folder)
+
+
+GGUF, WHOLE = "gguf", "whole"
 FORMATS = {
     GGUF: Format("the model for llama.cpp, and a Modelfile for `ollama create`", _check_gguf, _write_gguf),
     "gptq": Format("the checkpoint in GPTQ's layout, for vLLM and transformers", _check_gptq, _write_gptq),
+    WHOLE: Format("the whole model of images and text, with the text part in its place", _check_whole, _write_whole),
 }
 
 
@@ -91,6 +105,8 @@ def check_exports(
             f"--export gguf cannot hold {own[0].name}: {refused[own[0].storage]}",
             "Use other --weights, of which int4 is held exactly, or leave --export gguf out.",
         )
+    if WHOLE in names and any(form is not None for form in formats):
+        raise InputError("--export whole holds floats, and the search would choose others", "Use --weights float.")
     if "gptq" not in names:
         return
     if blocks := [form.name for form in formats if form is not None and form.storage == "gguf"]:
@@ -109,11 +125,11 @@ def check_exports(
         )
 
 
-def write_exports(names: Sequence[str], model: Model, folder: Path, stem: str, context: int) -> None:
+def write_exports(names: Sequence[str], model: Model, source: Model, folder: Path, stem: str, context: int) -> None:
     """Writes each format into a folder of its name.
 
-    model: pruned, as loaded from its checkpoint. stem: of the files' names; context: tokens
-    that it is to hold at once.
+    model: pruned from the source, as loaded from its checkpoint. stem: of the files' names; context: tokens that it is
+    to hold at once.
     """
     for name in dict.fromkeys(names):
-        FORMATS[name].write(model, folder / name, stem, context)
+        FORMATS[name].write(model, source, folder / name, stem, context)

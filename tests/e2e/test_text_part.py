@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
 from edgeprune.model.load import load_model
 from edgeprune.report.schema import Report
@@ -13,7 +14,18 @@ from tests.support.wholes import save_whole
 @pytest.mark.slow
 def test_the_text_part_is_fitted_and_the_report_says_so(tmp_path):
     save_whole(tmp_path / "whole", "gemma3")
-    asked = ("--decode", "99.99%", "--weights", "float", "--max-quality-loss", "off", "--output", tmp_path / "out")
+    asked = (
+        "--decode",
+        "99.99%",
+        "--weights",
+        "float",
+        "--max-quality-loss",
+        "off",
+        "--export",
+        "whole",
+        "--output",
+        tmp_path / "out",
+    )
     result = run("fit", tmp_path / "whole", "--device", "jetson-orin", *SMALL, *asked)
     assert result.returncode in (0, 3), result.stderr
     assert "the text part (of gemma3: images are left out" in result.stderr
@@ -21,5 +33,8 @@ def test_the_text_part_is_fitted_and_the_report_says_so(tmp_path):
     assert any(warning.startswith("This is the text part of gemma3") for warning in report.warnings)
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert config["architectures"] == ["Gemma3ForCausalLM"]
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "whole")
+    assert whole.config.text_config.intermediate_size == config["intermediate_size"]
+    assert "`whole/`" in (tmp_path / "out" / "README.md").read_text()
     fitted = load_model(str(tmp_path / "out" / "model"))
     assert fitted.part_of == "" and fitted.decoder.layer_parameters < report.dense.parameters

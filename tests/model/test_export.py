@@ -30,7 +30,7 @@ def model(tmp_path):
 @pytest.mark.parametrize(
     ("names", "layout", "reason", "remedy"),
     [
-        (["gguf", "onnx2"], "uniform", "unknown export 'onnx2'", "Give one of: gguf, gptq."),
+        (["gguf", "onnx2"], "uniform", "unknown export 'onnx2'", "Give one of: gguf, gptq, whole."),
         (["gptq"], "per-layer", "a GPTQ checkpoint cannot hold layers of different widths", "Use --layout uniform."),
     ],
 )
@@ -52,7 +52,7 @@ def test_a_format_is_written_once_into_a_folder_of_its_name(model, tmp_path):
     check_exports([], model, "per-layer", reduced=False)
     check_exports(["gguf"], model, "per-layer", reduced=False)
     (tmp_path / "out").mkdir()
-    write_exports(["gguf", "gguf"], model, tmp_path / "out", "small", 128)
+    write_exports(["gguf", "gguf"], model, model, tmp_path / "out", "small", 128)
     (path,) = (tmp_path / "out").rglob("*.gguf")
     assert path == tmp_path / "out" / "gguf" / "small.gguf"
     assert read_gguf(path).fields["general.architecture"] == "llama"
@@ -70,7 +70,7 @@ def test_a_model_in_blocks_is_exported_as_the_file_that_it_is(model, tmp_path):
     }
     save_checkpoint(decoder, ((name, weights[name]) for name in decoder.shapes()), model, tmp_path / "blocks")
     (tmp_path / "out").mkdir()
-    write_exports(["gguf"], load_model(str(tmp_path / "blocks")), tmp_path / "out", "small", 128)
+    write_exports(["gguf"], load_model(str(tmp_path / "blocks")), model, tmp_path / "out", "small", 128)
     path = tmp_path / "out" / "gguf" / "small.gguf"
     assert path.samefile(tmp_path / "blocks" / "model.gguf")
     assert (path.parent / "Modelfile").is_file()
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_gptq_is_a_folder_of_its_own(model, tmp_path):
             check_exports(["gptq"], model, "uniform", reduced=False, formats=formats)
         assert "--weights int8|int4-32" in caught.value.remedy
     with pytest.raises(InputError, match="no format float"):
-        write_exports(["gptq"], model, tmp_path, "small", 128)
+        write_exports(["gptq"], model, model, tmp_path, "small", 128)
     few_bits = rounded(model, model.decoder.with_format(WEIGHT_FORMATS["int4-32"]), tmp_path / "rounded")
-    write_exports(["gptq"], few_bits, tmp_path, "small", 128)
+    write_exports(["gptq"], few_bits, model, tmp_path, "small", 128)
     assert {path.name for path in (tmp_path / "gptq").iterdir()} >= {"config.json", "model.safetensors"}

@@ -8,15 +8,51 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from edgeprune.errors import InputError
+from edgeprune.model.export import check_exports
 from edgeprune.model.load import load_model, load_shape
+from edgeprune.model.whole import export_whole
+from edgeprune.precision import WEIGHT_FORMATS
 from tests.support.gguf_models import narrowed
 from tests.support.parity import distance, torch_logits
 from tests.support.wholes import WHOLES, save_whole
 
 LIMIT = 1e-5
+
+
+@pytest.mark.parametrize("kind", WHOLES)
+def test_the_whole_is_as_it_was_but_for_its_text_part(kind, tmp_path):
+    save_whole(tmp_path / "whole", kind)
+    source = load_model(str(tmp_path / "whole"))
+    small = narrowed(source, tmp_path / "small", (2, 1, 64))
+    export_whole(small, source, tmp_path / "again")
+    before, after = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("whole", "again"))
+    with torch.inference_mode():
+        theirs = after.eval()(ids()).logits[:, :-1].numpy()
+    assert distance(torch_logits(small.decoder, small.weights, ids()), theirs) < LIMIT
+    others = [name for name in before.state_dict() if "vision" in name or "visual" in name or "connector" in name]
+    assert others
+    assert all(torch.equal(before.state_dict()[name], after.state_dict()[name]) for name in others)
+    again = load_model(str(tmp_path / "again"))
+    assert (again.decoder, again.part_of) == (small.decoder, kind)
+
+
+def test_what_no_whole_can_hold_is_refused(tmp_path):
+    save_whole(tmp_path / "whole", "gemma3")
+    model = load_model(str(tmp_path / "whole"))
+    check_exports(["whole"], model, "uniform", reduced=False)
+    form = WEIGHT_FORMATS["int8"]
+    for reason, arguments in (
+        ("layers of different widths", ("per-layer", False)),
+        ("the whole vocabulary", ("uniform", True)),
+        ("holds floats", ("uniform", False, [None, form])),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_exports(["whole"], model, *arguments)
+    with pytest.raises(InputError, match="small is no text part of a model of images and text"):
+        check_exports(["whole"], narrowed(model, tmp_path / "small", (2, 1, 64)), "uniform", reduced=False)
 
 
 def ids() -> torch.Tensor:

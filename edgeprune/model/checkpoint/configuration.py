@@ -232,18 +232,22 @@ def with_final_outputs(decoder: Decoder, config: Config) -> tuple[Decoder, Confi
     return replace(decoder, residual_scale=1.0), config | {"residual_multiplier": 1.0}  # Granite alone has one
 
 
-def loadable(decoder: Decoder, source: Config) -> Decoder:
+def loadable(decoder: Decoder, source: Config, fills: bool = False) -> Decoder:
     """Returns the decoder as a standard configuration like `source` can describe its widths.
 
     It adds heads of zeros to a uniform decoder where transformers derives head_dim from the number of heads, or
     requires that this number divides hidden_size; as many as fill the groups of a weight format: whole groups of heads
-    where these are enough, else query heads in every group too. Raises InputError where no number will do.
+    where these are enough, else query heads in every group too. fills: they have to fill hidden_size, whatever the
+    family's own rule. Raises InputError where no number will do.
     """
-    attention, mlp, head_rule = decoder.layers[0].attention, decoder.layers[0].mlp, FAMILIES[decoder.family].heads
+    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
+    head_rule = "whole" if fills else FAMILIES[decoder.family].heads
     # Where any number of heads can be described, or the layers differ, nothing is added.
     if longrope_context(rope_parameters(source), source) is not None:
         head_rule = "whole"  # its validation takes hidden_size over their number for head_dim
-    if not decoder.is_uniform or None in (attention, mlp) or head_rule == "free" or _is_mistral(decoder):
+    if not decoder.is_uniform or None in (attention, mlp) or head_rule == "free":
+        return decoder
+    if _is_mistral(decoder) and not fills:
         return decoder
     # Otherwise add heads until the rule is met, and the groups of a format are whole.
     hidden, head_dim = decoder.hidden_size, attention.head_dim
@@ -269,7 +273,7 @@ def _is_mistral(decoder: Decoder) -> bool:
     return decoder.family == "llama" and decoder.hidden_size % attention.num_attention_heads != 0 and not biases
 
 
-def config_for(decoder: Decoder, source: Config) -> Config:
+def config_for(decoder: Decoder, source: Config, fills: bool = False) -> Config:
     """Returns the configuration of a Decoder that was pruned from `source`, as `loadable` stores it; all else is kept.
 
     It is a standard one where all layers are whole and alike; otherwise it has their widths in a field of edgeprune's
@@ -277,7 +281,7 @@ def config_for(decoder: Decoder, source: Config) -> Config:
     MistralConfig, for the same weights and names, has no such check.
     """
     # The heads that are left, where the checkpoint holds more.
-    own_heads, decoder = decoder.layer_widths[0][:2], loadable(decoder, source)
+    own_heads, decoder = decoder.layer_widths[0][:2], loadable(decoder, source, fills)
     source = {name: value for name, value in source.items() if name != HEADS}
     if decoder.layer_widths[0][:2] != own_heads:
         source[HEADS] = list(own_heads)

@@ -65,7 +65,7 @@ def write_weights(
     """
     places = checkpoint_tensors(decoder)
     entries = {name: entry for place in places.values() for name, entry in entries_of(place, dtype, packing).items()}
-    _write_shards(entries, _all_packed(stored_stream(places, weights), packing), directory)
+    write_shards(entries, _all_packed(stored_stream(places, weights), packing), directory)
 
 
 def entries_of(
@@ -115,7 +115,7 @@ def _without_memory(weight_format: WeightFormat, shape: Shape) -> QuantisedWeigh
     return QuantisedWeight(weight_format, codes, scales, zeros, input_scale, scale_unit=unit)
 
 
-def _write_shards(
+def write_shards(
     entries: Mapping[str, tuple[torch.dtype, Shape]], tensors: Iterable[tuple[str, torch.Tensor]], directory: Path
 ) -> None:
     """Writes tensors of these types and shapes, which come in this order. Raises ValueError for others."""
