@@ -292,7 +292,7 @@ def test_transformers_computes_the_same_from_codes_as_from_their_values(tmp_path
     """
     loaded, expected, own = in_few_bits(tmp_path, case)
     found = logits_of(loaded, ids())
-    if case != "granite":
+    if not case.startswith("granite"):
         assert torch.equal(found, expected)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     # Our own walk sums in another order.
