@@ -28,7 +28,8 @@ def test_a_model_alone_has_scores_and_no_difference(folder):
     assert task.fitted.low_percent <= task.fitted.percent <= task.fitted.high_percent
 
 
-def test_two_models_are_paired_question_by_question_and_each_answers_once(folder, monkeypatch):
+def test_two_models_are_paired_question_by_question_and_each_answers_once(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))  # where no earlier run kept answers
     from edgeprune.commands import task_scores as command
 
     asked, seen = command.scores_of, []
