@@ -80,17 +80,16 @@ def print_families(families: Sequence[FamilyRow], console: Console) -> None:
             "yes" if row.packed else "floats",
             row.llama_cpp or "–",
             row.by_layer or "–",
-            ", ".join(row.runtimes),
         )
         for row in families
     ]
-    columns = ("family", "dense", "uniform", "per layer", "checkpoint in few bits", "llama.cpp", "by layer", "tried")
-    console.print(table(columns, rows, whole=columns[:4]))
-    console.print(
-        styled(
-            "dense, uniform, per layer: max|a - b| / max|b| of logits to transformers', fp32, measured on small models."
-        )
-    )
+    columns = ("family", "dense", "uniform", "per layer", "few bits", "llama.cpp", "by layer")
+    console.print(table(columns, rows, whole=columns))
+    for line in (
+        "dense, uniform, per layer: max|a - b| / max|b| of logits to transformers', fp32, measured on small models.",
+        "few bits: a checkpoint holds weight formats. llama.cpp: its architecture; by layer: that of different widths.",
+    ):
+        console.print(styled(line))
 
 
 def print_doctor(findings: Sequence[Finding], console: Console) -> None:
