@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.model.checkpoint.families import FAMILIES
+from edgeprune.model.checkpoint.quantization import can_be_packed
 from edgeprune.model.gguf.metadata import BY_FAMILY, BY_LAYER
 
 PARITY = Path(__file__).parent.parent / "model" / "checkpoint" / "parity.json"
@@ -57,7 +58,7 @@ def families() -> list[FamilyRow]:
                 name,
                 family.architecture,
                 HEADS[family.heads],
-                not any(place.transposed for place in family.places.values()),
+                can_be_packed(name),
                 next(iter(BY_FAMILY.get(name, ())), None),
                 BY_LAYER.get(name),
                 *(max(case[layout] for case in cases) for layout in ("dense", "uniform", "per_layer")),

@@ -23,7 +23,7 @@ from edgeprune.model.checkpoint.configuration import (
 from edgeprune.model.checkpoint.nested import FLAT, TEXT_PARTS
 from edgeprune.model.checkpoint.padding import padded_heads
 from edgeprune.model.checkpoint.places import stored_stream
-from edgeprune.model.checkpoint.safetensors_file import write_shards
+from edgeprune.model.checkpoint.safetensors_file import NAMES, write_shards
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import TOKENIZER_FILES
 
@@ -55,6 +55,8 @@ def export_whole(model: Model, source: Model, folder: Path) -> None:
 
     model: pruned from the source, in floats, as its own checkpoint holds it. One tensor is in memory at a time.
     """
+    import torch
+
     folder.mkdir()
     # The configuration: what was changed in the text part.
     whole, before = read_whole_config(source.directory), read_config(source.directory)
@@ -67,13 +69,15 @@ def export_whole(model: Model, source: Model, folder: Path) -> None:
     places, others, dtype = source.weights.places, source.weights.beside, model.weights["embedding"].dtype
     own = checkpoint_tensors(target)
     entries = {places[key][1]: (dtype, tensor.shape) for key, tensor in own.items()}
-    entries |= {name: source.weights.entry(file, name) for name, file in others.items()}
+    # Safetensors and PyTorch's own files name types differently.
+    types = {name: getattr(torch, dtype) for dtype, stored in NAMES.items() for name in (dtype, stored)}
+    entries |= {name: (types[dtype], shape) for name, (_, dtype, shape) in others.items()}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         weights = ((name, model.weights[name]) for name in model.decoder.shapes())
         for key, tensor in stored_stream(own, padded_heads(model.decoder, target, weights)):
             yield places[key][1], tensor
-        for name, file in others.items():
+        for name, (file, *_) in others.items():
             yield name, source.weights.stored(file, name)
 
     write_shards(entries, tensors(), folder)

@@ -181,7 +181,7 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
         engine.check_build(shape)  # of the dense model, which is built first
     profile, assumed = engine.profile, profile.tensorrt
     weights = weight_choice(request.weights, profile, shape)
-    if not can_be_packed(shape) and any(form.storage in STORAGES for form in weights.quantised):
+    if not can_be_packed(shape.family) and any(form.storage in STORAGES for form in weights.quantised):
         weights = without_formats(
             weights, f"no checkpoint format holds few bits of {shape.family}'s transposed matrices"
         )

@@ -95,8 +95,8 @@ class CutModule:
     """A module on its way to the target: its weights so far, by name and fp32, and what its output projection reads.
 
     inputs: (b, t, kept) fp32, times the square roots of the tokens' weights; total: (kept, kept) fp64, the moments of
-    these where they are known; lost: (b, t, c), what the removed inputs gave, and what was lost of the others
-    since they were computed.
+    these where they are known; lost: (b, t, c), what the module gave before its cut less what the kept inputs
+    give, and what these lose where the format rounds them.
     """
 
     kind: str

@@ -9,6 +9,7 @@ import pytest
 from gguf import GGUFReader
 
 from edgeprune.model.gguf.blocks import block_type
+from edgeprune.model.gguf.file import read_gguf
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.bundle import open_bundle, sha256
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
@@ -91,8 +92,7 @@ def test_llama_cpp_runs_layers_of_different_widths(home):
     options = ("--device", "jetson-orin", "--memory", "80%", "--weights", "float", "--layout", "per-layer")
     result = fit(home, home / "model", *options, "--output", bundle)
     assert result.returncode == 0, result.stderr
-    report = Report.model_validate_json((bundle / "report.json").read_text())
-    assert report.ratio > 0
+    assert read_gguf(bundle / "gguf" / "model.gguf").fields["general.architecture"] == "deci"
     tokenizer, runner = load_tokenizer(home / "model"), GraphRunner(bundle / "onnx" / GRAPH_FILE, 1, 64)
     prompt = tokenizer(PROMPT)["input_ids"]
     ids = [int(tokens[0]) for tokens in generate(runner, [prompt], COUNT)]

@@ -193,9 +193,9 @@ def _is_module(tensor: StoredTensor) -> bool:
     return len(tensor.shape) == 2 and tensor.names[0] not in ("embedding", "positions")
 
 
-def can_be_packed(decoder: Decoder) -> bool:
-    """Returns whether a checkpoint of the decoder's family can hold weight formats: not where it has no nn.Linear."""
-    return not any(place.transposed for place in FAMILIES[decoder.family].places.values())
+def can_be_packed(family: str) -> bool:
+    """Returns whether a checkpoint of a family can hold weight formats: not where it has no nn.Linear."""
+    return not any(place.transposed for place in FAMILIES[family].places.values())
 
 
 def check_packable(decoder: Decoder) -> None:
@@ -205,7 +205,7 @@ def check_packable(decoder: Decoder) -> None:
     that of the first group that names experts. Where they differ, some load as other numbers, without an error.
     """
     formats = {name: form for name, form in decoder.weight_formats.items() if not is_by_value(name, form)}
-    if formats and not can_be_packed(decoder):
+    if formats and not can_be_packed(decoder.family):
         raise InputError(
             f"a checkpoint of the family {decoder.family} cannot hold weights of few bits: it stores matrices as "
             "(inputs, outputs), and compressed-tensors has none of these",

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5 * 10**9  # of a file, at most
 NAMES = {
+    "float64": "F64",
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3",
     "uint8": "U8",
+    "bool": "BOOL",
     "int8": "I8",
+    "int16": "I16",
     "int32": "I32",
     "int64": "I64",
 }

@@ -67,8 +67,8 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
     """Tensors by the names of decoder.py, read from safetensors or PyTorch's own files at each access.
 
     The files are mapped: of a tensor that holds several weights, only the rows of the requested one are read. What is
-    stored as codes is fp32; `quantised` has the codes themselves where edgeprune wrote them. `beside` has the files of
-    the tensors of a model's other parts, by their names there.
+    stored as codes is fp32; `quantised` has the codes themselves where edgeprune wrote them. `beside` has the file,
+    type and shape of every tensor of a model's other parts, by its name there.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         decoder: Decoder,
         stored_decoder: Decoder,
         scales: Path | None,
-        beside: Mapping[str, Path],
+        beside: Stored,
     ) -> None:
         self._stands, self._decoder, self._stored_decoder = stands, decoder, stored_decoder
         self.beside = beside
@@ -106,14 +106,6 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         return {
             key: place for stands in self._stands.values() for stand in stands for key, place in stand.parts.items()
         }
-
-    def entry(self, path: Path, key: str) -> tuple[torch.dtype, Shape]:
-        """Returns the type and the shape of a tensor of a file."""
-        import torch
-
-        types = {name: getattr(torch, dtype) for dtype, name in NAMES.items()}
-        dtype, shape = header_of(path)[key]
-        return types[dtype], shape
 
     def codes(self, name: str) -> QuantisedWeight:
         """Returns a weight that is stored as codes."""
@@ -199,7 +191,7 @@ def stored_weights(
         files.add(scales)
     used = {name for of_weight in stands.values() for stand in of_weight for _, name in stand.parts.values()}
     used |= {_present(_head(decoder), stored)} if decoder.tie_word_embeddings else set()
-    beside = {name: place[0] for name, place in stored.items() if name not in used} if is_part else {}
+    beside = {name: place for name, place in stored.items() if name not in used} if is_part else {}
     weights = LazyWeights(stands, decoder, stored_decoder, scales, beside)
     if decoder.tie_word_embeddings:
         _check_tied(decoder, weights, stored)

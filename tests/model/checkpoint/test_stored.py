@@ -45,7 +45,7 @@ def test_every_family_gives_back_its_codes(tmp_path, case):
     """Formats differ between layers, and so do the widths of the second checkpoint."""
     save_family(tmp_path / "dense", case)
     dense = load_model(str(tmp_path / "dense"))
-    assert can_be_packed(dense.decoder)
+    assert can_be_packed(dense.decoder.family)
     for name, target in (("same", dense.decoder), ("uneven", uneven_target(dense.decoder))):
         decoder = packable(target, asymmetric=True)
         weights = saved(tmp_path / name, decoder, dense)
