@@ -92,7 +92,7 @@ def bench_writing(repeats: int) -> None:
     row("write the ONNX, fp32, six variants", times, "s", "5 s")
 
 
-LIMITS = {"numerical+ls": "4 x", "obs+ls": "8 x"}
+LIMITS = {"numerical+ls": "4 x", "default": "8 x"}
 MEASURED = "sensitivities of widths and two formats, with probes"
 
 
@@ -157,7 +157,7 @@ def bench_pruning(repeats: int) -> None:
             ratios[name].append(2 * took / (before + dense))
     for name, limit in LIMITS.items():
         row(f"prune by {name} / one dense forward pass", ratios[name], "x", limit)
-    added = np.subtract(ratios["rounded"], ratios["obs+ls"])
+    added = np.subtract(ratios["rounded"], ratios[DEFAULT])
     row("int4-64 in the same walk adds / one dense forward pass", list(added), "x", "1.5 x")
     row(f"{MEASURED} / one pass", ratios[MEASURED], "x", "4 x")
     print(f"{SAMPLES * LENGTH} tokens; the floor of pruning by FLOPs is {least_flops(model.decoder, target):.2f} x")

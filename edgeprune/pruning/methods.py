@@ -45,8 +45,8 @@ class Method:
 
 SCORE_WORDS = {
     score.obs: "least cost of removal (Optimal Brain Surgeon)",
-    score.numerical: "least mask, closed form (Shen et al. 2025)",
-    score.numerical_box: "least mask, within 0 and 1",
+    score.numerical: "least mask, without its bounds (Shen et al. 2025)",
+    score.numerical_box: "least mask, between 0 and 1 (Shen et al. 2025)",
     score.flap: "least fluctuation in the dense model (FLAP)",
     score.fluctuation: "least fluctuation (FLAP's score)",
     score.wanda: "least weight times input (Wanda-sp)",
@@ -56,7 +56,7 @@ SCORE_WORDS = {
 RECOVERY_WORDS = {Recovery.NONE: "", Recovery.BIAS: "; mean kept as bias", Recovery.LEAST_SQUARES: "; rest refitted"}
 DEFAULT = "default"
 METHODS = {
-    DEFAULT: Method(score.obs, Recovery.LEAST_SQUARES),
+    DEFAULT: Method(score.numerical_box, Recovery.LEAST_SQUARES),
     "numerical": Method(score.numerical, Recovery.NONE),
     "numerical+ls": Method(score.numerical, Recovery.LEAST_SQUARES),
     "numerical-box": Method(score.numerical_box, Recovery.NONE),

@@ -16,6 +16,7 @@ from edgeprune.pruning.moments import BLOCK
 RIDGE = 1e-6
 TOLERANCE = 1e-10
 MAX_STEPS = 200
+SHORTEST = 1e-12  # of a Newton step, after which no objective falls any more
 
 
 def interaction(weight: torch.Tensor, gram: torch.Tensor, unit: int) -> torch.Tensor:
@@ -51,6 +52,7 @@ def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple
     # Scale the problem, so that the tolerances do not depend on the size of weights and inputs.
     scale = float(matrix.diagonal().mean()) or 1.0
     hessian = matrix / scale
+    del matrix  # freed where nobody else holds it
     hessian.diagonal().add_(RIDGE)
     inverse_ones = unconstrained(hessian)
     weight = penalty / float(inverse_ones.sum())
@@ -64,7 +66,6 @@ def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple
 
     # Start at the optimum without bounds, clipped to them.
     z = (1 - inverse_ones * ((units - total) * weight / (1 + penalty))).clamp(0, 1)
-    full = hessian + weight
     for _ in range(MAX_STEPS):
         gradient = gradient_at(z)
         residual = float((z - (z - gradient).clamp(0, 1)).abs().max())
@@ -74,16 +75,19 @@ def box_constrained(matrix: torch.Tensor, total: float, penalty: float) -> tuple
         near = min(residual, 1e-3)
         held = ((z <= near) & (gradient > 0)) | ((z >= 1 - near) & (gradient < 0))
         free = (~held).nonzero().squeeze(1)
-        step = -gradient / full.diagonal()
+        step = -gradient / (hessian.diagonal() + weight)
         if len(free):
-            factor = torch.linalg.cholesky(full[free][:, free])
-            step[free] = -torch.cholesky_solve(gradient[free, None], factor).squeeze(1)
+            block = hessian[free[:, None], free].add_(weight).mT  # column-major: factorised in place
+            torch.linalg.cholesky(block, out=block)
+            step[free] = -solved(block, gradient[free, None]).squeeze(1)
         # Halve the step until the objective falls enough (Armijo's rule).
         length, before = 1.0, objective(z)
         while True:
             trial = (z + length * step).clamp(0, 1)
-            if objective(trial) <= before + 1e-4 * float(gradient @ (trial - z)) or length < 1e-12:
+            if objective(trial) <= before + 1e-4 * float(gradient @ (trial - z)) or length < SHORTEST:
                 break
             length /= 2
         z = trial
+        if length < SHORTEST:
+            break  # what is left is rounding
     return z, gradient_at(z)

@@ -88,8 +88,7 @@ def numerical_box(projection: Projection, unit: int, keep: int) -> torch.Tensor:
     Units at a bound are ranked by their multiplier: how hard the objective pushes them against it.
     Raises NumericalError if gram is not finite.
     """
-    matrix = interaction(projection.weight, projection.gram, unit)  # (units, units)
-    z, gradient = box_constrained(matrix, float(keep), BOX_PENALTY)
+    z, gradient = box_constrained(interaction(projection.weight, projection.gram, unit), float(keep), BOX_PENALTY)
     return z - gradient
 
 

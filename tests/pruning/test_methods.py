@@ -21,5 +21,5 @@ def test_a_repaired_method_has_the_score_of_the_bare_one():
         own = score.fluctuation if name == "flap" else bare.score  # FLAP's program has its own estimate of it
         assert (method.score, method.standardised) == (own, bare.standardised)
         assert method.recovery == Recovery.LEAST_SQUARES != bare.recovery
-    assert method_named("default") == METHODS["obs+ls"]
+    assert method_named("default") == METHODS["numerical-box+ls"]
     assert len({method.score for method in METHODS.values()}) == len(repaired) + 1
