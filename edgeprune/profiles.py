@@ -253,6 +253,11 @@ class DeviceProfile(_Strict):
         return self.dialect in IN_PLACE
 
     @property
+    def routes(self) -> bool:
+        """Returns whether the engine reads and multiplies a token's own experts alone: TensorRT computes all."""
+        return self.engine in ("onnxruntime", "llama.cpp")
+
+    @property
     def hardware(self) -> dict[str, HardwareFigure]:
         """Returns the hardware figures that are there, by name."""
         return {name: figure for name in UNITS if (figure := getattr(self, name)) is not None}

@@ -101,14 +101,17 @@ class Plan:
     @property
     def work(self) -> dict[str, float]:
         """Returns bytes and FLOPs of one decode step, as our graph moves them and in place, and of the prefill."""
-        ours, in_place = (bytes_per_token(self.decoder, self.precision, self.attended, flag) for flag in (False, True))
+        routes = self.profile.routes
+        ours, in_place = (
+            bytes_per_token(self.decoder, self.precision, self.attended, flag, routes=routes) for flag in (False, True)
+        )
         moved = in_place if self.profile.in_place else ours
         return {
             "decode_bytes": moved.total,
             "decode_bytes_in_place": in_place.total,
-            "decode_flops": decode_flops(self.decoder, self.attended),
+            "decode_flops": decode_flops(self.decoder, self.attended, routes),
             "prefill_bytes": in_place.layers + in_place.head,
-            "prefill_flops": prefill_flops(self.decoder, self.attended, dialect=self.profile.dialect),
+            "prefill_flops": prefill_flops(self.decoder, self.attended, dialect=self.profile.dialect, routes=routes),
         }
 
     def as_json(self) -> dict[str, Any]:

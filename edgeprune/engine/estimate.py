@@ -21,6 +21,7 @@ from dataclasses import replace
 from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.overheads import fixed_times, modules_in_layers, overhead_ms
 from edgeprune.engine.work import (
+    TokenBytes,
     activation_bytes,
     buffer_bytes,
     bytes_per_token,
@@ -94,20 +95,21 @@ def estimate_performance(
     _require_figures(profile)
     profile = profile.for_cache(decoder.cache_format)
     prefill = prefill_parts(decoder, profile, workload, precision)
-    flops = prefill_flops(decoder, workload, dialect=profile.dialect)
+    flops = prefill_flops(decoder, workload, dialect=profile.dialect, routes=profile.routes)
     counted_flops = _counted_flops(decoder, workload, profile)
     dequantising = f" ({counted_flops / flops:.3g} x for its formats)" if counted_flops != flops else ""
     computing = f"GFLOP{{}} / {_flops_per_second(profile, precision)[1]}"
-    moved = bytes_per_token(decoder, precision, workload, profile.in_place)
+    moved = bytes_per_token(decoder, precision, workload, profile.in_place, routes=profile.routes)
+    read = _prefill_bytes(decoder, profile, workload, precision)
     bandwidth, efficiency = profile.bandwidth, profile.decode_efficiency
     prefill_basis = (
-        f"{flops / 1e9:.4g} {computing.format(dequantising)} + {(moved.layers + moved.head) / 1e6:.4g} MB / "
+        f"{flops / 1e9:.4g} {computing.format(dequantising)} + {read / 1e6:.4g} MB / "
         f"{bandwidth.value:g} {bandwidth.unit}{_in_words(prefill)}; "
         f"{_rests_on(decoder, profile, 'prefill_efficiency', 'token_overhead', 'prefill_overhead', *OVERHEADS)}"
     )
     # Decode: the slower resource binds.
     step = decode_parts(decoder, profile, workload, precision)
-    counted_more = bytes_per_token(decoder, precision, workload, profile.in_place, profile.decode_factor).total
+    counted_more = _moved(decoder, profile, workload, precision, profile.in_place).total
     formats = f" ({counted_more / moved.total:.3g} x for its weight formats)" if counted_more != moved.total else ""
     copied = f", {moved.cache_copies / 1e6:.4g} MB of it our graph's copy of the cache," if moved.cache_copies else ""
     decode_basis = (
@@ -116,8 +118,9 @@ def estimate_performance(
         f"{_rests_on(decoder, profile, 'decode_efficiency', *OVERHEADS)}"
     )
     if step["compute"]:
+        decode = decode_flops(decoder, workload, profile.routes)
         decode_basis = (
-            f"bound by compute: {decode_flops(decoder, workload) / 1e9:.4g} {computing.format('')}{_in_words(step)}; "
+            f"bound by compute: {decode / 1e9:.4g} {computing.format('')}{_in_words(step)}; "
             f"{_rests_on(decoder, profile, 'prefill_efficiency', *OVERHEADS)}"
         )
     return Performance(
@@ -131,7 +134,21 @@ def estimate_performance(
 def _counted_flops(decoder: Decoder, workload: Workload, profile: DeviceProfile) -> float:
     """Returns the FLOPs of a prefill on a device, where products and attention in formats count more."""
     of_cache = profile.cache_prefill_factor(decoder.cache_format)
-    return prefill_flops(decoder, workload, profile.prefill_factor, profile.dialect, of_cache)
+    return prefill_flops(decoder, workload, profile.prefill_factor, profile.dialect, of_cache, profile.routes)
+
+
+def _prefill_bytes(decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision) -> float:
+    """Returns the bytes of the weights that a prefill reads."""
+    tokens = replace(workload, batch=workload.batch * workload.prompt)  # whose experts it reads
+    step = bytes_per_token(decoder, precision, tokens, routes=profile.routes)
+    return step.layers + step.head
+
+
+def _moved(
+    decoder: Decoder, profile: DeviceProfile, workload: Workload, precision: GraphPrecision, in_place: bool
+) -> TokenBytes:
+    """Returns the bytes of a decode step, of which those in a format count more."""
+    return bytes_per_token(decoder, precision, workload, in_place, profile.decode_factor, profile.routes)
 
 
 def _in_words(parts: dict[str, float]) -> str:
@@ -175,8 +192,8 @@ def resource_times(
     """
     _require_figures(profile)
     profile = profile.for_cache(decoder.cache_format)
-    moved = bytes_per_token(decoder, precision, workload, profile.in_place, profile.decode_factor).total
-    compute = decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
+    moved = _moved(decoder, profile, workload, precision, profile.in_place).total
+    compute = decode_flops(decoder, workload, profile.routes) / _flops_per_second(profile, precision)[0]
     layers = overhead_ms(decoder, profile) - fixed_times(profile)["decode"]
     prefill = sum(prefill_parts(decoder, profile, workload, precision).values()) - fixed_times(profile)["prefill"]
     return {
@@ -195,11 +212,11 @@ def prefill_parts(
     """
     _require_figures(profile)
     profile = profile.for_cache(decoder.cache_format)
-    moved, tokens = bytes_per_token(decoder, precision, workload, profile.in_place), workload.batch * workload.prompt
+    tokens = workload.batch * workload.prompt
     fixed, of_token = fixed_times(profile), profile.token_overhead.si if profile.token_overhead else 0.0
     return {
         "compute": 1e3 * _counted_flops(decoder, workload, profile) / _flops_per_second(profile, precision)[0],
-        "weights": 1e3 * (moved.layers + moved.head) / profile.bandwidth.si,
+        "weights": 1e3 * _prefill_bytes(decoder, profile, workload, precision) / profile.bandwidth.si,
         "tokens": 1e3 * tokens * modules_in_layers(decoder) * of_token,
         "overhead": overhead_ms(decoder, profile) + fixed["prefill"] - fixed["decode"],
     }
@@ -233,9 +250,9 @@ def decode_parts(
     _require_figures(profile)
     profile = profile.for_cache(decoder.cache_format)
     in_place = profile.in_place if in_place is None else in_place
-    moved = bytes_per_token(decoder, precision, workload, in_place, profile.decode_factor)
+    moved = _moved(decoder, profile, workload, precision, in_place)
     parts = {name: 1e3 * value / _bytes_per_second(profile) for name, value in vars(moved).items()}
-    compute = 1e3 * decode_flops(decoder, workload) / _flops_per_second(profile, precision)[0]
+    compute = 1e3 * decode_flops(decoder, workload, profile.routes) / _flops_per_second(profile, precision)[0]
     return parts | {"compute": max(0.0, compute - sum(parts.values())), "overhead": overhead_ms(decoder, profile)}
 
 

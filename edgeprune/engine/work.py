@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from edgeprune.engine.onnx.nodes import HEAD_MULTIPLE, head_width
-from edgeprune.model.decoder import Decoder
+from edgeprune.model.decoder import Decoder, Layer
 from edgeprune.ondevice.figures import Workload
 from edgeprune.precision import PRECISIONS, GraphPrecision, WeightFormat
 
 ID_BYTES = 8
+EXPERTS = ".experts."  # in the names of their matrices
 TENSORRT_WORKSPACE = 8 * 2**20  # for matrix products, as TensorRT for RTX's compiler reports it
 
 
@@ -47,18 +48,20 @@ def bytes_per_token(
     workload: Workload,
     in_place: bool = False,
     factor: FormatFactor = _once,
+    routes: bool = False,
 ) -> TokenBytes:
     """Returns the bytes that one decode step moves.
 
     in_place: the engine appends to one buffer of the KV cache, so that nothing is copied, as in profile.in_place.
-    factor: by which the bytes of matrices in a format count more.
+    factor: by which the bytes of matrices in a format count more. routes: of a mixture the engine reads the experts
+    alone that a token of the batch takes, as in profile.routes.
     """
     size = PRECISIONS[precision].element_bytes
     cache = cache_bytes(decoder, precision, workload, in_place)
     head = stored_bytes(decoder.vocab_size, decoder.hidden_size, decoder.head_format, size)
     head *= factor(decoder.head_format)
     return TokenBytes(
-        layers=layer_bytes(decoder, size, factor),
+        layers=layer_bytes(decoder, size, factor, workload.batch if routes else None),
         head=head + size * decoder.hidden_size,
         cache=cache,
         cache_copies=0 if in_place else 2 * cache,
@@ -81,16 +84,29 @@ def table_bytes(decoder: Decoder, precision: GraphPrecision) -> int:
     return embedding + stored_bytes(decoder.vocab_size, hidden, decoder.head_format, size)
 
 
-def layer_bytes(decoder: Decoder, element_bytes: int, factor: FormatFactor = _once) -> float:
-    """Returns the bytes of the weights of all layers; factor: by which matrices in a format count more."""
+def share_of_experts(layer: Layer, tokens: int) -> float:
+    """Returns the share of a layer's experts that so many tokens take, if each takes k of n: 1 - (1 - k / n)^t.
+
+    It is that of experts which are all taken alike, an upper bound. 1 where a layer has no experts.
+    """
+    experts = layer.mlp.experts if layer.mlp else None
+    return 1.0 - (1.0 - experts.num_experts_per_tok / experts.num_experts) ** tokens if experts else 1.0
+
+
+def layer_bytes(decoder: Decoder, element_bytes: int, factor: FormatFactor = _once, tokens: int | None = None) -> float:
+    """Returns the bytes of the weights of all layers; factor: by which matrices in a format count more.
+
+    tokens: of mixtures count the experts that these take; None: all.
+    """
     total = 0
     for layer, count in Counter(decoder.layers).items():
-        alone = replace(decoder, layers=(layer,))
+        alone, share = replace(decoder, layers=(layer,)), 1.0 if tokens is None else share_of_experts(layer, tokens)
         formats = alone.weight_formats
         for name, shape in alone.layer_shapes(0).items():
             out_features, in_features = shape if len(shape) == 2 else (1, prod(shape))
             form = formats.get(name)
-            total += count * stored_bytes(out_features, in_features, form, element_bytes) * factor(form)
+            read = count * (share if EXPERTS in name else 1.0)
+            total += read * stored_bytes(out_features, in_features, form, element_bytes) * factor(form)
     return total
 
 
@@ -109,6 +125,7 @@ def prefill_flops(
     factor: FormatFactor = _once,
     dialect: str | None = None,
     attention_factor: float = 1.0,
+    routes: bool = False,
 ) -> float:
     """Returns the FLOPs of a prefill, a multiply-add as two.
 
@@ -123,30 +140,33 @@ def prefill_flops(
         attention = 4.0 * tokens * workload.context * query_size
     attention *= attention_factor
     head = 2.0 * workload.batch * decoder.vocab_size * decoder.hidden_size * factor(decoder.head_format)
-    return 2.0 * tokens * _multiplications(decoder, factor) + attention + head
+    return 2.0 * tokens * _multiplications(decoder, factor, routes) + attention + head
 
 
-def _multiplications(decoder: Decoder, factor: FormatFactor = _once) -> float:
-    """Returns the multiply-adds of a token in the matrices of all layers, and in those of the minima beside them."""
+def _multiplications(decoder: Decoder, factor: FormatFactor = _once, routes: bool = False) -> float:
+    """Returns the multiply-adds of a token in the matrices of all layers, and in those of the minima beside them.
+
+    routes: with the token's own experts alone.
+    """
     total = 0.0
     for layer, count in Counter(decoder.layers).items():
-        alone = replace(decoder, layers=(layer,))
+        alone, share = replace(decoder, layers=(layer,)), share_of_experts(layer, 1) if routes else 1.0
         formats = alone.weight_formats
         for name, shape in alone.layer_shapes(0).items():
             if len(shape) == 2:
                 form = formats.get(name)
                 of_minima = 1 / form.group if form is not None and form.storage == "offset" else 0.0
-                total += count * prod(shape) * (factor(form) + of_minima)
+                total += count * (share if EXPERTS in name else 1.0) * prod(shape) * (factor(form) + of_minima)
     return total
 
 
-def decode_flops(decoder: Decoder, workload: Workload) -> float:
+def decode_flops(decoder: Decoder, workload: Workload, routes: bool = False) -> float:
     """Returns the FLOPs of one decode step of the whole batch, a multiply-add as two.
 
-    They are those of the matrices, of the head, and of attention over `context` keys.
+    They are those of the matrices, of the head, and of attention over `context` keys. routes: as of prefill_flops.
     """
     query_size = sum(layer.attention.query_size for layer in decoder.layers if layer.attention)
-    matrices = _multiplications(decoder) + decoder.vocab_size * decoder.hidden_size
+    matrices = _multiplications(decoder, routes=routes) + decoder.vocab_size * decoder.hidden_size
     return 2.0 * workload.batch * (matrices + 2 * workload.context * query_size)
 
 

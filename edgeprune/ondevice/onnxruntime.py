@@ -6,6 +6,7 @@ measurements are meant for a process of their own.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ BY_CHANNEL_BLOCKS = ("session.qdq_matmulnbits_block_size", "-1")
 """The entry of a session's options with which a product of int8 codes runs in blocks as wide as its inputs allow, up to
 256, and not of 32: prefill then takes 0.8 of the time, and the scales are not repeated as often (1.32)."""
 _EXACT = ("session.disable_quant_qdq", "1")
+_EXACT_EXPERTS = {"ORT_QMOE_CPU_QNBIT_GEMM": "0"}  # the same of experts, which no option of a session sets (1.32)
 DECODE_STEPS = 8  # steps over which the peak memory is measured
 
 
@@ -121,12 +123,20 @@ def open_session(graph: Path, threads: int | None, exact: bool = False) -> Any:
     options.add_session_config_entry(*(_EXACT if exact else BY_CHANNEL_BLOCKS))
     if threads:
         options.intra_op_num_threads = threads
+    before = {name: os.environ.get(name) for name in _EXACT_EXPERTS}
     try:
+        os.environ.update(_EXACT_EXPERTS if exact else {})
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
         raise EngineError(
             f"ONNX Runtime cannot load {graph}: {error}", "Export the model again, or update onnxruntime."
         ) from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class Timed:

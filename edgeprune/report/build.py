@@ -47,10 +47,11 @@ def build_report(fitted: Fitted, files: dict[str, int], command: str) -> schema.
     setup, judged = fitted.setup, fitted.verdict
     dense, small = setup.model.decoder, fitted.chosen.decoder
     # Estimate both models' decode step: bytes moved, and how its time divides.
-    moved = [
-        bytes_per_token(d, setup.precision, setup.workload, setup.profile.for_cache(d.cache_format).in_place).total
-        for d in (dense, small)
-    ]
+    moved = []
+    for decoder in (dense, small):
+        profile = setup.profile.for_cache(decoder.cache_format)
+        step = bytes_per_token(decoder, setup.precision, setup.workload, profile.in_place, routes=profile.routes)
+        moved.append(step.total)
     shares = [latency_shares(d, setup.profile, setup.workload, setup.precision) for d in (dense, small)]
     # Describe the dense and the fitted model side by side.
     label = "agreement with the dense model" if fitted.samples.self_generated else "perplexity"

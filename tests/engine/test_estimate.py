@@ -24,7 +24,7 @@ from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.overheads import overhead_ms
 from edgeprune.engine.work import activation_bytes, bytes_per_token, decode_flops, prefill_flops, table_bytes
 from edgeprune.errors import InputError
-from edgeprune.model.decoder import Attention, Decoder, Layer, Mlp
+from edgeprune.model.decoder import Attention, Decoder, Experts, Layer, Mlp
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.tensorrt import shapes
 from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
@@ -164,6 +164,32 @@ def test_decode_flops_by_counting_products() -> None:
     decoder, workload = uniform(32, 2, (4, 2, 8), 48, 100), Workload(3, 1, 24)
     weights = 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48) + 32 * 100
     assert decode_flops(decoder, workload) == 2 * 3 * (weights + 2 * 4 * 2 * 8 * 24)
+
+
+def test_of_a_mixture_an_engine_that_routes_reads_a_token_s_own_experts() -> None:
+    """One of two for each token: of three in a batch seven eighths on average, of a prompt of many nearly all."""
+    dense = uniform(32, 1, (4, 2, 8), 48, 100)
+    layer = dense.layers[0]
+    decoder = replace(dense, layers=(replace(layer, mlp=replace(layer.mlp, experts=Experts(2, 1))),))
+    expert, rest = 3 * 32 * 48, bytes_per_token(dense, "fp16", Workload(1, 8, 32)).layers / 2 - 3 * 32 * 48 + 2 * 32
+    for batch, share in ((1, 0.5), (3, 0.875)):
+        workload = Workload(batch, 8, 32)
+        of_all, of_own = (bytes_per_token(decoder, "fp16", workload, routes=routes).layers for routes in (False, True))
+        assert of_all == 2 * (rest + 2 * expert)
+        assert of_own == 2 * (rest + 2 * share * expert)
+        products = [decode_flops(decoder, workload, routes) for routes in (False, True)]
+        assert products[0] - products[1] == 2 * batch * expert
+        products = [prefill_flops(decoder, workload, routes=routes) for routes in (False, True)]
+        assert products[0] - products[1] == pytest.approx(2 * 8 * batch * expert)
+    processor = ORIN.model_copy(update={"dialect": "onnxruntime", "engine": "onnxruntime"})
+    step, prompt = Workload(1, 1, 32), Workload(1, 64, 96)
+    for profile, read in ((processor, 0.5), (ORIN, 1.0)):
+        moved = bytes_per_token(decoder, "fp16", step, routes=read < 1).layers
+        reading = decode_parts(decoder, profile, step, "fp16")["layers"]
+        assert reading == pytest.approx(1e3 * moved / (ORIN.decode_efficiency.value * 204.8e9))
+        whole = bytes_per_token(decoder, "fp16", prompt)
+        of_prompt = prefill_parts(decoder, profile, prompt, "fp16")["weights"]
+        assert of_prompt == pytest.approx(1e3 * (whole.layers + whole.head) / 204.8e9, rel=1e-6)
 
 
 def test_minima_are_multiplied_with_one_number_for_each_group() -> None:

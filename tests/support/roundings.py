@@ -46,10 +46,12 @@ def numbers(stored: Stored) -> dict[str, torch.Tensor]:
 
 
 def mixed(decoder: Decoder, first: int = 0) -> Decoder:
-    """Another format in every module, floats among them; int8 where groups do not divide. The head is in int8."""
+    """Another format in every module, floats among them; int8 where groups do not divide, and for experts where these
+    have minima. The head is in int8."""
 
-    def fitting(form: WeightFormat | None, *widths: int) -> WeightFormat | None:
-        return form if form is None or not any(width % (form.group or 1) for width in widths) else INT8
+    def fitting(form: WeightFormat | None, *widths: int, experts: bool = False) -> WeightFormat | None:
+        has_minima = experts and form == NARROW_OFFSET
+        return INT8 if has_minima or (form and any(width % (form.group or 1) for width in widths)) else form
 
     hidden, layers = decoder.hidden_size, []
     for index, layer in enumerate(decoder.layers, first):
@@ -57,7 +59,7 @@ def mixed(decoder: Decoder, first: int = 0) -> Decoder:
         layers.append(
             (
                 attention and fitting(ATTENTIONS[index % len(ATTENTIONS)], hidden, attention.query_size),
-                mlp and fitting(MLPS[index % len(MLPS)], hidden, mlp.intermediate_size),
+                mlp and fitting(MLPS[index % len(MLPS)], hidden, mlp.intermediate_size, experts=bool(mlp.experts)),
             )
         )
     return decoder.with_formats(layers, fitting(WEIGHT_FORMATS["int4-32"], hidden), INT8)

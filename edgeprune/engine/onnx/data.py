@@ -6,6 +6,10 @@ read, and all variants of a model's graph refer to the same two files.
     embedding.data      embedding and head (one initializer where they are tied)
     model.onnx.data     everything else, in the order of use; the rotary tables last
 
+The matrices of experts are one initializer, (experts, out, in) as nn.Linear has them, with the rows of gate and up in
+turn: so ONNX Runtime's operators read them. Where each output has one scale they are (experts, in, out), because
+TensorRT's builder holds the codes in floats when it has to turn them (RTX 1.7).
+
 A matrix in a weight format is some initializers: `codes`, two of 4 bits a byte, the first in the low half;
 `scales`, floats of the graph; `zeros`, the codes of 0.0 of an asymmetric format, which are stored as codes are;
 `offsets`, floats of the graph, a group's minimum times its inputs; and `input_scale`, one float, of what the product
@@ -44,6 +48,7 @@ Role = Literal[
     "values",
     "codes",
     "numbers",
+    "bytes",
     "scales",
     "scale_codes",
     "scale_unit",
@@ -64,10 +69,10 @@ class Initializer:
     """One tensor of a data file.
 
     sources: the names of the weights that it is made of, stacked along their rows; none for a rotary table;
-    transposed: from nn.Linear's (out, in) to MatMul's (in, out); offset: in bytes; precision: of floats; blocks: the
-    matrices behind each other that the sources make, one for each expert; form, role: of a matrix in a weight format,
-    and what of it this is. A rotary table is fp32 where the rest is bf16, because the dialect that reads it computes
-    in fp32 then; the scales of a KV cache are fp32 always.
+    transposed: from nn.Linear's (out, in) to MatMul's (in, out); offset: in bytes; precision: of floats; experts: how
+    many matrices behind each other the sources make, None for one that is no expert's; form, role: of a matrix in a
+    weight format, and what of it this is. A rotary table is fp32 where the rest is bf16, because the dialect that reads
+    it computes in fp32 then; the scales of a KV cache are fp32 always.
     """
 
     name: str
@@ -77,9 +82,14 @@ class Initializer:
     transposed: bool
     offset: int
     precision: GraphPrecision
-    blocks: int = 1
+    experts: int | None = None
     form: WeightFormat | None = None
     role: Role = "values"
+
+    @property
+    def blocks(self) -> int:
+        """Returns how many matrices stand behind each other."""
+        return self.experts or 1
 
     @property
     def parts(self) -> list[tuple[str, ...]]:
@@ -92,7 +102,7 @@ class Initializer:
         """Returns the bits of an element."""
         if self.form is None or self.role in SCALES:
             return 8 * PRECISIONS[self.precision].element_bytes
-        return 8 if self.role == "scale_codes" else self.form.bits
+        return 8 if self.role in ("scale_codes", "bytes") else self.form.bits
 
     @property
     def length(self) -> int:
@@ -104,17 +114,10 @@ class Initializer:
         """Returns ONNX's name of the type of an element."""
         if self.form is None or self.role in SCALES:
             return PRECISIONS[self.precision].onnx_type
-        if self.role == "numbers":
-            return f"UINT{self.form.bits}"
+        if self.role in ("numbers", "bytes"):
+            return f"UINT{self.bits}"
         levels = "e4m3" if self.role == "scale_codes" else self.form.levels
         return FLOAT_TYPES.get(levels, f"INT{self.form.bits}")
-
-    def block(self, index: int, name: str) -> Initializer:
-        """Returns one of the blocks as an initializer of its own, on the same bytes."""
-        is_vector = self.role == "scales" and self.form.group is None
-        shape = self.shape[-1:] if is_vector else self.shape[1:]
-        offset = self.offset + index * (self.length // self.blocks)
-        return replace(self, name=name, shape=shape, sources=(), offset=offset, blocks=1)
 
 
 def rotates_by_tables(attention: Attention) -> bool:
@@ -132,8 +135,8 @@ def rotary_tables(number: int) -> tuple[str, str]:
 def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | None) -> tuple[Initializer, ...]:
     """Returns all initializers in the order of the files.
 
-    max_positions: rows of the rotary tables; None: without tables. Raises InputError for embedding and head in a format
-    whose groups have minima, and for groups that do not divide.
+    max_positions: rows of the rotary tables; None: without tables. Raises InputError for embedding, head and experts in
+    a format whose groups have minima, and for groups that do not divide.
     """
     ends = {EMBEDDING_FILE: 0, LAYERS_FILE: 0}
     initializers: list[Initializer] = []
@@ -144,17 +147,21 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
         shape: tuple[int, ...],
         sources: tuple[str, ...],
         file: str = LAYERS_FILE,
-        blocks: int = 1,
+        experts: int | None = None,
         transposed: bool = True,
     ) -> None:
         """Appends a tensor at the end of its file, as one initializer or as those of its weight format."""
         own: GraphPrecision = "fp32" if precision == "bf16" and not sources else precision
-        whole = Initializer(name, file, shape, sources, transposed and len(shape) > 1, 0, own, blocks)
+        form = formats.get(sources[0]) if sources else None
+        transposed = transposed and len(shape) > 1 and (not experts or (form is not None and form.group is None))
+        if experts and transposed:
+            shape = (shape[0], shape[2], shape[1])
+        whole = Initializer(name, file, shape, sources, transposed, 0, own, experts)
         if name.endswith(CACHE_SCALES):
             whole = replace(whole, precision="fp32", role="cache scales", transposed=False)
-        form = formats.get(sources[0]) if sources else None
-        if form is not None and form.offset == "minimum" and file == EMBEDDING_FILE:
-            raise InputError(f"graphs have no embedding and head in {form.name}", "Give these int8 or floats.")
+        if form is not None and form.offset == "minimum" and (file == EMBEDDING_FILE or experts):
+            what = "experts" if experts else "embedding and head"
+            raise InputError(f"graphs have no {what} in {form.name}", "Give these int8 or floats.")
         for part in [whole] if form is None else _quantised(replace(whole, form=form)):
             offset = -(-ends[file] // ALIGNMENT) * ALIGNMENT
             initializers.append(replace(part, offset=offset))
@@ -183,8 +190,8 @@ def layout(decoder: Decoder, precision: GraphPrecision, max_positions: int | Non
             prefix = f"layers.{index}.{kind}."
             if decoder.norms != "after":
                 add_norm(prefix + "norm")
-            for name, shape, sources, blocks in inner(part, hidden):
-                add(prefix + name, shape, tuple(prefix + source for source in sources), blocks=blocks)
+            for name, shape, sources, experts in inner(part, hidden):
+                add(prefix + name, shape, tuple(prefix + source for source in sources), experts=experts)
             if decoder.norms != "before":
                 add_norm(prefix + "post_norm")
     add_norm("norm")
@@ -227,25 +234,25 @@ def largest_matrix_bytes(decoder: Decoder, precision: GraphPrecision) -> int:
     return PRECISIONS[precision].element_bytes * max(codes, default=0)
 
 
-Part = tuple[str, tuple[int, ...], tuple[str, ...], int]  # name, shape, sources, blocks
+Part = tuple[str, tuple[int, ...], tuple[str, ...], "int | None"]  # name, shape, sources, experts
 
 
 def _attention(attention: Attention, hidden: int) -> Iterator[Part]:
     """Yields the initializers of an attention but for its norms of the stream."""
     packed = attention.query_size + 2 * attention.key_value_size
-    yield "qkv.weight", (hidden, packed), ("q", "k", "v"), 1
+    yield "qkv.weight", (hidden, packed), ("q", "k", "v"), None
     if attention.input_bias:
-        yield "qkv.bias", (packed,), ("q_bias", "k_bias", "v_bias"), 1
+        yield "qkv.bias", (packed,), ("q_bias", "k_bias", "v_bias"), None
     if attention.qk_norm is not None:
         of_all = attention.qk_norm == "all"
         for part, size in (("q", attention.query_size), ("k", attention.key_value_size)):
-            yield f"{part}_norm.weight", (size if of_all else attention.head_dim,), (f"{part}_norm",), 1
-    yield "o.weight", (attention.query_size, hidden), ("o",), 1
+            yield f"{part}_norm.weight", (size if of_all else attention.head_dim,), (f"{part}_norm",), None
+    yield "o.weight", (attention.query_size, hidden), ("o",), None
     if attention.output_bias:
-        yield "o.bias", (hidden,), ("o_bias",), 1
+        yield "o.bias", (hidden,), ("o_bias",), None
     if attention.cache_format is not None:
         for name in ("key_scale", "value_scale"):
-            yield name, (1, attention.num_key_value_heads, 1, attention.head_dim), (name,), 1
+            yield name, (1, attention.num_key_value_heads, 1, attention.head_dim), (name,), None
 
 
 def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
@@ -253,17 +260,17 @@ def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
     width, inputs = mlp.intermediate_size, mlp.inputs
     if (experts := mlp.experts) is not None:
         count = experts.num_experts
-        yield "router.weight", (hidden, count), ("router",), 1
+        yield "router.weight", (hidden, count), ("router",), None
         sources = tuple(f"experts.{e}.{name}" for e in range(count) for name in inputs)
-        yield "gate_up.weight", (count, hidden, len(inputs) * width), sources, count
-        yield "down.weight", (count, width, hidden), tuple(f"experts.{e}.down" for e in range(count)), count
+        yield "gate_up.weight", (count, len(inputs) * width, hidden), sources, count
+        yield "down.weight", (count, hidden, width), tuple(f"experts.{e}.down" for e in range(count)), count
         return
-    yield "gate_up.weight", (hidden, len(inputs) * width), inputs, 1
+    yield "gate_up.weight", (hidden, len(inputs) * width), inputs, None
     if mlp.input_bias:
-        yield "gate_up.bias", (len(inputs) * width,), tuple(f"{name}_bias" for name in inputs), 1
-    yield "down.weight", (width, hidden), ("down",), 1
+        yield "gate_up.bias", (len(inputs) * width,), tuple(f"{name}_bias" for name in inputs), None
+    yield "down.weight", (width, hidden), ("down",), None
     if mlp.output_bias:
-        yield "down.bias", (hidden,), ("down_bias",), 1
+        yield "down.bias", (hidden,), ("down_bias",), None
 
 
 def write_data(decoder: Decoder, weights: StoredWeights, folder: Path, initializers: tuple[Initializer, ...]) -> None:
@@ -339,16 +346,19 @@ def _pieces(tensors: dict[str, torch.Tensor], initializer: Initializer) -> Itera
     import torch
 
     # Some rows of one tensor after the other. Their number is even, so that 4 bits make whole bytes.
-    if not initializer.transposed:
+    if not initializer.transposed and not initializer.experts:
         for name, tensor in tensors.items():
             for piece in tensor.split(_lines(prod(tensor.shape[1:]), initializer)):
                 yield _encoded(_converted(name, piece, initializer), initializer)
         return
-    # Some columns (out, columns) of all tensors together, which are rows (columns, out) of the transposed ones.
-    columns = _lines(sum(tensor.shape[0] for tensor in tensors.values()), initializer)
-    for pieces in zip(*(tensor.split(columns, dim=1) for tensor in tensors.values()), strict=True):
+    # Some columns (out, columns) of all tensors together, which are rows (columns, out) of the transposed ones; or some
+    # rows of each. Those of an expert come in turn.
+    axis = int(initializer.transposed)
+    lines = _lines(sum(prod(tensor.shape) // tensor.shape[axis] for tensor in tensors.values()), initializer)
+    for pieces in zip(*(tensor.split(lines, dim=axis) for tensor in tensors.values()), strict=True):
         converted = [_converted(name, piece, initializer) for name, piece in zip(tensors, pieces, strict=True)]
-        yield _encoded(torch.cat(converted).t().contiguous(), initializer)
+        joined = torch.stack(converted, dim=1).flatten(0, 1) if initializer.experts else torch.cat(converted)
+        yield _encoded((joined.t() if initializer.transposed else joined).contiguous(), initializer)
 
 
 def _lines(elements: int, initializer: Initializer) -> int:

@@ -24,8 +24,9 @@ from edgeprune.engine.onnx.attention import (
     prepare_opset24,
     prepare_primitive,
 )
+from edgeprune.engine.onnx.experts import Activate, all_experts, own_experts
 from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared
-from edgeprune.engine.onnx.quantised import expert, matrix, offsets, rounded
+from edgeprune.engine.onnx.quantised import matrix, offsets, rounded
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 
 Norm = Callable[[Nodes, str, str, "str | None", str, float], tuple[str, str]]
@@ -146,16 +147,16 @@ class Operators:
     """The operators of one dialect, where dialects differ.
 
     opsets: versions by domain, the least that its operators need; prepare: adds the values that all layers share;
-    rms_norm, layer_norm, activate, attention: add the nodes of these functions.
+    rms_norm, layer_norm, activate, attention, experts: add the nodes of these functions.
     """
 
     opsets: dict[str, int]
     prepare: Callable[[Nodes, Decoder], Shared]
     rms_norm: Norm
     layer_norm: Norm
-    activate: Callable[[Nodes, str, str, Activation], str]
+    activate: Activate
     attention: Callable[[Nodes, str, str, Attention, Decoder, tuple[str, ...], Shared], str]
-    has_batched_codes: bool = True  # whether a product of several matrices with codes runs well
+    experts: Callable[[Nodes, Activate, str, str, Mlp], str] = all_experts
 
     def norm(self, decoder: Decoder) -> Norm:
         """Returns the norm that a decoder uses."""
@@ -173,7 +174,7 @@ OPERATORS: dict[Dialect, Operators] = {
         _layer_norm_onnxruntime,
         _activate_onnxruntime,
         attention_onnxruntime,
-        has_batched_codes=False,
+        own_experts,
     ),
 }
 
@@ -222,73 +223,17 @@ def mlp(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str
     gate and up are one product of 2 * intermediate_size columns, which is then split in halves.
     """
     if part.experts is not None:
-        return _experts(nodes, operators, name, x, part)
-    inner = _inner(nodes, operators, name, x, part, f"{name}.gate_up")
+        return operators.experts(nodes, operators.activate, name, x, part)
+    inner = _inner(nodes, operators, name, x, part)
     return linear(nodes, f"{name}.down", inner, f"{name}.down", part.output_bias)
 
 
-def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp, weight: str) -> str:
-    """Adds the inputs of the down projection, from x (..., c) to (..., i); weight: as of `linear`."""
+def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
+    """Adds the inputs of the down projection, from x (..., c) to (..., i)."""
     width = part.intermediate_size
-    product = linear(nodes, f"{name}.{'gate_up' if part.gated else 'up'}", x, weight, part.input_bias)
+    product = linear(nodes, f"{name}.{'gate_up' if part.gated else 'up'}", x, f"{name}.gate_up", part.input_bias)
     if not part.gated:
         return operators.activate(nodes, name, product, part.activation)
     outputs = (f"{name}.gate", f"{name}.up")
     gate, up = nodes.add_many("Split", f"{name}.split", (product, nodes.sizes(width, width)), outputs, axis=-1)
     return nodes.add("Mul", f"{name}.gated", operators.activate(nodes, name, gate, part.activation), up)
-
-
-def _experts(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> str:
-    """Adds an MLP of experts, from x (b, s, c) to (b, s, c).
-
-    Every expert computes every token, (experts, b * s, ...), and its output is weighted with the router's share, which
-    is 0 for all but the token's own experts: no engine's parser takes a choice of weights that depends on the token.
-    """
-    # The shares of the token's own experts, which have the largest ones.
-    experts = part.experts
-    count, chosen = experts.num_experts, experts.num_experts_per_tok
-    logits = nodes.to_fp32(f"{name}.router_fp32", nodes.add("MatMul", f"{name}.router", x, f"{name}.router.weight"))
-    shares = nodes.add("Softmax", f"{name}.shares", logits, axis=-1)  # (b, s, experts)
-    outputs = (f"{name}.top", f"{name}.chosen")
-    top, places = nodes.add_many("TopK", f"{name}.top_k", (shares, nodes.sizes(chosen)), outputs, axis=-1)
-    # top, places: (b, s, num_experts_per_tok)
-    if experts.normalised:
-        sums = nodes.add("ReduceSum", f"{name}.top_sum", top, nodes.sizes(-1), keepdims=1)
-        top = nodes.add("Div", f"{name}.top_shares", top, sums)
-    # The same among zeros for all other experts.
-    zeros = nodes.add("Mul", f"{name}.no_shares", shares, nodes.constant("zero.fp32", 0.0, np.float32))
-    taken = nodes.add("ScatterElements", f"{name}.taken", zeros, places, top, axis=-1)  # (b, s, experts)
-    taken = nodes.add("Reshape", f"{name}.by_token", taken, nodes.sizes(1, -1, count))  # (1, b * s, experts)
-    taken = nodes.add("Transpose", f"{name}.by_expert", taken, perm=[2, 1, 0])  # (experts, b * s, 1)
-    taken = nodes.from_fp32(f"{name}.taken_cast", taken)
-    # All tokens of the batch behind each other.
-    shape = nodes.add("Shape", f"{name}.shape", x)
-    width = nodes.add("Slice", f"{name}.width", shape, nodes.sizes(2), nodes.sizes(3))
-    flat_size = nodes.add("Concat", f"{name}.flat_shape", nodes.sizes(1, -1), width, axis=0)
-    flat = nodes.add("Reshape", f"{name}.flat", x, flat_size)  # (1, b * s, c)
-    # Every expert's output, weighted and summed.
-    if f"{name}.gate_up.weight" in nodes.quantised and not operators.has_batched_codes:
-        total = _one_by_one(nodes, operators, name, flat, taken, part)
-    else:
-        inner = _inner(nodes, operators, name, flat, part, f"{name}.gate_up")  # (experts, b * s, i)
-        outputs_of_all = linear(nodes, f"{name}.each", inner, f"{name}.down", has_bias=False)  # (experts, b * s, c)
-        weighted = nodes.add("Mul", f"{name}.weighted", outputs_of_all, taken)
-        total = nodes.add("ReduceSum", f"{name}.total", weighted, nodes.sizes(0), keepdims=0)  # (b * s, c)
-    return nodes.add("Reshape", f"{name}.down", total, shape)
-
-
-def _one_by_one(nodes: Nodes, operators: Operators, name: str, flat: str, taken: str, part: Mlp) -> str:
-    """Adds the weighted sum of the experts' outputs, each in products of its own, from (1, b * s, c) to the same.
-
-    taken: the experts' shares of each token (experts, b * s, 1).
-    """
-    count = part.experts.num_experts
-    shares = tuple(f"{name}.taken.{index}" for index in range(count))  # (1, b * s, 1) each
-    nodes.add_many("Split", f"{name}.split_taken", (taken, nodes.sizes(*[1] * count)), shares, axis=0)
-    outputs = []
-    for index, share in enumerate(shares):
-        own = f"{name}.experts.{index}"
-        inner = _inner(nodes, operators, own, flat, part, expert(f"{name}.gate_up", index))  # (1, b * s, i)
-        output = linear(nodes, f"{own}.down", inner, expert(f"{name}.down", index), has_bias=False)  # (1, b * s, c)
-        outputs.append(nodes.add("Mul", f"{own}.weighted", output, share))
-    return nodes.add("Sum", f"{name}.total", *outputs)

@@ -22,25 +22,21 @@ def codes_by_name(initializers: Sequence[Initializer]) -> dict[str, Initializer]
     return {one.name.removesuffix(CODES): one for one in initializers if one.role == "codes"}
 
 
-def expert(weight: str, index: int) -> str:
-    """Returns the name of one expert's matrix."""
-    return f"{weight}.{index}"
-
-
 def views(initializers: Sequence[Initializer], dialect: Dialect) -> Iterator[Initializer]:
     """Yields further initializers on the same bytes, of which a dialect makes its own matrices.
 
-    ONNX Runtime fuses a product with its DequantizeLinear where the matrix has two axes and its codes have no other
-    reader: each expert has a matrix of its own, and the codes of a tied table have a second name for the embedding.
+    ONNX Runtime fuses a product with its DequantizeLinear where its codes have no other reader: those of a tied table
+    have a second name for the embedding. Its operator of experts reads codes as bytes.
     """
     if dialect != "onnxruntime":
         return
     names = {one.name for one in initializers}
     for one in initializers:
-        if one.form is not None and one.blocks > 1:
-            weight = one.name.removesuffix(f".weight.{one.role}")
-            for index in range(one.blocks):
-                yield one.block(index, f"{expert(weight, index)}.weight.{one.role}")
+        if one.role == "codes" and one.experts:
+            *outer, inputs = one.shape
+            shape = (*outer, inputs * one.form.bits // 8)
+            name = f"{one.name.removesuffix(CODES)}.bytes"
+            yield replace(one, name=name, role="bytes", shape=shape, sources=())
         if one.role == "codes" and one.form.e4m3_scales:
             yield numbers_of(one)
         is_tied = one.form is not None and one.sources == ("embedding",)

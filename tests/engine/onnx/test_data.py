@@ -125,6 +125,14 @@ def table(rotary: Rotary, function: np.ufunc) -> np.ndarray:
     return np.concatenate([np.zeros((1, 8)), function(np.concatenate([np.zeros((2, 4)), by_column], axis=1))])
 
 
+def joined(initializer: data_module.Initializer, tensors: list[np.ndarray]) -> np.ndarray:
+    """Of an expert with its rows in turn, else behind each other, and (in, out) where the initializer is so."""
+    rows = np.concatenate(tensors)
+    if initializer.experts:
+        rows = np.stack(tensors, axis=1).reshape(rows.shape)
+    return rows.T if initializer.transposed else rows
+
+
 @given(decoder=decoders, precision=st.sampled_from(["fp32", "fp16"]), piece_bytes=st.integers(1, 200))
 @settings(deadline=None, max_examples=60)
 def test_data_files_hold_the_weights_whatever_the_piece(
@@ -142,8 +150,7 @@ def test_data_files_hold_the_weights_whatever_the_piece(
         assert 0 <= initializer.offset - ends[initializer.file] < data_module.ALIGNMENT
         ends[initializer.file] = initializer.offset + initializer.length
         if initializer.sources:
-            blocks = [np.concatenate([weights[source].numpy() for source in part]) for part in initializer.parts]
-            blocks = [block.T if initializer.transposed else block for block in blocks]
+            blocks = [joined(initializer, [weights[source].numpy() for source in part]) for part in initializer.parts]
             wanted = np.stack(blocks) if len(blocks) > 1 else blocks[0]
         else:
             number = int(initializer.name.split(".")[1]) if initializer.name.count(".") > 1 else 0
@@ -190,7 +197,7 @@ forms, of_layers = (st.sampled_from([None, *of]) for of in (OF_WEIGHTS, OF_LAYER
 def formatted_decoders(draw: st.DrawFn) -> Decoder:
     """One layer of a width that groups of 128 divide, and odd numbers of outputs."""
     experts = draw(st.sampled_from([None, Experts(3, 2)]))
-    attention, mlp = draw(of_layers), draw(of_layers)
+    attention, mlp = draw(of_layers), draw(forms if experts else of_layers)
     layer = Layer(Attention(8, 1, 16, input_bias=True), Mlp(128, gated=draw(st.booleans()), experts=experts))
     decoder = Decoder("llama", 128, draw(st.sampled_from([3, 6])), 8, 1e-5, draw(st.booleans()), (layer,))
     return decoder.with_formats([(attention, mlp)], draw(forms), draw(forms))
@@ -229,9 +236,8 @@ def test_data_files_hold_codes_scales_and_zeros_whatever_the_piece(
         held |= set(initializer.sources)
         assert {formats[source] for source in initializer.sources} == {initializer.form}
         data = (folder / initializer.file).read_bytes()[initializer.offset : initializer.offset + initializer.length]
-        parts = [[held_of(stored[source], initializer.role) for source in part] for part in initializer.parts]
-        blocks = [torch.cat(part).numpy() for part in parts]  # (out, in) or (out, groups)
-        wanted = np.stack([block.T for block in blocks] if initializer.transposed else blocks)
+        parts = [[held_of(stored[source], initializer.role).numpy() for source in part] for part in initializer.parts]
+        wanted = np.stack([joined(initializer, part) for part in parts])
         if initializer.role in ("scales", "offsets"):
             found = np.frombuffer(data, np.float16)
         else:

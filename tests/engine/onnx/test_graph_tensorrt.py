@@ -164,7 +164,7 @@ def test_codes_stay_packed_in_every_float_type(precision: str, layers: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", ["int8", "int4-32", "int4-offset"])
+@pytest.mark.parametrize("layers", ["int8", "int4-32", "int4-128"])
 @pytest.mark.parametrize("dialect", ["opset24", "opset23", "primitive"])
 def test_the_codes_of_experts_stay_packed(layers: str, dialect: str) -> None:
     decoder = wide(experts=Experts(3, 2)).with_format(WEIGHT_FORMATS[layers], WEIGHT_FORMATS["int8"])

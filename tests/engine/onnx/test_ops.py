@@ -86,11 +86,11 @@ def test_experts_weigh_the_outputs_of_the_likeliest(operators, normalised: bool)
     for expert in range(4):
         own |= {f"mlp.experts.{expert}.{name}": normal(5, 6) for name in ("gate", "up")}
         own[f"mlp.experts.{expert}.down"] = normal(6, 5)
-    fused = [np.concatenate([own[f"mlp.experts.{e}.gate"], own[f"mlp.experts.{e}.up"]]).T for e in range(4)]
+    parts = [[own[f"mlp.experts.{e}.{name}"] for name in ("gate", "up")] for e in range(4)]
     weights = {
         "mlp.router.weight": np.ascontiguousarray(own["mlp.router"].T),
-        "mlp.gate_up.weight": np.stack(fused),
-        "mlp.down.weight": np.stack([own[f"mlp.experts.{e}.down"].T for e in range(4)]),
+        "mlp.gate_up.weight": np.stack([np.stack(part, axis=1).reshape(10, 6) for part in parts]),  # rows in turn
+        "mlp.down.weight": np.stack([own[f"mlp.experts.{e}.down"] for e in range(4)]),
     }
     (found,) = run(nodes, [mlp(nodes, operators, "mlp", "x", part)], {"x": x}, weights, operators)
     expected = experts_output(torch.from_numpy(x), {name: torch.from_numpy(w) for name, w in own.items()}, part)

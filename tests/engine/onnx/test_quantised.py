@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto
 
 from edgeprune.engine.onnx.graph import GraphVariant, graph_weight_bytes, write_graphs
+from edgeprune.errors import InputError
 from edgeprune.model.decoder import Attention, Decoder, Experts, Layer, Mlp, Rotary
 from edgeprune.ondevice.onnxruntime import BY_CHANNEL_BLOCKS, open_session
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat
@@ -23,6 +24,7 @@ from tests.support.graph_nodes import refused_types
 from tests.support.roundings import INT8, OF_LAYERS, OF_WEIGHTS, OFFSET, mixed, numbers, rounded
 
 FORMATS = pytest.mark.parametrize("form", OF_WEIGHTS, ids=lambda form: form.name)
+SYMMETRIC = [form for form in OF_WEIGHTS if not form.offset]
 LAYERS = pytest.mark.parametrize("form", OF_LAYERS, ids=lambda form: form.name)
 RUNTIME = GraphVariant("onnxruntime", "last")
 STANDARD = [variant for variant in VARIANTS if variant.dialect != "onnxruntime"]
@@ -67,7 +69,7 @@ def test_every_format_gives_our_own_walks_logits(form: WeightFormat, tied: bool,
     assert max(errors.values()) < 1e-5, errors
 
 
-@LAYERS
+@FORMATS
 def test_experts_of_every_format_give_our_own_walks_logits(form: WeightFormat, tmp_path: Path) -> None:
     decoder = small(experts=Experts(3, 2)).with_format(form)
     errors = parity.stored_errors(decoder, rounded(decoder, random_weights(decoder)), tmp_path)
@@ -106,22 +108,25 @@ def test_onnx_runtime_fuses_every_product(form: WeightFormat, tied: bool, precis
 
 
 def test_the_means_of_groups_are_made_once_for_what_reads_the_same(tmp_path: Path) -> None:
-    """Of queries, keys and values, of gate and up, of all experts; their products with the minima are small ones."""
+    """Of queries, keys and values, of gate and up; their products with the minima are small ones."""
     biases = {"input_bias": True, "output_bias": True}
-    for name, decoder, means, products in (
-        ("plain", small(layers=1, attention=biases, **biases), 4, 4),
-        ("experts", small(layers=1, experts=Experts(3, 2)), 2 + 1 + 3, 2 + 3 * 2),
-    ):
-        stored = rounded(decoder.with_format(OFFSET), random_weights(decoder))
-        written = write_graphs(decoder.with_format(OFFSET), stored, tmp_path / name, "fp16", [RUNTIME])
-        graph = onnx.load(written.graphs[RUNTIME], load_external_data=False).graph
-        assert operators(graph).count("ReduceMean") == means
-        small_ones = [node for node in graph.node if node.op_type == "MatMul" and node.name.endswith(".offset")]
-        assert len(small_ones) == products
-        offsets = {one.name: one for one in graph.initializer if one.name.endswith(".offsets")}
-        assert {node.input[1] for node in small_ones} == set(offsets)
-        assert {one.data_type for one in offsets.values()} == {TensorProto.FLOAT16}
-        assert operators(fused(written.graphs[RUNTIME], tmp_path / name)).count("MatMulNBits") == products
+    decoder = small(layers=1, attention=biases, **biases)
+    stored = rounded(decoder.with_format(OFFSET), random_weights(decoder))
+    written = write_graphs(decoder.with_format(OFFSET), stored, tmp_path, "fp16", [RUNTIME])
+    graph = onnx.load(written.graphs[RUNTIME], load_external_data=False).graph
+    assert operators(graph).count("ReduceMean") == 4
+    small_ones = [node for node in graph.node if node.op_type == "MatMul" and node.name.endswith(".offset")]
+    assert len(small_ones) == 4
+    offsets = {one.name: one for one in graph.initializer if one.name.endswith(".offsets")}
+    assert {node.input[1] for node in small_ones} == set(offsets)
+    assert {one.data_type for one in offsets.values()} == {TensorProto.FLOAT16}
+    assert operators(fused(written.graphs[RUNTIME], tmp_path)).count("MatMulNBits") == 4
+
+
+def test_experts_whose_groups_have_minima_are_refused(tmp_path: Path) -> None:
+    decoder = small(layers=1, experts=Experts(3, 2)).with_format(OFFSET)
+    with pytest.raises(InputError, match="no experts in int4-offset"):
+        write_graphs(decoder, {}, tmp_path, "fp32", [RUNTIME])
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "gelu_quick"])
@@ -135,13 +140,20 @@ def test_onnx_runtime_fuses_plain_mlps_of_every_activation(activation: str, has_
     assert "DequantizeLinear" not in operators(graph)
 
 
-@FORMATS
-def test_onnx_runtime_fuses_the_products_of_each_expert(form: WeightFormat, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("form", [None, *SYMMETRIC], ids=lambda form: form.name if form else "float")
+def test_onnx_runtime_reads_a_token_s_own_experts_alone(
+    form: WeightFormat | None, precision: str, tmp_path: Path
+) -> None:
+    """In one operator, whose codes and scales are made when the session is: a step makes none of them again."""
     decoder = small(layers=1, experts=Experts(3, 2)).with_format(form)
-    written = write_graphs(decoder, rounded(decoder, random_weights(decoder)), tmp_path, "fp32", [RUNTIME])
+    written = write_graphs(decoder, rounded(decoder, random_weights(decoder)), tmp_path, precision, [RUNTIME])
     graph = fused(written.graphs[RUNTIME], tmp_path)
-    assert operators(graph).count("MatMulNBits") == 2 + 3 * 2
-    assert "DequantizeLinear" not in operators(graph)
+    assert operators(graph).count("MoE" if form is None else "QMoE") == 1
+    if form is not None:
+        assert operators(graph).count("MatMulNBits") == 2
+    assert not {"DequantizeLinear", "BitwiseXor", "TopK"} & set(operators(graph))
+    assert not [node.name for node in graph.node if ".mlp." in node.name and node.op_type == "Expand"]
 
 
 def test_bf16_codes_are_run_in_fp32_by_onnx_runtime(tmp_path: Path) -> None:
