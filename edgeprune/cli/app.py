@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, drift, evaluate, fit, generate, inspect, samples
+from edgeprune.cli import compare, drift, evaluate, fit, generate, inspect, samples, serve
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -101,6 +101,11 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "edgeprune run my-model-cpu --prompt 'What is edge computing?'",
             "edgeprune run c2i_B_384-cpu --class 207 --count 16 --output grid.png",
         ),
+    ),
+    (
+        USE,
+        serve.serve,
+        ("edgeprune serve my-model-cpu", "edgeprune serve my-model-cpu --slots 4 --port 8080 --api-key-file key.txt"),
     ),
     (
         METHODS,

@@ -87,14 +87,26 @@ def peak_bytes() -> int:
 
     On Linux they are read from /proc/self/status, because ru_maxrss begins there at the size of the parent.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+    if (peak := _of_status("VmHWM")) is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_bytes() -> int | None:
+    """Returns the resident bytes of this process; None where the system does not tell."""
+    return _of_status("VmRSS")
+
+
+def _of_status(name: str) -> int | None:
+    """Returns the bytes of a line of /proc/self/status; None without such a line."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 def used_memory() -> int | None:

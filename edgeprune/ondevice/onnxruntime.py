@@ -6,6 +6,7 @@ measurements are meant for a process of their own.
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ class GraphRunner:
         self.session = open_session(graph, threads, exact)
         self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
         self.hold(batch)
+
+    def another(self) -> GraphRunner:
+        """Returns a runner of the same session with an empty cache of its own."""
+        runner = copy.copy(self)
+        runner.hold(self.batch)
+        return runner
 
     def hold(self, batch: int) -> None:
         """Makes an empty cache for another number of sequences, in the same session."""

@@ -45,8 +45,8 @@ class Method:
 
 SCORE_WORDS = {
     score.obs: "least cost of removal (Optimal Brain Surgeon)",
-    score.numerical: "least mask, without its bounds (Shen et al. 2025)",
-    score.numerical_box: "least mask, between 0 and 1 (Shen et al. 2025)",
+    score.numerical: "least mask, unbounded (Shen et al. 2025)",
+    score.numerical_box: "least mask in 0 to 1 (Shen et al. 2025)",
     score.flap: "least fluctuation in the dense model (FLAP)",
     score.fluctuation: "least fluctuation (FLAP's score)",
     score.wanda: "least weight times input (Wanda-sp)",

@@ -60,8 +60,10 @@ def render(
     return str(text)
 
 
-def render_whole(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
-    """Returns a chat as the template writes it, with every call of a tool in it.
+def render_whole(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None, prompted: bool = False
+) -> str:
+    """Returns a chat as the template writes it, with every call of a tool in it; prompted: as of `render`.
 
     Templates differ in what they take for a call's arguments (an object or its text) and for the content of a message
     that only calls (none or an empty text): the first form is taken that leaves no call out and shows no value of
@@ -69,13 +71,13 @@ def render_whole(tokenizer: Any, messages: Sequence[Message], tools: Sequence[An
     """
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     if not calls:
-        return render(tokenizer, messages, tools)
+        return render(tokenizer, messages, tools, prompted)
     rendered, refusal = [], None
     for is_object, content in product((True, False), (None, "")):
         form, marked = ([_form(message, is_object, content, name) for message in messages] for name in (None, MARK))
         try:
-            text = render(tokenizer, form, tools)
-            is_whole = render(tokenizer, marked, tools).count(MARK) >= len(calls)
+            text = render(tokenizer, form, tools, prompted)
+            is_whole = render(tokenizer, marked, tools, prompted).count(MARK) >= len(calls)
         except InputError as error:
             refusal = refusal or error
             continue

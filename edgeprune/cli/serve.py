@@ -1,0 +1,37 @@
+"""The command that serves a bundle. It parses, calls one function and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options
+from edgeprune.cli.options import PATH
+from edgeprune.cli.streams import note, show
+
+
+def serve(
+    bundle: options.Bundle,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any that is free.")] = 8000,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=64, help="Requests that are answered at once. Default: the batch that the bundle was fitted for."
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, help="More requests that may wait; others get status 429.")] = 32,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that requests must bring.", **PATH)
+    ] = None,
+) -> None:
+    """Serve a bundle with the interface of OpenAI's chat and text completions, until Ctrl-C."""
+    from edgeprune.commands.serve import serve as serve_bundle
+
+    def ready(address: str, count: int) -> None:
+        at_once = "1 request" if count == 1 else f"{count} requests"
+        show(f"Serving {bundle.resolve().name} at {address}/v1, {at_once} at a time. Ctrl-C ends it.")
+
+    serve_bundle(bundle, host, port, slots, queue, api_key_file, note, ready)
