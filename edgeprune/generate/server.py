@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import json
 import time
+import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,9 @@ def _event_stream(writing: Writing, events: asyncio.Queue[Event], job: Job) -> R
             job.cancelled = True
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+    response = StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+    weakref.finalize(response, setattr, job, "cancelled", True)  # a client may go before the first line
+    return response
 
 
 def _line(document: Mapping[str, Any]) -> str:
