@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from edgeprune.generate.runner import runner_of
 from edgeprune.ondevice.bundle import open_to_run
+from edgeprune.ondevice.bundle_runner import runner_of
 from edgeprune.ondevice.reference import StepRunner
 from edgeprune.ondevice.serving import PART
 from tools.bench_graph import interval

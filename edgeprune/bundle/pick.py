@@ -16,7 +16,7 @@ from edgeprune.bundle.read import read_report
 from edgeprune.bundle.readme import readme
 from edgeprune.bundle.store import write_bundle
 from edgeprune.bundle.write import as_json, json_text, rendered
-from edgeprune.engine.remote import program
+from edgeprune.engine.remote import program, service_program
 from edgeprune.errors import InputError
 from edgeprune.files import check_text, checked, writing
 from edgeprune.ondevice.bundle import (
@@ -40,7 +40,7 @@ from edgeprune.pipeline.output import check_output, check_space, work_folder
 from edgeprune.pipeline.provenance import now
 from edgeprune.pipeline.run_file import RUN_FILE, toml_of
 from edgeprune.progress import Progress, Silent
-from edgeprune.report.deploy import FINISH, deploy_steps
+from edgeprune.report.deploy import FINISH, SERVE, deploy_steps
 from edgeprune.report.schema import Choice, Report
 
 
@@ -93,6 +93,7 @@ def pick(
         "README.md": readme(report),
         DEPLOYMENT: json_text(plan),
         FINISH: program(),
+        **({} if report.quality.pictures else {SERVE: service_program()}),
         RUN_FILE: toml_of({"from": bundle.absolute(), "pick": index}),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeprune.model.export import FORMATS
 from edgeprune.ondevice.finish import DEPLOYMENT
-from edgeprune.report.deploy import FINISH, in_blocks
+from edgeprune.report.deploy import FINISH, SERVE, in_blocks
 from edgeprune.report.figures import number_text, rise_of
 from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.schema import Report
@@ -34,6 +34,7 @@ def readme(report: Report) -> str:
         *(f"| `{name}/` | {form.purpose}, where `--export {name}` asked for it |" for name, form in FORMATS.items()),
         "| `rungs/` | `rungs/0` is the chosen model, further ones are smaller; the folders above lead to one |",
         f"| `{FINISH}` | `python3 {FINISH}` on the device builds the engine, checks, measures and judges it |",
+        *([] if report.quality.pictures else [SERVING]),
         f"| `{DEPLOYMENT}` | what `{FINISH}` needs to know |",
         *RECORDS,
         "",
@@ -117,6 +118,10 @@ CHECKPOINT = "| `model/` | a standard checkpoint for `from_pretrained` |"
 BLOCKS = (
     "| `model/` | `model.gguf` holds the weights in ggml's formats, and llama.cpp runs it; transformers reads it as "
     'floats with `from_pretrained("model", gguf_file="model.gguf")`, which needs `accelerate` |'
+)
+SERVING = (
+    f"| `{SERVE}` | `python3 {SERVE}` on the device puts it behind OpenAI's interface; it needs the engine's modules, "
+    "numpy and `tokenizers` |"
 )
 PICTURES = (
     "| `codec/codec.onnx` | codes (batch, tokens) to pixels (batch, 3, height, width), about -1 to 1 |",

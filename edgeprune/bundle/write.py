@@ -18,7 +18,7 @@ from edgeprune.bundle.deployment import deployment
 from edgeprune.bundle.read import FRONTIER_FILE, FRONTIER_PAGE, PAGE
 from edgeprune.bundle.readme import frontier_readme, readme
 from edgeprune.bundle.store import write_bundle
-from edgeprune.engine.remote import program
+from edgeprune.engine.remote import program, service_program
 from edgeprune.model.export import write_exports
 from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.model.tokens.vocabulary import read_vocabulary
@@ -33,7 +33,7 @@ from edgeprune.pipeline.run_file import RUN_FILE, run_file
 from edgeprune.profiles import profile_toml
 from edgeprune.report import schema
 from edgeprune.report.build import build_report
-from edgeprune.report.deploy import FINISH
+from edgeprune.report.deploy import FINISH, SERVE
 from edgeprune.report.frontier import frontier_of, pick_command
 from edgeprune.report.frontier_page import render_frontier
 from edgeprune.report.html import render_html
@@ -58,6 +58,7 @@ def write_fitted(rungs: Sequence[Fitted], journal: Journal, command: str) -> Non
         "README.md": readme(build_report(fitted, {}, command)),
         DEPLOYMENT: json.dumps(deployment(rungs), indent=2) + "\n",
         FINISH: program(),
+        **({SERVE: service_program()} if setup.kind.writes_text else {}),
         RUN_FILE: run_file(setup),
     }
 

@@ -199,8 +199,8 @@ def _rows(reading: Reading, model: Model, samples: int, length: int, seed: int) 
 
     Raises InputError where that is less than LEAST_SAMPLES.
     """
+    from edgeprune.chats import check_ids
     from edgeprune.evaluate.drift import LEAST_SAMPLES
-    from edgeprune.model.tokens.chat import check_ids
     from edgeprune.model.tokens.tokenizer import load_tokenizer
     from edgeprune.pipeline.packing import pack, shuffled, tokenize
 

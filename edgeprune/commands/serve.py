@@ -8,11 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 from edgeprune.errors import InputError
-from edgeprune.files import read_text
-from edgeprune.generate.runner import runner_of
 from edgeprune.ondevice.bundle import CODEC, open_to_run
-from edgeprune.ondevice.onnxruntime import GraphRunner
-from edgeprune.ondevice.reference import StepRunner
+from edgeprune.ondevice.bundle_runner import runners_of
+from edgeprune.ondevice.serve import key_of
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 GRACE = 5  # seconds that answers have when the server is ended
@@ -35,7 +33,7 @@ def serve(
     InputError for a bundle that cannot run, the bundle of an image generator, a taken port and a missing extra.
     """
     uvicorn = _uvicorn()
-    key = _key(key_file)
+    key = key_of(key_file)
     if key is None and host not in LOOPBACK:
         note(f"anybody who reaches {host} can use the model: give --api-key-file")
     # The port first: opening a model takes long.
@@ -47,22 +45,11 @@ def serve(
                 f"{bundle} is the bundle of an image generator, which answers no text", "Draw with `edgeprune run`."
             )
         chosen.check(chosen.tokenizer)
-        count = slots or chosen.workload.batch
-
-        def open_runners() -> list[StepRunner]:
-            """Returns a runner for each slot: those of a graph share its weights, of an engine there is one."""
-            runner = runner_of(chosen, 1, 1, note)
-            if isinstance(runner, GraphRunner):
-                return [runner, *(runner.another() for _ in range(count - 1))]
-            if count > 1:
-                note("this engine answers one request at a time: the others wait")
-            return [runner]
-
-        from edgeprune.generate.server import BundleWords, app_of
+        from edgeprune.generate.server import app_of, words_of
         from edgeprune.ondevice.serving import Service
 
-        with Service(open_runners, queue) as service:
-            words = BundleWords(chosen.tokenizer, service.vocab_size)
+        with Service(lambda: runners_of(chosen, slots, note), queue) as service:
+            words = words_of(chosen.tokenizer, service.vocab_size)
             app = app_of(service, words, bundle.resolve().name, key)
             config = uvicorn.Config(
                 app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE
@@ -82,18 +69,6 @@ def _uvicorn() -> ModuleType:
             "serving needs the modules starlette and uvicorn", 'Install them: pip install "edgeprune[serve]"'
         ) from None
     return uvicorn
-
-
-def _key(path: Path | None) -> str | None:
-    """Returns the key in a file. Raises InputError where it is empty or cannot be read."""
-    if path is None:
-        return None
-    key = read_text(path, "Give a file with the key in one line.").strip()
-    if not key or not key.isascii() or len(key.split()) != 1:
-        raise InputError(
-            f"{path} holds no key: one line of ASCII without spaces", "Write one, such as `openssl rand -hex 32`."
-        )
-    return key
 
 
 def _listener(host: str, port: int) -> socket.socket:

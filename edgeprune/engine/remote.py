@@ -13,8 +13,9 @@ import io
 import logging
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ GROUND = (
     "errors.py",
     "files.py",
     "cache.py",
+    "chats.py",
     "dialects.py",
     "precision.py",
 )  # the files that travel beside the folder ondevice/
@@ -68,21 +70,23 @@ except OSError as error:
 sys.path.insert(0, path)
 runpy.run_module("edgeprune.ondevice.agent", run_name="__main__", alter_sys=True)
 """
-# What finish.pyz checks before it imports the rest.
+# What finish.pyz and serve.pyz check before they import the rest.
 MAIN = """
 import sys
 from importlib.util import find_spec
 
 if sys.version_info < (3, 10):
-    sys.stderr.write("error: this is Python %d.%d\\nInstall Python 3.10 or newer.\\n" % sys.version_info[:2])
+    sys.stderr.write("error: this is Python %%d.%%d\\nInstall Python 3.10 or newer.\\n" %% sys.version_info[:2])
     sys.exit(4)
-if find_spec("numpy") is None:
-    sys.stderr.write("error: this machine has no Python module numpy\\npip install numpy\\n")
-    sys.exit(4)
-from edgeprune.ondevice.finish import main
+for name in %r:
+    if find_spec(name) is None:
+        sys.stderr.write("error: this machine has no Python module %%s\\npip install %%s\\n" %% (name, name))
+        sys.exit(4)
+from edgeprune.ondevice.%s import main
 
 sys.exit(main())
 """
+TEMPLATES = ("jinja2", "markupsafe")  # the packages that render chat templates, which serve.pyz brings along
 
 
 def device_files() -> list[str]:
@@ -93,19 +97,34 @@ def device_files() -> list[str]:
 
 def program() -> bytes:
     """Returns the device's files as one zip, which is the bundle's `finish.pyz`, and the agent for the boot code."""
+    return _packed({"__main__.py": MAIN % (("numpy",), "finish")})
+
+
+def service_program() -> bytes:
+    """Returns the device's files and a renderer of chat templates as one zip, which is the bundle's `serve.pyz`."""
+    files = {"__main__.py": MAIN % (("numpy", "tokenizers"), "serve")}
+    for package in TEMPLATES:
+        files |= {
+            f"{package}/{file.name}": file.read_text(encoding="utf-8")
+            for file in package_files(package).iterdir()
+            if file.name.endswith(".py")
+        }
+        for path in distribution(package).files or ():
+            if path.name.upper().startswith("LICENSE"):
+                files[f"licenses/{package}.txt"] = path.read_text(encoding="utf-8")
+    return _packed(files)
+
+
+def _packed(more: Mapping[str, str]) -> bytes:
+    """Returns the device's files and more of them as one zip, the same at every time and on every machine."""
     root = package_files("edgeprune")
+    files = {f"edgeprune/{name}": root.joinpath(name).read_text(encoding="utf-8") for name in device_files()}
+    metadata = f"Metadata-Version: 2.1\nName: edgeprune\nVersion: {__version__}\n"
+    files |= {f"edgeprune-{__version__}.dist-info/METADATA": metadata} | dict(sorted(more.items()))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-
-        def add(name: str, text: str) -> None:
-            """Adds a file, with the same bytes at every time and on every machine."""
+        for name, text in files.items():
             archive.writestr(zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
-
-        for name in device_files():
-            add(f"edgeprune/{name}", root.joinpath(name).read_text(encoding="utf-8"))
-        metadata = f"Metadata-Version: 2.1\nName: edgeprune\nVersion: {__version__}\n"
-        add(f"edgeprune-{__version__}.dist-info/METADATA", metadata)
-        add("__main__.py", MAIN)
     return buffer.getvalue()
 
 

@@ -24,11 +24,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from edgeprune.chats import check_ids, encode
 from edgeprune.errors import InputError
 from edgeprune.evaluate.likelihoods import Continuation, Likelihood, Likelihoods
 from edgeprune.evaluate.tasks import is_file, read_questions, title_of
 from edgeprune.files import printable
-from edgeprune.model.tokens.chat import check_ids, encode
 
 METRICS = ("acc_norm", "acc", "exact_match")  # the first of them that a task has is its score
 KINDS = ("multiple_choice", "loglikelihood")  # of tasks that likelihoods answer

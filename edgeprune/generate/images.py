@@ -17,9 +17,9 @@ from edgeprune.errors import InputError
 from edgeprune.files import checked, read_json
 from edgeprune.generate.guidance import checked_guidance, class_labels, documents_of, sample_labels
 from edgeprune.generate.pixels import CodecRunner, grid, write_picture
-from edgeprune.generate.runner import runner_of
 from edgeprune.model.decoder import Decoder, Picture
 from edgeprune.ondevice.bundle import CODEC, OTHER_VERSION, open_to_run
+from edgeprune.ondevice.bundle_runner import runner_of
 from edgeprune.ondevice.guided_sampling import Sampling, draw_pictures, random_points
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.reference import StepRunner

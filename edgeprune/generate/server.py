@@ -1,4 +1,4 @@
-"""The HTTP server of a bundle: OpenAI's chat and text completions on Starlette, and a tokenizer as it needs one.
+"""The HTTP server of a bundle: OpenAI's chat and text completions on Starlette, and the bundle's tokenizer.
 
 It knows no engine: ondevice/serving.py runs it, ondevice/protocol.py reads and writes the bodies.
 """
@@ -6,61 +6,34 @@ It knows no engine: ondevice/serving.py runs it, ondevice/protocol.py reads and 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
 import time
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edgeprune.errors import InputError
-from edgeprune.model.tokens.chat import check_ids, encode, render_whole
 from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.ondevice.answering import Event, ask, metrics
+from edgeprune.ondevice.answering import DONE, Event, ask, joined, line, metrics
 from edgeprune.ondevice.machine import resident_bytes
-from edgeprune.ondevice.protocol import CHAT, TEXT, Refused, Writing, models_of, parsed
+from edgeprune.ondevice.protocol import CHAT, MOST_BYTES, TEXT, Refused, Writing, models_of, parsed
+from edgeprune.ondevice.serve import check_key
 from edgeprune.ondevice.serving import Job, Service
+from edgeprune.ondevice.words import TokenizerWords
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
-MOST_BYTES = 4 << 20  # of a request's body
-DONE = "data: [DONE]\n\n"
+
+def words_of(folder: Path, vocab_size: int) -> TokenizerWords:
+    """Returns the tokenizer in a bundle's folder as the service needs it. Raises InputError where it cannot be read."""
+    tokenizer = load_tokenizer(folder)
+    return TokenizerWords(tokenizer, end_ids(tokenizer, folder), vocab_size)
 
 
-class BundleWords:
-    """The tokenizer of a bundle, with its chat template, as answering.Words."""
-
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = load_tokenizer(folder), vocab_size
-        self.ends = frozenset(end_ids(self._tokenizer, folder))
-
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[int]:
-        """Returns the token ids of a chat with the opening of an answer. Raises InputError where there is no template
-        or it refuses the chat."""
-        if self._tokenizer.chat_template is None:
-            raise InputError("the model has no chat template", "Ask for /v1/completions instead.")
-        text = render_whole(self._tokenizer, messages, tools, prompted=True)
-        ids = encode(self._tokenizer, text, special=False)
-        check_ids([ids], self._vocab_size, self._tokenizer, "the chat")
-        return ids
-
-    def ids(self, text: str) -> list[int]:
-        """Returns the token ids of a text. Raises InputError."""
-        ids = encode(self._tokenizer, text)
-        check_ids([ids], self._vocab_size, self._tokenizer, "the prompt")
-        return ids
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids, without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def app_of(service: Service, words: BundleWords, served: str, key: str | None) -> Starlette:
+def app_of(service: Service, words: TokenizerWords, served: str, key: str | None) -> Starlette:
     """Returns the application. served: the model's name; key: that requests must bring, None for none."""
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, PlainTextResponse
@@ -71,19 +44,11 @@ def app_of(service: Service, words: BundleWords, served: str, key: str | None) -
     def refusal(refused: Refused) -> Response:
         return JSONResponse(refused.body(), refused.status, refused.headers)
 
-    def check_key(request: Request) -> None:
-        """Raises Refused for a request without the key."""
-        if key is None:
-            return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.encode()):
-            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
-
     async def complete(request: Request, kind: str) -> Response:
         from starlette.concurrency import run_in_threadpool
 
         try:
-            check_key(request)
+            check_key(request.headers.get("authorization", ""), key)
             asked = parsed(await _body(request), kind, served)
             events: asyncio.Queue[Event] = asyncio.Queue()
             loop = asyncio.get_running_loop()
@@ -107,7 +72,7 @@ def app_of(service: Service, words: BundleWords, served: str, key: str | None) -
 
     async def models(request: Request) -> Response:
         try:
-            check_key(request)
+            check_key(request.headers.get("authorization", ""), key)
         except Refused as refused:
             return refusal(refused)
         return JSONResponse(models_of(served, began))
@@ -153,16 +118,16 @@ def _event_stream(writing: Writing, events: asyncio.Queue[Event], job: Job) -> R
     async def lines() -> AsyncIterator[str]:
         try:
             for document in writing.first():
-                yield _line(document)
+                yield line(document)
             while True:
                 event = await events.get()
                 if event.error is not None:
-                    yield _line(event.error.body())
+                    yield line(event.error.body())
                     return
-                yield _line(writing.piece(event.text, event.logprobs, event.reason))
+                yield line(writing.piece(event.text, event.logprobs, event.reason))
                 if event.reason is not None:
                     for document in writing.last(event.usage):
-                        yield _line(document)
+                        yield line(document)
                     yield DONE
                     return
         finally:
@@ -172,10 +137,6 @@ def _event_stream(writing: Writing, events: asyncio.Queue[Event], job: Job) -> R
     response = StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
     weakref.finalize(response, setattr, job, "cancelled", True)  # a client may go before the first line
     return response
-
-
-def _line(document: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
 
 
 async def _whole(request: Request, writing: Writing, events: asyncio.Queue[Event], job: Job) -> Response:
@@ -198,9 +159,7 @@ async def _whole(request: Request, writing: Writing, events: asyncio.Queue[Event
     finally:
         gone.cancel()
         job.cancelled = True
-    logprobs = [one for piece in pieces for one in piece.logprobs]
-    end = pieces[-1]
-    return JSONResponse(writing.whole("".join(piece.text for piece in pieces), logprobs, end.reason, end.usage))
+    return JSONResponse(joined(writing, pieces))
 
 
 async def _gone(request: Request) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.chats import check_ids, encode, render
 from edgeprune.errors import InputError
-from edgeprune.generate.runner import runner_of
-from edgeprune.model.tokens.chat import check_ids, encode, render
 from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.bundle import CODEC, open_to_run
+from edgeprune.ondevice.bundle_runner import runner_of
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import check_sampling, generate
 from edgeprune.progress import Progress

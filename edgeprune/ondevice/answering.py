@@ -5,14 +5,16 @@ This file also runs on the device: Python 3.10 and numpy. It knows no server: wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edgeprune.errors import EdgepruneError
-from edgeprune.ondevice.protocol import CHAT, Refused, Request, usage_of
+from edgeprune.ondevice.protocol import CHAT, Refused, Request, Writing, usage_of
 from edgeprune.ondevice.serving import Busy, Job, Service, Token
 
+DONE = "data: [DONE]\n\n"  # the last line of a stream
 HALF = "\ufffd"  # what a tokenizer writes for a part of a character
 
 
@@ -155,6 +157,18 @@ def ask(service: Service, words: Words, request: Request, put: Callable[[Event],
         message = "the server is busy: all slots are taken and the queue is full"
         raise Refused(429, message, code="rate_limit_exceeded", seconds=busy.seconds) from None
     return job
+
+
+def joined(writing: Writing, pieces: Sequence[Event]) -> dict[str, Any]:
+    """Returns the document of an answer that is not streamed, from its pieces, the last one with a reason."""
+    logprobs = [one for piece in pieces for one in piece.logprobs]
+    end = pieces[-1]
+    return writing.whole("".join(piece.text for piece in pieces), logprobs, end.reason, end.usage)
+
+
+def line(document: Mapping[str, Any]) -> str:
+    """Returns a document as an event of a stream."""
+    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
 
 
 def metrics(service: Service, resident: int | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgeprune.ondevice.serving import Drawing
 
+MOST_BYTES = 4 << 20  # of a request's body
 MOST_STOPS, MOST_LIKELIEST = 4, 20
 CHAT, TEXT = "chat", "text"
 UNDONE: dict[str, tuple[Any, ...]] = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.chats import encode, render_whole
 from edgeprune.errors import InputError
-from edgeprune.model.tokens.chat import encode, render_whole
 from edgeprune.pipeline.chats import Chat
 from edgeprune.pipeline.documents import Document
 

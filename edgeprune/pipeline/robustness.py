@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeprune.chats import encode
 from edgeprune.model.model import Model
-from edgeprune.model.tokens.chat import encode
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.pipeline.evaluation import compared, windows_in_tokens_of
 

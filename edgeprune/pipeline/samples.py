@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeprune.chats import check_ids, encode
 from edgeprune.errors import InputError
 from edgeprune.model.model import Model
-from edgeprune.model.tokens.chat import check_ids, encode
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.pipeline.request import SELF, Request
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeprune.chats import check_ids
 from edgeprune.errors import InputError
 from edgeprune.files import printable
 from edgeprune.model.model import Model
-from edgeprune.model.tokens.chat import check_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.pipeline.balance import Group, Pick, balanced, shares_of
 from edgeprune.pipeline.kit import BYTES_PER_TOKEN, Sample

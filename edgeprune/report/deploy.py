@@ -10,7 +10,7 @@ from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.schema import Report, Step
 
-FINISH = "finish.pyz"
+FINISH, SERVE = "finish.pyz", "serve.pyz"
 LOADERS = {"imagegpt": "ImageGPTForCausalImageModeling", "llamagen": None}  # of transformers; others: Auto...
 
 

@@ -218,6 +218,7 @@ def test_a_picked_bundle_is_an_ordinary_one(made, picked):
         "run.toml",
         "deployment.json",
         "finish.pyz",
+        "serve.pyz",
         "rungs",
         "tokenizer",
         "model",
@@ -473,6 +474,7 @@ def test_a_file_system_that_shares_no_blocks(made, tmp_path, monkeypatch):
 
 
 def test_finish_is_that_of_this_version(picked):
-    from edgeprune.engine.remote import program
+    from edgeprune.engine.remote import program, service_program
 
     assert (picked / "finish.pyz").read_bytes() == program()
+    assert (picked / "serve.pyz").read_bytes() == service_program()

@@ -40,7 +40,7 @@ def test_the_files_are_those_of_the_kind(content, kind):
     files = {row[0] for row in rows}
     assert {"`onnx/model.onnx`", "`finish.pyz`", "`deployment.json`", "`manifest.json`"} <= files
     assert ("`codec/codec.onnx`" in files) == ("To draw, feed" in text) == (kind == "pictures")
-    assert ("`onnx/genai_config.json`" in files) == (kind == "texts")
+    assert ("`onnx/genai_config.json`" in files) == ("`serve.pyz`" in files) == (kind == "texts")
 
 
 def test_a_model_in_ggmls_formats_is_a_gguf_file():

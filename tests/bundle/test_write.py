@@ -56,6 +56,7 @@ def test_a_fitted_bundle_needs_nothing_of_the_run(fitted, tmp_path):
         "report.json",
         "run.toml",
         "rungs",
+        "serve.pyz",
         "tokenizer",
     }
     report = read_report(bundle)

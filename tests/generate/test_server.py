@@ -14,11 +14,12 @@ import openai
 import pytest
 import uvicorn
 
+from edgeprune.chats import encode, render
 from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
-from edgeprune.generate.server import MOST_BYTES, BundleWords, app_of
-from edgeprune.model.tokens.chat import encode, render
+from edgeprune.generate.server import app_of, words_of
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.onnxruntime import GraphRunner
+from edgeprune.ondevice.protocol import MOST_BYTES
 from edgeprune.ondevice.sampling import generate
 from edgeprune.ondevice.serving import Service
 from tests.support.checkpoints import save_tokenizer
@@ -55,7 +56,7 @@ def served(folder: Path, key: str | None = None, slots: int = 2, waiting: int = 
 
     with socket.socket() as listener, Service(runners, waiting) as service:
         listener.bind(("127.0.0.1", 0))
-        app = app_of(service, BundleWords(folder, service.vocab_size), "small", key)
+        app = app_of(service, words_of(folder, service.vocab_size), "small", key)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

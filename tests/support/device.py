@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.support.durations import durations_there
 
@@ -135,19 +136,9 @@ def _with_requirements(packages: tuple[str, ...]) -> set[str]:
         if name in found:
             continue
         found.add(name)
-        for text in importlib.metadata.requires(name) or ():
-            if "extra ==" not in text:
-                todo.append(
-                    text.split(";")[0]
-                    .split("[")[0]
-                    .strip()
-                    .split(" ")[0]
-                    .split(">")[0]
-                    .split("=")[0]
-                    .split("<")[0]
-                    .split("!")[0]
-                    .split("~")[0]
-                )
+        for requirement in map(Requirement, importlib.metadata.requires(name) or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                todo.append(requirement.name)
     return found
 
 

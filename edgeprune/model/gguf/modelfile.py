@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.chats import Message, render
 from edgeprune.errors import InputError
-from edgeprune.model.tokens.chat import Message, render
 from edgeprune.model.tokens.generation import configured_ends
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 

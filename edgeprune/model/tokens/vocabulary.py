@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.chats import encode, render
 from edgeprune.errors import InputError
 from edgeprune.files import write_text
 from edgeprune.model.tokens.bpe import (
@@ -31,7 +32,6 @@ from edgeprune.model.tokens.bpe import (
     read_bpe,
     read_object,
 )
-from edgeprune.model.tokens.chat import encode, render
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 
 FILE = "vocabulary.json"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.chats import render
 from edgeprune.model.gguf.modelfile import MODELFILE, write_modelfile
 from edgeprune.model.load import load_model
-from edgeprune.model.tokens.chat import render
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.support.gguf_models import saved
 from tests.support.ollama import read_modelfile, rendered

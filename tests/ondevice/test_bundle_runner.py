@@ -9,8 +9,8 @@ import pytest
 
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
-from edgeprune.generate.runner import runner_of
 from edgeprune.ondevice.bundle import Chosen, sha256
+from edgeprune.ondevice.bundle_runner import runner_of
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from tests.support.graph_models import llama

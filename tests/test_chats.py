@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from edgeprune.chats import check_ids, encode, render, render_whole
 from edgeprune.errors import InputError
-from edgeprune.model.tokens.chat import check_ids, encode, render, render_whole
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from tests.support.checkpoints import save_tokenizer
 
