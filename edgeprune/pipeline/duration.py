@@ -18,7 +18,7 @@ from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
 from edgeprune.pipeline.robustness import read_tokens
 from edgeprune.pipeline.sketch import SAMPLES as SKETCHED
-from edgeprune.pruning.effort import EVERY, ROWS
+from edgeprune.pruning.effort import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -161,7 +161,7 @@ def recovering(decoder: Decoder, effort: Effort | None, row_tokens: int) -> Work
     if effort is None or effort.steps is None:
         return Work(seconds=60 * effort.minutes if effort else 0.0)
     tokens = ROWS * row_tokens
-    head = Work(products=2.0 * (tokens // EVERY) * decoder.vocab_size * decoder.hidden_size * HEAD_PASSES)
+    head = Work(products=2.0 * tokens * decoder.vocab_size * decoder.hidden_size * HEAD_PASSES)
     step = passing(decoder, tokens) * STEP_PASSES + head
     return (step + generating(decoder, row_tokens) + passing(decoder, row_tokens)) * effort.steps
 

@@ -12,7 +12,6 @@ from edgeprune.model.decoder import Decoder, Layer
 OFF = "off"
 ROW = 256  # tokens of a row, at most
 ROWS = 2  # of a step: one of the user's and one of the model's own, or two of these
-EVERY = 2  # positions of a row, of which one is compared
 STATE_BYTES = 28  # of each weight on the disk: it and two moments, those of the state before meanwhile, and the best
 RANK = 16  # of what matrices are changed by, where memory does not hold the training of whole ones
 LOGIT_ROWS = 128  # positions whose logits are in memory at a time

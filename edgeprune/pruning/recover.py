@@ -1,8 +1,8 @@
 """The recovery of a pruned and rounded model by distillation: all its layers are trained toward the dense model.
 
 The closed-form update sees one matrix at a time and a few samples; a short training sees the whole model and text that
-no solve has seen. The loss is the divergence KL(dense || pruned) of the next token's distribution, at every second
-position. Embedding and head stay as they are. A weight on a grid is trained through it, so that what is judged is what
+no solve has seen. The loss is the divergence KL(dense || pruned) of the next token's distribution, at all positions but
+the first. Embedding and head stay as they are. A weight on a grid is trained through it, so that what is judged is what
 is deployed. It does not know where rows of text come from, nor where the weights are written.
 
 Shapes: b rows, t tokens, p positions that are compared, c hidden_size.
@@ -39,12 +39,12 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import as_float, input_scale_of
-from edgeprune.pruning.effort import EVERY, LOGIT_ROWS, ROWS, Effort, needed_bytes
+from edgeprune.pruning.effort import LOGIT_ROWS, ROWS, Effort, needed_bytes
 from edgeprune.pruning.trained import Stored, Trained, differentiable, low_rank
 
 FRESH = 32  # rows of the model's own that are drawn at a time
 HELD_OUT = 16  # rows of the model's own that no step sees, which choose
-RATE, BETAS, CLIP = 3e-4, (0.9, 0.99), 1.0  # of AdamW, without decay
+RATE, BETAS, CLIP = 1.5e-4, (0.9, 0.99), 1.0  # of AdamW, without decay
 LOW_RANK_RATE = 2e-3  # where matrices are changed by products of low rank
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the whole rate; its share at the end of the cosine
 CHECK_EVERY = 60  # steps between two looks at the held-out rows
@@ -181,7 +181,7 @@ class Student:
 
 def compared(count: int) -> slice:
     """Returns the positions, of so many, at which the distributions are compared."""
-    return slice(min(1, count - 1), None, EVERY)
+    return slice(min(1, count - 1), None)
 
 
 class Teacher:

@@ -62,8 +62,8 @@ def with_weights(model: Model, stored: dict) -> Model:
 
 
 def divergence(dense: Model, model: Model, ids: torch.Tensor, kept: torch.Tensor | None = None) -> float:
-    """KL(dense || model) of every second prediction, of the whole logits as an evaluation computes them."""
-    expected, logits = (token_logits(one.decoder, weight_stream(one), ids)[:, 1::2] for one in (dense, model))
+    """KL(dense || model) of all predictions but the first, of the whole logits as an evaluation computes them."""
+    expected, logits = (token_logits(one.decoder, weight_stream(one), ids)[:, 1:] for one in (dense, model))
     expected = expected if kept is None else expected[..., kept]
     shares = expected.double().log_softmax(-1)
     return (
@@ -88,7 +88,7 @@ def test_divergence_falls_on_rows_that_nothing_has_seen(tmp_path):
     recovered = with_weights(model, weights)
     assert done.before == pytest.approx(divergence(dense, model, held_out), rel=1e-4)
     assert done.after == pytest.approx(divergence(dense, recovered, held_out), rel=1e-4)
-    assert divergence(dense, recovered, unseen) < 0.97 * divergence(dense, model, unseen)
+    assert divergence(dense, recovered, unseen) < 0.98 * divergence(dense, model, unseen)
     assert weights["embedding"] is model.weights["embedding"]
 
 
@@ -254,9 +254,7 @@ def test_a_smaller_vocabulary_is_compared_on_its_own_tokens(tmp_path):
     # The same numbers with a whole vocabulary, of which the others are left out.
     whole = with_weights(model, {**stored, "embedding": model.weights["embedding"]})
     ids = drawn(0, HELD_OUT)
-    expected, logits = (
-        token_logits(one.decoder, weight_stream(one), ids)[:, 1::2][..., kept] for one in (dense, whole)
-    )
+    expected, logits = (token_logits(one.decoder, weight_stream(one), ids)[:, 1:][..., kept] for one in (dense, whole))
     shares = expected.double().log_softmax(-1)
     loss = F.kl_div(logits.double().log_softmax(-1), shares, log_target=True, reduction="sum") / shares[..., 0].numel()
     assert done.after == pytest.approx(float(loss), rel=1e-4)
