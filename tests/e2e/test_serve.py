@@ -61,7 +61,8 @@ def test_the_served_bundle_answers_as_run_does_until_a_signal(bundle: Path, tmp_
     assert said.strip().splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in said
     told = run("run", bundle, "--prompt", PROMPT, "--max-new-tokens", "9")
-    assert told.stdout.strip() == answer.choices[0].text.strip()
+    assert told.stdout.strip().startswith(answer.choices[0].text.strip().rstrip("\ufffd"))
+    assert answer.usage.completion_tokens > 2
 
 
 def test_what_cannot_be_served_has_one_message(bundle: Path, tmp_path: Path) -> None:

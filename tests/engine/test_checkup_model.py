@@ -24,8 +24,8 @@ def test_every_format_gives_the_expected_logits(form, precision: str, tmp_path: 
     ids, expected = read_reference(model.reference)
     runner = GraphRunner(model.graphs["onnxruntime"], 1, ids.shape[1], exact=True)
     agreement = compare_logits(runner, ids, expected, quiet)
-    # In fp16 an activation between two codes may take the other one.
-    if precision == "fp16" and form and form.activation_bits:
+    # In 16 bits an activation between two codes may take the other one, on one processor and not on another.
+    if precision != "fp32" and form and form.activation_bits:
         judge_logits(agreement, precision, "graph", model.decoder.rounded_states)
     else:
         assert agreement["error"] < (0.02 if precision == "fp16" else 1e-4), agreement
