@@ -241,20 +241,31 @@ def test_requests_side_by_side_get_the_answers_that_each_gets_alone(folder: Path
     assert texts == {prompt: expected(folder, prompt, 30) for prompt in prompts}
 
 
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that a client can overtake: an answer of 190 tokens takes seconds."""
+    run = GraphRunner.run
+
+    def delayed(self: GraphRunner, *args: object) -> object:
+        time.sleep(0.02)
+        return run(self, *args)
+
+    monkeypatch.setattr(GraphRunner, "run", delayed)
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_ends_its_request(server: tuple[str, Service], stream: bool) -> None:
+def test_a_client_that_goes_away_ends_its_request(server: tuple[str, Service], slow: None, stream: bool) -> None:
     address, service = server
-    before = service.counts.cancelled
+    before, drawn = service.counts.cancelled, service.counts.new_tokens
     body = json.dumps({"prompt": "a", "max_tokens": 190, "stream": stream, "temperature": 0}).encode()
     host, port = address.removeprefix("http://").split(":")
-    drawn = service.counts.new_tokens
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode())
         connection.sendall(body)
-        while service.counts.new_tokens == drawn:
-            time.sleep(0.001)
+        wait_until(lambda: service.counts.new_tokens > drawn)
     wait_until(lambda: not service.active)
-    assert service.counts.cancelled == before + 1 or service.counts.new_tokens == drawn + 190  # it was faster
+    assert service.counts.cancelled == before + 1
+    assert service.counts.new_tokens < drawn + 190
 
 
 def wait_until(is_so) -> None:  # noqa: ANN001
@@ -264,15 +275,14 @@ def wait_until(is_so) -> None:  # noqa: ANN001
         time.sleep(0.005)
 
 
-def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
-    with served(folder, slots=1, waiting=0) as (address, service):
+def test_a_full_queue_says_when_to_come_again(folder: Path, slow: None) -> None:
+    with served(folder, slots=1, waiting=0) as (address, _):
         client = client_of(address)
         stream = client.completions.create(model="small", prompt="a", max_tokens=190, temperature=0, stream=True)
         next(iter(stream))
-        if service.active:  # else it was faster
-            with pytest.raises(openai.RateLimitError) as refused:
-                client.completions.create(model="small", prompt="b", max_tokens=2)
-            assert int(refused.value.response.headers["retry-after"]) >= 1
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="small", prompt="b", max_tokens=2)
+        assert int(refused.value.response.headers["retry-after"]) >= 1
         stream.close()
 
 
