@@ -114,7 +114,7 @@ TEXTS = (
     "| `onnx/genai_config.json` | lets onnxruntime-genai load the folder; the tokenizer's files are beside it |",
     "| `tokenizer/` | what `edgeprune run` reads and writes texts with |",
 )
-CHECKPOINT = "| `model/` | a standard checkpoint for `from_pretrained` |"
+CHECKPOINT = "| `model/` | a standard checkpoint for `from_pretrained`; its `README.md` is the model card |"
 BLOCKS = (
     "| `model/` | `model.gguf` holds the weights in ggml's formats, and llama.cpp runs it; transformers reads it as "
     'floats with `from_pretrained("model", gguf_file="model.gguf")`, which needs `accelerate` |'

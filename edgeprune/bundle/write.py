@@ -19,7 +19,9 @@ from edgeprune.bundle.read import FRONTIER_FILE, FRONTIER_PAGE, PAGE
 from edgeprune.bundle.readme import frontier_readme, readme
 from edgeprune.bundle.store import write_bundle
 from edgeprune.engine.remote import program, service_program
+from edgeprune.files import link_or_copy
 from edgeprune.model.export import write_exports
+from edgeprune.model.origin import CARD, origin_of
 from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.model.tokens.vocabulary import read_vocabulary
 from edgeprune.ondevice.budget import Budget
@@ -33,6 +35,7 @@ from edgeprune.pipeline.run_file import RUN_FILE, run_file
 from edgeprune.profiles import profile_toml
 from edgeprune.report import schema
 from edgeprune.report.build import build_report
+from edgeprune.report.card import card
 from edgeprune.report.deploy import FINISH, SERVE
 from edgeprune.report.frontier import frontier_of, pick_command
 from edgeprune.report.frontier_page import render_frontier
@@ -81,7 +84,7 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
     folder.mkdir(parents=True)
     exported = fitted.chosen.exported
     if has_checkpoint(fitted):
-        (folder / "model").symlink_to(fitted.chosen.model.directory)
+        _write_checkpoint(fitted, report, folder / "model")
     setup = fitted.setup
     models = fitted.chosen.model, setup.model
     write_exports(setup.request.export, *models, folder, setup.model.name, setup.workload.context)
@@ -98,6 +101,16 @@ def rung_folder(fitted: Fitted, report: schema.Report, folder: Path, tokenizer: 
             shutil.copyfile(path, folder / TOKENIZER / name)  # no link: it may be the user's own file
     (folder / REPORT).write_text(as_json(report), encoding="utf-8")
     return folder
+
+
+def _write_checkpoint(fitted: Fitted, report: schema.Report, folder: Path) -> None:
+    """Fills a folder with links to a checkpoint's files, and with a card of its own in place of the source's."""
+    folder.mkdir()
+    for path in sorted(fitted.chosen.model.directory.iterdir()):
+        if path.is_file() and path.name != CARD:
+            link_or_copy(path, folder / path.name)
+    origin = origin_of(fitted.setup.request.model, fitted.setup.model.directory)
+    (folder / CARD).write_text(card(report, origin), encoding="utf-8")
 
 
 def rendered(report: schema.Report) -> dict[str, str]:

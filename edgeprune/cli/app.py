@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, drift, evaluate, fit, generate, inspect, samples, serve
+from edgeprune.cli import compare, drift, evaluate, fit, generate, inspect, push, samples, serve
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -105,7 +105,16 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     (
         USE,
         serve.serve,
-        ("edgeprune serve my-model-cpu", "edgeprune serve my-model-cpu --slots 4 --port 8080 --api-key-file key.txt"),
+        (
+            "edgeprune serve my-model-cpu",
+            "edgeprune serve my-model-cpu --slots 4 --port 8080 --api-key-file key.txt",
+            "edgeprune serve my-model-cpu --target ssh://me@orin",
+        ),
+    ),
+    (
+        USE,
+        push.push,
+        ("edgeprune push my-model-cpu me/my-model-small --dry-run", "edgeprune push my-model-cpu me/my-model-small"),
     ),
     (
         METHODS,

@@ -23,15 +23,26 @@ def serve(
         ),
     ] = None,
     queue: Annotated[int, typer.Option(min=0, help="More requests that may wait; others get status 429.")] = 32,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve on the device behind ssh, as ssh://USER@HOST[:PORT], and forward its port here.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="A file with the key that requests must bring.", **PATH)
     ] = None,
 ) -> None:
     """Serve a bundle with the interface of OpenAI's chat and text completions, until Ctrl-C."""
-    from edgeprune.commands.serve import serve as serve_bundle
+    from edgeprune.commands.serve import serve as serve_here
+    from edgeprune.commands.serve import serve_there
+    from edgeprune.ondevice.serve import serving_line
 
     def ready(address: str, count: int) -> None:
-        at_once = "1 request" if count == 1 else f"{count} requests"
-        show(f"Serving {bundle.resolve().name} at {address}/v1, {at_once} at a time. Ctrl-C ends it.")
+        show(serving_line(bundle.resolve().name, address, count))
 
-    serve_bundle(bundle, host, port, slots, queue, api_key_file, note, ready)
+    if target is None:
+        serve_here(bundle, host, port, slots, queue, api_key_file, note, ready)
+    else:
+        serve_there(bundle, target, host, port, slots, queue, api_key_file, note, ready)

@@ -1,18 +1,26 @@
-"""The command that serves a bundle over HTTP: opens it, and runs the server until a signal ends it."""
+"""The command that serves a bundle over HTTP, here or on a device: opens it, and serves until a signal ends it."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
+from edgeprune.engine.remote import target_of
+from edgeprune.engine.ssh import forwarding
 from edgeprune.errors import InputError
-from edgeprune.ondevice.bundle import CODEC, open_to_run
+from edgeprune.ondevice.budget import format_bytes
+from edgeprune.ondevice.bundle import TOKENIZER, Chosen, rung_folder
 from edgeprune.ondevice.bundle_runner import runners_of
-from edgeprune.ondevice.serve import key_of
+from edgeprune.ondevice.llamacpp import MODEL_FILE
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE
+from edgeprune.ondevice.serve import LISTENING, key_of, open_to_serve
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+FOR_EVER = 1e9  # seconds that a server may run on a device
 GRACE = 5  # seconds that answers have when the server is ended
 
 
@@ -33,18 +41,11 @@ def serve(
     InputError for a bundle that cannot run, the bundle of an image generator, a taken port and a missing extra.
     """
     uvicorn = _uvicorn()
-    key = key_of(key_file)
-    if key is None and host not in LOOPBACK:
-        note(f"anybody who reaches {host} can use the model: give --api-key-file")
+    key = _key(key_file, host, note)
     # The port first: opening a model takes long.
     listener = _listener(host, port)
     with listener:
-        chosen = open_to_run(bundle)
-        if (bundle / CODEC).is_dir():
-            raise InputError(
-                f"{bundle} is the bundle of an image generator, which answers no text", "Draw with `edgeprune run`."
-            )
-        chosen.check(chosen.tokenizer)
+        chosen = open_to_serve(bundle)
         from edgeprune.generate.server import app_of, words_of
         from edgeprune.ondevice.serving import Service
 
@@ -54,9 +55,80 @@ def serve(
             config = uvicorn.Config(
                 app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE
             )
-            name = f"[{host}]" if ":" in host else host
-            on_ready(f"http://{name}:{listener.getsockname()[1]}", len(service.slots))
+            on_ready(_address(host, listener.getsockname()[1]), len(service.slots))
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def serve_there(
+    bundle: Path,
+    target: str,
+    host: str,
+    port: int,
+    slots: int | None,
+    queue: int,
+    key_file: Path | None,
+    note: Callable[[str], None],
+    on_ready: Callable[[str, int], None],
+) -> None:
+    """Serves a bundle on the device behind ssh, and forwards its port to host:port here, until a signal comes.
+
+    The device gets the files of the chosen rung that it does not have, and serves at its loopback alone. All else is as
+    of `serve`. Raises InputError as it does, EngineError where the device cannot be reached, or cannot run the bundle.
+    """
+    key, device = _key(key_file, host, note), target_of(target, keep=False)
+    with _listener(host, port) as listener:
+        port = listener.getsockname()[1]
+    chosen = open_to_serve(bundle)
+    request = {
+        "do": "serve",
+        "task": "serve the bundle",
+        "engine": chosen.engine,
+        "workload": asdict(chosen.workload),
+        "name": bundle.resolve().name,
+        "slots": slots,
+        "waiting": queue,
+        "key": key,
+        "files": {role: str(path) for role, path in _files(chosen).items()},
+    }
+    with contextlib.ExitStack() as open_ports:
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage == LISTENING:
+                open_ports.enter_context(forwarding(device.target, host, port, done))
+                on_ready(_address(host, port), total)
+            elif total == 0:
+                note(stage)
+            elif stage not in told:
+                told.add(stage)
+                note(f"{stage}: {format_bytes(total)}")
+
+        told: set[str] = set()
+        replace(device, serves=True).run(request, FOR_EVER, on_progress)
+
+
+def _files(chosen: Chosen) -> dict[str, Path]:
+    """Returns the files that a device needs to serve a rung, by role: the engine, else the graph, and the tokenizer."""
+    folder = rung_folder(Path(), 0)
+    engines = [chosen.folder / "engine" / MODEL_FILE, *sorted((chosen.folder / "engine").glob("*.engine"))]
+    engine = next((path for path in engines if path.is_file()), None)
+    graph = chosen.folder / "onnx" / GRAPH_FILE
+    chosen.check(engine or graph.parent)
+    files = {str(folder / ("engine" if engine else "onnx")): engine or graph}
+    for number, path in enumerate(sorted(chosen.tokenizer.iterdir())):
+        files[f"{TOKENIZER}.{number}"] = path
+    return files
+
+
+def _key(path: Path | None, host: str, note: Callable[[str], None]) -> str | None:
+    """Returns the key that requests must bring; notes where none is asked of strangers."""
+    key = key_of(path)
+    if key is None and host not in LOOPBACK:
+        note(f"anybody who reaches {host} can use the model: give --api-key-file")
+    return key
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _uvicorn() -> ModuleType:

@@ -287,6 +287,7 @@ _TASKS: dict[str, type[Message]] = {
     "build": Build,
     "check": Agreement,
     "memory": ProcessMemory,
+    "serve": Done,  # it serves until the connection ends, and never answers
 }
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 

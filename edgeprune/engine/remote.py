@@ -133,11 +133,12 @@ class Device:
     """A device behind ssh, as a session that runs tasks.
 
     Each task has a connection of its own, so that none is held open while this machine prunes. keep: leave the working
-    folder on the device.
+    folder on the device. serves: send along what renders chat templates.
     """
 
     target: Target
     keep: bool = False
+    serves: bool = False
 
     def __str__(self) -> str:
         return str(self.target)
@@ -150,7 +151,7 @@ class Device:
         """
         names = _names({role: Path(path) for role, path in request.get("files", {}).items()})
         outputs = {role: Path(path) for role, path in request.get("outputs", {}).items()}
-        with talking(self.target, _first_words()) as talk:
+        with talking(self.target, _first_words(service_program() if self.serves else program())) as talk:
             try:
                 # Send the files and the request.
                 hashes = _send_files(talk, names, on_progress)
@@ -185,9 +186,9 @@ class Device:
         return answer
 
 
-def _first_words() -> Iterator[bytes]:
-    """Yields the boot code and the program, each after a line with its length."""
-    packed, boot = program(), BOOT.encode()
+def _first_words(packed: bytes) -> Iterator[bytes]:
+    """Yields the boot code and a program, each after a line with its length."""
+    boot = BOOT.encode()
     name = f"agent-{hashlib.sha256(packed).hexdigest()[:16]}.pyz"
     yield from (f"{len(boot)}\n".encode(), boot, f"{len(packed)} {name}\n".encode(), packed)
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 import shlex
+import socket
 import subprocess
 import threading
 import time
@@ -311,6 +312,38 @@ def talking(target: Target, first: Iterator[bytes]) -> Iterator[Talk]:
     finally:
         over.set()
         process.end()
+
+
+@contextlib.contextmanager
+def forwarding(target: Target, host: str, port: int, far_port: int) -> Iterator[None]:
+    """Makes a port of a target's loopback one of this machine's while the block runs: host:port.
+
+    Raises EngineError where ssh cannot open it.
+    """
+    there = f"[{host}]:{port}:127.0.0.1:{far_port}" if ":" in host else f"{host}:{port}:127.0.0.1:{far_port}"
+    options = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", there]
+    program, *words = target.words()
+    process = _Ssh([program, *options, *words])
+    try:
+        end = time.monotonic() + CONNECT_SECONDS
+        while not _answers(host, port):
+            if process.poll() is not None or time.monotonic() > end:
+                process.end()
+                reason = one_line(process.stderr_tail().decode(errors="replace"))[-300:] or "ssh printed nothing"
+                raise EngineError(
+                    f"{target}: the port {far_port} there cannot be forwarded to {host}:{port}: {reason}",
+                    "See whether its sshd allows it (AllowTcpForwarding), or run serve.pyz there.",
+                )
+            time.sleep(0.05)
+        yield
+    finally:
+        process.end()
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
 
 
 class _Ssh(subprocess.Popen):

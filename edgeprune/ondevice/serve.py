@@ -14,23 +14,26 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import EdgepruneError, EngineError, InputError
 from edgeprune.files import read_text
 from edgeprune.ondevice.answering import DONE, Event, ask, joined, line, metrics
-from edgeprune.ondevice.bundle import CODEC, open_to_run
+from edgeprune.ondevice.bundle import CODEC, TOKENIZER, Chosen, open_to_run, rung_folder
 from edgeprune.ondevice.bundle_runner import runners_of
+from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.machine import resident_bytes
 from edgeprune.ondevice.protocol import CHAT, MOST_BYTES, TEXT, Refused, Writing, models_of, parsed
 from edgeprune.ondevice.serving import Service
 from edgeprune.ondevice.words import DeviceTokenizer, TokenizerWords
+from edgeprune.ondevice.worker import OnProgress
 
 KINDS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
 IDLE = 60.0  # seconds that a client may take to send its request
+LISTENING = "listening"  # the progress of a server that was started over ssh
 LOOK_SECONDS = 0.2  # between two looks at whether the client is still there
 
 
@@ -196,6 +199,79 @@ def key_of(path: Path | None) -> str | None:
     return key
 
 
+def open_to_serve(bundle: Path) -> Chosen:
+    """Returns the chosen rung of a bundle whose tokenizer is whole. Raises InputError where it answers no text."""
+    chosen = open_to_run(bundle)
+    if (bundle / CODEC).is_dir():
+        raise InputError(
+            f"{bundle} is the bundle of an image generator, which answers no text", "Draw with `edgeprune run`."
+        )
+    chosen.check(chosen.tokenizer)
+    return chosen
+
+
+def serving_line(name: str, address: str, slots: int) -> str:
+    """Returns what a server says when it is ready; address: without the path of the interface."""
+    at_once = "1 request" if slots == 1 else f"{slots} requests"
+    return f"Serving {name} at {address}/v1, {at_once} at a time. Ctrl-C ends it."
+
+
+def serve_chosen(
+    chosen: Chosen,
+    name: str,
+    place: tuple[str, int],
+    slots: int | None,
+    waiting: int,
+    key: str | None,
+    note: Callable[[str], None],
+    on_ready: Callable[[int, int], None],
+) -> None:
+    """Serves a rung until this process is ended.
+
+    name: the model's; place: host and port, 0: any that is free; slots: requests that are answered at once, None: the
+    batch that the bundle was fitted for; waiting: more that may wait; key: that requests must bring. note: as of
+    runners_of; on_ready is called with the port and the slots. Raises InputError where the tokenizer cannot be read or
+    the port is taken, and what the engine raises.
+    """
+    tokenizer = DeviceTokenizer(chosen.tokenizer)
+    with Service(lambda: runners_of(chosen, slots, note), waiting) as service:
+        words = TokenizerWords(tokenizer, tokenizer.ends, service.vocab_size)
+        try:
+            server = Server(place, service, words, name, key)
+        except (OSError, OverflowError) as error:
+            raise InputError(f"cannot listen at {place[0]}:{place[1]}: {error}", "Try another --port.") from None
+        with server:
+            on_ready(server.server_address[1], len(service.slots))
+            server.serve_forever()
+
+
+def answer(request: Mapping[str, Any], on_progress: OnProgress) -> NoReturn:
+    """Serves files that came over ssh at any free port of the loopback, until the workstation goes.
+
+    request: `files` by role, of which those of the tokenizer begin with TOKENIZER, `engine`, `workload`, `name`,
+    `slots`, `waiting` and `key`. The progress tells what runners_of notes, and then LISTENING with port and slots.
+    """
+    files = {role: Path(path) for role, path in request["files"].items()}
+    folder = next(path for path in files.values()).parents[len(rung_folder(Path(), 0).parts) + 1]
+    tokenizer = folder / TOKENIZER
+    tokenizer.mkdir(exist_ok=True)
+    for role, path in files.items():
+        if role.startswith(TOKENIZER):
+            path.replace(tokenizer / path.name)
+    chosen = Chosen(folder, {"sha256": {}}, 0, request["engine"], Workload(**request["workload"]))
+    serve_chosen(
+        chosen,
+        request["name"],
+        ("127.0.0.1", 0),
+        request["slots"],
+        request["waiting"],
+        request["key"],
+        lambda text: on_progress(text, 0, 0),
+        lambda port, slots: on_progress(LISTENING, port, slots),
+    )
+    raise EngineError("the server ended", "Try again.")
+
+
 def main() -> int:
     """Runs serve.pyz. Returns 0 where a signal ended it, 2 for bad input, 4 for a failure of the engine."""
     parser = argparse.ArgumentParser(prog="serve.pyz", description=__doc__.splitlines()[0])
@@ -210,32 +286,15 @@ def main() -> int:
     def note(text: str) -> None:
         sys.stderr.write(f"{text}\n")
 
+    def ready(port: int, slots: int) -> None:
+        sys.stdout.write(f"{serving_line(name, f'http://{options.host}:{port}', slots)}\n")
+        sys.stdout.flush()
+
     try:
         bundle = options.bundle or Path(sys.argv[0]).resolve().parent
-        key, chosen = key_of(options.api_key_file), open_to_run(bundle)
-        if (bundle / CODEC).is_dir():
-            raise InputError(
-                f"{bundle} is the bundle of an image generator, which answers no text", "Draw with edgeprune."
-            )
-        chosen.check(chosen.tokenizer)
-        tokenizer = DeviceTokenizer(chosen.tokenizer)
-        with Service(lambda: runners_of(chosen, options.slots, note), options.queue) as service:
-            words = TokenizerWords(tokenizer, tokenizer.ends, service.vocab_size)
-            try:
-                server = Server((options.host, options.port), service, words, bundle.resolve().name, key)
-            except (OSError, OverflowError) as error:
-                raise InputError(
-                    f"cannot listen at {options.host}:{options.port}: {error}", "Try another --port."
-                ) from None
-            with server:
-                count = len(service.slots)
-                at_once = "1 request" if count == 1 else f"{count} requests"
-                address = f"http://{options.host}:{server.server_address[1]}/v1"
-                sys.stdout.write(
-                    f"Serving {bundle.resolve().name} at {address}, {at_once} at a time. Ctrl-C ends it.\n"
-                )
-                sys.stdout.flush()
-                server.serve_forever()
+        name, key = bundle.resolve().name, key_of(options.api_key_file)
+        place = options.host, options.port
+        serve_chosen(open_to_serve(bundle), name, place, options.slots, options.queue, key, note, ready)
     except EdgepruneError as error:
         note(f"error: {error.message}\n{error.remedy}")
         return error.exit_code

@@ -1,4 +1,4 @@
-"""The tasks of a process on the device, one for each request: describe, build, check, measure.
+"""The tasks of a process on the device, one for each request: describe, build, check, measure, serve.
 
 This file also runs on the device: Python 3.10, numpy and the engine's own modules. It does not know who asks. A
 request names its work in `do`, its engine, and its files by their role: {"do": "build", "engine": "tensorrt",
@@ -143,6 +143,12 @@ def _checkup(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]
     return checkup.answer(request, on_progress)
 
 
+def _serve(request: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    from edgeprune.ondevice import serve
+
+    return serve.answer(request, on_progress)
+
+
 _WORK = {
     "describe": _describe,
     "build": _build,
@@ -151,6 +157,7 @@ _WORK = {
     "memory": _memory,
     "probe": _probe,
     "checkup": _checkup,
+    "serve": _serve,
 }
 
 

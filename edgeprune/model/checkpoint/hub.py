@@ -13,7 +13,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.values import SCALES_FILE
 
 CONFIG = ("config.json",)
-OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt", SCALES_FILE)
+OTHERS = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md", SCALES_FILE)
 WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}  # the first that is there
 NOT_NEEDED = ("*/*", "consolidated*")  # other formats of the same weights, in folders or beside
 FILES = (".gguf", ".pt", ".pth", ".bin", ".safetensors")  # endings that no repository has

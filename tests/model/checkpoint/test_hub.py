@@ -24,7 +24,6 @@ from tests.support.roundings import rounded
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 OTHER = {
-    "README.md": b"",
     "consolidated.safetensors": b"x",
     "consolidated.00.pth": b"x",
     "original/params.json": b"{}",
