@@ -1,21 +1,26 @@
 """Overhead of `edgeprune serve` over the engine alone: time to the first token, and between tokens, by streams.
 
-    python -m tools.bench_serve BUNDLE [--prompt 128] [--new 64] [--rounds 8]
+    python -m tools.bench_serve BUNDLE [--llama GGUF] [--draft BUNDLE] [--prompt 128] [--new 64] [--rounds 8]
 
-BUNDLE is a language model's for a processor. The server runs in a process of its own with four slots, and is asked by
-one stream and by four; the engine alone runs the same prompt here, in the same parts, by turns with it. Of four streams
-each token waits for those of the others, so that the engine's own time is counted four times; what is above it is
-overhead. Figures are medians with the 95 % interval of a bootstrap over rounds.
+BUNDLE is a language model's for a processor, GGUF a file of the same model (`--export gguf`): llama.cpp's own server
+runs beside ours then, with as many slots. With --draft ours has one. The server runs in a process of its own with four
+slots, and is asked by one stream and by four; the engine alone runs prompts of the same length here, in the same parts,
+by turns with it. Of four streams each token waits for those of the others, so that the engine's own time is counted
+four times; what is above it is overhead. Figures are medians with the 95 % interval of a bootstrap over rounds.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +52,19 @@ def alone(runner: StepRunner, prompt: list[int], new: int) -> tuple[float, float
 def asked(port: int, prompt: list[int], new: int) -> tuple[float, float]:
     """Returns the same of a request that is streamed."""
     body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
+    body["stream_options"] = {"include_usage": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     start = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    times = [time.perf_counter() for line in connection.getresponse() if line.startswith(b"data: {")]
+    times, tokens = [], 0
+    for line in connection.getresponse():
+        if line.startswith(b"data: {"):
+            event = json.loads(line.removeprefix(b"data: "))
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+            if event.get("choices"):
+                times.append(time.perf_counter())
     connection.close()
-    return 1e3 * (times[0] - start), 1e3 * (times[-1] - times[0]) / (new - 1)
+    return 1e3 * (times[0] - start), 1e3 * (times[-1] - times[0]) / max(1, tokens - 1)
 
 
 def side_by_side(port: int, prompts: list[list[int]], new: int) -> tuple[float, float]:
@@ -67,22 +79,71 @@ def side_by_side(port: int, prompts: list[list[int]], new: int) -> tuple[float, 
     return float(first), float(later)
 
 
-def main(bundle: Path, prompt: int = 128, new: int = 64, rounds: int = 8) -> None:
-    """Serve BUNDLE, and ask it."""
-    command = [sys.executable, "-m", "edgeprune.cli", "serve", str(bundle), "--port", "0", "--slots", str(max(STREAMS))]
+def serve_llama(path: str, prompt: int, slots: int, ready: Connection) -> None:
+    """Runs llama.cpp's server on a file until its process is ended; sends its port."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.port = path, 0
+    params.n_parallel, params.n_ctx, params.verbosity = slots, slots * prompt, 0
+    params.n_gpu_layers, params.fit_params = 0, False
+    server = xllamacpp.Server(params)
+    ready.send(int(server.listening_address.rsplit(":", 1)[1]))
+    ready.recv()
+
+
+@contextmanager
+def ours(bundle: Path, draft: Path | None, slots: int) -> Iterator[int]:
+    """Yields the port of `edgeprune serve`."""
+    command = [sys.executable, "-m", "edgeprune.cli", "serve", str(bundle), "--port", "0", "--slots", str(slots)]
+    command += [] if draft is None else ["--draft", str(draft)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        port = int(server.stdout.readline().split("127.0.0.1:")[1].split("/")[0])
+        yield int(server.stdout.readline().split("127.0.0.1:")[1].split("/")[0])
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@contextmanager
+def llamas(path: Path, length: int) -> Iterator[int]:
+    """Yields the port of llama.cpp's server."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=serve_llama, args=(str(path), length, max(STREAMS), there), daemon=True)
+    server.start()
+    try:
+        yield here.recv()
+    finally:
+        server.kill()
+        server.join()
+
+
+def main(
+    bundle: Path,
+    llama: Path | None = None,
+    draft: Path | None = None,
+    prompt: int = 128,
+    new: int = 64,
+    rounds: int = 8,
+) -> None:
+    """Serve BUNDLE, and ask it."""
+    with ExitStack() as servers:
+        ports = {"served": servers.enter_context(ours(bundle, draft, max(STREAMS)))}
+        if llama is not None:
+            ports["llama.cpp's server"] = servers.enter_context(llamas(llama, prompt + new + PART))
         runner = runner_of(open_to_run(bundle), 1, 1, typer.echo)
         rng = np.random.default_rng(0)
         times: dict[str, list[tuple[float, float]]] = {}
         for round_ in range(rounds + 1):
             # Prompts that nobody has asked before: no part of them is in a cache.
-            prompts = [rng.integers(1, runner.vocab_size, prompt).tolist() for _ in range(1 + sum(STREAMS))]
-            found = {"the engine alone": alone(runner, prompts.pop(), new)}
-            for streams in STREAMS:
-                own = [prompts.pop() for _ in range(streams)]
-                found[f"served, {streams} at once"] = side_by_side(port, own, new)
+            def fresh() -> list[int]:
+                return rng.integers(1, runner.vocab_size, prompt).tolist()
+
+            found = {"the engine alone": alone(runner, fresh(), new)}
+            for name, port in ports.items():
+                for streams in STREAMS:
+                    found[f"{name}, {streams} at once"] = side_by_side(port, [fresh() for _ in range(streams)], new)
             if round_:  # the first one warms up
                 for name, pair in found.items():
                     times.setdefault(name, []).append(pair)
@@ -91,9 +152,6 @@ def main(bundle: Path, prompt: int = 128, new: int = 64, rounds: int = 8) -> Non
             for name, pairs in times.items()
         ]
         typer.echo(table(COLUMNS, rows))
-    finally:
-        server.terminate()
-        server.wait()
 
 
 if __name__ == "__main__":

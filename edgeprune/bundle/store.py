@@ -99,14 +99,24 @@ def _put_into_place(staging: Path, output: Path) -> None:
 
 
 def write_again(folder: Path, texts: Mapping[str, str]) -> None:
-    """Writes texts of a finished bundle again, and their hashes: all of it or nothing.
+    """Writes texts of a finished bundle again, and their hashes: all of it or nothing. Raises as write_more."""
 
-    Raises InputError where the folder is not a bundle or is being measured, WriteError.
+    def fill(staged: Path) -> None:
+        for name, text in texts.items():
+            (staged / name).write_text(text, encoding="utf-8")
+
+    write_more(folder, fill)
+
+
+def write_more(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Writes files of a finished bundle, new ones and in place of old ones, and their hashes: all of it or nothing.
+
+    fill: writes them into a folder as they are to lie in the bundle. Raises InputError where the folder is not a bundle
+    or is being measured, WriteError.
     """
     open_bundle(folder)
     with writing(folder), renewing(folder) as staged:
-        for name, text in texts.items():
-            (staged / name).write_text(text, encoding="utf-8")
+        fill(staged)
         put_into_place(folder)
 
 

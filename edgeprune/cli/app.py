@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, drift, evaluate, fit, generate, inspect, push, samples, serve
+from edgeprune.cli import compare, draft, drift, evaluate, fit, generate, inspect, push, samples, serve
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -110,6 +110,11 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "edgeprune serve my-model-cpu --slots 4 --port 8080 --api-key-file key.txt",
             "edgeprune serve my-model-cpu --target ssh://me@orin",
         ),
+    ),
+    (
+        MAKE,
+        draft.draft,
+        ("edgeprune draft my-model-cpu", "edgeprune run my-model-cpu --draft my-model-cpu-draft --prompt 'Hello'"),
     ),
     (
         USE,

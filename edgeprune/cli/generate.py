@@ -31,6 +31,7 @@ def run(
         int | None,
         typer.Option(min=1, help="Of a text. Default: 256, or what the context has room for.", rich_help_panel=TEXT),
     ] = None,
+    draft: options.Draft = None,
     class_: Annotated[
         list[int] | None,
         typer.Option(
@@ -73,6 +74,8 @@ def run(
         note(f"{', '.join(ignored)}: of no effect without a --temperature above 0, such as 0.7: it is greedy")
     # Without a prompt the bundle is an image generator's.
     if prompt is None:
+        if draft is not None:
+            raise InputError("--draft without --prompt: pictures are drawn without one", "Leave it out.")
         if "--max-new-tokens" in options.given(context_):
             raise InputError("--max-new-tokens without --prompt: a picture has its own number", "Leave it out.")
         _draw(bundle, list(dict.fromkeys(class_ or [])), count, cfg, output, temperature, top_k, top_p, force, seed)
@@ -83,7 +86,7 @@ def run(
     # Print the text as it is generated.
     from edgeprune.generate.text import stream_text
 
-    for piece in stream_text(bundle, prompt, max_new_tokens, temperature, top_k, top_p, seed, note):
+    for piece in stream_text(bundle, prompt, max_new_tokens, temperature, top_k, top_p, seed, note, draft):
         sys.stdout.write(piece)
         sys.stdout.flush()
     show("")

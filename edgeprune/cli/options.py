@@ -36,6 +36,10 @@ PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}  # settings of an op
 Bundle = Annotated[
     Path, typer.Argument(metavar="BUNDLE", parser=_path, help="The output directory of `edgeprune fit`.")
 ]
+Draft = Annotated[
+    Path | None,
+    typer.Option(help="A bundle of `edgeprune draft`, which guesses tokens ahead.", metavar="BUNDLE", parser=_path),
+]
 Seed = Annotated[int, _option(SEARCH, "Seed of everything drawn.")]
 KeepRemote = Annotated[bool, _option(DEVICE, "Leave the working folder on the device.", "--keep-remote")]
 Cfg = Annotated[float | None, _option(IMAGES, "Guidance of images in deployment; 1: none. Default: the model's.")]

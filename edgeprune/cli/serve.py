@@ -10,6 +10,7 @@ import typer
 from edgeprune.cli import options
 from edgeprune.cli.options import PATH
 from edgeprune.cli.streams import note, show
+from edgeprune.errors import InputError
 
 
 def serve(
@@ -23,6 +24,7 @@ def serve(
         ),
     ] = None,
     queue: Annotated[int, typer.Option(min=0, help="More requests that may wait; others get status 429.")] = 32,
+    draft: options.Draft = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -43,6 +45,8 @@ def serve(
         show(serving_line(bundle.resolve().name, address, count))
 
     if target is None:
-        serve_here(bundle, host, port, slots, queue, api_key_file, note, ready)
+        serve_here(bundle, host, port, slots, queue, api_key_file, draft, note, ready)
+    elif draft is not None:
+        raise InputError("--draft with --target: a draft works on this machine", "Run serve.pyz with --draft there.")
     else:
         serve_there(bundle, target, host, port, slots, queue, api_key_file, note, ready)

@@ -12,10 +12,9 @@ from typing import Any
 from edgeprune.errors import EngineError, InputError
 from edgeprune.files import printable
 from edgeprune.model.origin import CARD
-from edgeprune.ondevice.bundle import open_to_run
+from edgeprune.ondevice.bundle import CHECKPOINT, open_to_run
 from edgeprune.progress import Progress
 
-FOLDER = "model"
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 
 
@@ -60,7 +59,7 @@ def push(bundle: Path, repository: str, public: bool, dry_run: bool, progress: P
             return Pushed(repository, public, is_new, files, None)
         hub.create_repo(repository, private=not public, exist_ok=True)
         progress.stage("send the checkpoint")
-        folder = bundle / FOLDER
+        folder = bundle / CHECKPOINT
         made = hub.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Fitted by edgeprune", allow_patterns=list(files)
         )
@@ -72,7 +71,7 @@ def push(bundle: Path, repository: str, public: bool, dry_run: bool, progress: P
 def _files(bundle: Path) -> dict[str, int]:
     """Returns the bytes of the checkpoint's files by name. Raises InputError where there is none, or one differs."""
     chosen = open_to_run(bundle)
-    folder = chosen.folder / FOLDER
+    folder = chosen.folder / CHECKPOINT
     if not (folder / CARD).is_file():
         raise InputError(
             f"{bundle} holds no checkpoint: layers of different widths fit into no configuration, or --no-checkpoint "

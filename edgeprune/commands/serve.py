@@ -31,14 +31,16 @@ def serve(
     slots: int | None,
     queue: int,
     key_file: Path | None,
+    draft: Path | None,
     note: Callable[[str], None],
     on_ready: Callable[[str, int], None],
 ) -> None:
     """Serves a bundle at host:port until a signal comes; port 0 takes any that is free.
 
     slots: requests that are answered at once, None for the batch that the bundle was fitted for; queue: more that may
-    wait; key_file: of the key that requests must bring. on_ready is called with the address and the slots. Raises
-    InputError for a bundle that cannot run, the bundle of an image generator, a taken port and a missing extra.
+    wait; key_file: of the key that requests must bring; draft: as of runners_of. on_ready is called with the address
+    and the slots. Raises InputError for a bundle that cannot run, the bundle of an image generator, a taken port and a
+    missing extra.
     """
     uvicorn = _uvicorn()
     key = _key(key_file, host, note)
@@ -49,7 +51,7 @@ def serve(
         from edgeprune.generate.server import app_of, words_of
         from edgeprune.ondevice.serving import Service
 
-        with Service(lambda: runners_of(chosen, slots, note), queue) as service:
+        with Service(lambda: runners_of(chosen, slots, note, draft), queue) as service:
             words = words_of(chosen.tokenizer, service.vocab_size)
             app = app_of(service, words, bundle.resolve().name, key)
             config = uvicorn.Config(

@@ -16,7 +16,7 @@ from edgeprune.errors import InputError
 from edgeprune.model.tokens.generation import end_ids
 from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.bundle import CODEC, open_to_run
-from edgeprune.ondevice.bundle_runner import runner_of
+from edgeprune.ondevice.bundle_runner import drafted_runner, runner_of
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import check_sampling, generate
 from edgeprune.progress import Progress
@@ -149,13 +149,14 @@ def stream_text(
     top_p: float,
     seed: int,
     note: Callable[[str], None],
+    draft: Path | None = None,
 ) -> Iterator[str]:
     """Yields pieces of text as they are generated from a bundle.
 
     max_new_tokens: None for MAX_NEW_TOKENS, or as many as the context has room for. note: called where the engine is
-    not what generates, the chat template is not used, or the context ends the text before max_new_tokens. Raises
-    InputError for the bundle of an image generator, a sampling that draws nothing, a prompt beyond the context or the
-    vocabulary, or a bundle that cannot run.
+    not what generates, the chat template is not used, or the context ends the text before max_new_tokens. draft: as of
+    runners_of. Raises InputError for the bundle of an image generator, a sampling that draws nothing, a prompt beyond
+    the context or the vocabulary, or a bundle that cannot run.
     """
     check_sampling(temperature, top_k, top_p)
     # Open the bundle; where it was finished on its device, with the rung that was chosen there.
@@ -168,7 +169,7 @@ def stream_text(
     chosen.check(chosen.tokenizer)
     tokenizer = load_tokenizer(chosen.tokenizer)
     # The prompt must leave room in the context.
-    runner = runner_of(chosen, 1, 1, note)
+    runner = runner_of(chosen, 1, 1, note) if draft is None else drafted_runner(chosen, draft)
     ids = prompt_ids(tokenizer, prompt, runner.vocab_size, note)
     context = chosen.workload.context
     room = context - len(ids)

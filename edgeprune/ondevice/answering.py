@@ -186,6 +186,11 @@ def metrics(service: Service, resident: int | None) -> str:
         ("prompt_tokens_reused_total", "counter", "tokens of prompts that a cache held already", counts.reused_tokens),
         ("new_tokens_total", "counter", "tokens that were drawn", counts.new_tokens),
     ]
+    if (guesses := service.guesses) is not None:
+        named += [
+            ("draft_tokens_total", "counter", "tokens that the draft guessed", guesses[0]),
+            ("draft_tokens_accepted_total", "counter", "guessed tokens that were drawn", guesses[1]),
+        ]
     lines = []
     for name, kind, what, value in named:
         lines += [f"# HELP edgeprune_{name} {what}", f"# TYPE edgeprune_{name} {kind}", f"edgeprune_{name} {value}"]

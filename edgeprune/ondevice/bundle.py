@@ -24,6 +24,7 @@ REPORT = "report.json"
 MEASUREMENT = "measurement.json"
 READY = ".finished"  # the folder in the bundle of new files that are about to be moved to their places
 TOKENIZER = "tokenizer"
+CHECKPOINT = "model"  # a rung's folder of it
 CODEC = "codec"  # of an image generator: turns codes into pixels
 FRONTIER = "frontier"  # the kind of a bundle of which no rung is chosen yet; others have a chosen one
 COPY_AGAIN = "Copy the whole bundle again, or run the fit again (the command is in manifest.json)."

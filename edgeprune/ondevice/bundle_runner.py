@@ -6,13 +6,20 @@ It knows no prompts and no images.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from edgeprune.errors import EngineError, InputError
-from edgeprune.ondevice.bundle import Chosen
+from edgeprune.files import checked, read_json
+from edgeprune.ondevice.bundle import Chosen, open_to_run
 from edgeprune.ondevice.llamacpp import MODEL_FILE, LlamaRunner
-from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GRAPH_OF_ALL, GraphRunner
 from edgeprune.ondevice.reference import StepRunner
+from edgeprune.ondevice.speculation import MOST_GUESSES, SpeculativeRunner
 from edgeprune.ondevice.tensorrt_runner import EngineRunner
+
+DRAFT_FILE = "draft.json"  # of a bundle that `edgeprune draft` made: how many tokens it guesses at a time
+LEAST_KNOWN = 4  # guesses of a bundle that it did not make
 
 
 def runner_of(chosen: Chosen, batch: int, on_processor: int, note: Callable[[str], None]) -> StepRunner:
@@ -51,14 +58,43 @@ def runner_of(chosen: Chosen, batch: int, on_processor: int, note: Callable[[str
     return GraphRunner(graph, on_processor, context)
 
 
-def runners_of(chosen: Chosen, slots: int | None, note: Callable[[str], None]) -> list[StepRunner]:
+def drafted_runner(chosen: Chosen, draft: Path, threads: int | None = None) -> SpeculativeRunner:
+    """Returns the rung's graph in ONNX Runtime with a draft, the chosen rung of another bundle.
+
+    Raises InputError where one of them has no graph, where their tokens differ, or a file is not the manifest's.
+    """
+    small = open_to_run(draft)
+    texts = [one.tokenizer / "tokenizer.json" for one in (chosen, small)]
+    if not all(path.is_file() for path in texts) or len({path.read_bytes() for path in texts}) > 1:
+        raise InputError(
+            f"{draft} has other tokens than {chosen.bundle}", "Make a draft of it: edgeprune draft BUNDLE."
+        )
+    count = LEAST_KNOWN
+    if (plan := draft / DRAFT_FILE).is_file():
+        small.check(plan)
+        count = checked(read_json(plan), {"guesses": int, ...: Any}, str(plan))["guesses"]
+    graphs = []
+    for one, name in ((chosen, GRAPH_OF_ALL), (small, GRAPH_FILE)):
+        path = one.folder / "onnx" / name
+        if not path.is_file():
+            raise InputError(f"{one.bundle} has no graph for ONNX Runtime", "Fit it for a device that runs one.")
+        one.check(path.parent)
+        graphs.append(GraphRunner(path, 1, chosen.workload.context, threads))
+    return SpeculativeRunner(*graphs, max(1, min(count, MOST_GUESSES)))
+
+
+def runners_of(
+    chosen: Chosen, slots: int | None, note: Callable[[str], None], draft: Path | None = None
+) -> list[StepRunner]:
     """Returns a runner for each request that is answered at once.
 
     Those of a graph share its weights; of an engine there is one. slots: how many, None for the batch that the bundle
-    was fitted for. note: called where an engine does not run, or has fewer. Raises InputError as runner_of.
+    was fitted for. note: called where an engine does not run, or has fewer. draft: a bundle of one; the rung's graph
+    runs then, whatever engine there is. Raises InputError as runner_of and drafted_runner.
     """
-    runner, count = runner_of(chosen, 1, 1, note), slots or chosen.workload.batch
-    if isinstance(runner, GraphRunner):
+    runner = runner_of(chosen, 1, 1, note) if draft is None else drafted_runner(chosen, draft)
+    count = slots or chosen.workload.batch
+    if isinstance(runner, GraphRunner | SpeculativeRunner):
         return [runner, *(runner.another() for _ in range(count - 1))]
     if count > 1:
         note("this engine answers one request at a time: the others wait")

@@ -20,6 +20,7 @@ from edgeprune.ondevice.timing import described, interleave, stopwatch
 
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 GRAPH_FILE = "model.onnxruntime.last.onnx"  # the graph of a candidate in the dialect that ONNX Runtime runs
+GRAPH_OF_ALL = "model.onnxruntime.onnx"  # the same with the logits of all positions
 BY_CHANNEL_BLOCKS = ("session.qdq_matmulnbits_block_size", "-1")
 """The entry of a session's options with which a product of int8 codes runs in blocks as wide as its inputs allow, up to
 256, and not of 32: prefill then takes 0.8 of the time, and the scales are not repeated as often (1.32)."""

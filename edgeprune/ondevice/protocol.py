@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeprune.ondevice.serving import Drawing
+from edgeprune.ondevice.sampling import Drawing
 
 MOST_BYTES = 4 << 20  # of a request's body
 MOST_STOPS, MOST_LIKELIEST = 4, 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,6 +11,16 @@ from edgeprune.errors import InputError, NumericalError
 from edgeprune.ondevice.reference import StepRunner
 
 CANDIDATES = (512, 8192)  # tokens with more than a part in so many of the share that top_p may drop are sorted first
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A way to draw tokens, as of `choose`, and its seed."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -60,6 +71,8 @@ def generate(
     # Draw a token for every row, and run it in the next step.
     ended = np.zeros(len(prompts), dtype=bool)
     runner.reset()
+    if hasattr(runner, "begin"):  # a draft guesses what will be drawn
+        runner.begin(Drawing(temperature, top_p, top_k, seed), longest)
     tokens = np.zeros(len(prompts), np.int64)
     for step in range(max_new_tokens):
         logits = runner.run(ids if step == 0 else tokens[:, None], mask)  # (batch, vocabulary)
@@ -75,6 +88,12 @@ def generate(
             return
         # (batch, longest + step + 1)
         mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
+
+
+def draw(logits: np.ndarray, drawing: Drawing, point: float) -> int:
+    """Returns the token that is drawn from logits (vocabulary,) at a point in [0, 1)."""
+    wide = logits.astype(np.float64)[None]
+    return int(choose(wide, drawing.temperature, drawing.top_p, np.array([point]), drawing.top_k)[0])
 
 
 def choose(logits: np.ndarray, temperature: float, top_p: float, points: np.ndarray, top_k: int = 0) -> np.ndarray:

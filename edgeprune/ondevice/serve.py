@@ -223,18 +223,19 @@ def serve_chosen(
     slots: int | None,
     waiting: int,
     key: str | None,
+    draft: Path | None,
     note: Callable[[str], None],
     on_ready: Callable[[int, int], None],
 ) -> None:
     """Serves a rung until this process is ended.
 
     name: the model's; place: host and port, 0: any that is free; slots: requests that are answered at once, None: the
-    batch that the bundle was fitted for; waiting: more that may wait; key: that requests must bring. note: as of
+    batch that the bundle was fitted for; waiting: more that may wait; key: that requests must bring. note, draft: as of
     runners_of; on_ready is called with the port and the slots. Raises InputError where the tokenizer cannot be read or
     the port is taken, and what the engine raises.
     """
     tokenizer = DeviceTokenizer(chosen.tokenizer)
-    with Service(lambda: runners_of(chosen, slots, note), waiting) as service:
+    with Service(lambda: runners_of(chosen, slots, note, draft), waiting) as service:
         words = TokenizerWords(tokenizer, tokenizer.ends, service.vocab_size)
         try:
             server = Server(place, service, words, name, key)
@@ -266,6 +267,7 @@ def answer(request: Mapping[str, Any], on_progress: OnProgress) -> NoReturn:
         request["slots"],
         request["waiting"],
         request["key"],
+        None,
         lambda text: on_progress(text, 0, 0),
         lambda port, slots: on_progress(LISTENING, port, slots),
     )
@@ -280,6 +282,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="the port (%(default)s); 0: any that is free")
     parser.add_argument("--slots", type=int, help="requests that are answered at once; default: the bundle's batch")
     parser.add_argument("--queue", type=int, default=32, help="more requests that may wait (%(default)s)")
+    parser.add_argument("--draft", type=Path, help="the bundle of a draft, which guesses tokens ahead")
     parser.add_argument("--api-key-file", type=Path, help="a file with the key that requests must bring")
     options = parser.parse_args()
 
@@ -294,7 +297,7 @@ def main() -> int:
         bundle = options.bundle or Path(sys.argv[0]).resolve().parent
         name, key = bundle.resolve().name, key_of(options.api_key_file)
         place = options.host, options.port
-        serve_chosen(open_to_serve(bundle), name, place, options.slots, options.queue, key, note, ready)
+        serve_chosen(open_to_serve(bundle), name, place, options.slots, options.queue, key, options.draft, note, ready)
     except EdgepruneError as error:
         note(f"error: {error.message}\n{error.remedy}")
         return error.exit_code

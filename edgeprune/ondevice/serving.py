@@ -21,21 +21,11 @@ import numpy as np
 
 from edgeprune.errors import EdgepruneError, NumericalError
 from edgeprune.ondevice.reference import StepRunner
-from edgeprune.ondevice.sampling import choose
+from edgeprune.ondevice.sampling import Drawing, draw
 
 PART = 64  # tokens of a prompt that are read at a time
 STOPPED, FULL = "stop", "length"  # why an answer ended: an end token or what the client waits for; as long as asked for
 LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A way to draw tokens, as of sampling.choose, and its seed."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +109,8 @@ class Slot:
         self.held = list(job.prompt[:reused])
         self.random = np.random.default_rng(job.drawing.seed)
         self.runner.reset(reused)
+        if hasattr(self.runner, "begin"):  # a draft guesses what will be drawn
+            self.runner.begin(job.drawing, len(job.prompt))
 
     def read(self) -> np.ndarray | None:
         """Reads the next part of the prompt; returns the logits (vocabulary,) behind its last one, else None."""
@@ -184,6 +176,12 @@ class Service:
     def waiting(self) -> int:
         """Returns how many jobs wait for a slot."""
         return len(self._waiting)
+
+    @property
+    def guesses(self) -> tuple[int, int] | None:
+        """Returns how many tokens drafts guessed, and how many of these were drawn; None: there is no draft."""
+        drafted = [slot.runner for slot in self.slots if hasattr(slot.runner, "guessed")]
+        return (sum(one.guessed for one in drafted), sum(one.accepted for one in drafted)) if drafted else None
 
     @property
     def active(self) -> int:
@@ -287,9 +285,7 @@ class Service:
         if not np.isfinite(logits).all():
             raise NumericalError("the logits are not finite", "Check the model's weights with `edgeprune run`.")
         job, now = slot.job, time.monotonic()
-        wide, drawing = logits.astype(np.float64)[None], job.drawing
-        point = slot.random.random(1)
-        drawn = int(choose(wide, drawing.temperature, drawing.top_p, point, drawing.top_k)[0])
+        drawn = draw(logits, job.drawing, slot.random.random())
         counts = self.counts
         if job.drawn:
             counts.later_tokens += 1
@@ -301,7 +297,7 @@ class Service:
         job.drawn += 1
         counts.new_tokens += 1
         slot.token = drawn
-        if drawn in job.ends or not job.on_token(_token(wide[0], drawn, job.likeliest)):
+        if drawn in job.ends or not job.on_token(_token(logits, drawn, job.likeliest)):
             self._end(slot, STOPPED)
         elif job.drawn == job.most:
             self._end(slot, FULL)
@@ -320,7 +316,7 @@ def _token(logits: np.ndarray, drawn: int, likeliest: int | None) -> Token:
     """Returns a token with the log probabilities of logits (vocabulary,) that are asked for."""
     if likeliest is None:
         return Token(drawn)
-    logits = logits - logits.max()
+    logits = logits.astype(np.float64) - logits.max()
     logprobs = logits - np.log(np.exp(logits).sum())
     best = np.argsort(-logprobs, kind="stable")[:likeliest]
     return Token(drawn, float(logprobs[drawn]), tuple((int(one), float(logprobs[one])) for one in best))

@@ -164,7 +164,11 @@ def search(
                 ending, reason = "neighbour", "every better candidate on the width grid exceeds the budget"
                 break
             name = max(limits, key=lambda name: trial.obtained.values[name] / limits[name])
-            allowed[name] = estimator.estimate(proposed)[name] * (1 - NUDGE)
+            lower = estimator.estimate(proposed)[name] * (1 - NUDGE)
+            if lower >= allowed.get(name, np.inf):  # an estimate of nothing
+                ending, reason = "out_of_reach", "nothing is predicted to cost less than a candidate beyond the budget"
+                break
+            allowed[name] = lower
             continue
         # Obtain the costs of a new candidate, and correct the estimator by them.
         predicted = {name: value for name, value in estimator.predict(proposed).items() if name in limits}

@@ -30,7 +30,7 @@ from tests.support.vq import small_vq
 pytestmark = pytest.mark.slow
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENDLESS = "edgeprune serve "  # test_serve.py runs it
+ELSEWHERE = ("edgeprune serve ", "edgeprune draft ", "edgeprune push ")  # that tests of their own run
 RUN = ("README.md", "docs/fit.md", "docs/runtimes.md")
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it {} "
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
@@ -58,7 +58,11 @@ def commands(page: str) -> list[str]:
             found += re.findall(r"`(edgeprune [^`]*)`", line)
         elif (is_block or line.startswith("    ")) and line.strip().startswith("edgeprune "):
             found.append(line.strip())
-    return [command for command in found if "[" not in command and "USER@" not in command and ENDLESS not in command]
+    return [
+        command
+        for command in found
+        if "[" not in command and "USER@" not in command and not command.startswith(ELSEWHERE)
+    ]
 
 
 @pytest.fixture(scope="module")

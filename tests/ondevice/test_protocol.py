@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgeprune.ondevice.protocol import CHAT, TEXT, Refused, parsed
-from edgeprune.ondevice.serving import Drawing
+from edgeprune.ondevice.sampling import Drawing
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -12,8 +12,8 @@ import pytest
 from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.onnxruntime import GraphRunner
-from edgeprune.ondevice.sampling import generate
-from edgeprune.ondevice.serving import FULL, PART, STOPPED, Busy, Drawing, Job, Service, Token, common
+from edgeprune.ondevice.sampling import Drawing, generate
+from edgeprune.ondevice.serving import FULL, PART, STOPPED, Busy, Job, Service, Token, common
 from tests.support.graph_models import llama
 from tests.support.reference import decoder_of, weights_of
 

@@ -171,6 +171,19 @@ def test_a_candidate_that_failed_is_not_proposed_again() -> None:
     assert outcome.trials[outcome.chosen].allocation == seen[2]
 
 
+def test_a_candidate_that_failed_although_it_is_estimated_to_cost_nothing_ends_the_search() -> None:
+    """As where a tiny model's times are lost in noise: no limit is below its estimate."""
+    free = of(Widths(1, 1, 32))
+
+    def estimate_of(allocation: Allocation) -> dict[str, float]:
+        return {"decode": 0.0 if allocation == free else 1.0}
+
+    estimator = corrected(estimate_of, of(DENSE), {"decode": 1.0})
+    missed = Costs({"decode": 0.9}, "missed")
+    outcome = search(lambda limits: free, free, estimator, {"decode": 0.5}, {"decode": 0.0}, lambda *_: missed)
+    assert (outcome.ending, len(outcome.trials)) == ("out_of_reach", 1)
+
+
 def test_the_cost_model_passes_through_what_was_obtained() -> None:
     model = CostModel(10.0, 20.0)
     assert model.predict(5.0) == 10.0
