@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeprune.commands.compare import compare
+    from edgeprune.commands.diff import diff
+    from edgeprune.commands.draft import draft
     from edgeprune.commands.drift import drift
     from edgeprune.commands.fit import fit
     from edgeprune.commands.frontier import frontier
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "compare",
+    "diff",
+    "draft",
     "drift",
     "fit",
     "frontier",

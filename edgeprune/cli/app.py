@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, draft, drift, evaluate, fit, generate, inspect, push, samples, serve
+from edgeprune.cli import compare, diff, draft, drift, evaluate, fit, generate, inspect, push, samples, serve
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -145,6 +145,11 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "edgeprune drift my-model-cpu --texts ./texts-of-june",
             "edgeprune drift my-model-cpu --texts new.jsonl --since ./texts",
         ),
+    ),
+    (
+        USE,
+        diff.diff,
+        ("edgeprune diff old-bundle new-bundle", "edgeprune diff old new --fail-on quality=2 --fail-on latency=5"),
     ),
     (USE, inspect.report, ("edgeprune report my-model-cpu",)),
 )

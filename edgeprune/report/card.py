@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from edgeprune.model.origin import Origin
 from edgeprune.report.deploy import LOADERS, in_blocks
-from edgeprune.report.figures import number_text, rise_of
-from edgeprune.report.schema import Report, Side
+from edgeprune.report.figures import formats_text, number_text, rise_of, widths_text
+from edgeprune.report.schema import Report
 from edgeprune.report.tasks import task_text
 
 PIPELINES = {True: "text-generation", False: "unconditional-image-generation"}
@@ -54,8 +54,8 @@ def _made(report: Report, origin: Origin) -> Iterator[str]:
     yield "| | before | here |"
     yield "|---|---|---|"
     yield f"| parameters | {' | '.join(f'{side.parameters / 1e6:,.1f} M' for side in sides)} |"
-    yield f"| layers: query heads, key/value heads, MLP channels | {' | '.join(map(_widths, sides))} |"
-    yield f"| modules by weight format | {' | '.join(map(_formats, sides))} |"
+    yield f"| layers: query heads, key/value heads, MLP channels | {' | '.join(map(widths_text, sides))} |"
+    yield f"| modules by weight format | {' | '.join(map(formats_text, sides))} |"
     if report.ratio > 0:
         yield ""
         yield (
@@ -64,18 +64,6 @@ def _made(report: Report, origin: Origin) -> Iterator[str]:
         )
     if (done := report.recovery) is not None and done.taken:
         yield f"Then {done.taken} steps of training toward the original model's distribution."
-
-
-def _widths(side: Side) -> str:
-    """Returns the widths of the layers, each kind of layer once."""
-    counts: dict[tuple[int, ...], int] = {}
-    for layer in side.widths:
-        counts[widths] = counts.get(widths := tuple(layer.values()), 0) + 1
-    return "; ".join(f"{count} of {', '.join(map(str, widths))}" for widths, count in counts.items())
-
-
-def _formats(side: Side) -> str:
-    return ", ".join(f"{count} {name}" for name, count in side.formats.items()) or "all floats"
 
 
 def _quality(report: Report) -> Iterator[str]:

@@ -13,7 +13,7 @@ from edgeprune.ondevice.budget import STATUS_TEXT, format_bytes, format_ms, form
 from edgeprune.report.experience import Experience
 from edgeprune.report.images import Interval, Pictures
 from edgeprune.report.quality import Agreement, Answers, Identical
-from edgeprune.report.schema import Constraint, Figure, Levers, Outcome, Recovery, Report, Search, Source, Text
+from edgeprune.report.schema import Constraint, Figure, Levers, Outcome, Recovery, Report, Search, Side, Source, Text
 
 if TYPE_CHECKING:
     from edgeprune.report.frontier import Rung
@@ -68,6 +68,19 @@ def number_text(value: float, unit: str) -> str:
         case "tokens" | "sequences":
             return f"{value:,.0f} {unit if value != 1 else unit.removesuffix('s')}"
     return f"{value:.3f}"
+
+
+def widths_text(side: Side) -> str:
+    """Returns the widths of the layers, each kind of layer once: query heads, key/value heads, MLP channels."""
+    counts: dict[tuple[int, ...], int] = {}
+    for layer in side.widths:
+        counts[widths] = counts.get(widths := tuple(layer.values()), 0) + 1
+    return "; ".join(f"{count} of {', '.join(map(str, widths))}" for widths, count in counts.items())
+
+
+def formats_text(side: Side) -> str:
+    """Returns the weight formats with the number of modules in each."""
+    return ", ".join(f"{count} {name}" for name, count in side.formats.items()) or "all floats"
 
 
 def levers_text(levers: Levers) -> str:

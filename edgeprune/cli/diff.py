@@ -1,0 +1,48 @@
+"""The command that compares two bundles. It parses, calls one function and prints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options
+from edgeprune.cli.streams import console, show
+from edgeprune.errors import InputError
+from edgeprune.report.diff import GUARDS
+
+FAILED = 3
+
+
+def diff(
+    first: options.Bundle,
+    second: options.Bundle,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PERCENT",
+            help=f"End with exit code {FAILED} where the second is worse by more: {', '.join(GUARDS)}; may be given "
+            "again.",
+        ),
+    ] = None,
+    json_: options.Json = False,
+) -> None:
+    """Tell what changed between two bundles: verdict, figures, quality, widths, options, versions."""
+    from edgeprune.commands.diff import diff as run
+    from edgeprune.report.diff import print_diff
+
+    report = run(first, second, fail_on=dict(map(_guard, fail_on or ()))).report
+    if json_:
+        show(report.model_dump_json(indent=2))
+    else:
+        print_diff(report, console())
+    raise typer.Exit(FAILED if report.failed else 0)
+
+
+def _guard(text: str) -> tuple[str, float]:
+    """Returns the name and the percent of NAME=PERCENT. Raises InputError."""
+    name, _, percent = text.partition("=")
+    try:
+        return name, float(percent.removesuffix("%"))
+    except ValueError:
+        raise InputError(f"--fail-on {text!r} is not NAME=PERCENT", "Write --fail-on latency=5, for example.") from None
