@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from edgeprune.log import log_event
+
 LONG_SECONDS = 10.0  # a stage that has taken so long has a line for each tenth
 ALIVE_SECONDS = 25.0  # after so long without a line there is one
 BEAT_SECONDS = 1.0  # between two looks at that
@@ -72,6 +74,33 @@ def progress_of(given: Progress | OnProgress | None) -> Progress:
     if given is None:
         return Silent()
     return given if hasattr(given, "stage") else Forwarded(given)
+
+
+class Logged:
+    """Progress that another one shows, with an event in the log for each stage that ended, with its seconds, and for
+    each note."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown, self._name, self._begun = shown, "", 0.0
+
+    def stage(self, name: str, total: int | None = None) -> Callable[[], None]:
+        self.end()
+        self._name, self._begun = name, time.monotonic()
+        log_event("begin", name, stage=name)
+        return self._shown.stage(name, total)
+
+    def track(self, name: str, done: int, total: int) -> None:
+        self._shown.track(name, done, total)
+
+    def note(self, text: str) -> None:
+        log_event("note", text)
+        self._shown.note(text)
+
+    def end(self) -> None:
+        """Logs the end of the stage that is under way, if any."""
+        if self._name:
+            log_event("stage", self._name, stage=self._name, seconds=round(time.monotonic() - self._begun, 3))
+        self._name = ""
 
 
 class Lines:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from edgeprune.cli.ending import shown_progress
 from edgeprune.errors import InputError
 from edgeprune.log import set_up
 
@@ -39,11 +42,46 @@ def test_the_file_holds_every_message_and_the_warnings_of_the_libraries(logger, 
     logger.debug("a detail é")
     logging.getLogger("another").warning("of a library")
     warnings.warn("old", UserWarning, stacklevel=1)
-    lines = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.endswith("edgeprune DEBUG a detail é")]
-    assert [line for line in lines if line.endswith("another WARNING of a library")]
-    assert [line for line in lines if "UserWarning: old" in line]
+    told = {(line["logger"], line["level"]): line["message"] for line in read(tmp_path / "run.log")}
+    assert told["edgeprune", "DEBUG"] == "a detail é"
+    assert told["another", "WARNING"] == "of a library"
+    assert "UserWarning: old" in told["py.warnings", "WARNING"]
     assert "a detail" not in capsys.readouterr().err
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a log, each of them JSON with a time of its own zone."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert all(datetime.fromisoformat(line["time"]).tzinfo is not None for line in lines)
+    return lines
+
+
+def test_stages_and_notes_are_events_with_their_seconds_and_are_shown_once(logger, tmp_path, capsys):
+    set_up(verbose=True, log_file=tmp_path / "run.log")
+    with shown_progress() as progress:
+        progress.stage("prune", 2)()
+        progress.note("weights: int8 (asked for)")
+        progress.stage("measure")
+    events = [line for line in read(tmp_path / "run.log") if "event" in line]
+    assert [(line["event"], line["message"]) for line in events] == [
+        ("begin", "prune"),
+        ("note", "weights: int8 (asked for)"),
+        ("stage", "prune"),
+        ("begin", "measure"),
+        ("stage", "measure"),
+    ]
+    assert all(line["seconds"] >= 0 for line in events if line["event"] == "stage")
+    assert capsys.readouterr().err.count("asked for") == 1
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback(logger, tmp_path):
+    set_up(verbose=False, log_file=tmp_path / "run.log")
+    try:
+        raise ValueError("a bug")
+    except ValueError:
+        logger.debug("traceback", exc_info=True)
+    (line,) = read(tmp_path / "run.log")
+    assert "ValueError: a bug" in line["traceback"]
 
 
 def test_verbose_writes_to_standard_error(logger, capsys):

@@ -20,6 +20,7 @@ from edgeprune.cli.slips import meant
 from edgeprune.cli.streams import guarded_streams, note, show
 from edgeprune.errors import EdgepruneError, EngineError
 from edgeprune.files import writing
+from edgeprune.log import log_event
 
 app = typer.Typer(
     name="edgeprune",
@@ -43,7 +44,7 @@ def _root(
         bool, typer.Option("--verbose", "-v", help="Write details to standard error; stands before the command.")
     ] = False,
     log_file: Annotated[
-        Path | None, typer.Option(help="Write a detailed log there; stands before the command.", **PATH)
+        Path | None, typer.Option(help="Write a log there, in lines of JSON; stands before the command.", **PATH)
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -173,6 +174,7 @@ def main() -> None:
         if ending.signal is not None:  # whatever a library made of it
             note(ending.message)
             code = ending.exit_code
+    log_event("end", "the command ended", exit_code=code if isinstance(code, int) else 0, arguments=sys.argv[1:])
     sys.exit(code if isinstance(code, int) else 0)
 
 

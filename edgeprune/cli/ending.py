@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from edgeprune.progress import Progress, rich_progress
+from edgeprune.progress import Logged, Progress, rich_progress
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -96,4 +96,8 @@ class _Watched:
 def shown_progress() -> Iterator[Progress]:
     """Shows the progress of a command, which ends at a signal whatever a library made of it."""
     with rich_progress() as progress:
-        yield _Watched(progress)
+        logged = Logged(progress)
+        try:
+            yield _Watched(logged)
+        finally:
+            logged.end()
