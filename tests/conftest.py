@@ -9,10 +9,16 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
 
 from edgeprune.ondevice.durations import VARIABLE
 from tests.support.device import NO_SSHD
 from tests.support.durations import durations
+
+# A machine under load is slow, and what a property holds for is told by some dozens of cases;
+# HYPOTHESIS_PROFILE=default tries the library's hundred.
+settings.register_profile("suite", max_examples=40, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 SHORT = {
     "measure_seconds": 0.3,
@@ -26,9 +32,11 @@ SHORT = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keeps the user's cache out, unless a place for it was named."""
+    """Keeps the user's cache out, unless a place for it was named; the processes of a run share one."""
     if "EDGEPRUNE_CACHE" not in os.environ:
-        os.environ["EDGEPRUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+        folder = tmp_path_factory.getbasetemp()
+        own = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+        os.environ["EDGEPRUNE_CACHE"] = str(own / "cache")
 
 
 @pytest.fixture(scope="session", autouse=True)

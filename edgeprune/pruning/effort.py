@@ -48,17 +48,29 @@ def needed_bytes(decoder: Decoder, row_tokens: int, rank: int | None = None) -> 
 
     Of each weight of the layers itself, and of what is trained, it or the factors of a rank, gradient and two moments;
     of one layer the weights as they are deployed; embedding and head, and the dense model's; of a step the stream
-    behind every layer and the states of one, and some logits of both models.
+    behind every layer and the states of one, or where holds_states says so of all, and some logits of both models.
     """
     shapes = [shape for i in range(len(decoder.layers)) for shape in decoder.layer_shapes(i).values()]
     trained = sum(math.prod(shape) if rank is None or len(shape) < 2 else rank * sum(shape) for shape in shapes)
     of_layers = [sum(map(math.prod, decoder.layer_shapes(i).values())) for i in range(len(decoder.layers))]
     tokens = ROWS * row_tokens
-    states = tokens * (decoder.hidden_size * (len(decoder.layers) + 8) + 6 * max(map(_widest, decoder.layers)))
+    of_layer = [8 * decoder.hidden_size + 6 * _widest(layer) for layer in decoder.layers]
+    held = sum(of_layer) if holds_states(decoder, rank) else max(of_layer)
+    states = tokens * (decoder.hidden_size * len(decoder.layers) + held)
     tables = 2 * decoder.table_parameters
     logits = 6 * LOGIT_ROWS * decoder.vocab_size
     weights = sum(of_layers) + (3 if rank is None else 4) * trained + 2 * max(of_layers)
     return 4 * (weights + states + tables + logits)
+
+
+def holds_states(decoder: Decoder, rank: int | None) -> bool:
+    """Returns whether a step keeps the states of all layers for the way back, and does not compute them again.
+
+    Beside weights, gradients and moments they are little, but where memory is short, or where weights are on a grid,
+    whose every rounding would have to be kept.
+    """
+    modules = (module for layer in decoder.layers for module in (layer.attention, layer.mlp) if module is not None)
+    return rank is None and all(module.weight_format is None for module in modules)
 
 
 def _widest(layer: Layer) -> int:

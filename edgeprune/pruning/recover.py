@@ -39,7 +39,7 @@ from edgeprune.model.forward import (
 )
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import as_float, input_scale_of
-from edgeprune.pruning.effort import LOGIT_ROWS, ROWS, Effort, needed_bytes
+from edgeprune.pruning.effort import LOGIT_ROWS, ROWS, Effort, holds_states, needed_bytes
 from edgeprune.pruning.trained import Stored, Trained, differentiable, low_rank
 
 FRESH = 32  # rows of the model's own that are drawn at a time
@@ -153,11 +153,12 @@ class Student:
     def states(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the normed states (b, p, c) at the positions that are compared, of ids (b, t) int64.
 
-        With gradients, each layer is computed again on the way back: its input alone is kept.
+        Where a layer's states are not held, it is computed again on the way back: its input alone is kept.
         """
+        again = torch.is_grad_enabled() and not holds_states(self.decoder, self.rank)
         hidden = embedded(self.decoder, ids[:, :-1], self.embedding, self.positions)  # (b, t - 1, c)
         for index in range(len(self.layers)):
-            if torch.is_grad_enabled():
+            if again:
                 hidden = checkpoint(self._layer, index, hidden, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self._layer(index, hidden)

@@ -46,6 +46,13 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture(autouse=True)
+def _as_before():
+    """The commands that other tests run in this process have not been ended."""
+    yield
+    ending.__init__()
+
+
 class EndsWhenItGoes:
     """An object in whose __del__ the signal comes, where Python ignores exceptions."""
 

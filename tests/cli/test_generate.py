@@ -24,8 +24,9 @@ def test_text_is_printed_piece_by_piece_and_greedy_by_default(monkeypatch):
 
     monkeypatch.setattr("edgeprune.generate.text.stream_text", stream_text)
     assert run("--prompt", "say").stdout == "the quick\n"
-    bundle, prompt, tokens, temperature, top_k, top_p, seed, _ = asked[0]
+    bundle, prompt, tokens, temperature, top_k, top_p, seed, _, draft = asked[0]
     assert (str(bundle), prompt, tokens, temperature, top_k, top_p, seed) == ("bundle", "say", None, 0.0, 0, 1.0, 0)
+    assert draft is None
     run("--prompt", "say", "--max-new-tokens", "3", "--temperature", "0.7", "--top-k", "5", "--seed", "9")
     assert asked[1][2:7] == (3, 0.7, 5, 1.0, 9)
 

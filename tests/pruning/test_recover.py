@@ -92,6 +92,16 @@ def test_divergence_falls_on_rows_that_nothing_has_seen(tmp_path):
     assert weights["embedding"] is model.weights["embedding"]
 
 
+def test_states_that_are_held_and_states_that_are_computed_again_give_the_same_weights(tmp_path, monkeypatch):
+    dense = dense_model()
+    model = small(dense)
+    held, _ = run(dense, model, tmp_path / "held", steps=4)
+    monkeypatch.setattr(recovery, "holds_states", lambda decoder, rank: False)
+    again, _ = run(dense, model, tmp_path / "again", steps=4)
+    for name, weight in held.items():
+        torch.testing.assert_close(weight, again[name], rtol=1e-5, atol=1e-6)
+
+
 FORMATS = ("int8", "w8a8", "fp8", "nvfp4", "int4-32", "int4-32-asymmetric", "int4-offset", "q4_0", "q5_1", "q8_0")
 
 

@@ -178,10 +178,7 @@ def odd_documents(document: dict[str, Any], parts: Sequence[str]) -> Iterator[tu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "parts", "least"),
-    [
-        (measured_content, tuple(Report.model_fields), 300),
-        (pictures_content, ("workload", "quality", "experience"), 100),
-    ],
+    [(measured_content, tuple(Report.model_fields), 80), (pictures_content, ("workload", "quality", "experience"), 40)],
 )
 def test_what_the_schema_lets_through_can_be_shown(content, parts, least, monkeypatch):
     monkeypatch.setattr("edgeprune.report.svg.Plot.svg", lambda plot, name, label: "")  # most of the time
