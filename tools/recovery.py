@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tools.quality import Texts
 
 CALIBRATION, LENGTH = 16, 512
-STEPS = (60, 240)
+STEPS = (60, 300)
 CHANNELS = 1216  # of 1536: 20 % of them are cut
 
 
