@@ -155,6 +155,7 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # so that who reads that it serves may connect at once
     except OSError as error:
         listener.close()
         raise InputError(
