@@ -336,7 +336,7 @@ def main_table(cells: Cells) -> str:
                     cell.layout,
                     *rise_columns(row),
                     *over,
-                    f"{row['seconds']:.0f}",
+                    "" if row["seconds"] is None else f"{row['seconds']:.0f}",  # none: other work held it up
                 ]
             )
     return table(["ratio", "method", "layout", *texts, *(f"{t}, over default" for t in texts[:2]), "seconds"], rows)
