@@ -117,6 +117,15 @@ def test_what_cannot_have_a_draft_is_refused_before_any_work(bundle: Path, tmp_p
     assert not list(tmp_path.glob("d*"))
 
 
+@pytest.mark.slow
+def test_a_draft_of_other_tokens_is_refused(made: tuple[Path, DraftReport], bundle: Path, tmp_path: Path) -> None:
+    other = copy_of(made[0], tmp_path / "other")
+    changed = (other / "tokenizer" / "tokenizer.json").read_text() + "\n"
+    rewrite(other, "tokenizer/tokenizer.json", changed.encode())
+    with pytest.raises(InputError, match="has other tokens than"):
+        list(stream_text(bundle, PROMPT, 5, 0.0, 0, 1.0, 0, pytest.fail, other))
+
+
 def test_the_speed_is_of_all_answers_together() -> None:
     trials = [command.Trial("greedy", alone, drafted, 1.0) for alone, drafted in ((2.0, 1.0), (4.0, 1.0), (3.0, 1.0))]
     figure = command._speed(trials)

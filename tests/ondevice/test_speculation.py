@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
+from edgeprune.ondevice.answering import metrics
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import Drawing, draw, generate
+from edgeprune.ondevice.serving import Job, Service, Token
 from edgeprune.ondevice.speculation import SpeculativeRunner
 from edgeprune.search.drafts import accepted_runs
 from tests.support.graph_models import llama
@@ -105,3 +108,29 @@ def test_a_draft_of_other_tokens_is_refused(graphs, tmp_path):
     other = GraphRunner(written(tmp_path, 0.0, vocab_size=300), 1, CONTEXT)
     with pytest.raises(InputError, match="the draft has 300 tokens, its target 257"):
         SpeculativeRunner(GraphRunner(graphs["itself"], 1, CONTEXT), other, 2)
+
+
+@pytest.mark.parametrize("drawing", DRAWINGS[:2], ids=["greedy", "top p"])
+def test_slots_of_a_service_have_a_draft_each_and_answer_as_if_they_were_alone(graphs, drawing):
+    """Its metrics tell how often it was right."""
+    first = speculative(graphs, "near", 3)
+    ended = [threading.Event() for _ in PROMPTS]
+    answers: list[list[int]] = [[] for _ in PROMPTS]
+
+    def job(place: int) -> Job:
+        def on_token(token: Token) -> bool:
+            answers[place].append(token.id)
+            return True
+
+        return Job(PROMPTS[place], NEW, drawing, frozenset(), on_token, lambda how: ended[place].set())
+
+    with Service(lambda: [first, first.another()], len(PROMPTS)) as service:
+        for place in range(len(PROMPTS)):
+            service.submit(job(place))
+        assert all(event.wait(60) for event in ended)
+        told = metrics(service, None)
+        guessed, accepted = service.guesses
+    expected = [answer(speculative(graphs, "near", 3), prompt, drawing) for prompt in PROMPTS]
+    assert answers == expected
+    assert 0 < accepted < guessed
+    assert f"edgeprune_draft_tokens_accepted_total {accepted}" in told
