@@ -25,7 +25,7 @@ def draft(
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Make a draft of a bundle's own model, with which `run` and `serve` are faster and answer the same."""
+    """Make a draft of a bundle's own model, which guesses tokens ahead for `run` and `serve`, or tell that none pays."""
     from edgeprune.commands.draft import draft as run
     from edgeprune.report.draft import print_draft
 
