@@ -25,7 +25,7 @@ def draft(
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Make a draft of a bundle's own model, which guesses tokens ahead for `run` and `serve`, or tell that none pays."""
+    """Make a draft of a bundle's own model, to guess tokens ahead for `run` and `serve`; or tell that none pays."""
     from edgeprune.commands.draft import draft as run
     from edgeprune.report.draft import print_draft
 

@@ -18,7 +18,7 @@ from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
 from edgeprune.pipeline.robustness import read_tokens
 from edgeprune.pipeline.sketch import SAMPLES as SKETCHED
-from edgeprune.pruning.effort import ROWS
+from edgeprune.pruning.effort import ROWS, holds_states
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 CHECK_PASSES = 1  # the check for overflow
 SENSITIVITY_PASSES = 4  # forward, forward again layer by layer, and backward
 STREAMS = 2  # of a pruning: the dense one and the pruned one
-STEP_PASSES = 4  # of a step of a recovery: forward, forward again layer by layer, and backward
+STEP_PASSES = 3  # of a step of a recovery, forward and backward; one more where layers are computed again
 PRODUCTS = 4  # of the inputs of a projection with what it should give: two residuals, and their part in its update
 HEAD_PASSES = 3  # of the sensitivities: forward and backward
 # Factorisations of a matrix of moments: of an update, at the dampings that are tried and at the best one; of a module's
@@ -156,13 +156,14 @@ def sensing(
 
 
 def recovering(decoder: Decoder, effort: Effort | None, row_tokens: int) -> Work:
-    """Returns one recovery: of each step a pass, another one on the way back and its gradients, a row that is drawn and
-    the dense model's pass of that."""
+    """Returns one recovery: of each step a pass and its gradients, a row that is drawn and the dense model's pass of
+    that."""
     if effort is None or effort.steps is None:
         return Work(seconds=60 * effort.minutes if effort else 0.0)
     tokens = ROWS * row_tokens
     head = Work(products=2.0 * tokens * decoder.vocab_size * decoder.hidden_size * HEAD_PASSES)
-    step = passing(decoder, tokens) * STEP_PASSES + head
+    passes = STEP_PASSES + (not holds_states(decoder, rank=None))
+    step = passing(decoder, tokens) * passes + head
     return (step + generating(decoder, row_tokens) + passing(decoder, row_tokens)) * effort.steps
 
 
