@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgeprune.cli import options
+from edgeprune.cli.options import PATH
 from edgeprune.cli.streams import console, show
 from edgeprune.errors import InputError
 from edgeprune.report.diff import GUARDS
@@ -15,8 +17,8 @@ FAILED = 3
 
 
 def diff(
-    first: options.Bundle,
-    second: options.Bundle,
+    first: Annotated[Path, typer.Argument(metavar="OLD", parser=PATH["parser"], help="The bundle to compare with.")],
+    second: Annotated[Path, typer.Argument(metavar="NEW", parser=PATH["parser"], help="The bundle that may be worse.")],
     fail_on: Annotated[
         list[str] | None,
         typer.Option(

@@ -20,14 +20,14 @@ from edgeprune.bundle.write import as_json
 from edgeprune.commands.frontier import frontier
 from edgeprune.commands.result import Result
 from edgeprune.errors import InputError
-from edgeprune.generate.guesses import Answer, Trial, answers_of, matches_of, runner_on, steps_of, trials_of
+from edgeprune.generate.guesses import Answer, Trial, answers_of, matches_of, steps_of, trials_of
 from edgeprune.model.export import GGUF, check_exports, write_exports
 from edgeprune.model.load import load_model
 from edgeprune.ondevice.bundle import CHECKPOINT, CODEC, Chosen, open_to_run, point_to_rung, rung_folder
 from edgeprune.ondevice.bundle_runner import DRAFT_FILE
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.machine import processor
-from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GRAPH_OF_ALL
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GRAPH_OF_ALL, GraphRunner
 from edgeprune.ondevice.speculation import SpeculativeRunner
 from edgeprune.pipeline.output import check_output
 from edgeprune.pipeline.ownership import remove_ours
@@ -130,7 +130,7 @@ def _judged(chosen: Chosen, setup: Setup, ladder: Path, progress: Progress) -> t
 
     context = chosen.workload.context
     tokens = min(TOKENS, context // 2)
-    target = runner_on(chosen.folder / "onnx" / GRAPH_OF_ALL, context)
+    target = GraphRunner(chosen.folder / "onnx" / GRAPH_OF_ALL, 1, context)
     prompts = _prompts(setup, chosen, min(PROMPT_TOKENS, context - tokens), progress)
     advance, answers = progress.stage("answers of the target", 2 * len(prompts)), []
     for answer in answers_of(target, prompts, tokens, setup.request.seed):
@@ -143,8 +143,9 @@ def _judged(chosen: Chosen, setup: Setup, ladder: Path, progress: Progress) -> t
     judged = []
     for row in rows:
         graphs = rung_folder(ladder, row.index) / "onnx"
-        matches = [matches_of(runner_on(graphs / GRAPH_OF_ALL, context), answer) for answer in answers]
-        own = steps_of(target, runner_on(graphs / GRAPH_FILE, context), seconds)["draft"]
+        reader = GraphRunner(graphs / GRAPH_OF_ALL, 1, context)
+        matches = [matches_of(reader, answer) for answer in answers]
+        own = steps_of(target, GraphRunner(graphs / GRAPH_FILE, 1, context), seconds)["draft"]
         plan = best_plan(matches, own, {1: 1.0} | {int(read): step for read, step in steps.items()})
         judged.append(_Judged(_candidate(row, own, answers, matches, plan), plan))
         advance()
@@ -162,7 +163,7 @@ def _judged(chosen: Chosen, setup: Setup, ladder: Path, progress: Progress) -> t
         return DraftReport(**found, **nothing), None
     # What was reckoned, measured.
     index = best.candidate.rung
-    small = runner_on(rung_folder(ladder, index) / "onnx" / GRAPH_FILE, context)
+    small = GraphRunner(rung_folder(ladder, index) / "onnx" / GRAPH_FILE, 1, context)
     advance, trials = progress.stage("both together", len(answers)), []
     for trial in trials_of(SpeculativeRunner(target, small, best.plan.count), answers, time.perf_counter):
         trials.append(trial)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -99,8 +98,3 @@ def trials_of(runner: SpeculativeRunner, answers: Sequence[Answer], clock: Calla
         pairs = zip(tokens[runner], tokens[runner.target], strict=True)
         same = next((place for place, (own, other) in enumerate(pairs) if own != other), len(answer.tokens))
         yield Trial(answer.mode, times[runner.target], times[runner], same / len(answer.tokens))
-
-
-def runner_on(graph: Path, context: int) -> GraphRunner:
-    """Returns a runner of one sequence. Raises EngineError where the graph cannot be loaded."""
-    return GraphRunner(graph, 1, context)

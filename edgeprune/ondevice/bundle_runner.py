@@ -19,7 +19,7 @@ from edgeprune.ondevice.speculation import MOST_GUESSES, SpeculativeRunner
 from edgeprune.ondevice.tensorrt_runner import EngineRunner
 
 DRAFT_FILE = "draft.json"  # of a bundle that `edgeprune draft` made: how many tokens it guesses at a time
-LEAST_KNOWN = 4  # guesses of a bundle that it did not make
+DEFAULT_GUESSES = 4  # guesses of a bundle that it did not make
 
 
 def runner_of(chosen: Chosen, batch: int, on_processor: int, note: Callable[[str], None]) -> StepRunner:
@@ -69,7 +69,7 @@ def drafted_runner(chosen: Chosen, draft: Path, threads: int | None = None) -> S
         raise InputError(
             f"{draft} has other tokens than {chosen.bundle}", "Make a draft of it: edgeprune draft BUNDLE."
         )
-    count = LEAST_KNOWN
+    count = DEFAULT_GUESSES
     if (plan := draft / DRAFT_FILE).is_file():
         small.check(plan)
         count = checked(read_json(plan), {"guesses": int, ...: Any}, str(plan))["guesses"]
