@@ -1,5 +1,6 @@
 """Tries to make edgeprune fail and counts what was mishandled; exit code 1 where anything was.
 
+    python tools/campaign.py --minutes 15 --seed 0                  # all parts in turn
     python tools/campaign.py --part kills --minutes 15 --seed 0     # runs that are killed and resumed
     python tools/campaign.py --part disk --minutes 15 --seed 0      # full disks, quotas, read-only folders
     python tools/campaign.py --part fuzz --minutes 15 --seed 0      # damaged files of every format
@@ -63,22 +64,24 @@ def print_summary(part: str, tried: int, mishandled: dict[Fault, list[str]]) -> 
 
 
 def main() -> int:
-    """Runs one part and returns 1 where anything was mishandled, else 0."""
+    """Runs the parts and returns 1 where anything was mishandled, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--part", choices=PARTS, action="append", help="all of them unless some are named")
+    parser.add_argument("--minutes", type=float, default=15, help="of each part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the folders of mishandled tries")
     given = parser.parse_args()
     runs = Runs()
     runs.import_all()
-    home = Home(Path(tempfile.mkdtemp(prefix=f"campaign-{given.part}-")), runs, given.keep)
+    home, all_mishandled = Home(Path(tempfile.mkdtemp(prefix="campaign-")), runs, given.keep), 0
     try:
-        tried, mishandled = campaign(PARTS[given.part](home, Random(given.seed)), 60 * given.minutes)
+        for part in given.part or PARTS:
+            tried, mishandled = campaign(PARTS[part](home, Random(given.seed)), 60 * given.minutes)
+            print_summary(part, tried, mishandled)
+            all_mishandled += len(mishandled)
     finally:
         home.close()
-    print_summary(given.part, tried, mishandled)
-    return 1 if mishandled else 0
+    return 1 if all_mishandled else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ TIMES = {
     "block_ms": 2,
 }
 SAMPLES = ("--calibration", "notes.txt", "--samples", "4", "--length", "24")
-SMALL = (*SAMPLES, "--prompt", "8", "--context", "32", "--method", "magnitude")
+SMALL = (*SAMPLES, "--prompt", "8", "--context", "32", "--method", "magnitude", "--weights", "float,int8")
 BUDGET = {"jetson-orin": ("--memory", "90%"), "cpu": ("--memory", "97%")}
 
 

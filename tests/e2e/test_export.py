@@ -17,7 +17,7 @@ from edgeprune.ondevice.sampling import generate
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.schema import Report
 from tests.support.checkpoints import save_llama
-from tests.support.commands import SMALL, run
+from tests.support.commands import SHORT, run
 from tests.support.families import save_family
 from tests.support.llamacpp import VOCABULARY, LlamaCpp, assert_same_choices, save_merging_tokenizer
 
@@ -47,7 +47,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def fit(home: Path, model: Path, *more: str | Path):
-    return run("fit", model, "--export", "gguf", "--calibration", home / "text.txt", *SMALL, *more)
+    return run("fit", model, "--export", "gguf", "--calibration", home / "text.txt", *SHORT, *more)
 
 
 def types_of(path: Path) -> Counter[str]:

@@ -19,7 +19,7 @@ from edgeprune.profiles import load_profile_file, profile_of, profile_toml
 from edgeprune.report.schema import Report
 from tests.support import ROOT
 from tests.support.checkpoints import save_llama
-from tests.support.commands import SMALL, run
+from tests.support.commands import SHORT, run
 from tests.support.device import Server, bare_python, script, ssh_server
 from tests.support.llamacpp import VOCABULARY, save_merging_tokenizer
 
@@ -65,7 +65,7 @@ def fit(home: Path, server: Server, path: str, *more: str | Path):
     return run(
         *("fit", home / "model", "--profile", home / "device.toml", "--engine", "llama.cpp"),
         *("--target", server.target, "--weights", "int8,float", "--memory", "90%", "--method", "magnitude"),
-        *("--calibration", home / "text.txt", *SMALL, *more),
+        *("--calibration", home / "text.txt", *SHORT, *more),
         path=path,
     )
 

@@ -18,7 +18,7 @@ from edgeprune.ondevice.sampling import generate
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.report.schema import Report
 from tests.support.checkpoints import save_llama
-from tests.support.commands import SMALL, run
+from tests.support.commands import SHORT, run
 from tests.support.families import save_family
 from tests.support.llamacpp import VOCABULARY, LlamaCpp, assert_same_choices, save_merging_tokenizer
 
@@ -62,7 +62,7 @@ def bundle(home: Path) -> Path:
     """Of two rungs, the first within 60 % of the memory's prunable part."""
     result = run(
         *("fit", home / "model", *ENGINE, "--weights", "int8,q4_k", "--memory", "65%", "--rungs", "2"),
-        *("--calibration", home / "text.txt", "--output", home / "fitted", *SMALL),
+        *("--calibration", home / "text.txt", "--output", home / "fitted", *SHORT),
     )
     assert result.returncode in (0, 3), result.stderr
     return home / "fitted"
@@ -126,7 +126,7 @@ def test_measured_again(bundle: Path) -> None:
 )
 def test_what_it_cannot_do_is_refused(home: Path, options: tuple[str, ...], message: str, remedy: str) -> None:
     """One message with a remedy, before any work."""
-    result = run("fit", home / "model", *ENGINE, "--output", home / "nothing", *SMALL, *options)
+    result = run("fit", home / "model", *ENGINE, "--output", home / "nothing", *SHORT, *options)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert remedy in result.stderr
@@ -145,7 +145,7 @@ def test_a_family_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
 def test_without_the_package_the_command_that_installs_it_is_told(home: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "xllamacpp.py").write_text("raise ImportError('libstdc++ is too old')")
     monkeypatch.syspath_prepend(tmp_path)
-    result = run("fit", home / "model", *ENGINE, "--output", home / "nothing", *SMALL)
+    result = run("fit", home / "model", *ENGINE, "--output", home / "nothing", *SHORT)
     assert result.returncode == 2, result.stderr
     assert "the engine llama.cpp is not usable here: ImportError: libstdc++ is too old" in result.stderr
     assert 'pip install "edgeprune[llama]"' in result.stderr

@@ -34,15 +34,19 @@ ELSEWHERE = ("edgeprune serve ", "edgeprune draft ", "edgeprune push ")  # that 
 RUN = ("README.md", "docs/fit.md", "docs/runtimes.md")
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it {} "
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
+FORMATS = ("--weights", "float,int8", "--cache", "float")
 ROOM = ("--memory", "1GiB")  # of so small a model nearly all memory is the runtime's, so that 90 % of it are none
 FEWER = {
-    "fit": SMALL,
+    "fit": (*SMALL, *FORMATS),
+    "fit ./my-model --device jetson-orin": (*SMALL, *FORMATS),
+    "fit ./my-model --device jetson-orin --memory": SMALL,
+    "fit ./my-model --device jetson-orin --weights": SMALL,
     "fit ./my-model --device rtx-4090": (*SMALL, *ROOM),
-    "fit ./my-model --device cpu --decode 70% --recover": (*SMALL, "--recover", "2"),
+    "fit ./my-model --device cpu --decode 70% --recover": (*SMALL, *FORMATS, "--recover", "2"),
     "fit --from": (),
-    "fit ./imagegpt-small": ("--samples", "8", "--images", "8"),
-    "fit c2i.pt": ("--samples", "8", "--images", "8", "--num-heads", "2", *ROOM),
-    "frontier": SMALL,
+    "fit ./imagegpt-small": ("--samples", "8", "--images", "8", *FORMATS),
+    "fit c2i.pt": ("--samples", "8", "--images", "8", "--num-heads", "2", *ROOM, *FORMATS),
+    "frontier": (*SMALL, *FORMATS),
     "compare": SMALL[:4],
 }
 """What a command gets in addition, by its beginning, so that it does not take minutes; the longest counts."""

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.report.schema import Report
 from tests.support.checkpoints import save_llama
-from tests.support.commands import SMALL, run
+from tests.support.commands import SHORT, run
 from tests.support.vocabularies import byte_level
 
 pytestmark = pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_smaller_vocabulary_is_chosen_where_it_is_cheap(home: Path) -> None:
         home / "few.txt",
         "--output",
         bundle,
-        *SMALL,
+        *SHORT,
     )
     chosen = next(candidate for candidate in report.search.candidates if candidate.chosen)
     tokenizer = AutoTokenizer.from_pretrained(bundle / "tokenizer")

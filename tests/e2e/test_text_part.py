@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText
 
 from edgeprune.model.load import load_model
 from edgeprune.report.schema import Report
-from tests.support.commands import SMALL, run
+from tests.support.commands import SHORT, run
 from tests.support.wholes import save_whole
 
 
@@ -26,7 +26,7 @@ def test_the_text_part_is_fitted_and_the_report_says_so(tmp_path):
         "--output",
         tmp_path / "out",
     )
-    result = run("fit", tmp_path / "whole", "--device", "jetson-orin", *SMALL, *asked)
+    result = run("fit", tmp_path / "whole", "--device", "jetson-orin", *SHORT, *asked)
     assert result.returncode in (0, 3), result.stderr
     assert "the text part (of gemma3: images are left out" in result.stderr
     report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())

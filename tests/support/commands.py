@@ -22,8 +22,13 @@ from edgeprune.search import latency_table
 from tests.support import ROOT
 from tests.support.durations import durations
 
-SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
-FEW_POINTS = {"SHARES": (0.5,), "MIXES": 0}  # of the latency table: it is timed in seconds, and its fit is rough
+SHORT = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")
+SMALL = (*SHORT, "--weights", "float,int8")  # each further format is built, timed and probed
+FEW_POINTS = {
+    "SHARES": (0.5,),
+    "MIXES": 0,
+    "MIXES_OF_A_FORMAT": 0,
+}  # of the latency table: it is timed in seconds, and its fit is rough
 SMALL_MATRICES = {"WIDTH": 512, "SMALLEST_READ": 2**24, "LARGEST_READ": 2**24}  # of the probe of this processor
 PROGRAM = f"""
 from edgeprune.search import latency_table

@@ -177,9 +177,8 @@ def test_the_exit_code_says_whether_anything_was_mishandled(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", campaign.PARTS)
-def test_a_part_runs_on_the_product(part: str) -> None:
-    words = [sys.executable, ROOT / "tools" / "campaign.py", "--part", part, "--minutes", "0.1", "--seed", "0"]
+def test_all_parts_run_on_the_product() -> None:
+    words = [sys.executable, ROOT / "tools" / "campaign.py", "--minutes", "0.1", "--seed", "0"]
     ended = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert f"{part}: " in ended.stdout
+    assert all(f"\n{part}: " in ended.stdout for part in campaign.PARTS)

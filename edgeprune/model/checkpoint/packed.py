@@ -45,7 +45,7 @@ def packed_parts(weight: QuantisedWeight, scale_dtype: torch.dtype) -> dict[str,
         units = {UNIT: weight.scale_unit, INPUT_UNIT: weight.input_scale}
         parts = {name: (1.0 / unit).float().reshape(1) for name, unit in units.items()}
         codes = weight.codes.view(torch.uint8)
-        parts[PACKED] = codes[:, ::2] | codes[:, 1::2] << 4
+        parts[PACKED] = (codes[:, 1::2] << 4).add_(codes[:, ::2])
         return parts | {SCALE: weight.scale_codes.view(torch.float8_e4m3fn)}
     if weight.form.levels == "e4m3":
         scales = {SCALE: weight.scales.to(scale_dtype), INPUT_SCALE: weight.input_scale.to(scale_dtype).reshape(1)}
@@ -95,10 +95,11 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     import torch
 
     per_word = WORD_BITS // bits
-    values = (codes.short() + 2 ** (bits - 1)).to(torch.uint8)
+    # In place, because torch imports its compiler for the others' results on the device `meta`.
+    values = codes.view(torch.uint8).clone().add_(2 ** (bits - 1))  # modulo 256
     values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
     if bits == 4:
-        values = values[:, ::2] | values[:, 1::2] << 4  # (rows, bytes)
+        values = (values[:, 1::2] << 4).add_(values[:, ::2])  # (rows, bytes)
     return values.flatten().view(torch.int32).unflatten(0, (len(codes), -1))
 
 
