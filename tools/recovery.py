@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.evaluate.perplexity import Losses, log_rise, text_losses
+from edgeprune.generate.text import generate_documents
 from edgeprune.model.forward import WeightStream, weight_stream
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.model.save import save_checkpoint
 from edgeprune.ondevice.machine import peak_bytes, reset_peak_bytes
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.pipeline.comparison import Comparison, Layout, WidthRule, generate_samples
 from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.packing import GENERATED
-from edgeprune.pipeline.recovery import FIRST_SEED
+from edgeprune.pipeline.recovery import FIRST_SEED, with_continued
 from edgeprune.precision import WEIGHT_FORMATS
 from edgeprune.progress import Silent
 from edgeprune.pruning.effort import RANK, ROW, Effort
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from tools.quality import Texts
 
 CALIBRATION, LENGTH = 16, 512
-STEPS = (60, 300)
+STEPS = (60, 240)
 CHANNELS = 1216  # of 1536: 20 % of them are cut
 
 
@@ -124,8 +127,23 @@ class RecoveryBench:
         return {"rise": rises, "nats": _nats(losses), **{"seconds": 0.0, **row}}
 
     def _draw(self, first: int, count: int) -> torch.Tensor:
-        """Returns rows of the dense model's own, as `edgeprune fit` draws them."""
-        return self._written(first, count, ROW, FIRST_SEED + first)
+        """Returns rows of the dense model, as `edgeprune fit` draws them."""
+        path, seed = self.work / f"rows-{first}-{count}.npy", FIRST_SEED + first
+
+        def own(count: int) -> np.ndarray:
+            return generate_documents(self._graph, self.demo.directory, count, ROW, seed, Silent())
+
+        if not path.exists():
+            np.save(path, with_continued(own, self._graph, self.ids.numpy(), count, ROW, seed))
+        return torch.from_numpy(np.load(path))
+
+    @functools.cached_property
+    def _graph(self) -> Path:
+        """Returns the dense model's graph, whose function is that of the turned one."""
+        folder = self.work / "graph"
+        if not (folder / GRAPH_FILE).exists():
+            write_graphs(self.demo.decoder, self.demo.weights, folder, "fp32", [ONNXRUNTIME_GRAPH], LENGTH)
+        return folder / GRAPH_FILE
 
     def _written(self, first: int, count: int, length: int, seed: int) -> torch.Tensor:
         path = self.work / f"own-{length}-{first}-{count}.npy"

@@ -5,7 +5,7 @@ It knows no weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,25 @@ def generate_documents(
             raise
         openings = [[token] for token in given[:, 0].tolist()]
         progress.note(f"samples of the model's own begin with a token of yours: {error.message}")
-    new_tokens = length - len(openings[0])
-    # Draw the samples in batches, step by step; every batch has a seed of its own.
+    return _drawn(runner, [openings[row % len(openings)] for row in range(count)], length, seed, progress)
+
+
+def continued(graph: Path, pieces: np.ndarray, length: int, seed: int, progress: Progress) -> np.ndarray:
+    """Returns token ids (count, length) int64: what the model draws behind pieces (count, tokens) int64, with these."""
+    return _drawn(GraphRunner(graph, 1, length), pieces.tolist(), length, seed, progress)
+
+
+def _drawn(
+    runner: GraphRunner, beginnings: Sequence[Sequence[int]], length: int, seed: int, progress: Progress
+) -> np.ndarray:
+    """Returns samples (beginnings, length) int64 in batches; every batch has a seed of its own."""
+    count, new_tokens = len(beginnings), length - len(beginnings[0])
     batches = -(-count // max(1, min(BATCH, CACHE_BYTES // max(1, runner.cache_bytes))))
     advance = progress.stage("generate samples", new_tokens * batches)
     rows = []
     for part in np.array_split(np.arange(count), batches):
         first, size = int(part[0]), len(part)
-        prompts = [openings[(first + row) % len(openings)] for row in range(size)]
+        prompts = beginnings[first : first + size]
         if size != runner.batch:
             runner.hold(size)
         drawn = []

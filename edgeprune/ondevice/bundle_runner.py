@@ -15,6 +15,7 @@ from edgeprune.ondevice.bundle import Chosen, open_to_run
 from edgeprune.ondevice.llamacpp import MODEL_FILE, LlamaRunner
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GRAPH_OF_ALL, GraphRunner
 from edgeprune.ondevice.reference import StepRunner
+from edgeprune.ondevice.serving import Runners
 from edgeprune.ondevice.speculation import MOST_GUESSES, SpeculativeRunner
 from edgeprune.ondevice.tensorrt_runner import EngineRunner
 
@@ -83,19 +84,20 @@ def drafted_runner(chosen: Chosen, draft: Path, threads: int | None = None) -> S
     return SpeculativeRunner(*graphs, max(1, min(count, MOST_GUESSES)))
 
 
-def runners_of(
-    chosen: Chosen, slots: int | None, note: Callable[[str], None], draft: Path | None = None
-) -> list[StepRunner]:
-    """Returns a runner for each request that is answered at once.
+def runners_of(chosen: Chosen, slots: int | None, note: Callable[[str], None], draft: Path | None = None) -> Runners:
+    """Returns the runners of a service.
 
-    Those of a graph share its weights; of an engine there is one. slots: how many, None for the batch that the bundle
-    was fitted for. note: called where an engine does not run, or has fewer. draft: a bundle of one; the rung's graph
+    Those of a graph share its weights, and without a draft its steps; of an engine there is one. slots: how many, None
+    for the batch that the bundle was fitted for. note: called where an engine does not run, or has fewer. draft: a bundle of one; the rung's graph
     runs then, whatever engine there is. Raises InputError as runner_of and drafted_runner.
     """
     runner = runner_of(chosen, 1, 1, note) if draft is None else drafted_runner(chosen, draft)
     count = slots or chosen.workload.batch
-    if isinstance(runner, GraphRunner | SpeculativeRunner):
-        return [runner, *(runner.another() for _ in range(count - 1))]
+    if isinstance(runner, GraphRunner):
+        runner.hold(count)
+        return Runners.of_rows(runner)
+    if isinstance(runner, SpeculativeRunner):
+        return Runners([runner, *(runner.another() for _ in range(count - 1))])
     if count > 1:
         note("this engine answers one request at a time: the others wait")
-    return [runner]
+    return Runners([runner])

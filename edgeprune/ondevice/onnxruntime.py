@@ -26,6 +26,7 @@ BY_CHANNEL_BLOCKS = ("session.qdq_matmulnbits_block_size", "-1")
 256, and not of 32: prefill then takes 0.8 of the time, and the scales are not repeated as often (1.32)."""
 _EXACT = ("session.disable_quant_qdq", "1")
 _EXACT_EXPERTS = {"ORT_QMOE_CPU_QNBIT_GEMM": "0"}  # the same of experts, which no option of a session sets (1.32)
+ROW_LENGTHS = "row_lengths"  # the property of a graph whose sequences may differ in length, padded on the right
 DECODE_STEPS = 8  # steps over which the peak memory is measured
 
 
@@ -45,6 +46,13 @@ class GraphRunner:
         """Returns a runner of the same session with an empty cache of its own."""
         runner = copy.copy(self)
         runner.hold(self.batch)
+        return runner
+
+    def row(self, place: int) -> GraphRunner:
+        """Returns a runner of one sequence, whose cache is that of one of this one's."""
+        runner = copy.copy(self)
+        runner.batch, runner.past = 1, 0
+        runner._cache = {name: buffer[place : place + 1] for name, buffer in self._cache.items()}
         return runner
 
     def hold(self, batch: int) -> None:
@@ -82,19 +90,41 @@ class GraphRunner:
         mask: (batch, past + tokens) int64, 0 for left padding. Raises EngineError where the cache is full or ONNX
         Runtime refuses the step.
         """
-        import onnxruntime as ort
-
         batch, tokens = ids.shape
         total = self.past + tokens
+        if mask is None:
+            mask = np.ones((batch, total), np.int64)
+        # (batch, tokens): positions of the new tokens, in which padding does not count.
+        logits = self._run(ids, mask, np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.past :])
+        self.past = total
+        return logits
+
+    def step(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+        """Returns the logits (batch, vocabulary) behind one token of each sequence, which joins the cache behind so
+        many others.
+
+        tokens, pasts: (batch,) int64. A row's logits are the same to the last bit whatever the others hold. Raises
+        EngineError as `logits`, and for a graph whose sequences are of one length.
+        """
+        if len(tokens) > 1 and ROW_LENGTHS not in self.session.get_modelmeta().custom_metadata_map:
+            raise EngineError(
+                "the bundle's graph is of an older edgeprune, and takes one request at a time",
+                "Fit it again, or give --slots 1.",
+            )
+        mask = (np.arange(pasts.max() + 1) <= pasts[:, None]).astype(np.int64)
+        return self._run(tokens[:, None], mask, pasts[:, None])[:, -1]
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Returns the logits of new tokens, which join the cache. ids, positions: (batch, tokens) int64; mask: (batch,
+        past + tokens) int64. Raises EngineError where the cache is full or ONNX Runtime refuses the step."""
+        import onnxruntime as ort
+
+        (batch, tokens), total = ids.shape, mask.shape[1]
         if total > self.capacity:
             raise EngineError(
                 f"{total} tokens do not fit into the cache of {self.capacity}", "Shorten the prompt or the output."
             )
         # Bind the inputs.
-        if mask is None:
-            mask = np.ones((batch, total), np.int64)
-        # (batch, tokens): positions of the new tokens, in which padding does not count.
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.past :]
         binding = self.session.io_binding()
         for name, value in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
@@ -111,7 +141,6 @@ class GraphRunner:
                 f"ONNX Runtime failed at a step of {batch} x {tokens} tokens: {error}",
                 "Try a smaller batch or context; if it persists, export the model again.",
             ) from None
-        self.past = total
         return binding.get_outputs()[-1].numpy()
 
 

@@ -2,24 +2,29 @@
 
 This file also runs on the device: Python 3.10 and numpy. It knows token ids, no text and no protocol.
 
-One thread runs the engine, in rounds: each takes every answer one token further, slot by slot, and reads a part of one
-prompt. So a long prompt holds up the answers of others by one part at a time. A step is of one sequence, and parts of
-prompts begin at multiples of PART, whatever else runs: a greedy answer is the one that its request would get alone, to
-the last bit. For the same reason only whole parts of prompts are used again by a request that begins alike.
+One thread runs the engine, in rounds: each takes every answer one token further and reads a part of one prompt. So a
+long prompt holds up the answers of others by one part at a time. Where the engine takes several sequences at once, a
+step is always of all slots, those that are free or reading included: products round differently for another number of
+rows, not for other rows. Parts of prompts begin at multiples of PART. So a greedy answer is the one that its request
+would get from the same service alone, to the last bit. For the same reason only whole parts of prompts are used again by
+a request that begins alike.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from edgeprune.errors import EdgepruneError, NumericalError
+from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.reference import StepRunner
 from edgeprune.ondevice.sampling import Drawing, draw
 
@@ -86,6 +91,29 @@ class Counts:
     later_tokens: int = 0
 
 
+class Batched(Protocol):
+    """A runner of several sequences, each with a past of its own."""
+
+    batch: int
+
+    def step(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+        """Returns the logits (batch, vocabulary) behind one token of each sequence. tokens, pasts: (batch,) int64."""
+
+
+@dataclass(frozen=True)
+class Runners:
+    """The engine of a service: a runner for each slot, and the one whose sequences these are where a step takes all of
+    them further; None: each takes a step of its own."""
+
+    each: Sequence[StepRunner]
+    together: Batched | None = None
+
+    @classmethod
+    def of_rows(cls, graph: GraphRunner) -> Runners:
+        """Returns those of a graph's rows."""
+        return cls([graph.row(place) for place in range(graph.batch)], graph)
+
+
 class Slot:
     """A place for one request at a time: a runner with its KV cache.
 
@@ -124,6 +152,14 @@ class Slot:
         """Runs the last drawn token; returns the logits (vocabulary,) behind it."""
         return self._run([self.token])
 
+    def idle(self) -> int:
+        """Returns where a step of all slots may write a token that nobody reads: behind what is worth keeping."""
+        if self.job is not None:
+            return self.past
+        if len(self.held) == self.runner.capacity:
+            self.held = self.held[:-PART]
+        return len(self.held)
+
     def _run(self, ids: Sequence[int]) -> np.ndarray:
         logits = self.runner.run(np.array([ids], np.int64))[0]
         self.past += len(ids)
@@ -146,12 +182,13 @@ def common(held: Sequence[int], prompt: Sequence[int]) -> int:
 class Service:
     """The engine's thread, the slots and the queue. `with` or `close` ends it.
 
-    open_runners: returns a runner for each slot; it is called in the engine's thread, to which CUDA binds an engine.
-    Raises what it raises.
+    open_runners: opens the engine; it is called in the engine's thread, to which CUDA binds an engine. Raises what it
+    raises.
     """
 
-    def __init__(self, open_runners: Callable[[], Sequence[StepRunner]], most_waiting: int) -> None:
+    def __init__(self, open_runners: Callable[[], Runners], most_waiting: int) -> None:
         self.slots: list[Slot] = []
+        self._together: Batched | None = None
         self.most_waiting, self.counts = most_waiting, Counts()
         self._open_runners = open_runners
         self._waiting: deque[Job] = deque()
@@ -215,7 +252,9 @@ class Service:
     def _run(self) -> None:
         """Opens the runners, serves, and closes them."""
         try:
-            slots, error = [Slot(runner) for runner in self._open_runners()], None
+            runners = self._open_runners()
+            self._together = runners.together
+            slots, error = [Slot(runner) for runner in runners.each], None
         except Exception as found:
             slots, error = [], found
         with self._changed:
@@ -238,8 +277,11 @@ class Service:
                 if self._closed:
                     return
                 self._admit()
-            for slot in self.slots:
-                if slot.job is not None and not slot.is_reading:
+            answering = [slot for slot in self.slots if slot.job is not None and not slot.is_reading]
+            if answering and self._together is not None:
+                self._step_together(answering)
+            else:
+                for slot in answering:
                     self._advance(slot, slot.step)
             reading = [slot for slot in self.slots if slot.is_reading]
             if reading:
@@ -267,6 +309,19 @@ class Service:
             slot.begin(job, reused)
             self.counts.prompt_tokens += len(job.prompt)
             self.counts.reused_tokens += reused
+
+    def _step_together(self, answering: Sequence[Slot]) -> None:
+        """Runs the last tokens of these slots in one step of all, and draws those behind them."""
+        tokens = np.array([slot.token if slot in answering else 0 for slot in self.slots], np.int64)
+        pasts = np.array([slot.idle() for slot in self.slots], np.int64)
+        logits: np.ndarray | Exception
+        try:
+            logits = self._together.step(tokens, pasts)  # (slots, vocabulary)
+        except Exception as error:
+            logits = error
+        for place, slot in enumerate(self.slots):
+            if slot in answering:
+                self._advance(slot, functools.partial(_behind, slot, logits, place))
 
     def _advance(self, slot: Slot, run: Callable[[], np.ndarray | None]) -> None:
         """Runs a step of a slot and draws the token behind it; an error ends the job, not the service."""
@@ -310,6 +365,14 @@ class Service:
         else:
             self.counts.ended += 1
         job.on_end(how)
+
+
+def _behind(slot: Slot, logits: np.ndarray | Exception, place: int) -> np.ndarray:
+    """Returns a slot's logits (vocabulary,) of a step of all. Raises the error of the step."""
+    if isinstance(logits, Exception):
+        raise logits
+    slot.past += 1
+    return logits[place]
 
 
 def _token(logits: np.ndarray, drawn: int, likeliest: int | None) -> Token:

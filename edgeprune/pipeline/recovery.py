@@ -5,7 +5,7 @@ How a model is trained is in pruning/recover.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from edgeprune.pruning.effort import Effort
 if TYPE_CHECKING:
     import torch
 
+PIECE = 4  # the share of a row that is the user's, of rows that continue it: one in so many tokens
 FIRST_SEED = 1 << 20  # from the run's own, of the rows that are drawn: other ones than the samples'
 
 
@@ -39,13 +40,20 @@ def recovered_weights(
 
     length = setup.recovery_tokens
 
+    is_own = setup.samples.calibration is None
+
     def draw(first: int, count: int) -> torch.Tensor:
         seed = setup.request.seed + FIRST_SEED + first
-        whole = length if setup.kind.writes_text else setup.length  # of a picture the last code is never fed
-        ids = setup.kind.draw_samples(graph, setup.model, count, whole, seed, Silent(), samples.calibration)
-        return torch.from_numpy(np.ascontiguousarray(ids[:, :length]))
 
-    is_own = setup.samples.calibration is None
+        def own(count: int) -> np.ndarray:
+            whole = length if setup.kind.writes_text else setup.length  # of a picture the last code is never fed
+            ids = setup.kind.draw_samples(graph, setup.model, count, whole, seed, Silent(), samples.calibration)
+            return ids[:, :length]
+
+        if is_own or not setup.kind.writes_text:
+            return torch.from_numpy(np.ascontiguousarray(own(count)))
+        return torch.from_numpy(with_continued(own, graph, samples.calibration, count, length, seed))
+
     users = None if is_own else rows_of(torch.from_numpy(samples.calibration), length)
     vocabulary = read_vocabulary(model.directory)
     progress.stage(f"recover: {effort}")
@@ -61,3 +69,22 @@ def recovered_weights(
         lambda step, steps: progress.track("recover", step, steps),
     )
     return weights, asdict(done)
+
+
+def with_continued(
+    own: Callable[[int], np.ndarray], graph: Path, users: np.ndarray, count: int, length: int, seed: int
+) -> np.ndarray:
+    """Returns rows (count, length) int64 of the dense model: every second one continues a piece of the user's text.
+
+    own: draws so many rows of its own; graph: its graph, which continues; users: (any, tokens) int64.
+    """
+    from edgeprune.generate.text import continued
+
+    generator, tokens = np.random.default_rng(seed), min(users.shape[1], length // PIECE)
+    places = generator.integers(len(users), size=count // 2)
+    begins = generator.integers(users.shape[1] - tokens + 1, size=count // 2)
+    pieces = np.stack([users[place, begin : begin + tokens] for place, begin in zip(places, begins, strict=True)])
+    rows = np.empty((count, length), np.int64)
+    rows[::2] = own(count - count // 2)
+    rows[1::2] = continued(graph, pieces, length, seed, Silent())
+    return rows

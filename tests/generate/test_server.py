@@ -21,7 +21,7 @@ from edgeprune.model.tokens.tokenizer import load_tokenizer
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.protocol import MOST_BYTES
 from edgeprune.ondevice.sampling import generate
-from edgeprune.ondevice.serving import Service
+from edgeprune.ondevice.serving import Runners, Service
 from tests.support.checkpoints import save_tokenizer
 from tests.support.graph_models import llama
 from tests.support.reference import decoder_of, weights_of
@@ -50,9 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path, key: str | None = None, slots: int = 2, waiting: int = 4) -> Iterator[tuple[str, Service]]:
     """The address of a server in a thread of its own."""
 
-    def runners() -> list[GraphRunner]:
-        first = GraphRunner(folder / ONNXRUNTIME_GRAPH.filename, 1, CONTEXT)
-        return [first, *(first.another() for _ in range(slots - 1))]
+    def runners() -> Runners:
+        return Runners.of_rows(GraphRunner(folder / ONNXRUNTIME_GRAPH.filename, slots, CONTEXT))
 
     with socket.socket() as listener, Service(runners, waiting) as service:
         listener.bind(("127.0.0.1", 0))

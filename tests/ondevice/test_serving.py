@@ -13,7 +13,7 @@ from edgeprune.engine.onnx.graph import ONNXRUNTIME_GRAPH, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import Drawing, generate
-from edgeprune.ondevice.serving import FULL, PART, STOPPED, Busy, Job, Service, Token, common
+from edgeprune.ondevice.serving import FULL, PART, STOPPED, Busy, Job, Runners, Service, Token, common
 from tests.support.graph_models import llama
 from tests.support.reference import decoder_of, weights_of
 
@@ -30,11 +30,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(graph: Path, slots: int, waiting: int = 8) -> Service:
-    def runners() -> list[GraphRunner]:
-        first = GraphRunner(graph, 1, CONTEXT)
-        return [first, *(first.another() for _ in range(slots - 1))]
-
-    return Service(runners, waiting)
+    return Service(lambda: Runners.of_rows(GraphRunner(graph, slots, CONTEXT)), waiting)
 
 
 @pytest.fixture
@@ -210,7 +206,7 @@ def test_an_error_ends_its_own_request_alone(graph: Path) -> None:
 
 
 def test_what_fails_to_open_is_told_to_who_opens_it() -> None:
-    def runners() -> list[GraphRunner]:
+    def runners() -> Runners:
         raise EngineError("no graph", "Write one.")
 
     with pytest.raises(EngineError, match="no graph"):

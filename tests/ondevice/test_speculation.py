@@ -13,7 +13,7 @@ from edgeprune.errors import InputError
 from edgeprune.ondevice.answering import metrics
 from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.sampling import Drawing, draw, generate
-from edgeprune.ondevice.serving import Job, Service, Token
+from edgeprune.ondevice.serving import Job, Runners, Service, Token
 from edgeprune.ondevice.speculation import SpeculativeRunner
 from edgeprune.search.drafts import accepted_runs
 from tests.support.graph_models import llama
@@ -124,7 +124,7 @@ def test_slots_of_a_service_have_a_draft_each_and_answer_as_if_they_were_alone(g
 
         return Job(PROMPTS[place], NEW, drawing, frozenset(), on_token, lambda how: ended[place].set())
 
-    with Service(lambda: [first, first.another()], len(PROMPTS)) as service:
+    with Service(lambda: Runners([first, first.another()]), len(PROMPTS)) as service:
         for place in range(len(PROMPTS)):
             service.submit(job(place))
         assert all(event.wait(60) for event in ended)

@@ -127,17 +127,18 @@ def _primitive_angles(nodes: Nodes, rotary: Rotary, name: str, heads: int) -> Sh
 def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
     """Adds the lengths that GroupQueryAttention needs, and the padding as a bias (b, 1, s, t), for all layers.
 
-    Every row of the batch is `total` long: left padding is hidden by the bias, not by a length. query_seqlens marks
-    all new tokens as real. With it the operator takes several tokens at a time on a filled KV cache in a batch, and
-    reads every element of position_ids.
+    A row of the batch ends at the last token of its mask: left padding is hidden by the bias, not by a length, and rows
+    of different lengths are padded on the right. query_seqlens marks all new tokens as real. With it the operator takes
+    several tokens at a time on a filled KV cache in a batch, and reads every element of position_ids.
     """
     from onnx import TensorProto
 
-    # Lengths as int32: the whole, the new tokens, and the last slot of the cache.
+    # Lengths as int32: the whole, the new tokens, and each row's last slot of the cache.
     sizes = lengths(nodes)
     total = nodes.add("Cast", "lengths.total", sizes["total"], to=TensorProto.INT32)
     sequence = nodes.add("Cast", "lengths.sequence", sizes["sequence"], to=TensorProto.INT32)
-    last = nodes.add("Sub", "lengths.last_slot", total, nodes.constant("lengths.one", [1], np.int32))
+    last = nodes.add("ArgMax", "lengths.last_token", "attention_mask", axis=1, keepdims=0, select_last_index=1)  # (b,)
+    last = nodes.add("Cast", "lengths.seqlens_k", last, to=TensorProto.INT32)
     # The bias of padding tokens.
     padding = nodes.add("Equal", "bias.padding_tokens", "attention_mask", nodes.constant("zero", 0))
     padding = nodes.add("Unsqueeze", "bias.padding", padding, nodes.sizes(1, 2))  # (b, 1, 1, t)
@@ -151,7 +152,7 @@ def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
         angles |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=2)
     return angles | {
         "total": total,
-        "seqlens_k": nodes.add("Expand", "lengths.seqlens_k", last, sizes["batch"]),
+        "seqlens_k": last,
         "query_seqlens": nodes.add("Expand", "lengths.query_seqlens", sequence, sizes["batch"]),
         "bias": nodes.add("Expand", "bias", keys, queries),
     }

@@ -44,6 +44,7 @@ from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, 
 from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, Layer
+from edgeprune.ondevice.onnxruntime import ROW_LENGTHS
 from edgeprune.precision import GraphPrecision
 
 if TYPE_CHECKING:
@@ -152,12 +153,15 @@ def _model(
     nodes = Nodes(computed, opsets[""], variant.dialect, quantised)
     graph = _graph(nodes, decoder, variant, tensors, context)
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-    return helper.make_model(
+    model = helper.make_model(
         graph,
         opset_imports=imports,
         ir_version=helper.find_min_ir_version_for(imports, ignore_unknown=True),
         producer_name="edgeprune",
     )
+    if variant.dialect == "onnxruntime":
+        helper.set_model_props(model, {ROW_LENGTHS: "1"})
+    return model
 
 
 def _graph(
