@@ -3,10 +3,9 @@
     python -m tools.bench_serve BUNDLE [--llama GGUF] [--draft BUNDLE] [--prompt 128] [--new 64] [--rounds 8]
 
 BUNDLE is a language model's for a processor, GGUF a file of the same model (`--export gguf`): llama.cpp's own server
-runs beside ours then, with as many slots. With --draft ours has one. The server runs in a process of its own with four
-slots, and is asked by one stream and by four; the engine alone runs prompts of the same length here, in the same parts,
-by turns with it. Of four streams each token waits for those of the others, so that the engine's own time is counted
-four times; what is above it is overhead. Figures are medians with the 95 % interval of a bootstrap over rounds.
+runs beside ours then, with as many slots. With --draft ours has one. Servers run in processes of their own: ours with
+one slot, asked by one stream, and with four, asked by one and by four. The engine alone runs prompts of the same length
+here, in the same parts, by turns with them. Figures are medians with the 95 % interval of a bootstrap over rounds.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ def main(
 ) -> None:
     """Serve BUNDLE, and ask it."""
     with ExitStack() as servers:
-        ports = {"served": servers.enter_context(ours(bundle, draft, max(STREAMS)))}
+        ports = {f"served, slots: {slots}": servers.enter_context(ours(bundle, draft, slots)) for slots in STREAMS}
         if llama is not None:
             ports["llama.cpp's server"] = servers.enter_context(llamas(llama, prompt + new + PART))
         runner = runner_of(open_to_run(bundle), 1, 1, typer.echo)
@@ -142,7 +141,7 @@ def main(
 
             found = {"the engine alone": alone(runner, fresh(), new)}
             for name, port in ports.items():
-                for streams in STREAMS:
+                for streams in STREAMS if name != "served, slots: 1" else STREAMS[:1]:
                     found[f"{name}, {streams} at once"] = side_by_side(port, [fresh() for _ in range(streams)], new)
             if round_:  # the first one warms up
                 for name, pair in found.items():

@@ -88,13 +88,15 @@ def runners_of(chosen: Chosen, slots: int | None, note: Callable[[str], None], d
     """Returns the runners of a service.
 
     Those of a graph share its weights, and without a draft its steps; of an engine there is one. slots: how many, None
-    for the batch that the bundle was fitted for. note: called where an engine does not run, or has fewer. draft: a bundle of one; the rung's graph
-    runs then, whatever engine there is. Raises InputError as runner_of and drafted_runner.
+    for the batch that the bundle was fitted for; an odd number becomes the next even one, because products take rows by
+    twos, and round another way where one is left over. note: called where an engine does not run, or has fewer. draft:
+    a bundle of one; the rung's graph runs then, whatever engine there is. Raises InputError as runner_of and
+    drafted_runner.
     """
     runner = runner_of(chosen, 1, 1, note) if draft is None else drafted_runner(chosen, draft)
     count = slots or chosen.workload.batch
     if isinstance(runner, GraphRunner):
-        runner.hold(count)
+        runner.hold(count if count == 1 else count + count % 2)
         return Runners.of_rows(runner)
     if isinstance(runner, SpeculativeRunner):
         return Runners([runner, *(runner.another() for _ in range(count - 1))])

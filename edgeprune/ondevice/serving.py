@@ -5,9 +5,9 @@ This file also runs on the device: Python 3.10 and numpy. It knows token ids, no
 One thread runs the engine, in rounds: each takes every answer one token further and reads a part of one prompt. So a
 long prompt holds up the answers of others by one part at a time. Where the engine takes several sequences at once, a
 step is always of all slots, those that are free or reading included: products round differently for another number of
-rows, not for other rows. Parts of prompts begin at multiples of PART. So a greedy answer is the one that its request
-would get from the same service alone, to the last bit. For the same reason only whole parts of prompts are used again by
-a request that begins alike.
+rows, but not for other rows. Parts of prompts begin at multiples of PART. So a greedy answer is the one that its
+request would get from the same service alone, to the last bit. For the same reason only whole parts of prompts are used
+again by a request that begins alike.
 """
 
 from __future__ import annotations
