@@ -1,11 +1,12 @@
 """Overhead of `edgeprune serve` over the engine alone: time to the first token, and between tokens, by streams.
 
-    python -m tools.bench_serve BUNDLE [--llama GGUF] [--draft BUNDLE] [--prompt 128] [--new 64] [--rounds 8]
+    python -m tools.bench_serve BUNDLE [--draft BUNDLE] [--llama GGUF] [--llama-draft GGUF] [--prompt 128] [--new 64]
 
 BUNDLE is a language model's for a processor, GGUF a file of the same model (`--export gguf`): llama.cpp's own server
-runs beside ours then, with as many slots. With --draft ours has one. Servers run in processes of their own: ours with
-one slot, asked by one stream, and with four, asked by one and by four. The engine alone runs prompts of the same length
-here, in the same parts, by turns with them. Figures are medians with the 95 % interval of a bootstrap over rounds.
+runs beside ours then, with four slots. --draft is ours, --llama-draft llama.cpp's. Servers run in processes of their
+own: ours with one slot, asked by one stream, and with four, asked by one and by four. The engine alone runs prompts of
+the same length here, in the same parts, by turns with them. Figures are medians with the 95 % interval of a bootstrap
+over --rounds.
 """
 
 from __future__ import annotations
@@ -78,14 +79,17 @@ def side_by_side(port: int, prompts: list[list[int]], new: int) -> tuple[float, 
     return float(first), float(later)
 
 
-def serve_llama(path: str, prompt: int, slots: int, ready: Connection) -> None:
-    """Runs llama.cpp's server on a file until its process is ended; sends its port."""
+def serve_llama(path: str, draft: str | None, prompt: int, slots: int, ready: Connection) -> None:
+    """Runs llama.cpp's server on a file, and the file of a draft, until its process is ended; sends its port."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path, params.port = path, 0
     params.n_parallel, params.n_ctx, params.verbosity = slots, slots * prompt, 0
     params.n_gpu_layers, params.fit_params = 0, False
+    if draft is not None:
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        params.speculative.draft.mparams.path, params.speculative.draft.n_gpu_layers = draft, 0
     server = xllamacpp.Server(params)
     ready.send(int(server.listening_address.rsplit(":", 1)[1]))
     ready.recv()
@@ -105,11 +109,13 @@ def ours(bundle: Path, draft: Path | None, slots: int) -> Iterator[int]:
 
 
 @contextmanager
-def llamas(path: Path, length: int) -> Iterator[int]:
+def llamas(path: Path, draft: Path | None, length: int) -> Iterator[int]:
     """Yields the port of llama.cpp's server."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    server = context.Process(target=serve_llama, args=(str(path), length, max(STREAMS), there), daemon=True)
+    server = context.Process(
+        target=serve_llama, args=(str(path), draft and str(draft), length, max(STREAMS), there), daemon=True
+    )
     server.start()
     try:
         yield here.recv()
@@ -122,6 +128,7 @@ def main(
     bundle: Path,
     llama: Path | None = None,
     draft: Path | None = None,
+    llama_draft: Path | None = None,
     prompt: int = 128,
     new: int = 64,
     rounds: int = 8,
@@ -130,7 +137,7 @@ def main(
     with ExitStack() as servers:
         ports = {f"served, slots: {slots}": servers.enter_context(ours(bundle, draft, slots)) for slots in STREAMS}
         if llama is not None:
-            ports["llama.cpp's server"] = servers.enter_context(llamas(llama, prompt + new + PART))
+            ports["llama.cpp's server"] = servers.enter_context(llamas(llama, llama_draft, prompt + new + PART))
         runner = runner_of(open_to_run(bundle), 1, 1, typer.echo)
         rng = np.random.default_rng(0)
         times: dict[str, list[tuple[float, float]]] = {}

@@ -6,15 +6,22 @@ import json
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 
 from edgeprune.generate.text import stream_text
+from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from edgeprune.ondevice.protocol import MOST_BYTES
+from edgeprune.ondevice.serve import Server, open_to_serve
+from edgeprune.ondevice.serving import Runners, Service
+from edgeprune.ondevice.words import DeviceTokenizer, TokenizerWords
 from tests.support.bundles import copy_of, fitted, rewrite
 from tests.support.device import ON_DEVICE, bare_python
 
@@ -126,6 +133,39 @@ def test_health_and_metrics_need_no_key_and_the_rest_does(python: Path, bundle: 
         assert read(address, f"GET /v1/models {close}\r\nAuthorization: Bearer a-key")[0] == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
+
+
+class Slow(GraphRunner):
+    """A step takes a tenth of a second."""
+
+    def step(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+        time.sleep(0.1)
+        return super().step(tokens, pasts)
+
+
+def test_a_client_that_goes_away_ends_the_answer_that_it_waits_for(bundle: Path) -> None:
+    """One that is not streamed: nothing is sent before its end. To its end it would take four seconds."""
+    chosen = open_to_serve(bundle)
+    graph, tokenizer = chosen.folder / "onnx" / GRAPH_FILE, DeviceTokenizer(chosen.tokenizer)
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 40}).encode()
+    with Service(lambda: Runners.of_rows(Slow(graph, 1, chosen.workload.context)), 0) as service:
+        words = TokenizerWords(tokenizer, frozenset(), service.vocab_size)
+        with Server(("127.0.0.1", 0), service, words, "small", None) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            with socket.create_connection(server.server_address) as client:
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+                client.sendall(head.encode() + body)
+                wait_until(lambda: service.counts.new_tokens)
+            wait_until(lambda: service.counts.cancelled + service.counts.ended)
+            server.shutdown()
+        assert (service.counts.cancelled, service.counts.ended) == (1, 0)
+
+
+def wait_until(is_so: Callable[[], int]) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_what_cannot_be_served_has_one_message(python: Path, bundle: Path, tmp_path: Path) -> None:
