@@ -21,12 +21,12 @@ settings.register_profile("suite", max_examples=40, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 SHORT = {
-    "measure_seconds": 0.3,
-    "survey_seconds": 0.1,
-    "cross_check_seconds": 0.3,
+    "measure_seconds": 0.1,
+    "survey_seconds": 0.04,
+    "cross_check_seconds": 0.1,
     "probe_seconds": 0.01,
-    "warm_up_seconds": 0.05,
-    "block_ms": 10.0,
+    "warm_up_seconds": 0.02,
+    "block_ms": 4.0,
 }
 
 

@@ -44,7 +44,7 @@ FEWER = {
     "fit ./my-model --device rtx-4090": (*SMALL, *ROOM),
     "fit ./my-model --device cpu --decode 70% --recover": (*SMALL, *FORMATS, "--recover", "2"),
     "fit --from": (),
-    "fit ./imagegpt-small": ("--samples", "8", "--images", "8", *FORMATS),
+    "fit ./imagegpt-small": ("--samples", "8", "--images", "8", "--cache", "float"),
     "fit c2i.pt": ("--samples", "8", "--images", "8", "--num-heads", "2", *ROOM, *FORMATS),
     "frontier": (*SMALL, *FORMATS),
     "compare": SMALL[:4],
