@@ -93,13 +93,21 @@ def runners_of(chosen: Chosen, slots: int | None, note: Callable[[str], None], d
     a bundle of one; the rung's graph runs then, whatever engine there is. Raises InputError as runner_of and
     drafted_runner.
     """
-    runner = runner_of(chosen, 1, 1, note) if draft is None else drafted_runner(chosen, draft)
     count = slots or chosen.workload.batch
+    if draft is not None:
+        drafted = drafted_runner(chosen, draft)
+        return Runners([drafted, *(drafted.another() for _ in range(count - 1))])
+    fitted = min(count, chosen.workload.batch)
+    runner = runner_of(chosen, fitted, count if count == 1 else count + count % 2, note)
     if isinstance(runner, GraphRunner):
-        runner.hold(count if count == 1 else count + count % 2)
         return Runners.of_rows(runner)
-    if isinstance(runner, SpeculativeRunner):
-        return Runners([runner, *(runner.another() for _ in range(count - 1))])
+    if isinstance(runner, EngineRunner) and runner.has_rows:
+        if count > fitted:
+            note(f"the engine was built for {fitted} at a time, which are answered at once: the others wait")
+        return Runners.of_rows(runner)
     if count > 1:
         note("this engine answers one request at a time: the others wait")
+    if isinstance(runner, EngineRunner) and fitted > 1:
+        runner.close()
+        runner = runner_of(chosen, 1, 1, note)
     return Runners([runner])

@@ -182,7 +182,7 @@ def stage(runner: EngineRunner, token: int) -> None:
 
     runner.reset(PAST)
     ids: np.ndarray = np.full((1, 1), token, np.int64)
-    runner.stage(ids, np.full((1, 1), PAST, np.int64), np.ones((1, PAST + 1), np.int64))
+    runner.stage(ids, np.full((1, 1), PAST, np.int64), np.ones((1, PAST + 1), np.int64), np.full(1, PAST))
 
 
 _STEPS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]] | None, ...]] = {

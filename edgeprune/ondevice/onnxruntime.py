@@ -99,7 +99,7 @@ class GraphRunner:
         self.past = total
         return logits
 
-    def step(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+    def advance(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
         """Returns the logits (batch, vocabulary) behind one token of each sequence, which joins the cache behind so
         many others.
 

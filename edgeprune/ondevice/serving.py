@@ -24,7 +24,6 @@ from typing import Protocol
 import numpy as np
 
 from edgeprune.errors import EdgepruneError, NumericalError
-from edgeprune.ondevice.onnxruntime import GraphRunner
 from edgeprune.ondevice.reference import StepRunner
 from edgeprune.ondevice.sampling import Drawing, draw
 
@@ -96,7 +95,10 @@ class Batched(Protocol):
 
     batch: int
 
-    def step(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+    def row(self, place: int) -> StepRunner:
+        """Returns a runner of one of them."""
+
+    def advance(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
         """Returns the logits (batch, vocabulary) behind one token of each sequence. tokens, pasts: (batch,) int64."""
 
 
@@ -109,9 +111,15 @@ class Runners:
     together: Batched | None = None
 
     @classmethod
-    def of_rows(cls, graph: GraphRunner) -> Runners:
-        """Returns those of a graph's rows."""
-        return cls([graph.row(place) for place in range(graph.batch)], graph)
+    def of_rows(cls, together: Batched) -> Runners:
+        """Returns those of a runner's sequences."""
+        return cls([together.row(place) for place in range(together.batch)], together)
+
+    def close(self) -> None:
+        """Frees what an engine holds on a GPU."""
+        for runner in (*self.each, self.together):
+            if hasattr(runner, "close"):
+                runner.close()
 
 
 class Slot:
@@ -264,9 +272,7 @@ class Service:
             try:
                 self._serve()
             finally:
-                for slot in self.slots:
-                    if hasattr(slot.runner, "close"):
-                        slot.runner.close()
+                runners.close()
 
     def _serve(self) -> None:
         """Runs rounds for as long as there is work, and waits for more."""
@@ -316,7 +322,7 @@ class Service:
         pasts = np.array([slot.idle() for slot in self.slots], np.int64)
         logits: np.ndarray | Exception
         try:
-            logits = self._together.step(tokens, pasts)  # (slots, vocabulary)
+            logits = self._together.advance(tokens, pasts)  # (slots, vocabulary)
         except Exception as error:
             logits = error
         for place, slot in enumerate(self.slots):

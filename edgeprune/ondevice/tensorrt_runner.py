@@ -26,6 +26,7 @@ from edgeprune.ondevice.tensorrt import Messages, import_tensorrt
 IDS = ("input_ids", "position_ids", "attention_mask")
 WRITE_INDICES = "write_indices"  # of engines that update their KV cache in place: where a row's new tokens begin
 LESS_MEMORY = "Close what else uses the GPU, or take a smaller --batch or --context."
+ALIGNMENT = 256  # bytes, at a multiple of which TensorRT takes a tensor's memory
 LAUNCH_BOUND = 0.8  # share of a step's GPU time; where putting the step on the stream takes longer, a replay is tried
 
 
@@ -38,6 +39,7 @@ class EngineRunner:
 
     def __init__(self, plan: Path, batch: int, capacity: int, flavour: str) -> None:
         self.batch, self.capacity, self.past = batch, capacity, 0
+        self._first = self._rows = 0  # the row of the cache that the first sequence of a step has; sequences of a step
         self.cuda = Cuda()
         self._engine = self._context = None
         try:
@@ -137,7 +139,7 @@ class EngineRunner:
         self._address["logits"] = self.cuda.allocate(self._logits.nbytes)
         # One set of buffers of the KV cache, or two that are swapped; all of it is zero, because 0 times NaN is NaN.
         self._sets = [
-            {name: self.cuda.allocate(self._cache_elements(name) * self._types[name].itemsize) for name in self._caches}
+            {name: self.cuda.allocate(self.batch * self._row_bytes(name)) for name in self._caches}
             for _ in range(1 if self.in_place else 2)
         ]
         for name, address in self._address.items():
@@ -178,56 +180,100 @@ class EngineRunner:
         A prompt longer than the engine's longest sequence is run in parts. mask: (batch, past + tokens) int64, 0 for
         left padding. Raises EngineError where the cache is full or a step fails.
         """
-        # Check that the tokens have room.
-        total = self.past + ids.shape[1]
-        if total > self.capacity:
-            raise EngineError(
-                f"{total} tokens do not fit into the cache of {self.capacity}", "Shorten the prompt or the output."
-            )
-        mask = np.ones((self.batch, total), np.int64) if mask is None else mask
-        # (batch, tokens): positions of the new tokens, in which padding does not count.
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.past :]
+        logits = self.run_rows(0, self.past, ids, mask)
+        self.past += ids.shape[1]
+        return logits
+
+    def run_rows(self, first: int, past: int, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Returns what `run` does, of the sequences from the row `first` of the cache on, behind `past` tokens each."""
+        self._check_room(total := past + ids.shape[1])
+        mask = np.ones((len(ids), total), np.int64) if mask is None else mask
+        # (rows, tokens): positions of the new tokens, in which padding does not count.
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, past:]
         # Run as many tokens at once as the engine takes.
         for begin in range(0, ids.shape[1], self.most_tokens):
             part = slice(begin, begin + self.most_tokens)
-            self.stage(ids[:, part], positions[:, part], mask[:, : self.past + ids[:, part].shape[1]])
+            end = past + begin + ids[:, part].shape[1]
+            self.stage(ids[:, part], positions[:, part], mask[:, :end], np.full(len(ids), past + begin), first)
             self.step()
-            self.past += ids[:, part].shape[1]
             if not self.in_place:
                 self._exchange()
         return self.last_logits()
 
-    def last_logits(self) -> np.ndarray:
-        """Returns the logits (batch, vocabulary) of the last step, once it has ended."""
-        self.cuda.download(self._logits, self._address["logits"])
-        return self._logits[:, -1].copy()
+    def advance(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+        """Returns the logits (batch, vocabulary) behind one token of each sequence, which joins the cache behind so
+        many others; of an engine that has rows.
 
-    def stage(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> None:
-        """Puts the inputs of a step on the GPU and sets their shapes in the engine, at the current past.
-
-        ids, positions: (batch, tokens). mask: (batch, past + tokens). Raises EngineError where the engine does not
-        take such shapes.
+        tokens, pasts: (batch,) int64. Raises EngineError as `run`.
         """
+        self._check_room(int(pasts.max()) + 1)
+        mask = (np.arange(pasts.max() + 1) <= pasts[:, None]).astype(np.int64)
+        self.stage(tokens[:, None], pasts[:, None], mask, pasts)
+        self.step()
+        return self.last_logits()
+
+    @property
+    def has_rows(self) -> bool:
+        """Returns whether each sequence can have a past of its own: whether the KV cache is updated in place, and each
+        row of it lies where TensorRT takes memory."""
+        return self.in_place and all(self._row_bytes(name) % ALIGNMENT == 0 for name in self._caches)
+
+    def row(self, place: int) -> EngineRow:
+        """Returns a runner of one sequence, whose cache is a row of this one's."""
+        return EngineRow(self, place)
+
+    def last_logits(self) -> np.ndarray:
+        """Returns the logits (rows, vocabulary) of the last step, once it has ended."""
+        logits = self._logits[: self._rows]
+        self.cuda.download(logits, self._address["logits"])
+        return logits[:, -1].copy()
+
+    def stage(
+        self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray, begins: np.ndarray, first: int = 0
+    ) -> None:
+        """Puts the inputs of a step on the GPU and sets their shapes in the engine.
+
+        ids, positions: (rows, tokens). mask: (rows, past + tokens). begins: (rows,), the slots of the cache that the
+        rows' first new tokens get, which only an engine with rows takes unequal. first: the row of the cache that the
+        first one is. Raises EngineError where the engine does not take such shapes.
+        """
+        self._rows = len(ids)
         inputs = dict(zip(IDS, (ids, positions, mask), strict=True))
         if self.in_place:
             inputs[IDS[2]] = np.pad(mask, ((0, 0), (0, self._slots - mask.shape[1])))  # free slots
-            inputs[WRITE_INDICES] = np.full(self.batch, self.past)
+            inputs[WRITE_INDICES] = begins
+            self._bind_rows(first)
         for name, value in inputs.items():
             self._shape(name, value.shape)
             self.cuda.upload(self._address[name], value)
         for name in self._caches:
             _, heads, _, head_dim = self._shapes[name]
-            self._shape(name, (self.batch, heads, self._slots if self.in_place else self.past, head_dim))
+            self._shape(name, (self._rows, heads, self._slots if self.in_place else int(begins[0]), head_dim))
 
     def step(self) -> None:
         """Puts the staged step on the stream, without waiting for it. Raises EngineError where TensorRT refuses it."""
         if not self._context.execute_async_v3(self.cuda.stream):
             raise EngineError(f"TensorRT refuses a step: {self._messages.errors()}", "Run `edgeprune doctor`.")
 
-    def _cache_elements(self, name: str) -> int:
-        """Returns the elements of a cache (batch, num_key_value_heads, slots, head_dim)."""
+    def _check_room(self, total: int) -> None:
+        """Raises EngineError where so many tokens have no room in the cache."""
+        if total > self.capacity:
+            raise EngineError(
+                f"{total} tokens do not fit into the cache of {self.capacity}", "Shorten the prompt or the output."
+            )
+
+    def _row_bytes(self, name: str) -> int:
+        """Returns the bytes of a row (num_key_value_heads, slots, head_dim) of a cache."""
         _, heads, _, head_dim = self._shapes[name]
-        return self.batch * heads * self._slots * head_dim
+        return heads * self._slots * head_dim * self._types[name].itemsize
+
+    def _bind_rows(self, first: int) -> None:
+        """Binds the rows of the cache from one on."""
+        if first != self._first:
+            self._first = first
+            for name, address in self._sets[0].items():
+                self._bind(name, address + first * self._row_bytes(name))
+                self._bind(_present(name), address + first * self._row_bytes(name))
 
     def _exchange(self) -> None:
         """Swaps the past and present buffers of the KV cache, or binds the one set as both."""
@@ -251,6 +297,26 @@ class EngineRunner:
                 f"the engine does not take {name} of {'x'.join(map(str, shape))}: {self._messages.errors()}",
                 "Build it again with a larger --context or --batch.",
             )
+
+
+class EngineRow:
+    """One sequence of an engine that has rows, with the interface of reference.StepRunner."""
+
+    batch = 1
+
+    def __init__(self, engine: EngineRunner, place: int) -> None:
+        self.engine, self.place, self.past = engine, place, 0
+        self.capacity, self.vocab_size = engine.capacity, engine.vocab_size
+
+    def reset(self, past: int = 0) -> None:
+        """Continues as if `past` tokens were in the row, whatever it holds."""
+        self.past = past
+
+    def run(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Returns the logits (1, vocabulary) of the last token, as EngineRunner.run."""
+        logits = self.engine.run_rows(self.place, self.past, ids, mask)
+        self.past += ids.shape[1]
+        return logits
 
 
 def _present(past: str) -> str:
@@ -329,4 +395,4 @@ class Timed:
         self._runner.reset(past)
         batch, tokens = ids.shape
         positions = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
-        self._runner.stage(ids, positions, np.ones((batch, past + tokens), np.int64))
+        self._runner.stage(ids, positions, np.ones((batch, past + tokens), np.int64), np.full(batch, past))

@@ -10,7 +10,7 @@ import pytest
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.errors import InputError
 from edgeprune.ondevice.bundle import Chosen, sha256
-from edgeprune.ondevice.bundle_runner import runner_of
+from edgeprune.ondevice.bundle_runner import runner_of, runners_of
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.onnxruntime import GRAPH_FILE, GraphRunner
 from tests.support.graph_models import llama
@@ -49,6 +49,16 @@ def test_without_an_engine_the_graph_runs_and_nothing_is_noted(bundle: Path) -> 
     logits = runner.run(np.zeros((3, 2), np.int64))
     assert logits.shape[0] == 3
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("asked", "slots"), [(None, 1), (1, 1), (2, 2), (3, 4)])
+def test_a_service_has_a_row_of_the_graph_for_each_request(bundle: Path, asked: int | None, slots: int) -> None:
+    """An odd number becomes the next even one: products would round the row that is left over in another way."""
+    runners = runners_of(chosen(bundle), asked, pytest.fail)
+    assert (len(runners.each), runners.together.batch) == (slots, slots)
+    logits = runners.each[-1].run(np.array([[3, 5]]))
+    again = runners.together.advance(np.full(slots, 5), np.full(slots, 1))
+    np.testing.assert_allclose(again[-1], logits[0], atol=1e-5)
 
 
 def test_an_engine_that_does_not_run_here_is_noted(bundle: Path) -> None:

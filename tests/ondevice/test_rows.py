@@ -54,7 +54,7 @@ def stepped(runner: GraphRunner, rows: list[np.ndarray], steps: int) -> np.ndarr
         runner.row(place).run(row[None, : pasts[place]])
     return np.stack(
         [
-            runner.step(np.array([row[past + n] for row, past in zip(rows, pasts, strict=True)]), pasts + n)
+            runner.advance(np.array([row[past + n] for row, past in zip(rows, pasts, strict=True)]), pasts + n)
             for n in range(steps)
         ]
     )

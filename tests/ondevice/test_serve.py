@@ -138,9 +138,9 @@ def test_health_and_metrics_need_no_key_and_the_rest_does(python: Path, bundle: 
 class Slow(GraphRunner):
     """A step takes a tenth of a second."""
 
-    def step(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+    def advance(self, tokens: np.ndarray, pasts: np.ndarray) -> np.ndarray:
         time.sleep(0.1)
-        return super().step(tokens, pasts)
+        return super().advance(tokens, pasts)
 
 
 def test_a_client_that_goes_away_ends_the_answer_that_it_waits_for(bundle: Path) -> None:

@@ -244,7 +244,9 @@ def test_on_a_double_a_step_that_fails_on_the_gpu_is_an_error(
 
 def test_on_a_double_work_is_awaited_before_the_engine_goes(device: Device, plan: Path) -> None:
     with opened(plan) as runner:
-        runner.stage(np.ones((2, 1), np.int64), np.zeros((2, 1), np.int64), np.ones((2, 1), np.int64))
+        runner.stage(
+            np.ones((2, 1), np.int64), np.zeros((2, 1), np.int64), np.ones((2, 1), np.int64), np.zeros(2, np.int64)
+        )
         runner.step()
     assert device.faults == []
 
@@ -299,7 +301,7 @@ def test_on_a_double_the_replay_computes_the_step_again(
     install(monkeypatch, device, ("cuda-python",))
     with opened(built(graphs["fp32"].graphs[PRIMITIVE], tmp_path / "plan")) as runner:
         ids, one = np.full((2, 1), 7), np.ones((2, 1), np.int64)
-        runner.stage(ids, 0 * one, one)
+        runner.stage(ids, 0 * one, one, np.zeros(2, np.int64))
         runner.step()
         replay = runner.cuda.capture(runner.step)
         logits = runner._address["logits"]

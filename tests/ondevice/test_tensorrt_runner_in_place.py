@@ -6,6 +6,7 @@ No test here ran on a GPU: see test_tensorrt_runner.py.
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from edgeprune.engine.onnx.graph import GraphFiles, GraphVariant, write_graphs
 from edgeprune.errors import EngineError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.ondevice.reference import compare_logits, read_reference
-from edgeprune.ondevice.sampling import generate
+from edgeprune.ondevice.sampling import Drawing, generate
+from edgeprune.ondevice.serving import Job, Runners, Service, Token
 from edgeprune.ondevice.tensorrt_runner import EngineRunner, Timed
 from edgeprune.ondevice.worker import quiet
 from tests.support.doubles.double_device import Device
@@ -94,6 +96,60 @@ def test_on_a_double_one_buffer_is_bound_as_past_and_present(device: Device, pla
         assert {step["attention_mask"].shape for step in device.read_by_steps} == {(2, WORKLOAD.context)}
 
 
+def test_on_a_double_rows_of_different_lengths_step_together(
+    device: Device, graphs: dict[str, GraphFiles], plan_in_place: Path
+) -> None:
+    """Each row is read alone, into its own memory; then all step at once, a row that is idle too."""
+    rng = np.random.default_rng(0)
+    rows, reference = [rng.integers(0, 200, length) for length in (9, 31)], on_the_processor(graphs["fp32"], 1)
+    with opened(plan_in_place) as runner:
+        assert runner.has_rows
+        for place, row in enumerate(rows):
+            runner.row(place).run(row[None, :-2])
+        found = [
+            runner.advance(np.array([row[n - 2] for row in rows]), np.array([len(row) + n - 2 for row in rows]))
+            for n in range(2)
+        ]
+        idle = runner.advance(np.array([0, rows[1][-1]]), np.array([len(rows[0]), len(rows[1]) - 1]))
+        again = runner.row(0)
+        again.reset(len(rows[0]) - 1)
+        last = again.run(rows[0][None, -1:])
+        with pytest.raises(EngineError, match="49 tokens do not fit"):
+            runner.advance(np.zeros(2, np.int64), np.array([3, WORKLOAD.context]))
+    for place, row in enumerate(rows):
+        reference.reset()
+        reference.run(row[None, :-2])
+        for n in range(2):
+            np.testing.assert_allclose(found[n][place], reference.run(row[None, n - 2 :][:, :1])[0], atol=2e-4)
+    np.testing.assert_allclose(idle[1], found[1][1], atol=2e-4)
+    np.testing.assert_allclose(last[0], found[1][0], atol=2e-4)
+
+
+def test_on_a_double_a_service_answers_as_many_at_once_as_the_engine_takes(
+    device: Device, graphs: dict[str, GraphFiles], plan_in_place: Path
+) -> None:
+    """The texts are those of ONNX Runtime, and nothing is left on the GPU."""
+    prompts = [*PROMPTS, [7, 7, 90]]
+    ended, answers = [threading.Event() for _ in prompts], [[] for _ in prompts]
+
+    def job(place: int) -> Job:
+        def on_token(token: Token) -> bool:
+            answers[place].append(token.id)
+            return True
+
+        return Job(prompts[place], 20, Drawing(), frozenset(), on_token, lambda how: ended[place].set())
+
+    with Service(lambda: Runners.of_rows(opened(plan_in_place)), len(prompts)) as service:
+        assert len(service.slots) == 2
+        for place in range(len(prompts)):
+            service.submit(job(place))
+        assert all(event.wait(60) for event in ended)
+    reference = on_the_processor(graphs["fp32"], 1)
+    assert answers == [[int(one[0]) for one in generate(reference, [prompt], 20)] for prompt in prompts]
+    assert device.used == 0
+    assert max(step["input_ids"].shape[0] for step in device.read_by_steps) == 2
+
+
 def test_on_a_double_memory_is_that_of_one_cache(device: Device, plan_in_place: Path) -> None:
     with opened(plan_in_place) as runner:
         assert runner.cache_bytes == CACHE
@@ -139,9 +195,8 @@ def test_on_a_double_a_write_beyond_the_cache_fails(
     install(monkeypatch, Device(), (layer,), IN_PLACE_VERSION)
     plan = built(graphs["fp32"].graphs[OPSET24], tmp_path / "plan")
     with pytest.raises(EngineError, match="the GPU failed"), opened(plan) as runner:
-        runner.reset(WORKLOAD.context)
         ones = np.ones((2, 1), np.int64)
-        runner.stage(ones, ones, np.ones((2, WORKLOAD.context), np.int64))
+        runner.stage(ones, ones, np.ones((2, WORKLOAD.context), np.int64), np.full(2, WORKLOAD.context))
         runner.step()
         runner.cuda.synchronize()
 

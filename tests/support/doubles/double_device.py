@@ -159,8 +159,11 @@ class Device:
         del self.allocations[address]
 
     def memory_at(self, address: int, size: int, code: str = "CUDA_ERROR_INVALID_VALUE") -> Allocation:
-        """The allocation that begins at an address and holds these bytes."""
+        """The allocation that begins at an address, or what one holds from there on, of these bytes at least."""
         memory = self.allocations.get(address)
+        for base, one in self.allocations.items() if memory is None else ():
+            if base < address < base + one.data.size:
+                memory = Allocation(address, one.data[address - base :], one.owner)
         if memory is None:
             raise Fault(code, f"{address:#x} is not allocated")
         if size > memory.data.size:

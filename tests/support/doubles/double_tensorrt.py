@@ -172,6 +172,8 @@ class IExecutionContext(Strict):
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self._tensors:
             return self._fail("setTensorAddress", f"{name} is no input or output")
+        if int(memory) % 256:
+            return self._fail("setTensorAddress", f"{name} at {int(memory):#x} is not aligned to 256 bytes")
         self._addresses[name] = int(memory)
         return True
 
