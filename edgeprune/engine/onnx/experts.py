@@ -16,6 +16,7 @@ from edgeprune.model.decoder import Activation, Mlp
 
 Activate = Callable[[Nodes, str, str, Activation], str]
 BLOCK = 128  # the widest block of inputs with a scale for which ONNX Runtime multiplies codes of single outputs fast
+ROUTER_WEIGHTS = 14  # the place of the shares among the inputs of QMoE
 FAST = 4  # the accuracy level with which products stay on the codes, as elsewhere
 
 
@@ -82,7 +83,11 @@ def own_experts(nodes: Nodes, activate: Activate, name: str, x: str, part: Mlp) 
         tensor for kind in ("gate_up", "down") for tensor in (*_unsigned(nodes, f"{name}.{kind}.weight", block), "")
     ]
     attributes |= {"expert_weight_bits": codes.form.bits, "block_size": block, "accuracy_level": FAST}
-    return nodes.add("QMoE", f"{name}.down", x, logits, *tensors[:-1], domain=MICROSOFT, **attributes)
+    inputs = (x, logits, *tensors[:-1])
+    if not experts.normalised:  # it normalises whatever it is told (1.32), but not shares that it is given
+        shares = nodes.add("Softmax", f"{name}.shares", logits, axis=-1)
+        inputs = (*inputs, *[""] * (ROUTER_WEIGHTS - len(inputs)), shares)
+    return nodes.add("QMoE", f"{name}.down", *inputs, domain=MICROSOFT, **attributes)
 
 
 def _router(nodes: Nodes, name: str, x: str) -> str:
