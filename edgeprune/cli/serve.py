@@ -20,7 +20,10 @@ def serve(
     slots: Annotated[
         int | None,
         typer.Option(
-            min=1, max=64, help="Requests that are answered at once. Default: the batch that the bundle was fitted for."
+            min=1,
+            max=64,
+            help="Requests that are answered at once, by steps of all of them; an odd number becomes the next even "
+            "one. Default: the batch that the bundle was fitted for.",
         ),
     ] = None,
     queue: Annotated[int, typer.Option(min=0, help="More requests that may wait; others get status 429.")] = 32,

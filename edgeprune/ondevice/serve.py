@@ -280,7 +280,9 @@ def main() -> int:
     parser.add_argument("bundle", nargs="?", type=Path, help="default: the folder that serve.pyz is in")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="the port (%(default)s); 0: any that is free")
-    parser.add_argument("--slots", type=int, help="requests that are answered at once; default: the bundle's batch")
+    parser.add_argument(
+        "--slots", type=int, help="requests that are answered at once, by steps of all; default: the bundle's batch"
+    )
     parser.add_argument("--queue", type=int, default=32, help="more requests that may wait (%(default)s)")
     parser.add_argument("--draft", type=Path, help="the bundle of a draft, which guesses tokens ahead")
     parser.add_argument("--api-key-file", type=Path, help="a file with the key that requests must bring")
