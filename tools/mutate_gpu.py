@@ -52,8 +52,8 @@ MUTATIONS = (
     Mutation(
         "in place all is written at the first slot",
         "tensorrt_runner.py",
-        "np.full(self.batch, self.past)",
-        "np.full(self.batch, 0)",
+        "np.full(len(ids), past + begin)",
+        "np.full(len(ids), 0)",
     ),
     Mutation("in place there are two caches", "tensorrt_runner.py", "range(1 if self.in_place else 2)", "range(2)"),
     Mutation(
@@ -72,23 +72,19 @@ MUTATIONS = (
         'self._engine.get_aliased_input_tensor(present)) == "":',
     ),
     Mutation("in place any context is built", "tensorrt.py", "0 <= slots[0] < workload.context", "0 <= slots[0] < 0"),
-    Mutation("past is not advanced", "tensorrt_runner.py", "self.past += ids[:, part].shape[1]", "self.past += 0"),
+    Mutation(
+        "past is not advanced",
+        "tensorrt_runner.py",
+        "self.run_rows(0, self.past, ids, mask)",
+        "self.run_rows(0, 0, ids, mask)",
+    ),
+    Mutation("a row is the first one", "tensorrt_runner.py", "if first != self._first:", "if first == -1:"),
     Mutation(
         "positions are off by one", "tensorrt_runner.py", "mask.cumsum(axis=1) - 1, 0)", "mask.cumsum(axis=1), 0)"
     ),
-    Mutation("positions begin at zero", "tensorrt_runner.py", "- 1, 0)[:, self.past :]", "- 1, 0)[:, : ids.shape[1]]"),
-    Mutation(
-        "the mask is one short",
-        "tensorrt_runner.py",
-        "mask[:, : self.past + ids[:, part].shape[1]]",
-        "mask[:, : self.past + ids[:, part].shape[1] - 1]",
-    ),
-    Mutation(
-        "the mask is cut at its begin",
-        "tensorrt_runner.py",
-        "mask[:, : self.past + ids[:, part].shape[1]]",
-        "mask[:, -(self.past + ids[:, part].shape[1]) :]",
-    ),
+    Mutation("positions begin at zero", "tensorrt_runner.py", "- 1, 0)[:, past:]", "- 1, 0)[:, : ids.shape[1]]"),
+    Mutation("the mask is one short", "tensorrt_runner.py", "mask[:, :end]", "mask[:, : end - 1]"),
+    Mutation("the mask is cut at its begin", "tensorrt_runner.py", "mask[:, :end]", "mask[:, -end:]"),
     Mutation(
         "parts overlap by a token",
         "tensorrt_runner.py",
@@ -116,19 +112,19 @@ MUTATIONS = (
     Mutation(
         "the cache holds one sequence",
         "tensorrt_runner.py",
-        "return self.batch * heads * self._slots * head_dim",
-        "return heads * self._slots * head_dim",
+        "allocate(self.batch * self._row_bytes(name))",
+        "allocate(self._row_bytes(name))",
     ),
     Mutation(
         "logits of another memory",
         "tensorrt_runner.py",
-        'self.cuda.download(self._logits, self._address["logits"])',
-        "self.cuda.download(self._logits, self._sets[0][self._caches[0]])",
+        'self.cuda.download(logits, self._address["logits"])',
+        "self.cuda.download(logits, self._sets[0][self._caches[0]])",
     ),
     Mutation(
         "the past's shape is not set",
         "tensorrt_runner.py",
-        "heads, self._slots if self.in_place else self.past, head_dim)",
+        "heads, self._slots if self.in_place else int(begins[0]), head_dim)",
         "heads, self._slots if self.in_place else 0, head_dim)",
     ),
     Mutation(

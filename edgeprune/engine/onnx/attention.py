@@ -127,9 +127,10 @@ def _primitive_angles(nodes: Nodes, rotary: Rotary, name: str, heads: int) -> Sh
 def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
     """Adds the lengths that GroupQueryAttention needs, and the padding as a bias (b, 1, s, t), for all layers.
 
-    A row of the batch ends at the last token of its mask: left padding is hidden by the bias, not by a length, and rows
-    of different lengths are padded on the right. query_seqlens marks all new tokens as real. With it the operator takes
-    several tokens at a time on a filled KV cache in a batch, and reads every element of position_ids.
+    Every row of the batch is `total` long: padding is hidden by the bias, not by a length. But where one token is new,
+    a row ends at the last one of its mask, so that rows whose pasts differ take a step together. query_seqlens marks
+    all new tokens as real. With it the operator takes several tokens at a time on a filled KV cache in a batch, and
+    reads every element of position_ids.
     """
     from onnx import TensorProto
 
@@ -138,7 +139,9 @@ def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
     total = nodes.add("Cast", "lengths.total", sizes["total"], to=TensorProto.INT32)
     sequence = nodes.add("Cast", "lengths.sequence", sizes["sequence"], to=TensorProto.INT32)
     last = nodes.add("ArgMax", "lengths.last_token", "attention_mask", axis=1, keepdims=0, select_last_index=1)  # (b,)
-    last = nodes.add("Cast", "lengths.seqlens_k", last, to=TensorProto.INT32)
+    last = nodes.add("Cast", "lengths.last_token_int32", last, to=TensorProto.INT32)
+    end = nodes.add("Sub", "lengths.last_slot", total, nodes.constant("lengths.one", [1], np.int32))
+    is_step = nodes.add("Equal", "lengths.is_step", sizes["sequence"], nodes.sizes(1))
     # The bias of padding tokens.
     padding = nodes.add("Equal", "bias.padding_tokens", "attention_mask", nodes.constant("zero", 0))
     padding = nodes.add("Unsqueeze", "bias.padding", padding, nodes.sizes(1, 2))  # (b, 1, 1, t)
@@ -152,7 +155,7 @@ def prepare_onnxruntime(nodes: Nodes, decoder: Decoder) -> Shared:
         angles |= _primitive_angles(nodes, rotary, _rotary_name(decoder, rotary), heads=2)
     return angles | {
         "total": total,
-        "seqlens_k": last,
+        "seqlens_k": nodes.add("Where", "lengths.seqlens_k", is_step, last, end),  # (b,)
         "query_seqlens": nodes.add("Expand", "lengths.query_seqlens", sequence, sizes["batch"]),
         "bias": nodes.add("Expand", "bias", keys, queries),
     }

@@ -159,10 +159,10 @@ class Device:
         del self.allocations[address]
 
     def memory_at(self, address: int, size: int, code: str = "CUDA_ERROR_INVALID_VALUE") -> Allocation:
-        """The allocation that begins at an address, or what one holds from there on, of these bytes at least."""
+        """The allocation at an address, or what one holds from there on, at a multiple of 256 bytes."""
         memory = self.allocations.get(address)
         for base, one in self.allocations.items() if memory is None else ():
-            if base < address < base + one.data.size:
+            if base < address < base + one.data.size and (address - base) % 256 == 0:
                 memory = Allocation(address, one.data[address - base :], one.owner)
         if memory is None:
             raise Fault(code, f"{address:#x} is not allocated")
