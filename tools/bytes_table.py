@@ -23,18 +23,9 @@ from safetensors import safe_open
 
 from edgeprune.engine.work import layer_bytes
 from edgeprune.errors import InputError
+from edgeprune.model.attention import LayerWeights, Tables
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.forward import (
-    OUTPUT,
-    LayerWeights,
-    Tables,
-    WeightStream,
-    embed,
-    layer_weights,
-    module_inputs,
-    module_states,
-    modules_of,
-)
+from edgeprune.model.forward import OUTPUT, WeightStream, embed, layer_weights, module_inputs, module_states, modules_of
 from edgeprune.model.load import load_model
 from edgeprune.model.model import Model
 from edgeprune.precision import WEIGHT_FORMATS, WeightFormat

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edgeprune.model.attention import LayerWeights, Tables
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     BIAS,
     CHUNK_TOKENS,
     OUTPUT,
-    LayerWeights,
-    Tables,
     add_module,
     check_finite,
     embed,

@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.files import scratch_folder
+from edgeprune.model.attention import LayerWeights, Tables
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     BIAS,
     CHUNK_TOKENS,
     LOGIT_ROWS,
     OUTPUT,
-    LayerWeights,
-    Tables,
     add_layer,
     embed,
     has_experts,

@@ -13,17 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgeprune.model.attention import LayerWeights, Tables, attention_heads
 from edgeprune.model.decoder import Attention
-from edgeprune.model.forward import (
-    CHUNK_TOKENS,
-    LayerWeights,
-    Tables,
-    add_layer,
-    attention_heads,
-    embed,
-    module_states,
-    row_chunks,
-)
+from edgeprune.model.forward import CHUNK_TOKENS, add_layer, embed, module_states, row_chunks
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import input_scale_of, rounded_inputs, values_by_name
 from edgeprune.precision import CacheFormat

@@ -16,8 +16,8 @@ from edgeprune.errors import NumericalError
 if TYPE_CHECKING:
     import torch
 
+    from edgeprune.model.attention import LayerWeights, Tables
     from edgeprune.model.decoder import Attention, Mlp
-    from edgeprune.model.forward import LayerWeights, Tables
     from edgeprune.model.model import Model
 
 LIMIT = 65504.0  # the largest number of fp16
@@ -54,7 +54,8 @@ def activation_peaks(model: Model, ids: torch.Tensor, on_layer: Callable[[], Non
     """
     import torch
 
-    from edgeprune.model.forward import CHUNK_TOKENS, Tables, embed, layer_weights, row_chunks
+    from edgeprune.model.attention import Tables
+    from edgeprune.model.forward import CHUNK_TOKENS, embed, layer_weights, row_chunks
 
     decoder = model.decoder
     tables = Tables(decoder, ids.shape[1])
@@ -139,7 +140,7 @@ def _attention(
     """
     import torch.nn.functional as F
 
-    from edgeprune.model.forward import attend, attention_heads
+    from edgeprune.model.attention import attend, attention_heads
 
     # Queries, keys and values, and the projections that norm or rotation may have made smaller.
     query, key, value = attention_heads(x, weights, attention, tables, eps)
@@ -193,7 +194,7 @@ def _inner(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str, record
     """
     import torch.nn.functional as F
 
-    from edgeprune.model.forward import ACTIVATIONS
+    from edgeprune.model.mlp import ACTIVATIONS
 
     projected = [
         record("mlp", name, F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")))
@@ -211,7 +212,7 @@ def _experts(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, record: _Recorder
     import torch
     import torch.nn.functional as F
 
-    from edgeprune.model.forward import routed
+    from edgeprune.model.mlp import routed
 
     flat = x.flatten(0, 1)  # (n, c)
     record("mlp", "router", F.linear(flat, weights["mlp.router"]))

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from edgeprune.model.forward import CHUNK_TOKENS, Tables, add_layer, embed, layer_weights
+from edgeprune.model.attention import Tables
+from edgeprune.model.forward import CHUNK_TOKENS, add_layer, embed, layer_weights
 from edgeprune.model.model import Model
 
 

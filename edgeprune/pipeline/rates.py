@@ -67,7 +67,8 @@ def _layer_rate(decoder: Decoder) -> float | None:
     there is none, or it is too large to be made for this."""
     import torch
 
-    from edgeprune.model.forward import Tables, add_layer
+    from edgeprune.model.attention import Tables
+    from edgeprune.model.forward import add_layer
 
     layer = next((layer for layer in decoder.layers if layer.attention and layer.mlp), None)
     if layer is None:

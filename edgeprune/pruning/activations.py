@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
+from edgeprune.model.attention import LayerWeights, Tables
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.decoder import Attention, Decoder, Mlp
-from edgeprune.model.forward import OUTPUT, LayerWeights, Tables, module_inputs, module_states
+from edgeprune.model.forward import OUTPUT, module_inputs, module_states
 from edgeprune.model.quantised import ACTIVATION_STEPS, input_scale_of, scale_unit_for, storable, unit_above
 from edgeprune.precision import WeightFormat
 

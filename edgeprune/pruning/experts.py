@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from edgeprune.model.attention import LayerWeights
 from edgeprune.model.decoder import Mlp
-from edgeprune.model.forward import LayerWeights, expert_tokens, mlp_activation, routed
+from edgeprune.model.mlp import expert_tokens, mlp_activation, routed
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.compensate import compensate
 from edgeprune.pruning.moments import gram, moments_of

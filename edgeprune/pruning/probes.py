@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from edgeprune.model.attention import Tables
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     CHUNK_TOKENS,
     OUTPUT,
-    Tables,
     add_module,
     embed,
     entering,

@@ -14,17 +14,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from edgeprune.model.attention import LayerWeights, Tables
 from edgeprune.model.decoder import Decoder
-from edgeprune.model.forward import (
-    CHUNK_TOKENS,
-    LayerWeights,
-    Tables,
-    embed,
-    embedded,
-    layer_weights,
-    modules_of,
-    normed,
-)
+from edgeprune.model.forward import CHUNK_TOKENS, embed, embedded, layer_weights, modules_of, normed
 from edgeprune.model.model import Model
 from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.pruning.methods import Method, Recovery

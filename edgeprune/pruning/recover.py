@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from edgeprune.errors import NumericalError
+from edgeprune.model.attention import Tables
 from edgeprune.model.forward import (
     CHUNK_TOKENS,
-    Tables,
     embedded,
     final_states,
     head_logits,

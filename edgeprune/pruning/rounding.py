@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from edgeprune.model.forward import LayerWeights
+from edgeprune.model.attention import LayerWeights
 from edgeprune.model.quantised import QuantisedWeight, rounded_inputs
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.activations import input_scale_for

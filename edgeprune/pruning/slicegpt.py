@@ -20,23 +20,21 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.errors import InputError
+from edgeprune.model.attention import LayerWeights, Tables, attention_context
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     BIAS,
     CHUNK_TOKENS,
     OUTPUT,
-    LayerWeights,
-    Tables,
     WeightStream,
-    attention_context,
     check_finite,
     embed,
     layer_weights,
-    mlp_activation,
     modules_of,
     normed,
     row_chunks,
 )
+from edgeprune.model.mlp import mlp_activation
 from edgeprune.model.model import Model
 from edgeprune.pruning.moments import CHUNK
 

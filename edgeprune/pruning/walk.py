@@ -18,16 +18,14 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
+from edgeprune.model.attention import LayerWeights, Tables
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     BIAS,
     OUTPUT,
-    LayerWeights,
-    Tables,
     add_module,
     check_finite,
     entering,
-    experts_output,
     has_experts,
     module_activation,
     module_inputs,
@@ -36,6 +34,7 @@ from edgeprune.model.forward import (
     module_states,
     row_chunks,
 )
+from edgeprune.model.mlp import experts_output
 from edgeprune.model.quantised import rounded_inputs, values_by_name
 from edgeprune.precision import WeightFormat
 from edgeprune.pruning.activations import input_scale_for, is_smoothed, largest_of, names_before, smoothed

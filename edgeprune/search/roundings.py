@@ -15,15 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edgeprune.model.attention import LayerWeights, Tables, attention_heads
 from edgeprune.model.backward import ModuleStates
 from edgeprune.model.cache import scales_of
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.forward import (
     CHUNK_TOKENS,
     OUTPUT,
-    LayerWeights,
-    Tables,
-    attention_heads,
     head_logits,
     module_output,
     module_raw,

@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.cache import cache_folder, cached
+from edgeprune.model.attention import Tables
 from edgeprune.model.backward import ModuleStates, token_gradients
 from edgeprune.model.decoder import Attention, Decoder
 from edgeprune.model.forward import (
     BIAS,
     OUTPUT,
-    Tables,
     embed,
     entering,
-    experts_output,
     has_experts,
     layer_weights,
     module_inputs,
@@ -31,6 +30,7 @@ from edgeprune.model.forward import (
     module_states,
     modules_of,
 )
+from edgeprune.model.mlp import experts_output
 from edgeprune.model.model import Model
 from edgeprune.precision import CacheFormat, WeightFormat
 from edgeprune.progress import Progress

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.model import backward
+from edgeprune.model.attention import Tables
 from edgeprune.model.backward import drawn, token_gradients
 from edgeprune.model.forward import (
-    Tables,
     add_module,
     embed,
     entering,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.model import forward
+from edgeprune.model import attention
+from edgeprune.model.attention import through_cache
 from edgeprune.model.cache import cache_scales, read_scales, with_cache, write_scales
-from edgeprune.model.forward import through_cache, token_logits, weight_stream
+from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.quantised import QuantisedWeight
 from edgeprune.precision import CACHE_FORMATS, CacheFormat
 from tests.support.graph_models import Sample, llama
@@ -70,7 +71,7 @@ def test_scales_are_those_of_keys_of_rounded_activations(whole: Sample, monkeypa
         seen.append((states / scale).abs().amax(dim=(0, 2)))
         return through_cache(states, scale, form)
 
-    monkeypatch.setattr(forward, "through_cache", recorded)
+    monkeypatch.setattr(attention, "through_cache", recorded)
     token_logits(joined.decoder, weight_stream(joined), ids)
     assert all(torch.allclose(codes, torch.tensor(127.0)) for codes in seen[:2])  # of the first layer, before any cache
 

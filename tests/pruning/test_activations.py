@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from edgeprune.model.attention import Tables
 from edgeprune.model.forward import (
     OUTPUT,
-    Tables,
     add_module,
     embed,
     layer_weights,

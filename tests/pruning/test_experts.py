@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edgeprune.model.decoder import Experts, Mlp
-from edgeprune.model.forward import experts_output
+from edgeprune.model.mlp import experts_output
 from edgeprune.pruning.experts import cut_experts, expert_inputs
 from edgeprune.pruning.score import magnitude, obs, wanda
 

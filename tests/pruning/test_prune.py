@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.errors import NumericalError
+from edgeprune.model.attention import Tables
 from edgeprune.model.decoder import ratio
-from edgeprune.model.forward import Tables, add_module, embed, layer_weights, module_inputs, modules_of, token_losses
+from edgeprune.model.forward import add_module, embed, layer_weights, module_inputs, modules_of, token_losses
 from edgeprune.model.model import Model
 from edgeprune.pruning.methods import METHODS, Method, Recovery
 from edgeprune.pruning.prune import prune, result_of, sample_weights

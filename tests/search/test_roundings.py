@@ -5,17 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgeprune.model.forward import (
-    Tables,
-    add_module,
-    attend,
-    attention_heads,
-    embed,
-    layer_weights,
-    module_states,
-    token_logits,
-    weight_stream,
-)
+from edgeprune.model.attention import Tables, attend, attention_heads
+from edgeprune.model.forward import add_module, embed, layer_weights, module_states, token_logits, weight_stream
 from edgeprune.model.quantised import storable
 from edgeprune.precision import CACHE_FORMATS, WEIGHT_FORMATS
 from edgeprune.pruning.grids import choose_grid

@@ -3,7 +3,8 @@ import io
 import numpy as np
 import torch
 
-from edgeprune.model.forward import OUTPUT, Tables, embed, layer_weights, module_inputs
+from edgeprune.model.attention import Tables
+from edgeprune.model.forward import OUTPUT, embed, layer_weights, module_inputs
 from edgeprune.precision import CACHE_FORMATS
 from edgeprune.progress import Silent
 from edgeprune.pruning.compensate import MOMENT_DAMPING

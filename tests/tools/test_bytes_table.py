@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from edgeprune.model.attention import Tables
 from edgeprune.model.forward import (
     OUTPUT,
-    Tables,
     embed,
     layer_weights,
     module_inputs,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from edgeprune.engine.onnx.nodes import Nodes
 from edgeprune.engine.onnx.ops import OPERATORS, linear, mlp, normed_queries_and_keys
 from edgeprune.model.decoder import Attention, Experts, Mlp
-from edgeprune.model.forward import experts_output
+from edgeprune.model.mlp import experts_output
 from tests.support.graph_nodes import run
 
 GENERATOR = np.random.default_rng(0)
