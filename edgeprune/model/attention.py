@@ -120,19 +120,44 @@ def attention_context(
     x: torch.Tensor, weights: LayerWeights, attention: Attention, tables: Tables, eps: float
 ) -> torch.Tensor:
     """Returns the input (b, t, h * d) of the output projection for normed states x (b, t, c); causal."""
-    return attend(*attention_heads(x, weights, attention, tables, eps), attention, tables.masks[attention.window])
+    heads, mask = attention_heads(x, weights, attention, tables, eps), tables.masks[attention.window]
+    return attend(*heads, attention, mask, weights.get("attention.sinks"))
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention, mask: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention: Attention,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the context (b, t, h * d): for each query the mean of the values, weighted by the softmax of its scores.
 
     query: (b, h, t, d); key, value: (b, k, t, d), as from `attention_heads`. mask: (t, t) bool, or None for plain
-    causal attention.
+    causal attention. sinks: (h,), the attention's weight of this name, if it has one.
     """
-    context = _attended(query, key, value, attention, mask)  # (b, h, t, d)
+    if sinks is not None:
+        query, key, value, mask = _with_sinks(query, key, value, mask, sinks / attention.score_scale)
+    context = _attended(query, key, value, attention, mask)[..., : attention.head_dim]  # (b, h, t, d)
     return context.transpose(1, 2).reshape(len(context), -1, attention.query_size)
+
+
+def _with_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns queries (b, h, t, d + 1), keys and values (b, k, 1 + t, d + 1) and mask (t, 1 + t) with the sinks as the
+    first key, whose value is zero.
+
+    scores: (h,), of every query with that key, before their scale; the last channel carries them.
+    """
+    b, h, t, _ = query.shape
+    query = torch.cat([query, scores.view(1, h, 1, 1).expand(b, h, t, 1)], dim=-1)
+    key, value = (F.pad(states, (0, 1, 1, 0)) for states in (key, value))
+    key[:, :, 0, -1] = 1.0
+    if mask is None:
+        mask = torch.ones(t, t, dtype=torch.bool).tril()
+    return query, key, value, F.pad(mask, (1, 0), value=True)
 
 
 def _attended(

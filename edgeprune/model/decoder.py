@@ -13,6 +13,7 @@ the Decoder asks for them:
     layers.{i}.attention.k, .v      (num_key_value_heads * head_dim, hidden_size)
     layers.{i}.attention.[q_bias, k_bias, v_bias]
     layers.{i}.attention.[q_norm, k_norm]  (head_dim,), or as wide as all heads
+    layers.{i}.attention.[sinks]    (num_attention_heads,)
     layers.{i}.attention.o          (hidden_size, num_attention_heads * head_dim)
     layers.{i}.attention.[o_bias, post_norm]  (hidden_size,)
     layers.{i}.attention.[key_scale, value_scale]  (1, num_key_value_heads, 1, head_dim), of a KV cache in codes
@@ -25,7 +26,8 @@ the Decoder asks for them:
     [head]                          (vocab_size, hidden_size), absent where tied to the embedding
 
 A LayerNorm also has a bias, named like its weight with `_bias` appended. The matrices of a mixture of experts are
-`mlp.router` (num_experts, hidden_size) and, for every expert e, `mlp.experts.{e}.gate`, `.up` and `.down`.
+`mlp.router` (num_experts, hidden_size) and, for every expert e, `mlp.experts.{e}.gate`, `.up` and `.down`, with the
+biases of an MLP; the router's bias is `mlp.router_bias` (num_experts,).
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ class Attention:
     rotary: None for attention without rotary positions. scale: of the scores; None for head_dim ** -0.5.
     window: how many positions a query sees, its own included; None for all. softcap: scores become
     softcap * tanh(score / softcap). qk_norm: RMS norm of queries and keys before the rotation, of each `head` or of
-    `all` heads at once. input_bias: of q, k and v; output_bias: of the output projection. weight_format: of q, k, v and
+    `all` heads at once. input_bias: of q, k and v; output_bias: of the output projection. sinks: the softmax of each
+    query head counts one more score, a weight of the head, for which there is no value. weight_format: of q, k, v and
     o; cache_format: of the keys and values that the KV cache holds; None for floats.
     """
 
@@ -90,6 +93,7 @@ class Attention:
     qk_norm: Literal["head", "all"] | None = None
     input_bias: bool = False
     output_bias: bool = False
+    sinks: bool = False
     weight_format: WeightFormat | None = None
     cache_format: CacheFormat | None = None
 
@@ -121,20 +125,22 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu"]
 class Experts:
     """The experts of a mixture; a token takes the num_experts_per_tok likeliest by softmax(router(x)).
 
-    normalised: whether the shares of a token's experts are scaled so that they sum to 1.
+    normalised: whether the shares of a token's experts are scaled so that they sum to 1. bias: of the router.
     """
 
     num_experts: int
     num_experts_per_tok: int
     normalised: bool = True
+    bias: bool = False
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A gated MLP, down(activation(gate(x)) * up(x)), or a plain one, down(activation(up(x))).
+    """A gated MLP, down(activation(gate(x)) * (up(x) + up_shift)), or a plain one, down(activation(up(x))).
 
-    experts: None, or how many MLPs of this width there are and how many of them a token takes. weight_format: of all
-    matrices but the router; None for floats.
+    limit: before that, gate(x) is cut off above it, and up(x) beyond it on both sides; None: neither is. experts: None,
+    or how many MLPs of this width there are and how many of them a token takes. weight_format: of all matrices but the
+    router; None for floats.
     """
 
     intermediate_size: int
@@ -142,6 +148,8 @@ class Mlp:
     gated: bool = True
     input_bias: bool = False
     output_bias: bool = False
+    limit: float | None = None
+    up_shift: float = 0.0
     experts: Experts | None = None
     weight_format: WeightFormat | None = None
 
@@ -361,11 +369,11 @@ class Decoder:
         return replace(self, vocab_size=size)
 
     def with_output_biases(self) -> Decoder:
-        """Returns the same model with a bias on every output projection."""
+        """Returns the same model with a bias on every output projection but those of experts."""
         layers = tuple(
             Layer(
                 layer.attention and replace(layer.attention, output_bias=True),
-                layer.mlp and replace(layer.mlp, output_bias=True),
+                layer.mlp and (layer.mlp if layer.mlp.experts else replace(layer.mlp, output_bias=True)),
             )
             for layer in self.layers
         )
@@ -449,6 +457,8 @@ def _attention_shapes(attention: Attention, hidden: int) -> dict[str, tuple[int,
     if attention.qk_norm is not None:
         for name in ("q", "k"):
             shapes[f"{name}_norm"] = (sizes[name] if attention.qk_norm == "all" else attention.head_dim,)
+    if attention.sinks:
+        shapes["sinks"] = (attention.num_attention_heads,)
     shapes["o"] = (hidden, attention.query_size)
     if attention.output_bias:
         shapes["o_bias"] = (hidden,)
@@ -460,20 +470,18 @@ def _attention_shapes(attention: Attention, hidden: int) -> dict[str, tuple[int,
 
 def _mlp_shapes(mlp: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(mlp.inputs, (mlp.intermediate_size, hidden))
-    if mlp.experts is not None:
-        own_shapes = shapes | {"down": (hidden, mlp.intermediate_size)}
-        expert_shapes = {
-            f"experts.{expert}.{name}": shape
-            for expert in range(mlp.experts.num_experts)
-            for name, shape in own_shapes.items()
-        }
-        return {"router": (mlp.experts.num_experts, hidden)} | expert_shapes
     if mlp.input_bias:
         shapes |= {f"{name}_bias": (mlp.intermediate_size,) for name in mlp.inputs}
     shapes["down"] = (hidden, mlp.intermediate_size)
     if mlp.output_bias:
         shapes["down_bias"] = (hidden,)
-    return shapes
+    if (experts := mlp.experts) is None:
+        return shapes
+    router: dict[str, tuple[int, ...]] = {"router": (experts.num_experts, hidden)}
+    if experts.bias:
+        router["router_bias"] = (experts.num_experts,)
+    numbered = range(experts.num_experts)
+    return router | {f"experts.{expert}.{name}": shape for expert in numbered for name, shape in shapes.items()}
 
 
 def _narrowed(attention: Attention, groups: int, heads_per_group: int) -> Attention:

@@ -106,10 +106,10 @@ def _heads_of(decoder: Decoder, target: Decoder, name: str) -> _Heads | None:
     index, part = int(name.split(".")[1]), name.rsplit(".", 1)[-1]
     own, wanted = decoder.layers[index].attention, target.layers[index].attention
     matrix, is_norm = part.removesuffix("_bias").removesuffix("_norm"), part.endswith("_norm")
-    if own is None or not heads_differ(own, wanted) or matrix not in ("q", "k", "v", "o") or part == "o_bias":
+    if own is None or not heads_differ(own, wanted) or matrix not in ("q", "k", "v", "o", "sinks") or part == "o_bias":
         return None
     if is_norm and own.qk_norm != "all":
         return None
     # Query heads of a group, or its one key/value head.
-    heads, target_heads = (attention.heads_per_group if matrix in ("q", "o") else 1 for attention in (own, wanted))
+    heads, target_heads = (attention.heads_per_group if matrix not in ("k", "v") else 1 for attention in (own, wanted))
     return _Heads(own.num_key_value_heads, heads, wanted.num_key_value_heads, target_heads, matrix == "o")

@@ -6,7 +6,7 @@ Notation as in `forward`: b samples, t tokens, c hidden_size, i intermediate_siz
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,17 @@ def mlp_activation(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str
     prefix: of the weights' names; an expert's is `mlp.experts.{e}.`.
     """
     projected = [F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")) for name in mlp.inputs]
-    activated = ACTIVATIONS[mlp.activation](projected[0])
-    return activated * projected[1] if mlp.gated else activated
+    return activated(projected, mlp)
+
+
+def activated(projected: Sequence[torch.Tensor], mlp: Mlp) -> torch.Tensor:
+    """Returns the input (..., i) of the down projection for the outputs (..., i) of the projections before it."""
+    if not mlp.gated:
+        return ACTIVATIONS[mlp.activation](projected[0])
+    gate, up = projected
+    if mlp.limit is not None:
+        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
+    return ACTIVATIONS[mlp.activation](gate) * (up + mlp.up_shift if mlp.up_shift else up)
 
 
 def routed(x: torch.Tensor, weights: LayerWeights, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +47,8 @@ def routed(x: torch.Tensor, weights: LayerWeights, experts: Experts) -> tuple[to
 
     x: normed states (n, c).
     """
-    shares, chosen = F.linear(x, weights["mlp.router"]).softmax(dim=-1).topk(experts.num_experts_per_tok, dim=-1)
+    logits = F.linear(x, weights["mlp.router"], weights.get("mlp.router_bias"))  # (n, num_experts)
+    shares, chosen = logits.softmax(dim=-1).topk(experts.num_experts_per_tok, dim=-1)
     return chosen, shares / shares.sum(dim=-1, keepdim=True) if experts.normalised else shares
 
 
@@ -60,6 +70,6 @@ def experts_output(x: torch.Tensor, weights: LayerWeights, mlp: Mlp) -> torch.Te
         if len(tokens):
             prefix = f"mlp.experts.{expert}."
             inner = mlp_activation(flat[tokens], weights, mlp, prefix)  # (tokens of this expert, i)
-            outputs = F.linear(inner, weights[prefix + "down"]) * shares[tokens, columns, None]  # (tokens, c)
-            output = output.index_add(0, tokens, outputs)
+            outputs = F.linear(inner, weights[prefix + "down"], weights.get(f"{prefix}down_bias"))  # (tokens, c)
+            output = output.index_add(0, tokens, outputs * shares[tokens, columns, None])
     return output.view_as(x)

@@ -154,7 +154,8 @@ def _attention(
             record("attention", f"{name} before norm and rotation", projected)
     # Scores, context and output.
     _record_scores(query, key, attention, record)
-    context = attend(query, key, value, attention, tables.masks[attention.window])  # (b, t, h * d)
+    # (b, t, h * d)
+    context = attend(query, key, value, attention, tables.masks[attention.window], weights.get("attention.sinks"))
     return record("attention", "o", F.linear(context, weights["attention.o"], weights.get("attention.o_bias")))
 
 
@@ -194,14 +195,14 @@ def _inner(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str, record
     """
     import torch.nn.functional as F
 
-    from edgeprune.model.mlp import ACTIVATIONS
+    from edgeprune.model.mlp import activated
 
     projected = [
         record("mlp", name, F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")))
         for name in mlp.inputs
     ]
-    activated = ACTIVATIONS[mlp.activation](projected[0])
-    return record("mlp", "gate times up", activated * projected[1]) if mlp.gated else activated
+    inner = activated(projected, mlp)
+    return record("mlp", "gate times up", inner) if mlp.gated else inner
 
 
 def _experts(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, record: _Recorder) -> torch.Tensor:
@@ -215,13 +216,14 @@ def _experts(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, record: _Recorder
     from edgeprune.model.mlp import routed
 
     flat = x.flatten(0, 1)  # (n, c)
-    record("mlp", "router", F.linear(flat, weights["mlp.router"]))
+    record("mlp", "router", F.linear(flat, weights["mlp.router"], weights.get("mlp.router_bias")))
     chosen, chosen_shares = routed(flat, weights, mlp.experts)
     shares = torch.zeros(len(flat), mlp.experts.num_experts).scatter_(1, chosen, chosen_shares)  # (n, num_experts)
     total = torch.zeros_like(flat)
     for expert in range(mlp.experts.num_experts):
         prefix = f"mlp.experts.{expert}."
-        output = F.linear(_inner(flat, weights, mlp, prefix, record), weights[prefix + "down"])  # (n, c)
+        inner = _inner(flat, weights, mlp, prefix, record)
+        output = F.linear(inner, weights[prefix + "down"], weights.get(f"{prefix}down_bias"))  # (n, c)
         total += record("mlp", "down", output) * shares[:, expert, None]
     return record("mlp", "the sum of experts", total).view_as(x)
 

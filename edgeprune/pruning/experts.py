@@ -98,7 +98,8 @@ def cut_experts(
     form: of all matrices but the router, None for floats. Every expert aims at its own dense output and all that is
     still missing of its tokens, the errors of the experts before it among that.
     """
-    cut = ExpertsCut(torch.zeros_like(states), {"mlp.router": weights["mlp.router"]})
+    router = {name: weight for name, weight in weights.items() if name.startswith("mlp.router")}
+    cut = ExpertsCut(torch.zeros_like(states), router)
     read, missing = states.flatten(0, 1), None if missing is None else missing.flatten(0, 1)  # (b * t, c) each
     # (b * t, c), (b * t,)
     flat, scales = cut.output.view(-1, states.shape[-1]), scale.expand(*states.shape[:2], 1).flatten()
@@ -110,16 +111,17 @@ def cut_experts(
         if size < mlp.intermediate_size:
             kept = top_units((score if len(tokens) else magnitude)(projection, 1, size), size)
         names = [expert.prefix + name for name in mlp.inputs]
-        new = {name: weights[name][kept] for name in names}
+        new = {name: weights[name][kept] for name in (*names, *(f"{name}_bias" for name in names)) if name in weights}
+        bias = weights.get(f"{expert.prefix}down_bias")
         down, inputs = projection.weight[:, kept], expert.inputs[..., kept]  # (c, size), (1, n, size)
         # Round the matrices before the activation on the expert's tokens, and compute what comes behind again.
         if form is not None:
             rounded, result = round_together(new, names, read[tokens][None], torch.ones(1), form)
-            new = {name: weight.dequantised() for name, weight in rounded.items()}
-            inner = mlp_activation(read[tokens], new, mlp, expert.prefix)  # (n, size)
+            values = new | {name: weight.dequantised() for name, weight in rounded.items()}
+            inner = mlp_activation(read[tokens], values, mlp, expert.prefix)  # (n, size)
             inputs = (inner * expert.shares[:, None] * own_scale)[None]
             cut.roundings.append(result)
-        cut.weights |= rounded if form is not None else new
+        cut.weights |= new | rounded if form is not None else new
         # Update the down projection, where the expert has tokens enough.
         moments = None
         if missing is not None or form is not None:
@@ -138,9 +140,12 @@ def cut_experts(
             result = round_on(down, moments, form)
             cut.weights[expert.prefix + "down"], down = result.weight, result.weight.dequantised()
             cut.roundings.append(result)
-        # Add the expert's output to that of its tokens.
+        # Add the expert's output to that of its tokens; its bias is that of the dense expert.
         output = F.linear(inputs[0], down)  # (n, c)
         flat.index_add_(0, tokens, output / own_scale)
+        if bias is not None:
+            cut.weights[f"{expert.prefix}down_bias"] = bias
+            flat.index_add_(0, tokens, expert.shares[:, None] * bias)
         if missing is not None:
             missing.index_add_(0, tokens, (own[0] - output) / own_scale)
     return cut

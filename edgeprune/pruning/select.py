@@ -60,6 +60,7 @@ def kept_features(
     groups, heads = select_heads(rank, dense, target.num_key_value_heads, target.heads_per_group)
     queries, keys = features_of(heads, dense.head_dim), features_of(groups, dense.head_dim)
     rows = {f"attention.{part}{end}": queries if part == "q" else keys for part in "qkv" for end in ("", "_bias")}
+    rows["attention.sinks"] = heads
     if dense.qk_norm == "all":
         rows |= {"attention.q_norm": queries, "attention.k_norm": keys}
     return queries, rows

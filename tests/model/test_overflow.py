@@ -21,7 +21,9 @@ from tests.support.families import CASES, save_family
 from tests.support.tiny import as_model, llama
 
 VARIANT = GraphVariant("primitive", "all")
-INTERNAL = re.compile(r"norm\.(square|mean|shifted|rms|scaled)|\.(square|cube|bent|bend|bent_scaled)$|masked|\.shares")
+INTERNAL = re.compile(
+    r"norm\.(square|mean|shifted|rms|scaled)|\.(square|cube|bent|bend|bent_scaled)$|masked|scores_and_sinks|\.shares"
+)
 
 
 def peaks_of(model: Model, ids: torch.Tensor) -> dict[str, dict[str, float]]:

@@ -127,6 +127,13 @@ CASES: dict[str, dict[str, object]] = {
     "starcoder2": {"sliding_window": 7},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "swiglu_limit": 1.5,
+        "rope_parameters": YARN | {"truncate": False},
+    },
     "imagegpt": FIXED | {"vocab_size": 258, "max_position_embeddings": 64},
     "llamagen": {},
     "llamagen, grouped, head_dim 20": {"dim": 80, "groups": 2},
@@ -137,7 +144,7 @@ TEXTS = [case for case in CASES if case.partition(",")[0] not in PICTURES]
 # What other runtimes are tried with; docs/families.md names them.
 COMPILED = [case for case in CASES if "," not in case or case.startswith("mistral") or "rotary" in case]
 CONTINUED = [case for case in TEXTS if "," not in case or case.startswith("mistral")]
-NOT_EXPORTED = ("opt", "ernie4_5, biases", "exaone4, windows, others without rope")
+NOT_EXPORTED = ("opt", "gpt_oss", "ernie4_5, biases", "exaone4, windows, others without rope")
 EXPORTED = [case for case in TEXTS if case not in NOT_EXPORTED]
 
 
@@ -155,8 +162,8 @@ def random_model(case: str, **changes: object) -> PreTrainedModel | llamagen.Lla
     torch.manual_seed(0)
     model = getattr(transformers, FAMILIES[model_type].architecture)(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 

@@ -48,8 +48,10 @@ def refused_types(model: onnx.ModelProto) -> list[str]:
         schema = onnx.defs.get_schema(node.op_type, opset)
         for names, formals in ((node.input, schema.inputs), (node.output, schema.outputs)):
             for place, name in enumerate(names):
+                if not name:  # an optional one that is not given
+                    continue
                 formal = formals[min(place, len(formals) - 1)]
                 text = f"tensor({helper.tensor_dtype_to_string(kinds[name]).removeprefix('TensorProto.').lower()})"
-                if name and text not in {str(kind) for kind in formal.types}:
+                if text not in {str(kind) for kind in formal.types}:
                     found.append(f"{node.op_type} {node.name}: {name} is {text}")
     return found

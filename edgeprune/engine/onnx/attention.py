@@ -271,8 +271,9 @@ def attention_opset23(
     """Adds an attention in the operator Attention, from packed (b, s, (h + 2k) * d) to (b, s, h * d).
 
     It serves opset 24 too, where shared has the write indices of the KV cache. It is written in operators of opset 17
-    in two cases. With a softcap, because Attention applies it after the mask in opset 23, which would make masked pairs
-    visible; and with a single head, for which TensorRT for RTX has no kernel.
+    in three cases. With a softcap, because Attention applies it after the mask in opset 23, which would make masked
+    pairs visible; with a single head, for which TensorRT for RTX has no kernel; and with sinks, which Attention does
+    not have.
 
     A KV cache in codes, which only opset 23 has, is dequantised with a scale of 1, because TensorRT takes one scale for
     a whole tensor here; the scales of the channels are in the queries and in the context, whose channels they are too.
@@ -284,7 +285,7 @@ def attention_opset23(
     if codes is not None:
         query = nodes.add("Mul", f"{name}.query_of_codes", query, _scale_of_heads(nodes, name, "key", attention))
     mask = shared[f"mask.{attention.window}"]
-    if attention.softcap is not None or attention.num_attention_heads == 1:
+    if attention.softcap is not None or attention.num_attention_heads == 1 or attention.sinks:
         context = _attend(nodes, name, query, key, value, attention, mask)
     else:
         scale = attention.score_scale
@@ -328,7 +329,11 @@ def _attend(nodes: Nodes, name: str, query: str, key: str, value: str, attention
         scores = nodes.add("Tanh", f"{name}.squashed", scores)
         scores = nodes.add("Mul", f"{name}.capped", scores, nodes.number(f"softcap.{cap}", cap))
     scores = nodes.add("Add", f"{name}.masked", scores, mask)
+    if attention.sinks:
+        scores = nodes.add("Concat", f"{name}.scores_and_sinks", scores, _sinks(nodes, name, scores, h), axis=-1)
     shares = nodes.add("Softmax", f"{name}.softmax", scores, axis=-1)
+    if attention.sinks:
+        shares = nodes.add("Slice", f"{name}.shares", shares, nodes.sizes(0), nodes.sizes(-1), nodes.sizes(3))
     # The weighted sum of the values.
     if h != k:
         shares = nodes.add("Reshape", f"{name}.softmax_groups", shares, nodes.sizes(0, k, -1, 0))  # (b, k, g * s, t)
@@ -336,6 +341,15 @@ def _attend(nodes: Nodes, name: str, query: str, key: str, value: str, attention
     if h != k:
         context = nodes.add("Reshape", f"{name}.context_heads", context, nodes.sizes(0, h, -1, d))
     return context
+
+
+def _sinks(nodes: Nodes, name: str, scores: str, heads: int) -> str:
+    """Adds the sink of each head as one more score (b, h, s, 1) beside scores (b, h, s, t)."""
+    shape = nodes.add("Shape", f"{name}.scores_shape", scores)
+    rows = nodes.add("Slice", f"{name}.scores_rows", shape, nodes.sizes(0), nodes.sizes(3))
+    column = nodes.add("Concat", f"{name}.sinks_shape", rows, nodes.sizes(1), axis=0)
+    of_heads = nodes.add("Reshape", f"{name}.sinks_of_heads", f"{name}.sinks", nodes.sizes(1, heads, 1, 1))
+    return nodes.add("Expand", f"{name}.sinks_of_rows", of_heads, column)
 
 
 def attention_onnxruntime(
@@ -365,7 +379,7 @@ def attention_onnxruntime(
         shared["total"],
         *positions,
         shared["bias"],
-        "",
+        f"{name}.sinks" if attention.sinks else "",
         *_cache_scales(nodes, name, attention, width),
         "",
         "",

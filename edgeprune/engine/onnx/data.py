@@ -247,6 +247,8 @@ def _attention(attention: Attention, hidden: int) -> Iterator[Part]:
         of_all = attention.qk_norm == "all"
         for part, size in (("q", attention.query_size), ("k", attention.key_value_size)):
             yield f"{part}_norm.weight", (size if of_all else attention.head_dim,), (f"{part}_norm",), None
+    if attention.sinks:
+        yield "sinks", (attention.num_attention_heads,), ("sinks",), None
     yield "o.weight", (attention.query_size, hidden), ("o",), None
     if attention.output_bias:
         yield "o.bias", (hidden,), ("o_bias",), None
@@ -261,9 +263,19 @@ def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
     if (experts := mlp.experts) is not None:
         count = experts.num_experts
         yield "router.weight", (hidden, count), ("router",), None
-        sources = tuple(f"experts.{e}.{name}" for e in range(count) for name in inputs)
-        yield "gate_up.weight", (count, len(inputs) * width, hidden), sources, count
-        yield "down.weight", (count, hidden, width), tuple(f"experts.{e}.down" for e in range(count)), count
+        if experts.bias:
+            yield "router.bias", (count,), ("router_bias",), None
+
+        def of_each(*names: str) -> tuple[str, ...]:
+            """Returns the names of these weights of every expert."""
+            return tuple(f"experts.{e}.{name}" for e in range(count) for name in names)
+
+        yield "gate_up.weight", (count, len(inputs) * width, hidden), of_each(*inputs), count
+        if mlp.input_bias:
+            yield "gate_up.bias", (count, len(inputs) * width), of_each(*(f"{name}_bias" for name in inputs)), count
+        yield "down.weight", (count, hidden, width), of_each("down"), count
+        if mlp.output_bias:
+            yield "down.bias", (count, hidden), of_each("down_bias"), count
         return
     yield "gate_up.weight", (hidden, len(inputs) * width), inputs, None
     if mlp.input_bias:

@@ -24,7 +24,7 @@ from edgeprune.engine.onnx.attention import (
     prepare_opset24,
     prepare_primitive,
 )
-from edgeprune.engine.onnx.experts import Activate, all_experts, own_experts
+from edgeprune.engine.onnx.experts import Activate, all_experts, gated, own_experts
 from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared
 from edgeprune.engine.onnx.quantised import matrix, offsets, rounded
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
@@ -236,4 +236,4 @@ def _inner(nodes: Nodes, operators: Operators, name: str, x: str, part: Mlp) -> 
         return operators.activate(nodes, name, product, part.activation)
     outputs = (f"{name}.gate", f"{name}.up")
     gate, up = nodes.add_many("Split", f"{name}.split", (product, nodes.sizes(width, width)), outputs, axis=-1)
-    return nodes.add("Mul", f"{name}.gated", operators.activate(nodes, name, gate, part.activation), up)
+    return gated(nodes, operators.activate, name, gate, up, part)

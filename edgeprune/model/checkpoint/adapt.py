@@ -25,6 +25,14 @@ Config = Mapping[str, Any]
 LAYER_TYPES = ("full_attention", "sliding_attention")
 FORMER_TYPES = {"attention": "full_attention"}  # names of older files, which transformers reads
 LLAMAGEN_PREFIX = 1  # the class
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 
 def changed(
@@ -117,6 +125,20 @@ def qwen3_moe(decoder: Decoder, config: Config) -> Decoder:
 def mixtral(decoder: Decoder, config: Config) -> Decoder:
     experts = Experts(int(config["num_local_experts"]), int(config["num_experts_per_tok"]))
     return changed(all_slide(decoder, config), {}, {"experts": experts})
+
+
+def plain_gpt_oss(config: Config) -> Config:
+    return {} if rope_parameters(config) else {"rope_parameters": GPT_OSS_ROPE}
+
+
+def gpt_oss(decoder: Decoder, config: Config) -> Decoder:
+    experts = Experts(int(config["num_local_experts"]), int(config["num_experts_per_tok"]), bias=True)
+    limit = float(config["swiglu_limit"])
+    if not limit > 0:
+        raise SenselessError(f"swiglu_limit {limit:g}")
+    fields = {"activation": "gelu_quick", "limit": limit, "up_shift": 1.0, "input_bias": True, "output_bias": True}
+    decoder = windowed(_attention_biases(decoder, config), config, lambda index: index % 2 == 0)
+    return changed(decoder, {"sinks": True}, fields | {"experts": experts})
 
 
 def _gemma(decoder: Decoder, config: Config) -> Decoder:
@@ -346,6 +368,11 @@ def refuse_opt(config: Config) -> str | None:
         if config.get(name) is False:
             return f"{name} false (true is supported)"
     return "_remove_final_layer_norm true" if config.get("_remove_final_layer_norm") else None
+
+
+def refuse_gpt_oss(config: Config) -> str | None:
+    alpha = config["swiglu_alpha"]
+    return None if alpha == 1.702 else f"swiglu_alpha {alpha} (1.702 is supported)"
 
 
 def refuse_mixed(config: Config) -> str | None:

@@ -16,9 +16,10 @@ from edgeprune.files import printable, read_json
 from edgeprune.model.checkpoint.adapt import FORMER_TYPES, LAYER_TYPES
 from edgeprune.model.checkpoint.families import FAMILIES, Family
 from edgeprune.model.checkpoint.nested import text_part
-from edgeprune.model.checkpoint.places import StoredTensor, stored_tensors
+from edgeprune.model.checkpoint.places import StoredTensor, formats_by_value, stored_tensors
 from edgeprune.model.decoder import Activation, Attention, Decoder, Layer, Mlp
 from edgeprune.model.rope import SenselessError, longrope_context, rope_parameters, rotary_of, whole_heads
+from edgeprune.precision import WeightFormat
 
 Config = dict[str, Any]
 RESTORE = "Restore the checkpoint's own config.json."
@@ -220,6 +221,11 @@ def _check_picture(decoder: Decoder) -> None:
 def checkpoint_tensors(decoder: Decoder) -> dict[str, StoredTensor]:
     """Returns the tensors of the decoder's checkpoint by name, in the order in which their last weights are used."""
     return stored_tensors(decoder, FAMILIES[decoder.family].places)
+
+
+def valued_formats(decoder: Decoder) -> dict[str, WeightFormat]:
+    """Returns the formats of the weights that the decoder's checkpoint holds by their values, by name."""
+    return formats_by_value(decoder, FAMILIES[decoder.family].places)
 
 
 def with_final_outputs(decoder: Decoder, config: Config) -> tuple[Decoder, Config]:

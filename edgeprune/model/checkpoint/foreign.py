@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import checked, printable
-from edgeprune.model.checkpoint.layouts import ALL, FLOAT8, Awq, Block, Gptq, Layout, Packed, Scaled
+from edgeprune.model.checkpoint.layouts import ALL, FLOAT8, Awq, Block, Gptq, Layout, Mxfp4, Packed, Scaled
 from edgeprune.model.checkpoint.packed import SCALE
 from edgeprune.model.checkpoint.places import StoredTensor
 from edgeprune.model.checkpoint.quantization import CLASS, details_of, is_own, module_of, quantisation
@@ -21,7 +21,7 @@ from edgeprune.model.checkpoint.targets import DETAILS, groups_by_module, patter
 Details = Mapping[str, Any]
 
 WHOLE = "Give the checkpoint that it was made from, in fp32, fp16 or bf16."
-READ = "Read are compressed-tensors in whole numbers or FP8, GPTQ, AWQ (gemm) and FP8 in blocks."
+READ = "Read are compressed-tensors in whole numbers or FP8, GPTQ, AWQ (gemm), FP8 in blocks, and experts in MXFP4."
 PLAN = "`edgeprune plan` takes this one too."
 TABLE = "Embedding"  # the class of a table, where CLASS is that of a matrix
 SHORT = ("I8", FLOAT8)  # types of a `weight` that is no float
@@ -43,13 +43,16 @@ class Foreign:
 
         type_of: gives the type of what the files hold under a name in place of `weight`; None where it is missing.
         """
-        if len(tensor.shape) != 2 or not tensor.key.endswith("weight"):
+        stacked = tensor.place.stacked
+        if len(tensor.shape) != 2 + stacked or not (stacked or tensor.key.endswith("weight")):
             return None
         kind = TABLE if tensor.names[0] in ("embedding", "positions") else CLASS
         layout = self.layout_of(module_of(tensor), kind)
-        if layout is None or (tensor.place.transposed and not isinstance(layout, Gptq)):
+        if layout is None or stacked != isinstance(layout, Mxfp4):
             return None
-        names = layout.parts(tensor.shape)
+        if tensor.place.transposed and not isinstance(layout, Gptq | Mxfp4):
+            return None
+        names = layout.parts(tensor.matrix)
         is_stored = any(type_of(name) in SHORT if name == "weight" else type_of(name) for name in names)
         return layout if is_stored else None
 
@@ -191,7 +194,12 @@ def _fp8(details: Details) -> Foreign:
     return Foreign(f"{_words_of(layout)}; activations are floats here", lambda *_: layout)
 
 
-METHODS = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, "fp8": _fp8}
+def _mxfp4(details: Details) -> Foreign:
+    """Returns MXFP4, which the experts alone have."""
+    return Foreign("MXFP4 in groups of 32; activations are floats here", lambda *_: Mxfp4())
+
+
+METHODS = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, "fp8": _fp8, "mxfp4": _mxfp4}
 
 
 def _words_of(layout: Layout) -> str:

@@ -4,6 +4,7 @@
     Packed   weight_packed I32 (out, words of in), weight_zero_point I32 (words of out, groups), as packed.py has them
     Gptq     qweight I32 (words of in, out), qzeros I32 (groups, words of out), scales (groups, out)
     Awq      qweight I32 (in, words of out), qzeros I32 (groups, words of out), scales (groups, out)
+    Mxfp4    _blocks U8 (experts, out, groups, 16), _scales U8 (experts, out, groups), of all experts of a layer
 
 The floats are (code - zero) * scale in fp32, where the product of a short code and a scale of 16 bits is exact; readers
 that compute in 16 bits round it. It knows neither configurations nor files.
@@ -28,6 +29,7 @@ NUMBERS = ("I32", "I64")  # as which sizes and the numbers of groups are stored
 FLOAT8 = "F8_E4M3"
 ORDER = "weight_g_idx"
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # of a word's codes: where that of each of eight outputs stands
+E2M1 = [sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]  # by code
 ALL = 0  # rows or columns of a block: as many as there are
 
 Block = tuple[int, int]  # the rows and columns that have a scale in common
@@ -157,6 +159,32 @@ class Gptq:
             return fields(words, self.bits, outputs) + 1 & 2**self.bits - 1
         ones = sum(1 << bit for bit in range(0, WORD_BITS, self.bits))
         return fields(words + ones, self.bits, outputs)
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """MXFP4 of stacked experts: numbers of E2M1, two in a byte, the first lowest, and a power of two for each group
+    (OCP Microscaling Formats 1.0, 5.3)."""
+
+    optional: str = ""
+    bits: int = 4
+    block: Block = (1, 32)
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        experts, rows, columns = shape
+        groups = ceil(columns / self.block[1])
+        blocks = (experts, rows, groups, self.block[1] // 2)
+        return {"_blocks": (("U8",), (blocks,)), "_scales": (("U8",), (blocks[:-1],))}
+
+    def values(self, parts: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
+        """Returns the matrix of the one expert whose parts are given."""
+        import torch
+
+        pairs = parts["_blocks"]  # (out, groups, 16)
+        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(2)  # (out, groups, 32)
+        exponents = parts["_scales"].int() - 127  # (out, groups)
+        powers = torch.ldexp(torch.ones(exponents.shape), exponents)
+        return (torch.tensor(E2M1)[codes.int()] * powers[..., None]).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,24 @@ MIXTRAL = _under(
         },
     },
 )
+GPT_OSS = _under(
+    "model",
+    "model.layers.{i}",
+    TWO_NORMS
+    | ATTENTION
+    | {
+        "attention.sinks": Place("self_attn.sinks"),
+        "mlp.router": Place("mlp.router.weight"),
+        "mlp.router_bias": Place("mlp.router.bias"),
+    }
+    | {
+        f"mlp.experts.{part}{end}": Place(f"mlp.experts.{name}{end}", held, transposed=not end, stacked=True)
+        for end in ("", "_bias")
+        for name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",)))
+        for held in [tuple(f"mlp.experts.{part}{end}" for part in parts)]
+        for part in parts
+    },
+)
 GEMMA = _under(
     "model",
     "model.layers.{i}",

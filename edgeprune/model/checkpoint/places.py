@@ -32,7 +32,8 @@ class Place:
     rows, by their names behind the layer's prefix; empty for the one weight itself. by_head: they are stacked head by
     head, not one after the other. transposed: stored as (in, out). shift: what is added to the stored values. skip:
     rows before the weight's own. neighbours: channels 2m and 2m + 1 of a query's or key's head are rotated together,
-    not m and m + half. inputs: the name of another tensor with the embedding's rows behind the vocabulary's.
+    not m and m + half. inputs: the name of another tensor with the embedding's rows behind the vocabulary's. stacked:
+    the tensor has one part for each expert along its first axis, with the rows of the weights that it holds in turn.
     """
 
     key: str
@@ -43,6 +44,7 @@ class Place:
     skip: int = 0
     neighbours: bool = False
     inputs: str = ""
+    stacked: bool = False
 
 
 Places = Mapping[str, Place]  # by the name of a weight without `layers.{i}.` and without an expert's number
@@ -52,6 +54,7 @@ Places = Mapping[str, Place]  # by the name of a weight without `layers.{i}.` an
 class StoredTensor:
     """One tensor of a checkpoint: the weights in it, by their full names, and its shape there.
 
+    names: of a stacked one those of each expert behind each other.
     shapes: of the part of each weight that it holds: all of the weight, or some of its rows from `first` on. form: the
     format of its codes, which all its weights have; None for floats. exact: the floats are the values of codes, so that
     the checkpoint's own type may be too short for them.
@@ -70,19 +73,37 @@ class StoredTensor:
     @property
     def shape(self) -> Shape:
         """Returns the tensor's shape in the checkpoint."""
-        rows = sum(shape[0] for shape in self.shapes) + self.place.skip
-        shape = (rows, *self.shapes[0][1:])
-        return shape[::-1] if self.place.transposed else shape
+        return self._experts + (self._part[::-1] if self.place.transposed else self._part)
 
     @property
     def matrix(self) -> Shape:
-        """Returns the tensor's shape as (outputs, inputs), however it is stored."""
-        return self.shape[::-1] if self.place.transposed else self.shape
+        """Returns the tensor's shape as (outputs, inputs), or (experts, outputs, inputs), however it is stored."""
+        return self._experts + self._part
+
+    @property
+    def _in_turn(self) -> int:
+        """Returns the number of weights that a stacked tensor holds of each expert."""
+        return max(1, len(self.place.holds))
+
+    @property
+    def _experts(self) -> Shape:
+        return (len(self.names) // self._in_turn,) if self.place.stacked else ()
+
+    @property
+    def _part(self) -> Shape:
+        """Returns the shape of the tensor, or of its part for each expert, with the rows of the weights first."""
+        shapes = self.shapes[: self._in_turn] if self.place.stacked else self.shapes
+        return (sum(shape[0] for shape in shapes) + self.place.skip, *shapes[0][1:])
+
+    def expert_of(self, name: str) -> int | None:
+        """Returns the place of a weight's expert along the first axis; None where the tensor is not stacked."""
+        return self.names.index(name) // self._in_turn if self.place.stacked else None
 
     def read(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Returns what the stored tensor holds of one of its weights, in the layout of decoder.py.
 
-        It is fp32 where values are changed, otherwise in the tensor's own dtype.
+        tensor: where it is stacked, the part of the weight's expert alone. The result is fp32 where values are changed,
+        otherwise in the tensor's own dtype.
         """
         tensor = self.rows_of(tensor, name)
         if self.place.shift or self.factor != 1.0:
@@ -95,7 +116,9 @@ class StoredTensor:
         # Take the rows of the weight.
         if place.transposed:
             tensor = tensor.t()
-        if place.by_head:
+        if place.stacked:
+            tensor = tensor[index % self._in_turn :: self._in_turn]
+        elif place.by_head:
             heads = tensor.unflatten(0, (-1, len(self.names), self.head_dim))  # (heads, weights, head_dim, ...)
             tensor = heads[:, index].flatten(0, 1)  # (heads * head_dim, ...)
         else:
@@ -131,6 +154,12 @@ class StoredTensor:
         import torch
 
         place, stored_weights = self.place, [self._own(name, weights[name]) for name in self.names]
+        if place.stacked:
+            # (experts, rows of the weights in turn, ...)
+            parts = torch.stack(
+                [torch.stack(of_one, dim=1).flatten(0, 1) for of_one in self._by_expert(stored_weights)]
+            )
+            return parts.mT if place.transposed else parts
         if place.by_head:
             # (heads, weights, head_dim, ...) -> (heads * weights * head_dim, ...)
             tensor = torch.stack(
@@ -143,6 +172,9 @@ class StoredTensor:
         if place.skip:
             tensor = torch.cat([tensor.new_zeros(place.skip, *tensor.shape[1:]), tensor])
         return tensor.t() if place.transposed else tensor
+
+    def _by_expert(self, weights: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        return [weights[start : start + self._in_turn] for start in range(0, len(weights), self._in_turn)]
 
     def _own(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Returns what the stored tensor holds of a weight, with the channels in its own order."""
@@ -160,12 +192,15 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
     They come in the order in which the last of their weights comes in decoder.shapes().
     """
     shapes, formats, tensors = decoder.shapes(), decoder.weight_formats, {}
-    by_value = {name for name, form in formats.items() if is_by_value(name, form)}
+    by_value = formats_by_value(decoder, places)
     for name in shapes:
         prefix, part, numbers = _taken_apart(name)
         place = places[part]
         key = place.key.format(**numbers)
         names = tuple(prefix + held for held in place.holds) or (name,)
+        if place.stacked:
+            experts = range(decoder.layers[numbers["i"]].mlp.experts.num_experts)
+            names = tuple(prefix + _of_expert(held, e) for e in experts for held in place.holds or (part,))
         # The last of its weights stands for the tensor.
         if name != names[-1]:
             continue
@@ -194,12 +229,17 @@ def stored_tensors(decoder: Decoder, places: Places) -> dict[str, StoredTensor]:
     return tensors
 
 
-def is_by_value(name: str, form: WeightFormat) -> bool:
-    """Returns whether the values of a weight in a format are stored as floats, because no other loader takes its codes.
+def formats_by_value(decoder: Decoder, places: Places) -> dict[str, WeightFormat]:
+    """Returns the formats of the weights whose values are stored as floats, because no other loader takes their codes.
 
-    name: of decoder.py. transformers loads no packed embedding, and compressed-tensors has no minima of floats.
+    transformers loads no packed embedding and no experts in one packed tensor, and compressed-tensors has no minima of
+    floats.
     """
-    return name == "embedding" or form.storage == "offset"
+    return {
+        name: form
+        for name, form in decoder.weight_formats.items()
+        if name == "embedding" or form.storage == "offset" or places[_taken_apart(name)[1]].stacked
+    }
 
 
 def _turns(name: str) -> bool:
@@ -224,6 +264,12 @@ def _taken_apart(name: str) -> tuple[str, str, dict[str, int]]:
         kind, _, expert, matrix = part.split(".")
         numbers["e"], part = int(expert), f"{kind}.experts.{matrix}"
     return f"layers.{index}.", part, numbers
+
+
+def _of_expert(part: str, expert: int) -> str:
+    """Returns the name of an expert's weight: `mlp.experts.up` becomes `mlp.experts.5.up`."""
+    kind, matrix = part.rsplit(".", 1)
+    return f"{kind}.{expert}.{matrix}"
 
 
 def stored_stream(

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import checked, printable
-from edgeprune.model.checkpoint.configuration import RESTORE, checkpoint_tensors
+from edgeprune.model.checkpoint.configuration import RESTORE, checkpoint_tensors, valued_formats
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.packed import packed_parts
-from edgeprune.model.checkpoint.places import StoredTensor, is_by_value
+from edgeprune.model.checkpoint.places import StoredTensor
 from edgeprune.model.checkpoint.safetensors_file import Packing
 from edgeprune.model.checkpoint.targets import DETAILS, groups_by_module
 from edgeprune.model.decoder import Decoder
@@ -29,7 +29,7 @@ Config = Mapping[str, Any]
 
 EMBEDDING_FORMAT = "edgeprune_embedding_format"  # `float` or a format; in every checkpoint of ours that has formats
 MODULE_FORMATS = (
-    "edgeprune_formats"  # by module, such as `layers.3.attention` or `head`: those compressed-tensors lacks
+    "edgeprune_formats"  # by module, such as `layers.3.attention` or `head`: those that no other loader reads
 )
 FIELDS = {
     "quant_method": str,
@@ -190,12 +190,13 @@ def module_of(tensor: StoredTensor) -> str:
 
 def _is_module(tensor: StoredTensor) -> bool:
     """Returns whether a tensor is the matrix of a linear layer."""
-    return len(tensor.shape) == 2 and tensor.names[0] not in ("embedding", "positions")
+    is_matrix = len(tensor.shape) == 2 and not tensor.place.stacked
+    return is_matrix and tensor.names[0] not in ("embedding", "positions")
 
 
 def can_be_packed(family: str) -> bool:
-    """Returns whether a checkpoint of a family can hold weight formats: not where it has no nn.Linear."""
-    return not any(place.transposed for place in FAMILIES[family].places.values())
+    """Returns whether a checkpoint of a family can hold weight formats: not where it has no nn.Linear but experts."""
+    return not any(place.transposed and not place.stacked for place in FAMILIES[family].places.values())
 
 
 def check_packable(decoder: Decoder) -> None:
@@ -204,14 +205,20 @@ def check_packable(decoder: Decoder) -> None:
     transformers joins the experts of a layer and takes all that it joins, in all layers, for one symmetric format:
     that of the first group that names experts. Where they differ, some load as other numbers, without an error.
     """
-    formats = {name: form for name, form in decoder.weight_formats.items() if not is_by_value(name, form)}
+    valued = valued_formats(decoder)
+    formats = {name: form for name, form in decoder.weight_formats.items() if name not in valued}
     if formats and not can_be_packed(decoder.family):
         raise InputError(
             f"a checkpoint of the family {decoder.family} cannot hold weights of few bits: it stores matrices as "
             "(inputs, outputs), and compressed-tensors has none of these",
             "Use --weights float.",
         )
-    experts = {formats.get(name) for name in decoder.shapes() if ".experts." in name}
+    places = FAMILIES[decoder.family].places
+    experts = {
+        formats.get(name)
+        for name, shape in decoder.shapes().items()
+        if ".experts." in name and len(shape) == 2 and not places["mlp.experts.down"].stacked
+    }
     if formats and experts and (len(experts) > 1 or None in experts or any(form.offset for form in experts)):
         names = ", ".join(sorted(form.name if form else "float" for form in experts))
         raise InputError(
@@ -235,7 +242,12 @@ def own_fields(decoder: Decoder) -> dict[str, Any]:
     }
     if not decoder.tie_word_embeddings:
         modules["head"] = decoder.head_format
-    named = {name: form.name for name, form in modules.items() if form is not None and form.storage not in STORAGES}
+    valued = {".".join(name.split(".")[:3]) for name in valued_formats(decoder)}
+    named = {
+        name: form.name
+        for name, form in modules.items()
+        if form is not None and (form.storage not in STORAGES or name in valued)
+    }
     embedding = decoder.embedding_format.name if decoder.embedding_format else "float"
     return {EMBEDDING_FORMAT: embedding} | ({MODULE_FORMATS: named} if named else {})
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from edgeprune.errors import InputError
 from edgeprune.files import is_pointer, pointer_error, printable, read_json
-from edgeprune.model.checkpoint.configuration import checkpoint_tensors
+from edgeprune.model.checkpoint.configuration import checkpoint_tensors, valued_formats
 from edgeprune.model.checkpoint.families import FAMILIES
 from edgeprune.model.checkpoint.folder import no_weights
 from edgeprune.model.checkpoint.foreign import Foreign, is_of_activations
 from edgeprune.model.checkpoint.layouts import FLOATS, Layout, Part
 from edgeprune.model.checkpoint.llamagen import COMPILED
 from edgeprune.model.checkpoint.packed import SHAPE, unpacked
-from edgeprune.model.checkpoint.places import Shape, StoredTensor, is_by_value
+from edgeprune.model.checkpoint.places import Shape, StoredTensor
 from edgeprune.model.checkpoint.quantization import packing_of
 from edgeprune.model.checkpoint.safetensors_file import NAMES, entries_of
 from edgeprune.model.checkpoint.torch_file import AGAIN, TorchFiles, archive_members, torch_header
@@ -88,7 +88,7 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         stands = self._stands[name]
         if stands[0].tensor.form is not None:
             return self.quantised[name].dequantised()
-        tensors = [stand.tensor.read(self._values(stand), name) for stand in stands]
+        tensors = [stand.tensor.read(self._values(stand, stand.tensor.expert_of(name)), name) for stand in stands]
         return without_filling(self._decoder, self._stored_decoder, name, _joined(tensors)).contiguous()
 
     def __iter__(self) -> Iterator[str]:
@@ -113,25 +113,26 @@ class LazyWeights(Mapping[str, "torch.Tensor"]):
         weight = unpacked(stand.tensor, lambda part: self.stored(*stand.place(part)), name)
         return without_filling(self._decoder, self._stored_decoder, name, weight)
 
-    def _values(self, stand: Stand) -> torch.Tensor:
-        """Returns a tensor of the files in floats."""
+    def _values(self, stand: Stand, expert: int | None) -> torch.Tensor:
+        """Returns a tensor of the files in floats; expert: of which the part is read, None for all."""
         if stand.layout is None:
-            return self.stored(*stand.parts[stand.tensor.key])
+            return self.stored(*stand.parts[stand.tensor.key], expert)
         names = [
             name for name in stand.layout.parts(stand.tensor.matrix) if _part_name(stand.tensor, name) in stand.parts
         ]
-        parts = {name: self.stored(*stand.place(name)) for name in names}
+        parts = {name: self.stored(*stand.place(name), expert) for name in names}
         values = stand.layout.values(parts, stand.tensor.matrix)
         return values.t() if stand.tensor.place.transposed else values
 
-    def stored(self, path: Path, key: str) -> torch.Tensor:
-        """Returns a tensor of a file as it is stored there."""
+    def stored(self, path: Path, key: str, part: int | None = None) -> torch.Tensor:
+        """Returns a tensor of a file as it is stored there; part: of its first axis, None for all."""
         if not _is_safetensors(path):
-            return self._torch_files.read(path, key)
+            tensor = self._torch_files.read(path, key)
+            return tensor if part is None else tensor[part]
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            return file.get_tensor(key)
+            return file.get_tensor(key) if part is None else file.get_slice(key)[part]
 
 
 class LazyCodes(Mapping[str, "QuantisedWeight"]):
@@ -139,10 +140,11 @@ class LazyCodes(Mapping[str, "QuantisedWeight"]):
 
     def __init__(self, weights: LazyWeights, decoder: Decoder, scales: Path | None) -> None:
         self._weights, self._formats, self._scales = weights, decoder.weight_formats, scales
+        self._valued = valued_formats(decoder)
 
     def __getitem__(self, name: str) -> QuantisedWeight:
         form = self._formats[name]
-        if not is_by_value(name, form):
+        if name not in self._valued:
             return self._weights.codes(name)
         parts = {part: self._weights.stored(self._scales, f"{name}.{part}") for part in parts_of(form)}
         return codes_of(form, self._weights[name], **parts)

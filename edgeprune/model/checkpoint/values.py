@@ -1,8 +1,8 @@
 """The scales and offsets of weights of few bits that no loader takes packed, in a small file beside their values.
 
-transformers loads no packed embedding, and compressed-tensors has no minima of floats. So a checkpoint holds the values
-of such weights, in fp32, which are the codes times their scales, added to the minima. With these the codes follow from
-the values. The file is in the format of safetensors, under a name that no other loader takes for weights.
+places.py says which weights these are. A checkpoint holds their values, in fp32, which are the codes times their
+scales, added to the minima. With these the codes follow from the values. The file is in the format of safetensors,
+under a name that no other loader takes for weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.model.checkpoint.places import Shape, is_by_value
+from edgeprune.model.checkpoint.configuration import valued_formats
+from edgeprune.model.checkpoint.places import Shape
 from edgeprune.model.checkpoint.safetensors_file import tensor_bytes, write_header
 from edgeprune.model.decoder import Decoder
 from edgeprune.precision import WeightFormat
@@ -39,12 +40,11 @@ def scale_entries(decoder: Decoder) -> dict[str, tuple[torch.dtype, Shape]]:
     They come in the order of decoder.shapes().
     """
     shapes, entries = decoder.shapes(), {}
-    for name, form in decoder.weight_formats.items():
-        if is_by_value(name, form):
-            rows, columns = shapes[name]
-            entries |= {
-                f"{name}.{part}": (dtype, (rows, form.groups_of(columns))) for part, dtype in parts_of(form).items()
-            }
+    for name, form in valued_formats(decoder).items():
+        rows, columns = shapes[name]
+        entries |= {
+            f"{name}.{part}": (dtype, (rows, form.groups_of(columns))) for part, dtype in parts_of(form).items()
+        }
     return entries
 
 
@@ -60,10 +60,11 @@ def with_values(
     if not (entries := scale_entries(decoder)):
         yield from weights
         return
+    valued = valued_formats(decoder)
     with (directory / SCALES_FILE).open("wb") as file:
         write_header(file, entries)
         for name, weight in weights:
-            if isinstance(weight, QuantisedWeight) and is_by_value(name, weight.form):
+            if isinstance(weight, QuantisedWeight) and name in valued:
                 for part, dtype in parts_of(weight.form).items():
                     file.write(tensor_bytes(getattr(weight, part).to(dtype).contiguous()))
                 weight = weight.dequantised()

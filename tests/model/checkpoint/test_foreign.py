@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from transformers import GptOssForCausalLM, Mxfp4Config
 from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.foreign import foreign_of
+from edgeprune.model.forward import token_logits, weight_stream
 from edgeprune.model.load import load_model, load_outline, load_shape
 from edgeprune.model.save import save_checkpoint
 from tests.support.checkpoints import save_llama
@@ -125,6 +127,40 @@ def test_what_others_quantised_is_read_as_their_floats(tmp_path, case, details, 
     save_checkpoint(model.decoder, ((n, model.weights[n]) for n in model.decoder.shapes()), model, tmp_path / "again")
     assert not load_model(str(tmp_path / "again")).dequantised
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_experts_in_mxfp4_are_read_as_transformers_reads_them(tmp_path):
+    """Every code and powers of two on both sides of one; the rest of the model is floats, and so are the biases."""
+    save_family(tmp_path / "dense", "gpt_oss")
+    folder, generator = tmp_path / "mxfp4", torch.Generator().manual_seed(0)
+    shutil.copytree(tmp_path / "dense", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(key).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 129, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(str(folder))
+    assert model.dequantised == "MXFP4 in groups of 32; activations are floats here"
+    assert "the checkpoint is quantised (mxfp4)" in load_outline(str(folder))[2][0]
+    theirs = GptOssForCausalLM.from_pretrained(
+        folder, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    held = dict(theirs.named_parameters())
+    for layer in range(3):
+        for name, rows in (("gate", slice(0, None, 2)), ("up", slice(1, None, 2)), ("down", slice(None))):
+            stacked = held[f"model.layers.{layer}.mlp.experts.{'down' if name == 'down' else 'gate_up'}_proj"]
+            for expert in range(4):
+                own = model.weights[f"layers.{layer}.mlp.experts.{expert}.{name}"]
+                assert torch.equal(own, stacked[expert].t()[rows])
+    ids = torch.randint(0, 257, (2, 20), generator=generator)
+    with torch.inference_mode():
+        wanted = theirs(ids).logits[:, :-1]
+    torch.testing.assert_close(token_logits(model.decoder, weight_stream(model), ids), wanted, rtol=1e-4, atol=1e-4)
 
 
 LOGITS = {"int4": ("pack-quantized", INT4), "int8": ("pack-quantized", INT8), "fp8": ("float-quantized", FLOAT8)}
@@ -283,7 +319,7 @@ def one_group(form="pack-quantized", **weights):
 REFUSED = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "(bitsandbytes)"),
     "hqq": ({"quant_method": "hqq"}, "(hqq)"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "(mxfp4)"),
+    "quark": ({"quant_method": "quark"}, "(quark)"),
     "a word": ("int8", "(by an unnamed method)"),
     "no method": ({"bits": 4}, "(by an unnamed method)"),
     "a list for a method": ({"quant_method": ["gptq"]}, "(by an unnamed method)"),
