@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import GptOssForCausalLM, Mxfp4Config
 from safetensors.torch import load_file, save_file
+from transformers import GptOssForCausalLM, Mxfp4Config
 
 from edgeprune.errors import InputError
 from edgeprune.model.checkpoint.foreign import foreign_of
