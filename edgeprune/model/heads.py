@@ -45,7 +45,6 @@ def filled(decoder: Decoder, target: Decoder, name: str, weight: Stored) -> Stor
     """Returns a weight, or its blocks as bytes, with the heads of the target; those that the decoder does not have are
     zeros.
 
-    A norm over all heads divides by their number, so the projection grows and the norm's weight shrinks by as much.
     Raises InputError where the groups of a weight of few bits do not divide its new inputs, or a head's.
     """
     from edgeprune.model.quantised import QuantisedWeight
@@ -61,16 +60,13 @@ def filled(decoder: Decoder, target: Decoder, name: str, weight: Stored) -> Stor
     padded = shaped.new_zeros(heads.target_groups, heads.target_heads, *shaped.shape[2:])
     padded[: heads.groups, : heads.heads] = shaped
     result = padded.flatten(0, 2)  # (target_groups * target_heads * head_dim, ...)
-    # Keep the norm over all heads as it was before.
-    own, part = decoder.layers[int(name.split(".")[1])].attention, name.rsplit(".", 1)[-1]
-    if own.qk_norm == "all" and part.split("_")[0] in ("q", "k"):
-        growth = ((heads.target_groups * heads.target_heads) / (heads.groups * heads.heads)) ** 0.5
-        result = result.float() / growth if part.endswith("_norm") else result.float() * growth
+    if (growth := _growth(decoder, name, heads)) is not None:
+        result = result.float() * growth
     return (result.t() if heads.by_input else result).contiguous()
 
 
 def without_filling(decoder: Decoder, target: Decoder, name: str, weight: Stored) -> Stored:
-    """Returns what `filled` was given, of a model without a norm over all heads."""
+    """Returns what `filled` was given; of a norm over all heads up to fp32's rounding."""
     from edgeprune.model.quantised import QuantisedWeight
 
     heads = _heads_of(decoder, target, name)
@@ -82,7 +78,22 @@ def without_filling(decoder: Decoder, target: Decoder, name: str, weight: Stored
     rows = weight.t() if heads.by_input else weight
     shaped = rows.reshape(heads.target_groups, heads.target_heads, -1, *rows.shape[1:])
     own = shaped[: heads.groups, : heads.heads].flatten(0, 2)
+    if (growth := _growth(decoder, name, heads)) is not None:
+        own = own.float() / growth
     return (own.t() if heads.by_input else own).contiguous()
+
+
+def _growth(decoder: Decoder, name: str, heads: _Heads) -> float | None:
+    """Returns by what a weight is multiplied so that a norm over all heads gives what it gave before; None by nothing.
+
+    The norm divides by the root of the number of heads, so its weight shrinks; what it reads grows by as much for the
+    sake of its epsilon.
+    """
+    own, part = decoder.layers[int(name.split(".")[1])].attention, name.rsplit(".", 1)[-1]
+    if own.qk_norm != "all" or part.split("_")[0] not in ("q", "k"):
+        return None
+    growth = ((heads.target_groups * heads.target_heads) / (heads.groups * heads.heads)) ** 0.5
+    return 1.0 / growth if part.endswith("_norm") else growth
 
 
 def _in_order(weight: QuantisedWeight, heads: _Heads, order: list[int]) -> QuantisedWeight:

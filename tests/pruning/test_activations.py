@@ -67,7 +67,7 @@ def distance(model: Model, target, weights) -> float:
     return float((dense.exp() * (dense - fitted)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("qwen3_moe", "mixtral", "gpt_oss")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")])
 def test_a_module_with_channels_of_like_size_is_the_same_function(case, tmp_path):
     """For every kind of norm, bias, activation and group of heads; to the last bit but for the order of sums."""
     save_family(tmp_path, case)

@@ -122,6 +122,11 @@ def qwen3_moe(decoder: Decoder, config: Config) -> Decoder:
     return changed(all_slide(decoder, config) if sliding else decoder, {}, {"experts": experts})
 
 
+def olmoe(decoder: Decoder, config: Config) -> Decoder:
+    experts = Experts(int(config["num_experts"]), int(config["num_experts_per_tok"]), bool(config["norm_topk_prob"]))
+    return changed(_attention_biases(decoder, config), {"qk_norm": "all"}, {"experts": experts})
+
+
 def mixtral(decoder: Decoder, config: Config) -> Decoder:
     experts = Experts(int(config["num_local_experts"]), int(config["num_experts_per_tok"]))
     return changed(all_slide(decoder, config), {}, {"experts": experts})
@@ -373,6 +378,11 @@ def refuse_opt(config: Config) -> str | None:
 def refuse_gpt_oss(config: Config) -> str | None:
     alpha = config["swiglu_alpha"]
     return None if alpha == 1.702 else f"swiglu_alpha {alpha} (1.702 is supported)"
+
+
+def refuse_olmoe(config: Config) -> str | None:
+    limit = config.get("clip_qkv")
+    return None if limit is None else f"clip_qkv {limit} (null is supported)"
 
 
 def refuse_mixed(config: Config) -> str | None:

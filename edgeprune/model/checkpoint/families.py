@@ -357,6 +357,21 @@ FAMILIES = {
             refuse=adapt.refuse_mixed,
         ),
         Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            names.QWEN3_MOE,
+            adapt.olmoe,
+            {
+                "max_position_embeddings": 4096,
+                "num_experts": 64,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": False,
+                "rms_norm_eps": 1e-5,
+            },
+            heads="whole",
+            refuse=adapt.refuse_olmoe,
+        ),
+        Family(
             "gpt_oss",
             "GptOssForCausalLM",
             names.GPT_OSS,

@@ -170,6 +170,16 @@ def _qwen3moe(metadata: Metadata, plain: Config) -> Config:
     }
 
 
+def _olmoe(metadata: Metadata, plain: Config) -> Config:
+    """Returns the fields of olmoe; llama.cpp never normalises the weights of the chosen experts."""
+    return {
+        "model_type": "olmoe",
+        "num_experts": metadata.number("expert_count"),
+        "num_experts_per_tok": metadata.number("expert_used_count"),
+        "norm_topk_prob": False,
+    }
+
+
 def _gemma(metadata: Metadata, plain: Config, window: int | None, every: int) -> Config:
     """Returns the fields that both Gemma architectures share. every: one layer in this many sees all positions.
 
@@ -307,6 +317,7 @@ _SPECIAL: dict[str, Callable[[Metadata, Config], Config]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3moe,
+    "olmoe": _olmoe,
     "gemma": _gemma1,
     "gemma2": _gemma2,
     "gemma3": _gemma3,

@@ -30,6 +30,7 @@ BY_FAMILY = {
     "qwen2": ("qwen2", "llama"),
     "qwen3": ("qwen3",),
     "qwen3_moe": ("qwen3moe",),
+    "olmoe": ("olmoe",),
     "gemma": ("gemma",),
     "gemma2": ("gemma2",),
     "gemma3_text": ("gemma3",),

@@ -34,7 +34,7 @@ def config(*words, **changes):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_gives_a_decoder_of_its_sizes(name):
-    changes = {"expert_count": 4, "expert_used_count": 2} if name == "qwen3moe" else {}
+    changes = {"expert_count": 4, "expert_used_count": 2} if name in ("qwen3moe", "olmoe") else {}
     changes |= {"attention.head_count_kv": 6} if name in ("gpt2", "gptneox") else {}
     file = metadata(name, **changes)
     file.fields["gptneox.use_parallel_residual"] = True

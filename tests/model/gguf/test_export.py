@@ -43,6 +43,7 @@ ROUNDED = {torch.float32: 0.0, torch.float16: 0.03, torch.bfloat16: 0.1}  # it r
 MIXED = ("int8", "int4-32", "int8")  # attention, MLP, tables
 NARROWER = {
     "gpt2": (3, 1, 80),
+    "olmoe": (3, 1, 80),
     "gpt_neox": (1, 1, 80),
     "gpt_neox, serial residual": (3, 1, 80),
     "llama, multi-query": (1, 2, 80),
