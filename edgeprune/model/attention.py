@@ -99,6 +99,11 @@ def attention_heads(
     if attention.rotary is not None:
         cos, sin = tables.rotary[attention.rotary]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    if attention.qk_norm == "turned":
+        query, key = (
+            F.rms_norm(states, states.shape[-1:], weights[f"attention.{name}_norm"], eps)
+            for name, states in (("q", query), ("k", key))
+        )
     value = heads("v")
     if (form := attention.cache_format) is not None:
         key = through_cache(key, weights["attention.key_scale"], form)

@@ -78,9 +78,10 @@ class Attention:
     rotary: None for attention without rotary positions. scale: of the scores; None for head_dim ** -0.5.
     window: how many positions a query sees, its own included; None for all. softcap: scores become
     softcap * tanh(score / softcap). qk_norm: RMS norm of queries and keys before the rotation, of each `head` or of
-    `all` heads at once. input_bias: of q, k and v; output_bias: of the output projection. sinks: the softmax of each
-    query head counts one more score, a weight of the head, for which there is no value. weight_format: of q, k, v and
-    o; cache_format: of the keys and values that the KV cache holds; None for floats.
+    `all` heads at once, or behind it of each head that was `turned`. input_bias: of q, k and v; output_bias: of the
+    output projection. sinks: the softmax of each query head counts one more score, a weight of the head, for which
+    there is no value. weight_format: of q, k, v and o; cache_format: of the keys and values that the KV cache holds;
+    None for floats.
     """
 
     num_attention_heads: int
@@ -90,7 +91,7 @@ class Attention:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
-    qk_norm: Literal["head", "all"] | None = None
+    qk_norm: Literal["head", "all", "turned"] | None = None
     input_bias: bool = False
     output_bias: bool = False
     sinks: bool = False

@@ -157,8 +157,8 @@ def odd_values(value: Any, number: Iterator[Any]) -> tuple[Any, ...]:
 
 
 def odd_documents(document: dict[str, Any], parts: Sequence[str]) -> Iterator[tuple[str, Report]]:
-    """Reports that one place's absence or another value makes, and that the schema still lets through: of each place one
-    value after the other, in turn with those of the places before it."""
+    """Reports that one place's absence or another value makes, and that the schema still lets through: of each place
+    one value, in turn with those of the places before it."""
     number = cycle((0, "Infinity", -1, "NaN"))
     chosen = [place for place in places(document) if place[0] in parts]
     for turn, (*way, last) in enumerate(chosen):

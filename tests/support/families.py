@@ -127,6 +127,7 @@ CASES: dict[str, dict[str, object]] = {
     "starcoder2": {"sliding_window": 7},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
+    "hunyuan_v1_dense": {"rope_parameters": _rope() | {"rope_type": "dynamic", "alpha": 40.0, "factor": 1.0}},
     "olmoe": FIXED | {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
     "gpt_oss": {
         "num_local_experts": 4,

@@ -235,6 +235,31 @@ def _join_heads(nodes: Nodes, name: str, context: str, attention: Attention) -> 
     return nodes.add("Reshape", f"{name}.context", context, nodes.sizes(0, 0, attention.query_size))
 
 
+def _turned(
+    nodes: Nodes,
+    name: str,
+    heads: str,
+    attention: Attention,
+    decoder: Decoder,
+    shared: Shared,
+    is_primitive: bool,
+    heads_axis: int = 1,
+) -> str:
+    """Rotates heads by their positions, and multiplies them by the weights of a norm behind that.
+
+    heads: (b, h + k, s, d), or (b, s, h + k, d) where heads_axis is 2. Returns the same shape.
+    """
+    rotated = _rotated(nodes, name, heads, attention, decoder, shared, is_primitive)
+    if attention.qk_norm != "turned":
+        return rotated
+    counts = {"q": attention.num_attention_heads, "k": attention.num_key_value_heads}
+    weights = []
+    for part, count in counts.items():
+        shape = (count, 1, attention.head_dim) if heads_axis == 1 else (count, attention.head_dim)
+        weights.append(nodes.add("Expand", f"{name}.{part}_weights", f"{name}.{part}_norm.weight", nodes.sizes(*shape)))
+    return nodes.add("Mul", f"{name}.normed_heads", rotated, nodes.add("Concat", f"{name}.weights", *weights, axis=0))
+
+
 def _rotated(
     nodes: Nodes, name: str, heads: str, attention: Attention, decoder: Decoder, shared: Shared, is_primitive: bool
 ) -> str:
@@ -279,7 +304,7 @@ def attention_opset23(
     a whole tensor here; the scales of the channels are in the queries and in the context, whose channels they are too.
     """
     query_key, value = _split_heads(nodes, name, packed, attention)
-    rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=False)
+    rotated = _turned(nodes, name, query_key, attention, decoder, shared, is_primitive=False)
     codes = cache_codes(attention, "opset24" if "write_indices" in shared else "opset23")
     query, key, value = _with_cache(nodes, name, rotated, value, attention, cache, shared, codes)
     if codes is not None:
@@ -300,7 +325,7 @@ def attention_primitive(
 ) -> str:
     """Adds an attention in operators of opset 17, from packed (b, s, (h + 2k) * d) to (b, s, h * d)."""
     query_key, value = _split_heads(nodes, name, packed, attention)
-    rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
+    rotated = _turned(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
     query, key, value = _with_cache(nodes, name, rotated, value, attention, cache, shared)
     context = _attend(nodes, name, query, key, value, attention, shared[f"mask.{attention.window}"])
     return _join_heads(nodes, name, context, attention)
@@ -438,7 +463,7 @@ def _prepared_heads(
         inputs, outputs = (heads, nodes.sizes(h + k, k)), (f"{name}.qk", f"{name}.value")
         # (b, s, h + k, d), (b, s, k, d)
         query_key, value = nodes.add_many("Split", f"{name}.split", inputs, outputs, axis=2)
-        rotated = _rotated(nodes, name, query_key, attention, decoder, shared, is_primitive=True)
+        rotated = _turned(nodes, name, query_key, attention, decoder, shared, is_primitive=True, heads_axis=2)
         heads = nodes.add("Concat", f"{name}.heads", rotated, value, axis=2)
     if width > d:
         heads = nodes.add("Pad", f"{name}.padded_heads", heads, nodes.sizes(0, 0, 0, 0, 0, 0, 0, width - d))

@@ -121,8 +121,10 @@ class Initializer:
 
 
 def rotates_by_tables(attention: Attention) -> bool:
-    """Returns whether GroupQueryAttention rotates queries and keys itself, which it does in multiples of 16."""
+    """Returns whether GroupQueryAttention rotates queries and keys itself: in multiples of 16, and behind any norm."""
     rotary = attention.rotary
+    if attention.qk_norm == "turned":
+        return False
     return rotary is not None and attention.head_dim % 16 == 0 and len(rotary.inverse_frequencies) % 8 == 0
 
 

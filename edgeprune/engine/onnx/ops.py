@@ -199,6 +199,7 @@ def normed_queries_and_keys(
 ) -> str:
     """Adds the RMS norms of queries and keys, of each head or of all heads at once.
 
+    A rotation changes no length: of heads that are normed behind it, only the weights are left for there.
     packed: queries, keys and values (b, s, (h + 2k) * d); returns the name of the same with the norms.
     """
     # Split into queries (b, s, h * d), keys and values (b, s, k * d).
@@ -208,10 +209,13 @@ def normed_queries_and_keys(
     # Norm queries and keys.
     for index, part in enumerate("qk"):
         x, norm = tensors[index], f"{name}.{part}_norm"
-        if attention.qk_norm == "head":  # (b, s, heads, d)
+        if attention.qk_norm != "all":  # (b, s, heads, d)
             x = nodes.add("Reshape", f"{norm}.heads", x, nodes.sizes(0, 0, -1, attention.head_dim))
-        _, x = operators.rms_norm(nodes, norm, x, None, f"{norm}.weight", eps)
-        if attention.qk_norm == "head":
+        weight = f"{norm}.weight"
+        if attention.qk_norm == "turned":
+            weight = nodes.add("Expand", f"{norm}.ones", _number(nodes, 1.0), nodes.sizes(attention.head_dim))
+        _, x = operators.rms_norm(nodes, norm, x, None, weight, eps)
+        if attention.qk_norm != "all":
             x = nodes.add("Reshape", f"{norm}.joined", x, nodes.sizes(0, 0, sizes[part]))
         tensors[index] = x
     return nodes.add("Concat", f"{name}.normed", *tensors, axis=-1)

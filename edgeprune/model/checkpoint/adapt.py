@@ -244,6 +244,18 @@ def exaone4(decoder: Decoder, config: Config) -> Decoder:
     )
 
 
+def hunyuan(decoder: Decoder, config: Config) -> Decoder:
+    """Returns a Hunyuan's decoder; its `dynamic` rope with an alpha is one with another base (NTK-aware)."""
+    parameters, rotary = rope_parameters(config), decoder.layers[0].attention.rotary
+    kind = parameters.get("rope_type") or parameters.get("type")
+    if kind == "dynamic" and (alpha := parameters.get("alpha")):
+        dim = decoder.layers[0].attention.head_dim
+        base = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        rotary = rotary_of({"rope_theta": base * float(alpha) ** (dim / (dim - 2))}, {}, dim)
+    # The norm behind the rotation takes any factor of cos and sin out again.
+    return changed(_attention_biases(decoder, config), {"rotary": replace(rotary, scaling=1.0), "qk_norm": "turned"})
+
+
 def ernie(decoder: Decoder, config: Config) -> Decoder:
     has = bool(config.get("use_bias"))
     return biases(decoder, {"attention_bias": has, "mlp_bias": has})

@@ -357,6 +357,13 @@ FAMILIES = {
             refuse=adapt.refuse_mixed,
         ),
         Family(
+            "hunyuan_v1_dense",
+            "HunYuanDenseV1ForCausalLM",
+            names.HUNYUAN,
+            adapt.hunyuan,
+            CONTEXT | {"rms_norm_eps": 1e-5},
+        ),
+        Family(
             "olmoe",
             "OlmoeForCausalLM",
             names.QWEN3_MOE,

@@ -57,6 +57,15 @@ QK_NORMS = {f"attention.{part}_norm": Place(f"self_attn.{part}_norm.weight") for
 LLAMA_LAYER = TWO_NORMS | ATTENTION | MLP
 LLAMA = _under("model", "model.layers.{i}", LLAMA_LAYER)
 QWEN3 = _under("model", "model.layers.{i}", LLAMA_LAYER | QK_NORMS)
+HUNYUAN = _under(
+    "model",
+    "model.layers.{i}",
+    LLAMA_LAYER
+    | {
+        f"attention.{part}_norm": Place(f"self_attn.{name}_layernorm.weight")
+        for part, name in (("q", "query"), ("k", "key"))
+    },
+)
 QWEN3_MOE = _under(
     "model",
     "model.layers.{i}",

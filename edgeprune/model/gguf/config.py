@@ -170,6 +170,10 @@ def _qwen3moe(metadata: Metadata, plain: Config) -> Config:
     }
 
 
+def _hunyuan(metadata: Metadata, plain: Config) -> Config:
+    return {"model_type": "hunyuan_v1_dense", "attention_bias": False}
+
+
 def _olmoe(metadata: Metadata, plain: Config) -> Config:
     """Returns the fields of olmoe; llama.cpp never normalises the weights of the chosen experts."""
     return {
@@ -317,6 +321,7 @@ _SPECIAL: dict[str, Callable[[Metadata, Config], Config]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3moe,
+    "hunyuan-dense": _hunyuan,
     "olmoe": _olmoe,
     "gemma": _gemma1,
     "gemma2": _gemma2,

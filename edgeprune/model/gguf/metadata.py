@@ -30,6 +30,7 @@ BY_FAMILY = {
     "qwen2": ("qwen2", "llama"),
     "qwen3": ("qwen3",),
     "qwen3_moe": ("qwen3moe",),
+    "hunyuan_v1_dense": ("hunyuan-dense",),
     "olmoe": ("olmoe",),
     "gemma": ("gemma",),
     "gemma2": ("gemma2",),
@@ -289,6 +290,8 @@ def _rope(
     theta = parameters.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base")
     if theta is None:
         theta = {"gemma3_text": 1_000_000.0, "olmo3": 500_000.0}.get(decoder.family, 10000.0)
+    if decoder.family == "hunyuan_v1_dense":
+        theta = _theta(rotary)
     own["rope.freq_base"] = float(theta)
     # Kinds of scaling that have fields of their own.
     kind = parameters.get("rope_type") or parameters.get("type") or "default"

@@ -78,6 +78,7 @@ ARCHITECTURES = {
         Architecture("qwen2", whole=True),
         Architecture("qwen3"),
         Architecture("qwen3moe"),
+        Architecture("hunyuan-dense", biases=frozenset()),
         Architecture("olmoe", biases=frozenset(), whole=True, head=True),
         Architecture("gemma", biases=frozenset()),
         Architecture("gemma2", windows=True),
