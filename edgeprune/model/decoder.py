@@ -20,6 +20,7 @@ the Decoder asks for them:
     layers.{i}.mlp.[norm]           (hidden_size,)
     layers.{i}.mlp.[gate], .up      (intermediate_size, hidden_size)
     layers.{i}.mlp.[gate_bias, up_bias]
+    layers.{i}.mlp.[alpha_p, alpha_n]  (1,), and .[beta, eps] (), of xielu
     layers.{i}.mlp.down             (hidden_size, intermediate_size)
     layers.{i}.mlp.[down_bias, post_norm]  (hidden_size,)
     norm                            (hidden_size,)
@@ -119,7 +120,7 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "xielu"]
 
 
 @dataclass(frozen=True)
@@ -473,6 +474,8 @@ def _mlp_shapes(mlp: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(mlp.inputs, (mlp.intermediate_size, hidden))
     if mlp.input_bias:
         shapes |= {f"{name}_bias": (mlp.intermediate_size,) for name in mlp.inputs}
+    if mlp.activation == "xielu":
+        shapes |= {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
     shapes["down"] = (hidden, mlp.intermediate_size)
     if mlp.output_bias:
         shapes["down_bias"] = (hidden,)

@@ -29,17 +29,30 @@ def mlp_activation(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str
     prefix: of the weights' names; an expert's is `mlp.experts.{e}.`.
     """
     projected = [F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")) for name in mlp.inputs]
-    return activated(projected, mlp)
+    return activated(projected, mlp, weights, prefix)
 
 
-def activated(projected: Sequence[torch.Tensor], mlp: Mlp) -> torch.Tensor:
-    """Returns the input (..., i) of the down projection for the outputs (..., i) of the projections before it."""
+def activated(projected: Sequence[torch.Tensor], mlp: Mlp, weights: LayerWeights, prefix: str) -> torch.Tensor:
+    """Returns the input (..., i) of the down projection for the outputs (..., i) of the projections before it.
+
+    prefix: as of `mlp_activation`.
+    """
+    if mlp.activation == "xielu":
+        return _xielu(projected[0], *(weights[prefix + name] for name in ("alpha_p", "alpha_n", "beta", "eps")))
     if not mlp.gated:
         return ACTIVATIONS[mlp.activation](projected[0])
     gate, up = projected
     if mlp.limit is not None:
         gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
     return ACTIVATIONS[mlp.activation](gate) * (up + mlp.up_shift if mlp.up_shift else up)
+
+
+def _xielu(
+    x: torch.Tensor, alpha_p: torch.Tensor, alpha_n: torch.Tensor, beta: torch.Tensor, eps: torch.Tensor
+) -> torch.Tensor:
+    """Returns xIELU of x (Huang and Schlag 2024, arXiv 2411.13010), whose parameters are learned."""
+    positive, negative = F.softplus(alpha_p), beta + F.softplus(alpha_n)
+    return torch.where(x > 0, positive * x * x, (torch.expm1(torch.minimum(x, eps)) - x) * negative) + beta * x
 
 
 def routed(x: torch.Tensor, weights: LayerWeights, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:

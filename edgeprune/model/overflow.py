@@ -201,8 +201,9 @@ def _inner(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, prefix: str, record
         record("mlp", name, F.linear(x, weights[prefix + name], weights.get(f"{prefix}{name}_bias")))
         for name in mlp.inputs
     ]
-    inner = activated(projected, mlp)
-    return record("mlp", "gate times up", inner) if mlp.gated else inner
+    inner = activated(projected, mlp, weights, prefix)
+    is_bounded = not mlp.gated and mlp.activation != "xielu"  # by what it reads
+    return inner if is_bounded else record("mlp", "gate times up" if mlp.gated else "its activation", inner)
 
 
 def _experts(x: torch.Tensor, weights: LayerWeights, mlp: Mlp, record: _Recorder) -> torch.Tensor:

@@ -86,7 +86,8 @@ def _linear_source(module: Attention | Mlp) -> str | None:
     """Returns the name of the matrix whose rows scale the inputs of the output projection; None where none does."""
     if isinstance(module, Attention):
         return "attention.v"
-    return "mlp.up" if module.gated or module.activation == "relu" else None
+    is_linear = module.limit is None and not module.up_shift if module.gated else module.activation == "relu"
+    return "mlp.up" if is_linear else None
 
 
 def _by_group(features: torch.Tensor, attention: Attention) -> torch.Tensor:

@@ -128,6 +128,7 @@ CASES: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
     "hunyuan_v1_dense": {"rope_parameters": _rope() | {"rope_type": "dynamic", "alpha": 40.0, "factor": 1.0}},
+    "apertus": {"num_attention_heads": 4, "head_dim": None},
     "olmoe": FIXED | {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
     "gpt_oss": {
         "num_local_experts": 4,
@@ -146,7 +147,7 @@ TEXTS = [case for case in CASES if case.partition(",")[0] not in PICTURES]
 # What other runtimes are tried with; docs/families.md names them.
 COMPILED = [case for case in CASES if "," not in case or case.startswith("mistral") or "rotary" in case]
 CONTINUED = [case for case in TEXTS if "," not in case or case.startswith("mistral")]
-NOT_EXPORTED = ("opt", "gpt_oss", "ernie4_5, biases", "exaone4, windows, others without rope")
+NOT_EXPORTED = ("opt", "apertus", "gpt_oss", "ernie4_5, biases", "exaone4, windows, others without rope")
 EXPORTED = [case for case in TEXTS if case not in NOT_EXPORTED]
 
 

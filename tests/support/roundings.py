@@ -33,9 +33,12 @@ def rounded(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> Stored:
     )  # matrices have one unit of scales
     for name in decoder.shapes():
         weight, form = weights[name].detach().float(), decoder.weight_formats.get(name)
+        if form is None:
+            stored[name] = weight
+            continue
         even = torch.ones(weight.shape[-1])
-        stored[name] = weight if form is None else choose_grid(weight, even, form, "starts", largest).nearest(weight)
-        if form is not None and form.activation_bits:
+        stored[name] = choose_grid(weight, even, form, "starts", largest).nearest(weight)
+        if form.activation_bits:
             stored[name] = replace(stored[name], input_scale=INPUT_SCALE)
     return stored
 

@@ -282,6 +282,9 @@ def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
     yield "gate_up.weight", (hidden, len(inputs) * width), inputs, None
     if mlp.input_bias:
         yield "gate_up.bias", (len(inputs) * width,), tuple(f"{name}_bias" for name in inputs), None
+    if mlp.activation == "xielu":
+        for name, shape in (("alpha_p", (1,)), ("alpha_n", (1,)), ("beta", ()), ("eps", ())):
+            yield name, shape, (name,), None
     yield "down.weight", (width, hidden), ("down",), None
     if mlp.output_bias:
         yield "down.bias", (hidden,), ("down_bias",), None
@@ -362,7 +365,7 @@ def _pieces(tensors: dict[str, torch.Tensor], initializer: Initializer) -> Itera
     # Some rows of one tensor after the other. Their number is even, so that 4 bits make whole bytes.
     if not initializer.transposed and not initializer.experts:
         for name, tensor in tensors.items():
-            for piece in tensor.split(_lines(prod(tensor.shape[1:]), initializer)):
+            for piece in tensor.reshape(tensor.shape or 1).split(_lines(prod(tensor.shape[1:]), initializer)):
                 yield _encoded(_converted(name, piece, initializer), initializer)
         return
     # Some columns (out, columns) of all tensors together, which are rows (columns, out) of the transposed ones; or some

@@ -29,6 +29,7 @@ from edgeprune.engine.onnx.nodes import MICROSOFT, Nodes, Shared
 from edgeprune.engine.onnx.quantised import matrix, offsets, rounded
 from edgeprune.model.decoder import Activation, Attention, Decoder, Mlp
 
+PARTS = ("alpha_p", "alpha_n")  # of xielu's parameters, those under a softplus
 Norm = Callable[[Nodes, str, str, "str | None", str, float], tuple[str, str]]
 """Called with nodes, name, hidden (b, s, c), update (b, s, c) or None, weight and epsilon; returns the names of
 hidden + update, and of its norm."""
@@ -110,6 +111,8 @@ def _activate(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
         return nodes.add("Mul", f"{name}.{activation}", x, nodes.add("Sigmoid", f"{name}.sigmoid", scaled))
     if activation == "relu":
         return nodes.add("Relu", f"{name}.relu", x)
+    if activation == "xielu":
+        return _xielu(nodes, name, x)
     # The inner function of gelu: erf(x / sqrt(2)), or tanh(sqrt(2 / pi) * (x + 0.044715 x^3)).
     if activation == "gelu":
         inner = nodes.add("Erf", f"{name}.erf", nodes.add("Mul", f"{name}.narrowed", x, _number(nodes, 0.5**0.5)))
@@ -121,6 +124,27 @@ def _activate(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
     # x / 2 * (1 + inner)
     gate = nodes.add("Add", f"{name}.shifted", inner, _number(nodes, 1.0))
     return nodes.add("Mul", f"{name}.gelu", nodes.add("Mul", f"{name}.half", x, _number(nodes, 0.5)), gate)
+
+
+def _xielu(nodes: Nodes, name: str, x: str) -> str:
+    """Adds x * beta + x^2 * softplus(alpha_p) where x is above 0, and elsewhere, of the bend at 0 that eps keeps off,
+    x * beta + (exp(x) - 1 - x) * (beta + softplus(alpha_n))."""
+    # Softplus takes no bf16.
+    positive, negative = (
+        nodes.from_fp32(
+            f"{name}.{part}_cast",
+            nodes.add("Softplus", f"{name}.{part}_plus", nodes.to_fp32(f"{name}.{part}_fp32", f"{name}.{part}")),
+        )
+        for part in PARTS
+    )
+    line = nodes.add("Mul", f"{name}.line", x, f"{name}.beta")
+    # Products with the factor first, which stay within what is added up in the end.
+    square = nodes.add("Mul", f"{name}.square", nodes.add("Mul", f"{name}.slope", x, positive), x)
+    power = nodes.add("Exp", f"{name}.power", nodes.add("Min", f"{name}.below", x, f"{name}.eps"))
+    bend = nodes.add("Sub", f"{name}.bend", nodes.add("Sub", f"{name}.shifted", power, _number(nodes, 1.0)), x)
+    bend = nodes.add("Mul", f"{name}.bent", bend, nodes.add("Add", f"{name}.negative", negative, f"{name}.beta"))
+    is_above = nodes.add("Greater", f"{name}.is_above", x, _number(nodes, 0.0))
+    return nodes.add("Add", f"{name}.xielu", nodes.add("Where", f"{name}.side", is_above, square, bend), line)
 
 
 def _number(nodes: Nodes, value: float) -> str:

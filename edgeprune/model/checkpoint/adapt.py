@@ -25,6 +25,14 @@ Config = Mapping[str, Any]
 LAYER_TYPES = ("full_attention", "sliding_attention")
 FORMER_TYPES = {"attention": "full_attention"}  # names of older files, which transformers reads
 LLAMAGEN_PREFIX = 1  # the class
+APERTUS_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 12000000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 GPT_OSS_ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -256,6 +264,14 @@ def hunyuan(decoder: Decoder, config: Config) -> Decoder:
     return changed(_attention_biases(decoder, config), {"rotary": replace(rotary, scaling=1.0), "qk_norm": "turned"})
 
 
+def plain_apertus(config: Config) -> Config:
+    return {} if rope_parameters(config) else {"rope_parameters": APERTUS_ROPE}
+
+
+def apertus(decoder: Decoder, config: Config) -> Decoder:
+    return changed(_attention_biases(decoder, config), {"qk_norm": "head"}, {"gated": False, "activation": "xielu"})
+
+
 def ernie(decoder: Decoder, config: Config) -> Decoder:
     has = bool(config.get("use_bias"))
     return biases(decoder, {"attention_bias": has, "mlp_bias": has})
@@ -390,6 +406,11 @@ def refuse_opt(config: Config) -> str | None:
 def refuse_gpt_oss(config: Config) -> str | None:
     alpha = config["swiglu_alpha"]
     return None if alpha == 1.702 else f"swiglu_alpha {alpha} (1.702 is supported)"
+
+
+def refuse_apertus(config: Config) -> str | None:
+    kind = config["hidden_act"]
+    return None if kind == "xielu" else f"hidden_act {kind!r} (xielu is supported)"
 
 
 def refuse_olmoe(config: Config) -> str | None:

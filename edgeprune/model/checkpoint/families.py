@@ -22,12 +22,12 @@ class Family:
 
     adapt: makes this family's Decoder from that of a plain Llama with the configuration's widths and rotary embedding.
     defaults: the values that transformers uses for fields that config.json leaves out. fields: this family's names for
-    some of Llama's fields. activation, norm_eps: the fields with these. heads: which numbers of heads a configuration
-    can have: any (`free`), one that divides hidden_size (`divide`), only hidden_size over head_dim (`whole`), each of
-    which has keys and values of its own (`fixed`). plain:
-    further fields in Llama's words, where more than a name differs. by_layer: the fields with one value for each layer
-    that a configuration always has. rotates_part: it reads partial_rotary_factor. refuse: returns why a configuration,
-    with its defaults, cannot be handled, or None.
+    some of Llama's fields. activation, norm_eps: the fields with these; no activation where `adapt` knows it. heads:
+    which numbers of heads a configuration can have: any (`free`), one that divides hidden_size (`divide`), only
+    hidden_size over head_dim (`whole`), each of which has keys and values of its own (`fixed`). plain: further fields
+    in Llama's words, where more than a name differs. by_layer: the fields with one value for each layer that a
+    configuration always has. rotates_part: it reads partial_rotary_factor. refuse: returns why a configuration, with
+    its defaults, cannot be handled, or None.
     """
 
     model_type: str
@@ -362,6 +362,17 @@ FAMILIES = {
             names.HUNYUAN,
             adapt.hunyuan,
             CONTEXT | {"rms_norm_eps": 1e-5},
+        ),
+        Family(
+            "apertus",
+            "ApertusForCausalLM",
+            names.APERTUS,
+            adapt.apertus,
+            {"max_position_embeddings": 65536, "rms_norm_eps": 1e-5, "rope_theta": 12000000.0, "hidden_act": "xielu"},
+            activation="",
+            heads="divide",
+            plain=adapt.plain_apertus,
+            refuse=adapt.refuse_apertus,
         ),
         Family(
             "olmoe",

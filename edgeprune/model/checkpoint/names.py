@@ -66,6 +66,15 @@ HUNYUAN = _under(
         for part, name in (("q", "query"), ("k", "key"))
     },
 )
+APERTUS = _under(
+    "model",
+    "model.layers.{i}",
+    ATTENTION
+    | MLP
+    | QK_NORMS
+    | _norms(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm")
+    | {f"mlp.{name}": Place(f"mlp.act_fn.{name}") for name in ("alpha_p", "alpha_n", "beta", "eps")},
+)
 QWEN3_MOE = _under(
     "model",
     "model.layers.{i}",

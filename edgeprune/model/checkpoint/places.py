@@ -93,6 +93,8 @@ class StoredTensor:
     def _part(self) -> Shape:
         """Returns the shape of the tensor, or of its part for each expert, with the rows of the weights first."""
         shapes = self.shapes[: self._in_turn] if self.place.stacked else self.shapes
+        if shapes == ((),):  # a number
+            return ()
         return (sum(shape[0] for shape in shapes) + self.place.skip, *shapes[0][1:])
 
     def expert_of(self, name: str) -> int | None:
@@ -113,6 +115,8 @@ class StoredTensor:
     def rows_of(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Returns the rows of one of its weights in the order of decoder.py, with the values that are stored."""
         place, index = self.place, self.names.index(name)
+        if not self._part:
+            return tensor
         # Take the rows of the weight.
         if place.transposed:
             tensor = tensor.t()
