@@ -1,12 +1,12 @@
-"""Peak memory of work on a model that is larger than the limit: random Llamas of 1.1 B and 2.1 B parameters.
+"""Peak memory of work on a model that is larger than the limit: random Llamas of 1.1 B and 2.1 B parameters, or 7 B.
 
-    python tools/bench_memory.py [--layers 22,44] [--work convert,prune,quantise,both] [--files safetensors,bin]
-        [--samples 16]
+    python tools/bench_memory.py [--shape 1b|7b] [--layers 22,44] [--work convert,prune,quantise,both]
+        [--files safetensors,bin] [--samples 16]
 
-Each is written to disk in bf16 (2.2 and 4.2 GB) as shards of a layer. Convert: to ONNX graphs in fp16, limit 1 GB.
-Prune: to 70 % by layers; quantise: layers to int4-64, embedding and head to int8; both: in one walk; each written
-again, limit 2 GB. Each in a fresh process; the peak is that of the resident set, and it must not grow with the depth.
-Samples are of 512 tokens; those that a model generates itself count like any others.
+Each is written to disk in bf16 (2.2 and 4.2 GB; 32 layers of 7b 13.5 GB) as shards of a layer. Convert: to ONNX graphs
+in fp16, limit 1 GB, of 7b 3. Prune: to 70 % by layers; quantise: layers to int4-64, embedding and head to int8; both:
+in one walk; each written again, limit 2 GB, of 7b 6. Each in a fresh process; the peak is that of the resident set, and
+it must not grow with the depth. Samples are of 512 tokens; those that a model generates itself count like any others.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ SHAPE = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-WIDTHS = (4, 6, 3968)
+SHAPES = {"1b": SHAPE, "7b": SHAPE | {"hidden_size": 4096, "intermediate_size": 11008, "num_key_value_heads": 32}}
+WIDTHS = {"1b": (4, 6, 3968), "7b": (24, 1, 7552)}
 FORMATS = ("int4-64", "int8")  # of the layers, of embedding and head
 LENGTH = 512
 SHARD_BYTES = 100 * 10**6
-LIMITS = {"convert": 1.0, "prune": 2.0, "quantise": 2.0, "both": 2.0}  # GB
+LIMITS = {  # GB
+    "1b": {"convert": 1.0, "prune": 2.0, "quantise": 2.0, "both": 2.0},
+    "7b": {"convert": 3.0, "prune": 6.0, "quantise": 6.0, "both": 6.0},
+}
 
 
-def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
+def write_checkpoint(folder: Path, layers: int, suffix: str, shape: str = "1b") -> None:
     """Writes random weights of the usual scale, in shards of about a layer, so that the writer stays small as well."""
     import torch
 
@@ -50,7 +54,7 @@ def write_checkpoint(folder: Path, layers: int, suffix: str) -> None:
     from edgeprune.model.checkpoint.configuration import decoder_of
     from edgeprune.model.load import demo_file, load_gguf
 
-    config = SHAPE | {"num_hidden_layers": layers}
+    config = SHAPES[shape] | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(load_gguf(demo_file(), "demo").directory / name, folder)
@@ -91,7 +95,7 @@ def convert_in_this_process(folder: Path) -> None:
     print(json.dumps({"peak": peak_bytes(), "seconds": time.monotonic() - start}))
 
 
-def walk_in_this_process(folder: Path, work: str, samples: int) -> None:
+def walk_in_this_process(folder: Path, shape: str, work: str, samples: int) -> None:
     """Prunes, quantises or both, writes the checkpoint, and prints the peak and the seconds; run in a child."""
     import torch
 
@@ -103,7 +107,7 @@ def walk_in_this_process(folder: Path, work: str, samples: int) -> None:
 
     model = load_model(str(folder / "dense"))
     ids = torch.randint(0, model.decoder.vocab_size, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
-    target = model.decoder if work == "quantise" else model.decoder.with_widths(*WIDTHS)
+    target = model.decoder if work == "quantise" else model.decoder.with_widths(*WIDTHS[shape])
     if work != "prune":
         target = target.with_format(*(WEIGHT_FORMATS[name] for name in FORMATS))
     start = time.monotonic()
@@ -113,8 +117,9 @@ def walk_in_this_process(folder: Path, work: str, samples: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", default="22,44")
-    parser.add_argument("--work", default=",".join(LIMITS))
+    parser.add_argument("--work", default=",".join(LIMITS["1b"]))
     parser.add_argument("--files", default="safetensors,bin")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -123,27 +128,28 @@ def main() -> None:
         if arguments.work == "convert":
             convert_in_this_process(arguments.child)
         else:
-            walk_in_this_process(arguments.child, arguments.work, arguments.samples)
+            walk_in_this_process(arguments.child, arguments.shape, arguments.work, arguments.samples)
         return
     for layers in map(int, arguments.layers.split(",")):
         for suffix in arguments.files.split(","):
             with tempfile.TemporaryDirectory() as name:
-                _measure(Path(name), layers, suffix, arguments.work.split(","), arguments.samples)
+                _measure(Path(name), arguments.shape, layers, suffix, arguments.work.split(","), arguments.samples)
 
 
-def _measure(folder: Path, layers: int, suffix: str, work: list[str], samples: int) -> None:
+def _measure(folder: Path, shape: str, layers: int, suffix: str, work: list[str], samples: int) -> None:
     """Prints the peak and the seconds of each kind of work on a model of so many layers, each in a fresh process."""
     (folder / "dense").mkdir()
-    write_checkpoint(folder / "dense", layers, suffix)
+    write_checkpoint(folder / "dense", layers, suffix, shape)
     files = list((folder / "dense").glob(f"*.{suffix}"))
     size = sum(file.stat().st_size for file in files)
     for kind in work:
-        words = [sys.executable, __file__, "--child", str(folder), "--work", kind, "--samples", str(samples)]
+        words = [sys.executable, __file__, "--child", str(folder), "--shape", shape, "--work", kind]
+        words += ["--samples", str(samples)]
         result = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         used = json.loads(result.stdout.splitlines()[-1])
         print(
             f"{kind}: {layers} layers, {size / 1e9:.2f} GB in {len(files)} .{suffix} files: "
-            f"peak {used['peak'] / 1e9:.2f} GB, limit {LIMITS[kind]:.2f} GB; {used['seconds']:.0f} s",
+            f"peak {used['peak'] / 1e9:.2f} GB, limit {LIMITS[shape][kind]:.2f} GB; {used['seconds']:.0f} s",
             flush=True,
         )
 
