@@ -50,6 +50,9 @@ def plan(
         int | None,
         typer.Option(help="Tokens in the cache before a step. Default: the profile's.", rich_help_panel=DEVICE),
     ] = None,
+    work: Annotated[
+        bool, typer.Option("--work", help="Also what a fit for the device takes here: time, memory, disk.")
+    ] = False,
     json_: options.Json = False,
     **shape: Any,
 ) -> None:
@@ -57,7 +60,7 @@ def plan(
     from edgeprune.cli.tables import print_plan, print_plans
     from edgeprune.commands.plan import plan as run
 
-    plans = run(model, weights=weights, cache=cache, past=past, **shape).report
+    plans = run(model, weights=weights, cache=cache, past=past, work=work, **shape).report
     is_one = shape["device"] is not None or shape["profile"] is not None
     if json_:
         devices = [planned.as_json() for planned in plans]
@@ -67,6 +70,8 @@ def plan(
         print_plan(plans[0], console())
     else:
         print_plans(plans, console())
+    if any(planned.outlook and planned.outlook.lacking for planned in plans):
+        raise typer.Exit(3)
 
 
 def _show_families(is_json: bool) -> None:

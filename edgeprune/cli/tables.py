@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgeprune.commands.families import FamilyRow
     from edgeprune.commands.plan import Plan
     from edgeprune.engine.checkup import Checkup
+    from edgeprune.pipeline.outlook import Outlook
     from edgeprune.profiles import DeviceProfile, HardwareFigure
 
 
@@ -165,6 +166,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         rows.append(("decode in place", number_text(in_place, "ms"), detail))
     console.print(table(("estimated", "", ""), rows, whole=("estimated",)))
     console.print()
+    if plan.outlook is not None:
+        _print_outlook(plan.outlook, console)
     # What the latencies rest on, and what to mind.
     rests = [("prefill", performance.prefill.basis), ("decode", performance.decode.basis)]
     rests.append(("dialect", f"{plan.profile.dialect} is assumed: {plan.dialect_reason}"))
@@ -173,6 +176,27 @@ def print_plan(plan: Plan, console: Console) -> None:
     if weak := [name for name, figure in plan.profile.figures.items() if figure.confidence == "low"]:
         rests.append(("mind", f"of low confidence in the profile, which gives the reasons: {', '.join(weak)}"))
     console.print(table(("", ""), ((styled(name, "dim"), text) for name, text in rests)))
+
+
+def _print_outlook(outlook: Outlook, console: Console) -> None:
+    """Prints what a fit takes of this machine, and whether that is there."""
+    from edgeprune.pipeline.duration import in_words
+
+    lacking = " and ".join(outlook.lacking)
+    verdict = f"this machine has too little {lacking} for it" if lacking else "this machine can do it"
+    console.print(styled(f"A fit for it here: {verdict}, estimated.", STYLES["missed" if lacking else "met"]))
+    console.print()
+    work, rates = outlook.work, outlook.rates
+    speeds = f"{rates.passes / 1e9:.0f} GFLOP/s through a layer, {rates.factors / 1e9:.0f} of factorisations"
+    has = "" if outlook.has_memory is None else f"of {format_bytes(outlook.has_memory)}"
+    rows = [
+        ("time", in_words(outlook.seconds), f"{work.flops / 1e12:.3g} TFLOP, as were just timed: {speeds}"),
+        ("memory", format_bytes(max(outlook.memory.values())), has),
+        *((f"  {name}", format_bytes(value), "") for name, value in outlook.memory.items()),
+        ("disk", format_bytes(outlook.disk), f"at most, of {format_bytes(outlook.has_disk)} free here"),
+    ]
+    console.print(table(("a fit here", "", ""), rows, whole=("a fit here",)))
+    console.print()
 
 
 def print_plans(plans: Sequence[Plan], console: Console) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands.result import Result
 from edgeprune.dialects import reason_of
@@ -31,6 +31,9 @@ from edgeprune.pipeline.cache_formats import cache_choice
 from edgeprune.pipeline.formats import FLOAT, weight_choice
 from edgeprune.precision import GraphPrecision
 from edgeprune.profiles import DeviceProfile, in_precision, list_profiles, profile_of, with_tensorrt
+
+if TYPE_CHECKING:
+    from edgeprune.pipeline.outlook import Outlook
 
 MOST = 2**31 - 1  # tokens or sequences; beyond any device
 
@@ -61,7 +64,7 @@ class Plan:
     head, cache, cache_copies, compute, overhead; attended: the workload with the context that a step attends to, which
     is the cache's capacity where the engine updates it in place; build_bytes: that building the engine takes, None for
     one that builds none; decode_in_place_ms: what a runtime would reach that keeps its cache in place, as that of the
-    points does.
+    points does; outlook: what a fit takes of this machine, where that was asked.
     """
 
     model: str
@@ -77,6 +80,7 @@ class Plan:
     decode_parts: dict[str, float]
     decode_in_place_ms: float
     notes: tuple[str, ...]
+    outlook: Outlook | None = None
 
     @property
     def past(self) -> int:
@@ -150,7 +154,7 @@ class Plan:
                 "dialect": self.dialect_reason,
             },
             "notes": [*self.notes, *performance.notes],
-        }
+        } | ({} if self.outlook is None else {"fit": self.outlook.as_json()})
 
 
 def plan(
@@ -168,19 +172,32 @@ def plan(
     engine: str = "auto",
     image_size: int | None = None,
     num_heads: int | None = None,
+    work: bool = False,
 ) -> Result[list[Plan]]:
     """Estimates what a model's shape needs and reaches: on the one device that is named, or on all of them.
 
     model: a config.json, or a model as of fit, of which no weight is read. past: tokens in the cache before a step.
     weights: the format of the layers' matrices; embedding and head are floats. cache: that of the KV cache. engine:
-    the device's own, or llama.cpp. Raises InputError.
+    the device's own, or llama.cpp. work: also what a fit for the one device takes of this machine. Raises InputError.
     """
     file = None if profile is None else Path(at_home(profile))
     hints = Hints(image_size, num_heads)
     of_device = precision, weights, cache, tensorrt, prompt, past, batch, engine
     question = Question(str(model), device, file, *of_device, hints)
     is_one = device is not None or profile is not None
-    return Result(None, [plan_one(question)] if is_one else plan_all(question))
+    if work and not is_one:
+        raise InputError("--work is of one device", "Name it: --device jetson-orin.")
+    plans = [plan_one(question)] if is_one else plan_all(question)
+    if work:
+        plans = [replace(one, outlook=_outlook(one)) for one in plans]
+    return Result(None, plans)
+
+
+def _outlook(planned: Plan) -> Outlook:
+    """Returns what a fit of the planned model takes of this machine."""
+    from edgeprune.pipeline.outlook import outlook
+
+    return outlook(planned.decoder.with_format(None).with_cache(None), planned.profile, planned.precision)
 
 
 def plan_one(question: Question) -> Plan:

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from edgeprune.evaluate.harness import Task
     from edgeprune.model.decoder import Layer
     from edgeprune.pipeline.comparison import ComparedMethod
+    from edgeprune.pipeline.formats import WeightChoice
     from edgeprune.pipeline.kind import Kind
     from edgeprune.pipeline.request import Request
     from edgeprune.pipeline.samples import UserSamples
     from edgeprune.pipeline.setup import Setup
     from edgeprune.precision import CacheFormat, WeightFormat
+    from edgeprune.profiles import DeviceProfile
     from edgeprune.pruning.effort import Effort
 
 # Passes of calibration tokens through the dense model's layers; a backward pass is two.
@@ -213,22 +215,37 @@ def samples_of(request: Request, given: UserSamples, kind: Kind, decoder: Decode
     return Samples(request.samples, request.samples + held_out, length, evaluated or held_out * length)
 
 
+def searching(
+    decoder: Decoder,
+    samples: Samples,
+    formats: Sequence[WeightFormat],
+    caches: Sequence[CacheFormat],
+    precision: str,
+    candidates: int,
+) -> Work:
+    """Returns the work of a search that prunes so many candidates, whose matrices may get these formats."""
+    work = generating(decoder, samples.generated * samples.length)
+    work += sensing(decoder, samples.count, samples.length, formats, caches)
+    work += passing(decoder, samples.count * samples.length) * (CHECK_PASSES if precision == "fp16" else 0)
+    return work + pruning(decoder, samples.pruned, rounds=bool(formats)) * candidates
+
+
+def evaluating(decoder: Decoder, samples: Samples, writes_text: bool) -> Work:
+    """Returns the evaluation of one model, with the answers of one that writes text."""
+    answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if writes_text else Work()
+    return passing(decoder, samples.evaluated, head=True) + answers
+
+
 def fitting(setup: Setup, rungs: int) -> Work:
     """Returns the work of `fit`, or of a ladder of so many rungs; without a search within the quality limit."""
     decoder, measures = setup.model.decoder, setup.engine.measures
-    formats = setup.weights.quantised
     samples = samples_of(setup.request, setup.samples, setup.kind, decoder)
-    tokens = samples.count * samples.length
     candidates = rungs * (MEASURED_CANDIDATES if measures else 1)
-    work = generating(decoder, samples.generated * samples.length)
-    work += sensing(decoder, samples.count, samples.length, formats, setup.cache.quantised)
-    work += passing(decoder, tokens) * (CHECK_PASSES if setup.precision == "fp16" else 0)
-    work += pruning(decoder, samples.pruned, rounds=bool(formats)) * candidates
+    formats = setup.weights.quantised, setup.cache.quantised
+    work = searching(decoder, samples, *formats, setup.precision, candidates)
     others = setup.request.recover_candidates - 1
     work += recovering(decoder, setup.effort, setup.recovery_tokens) * (rungs + others)
-    # The dense model and every rung are evaluated.
-    answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if setup.kind.writes_text else Work()
-    work += (passing(decoder, samples.evaluated, head=True) + answers) * (1 + rungs)
+    work += evaluating(decoder, samples, setup.kind.writes_text) * (1 + rungs)
     if setup.kind.writes_text:
         others = max(0, len(setup.samples.evaluation) - 1)
         work += passing(decoder, read_tokens(others), head=True) * (1 + rungs)  # of odd input
@@ -237,7 +254,10 @@ def fitting(setup: Setup, rungs: int) -> Work:
         work += passing(decoder, _task_tokens(setup, task), head=True) * (1 + rungs)
     if imaging := setup.kind.imaging:
         work += generating(decoder, imaging.count * samples.length * imaging.sampling.streams) * (1 + rungs)
-    return work + Work(seconds=_measured_seconds(setup, candidates))
+    if not measures:
+        return work + Work(seconds=timing().cross_check_seconds)
+    shape = decoder, setup.profile, setup.precision
+    return work + measuring(*shape, setup.weights, candidates, setup.engine.one_width)
 
 
 def fitting_announced(setup: Setup, rungs: int) -> str:
@@ -255,18 +275,18 @@ def _task_tokens(setup: Setup, task: Task) -> int:
     return read_tokens(task, load_tokenizer(setup.model.directory), setup.request.questions)
 
 
-def _measured_seconds(setup: Setup, candidates: int) -> float:
-    """Returns the seconds of all measurements: of the dense model, the width table and the candidates, or a
-    cross-check."""
+def measuring(
+    decoder: Decoder, profile: DeviceProfile, precision: str, weights: WeightChoice, candidates: int, one_width: bool
+) -> Work:
+    """Returns the measurements of the dense model, of the width table, and of so many candidates.
+
+    one_width: as of the engine that is measured.
+    """
     from edgeprune.search.latency_table import design
 
-    durations = timing()
-    if not setup.engine.measures:
-        return durations.cross_check_seconds
-    weights = setup.weights
-    shape = setup.model.decoder, setup.precision, setup.profile.channel_multiple
-    points = design(*shape, weights.formats, weights.tables, one_width=setup.engine.one_width)
-    return durations.measure_seconds * (1 + candidates) + durations.survey_seconds * len(points)
+    durations, shape = timing(), (decoder, precision, profile.channel_multiple)
+    points = design(*shape, weights.formats, weights.tables, one_width=one_width)
+    return Work(seconds=durations.measure_seconds * (1 + candidates) + durations.survey_seconds * len(points))
 
 
 def comparing(decoder: Decoder, samples: Samples, methods: Sequence[ComparedMethod], times: int) -> Work:

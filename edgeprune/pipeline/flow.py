@@ -18,12 +18,13 @@ from edgeprune.files import WriteError, read_json, writing
 from edgeprune.ondevice.budget import BROKEN_PERCENT, Budget, judge
 from edgeprune.ondevice.bundle import MANIFEST
 from edgeprune.ondevice.figures import Measured
-from edgeprune.pipeline.duration import fitting_announced
+from edgeprune.pipeline.duration import fitting_announced, samples_of
 from edgeprune.pipeline.formats import without_dequantised
 from edgeprune.pipeline.journal import Journal, open_journal
 from edgeprune.pipeline.output import check_output, work_folder
 from edgeprune.pipeline.ownership import is_bundle, listed
 from edgeprune.pipeline.results import Candidate, Quality, QualityStop
+from edgeprune.pipeline.room import check_memory
 from edgeprune.pipeline.setup import Setup, with_weights
 from edgeprune.pipeline.stages import Run
 from edgeprune.progress import Progress
@@ -54,9 +55,12 @@ def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | No
     """Opens the journal beside the output, and removes it when all within is done; notes what was chosen.
 
     command: the command line of the run. Yields None where the output is complete already, which a run that goes on
-    finds. Raises InputError as open_journal does, and where the output is not this run's to replace.
+    finds. Raises InputError as open_journal does, where the output is not this run's to replace, and for a run that
+    this machine's memory does not hold.
     """
-    request, output = setup.request, setup.output
+    request, output, decoder = setup.request, setup.output, setup.model.decoder
+    samples = samples_of(request, setup.samples, setup.kind, decoder)
+    check_memory(decoder, samples.pruned, samples.length)
     for choice in setup.choices:
         progress.note(f"{choice.name}: {choice.value} ({choice.reason})")
     with (

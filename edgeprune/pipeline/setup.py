@@ -14,7 +14,6 @@ from edgeprune.engine.choose import choose_engine
 from edgeprune.engine.engines import Engine
 from edgeprune.engine.estimate import check_precision, estimate_floor, estimate_performance
 from edgeprune.engine.llamacpp import LlamaCpp, on_llamacpp
-from edgeprune.engine.onnx.graph import graph_weight_bytes
 from edgeprune.engine.probe import with_figures
 from edgeprune.engine.remote import target_of
 from edgeprune.engine.work import table_bytes
@@ -32,19 +31,18 @@ from edgeprune.model.tokens.tokenizer import tokenizer_files
 from edgeprune.ondevice.budget import CONSTRAINTS, Budget, format_bytes, format_ms, parse_budget
 from edgeprune.ondevice.figures import Performance, Workload
 from edgeprune.ondevice.machine import memory_state
-from edgeprune.ondevice.reference import STEPS
 from edgeprune.ondevice.runtimes import LLAMA_CPP, RUNTIMES
 from edgeprune.pipeline.cache_formats import CacheChoice, cache_choice
 from edgeprune.pipeline.formats import WeightChoice, weight_choice, without_formats
 from edgeprune.pipeline.kind import Kind, kind_of
 from edgeprune.pipeline.output import check_output, check_space
 from edgeprune.pipeline.request import DEMO, SELF, Request, check_samples
+from edgeprune.pipeline.room import disk_bytes
 from edgeprune.pipeline.samples import UserSamples, samples_hash
 from edgeprune.pipeline.task_scores import load_tasks
 from edgeprune.precision import PRECISIONS
 from edgeprune.profiles import DeviceProfile, in_precision, profile_of, with_tensorrt
 from edgeprune.pruning.effort import RANK, ROW, STATE_BYTES, Effort, effort_of, needed_bytes
-from edgeprune.search.latency_table import CHUNK_BYTES
 from edgeprune.search.search import MAX_CANDIDATES, RUNG_CANDIDATES
 
 if TYPE_CHECKING:
@@ -54,8 +52,6 @@ DEMO_MEMORY = "60%"
 LAYOUTS = ("uniform", "per-layer")
 VOCABULARIES = ("full", "samples")
 MAX_RUNGS = 8
-TIMED_MODELS = 30  # of random weights, about, whose graphs stand on the disk at a time
-SLACK_BYTES = 32 << 20  # reports, pages, the journal
 FILE_ENDINGS = (".gguf", ".pt", ".pth", ".safetensors")  # of a model in one file, which its bundle's name leaves out
 FLOOR_ROOM = 0.1  # of the way from a floor to the dense model: what a refused budget is told to try
 MOST_RECOVERED = 8  # candidates
@@ -252,7 +248,10 @@ def prepare(request: Request, ladder: bool = False) -> Setup:
     if effort is not None:
         candidates += request.rungs + 2 * (request.recover_candidates - 1)
         states = STATE_BYTES * model.decoder.layer_parameters
-    check_space(output, states + _bytes_written(model, precision, engine, candidates, exports, samples))
+    evaluated = sum(len(document) for documents in samples.evaluation.values() for document in documents)
+    tokenizer_bytes = sum(path.stat().st_size for path in tokenizer_files(model.directory).values())
+    of_engine = candidates, engine.builds, engine.measures, exports, evaluated, tokenizer_bytes
+    check_space(output, states + disk_bytes(model.decoder, precision, *of_engine))
     return Setup(
         request,
         profile,
@@ -495,21 +494,3 @@ def _rounded_up(name: str, value: float) -> str:
     number, unit = (value / 2**20, "MiB") if name == "memory" else (value, "ms")
     digits = max(0, 3 - ceil(log10(number)))
     return f"{ceil(number * 10**digits) / 10**digits:.{digits}f}{unit}"
-
-
-def _bytes_written(
-    model: Model, precision: str, engine: Engine, candidates: int, exports: int, samples: UserSamples
-) -> int:
-    """Returns an upper bound of the bytes that a run holds on the disk at its end.
-
-    A candidate is at most as large as the dense model: checkpoint, graphs for the device and in fp32 for this machine,
-    engine, reference, tokenizer. The bundle shares their files.
-    """
-    plain, graphs = (graph_weight_bytes(model.decoder, name) for name in ("fp32", precision))
-    built = graphs if engine.builds else 0
-    reference = 4 * STEPS * model.decoder.vocab_size
-    tokenizer = sum(path.stat().st_size for path in tokenizer_files(model.directory).values())
-    candidate = plain + (plain + graphs if precision != "fp32" else plain) + built + reference + 2 * tokenizer
-    evaluated = sum(len(document) for documents in samples.evaluation.values() for document in documents)
-    costs = min(CHUNK_BYTES, TIMED_MODELS * graphs) if engine.measures else 0
-    return 2 * plain + graphs + built + costs + candidates * candidate + exports * plain + 24 * evaluated + SLACK_BYTES

@@ -197,3 +197,24 @@ def test_bad_input_is_one_message_with_a_remedy(home, words, reason):
     assert reason in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_what_a_fit_takes_of_this_machine(home):
+    """A small model has room here, 70 billion parameters have not; both are told without a weight."""
+    (home / "small.json").write_text(json.dumps(SHAPES["llama-3-70b"] | {"hidden_size": 512, "intermediate_size": 1024}))
+    words = ("--device", "jetson-orin", "--work")
+    result = run("plan", "small.json", *words, "--json", cwd=home)
+    assert result.returncode == 0, result.stderr
+    taken = json.loads(result.stdout)["fit"]
+    assert (taken["source"], taken["lacking"]) == ("estimated", [])
+    assert taken["seconds"] == pytest.approx(
+        sum(taken["work"][kind] / rate for kind, rate in taken["rates"].items()) + taken["work"]["seconds"]
+    )
+    assert 0 < taken["disk_bytes"] < taken["has_disk_bytes"]
+    large = run("plan", "llama-3-70b", *words, cwd=home)
+    assert large.returncode == 3, large.stderr
+    for word in ("too little memory", "generation", "pruning", "TFLOP", "at most", "hours"):
+        assert word in large.stdout
+    alone = run("plan", "small.json", "--work", cwd=home)
+    assert alone.returncode == 2
+    assert "--work is of one device" in alone.stderr

@@ -13,7 +13,8 @@ from edgeprune.errors import BudgetError, InputError
 from edgeprune.ondevice.figures import Workload
 from edgeprune.pipeline.flow import planner_of, search_budget, smaller_candidates, working
 from edgeprune.pipeline.kind import Images, Language
-from edgeprune.pipeline.setup import SLACK_BYTES, _floor_remedy, default_output, prepare, with_weights
+from edgeprune.pipeline.room import SLACK_BYTES
+from edgeprune.pipeline.setup import _floor_remedy, default_output, prepare, with_weights
 from edgeprune.progress import Silent
 from tests.support.checkpoints import save_uneven
 from tests.support.runs import home, setup_of
