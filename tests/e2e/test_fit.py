@@ -261,7 +261,7 @@ def test_a_quality_limit_that_only_the_dense_model_keeps_is_exit_code_3(home):
     assert open_bundle(bundle)
 
 
-@pytest.mark.parametrize("stage", ["dense", "samples", "candidate-1", "evaluation 0"])
+@pytest.mark.parametrize("stage", ["samples", "candidate-1", "evaluation 0"])
 def test_a_killed_run_resumes_to_the_same_bundle(home, tmp_path, stage):
     """SIGKILL right after a stage was recorded (and in the middle of the next one), then --resume."""
     words = ["fit", home / "model", "--device", "jetson-orin", "--memory", "90%", "--seed", "3", *SMALL]

@@ -197,7 +197,7 @@ def test_on_a_double_a_newer_tensorrt_updates_the_cache_in_place_and_an_older_on
     newer = python_with_doubles(folder / "python", version="10.16.1.11")
     bundle = folder / "bundle"
     words = ["fit", home / "model", "--device", "jetson-orin", "--memory", "99%"]
-    words += ["--calibration", home / "text.txt", "--output", bundle]
+    words += ["--calibration", home / "text.txt", "--output", bundle, "--cache", "float"]
     with ssh_server(tmp_path_factory.mktemp("device"), newer) as server:
         nvidia_smi(server.folder / "device-bin")
         result = run(*words, "--target", server.target, *SMALL, path=path_to(server))

@@ -39,7 +39,7 @@ ROOM = ("--memory", "1GiB")  # of so small a model nearly all memory is the runt
 FEWER = {
     "fit": (*SMALL, *FORMATS),
     "fit ./my-model --device jetson-orin": (*SMALL, *FORMATS),
-    "fit ./my-model --device jetson-orin --memory": SMALL,
+    "fit ./my-model --device jetson-orin --memory": (*SMALL, *FORMATS),
     "fit ./my-model --device jetson-orin --weights": SMALL,
     "fit ./my-model --device rtx-4090": (*SMALL, *ROOM),
     "fit ./my-model --device cpu --decode 70% --recover": (*SMALL, *FORMATS, "--recover", "2"),
@@ -108,7 +108,8 @@ def home(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUN)
 def test_the_commands_of_a_page_run_in_its_order(name: str, home: Path, server: Server) -> None:
-    written = commands((ROOT / name).read_text())
+    elsewhere = set(commands((ROOT / RUN[0]).read_text())) if name != RUN[0] else set()
+    written = [command for command in dict.fromkeys(commands((ROOT / name).read_text())) if command not in elsewhere]
     assert written
     for command in written:
         command = command.replace("ssh://me@orin", server.target).replace("MODEL", "./my-model")

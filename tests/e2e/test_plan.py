@@ -201,7 +201,9 @@ def test_bad_input_is_one_message_with_a_remedy(home, words, reason):
 
 def test_what_a_fit_takes_of_this_machine(home):
     """A small model has room here, 70 billion parameters have not; both are told without a weight."""
-    (home / "small.json").write_text(json.dumps(SHAPES["llama-3-70b"] | {"hidden_size": 512, "intermediate_size": 1024}))
+    (home / "small.json").write_text(
+        json.dumps(SHAPES["llama-3-70b"] | {"hidden_size": 512, "intermediate_size": 1024})
+    )
     words = ("--device", "jetson-orin", "--work")
     result = run("plan", "small.json", *words, "--json", cwd=home)
     assert result.returncode == 0, result.stderr

@@ -13,9 +13,10 @@ from tests.support.shapes import SMOLLM2
 
 
 def brute_force(profile, total: float, limit: float) -> tuple[int, int]:
+    estimated = estimate_memory(SMALL, profile, WORKLOAD, "fp16").total
+
     def needs(workload: Workload) -> float:
-        estimates = (estimate_memory(SMALL, profile, of, "fp16").total for of in (workload, WORKLOAD))
-        return total + next(estimates) - next(estimates)
+        return total + estimate_memory(SMALL, profile, workload, "fp16").total - estimated
 
     context = sequences = 0
     while context < 600 and needs(Workload(2, min(64, max(2, context + 1) - 1), max(2, context + 1))) <= limit:

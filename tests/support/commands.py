@@ -18,6 +18,7 @@ import pytest
 
 from edgeprune.cli.app import main
 from edgeprune.engine import probe
+from edgeprune.pipeline import rates
 from edgeprune.search import latency_table
 from tests.support import ROOT
 from tests.support.durations import durations
@@ -30,9 +31,12 @@ FEW_POINTS = {
     "MIXES_OF_A_FORMAT": 0,
 }  # of the latency table: it is timed in seconds, and its fit is rough
 SMALL_MATRICES = {"WIDTH": 512, "SMALLEST_READ": 2**24, "LARGEST_READ": 2**24}  # of the probe of this processor
+SMALL_PROBES = {"ROWS": 64, "WIDTH": 128}  # of the rates that a duration is told by
 PROGRAM = f"""
+from edgeprune.pipeline import rates
 from edgeprune.search import latency_table
 vars(latency_table).update({FEW_POINTS})
+vars(rates).update({SMALL_PROBES})
 from edgeprune.cli.app import main
 main()
 """
@@ -56,7 +60,7 @@ def run(*words: str | Path, cwd: Path | None = None, path: str | None = None) ->
         patch.setenv("COLUMNS", "200")
         if path is not None:
             patch.setenv("PATH", path)
-        for module, constants in ((latency_table, FEW_POINTS), (probe, SMALL_MATRICES)):
+        for module, constants in ((latency_table, FEW_POINTS), (probe, SMALL_MATRICES), (rates, SMALL_PROBES)):
             for name, value in constants.items():
                 patch.setattr(module, name, value)
         try:
