@@ -1,4 +1,4 @@
-"""What a fit will take of this machine, told of a model's shape before any weight is read: time, memory and disk.
+"""The time, memory and disk that a fit will take of this machine, told of a model's shape before any weight is read.
 
 All of it is estimated, for a fit with its default options and samples of the user's own.
 """
