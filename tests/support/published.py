@@ -549,6 +549,26 @@ PUBLISHED: dict[str, tuple[dict[str, object], float]] = {
         ),
         30532.12,
     ),
+    "apertus-8b-2509": (
+        _config(
+            "apertus",
+            "ApertusForCausalLM",
+            4096,
+            21504,
+            32,
+            32,
+            8,
+            131072,
+            65536,
+            hidden_act="xielu",
+            rms_norm_eps=1e-5,
+            rope_theta=12000000,
+            rope_scaling=LLAMA3 | {"factor": 8.0},
+            attention_bias=False,
+            tie_word_embeddings=False,
+        ),
+        8053.34,
+    ),
     "olmoe-1b-7b": (
         _config(
             "olmoe",
