@@ -93,6 +93,24 @@ def test_a_cache_in_int8_costs_little(model, batch, tmp_path: Path) -> None:
         assert error_of(logits, WALKS["decode"], variant, expected, batch) < 0.1
 
 
+def test_sinks_and_windows_over_a_cache_in_int8(tmp_path: Path) -> None:
+    """Against our own walk over the same codes, which the rounding takes far from that over floats."""
+    model = parity.dense(tmp_path / "model", "gpt_oss").model
+    decoder, weights = model.decoder.with_cache(INT8), dict(model.weights)
+    generator, ids = torch.Generator().manual_seed(0), parity.calibration()[:2, :30]
+    for name, shape in decoder.shapes().items():
+        if name.endswith(("key_scale", "value_scale")):
+            weights[name] = 0.03 + 0.02 * torch.rand(shape, generator=generator)
+    wanted = parity.torch_logits(decoder, weights, ids)
+    assert parity.distance(wanted, parity.torch_logits(model.decoder, model.weights, ids)) > 0.1
+    whole = Sample(ids.numpy(), np.ones((2, 30), np.int64), np.arange(30)[None].repeat(2, 0))
+    variants = [variant for variant in IN_CODES if variant.logits == "all"]
+    for variant, path in write_graphs(decoder, weights, tmp_path / "graphs", "fp32", variants).graphs.items():
+        in_place = 64 if variant.dialect == "onnxruntime" else None
+        found = np.concatenate(run_steps(path, whole, [20, *[1] * 10], in_place), axis=1)
+        assert parity.distance(found[:, :-1], wanted) < 1e-5
+
+
 def test_the_cache_holds_numpys_codes(model, batch, tmp_path: Path) -> None:
     """Of the first layer, whose keys and values no rounding has touched; and it is a quarter of that of floats."""
     scales = steps_of(largest(model, batch), 1.0)
