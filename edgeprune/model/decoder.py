@@ -121,6 +121,8 @@ class Attention:
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "xielu"]
+XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
+"""The shapes of xielu's parameters, by name."""
 
 
 @dataclass(frozen=True)
@@ -475,7 +477,7 @@ def _mlp_shapes(mlp: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
     if mlp.input_bias:
         shapes |= {f"{name}_bias": (mlp.intermediate_size,) for name in mlp.inputs}
     if mlp.activation == "xielu":
-        shapes |= {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
+        shapes |= XIELU
     shapes["down"] = (hidden, mlp.intermediate_size)
     if mlp.output_bias:
         shapes["down_bias"] = (hidden,)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from edgeprune.model.attention import LayerWeights
-from edgeprune.model.decoder import Experts, Mlp
+from edgeprune.model.decoder import XIELU, Experts, Mlp
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -38,7 +38,7 @@ def activated(projected: Sequence[torch.Tensor], mlp: Mlp, weights: LayerWeights
     prefix: as of `mlp_activation`.
     """
     if mlp.activation == "xielu":
-        return _xielu(projected[0], *(weights[prefix + name] for name in ("alpha_p", "alpha_n", "beta", "eps")))
+        return _xielu(projected[0], *(weights[prefix + name] for name in XIELU))
     if not mlp.gated:
         return ACTIVATIONS[mlp.activation](projected[0])
     gate, up = projected

@@ -230,10 +230,16 @@ def searching(
     return work + pruning(decoder, samples.pruned, rounds=bool(formats)) * candidates
 
 
-def evaluating(decoder: Decoder, samples: Samples, writes_text: bool) -> Work:
-    """Returns the evaluation of one model, with the answers of one that writes text."""
-    answers = generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS) if writes_text else Work()
-    return passing(decoder, samples.evaluated, head=True) + answers
+def evaluating(decoder: Decoder, samples: Samples, writes_text: bool, texts: int = 1) -> Work:
+    """Returns the evaluation of one model, and of one that writes text its answers and its reading of odd input.
+
+    texts: that are held out.
+    """
+    work = passing(decoder, samples.evaluated, head=True)
+    if writes_text:
+        work += generating(decoder, PROMPTS * ANSWER_TOKENS + SAMPLE_TOKENS)
+        work += passing(decoder, read_tokens(max(0, texts - 1)), head=True)
+    return work
 
 
 def fitting(setup: Setup, rungs: int) -> Work:
@@ -245,10 +251,8 @@ def fitting(setup: Setup, rungs: int) -> Work:
     work = searching(decoder, samples, *formats, setup.precision, candidates)
     others = setup.request.recover_candidates - 1
     work += recovering(decoder, setup.effort, setup.recovery_tokens) * (rungs + others)
-    work += evaluating(decoder, samples, setup.kind.writes_text) * (1 + rungs)
+    work += evaluating(decoder, samples, setup.kind.writes_text, len(setup.samples.evaluation)) * (1 + rungs)
     if setup.kind.writes_text:
-        others = max(0, len(setup.samples.evaluation) - 1)
-        work += passing(decoder, read_tokens(others), head=True) * (1 + rungs)  # of odd input
         work += passing(decoder, min(samples.count, SKETCHED) * samples.length)
     for task in setup.tasks:
         work += passing(decoder, _task_tokens(setup, task), head=True) * (1 + rungs)

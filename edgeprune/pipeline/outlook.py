@@ -12,7 +12,6 @@ from typing import Any
 
 from edgeprune.generate.text import BATCH
 from edgeprune.model.decoder import Decoder
-from edgeprune.ondevice.machine import memory_state
 from edgeprune.ondevice.runtimes import RUNTIMES
 from edgeprune.pipeline.cache_formats import cache_choice
 from edgeprune.pipeline.duration import MEASURED_CANDIDATES, Samples, Work, evaluating, measuring, searching
@@ -21,7 +20,7 @@ from edgeprune.pipeline.kind import kind_of
 from edgeprune.pipeline.packing import GENERATED
 from edgeprune.pipeline.rates import Rates, probed
 from edgeprune.pipeline.request import Request
-from edgeprune.pipeline.room import disk_bytes, memory_bytes
+from edgeprune.pipeline.room import disk_bytes, memory_bytes, memory_room
 from edgeprune.profiles import DeviceProfile
 from edgeprune.search.search import MAX_CANDIDATES
 
@@ -82,12 +81,11 @@ def outlook(decoder: Decoder, profile: DeviceProfile, precision: str) -> Outlook
     work += evaluating(decoder, samples, kind.writes_text) * 2
     if measures:
         work += measuring(decoder, profile, precision, weights, candidates, one_width=False)
-    state = memory_state()
     return Outlook(
         work,
         probed(decoder, BATCH),
         memory_bytes(decoder, samples.pruned, samples.length),
-        state["total"] + state.get("swap_free", 0) if state else None,
+        memory_room(),
         disk_bytes(decoder, precision, MAX_CANDIDATES if measures else 1, builds=False, measures=measures),
         shutil.disk_usage(Path.cwd()).free,
     )

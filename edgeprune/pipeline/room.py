@@ -63,11 +63,17 @@ def memory_bytes(decoder: Decoder, tokens: int, length: int) -> dict[str, int]:
     return {"generation": PROCESS_BYTES + generation, "pruning": PROCESS_BYTES + walk}
 
 
+def memory_room() -> int | None:
+    """Returns the bytes of this machine's memory and free swap; None where it does not tell."""
+    state = memory_state()
+    return state["total"] + state.get("swap_free", 0) if state else None
+
+
 def check_memory(decoder: Decoder, tokens: int, length: int) -> None:
     """Raises InputError where a part of a run, as of `memory_bytes`, holds more than this machine and its free swap."""
-    parts, state = memory_bytes(decoder, tokens, length), memory_state()
+    parts, room = memory_bytes(decoder, tokens, length), memory_room()
     part = max(parts, key=parts.__getitem__)
-    if state and parts[part] > (room := state["total"] + state.get("swap_free", 0)):
+    if room is not None and parts[part] > room:
         raise InputError(
             f"its {part} holds about {format_bytes(parts[part])} in memory, this machine has {format_bytes(room)}",
             "Take a machine with more memory, or add swap; `edgeprune plan MODEL --device NAME --work` tells the rest.",

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from edgeprune.errors import InputError, NumericalError
-from edgeprune.model.decoder import Attention, Decoder, Mlp
+from edgeprune.model.decoder import XIELU, Attention, Decoder, Mlp
 from edgeprune.precision import PRECISIONS, GraphPrecision, WeightFormat
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _mlp(mlp: Mlp, hidden: int) -> Iterator[Part]:
     if mlp.input_bias:
         yield "gate_up.bias", (len(inputs) * width,), tuple(f"{name}_bias" for name in inputs), None
     if mlp.activation == "xielu":
-        for name, shape in (("alpha_p", (1,)), ("alpha_n", (1,)), ("beta", ()), ("eps", ())):
+        for name, shape in XIELU.items():
             yield name, shape, (name,), None
     yield "down.weight", (width, hidden), ("down",), None
     if mlp.output_bias:

@@ -127,8 +127,8 @@ def _activate(nodes: Nodes, name: str, x: str, activation: Activation) -> str:
 
 
 def _xielu(nodes: Nodes, name: str, x: str) -> str:
-    """Adds x * beta + x^2 * softplus(alpha_p) where x is above 0, and elsewhere, of the bend at 0 that eps keeps off,
-    x * beta + (exp(x) - 1 - x) * (beta + softplus(alpha_n))."""
+    """Adds xIELU: x * beta, and beside it x^2 * softplus(alpha_p) where x is above 0, elsewhere
+    (exp(min(x, eps)) - 1 - x) * (beta + softplus(alpha_n))."""
     # Softplus takes no bf16.
     positive, negative = (
         nodes.from_fp32(

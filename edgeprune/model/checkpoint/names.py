@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgeprune.model.checkpoint.places import Place, Places
+from edgeprune.model.decoder import XIELU
 
 
 def _under(outer: str, layer: str, table: dict[str, Place], **others: Place) -> Places:
@@ -73,7 +74,7 @@ APERTUS = _under(
     | MLP
     | QK_NORMS
     | _norms(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm")
-    | {f"mlp.{name}": Place(f"mlp.act_fn.{name}") for name in ("alpha_p", "alpha_n", "beta", "eps")},
+    | {f"mlp.{name}": Place(f"mlp.act_fn.{name}") for name in XIELU},
 )
 QWEN3_MOE = _under(
     "model",
