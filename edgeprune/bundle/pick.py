@@ -90,7 +90,7 @@ def pick(
     )
     texts = {
         "profile.toml": (bundle / "profile.toml").read_bytes(),
-        "README.md": readme(report),
+        "README.md": readme(report, any(name.endswith(".embeddings.last.onnx") for name in names)),
         DEPLOYMENT: json_text(plan),
         FINISH: program(),
         **({} if report.quality.pictures else {SERVE: service_program()}),

@@ -10,8 +10,8 @@ from edgeprune.report.frontier import Dense, Frontier, Rung, pick_command
 from edgeprune.report.schema import Report
 
 
-def readme(report: Report) -> str:
-    """Returns README.md of a bundle whose model was chosen."""
+def readme(report: Report, of_embeddings: bool = False) -> str:
+    """Returns README.md of a bundle whose model was chosen; of_embeddings: there are graphs that read embeddings."""
     # The headline and the way to the device, then the files.
     lines = [
         f"# {report.model.name} for {report.device.description}",
@@ -29,6 +29,7 @@ def readme(report: Report) -> str:
         "| file | what it is |",
         "|---|---|",
         *GRAPHS,
+        *(EMBEDDINGS if of_embeddings else ()),
         *(PICTURES if report.quality.pictures else (*TEXTS, BLOCKS if in_blocks(report) else CHECKPOINT)),
         "| `engine/` | the built engine, where one could be built; of llama.cpp `model.gguf` |",
         *(f"| `{name}/` | {form.purpose}, where `--export {name}` asked for it |" for name, form in FORMATS.items()),
@@ -109,6 +110,11 @@ GRAPHS = (
     "| `onnx/model.primitive*.onnx` | the same in operators of opset 17, for older parsers |",
     "| `onnx/model.onnxruntime*.onnx` | the same for ONNX Runtime, its cache updated in place |",
     "| `onnx/*.last.onnx` | the same with the logits of the last position only: what engines are built from |",
+)
+EMBEDDINGS = (
+    "| `onnx/*embeddings.last.onnx` | the same, reading `inputs_embeds` (batch, sequence, hidden_size) in place of "
+    "`input_ids`: put an image's embeddings in the place of its tokens |",
+    "| `onnx/embedding*.onnx` | `input_ids` to the `inputs_embeds` of tokens, on the same data files |",
 )
 TEXTS = (
     "| `onnx/genai_config.json` | lets onnxruntime-genai load the folder; the tokenizer's files are beside it |",

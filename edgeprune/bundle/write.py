@@ -20,6 +20,7 @@ from edgeprune.bundle.readme import frontier_readme, readme
 from edgeprune.bundle.store import write_bundle
 from edgeprune.engine.remote import program, service_program
 from edgeprune.files import link_or_copy
+from edgeprune.model.checkpoint.nested import MERGED
 from edgeprune.model.export import write_exports
 from edgeprune.model.origin import CARD, origin_of
 from edgeprune.model.tokens.tokenizer import tokenizer_files
@@ -58,7 +59,7 @@ def write_fitted(rungs: Sequence[Fitted], journal: Journal, command: str) -> Non
     # Write the texts of the whole bundle; the report lists all files, so it is rendered last.
     texts = {
         "profile.toml": profile_toml(setup.profile),
-        "README.md": readme(build_report(fitted, {}, command)),
+        "README.md": readme(build_report(fitted, {}, command), setup.model.part_of in MERGED),
         DEPLOYMENT: json.dumps(deployment(rungs), indent=2) + "\n",
         FINISH: program(),
         **({SERVE: service_program()} if setup.kind.writes_text else {}),

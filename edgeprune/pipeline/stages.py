@@ -18,6 +18,7 @@ from edgeprune.engine.llamacpp import write_file
 from edgeprune.engine.onnx.genai import write_genai
 from edgeprune.engine.onnx.graph import GraphVariant, write_graphs
 from edgeprune.engine.onnx.ops import OPERATORS
+from edgeprune.model.checkpoint.nested import MERGED
 from edgeprune.model.decoder import Decoder
 from edgeprune.model.gguf.weights import is_in_blocks
 from edgeprune.model.load import load_model
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from edgeprune.search.widths import Sensitivities
 
 VARIANTS = tuple(GraphVariant(dialect, logits) for dialect in OPERATORS for logits in ("all", "last"))
+OF_EMBEDDINGS = tuple(GraphVariant(dialect, "last", "embeddings") for dialect in OPERATORS)
 REFERENCE, SENSITIVITIES, SCALES = "reference.npz", "sensitivities.npz", "cache.safetensors"
 RECORDS, RECOVERY = "records.json", "recovery.json"
 WALKED = 8  # samples, at most, on which a fitted model is checked for overflow, and its KV cache scaled
@@ -333,7 +335,8 @@ class Run:
             model = model.as_floats  # no operator reads ggml's blocks; the graphs judge the same numbers
         target = folder / f"onnx-{precision}"
         context = max(self.setup.workload.context, length)
-        write_graphs(model.decoder, model.stored, target, precision, VARIANTS, context)
+        variants = VARIANTS + (OF_EMBEDDINGS if self.setup.model.part_of in MERGED else ())
+        write_graphs(model.decoder, model.stored, target, precision, variants, context)
         if model.decoder.cache_format is None:  # onnxruntime-genai has no KV cache in codes on a processor
             write_genai(model.decoder, VARIANTS, target, model.directory, context)
 

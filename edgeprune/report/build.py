@@ -12,6 +12,7 @@ from edgeprune.engine.estimate import latency_shares, low_confidence_notes
 from edgeprune.engine.work import bytes_per_token, table_bytes
 from edgeprune.evaluate.grades import PERPLEXITY, TASK, Loss, drop, losses, scale_of
 from edgeprune.model.checkpoint.configuration import loadable, read_config
+from edgeprune.model.checkpoint.nested import MERGED
 from edgeprune.model.decoder import Decoder, ratio
 from edgeprune.model.gguf.weights import is_in_blocks
 from edgeprune.ondevice.budget import (
@@ -333,7 +334,14 @@ def _warnings(fitted: Fitted) -> list[str]:
             f"Quality was measured on {fitted.setup.kind.noun} {own}: agreement with the dense model, not quality."
         )
     if whole := fitted.setup.model.part_of:
-        warnings.append(f"This is the text part of {whole}: images are left out, quality with them was not measured.")
+        graphs = (
+            "Graphs named `embeddings` take those of images among those of tokens."
+            if whole in MERGED
+            else f"Its graphs take tokens alone: {whole} gives images more than embeddings in their place."
+        )
+        warnings.append(
+            f"This is the text part of {whole}: images are left out, quality with them was not measured. {graphs}"
+        )
     # Which files hold the fitted model's widths and which cannot.
     if not fitted.chosen.model.decoder.is_uniform:
         warnings.append(

@@ -43,6 +43,13 @@ def test_the_files_are_those_of_the_kind(content, kind):
     assert ("`onnx/genai_config.json`" in files) == ("`serve.pyz`" in files) == (kind == "texts")
 
 
+def test_graphs_that_read_embeddings_are_listed_where_there_are_some():
+    report = report_of(measured_content())
+    names = ["`onnx/*embeddings.last.onnx`", "`onnx/embedding*.onnx`"]
+    assert [name in readme(report, of_embeddings=True) for name in names] == [True, True]
+    assert [name in readme(report) for name in names] == [False, False]
+
+
 def test_a_model_in_ggmls_formats_is_a_gguf_file():
     report = report_of(measured_content())
     fitted = report.fitted.model_copy(update={"formats": {"float": 1, "q4_k": 3}})

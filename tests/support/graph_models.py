@@ -47,11 +47,13 @@ def llama(tied: bool, **changes: object) -> LlamaForCausalLM:
 
 @dataclass(frozen=True)
 class Sample:
-    """Two sequences, the second padded on the left: ids, mask, positions (2, tokens) int64."""
+    """Two sequences, the second padded on the left: ids, mask, positions (2, tokens) int64; embeddings (2, tokens,
+    hidden_size), for graphs that read these."""
 
     ids: np.ndarray
     mask: np.ndarray
     positions: np.ndarray
+    embeddings: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -108,7 +110,8 @@ def run_steps(
     logits, start = [], 0
     for length in steps:
         end = start + length
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(batch.ids[:, start:end]))
+        reads, given = ("input_ids", batch.ids) if "input_ids" in inputs else ("inputs_embeds", batch.embeddings)
+        binding.bind_cpu_input(reads, np.ascontiguousarray(given[:, start:end]))
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(batch.positions[:, start:end]))
         mask = batch.mask[:, :end]
         if written:

@@ -24,7 +24,8 @@ class KeepingLogger(trt.ILogger):
 
 
 def decoder_shape(tensor: trt.ITensor, batch: int, sequence: int, past: int) -> tuple[int, ...]:
-    sizes = (batch, past + sequence if tensor.name == "attention_mask" else sequence)[: len(tensor.shape)]
+    tokens = past + sequence if tensor.name == "attention_mask" else sequence
+    sizes = (batch, tokens, *list(tensor.shape)[2:])[: len(tensor.shape)]
     if tensor.name.startswith("past"):
         sizes = batch, tensor.shape[1], past, tensor.shape[3]
     return tuple(size if asked < 0 else asked for size, asked in zip(sizes, tensor.shape, strict=True))

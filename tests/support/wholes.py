@@ -31,7 +31,7 @@ WHOLES = {
     "gemma3": ("gemma3_text", VISION, {}, {"mm_tokens_per_image": 4}),
     "qwen2_5_vl": ("qwen2", QWEN_VISION, {"rope_parameters": MROPE}, {}),
     "qwen3_vl": ("qwen3", QWEN_VISION | {"deepstack_visual_indexes": [0]}, {"rope_parameters": MROPE}, {}),
-    "mistral3": ("mistral", VISION, {}, {}),
+    "mistral3": ("mistral", VISION | {"head_dim": 16}, {}, {}),
     "smolvlm": ("llama", VISION, {}, {}),
     "idefics3": ("llama", VISION, {}, {}),
     "llava": ("llama", VISION, {}, {}),

@@ -23,6 +23,8 @@ The variants of a graph are the same model in several dialects, all on the same 
                  It needs ONNX Runtime 1.32 or newer. Where head_dim is not a multiple of 8, the KV cache
                  has zeros behind each head.
 With logits `last` the last position is gathered before the final norm: logits (batch, 1, vocabulary).
+A graph that reads `embeddings` has inputs_embeds (batch, sequence, hidden_size) in place of input_ids, so that
+those of images can stand among those of tokens. Beside it is a graph from input_ids to the inputs_embeds of tokens.
 In bf16 the logits are cast to fp32, because not every consumer has bf16. ONNX Runtime has no bf16 on a
 processor: its dialect reads the same bf16 weights and computes in fp32, KV cache included.
 Matrices of a weight format are read through DequantizeLinear, which ONNX Runtime and TensorRT fuse with the product.
@@ -31,16 +33,18 @@ A KV cache in a format is of its codes in the dialects that have it (nodes.cache
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgeprune.dialects import Dialect
-from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, SCALES, Initializer, layout, write_data
+from edgeprune.engine.onnx.data import EMBEDDING_FILE, LAYERS_FILE, Initializer, layout, write_data
 from edgeprune.engine.onnx.groups import TENSORRT
-from edgeprune.engine.onnx.nodes import WRITE_INDICES, Nodes, cache_codes, element_type, head_width
+from edgeprune.engine.onnx.nodes import INPUTS, WRITE_INDICES, Nodes, element_type
 from edgeprune.engine.onnx.ops import OPERATORS, Operators, add_update, linear, mlp, normed_queries_and_keys
+from edgeprune.engine.onnx.ports import cache_names, cache_ports, embeddings_input, ids_input, logits_type, read_tensors
 from edgeprune.engine.onnx.quantised import codes_by_name, embedded, least_opset, matrix, views
 from edgeprune.errors import InputError
 from edgeprune.model.decoder import Decoder, Layer
@@ -48,23 +52,33 @@ from edgeprune.ondevice.onnxruntime import ROW_LENGTHS
 from edgeprune.precision import GraphPrecision
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto
 
     from edgeprune.model.model import StoredWeights
 
 
 @dataclass(frozen=True)
 class GraphVariant:
-    """A dialect, and the positions that the graph gives logits of."""
+    """A dialect, the positions that the graph gives logits of, and whether it reads tokens or what embeds them."""
 
     dialect: Dialect
     logits: Literal["all", "last"]
+    reads: Literal["tokens", "embeddings"] = "tokens"
 
     @property
     def filename(self) -> str:
         """Returns the name of the variant's graph file."""
-        dialect = "" if self.dialect == "opset23" else f".{self.dialect}"
-        return f"model{dialect}{'.last' if self.logits == 'last' else ''}.onnx"
+        reads = "" if self.reads == "tokens" else ".embeddings"
+        return f"model{_suffix(self.dialect)}{reads}{'.last' if self.logits == 'last' else ''}.onnx"
+
+    @property
+    def embedding_filename(self) -> str:
+        """Returns the name of the file of the graph that embeds the tokens for a variant that reads embeddings."""
+        return f"embedding{_suffix(self.dialect)}.onnx"
+
+
+def _suffix(dialect: Dialect) -> str:
+    return "" if dialect == "opset23" else f".{dialect}"
 
 
 ONNXRUNTIME_GRAPH = GraphVariant("onnxruntime", "last")
@@ -105,8 +119,11 @@ def write_graphs(
     # One graph file for each variant.
     graphs = {variant: folder / variant.filename for variant in variants}
     for variant, path in graphs.items():
-        model = _model(decoder, precision, variant, initializers, context)
+        model = _model(decoder, precision, variant, initializers, functools.partial(_graph, context=context))
         path.write_bytes(model.SerializeToString(deterministic=True))
+        if variant.reads == "embeddings":
+            model = _model(decoder, precision, variant, initializers, _embedding_graph)
+            (folder / variant.embedding_filename).write_bytes(model.SerializeToString(deterministic=True))
     names = (EMBEDDING_FILE, LAYERS_FILE)
     return GraphFiles(graphs, {folder / name: (folder / name).stat().st_size for name in names})
 
@@ -136,9 +153,9 @@ def _model(
     precision: GraphPrecision,
     variant: GraphVariant,
     initializers: Sequence[Initializer],
-    context: int,
+    graph_of: Callable[[Nodes, Decoder, GraphVariant, Sequence[Initializer]], GraphProto],
 ) -> ModelProto:
-    """Returns the ONNX model of a variant; context: the capacity of opset24's KV cache."""
+    """Returns the ONNX model of a variant with the graph that `graph_of` makes."""
     from onnx import helper
 
     tensors = [*initializers, *views(initializers, variant.dialect)]
@@ -150,8 +167,8 @@ def _model(
     computed: GraphPrecision = "fp32" if (precision, variant.dialect) == ("bf16", "onnxruntime") else precision
     if any(codes.form.e4m3_scales for codes in quantised.values()) and variant.dialect != "onnxruntime":
         opsets[TENSORRT] = 1
-    nodes = Nodes(computed, opsets[""], variant.dialect, quantised)
-    graph = _graph(nodes, decoder, variant, tensors, context)
+    nodes = Nodes(computed, opsets[""], variant.dialect, quantised, INPUTS[variant.reads])
+    graph = graph_of(nodes, decoder, variant, tensors)
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     model = helper.make_model(
         graph,
@@ -173,91 +190,45 @@ def _graph(
     # Build the nodes.
     element = element_type(nodes.precision)
     logits = _forward(nodes, decoder, variant)
-    # Declare the initializers that they read, and cast floats that are stored in another type.
-    used = {name for node in nodes.nodes for name in node.input}
-    external, widened = [], []
-    for initializer in tensors:
-        if initializer.name in used:
-            external.append(_external(initializer))
-            if initializer.role in ("values", *SCALES) and external[-1].data_type != element:
-                widened.append(_widened(external[-1], element))
+    external, widened = read_tensors(nodes, tensors, element)
     # Declare inputs and outputs.
     rows = "sequence" if variant.logits == "all" else 1
     # The lengths of the cache before and after a step.
     past, total = (context, context) if variant.dialect == "opset24" else ("past", "total")
-    inputs, outputs = _caches(decoder, element, variant.dialect, past, total)
+    inputs, outputs = cache_ports(decoder, element, variant.dialect, past, total)
     if variant.dialect == "opset24":
         inputs.append(helper.make_tensor_value_info(WRITE_INDICES, TensorProto.INT64, ["batch"]))
     return helper.make_graph(
         [*widened, *nodes.nodes],
         decoder.family or "decoder",
         [
-            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            embeddings_input(decoder, element) if variant.reads == "embeddings" else ids_input(),
             helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "sequence"]),
             helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", total]),
             *inputs,
         ],
-        [helper.make_tensor_value_info(logits, _logits_type(element), ["batch", rows, decoder.vocab_size]), *outputs],
+        [helper.make_tensor_value_info(logits, logits_type(element), ["batch", rows, decoder.vocab_size]), *outputs],
         [*external, *nodes.constants.values()],
     )
 
 
-def _caches(
-    decoder: Decoder, element: int, dialect: Dialect, past: int | str, total: int | str
-) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
-    """Returns the inputs and outputs of the KV cache, a key and a value of each for every layer with attention.
-
-    past, total: the tokens of inputs and outputs, as a number or by name.
-    """
-    from onnx import TensorProto, helper
-
-    inputs, outputs = [], []
-    for index, layer in enumerate(decoder.layers):
-        if (attention := layer.attention) is None:
-            continue
-        heads, width = attention.num_key_value_heads, head_width(attention.head_dim, dialect)
-        codes = cache_codes(attention, dialect)
-        held = element if codes is None else getattr(TensorProto, codes.onnx_type)
-        past_key, past_value, present_key, present_value = _cache_names(index)
-        for name in (past_key, past_value):
-            inputs.append(helper.make_tensor_value_info(name, held, ["batch", heads, past, width]))
-        for name in (present_key, present_value):
-            outputs.append(helper.make_tensor_value_info(name, held, ["batch", heads, total, width]))
-    return inputs, outputs
-
-
-def _cache_names(index: int) -> tuple[str, str, str, str]:
-    """Returns the names of a layer's past key, past value, present key and present value."""
-    past, present = f"past_key_values.{index}", f"present.{index}"
-    return f"{past}.key", f"{past}.value", f"{present}.key", f"{present}.value"
-
-
-def _external(initializer: Initializer) -> TensorProto:
-    """Returns the ONNX tensor that refers to an initializer's bytes in its data file."""
-    from onnx import TensorProto
-
-    element = getattr(TensorProto, initializer.onnx_type)
-    tensor = TensorProto(name=initializer.name, data_type=element, dims=initializer.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    entries = {"location": initializer.file, "offset": initializer.offset, "length": initializer.length}
-    for key, value in entries.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
-def _logits_type(element: int) -> int:
-    """Returns ONNX's number of the type of the logits: fp32 for bf16."""
-    from onnx import TensorProto
-
-    return TensorProto.FLOAT if element == TensorProto.BFLOAT16 else element
-
-
-def _widened(tensor: TensorProto, element: int) -> NodeProto:
-    """Returns the node that casts an initializer, which gets another name, so that the cast bears its own."""
+def _embedding_graph(
+    nodes: Nodes, decoder: Decoder, variant: GraphVariant, tensors: Sequence[Initializer]
+) -> GraphProto:
+    """Returns the graph from input_ids to inputs_embeds, what the graph of a variant reads."""
     from onnx import helper
 
-    name, tensor.name = tensor.name, f"{tensor.name}.stored"
-    return helper.make_node("Cast", [tensor.name], [name], f"{name}.widened", to=element)
+    element, name = element_type(nodes.precision), INPUTS["embeddings"]
+    head = matrix(nodes, "head.weight") if decoder.tie_word_embeddings else ""
+    nodes.add("Identity", name, _embed(nodes, decoder, head, variant))
+    external, widened = read_tensors(nodes, tensors, element)
+    return helper.make_graph(
+        [*widened, *nodes.nodes],
+        f"{decoder.family or 'decoder'}.embedding",
+        [ids_input()],
+        [embeddings_input(decoder, element)],
+        [*external, *nodes.constants.values()],
+    )
 
 
 @dataclass
@@ -312,7 +283,8 @@ def _forward(nodes: Nodes, decoder: Decoder, variant: GraphVariant) -> str:
     attends = any(layer.attention is not None for layer in decoder.layers)
     shared = operators.prepare(nodes, decoder) if attends else {}
     head = matrix(nodes, "head.weight")  # before all else, because a tied embedding reads it too
-    stream = _Stream(nodes, decoder, operators, _embed(nodes, decoder, head, variant))
+    hidden = nodes.read if variant.reads == "embeddings" else _embed(nodes, decoder, head, variant)
+    stream = _Stream(nodes, decoder, operators, _placed(nodes, decoder, hidden))
     for index, layer in enumerate(decoder.layers):
         # Parallel modules read the same stream, so that their updates are added after both.
         if decoder.parallel:
@@ -342,7 +314,7 @@ def _last_position(nodes: Nodes, variant: GraphVariant) -> Callable[[str, str], 
     # TensorRT's builder dequantises a head before a product that it knows to have a single row (RTX 1.7). So it must
     # not know: a slice takes the last (s + 2) / (s + 1) positions, which is 1, but not by the bounds of s alone.
     if "head.weight" in nodes.quantised and variant.dialect != "onnxruntime":
-        shape = nodes.add("Shape", "last.ids_shape", "input_ids")
+        shape = nodes.add("Shape", "last.ids_shape", nodes.read)
         sequence = nodes.add("Slice", "last.sequence", shape, nodes.sizes(1), nodes.sizes(2))
         dividend = nodes.add("Add", "last.dividend", sequence, nodes.sizes(2))
         divisor = nodes.add("Add", "last.divisor", sequence, nodes.sizes(1))
@@ -363,7 +335,7 @@ def _module(stream: _Stream, kind: str, name: str, x: str, layer: Layer, index: 
     packed = linear(nodes, f"{name}.qkv", x, f"{name}.qkv", attention.input_bias)
     if attention.qk_norm is not None:
         packed = normed_queries_and_keys(nodes, operators, name, packed, attention, decoder.norm_eps)
-    context = operators.attention(nodes, name, packed, attention, decoder, _cache_names(index), shared)
+    context = operators.attention(nodes, name, packed, attention, decoder, cache_names(index), shared)
     # context: (b, s, h * d)
     return linear(nodes, f"{name}.o", context, f"{name}.o", attention.output_bias)
 
@@ -387,7 +359,7 @@ def _logits(nodes: Nodes, decoder: Decoder, x: str, head: str) -> str:
 
 
 def _embed(nodes: Nodes, decoder: Decoder, head: str, variant: GraphVariant) -> str:
-    """Adds the nodes of the embedding, from input_ids (b, s); returns the name of the stream (b, s, c).
+    """Adds the nodes of the embedding of tokens, from input_ids (b, s); returns its name (b, s, c).
 
     A tied embedding gathers columns of the head, so that it is stored only once.
     """
@@ -401,6 +373,11 @@ def _embed(nodes: Nodes, decoder: Decoder, head: str, variant: GraphVariant) -> 
     if decoder.embedding_scale != 1.0:
         scale = nodes.number("embedding.scale", decoder.embedding_scale)
         hidden = nodes.add("Mul", "embedding.scaled", hidden, scale)
+    return hidden
+
+
+def _placed(nodes: Nodes, decoder: Decoder, hidden: str) -> str:
+    """Adds the learned positions, if any, to embeddings (b, s, c); returns the name of the stream."""
     if decoder.learned_positions:
         positions = nodes.add("Gather", "positions", "positions.weight", "position_ids", axis=0)
         hidden = nodes.add("Add", "embedding.placed", hidden, positions)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
 WRITE_INDICES = "write_indices"  # an input of opset24: the slot of the cache that a row's first new token gets
+INPUTS = {"tokens": "input_ids", "embeddings": "inputs_embeds"}
+"""The names of the input of a graph that reads tokens (batch, sequence), or what embeds them, (batch, sequence,
+hidden_size)."""
 MICROSOFT = "com.microsoft"
 HEAD_MULTIPLE = 8  # GroupQueryAttention takes heads whose sizes are multiples of it
 Shared = dict[str, str]  # values made once and read by every layer: masks, angles, lengths
@@ -52,13 +55,15 @@ def element_type(precision: GraphPrecision) -> int:
 class Nodes:
     """The nodes and small constants of one graph while it grows, in execution order.
 
-    quantised: the codes of each matrix that is stored in a weight format, by the name of the matrix.
+    quantised: the codes of each matrix that is stored in a weight format, by the name of the matrix; read: the name of
+    the input that the sequence comes in.
     """
 
     precision: GraphPrecision  # of weights, activations and KV cache
     opset: int = 17
     dialect: Dialect = "opset23"
     quantised: Mapping[str, Initializer] = field(default_factory=dict)
+    read: str = INPUTS["tokens"]
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
 
@@ -129,7 +134,7 @@ class Nodes:
 
 def lengths(nodes: Nodes) -> Shared:
     """Adds batch, sequence and total as int64 vectors of one element."""
-    shape = nodes.add("Shape", "sequence.ids_shape", "input_ids")
+    shape = nodes.add("Shape", "sequence.ids_shape", nodes.read)
     sequence = nodes.add("Slice", "sequence", shape, nodes.sizes(1), nodes.sizes(2))
     shape = nodes.add("Shape", "total.mask_shape", "attention_mask")
     batch = nodes.add("Slice", "batch", shape, nodes.sizes(0), nodes.sizes(1))

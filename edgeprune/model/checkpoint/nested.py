@@ -14,6 +14,9 @@ SAME_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_tex
 tell apart."""
 FLAT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}  # older configurations have the text's fields outside
 AXES = ("mrope_section", "mrope_interleaved")
+MERGED = ("idefics3", "llava", "mistral3", "smolvlm")
+"""Wholes for whose text part an image is nothing but embeddings in the place of tokens: positions have one axis,
+attention is causal among them too, and no later layer reads the image again."""
 OTHERS = ("vision_config", "audio_config", "architectures", "auto_map")  # fields that are not of the text part
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES = {
