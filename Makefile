@@ -3,7 +3,7 @@ VENV   ?= .venv
 # The package index's default torch is a CUDA build of several GB; pruning runs on the CPU.
 TORCH  ?= torch==2.13.0
 # Every piece that needs no GPU.
-EXTRAS ?= dev,rtx,runtimes,images,eval,serve
+EXTRAS ?= dev,rtx,runtimes,images,eval,serve,fleet,mlflow
 PYTEST ?=
 BIN     = $(VENV)/bin
 BUNDLE ?= demo-bundle

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from edgeprune.commands.draft import draft
     from edgeprune.commands.drift import drift
     from edgeprune.commands.fit import fit
+    from edgeprune.commands.fleet import fleet
     from edgeprune.commands.frontier import frontier
     from edgeprune.commands.load_bundle import load_bundle
     from edgeprune.commands.measure import measure
@@ -27,6 +28,7 @@ __all__ = [
     "draft",
     "drift",
     "fit",
+    "fleet",
     "frontier",
     "load_bundle",
     "measure",

@@ -2,7 +2,8 @@
 
     EdgepruneError      1   the base, which is never raised itself
     ├── InputError      2   a bad argument, file, model, profile or sample
-    │   └── NumericalError  the model's weights or activations are not usable numbers
+    │   ├── NumericalError  the model's weights or activations are not usable numbers
+    │   └── BusyError       another process has what is needed, and may give it back
     ├── BudgetError     3   the budget, or budget and quality together, is out of reach
     └── EngineError     4   an engine or a device failed
         ├── WrongEngine     an engine that computes something else than its graph
@@ -34,6 +35,10 @@ class InputError(EdgepruneError):
 
 class NumericalError(InputError):
     """Weights or activations that are not finite, or moments that cannot be solved."""
+
+
+class BusyError(InputError):
+    """A work folder that another process has: the same may succeed when that has ended."""
 
 
 class BudgetError(EdgepruneError):

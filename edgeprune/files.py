@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -215,6 +216,18 @@ def write_bytes(path: Path, data: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Holds the lock beside a file or folder, for which it waits; it is free again when the block or the process ends.
+
+    Where the file system has no locks, all go on at once.
+    """
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import __version__
-from edgeprune.cli import compare, diff, draft, drift, evaluate, fit, generate, inspect, push, samples, serve
+from edgeprune.cli import compare, diff, draft, drift, evaluate, fit, fleet, generate, inspect, push, samples, serve
 from edgeprune.cli.ending import ending, interrupted_by_signals
 from edgeprune.cli.options import PATH
 from edgeprune.cli.slips import meant
@@ -74,6 +74,11 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "edgeprune frontier ./my-model --device jetson-orin --rungs 6",
             "edgeprune fit --from my-model-jetson-orin-frontier --pick 2",
         ),
+    ),
+    (
+        MAKE,
+        fleet.fleet,
+        ("edgeprune fleet FLEET.toml --dry-run", "edgeprune fleet FLEET.toml", "edgeprune fleet FLEET.toml --resume"),
     ),
     (
         MAKE,

@@ -1,4 +1,4 @@
-"""The command that compares two bundles. It parses, calls one function and prints."""
+"""The command that compares two bundles or fleets. It parses, calls one function and prints."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ FAILED = 3
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="OLD", parser=PATH["parser"], help="The bundle to compare with.")],
-    second: Annotated[Path, typer.Argument(metavar="NEW", parser=PATH["parser"], help="The bundle that may be worse.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="OLD", parser=PATH["parser"], help="The bundle or fleet to compare with.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="NEW", parser=PATH["parser"], help="The one that may be worse.")],
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,15 +31,16 @@ def diff(
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """Tell what changed between two bundles: verdict, figures, quality, widths, options, versions."""
+    """Tell what changed between two bundles or fleets: verdict, figures, quality, widths, options, versions."""
     from edgeprune.commands.diff import diff as run
-    from edgeprune.report.diff import print_diff
+    from edgeprune.report.diff import DiffReport, print_diff
+    from edgeprune.report.fleet_diff import print_fleet_diff
 
     report = run(first, second, fail_on=dict(map(_guard, fail_on or ()))).report
     if json_:
         show(report.model_dump_json(indent=2))
     else:
-        print_diff(report, console())
+        (print_diff if isinstance(report, DiffReport) else print_fleet_diff)(report, console())
     raise typer.Exit(FAILED if report.failed else 0)
 
 

@@ -224,6 +224,10 @@ OPTIONS: dict[str, Any] = {
     "checkpoint": Annotated[
         bool, _option(OUTPUT, "Write model/, a standard checkpoint, into the bundle.", "--checkpoint/--no-checkpoint")
     ],
+    "mlflow": Annotated[
+        str | None,
+        _option(OUTPUT, "Log options, figures and report to this MLflow server.", metavar="http://HOST:PORT"),
+    ],
     "resume": Annotated[bool, _option(OUTPUT, "Go on with an unfinished run.", "--resume")],
     "force": Annotated[bool, _option(OUTPUT, "Replace an older bundle or unfinished run.", "--force")],
 }

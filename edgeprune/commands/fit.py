@@ -35,23 +35,35 @@ from edgeprune.progress import OnProgress, Progress, progress_of
 from edgeprune.report.schema import Report
 
 
-def fit(model: str | Path = DEMO, *, progress: Progress | OnProgress | None = None, **options: Any) -> Result[Report]:
+def fit(
+    model: str | Path = DEMO,
+    *,
+    progress: Progress | OnProgress | None = None,
+    shared: Path | None = None,
+    **options: Any,
+) -> Result[Report]:
     """Fits a model into a device's budget and writes a bundle.
 
     options: those of `edgeprune fit`, with underscores, as pipeline.request.Request lists them; progress: called with
-    a stage, steps done and steps in all (0: unknown). Raises InputError, BudgetError or EngineError; a budget that
+    a stage, steps done and steps in all (0: unknown); shared: a folder where runs of one fleet leave the stages that
+    they share, and wait for each other's. Raises InputError, BudgetError or EngineError; a budget that
     turns out to be out of reach is no error here: the best candidate is kept, and the report states it.
     """
     from edgeprune.bundle.read import read_report
+    from edgeprune.bundle.tracking import Tracking
     from edgeprune.bundle.write import write_fitted
 
     # Resolve the request; nothing long or written before this.
-    setup = prepare(request_of(model=model, **options))
+    setup = prepare(request_of(model=model, **options), shared=shared)
+    tracking = Tracking(setup.request.mlflow) if setup.request.mlflow else None
     command = command_line(setup.request)
-    with working(setup, command, progress_of(progress)) as run:
+    with working(setup, command, progress_of(progress), shared) as run:
         if run is not None:
             write_fitted(_fitted(run), run.journal, command)
-    return Result(setup.output, read_report(setup.output))
+    result = Result(setup.output, read_report(setup.output))
+    if tracking is not None and run is not None:
+        tracking.log(result.bundle, result.report)
+    return result
 
 
 def _fitted(run: Run) -> list[Fitted]:

@@ -24,6 +24,7 @@ from edgeprune import __version__
 from edgeprune.engine.answers import REMEDY, Left, Missing, Ran, Size, read_answer
 from edgeprune.engine.ssh import Talk, Target, talking
 from edgeprune.errors import BadAnswer, EngineError, InputError
+from edgeprune.files import held
 from edgeprune.ondevice.agent import CHUNK
 from edgeprune.ondevice.durations import timing
 from edgeprune.ondevice.worker import OnProgress
@@ -133,12 +134,14 @@ class Device:
     """A device behind ssh, as a session that runs tasks.
 
     Each task has a connection of its own, so that none is held open while this machine prunes. keep: leave the working
-    folder on the device. serves: send along what renders chat templates.
+    folder on the device. serves: send along what renders chat templates. queue: a folder of locks, in which a task
+    waits for the device's own, so that runs that share the folder measure one after the other.
     """
 
     target: Target
     keep: bool = False
     serves: bool = False
+    queue: Path | None = None
 
     def __str__(self) -> str:
         return str(self.target)
@@ -149,6 +152,13 @@ class Device:
         Raises EngineError where the device cannot be reached, the connection is lost, the disk is full, or the task
         fails.
         """
+        if self.queue is None:
+            return self._run(request, timeout_seconds, on_progress)
+        self.queue.mkdir(parents=True, exist_ok=True)
+        with held(self.queue / f"device-{hashlib.sha256(str(self.target).encode()).hexdigest()}"):
+            return self._run(request, timeout_seconds, on_progress)
+
+    def _run(self, request: dict[str, Any], timeout_seconds: float, on_progress: OnProgress) -> dict[str, Any]:
         names = _names({role: Path(path) for role, path in request.get("files", {}).items()})
         outputs = {role: Path(path) for role, path in request.get("outputs", {}).items()}
         with talking(self.target, _first_words(service_program() if self.serves else program())) as talk:
@@ -277,8 +287,9 @@ def _fetch(talk: Talk, sha256: str, path: Path, on_progress: OnProgress) -> None
             temporary.unlink()
 
 
-def target_of(text: str | None, keep: bool) -> Device | None:
-    """Returns the device behind `ssh://...`, None for this machine. Raises InputError for a malformed address."""
+def target_of(text: str | None, keep: bool, queue: Path | None = None) -> Device | None:
+    """Returns the device behind `ssh://...`, None for this machine. queue: as of Device. Raises InputError for a
+    malformed address."""
     if text is None and keep:
         raise InputError("--keep-remote is given without --target", "Give --target ssh://USER@DEVICE, or leave it out.")
-    return None if text is None else Device(Target.parse(text), keep)
+    return None if text is None else Device(Target.parse(text), keep, queue=queue)

@@ -20,6 +20,7 @@ from edgeprune.ondevice.onnxruntime import GRAPH_FILE
 from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import EVALUATED, Candidate, Quality, Samples
 from edgeprune.pipeline.setup import Setup
+from edgeprune.pipeline.sharing import Dependencies
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -78,20 +79,26 @@ def compared(
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Compares candidates of a run with its dense model. plain: the folder of the dense model's fp32 graphs."""
+    """Compares candidates of a run with its dense model.
+
+    plain: the folder of the dense model's fp32 graphs; parts: what stages depend on that other runs may share.
+    """
 
     setup: Setup
     journal: Journal
     progress: Progress
     samples: Samples
     plain: Path
+    parts: Dependencies
 
     def quality(self, name: str, chosen: Candidate) -> Quality:
         """Returns perplexity and agreement on the held-out texts or pictures' codes, and answers of both models to
         texts: the stage `evaluation {name}`."""
         losses = self._dense_losses()
         kind = self.setup.kind
-        answers = self.journal.stage("dense answers", self._dense_answers) if kind.writes_text else None
+        answers = None
+        if kind.writes_text:
+            answers = self.journal.stage("dense answers", self._dense_answers, self.parts.evaluation)
 
         def compute() -> dict[str, Any]:
             from edgeprune.model.tokens.vocabulary import read_vocabulary
@@ -176,7 +183,7 @@ class Evaluator:
                 likeliest = np.concatenate([window for document in losses.likeliest for window in document])
                 np.savez(folder / f"{index}.npz", nats=losses.nats, tokens=losses.tokens, likeliest=likeliest)
 
-        folder = self.journal.folder_stage("dense-evaluation", fill)
+        folder = self.journal.folder_stage("dense-evaluation", fill, self.parts.evaluation)
         losses = {}
         for index, (name, documents) in enumerate(self._windows.items()):
             with np.load(folder / f"{index}.npz") as stored:

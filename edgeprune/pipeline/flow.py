@@ -27,6 +27,7 @@ from edgeprune.pipeline.results import Candidate, Quality, QualityStop
 from edgeprune.pipeline.room import check_memory
 from edgeprune.pipeline.setup import Setup, with_weights
 from edgeprune.pipeline.stages import Run
+from edgeprune.pipeline.store import Store
 from edgeprune.progress import Progress
 from edgeprune.search.dequantised import Dequantised, dequantised_formats
 from edgeprune.search.estimated_costs import estimated_costs, memory_costs
@@ -51,12 +52,12 @@ MEASUREMENT_MARGIN = 0.015  # share of a limit to stay below where the figure ca
 
 
 @contextmanager
-def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | None]:
+def working(setup: Setup, command: str, progress: Progress, shared: Path | None = None) -> Iterator[Run | None]:
     """Opens the journal beside the output, and removes it when all within is done; notes what was chosen.
 
-    command: the command line of the run. Yields None where the output is complete already, which a run that goes on
-    finds. Raises InputError as open_journal does, where the output is not this run's to replace, and for a run that
-    this machine's memory does not hold.
+    command: the command line of the run; shared: the folder of stages that other runs share. Yields None where the
+    output is complete already, which a run that goes on finds. Raises InputError as open_journal does, where the output
+    is not this run's to replace, and for a run that this machine's memory does not hold.
     """
     request, output, decoder = setup.request, setup.output, setup.model.decoder
     samples = samples_of(request, setup.samples, setup.kind, decoder)
@@ -67,6 +68,7 @@ def working(setup: Setup, command: str, progress: Progress) -> Iterator[Run | No
         _resumable(output),
         open_journal(work_folder(output), setup.fingerprint, request.resume, request.force) as journal,
     ):
+        journal.store = shared and Store(shared)
         try:
             if request.resume and _is_complete(setup, command, journal):
                 progress.note(f"{output} is complete already: nothing was done")
@@ -137,6 +139,7 @@ def with_packed_formats(run: Run) -> Run:
                 setup.engine, setup.model.decoder, *parts, run.journal.scratch, run.progress.track
             )
         ],
+        run.parts.formats,
     )
     # Leave out what is held in floats too.
     packed = without_dequantised(weights, setup.engine.name, [Dequantised(**one) for one in dequantised])

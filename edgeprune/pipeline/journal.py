@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.errors import InputError
+from edgeprune.errors import BusyError, InputError
 from edgeprune.files import parse_json, printable, write_text, writing
 from edgeprune.pipeline.ownership import (
     JOURNAL,
@@ -34,6 +34,7 @@ from edgeprune.pipeline.ownership import (
     mark_stage,
     remove_ours,
 )
+from edgeprune.pipeline.store import Parts, Store
 
 DIGEST = "sha256"  # of a line, in it
 BESIDE = "all else"  # what the stages leave of the time of a run
@@ -43,11 +44,13 @@ ID = "run"  # in the first line, and in the manifest of the bundle that the run 
 class Journal:
     """The stages finished in `folder`, and their results (JSON values). id: of the run, however often it goes on.
 
-    It holds the folder's lock until it is closed.
+    It holds the folder's lock until it is closed. store: of the stages that other runs share, whose `parts` say what
+    they depend on; None: there are no such runs.
     """
 
     def __init__(self, folder: Path, run_id: str, finished: dict[str, dict[str, Any]], lock: int) -> None:
         self.folder, self.id = folder, run_id
+        self.store: Store | None = None
         self._finished, self._lock = finished, lock
         self._begun, self._inner_seconds, self._own_seconds = time.monotonic(), 0.0, 0.0
 
@@ -86,14 +89,16 @@ class Journal:
     def has(self, name: str) -> bool:
         return name in self._finished
 
-    def stage(self, name: str, compute: Callable[[], Any]) -> Any:
+    def stage(self, name: str, compute: Callable[[], Any], parts: Parts | None = None) -> Any:
         """Returns the recorded result of a stage, or computes and records it.
 
-        Results pass through JSON either way, so that an unbroken and a resumed run see the same.
+        Results pass through JSON either way, so that an unbroken and a resumed run see the same. parts: what a stage
+        depends on that other runs may share.
         """
         if name not in self._finished:
             start, around, self._inner_seconds = time.monotonic(), self._inner_seconds, 0.0
-            result = compute()
+            is_shared = self.store is not None and parts is not None
+            result = self.store.value(name, parts, compute) if is_shared else compute()
             whole = time.monotonic() - start
             own, self._inner_seconds = whole - self._inner_seconds, around + whole
             self._own_seconds += own
@@ -118,8 +123,9 @@ class Journal:
             mark_stage(folder, is_complete=False)
         return folder
 
-    def folder_stage(self, name: str, fill: Callable[[Path], Any]) -> Path:
-        """Returns the folder that a stage of that name fills: filled aside, renamed when complete."""
+    def folder_stage(self, name: str, fill: Callable[[Path], Any], parts: Parts | None = None) -> Path:
+        """Returns the folder that a stage of that name fills: filled aside, renamed when complete. parts: as of
+        `stage`."""
         target = self.folder / name
         temporary = target.with_name(target.name + ".part")
 
@@ -130,7 +136,10 @@ class Journal:
             try:
                 with writing(temporary):
                     mark_stage(temporary, is_complete=False)
-                    fill(temporary)
+                    if self.store is not None and parts is not None:
+                        self.store.fill(name, parts, temporary, fill)
+                    else:
+                        fill(temporary)
                     mark_stage(temporary, is_complete=True)
                     temporary.rename(target)
             except BaseException:
@@ -227,7 +236,7 @@ def _is_locked(descriptor: int, folder: Path) -> bool:
     except BlockingIOError:
         holder = printable(os.read(descriptor, 100).decode(errors="replace").removeprefix(LOCK_MARK), 40).strip()
         os.close(descriptor)
-        raise InputError(
+        raise BusyError(
             f"another run, process {holder or 'unknown'}, works in {folder}",
             "Wait until it ends, or name another directory with --output.",
         ) from None

@@ -66,14 +66,14 @@ class Outlook:
         }
 
 
-def outlook(decoder: Decoder, profile: DeviceProfile, precision: str) -> Outlook:
+def outlook(decoder: Decoder, profile: DeviceProfile, precision: str, rates: Rates | None = None) -> Outlook:
     """Returns what a fit of the dense decoder for a device takes of this machine. Raises InputError.
 
-    Candidates are measured where the device is this machine's processor; those of another one are estimated.
+    rates: of this machine; None: they are found out on the model's shape. Candidates are measured where the device is
+    this machine's processor; those of another one are estimated.
     """
     request, kind = Request(), kind_of(decoder)
-    length = kind.sample_length(request, decoder)
-    samples = Samples(request.samples, GENERATED, length, request.samples * length)
+    samples = _default_samples(decoder)
     weights, cache = weight_choice(request.weights, profile, decoder), cache_choice(request.cache, profile)
     measures = not RUNTIMES[profile.engine].on_gpu
     candidates = MEASURED_CANDIDATES if measures else 1
@@ -83,9 +83,21 @@ def outlook(decoder: Decoder, profile: DeviceProfile, precision: str) -> Outlook
         work += measuring(decoder, profile, precision, weights, candidates, one_width=False)
     return Outlook(
         work,
-        probed(decoder, BATCH),
-        memory_bytes(decoder, samples.pruned, samples.length),
+        rates or probed(decoder, BATCH),
+        default_memory(decoder),
         memory_room(),
         disk_bytes(decoder, precision, MAX_CANDIDATES if measures else 1, builds=False, measures=measures),
         shutil.disk_usage(Path.cwd()).free,
     )
+
+
+def default_memory(decoder: Decoder) -> dict[str, int]:
+    """Returns the bytes that the two largest parts of a fit with default options hold, as room.memory_bytes does."""
+    samples = _default_samples(decoder)
+    return memory_bytes(decoder, samples.pruned, samples.length)
+
+
+def _default_samples(decoder: Decoder) -> Samples:
+    request = Request()
+    length = kind_of(decoder).sample_length(request, decoder)
+    return Samples(request.samples, GENERATED, length, request.samples * length)

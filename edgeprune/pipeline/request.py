@@ -78,6 +78,7 @@ class Request:
     output: Path | None = None
     export: tuple[str, ...] = ()
     checkpoint: bool = True
+    mlflow: str | None = None
     resume: bool = False
     force: bool = False
 
@@ -91,7 +92,7 @@ class Request:
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
 _OF_ONE_MODEL = (
     *("memory", "decode", "prefill", "max_quality_loss", "max_task_drop", "quality_metric"),
-    *("recover_candidates", "require_measured", "export", "checkpoint"),
+    *("recover_candidates", "require_measured", "export", "checkpoint", "mlflow"),
 )
 FRONTIER_OPTIONS = tuple(name for name in DEFAULTS if name not in _OF_ONE_MODEL)  # a ladder has no budget
 

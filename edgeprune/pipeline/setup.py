@@ -137,15 +137,16 @@ class Setup:
         }
 
 
-def prepare(request: Request, ladder: bool = False) -> Setup:
+def prepare(request: Request, ladder: bool = False, shared: Path | None = None) -> Setup:
     """Resolves a request; writes nothing. Raises InputError for bad input, BudgetError for a budget below the floor.
 
-    ladder: for a frontier, whose rungs have each a budget of their own: none is resolved here.
+    ladder: for a frontier, whose rungs have each a budget of their own: none is resolved here. shared: the folder that
+    the runs of a fleet share, who measure on one device one after the other.
     """
     if (request.device is None) == (request.profile is None):
         raise InputError("give one of --device and --profile", "`edgeprune devices` lists the devices.")
     # What was asked for, before anything is measured or a device is reached.
-    target = target_of(request.target, request.keep_remote)
+    target = target_of(request.target, request.keep_remote, shared)
     named = _named_profile(request)
     _check_quality(request)
     budget, budget_choice = (Budget(), None) if ladder else _budget(request, named)

@@ -45,7 +45,7 @@ def sketch_file(run: Run) -> Path | None:
         advance = run.progress.stage("sketch the calibration data", len(setup.model.decoder.layers))
         np.savez(folder / SKETCH_FILE, moments=sketches(setup.model, ids, advance), length=ids.shape[1])
 
-    return run.journal.folder_stage("moments", fill) / SKETCH_FILE
+    return run.journal.folder_stage("moments", fill, run.parts.samples) / SKETCH_FILE
 
 
 def read_sketch(path: Path) -> Sketch:

@@ -42,6 +42,7 @@ from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.ownership import remove_ours
 from edgeprune.pipeline.results import Candidate, Samples
 from edgeprune.pipeline.setup import Setup
+from edgeprune.pipeline.sharing import Dependencies
 from edgeprune.precision import PRECISIONS, CacheFormat
 from edgeprune.progress import Progress
 
@@ -68,6 +69,11 @@ class Run:
     progress: Progress
 
     @cached_property
+    def parts(self) -> Dependencies:
+        """Returns what the stages depend on that other runs may share."""
+        return Dependencies(self.setup)
+
+    @cached_property
     def plain(self) -> Path:
         """Returns the folder of the dense model's fp32 graphs, which this machine runs: for samples and comparisons."""
         self.progress.stage("export the dense model")
@@ -76,7 +82,7 @@ class Run:
         def fill(folder: Path) -> None:
             self._write_graphs(self.setup.model, folder, "fp32", length)
 
-        return self.journal.folder_stage("dense", fill) / "onnx-fp32"
+        return self.journal.folder_stage("dense", fill, self.parts.graph) / "onnx-fp32"
 
     @cached_property
     def samples(self) -> Samples:
@@ -95,7 +101,8 @@ class Run:
             )
             np.save(folder / "ids.npy", ids)
 
-        ids = np.load(self.journal.folder_stage("samples", draw) / "ids.npy")  # (count + held_out, length)
+        folder = self.journal.folder_stage("samples", draw, self.parts.samples)
+        ids = np.load(folder / "ids.npy")  # (count + held_out, length)
         most = setup.model.decoder.most_fed  # the last code of a picture is never fed
         if has_given:
             return Samples(given.calibration, ids[:, :most], given.evaluation, self_generated=False)
@@ -118,7 +125,7 @@ class Run:
             is_own_graph = setup.engine.builds and setup.precision == "bf16"
             self._write_reference(folder / "onnx-bf16" if is_own_graph else plain, folder / REFERENCE)
 
-        folder = self.journal.folder_stage("dense-engine", build)
+        folder = self.journal.folder_stage("dense-engine", build, self.parts.device)
         graphs = folder if setup.precision != "fp32" else self.plain.parent
         exported = Exported(
             setup.model.decoder, graphs / f"onnx-{setup.precision}", folder / "engine", folder / REFERENCE
@@ -126,13 +133,14 @@ class Run:
         performance = self.journal.stage(
             "dense performance",
             lambda: performance_to_json(setup.engine.performance(exported, None, self.progress.track)),
+            self.parts.device,
         )
         return Candidate(setup.model, setup.model.decoder, exported, performance_from_json(performance), ())
 
     @cached_property
     def evaluator(self) -> Evaluator:
         """Returns what judges candidates against the dense model."""
-        return Evaluator(self.setup, self.journal, self.progress, self.samples, self.plain)
+        return Evaluator(self.setup, self.journal, self.progress, self.samples, self.plain, self.parts)
 
     @cached_property
     def sensitivities(self) -> Sensitivities:
@@ -150,7 +158,8 @@ class Run:
                 encoded(sensitivities_of(setup.model, ids, *how, formats, tables, caches))
             )
 
-        data = (self.journal.folder_stage("sensitivities", fill) / SENSITIVITIES).read_bytes()
+        folder = self.journal.folder_stage("sensitivities", fill, self.parts.sensitivities)
+        data = (folder / SENSITIVITIES).read_bytes()
         return decoded(data, setup.model.decoder, formats, caches)
 
     @cached_property
@@ -175,7 +184,8 @@ class Run:
         def compute() -> dict[str, float]:
             return measure_losses(self.setup.model, self.samples.calibration, self.samples.generated, self.progress)
 
-        return whole | {int(size): loss for size, loss in self.journal.stage("vocabularies", compute).items()}
+        losses = self.journal.stage("vocabularies", compute, self.parts.samples)
+        return whole | {int(size): loss for size, loss in losses.items()}
 
     @cached_property
     def dense_candidate(self) -> Candidate:

@@ -30,7 +30,12 @@ from tests.support.vq import small_vq
 pytestmark = pytest.mark.slow
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = ("edgeprune serve ", "edgeprune draft ", "edgeprune push ")  # that tests of their own run
+ELSEWHERE = (
+    "edgeprune serve ",
+    "edgeprune draft ",
+    "edgeprune push ",
+    "edgeprune fleet ",
+)  # that tests of their own run
 RUN = ("README.md", "docs/fit.md", "docs/runtimes.md")
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it {} "
 SMALL = ("--samples", "4", "--length", "32", "--prompt", "16", "--context", "64")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from edgeprune.pipeline.evaluation import Evaluator
 from edgeprune.pipeline.journal import open_journal
 from edgeprune.pipeline.kind import Language
 from edgeprune.pipeline.results import Samples
+from edgeprune.pipeline.sharing import Dependencies
 from edgeprune.precision import CACHE_FORMATS
 from edgeprune.profiles import load_profile
 from edgeprune.progress import Silent
@@ -51,11 +53,12 @@ class Home:
             kind=Language(),
             profile=load_profile("rtx-4090"),
             tasks=(),
+            fingerprint=defaultdict(str),
         )
         samples = Samples(np.zeros((1, 2)), None, tokens or self.tokens, self_generated=False)
         journal = open_journal(folder, {}, resume, False)
         journal.close()  # the test may go on with it
-        return Evaluator(setup, journal, Silent(), samples, self.plain)
+        return Evaluator(setup, journal, Silent(), samples, self.plain, Dependencies(setup))
 
     def prompts(self) -> list[np.ndarray]:
         """Sixteen beginnings of one length, half of the context at most, evenly from all documents that have it."""
