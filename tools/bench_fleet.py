@@ -4,9 +4,9 @@
     python tools/bench_fleet.py --cells 1000 [--seconds 120]
 
 The first fits every cell of a file twice on this machine's cores: one after the other by `edgeprune fit`, with as many
-threads as there are cores, then all by `edgeprune fleet`, with one thread a cell; costs that were measured before are
-taken from the cache by both. The second drives cells that only sleep, for so many seconds, and says what the driver
-holds at its peak.
+threads as there are cores, and all by `edgeprune fleet`, with one thread a cell. Each begins with an empty cache, in which
+single fits of one model find its sensitivities again, too. The second drives cells that only sleep, for so many seconds,
+and says what the driver holds at its peak.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SLEEP = 0.5  # seconds of a cell that only sleeps
 AT_ONCE = 8  # such cells
 
 
-def seconds_of(words: list[str], threads: int) -> float:
+def seconds_of(words: list[str], threads: int, cache: Path) -> float:
     """Returns the wall time of a command with so many threads. Raises RuntimeError where it fails."""
     begun = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "EDGEPRUNE_CACHE": str(cache)}
     done = subprocess.run([*PROGRAM, *words], env=environment, capture_output=True, text=True)
     if done.returncode not in (0, BudgetError.exit_code):
         raise RuntimeError(f"edgeprune {words[0]} ended with {done.returncode}: {done.stderr[-500:]}")
@@ -49,7 +49,9 @@ def one_by_one(cells: list[Cell], folder: Path, cores: int) -> float:
         config = folder / f"{index}.toml"
         config.write_text(toml_of({name: value for name, value in cell.options.items() if name != "model"}))
         model = str(cell.options.get("model", "demo"))
-        total += seconds_of(["fit", model, "--config", str(config), "--output", str(folder / f"cell-{index}")], cores)
+        total += seconds_of(
+            ["fit", model, "--config", str(config), "--output", str(folder / f"cell-{index}")], cores, folder / "alone"
+        )
         print(f"{cell.model} on {cell.target}: {total:.0f} s so far", flush=True)
     return total
 
@@ -116,7 +118,7 @@ def main() -> None:
             return
         cores = len(os.sched_getaffinity(0))
         cells = read_fleet(options.file)
-        together = seconds_of(["fleet", str(options.file), "--output", str(folder / "fleet")], 1)
+        together = seconds_of(["fleet", str(options.file), "--output", str(folder / "fleet")], 1, folder / "together")
         print(f"{len(cells)} cells as a fleet: {together:.0f} s", flush=True)
         alone = one_by_one(cells, folder, cores)
         print(f"one by one: {alone:.0f} s; the fleet takes {together / alone:.2f} of it on {cores} cores")

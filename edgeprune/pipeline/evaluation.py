@@ -21,6 +21,7 @@ from edgeprune.pipeline.journal import Journal
 from edgeprune.pipeline.results import EVALUATED, Candidate, Quality, Samples
 from edgeprune.pipeline.setup import Setup
 from edgeprune.pipeline.sharing import Dependencies
+from edgeprune.pipeline.store import Parts
 from edgeprune.progress import Progress
 
 if TYPE_CHECKING:
@@ -75,6 +76,32 @@ def compared(
         **asdict(rise(dense, fitted, seed)),
         "agreement": agreed and asdict(agreed),
     }
+
+
+def kept_losses(
+    journal: Journal,
+    stage: str,
+    windows: dict[str, list[list[np.ndarray]]],
+    compute: Callable[[], dict[str, Losses]],
+    parts: Parts,
+) -> dict[str, Losses]:
+    """Returns the losses on texts, by name, from a folder stage, or computed now. parts: as of Journal.stage."""
+    from edgeprune.evaluate.perplexity import Losses
+
+    def fill(folder: Path) -> None:
+        for index, losses in enumerate(compute().values()):
+            likeliest = np.concatenate([window for document in losses.likeliest for window in document])
+            np.savez(folder / f"{index}.npz", nats=losses.nats, tokens=losses.tokens, likeliest=likeliest)
+
+    folder = journal.folder_stage(stage, fill, parts)
+    kept = {}
+    for index, (name, documents) in enumerate(windows.items()):
+        with np.load(folder / f"{index}.npz") as stored:
+            ends = np.cumsum([len(window) - 1 for windows in documents for window in windows])
+            pieces = iter(np.split(stored["likeliest"], ends[:-1]))
+            likeliest = [list(islice(pieces, len(windows))) for windows in documents]
+            kept[name] = Losses(stored["nats"], stored["tokens"], likeliest)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -176,22 +203,11 @@ class Evaluator:
 
     def _dense_losses(self) -> dict[str, Losses]:
         """Returns the dense model's losses on every text: the folder stage `dense-evaluation`."""
-        from edgeprune.evaluate.perplexity import Losses
 
-        def fill(folder: Path) -> None:
-            for index, losses in enumerate(self._losses(self.setup.model, self._windows).values()):
-                likeliest = np.concatenate([window for document in losses.likeliest for window in document])
-                np.savez(folder / f"{index}.npz", nats=losses.nats, tokens=losses.tokens, likeliest=likeliest)
+        def compute() -> dict[str, Losses]:
+            return self._losses(self.setup.model, self._windows)
 
-        folder = self.journal.folder_stage("dense-evaluation", fill, self.parts.evaluation)
-        losses = {}
-        for index, (name, documents) in enumerate(self._windows.items()):
-            with np.load(folder / f"{index}.npz") as stored:
-                ends = np.cumsum([len(window) - 1 for windows in documents for window in windows])
-                pieces = iter(np.split(stored["likeliest"], ends[:-1]))
-                likeliest = [list(islice(pieces, len(windows))) for windows in documents]
-                losses[name] = Losses(stored["nats"], stored["tokens"], likeliest)
-        return losses
+        return kept_losses(self.journal, "dense-evaluation", self._windows, compute, self.parts.evaluation)
 
     def _deployed_losses(self, chosen: Candidate, windows: dict[str, list[list[np.ndarray]]]) -> dict[str, Losses]:
         """Returns a candidate's losses on every text: where ONNX Runtime deploys weights or a KV cache of few bits, its

@@ -15,7 +15,7 @@ import numpy as np
 from edgeprune.chats import encode
 from edgeprune.model.model import Model
 from edgeprune.model.tokens.tokenizer import load_tokenizer
-from edgeprune.pipeline.evaluation import compared, windows_in_tokens_of
+from edgeprune.pipeline.evaluation import compared, kept_losses, windows_in_tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +130,8 @@ def variant_losses(
 
 
 def robustness(run: Run, rungs: Sequence[Candidate]) -> list[list[dict[str, Any]] | None]:
-    """Returns what `judged` does of each rung of a run: the stage `odd input of rung K`.
+    """Returns what `judged` does of each rung of a run: the stage `odd input of rung K`, behind the dense model's
+    `dense-odd-input`.
 
     None for rungs of an image generator, and for those where nothing was removed or rounded.
     """
@@ -146,7 +147,13 @@ def robustness(run: Run, rungs: Sequence[Candidate]) -> list[list[dict[str, Any]
 
     @cache
     def before() -> dict[str, Losses]:
-        return variant_losses(setup.model, variants(), advance(setup.model))
+        return kept_losses(
+            run.journal,
+            "dense-odd-input",
+            _windows(variants()),
+            lambda: variant_losses(setup.model, variants(), advance(setup.model)),
+            run.parts.evaluation,
+        )
 
     def rows(chosen: Candidate) -> list[dict[str, Any]]:
         dense, seed = before(), setup.request.seed

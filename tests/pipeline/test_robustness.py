@@ -126,7 +126,8 @@ def test_rungs_are_judged_but_those_that_removed_nothing_or_draw_pictures(home, 
         )
         journal = open_journal(tmp_path / type(kind).__name__, {}, False, False)
         samples = SimpleNamespace(evaluation=home.texts)
-        return SimpleNamespace(setup=setup, journal=journal, progress=Silent(), samples=samples)
+        parts = SimpleNamespace(evaluation={})
+        return SimpleNamespace(setup=setup, journal=journal, progress=Silent(), samples=samples, parts=parts)
 
     def candidate(records: tuple) -> SimpleNamespace:
         return SimpleNamespace(model=home.fitted, deployed=home.fitted, records=records)
@@ -140,4 +141,8 @@ def test_rungs_are_judged_but_those_that_removed_nothing_or_draw_pictures(home, 
     assert one == other
     assert [row["name"] for row in one] == list(variants(home))
     assert of_dense == [home.dense]  # which all rungs share
-    assert set(language.journal.seconds) - {"all else"} == {"odd input of rung 1", "odd input of rung 2"}
+    assert set(language.journal.seconds) - {"all else"} == {
+        "dense-odd-input",
+        "odd input of rung 1",
+        "odd input of rung 2",
+    }
