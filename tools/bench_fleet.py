@@ -4,9 +4,9 @@
     python tools/bench_fleet.py --cells 1000 [--seconds 120]
 
 The first fits every cell of a file twice on this machine's cores: one after the other by `edgeprune fit`, with as many
-threads as there are cores, and all by `edgeprune fleet`, with one thread a cell. Each begins with an empty cache, in which
-single fits of one model find its sensitivities again, too. The second drives cells that only sleep, for so many seconds,
-and says what the driver holds at its peak.
+threads as there are cores, and all by `edgeprune fleet`, with one thread a cell. Each begins with an empty cache, in
+which single fits of one model find its sensitivities again, too. The second drives cells that only sleep, for so many
+seconds, and says what the driver holds at its peak.
 """
 
 from __future__ import annotations

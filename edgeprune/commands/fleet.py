@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,9 @@ def fleet(
     if cpus < 1:
         raise InputError(f"--cpus {cpus} is less than 1", "Give the cores that a cell may use.")
     folder = (Path(at_home(output)) if output is not None else Path(f"{path.stem}-fleet")).absolute()
+    _check_place(folder, resume)
     tasks = [_task(*one, folder, cpus) for one in _resolved(cells)]
-    with writing(folder), _holding(folder, resume):
+    with Cluster(address) as cluster, writing(folder), _holding(folder):
         begun, created, drawn = time.monotonic(), now(), 0.0
         rows = [_earlier(folder, cell) or Row(model=cell.model, target=cell.target) for cell in cells]
         todo = [index for index, row in enumerate(rows) if not row.has_ended]
@@ -110,20 +111,19 @@ def fleet(
             return Fleet(edgeprune=__version__, created=created, seconds=time.monotonic() - begun, cells=rows)
 
         _write(folder, document())
-        with Cluster(address) as cluster:
-            cluster.check(folder / FLEET_FILE)
-            for ended, stages in cluster.run([tasks[index] for index in todo], POLL_SECONDS):
-                for one in ended:
-                    index = todo[one.index]
-                    rows[index] = _row(cells[index], one.result, one.reason)
-                    _keep(folder, cells[index], rows[index])
-                if ended:
-                    _write(folder, document())
-                    if time.monotonic() - drawn > PAGE_SECONDS:
-                        _draw(folder, document())
-                        drawn = time.monotonic()
-                if on_change is not None:
-                    on_change(document(), {todo[index]: str(stage) for index, stage in stages.items()})
+        cluster.check(folder / FLEET_FILE)
+        for ended, stages in cluster.run([tasks[index] for index in todo], POLL_SECONDS):
+            for one in ended:
+                index = todo[one.index]
+                rows[index] = _row(cells[index], one.result, one.reason)
+                _keep(folder, cells[index], rows[index])
+            if ended:
+                _write(folder, document())
+                if time.monotonic() - drawn > PAGE_SECONDS:
+                    _draw(folder, document())
+                    drawn = time.monotonic()
+            if on_change is not None:
+                on_change(document(), {todo[index]: str(stage) for index, stage in stages.items()})
         if all(row.status is not None for row in rows):
             shutil.rmtree(folder / SHARED, ignore_errors=True)  # else --resume may use it
         _write(folder, document())
@@ -156,15 +156,19 @@ def _task(cell: Cell, request: Request, profile: DeviceProfile, decoder: Decoder
     return Task(run_cell, arguments, None if is_here and not on_gpu else cpus, memory, gpu=is_here and on_gpu)
 
 
-@contextmanager
-def _holding(folder: Path, resume: bool) -> Iterator[None]:
-    """Makes the fleet's folder and keeps other fleets out of it. Raises InputError where it is not this fleet's."""
+def _check_place(folder: Path, resume: bool) -> None:
+    """Raises InputError where the fleet's folder is taken, but for a fleet's that is to be gone on with."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output {folder} is a file", "Name a directory that does not exist yet.")
     is_fleet = (folder / FLEET_FILE).is_file()
     if folder.is_dir() and any(folder.iterdir()) and not (resume and is_fleet):
         remedy = "Go on with --resume, or name another with --output." if is_fleet else "Name another with --output."
         raise InputError(f"the output directory {folder} is not empty", remedy)
+
+
+@contextmanager
+def _holding(folder: Path) -> Iterator[None]:
+    """Makes the fleet's folder and keeps other fleets out of it. Raises InputError where one works there."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         try:
@@ -191,11 +195,15 @@ def _keep(folder: Path, cell: Cell, row: Row) -> None:
 
 
 def _earlier(folder: Path, cell: Cell) -> Row | None:
-    """Returns the row of a cell that an earlier run of the fleet ended with the same options; None: there is none."""
+    """Returns the row of a cell that an earlier run of the fleet ended with the same options; None: there is none, or
+    it is damaged and the cell itself finds what it has."""
     if not _kept(folder, cell).is_file() or not (folder / cell.folder).is_dir():
         return None
-    kept = read_json(_kept(folder, cell))
-    return Row.model_validate(kept["row"]) if kept["options"] == json.loads(json.dumps(dict(cell.options))) else None
+    with suppress(InputError, KeyError, ValueError):
+        kept = read_json(_kept(folder, cell))
+        if kept["options"] == json.loads(json.dumps(dict(cell.options))):
+            return Row.model_validate(kept["row"])
+    return None
 
 
 def _kept(folder: Path, cell: Cell) -> Path:

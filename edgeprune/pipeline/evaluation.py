@@ -6,7 +6,7 @@ dense model's tokens; a fitted model with a vocabulary of its own gets the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
