@@ -76,7 +76,7 @@ def fleet(
             console().print(fleet_table(result.report, {}, len(result.report.cells)))
             for target in result.report.targets:
                 best = result.report.best(target)
-                show(f"best for {target}: {best.model if best else 'no model met the budget'}")
+                show(f"best for {target}: {best.model if best else 'no usable model met the budget'}")
             show(f"\nfleet   {result.bundle}\npage    {result.bundle / 'fleet.html'}")
     raise typer.Exit(result.report.exit_code)
 
