@@ -53,7 +53,7 @@ def parts_of(home: Path, **options: object) -> dict[str, object]:
         ({"precision": "bf16"}, {"device", "formats"}),
         ({"device": "l4"}, {"device", "formats"}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "stages",
 )
 def test_an_option_changes_the_stages_that_read_it(home, options, changed):
     paths = ("calibration", "model")
