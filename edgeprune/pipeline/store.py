@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,14 @@ class Store:
         with held(place):
             if not place.is_dir():
                 fill(folder)
-                part = place.with_name(f"{place.name}.part")
-                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+                part = place.with_name(f"{place.name}.{uuid.uuid4().hex}.part")
                 shutil.copytree(folder, part, ignore=shutil.ignore_patterns(MADE), copy_function=link_or_copy)
-                part.rename(place)
+                try:
+                    part.rename(place)
+                except OSError:
+                    shutil.rmtree(part)
+                    if not place.is_dir():  # else another run was faster, where the file system has no locks
+                        raise
                 return
         shutil.copytree(place, folder, copy_function=link_or_copy, dirs_exist_ok=True)
 

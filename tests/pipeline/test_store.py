@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -65,6 +66,26 @@ def test_a_stage_that_failed_is_not_kept(tmp_path):
     (tmp_path / "again").mkdir()
     store.fill("files", PARTS, tmp_path / "again", write("whole"))
     assert (tmp_path / "again/sub/a.txt").read_text() == "whole"
+
+
+def test_without_locks_the_first_that_ends_is_kept_and_nobody_fails(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError("this file system has no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = Store(tmp_path / "store")
+    for name in ("outer", "inner", "later"):
+        (tmp_path / name).mkdir()
+
+    def both(folder: Path) -> None:
+        store.fill("files", PARTS, tmp_path / "inner", write("inner"))
+        write("outer")(folder)
+
+    store.fill("files", PARTS, tmp_path / "outer", both)
+    store.fill("files", PARTS, tmp_path / "later", pytest.fail)
+    texts = [(tmp_path / name / "sub/a.txt").read_text() for name in ("outer", "inner", "later")]
+    assert texts == ["outer", "inner", "inner"]
+    assert not [path for path in (tmp_path / "store").iterdir() if path.name.endswith(".part")]
 
 
 def slow_value(folder: Path, name: str) -> None:
